@@ -1,0 +1,142 @@
+"""Callbacks: pictures of exits, the finished model, and predictions in a file."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from torch import Tensor
+from typing_extensions import override
+
+from dact import plots
+from dact.model import DACT, DACTOutput
+
+
+class ExitPlots(Callback):
+    """Draw where examples leave, for TensorBoard: a histogram per validation epoch and, for data whose examples know
+    their ``depth``, the picture of depth against exit layer."""
+
+    def __init__(self) -> None:
+        self._depths: list[Tensor] = []
+        self._exits: list[Tensor] = []
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._depths, self._exits = [], []
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        if isinstance(outputs, Mapping) and "depth" in batch and "exit_layer" in outputs:
+            self._depths.append(batch["depth"].cpu())
+            self._exits.append(outputs["exit_layer"].cpu())
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        writer = _tensorboard(trainer)
+        if writer is None or trainer.sanity_checking or not isinstance(pl_module, DACT):
+            return
+        counts = pl_module.exit_histogram.cpu()
+        layers = torch.arange(1, len(counts) + 1).repeat_interleave(counts)
+        edges = [n + 0.5 for n in range(len(counts) + 1)]
+        writer.add_histogram("exit_layer", layers, trainer.current_epoch, bins=edges)
+        if self._depths:
+            figure = plots.depth_against_exit(torch.cat(self._depths), torch.cat(self._exits), len(counts))
+            writer.add_figure("depth against exit layer", figure, trainer.current_epoch, close=True)
+
+
+def _tensorboard(trainer: Trainer) -> Any:
+    """The first TensorBoard writer of this trainer, on the first process only."""
+    if not trainer.is_global_zero:
+        return None
+    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
+
+
+class SavePretrained(Callback):
+    """After a fit, write ``model/`` (weights, configuration, tokenizer, class names) beside the checkpoints.
+
+    The weights are those of the best checkpoint, or the last ones if the trainer keeps none.
+    """
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        directory = trainer.log_dir
+        if not trainer.is_global_zero or directory is None or trainer.fast_dev_run or not isinstance(pl_module, DACT):
+            return
+        best = getattr(trainer.checkpoint_callback, "best_model_path", "")
+        model = DACT.load_from_checkpoint(best, encoder=_own(pl_module)) if best else pl_module
+        folder = Path(directory) / "model"
+        model.save_pretrained(folder)
+        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(folder))
+        rank_zero_info(f"The model is in {folder}")
+
+
+def _own(model: DACT) -> Any:
+    """A copy of an encoder that the checkpoint cannot rebuild, None for dact's own."""
+    import copy
+
+    return copy.deepcopy(model.encoder) if model.encoder.config() is None else None
+
+
+class PredictionWriter(Callback):
+    """Write one row per input, in input order: label, the probability of each class, exit layer, and the reason of an
+    input that could not be classified.
+
+    Args:
+        path: Where to; csv, json lines or parquet by ending.
+
+    Raises:
+        ValueError: If the ending is unknown.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        from dact.data.tables import WRITABLE, check_ending
+
+        check_ending(path, WRITABLE)
+        self.path = Path(path)
+        self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if trainer.world_size > 1:
+            raise ValueError(f"predictions go to one file: use one device, not {trainer.world_size}")
+
+    @override
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._outputs = []
+
+    @override
+    def on_predict_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        assert isinstance(outputs, DACTOutput)
+        self._outputs.append((batch["row"].cpu(), outputs.probabilities.float().cpu(), outputs.exit_layer.cpu()))
+
+    @override
+    @rank_zero_only
+    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        from dact.data.tables import write_table
+
+        assert isinstance(pl_module, DACT)
+        examples = trainer.datamodule.splits["predict"]  # type: ignore[attr-defined]
+        names = pl_module.class_names or [str(label) for label in range(pl_module.output_dimension)]
+        columns: dict[str, list[Any]] = {"label": [None] * len(examples)}
+        columns |= {f"probability_{name}": [None] * len(examples) for name in names}
+        columns["exit_layer"] = [None] * len(examples)
+        columns["reason"] = examples.reasons or [None] * len(examples)
+        for rows, probabilities, exits in self._outputs:
+            for row, vector, exit_layer in zip(rows.tolist(), probabilities.tolist(), exits.tolist(), strict=True):
+                columns["label"][row] = names[vector.index(max(vector))]
+                columns["exit_layer"][row] = exit_layer
+                for name, probability in zip(names, vector, strict=True):
+                    columns[f"probability_{name}"][row] = probability
+        write_table(self.path, columns)
+        rank_zero_info(f"{len(examples)} predictions are in {self.path}")

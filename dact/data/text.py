@@ -1,0 +1,445 @@
+"""Labelled text: from examples to padded batches, and the datamodule for your own files."""
+
+from __future__ import annotations
+
+import random
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dact.data.tables import REPLACEMENT, read_table
+from dact.encoders.pretrained import resolve_pretrained
+
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+
+
+@dataclass(frozen=True)
+class Examples:
+    """The examples of one split.
+
+    Args:
+        texts: One string per example.
+        pairs: The second text of each example, for text pairs.
+        labels: The class of each example, 0 … classes - 1; None for prediction.
+        depths: How many steps each example is composed of, where the data knows it.
+        reasons: Why an example cannot be used, None where it can; only prediction has such examples.
+    """
+
+    texts: list[str]
+    pairs: list[str] | None = None
+    labels: list[int] | None = None
+    depths: list[int] | None = None
+    reasons: list[str | None] | None = None
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+    def take(self, rows: Sequence[int]) -> Examples:
+        """The examples of `rows`, in that order."""
+        columns = {name: getattr(self, name) for name in ("texts", "pairs", "labels", "depths", "reasons")}
+        return replace(self, **{name: [c[row] for row in rows] for name, c in columns.items() if c is not None})
+
+
+class TextDataModule(LightningDataModule, ABC):
+    """What all text has in common: tokens, padding to the longest of a batch, batches of similar length in training.
+
+    A subclass gives `examples` and sets `class_names` there or before.
+
+    Args:
+        tokenizer: A tokenizer, or where to find one: a Hub id, a local folder or ``"package:NAME/PATH"``.
+        max_length: Longer inputs are cut to so many tokens.
+        batch_size: Examples per batch, 1 or more.
+        num_workers: Processes that prepare batches; with 0 the training process does.
+        seed: Of the order of training examples.
+    """
+
+    class_names: list[str] | None = None
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+        *,
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for argument, value, least in (("max_length", max_length, 3), ("batch_size", batch_size, 1)):
+            if value < least:
+                raise ValueError(f"{name}: {argument} must be {least} or more, got {value}")
+        self._tokenizer = tokenizer
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.splits: dict[str, Examples] = {}
+        self._encoded: dict[str, list[dict[str, Any]]] = {}
+
+    @abstractmethod
+    def examples(self, split: str) -> Examples:
+        """The examples of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, loaded when first asked for."""
+        if isinstance(self._tokenizer, str):
+            self._tokenizer = load_tokenizer(self._tokenizer)
+        assert self._tokenizer is not None, "a subclass without a tokenizer overrides this property"
+        self._tokenizer.model_max_length = self.max_length  # so that what is saved cuts texts as training did
+        return self._tokenizer
+
+    def setup(self, stage: str) -> None:
+        for split in SPLITS[stage]:
+            if split not in self._encoded:
+                self.splits[split] = self.examples(split)
+                self._encoded[split] = self._encode(self.splits[split])
+
+    def _encode(self, examples: Examples) -> list[dict[str, Any]]:
+        """One dict per usable example: token ids, mask, and its row, label and depth where there are."""
+        usable = [row for row in range(len(examples)) if examples.reasons is None or examples.reasons[row] is None]
+        chosen = examples.take(usable)
+        if not usable:
+            return []
+        encoding = self.tokenizer(chosen.texts, chosen.pairs, truncation=True, max_length=self.max_length)
+        items = []
+        for i, row in enumerate(usable):
+            item: dict[str, Any] = {name: encoding[name][i] for name in encoding.keys()}
+            item["row"] = row
+            if chosen.labels is not None:
+                item["labels"] = chosen.labels[i]
+            if chosen.depths is not None:
+                item["depth"] = chosen.depths[i]
+            items.append(item)
+        return items
+
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+        """Pad to the longest example of the batch: input_ids and attention_mask ``[batch, length]``, labels ``[batch]``."""
+        own = ("row", "labels", "depth")
+        tokens = [{name: value for name, value in item.items() if name not in own} for item in items]
+        batch = dict(self.tokenizer.pad(tokens, return_tensors="pt"))
+        for name in own:
+            if name in items[0]:
+                batch[name] = torch.tensor([item[name] for item in items])
+        return batch
+
+    def _loader(self, split: str) -> DataLoader[Any]:
+        if split not in self._encoded:
+            raise RuntimeError(f"{type(self).__name__}: the {split} split is not set up; call setup() first")
+        items = self._encoded[split]
+        sampler = None
+        if split == "train":
+            sampler = LengthGroupedSampler([len(item["input_ids"]) for item in items], self.batch_size, self.seed)
+        return DataLoader(
+            items,  # type: ignore[arg-type]
+            batch_size=self.batch_size,
+            sampler=sampler,
+            collate_fn=self.collate,
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self._loader("train")
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict")
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A random order in which the examples of a batch have similar lengths, so that little padding is computed.
+
+    The examples are shuffled, sorted by length within groups of 50 batches, and the batches are shuffled. The order
+    depends on the seed and the epoch alone: a resumed run goes on as it would have.
+
+    Args:
+        lengths: Tokens of each example.
+        batch_size: Examples per batch.
+        seed: Of the shuffling.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self.seed}/{self.epoch}")
+        order = generator.sample(range(len(self)), len(self))
+        group = 50 * self.batch_size
+        batches = []
+        for start in range(0, len(order), group):
+            by_length = sorted(order[start : start + group], key=lambda row: self.lengths[row])
+            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+        # A short batch stays last: the DataLoader cuts the order into batches from its beginning.
+        last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
+        generator.shuffle(batches)
+        for batch in batches + last:
+            yield from batch
+
+
+def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hub id, a local folder or ``"package:NAME/PATH"``.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_pretrained(pretrained))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no tokenizer at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "
+            f"or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """A tokenizer that knows `words` in lower case and takes every other word for ``[UNK]``; ``[CLS]`` comes first."""
+    special = ["[PAD]", "[UNK]", "[CLS]"]
+    vocabulary = {word: index for index, word in enumerate([*special, *sorted(set(words))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    cls = ("[CLS]", vocabulary["[CLS]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A [CLS] $B:1", special_tokens=[cls]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def stratified_split(labels: Sequence[int], fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """Rows for training and for validation, each class divided in the same proportion.
+
+    Args:
+        labels: The class of each row.
+        fraction: The share for validation, in (0, 1); at least one example of each class.
+        seed: Of the draw.
+
+    Returns:
+        (training rows, validation rows), both in ascending order.
+    """
+    generator = random.Random(seed)
+    held_out: set[int] = set()
+    for label in sorted(set(labels)):
+        rows = [row for row, other in enumerate(labels) if other == label]
+        held_out.update(generator.sample(rows, max(1, round(fraction * len(rows)))))
+    return [row for row in range(len(labels)) if row not in held_out], sorted(held_out)
+
+
+class TextClassificationData(TextDataModule):
+    """Your own labelled text, from files.
+
+    csv, tsv, json lines or parquet, by ending. Labels are strings or integers from 0; strings are sorted into classes.
+
+    Args:
+        train_file: The training examples.
+        val_file: The validation examples; a stratified part of the training file if left out.
+        test_file: The test examples.
+        predict_file: Texts to classify; needs no label column.
+        tokenizer: A tokenizer, or where to find one: a Hub id, a local folder or ``"package:NAME/PATH"``.
+        text_column: Name of the column with the text.
+        text_pair_column: Name of the column with a second text, for text pairs.
+        label_column: Name of the column with the label.
+        class_names: The classes in their order, where the training file does not tell: labels are these names, or
+            their positions from 0.
+        max_length: Longer inputs are cut to so many tokens.
+        batch_size: Examples per batch.
+        val_fraction: Share of the training file for validation, in (0, 1), if there is no val_file.
+        num_workers: Processes that prepare batches.
+        seed: Of the split and of the order of training examples.
+
+    Raises:
+        FileNotFoundError, ValueError: In `setup`, with the file and the rows or columns at fault.
+    """
+
+    def __init__(
+        self,
+        train_file: str | None = None,
+        val_file: str | None = None,
+        test_file: str | None = None,
+        predict_file: str | None = None,
+        *,
+        tokenizer: str | PreTrainedTokenizerBase,
+        text_column: str = "text",
+        text_pair_column: str | None = None,
+        label_column: str = "label",
+        class_names: list[str] | None = None,
+        max_length: int = 128,
+        batch_size: int = 32,
+        val_fraction: float = 0.1,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(
+            tokenizer, max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed
+        )
+        if not 0.0 < val_fraction < 1.0:
+            raise ValueError(f"TextClassificationData: val_fraction must be in (0, 1), got {val_fraction}")
+        self.files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
+        self.text_column = text_column
+        self.text_pair_column = text_pair_column
+        self.label_column = label_column
+        self.val_fraction = val_fraction
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self._read: dict[str, Examples] = {}
+
+    def examples(self, split: str) -> Examples:
+        if split == "predict":
+            return self._texts_to_predict()
+        if self.class_names is None and split != "train":
+            self.examples("train")  # the training file tells the classes
+        if self.files["val"] is not None or split == "test":
+            return self._labelled(split)
+        if "train" not in self._read:
+            everything = self._labelled("train")
+            assert everything.labels is not None and self.class_names is not None
+            self._check_divisible(everything.labels)
+            train, val = stratified_split(everything.labels, self.val_fraction, self.seed)
+            self._read = {"train": everything.take(train), "val": everything.take(val)}
+        return self._read[split]
+
+    def _check_divisible(self, labels: list[int]) -> None:
+        counts = Counter(labels)
+        assert self.class_names is not None
+        alone = [self.class_names[label] for label, count in counts.items() if count < 2]
+        if alone:
+            raise ValueError(
+                f"{self.files['train']}: class {', '.join(alone)} has one example only, so a split for validation would "
+                "leave training or validation without it: add examples or give a val_file"
+            )
+
+    def _file(self, split: str) -> str:
+        file = self.files[split]
+        if file is None:
+            raise ValueError(f"TextClassificationData: no {split}_file was given, and this command needs one")
+        return file
+
+    def _columns(self, split: str, names: list[str]) -> tuple[dict[str, list[Any]], bool]:
+        file = self._file(split)
+        table, valid = read_table(file)
+        for name in names:
+            if name not in table:
+                raise ValueError(f"{file} has no column {name!r}; it has {', '.join(map(repr, table))}")
+        return table, valid
+
+    def _text_columns(self) -> list[str]:
+        return [self.text_column] + ([] if self.text_pair_column is None else [self.text_pair_column])
+
+    def _labelled(self, split: str) -> Examples:
+        file = self._file(split)
+        table, valid = self._columns(split, [*self._text_columns(), self.label_column])
+        reasons = [_fault([table[name][row] for name in self._text_columns()], valid) for row in range(_rows(table))]
+        faults = {row: reason for row, reason in enumerate(reasons) if reason is not None}
+        if faults:
+            first = next(iter(faults.values()))
+            raise ValueError(f"{file}: {_name_rows(list(faults))} cannot be used for training or evaluation ({first})")
+        if split == "train" and self.class_names is None:
+            self.class_names = _learn_class_names(table[self.label_column], file)
+        assert self.class_names is not None
+        labels = _labels(table[self.label_column], self.class_names, file)
+        absent = [name for label, name in enumerate(self.class_names) if label not in set(labels)]
+        if absent and split != "test":
+            raise ValueError(
+                f"{file}: class {', '.join(absent)} of {', '.join(self.class_names)} has no example. Integer labels "
+                "count from 0 unless class_names says otherwise"
+            )
+        pairs = table[self.text_pair_column] if self.text_pair_column is not None else None
+        return Examples(table[self.text_column], pairs, labels)
+
+    def _texts_to_predict(self) -> Examples:
+        table, valid = self._columns("predict", self._text_columns())
+        reasons = [_fault([table[name][row] for name in self._text_columns()], valid) for row in range(_rows(table))]
+        pairs = table[self.text_pair_column] if self.text_pair_column is not None else None
+        return Examples(table[self.text_column], pairs, reasons=reasons)
+
+
+def _rows(table: dict[str, list[Any]]) -> int:
+    return len(next(iter(table.values())))
+
+
+def _fault(texts: list[Any], valid_utf8: bool) -> str | None:
+    """Why the texts of an example cannot be used, or None."""
+    for text in texts:
+        if not isinstance(text, str):
+            return "no text" if text is None else f"not a string: {str(text)[:40]!r}"
+        if not text.strip():
+            return "empty text"
+        if not valid_utf8 and REPLACEMENT in text:
+            return "not valid UTF-8"
+    return None
+
+
+def _name_rows(rows: list[int], limit: int = 5) -> str:
+    """``row 3``, or ``rows 3, 4, 9 and 2 more``; the first row of data is row 1."""
+    named = ", ".join(str(row + 1) for row in rows[:limit])
+    more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
+    return f"row{'s' if len(rows) > 1 else ''} {named}{more}"
+
+
+def _is_integer(label: Any) -> bool:
+    if isinstance(label, bool):
+        return False
+    return isinstance(label, int) or (isinstance(label, str) and label.strip().lstrip("-").isdecimal())
+
+
+def _learn_class_names(labels: list[Any], file: str) -> list[str]:
+    """The classes of the training file: 0 … the largest integer, or the sorted strings."""
+    _refuse_missing_labels(labels, file)
+    if all(map(_is_integer, labels)):
+        largest = max(map(int, labels))
+        if largest >= len(labels):
+            raise ValueError(
+                f"{file}: the label {largest} means {largest + 1} classes, but there are only {len(labels)} rows. Integer "
+                "labels count from 0 unless class_names names them"
+            )
+        return [str(label) for label in range(largest + 1)]
+    return sorted({str(label) for label in labels})
+
+
+def _refuse_missing_labels(labels: list[Any], file: str) -> None:
+    missing = [row for row, label in enumerate(labels) if label is None or str(label).strip() == ""]
+    if missing:
+        raise ValueError(f"{file}: {_name_rows(missing)} without a label")
+
+
+def _labels(labels: list[Any], class_names: list[str], file: str) -> list[int]:
+    """Each label as a class 0 … classes - 1, by its name or else by its position."""
+    _refuse_missing_labels(labels, file)
+    by_name = {name: label for label, name in enumerate(class_names)}
+    if all(map(_is_integer, labels)) and not all(str(label).strip() in by_name for label in labels):
+        by_name = {str(label): label for label in range(len(class_names))}
+    outside = [row for row, label in enumerate(labels) if str(label).strip() not in by_name]
+    if outside:
+        raise ValueError(
+            f"{file}: {_name_rows(outside)} with a label outside the classes: {labels[outside[0]]!r}. "
+            f"The {len(class_names)} classes are {', '.join(class_names)}"
+        )
+    return [by_name[str(label).strip()] for label in labels]
+

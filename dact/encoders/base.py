@@ -1,0 +1,109 @@
+"""What a layered encoder gives to the DACT unit, which never learns which encoder it sits on."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+Batch = Mapping[str, Tensor]
+Pooling = Literal["mean", "first"]
+
+
+class LayeredEncoder(nn.Module, ABC):
+    """A stack of layers that can be run in one go (training) or layer by layer on a shrinking batch (inference).
+
+    A subclass sets `num_layers` and `hidden_size` and gives three methods, `embed`, `layer` and `pool`. `context`
+    serves encoders whose layers share more than the hidden state; `forward` may be overridden where one ordinary
+    forward is faster than a loop. `config` lets a checkpoint rebuild the encoder by itself.
+    """
+
+    num_layers: int
+    hidden_size: int
+
+    @abstractmethod
+    def embed(self, batch: Batch) -> Tensor:
+        """The hidden state before layer 1, ``[batch, length, hidden]``."""
+
+    def context(self, hidden: Tensor, mask: Tensor) -> Any:
+        """What every layer needs beside the hidden state, such as attention biases.
+
+        It is asked for again whenever examples have left the batch.
+
+        Args:
+            hidden: ``[batch, length, hidden]``.
+            mask: ``[batch, length]``, 1 for tokens and 0 for padding.
+        """
+        return mask
+
+    @abstractmethod
+    def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
+        """Run one layer (1-based): ``[batch, length, hidden]`` -> the same shape."""
+
+    @abstractmethod
+    def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The state that the submodels see after a layer (1-based): ``[batch, length, hidden]`` -> ``[batch, hidden]``."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The pooled states of all layers, ``[batch, layers, hidden]``."""
+        mask, hidden = self.mask(batch), self.embed(batch)
+        context = self.context(hidden, mask)
+        states = []
+        for n in range(1, self.num_layers + 1):
+            hidden = self.layer(n, hidden, context)
+            states.append(self.pool(n, hidden, mask))
+        return torch.stack(states, dim=1)
+
+    def mask(self, batch: Batch) -> Tensor:
+        """Which positions hold a token, ``[batch, length]``; all of them where the batch has no ``attention_mask``."""
+        return attention_mask(batch)
+
+    def config(self) -> dict[str, Any] | None:
+        """Plain data from which `dact.encoders.from_config` builds this encoder, or None if it cannot."""
+        return None
+
+
+def attention_mask(batch: Batch) -> Tensor:
+    """The batch's ``attention_mask`` ``[batch, length]``, as Hugging Face has it: all ones if it is absent.
+
+    Raises:
+        KeyError: If the batch has no ``input_ids``.
+        ValueError: If the mask does not fit the ids, or a row is all padding.
+    """
+    if "input_ids" not in batch:
+        raise KeyError(f"a batch needs 'input_ids' [batch, length], got the keys {sorted(batch)}")
+    ids = batch["input_ids"]
+    mask = batch.get("attention_mask")
+    if mask is None:
+        return torch.ones_like(ids)
+    if mask.shape != ids.shape:
+        raise ValueError(
+            f"attention_mask must have the shape of input_ids {list(ids.shape)} [batch, length], got {list(mask.shape)}"
+        )
+    empty = (mask.sum(dim=1) == 0).nonzero().flatten().tolist()
+    if empty:
+        raise ValueError(f"rows {empty} of the batch are all padding: each example needs at least one token")
+    return mask
+
+
+def pool_tokens(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
+    """Pool tokens: their mean under the mask, or the first of them.
+
+    Args:
+        hidden: ``[batch, length, hidden]``.
+        mask: ``[batch, length]``, 1 for tokens and 0 for padding, on either side.
+        pooling: ``"mean"`` or ``"first"``.
+
+    Returns:
+        ``[batch, hidden]``.
+    """
+    if pooling == "first":
+        first = mask.int().argmax(dim=1)  # [batch]: 0 unless padding stands on the left
+        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+    weights = mask.to(hidden.dtype)
+    # [batch, 1, length] @ [batch, length, hidden] -> [batch, hidden]
+    total = torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
+    return total / weights.sum(dim=1, keepdim=True)

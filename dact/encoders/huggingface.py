@@ -1,0 +1,289 @@
+"""Everything that knows Hugging Face models: eight families of encoders, layer by layer.
+
+For each family the layer-by-layer run below equals the plain forward pass of transformers 5; the tests hold it there.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+
+from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
+from dact.encoders.pretrained import resolve_pretrained
+from dact.functional import check_choice
+
+log = logging.getLogger(__name__)
+
+
+def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
+    return create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=mask)
+
+
+@dataclass(frozen=True)
+class _Family:
+    """How one family of models runs its layers.
+
+    Args:
+        embed: (model, the inputs below) -> the hidden state before layer 1.
+        layer: (model, layer (1-based), hidden, context) -> the hidden state after it.
+        context: (model, hidden, mask) -> what all layers share.
+        inputs: The entries of a batch that the embedding takes.
+        norm: The norm that follows the last layer, for families whose layers leave a sum behind.
+    """
+
+    embed: Callable[..., Tensor]
+    layer: Callable[[Any, int, Tensor, Any], Tensor]
+    context: Callable[[Any, Tensor, Tensor], Any] = _attention_bias
+    inputs: tuple[str, ...] = ("input_ids", "token_type_ids")
+    norm: Callable[[Any], nn.Module | None] = lambda model: None
+
+
+def _bert_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
+    return model.encoder.layer[layer - 1](hidden, context)
+
+
+_BERT = _Family(embed=lambda model, inputs: model.embeddings(**inputs), layer=_bert_layer)
+
+
+def _electra_embed(model: Any, inputs: Batch) -> Tensor:
+    hidden = model.embeddings(**inputs)
+    return model.embeddings_project(hidden) if hasattr(model, "embeddings_project") else hidden
+
+
+def _albert_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
+    groups, layers = model.config.num_hidden_groups, model.config.num_hidden_layers
+    return model.encoder.albert_layer_groups[int((layer - 1) / (layers / groups))](hidden, context)
+
+
+def _mpnet_context(model: Any, hidden: Tensor, mask: Tensor) -> tuple[Any, Tensor]:
+    return _attention_bias(model, hidden, mask), model.encoder.compute_position_bias(hidden)
+
+
+def _deberta_context(model: Any, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    encoder = model.encoder
+    return mask, encoder.get_attention_mask(mask), encoder.get_rel_pos(hidden), encoder.get_rel_embedding()
+
+
+def _deberta_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
+    mask, bias, positions, embeddings = context
+    output = model.encoder.layer[layer - 1](hidden, bias, relative_pos=positions, rel_embeddings=embeddings)[0]
+    if layer == 1 and model.encoder.conv is not None:
+        output = model.encoder.conv(hidden, output, mask)
+    return output
+
+
+def _modernbert_context(model: Any, hidden: Tensor, mask: Tensor) -> dict[str, tuple[Any, Any]]:
+    """(attention bias, rotary embedding) for each kind of layer, full and sliding-window attention."""
+    positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
+    arguments = {"config": model.config, "inputs_embeds": hidden, "attention_mask": mask}
+    biases = {
+        "full_attention": create_bidirectional_mask(**arguments),
+        "sliding_attention": create_bidirectional_sliding_window_mask(**arguments),
+    }
+    kinds = set(model.config.layer_types)
+    return {kind: (biases[kind], model.rotary_emb(hidden, positions, kind)) for kind in kinds}
+
+
+def _modernbert_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
+    module = model.layers[layer - 1]
+    bias, rotary = context[module.attention_type]
+    return module(hidden, attention_mask=bias, position_embeddings=rotary)
+
+
+FAMILIES: dict[str, _Family] = {
+    "bert": _BERT,
+    "roberta": _BERT,
+    "electra": _Family(embed=_electra_embed, layer=_bert_layer),
+    "distilbert": _Family(
+        embed=lambda model, inputs: model.embeddings(**inputs),
+        layer=lambda model, layer, hidden, context: model.transformer.layer[layer - 1](hidden, context),
+        inputs=("input_ids",),
+    ),
+    "albert": _Family(
+        embed=lambda model, inputs: model.encoder.embedding_hidden_mapping_in(model.embeddings(**inputs)),
+        layer=_albert_layer,
+    ),
+    "mpnet": _Family(
+        embed=lambda model, inputs: model.embeddings(**inputs),
+        layer=lambda model, layer, hidden, context: model.encoder.layer[layer - 1](hidden, *context)[0],
+        context=_mpnet_context,
+        inputs=("input_ids",),
+    ),
+    "deberta-v2": _Family(
+        embed=lambda model, inputs: model.embeddings(**inputs),
+        layer=_deberta_layer,
+        context=_deberta_context,
+        inputs=("input_ids", "token_type_ids", "attention_mask"),
+    ),
+    "modernbert": _Family(
+        embed=lambda model, inputs: model.embeddings(**inputs),
+        layer=_modernbert_layer,
+        context=_modernbert_context,
+        inputs=("input_ids",),
+        norm=lambda model: model.final_norm,
+    ),
+}
+
+
+class HuggingFaceEncoder(LayeredEncoder):
+    """A pretrained encoder of the transformers library.
+
+    Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights are taken in
+    float32 whatever the checkpoint holds; a head for another task is left aside, and the log says so.
+
+    Args:
+        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package).
+        pooling: ``"mean"`` of the tokens or the ``"first"`` token. With the first token, the early layers of a
+            sentence encoder hold little.
+        num_layers: Keep only so many layers, counted from the first; all of them if left out.
+
+    Raises:
+        ValueError: If the model cannot be found, is of another family, lacks weights, or has fewer layers.
+
+    Example:
+        >>> from transformers import BertConfig
+        >>> tiny = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(tiny))
+        >>> encoder({"input_ids": torch.tensor([[5, 6, 7]])}).shape
+        torch.Size([1, 2, 16])
+    """
+
+    def __init__(self, pretrained: str, *, pooling: Pooling = "mean", num_layers: int | None = None) -> None:
+        super().__init__()
+        self._adopt(_load(pretrained, num_layers), pooling)
+
+    @classmethod
+    def from_model(cls, model: PreTrainedModel, *, pooling: Pooling = "mean") -> HuggingFaceEncoder:
+        """An encoder around a model that is in memory already."""
+        encoder = cls.__new__(cls)
+        LayeredEncoder.__init__(encoder)
+        encoder._adopt(model, pooling)
+        return encoder
+
+    @classmethod
+    def from_config(cls, model: dict[str, Any], pooling: Pooling) -> HuggingFaceEncoder:
+        """The encoder of `config`, with random weights and without a look at any pretrained model."""
+        _check_family(model.get("model_type"), "the encoder's configuration")
+        config = AutoConfig.for_model(**model)
+        return cls.from_model(AutoModel.from_config(config, dtype=torch.float32), pooling=pooling)
+
+    def _adopt(self, model: PreTrainedModel, pooling: Pooling) -> None:
+        check_choice("HuggingFaceEncoder: pooling", pooling, Pooling)
+        family = _check_family(model.config.model_type, type(model).__name__)
+        if getattr(model, "pooler", None) is not None:
+            model.pooler = None  # never used here, and DDP refuses parameters without a gradient
+        self.model = model.train()  # loaded models are in eval mode, which Lightning would keep: no dropout
+        self.pooling = pooling
+        self.num_layers = model.config.num_hidden_layers
+        self.hidden_size = model.config.hidden_size
+        self._family = family
+
+    def embed(self, batch: Batch) -> Tensor:
+        inputs = {name: batch[name] for name in self._family.inputs if name in batch}
+        if "attention_mask" in self._family.inputs:
+            # DeBERTa calls its own mask `mask`.
+            inputs.pop("attention_mask", None)
+            inputs["mask"] = self.mask(batch)
+        return self._family.embed(self.model, inputs)
+
+    def context(self, hidden: Tensor, mask: Tensor) -> Any:
+        return self._family.context(self.model, hidden, mask)
+
+    def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
+        return self._family.layer(self.model, layer, hidden, context)
+
+    def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+        norm = self._family.norm(self.model)
+        return pool_tokens(hidden if norm is None else norm(hidden), mask, self.pooling)
+
+    def forward(self, batch: Batch) -> Tensor:
+        mask = self.mask(batch)
+        inputs = {name: batch[name] for name in self._family.inputs if name in batch} | {"attention_mask": mask}
+        states = self.model(**inputs, output_hidden_states=True).hidden_states
+        # The first entry is the embedding; ALBERT has one more for each inner layer of a group.
+        inner = getattr(self.model.config, "inner_group_num", 1)
+        states = states[inner::inner]
+        norm = self._family.norm(self.model)
+        if norm is not None:  # the last state has passed it already
+            states = (*map(norm, states[:-1]), states[-1])
+        return torch.stack([pool_tokens(state, mask, self.pooling) for state in states], dim=1)
+
+    def config(self) -> dict[str, Any]:
+        model = json.loads(self.model.config.to_json_string(use_diff=False))
+        for name in ("_name_or_path", "architectures", "transformers_version"):  # traces of where it came from
+            model.pop(name, None)
+        return {"type": "HuggingFaceEncoder", "pooling": self.pooling, "model": model}
+
+
+def _check_family(model_type: str | None, what: str) -> _Family:
+    if model_type not in FAMILIES:
+        raise ValueError(
+            f"{what} is of the architecture {model_type!r}, which HuggingFaceEncoder cannot run layer by layer. "
+            f"Supported: {', '.join(sorted(FAMILIES))}"
+        )
+    return FAMILIES[model_type]
+
+
+@contextmanager
+def _quiet_transformers() -> Any:
+    """Keep the library's load report and progress bar off the console."""
+    level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bar:
+            transformers.logging.enable_progress_bar()
+
+
+def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
+    source = resolve_pretrained(pretrained)
+    try:
+        config = AutoConfig.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no encoder at pretrained={pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local "
+            f"folder with a config.json, or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
+        ) from error
+    _check_family(config.model_type, f"pretrained={pretrained!r}")
+    _keep_layers(config, num_layers, pretrained)
+    try:
+        with _quiet_transformers():
+            model, report = AutoModel.from_pretrained(
+                source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # the library raises many kinds for a bad file
+        raise ValueError(f"the weights of pretrained={pretrained!r} cannot be read: {error}") from error
+    missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
+    if missing:
+        raise ValueError(f"pretrained={pretrained!r} lacks {len(missing)} weights of the encoder, such as {missing[0]!r}")
+    heads = sorted({key.split(".")[0] for key in report["unexpected_keys"]} - {"encoder", "layers", "transformer"})
+    if heads:
+        log.info("%s: left aside what is not the encoder: %s", pretrained, ", ".join(heads))
+    return model
+
+
+def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: str) -> None:
+    """Let `config` describe the first `num_layers` layers."""
+    available = config.num_hidden_layers
+    if num_layers is None:
+        return
+    if not 1 <= num_layers <= available:
+        raise ValueError(f"num_layers must be in 1 … {available}, the layers of {pretrained!r}, got {num_layers}")
+    if getattr(config, "num_hidden_groups", 1) > 1 and num_layers < available:
+        raise ValueError(f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all {available}")
+    config.num_hidden_layers = num_layers
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:num_layers]

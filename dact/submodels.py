@@ -1,0 +1,146 @@
+"""The two submodels of the DACT unit: small multi-layer perceptrons on the pooled state of a layer."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from dact.functional import check_choice
+
+Normalization = Literal["none", "batch", "layer"]
+Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
+LayerStrategy = Literal["constant", "pyramidal", "inverted_pyramidal", "bow_tie"]
+
+ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU,
+    "leaky_relu": nn.LeakyReLU,
+    "gelu": nn.GELU,
+    "tanh": nn.Tanh,
+}
+
+
+@dataclass(frozen=True)
+class SubmodelConfig:
+    """The architecture of one submodel, classifier or confidence.
+
+    Args:
+        num_layers: Hidden layers, 0 or more; 0 is a linear map.
+        hidden_units: The widest hidden layer, 1 or more.
+        dropout: Share of hidden units dropped in training, in [0, 1).
+        normalization: After each hidden linear map: ``"none"``, ``"batch"`` or ``"layer"``.
+        activation: ``"relu"``, ``"leaky_relu"``, ``"gelu"`` or ``"tanh"``.
+        layer_strategy: How widths run from input to output; see `hidden_widths` for an example of each.
+
+    Raises:
+        ValueError: If a value is outside its range.
+        TypeError: If a count is not an integer.
+
+    Example:
+        >>> SubmodelConfig(num_layers=3, hidden_units=64, layer_strategy="pyramidal").hidden_widths()
+        [64, 32, 16]
+    """
+
+    num_layers: int = 1
+    hidden_units: int = 64
+    dropout: float = 0.1
+    normalization: Normalization = "none"
+    activation: Activation = "gelu"
+    layer_strategy: LayerStrategy = "constant"
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_layers", 0), ("hidden_units", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"SubmodelConfig: {name} must be an integer, got {value!r}")
+            if value < least:
+                raise ValueError(f"SubmodelConfig: {name} must be {least} or more, got {value}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"SubmodelConfig: dropout must be in [0, 1), got {self.dropout}")
+        check_choice("SubmodelConfig: normalization", self.normalization, Normalization)
+        check_choice("SubmodelConfig: activation", self.activation, Activation)
+        check_choice("SubmodelConfig: layer_strategy", self.layer_strategy, LayerStrategy)
+
+    def hidden_widths(self) -> list[int]:
+        """Widths of the hidden layers from input to output; each step halves or doubles, never below 1.
+
+        With ``hidden_units=64`` and ``num_layers=4``:
+
+        - ``constant``: 64, 64, 64, 64
+        - ``pyramidal`` (shrinks towards the output): 64, 32, 16, 8
+        - ``inverted_pyramidal`` (grows): 8, 16, 32, 64
+        - ``bow_tie`` (shrinks, then grows): 64, 32, 32, 64
+        """
+        last = self.num_layers - 1
+        halvings = {
+            "constant": lambda i: 0,
+            "pyramidal": lambda i: i,
+            "inverted_pyramidal": lambda i: last - i,
+            "bow_tie": lambda i: min(i, last - i),
+        }[self.layer_strategy]
+        return [max(1, self.hidden_units // 2 ** halvings(i)) for i in range(self.num_layers)]
+
+    def build(self, input_size: int, output_size: int) -> nn.Sequential:
+        """The module, from ``[batch, input_size]`` to ``[batch, output_size]``."""
+        layers: list[nn.Module] = []
+        for width in self.hidden_widths():
+            layers.append(nn.Linear(input_size, width))
+            if self.normalization == "batch":
+                layers.append(_BatchNorm(width))
+            elif self.normalization == "layer":
+                layers.append(nn.LayerNorm(width))
+            layers += [ACTIVATIONS[self.activation](), nn.Dropout(self.dropout)]
+            input_size = width
+        return nn.Sequential(*layers, nn.Linear(input_size, output_size))
+
+
+class _BatchNorm(nn.BatchNorm1d):
+    """Batch normalization that takes a batch of one example, which has no variance, by its running statistics."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and len(input) == 1:
+            return F.batch_norm(input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps)
+        return super().forward(input)
+
+
+class Submodels(nn.ModuleList):
+    """One submodel for each layer of the encoder, or one that all layers share.
+
+    Args:
+        config: The architecture.
+        num_layers: N, the layers of the encoder.
+        hidden_size: Width of a pooled state.
+        output_size: Width of the submodel's output.
+        share: Use the same weights on every layer.
+    """
+
+    def __init__(
+        self, config: SubmodelConfig, *, num_layers: int, hidden_size: int, output_size: int, share: bool = False
+    ) -> None:
+        super().__init__(config.build(hidden_size, output_size) for _ in range(1 if share else num_layers))
+        self.num_layers = num_layers
+
+    def of_layer(self, layer: int) -> nn.Module:
+        """The submodel of a layer (1-based)."""
+        return self[(layer - 1) % len(self)]
+
+    def forward(self, states: Tensor) -> Tensor:
+        """``[batch, layers, hidden]`` -> ``[batch, layers, output]``."""
+        return torch.stack([self.of_layer(n + 1)(states[:, n]) for n in range(self.num_layers)], dim=1)
+
+
+def start_undecided(confidence: Submodels) -> None:
+    """Let every confidence start at h = 0.5^(1/(N-1)), so that p_{N-1} = 0.5 whatever the depth.
+
+    The last linear map starts with zero weights and that logit as its bias, so that the value holds for every input.
+    (With N = 1 the confidence decides nothing, and starts at 0.5.)
+    """
+    start = 0.5 ** (1 / max(1, confidence.num_layers - 1))
+    for submodel in confidence:
+        last = submodel[-1]  # type: ignore[index]
+        nn.init.zeros_(last.weight)
+        nn.init.constant_(last.bias, math.log(start / (1 - start)))
