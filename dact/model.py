@@ -24,6 +24,7 @@ from dact.submodels import SubmodelConfig, Submodels, start_undecided
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
+FORMAT = "dact/1"
 
 
 @dataclass(frozen=True)
@@ -242,10 +243,11 @@ class DACT(LightningModule):
     def _end_evaluation(self, stage: str) -> None:
         """Log per-layer accuracy and reset what Lightning does not: the metrics that are no scalars."""
         metrics = self._metrics_of(stage)
-        accuracies = metrics["layer_accuracy"].compute()
+        # (torchmetrics makes a scalar of a vector of one entry: an encoder of one layer.)
+        accuracies = metrics["layer_accuracy"].compute().reshape(-1)
         names = {f"{stage}_layer_accuracy/{n}": value for n, value in enumerate(accuracies, start=1)}
         self.log_dict(names, on_step=False, on_epoch=True, sync_dist=False)
-        self.exit_histogram = metrics["exit_histogram"].compute().clone()
+        self.exit_histogram = metrics["exit_histogram"].compute().reshape(-1).clone()
         for name in ("layer_accuracy", "exit_histogram"):
             metrics[name].reset()
 
@@ -273,6 +275,7 @@ class DACT(LightningModule):
 
     def setup(self, stage: str) -> None:
         datamodule = getattr(self._trainer, "datamodule", None)
+        self.encoder.check_tokens(getattr(datamodule, "tokenizer", None), getattr(datamodule, "max_length", None))
         names = getattr(datamodule, "class_names", None)
         if names is None:
             return
@@ -435,7 +438,7 @@ class DACT(LightningModule):
 
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_NAME).write_text(json.dumps({"model_type": "dact", **self.config()}, indent=2) + "\n")
+        (directory / CONFIG_NAME).write_text(json.dumps({"format": FORMAT, **self.config()}, indent=2) + "\n")
         save_model(self, str(directory / WEIGHTS_NAME))
 
     @classmethod
@@ -464,7 +467,7 @@ class DACT(LightningModule):
             weights = load_file(directory / WEIGHTS_NAME)
         except Exception as error:  # safetensors and json raise their own kinds
             raise ValueError(f"{directory} cannot be read as a model of dact: {error}") from error
-        if not isinstance(config, dict) or config.pop("model_type", None) != "dact":
+        if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
             raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
         if encoder is not None:
             overrides["encoder"] = encoder

@@ -23,6 +23,8 @@ class LayeredEncoder(nn.Module, ABC):
 
     num_layers: int
     hidden_size: int
+    vocab_size: int | None = None  # how many token ids there are, where the encoder knows
+    max_length: int | None = None  # the longest input in tokens, None if there is no bound
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
@@ -60,6 +62,19 @@ class LayeredEncoder(nn.Module, ABC):
     def mask(self, batch: Batch) -> Tensor:
         """Which positions hold a token, ``[batch, length]``; all of them where the batch has no ``attention_mask``."""
         return attention_mask(batch)
+
+    def check_tokens(self, tokenizer: Any, max_length: int | None) -> None:
+        """Raise a ``ValueError`` if data of this tokenizer and length (None: not known) does not fit the encoder."""
+        if tokenizer is not None and self.vocab_size is not None and len(tokenizer) > self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {len(tokenizer)} token ids, but the encoder only {self.vocab_size}: give both the same "
+                "pretrained name, or set the encoder's vocab_size"
+            )
+        if max_length is not None and self.max_length is not None and max_length > self.max_length:
+            raise ValueError(
+                f"the data is cut to max_length={max_length} tokens, but the encoder takes at most {self.max_length}: "
+                "lower the max_length of the data"
+            )
 
     def config(self) -> dict[str, Any] | None:
         """Plain data from which `dact.encoders.from_config` builds this encoder, or None if it cannot."""

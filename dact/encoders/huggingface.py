@@ -186,6 +186,8 @@ class HuggingFaceEncoder(LayeredEncoder):
         self.pooling = pooling
         self.num_layers = model.config.num_hidden_layers
         self.hidden_size = model.config.hidden_size
+        self.vocab_size = model.config.vocab_size
+        self.max_length = _longest_input(model)
         self._family = family
 
     def embed(self, batch: Batch) -> Tensor:
@@ -220,9 +222,18 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     def config(self) -> dict[str, Any]:
         model = json.loads(self.model.config.to_json_string(use_diff=False))
-        for name in ("_name_or_path", "architectures", "transformers_version"):  # traces of where it came from
+        for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):  # how it was loaded
             model.pop(name, None)
         return {"type": "HuggingFaceEncoder", "pooling": self.pooling, "model": model}
+
+
+def _longest_input(model: PreTrainedModel) -> int | None:
+    """How many positions the embedding knows; None for families with relative positions only."""
+    table = getattr(model.embeddings, "position_embeddings", None)
+    if not isinstance(table, nn.Embedding):
+        return None
+    # RoBERTa and MPNet count positions from behind the padding id.
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
 def _check_family(model_type: str | None, what: str) -> _Family:

@@ -74,6 +74,7 @@ class TransformerEncoder(LayeredEncoder):
         check_choice("TransformerEncoder: pooling", pooling, Pooling)
         self.num_layers = num_layers
         self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
         self._config = {
             "vocab_size": vocab_size,
             "num_layers": num_layers,

@@ -1,0 +1,51 @@
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# Nothing here may reach for a hub: a test that tries fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+hypothesis.settings.register_profile("dact", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("dact")
+
+from dact import DACT, SubmodelConfig
+from dact.encoders import TransformerEncoder
+
+
+@pytest.fixture(autouse=True)
+def _one_seed_and_one_thread():
+    torch.manual_seed(0)
+    torch.set_num_threads(1)  # tests run side by side
+
+
+def scatter_exits(model):
+    """Give the submodels of an untrained model random heads, so that its examples leave at many different layers."""
+    generator = torch.Generator().manual_seed(1)
+    for submodels, scale in ((model.classifier, 4.0), (model.confidence, 12.0)):
+        for submodel in submodels:
+            last = submodel[-1]
+            torch.nn.init.normal_(last.weight, std=scale / last.in_features**0.5, generator=generator)
+            torch.nn.init.zeros_(last.bias)
+    return model
+
+
+def tiny_model(layers=4, hidden=16, vocab=50, **arguments):
+    """An untrained DACT in eval mode, whose examples leave at different layers."""
+    encoder = arguments.pop("encoder", None) or TransformerEncoder(vocab, layers, hidden, 2)
+    torch.nn.init.normal_(encoder.tokens.weight) if hasattr(encoder, "tokens") else None
+    config = SubmodelConfig(num_layers=1, hidden_units=16, dropout=0.0)
+    return scatter_exits(DACT(encoder=encoder, classifier=config, confidence=config, **arguments).eval())
+
+
+def random_batch(batch=16, length=12, vocab=50, labels=3, seed=0):
+    """Token ids with padding of random lengths on the right."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, length + 1, (batch,), generator=generator)
+    lengths[0] = length
+    mask = (torch.arange(length) < lengths[:, None]).long()
+    ids = torch.randint(3, vocab, (batch, length), generator=generator) * mask
+    target = torch.randint(0, labels, (batch,), generator=generator)
+    return {"input_ids": ids, "attention_mask": mask, "labels": target}

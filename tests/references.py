@@ -1,0 +1,62 @@
+"""Naive twins of the arithmetic: one example at a time, in plain Python, written from the formulas alone."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+
+def accumulate(y, h):
+    """(a_1 … a_N, p_1 … p_N) of one example: y is [layers][classes], h is [layers]."""
+    previous_p, previous_a = 1.0, [0.0] * len(y[0])
+    a, p = [], []
+    for y_n, h_n in zip(y, h, strict=True):
+        a_n = [previous_p * y_c + (1 - previous_p) * a_c for y_c, a_c in zip(y_n, previous_a, strict=True)]
+        p_n = previous_p * h_n
+        a.append(a_n)
+        p.append(p_n)
+        previous_a, previous_p = a_n, p_n
+    return a, p
+
+
+def margin(a_n, p_n, d, rule):
+    """By how much the winner is sure to lead at the end, in exact arithmetic on the given numbers."""
+    a_n, p_n = [Fraction(x) for x in a_n], Fraction(p_n)
+    runner_up, best = sorted(a_n)[-2:]
+    if rule == "exact":
+        return (1 - p_n) ** d * (1 + best - runner_up) - 1
+    return best * (1 - p_n) ** d - (runner_up + p_n * d)
+
+
+def can_halt(a_n, p_n, d, rule, tolerance):
+    """The rule itself, without slack."""
+    return d == 0 or (rule != "never" and margin(a_n, p_n, d, rule) > -Fraction(tolerance))
+
+
+def exit_layer(a, p, rule, tolerance):
+    layers = len(p)
+    for n in range(1, layers + 1):
+        if can_halt(a[n - 1], p[n - 1], layers - n, rule, tolerance):
+            return n
+    raise AssertionError("d = 0 always halts")
+
+
+def ponder_cost(p, h, kind):
+    """Mean over examples of the sum over layers; p and h are [batch][layers]."""
+    return sum(sum(row) for row in (p if kind == "p" else h)) / len(p)
+
+
+def task_loss(a, target, weights=None):
+    """Mean over examples of -log a[target]; a is [batch][classes]."""
+    weights = weights or [1.0] * len(a[0])
+    return sum(-weights[t] * math.log(row[t]) for row, t in zip(a, target, strict=True)) / len(a)
+
+
+def worst_continuation(a_n, p_n, d):
+    """a_N if all remaining layers say the runner-up with full confidence (y = runner-up, h = 1)."""
+    order = sorted(range(len(a_n)), key=lambda c: a_n[c])
+    runner_up = order[-2]
+    a, p = list(a_n), p_n
+    for _ in range(d):
+        a = [p * (1.0 if c == runner_up else 0.0) + (1 - p) * a_c for c, a_c in enumerate(a)]
+    return a

@@ -1,0 +1,313 @@
+"""Text from files: what is read, how it is batched, and what is refused before training starts."""
+
+import json
+import random
+from collections import Counter
+
+import hypothesis.strategies as st
+import pandas as pd
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
+from dact.data import compositional, vader
+from dact.data.tables import read_table, write_table
+from dact.data.text import LengthGroupedSampler, load_tokenizer, stratified_split, word_tokenizer
+
+ROWS = [("good, really", "pos"), ('a "quoted" word', "neg"), ("NA", "pos"), ("so so\nlines", "neu"), ("12", "neg")] * 8
+ROWS += [("fine", "neu"), ("naïve 🙂 עברית", "pos")] * 4
+
+
+def tokenizer():
+    return word_tokenizer("good really quoted word so lines fine a na".split())
+
+
+def write(folder, ending, rows=ROWS, columns=("text", "label"), name="data"):
+    path = folder / f"{name}.{ending}"
+    frame = pd.DataFrame(rows, columns=list(columns))
+    if ending == "csv":
+        frame.to_csv(path, index=False)
+    elif ending == "tsv":
+        lines = ["\t".join(columns)] + ["\t".join(str(v).replace("\n", " ") for v in row) for row in rows]
+        path.write_text("\n".join(lines) + "\n")
+    elif ending == "parquet":
+        frame.to_parquet(path)
+    else:
+        path.write_text("".join(json.dumps(dict(zip(columns, row, strict=True))) + "\n" for row in rows))
+    return str(path)
+
+
+def data(file, **arguments):
+    return TextClassificationData(file, tokenizer=tokenizer(), **arguments)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "json", "parquet"])
+def test_every_format_reads_the_same(tmp_path, ending):
+    module = data(write(tmp_path, ending), val_fraction=0.25)
+    module.setup("fit")
+    assert module.class_names == ["neg", "neu", "pos"]
+    read = [(t, l) for split in ("train", "val") for t, l in zip(module.splits[split].texts, module.splits[split].labels)]
+    expected = [(text.replace("\n", " ") if ending == "tsv" else text, module.class_names.index(l)) for text, l in ROWS]
+    assert Counter(read) == Counter(expected)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_integer_labels_count_from_zero_and_names_may_replace_them(tmp_path, ending):
+    rows = [(text, {"neg": 0, "neu": 1, "pos": 2}[label]) for text, label in ROWS]
+    module = data(write(tmp_path, ending, rows))
+    module.setup("fit")
+    assert module.class_names == ["0", "1", "2"]
+    named = data(write(tmp_path, ending, rows), class_names=["bad", "so-so", "good"])
+    named.setup("fit")
+    assert named.splits["train"].labels == module.splits["train"].labels
+    stars = data(write(tmp_path, ending, [(t, l + 1) for t, l in rows], name="stars"), class_names=["1", "2", "3"])
+    stars.setup("fit")
+    assert stars.splits["train"].labels == module.splits["train"].labels
+
+
+def test_text_pairs_and_other_column_names(tmp_path):
+    rows = [("good", "word", "yes"), ("fine", "so so", "no")] * 5
+    file = write(tmp_path, "csv", rows, ("one", "two", "same"))
+    module = data(file, text_column="one", text_pair_column="two", label_column="same")
+    module.setup("fit")
+    item = module._encoded["train"][0]
+    text = module.tokenizer.decode(item["input_ids"])
+    assert text == f"[CLS] {module.splits['train'].texts[0]} [CLS] {module.splits['train'].pairs[0]}"
+
+
+def test_batches_are_padded_to_their_longest_and_cut(tmp_path):
+    rows = [("good " * n, "ab"[n % 2]) for n in range(1, 41)]
+    module = data(write(tmp_path, "csv", rows), batch_size=4, max_length=20)
+    module.setup("fit")
+    for batch in module.train_dataloader():
+        assert batch["input_ids"].shape == batch["attention_mask"].shape
+        assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1] <= 20
+        assert batch["labels"].dtype == torch.int64
+
+
+@settings(max_examples=40)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=300), st.integers(1, 17), st.integers(0, 5))
+def test_grouping_by_length_is_a_permutation_that_depends_on_seed_and_epoch_alone(lengths, batch_size, seed):
+    sampler = LengthGroupedSampler(lengths, batch_size, seed)
+    first = list(sampler)
+    assert sorted(first) == list(range(len(lengths)))
+    assert list(LengthGroupedSampler(lengths, batch_size, seed)) == first
+    sampler.set_epoch(1)
+    assert sorted(sampler) == list(range(len(lengths)))
+    if len(lengths) > 50:
+        assert list(sampler) != first
+
+
+def test_grouping_by_length_saves_padding():
+    generator = random.Random(0)
+    lengths = [generator.randint(1, 100) for _ in range(2000)]
+
+    def padded(order):
+        batches = [order[i : i + 16] for i in range(0, len(order), 16)]
+        return sum(len(batch) * max(lengths[row] for row in batch) for batch in batches)
+
+    grouped = padded(list(LengthGroupedSampler(lengths, 16, 0)))
+    assert grouped < 1.1 * sum(lengths) < 0.7 * padded(list(range(2000)))
+
+
+@given(st.lists(st.integers(0, 3), min_size=8, max_size=200), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 3))
+def test_the_split_is_stratified_and_complete(labels, fraction, seed):
+    train, val = stratified_split(labels, fraction, seed)
+    assert sorted(train + val) == list(range(len(labels)))
+    for label, count in Counter(labels).items():
+        held_out = sum(labels[row] == label for row in val)
+        assert held_out == max(1, round(fraction * count))
+    assert stratified_split(labels, fraction, seed) == (train, val)
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_tables_are_written_whole_and_read_back(tmp_path, ending):
+    columns = {"label": ["a", None], "score": [0.5, None], "exit_layer": [3, None], "reason": [None, 'no "text", 🙂']}
+    write_table(tmp_path / "deep" / f"x.{ending}", columns)
+    table, valid = read_table(tmp_path / "deep" / f"x.{ending}")
+    assert valid
+    assert list(table) == list(columns)
+    assert table["reason"][1] == 'no "text", 🙂'
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == [f"x.{ending}"]
+
+
+# ------------------------------------------------------------------ what is refused
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([("x", "a")] * 3, ("body", "label"), "has no column 'text'; it has 'body', 'label'"),
+        ([("x", "a")] * 3, ("text", "class"), "has no column 'label'; it has 'text', 'class'"),
+        ([("x", "a"), ("  ", "b"), ("y", "a")], ("text", "label"), r"row 2 cannot be used .*empty text"),
+        ([("x", "a"), ("y", "")] * 2, ("text", "label"), "rows 2, 4 without a label"),
+        ([("x", "a"), ("y", "a"), ("z", "b")], ("text", "label"), "class b has one example only"),
+        ([("x", "-1"), ("y", "1")] * 3, ("text", "label"), "label outside the classes: '?-1'?"),
+        ([("x", "0"), ("y", "2")] * 3, ("text", "label"), "class 1 of 0, 1, 2 has no example"),
+        ([("x", "7"), ("y", "0")] * 2, ("text", "label"), "7 means 8 classes, but there are only 4 rows"),
+    ],
+)
+def test_wrong_files_are_refused(tmp_path, ending, rows, columns, message):
+    with pytest.raises(ValueError, match=message):
+        data(write(tmp_path, ending, rows, columns)).setup("fit")
+
+
+def test_missing_empty_and_unknown_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no file .*absent\.csv"):
+        data(str(tmp_path / "absent.csv")).setup("fit")
+    with pytest.raises(ValueError, match=r"unknown ending '\.xls', expected one of \.csv"):
+        data(str(tmp_path / "x.xls")).setup("fit")
+    for name, content in (("a.csv", ""), ("b.csv", "text,label\n"), ("c.jsonl", ""), ("d.parquet", "")):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(ValueError, match="has no rows|cannot be read"):
+            data(str(tmp_path / name)).setup("fit")
+    with pytest.raises(ValueError, match="no train_file was given"):
+        data(None).setup("fit")
+    with pytest.raises(ValueError, match="no test_file was given"):
+        data(write(tmp_path, "csv")).setup("test")
+
+
+def test_labels_and_classes_of_other_splits_must_fit(tmp_path):
+    train = write(tmp_path, "csv")
+    other = write(tmp_path, "csv", [("good", "pos"), ("fine", "mixed")], name="val")
+    with pytest.raises(ValueError, match=r"val\.csv: row 2 with a label outside the classes: 'mixed'.*neg, neu, pos"):
+        data(train, val_file=other).setup("fit")
+    lacking = write(tmp_path, "csv", [("good", "pos"), ("fine", "neg")], name="val2")
+    with pytest.raises(ValueError, match=r"val2\.csv: class neu of neg, neu, pos has no example"):
+        data(train, val_file=lacking).setup("fit")
+
+
+def test_text_that_is_no_text_is_refused_with_its_rows(tmp_path):
+    file = write(tmp_path, "jsonl", [("good", "a"), (5, "b"), ("x", "a"), (None, "b"), (["z"], "a")])
+    with pytest.raises(ValueError, match=r"rows 2, 4, 5 cannot be used .*not a string: '5'"):
+        data(file).setup("fit")
+    for ending, content in (
+        ("csv", b"text,label\ngood,a\n\xff\xfe,b\n"),
+        ("tsv", b"text\tlabel\ngood\ta\n\xff\tb\n"),
+        ("jsonl", b'{"text": "good", "label": "a"}\n{"text": "\xff", "label": "b"}\n'),
+    ):
+        (tmp_path / f"latin.{ending}").write_bytes(content)
+        with pytest.raises(ValueError, match=r"row 2 cannot be used .*not valid UTF-8"):
+            data(str(tmp_path / f"latin.{ending}")).setup("fit")
+
+
+def test_prediction_gives_every_row_its_reason(tmp_path):
+    rows = [("good",), (" ",), (5,), ("fine",), (None,)]
+    module = data(None, predict_file=write(tmp_path, "jsonl", rows, ("text",)))
+    module.setup("predict")
+    assert module.splits["predict"].reasons == [None, "empty text", "not a string: '5'", None, "no text"]
+    assert [item["row"] for item in module._encoded["predict"]] == [0, 3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
+        ({"max_length": 1}, "max_length must be 3 or more, got 1"),
+        ({"val_fraction": 1.0}, r"val_fraction must be in \(0, 1\), got 1.0"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        data("x.csv", **arguments)
+
+
+def test_a_missing_tokenizer_is_one_clear_error():
+    with pytest.raises(ValueError, match="no tokenizer at 'nobody/nothing'.*network"):
+        load_tokenizer("nobody/nothing")
+
+
+# ------------------------------------------------------------------ embedded data
+
+
+def naive_label(text):
+    """The class of a review, read from its words alone."""
+    words = text.removesuffix(" .").split()
+    clauses = " ".join(words)
+    if clauses.split()[0] == "although" or " although " in clauses or " but " in clauses:
+        left, right = clauses.split(" , ", 1) if " , " in clauses else (clauses, "")
+        main = right if "although" in left.split() or right.startswith("but ") else left
+    else:
+        main = clauses
+    tokens = main.split()
+    adjectives = {word: grade for grade, words in enumerate(compositional.GRADES) for word in words}
+    place = next(i for i, word in enumerate(tokens) if word in adjectives)
+    grade = adjectives[tokens[place]]
+    for word in reversed(tokens[:place]):
+        if word in compositional.MODIFIERS:
+            grade = compositional.modify(grade, word)
+    return grade
+
+
+@given(st.integers(0, 10**6), st.integers(0, 6))
+def test_the_class_of_a_review_can_be_read_from_its_words(seed, max_depth):
+    review = compositional.generate_review(random.Random(seed), max_depth)
+    assert review.label == naive_label(review.text)
+    assert 0 <= review.depth <= max_depth
+
+
+def test_order_matters():
+    grade = 2
+    one = compositional.modify(compositional.modify(grade, "ironically"), "modestly")
+    other = compositional.modify(compositional.modify(grade, "modestly"), "ironically")
+    assert one != other
+
+
+def test_embedded_data_is_the_same_everywhere_and_its_splits_differ():
+    one, other = (CompositionalSentiment(num_train=300, num_val=50, num_test=50, seed=4) for _ in range(2))
+    for module in (one, other):
+        module.setup("fit")
+        module.setup("test")
+    for split in ("train", "val", "test"):
+        assert one.splits[split] == other.splits[split]
+    assert one.splits["val"].texts[:50] != one.splits["test"].texts
+    assert one.vocab_size == 42
+    unknown = one.tokenizer.unk_token_id
+    assert all(unknown not in item["input_ids"] for item in one._encoded["train"])
+    assert {"depth", "labels", "input_ids", "attention_mask", "row"} == set(next(iter(one.val_dataloader())))
+    counts = Counter(one.splits["train"].labels)
+    assert min(counts.values()) > 70
+
+
+def test_wrong_sizes_of_embedded_data_are_refused():
+    with pytest.raises(ValueError, match="num_train must be 3 or more, got 0"):
+        CompositionalSentiment(num_train=0)
+    with pytest.raises(ValueError, match="max_depth must be 0 or more, got -1"):
+        CompositionalSentiment(max_depth=-1)
+
+
+# ------------------------------------------------------------------ VADER
+
+
+def test_without_the_archive_and_a_network_there_is_a_clear_message(tmp_path, monkeypatch):
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
+    with pytest.raises(ConnectionError, match=r"could not be fetched .*put the source distribution at"):
+        VaderSentiment(root=str(tmp_path)).setup("fit")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_archive_is_refused(tmp_path):
+    module = VaderSentiment(root=str(tmp_path))
+    module.archive.write_bytes(b"something else")
+    with pytest.raises(ValueError, match=f"expected {vader.SHA256}: delete it"):
+        module.setup("fit")
+
+
+@pytest.mark.slow
+def test_vader_is_fetched_read_and_split():
+    module = VaderSentiment()
+    module.prepare_data()
+    module.setup("fit")
+    module.setup("test")
+    sizes = {split: len(examples) for split, examples in module.splits.items()}
+    assert sizes == {"train": 17777, "val": 2963, "test": 2963}
+    small = VaderSentiment(num_train=2000)
+    small.setup("fit")
+    assert abs(len(small.splits["train"]) - 2000) <= 2
+    assert small.splits["val"] == module.splits["val"]
+    with pytest.raises(ValueError, match="num_train must be in 3 … 17776, got 17777"):
+        VaderSentiment(num_train=17777).setup("fit")

@@ -1,0 +1,444 @@
+"""DACT, the LightningModule: outputs, losses, early exit, schedules and what it leaves on disk."""
+
+import copy
+import json
+import math
+import warnings
+
+import hypothesis.strategies as st
+import lightning.pytorch as pl
+import pytest
+import torch
+from hypothesis import given, settings
+from sklearn.metrics import accuracy_score, f1_score
+from torch.utils.data import DataLoader
+
+from dact import DACT, SubmodelConfig, functional
+from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
+from tests import references
+from tests.conftest import random_batch, scatter_exits, tiny_model
+from tests.test_encoders import config_of
+
+
+def loader(examples=64, batch_size=16, seed=0, length=12):
+    batch = random_batch(examples, length, seed=seed)
+    rows = [{name: tensor[row] for name, tensor in batch.items()} for row in range(examples)]
+    return DataLoader(rows, batch_size=batch_size)
+
+
+def trainer(tmp_path, **arguments):
+    arguments = {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False, **arguments}
+    arguments = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", **arguments}
+    return pl.Trainer(default_root_dir=tmp_path, **arguments)
+
+
+# ------------------------------------------------------------------ outputs
+
+
+@torch.no_grad()
+def test_forward_gives_all_layers_without_labels():
+    model, batch = tiny_model(layers=5), random_batch(7)
+    batch.pop("labels")
+    output = model(batch)
+    assert output.probabilities.shape == (7, 3)
+    assert output.layer_probabilities.shape == (7, 5, 3)
+    assert output.h.shape == output.p.shape == (7, 5)
+    assert output.exit_layer.dtype == torch.int64
+    a, p = functional.accumulate(output.layer_probabilities, output.h)
+    torch.testing.assert_close(output.probabilities, a[:, -1])
+    torch.testing.assert_close(output.p, p)
+    early = model.early_exit(batch)
+    assert early.layer_probabilities is None
+    torch.testing.assert_close(early.probabilities, functional.answer_at(a, output.exit_layer))
+
+
+@settings(max_examples=60)
+@given(
+    layers=st.integers(1, 7),
+    batch=st.integers(1, 20),
+    classes=st.integers(2, 6),
+    length=st.integers(1, 15),
+    tolerance=st.sampled_from([0.0, 0.2, 0.8]),
+    rule=st.sampled_from(["exact", "paper", "never"]),
+    seed=st.integers(0, 1000),
+)
+@torch.no_grad()
+def test_early_exit_is_forward_stopped_early(layers, batch, classes, length, tolerance, rule, seed):
+    torch.manual_seed(seed)
+    model = tiny_model(layers=layers, output_dimension=classes, halting=rule, halting_tolerance=tolerance)
+    data = random_batch(batch, length, seed=seed)
+    full, early = model(data), model.early_exit(data)
+    assert torch.equal(early.exit_layer, full.exit_layer)
+    if tolerance == 0:
+        assert torch.equal(early.probabilities.argmax(1), full.probabilities.argmax(1))
+    a, _ = functional.accumulate(full.layer_probabilities, full.h)
+    torch.testing.assert_close(early.probabilities, functional.answer_at(a, full.exit_layer), atol=1e-4, rtol=1e-3)
+
+
+@torch.no_grad()
+def test_at_layer_k_exactly_the_examples_that_need_it_enter():
+    model, batch = tiny_model(layers=6), random_batch(40)
+    entered = []
+    for module in model.encoder.layers:
+        module.register_forward_hook(lambda module, inputs, output: entered.append(len(inputs[0])))
+    exits = model.early_exit(batch).exit_layer
+    assert len(set(exits.tolist())) > 2, "the model of this test spreads its exits"
+    assert entered == [int((exits >= k).sum()) for k in range(1, int(exits.max()) + 1)]
+
+
+@torch.no_grad()
+def test_batch_size_and_order_change_nothing():
+    model, batch = tiny_model(layers=6), random_batch(24)
+    whole = model.early_exit(batch)
+    order = torch.randperm(24)
+    shuffled = model.early_exit({name: tensor[order] for name, tensor in batch.items()})
+    assert torch.equal(shuffled.exit_layer, whole.exit_layer[order])
+    for row in range(24):
+        single = model.early_exit({name: tensor[row : row + 1] for name, tensor in batch.items()})
+        assert single.exit_layer[0] == whole.exit_layer[row]
+        torch.testing.assert_close(single.probabilities[0], whole.probabilities[row], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_one_layer_and_a_batch_of_one_work(share):
+    model = tiny_model(layers=1, share_submodels=share)
+    output = model.early_exit(random_batch(1))
+    assert output.exit_layer.tolist() == [1]
+    model.train()
+    model(random_batch(1)).probabilities.sum().backward()
+
+
+# ------------------------------------------------------------------ losses and metrics
+
+
+def test_validation_measures_early_exit_itself(tmp_path):
+    model = tiny_model(layers=5, lambda_reg=0.07, halting_tolerance=0.2)
+    metrics = trainer(tmp_path).validate(model, loader(61), verbose=False)[0]
+    batch = random_batch(61)
+    with torch.no_grad():
+        full, early = model.eval()(batch), model.early_exit(batch)
+    labels, answers = batch["labels"].tolist(), early.probabilities.argmax(1).tolist()
+    assert metrics["val_accuracy"] == pytest.approx(accuracy_score(labels, answers))
+    assert metrics["val_macro_f1"] == pytest.approx(f1_score(labels, answers, average="macro"), abs=1e-6)
+    assert metrics["val_exit_layer"] == pytest.approx(early.exit_layer.double().mean().item())
+    assert metrics["val_task_loss"] == pytest.approx(references.task_loss(early.probabilities.tolist(), labels), rel=1e-4)
+    cost = references.ponder_cost(full.p.tolist(), full.h.tolist(), "p")
+    expected = references.task_loss(full.probabilities.tolist(), labels) + 0.07 * cost
+    assert metrics["val_loss"] == pytest.approx(expected, rel=1e-4)
+    assert metrics["val_ponder_cost"] == pytest.approx(cost, rel=1e-4)
+    assert metrics["val_agreement"] == pytest.approx(
+        accuracy_score(full.probabilities.argmax(1).tolist(), answers)
+    )
+    a, _ = functional.accumulate(full.layer_probabilities, full.h)
+    for n in range(1, 6):
+        expected = accuracy_score(labels, a[:, n - 1].argmax(1).tolist())
+        assert metrics[f"val_layer_accuracy/{n}"] == pytest.approx(expected)
+    assert model.exit_histogram.tolist() == torch.bincount(early.exit_layer - 1, minlength=5).tolist()
+
+
+def test_class_weights_weigh_examples_and_not_batches(tmp_path):
+    model = tiny_model(class_weights=[1.0, 5.0, 0.5], lambda_reg=0.0)
+    losses = [
+        trainer(tmp_path).validate(model, loader(60, batch_size=size), verbose=False)[0]["val_loss"] for size in (7, 60)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    batch = random_batch(60)
+    with torch.no_grad():
+        answers = model.eval()(batch).probabilities
+    expected = references.task_loss(answers.tolist(), batch["labels"].tolist(), [1.0, 5.0, 0.5])
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_val_loss_has_the_final_lambda_from_the_first_epoch_on(tmp_path):
+    """λ warms up in training only, and neither exit loss nor warm-up touches val_loss."""
+    torch.manual_seed(0)
+    models = [tiny_model(lambda_reg=0.5, lambda_warmup=warmup, exit_loss_weight=w) for warmup, w in ((0, 0), (1, 9))]
+    models[1].load_state_dict(models[0].state_dict())
+    values = [trainer(tmp_path).validate(model, loader(), verbose=False)[0]["val_loss"] for model in models]
+    assert values[0] == values[1]
+
+
+def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path):
+    seen = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            seen.append((trainer.global_step, module._warm_lambda(), trainer.optimizers[0].param_groups[0]["lr"]))
+
+    model = tiny_model(lambda_reg=0.1, lambda_warmup=0.5, learning_rate=1.0, warmup_fraction=0.25)
+    # 10 batches, 2 accumulated: 5 steps an epoch, 20 in all
+    trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2, callbacks=[Watch()]).fit(model, loader(40, 4))
+    by_step = {step: (weight, rate) for step, weight, rate in seen}
+    assert sorted(by_step) == list(range(20))
+    for step, (weight, rate) in by_step.items():
+        assert weight == pytest.approx(0.1 * min(1, step / 10))
+        assert rate == pytest.approx((step + 1) / 6 if step < 5 else (20 - step) / 15)
+
+
+def test_an_endless_fit_has_a_constant_schedule(tmp_path):
+    model = tiny_model(lambda_reg=0.1)
+    trainer(tmp_path, max_epochs=-1, max_steps=-1, max_time={"seconds": 1}).fit(model, loader())
+    assert model._warm_lambda() == 0.1
+
+
+def test_decay_spares_biases_and_norms_and_submodels_have_a_rate_of_their_own():
+    model = tiny_model(learning_rate=0.1, submodel_learning_rate=0.2, weight_decay=0.3)
+    groups = model._parameter_groups()
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["weight_decay"] == (0.3 if parameter.dim() > 1 else 0.0)
+    encoder = {id(parameter) for parameter in model.encoder.parameters()}
+    for group in groups:
+        for parameter in group["params"]:
+            assert group["lr"] == (0.1 if id(parameter) in encoder else 0.2)
+
+
+# ------------------------------------------------------------------ training
+
+
+def test_it_learns(tmp_path):
+    batch = random_batch(256, 6)
+    batch["labels"] = batch["input_ids"][:, 0] % 3
+    rows = [{name: tensor[row] for name, tensor in batch.items()} for row in range(256)]
+    torch.manual_seed(0)
+    model = DACT(encoder=TransformerEncoder(50, 2, 32, 2, pooling="first"), learning_rate=5e-3)
+    fit = trainer(tmp_path, max_epochs=30, gradient_clip_val=1.0)
+    fit.fit(model, DataLoader(rows, 32, shuffle=True), DataLoader(rows, 64))
+    assert fit.callback_metrics["val_accuracy"] > 0.95
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "32-true", "64-true"])
+@pytest.mark.parametrize("normalization", ["none", "batch"])
+def test_every_precision_trains(tmp_path, precision, normalization):
+    encoder = TransformerEncoder(50, 3, 16, 2)
+    model = DACT(encoder=encoder, classifier=SubmodelConfig(normalization=normalization))
+    fit = trainer(tmp_path, precision=precision, accumulate_grad_batches=2)
+    fit.fit(model, loader(65), loader(33, seed=1))  # the last batches hold one example
+    assert math.isfinite(fit.callback_metrics["val_loss"])
+    assert fit.callback_metrics["val_loss"].dtype in (torch.float32, torch.float64)
+
+
+def test_a_collapsed_depth_is_a_visible_warning(tmp_path):
+    for lambda_reg, words in ((50.0, "first layer.*smaller lambda_reg"), (0.0, "all 4 layers.*larger lambda_reg")):
+        model = tiny_model(lambda_reg=lambda_reg, lambda_warmup=0.0, learning_rate=3e-2 if lambda_reg else 1e-9)
+        if not lambda_reg:
+            for n in range(1, 5):
+                torch.nn.init.zeros_(model.confidence.of_layer(n)[-1].weight)
+                torch.nn.init.constant_(model.confidence.of_layer(n)[-1].bias, 9.0)
+        with pytest.warns(UserWarning, match=words):
+            trainer(tmp_path, max_epochs=6).fit(model, loader(), loader(seed=1))
+    single = tiny_model(layers=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*depth has collapsed.*")
+        trainer(tmp_path).fit(single, loader(), loader(seed=1))
+
+
+def _two_processes(rank, port, folder):
+    """One process of a two-process fit on gloo."""
+    import os
+
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
+    torch.set_num_threads(1)
+    pl.seed_everything(0)
+    model = tiny_model(lambda_reg=0.05)
+    fit = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+    )  # fmt: skip
+    fit.fit(model, loader(64, 8), loader(32, 8, seed=1))
+    weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
+    metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
+    torch.save({"weights": weights, "metrics": metrics}, f"{folder}/rank{rank}.pt")
+
+
+@pytest.mark.slow
+def test_two_processes_train_one_model(tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_two_processes, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(180)
+        assert process.exitcode == 0
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert torch.equal(first["weights"], second["weights"])
+    for name in ("val_loss", "val_accuracy", "val_exit_layer", "val_task_loss", "val_layer_accuracy/1"):
+        assert first["metrics"][name] == second["metrics"][name], name
+    # What both halves measured together is what one process measures of everything.
+    model = tiny_model(lambda_reg=0.05)
+    torch.nn.utils.vector_to_parameters(first["weights"], model.parameters())
+    alone = trainer(tmp_path).validate(model, loader(32, 8, seed=1), verbose=False)[0]
+    for name in ("val_loss", "val_accuracy", "val_exit_layer"):
+        assert alone[name] == pytest.approx(first["metrics"][name], rel=1e-5)
+
+
+# ------------------------------------------------------------------ an encoder of your user's own
+
+
+class LayeredEncoderOfYourUser(LayeredEncoder):
+    """A stack of perceptrons on a bag of words."""
+
+    num_layers, hidden_size = 3, 8
+
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(50, 8)
+        self.steps = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
+
+    def embed(self, batch):
+        return self.table(batch["input_ids"])
+
+    def layer(self, layer, hidden, context):
+        return hidden + self.steps[layer - 1](hidden).relu()
+
+    def pool(self, layer, hidden, mask):
+        return (hidden * mask.unsqueeze(-1)).sum(1)
+
+
+def test_any_module_that_keeps_the_contract_is_an_encoder(tmp_path):
+    model = scatter_exits(DACT(encoder=LayeredEncoderOfYourUser()))
+    fit = trainer(tmp_path, enable_checkpointing=True)
+    fit.fit(model, loader(), loader(seed=1))
+    fit.save_checkpoint(tmp_path / "own.ckpt")
+    with pytest.raises(ValueError, match="pass encoder="):
+        DACT.load_from_checkpoint(tmp_path / "own.ckpt")
+    again = DACT.load_from_checkpoint(tmp_path / "own.ckpt", encoder=LayeredEncoderOfYourUser()).eval()
+    with torch.no_grad():
+        batch = random_batch()
+        assert torch.equal(again(batch).probabilities, model.eval()(batch).probabilities)
+        assert torch.equal(again.early_exit(batch).exit_layer, again(batch).exit_layer)
+
+
+# ------------------------------------------------------------------ on disk
+
+
+def hugging_face_model(**arguments):
+    from transformers import AutoModel
+
+    return tiny_model(encoder=HuggingFaceEncoder.from_model(AutoModel.from_config(config_of("bert"))), **arguments)
+
+
+@pytest.mark.parametrize("build", [tiny_model, hugging_face_model])
+def test_checkpoints_load_by_themselves_under_weights_only(tmp_path, build):
+    arguments = {"class_weights": [1.0, 2.0, 3.0], "submodel_learning_rate": 0.5, "ponder": "h"}
+    model = build(class_names=["a", "b", "c"], **arguments)
+    fit = trainer(tmp_path, max_epochs=1, enable_checkpointing=True)
+    fit.fit(model, loader(), loader(seed=1))
+    path = tmp_path / "x.ckpt"
+    fit.save_checkpoint(path)
+    assert torch.load(path, weights_only=True)["hyper_parameters"] == model.config()
+    again = DACT.load_from_checkpoint(path)
+    assert again.config() == model.config()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    assert DACT.load_from_checkpoint(path, halting_tolerance=0.4).halting_tolerance == 0.4
+    # strict reloading by the Trainer, into a model that was built again
+    fresh = build(**arguments)
+    results = [trainer(tmp_path).test(fresh, loader(seed=2), ckpt_path=str(path), verbose=False)[0]]
+    results.append(trainer(tmp_path).test(again, loader(seed=2), verbose=False)[0])
+    assert results[0] == results[1]
+    assert fresh.class_names == ["a", "b", "c"]
+
+
+def test_a_resumed_fit_goes_on(tmp_path):
+    torch.manual_seed(0)
+    start = tiny_model(layers=2)
+    whole, parts = copy.deepcopy(start), copy.deepcopy(start)
+    trainer(tmp_path, max_epochs=4).fit(whole, loader(), loader(seed=1))
+
+    class Stop(pl.Callback):
+        def on_train_epoch_end(self, trainer, module):
+            if trainer.current_epoch == 1:
+                trainer.save_checkpoint(tmp_path / "half.ckpt")
+                raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, max_epochs=4, callbacks=[Stop()]).fit(parts, loader(), loader(seed=1))
+    resumed = tiny_model(layers=2)
+    trainer(tmp_path, max_epochs=4).fit(resumed, loader(), loader(seed=1), ckpt_path=str(tmp_path / "half.ckpt"))
+    for name, tensor in whole.state_dict().items():
+        torch.testing.assert_close(resumed.state_dict()[name], tensor, msg=name)
+
+
+@pytest.mark.parametrize("build", [tiny_model, hugging_face_model])
+@pytest.mark.parametrize("share", [False, True])
+def test_save_pretrained_and_back(tmp_path, build, share):
+    model = build(share_submodels=share, halting_tolerance=0.1)
+    model.save_pretrained(tmp_path / "model")
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
+    again = DACT.from_pretrained(tmp_path / "model")
+    assert not again.training
+    assert again.config() == model.config()
+    with torch.no_grad():
+        assert torch.equal(again(random_batch()).probabilities, model(random_batch()).probabilities)
+    assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
+    assert DACT.from_pretrained(tmp_path / "model", halting="never").halting == "never"
+
+
+def test_broken_files_are_clear_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nothing\.ckpt"):
+        DACT.load_from_checkpoint(tmp_path / "nothing.ckpt")
+    (tmp_path / "junk.ckpt").write_bytes(b"junk" * 99)
+    with pytest.raises(ValueError, match=r"junk\.ckpt cannot be read"):
+        DACT.load_from_checkpoint(tmp_path / "junk.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        DACT.from_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "output_dimension": 5}))
+    with pytest.raises(ValueError, match=r"does not fit this model .*instead of"):
+        DACT.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not describe a model of dact"):
+        DACT.from_pretrained(tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00")
+    with pytest.raises(ValueError, match="cannot be read as a model"):
+        DACT.from_pretrained(tmp_path / "model")
+
+
+def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_path):
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(tiny_model(), loader())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    for other in (tiny_model(hidden=32), tiny_model(layers=3), tiny_model(output_dimension=4)):
+        with pytest.raises(ValueError, match="the checkpoint does not fit this model"):
+            trainer(tmp_path).test(other, loader(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
+
+
+# ------------------------------------------------------------------ wrong input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"encoder": torch.nn.Linear(1, 1)}, TypeError, "LayeredEncoder, got Linear"),
+        ({"output_dimension": 1}, ValueError, "2 or more, got 1"),
+        ({"ponder": "q"}, ValueError, "got 'q'"),
+        ({"halting": "later"}, ValueError, "got 'later'"),
+        ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
+        ({"halting_tolerance": -0.1}, ValueError, r"\[0, 1\), got -0.1"),
+        ({"lambda_reg": -1.0}, ValueError, "lambda_reg.*got -1.0"),
+        ({"lambda_reg": float("nan")}, ValueError, "lambda_reg.*got nan"),
+        ({"exit_loss_weight": -1.0}, ValueError, "exit_loss_weight"),
+        ({"learning_rate": 0.0}, ValueError, "learning_rate.*got 0.0"),
+        ({"submodel_learning_rate": -1.0}, ValueError, "submodel_learning_rate"),
+        ({"lambda_warmup": 1.5}, ValueError, "lambda_warmup.*got 1.5"),
+        ({"class_weights": [1.0]}, ValueError, r"one entry per class \(3\), got 1"),
+        ({"class_names": ["a"]}, ValueError, r"one entry per class \(3\), got 1"),
+    ],
+)
+def test_wrong_arguments_are_refused(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        DACT(**{"encoder": TransformerEncoder(10, 1, 8, 2), **arguments})
+
+
+def test_training_without_labels_is_refused(tmp_path):
+    batches = [{name: tensor for name, tensor in random_batch().items() if name != "labels"}]
+    with pytest.raises(KeyError, match="needs 'labels'"):
+        trainer(tmp_path).fit(tiny_model(), DataLoader(batches, batch_size=None))

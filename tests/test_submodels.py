@@ -1,0 +1,83 @@
+import pytest
+import torch
+
+from dact.submodels import SubmodelConfig, Submodels, start_undecided
+
+
+@pytest.mark.parametrize(
+    ("strategy", "widths"),
+    [
+        ("constant", [64, 64, 64, 64]),
+        ("pyramidal", [64, 32, 16, 8]),
+        ("inverted_pyramidal", [8, 16, 32, 64]),
+        ("bow_tie", [64, 32, 32, 64]),
+    ],
+)
+def test_widths_follow_the_strategy(strategy, widths):
+    config = SubmodelConfig(num_layers=4, hidden_units=64, layer_strategy=strategy)
+    assert config.hidden_widths() == widths
+    linear = [module for module in config.build(10, 3) if isinstance(module, torch.nn.Linear)]
+    assert [module.out_features for module in linear] == [*widths, 3]
+    assert linear[0].in_features == 10
+
+
+def test_an_odd_bow_tie_has_one_narrow_middle_and_widths_never_reach_zero():
+    assert SubmodelConfig(num_layers=5, hidden_units=64, layer_strategy="bow_tie").hidden_widths() == [64, 32, 16, 32, 64]
+    assert min(SubmodelConfig(num_layers=8, hidden_units=4, layer_strategy="pyramidal").hidden_widths()) == 1
+    assert SubmodelConfig(num_layers=0).hidden_widths() == []
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "tanh"])
+def test_every_architecture_trains(normalization, activation):
+    config = SubmodelConfig(num_layers=2, hidden_units=8, normalization=normalization, activation=activation, dropout=0.5)
+    model = config.build(6, 3)
+    model(torch.randn(4, 6)).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_batch_normalization_takes_a_batch_of_one_and_keeps_its_statistics():
+    model = SubmodelConfig(normalization="batch").build(6, 3).train()
+    model(torch.randn(16, 6))
+    before = model[1].running_mean.clone()
+    assert torch.isfinite(model(torch.randn(1, 6))).all()
+    assert torch.equal(model[1].running_mean, before)
+    model(torch.randn(2, 6))
+    assert not torch.equal(model[1].running_mean, before)
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 6, 12, 24])
+@pytest.mark.parametrize("share", [False, True])
+def test_the_confidence_starts_undecided_whatever_the_depth(layers, share):
+    confidence = Submodels(SubmodelConfig(dropout=0), num_layers=layers, hidden_size=8, output_size=1, share=share)
+    start_undecided(confidence)
+    h = confidence(100 * torch.randn(5, layers, 8)).squeeze(-1).sigmoid()
+    p = h.cumprod(dim=1)
+    if layers > 1:
+        torch.testing.assert_close(p[:, layers - 2], torch.full((5,), 0.5))
+
+
+def test_layers_have_submodels_of_their_own_unless_shared():
+    own = Submodels(SubmodelConfig(), num_layers=3, hidden_size=8, output_size=2)
+    shared = Submodels(SubmodelConfig(), num_layers=3, hidden_size=8, output_size=2, share=True)
+    assert len({id(own.of_layer(n)) for n in (1, 2, 3)}) == 3
+    assert len({id(shared.of_layer(n)) for n in (1, 2, 3)}) == 1
+    assert own(torch.randn(4, 3, 8)).shape == shared(torch.randn(4, 3, 8)).shape == (4, 3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "message"),
+    [
+        ({"num_layers": -1}, ValueError, "num_layers must be 0 or more, got -1"),
+        ({"num_layers": 1.5}, TypeError, "num_layers must be an integer, got 1.5"),
+        ({"hidden_units": 0}, ValueError, "hidden_units must be 1 or more, got 0"),
+        ({"hidden_units": True}, TypeError, "got True"),
+        ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"normalization": "group"}, ValueError, "'none', 'batch', 'layer', got 'group'"),
+        ({"activation": "swish"}, ValueError, "got 'swish'"),
+        ({"layer_strategy": "cone"}, ValueError, "got 'cone'"),
+    ],
+)
+def test_wrong_architectures_are_refused(arguments, kind, message):
+    with pytest.raises(kind, match=message):
+        SubmodelConfig(**arguments)
