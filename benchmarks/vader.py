@@ -100,7 +100,10 @@ def train_one(method: str, value: float, seed: int, epochs: int, precision: str,
     seconds = time.perf_counter() - start
     data.setup("test")
     model.eval()
-    splits = {name: measure(model, loader) for name, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader()))}
+    splits = {
+        name: measure(model, loader)
+        for name, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader()))
+    }
     return {"method": method, "value": value, "seed": seed, "seconds": seconds, **splits}
 
 
@@ -147,7 +150,12 @@ def accuracy(scores: Tensor, target: Tensor) -> float:
 def run_all(arguments: argparse.Namespace) -> None:
     """Train everything that is not in the results yet, each in a process of its own."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    header = {"device": device, "epochs": arguments.epochs, "precision": arguments.precision, "torch": torch.__version__}
+    header = {
+        "device": device,
+        "epochs": arguments.epochs,
+        "precision": arguments.precision,
+        "torch": torch.__version__,
+    }
     stored = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {**header, "runs": []}
     if {name: stored[name] for name in header} != header:
         raise SystemExit(f"{arguments.results} holds results of another setting: move it away or name another file")
@@ -186,7 +194,9 @@ def choose_lambda(runs: list[dict]) -> float:
     """The largest λ whose validation accuracy at tolerance 0 is within half a point of the best λ's."""
     means = {}
     for value in {run["value"] for run in runs if run["method"] == "dact"}:
-        scores = [run["val"]["curve"][0]["accuracy"] for run in runs if run["method"] == "dact" and run["value"] == value]
+        scores = [
+            run["val"]["curve"][0]["accuracy"] for run in runs if run["method"] == "dact" and run["value"] == value
+        ]
         means[value] = statistics.mean(scores)
     return max(value for value, score in means.items() if score >= max(means.values()) - 0.005)
 
@@ -241,7 +251,9 @@ def main() -> None:
     if not arguments.table:
         run_all(arguments)
     results = json.loads(arguments.results.read_text())
-    print(f"\n{results['device']}, {results['precision']}, {results['epochs']} epochs, test split of VADER:\n\n{table(results)}")
+    print(
+        f"\n{results['device']}, {results['precision']}, {results['epochs']} epochs, test split of VADER:\n\n{table(results)}"
+    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_only
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
 from typing_extensions import override
 
@@ -67,7 +67,12 @@ class SavePretrained(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         directory = trainer.log_dir
-        if not trainer.is_global_zero or directory is None or trainer.fast_dev_run or not isinstance(pl_module, DACT):
+        if (
+            not trainer.is_global_zero
+            or directory is None
+            or getattr(trainer, "fast_dev_run", False)
+            or not isinstance(pl_module, DACT)
+        ):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         model = DACT.load_from_checkpoint(best, encoder=_own(pl_module)) if best else pl_module
@@ -121,8 +126,12 @@ class PredictionWriter(Callback):
         self._outputs.append((batch["row"].cpu(), outputs.probabilities.float().cpu(), outputs.exit_layer.cpu()))
 
     @override
-    @rank_zero_only
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Not in on_predict_end: a file in which nothing can be classified has no batch, but still rows to write.
+        if stage == "predict":
+            self._write(trainer, pl_module)
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
         from dact.data.tables import write_table
 
         assert isinstance(pl_module, DACT)

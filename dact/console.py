@@ -49,5 +49,7 @@ def quiet() -> None:
             logger.addFilter(_worth_reading)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
+    # What remains is for the user: the message, without the line of code that raised it.
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)

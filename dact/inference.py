@@ -37,15 +37,15 @@ def early_exit(
     mask, hidden = encoder.mask(batch), encoder.embed(batch)
     context = encoder.context(hidden, mask)
     rows = torch.arange(len(hidden), device=hidden.device)  # where the examples that are left stood in the batch
-    answers = exits = a = p = None
+    exits = torch.full_like(rows, layers)
+    answers, a, p = hidden.new_empty(0), hidden.new_empty(0), hidden.new_empty(0)
     for n in range(1, layers + 1):
         hidden = encoder.layer(n, hidden, context)
         state = encoder.pool(n, hidden, mask)
         y = at_least_float32(classifier.of_layer(n)(state)).softmax(dim=-1)
         h = at_least_float32(confidence.of_layer(n)(state)).sigmoid().squeeze(-1)
-        if answers is None:
-            a, p = torch.zeros_like(y), torch.ones_like(h)
-            answers, exits = torch.empty_like(y), torch.full_like(rows, layers)
+        if n == 1:  # only now the number of classes is known
+            answers, a, p = torch.empty_like(y), torch.zeros_like(y), torch.ones_like(h)
         a, p = accumulate_step(a, p, y, h)
         done = can_halt(a, p, layers - n, rule, tolerance, num_layers=layers)
         leaving = done.nonzero().flatten()

@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningModule
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
@@ -88,6 +88,9 @@ class DACT(LightningModule):
         (torch.Size([2, 3]), [2, 2])
     """
 
+    encoder: LayeredEncoder
+    class_weights: Tensor | None
+
     def __init__(
         self,
         encoder: LayeredEncoder,
@@ -130,7 +133,11 @@ class DACT(LightningModule):
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
-        sizes = {"num_layers": encoder.num_layers, "hidden_size": encoder.hidden_size, "share": share_submodels}
+        sizes: dict[str, Any] = {
+            "num_layers": encoder.num_layers,
+            "hidden_size": encoder.hidden_size,
+            "share": share_submodels,
+        }
         self.classifier = Submodels(classifier, output_size=output_dimension, **sizes)
         self.confidence = Submodels(confidence, output_size=1, **sizes)
         start_undecided(self.confidence)
@@ -154,7 +161,7 @@ class DACT(LightningModule):
             }
         )
 
-    def _metrics_of(self, stage: str) -> nn.ModuleDict:
+    def _metrics_of(self, stage: str) -> Any:
         return self.val_metrics if stage == "val" else self.test_metrics
 
     # ------------------------------------------------------------------ the DACT unit
@@ -442,9 +449,7 @@ class DACT(LightningModule):
         save_model(self, str(directory / WEIGHTS_NAME))
 
     @classmethod
-    def from_pretrained(
-        cls, directory: str | Path, *, encoder: LayeredEncoder | None = None, **overrides: Any
-    ) -> DACT:
+    def from_pretrained(cls, directory: str | Path, *, encoder: LayeredEncoder | None = None, **overrides: Any) -> DACT:
         """The model that `save_pretrained` wrote, in eval mode.
 
         Args:

@@ -77,12 +77,12 @@ class SubmodelConfig:
         """
         last = self.num_layers - 1
         halvings = {
-            "constant": lambda i: 0,
-            "pyramidal": lambda i: i,
-            "inverted_pyramidal": lambda i: last - i,
-            "bow_tie": lambda i: min(i, last - i),
+            "constant": [0 for _ in range(self.num_layers)],
+            "pyramidal": list(range(self.num_layers)),
+            "inverted_pyramidal": [last - i for i in range(self.num_layers)],
+            "bow_tie": [min(i, last - i) for i in range(self.num_layers)],
         }[self.layer_strategy]
-        return [max(1, self.hidden_units // 2 ** halvings(i)) for i in range(self.num_layers)]
+        return [max(1, self.hidden_units // 2**times) for times in halvings]
 
     def build(self, input_size: int, output_size: int) -> nn.Sequential:
         """The module, from ``[batch, input_size]`` to ``[batch, output_size]``."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-
 from dact.data.text import load_tokenizer
 from dact.model import DACT
 

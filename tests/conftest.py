@@ -11,8 +11,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 hypothesis.settings.register_profile("dact", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dact")
 
-from dact import DACT, SubmodelConfig
-from dact.encoders import TransformerEncoder
+from dact import DACT, SubmodelConfig  # noqa: E402
+from dact.encoders import TransformerEncoder  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 
-from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
-from dact.data import compositional, vader
+from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, compositional, vader
 from dact.data.tables import read_table, write_table
 from dact.data.text import LengthGroupedSampler, load_tokenizer, stratified_split, word_tokenizer
 
@@ -20,7 +19,7 @@ ROWS += [("fine", "neu"), ("naïve 🙂 עברית", "pos")] * 4
 
 
 def tokenizer():
-    return word_tokenizer("good really quoted word so lines fine a na".split())
+    return word_tokenizer(["good", "really", "quoted", "word", "so", "lines", "fine", "a", "na"])
 
 
 def write(folder, ending, rows=ROWS, columns=("text", "label"), name="data"):
@@ -47,8 +46,11 @@ def test_every_format_reads_the_same(tmp_path, ending):
     module = data(write(tmp_path, ending), val_fraction=0.25)
     module.setup("fit")
     assert module.class_names == ["neg", "neu", "pos"]
-    read = [(t, l) for split in ("train", "val") for t, l in zip(module.splits[split].texts, module.splits[split].labels)]
-    expected = [(text.replace("\n", " ") if ending == "tsv" else text, module.class_names.index(l)) for text, l in ROWS]
+    splits = [module.splits[split] for split in ("train", "val")]
+    read = [pair for split in splits for pair in zip(split.texts, split.labels, strict=True)]
+    expected = [
+        (text.replace("\n", " ") if ending == "tsv" else text, module.class_names.index(label)) for text, label in ROWS
+    ]
     assert Counter(read) == Counter(expected)
 
 
@@ -61,7 +63,9 @@ def test_integer_labels_count_from_zero_and_names_may_replace_them(tmp_path, end
     named = data(write(tmp_path, ending, rows), class_names=["bad", "so-so", "good"])
     named.setup("fit")
     assert named.splits["train"].labels == module.splits["train"].labels
-    stars = data(write(tmp_path, ending, [(t, l + 1) for t, l in rows], name="stars"), class_names=["1", "2", "3"])
+    stars = data(
+        write(tmp_path, ending, [(text, label + 1) for text, label in rows], name="stars"), class_names=["1", "2", "3"]
+    )
     stars.setup("fit")
     assert stars.splits["train"].labels == module.splits["train"].labels
 

@@ -12,7 +12,13 @@ from dact.encoders.pretrained import resolve_pretrained
 from tests.conftest import random_batch, scatter_exits, tiny_model
 
 LAYERS = 4
-TINY = {"hidden_size": 32, "num_hidden_layers": LAYERS, "num_attention_heads": 4, "intermediate_size": 64, "vocab_size": 100}
+TINY = {
+    "hidden_size": 32,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": 64,
+    "vocab_size": 100,
+}
 CONFIGS = {
     "bert": TINY,
     "roberta": {**TINY, "pad_token_id": 0},
@@ -89,7 +95,11 @@ def test_layer_by_layer_equals_the_plain_forward_of_the_library(name, padded):
 @pytest.mark.parametrize("pooling", ["mean", "first"])
 @torch.no_grad()
 def test_one_forward_gives_the_pooled_states_of_every_layer(name, pooling):
-    encoder = encoder_of(name, pooling=pooling) if name != "built-in" else TransformerEncoder(100, 4, 32, 4, pooling=pooling).eval()
+    encoder = (
+        encoder_of(name, pooling=pooling)
+        if name != "built-in"
+        else TransformerEncoder(100, 4, 32, 4, pooling=pooling).eval()
+    )
     states = encoder(BATCH)
     assert states.shape == (9, LAYERS, 32)
     torch.testing.assert_close(states, LayeredEncoder.forward(encoder, BATCH))
@@ -195,7 +205,9 @@ def test_padding_on_either_side_pools_the_same_tokens():
 
 def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path):
     AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"'gpt2'.*albert, bert, deberta-v2, distilbert, electra, modernbert, mpnet, rob"):
+    with pytest.raises(
+        ValueError, match=r"'gpt2'.*albert, bert, deberta-v2, distilbert, electra, modernbert, mpnet, rob"
+    ):
         HuggingFaceEncoder(str(tmp_path))
 
 

@@ -41,7 +41,7 @@ def test_answers_are_probabilities_and_p_never_increases(outputs):
     assert (a >= 0).all()
     torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:2]), atol=1e-5, rtol=0)
     assert (p[:, 1:] <= p[:, :-1]).all()
-    assert ((0 <= p) & (p <= 1)).all()
+    assert ((p >= 0) & (p <= 1)).all()
 
 
 @given(layer_outputs(), st.sampled_from(RULES), st.sampled_from([0.0, 0.05, 0.3, 0.9]))

@@ -121,14 +121,14 @@ def test_validation_measures_early_exit_itself(tmp_path):
     assert metrics["val_accuracy"] == pytest.approx(accuracy_score(labels, answers))
     assert metrics["val_macro_f1"] == pytest.approx(f1_score(labels, answers, average="macro"), abs=1e-6)
     assert metrics["val_exit_layer"] == pytest.approx(early.exit_layer.double().mean().item())
-    assert metrics["val_task_loss"] == pytest.approx(references.task_loss(early.probabilities.tolist(), labels), rel=1e-4)
+    assert metrics["val_task_loss"] == pytest.approx(
+        references.task_loss(early.probabilities.tolist(), labels), rel=1e-4
+    )
     cost = references.ponder_cost(full.p.tolist(), full.h.tolist(), "p")
     expected = references.task_loss(full.probabilities.tolist(), labels) + 0.07 * cost
     assert metrics["val_loss"] == pytest.approx(expected, rel=1e-4)
     assert metrics["val_ponder_cost"] == pytest.approx(cost, rel=1e-4)
-    assert metrics["val_agreement"] == pytest.approx(
-        accuracy_score(full.probabilities.argmax(1).tolist(), answers)
-    )
+    assert metrics["val_agreement"] == pytest.approx(accuracy_score(full.probabilities.argmax(1).tolist(), answers))
     a, _ = functional.accumulate(full.layer_probabilities, full.h)
     for n in range(1, 6):
         expected = accuracy_score(labels, a[:, n - 1].argmax(1).tolist())
@@ -238,7 +238,9 @@ def _two_processes(rank, port, folder):
     """One process of a two-process fit on gloo."""
     import os
 
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank))
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
+    )
     torch.set_num_threads(1)
     pl.seed_everything(0)
     model = tiny_model(lambda_reg=0.05)

@@ -22,7 +22,13 @@ def test_widths_follow_the_strategy(strategy, widths):
 
 
 def test_an_odd_bow_tie_has_one_narrow_middle_and_widths_never_reach_zero():
-    assert SubmodelConfig(num_layers=5, hidden_units=64, layer_strategy="bow_tie").hidden_widths() == [64, 32, 16, 32, 64]
+    assert SubmodelConfig(num_layers=5, hidden_units=64, layer_strategy="bow_tie").hidden_widths() == [
+        64,
+        32,
+        16,
+        32,
+        64,
+    ]
     assert min(SubmodelConfig(num_layers=8, hidden_units=4, layer_strategy="pyramidal").hidden_widths()) == 1
     assert SubmodelConfig(num_layers=0).hidden_widths() == []
 
@@ -30,7 +36,9 @@ def test_an_odd_bow_tie_has_one_narrow_middle_and_widths_never_reach_zero():
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "tanh"])
 def test_every_architecture_trains(normalization, activation):
-    config = SubmodelConfig(num_layers=2, hidden_units=8, normalization=normalization, activation=activation, dropout=0.5)
+    config = SubmodelConfig(
+        num_layers=2, hidden_units=8, normalization=normalization, activation=activation, dropout=0.5
+    )
     model = config.build(6, 3)
     model(torch.randn(4, 6)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())

@@ -64,7 +64,7 @@ def _read(source: Path, ending: str, folder: str) -> datasets.Dataset:
         return datasets.Dataset.from_json(str(source), **arguments)
     separator = "\t" if ending == ".tsv" else ","
     # A quotation mark in a tsv file is an ordinary character: one alone must not swallow the rows after it.
-    quoting = csv.QUOTE_NONE if ending == ".tsv" else csv.QUOTE_MINIMAL
+    quoting: Any = csv.QUOTE_NONE if ending == ".tsv" else csv.QUOTE_MINIMAL
     with source.open(encoding="utf-8-sig", newline="") as file:
         header = next(csv.reader(file, delimiter=separator, quoting=quoting), [])
     if not header:

@@ -95,9 +95,9 @@ class TextDataModule(LightningDataModule, ABC):
         """The tokenizer, loaded when first asked for."""
         if isinstance(self._tokenizer, str):
             self._tokenizer = load_tokenizer(self._tokenizer)
-        assert self._tokenizer is not None, "a subclass without a tokenizer overrides this property"
-        self._tokenizer.model_max_length = self.max_length  # so that what is saved cuts texts as training did
-        return self._tokenizer
+        tokenizer: Any = self._tokenizer
+        tokenizer.model_max_length = self.max_length  # so that what is saved cuts texts as training did
+        return tokenizer
 
     def setup(self, stage: str) -> None:
         for split in SPLITS[stage]:
@@ -114,7 +114,7 @@ class TextDataModule(LightningDataModule, ABC):
         encoding = self.tokenizer(chosen.texts, chosen.pairs, truncation=True, max_length=self.max_length)
         items = []
         for i, row in enumerate(usable):
-            item: dict[str, Any] = {name: encoding[name][i] for name in encoding.keys()}
+            item: dict[str, Any] = {name: encoding[name][i] for name in encoding}
             item["row"] = row
             if chosen.labels is not None:
                 item["labels"] = chosen.labels[i]
@@ -297,9 +297,7 @@ class TextClassificationData(TextDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            tokenizer, max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed
-        )
+        super().__init__(tokenizer, max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed)
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"TextClassificationData: val_fraction must be in (0, 1), got {val_fraction}")
         self.files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}
@@ -442,4 +440,3 @@ def _labels(labels: list[Any], class_names: list[str], file: str) -> list[int]:
             f"The {len(class_names)} classes are {', '.join(class_names)}"
         )
     return [by_name[str(label).strip()] for label in labels]
-

@@ -56,9 +56,7 @@ class VaderSentiment(TextDataModule):
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        super().__init__(
-            tokenizer, max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed
-        )
+        super().__init__(tokenizer, max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed)
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"
         self.num_train = num_train
         self.class_names = list(CLASS_NAMES)
@@ -83,7 +81,9 @@ class VaderSentiment(TextDataModule):
             training = everything.take(train)
             if self.num_train is not None:
                 if not 3 <= self.num_train < len(training):
-                    raise ValueError(f"VaderSentiment: num_train must be in 3 … {len(training) - 1}, got {self.num_train}")
+                    raise ValueError(
+                        f"VaderSentiment: num_train must be in 3 … {len(training) - 1}, got {self.num_train}"
+                    )
                 assert training.labels is not None
                 _, kept = stratified_split(training.labels, self.num_train / len(training), self.seed)
                 training = training.take(kept)

@@ -31,7 +31,8 @@ def from_config(config: dict[str, Any] | None) -> LayeredEncoder:
     if kind == "TransformerEncoder":
         return TransformerEncoder(**rest)
     if kind == "HuggingFaceEncoder":
-        return __getattr__(kind).from_config(**rest)
+        encoder: LayeredEncoder = __getattr__(kind).from_config(**rest)
+        return encoder
     raise ValueError(
         "the encoder cannot be rebuilt from the checkpoint, since it is not one of dact's own "
         f"({kind or 'no configuration was stored'}): pass encoder=, built as it was for training"

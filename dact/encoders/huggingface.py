@@ -279,7 +279,9 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
         raise ValueError(f"the weights of pretrained={pretrained!r} cannot be read: {error}") from error
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if missing:
-        raise ValueError(f"pretrained={pretrained!r} lacks {len(missing)} weights of the encoder, such as {missing[0]!r}")
+        raise ValueError(
+            f"pretrained={pretrained!r} lacks {len(missing)} weights of the encoder, such as {missing[0]!r}"
+        )
     heads = sorted({key.split(".")[0] for key in report["unexpected_keys"]} - {"encoder", "layers", "transformer"})
     if heads:
         log.info("%s: left aside what is not the encoder: %s", pretrained, ", ".join(heads))
@@ -294,7 +296,9 @@ def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: s
     if not 1 <= num_layers <= available:
         raise ValueError(f"num_layers must be in 1 … {available}, the layers of {pretrained!r}, got {num_layers}")
     if getattr(config, "num_hidden_groups", 1) > 1 and num_layers < available:
-        raise ValueError(f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all {available}")
+        raise ValueError(
+            f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all {available}"
+        )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]

