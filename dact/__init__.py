@@ -10,12 +10,13 @@ from dact.submodels import SubmodelConfig
 
 if TYPE_CHECKING:
     from dact.text_classifier import TextClassifier
+    from dact.tuning import TuningEngine
 
 __version__ = "0.1.0"
-__all__ = ["DACT", "DACTOutput", "SubmodelConfig", "TextClassifier"]
+__all__ = ["DACT", "DACTOutput", "SubmodelConfig", "TextClassifier", "TuningEngine"]
 
-# Imported on first use: transformers and datasets take seconds, and not everyone needs them.
-_LATER = {"TextClassifier": "dact.text_classifier"}
+# Imported on first use: transformers, datasets and optuna take seconds, and not everyone needs them.
+_LATER = {"TextClassifier": "dact.text_classifier", "TuningEngine": "dact.tuning"}
 
 
 def __getattr__(name: str) -> Any:

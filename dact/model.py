@@ -188,7 +188,8 @@ class DACT(LightningModule):
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32 or more."""
-        states = self.encoder(batch)
+        # States that were computed before take the place of the encoder: training of the submodels alone.
+        states = batch["states"] if "states" in batch else self.encoder(batch)
         logits = functional.at_least_float32(self.classifier(states))
         h = functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
         return logits, h

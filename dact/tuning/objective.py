@@ -1,0 +1,199 @@
+"""One trial: a fresh model, datamodule and Trainer, and what is read from them."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import socket
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+from optuna import TrialPruned
+from optuna.trial import BaseTrial
+from optuna_integration import PyTorchLightningPruningCallback
+from typing_extensions import override
+
+from dact.model import DACT
+from dact.tuning import tensorboard
+from dact.tuning.strategies import PLANNED_EPOCHS
+
+MONITOR = "val_loss"
+CAUSE = "cause"  # user attribute of a trial that did not finish: why
+OWNER = "owner"  # user attribute: host and process that run it
+INTERRUPTED = "interrupted"  # user attribute of a trial that somebody stopped: to be run again
+
+
+class TrialFailed(RuntimeError):
+    """A trial that cannot give a value, with its cause; the study goes on."""
+
+
+class DeadlineExceeded(Exception):
+    """Raised inside a validation that runs past the deadline."""
+
+
+class History(Callback):
+    """Keep every logged metric of every epoch, and end the trial where its loss is no finite number."""
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        if MONITOR not in metrics:
+            raise KeyError(f"the model logs no {MONITOR}; it logs {', '.join(sorted(metrics)) or 'nothing'}")
+        if not math.isfinite(metrics[MONITOR]):
+            raise TrialPruned(f"{MONITOR} is {metrics[MONITOR]} after epoch {trainer.current_epoch}")
+        self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The metrics of the epoch with the lowest validation loss."""
+        return min(self.epochs, key=lambda epoch: epoch[MONITOR])
+
+
+class Deadline(Callback):
+    """Stop a fit at a moment: after the current batch and one validation, or within a validation that takes long.
+
+    Args:
+        end: The moment, on the clock of `time.monotonic`.
+        grace: Seconds that a validation may take past it.
+    """
+
+    def __init__(self, end: float, grace: float = 10.0) -> None:
+        self.end, self.grace, self.hit = end, grace, False
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, *args: Any) -> None:
+        if time.monotonic() >= self.end:
+            self.hit = trainer.should_stop = True
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() >= self.end + self.grace:
+            self.hit = True
+            raise DeadlineExceeded
+
+
+@dataclass(frozen=True)
+class TrialSetting:
+    """What all trials of a study share.
+
+    Args:
+        stage: ``submodels``, ``training`` or ``lambda_reg``.
+        folder: Where the trials log.
+        trainer: Arguments of the Trainer.
+        seed: The same for all trials, so that they differ by their parameters alone.
+        deadline: The moment on `time.monotonic` at which a trial is stopped, or None.
+    """
+
+    stage: str
+    folder: Path
+    trainer: Mapping[str, Any]
+    seed: int
+    deadline: float | None
+
+
+def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
+    """A fresh Trainer: the user's arguments under dact's, callbacks copied so that no fit sees those of another."""
+    given = {**arguments}
+    callbacks = copy.deepcopy(given.pop("callbacks", None) or [])
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    own = fixed.pop("callbacks", [])
+    return Trainer(**{**quiet, **given, "logger": False, **fixed, "callbacks": [*callbacks, *own]})
+
+
+def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None) -> None:
+    """`Trainer.fit`, in which Ctrl-C and SIGTERM stay a KeyboardInterrupt (Lightning makes a SystemExit of them)."""
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+
+
+def run_trial(
+    trial: BaseTrial,
+    setting: TrialSetting,
+    model: DACT,
+    data: LightningDataModule,
+    *,
+    epochs: int,
+    prune: bool,
+) -> dict[str, float]:
+    """Train one trial and return the metrics of its best epoch.
+
+    Args:
+        trial: Reports to its study after every epoch if `prune`.
+        setting: What all trials of the study share.
+        model: A model of its own.
+        data: A datamodule of its own.
+        epochs: How many epochs the trial trains.
+        prune: Whether the study may stop it.
+
+    Raises:
+        TrialPruned: If the study or the deadline stopped it, or its loss is no finite number.
+        TrialFailed: If memory ran out.
+        KeyboardInterrupt: If the user stopped it.
+    """
+    trial.set_user_attr(PLANNED_EPOCHS, epochs)
+    trial.set_user_attr(OWNER, [socket.gethostname(), os.getpid()])
+    history = History()
+    callbacks: list[Callback] = [history]
+    if prune:
+        callbacks.append(PyTorchLightningPruningCallback(trial, monitor=MONITOR))  # type: ignore[arg-type]
+    deadline = None if setting.deadline is None else Deadline(setting.deadline)
+    if deadline is not None:
+        callbacks.append(deadline)
+    version = f"trial_{trial.number:04d}"
+    logger = TensorBoardLogger(setting.folder, name="", version=version, default_hp_metric=False)
+    tensorboard.log_parameters(logger, trial.params, version)
+    trainer = make_trainer(
+        setting.trainer, max_epochs=epochs, logger=logger, callbacks=callbacks, enable_checkpointing=False
+    )
+    succeeded = False
+    try:
+        with contextlib.suppress(DeadlineExceeded):
+            fit(trainer, model, data)
+        if deadline is not None and deadline.hit and trainer.global_step < trainer.estimated_stepping_batches:
+            raise TrialPruned("time_out ended the study in the middle of this trial")
+        succeeded = True
+    except TrialPruned as error:
+        trial.set_user_attr(CAUSE, str(error))
+        raise
+    except KeyboardInterrupt:
+        trial.set_user_attr(INTERRUPTED, True)
+        raise
+    except Exception as error:
+        cause = f"{type(error).__name__}: {error}".splitlines()[0]
+        trial.set_user_attr(CAUSE, cause)
+        if is_out_of_memory(error):
+            raise TrialFailed(cause) from error
+        raise
+    finally:
+        tensorboard.log_outcome(logger, history.best if history.epochs else {}, succeeded)
+        logger.finalize("success" if succeeded else "failed")
+    return history.best
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out, on a GPU or on the CPU."""
+    text = str(error).lower()
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    )
+
+
+def seed_trial(seed: int) -> None:
+    """The same start for every trial, before its model is built."""
+    seed_everything(seed, workers=True, verbose=False)

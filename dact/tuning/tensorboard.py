@@ -1,0 +1,48 @@
+"""Trials in TensorBoard's HParams tab, with their real metrics and status.
+
+Lightning's own hyper-parameter logging gives every trial the status of success and a metric of -1, so the records of
+the plugin are written here, through its public summaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch.loggers import TensorBoardLogger
+
+METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
+
+
+def log_parameters(logger: TensorBoardLogger, parameters: Mapping[str, Any], name: str) -> None:
+    """Open the session of a trial."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    _write(logger, summary_v2.hparams_pb(dict(parameters), trial_id=name))
+
+
+def log_outcome(logger: TensorBoardLogger, metrics: Mapping[str, float], succeeded: bool) -> None:
+    """Close the session of a trial with the metrics of its best epoch; pruned and failed trials count as failures."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    for name in METRICS:
+        if name in metrics:
+            logger.experiment.add_scalar(f"best/{name}", metrics[name])
+    status = "STATUS_SUCCESS" if succeeded else "STATUS_FAILURE"
+    end = plugin_data_pb2.SessionEndInfo(status=api_pb2.Status.Value(status))
+    record = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
+    _write(logger, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)]))
+
+
+def log_experiment(logger: TensorBoardLogger, parameters: Mapping[str, Any]) -> None:
+    """Tell the HParams tab which parameters and metrics the trials below this folder have."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    hparams = [summary_v2.HParam(name) for name in parameters]
+    metrics = [summary_v2.Metric(f"best/{name}") for name in METRICS]
+    _write(logger, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
+
+
+def _write(logger: TensorBoardLogger, summary: Any) -> None:
+    logger.experiment._get_file_writer().add_summary(summary)
