@@ -1,6 +1,6 @@
 """The embedded data needs depth: encoders of 1, 2, 4 and 6 layers, equally trained on CompositionalSentiment.
 
-    python benchmarks/composition.py
+python benchmarks/composition.py
 """
 
 from __future__ import annotations

@@ -1,11 +1,13 @@
-"""The command line: LightningCLI with dact's model, callbacks and errors."""
+"""The command line: LightningCLI with dact's model, callbacks, errors and the tune command."""
 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from typing import Any
 
+import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
@@ -13,7 +15,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from typing_extensions import override
 
 from dact.callbacks import ExitPlots, PredictionWriter, SavePretrained
-from dact.console import quiet
+from dact.console import quiet_command
 from dact.model import DACT
 
 USAGE_ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, MisconfigurationException)
@@ -28,22 +30,29 @@ class SaveConfig(SaveConfigCallback):
             super().setup(trainer, pl_module, stage)
 
 
-class DACTCLI(LightningCLI):
-    """``dact fit | validate | test | predict``."""
+class DACTTrainer(Trainer):
+    """The Trainer, which LightningCLI also asks for the description of every command."""
 
-    @override
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` alone")
+    @staticmethod
+    def tune() -> None:
+        """Tune submodels, training and lambda_reg in three studies, then fit."""
+
+
+class DACTCLI(LightningCLI):
+    """``dact fit | validate | test | predict | tune``, all of which read the same file."""
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
         commands = LightningCLI.subcommands()
-        return {**commands, "predict": commands["predict"] | {"return_predictions"}}
+        return {**commands, "predict": commands["predict"] | {"return_predictions"}, "tune": set()}
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand == "tune":
+            return self._prepare_tune_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` alone")
         parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
         if subcommand == "predict":
             parser.add_argument(
@@ -51,9 +60,29 @@ class DACTCLI(LightningCLI):
             )
         return parser
 
+    def _prepare_tune_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        parser = self.init_parser(**kwargs)
+        self._add_arguments(parser)
+        _add_tuner_arguments(parser)
+        parser.add_argument("--run_tag", type=str, default="", help="name of the run; the same again goes on with it")
+        self._subcommand_method_arguments["tune"] = []
+        return parser
+
     @override
     def _parse_ckpt_path(self) -> None:
         """The configuration says which model to build; the checkpoint gives its weights, which must fit."""
+
+    @override
+    def instantiate_classes(self) -> None:
+        if self.subcommand != "tune":  # tuning builds anew for every trial
+            super().instantiate_classes()
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "tune":
+            self._tune()
+        else:
+            super()._run_subcommand(subcommand)
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
@@ -72,6 +101,51 @@ class DACTCLI(LightningCLI):
         self.trainer.callbacks.append(PredictionWriter(self._get(self.config, "output")))  # type: ignore[attr-defined]
         self.trainer.predict(**arguments, return_predictions=False)
 
+    def _tune(self) -> None:
+        """Hand the sections of the file to the engine, model and data as factories."""
+        from dact.tuning import TuningEngine
+        from dact.tuning.factories import DataFactory, ModelFactory
+
+        parser, config = self._parser("tune"), self.config["tune"]
+        plain = yaml.safe_load(parser.dump(config, skip_none=False))
+        if plain.get("data") is None:
+            raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
+        # Only these two sections are built here, with a parser of their own.
+        builder = LightningArgumentParser(exit_on_error=False)
+        builder.add_lightning_class_args(DACTTrainer, "trainer")
+        _add_tuner_arguments(builder)
+        ready = builder.instantiate_classes(
+            builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]})
+        )
+        trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
+        engine = TuningEngine(
+            plain["model"]["output_dimension"],
+            model=ModelFactory(plain["model"]),
+            data=DataFactory(plain["data"]),
+            trainer=trainer,
+            seed=plain["seed_everything"] or 0,
+            **vars(ready.tuner),
+        )
+        tag = config.run_tag or engine.run_tag
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            engine.run_pipeline(tag)
+        except KeyboardInterrupt:
+            words = [word for word in sys.argv[1:] if word not in ("--run_tag", tag, f"--run_tag={tag}")]
+            print(f"\ndact: stopped; go on with: dact {' '.join(words)} --run_tag {tag}", file=sys.stderr)
+            raise SystemExit(130) from None
+
+
+def _add_tuner_arguments(parser: LightningArgumentParser) -> None:
+    from dact.tuning import TuningEngine
+
+    elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed"}  # in sections of their own
+    parser.add_class_arguments(TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False)
+
+
+def _interrupt(signal_number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
 
 def _has(callbacks: list[Callback], kind: type) -> bool:
     return any(isinstance(callback, kind) for callback in callbacks)
@@ -79,12 +153,13 @@ def _has(callbacks: list[Callback], kind: type) -> bool:
 
 def run(args: ArgsType = None) -> DACTCLI:
     """Run the command line, by default that of this process."""
-    quiet()
+    quiet_command()
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
     usages = {name: {"usage": f"dact {name} --config FILE [--OPTION VALUE ...]"} for name in DACTCLI.subcommands()}
     return DACTCLI(
         DACT,
         LightningDataModule,
+        trainer_class=DACTTrainer,
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_callback=SaveConfig,

@@ -32,6 +32,9 @@ _WARNINGS = (
     r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*",
     r".*Precision 16-mixed is not supported by the model summary.*",
     r".*configure_optimizers` will be overridden by.*",
+    r".*module\(s\) in eval mode at the start of training.*",  # a frozen encoder is meant to be
+    r".*is an experimental feature.*",
+    r".*is experimental \(supported from.*",
     r".*torch\.jit.*deprecated.*",
     r".*Using the .*jsonargparse.*deprecated.*",
 )
@@ -49,7 +52,11 @@ def quiet() -> None:
             logger.addFilter(_worth_reading)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-    # What remains is for the user: the message, without the line of code that raised it.
+
+
+def quiet_command() -> None:
+    """The same for a command, where what remains is for its user: without the line of code that raised it."""
+    quiet()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)

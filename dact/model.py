@@ -147,12 +147,17 @@ class DACT(LightningModule):
 
     def _evaluation_metrics(self) -> nn.ModuleDict:
         classes, layers = self.output_dimension, self.encoder.num_layers
+
+        def mean() -> MeanMetric:
+            # Its default leaves NaN out, which would hide a broken model.
+            return MeanMetric(nan_strategy="disable")
+
         return nn.ModuleDict(
             {
-                "loss": MeanMetric(),
-                "task_loss": MeanMetric(),
-                "ponder_cost": MeanMetric(),
-                "agreement": MeanMetric(),
+                "loss": mean(),
+                "task_loss": mean(),
+                "ponder_cost": mean(),
+                "agreement": mean(),
                 "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
                 "macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
                 "exit_layer": MeanExitLayer(layers),
@@ -220,13 +225,13 @@ class DACT(LightningModule):
     ) -> None:
         """Update and log what evaluation measures of early exit: a ``[batch, layers, classes]``, the rest ``[batch]``."""
         metrics = self._metrics_of(stage)
-        examples = len(target)
         answer = functional.answer_at(a, exit_layer)
         agreement = (answer.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
-        metrics["loss"].update(loss, examples)
-        metrics["task_loss"].update(functional.task_loss(answer, target, self.class_weights), examples)
-        metrics["ponder_cost"].update(ponder_cost, examples)
-        metrics["agreement"].update(agreement, examples)
+        task_loss = functional.task_loss(answer, target, self.class_weights)
+        means = {"loss": loss, "task_loss": task_loss, "ponder_cost": ponder_cost, "agreement": agreement}
+        for name, value in means.items():
+            # One value per example: without its NaN check, torchmetrics takes no weights.
+            metrics[name].update(value.expand(len(target)))
         metrics["accuracy"].update(answer, target)
         metrics["macro_f1"].update(answer, target)
         metrics["exit_layer"].update(exit_layer)

@@ -76,9 +76,11 @@ class Display:
         ended = _ended(self._study)
         single = len(self._study.directions) == 1
         heads = ["val_loss"] if single else ["task loss", "exit layer"]
-        table = Table(title=f"study {self._stage}: trial {min(len(ended) + 1, self._total)} of {self._total}")
-        for head in ("trial", "state", *heads, "parameters"):
-            table.add_column(head, overflow="ellipsis", no_wrap=True)
+        title = f"study {self._stage}: {len(ended)} of {self._total} trials"
+        table = Table(title=title, expand=True)
+        for head, width in (("trial", 5), ("state", 8), *((head, 10) for head in heads)):
+            table.add_column(head, min_width=width, no_wrap=True)
+        table.add_column("parameters", ratio=1, overflow="ellipsis", no_wrap=True)
         for trial in trials[-ROWS:]:
             values = [f"{value:.4f}" for value in trial.values] if trial.values else [""] * len(heads)
             state = f"[{COLOURS[trial.state.name]}]{trial.state.name.lower()}[/]"

@@ -23,22 +23,27 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, Trial
 from safetensors.torch import load_file, save_file
 
+from dact.console import quiet
 from dact.functional import check_choice, check_tolerance
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning import report, studies, tensorboard
 from dact.tuning.display import Display
 from dact.tuning.features import FeaturesData, compute_features, fingerprint_data, fingerprint_encoder
-from dact.tuning.objective import History, TrialSetting, fit, make_trainer, run_trial, seed_trial
+from dact.tuning.objective import History, TrialSetting, fit, make_trainer, recorded_cause, run_trial, seed_trial
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.space import build_spaces, describe
 from dact.tuning.strategies import CurveSampler, LagPruner, SameLengthPruner
 
 EncoderTraining = Literal["finetune", "frozen"]
 STAGES = ("submodels", "training", "lambda_reg")
-DIRECTIONS = {"submodels": ["minimize"], "training": ["minimize"], "lambda_reg": ["minimize", "minimize"]}
+DIRECTIONS: dict[str, list[Literal["minimize", "maximize"]]] = {
+    "submodels": ["minimize"],
+    "training": ["minimize"],
+    "lambda_reg": ["minimize", "minimize"],
+}
 SUBMODEL_FIELDS = [field.name for field in dataclasses.fields(SubmodelConfig)]
-HOPELESS = 3  # after so many failed trials and no finished one, a study ends
+HOPELESS = 5  # after so many failed trials and no finished one, a study ends
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
@@ -84,7 +89,7 @@ class TuningEngine:
         storage: An address of an Optuna storage, or one; an sqlite file if left out.
         sampler: Of the first two studies; TPE if left out.
         pruner: Of the first two studies; it sees only trials of the same planned length.
-        halting_tolerance: Of the tuned model, in [0, 1).
+        halting_tolerance: Of the tuned model, in [0, 1); as the model factory gives it if left out.
         log_dir: Where runs are kept.
         seed: Of everything.
 
@@ -121,7 +126,7 @@ class TuningEngine:
         storage: str | optuna.storages.BaseStorage | None = None,
         sampler: BaseSampler | None = None,
         pruner: BasePruner | None = None,
-        halting_tolerance: float = 0.0,
+        halting_tolerance: float | None = None,
         log_dir: str | Path = "lightning_logs",
         seed: int = 0,
     ) -> None:
@@ -135,11 +140,13 @@ class TuningEngine:
                 raise ValueError(f"TuningEngine: {name} must be {least} or more, got {value}")
         check_choice("TuningEngine: encoder_training", encoder_training, EncoderTraining)
         check_choice("TuningEngine: lambda_selection", lambda_selection, LambdaSelection)
-        check_tolerance(halting_tolerance)
+        if halting_tolerance is not None:
+            check_tolerance(halting_tolerance)
         if lambda_selection == "max_layers" and max_layers is None:
             raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
         for name, factory in (("model", model), ("data", data)):
-            if factory is not None and not callable(factory):
+            ready = isinstance(factory, (torch.nn.Module, LightningDataModule))  # a module can be called, too
+            if factory is not None and (ready or not callable(factory)):
                 raise TypeError(
                     f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every trial "
                     "needs an instance of its own"
@@ -258,6 +265,10 @@ class TuningEngine:
 
     def _train(self, trial: BaseTrial, stage: str, chosen: Mapping[str, Any]) -> dict[str, float]:
         self._read_winners(self._tag or self.run_tag)
+        with recorded_cause(trial):
+            return self._train_chosen(trial, stage, chosen)
+
+    def _train_chosen(self, trial: BaseTrial, stage: str, chosen: Mapping[str, Any]) -> dict[str, float]:
         settings = {**self._chosen_before(stage), **chosen}
         epochs = settings.pop("num_epochs", self.trainer["max_epochs"])
         folder = self._folder(self._tag or self.run_tag) / stage
@@ -282,7 +293,8 @@ class TuningEngine:
         """A model and a datamodule of their own for `settings`, which hold plain values."""
         overrides = dict(settings)
         size = {"batch_size": overrides.pop("batch_size")} if "batch_size" in overrides else {}
-        overrides["halting_tolerance"] = self.halting_tolerance
+        if self.halting_tolerance is not None:
+            overrides["halting_tolerance"] = self.halting_tolerance
         for name in ("classifier", "confidence"):
             if name in overrides:
                 overrides[name] = SubmodelConfig(**overrides[name])
@@ -349,12 +361,10 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ studies
 
-    def _run_study(
-        self, stage: str, objective: Callable[[Trial], Any], run_tag: str, seconds: float | None
-    ) -> Study:
+    def _run_study(self, stage: str, objective: Callable[[Trial], Any], run_tag: str, seconds: float | None) -> Study:
         """Run what is left of a study, within `seconds`, and draw its pictures."""
-        tag = studies.check_run_tag(run_tag or self.run_tag)
-        self._tag = tag
+        quiet()
+        self._tag = studies.check_run_tag(run_tag or self.run_tag)
         study = self._open(stage)
         left = self.n_trials[stage] - len(studies.finished(study))
         if left > 0:
@@ -396,14 +406,14 @@ class TuningEngine:
         return SameLengthPruner(self.pruner or LagPruner())
 
     def _optimize(self, stage: str, study: Study, trials: int) -> None:
-        objective = {
+        objectives: dict[str, Callable[[Trial], Any]] = {
             "submodels": self.submodel_objective,
             "training": self.train_tune_objective,
             "lambda_reg": self.lambda_objective,
-        }[stage]
+        }
         seconds = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
         study.optimize(
-            objective,
+            objectives[stage],
             n_trials=trials,
             timeout=seconds,
             catch=(Exception,),
@@ -455,6 +465,7 @@ class TuningEngine:
         Raises:
             RuntimeError: If a study has no winner yet; the message lists which.
         """
+        quiet()
         tag = self._tag = studies.check_run_tag(run_tag or self.run_tag)
         self._read_winners(tag)
         untuned = [
@@ -495,7 +506,11 @@ class TuningEngine:
         last = folder / "checkpoints" / "last.ckpt"
         with self.display.stage(f"final fit, {epochs} epochs"):
             trainer = make_trainer(
-                self.trainer, max_epochs=epochs, logger=logger, callbacks=[history, checkpoint], enable_checkpointing=True
+                self.trainer,
+                max_epochs=epochs,
+                logger=logger,
+                callbacks=[history, checkpoint],
+                enable_checkpointing=True,
             )
             fit(trainer, model, data, str(last) if resume and last.is_file() else None)
         return history.epochs
@@ -521,7 +536,7 @@ class TuningEngine:
             "tolerance_curve": curve,
             "history": history,
             "lambda_reg": self.lambda_reg,
-            "halting_tolerance": self.halting_tolerance,
+            "halting_tolerance": model.halting_tolerance,
             "layers": model.encoder.num_layers,
         }
         model.cpu().save_pretrained(folder / "model")
@@ -605,8 +620,6 @@ def _stop_if_hopeless(study: Study, trial: FrozenTrial) -> None:
 
 def _work(engine: TuningEngine, stage: str, budget: Any, seconds: float | None, threads: int, rank: int) -> None:
     """One worker process: take trials from the common budget until it is empty."""
-    from dact.console import quiet
-
     quiet()
     torch.set_num_threads(threads)
     end = None if seconds is None else time.monotonic() + seconds

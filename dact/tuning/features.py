@@ -26,7 +26,8 @@ DTYPES = {"states": ("F32", np.float32), "labels": ("I64", np.int64), "depth": (
 def fingerprint_data(loader: DataLoader[Any]) -> str:
     """A digest of what an encoder would read and what it should answer: token ids and labels of every example."""
     digest = hashlib.sha256()
-    for item in loader.dataset:
+    examples: Any = loader.dataset
+    for item in examples:
         digest.update(json.dumps([item["input_ids"], item.get("labels")], default=_plain).encode())
     return digest.hexdigest()
 

@@ -8,7 +8,8 @@ import math
 import os
 import socket
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,6 @@ def run_trial(
 
     Raises:
         TrialPruned: If the study or the deadline stopped it, or its loss is no finite number.
-        TrialFailed: If memory ran out.
         KeyboardInterrupt: If the user stopped it.
     """
     trial.set_user_attr(PLANNED_EPOCHS, epochs)
@@ -163,27 +163,38 @@ def run_trial(
     )
     succeeded = False
     try:
-        with contextlib.suppress(DeadlineExceeded):
+        with contextlib.suppress(DeadlineExceeded), warnings.catch_warnings():
+            # A study tries extremes on purpose; only the final fit needs to say so.
+            warnings.filterwarnings("ignore", message="the depth has collapsed.*")
             fit(trainer, model, data)
         if deadline is not None and deadline.hit and trainer.global_step < trainer.estimated_stepping_batches:
             raise TrialPruned("time_out ended the study in the middle of this trial")
         succeeded = True
-    except TrialPruned as error:
-        trial.set_user_attr(CAUSE, str(error))
-        raise
-    except KeyboardInterrupt:
-        trial.set_user_attr(INTERRUPTED, True)
-        raise
-    except Exception as error:
-        cause = f"{type(error).__name__}: {error}".splitlines()[0]
-        trial.set_user_attr(CAUSE, cause)
-        if is_out_of_memory(error):
-            raise TrialFailed(cause) from error
-        raise
     finally:
         tensorboard.log_outcome(logger, history.best if history.epochs else {}, succeeded)
         logger.finalize("success" if succeeded else "failed")
     return history.best
+
+
+@contextlib.contextmanager
+def recorded_cause(trial: BaseTrial) -> Iterator[None]:
+    """Keep with the trial why it ended early.
+
+    Raises:
+        TrialFailed: If memory ran out; all other exceptions go on as they are.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        trial.set_user_attr(INTERRUPTED, True)
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, TrialPruned) else f"{type(error).__name__}: "
+        cause = f"{kind}{error}".split("\n")[0]
+        trial.set_user_attr(CAUSE, cause)
+        if is_out_of_memory(error):
+            raise TrialFailed(cause) from error
+        raise
 
 
 def is_out_of_memory(error: BaseException) -> bool:

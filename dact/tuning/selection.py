@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 LambdaSelection = Literal["max_loss_increase", "knee", "max_layers"]
@@ -108,7 +109,7 @@ def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: f
         if not any(math.isclose(end, value, rel_tol=1e-9) for value in places):
             return end
     gaps = []
-    for left, right in zip(places, places[1:], strict=False):
+    for left, right in pairwise(places):
         change = abs(_interpolate(known, right) - _interpolate(known, left)) if known else 0.0
         width = to(right) - to(left)
         # A little weight for width alone, so that a flat curve is searched evenly.

@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from dact.tuning.selection import next_lambda
 
+NOISE = 0.1  # share of a loss by which the same parameters differ from one epoch to the next
 PLANNED_EPOCHS = "planned_epochs"  # user attribute of a trial: how many epochs it would train if nobody stopped it
 
 
@@ -48,8 +49,8 @@ def lags(own: Sequence[float], others: Sequence[Sequence[float]], least: int) ->
     """Whether a trial lags so far behind that it is better stopped.
 
     At each epoch the finished trials have a best loss so far. Their better half spans from the best to the median; a
-    trial lags when it is farther above the median than that span. So a uniformly good field loses nobody, and a field
-    with a bad half loses that half.
+    trial lags when it is farther above the median than that span, and farther than a tenth of the median (the noise of
+    one epoch). So a uniformly good field loses nobody, and a field with a bad half loses that half.
 
     Args:
         own: The losses of the trial, one per epoch so far.
@@ -61,7 +62,7 @@ def lags(own: Sequence[float], others: Sequence[Sequence[float]], least: int) ->
         return False
     ordered = sorted(so_far)
     best, median = ordered[0], ordered[(len(ordered) - 1) // 2]
-    return min(own) > median + (median - best)
+    return min(own) > median + max(median - best, NOISE * abs(median))
 
 
 class LagPruner(BasePruner):

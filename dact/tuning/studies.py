@@ -7,7 +7,7 @@ import re
 import socket
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import optuna
 from optuna.pruners import BasePruner
@@ -63,7 +63,7 @@ def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage
 def open_study(
     name: str,
     storage: BaseStorage,
-    directions: list[str],
+    directions: list[Literal["minimize", "maximize"]],
     sampler: BaseSampler,
     pruner: BasePruner,
     setting: Mapping[str, Any],

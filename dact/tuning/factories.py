@@ -1,0 +1,51 @@
+"""Factories that build the model and the data of a configuration file anew, with some arguments replaced.
+
+They are classes that hold plain data, so that worker processes can have them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
+
+from dact.model import DACT
+
+
+class ModelFactory:
+    """``factory(**overrides)`` is a `DACT` of its own.
+
+    Args:
+        section: The ``model:`` section, as plain data.
+    """
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        self.section = section
+
+    def __call__(self, **overrides: Any) -> DACT:
+        plain = {name: asdict(value) if is_dataclass(value) else value for name, value in overrides.items()}  # type: ignore[arg-type]
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(DACT, "model")
+        model: DACT = parser.instantiate_classes(parser.parse_object({"model": {**self.section, **plain}})).model
+        return model
+
+
+class DataFactory:
+    """``factory(**overrides)`` is a datamodule of its own.
+
+    Args:
+        section: The ``data:`` section, as plain data: ``class_path`` and ``init_args``.
+    """
+
+    def __init__(self, section: dict[str, Any]) -> None:
+        self.section = section
+
+    def __call__(self, **overrides: Any) -> LightningDataModule:
+        arguments = {**(self.section.get("init_args") or {}), **overrides}
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_subclass_arguments(LightningDataModule, "data")
+        config = parser.parse_object({"data": {"class_path": self.section["class_path"], "init_args": arguments}})
+        data: LightningDataModule = parser.instantiate_classes(config).data
+        return data

@@ -1,0 +1,445 @@
+"""TuningEngine, on encoders and data so small that a trial takes a moment."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import optuna
+import pytest
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
+from dact.data import CompositionalSentiment
+from dact.encoders import TransformerEncoder
+from dact.tuning.engine import STAGES
+from dact.tuning.features import FeaturesData, compute_features
+from dact.tuning.objective import CAUSE, Deadline, is_out_of_memory
+from tests.conftest import tiny_model
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def small_model(**overrides):
+    return DACT(encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
+
+
+small_data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
+
+
+def engine(tmp_path, **options):
+    space = {"batch_size": {"choices": [32, 64]}, "num_epochs": {"choices": [1, 2]}}
+    options = {"model": small_model, "data": small_data, "n_trials": 3, "search_space": space, **options}
+    options = {"trainer": {"max_epochs": 2, "accelerator": "cpu"}, "log_dir": tmp_path, **options}
+    made = TuningEngine(**options)
+    made.display.console.quiet = True
+    return made
+
+
+def study_of(tmp_path, stage, tag="run"):
+    return optuna.load_study(study_name=f"{tag}/{stage}", storage=f"sqlite:///{tmp_path / tag / 'studies.db'}")
+
+
+# ------------------------------------------------------------------ the whole
+
+
+@pytest.fixture(scope="module", params=["finetune", "frozen"])
+def tuned(request, tmp_path_factory):
+    """An engine after its pipeline, and where it ran."""
+    folder = tmp_path_factory.mktemp(request.param)
+    made = engine(folder, encoder_training=request.param, warm_up_epochs=1)
+    return made, folder / "run", made.run_pipeline("run")
+
+
+def test_the_pipeline_leaves_what_the_design_lists(tuned):
+    made, run, (metrics_path, model_path) = tuned
+    assert Path(metrics_path) == run / "final" / "metrics.json"
+    assert Path(model_path) == run / "final" / "checkpoints" / "best.ckpt"
+    for stage in STAGES:
+        for number in range(3):
+            assert any((run / stage / f"trial_{number:04d}").glob("events.out.tfevents.*"))
+        assert any((run / stage / "study").glob("*.png"))
+    names = ("classifier_config", "confidence_config", "external_config", "lambda_reg")
+    stored = {name: yaml.safe_load((run / f"{name}.yaml").read_text()) for name in names}
+    assert stored["classifier_config"] == made.classifier_config
+    assert stored["lambda_reg"] == {"lambda_reg": made.lambda_reg}
+    SubmodelConfig(**stored["classifier_config"])
+    SubmodelConfig(**stored["confidence_config"])
+    expected = {"batch_size", "learning_rate", "num_epochs", "weight_decay", "warmup_fraction", "exit_loss_weight"}
+    assert set(stored["external_config"]) == expected
+    final = {path.name for path in (run / "final").iterdir()}
+    assert {"checkpoints", "config.yaml", "metrics.json", "model", "tolerance.png", "exit_histogram.png"} <= final
+    assert {path.name for path in (run / "final" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert not list(run.glob("*/trial_*/**/*.ckpt"))
+
+
+def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
+    made, run, (_, model_path) = tuned
+    model = DACT.load_from_checkpoint(model_path)
+    assert model.lambda_reg == made.lambda_reg
+    assert SubmodelConfig(**made.classifier_config) == model.classifier_config
+    assert model.learning_rate == made.external_config["learning_rate"]
+    data = small_data()
+    data.setup("test")
+    metrics = json.loads((run / "final" / "metrics.json").read_text())
+    plain = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run)
+    measured = plain.test(model, data, verbose=False)[0]
+    assert measured["test_accuracy"] == pytest.approx(metrics["test"]["accuracy"])
+    assert measured["test_exit_layer"] == pytest.approx(metrics["test"]["mean_exit_layer"])
+    classifier = TextClassifier.from_pretrained(run / "final" / "model")
+    assert classifier.class_names == ["negative", "neutral", "positive"]
+    labels = [classifier.class_names[label] for label in data.splits["test"].labels]
+    predictions = classifier(data.splits["test"].texts)
+    right = sum(p.label == label for p, label in zip(predictions, labels, strict=True))
+    assert right / len(labels) == pytest.approx(metrics["test"]["accuracy"])
+
+
+def test_metrics_have_the_keys_of_the_design(tuned):
+    made, run, _ = tuned
+    metrics = json.loads((run / "final" / "metrics.json").read_text())
+    keys = {"validation", "test", "tolerance_curve", "history", "lambda_reg", "halting_tolerance", "layers"}
+    assert set(metrics) == keys
+    quality = {"accuracy", "macro_f1", "task_loss", "mean_exit_layer", "exit_histogram", "texts_per_second"}
+    for split in ("validation", "test"):
+        assert set(metrics[split]) == quality | {"full_depth", "agreement"}
+        assert set(metrics[split]["full_depth"]) == quality
+        assert sum(metrics[split]["exit_histogram"]) == 60
+        assert metrics[split]["full_depth"]["mean_exit_layer"] == 3
+    assert metrics["validation"]["agreement"] == metrics["test"]["agreement"] == 1.0
+    assert {"tolerance", "accuracy", "mean_exit_layer", "agreement"} == set(metrics["tolerance_curve"][0])
+    assert len(metrics["history"]) == made.external_config["num_epochs"]
+
+
+def test_the_studies_hold_what_the_objectives_say(tuned):
+    made, run, _ = tuned
+    submodels, training, lambdas = (study_of(run.parent, stage) for stage in STAGES)
+    assert made.external_config == training.best_trial.params
+    assert made.classifier_config == {
+        name.removeprefix("classifier_"): value
+        for name, value in submodels.best_trial.params.items()
+        if name.startswith("classifier_")
+    }
+    assert all(len(trial.values) == 2 for trial in lambdas.trials)
+    assert all(1 <= trial.values[1] <= 3 for trial in lambdas.trials)
+    assert made.lambda_reg in [trial.params["lambda_reg"] for trial in lambdas.best_trials]
+    for study in (submodels, training):
+        for trial in study.trials:
+            assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
+
+
+def test_a_second_call_reuses_everything(tuned):
+    made, run, paths = tuned
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")}
+    again = engine(run.parent, encoder_training=made.encoder_training, warm_up_epochs=1)
+    assert again.run_pipeline("run") == paths
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")} == before
+    assert [len(study_of(run.parent, stage).trials) for stage in STAGES] == [3, 3, 3]
+    assert again.external_config == made.external_config
+
+
+def test_trials_are_in_the_hparams_tab_with_their_status(tuned):
+    from tensorboard.plugins.hparams import metadata, plugin_data_pb2
+
+    _, run, _ = tuned
+    for trial in study_of(run.parent, "training").trials:
+        events = EventAccumulator(str(run / "training" / f"trial_{trial.number:04d}")).Reload()
+        records = events.PluginTagToContent("hparams")
+        start = plugin_data_pb2.HParamsPluginData.FromString(records[metadata.SESSION_START_INFO_TAG])
+        assert set(start.session_start_info.hparams) == set(trial.params)
+        end = plugin_data_pb2.HParamsPluginData.FromString(records[metadata.SESSION_END_INFO_TAG])
+        complete = trial.state == optuna.trial.TrialState.COMPLETE
+        assert end.session_end_info.status == (1 if complete else 2)
+        if complete:
+            assert events.Scalars("best/val_loss")[-1].value == pytest.approx(trial.value)
+
+
+def test_two_runs_with_one_seed_are_equal(tmp_path):
+    results = []
+    for name in ("one", "two"):
+        made = engine(tmp_path / name)
+        made.joint_tune_study("run")
+        results.append([(t.params, t.value) for t in study_of(tmp_path / name, "submodels").trials])
+    assert results[0] == results[1]
+
+
+# ------------------------------------------------------------------ objectives on their own
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_objectives_serve_a_study_of_ones_own(tmp_path, mode):
+    made = engine(tmp_path, encoder_training=mode, warm_up_epochs=0)
+    study = optuna.create_study()
+    study.optimize(made.submodel_objective, n_trials=1)
+    assert study.best_value > 0
+    fixed = {**study.best_params, "learning_rate": 1e-3, "batch_size": 64, "num_epochs": 1, "weight_decay": 1e-3}
+    fixed |= {"warmup_fraction": 0.1, "exit_loss_weight": 0.3, "lambda_reg": 0.05}
+    value = made.train_tune_objective(optuna.trial.FixedTrial(fixed))
+    assert isinstance(value, float)
+    loss, layers = made.lambda_objective(optuna.trial.FixedTrial(fixed, number=1))
+    assert loss > 0
+    assert 1 <= layers <= 3
+
+
+def test_lambda_never_enters_the_task_loss(tmp_path):
+    made = engine(tmp_path, model=partial(small_model, lambda_warmup=0.0, exit_loss_weight=0.0, learning_rate=1e-12))
+    values = [
+        made.lambda_objective(optuna.trial.FixedTrial({"lambda_reg": value}, number=number))
+        for number, value in enumerate((1e-3, 1.0))
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-4), "an untrained model has one task loss, whatever λ costs"
+
+
+# ------------------------------------------------------------------ what goes wrong
+
+
+def test_final_train_lists_what_is_still_untuned(tmp_path):
+    made = engine(tmp_path, n_trials=1)
+    made.joint_tune_study("run")
+    with pytest.raises(RuntimeError, match=r"external_config \(train_tune_study\), lambda_reg \(lambda_reg_study\)"):
+        made.final_train("run")
+    with pytest.raises(RuntimeError, match="classifier_config"):
+        engine(tmp_path).final_train("other")
+
+
+class Breaks(DACT):
+    """A model whose loss, or whose memory, breaks in some trials."""
+
+    how = "nan"
+
+    def validation_step(self, batch, batch_idx):
+        result = super().validation_step(batch, batch_idx)
+        if self.learning_rate > 1e-3:
+            if self.how == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+            self.val_metrics["loss"].update(torch.tensor(float(self.how)))
+        return result
+
+
+@pytest.mark.parametrize(("how", "state"), [("nan", "PRUNED"), ("inf", "PRUNED"), ("memory", "FAIL")])
+def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how, state):
+    kind = type("Broken", (Breaks,), {"how": how})
+    made = engine(
+        tmp_path,
+        model=lambda **overrides: kind(encoder=TransformerEncoder(42, 2, 8, 2), **overrides),
+        n_trials=8,
+        search_space={"learning_rate": {"low": 1e-4, "high": 1e-2}, "num_epochs": {"choices": [1]}},
+    )
+    made.train_tune_study("run")
+    trials = study_of(tmp_path, "training").trials
+    broken = [trial for trial in trials if trial.params["learning_rate"] > 1e-3]
+    assert len(trials) == 8
+    assert 0 < len(broken) < 8
+    assert all(trial.state.name == state and trial.user_attrs[CAUSE] for trial in broken)
+    assert all(trial.state.name != "FAIL" for trial in trials if trial not in broken)
+
+
+def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
+    made = engine(tmp_path)
+    made.model = lambda **overrides: small_model(**{**overrides, "weight_decay": overrides["nothing"]})
+    with pytest.raises(RuntimeError, match=r"none of its 3 trials finished. The first cause: trial 0: KeyError"):
+        made.train_tune_study("run")
+    assert made.external_config is None
+
+
+@pytest.mark.parametrize(
+    ("options", "kind", "message"),
+    [
+        ({"time_out": 0}, ValueError, "time_out is in minutes and must be above 0, got 0"),
+        ({"n_trials": 0}, ValueError, "n_trials must be one or three integers of 1 or more, got 0"),
+        ({"n_trials": [1, 2]}, ValueError, r"got \[1, 2\]"),
+        ({"workers": 0}, ValueError, "workers must be 1 or more, got 0"),
+        ({"warm_up_epochs": -1}, ValueError, "warm_up_epochs must be 0 or more, got -1"),
+        ({"encoder_training": "thawed"}, ValueError, "'finetune', 'frozen', got 'thawed'"),
+        ({"lambda_selection": "best"}, ValueError, "got 'best'"),
+        ({"lambda_selection": "max_layers"}, ValueError, "needs max_layers"),
+        ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
+        ({"search_space": {"speed": {}}}, ValueError, "unknown parameter 'speed'"),
+        ({"model": tiny_model()}, TypeError, "model must be a function that makes one, got DACT"),
+    ],
+)
+def test_wrong_options_are_refused(options, kind, message):
+    with pytest.raises(kind, match=message):
+        TuningEngine(**options)
+
+
+def test_another_space_or_data_set_under_the_same_tag_is_refused(tmp_path):
+    engine(tmp_path, n_trials=1).joint_tune_study("run")
+    with pytest.raises(ValueError, match="made with another search space"):
+        engine(tmp_path, search_space={"classifier_dropout": {"high": 0.2}}).joint_tune_study("run")
+    with pytest.raises(ValueError, match="made with another data"):
+        engine(tmp_path, data=partial(small_data, seed=9)).joint_tune_study("run")
+    with pytest.raises(ValueError, match="run_tag must be a name"):
+        engine(tmp_path).joint_tune_study("../run")
+    with pytest.raises(ValueError, match="give both the same"):
+        engine(tmp_path, output_dimension=4, encoder_training="frozen").joint_tune_study("other")
+
+
+# ------------------------------------------------------------------ time
+
+
+def test_time_out_is_in_minutes_and_kept_in_seconds():
+    assert TuningEngine(3, 5).time_out == 300
+    assert TuningEngine().time_out is None
+    assert TuningEngine(time_out=2).run_tag
+
+
+class Slow(pl.Callback):
+    def on_train_batch_end(self, *args):
+        time.sleep(0.3)
+
+
+def test_the_deadline_stops_a_trial_in_flight(tmp_path):
+    trainer = {"max_epochs": 50, "accelerator": "cpu", "callbacks": [Slow()]}
+    made = engine(tmp_path, trainer=trainer, n_trials=5, data=partial(small_data, batch_size=16))
+    made.time_out = 4
+    start = time.monotonic()
+    with pytest.raises(RuntimeError, match="time_out ended the study before any trial finished"):
+        made.joint_tune_study("run")
+    assert time.monotonic() - start < 15
+    trial = study_of(tmp_path, "submodels").trials[0]
+    assert trial.state == optuna.trial.TrialState.PRUNED
+    assert "time_out" in trial.user_attrs[CAUSE]
+
+
+def test_the_deadline_stops_a_long_validation():
+    from dact.tuning.objective import DeadlineExceeded
+
+    deadline = Deadline(time.monotonic() - 20)
+    with pytest.raises(DeadlineExceeded):
+        deadline.on_validation_batch_end()
+    Deadline(time.monotonic() - 1).on_validation_batch_end()
+
+
+def test_out_of_memory_is_recognised():
+    assert is_out_of_memory(torch.OutOfMemoryError("x"))
+    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
+    assert not is_out_of_memory(RuntimeError("shape mismatch"))
+
+
+# ------------------------------------------------------------------ resuming
+
+
+class StopAt(pl.Callback):
+    """Ctrl-C in the middle of a trial."""
+
+    def __init__(self, flag):
+        self.flag = flag
+
+    def on_validation_end(self, trainer, module):
+        if self.flag.exists():
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_study_goes_on_with_the_same_trial(tmp_path):
+    flag = tmp_path / "stop"
+    trainer = {"max_epochs": 2, "accelerator": "cpu", "callbacks": [StopAt(flag)]}
+    engine(tmp_path, trainer=trainer, n_trials=2).joint_tune_study("run")
+    flag.touch()
+    with pytest.raises(KeyboardInterrupt):
+        engine(tmp_path, trainer=trainer, n_trials=4).joint_tune_study("run")
+    states = [trial.state.name for trial in study_of(tmp_path, "submodels").trials]
+    assert states == ["COMPLETE", "COMPLETE", "FAIL"]
+    flag.unlink()
+    engine(tmp_path, trainer=trainer, n_trials=4).joint_tune_study("run")
+    trials = study_of(tmp_path, "submodels").trials
+    assert len(trials) == 5
+    assert trials[3].params == trials[2].params
+    assert trials[3].user_attrs["retry_of"] == 2
+    parameters = [json.dumps(trial.params, sort_keys=True) for trial in trials]
+    assert len(set(parameters)) == 4, "the seeded sampler goes on instead of repeating itself"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM", "SIGKILL"])
+def test_a_stopped_command_goes_on_where_it_was(tmp_path, signal):
+    import signal as signals
+
+    root = Path(__file__).parent.parent
+    arguments = ["--config", root / "configs/quickstart.yaml", "--run_tag", "run", "--trainer.accelerator", "cpu"]
+    arguments += ["--data.num_train", "400", "--data.num_val", "60", "--data.num_test", "60", "--tuner.n_trials", "6"]
+    arguments += ["--tuner.warm_up_epochs", "1"]
+    command = [sys.executable, "-m", "dact", "tune", *map(str, arguments)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    database = tmp_path / "lightning_logs" / "run" / "studies.db"
+    end = time.monotonic() + 120
+    while time.monotonic() < end and not (tmp_path / "lightning_logs/run/submodels/trial_0002").exists():
+        time.sleep(0.05)
+    start = time.monotonic()
+    process.send_signal(getattr(signals, signal))
+    output, _ = process.communicate(timeout=60)
+    if signal != "SIGKILL":
+        assert time.monotonic() - start < 10
+        assert process.returncode == 130
+        assert "go on with: dact tune" in output
+        assert "--run_tag run" in output
+        states = {trial.state.name for trial in study_of(tmp_path / "lightning_logs", "submodels").trials}
+        assert "RUNNING" not in states
+    assert database.exists()
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for stage in STAGES:
+        trials = study_of(tmp_path / "lightning_logs", stage).trials
+        counted = [trial for trial in trials if not trial.user_attrs.get("interrupted")]
+        assert len(counted) == 6
+        assert all(trial.state.is_finished() for trial in trials)
+    assert "early exit" in done.stdout
+
+
+# ------------------------------------------------------------------ frozen mode and workers
+
+
+def test_features_are_the_states_of_the_encoder_and_are_computed_once(tmp_path):
+    encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
+    data.setup("fit")
+    path = tmp_path / "train.safetensors"
+    compute_features(encoder, data.val_dataloader(), path, "x")
+    compute_features(encoder, data.val_dataloader(), tmp_path / "val.safetensors", "x")
+    before = path.stat().st_mtime_ns
+    compute_features(encoder, data.val_dataloader(), path, "x")
+    assert path.stat().st_mtime_ns == before
+    compute_features(encoder, data.val_dataloader(), path, "y")
+    assert path.stat().st_mtime_ns != before
+    features = FeaturesData(tmp_path, batch_size=7)
+    stored = next(iter(features.val_dataloader()))
+    plain = list(data.val_dataloader())
+    with torch.no_grad():
+        states = torch.cat([encoder(batch) for batch in plain])
+    torch.testing.assert_close(stored["states"], states)
+    assert torch.equal(stored["labels"], torch.cat([batch["labels"] for batch in plain]))
+    assert torch.equal(stored["depth"], torch.cat([batch["depth"] for batch in plain]))
+    batches = list(features.train_dataloader())
+    assert [len(batch["labels"]) for batch in batches] == [7] * 8 + [4]
+    from safetensors.torch import load_file
+
+    torch.testing.assert_close(load_file(path)["states"], states)
+
+
+def test_the_frozen_encoder_stays_as_the_warm_up_left_it(tmp_path):
+    made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1, n_trials=1)
+    _, model_path = made.run_pipeline("run")
+    from safetensors.torch import load_file
+
+    warmed = load_file(tmp_path / "run" / "features" / "encoder.safetensors")
+    model = DACT.load_from_checkpoint(model_path)
+    for name, tensor in model.encoder.state_dict().items():
+        assert torch.equal(tensor, warmed[name]), name
+
+
+@pytest.mark.slow
+def test_workers_share_the_trials_of_a_study(tmp_path):
+    made = engine(tmp_path, workers=2, n_trials=5, encoder_training="frozen", warm_up_epochs=0)
+    made.joint_tune_study("run")
+    trials = study_of(tmp_path, "submodels").trials
+    assert len(trials) == 5
+    assert all(trial.state.is_finished() for trial in trials)
+    assert len({tuple(trial.user_attrs["owner"]) for trial in trials}) == 2
+    assert len({json.dumps(trial.params, sort_keys=True) for trial in trials}) == 5

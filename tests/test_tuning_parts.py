@@ -1,0 +1,238 @@
+"""The decisions of tuning, without any training: spaces, selection, where to try next, whom to prune."""
+
+import math
+import random
+
+import hypothesis.strategies as st
+import optuna
+import pytest
+from hypothesis import given, settings
+
+from dact.submodels import SubmodelConfig
+from dact.tuning.engine import _submodel_configs
+from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
+from dact.tuning.space import DEFAULT_SPACES, Dimension, build_spaces, describe
+from dact.tuning.strategies import PLANNED_EPOCHS, CurveSampler, LagPruner, SameLengthPruner, lags
+from dact.tuning.studies import check_run_tag, open_storage
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+# ------------------------------------------------------------------ spaces
+
+
+@pytest.mark.parametrize("stage", DEFAULT_SPACES)
+def test_every_default_dimension_can_be_suggested(stage):
+    study = optuna.create_study()
+    for _ in range(20):
+        trial = study.ask()
+        values = {name: dimension.suggest(trial, name) for name, dimension in DEFAULT_SPACES[stage].items()}
+        assert trial.params == values
+    if stage == "submodels":
+        classifier, confidence = _submodel_configs(values)
+        assert set(classifier) == set(confidence) == set(SubmodelConfig.__dataclass_fields__)
+        SubmodelConfig(**classifier)
+
+
+def test_spaces_are_narrowed_and_replaced():
+    spaces = build_spaces(
+        {"learning_rate": {"high": 1e-4}, "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8}}
+    )
+    assert spaces["training"]["learning_rate"] == Dimension("float", 1e-5, 1e-4, log=True)
+    assert spaces["training"]["batch_size"] == Dimension("int", 8, 64, step=8)
+    assert describe(spaces["lambda_reg"]) == describe(DEFAULT_SPACES["lambda_reg"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"speed": {"low": 1}}, ValueError, "unknown parameter 'speed'; the parameters are classifier_num_layers"),
+        ({"learning_rate": {"lo": 1}}, ValueError, "learning_rate: unknown entry 'lo'; expected type, low"),
+        ({"learning_rate": {"low": 1.0}}, ValueError, "learning_rate: the range is empty: low=1.0 is above high=0.01"),
+        ({"learning_rate": {"low": "small"}}, TypeError, "low must be a number, got 'small'"),
+        ({"learning_rate": {"low": 0.0}}, ValueError, "log needs low above 0"),
+        ({"learning_rate": 0.1}, TypeError, "expected a mapping"),
+        ({"classifier_num_layers": {"high": 2.5}}, TypeError, "high must be an integer, got 2.5"),
+        ({"batch_size": {"choices": []}}, ValueError, "needs a list of choices"),
+        ({"batch_size": {"low": 1}}, ValueError, "no low, high, step or log"),
+        ({"lambda_reg": {"type": "real", "low": 0, "high": 1}}, ValueError, "type must be .* got 'real'"),
+        ({"lambda_reg": {"type": "float", "low": 0.1}}, TypeError, "high must be a number, got None"),
+    ],
+)
+def test_wrong_spaces_are_refused(changes, kind, message):
+    with pytest.raises(kind, match=message):
+        build_spaces(changes)
+
+
+# ------------------------------------------------------------------ choosing λ
+
+CURVE = [
+    Point(0.001, 0.50, 6.0),
+    Point(0.01, 0.501, 5.0),
+    Point(0.03, 0.505, 3.0),
+    Point(0.05, 0.507, 3.2),  # beaten by the one before
+    Point(0.1, 0.60, 2.0),
+    Point(1.0, 0.90, 1.0),
+]
+
+
+def test_the_front_leaves_out_what_is_beaten():
+    assert [point.layers for point in pareto_front(CURVE)] == [1.0, 2.0, 3.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "layers"),
+    [
+        ("max_loss_increase", {}, 3.0),
+        ("max_loss_increase", {"max_loss_increase": 0.0}, 6.0),
+        ("max_loss_increase", {"max_loss_increase": 0.25}, 2.0),
+        ("knee", {}, 3.0),
+        ("max_layers", {"max_layers": 5.5}, 5.0),
+        ("max_layers", {"max_layers": 1.0}, 1.0),
+    ],
+)
+def test_every_rule_chooses_as_it_says(rule, options, layers):
+    assert select_lambda(CURVE, rule, **options).layers == layers
+
+
+@pytest.mark.parametrize("rule", ["max_loss_increase", "knee"])
+def test_small_equal_and_collapsed_fronts_are_handled(rule):
+    one = Point(0.1, 0.5, 3.0)
+    assert select_lambda([one], rule) == one
+    assert select_lambda([one, Point(0.01, 0.5, 3.0)], rule) == Point(0.01, 0.5, 3.0)
+    ends = [Point(0.001, 0.5, 6.0), Point(1.0, 0.9, 1.0)]
+    assert select_lambda(ends, rule) == ends[0]
+    assert select_lambda([Point(0.1, 0.5, 1.0), Point(0.2, 0.5, 1.0)], rule).lambda_reg == 0.1
+
+
+def test_an_impossible_budget_names_the_fewest_layers():
+    with pytest.raises(ValueError, match="no trial uses at most 0.5 layers; the fewest are 1.00"):
+        select_lambda(CURVE, "max_layers", max_layers=0.5)
+
+
+points = st.builds(Point, st.floats(1e-4, 1), st.floats(0.1, 2), st.floats(1, 6))
+
+
+@given(st.lists(points, min_size=1, max_size=20))
+def test_the_winner_is_never_beaten(trials):
+    front = pareto_front(trials)
+    for rule in ("max_loss_increase", "knee"):
+        chosen = select_lambda(trials, rule)
+        assert chosen in front
+        assert not any(
+            p.loss <= chosen.loss and p.layers <= chosen.layers and (p.loss, p.layers) != (chosen.loss, chosen.layers)
+            for p in trials
+        )
+
+
+def layers_at(value, bend=0.05, steep=8):
+    """Six layers, falling to one around the bend."""
+    return 1 + 5 / (1 + math.exp(steep * math.log(value / bend)))
+
+
+@settings(max_examples=30)
+@given(st.floats(0.005, 0.3))
+def test_trials_go_where_the_curve_bends(bend):
+    tried = []
+    for _ in range(12):
+        value = next_lambda(tried, 1e-3, 1.0)
+        assert 1e-3 <= value <= 1.0
+        tried.append((value, layers_at(value, bend)))
+    assert len({value for value, _ in tried}) == 12
+    steep = [value for value, layers in tried if 1.05 < layers < 5.95]
+    assert len(steep) >= 5
+    # As many at random, on the log scale, rarely do so well.
+    generator = random.Random(0)
+    drawn = [10 ** generator.uniform(-3, 0) for _ in range(1200)]
+    assert len(steep) / 12 > 1.3 * sum(1.05 < layers_at(value, bend) < 5.95 for value in drawn) / 1200
+
+
+def test_running_and_failed_trials_are_not_proposed_again():
+    tried = [(1e-3, 6.0), (1.0, 1.0), (next_lambda([(1e-3, 6.0), (1.0, 1.0)], 1e-3, 1.0), None)]
+    assert next_lambda(tried, 1e-3, 1.0) not in [value for value, _ in tried]
+
+
+def test_the_sampler_drives_a_study():
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=CurveSampler())
+    study.optimize(lambda t: (0.5, layers_at(t.suggest_float("lambda_reg", 1e-3, 1, log=True))), n_trials=8)
+    assert [t.params["lambda_reg"] for t in study.trials[:2]] == [1e-3, 1.0]
+    assert len({t.params["lambda_reg"] for t in study.trials}) == 8
+
+
+# ------------------------------------------------------------------ pruning
+
+
+def test_lagging_is_relative_to_the_better_half():
+    field = [[0.9, 0.5], [0.8, 0.4], [0.85, 0.45], [2.0, 1.9]]
+    assert lags([1.9], field, least=3)
+    assert not lags([0.92], field, least=3)
+    assert not lags([1.9], field[:2], least=3)
+    assert not lags([2.5, 0.45], field, least=3), "the best epoch so far counts"
+
+
+def run_study(pruner, half_of, epochs_of=lambda number: 5, trials=40):
+    """A study of scripted curves: half of the trials are bad from the first epoch on."""
+    generator = random.Random(0)
+
+    def objective(trial):
+        bad = half_of(trial.number)
+        epochs = epochs_of(trial.number)
+        trial.set_user_attr(PLANNED_EPOCHS, epochs)
+        trial.set_user_attr("bad", bad)
+        for epoch in range(epochs):
+            value = (1.1 if bad else 0.9 * 0.7 ** (epoch * 5 / epochs)) + 0.02 * generator.random()
+            trial.report(value, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    study = optuna.create_study(pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(objective, n_trials=trials)
+    return study.trials
+
+
+def test_the_bad_half_is_pruned_and_none_of_the_other():
+    trials = run_study(SameLengthPruner(LagPruner()), lambda number: number % 2 == 1)
+    pruned = [t for t in trials if t.state == optuna.trial.TrialState.PRUNED]
+    assert all(t.user_attrs["bad"] for t in pruned)
+    late_and_bad = [t for t in trials[8:] if t.user_attrs["bad"]]
+    assert all(t in pruned for t in late_and_bad)
+    assert all(len(t.intermediate_values) < 5 for t in pruned)
+
+
+def test_a_trial_is_compared_only_with_trials_of_its_length():
+    """Short trials are ahead at every epoch, since their learning rate falls sooner; long ones must survive them."""
+    lengths = {0: 3, 1: 8}
+
+    def epochs_of(number):
+        return lengths[number % 2]
+
+    trials = run_study(SameLengthPruner(LagPruner()), lambda number: False, epochs_of)
+    assert all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
+    alone = run_study(LagPruner(), lambda number: False, epochs_of)
+    assert any(t.state == optuna.trial.TrialState.PRUNED for t in alone), "which is why the wrapper is there"
+
+
+def test_any_pruner_of_optuna_can_be_wrapped():
+    for pruner in (optuna.pruners.MedianPruner(n_startup_trials=2), optuna.pruners.SuccessiveHalvingPruner()):
+        trials = run_study(SameLengthPruner(pruner), lambda number: number % 2 == 1)
+        assert any(t.state == optuna.trial.TrialState.PRUNED for t in trials)
+
+
+# ------------------------------------------------------------------ names and storages
+
+
+@pytest.mark.parametrize("tag", ["a", "2026-11-23_10-00-00", "run.1", "_x"])
+def test_run_tags_are_names(tag):
+    assert check_run_tag(tag) == tag
+
+
+@pytest.mark.parametrize("tag", ["../x", "a/b", "/abs", "..", "a..b", ".hidden", "a b", "x\n", "-x", "a\\b"])
+def test_run_tags_that_lead_elsewhere_are_refused(tag):
+    with pytest.raises(ValueError, match="run_tag must be a name"):
+        check_run_tag(tag)
+
+
+def test_a_storage_that_cannot_be_opened_is_one_clear_error(tmp_path):
+    for address in ("nonsense", "sqlite:////no/such/folder/x.db"):
+        with pytest.raises(ConnectionError, match="cannot be opened"):
+            open_storage(address, tmp_path)
