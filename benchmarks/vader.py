@@ -32,7 +32,7 @@ from dact.encoders import HuggingFaceEncoder
 
 RESULTS = Path(__file__).parent / "results" / "vader.json"
 TOLERANCES = tuple(round(0.1 * step, 1) for step in range(10))
-SHOWN_TOLERANCES = (0.0, 0.3, 0.5)
+SHOWN_TOLERANCES = (0.0, 0.4, 0.6)
 FULL_DEPTH = 6
 
 

@@ -18,6 +18,7 @@ from dact.cli import main
 
 ROOT = Path(__file__).parent.parent
 FIT = ROOT / "configs" / "fit.yaml"
+QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 VADER = ROOT / "configs" / "vader.yaml"
 SMALL = ["--trainer.max_epochs", "2", "--data.num_train", "600", "--data.num_val", "120", "--data.num_test", "90"]
 SMALL += ["--model.encoder.num_layers", "3", "--model.encoder.hidden_size", "16", "--trainer.accelerator", "cpu"]
@@ -285,7 +286,37 @@ def test_real_text_on_the_packaged_encoder(tmp_path):
     frame = pd.read_csv(tmp_path / "out.csv")
     assert len(frame) == 2963
     assert frame["label"].notna().sum() == 48
+    trials = ["--tuner.n_trials", "2", "--tuner.warm_up_epochs", "0", "--run_tag", "real"]
+    done = dact("tune", "--config", VADER, *small, *limits, *trials, cwd=tmp_path)
+    assert "early exit" in done.stdout
+    assert (tmp_path / "lightning_logs/real/final/model/tokenizer.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_quickstart_tunes_with_a_quiet_console(tmp_path):
+    small = ["--data.num_train", "400", "--data.num_val", "60", "--data.num_test", "60", "--trainer.accelerator", "cpu"]
+    small += ["--tuner.n_trials", "3", "--tuner.warm_up_epochs", "1", "--run_tag", "quick"]
+    done = dact("tune", "--config", QUICKSTART, *small, cwd=tmp_path)
+    lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
+    text = "\n".join(lines)
+    for noise in ("Tip", "GPU available", "arning", "workers", "Seed set", "deprecated", "experimental", "[I ", "[W "):
+        assert noise not in text, text
+    for words in ("study submodels: 3 of 3 trials", "study training", "study lambda_reg", "mean layers", "texts/s"):
+        assert words in text
+    assert "tensorboard --logdir lightning_logs/quick" in text
+    (tmp_path / "bad.yaml").write_text(QUICKSTART.read_text().replace("n_trials: 12", "n_trials: 0"))
+    done = dact("tune", "--config", "bad.yaml", cwd=tmp_path, check=False)
+    assert "n_trials must be one or three integers of 1 or more, got 0" in done.stderr
+    done = dact("tune", "--config", QUICKSTART, "--run_tag", "../x", cwd=tmp_path, check=False)
+    assert "run_tag must be a name" in done.stderr
+
+
+def test_the_options_of_the_engine_are_in_the_help_one_by_one(tmp_path):
+    text = dact("tune", "--help", cwd=tmp_path).stdout
+    for option in ("time_out", "n_trials", "search_space", "encoder_training", "lambda_selection", "workers", "storage"):
+        assert f"--tuner.{option}" in text
+    assert "--run_tag" in text
 
 
 def test_every_configuration_is_tested():
-    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} == {"fit.yaml", "vader.yaml"}
+    assert {path.name for path in (ROOT / "configs").glob("*.yaml")} == {"fit.yaml", "quickstart.yaml", "vader.yaml"}
