@@ -313,7 +313,15 @@ def test_the_quickstart_tunes_with_a_quiet_console(tmp_path):
 
 def test_the_options_of_the_engine_are_in_the_help_one_by_one(tmp_path):
     text = dact("tune", "--help", cwd=tmp_path).stdout
-    for option in ("time_out", "n_trials", "search_space", "encoder_training", "lambda_selection", "workers", "storage"):
+    for option in (
+        "time_out",
+        "n_trials",
+        "search_space",
+        "encoder_training",
+        "lambda_selection",
+        "workers",
+        "storage",
+    ):
         assert f"--tuner.{option}" in text
     assert "--run_tag" in text
 
