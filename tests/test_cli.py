@@ -78,7 +78,7 @@ def test_the_console_is_quiet(fitted):
     # So small a model, fitted for so short a time, rightly earns the warning that its depth has collapsed.
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
     text = "\n".join(lines)
-    for noise in ("Tip", "GPU available", "arning", "workers", "Seed set", "deprecated", "treespec", "rank_zero"):
+    for noise in ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "treespec", "rank_zero"):
         assert noise not in text, text
     assert "The model is in" in text
     assert "val_accuracy" in text
@@ -299,7 +299,7 @@ def test_the_quickstart_tunes_with_a_quiet_console(tmp_path):
     done = dact("tune", "--config", QUICKSTART, *small, cwd=tmp_path)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
     text = "\n".join(lines)
-    for noise in ("Tip", "GPU available", "arning", "workers", "Seed set", "deprecated", "experimental", "[I ", "[W "):
+    for noise in ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "experimental", "[I ", "[W "):
         assert noise not in text, text
     for words in ("study submodels: 3 of 3 trials", "study training", "study lambda_reg", "mean layers", "texts/s"):
         assert words in text

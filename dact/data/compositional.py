@@ -102,7 +102,7 @@ class CompositionalSentiment(TextDataModule):
         >>> data = CompositionalSentiment(num_train=100, num_val=10, num_test=10)
         >>> data.setup("fit")
         >>> data.splits["train"].texts[0]
-        'the screen is modestly wonderful overall .'
+        'the speaker is quite quite simply ironically great for me .'
     """
 
     def __init__(
