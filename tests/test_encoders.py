@@ -257,6 +257,7 @@ def test_albert_with_groups_cannot_be_cut(tmp_path):
         ({"hidden_size": 10}, "multiple of num_heads, got 10 and 4"),
         ({"dropout": 1.0}, "dropout"),
         ({"pooling": "max"}, "got 'max'"),
+        ({"slopes": (1.0, 2.0)}, "the steepest and the flattest"),
     ],
 )
 def test_a_wrong_built_in_encoder_is_refused(arguments, message):

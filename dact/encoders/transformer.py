@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -20,8 +21,8 @@ class TransformerEncoder(LayeredEncoder):
     """A pre-norm transformer encoder (Vaswani et al. 2017, arXiv 1706.03762) that knows order by linear biases.
 
     The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), for text in both directions: half of the heads
-    look back and half look ahead, each with a slope of its own between 2 and 1/4. So the first layers see the
-    neighbourhood of a word and each further layer sees farther, and no input is too long.
+    look back and half look ahead, each with a slope of its own. So the first layers see the neighbourhood of a word and
+    each further layer sees farther, and no input is too long.
 
     Args:
         vocab_size: Number of token ids, 2 or more.
@@ -31,6 +32,8 @@ class TransformerEncoder(LayeredEncoder):
         pooling: ``"mean"`` of the tokens or the ``"first"`` token.
         feedforward_size: Width inside the feed-forward part; 4 times `hidden_size` if left out.
         dropout: In [0, 1).
+        slopes: The steepest and the flattest slope of the biases, above 0, per token of distance; the heads take steps
+            of equal ratio between them. Steeper heads see a smaller neighbourhood.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -53,6 +56,7 @@ class TransformerEncoder(LayeredEncoder):
         pooling: Pooling = "mean",
         feedforward_size: int | None = None,
         dropout: float = 0.0,
+        slopes: tuple[float, float] = (2.0, 0.25),
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -73,6 +77,10 @@ class TransformerEncoder(LayeredEncoder):
             )
         if not 0.0 <= dropout < 1.0:
             raise ValueError(f"TransformerEncoder: dropout must be in [0, 1), got {dropout}")
+        if len(slopes) != 2 or not slopes[0] >= slopes[1] > 0:
+            raise ValueError(
+                f"TransformerEncoder: slopes must be the steepest and the flattest, both above 0, got {slopes}"
+            )
         check_choice("TransformerEncoder: pooling", pooling, Pooling)
         self.num_layers = num_layers
         self.hidden_size = hidden_size
@@ -86,6 +94,7 @@ class TransformerEncoder(LayeredEncoder):
             "pooling": pooling,
             "feedforward_size": feedforward_size or 4 * hidden_size,
             "dropout": dropout,
+            "slopes": list(slopes),
         }
         self.tokens = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.tokens.weight, std=0.05)
@@ -94,9 +103,9 @@ class TransformerEncoder(LayeredEncoder):
         )
         # Pre-norm layers leave an unnormalised sum behind: one norm serves the exits of all layers.
         self.norm = nn.LayerNorm(hidden_size)
-        pairs = num_heads // 2
-        slopes = 2.0 ** torch.linspace(1, -2, pairs) if pairs > 1 else torch.full((1,), 0.5)
-        self.register_buffer("slopes", slopes, persistent=False)
+        steepest, flattest = (math.log(slope) for slope in slopes)
+        spread = torch.linspace(steepest, flattest, num_heads // 2).exp()
+        self.register_buffer("slopes", spread, persistent=False)
 
     def embed(self, batch: Batch) -> Tensor:
         return self.tokens(batch["input_ids"])
