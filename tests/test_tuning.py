@@ -280,6 +280,15 @@ def test_another_space_or_data_set_under_the_same_tag_is_refused(tmp_path):
         engine(tmp_path, output_dimension=4, encoder_training="frozen").joint_tune_study("other")
 
 
+def test_winners_of_one_run_do_not_enter_another(tmp_path):
+    made = engine(tmp_path, n_trials=1)
+    made.joint_tune_study("one")
+    made.train_tune_study("two")
+    assert made.classifier_config is None
+    with pytest.raises(RuntimeError, match="classifier_config"):
+        made.final_train("two")
+
+
 # ------------------------------------------------------------------ time
 
 

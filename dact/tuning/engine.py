@@ -361,10 +361,19 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ studies
 
+    def _begin(self, run_tag: str) -> str:
+        """Turn to a run: what another run under this engine has chosen is not carried over."""
+        quiet()
+        tag = studies.check_run_tag(run_tag or self.run_tag)
+        if self._tag not in (None, tag):
+            self.classifier_config = self.confidence_config = self.external_config = self.lambda_reg = None
+            self.__dict__.pop("_frozen", None)
+        self._tag = tag
+        return tag
+
     def _run_study(self, stage: str, objective: Callable[[Trial], Any], run_tag: str, seconds: float | None) -> Study:
         """Run what is left of a study, within `seconds`, and draw its pictures."""
-        quiet()
-        self._tag = studies.check_run_tag(run_tag or self.run_tag)
+        self._begin(run_tag)
         study = self._open(stage)
         left = self.n_trials[stage] - len(studies.finished(study))
         if left > 0:
@@ -465,8 +474,7 @@ class TuningEngine:
         Raises:
             RuntimeError: If a study has no winner yet; the message lists which.
         """
-        quiet()
-        tag = self._tag = studies.check_run_tag(run_tag or self.run_tag)
+        tag = self._begin(run_tag)
         self._read_winners(tag)
         untuned = [
             f"{name} ({study})"
