@@ -84,8 +84,8 @@ class CompositionalSentiment(TextDataModule):
 
     The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps whose order matters:
     "ironically" exchanges good and bad, "modestly" good and average, "charitably" bad and average, applied from the
-    adjective outwards; in a concession the main clause counts. Words of emphasis and remarks change nothing. One layer
-    cannot do it: see benchmarks/README.md. Batches tell each example's ``depth``.
+    adjective outwards; in a concession the main clause counts. Words of emphasis and remarks change nothing. Deep
+    reviews need several layers: see benchmarks/README.md. Batches tell each example's ``depth``.
 
     Args:
         num_train: Training reviews.
