@@ -28,6 +28,7 @@ _WARNINGS = (
     r".*number of training batches .* is smaller than the logging interval.*",
     r".*isinstance\(treespec, LeafSpec\).*",
     r".*Checkpoint directory .* exists and is not empty.*",
+    r".*callbacks used to create the checkpoint need to be provided.*",  # to test a model, none is needed
     r".*is an instance of `nn\.Module` and is already saved.*",
     r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*",
     r".*Precision 16-mixed is not supported by the model summary.*",

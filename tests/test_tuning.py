@@ -1,10 +1,14 @@
 """TuningEngine, on encoders and data so small that a trial takes a moment."""
 
+import contextlib
+import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +22,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
+from dact.tuning.display import _verdict
 from dact.tuning.engine import STAGES
+from dact.tuning.estimate import measure_pace
 from dact.tuning.features import FeaturesData, compute_features
 from dact.tuning.objective import CAUSE, Deadline, is_out_of_memory
 from tests.conftest import tiny_model
@@ -159,6 +165,114 @@ def test_trials_are_in_the_hparams_tab_with_their_status(tuned):
             assert events.Scalars("best/val_loss")[-1].value == pytest.approx(trial.value)
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture(scope="module")
+def served(tuned):
+    """A TensorBoard server on a run; what it answers to a path, with a body for a POST."""
+    port = free_port()
+    command = [sys.executable, "-m", "tensorboard.main", "--logdir", tuned[1], "--port", port, "--load_fast", "false"]
+    server = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    def ask(path, body=None):
+        data = None if body is None else json.dumps(body).encode()
+        address = f"http://127.0.0.1:{port}/data/plugin/{path}"
+        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return json.load(answer)
+
+    runs = sum(len(list((tuned[1] / stage).iterdir())) for stage in STAGES) + 2
+    try:
+        end = time.monotonic() + 90
+        while time.monotonic() < end:
+            with contextlib.suppress(OSError):
+                if len(ask("scalars/tags")) + len(ask("images/tags")) >= runs:
+                    break
+            time.sleep(0.5)
+        yield ask
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tuned, served):
+    _, run, _ = tuned
+    experiment = served("hparams/experiment", {"experimentName": ""})
+    assert {"learning_rate", "classifier_dropout", "confidence_activation", "lambda_reg"} <= {
+        info["name"] for info in experiment["hparamInfos"]
+    }
+    assert "best/val_accuracy" in {info["name"]["tag"] for info in experiment["metricInfos"]}
+    states = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"]
+    question = {"experimentName": "", "allowedStatuses": states, "colParams": [], "startIndex": 0, "sliceSize": 100}
+    groups = {group["name"]: group for group in served("hparams/session_groups", question)["sessionGroups"]}
+    trials = {
+        f"{stage}/trial_{trial.number:04d}": trial for stage in STAGES for trial in study_of(run.parent, stage).trials
+    }
+    assert groups.keys() == trials.keys()
+    for name, trial in trials.items():
+        complete = trial.state == optuna.trial.TrialState.COMPLETE
+        assert [session["status"] for session in groups[name]["sessions"]] == [states[0] if complete else states[1]]
+        assert groups[name]["hparams"].keys() == trial.params.keys()
+        values = {value["name"]["tag"]: value["value"] for value in groups[name].get("metricValues", [])}
+        if complete and len(trial.values) == 1:
+            assert values["best/val_loss"] == pytest.approx(trial.value)
+        elif complete:
+            both = values["best/val_task_loss"], values["best/val_exit_layer"]
+            assert both == pytest.approx(tuple(trial.values))
+
+
+def test_a_tensorboard_server_shows_the_pictures(served):
+    tags = {run: set(content) for run, content in served("images/tags").items()}
+    assert tags["submodels/study"] >= {"optimization history"}
+    assert tags["lambda_reg/study"] >= {"Pareto front", "exit histogram", "history of the task loss"}
+    assert tags["final"] >= {"tolerance", "exit histogram", "depth against exit layer"}
+
+
+def test_the_studies_open_in_optuna_dashboard(tuned):
+    from optuna.storages import RDBStorage
+    from optuna_dashboard import wsgi
+
+    _, run, _ = tuned
+    app = wsgi(RDBStorage(f"sqlite:///{run / 'studies.db'}"))
+
+    def ask(path):
+        status = []
+        environ = {"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr, "wsgi.url_scheme": "http"}
+        environ |= {"REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "x", "SERVER_PORT": "1"}
+        body = b"".join(app(environ, lambda line, headers, info=None: status.append(line)))
+        assert status == ["200 OK"], (path, status)
+        return json.loads(body)
+
+    studies = {study["study_name"]: study["study_id"] for study in ask("/api/studies")["study_summaries"]}
+    assert set(studies) == {f"run/{stage}" for stage in STAGES}
+    for name, number in studies.items():
+        trials = ask(f"/api/studies/{number}")["trials"]
+        assert len(trials) == len(study_of(run.parent, name.split("/")[1]).trials)
+
+
+def test_defaults_are_measured_beside_the_tuned_model(tuned):
+    _, run, _ = tuned
+    entries = json.loads((run / "final" / "defaults" / "metrics.json").read_text())
+    metrics = json.loads((run / "final" / "metrics.json").read_text())
+    for split in ("validation", "test"):
+        assert sum(entries[split]["exit_histogram"]) == sum(metrics[split]["exit_histogram"])
+    assert not list((run / "final" / "defaults").rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize(
+    ("accuracy", "layers", "says"),
+    [(0.9, 2.0, "beats"), (0.8, 2.0, "beats"), (0.8, 3.0, "does not beat"), (0.7, 1.0, "does not beat")],
+)
+def test_the_summary_says_whether_tuning_beat_the_defaults(accuracy, layers, says):
+    tuned = {"accuracy": accuracy, "mean_exit_layer": layers}
+    defaults = {"accuracy": 0.8, "mean_exit_layer": 3.0}
+    assert f"the tuned configuration {says} the defaults" in _verdict(tuned, defaults)
+
+
 def test_two_runs_with_one_seed_are_equal(tmp_path):
     results = []
     for name in ("one", "two"):
@@ -290,6 +404,29 @@ def test_winners_of_one_run_do_not_enter_another(tmp_path):
 
 
 # ------------------------------------------------------------------ time
+
+
+def test_the_pace_is_what_batches_take():
+    data = small_data(batch_size=8)
+    data.setup("fit")
+    trainer = {"accelerator": "cpu", "callbacks": [Slow()]}
+    pace = measure_pace(trainer, small_model(), data.train_dataloader(), data.val_dataloader())
+    assert pace.train * 8 >= 0.3  # what Slow waits in each batch
+    assert 0 < pace.validation < pace.train
+    assert pace.epoch(80, 8) == pytest.approx(80 * pace.train + 8 * pace.validation)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_a_run_says_how_long_it_expects_to_take(tmp_path, capsys, mode):
+    made = engine(tmp_path, encoder_training=mode, time_out=5)
+    made.display.console.quiet = False
+    made._begin("run")
+    made._announce()
+    said = capsys.readouterr().out
+    assert "for 3 + 3 + 3 trials and the final fit" in said
+    assert "the studies end after 5 min at the latest" in said
+    few, many = (made._expected_seconds(dict.fromkeys(STAGES, count)) for count in (1, 1000))
+    assert 0 < few < many
 
 
 def test_time_out_is_in_minutes_and_kept_in_seconds():

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import Callback, LightningModule, Trainer
 from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 from rich.console import Console
 from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from typing_extensions import override
+
+from dact.tuning.report import read_json
 
 if TYPE_CHECKING:
     from dact.tuning.engine import TuningEngine
@@ -55,7 +59,24 @@ class Display:
         start = time.monotonic()
         with self.console.status(f"{what} …"):
             yield
-        self.console.print(f"{what}: {time.monotonic() - start:.0f} s")
+        self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
+
+    @contextlib.contextmanager
+    def fit(self, what: str) -> Iterator[Callback]:
+        """Show how far a fit is, by the callback that this gives."""
+        start = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=self.console, transient=True) as progress:
+            yield _FitProgress(progress, progress.add_task(what, total=None))
+        self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
+
+    def announce(self, left: Mapping[str, int], seconds: float, time_out: float | None) -> None:
+        """How long the run is expected to take."""
+        trials = " + ".join(str(max(0, count)) for count in left.values())
+        text = f"about {format_seconds(seconds)} for {trials} trials and the final fit, less what pruning saves"
+        if time_out is not None:
+            text += f"; the studies end after {format_seconds(time_out)} at the latest"
+        self.console.print(text, soft_wrap=True)
 
     def refresh(self) -> None:
         """Draw the table anew."""
@@ -106,25 +127,59 @@ class Display:
 
     def summary(self, engine: TuningEngine, folder: Path) -> None:
         """What each study chose, what it is worth, and where everything lies."""
-        metrics = json.loads((folder / "metrics.json").read_text())
+        metrics = read_json(folder / "metrics.json")
         test = metrics["test"]
         full = test["full_depth"]
         chosen = Table(title="chosen", show_header=False)
         for name in ("classifier_config", "confidence_config", "external_config"):
             chosen.add_row(name, " ".join(f"{key}={_short(value)}" for key, value in getattr(engine, name).items()))
         chosen.add_row("lambda_reg", _short(engine.lambda_reg))
-        worth = Table("test", "accuracy", "mean layers", "texts/s", title="full depth and early exit")
-        for name, entry in (("full depth", full), ("early exit", test)):
+        worth = Table("test", "accuracy", "mean layers", "texts/s", title="full depth, early exit and defaults")
+        entries = {"full depth": full, "early exit": test}
+        defaults = folder / "defaults" / "metrics.json"
+        if defaults.is_file():
+            entries["early exit, defaults"] = read_json(defaults)["test"]
+        for name, entry in entries.items():
             worth.add_row(
                 name,
                 f"{100 * entry['accuracy']:.2f} %",
                 f"{entry['mean_exit_layer']:.2f} of {metrics['layers']}",
-                f"{entry['texts_per_second']:,.0f}",
+                f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else "",
             )
         self.console.print(chosen, worth)
+        if "early exit, defaults" in entries:
+            self.console.print(_verdict(test, entries["early exit, defaults"]), soft_wrap=True)
         self.console.print(f"agreement with full depth: {100 * test['agreement']:.2f} %")
         self.console.print(f"everything is in {folder.parent}; the model in {folder / 'model'}", soft_wrap=True)
         self.console.print(f"look at it: tensorboard --logdir {folder.parent}", soft_wrap=True)
+
+
+def _verdict(tuned: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
+    """Whether tuning beat the defaults on test: no worse in accuracy and layers, and better in one of them."""
+    accuracy = 100 * (tuned["accuracy"] - defaults["accuracy"])
+    layers = tuned["mean_exit_layer"] - defaults["mean_exit_layer"]
+    beats = accuracy >= 0 >= layers and accuracy != layers
+    says = "beats" if beats else "does not beat"
+    return (
+        f"the tuned configuration {says} the defaults on test: {accuracy:+.2f} points of accuracy, {layers:+.2f} layers"
+    )
+
+
+class _FitProgress(Callback):
+    """Advance a progress bar by the batches of a fit."""
+
+    def __init__(self, progress: Progress, task: TaskID) -> None:
+        self.progress, self.task = progress, task
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        batches = int(trainer.num_training_batches)
+        epochs = trainer.max_epochs or 1
+        self.progress.update(self.task, total=epochs * batches, completed=trainer.current_epoch * batches)
+
+    @override
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.progress.advance(self.task)
 
 
 def _ended(study: Study) -> list[FrozenTrial]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import multiprocessing
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,14 +25,25 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, Trial
 from safetensors.torch import load_file, save_file
 
+from dact import plots
 from dact.console import quiet
 from dact.functional import check_choice, check_tolerance
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
-from dact.tuning import report, studies, tensorboard
+from dact.tuning import pictures, report, studies, tensorboard
 from dact.tuning.display import Display
+from dact.tuning.estimate import BATCHES, measure_pace, random_states
 from dact.tuning.features import FeaturesData, compute_features, fingerprint_data, fingerprint_encoder
-from dact.tuning.objective import History, TrialSetting, fit, make_trainer, recorded_cause, run_trial, seed_trial
+from dact.tuning.objective import (
+    EXIT_HISTOGRAM,
+    History,
+    TrialSetting,
+    fit,
+    make_trainer,
+    recorded_cause,
+    run_trial,
+    seed_trial,
+)
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.space import build_spaces, describe
 from dact.tuning.strategies import CurveSampler, LagPruner, SameLengthPruner
@@ -90,6 +103,7 @@ class TuningEngine:
         sampler: Of the first two studies; TPE if left out.
         pruner: Of the first two studies; it sees only trials of the same planned length.
         halting_tolerance: Of the tuned model, in [0, 1); as the model factory gives it if left out.
+        compare_defaults: Whether the end also fits and measures what the factories make by default.
         log_dir: Where runs are kept.
         seed: Of everything.
 
@@ -127,6 +141,7 @@ class TuningEngine:
         sampler: BaseSampler | None = None,
         pruner: BasePruner | None = None,
         halting_tolerance: float | None = None,
+        compare_defaults: bool = True,
         log_dir: str | Path = "lightning_logs",
         seed: int = 0,
     ) -> None:
@@ -168,6 +183,7 @@ class TuningEngine:
         self.sampler = sampler
         self.pruner = pruner
         self.halting_tolerance = halting_tolerance
+        self.compare_defaults = compare_defaults
         self.log_dir = Path(log_dir)
         self.seed = seed
         self.display = Display()
@@ -190,12 +206,43 @@ class TuningEngine:
         Returns:
             The paths of metrics.json and of the checkpoint.
         """
+        self._begin(run_tag)
+        self._announce()
         end = None if self.time_out is None else time.monotonic() + self.time_out
         for remaining, study in zip((3, 2, 1), self._studies(), strict=True):
             # What one study leaves over is for those after it.
             share = None if end is None else max(0.0, end - time.monotonic()) / remaining
             study(run_tag, share)
         return self.final_train(run_tag)
+
+    def _announce(self) -> None:
+        """Say how long the run will take, before it starts."""
+        left = {stage: self.n_trials[stage] - len(studies.finished(self._open(stage))) for stage in STAGES}
+        if any(count > 0 for count in left.values()):
+            self.display.announce(left, self._expected_seconds(left), self.time_out)
+
+    def _expected_seconds(self, left: Mapping[str, int]) -> float:
+        """From a few timed batches; pruning is left out, and so is what the final evaluation takes."""
+        seed_trial(self.seed)
+        data = self.data()
+        data.prepare_data()
+        data.setup("fit")
+        loaders = data.train_dataloader(), data.val_dataloader()
+        examples = [len(loader.dataset) for loader in loaders]
+        epochs = {stage: float(self.trainer["max_epochs"]) for stage in STAGES}
+        epochs["training"] = epochs["lambda_reg"] = self.spaces["training"]["num_epochs"].mean
+        model = self._checked(self.model())
+        pace = measure_pace(self.trainer, model, *loaders)
+        seconds = 0.0
+        if self.encoder_training == "frozen":
+            if not (self._folder(self._tag or self.run_tag) / "features" / "val.safetensors").is_file():
+                passes = pace.validation * sum(examples)
+                seconds += self.warm_up_epochs * pace.epoch(*examples) + passes
+            states = [[random_states(model.encoder, batch) for batch in islice(loader, BATCHES)] for loader in loaders]
+            pace = measure_pace(self.trainer, self._checked(self.model()), *states)
+        trials = sum(max(0, count) * epochs[stage] for stage, count in left.items())
+        fits = epochs["training"] + self.compare_defaults * epochs["submodels"]
+        return seconds + (trials / self.workers + fits) * pace.epoch(*examples)
 
     def _studies(self) -> tuple[Callable[[str, float | None], Any], ...]:
         return self._joint_tune_study, self._train_tune_study, self._lambda_reg_study
@@ -225,12 +272,14 @@ class TuningEngine:
         self.classifier_config, self.confidence_config = _submodel_configs(study.best_trial.params)
         self._save("classifier_config", self.classifier_config)
         self._save("confidence_config", self.confidence_config)
+        self._draw("submodels", study, {})
         return self.classifier_config, self.confidence_config
 
     def _train_tune_study(self, run_tag: str, seconds: float | None) -> dict[str, Any]:
         study = self._run_study("training", self.train_tune_objective, run_tag, seconds)
         self.external_config = dict(study.best_trial.params)
         self._save("external_config", self.external_config)
+        self._draw("training", study, {})
         return self.external_config
 
     def _lambda_reg_study(self, run_tag: str, seconds: float | None) -> float:
@@ -241,7 +290,12 @@ class TuningEngine:
         )
         self.lambda_reg = chosen.lambda_reg
         self._save("lambda_reg", {"lambda_reg": self.lambda_reg})
-        self._study_picture("lambda_reg", "Pareto front", report.pareto_picture(points, chosen))
+        exits = [(t.params["lambda_reg"], t.user_attrs[EXIT_HISTOGRAM]) for t in studies.completed(study)]
+        more = {
+            "Pareto front": pictures.pareto_picture(points, chosen),
+            "exit histogram": pictures.exits_picture(exits, self.lambda_reg),
+        }
+        self._draw("lambda_reg", study, more)
         return self.lambda_reg
 
     # ------------------------------------------------------------------ objectives
@@ -300,9 +354,9 @@ class TuningEngine:
                 overrides[name] = SubmodelConfig(**overrides[name])
         if self.encoder_training == "finetune":
             return self._checked(self.model(**overrides)), self.data(**size)
-        base, folder = self._frozen
+        base, folder, batch_size = self._frozen
         model = type(base).from_config(base.config(), **{"encoder": base.encoder, **overrides})
-        return model, FeaturesData(folder, seed=self.seed, **size)
+        return model, FeaturesData(folder, seed=self.seed, **{"batch_size": batch_size, **size})
 
     def _checked(self, model: DACT) -> DACT:
         if model.output_dimension != self.output_dimension:
@@ -315,8 +369,9 @@ class TuningEngine:
     # ------------------------------------------------------------------ frozen mode
 
     @cached_property
-    def _frozen(self) -> tuple[DACT, Path]:
-        """The model whose warmed-up encoder all trials share, never to be trained again, and where its states lie."""
+    def _frozen(self) -> tuple[DACT, Path, int]:
+        """The model whose warmed-up encoder all trials share, never to be trained again, where its states lie, and the
+        batch size of the data where no trial chooses one."""
         folder = self._folder(self._tag or self.run_tag) / "features"
         seed_trial(self.seed)
         model, data = self._checked(self.model(lambda_reg=0.0)), self.data()
@@ -325,7 +380,7 @@ class TuningEngine:
         origin = f"{fingerprint_encoder(model.encoder)}/{self._data_fingerprint}/{self.warm_up_epochs}/{self.seed}"
         self._warm_up(model, data, folder / "encoder.safetensors", origin)
         model.encoder.eval().requires_grad_(False)
-        if torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu":
+        if self._uses_cuda:
             model.cuda()
         made_of = f"{fingerprint_encoder(model.encoder)}/{self._data_fingerprint}"
         for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
@@ -333,7 +388,7 @@ class TuningEngine:
         # λ and the rest are as the factory gives them: only the encoder was to be warmed up without a price.
         base = self.model()
         base.encoder = model.encoder
-        return base, folder
+        return base, folder, next(iter(data.train_dataloader()))["labels"].shape[0]
 
     def _warm_up(self, model: DACT, data: LightningDataModule, path: Path, origin: str) -> None:
         """Fit the encoder with all exits, or read the weights of an earlier warm-up of the same origin."""
@@ -344,8 +399,10 @@ class TuningEngine:
             if weights.pop("origin").numpy().tobytes().decode() == origin:
                 model.encoder.load_state_dict(weights)
                 return
-        with self.display.stage(f"warm-up of the encoder, {self.warm_up_epochs} epochs"):
-            trainer = make_trainer(self.trainer, max_epochs=self.warm_up_epochs, enable_checkpointing=False)
+        with self.display.fit(f"warm-up of the encoder, {self.warm_up_epochs} epochs") as progress:
+            trainer = make_trainer(
+                self.trainer, max_epochs=self.warm_up_epochs, enable_checkpointing=False, callbacks=[progress]
+            )
             fit(trainer, model, data)
         weights = {name: tensor.detach().cpu().clone() for name, tensor in model.encoder.state_dict().items()}
         weights["origin"] = torch.frombuffer(bytearray(origin.encode()), dtype=torch.uint8)
@@ -387,7 +444,6 @@ class TuningEngine:
                     self._optimize_side_by_side(stage, study, left)
             self._deadline = None
         studies.completed(study)
-        self._study_pictures(stage, study)
         return study
 
     def _open(self, stage: str) -> Study:
@@ -495,54 +551,47 @@ class TuningEngine:
         same = (folder / "config.yaml").is_file() and (folder / "config.yaml").read_text() == config
         if not (same and metrics_path.is_file() and model_path.is_file()):
             report.write_text(folder / "config.yaml", config)
-            history = self._final_fit(folder, winners, resume=same)
-            self._measure(folder, model_path, history)
+            settings = {name: value for name, value in winners.items() if name != "num_epochs"}
+            history = self._final_fit(folder, settings, winners["num_epochs"], resume=same)
+            self._measure(folder, history)
         self.display.summary(self, folder)
         return str(metrics_path), str(model_path)
 
-    def _final_fit(self, folder: Path, winners: Mapping[str, Any], resume: bool) -> list[dict[str, float]]:
+    def _final_fit(self, folder: Path, settings: Mapping[str, Any], epochs: int, resume: bool) -> History:
+        """Fit with `settings` and keep the best epoch and the last."""
         seed_trial(self.seed)
-        epochs = winners["num_epochs"]
-        settings = {name: value for name, value in winners.items() if name != "num_epochs"}
         model, data = self._build(settings)
         model.class_names = model.class_names or getattr(self.data(), "class_names", None)
         checkpoint = ModelCheckpoint(
             folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
         )
         history = History()
-        logger = TensorBoardLogger(folder.parent, name="", version="final", default_hp_metric=False)
+        logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
         last = folder / "checkpoints" / "last.ckpt"
-        with self.display.stage(f"final fit, {epochs} epochs"):
+        with self.display.fit(f"{folder.name} fit, {epochs} epochs") as progress:
             trainer = make_trainer(
                 self.trainer,
                 max_epochs=epochs,
                 logger=logger,
-                callbacks=[history, checkpoint],
+                callbacks=[history, progress, checkpoint],
                 enable_checkpointing=True,
             )
-            fit(trainer, model, data, str(last) if resume and last.is_file() else None)
-        return history.epochs
+            last_path = str(last) if resume and last.is_file() else None
+            fit(trainer, model, data, ckpt_path=last_path, final=folder.name == "final")
+        return history
 
-    def _measure(self, folder: Path, model_path: Path, history: list[dict[str, float]]) -> None:
+    def _measure(self, folder: Path, history: History) -> None:
         """metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
-        assert self.external_config is not None
-        size = {name: value for name, value in self.external_config.items() if name == "batch_size"}
-        data = self.data(**size)
-        for stage in ("fit", "test"):
-            data.setup(stage)
-        encoder = self.model().encoder
-        own = encoder if encoder.config() is None else None  # one of the user's, which no checkpoint can rebuild
-        model = DACT.load_from_checkpoint(model_path, encoder=own).eval()
-        if torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu":
-            model.cuda()
+        data = self._measured_data()
+        model = self._fitted(folder)
         with self.display.stage("measuring the final model"):
-            validation, curve = report.evaluate(model, data.val_dataloader())
-            test, _ = report.evaluate(model, data.test_dataloader())
+            validation = report.evaluate(model, data.val_dataloader())
+            test = report.evaluate(model, data.test_dataloader())
         metrics = {
-            "validation": validation,
-            "test": test,
-            "tolerance_curve": curve,
-            "history": history,
+            "validation": validation.entry,
+            "test": test.entry,
+            "tolerance_curve": validation.curve,
+            "history": history.epochs,
             "lambda_reg": self.lambda_reg,
             "halting_tolerance": model.halting_tolerance,
             "layers": model.encoder.num_layers,
@@ -552,15 +601,49 @@ class TuningEngine:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder / "model"))
         logger = TensorBoardLogger(folder.parent, name="", version="final", default_hp_metric=False)
-        pictures = {
-            "tolerance": report.tolerance_picture(curve, model.encoder.num_layers),
-            "exit histogram": report.exit_picture(test),
+        figures = {
+            "tolerance": pictures.tolerance_picture(validation.curve, model.encoder.num_layers),
+            "exit histogram": pictures.exit_picture(test.entry),
         }
-        for name, figure in pictures.items():
+        if test.depths is not None:
+            layers = model.encoder.num_layers
+            figures["depth against exit layer"] = plots.depth_against_exit(test.depths, test.exit_layers, layers)
+        for name, figure in figures.items():
             figure.savefig(folder / f"{name.replace(' ', '_')}.png")
             logger.experiment.add_figure(name, figure)
         logger.finalize("success")
+        if self.compare_defaults:
+            self._measure_defaults(folder / "defaults", data)
         report.write_json(folder / "metrics.json", metrics)
+
+    def _measure_defaults(self, folder: Path, data: LightningDataModule) -> None:
+        """Fit and measure what the factories make by themselves, the same way: what tuning has to beat."""
+        if (folder / "metrics.json").is_file():
+            return
+        self._final_fit(folder, {}, self.trainer["max_epochs"], resume=False)
+        model = self._fitted(folder)
+        loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
+        entries = {name: report.evaluate(model, loader, timed=False).entry for name, loader in loaders.items()}
+        report.write_json(folder / "metrics.json", entries)
+        shutil.rmtree(folder / "checkpoints")
+
+    def _measured_data(self) -> LightningDataModule:
+        size = {name: value for name, value in (self.external_config or {}).items() if name == "batch_size"}
+        data = self.data(**size)
+        for stage in ("fit", "test"):
+            data.setup(stage)
+        return data
+
+    def _fitted(self, folder: Path) -> DACT:
+        """The model of the best epoch, on the device that it should use."""
+        encoder = self.model().encoder
+        own = encoder if encoder.config() is None else None  # one of the user's, which no checkpoint can rebuild
+        model = DACT.load_from_checkpoint(folder / "checkpoints" / "best.ckpt", encoder=own).eval()
+        return model.cuda() if self._uses_cuda else model
+
+    @property
+    def _uses_cuda(self) -> bool:
+        return torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu"
 
     # ------------------------------------------------------------------ on disk
 
@@ -579,35 +662,17 @@ class TuningEngine:
                 content = yaml.safe_load(path.read_text())
                 setattr(self, name, content["lambda_reg"] if name == "lambda_reg" else content)
 
-    def _study_pictures(self, stage: str, study: Study) -> None:
-        """Optuna's own pictures of a study, for TensorBoard and as files."""
-        import warnings
-
-        from optuna.visualization import matplotlib as draw
-
-        done = studies.completed(study)
-        drawings: dict[str, Callable[[], Any]] = {}
-        if stage != "lambda_reg":
-            drawings["optimization history"] = partial(draw.plot_optimization_history, study)
-            if len(done) >= 4:
-                drawings["parameter importances"] = partial(draw.plot_param_importances, study)
-        with warnings.catch_warnings(), _quiet_optuna():
-            warnings.simplefilter("ignore")
-            for name, make in drawings.items():
-                axes = make()
-                self._study_picture(stage, name, axes.get_figure())
-
-    def _study_picture(self, stage: str, name: str, figure: Any) -> None:
-        from matplotlib import pyplot
-
+    def _draw(self, stage: str, study: Study, more: Mapping[str, Any]) -> None:
+        """The pictures of a study, for TensorBoard and as files."""
         assert self._tag is not None
-        folder = self._folder(self._tag) / stage
-        logger = TensorBoardLogger(folder, name="", version="study", default_hp_metric=False)
-        logger.experiment.add_figure(name, figure, close=False)
-        figure.savefig(Path(logger.log_dir) / f"{name.replace(' ', '_')}.png", bbox_inches="tight")
-        tensorboard.log_experiment(logger, self.spaces[stage])
+        with _quiet_optuna():
+            figures = {**pictures.study_pictures(study, len(studies.completed(study))), **more}
+        logger = TensorBoardLogger(self._folder(self._tag) / stage, "", "study", default_hp_metric=False)
+        tensorboard.log_experiment(logger, {name: d for space in self.spaces.values() for name, d in space.items()})
+        for name, figure in figures.items():
+            logger.experiment.add_figure(name, figure, close=False)
+            figure.savefig(Path(logger.log_dir) / f"{name.replace(' ', '_')}.png")
         logger.finalize("success")
-        pyplot.close(figure)
 
 
 def _submodel_configs(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

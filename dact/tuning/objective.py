@@ -29,6 +29,7 @@ from dact.tuning.strategies import PLANNED_EPOCHS
 MONITOR = "val_loss"
 CAUSE = "cause"  # user attribute of a trial that did not finish: why
 OWNER = "owner"  # user attribute: host and process that run it
+EXIT_HISTOGRAM = "exit_histogram"  # user attribute: validation examples that left after each layer
 INTERRUPTED = "interrupted"  # user attribute of a trial that somebody stopped: to be run again
 
 
@@ -45,6 +46,15 @@ class History(Callback):
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
+        self.exit_histograms: list[list[int]] = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "exit_histograms": self.exit_histograms}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs, self.exit_histograms = state_dict["epochs"], state_dict["exit_histograms"]
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -56,11 +66,22 @@ class History(Callback):
         if not math.isfinite(metrics[MONITOR]):
             raise TrialPruned(f"{MONITOR} is {metrics[MONITOR]} after epoch {trainer.current_epoch}")
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
+        assert isinstance(pl_module, DACT)
+        self.exit_histograms.append(pl_module.exit_histogram.tolist())
+
+    @property
+    def _best(self) -> int:
+        return min(range(len(self.epochs)), key=lambda index: self.epochs[index][MONITOR])
 
     @property
     def best(self) -> dict[str, float]:
         """The metrics of the epoch with the lowest validation loss."""
-        return min(self.epochs, key=lambda epoch: epoch[MONITOR])
+        return self.epochs[self._best]
+
+    @property
+    def best_exit_histogram(self) -> list[int]:
+        """How many validation examples left after each layer, in that epoch."""
+        return self.exit_histograms[self._best]
 
 
 class Deadline(Callback):
@@ -115,12 +136,32 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     return Trainer(**{**quiet, **given, "logger": False, **fixed, "callbacks": [*callbacks, *own]})
 
 
-def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None) -> None:
-    """`Trainer.fit`, in which Ctrl-C and SIGTERM stay a KeyboardInterrupt (Lightning makes a SystemExit of them)."""
-    try:
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
-    except SystemExit as error:
-        raise KeyboardInterrupt from error
+def fit(
+    trainer: Trainer,
+    model: DACT,
+    data: LightningDataModule | None = None,
+    *,
+    loaders: tuple[Any, Any] = (None, None),
+    ckpt_path: str | None = None,
+    final: bool = False,
+) -> None:
+    """`Trainer.fit`, in which Ctrl-C and SIGTERM stay a KeyboardInterrupt (Lightning makes a SystemExit of them).
+
+    Args:
+        trainer: A fresh one.
+        model: A model of its own.
+        data: A datamodule of its own.
+        loaders: Those of training and validation, where there is no datamodule.
+        ckpt_path: A checkpoint to go on from.
+        final: Whether a collapsed depth is worth a warning: a study tries extremes on purpose.
+    """
+    with warnings.catch_warnings():
+        if not final:
+            warnings.filterwarnings("ignore", message="the depth has collapsed.*")
+        try:
+            trainer.fit(model, *loaders, data, ckpt_path, True)
+        except SystemExit as error:
+            raise KeyboardInterrupt from error
 
 
 def run_trial(
@@ -157,18 +198,17 @@ def run_trial(
         callbacks.append(deadline)
     version = f"trial_{trial.number:04d}"
     logger = TensorBoardLogger(setting.folder, name="", version=version, default_hp_metric=False)
-    tensorboard.log_parameters(logger, trial.params, version)
+    tensorboard.log_parameters(logger, trial.params, f"{setting.stage}/{version}")
     trainer = make_trainer(
         setting.trainer, max_epochs=epochs, logger=logger, callbacks=callbacks, enable_checkpointing=False
     )
     succeeded = False
     try:
-        with contextlib.suppress(DeadlineExceeded), warnings.catch_warnings():
-            # A study tries extremes on purpose; only the final fit needs to say so.
-            warnings.filterwarnings("ignore", message="the depth has collapsed.*")
+        with contextlib.suppress(DeadlineExceeded):
             fit(trainer, model, data)
         if deadline is not None and deadline.hit and trainer.global_step < trainer.estimated_stepping_batches:
             raise TrialPruned("time_out ended the study in the middle of this trial")
+        trial.set_user_attr(EXIT_HISTOGRAM, history.best_exit_histogram)
         succeeded = True
     finally:
         tensorboard.log_outcome(logger, history.best if history.epochs else {}, succeeded)

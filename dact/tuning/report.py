@@ -1,11 +1,11 @@
-"""What a tuned model is worth: metrics.json, pictures and the summary."""
+"""What a tuned model is worth: the entries of metrics.json, and how files are written."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,46 +14,65 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_f1_score
 
-from dact import functional, plots
+from dact import functional
 from dact.model import DACT
-from dact.tuning.selection import Point, pareto_front
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What one split says of a model.
+
+    Args:
+        entry: The entry of metrics.json.
+        curve: The curve over the tolerance, one record per point.
+        exit_layers: int64 ``[examples]``, 1-based.
+        depths: int64 ``[examples]`` where the data knows the depth of its examples, else None.
+    """
+
+    entry: dict[str, Any]
+    curve: list[dict[str, float]]
+    exit_layers: Tensor
+    depths: Tensor | None
+
+
 @torch.no_grad()
-def evaluate(model: DACT, loader: DataLoader[Any]) -> tuple[dict[str, Any], list[dict[str, float]]]:
+def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evaluation:
     """Measure early exit beside full depth, through the same code.
 
     Args:
         model: In eval mode, on the device that it should use.
         loader: Labelled batches.
-
-    Returns:
-        The entry of metrics.json for one split, and the curve over the tolerance.
+        timed: Whether to measure texts per second, too, which takes two more passes.
     """
-    device = model.device
-    collected: list[tuple[Tensor, Tensor, Tensor]] = []
+    answers, shares, targets, known_depths = [], [], [], []
     for batch in loader:
-        output = model({name: tensor.to(device) for name, tensor in batch.items()})
+        output = model({name: tensor.to(model.device) for name, tensor in batch.items()})
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)
-        collected.append((a.cpu(), p.cpu(), batch["labels"]))
-    a, p, target = (torch.cat(parts) for parts in zip(*collected, strict=True))
+        answers.append(a.cpu())
+        shares.append(p.cpu())
+        targets.append(batch["labels"])
+        if "depth" in batch:
+            known_depths.append(batch["depth"])
+    a, p, target = torch.cat(answers), torch.cat(shares), torch.cat(targets)
+    depths = torch.cat(known_depths) if known_depths else None
     full = torch.full_like(target, p.shape[1])
     exits = functional.exit_layers(a, p, model.halting, model.halting_tolerance)
-    entry = _quality(a, exits, target)
-    entry["texts_per_second"] = _texts_per_second(model, loader, model.halting)
-    entry["full_depth"] = {**_quality(a, full, target), "texts_per_second": _texts_per_second(model, loader, "never")}
-    entry["agreement"] = _agreement(a, exits)
+    entry, full_depth = _quality(a, exits, target), _quality(a, full, target)
+    if timed:
+        entry["texts_per_second"] = _texts_per_second(model, loader, model.halting)
+        full_depth["texts_per_second"] = _texts_per_second(model, loader, "never")
+    entry |= {"full_depth": full_depth, "agreement": _agreement(a, exits)}
     curve = []
     for tolerance in TOLERANCES:
         at = functional.exit_layers(a, p, model.halting, tolerance)
         quality = _quality(a, at, target)
         shown = {name: quality[name] for name in ("accuracy", "mean_exit_layer")}
         curve.append({"tolerance": tolerance, **shown, "agreement": _agreement(a, at)})
-    return entry, curve
+    return Evaluation(entry, curve, exits, depths)
 
 
 def _quality(a: Tensor, exits: Tensor, target: Tensor) -> dict[str, Any]:
@@ -93,6 +112,11 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
+def read_json(path: Path) -> Any:
+    """What `write_json` wrote."""
+    return json.loads(path.read_text())
+
+
 def write_text(path: Path, text: str) -> None:
     """Write whole or not at all, also over a crash."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -102,44 +126,3 @@ def write_text(path: Path, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
-
-
-def pareto_picture(points: list[Point], chosen: Point) -> Any:
-    """Task loss against layers of all trials, with the front and the chosen one."""
-    figure, axes = plots.new_figure()
-    front = pareto_front(points)
-    colours = axes.scatter(
-        [point.layers for point in points],
-        [point.loss for point in points],
-        c=[point.lambda_reg for point in points],
-        norm="log",
-        label="trials",
-    )
-    axes.plot([point.layers for point in front], [point.loss for point in front], "-", alpha=0.5, label="Pareto front")
-    axes.plot(chosen.layers, chosen.loss, "o", ms=14, mfc="none", mec="tab:red", mew=2, label="chosen")
-    axes.set(xlabel="mean exit layer", ylabel="task loss")
-    axes.legend()
-    figure.colorbar(colours, label="lambda_reg")
-    return figure
-
-
-def tolerance_picture(curve: list[dict[str, float]], layers: int) -> Any:
-    """Accuracy and agreement against the mean exit layer, over the tolerance."""
-    figure, axes = plots.new_figure()
-    depth = [point["mean_exit_layer"] for point in curve]
-    axes.plot(depth, [100 * point["accuracy"] for point in curve], "o-", label="accuracy")
-    axes.plot(depth, [100 * point["agreement"] for point in curve], "s--", alpha=0.6, label="agreement with full depth")
-    for point in curve:
-        axes.annotate(f"{point['tolerance']:g}", (point["mean_exit_layer"], 100 * point["accuracy"]), fontsize=7)
-    axes.set(xlabel=f"mean exit layer of {layers}", ylabel="validation, %", title="halting tolerance beside each point")
-    axes.legend()
-    return figure
-
-
-def exit_picture(entry: Mapping[str, Any]) -> Any:
-    """How many examples leave after each layer."""
-    figure, axes = plots.new_figure()
-    counts = entry["exit_histogram"]
-    axes.bar(range(1, len(counts) + 1), counts)
-    axes.set(xlabel="exit layer", ylabel="examples", title=f"mean exit layer {entry['mean_exit_layer']:.2f}")
-    return figure

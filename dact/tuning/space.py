@@ -64,6 +64,12 @@ class Dimension:
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step must be above 0, got {self.step}")
 
+    @property
+    def mean(self) -> float:
+        """The middle of the range, or the mean of the choices: what a trial has on average, for numbers."""
+        values = self.choices or (self.low, self.high)
+        return sum(map(float, values)) / len(values)  # type: ignore[arg-type]
+
     def suggest(self, trial: BaseTrial, name: str) -> Any:
         """The value of `name` that `trial` chooses."""
         if self.type == "categorical":

@@ -11,6 +11,8 @@ from typing import Any
 
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from dact.tuning.space import Dimension
+
 METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
 
 
@@ -35,13 +37,26 @@ def log_outcome(logger: TensorBoardLogger, metrics: Mapping[str, float], succeed
     _write(logger, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)]))
 
 
-def log_experiment(logger: TensorBoardLogger, parameters: Mapping[str, Any]) -> None:
-    """Tell the HParams tab which parameters and metrics the trials below this folder have."""
+def log_experiment(logger: TensorBoardLogger, parameters: Mapping[str, Dimension]) -> None:
+    """Tell the HParams tab which parameters and metrics there are.
+
+    It takes the first such record below its folder for all runs there, so every record names those of all studies.
+    """
     from tensorboard.plugins.hparams import summary_v2
 
-    hparams = [summary_v2.HParam(name) for name in parameters]
-    metrics = [summary_v2.Metric(f"best/{name}") for name in METRICS]
+    hparams = [summary_v2.HParam(name, _domain(dimension)) for name, dimension in parameters.items()]
+    metrics = [summary_v2.Metric(f"best/{name}", display_name=name) for name in METRICS]
     _write(logger, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
+
+
+def _domain(dimension: Dimension) -> Any:
+    """The range as the tab's filters need it."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    if dimension.choices is not None:
+        return summary_v2.Discrete(list(dimension.choices))
+    kind = summary_v2.IntInterval if dimension.type == "int" else summary_v2.RealInterval
+    return kind(dimension.low, dimension.high)
 
 
 def _write(logger: TensorBoardLogger, summary: Any) -> None:

@@ -1,0 +1,119 @@
+"""The pictures of a run: of each study, and of the model that comes out."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+from dact import plots
+from dact.tuning.selection import Point, pareto_front
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+FEWEST_FOR_IMPORTANCES = 4  # completed trials; fewer say nothing about importance
+
+
+def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
+    """Optuna's own pictures of a study, by name.
+
+    Args:
+        study: A study of dact, with one objective or with two (task loss and exit layer).
+        completed: How many of its trials gave a value; 1 or more.
+    """
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as draw
+
+    drawings: dict[str, Callable[[], Any]] = {}
+    if len(study.directions) == 1:
+        drawings["optimization history"] = partial(draw.plot_optimization_history, study)
+        if completed >= FEWEST_FOR_IMPORTANCES:
+            drawings["parameter importances"] = partial(draw.plot_param_importances, study)
+    else:
+        for index, name in enumerate(("task loss", "exit layer")):
+            drawings[f"history of the {name}"] = partial(
+                draw.plot_optimization_history, study, target=partial(_objective, index), target_name=name
+            )
+    figures = {}
+    # Optuna sets a style for the whole process and warns that its pictures are experimental.
+    with pyplot.style.context("default"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, make in drawings.items():
+            figures[name] = make().get_figure()
+            figures[name].set_layout_engine("constrained")
+            pyplot.close(figures[name])
+    return figures
+
+
+def _objective(index: int, trial: FrozenTrial) -> float:
+    value: float = trial.values[index]
+    return value
+
+
+def pareto_picture(points: list[Point], chosen: Point) -> Any:
+    """Task loss against layers of all trials, with the front and the chosen one."""
+    figure, axes = plots.new_figure()
+    front = pareto_front(points)
+    colours = axes.scatter(
+        [point.layers for point in points],
+        [point.loss for point in points],
+        c=[point.lambda_reg for point in points],
+        norm="log",
+        label="trials",
+    )
+    axes.plot([point.layers for point in front], [point.loss for point in front], "-", alpha=0.5, label="Pareto front")
+    axes.plot(chosen.layers, chosen.loss, "o", ms=14, mfc="none", mec="tab:red", mew=2, label="chosen")
+    axes.set(xlabel="mean exit layer", ylabel="task loss")
+    axes.legend()
+    figure.colorbar(colours, label="lambda_reg")
+    return figure
+
+
+def tolerance_picture(curve: list[dict[str, float]], layers: int) -> Any:
+    """Accuracy and agreement against the mean exit layer, over the tolerance."""
+    figure, axes = plots.new_figure()
+    depth = [point["mean_exit_layer"] for point in curve]
+    axes.plot(depth, [100 * point["accuracy"] for point in curve], "o-", label="accuracy")
+    axes.plot(depth, [100 * point["agreement"] for point in curve], "s--", alpha=0.6, label="agreement with full depth")
+    for point in curve:
+        axes.annotate(f"{point['tolerance']:g}", (point["mean_exit_layer"], 100 * point["accuracy"]), fontsize=7)
+    axes.set(xlabel=f"mean exit layer of {layers}", ylabel="validation, %", title="halting tolerance beside each point")
+    axes.legend()
+    return figure
+
+
+def exit_picture(entry: Mapping[str, Any]) -> Any:
+    """How many examples leave after each layer."""
+    figure, axes = plots.new_figure()
+    counts = entry["exit_histogram"]
+    axes.bar(range(1, len(counts) + 1), counts)
+    axes.set(xlabel="exit layer", ylabel="examples", title=f"mean exit layer {entry['mean_exit_layer']:.2f}")
+    return figure
+
+
+def exits_picture(trials: Sequence[tuple[float, Sequence[int]]], chosen: float) -> Any:
+    """Where validation examples leave, for each λ that was tried.
+
+    Args:
+        trials: λ and the exit histogram of each trial.
+        chosen: The λ that was chosen.
+    """
+    trials = sorted(trials)
+    figure, axes = plots.new_figure()
+    base = [0.0] * len(trials)
+    layers = len(trials[0][1])
+    for layer in range(layers):
+        shares = [counts[layer] / sum(counts) for _, counts in trials]
+        shade = plots.layer_colour(layer + 1, layers)
+        axes.bar(range(len(trials)), shares, bottom=base, width=0.9, color=shade, label=f"layer {layer + 1}")
+        base = [under + share for under, share in zip(base, shares, strict=True)]
+    names = [f"{value:.2g}" + (" *" if value == chosen else "") for value, _ in trials]
+    axes.set_xticks(range(len(trials)), names, rotation=60, fontsize=7)
+    axes.set(xlabel="lambda_reg (* chosen)", ylabel="share of the validation examples", title="exit histogram by trial")
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", reverse=True, fontsize=7)
+    return figure
