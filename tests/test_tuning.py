@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from dact.encoders import TransformerEncoder
 from dact.tuning.display import _verdict
 from dact.tuning.engine import STAGES
 from dact.tuning.estimate import measure_pace
-from dact.tuning.features import FeaturesData, compute_features
+from dact.tuning.features import FeaturesData, check_features, compute_features
 from dact.tuning.objective import CAUSE, Deadline, is_out_of_memory
 from tests.conftest import tiny_model
 
@@ -578,6 +579,31 @@ def test_the_frozen_encoder_stays_as_the_warm_up_left_it(tmp_path):
     model = DACT.load_from_checkpoint(model_path)
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, warmed[name]), name
+
+
+def test_damaged_features_are_never_read(tmp_path):
+    encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
+    data.setup("fit")
+    path = tmp_path / "val.safetensors"
+    compute_features(encoder, data.val_dataloader(), path, "x")
+    sound = path.read_bytes()
+    assert check_features(path, "x")
+    assert not check_features(path, "y")
+    generator = random.Random(0)
+    for number in range(200):
+        damaged = bytearray(sound)
+        if number % 4 == 0:
+            damaged = damaged[: generator.randrange(len(sound))]
+        else:
+            # Every other flip hits the header, which is small.
+            end = 1000 if number % 2 else len(sound)
+            damaged[generator.randrange(end)] ^= 1 << generator.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            # A fingerprint that changed makes it a file of something else, which is computed again.
+            assert not check_features(path, "x")
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017 - either outcome is right
 
 
 @pytest.mark.slow

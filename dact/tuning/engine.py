@@ -60,18 +60,18 @@ HOPELESS = 5  # after so many failed trials and no finished one, a study ends
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
-    """The small built-in encoder for the embedded data."""
+    """The small built-in encoder for the embedded data, as in configs/quickstart.yaml."""
     from dact.encoders import TransformerEncoder
 
-    arguments = {"learning_rate": 2e-3, **overrides}
-    return DACT(encoder=TransformerEncoder(42, 6, 64, 4), output_dimension=output_dimension, **arguments)
+    encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
+    return DACT(encoder=encoder, output_dimension=output_dimension, **{"learning_rate": 2e-3, **overrides})
 
 
 def default_data(**overrides: Any) -> LightningDataModule:
-    """The embedded data."""
+    """The embedded data, as in configs/quickstart.yaml."""
     from dact.data import CompositionalSentiment
 
-    return CompositionalSentiment(**overrides)
+    return CompositionalSentiment(**{"max_depth": 3, **overrides})
 
 
 class TuningEngine:

