@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,6 +75,10 @@ class DACT(LightningModule):
         weight_decay: Of AdamW, on matrices only (not on biases and norms).
         warmup_fraction: Share of the optimizer steps over which the learning rate rises; it then falls to 0.
         class_names: Names of the classes; taken from the datamodule if left out.
+        step_tokens: For early exit: tokens that enter a layer at a time, padding included; by the kind of device if
+            left out.
+        window_tokens: For early exit: tokens whose hidden states are held at a time, the bound of memory; 16 steps if
+            left out.
 
     Raises:
         TypeError: If the encoder is no `LayeredEncoder`.
@@ -111,6 +116,8 @@ class DACT(LightningModule):
         weight_decay: float = 0.01,
         warmup_fraction: float = 0.1,
         class_names: list[str] | None = None,
+        step_tokens: int | None = None,
+        window_tokens: int | None = None,
     ) -> None:
         super().__init__()
         _check_arguments(locals())
@@ -130,6 +137,8 @@ class DACT(LightningModule):
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
         self.class_names = None if class_names is None else list(class_names)
+        self.step_tokens = step_tokens
+        self.window_tokens = window_tokens
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -180,16 +189,39 @@ class DACT(LightningModule):
         return DACTOutput(a[:, -1], exit_layer, y, h, p)
 
     def early_exit(self, batch: Batch) -> DACTOutput:
-        """Run each example only as deep as it needs. Call `eval()` first, as for any inference."""
-        answers, exits = inference.early_exit(
+        """Run each example only as deep as it needs. Call `eval()` first, as for any inference.
+
+        A large batch pays: examples of similar length go through the layers together, and those that are left are
+        regrouped. Neither the batch nor the order of its rows changes an answer.
+        """
+        exits = self._inference(batch, self.halting)
+        return DACTOutput(exits.answers, exits.layers)
+
+    def stream(self, batches: Iterable[Batch]) -> Iterator[DACTOutput]:
+        """`early_exit` for many batches, regrouped across them.
+
+        Args:
+            batches: Of any size; consumed lazily, `window_tokens` at a time.
+
+        Yields:
+            One output per batch, in their order.
+        """
+        _, window = inference.budget(self.device, self.step_tokens, self.window_tokens)
+        for exits in inference.stream(batches, partial(self._inference, rule=self.halting), window):
+            yield DACTOutput(exits.answers, exits.layers)
+
+    def _inference(self, batch: Batch, rule: HaltingRule, record: bool = False) -> inference.Exits:
+        return inference.early_exit(
             self.encoder,
             self.classifier,
             self.confidence,
             batch,
-            rule=self.halting,
+            rule=rule,
             tolerance=self.halting_tolerance,
+            step_tokens=self.step_tokens,
+            window_tokens=self.window_tokens,
+            record=record,
         )
-        return DACTOutput(answers, exits)
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32 or more."""
@@ -206,26 +238,38 @@ class DACT(LightningModule):
         if "labels" not in batch:
             raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
         target = batch["labels"]
-        logits, h = self._submodels(batch)
-        a, p = functional.accumulate(logits.softmax(dim=-1), h)
+        if stage == "test":  # by the code that predicts, all layers as well as early exit
+            exits = self._inference(batch, "never", record=True)
+            assert exits.y is not None
+            assert exits.h is not None
+            logits, y, h = None, exits.y, exits.h
+        else:
+            logits, h = self._submodels(batch)
+            y = logits.softmax(dim=-1)
+        a, p = functional.accumulate(y, h)
         full_loss = functional.task_loss(a[:, -1], target, self.class_weights)
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
         if stage == "train":
+            assert logits is not None
             exit_loss = functional.exit_loss(logits, target, self.class_weights)
             loss = full_loss + self._warm_lambda() * ponder_cost + self.exit_loss_weight * exit_loss
             self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(target))
             return {"loss": loss}
         loss = full_loss + self.lambda_reg * ponder_cost
-        exit_layer = functional.exit_layers(a, p, self.halting, self.halting_tolerance)
-        self._measure(stage, loss, ponder_cost, a, exit_layer, target)
-        return {"loss": loss, "exit_layer": exit_layer}
+        if stage == "test":
+            output = self.early_exit(batch)
+        else:
+            exit_layer = functional.exit_layers(a, p, self.halting, self.halting_tolerance)
+            output = DACTOutput(functional.answer_at(a, exit_layer), exit_layer)
+        self._measure(stage, loss, ponder_cost, a, output, target)
+        return {"loss": loss, "exit_layer": output.exit_layer}
 
     def _measure(
-        self, stage: str, loss: Tensor, ponder_cost: Tensor, a: Tensor, exit_layer: Tensor, target: Tensor
+        self, stage: str, loss: Tensor, ponder_cost: Tensor, a: Tensor, output: DACTOutput, target: Tensor
     ) -> None:
-        """Update and log what evaluation measures of early exit: a ``[batch, layers, classes]``, the rest ``[batch]``."""
+        """Update and log what evaluation measures: of all layers, a ``[batch, layers, classes]``, and of early exit."""
         metrics = self._metrics_of(stage)
-        answer = functional.answer_at(a, exit_layer)
+        answer, exit_layer = output.probabilities, output.exit_layer
         agreement = (answer.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
         task_loss = functional.task_loss(answer, target, self.class_weights)
         means = {"loss": loss, "task_loss": task_loss, "ponder_cost": ponder_cost, "agreement": agreement}
@@ -369,6 +413,8 @@ class DACT(LightningModule):
             "weight_decay": self.weight_decay,
             "warmup_fraction": self.warmup_fraction,
             "class_names": self.class_names,
+            "step_tokens": self.step_tokens,
+            "window_tokens": self.window_tokens,
         }
 
     @classmethod
@@ -504,6 +550,9 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     for name in ("learning_rate", "submodel_learning_rate"):
         if given[name] is not None and not 0 < given[name] < float("inf"):
             raise ValueError(f"DACT: {name} must be a finite number above 0, got {given[name]}")
+    for name in ("step_tokens", "window_tokens"):
+        if given[name] is not None and given[name] < 1:
+            raise ValueError(f"DACT: {name} counts tokens and must be 1 or more, got {given[name]}")
     for name in ("lambda_warmup", "warmup_fraction"):
         if not 0 <= given[name] <= 1:
             raise ValueError(f"DACT: {name} is a share of the optimizer steps, in [0, 1], got {given[name]}")

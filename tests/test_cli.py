@@ -133,7 +133,7 @@ def test_predict_writes_one_row_per_input_in_their_order(fitted, ending):
     assert len(frame) == 90
     from dact.data import CompositionalSentiment
 
-    data = CompositionalSentiment(num_test=90)
+    data = CompositionalSentiment(num_test=90, max_depth=3)
     data.setup("test")
     expected = TextClassifier.from_pretrained(run / "model")(data.splits["test"].texts)
     assert frame["label"].tolist() == [prediction.label for prediction in expected]
@@ -260,24 +260,10 @@ def test_the_configuration_of_the_readme_learns(tmp_path):
 
 @pytest.mark.slow
 def test_real_text_on_the_packaged_encoder(tmp_path):
-    small = [
-        "--data.num_train",
-        "96",
-        "--data.batch_size",
-        "16",
-        "--trainer.max_epochs",
-        "1",
-        "--trainer.accelerator",
-        "cpu",
-    ]
-    limits = [
-        "--trainer.limit_val_batches",
-        "3",
-        "--trainer.limit_test_batches",
-        "3",
-        "--trainer.limit_predict_batches",
-        "3",
-    ]
+    small = ["--data.num_train", "96", "--data.batch_size", "16", "--trainer.max_epochs", "1"]
+    small += ["--trainer.accelerator", "cpu"]
+    limits = ["--trainer.limit_val_batches", "3", "--trainer.limit_test_batches", "1"]
+    limits += ["--trainer.limit_predict_batches", "1"]
     dact("fit", "--config", VADER, *small, *limits, cwd=tmp_path)
     checkpoint = ["--ckpt_path", tmp_path / "lightning_logs/version_0/checkpoints/best.ckpt"]
     done = dact("test", "--config", VADER, *small, *limits, *checkpoint, cwd=tmp_path)
@@ -285,7 +271,7 @@ def test_real_text_on_the_packaged_encoder(tmp_path):
     dact("predict", "--config", VADER, *small, *limits, *checkpoint, "--output", "out.csv", cwd=tmp_path)
     frame = pd.read_csv(tmp_path / "out.csv")
     assert len(frame) == 2963
-    assert frame["label"].notna().sum() == 48
+    assert frame["label"].notna().sum() == 1024
     trials = ["--tuner.n_trials", "2", "--tuner.warm_up_epochs", "0", "--run_tag", "real"]
     done = dact("tune", "--config", VADER, *small, *limits, *trials, cwd=tmp_path)
     assert "early exit" in done.stdout

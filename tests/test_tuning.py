@@ -514,7 +514,14 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, signal):
     command = [sys.executable, "-m", "dact", "tune", *map(str, arguments)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        cwd=tmp_path,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # A shell ignores Ctrl-C in what it starts in the background, and this would be inherited.
+        preexec_fn=lambda: signals.signal(signals.SIGINT, signals.SIG_DFL),
     )
     database = tmp_path / "lightning_logs" / "run" / "studies.db"
     end = time.monotonic() + 120

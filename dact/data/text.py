@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 from dact.data.tables import REPLACEMENT, read_table
 from dact.encoders.pretrained import resolve_pretrained
 
+INFERENCE_BATCH = 1024  # examples that test and predict hand on at a time: early exit regroups within them
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 
 
@@ -57,7 +58,8 @@ class TextDataModule(LightningDataModule, ABC):
     Args:
         tokenizer: A tokenizer, or where to find one: a Hub id, a local folder or ``"package:NAME/PATH"``.
         max_length: Longer inputs are cut to so many tokens.
-        batch_size: Examples per batch, 1 or more.
+        batch_size: Examples per batch in training and validation, 1 or more. Test and predict hand on 1,024 at a time,
+            which early exit divides by itself.
         num_workers: Processes that prepare batches; with 0 the training process does.
         seed: Of the order of training examples.
     """
@@ -140,9 +142,10 @@ class TextDataModule(LightningDataModule, ABC):
         sampler = None
         if split == "train":
             sampler = LengthGroupedSampler([len(item["input_ids"]) for item in items], self.batch_size, self.seed)
+        size = self.batch_size if split in ("train", "val") else max(self.batch_size, INFERENCE_BATCH)
         return DataLoader(
             items,  # type: ignore[arg-type]
-            batch_size=self.batch_size,
+            batch_size=size,
             sampler=sampler,
             collate_fn=self.collate,
             num_workers=self.num_workers,

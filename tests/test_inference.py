@@ -1,0 +1,182 @@
+"""The scheduler: full groups of similar length, bounded memory, and the answers of `forward`."""
+
+import itertools
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given, settings
+
+from dact import DACT, functional, inference
+from tests.conftest import random_batch, scatter_exits, tiny_model
+from tests.test_encoders import ALL, encoder_of
+
+MARGIN = 1e-4  # closer to the halting rule's limit than this, float32 may leave a layer earlier or later
+
+
+def margins(model, batch):
+    """How far each example's halting decisions stay from their limit, over all layers; [batch]."""
+    full = model(batch)
+    a, p = functional.accumulate(full.layer_probabilities, full.h)
+    layers = a.shape[1]
+    top = a.double().topk(2, dim=2).values
+    remaining = torch.arange(layers - 1, -1, -1)
+    lead = (1 - p.double()) ** remaining * (1 + top[..., 0] - top[..., 1]) - 1 + model.halting_tolerance
+    return full, lead[:, :-1].abs().amin(dim=1) if layers > 1 else torch.ones(len(a))
+
+
+def left_padded(batch):
+    """The same examples with their padding on the left."""
+    turned = dict(batch)
+    for name in ("input_ids", "attention_mask"):
+        rows = [
+            torch.roll(tensor, int(len(tensor) - mask.sum()))
+            for tensor, mask in zip(batch[name], batch["attention_mask"], strict=True)
+        ]
+        turned[name] = torch.stack(rows)
+    return turned
+
+
+@settings(max_examples=80)
+@given(
+    layers=st.integers(1, 6),
+    batch=st.integers(1, 60),
+    classes=st.integers(2, 5),
+    length=st.integers(1, 20),
+    step=st.integers(1, 200),
+    window=st.integers(1, 2000),
+    bias=st.sampled_from([-20.0, 0.0, 0.0, 20.0]),
+    tolerance=st.sampled_from([0.0, 0.0, 0.3]),
+    seed=st.integers(0, 1000),
+)
+@torch.no_grad()
+def test_answers_do_not_depend_on_steps_windows_or_order(
+    layers, batch, classes, length, step, window, bias, tolerance, seed
+):
+    torch.manual_seed(seed)
+    model = tiny_model(layers=layers, output_dimension=classes, halting_tolerance=tolerance)
+    model.step_tokens, model.window_tokens = step, window
+    for submodel in model.confidence:  # all leave at layer 1 (h near 0), none leaves early (h near 1), or some do
+        submodel[-1].bias.fill_(bias)
+    data = random_batch(batch, length, seed=seed)
+    full, margin = margins(model, data)
+    order = torch.randperm(batch)
+    early = model.early_exit({name: tensor[order] for name, tensor in data.items()})
+    clear = margin[order] > MARGIN
+    assert torch.equal(early.exit_layer[clear], full.exit_layer[order][clear])
+    if bias < 0:
+        assert (early.exit_layer[clear] == 1).all()
+    if bias > 0 and tolerance == 0:
+        assert (early.exit_layer == layers).all()
+    if tolerance == 0:
+        assert torch.equal(early.probabilities.argmax(1)[clear], full.probabilities.argmax(1)[order][clear])
+    a, _ = functional.accumulate(full.layer_probabilities, full.h)
+    expected = functional.answer_at(a, full.exit_layer)[order]
+    torch.testing.assert_close(early.probabilities[clear], expected[clear], atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_regrouping_serves_every_family(name):
+    model = scatter_exits(DACT(encoder=encoder_of(name)).eval())
+    data = random_batch(40, 14, vocab=100)
+    full, margin = margins(model, data)
+    model.step_tokens, model.window_tokens = 60, 300
+    early = model.early_exit(data)
+    clear = margin > MARGIN
+    assert clear.sum() > 20
+    assert torch.equal(early.exit_layer[clear], full.exit_layer[clear])
+    assert len(set(full.exit_layer.tolist())) > 1, "examples of this test leave at different layers"
+
+
+@torch.no_grad()
+def test_left_padding_is_as_good_as_right():
+    model, data = tiny_model(layers=5), random_batch(30, 14)
+    model.step_tokens = 40
+    right, left = model.early_exit(data), model.early_exit(left_padded(data))
+    assert torch.equal(left.exit_layer, right.exit_layer)
+    torch.testing.assert_close(left.probabilities, right.probabilities, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(("step", "window"), [(1, 1), (24, 100), (60, 60), (100, 10_000)])
+@torch.no_grad()
+def test_steps_and_windows_keep_their_bounds_and_stay_full(step, window):
+    model, data = tiny_model(layers=4), random_batch(100, 12)
+    model.step_tokens, model.window_tokens = step, window
+    embedded, entered = [], []
+    embed = model.encoder.embed
+    model.encoder.embed = lambda batch: embedded.append(batch["input_ids"].shape) or embed(batch)
+    for number, module in enumerate(model.encoder.layers, 1):
+        module.register_forward_hook(lambda m, inputs, output, number=number: entered.append((number, inputs[0].shape)))
+    exits = model.early_exit(data).exit_layer
+    assert all(shape[0] == 1 or shape[0] * shape[1] <= step for _, shape in entered)
+    assert all(rows == 1 or rows * length <= step for rows, length in embedded)
+    held, last = 0, None
+    for number, shape in entered:  # what goes through layer 1 between two windows is held together
+        held = shape[0] * shape[1] + (held if number == last == 1 else 0)
+        last = number
+        if number == 1:
+            assert held <= window or shape[0] == 1
+    for layer in range(1, 5):
+        shapes = [shape for number, shape in entered if number == layer]
+        assert sum(shape[0] for shape in shapes) == int((exits >= layer).sum())
+    if window == 10_000:  # one window: no two neighbours that one step would hold
+        deepest = [shape for number, shape in entered if number == 3]
+        for one, other in itertools.pairwise(deepest):
+            assert (one[0] + other[0]) * max(one[1], other[1]) > step
+
+
+@torch.no_grad()
+def test_a_stream_is_consumed_lazily_and_keeps_its_order():
+    model = tiny_model(layers=4)
+    model.window_tokens = 100
+    batches = [random_batch(1 + number % 5, 3 + number % 4, seed=number) for number in range(30)]
+    batches[7].pop("attention_mask")  # all of its positions hold a token
+    taken = []
+
+    def generator():
+        for number, batch in enumerate(batches):
+            taken.append(number)
+            yield batch
+
+    outputs = []
+    for output in model.stream(generator()):
+        held = sum(batch["input_ids"].numel() for batch in batches[len(outputs) : len(taken)])
+        assert held <= 100 + batches[taken[-1]]["input_ids"].numel()
+        outputs.append(output)
+    assert len(outputs) == len(batches)
+    for output, batch in zip(outputs, batches, strict=True):
+        alone = model.early_exit(batch)
+        assert torch.equal(output.exit_layer, alone.exit_layer)
+        torch.testing.assert_close(output.probabilities, alone.probabilities, atol=1e-5, rtol=1e-4)
+    assert list(model.stream([])) == []
+
+
+@torch.no_grad()
+def test_recorded_layers_are_those_of_forward():
+    model, data = tiny_model(layers=4), random_batch(33, 12)
+    model.step_tokens = 50
+    full, recorded = model(data), model._inference(data, "never", record=True)
+    torch.testing.assert_close(recorded.y, full.layer_probabilities, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(recorded.h, full.h, atol=1e-5, rtol=1e-4)
+    assert (recorded.layers == 4).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@torch.no_grad()
+def test_half_precision_runs_and_hardly_changes_a_class(dtype):
+    model, data = tiny_model(layers=4), random_batch(200, 12)
+    exact = model.early_exit(data)
+    with torch.autocast("cpu", dtype):
+        half = model.early_exit(data)
+    assert half.probabilities.dtype == torch.float32
+    assert (half.probabilities.argmax(1) == exact.probabilities.argmax(1)).double().mean() > 0.9
+
+
+def test_defaults_depend_on_the_device_and_wrong_sizes_are_refused():
+    assert inference.budget(torch.device("cpu"), None, None) == (2048, 32_768)
+    assert inference.budget(torch.device("cuda"), None, None)[0] > 10_000
+    assert inference.budget(torch.device("cpu"), 10, None) == (10, 160)
+    for name in ("step_tokens", "window_tokens"):
+        with pytest.raises(ValueError, match=f"{name} counts tokens and must be 1 or more, got 0"):
+            tiny_model(**{name: 0})
