@@ -12,10 +12,12 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact.callbacks import ExitPlots, PredictionWriter, SavePretrained
-from dact.console import quiet_command
+from dact.console import quiet_command, quiet_threads
+from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
 USAGE_ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, MisconfigurationException)
@@ -95,6 +97,10 @@ class DACTCLI(LightningCLI):
             added += [ExitPlots(), SavePretrained()]
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
                 added.append(ModelCheckpoint(monitor="val_loss", filename="best", save_last=True))
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not _has(plugins, CheckpointIO):
+            config = {**config, "plugins": [*plugins, DurableCheckpointIO()]}
         return super()._instantiate_trainer(config, [*callbacks, *added])
 
     def predict(self, **arguments: Any) -> None:
@@ -128,6 +134,7 @@ class DACTCLI(LightningCLI):
         )
         tag = config.run_tag or engine.run_tag
         signal.signal(signal.SIGTERM, _interrupt)
+        quiet_threads()
         try:
             engine.run_pipeline(tag)
         except KeyboardInterrupt:
@@ -147,8 +154,8 @@ def _interrupt(signal_number: int, frame: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _has(callbacks: list[Callback], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
+def _has(given: list[Any], kind: type) -> bool:
+    return any(isinstance(one, kind) for one in given)
 
 
 def run(args: ArgsType = None) -> DACTCLI:

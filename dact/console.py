@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+import threading
 import warnings
 
 # Messages of Lightning and its neighbours that say nothing about this run or repeat at every start.
@@ -61,3 +62,15 @@ def quiet_command() -> None:
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def quiet_threads() -> None:
+    """Leave it to the main thread to say that a disk or a storage failed: it meets the same error."""
+    show = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        module = arguments.exc_type.__module__.partition(".")[0]
+        if not issubclass(arguments.exc_type, OSError) and module not in ("optuna", "sqlalchemy"):
+            show(arguments)
+
+    threading.excepthook = hook

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from dact import encoders, functional, inference
 from dact.encoders.base import Batch, LayeredEncoder
+from dact.files import read_checkpoint, read_json, read_tensors, write_json, write_tensors
 from dact.functional import HaltingRule, PonderKind
 from dact.metrics import ExitHistogram, LayerAccuracy, MeanExitLayer
 from dact.submodels import SubmodelConfig, Submodels, start_undecided
@@ -477,11 +477,12 @@ class DACT(LightningModule):
         path = Path(checkpoint_path)
         if not path.is_file():
             raise FileNotFoundError(f"there is no checkpoint at {path}")
-        try:
-            checkpoint = torch.load(path, map_location=map_location, weights_only=True)
-            config, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
-        except Exception as error:  # a broken zip, a refused pickle and a foreign file raise many kinds
-            raise ValueError(f"{path} cannot be read as a checkpoint of DACT: {error}") from error
+        checkpoint = read_checkpoint(path, map_location)
+        if not {"hyper_parameters", "state_dict"} <= checkpoint.keys():
+            raise ValueError(
+                f"{path} is no checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}"
+            )
+        config, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
         if encoder is not None:
             overrides["encoder"] = encoder
         return cls.from_config(config, **overrides)._load_weights(weights, path, map_location)
@@ -493,12 +494,9 @@ class DACT(LightningModule):
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors into `directory`, which is created if needed."""
-        from safetensors.torch import save_model
-
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / CONFIG_NAME).write_text(json.dumps({"format": FORMAT, **self.config()}, indent=2) + "\n")
-        save_model(self, str(directory / WEIGHTS_NAME))
+        write_tensors(directory / WEIGHTS_NAME, self.state_dict())
+        write_json(directory / CONFIG_NAME, {"format": FORMAT, **self.config()})
 
     @classmethod
     def from_pretrained(cls, directory: str | Path, *, encoder: LayeredEncoder | None = None, **overrides: Any) -> DACT:
@@ -513,17 +511,12 @@ class DACT(LightningModule):
             FileNotFoundError: If one of the two files is missing.
             ValueError: If a file cannot be read or does not fit.
         """
-        from safetensors.torch import load_file
-
         directory = Path(directory)
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (directory / name).is_file():
                 raise FileNotFoundError(f"{directory} has no {name}: expected a folder that save_pretrained wrote")
-        try:
-            config = json.loads((directory / CONFIG_NAME).read_text())
-            weights = load_file(directory / WEIGHTS_NAME)
-        except Exception as error:  # safetensors and json raise their own kinds
-            raise ValueError(f"{directory} cannot be read as a model of dact: {error}") from error
+        config = read_json(directory / CONFIG_NAME)
+        weights, _ = read_tensors(directory / WEIGHTS_NAME)
         if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
             raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
         if encoder is not None:

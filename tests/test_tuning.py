@@ -27,7 +27,8 @@ from dact.tuning.display import _verdict
 from dact.tuning.engine import STAGES
 from dact.tuning.estimate import measure_pace
 from dact.tuning.features import FeaturesData, check_features, compute_features
-from dact.tuning.objective import CAUSE, Deadline, is_out_of_memory
+from dact.tuning.objective import CAUSE, Deadline
+from dact.tuning.studies import is_interrupted
 from tests.conftest import tiny_model
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -463,12 +464,6 @@ def test_the_deadline_stops_a_long_validation():
     Deadline(time.monotonic() - 1).on_validation_batch_end()
 
 
-def test_out_of_memory_is_recognised():
-    assert is_out_of_memory(torch.OutOfMemoryError("x"))
-    assert is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"))
-    assert not is_out_of_memory(RuntimeError("shape mismatch"))
-
-
 # ------------------------------------------------------------------ resuming
 
 
@@ -542,7 +537,7 @@ def test_a_stopped_command_goes_on_where_it_was(tmp_path, signal):
     assert done.returncode == 0, done.stdout + done.stderr
     for stage in STAGES:
         trials = study_of(tmp_path / "lightning_logs", stage).trials
-        counted = [trial for trial in trials if not trial.user_attrs.get("interrupted")]
+        counted = [trial for trial in trials if not is_interrupted(trial)]
         assert len(counted) == 6
         assert all(trial.state.is_finished() for trial in trials)
     assert "early exit" in done.stdout

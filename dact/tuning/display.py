@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextC
 from rich.table import Table
 from typing_extensions import override
 
-from dact.tuning.report import read_json
+from dact.files import read_json
 
 if TYPE_CHECKING:
     from dact.tuning.engine import TuningEngine

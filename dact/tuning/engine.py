@@ -2,51 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import multiprocessing
-import shutil
+import errno
+import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import optuna
 import torch
 import yaml
+from filelock import BaseFileLock, Timeout
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
+from optuna.exceptions import StorageInternalError
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, Trial
-from safetensors.torch import load_file, save_file
+from sqlalchemy.exc import SQLAlchemyError
 
-from dact import plots
 from dact.console import quiet
+from dact.files import replacing_folder, write_text
 from dact.functional import check_choice, check_tolerance
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
-from dact.tuning import pictures, report, studies, tensorboard
+from dact.tuning import pictures, studies, tensorboard
 from dact.tuning.display import Display
 from dact.tuning.estimate import BATCHES, measure_pace, random_states
-from dact.tuning.features import FeaturesData, compute_features, fingerprint_data, fingerprint_encoder
+from dact.tuning.features import FeaturesData, fingerprint_data
+from dact.tuning.final import fit_winners
+from dact.tuning.frozen import FrozenEncoder, freeze
 from dact.tuning.objective import (
     EXIT_HISTOGRAM,
-    History,
     TrialSetting,
-    fit,
-    make_trainer,
+    environment_error,
     recorded_cause,
     run_trial,
     seed_trial,
+    trial_folder,
 )
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.space import build_spaces, describe
 from dact.tuning.strategies import CurveSampler, LagPruner, SameLengthPruner
+from dact.tuning.workers import run_side_by_side
 
 EncoderTraining = Literal["finetune", "frozen"]
 STAGES = ("submodels", "training", "lambda_reg")
@@ -56,7 +59,29 @@ DIRECTIONS: dict[str, list[Literal["minimize", "maximize"]]] = {
     "lambda_reg": ["minimize", "minimize"],
 }
 SUBMODEL_FIELDS = [field.name for field in dataclasses.fields(SubmodelConfig)]
-HOPELESS = 5  # after so many failed trials and no finished one, a study ends
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+class RunStopped(RuntimeError):
+    """A disk or a storage failed; what had finished is kept, and the same call goes on once it works again."""
+
+
+def _explained(method: Method) -> Method:
+    """Let a method of the engine say what to do where a disk or a storage fails."""
+
+    @functools.wraps(method)
+    def explained(self: TuningEngine, *arguments: Any, **options: Any) -> Any:
+        try:
+            return method(self, *arguments, **options)
+        except RunStopped:
+            raise
+        except Exception as error:
+            cause = environment_error(error)
+            if cause is None or (cause is error and isinstance(error, ConnectionError)):
+                raise  # the latter says it all
+            raise RunStopped(self._say_what_to_do(cause)) from error
+
+    return explained  # type: ignore[return-value]
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
@@ -157,6 +182,10 @@ class TuningEngine:
         check_choice("TuningEngine: lambda_selection", lambda_selection, LambdaSelection)
         if halting_tolerance is not None:
             check_tolerance(halting_tolerance)
+        if workers > 1 and isinstance(storage, optuna.storages.InMemoryStorage):
+            raise ValueError(
+                "TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file"
+            )
         if lambda_selection == "max_layers" and max_layers is None:
             raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
         for name, factory in (("model", model), ("data", data)):
@@ -187,8 +216,11 @@ class TuningEngine:
         self.log_dir = Path(log_dir)
         self.seed = seed
         self.display = Display()
+        self.worker = False  # whether this is the copy of an engine in a worker process
         self._tag: str | None = None  # of the study that is under way
         self._deadline: float | None = None
+        self._sampler_is_fresh = True
+        self._shares: Iterator[tuple[float, int]] = iter(())
 
     @cached_property
     def run_tag(self) -> str:
@@ -197,6 +229,7 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ the pipeline
 
+    @_explained
     def run_pipeline(self, run_tag: str = "") -> tuple[str, str]:
         """Run the three studies and the final fit.
 
@@ -206,14 +239,28 @@ class TuningEngine:
         Returns:
             The paths of metrics.json and of the checkpoint.
         """
+        with self._shared_time(run_tag):
+            self.joint_tune_study(run_tag)
+            self.train_tune_study(run_tag)
+            self.lambda_reg_study(run_tag)
+            return self.final_train(run_tag)
+
+    @contextlib.contextmanager
+    def _shared_time(self, run_tag: str) -> Iterator[None]:
+        """Share time_out among the studies inside: what one leaves over is for those after it."""
         self._begin(run_tag)
         self._announce()
         end = None if self.time_out is None else time.monotonic() + self.time_out
-        for remaining, study in zip((3, 2, 1), self._studies(), strict=True):
-            # What one study leaves over is for those after it.
-            share = None if end is None else max(0.0, end - time.monotonic()) / remaining
-            study(run_tag, share)
-        return self.final_train(run_tag)
+        self._shares = iter([] if end is None else [(end, 3), (end, 2), (end, 1)])
+        try:
+            yield
+        finally:
+            self._shares = iter(())
+
+    def _seconds(self) -> float | None:
+        """The time of the study that is about to start: a share of the pipeline's, or all of it for one called alone."""
+        end, remaining = next(self._shares, (None, 1))
+        return self.time_out if end is None else max(0.0, end - time.monotonic()) / remaining
 
     def _announce(self) -> None:
         """Say how long the run will take, before it starts."""
@@ -231,7 +278,7 @@ class TuningEngine:
         examples = [len(loader.dataset) for loader in loaders]
         epochs = {stage: float(self.trainer["max_epochs"]) for stage in STAGES}
         epochs["training"] = epochs["lambda_reg"] = self.spaces["training"]["num_epochs"].mean
-        model = self._checked(self.model())
+        model = self.make_model()
         pace = measure_pace(self.trainer, model, *loaders)
         seconds = 0.0
         if self.encoder_training == "frozen":
@@ -239,63 +286,52 @@ class TuningEngine:
                 passes = pace.validation * sum(examples)
                 seconds += self.warm_up_epochs * pace.epoch(*examples) + passes
             states = [[random_states(model.encoder, batch) for batch in islice(loader, BATCHES)] for loader in loaders]
-            pace = measure_pace(self.trainer, self._checked(self.model()), *states)
+            pace = measure_pace(self.trainer, self.make_model(), *states)
         trials = sum(max(0, count) * epochs[stage] for stage, count in left.items())
         fits = epochs["training"] + self.compare_defaults * epochs["submodels"]
         return seconds + (trials / self.workers + fits) * pace.epoch(*examples)
 
-    def _studies(self) -> tuple[Callable[[str, float | None], Any], ...]:
-        return self._joint_tune_study, self._train_tune_study, self._lambda_reg_study
-
+    @_explained
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Study the architectures of the submodels and save the best.
 
         Returns:
             classifier_config and confidence_config, which ``SubmodelConfig(**config)`` accepts.
         """
-        return self._joint_tune_study(run_tag, self.time_out)
+        study, fresh = self._run_study("submodels", run_tag)
+        self.classifier_config, self.confidence_config = _submodel_configs(study.best_trial.params)
+        configs = {"classifier_config": self.classifier_config, "confidence_config": self.confidence_config}
+        self._conclude("submodels", study, fresh, configs)
+        return self.classifier_config, self.confidence_config
 
+    @_explained
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
         """Study the training parameters and save the best.
 
         Returns:
             external_config: arguments of the model and the data by name, and num_epochs.
         """
-        return self._train_tune_study(run_tag, self.time_out)
-
-    def lambda_reg_study(self, run_tag: str = "") -> float:
-        """Study λ with two objectives and save the winner, also as `lambda_reg` of the engine."""
-        return self._lambda_reg_study(run_tag, self.time_out)
-
-    def _joint_tune_study(self, run_tag: str, seconds: float | None) -> tuple[dict[str, Any], dict[str, Any]]:
-        study = self._run_study("submodels", self.submodel_objective, run_tag, seconds)
-        self.classifier_config, self.confidence_config = _submodel_configs(study.best_trial.params)
-        self._save("classifier_config", self.classifier_config)
-        self._save("confidence_config", self.confidence_config)
-        self._draw("submodels", study, {})
-        return self.classifier_config, self.confidence_config
-
-    def _train_tune_study(self, run_tag: str, seconds: float | None) -> dict[str, Any]:
-        study = self._run_study("training", self.train_tune_objective, run_tag, seconds)
+        study, fresh = self._run_study("training", run_tag)
         self.external_config = dict(study.best_trial.params)
-        self._save("external_config", self.external_config)
-        self._draw("training", study, {})
+        self._conclude("training", study, fresh, {"external_config": self.external_config})
         return self.external_config
 
-    def _lambda_reg_study(self, run_tag: str, seconds: float | None) -> float:
-        study = self._run_study("lambda_reg", self.lambda_objective, run_tag, seconds)
-        points = [Point(t.params["lambda_reg"], *t.values) for t in studies.completed(study)]
+    @_explained
+    def lambda_reg_study(self, run_tag: str = "") -> float:
+        """Study λ with two objectives and save the winner, also as `lambda_reg` of the engine."""
+        study, fresh = self._run_study("lambda_reg", run_tag)
+        trials = studies.completed(study)
+        points = [Point(trial.params["lambda_reg"], *trial.values) for trial in trials]
         chosen = select_lambda(
             points, self.lambda_selection, max_loss_increase=self.max_loss_increase, max_layers=self.max_layers
         )
         self.lambda_reg = chosen.lambda_reg
-        self._save("lambda_reg", {"lambda_reg": self.lambda_reg})
-        exits = [(t.params["lambda_reg"], t.user_attrs[EXIT_HISTOGRAM]) for t in studies.completed(study)]
+        exits = [(trial.params["lambda_reg"], trial.user_attrs[EXIT_HISTOGRAM]) for trial in trials]
         more = {
-            "Pareto front": pictures.pareto_picture(points, chosen),
-            "exit histogram": pictures.exits_picture(exits, self.lambda_reg),
+            "Pareto front": partial(pictures.pareto_picture, points, chosen),
+            "exit histogram": partial(pictures.exits_picture, exits, self.lambda_reg),
         }
-        self._draw("lambda_reg", study, more)
+        self._conclude("lambda_reg", study, fresh, {"lambda_reg": {"lambda_reg": self.lambda_reg}}, more)
         return self.lambda_reg
 
     # ------------------------------------------------------------------ objectives
@@ -328,7 +364,7 @@ class TuningEngine:
         folder = self._folder(self._tag or self.run_tag) / stage
         setting = TrialSetting(stage, folder, self.trainer, self.seed, self._deadline)
         seed_trial(self.seed)
-        model, data = self._build(settings)
+        model, data = self.build(settings)
         self.display.trial_started(trial, chosen)
         return run_trial(trial, setting, model, data, epochs=epochs, prune=len(DIRECTIONS[stage]) == 1)
 
@@ -343,7 +379,7 @@ class TuningEngine:
             settings["lambda_reg"] = self.lambda_reg
         return settings
 
-    def _build(self, settings: Mapping[str, Any]) -> tuple[DACT, LightningDataModule]:
+    def build(self, settings: Mapping[str, Any]) -> tuple[DACT, LightningDataModule]:
         """A model and a datamodule of their own for `settings`, which hold plain values."""
         overrides = dict(settings)
         size = {"batch_size": overrides.pop("batch_size")} if "batch_size" in overrides else {}
@@ -353,12 +389,14 @@ class TuningEngine:
             if name in overrides:
                 overrides[name] = SubmodelConfig(**overrides[name])
         if self.encoder_training == "finetune":
-            return self._checked(self.model(**overrides)), self.data(**size)
-        base, folder, batch_size = self._frozen
-        model = type(base).from_config(base.config(), **{"encoder": base.encoder, **overrides})
-        return model, FeaturesData(folder, seed=self.seed, **{"batch_size": batch_size, **size})
+            return self.make_model(**overrides), self.data(**size)
+        frozen = self._frozen
+        model = type(frozen.base).from_config(frozen.base.config(), **{"encoder": frozen.base.encoder, **overrides})
+        return model, FeaturesData(frozen.folder, seed=self.seed, **{"batch_size": frozen.batch_size, **size})
 
-    def _checked(self, model: DACT) -> DACT:
+    def make_model(self, **overrides: Any) -> DACT:
+        """A model of the factory, checked to have the classes of this engine."""
+        model = self.model(**overrides)
         if model.output_dimension != self.output_dimension:
             raise ValueError(
                 f"TuningEngine has output_dimension={self.output_dimension}, but the model factory makes models with "
@@ -366,51 +404,22 @@ class TuningEngine:
             )
         return model
 
-    # ------------------------------------------------------------------ frozen mode
+    # ------------------------------------------------------------------ the run
 
     @cached_property
-    def _frozen(self) -> tuple[DACT, Path, int]:
-        """The model whose warmed-up encoder all trials share, never to be trained again, where its states lie, and the
-        batch size of the data where no trial chooses one."""
-        folder = self._folder(self._tag or self.run_tag) / "features"
-        seed_trial(self.seed)
-        model, data = self._checked(self.model(lambda_reg=0.0)), self.data()
-        data.prepare_data()
-        data.setup("fit")
-        origin = f"{fingerprint_encoder(model.encoder)}/{self._data_fingerprint}/{self.warm_up_epochs}/{self.seed}"
-        self._warm_up(model, data, folder / "encoder.safetensors", origin)
-        model.encoder.eval().requires_grad_(False)
-        if self._uses_cuda:
-            model.cuda()
-        made_of = f"{fingerprint_encoder(model.encoder)}/{self._data_fingerprint}"
-        for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
-            compute_features(model.encoder, loader, folder / f"{split}.safetensors", made_of)
-        # λ and the rest are as the factory gives them: only the encoder was to be warmed up without a price.
-        base = self.model()
-        base.encoder = model.encoder
-        return base, folder, next(iter(data.train_dataloader()))["labels"].shape[0]
+    def _frozen(self) -> FrozenEncoder:
+        """What all trials of frozen mode share; see `dact.tuning.frozen`."""
+        with self._alone("features", "it computes the states of all layers"):
+            return freeze(self, self._folder(self._tag or self.run_tag) / "features")
 
-    def _warm_up(self, model: DACT, data: LightningDataModule, path: Path, origin: str) -> None:
-        """Fit the encoder with all exits, or read the weights of an earlier warm-up of the same origin."""
-        if not self.warm_up_epochs:
-            return
-        if path.is_file():
-            weights = load_file(path)
-            if weights.pop("origin").numpy().tobytes().decode() == origin:
-                model.encoder.load_state_dict(weights)
-                return
-        with self.display.fit(f"warm-up of the encoder, {self.warm_up_epochs} epochs") as progress:
-            trainer = make_trainer(
-                self.trainer, max_epochs=self.warm_up_epochs, enable_checkpointing=False, callbacks=[progress]
-            )
-            fit(trainer, model, data)
-        weights = {name: tensor.detach().cpu().clone() for name, tensor in model.encoder.state_dict().items()}
-        weights["origin"] = torch.frombuffer(bytearray(origin.encode()), dtype=torch.uint8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(weights, path)
+    @property
+    def uses_cuda(self) -> bool:
+        """Whether what runs outside of a Trainer runs on a GPU."""
+        return torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu"
 
     @cached_property
-    def _data_fingerprint(self) -> str:
+    def data_fingerprint(self) -> str:
+        """A digest of the training and validation data."""
         data = self.data()
         data.prepare_data()
         data.setup("fit")
@@ -428,99 +437,122 @@ class TuningEngine:
         self._tag = tag
         return tag
 
-    def _run_study(self, stage: str, objective: Callable[[Trial], Any], run_tag: str, seconds: float | None) -> Study:
-        """Run what is left of a study, within `seconds`, and draw its pictures."""
+    @contextlib.contextmanager
+    def _alone(self, name: str, what: str) -> Iterator[None]:
+        """Hold a lock of the run: no other process, here or on another host, is in the same block."""
+        lock = self._lock(name)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with self.display.stage(f"waiting for another process: {what}"):
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _run_study(self, stage: str, run_tag: str) -> tuple[Study, bool]:
+        """Run what is left of a study; gives it, and whether anything was left."""
         self._begin(run_tag)
+        seconds = self._seconds()
         study = self._open(stage)
-        left = self.n_trials[stage] - len(studies.finished(study))
-        if left > 0:
+        fresh = len(studies.finished(study)) < self.n_trials[stage]
+        if fresh:
             if self.encoder_training == "frozen":
                 _ = self._frozen  # computed before the clock of the study runs
-            self._deadline = None if seconds is None else time.monotonic() + seconds
-            with self.display.study(stage, study, self.n_trials[stage], self._deadline), _quiet_optuna():
-                if self.workers == 1:
-                    self._optimize(stage, study, left)
-                else:
-                    self._optimize_side_by_side(stage, study, left)
-            self._deadline = None
+            end = None if seconds is None else time.monotonic() + seconds
+            with self.display.study(stage, study, self.n_trials[stage], end), studies.quiet_optuna():
+                try:
+                    if self.workers == 1:
+                        self.share(stage, study, end)
+                    else:
+                        run_side_by_side(self, stage, study, end)
+                finally:
+                    # Whoever was stopped between two steps of a trial leaves none that says it is running.
+                    with self._lock(stage), contextlib.suppress(SQLAlchemyError, StorageInternalError):
+                        studies.end_orphans(study)
         studies.completed(study)
-        return study
+        return study, fresh
 
-    def _open(self, stage: str) -> Study:
-        assert self._tag is not None
-        storage = studies.open_storage(self.storage, self._folder(self._tag))
-        setting = {
-            "search space": describe(self.spaces[stage]),
-            "data": self._data_fingerprint,
-            "encoder_training": self.encoder_training,
-        }
-        with _quiet_optuna():
-            study = studies.open_study(
-                f"{self._tag}/{stage}", storage, DIRECTIONS[stage], TPESampler(), self._make_pruner(), setting
-            )
-            study.sampler = self._make_sampler(stage, len(study.get_trials(deepcopy=False)))
-        return study
+    def work(self, stage: str, end: float | None) -> None:
+        """What a worker does: open the study, and run trials until all are done."""
+        study = self._open(stage)
+        with studies.quiet_optuna():
+            self.share(stage, study, end)
 
-    def _make_sampler(self, stage: str, trials: int) -> BaseSampler:
-        if stage == "lambda_reg":
-            return CurveSampler()
-        # A seed of its own for what follows: the same one again would propose the same points again.
-        return self.sampler or TPESampler(seed=self.seed + trials, n_startup_trials=5)
-
-    def _make_pruner(self) -> BasePruner:
-        return SameLengthPruner(self.pruner or LagPruner())
-
-    def _optimize(self, stage: str, study: Study, trials: int) -> None:
+    def share(self, stage: str, study: Study, end: float | None) -> None:
+        """Run trials of a study in this process until all are done, beside others that do the same."""
+        self._deadline = end
         objectives: dict[str, Callable[[Trial], Any]] = {
             "submodels": self.submodel_objective,
             "training": self.train_tune_objective,
             "lambda_reg": self.lambda_objective,
         }
-        seconds = None if self._deadline is None else max(0.0, self._deadline - time.monotonic())
-        study.optimize(
-            objectives[stage],
-            n_trials=trials,
-            timeout=seconds,
-            catch=(Exception,),
-            callbacks=[_stop_if_hopeless, self.display.trial_ended],
-        )
-
-    def _optimize_side_by_side(self, stage: str, study: Study, trials: int) -> None:
-        """Share the trials among processes; a common counter keeps their sum."""
-        context = multiprocessing.get_context("spawn")
-        budget = context.Value("i", trials)
-        seconds = None if self._deadline is None else self._deadline - time.monotonic()
-        threads = max(1, torch.get_num_threads() // self.workers)
-        processes = [
-            context.Process(target=_work, args=(self, stage, budget, seconds, threads, rank))
-            for rank in range(self.workers)
-        ]
-        for process in processes:
-            process.start()
         try:
-            while any(process.is_alive() for process in processes):
-                time.sleep(0.5)
-                self.display.refresh()
-        except KeyboardInterrupt:
-            for process in processes:
-                process.join(10)
-            raise
+            studies.run_trials(
+                study,
+                objectives[stage],
+                self.n_trials[stage],
+                self._lock(stage),
+                sampler=partial(self._make_sampler, stage),
+                end=end,
+                idle=self.display.refresh,
+                ended=self.display.trial_ended,
+                orphaned=partial(self._close_session, stage),
+            )
         finally:
-            for process in processes:
-                if process.is_alive():
-                    process.terminate()
-                process.join()
+            self._deadline = None
+
+    def _lock(self, name: str) -> BaseFileLock:
+        return studies.run_lock(self._folder(self._tag or self.run_tag), name)
+
+    def _close_session(self, stage: str, trial: FrozenTrial) -> None:
+        """Say in TensorBoard that a trial whose process died is no more running."""
+        folder = self._folder(self._tag or self.run_tag) / stage / trial_folder(trial.number)
+        if folder.is_dir():
+            with tensorboard.writer(folder) as writer:
+                tensorboard.log_outcome(writer, {}, succeeded=False)
+
+    def _open(self, stage: str) -> Study:
+        assert self._tag is not None
+        folder = self._folder(self._tag)
+        setting: dict[str, Any] = {
+            "search space": describe(self.spaces[stage]),
+            "data": self.data_fingerprint,
+            "encoder_training": self.encoder_training,
+        }
+        if self.encoder_training == "frozen":
+            setting["warm_up_epochs"] = self.warm_up_epochs
+        plan = studies.StudyPlan(
+            f"{self._tag}/{stage}", DIRECTIONS[stage], setting, [f"{self._tag}/{name}" for name in STAGES]
+        )
+        with self._alone("studies", "it opens the studies"), studies.quiet_optuna():
+            storage = studies.open_storage(self.storage, folder)
+            where = studies.describe_storage(self.storage, folder)
+            return studies.open_study(plan, storage, where, SameLengthPruner(self.pruner or LagPruner()))
+
+    def _make_sampler(self, stage: str, counted: int) -> BaseSampler:
+        if stage == "lambda_reg":
+            return CurveSampler()
+        if self.sampler is None:
+            # Drawn from how many trials count before: a study that goes on proposes what it would have proposed.
+            return TPESampler(seed=self.seed + counted, n_startup_trials=5)
+        if self._sampler_is_fresh and (counted or self.worker):
+            self.sampler.reseed_rng()  # a seeded one would propose the points of another process again
+        self._sampler_is_fresh = False
+        return self.sampler
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers: all but the display and what each process makes anew."""
-        left_out = ("display", "_frozen", "_deadline")
+        left_out = ("display", "_frozen", "_deadline", "_shares")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, display=Display(silent=True), _deadline=None)
+        self.__dict__.update(state, display=Display(silent=True), _deadline=None, _shares=iter(()), worker=True)
 
     # ------------------------------------------------------------------ the final fit
 
+    @_explained
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
         """Fit with all winners, keep the best epoch, and measure it.
 
@@ -544,115 +576,13 @@ class TuningEngine:
         ]
         if untuned:
             raise RuntimeError(f"final_train of {tag!r}: not tuned yet: {', '.join(untuned)}. Run these studies first")
-        folder = self._folder(tag) / "final"
-        metrics_path, model_path = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
-        winners = self._chosen_before("final")
-        config = yaml.safe_dump({**winners, "halting_tolerance": self.halting_tolerance}, sort_keys=False)
-        same = (folder / "config.yaml").is_file() and (folder / "config.yaml").read_text() == config
-        if not (same and metrics_path.is_file() and model_path.is_file()):
-            report.write_text(folder / "config.yaml", config)
-            settings = {name: value for name, value in winners.items() if name != "num_epochs"}
-            history = self._final_fit(folder, settings, winners["num_epochs"], resume=same)
-            self._measure(folder, history)
-        self.display.summary(self, folder)
-        return str(metrics_path), str(model_path)
-
-    def _final_fit(self, folder: Path, settings: Mapping[str, Any], epochs: int, resume: bool) -> History:
-        """Fit with `settings` and keep the best epoch and the last."""
-        seed_trial(self.seed)
-        model, data = self._build(settings)
-        model.class_names = model.class_names or getattr(self.data(), "class_names", None)
-        checkpoint = ModelCheckpoint(
-            folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
-        )
-        history = History()
-        logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
-        last = folder / "checkpoints" / "last.ckpt"
-        with self.display.fit(f"{folder.name} fit, {epochs} epochs") as progress:
-            trainer = make_trainer(
-                self.trainer,
-                max_epochs=epochs,
-                logger=logger,
-                callbacks=[history, progress, checkpoint],
-                enable_checkpointing=True,
-            )
-            last_path = str(last) if resume and last.is_file() else None
-            fit(trainer, model, data, ckpt_path=last_path, final=folder.name == "final")
-        return history
-
-    def _measure(self, folder: Path, history: History) -> None:
-        """metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
-        data = self._measured_data()
-        model = self._fitted(folder)
-        with self.display.stage("measuring the final model"):
-            validation = report.evaluate(model, data.val_dataloader())
-            test = report.evaluate(model, data.test_dataloader())
-        metrics = {
-            "validation": validation.entry,
-            "test": test.entry,
-            "tolerance_curve": validation.curve,
-            "history": history.epochs,
-            "lambda_reg": self.lambda_reg,
-            "halting_tolerance": model.halting_tolerance,
-            "layers": model.encoder.num_layers,
-        }
-        model.cpu().save_pretrained(folder / "model")
-        tokenizer = getattr(data, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder / "model"))
-        logger = TensorBoardLogger(folder.parent, name="", version="final", default_hp_metric=False)
-        figures = {
-            "tolerance": pictures.tolerance_picture(validation.curve, model.encoder.num_layers),
-            "exit histogram": pictures.exit_picture(test.entry),
-        }
-        if test.depths is not None:
-            layers = model.encoder.num_layers
-            figures["depth against exit layer"] = plots.depth_against_exit(test.depths, test.exit_layers, layers)
-        for name, figure in figures.items():
-            figure.savefig(folder / f"{name.replace(' ', '_')}.png")
-            logger.experiment.add_figure(name, figure)
-        logger.finalize("success")
-        if self.compare_defaults:
-            self._measure_defaults(folder / "defaults", data)
-        report.write_json(folder / "metrics.json", metrics)
-
-    def _measure_defaults(self, folder: Path, data: LightningDataModule) -> None:
-        """Fit and measure what the factories make by themselves, the same way: what tuning has to beat."""
-        if (folder / "metrics.json").is_file():
-            return
-        self._final_fit(folder, {}, self.trainer["max_epochs"], resume=False)
-        model = self._fitted(folder)
-        loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-        entries = {name: report.evaluate(model, loader, timed=False).entry for name, loader in loaders.items()}
-        report.write_json(folder / "metrics.json", entries)
-        shutil.rmtree(folder / "checkpoints")
-
-    def _measured_data(self) -> LightningDataModule:
-        size = {name: value for name, value in (self.external_config or {}).items() if name == "batch_size"}
-        data = self.data(**size)
-        for stage in ("fit", "test"):
-            data.setup(stage)
-        return data
-
-    def _fitted(self, folder: Path) -> DACT:
-        """The model of the best epoch, on the device that it should use."""
-        encoder = self.model().encoder
-        own = encoder if encoder.config() is None else None  # one of the user's, which no checkpoint can rebuild
-        model = DACT.load_from_checkpoint(folder / "checkpoints" / "best.ckpt", encoder=own).eval()
-        return model.cuda() if self._uses_cuda else model
-
-    @property
-    def _uses_cuda(self) -> bool:
-        return torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu"
+        with self._alone("final", "it does the final fit"):
+            return fit_winners(self, self._folder(tag) / "final", self._chosen_before("final"))
 
     # ------------------------------------------------------------------ on disk
 
     def _folder(self, tag: str) -> Path:
         return self.log_dir / tag
-
-    def _save(self, name: str, config: Mapping[str, Any]) -> None:
-        assert self._tag is not None
-        report.write_text(self._folder(self._tag) / f"{name}.yaml", yaml.safe_dump(dict(config), sort_keys=False))
 
     def _read_winners(self, tag: str) -> None:
         """Take the winners of earlier studies from disk where this engine has none."""
@@ -662,17 +592,46 @@ class TuningEngine:
                 content = yaml.safe_load(path.read_text())
                 setattr(self, name, content["lambda_reg"] if name == "lambda_reg" else content)
 
-    def _draw(self, stage: str, study: Study, more: Mapping[str, Any]) -> None:
-        """The pictures of a study, for TensorBoard and as files."""
+    def _conclude(
+        self,
+        stage: str,
+        study: Study,
+        fresh: bool,
+        configs: Mapping[str, Mapping[str, Any]],
+        more: Mapping[str, Callable[[], Any]] | None = None,
+    ) -> None:
+        """Save what a study chose and draw its pictures, for TensorBoard and as files."""
         assert self._tag is not None
-        with _quiet_optuna():
-            figures = {**pictures.study_pictures(study, len(studies.completed(study))), **more}
-        logger = TensorBoardLogger(self._folder(self._tag) / stage, "", "study", default_hp_metric=False)
-        tensorboard.log_experiment(logger, {name: d for space in self.spaces.values() for name, d in space.items()})
-        for name, figure in figures.items():
-            logger.experiment.add_figure(name, figure, close=False)
-            figure.savefig(Path(logger.log_dir) / f"{name.replace(' ', '_')}.png")
-        logger.finalize("success")
+        run = self._folder(self._tag)
+        with self._alone(stage, "it draws a study"):
+            for name, config in configs.items():
+                write_text(run / f"{name}.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+            if not fresh and (run / stage / "study").is_dir():
+                return
+            with studies.quiet_optuna():
+                figures = pictures.study_pictures(study, len(studies.completed(study)))
+            figures |= {name: draw() for name, draw in (more or {}).items()}
+            with replacing_folder(run / stage / "study") as folder:
+                with tensorboard.writer(folder) as writer:
+                    dimensions = {name: found for space in self.spaces.values() for name, found in space.items()}
+                    tensorboard.log_experiment(writer, dimensions)
+                    for name, figure in figures.items():
+                        writer.add_figure(name, figure, close=False)
+                for name, figure in figures.items():
+                    figure.savefig(folder / f"{name.replace(' ', '_')}.png")
+
+    def _say_what_to_do(self, cause: BaseException) -> str:
+        """What failed outside of dact, and that nothing is lost."""
+        run = self._folder(self._tag or self.run_tag)
+        if isinstance(cause, OSError):
+            where, what = cause.filename or run, cause.strerror or str(cause)
+            remedy = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable again"
+        else:
+            while cause.__cause__ is not None:
+                cause = cause.__cause__
+            where, what = studies.describe_storage(self.storage, run), str(cause).splitlines()[0]
+            remedy = "bring it back (a full disk or missing rights are the usual reasons for a file)"
+        return f"{where}: {what}. What had finished is kept: {remedy}, and the same command goes on"
 
 
 def _submodel_configs(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -682,42 +641,3 @@ def _submodel_configs(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[s
         return {name: chosen[f"{prefix}_{name}"] for name in SUBMODEL_FIELDS if f"{prefix}_{name}" in chosen}
 
     return config("classifier"), config("confidence")
-
-
-def _stop_if_hopeless(study: Study, trial: FrozenTrial) -> None:
-    """End a study whose first trials all failed: the rest would, too."""
-    done = studies.finished(study)
-    if len(done) >= HOPELESS and all(t.state == optuna.trial.TrialState.FAIL for t in done):
-        study.stop()
-
-
-def _work(engine: TuningEngine, stage: str, budget: Any, seconds: float | None, threads: int, rank: int) -> None:
-    """One worker process: take trials from the common budget until it is empty."""
-    quiet()
-    torch.set_num_threads(threads)
-    end = None if seconds is None else time.monotonic() + seconds
-    with _quiet_optuna():
-        study = optuna.load_study(
-            study_name=f"{engine._tag}/{stage}",
-            storage=studies.open_storage(engine.storage, engine._folder(engine._tag or "")),
-            pruner=engine._make_pruner(),
-        )
-        study.sampler = engine._make_sampler(stage, len(study.get_trials(deepcopy=False)) + 1000 * rank)
-        while end is None or time.monotonic() < end:
-            with budget.get_lock():
-                if budget.value <= 0:
-                    return
-                budget.value -= 1
-            engine._deadline = end
-            engine._optimize(stage, study, 1)
-
-
-class _quiet_optuna:  # noqa: N801 - reads as a statement
-    """Keep Optuna's log lines off the console: the table shows what they say."""
-
-    def __enter__(self) -> None:
-        self.level = optuna.logging.get_verbosity()
-        optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-
-    def __exit__(self, *_: object) -> None:
-        optuna.logging.set_verbosity(self.level)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import math
-import os
-import socket
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -14,27 +13,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
 from optuna import TrialPruned
 from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
 from typing_extensions import override
 
+from dact.files import DurableCheckpointIO
 from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.strategies import PLANNED_EPOCHS
 
 MONITOR = "val_loss"
 CAUSE = "cause"  # user attribute of a trial that did not finish: why
-OWNER = "owner"  # user attribute: host and process that run it
 EXIT_HISTOGRAM = "exit_histogram"  # user attribute: validation examples that left after each layer
 INTERRUPTED = "interrupted"  # user attribute of a trial that somebody stopped: to be run again
 
 
 class TrialFailed(RuntimeError):
-    """A trial that cannot give a value, with its cause; the study goes on."""
+    """A trial cannot give a value, for the cause that this says; the study goes on."""
 
 
 class DeadlineExceeded(Exception):
@@ -126,14 +125,27 @@ class TrialSetting:
     deadline: float | None
 
 
+def trial_folder(number: int) -> str:
+    """The name of the folder in which a trial logs."""
+    return f"trial_{number:04d}"
+
+
 def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     """A fresh Trainer: the user's arguments under dact's, callbacks copied so that no fit sees those of another."""
     given = {**arguments}
-    callbacks = copy.deepcopy(given.pop("callbacks", None) or [])
-    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    callbacks = _as_list(copy.deepcopy(given.pop("callbacks", None)))
+    plugins = _as_list(given.pop("plugins", None))
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(DurableCheckpointIO())
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    own = fixed.pop("callbacks", [])
-    return Trainer(**{**quiet, **given, "logger": False, **fixed, "callbacks": [*callbacks, *own]})
+    callbacks += fixed.pop("callbacks", [])
+    return Trainer(**{**quiet, **given, "logger": False, **fixed, "callbacks": callbacks, "plugins": plugins})
+
+
+def _as_list(value: Any) -> list[Any]:
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def fit(
@@ -188,7 +200,6 @@ def run_trial(
         KeyboardInterrupt: If the user stopped it.
     """
     trial.set_user_attr(PLANNED_EPOCHS, epochs)
-    trial.set_user_attr(OWNER, [socket.gethostname(), os.getpid()])
     history = History()
     callbacks: list[Callback] = [history]
     if prune:
@@ -196,9 +207,9 @@ def run_trial(
     deadline = None if setting.deadline is None else Deadline(setting.deadline)
     if deadline is not None:
         callbacks.append(deadline)
-    version = f"trial_{trial.number:04d}"
+    version = trial_folder(trial.number)
     logger = TensorBoardLogger(setting.folder, name="", version=version, default_hp_metric=False)
-    tensorboard.log_parameters(logger, trial.params, f"{setting.stage}/{version}")
+    tensorboard.log_parameters(logger.experiment, trial.params, f"{setting.stage}/{version}")
     trainer = make_trainer(
         setting.trainer, max_epochs=epochs, logger=logger, callbacks=callbacks, enable_checkpointing=False
     )
@@ -211,7 +222,7 @@ def run_trial(
         trial.set_user_attr(EXIT_HISTOGRAM, history.best_exit_histogram)
         succeeded = True
     finally:
-        tensorboard.log_outcome(logger, history.best if history.epochs else {}, succeeded)
+        tensorboard.log_outcome(logger.experiment, history.best if history.epochs else {}, succeeded)
         logger.finalize("success" if succeeded else "failed")
     return history.best
 
@@ -221,28 +232,44 @@ def recorded_cause(trial: BaseTrial) -> Iterator[None]:
     """Keep with the trial why it ended early.
 
     Raises:
-        TrialFailed: If memory ran out; all other exceptions go on as they are.
+        TrialFailed: If the trial failed for a reason of its own, such as memory that ran out.
+        TrialPruned: As it came.
+        KeyboardInterrupt, OSError, …: As they came, where the reason lies outside of the trial: then it runs again.
     """
     try:
         yield
     except KeyboardInterrupt:
         trial.set_user_attr(INTERRUPTED, True)
         raise
-    except Exception as error:
-        kind = "" if isinstance(error, TrialPruned) else f"{type(error).__name__}: "
-        cause = f"{kind}{error}".split("\n")[0]
-        trial.set_user_attr(CAUSE, cause)
-        if is_out_of_memory(error):
-            raise TrialFailed(cause) from error
+    except TrialPruned as reason:
+        trial.set_user_attr(CAUSE, str(reason))
         raise
+    except Exception as error:
+        if environment_error(error) is not None:
+            with contextlib.suppress(Exception):  # the storage may be what is out of reach
+                trial.set_user_attr(INTERRUPTED, True)
+            raise
+        cause = f"{type(error).__name__}: {error}".split("\n")[0]
+        trial.set_user_attr(CAUSE, cause)
+        raise TrialFailed(cause) from error
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out, on a GPU or on the CPU."""
-    text = str(error).lower()
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
-        isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
-    )
+# No space, over the quota, read-only, no rights, a broken disk, a network folder that went away.
+OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
+
+
+def environment_error(error: BaseException | None) -> BaseException | None:
+    """The cause of an error where a disk or a storage failed, None where the error says something of a trial."""
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    while error is not None:
+        if isinstance(error, (StorageInternalError, SQLAlchemyError, ConnectionError)):
+            return error
+        if isinstance(error, OSError) and error.errno in OUTSIDE:
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def seed_trial(seed: int) -> None:

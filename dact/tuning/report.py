@@ -1,12 +1,9 @@
-"""What a tuned model is worth: the entries of metrics.json, and how files are written."""
+"""What a tuned model is worth: the entries of metrics.json,"""
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,24 +102,3 @@ def _texts_per_second(model: DACT, loader: DataLoader[Any], halting: functional.
     finally:
         model.halting = own
     return texts / seconds
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Write whole or not at all."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    """What `write_json` wrote."""
-    return json.loads(path.read_text())
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write whole or not at all, also over a crash."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)

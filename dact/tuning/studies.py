@@ -1,25 +1,43 @@
-"""The studies on disk: opening, checking, resuming, and counting what is left to do."""
+"""The studies on disk: opening and checking them, sharing their trials among processes, and taking up what was
+interrupted.
+
+Any number of processes, here or on other hosts, may run the trials of one study. What must not happen twice at a time
+is done under a lock in the run's folder, which the system releases when its holder dies.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import os
 import re
 import socket
-from collections.abc import Mapping
+import sqlite3
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-from optuna.pruners import BasePruner
+import psutil
+from filelock import BaseFileLock, FileLock
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
+from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 
-from dact.tuning.objective import CAUSE, INTERRUPTED, OWNER
+from dact.tuning.objective import CAUSE, INTERRUPTED, TrialFailed
 
+OWNER = "owner"  # user attribute: host, process id and start of the process that runs a trial
 RETRY_OF = "retry_of"  # user attribute: the number of the interrupted trial that this one runs again
+SEAL = "seal"  # user attribute: digest of what a trial that ended had found
 SETTING = "setting"  # user attribute of a study: what its trials have in common
+RETRIES = 3  # how often parameters run again whose process died under them
+HOPELESS = 5  # after so many failed trials and no other, a study ends
+POLL = 0.5  # seconds between two looks at what other processes do
 
 
 def check_run_tag(run_tag: str) -> str:
@@ -35,97 +53,183 @@ def check_run_tag(run_tag: str) -> str:
     return run_tag
 
 
+def run_lock(folder: Path, name: str) -> BaseFileLock:
+    """A lock that one process at a time holds, on all hosts that share `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return FileLock(folder / f".{name}.lock", poll_interval=0.05)
+
+
+@contextlib.contextmanager
+def quiet_optuna() -> Iterator[None]:
+    """Keep Optuna's log lines off the console: the table shows what they say."""
+    level = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(level)
+
+
+# ---------------------------------------------------------------------- opening
+
+
+def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
+    """Where the studies lie, for messages: a file, or an address without its password."""
+    if isinstance(address, BaseStorage):
+        return f"the storage ({type(address).__name__})"
+    if address is None:
+        return str(folder / "studies.db")
+    return re.sub("//.*@", "//…@", address)
+
+
 def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage:
     """The storage of the studies: an sqlite file in `folder` unless told otherwise.
 
     Raises:
         ConnectionError: If it cannot be opened.
+        ValueError: If it is a damaged sqlite file.
     """
     if isinstance(address, BaseStorage):
         return address
     folder.mkdir(parents=True, exist_ok=True)
+    where = describe_storage(address, folder)
     url = address or f"sqlite:///{folder / 'studies.db'}"
+    if url.startswith("sqlite:///"):
+        _check_sqlite(Path(url.removeprefix("sqlite:///")))
     try:
         return RDBStorage(
             url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
+            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True},
             heartbeat_interval=30,
             grace_period=120,
-            heartbeat_stale_trial_callback=RetryHeartbeatStaleTrialCallback(max_retry=3),
         )
     except Exception as error:  # SQLAlchemy and its drivers raise many kinds
         raise ConnectionError(
-            f"the storage {re.sub('//.*@', '//…@', url)} cannot be opened: {str(error).splitlines()[0]}. Expected an "
-            "address such as sqlite:///FILE or postgresql://USER@HOST/DATABASE"
+            f"the storage {where} cannot be opened: {str(error).splitlines()[0]}. Expected an address such as "
+            "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
         ) from error
 
 
-def open_study(
-    name: str,
-    storage: BaseStorage,
-    directions: list[Literal["minimize", "maximize"]],
-    sampler: BaseSampler,
-    pruner: BasePruner,
-    setting: Mapping[str, Any],
-) -> Study:
-    """Create a study or load it, and take up what was interrupted.
+def _check_sqlite(file: Path) -> None:
+    if not file.is_file() or file.stat().st_size == 0:
+        return
+    try:
+        connection = sqlite3.connect(file, timeout=60)
+        try:
+            verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:  # no fault of its content: a lock, a full disk, missing rights
+        raise ConnectionError(f"{file} cannot be read: {error}") from error
+    except sqlite3.DatabaseError as error:
+        verdict = str(error)
+    if verdict != "ok":
+        raise _damaged(str(file), verdict)
+
+
+def _damaged(where: str, what: object) -> ValueError:
+    return ValueError(
+        f"{where} is damaged ({what}): put a sound copy in its place, or take another run_tag and start anew"
+    )
+
+
+@dataclass(frozen=True)
+class StudyPlan:
+    """What a study of a run is.
+
+    Args:
+        name: ``<run_tag>/<stage>``.
+        directions: One for each objective.
+        setting: What its trials have in common.
+        known: The names of all studies of the run.
+    """
+
+    name: str
+    directions: Sequence[Literal["minimize", "maximize"]]
+    setting: Mapping[str, Any]
+    known: Sequence[str]
+
+
+def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna.pruners.BasePruner) -> Study:
+    """Create a study or load it, and check what it holds. One process at a time.
 
     Raises:
-        ValueError: If the study was made with another search space or data set.
+        ValueError: If the study was made with another search space or data set, or is damaged.
     """
-    study = optuna.create_study(
-        study_name=name, storage=storage, directions=directions, sampler=sampler, pruner=pruner, load_if_exists=True
-    )
-    stored = study.user_attrs.get(SETTING)
-    if stored is None:
-        study.set_user_attr(SETTING, dict(setting))
-    elif stored != dict(setting):
-        different = ", ".join(key for key in setting if stored.get(key) != setting[key])
-        raise ValueError(
-            f"the study {name} was made with another {different}; trials of both would not compare. Take another run_tag, "
-            f"or the {different} of then"
+    tag = plan.name.partition("/")[0]
+    try:
+        names = [study.study_name for study in storage.get_all_studies()]
+        strange = [name for name in names if name.startswith(f"{tag}/") and name not in plan.known]
+        study = optuna.create_study(
+            study_name=plan.name,
+            storage=storage,
+            directions=list(plan.directions),
+            pruner=pruner,
+            load_if_exists=True,
         )
-    _fail_orphans(study)
-    _queue_again(study)
+        stored = study.user_attrs.get(SETTING)
+        trials = study.get_trials(deepcopy=False)
+        turned = [direction.name.lower() for direction in study.directions] != list(plan.directions)
+    except Exception as error:
+        if _is_out_of_reach(error):
+            raise
+        raise _damaged(where, error) from error  # what the library cannot make sense of
+    if strange or turned:
+        raise _damaged(where, f"study {strange[0]!r} is not of dact" if strange else f"the objectives of {plan.name}")
+    _check_seals(plan.name, trials, where)
+    if stored is None and not trials:
+        study.set_user_attr(SETTING, dict(plan.setting))
+    elif stored != dict(plan.setting):
+        different = ", ".join(key for key in plan.setting if (stored or {}).get(key) != plan.setting[key])
+        raise ValueError(
+            f"the study {plan.name} in {where} was made with another {different}; trials of both would not compare. Take "
+            f"another run_tag, or the {different} of then"
+        )
     return study
 
 
-def _fail_orphans(study: Study) -> None:
-    """End trials that say they are running, but whose process on this host is gone. (Heartbeats serve other hosts.)"""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        host, process = trial.user_attrs.get(OWNER, [None, None])
-        if host == socket.gethostname() and not _is_alive(process):
-            study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
-            study.tell(trial.number, state=TrialState.FAIL)
+def _is_out_of_reach(error: BaseException | None) -> bool:
+    """Whether the storage could not be reached, which says nothing of what it holds."""
+    from sqlalchemy.exc import InterfaceError, OperationalError
+
+    while error is not None:
+        if isinstance(error, (OperationalError, InterfaceError, ConnectionError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
-def _is_alive(process: int) -> bool:
-    if process == os.getpid():
-        return False  # this process runs no trial when it opens a study
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
+def _seal(study: str, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> str:
+    attributes = {name: value for name, value in trial.user_attrs.items() if name != SEAL}
+    content = [study, trial.number, state.name, list(values or []), trial.params, attributes]
+    content.append(sorted(trial.intermediate_values.items()))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _queue_again(study: Study) -> None:
-    """Queue the parameters of interrupted trials, each once."""
-    trials = study.get_trials(deepcopy=False)
-    retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-    for trial in trials:
-        interrupted = trial.state == TrialState.FAIL and trial.user_attrs.get(INTERRUPTED)
-        if interrupted and trial.number not in retried and trial.params:
-            study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+def _check_seals(study: str, trials: Sequence[FrozenTrial], where: str) -> None:
+    """No trial is missing, and none that ended says anything but what it found."""
+    for number, trial in enumerate(trials):
+        if trial.number != number:
+            raise _damaged(where, f"{study} lacks trial {number}")
+        if not trial.state.is_finished() or is_interrupted(trial):
+            continue
+        values = trial.values if trial.state == TrialState.COMPLETE else None
+        if trial.user_attrs.get(SEAL) != _seal(study, trial, trial.state, values):
+            raise _damaged(where, f"trial {number} of {study} is not what dact wrote")
+
+
+# ---------------------------------------------------------------------- what is done and what is left
+
+
+def is_interrupted(trial: FrozenTrial) -> bool:
+    """Whether somebody stopped a trial, or its process died: it says nothing of its parameters and runs again."""
+    return trial.state == TrialState.FAIL and CAUSE not in trial.user_attrs
 
 
 def finished(study: Study) -> list[FrozenTrial]:
     """Trials that count: completed, pruned, or failed for a reason of their own."""
-    states = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
-    trials = study.get_trials(deepcopy=False, states=states)
-    return [trial for trial in trials if not trial.user_attrs.get(INTERRUPTED)]
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if trial.state.is_finished() and not is_interrupted(trial)]
 
 
 def completed(study: Study) -> list[FrozenTrial]:
@@ -137,7 +241,7 @@ def completed(study: Study) -> list[FrozenTrial]:
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if trials:
         return trials
-    others = study.get_trials(deepcopy=False)
+    others = finished(study)
     causes = [f"trial {trial.number}: {trial.user_attrs[CAUSE]}" for trial in others if CAUSE in trial.user_attrs]
     if not others or (causes and all("time_out" in cause for cause in causes)):
         raise RuntimeError(
@@ -148,3 +252,144 @@ def completed(study: Study) -> list[FrozenTrial]:
         f"{study.study_name}: none of its {len(others)} trials finished. The first cause: "
         f"{causes[0] if causes else 'unknown'}"
     )
+
+
+def owner() -> list[Any]:
+    """This process, so that others can tell whether it still lives."""
+    return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
+
+
+def _has_died(claimed_by: Sequence[Any] | None) -> bool:
+    """Whether the process that runs a trial is gone; of other hosts, only heartbeats tell."""
+    if claimed_by is None:
+        return True  # it died between taking the trial and saying so, both of which it does under the lock
+    host, process, started = claimed_by
+    if host != socket.gethostname():
+        return False
+    if process == os.getpid():
+        return True  # this process runs one trial at a time, and is here
+    try:
+        found = psutil.Process(process)
+        # A number is used again in time. (The start is told from the clock, which may be set meanwhile.)
+        return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - started) > 10
+    except psutil.NoSuchProcess:
+        return True
+    except psutil.AccessDenied:
+        return False
+
+
+def end_orphans(study: Study) -> list[FrozenTrial]:
+    """End trials that say they are running, but whose process is gone; gives those trials. Under the study's lock."""
+    silent = _without_heartbeat(study)
+    orphans = []
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if trial._trial_id not in silent and not _has_died(trial.user_attrs.get(OWNER)):
+            continue
+        if _deaths(study, trial) >= RETRIES:
+            cause = f"its process died without a word, {RETRIES + 1} times with these parameters (out of memory?)"
+            study._storage.set_trial_user_attr(trial._trial_id, CAUSE, cause)
+            _write_seal(study, trial._trial_id, TrialState.FAIL, None)
+        study.tell(trial.number, state=TrialState.FAIL)
+        orphans.append(trial)
+    return orphans
+
+
+def _without_heartbeat(study: Study) -> set[int]:
+    """The ids of running trials whose process, on whatever host, has not been heard of for the grace period."""
+    storage: Any = study._storage
+    beats = isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None
+    return set(storage._get_stale_trial_ids(study._study_id)) if beats else set()
+
+
+def _deaths(study: Study, trial: FrozenTrial) -> int:
+    """How often the parameters of `trial` were under way before when their process died."""
+    trials = {other.number: other for other in study.get_trials(deepcopy=False)}
+    deaths = 0
+    while (before := trials.get(trial.user_attrs.get(RETRY_OF, -1))) is not None:
+        deaths += INTERRUPTED not in before.user_attrs  # who is stopped by hand has not died
+        trial = before
+    return deaths
+
+
+def queue_interrupted(study: Study) -> None:
+    """Queue the parameters of interrupted trials, each once. Under the study's lock."""
+    trials = study.get_trials(deepcopy=False)
+    retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+    for trial in trials:
+        if is_interrupted(trial) and trial.number not in retried:
+            study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+
+
+# ---------------------------------------------------------------------- running
+
+
+def run_trials(
+    study: Study,
+    objective: Callable[[Trial], Any],
+    total: int,
+    lock: BaseFileLock,
+    *,
+    sampler: Callable[[int], BaseSampler],
+    end: float | None = None,
+    idle: Callable[[], None] = lambda: None,
+    ended: Callable[[Study, FrozenTrial], None] = lambda study, trial: None,
+    orphaned: Callable[[FrozenTrial], None] = lambda trial: None,
+) -> None:
+    """Run trials until the study has `total` of them, beside other processes that do the same.
+
+    Args:
+        study: The study.
+        objective: Raises `TrialFailed` for a trial that cannot give a value; any other exception but a pruned trial
+            ends the run.
+        total: Trials that count in the end; see `finished`.
+        lock: The lock of this study; whoever holds it takes a trial.
+        sampler: The sampler of a new trial, from how many trials count before it.
+        end: The moment on `time.monotonic` after which no trial starts.
+        idle: Called while there is nothing to do but wait for other processes.
+        ended: Called after each trial of this process.
+        orphaned: Called with each trial that was found without its process.
+    """
+    while end is None or time.monotonic() < end:
+        with lock:
+            for orphan in end_orphans(study):
+                orphaned(orphan)
+            done = finished(study)
+            hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
+            if len(done) >= total or hopeless:
+                return
+            counted = len(done) + len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+            if counted < total:
+                queue_interrupted(study)
+                study.sampler = sampler(counted)
+                claimed = _Claimed(study, objective, lock)
+                study.optimize(claimed, n_trials=1, catch=(TrialFailed,), callbacks=[ended])
+                continue
+        idle()
+        time.sleep(POLL)
+
+
+class _Claimed:
+    """An objective that first makes the trial known as this process's own, then lets others take theirs."""
+
+    def __init__(self, study: Study, objective: Callable[[Trial], Any], lock: BaseFileLock) -> None:
+        self.study, self.objective, self.lock = study, objective, lock
+
+    def __call__(self, trial: Trial) -> Any:
+        trial.set_user_attr(OWNER, owner())
+        self.lock.release()
+        try:
+            result = self.objective(trial)
+        except optuna.TrialPruned:
+            _write_seal(self.study, trial._trial_id, TrialState.PRUNED, None)
+            raise
+        except TrialFailed:
+            _write_seal(self.study, trial._trial_id, TrialState.FAIL, None)
+            raise
+        values = [result] if isinstance(result, float) else list(result)
+        _write_seal(self.study, trial._trial_id, TrialState.COMPLETE, values)
+        return result
+
+
+def _write_seal(study: Study, trial_id: int, state: TrialState, values: Sequence[float] | None) -> None:
+    seal = _seal(study.study_name, study._storage.get_trial(trial_id), state, values)
+    study._storage.set_trial_user_attr(trial_id, SEAL, seal)

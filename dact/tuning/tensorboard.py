@@ -6,38 +6,53 @@ the plugin are written here, through its public summaries.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from lightning.pytorch.loggers import TensorBoardLogger
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dact.tuning.space import Dimension
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
 
 
-def log_parameters(logger: TensorBoardLogger, parameters: Mapping[str, Any], name: str) -> None:
+@contextlib.contextmanager
+def writer(folder: Path) -> Iterator[SummaryWriter]:
+    """A TensorBoard writer for `folder`, closed at the end."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    made = SummaryWriter(str(folder))
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: str) -> None:
     """Open the session of a trial."""
     from tensorboard.plugins.hparams import summary_v2
 
-    _write(logger, summary_v2.hparams_pb(dict(parameters), trial_id=name))
+    _write(writer, summary_v2.hparams_pb(dict(parameters), trial_id=name))
 
 
-def log_outcome(logger: TensorBoardLogger, metrics: Mapping[str, float], succeeded: bool) -> None:
+def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: bool) -> None:
     """Close the session of a trial with the metrics of its best epoch; pruned and failed trials count as failures."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
     for name in METRICS:
         if name in metrics:
-            logger.experiment.add_scalar(f"best/{name}", metrics[name])
+            writer.add_scalar(f"best/{name}", metrics[name])
     status = "STATUS_SUCCESS" if succeeded else "STATUS_FAILURE"
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.Status.Value(status))
     record = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
-    _write(logger, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)]))
+    _write(writer, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)]))
 
 
-def log_experiment(logger: TensorBoardLogger, parameters: Mapping[str, Dimension]) -> None:
+def log_experiment(writer: SummaryWriter, parameters: Mapping[str, Dimension]) -> None:
     """Tell the HParams tab which parameters and metrics there are.
 
     It takes the first such record below its folder for all runs there, so every record names those of all studies.
@@ -46,7 +61,7 @@ def log_experiment(logger: TensorBoardLogger, parameters: Mapping[str, Dimension
 
     hparams = [summary_v2.HParam(name, _domain(dimension)) for name, dimension in parameters.items()]
     metrics = [summary_v2.Metric(f"best/{name}", display_name=name) for name in METRICS]
-    _write(logger, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
+    _write(writer, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
 
 
 def _domain(dimension: Dimension) -> Any:
@@ -59,5 +74,5 @@ def _domain(dimension: Dimension) -> Any:
     return kind(dimension.low, dimension.high)
 
 
-def _write(logger: TensorBoardLogger, summary: Any) -> None:
-    logger.experiment._get_file_writer().add_summary(summary)
+def _write(writer: SummaryWriter, summary: Any) -> None:
+    writer._get_file_writer().add_summary(summary)
