@@ -1,4 +1,5 @@
 import os
+import socket
 
 import hypothesis
 import pytest
@@ -49,3 +50,9 @@ def random_batch(batch=16, length=12, vocab=50, labels=3, seed=0):
     ids = torch.randint(3, vocab, (batch, length), generator=generator) * mask
     target = torch.randint(0, labels, (batch,), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": target}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

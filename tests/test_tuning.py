@@ -5,7 +5,6 @@ import io
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -26,10 +25,10 @@ from dact.encoders import TransformerEncoder
 from dact.tuning.display import _verdict
 from dact.tuning.engine import STAGES
 from dact.tuning.estimate import measure_pace
-from dact.tuning.features import FeaturesData, check_features, compute_features
+from dact.tuning.features import Features, FeaturesData, check_features, compute_features
 from dact.tuning.objective import CAUSE, Deadline
 from dact.tuning.studies import is_interrupted
-from tests.conftest import tiny_model
+from tests.conftest import free_port, tiny_model
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -165,12 +164,6 @@ def test_trials_are_in_the_hparams_tab_with_their_status(tuned):
         assert end.session_end_info.status == (1 if complete else 2)
         if complete:
             assert events.Scalars("best/val_loss")[-1].value == pytest.approx(trial.value)
-
-
-def free_port():
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
@@ -557,7 +550,7 @@ def test_features_are_the_states_of_the_encoder_and_are_computed_once(tmp_path):
     assert path.stat().st_mtime_ns == before
     compute_features(encoder, data.val_dataloader(), path, "y")
     assert path.stat().st_mtime_ns != before
-    features = FeaturesData(tmp_path, batch_size=7)
+    features = FeaturesData(Features(path), Features(tmp_path / "val.safetensors"), batch_size=7)
     stored = next(iter(features.val_dataloader()))
     plain = list(data.val_dataloader())
     with torch.no_grad():

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+
+from dact.files import replacing
 
 READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet")
 WRITABLE = (".csv", ".jsonl", ".parquet")
@@ -89,10 +90,7 @@ def write_table(path: str | Path, columns: dict[str, list[Any]]) -> None:
         ValueError: If the ending is unknown.
     """
     ending = check_ending(path, WRITABLE)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    with _quiet():
+    with _quiet(), replacing(Path(path)) as unfinished:
         table = datasets.Dataset.from_dict(columns)
         if ending == ".csv":
             table.to_csv(str(unfinished), index=False)
@@ -100,7 +98,6 @@ def write_table(path: str | Path, columns: dict[str, list[Any]]) -> None:
             table.to_parquet(str(unfinished))
         else:
             table.to_json(str(unfinished), lines=True, force_ascii=False)
-    os.replace(unfinished, path)
 
 
 def _is_utf8(path: Path) -> bool:

@@ -113,16 +113,17 @@ class TextDataModule(LightningDataModule, ABC):
         chosen = examples.take(usable)
         if not usable:
             return []
-        encoding = self.tokenizer(chosen.texts, chosen.pairs, truncation=True, max_length=self.max_length)
-        items = []
-        for i, row in enumerate(usable):
-            item: dict[str, Any] = {name: encoding[name][i] for name in encoding}
+        items: list[dict[str, Any]] = []
+        for start, end in _portions(chosen):
+            pairs = None if chosen.pairs is None else chosen.pairs[start:end]
+            encoding = self.tokenizer(chosen.texts[start:end], pairs, truncation=True, max_length=self.max_length)
+            items += ({name: encoding[name][i] for name in encoding} for i in range(end - start))
+        for i, (row, item) in enumerate(zip(usable, items, strict=True)):
             item["row"] = row
             if chosen.labels is not None:
                 item["labels"] = chosen.labels[i]
             if chosen.depths is not None:
                 item["depth"] = chosen.depths[i]
-            items.append(item)
         return items
 
     def collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
@@ -163,6 +164,18 @@ class TextDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")
+
+
+def _portions(examples: Examples, characters: int = 1_000_000) -> Iterator[tuple[int, int]]:
+    """Ranges of rows of about so many characters: a tokenizer holds far more than the text that it is given."""
+    start, size = 0, 0
+    for row, text in enumerate(examples.texts):
+        size += len(text) + (0 if examples.pairs is None else len(examples.pairs[row]))
+        if size >= characters:
+            yield start, row + 1
+            start, size = row + 1, 0
+    if start < len(examples):
+        yield start, len(examples)
 
 
 class LengthGroupedSampler(Sampler[int]):

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import functools
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -298,10 +299,10 @@ class TuningEngine:
         Returns:
             classifier_config and confidence_config, which ``SubmodelConfig(**config)`` accepts.
         """
-        study, fresh = self._run_study("submodels", run_tag)
+        study = self._run_study("submodels", run_tag)
         self.classifier_config, self.confidence_config = _submodel_configs(study.best_trial.params)
         configs = {"classifier_config": self.classifier_config, "confidence_config": self.confidence_config}
-        self._conclude("submodels", study, fresh, configs)
+        self._conclude("submodels", study, configs)
         return self.classifier_config, self.confidence_config
 
     @_explained
@@ -311,15 +312,15 @@ class TuningEngine:
         Returns:
             external_config: arguments of the model and the data by name, and num_epochs.
         """
-        study, fresh = self._run_study("training", run_tag)
+        study = self._run_study("training", run_tag)
         self.external_config = dict(study.best_trial.params)
-        self._conclude("training", study, fresh, {"external_config": self.external_config})
+        self._conclude("training", study, {"external_config": self.external_config})
         return self.external_config
 
     @_explained
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Study λ with two objectives and save the winner, also as `lambda_reg` of the engine."""
-        study, fresh = self._run_study("lambda_reg", run_tag)
+        study = self._run_study("lambda_reg", run_tag)
         trials = studies.completed(study)
         points = [Point(trial.params["lambda_reg"], *trial.values) for trial in trials]
         chosen = select_lambda(
@@ -331,7 +332,7 @@ class TuningEngine:
             "Pareto front": partial(pictures.pareto_picture, points, chosen),
             "exit histogram": partial(pictures.exits_picture, exits, self.lambda_reg),
         }
-        self._conclude("lambda_reg", study, fresh, {"lambda_reg": {"lambda_reg": self.lambda_reg}}, more)
+        self._conclude("lambda_reg", study, {"lambda_reg": {"lambda_reg": self.lambda_reg}}, more)
         return self.lambda_reg
 
     # ------------------------------------------------------------------ objectives
@@ -392,7 +393,8 @@ class TuningEngine:
             return self.make_model(**overrides), self.data(**size)
         frozen = self._frozen
         model = type(frozen.base).from_config(frozen.base.config(), **{"encoder": frozen.base.encoder, **overrides})
-        return model, FeaturesData(frozen.folder, seed=self.seed, **{"batch_size": frozen.batch_size, **size})
+        size = {"batch_size": frozen.batch_size, **size}
+        return model, FeaturesData(frozen.train, frozen.val, seed=self.seed, **size)
 
     def make_model(self, **overrides: Any) -> DACT:
         """A model of the factory, checked to have the classes of this engine."""
@@ -451,13 +453,13 @@ class TuningEngine:
         finally:
             lock.release()
 
-    def _run_study(self, stage: str, run_tag: str) -> tuple[Study, bool]:
-        """Run what is left of a study; gives it, and whether anything was left."""
+    def _run_study(self, stage: str, run_tag: str) -> Study:
+        """Run what is left of a study."""
         self._begin(run_tag)
         seconds = self._seconds()
         study = self._open(stage)
-        fresh = len(studies.finished(study)) < self.n_trials[stage]
-        if fresh:
+        if len(studies.finished(study)) < self.n_trials[stage]:
+            shutil.rmtree(self._pictures(stage), ignore_errors=True)  # of fewer trials
             if self.encoder_training == "frozen":
                 _ = self._frozen  # computed before the clock of the study runs
             end = None if seconds is None else time.monotonic() + seconds
@@ -472,7 +474,7 @@ class TuningEngine:
                     with self._lock(stage), contextlib.suppress(SQLAlchemyError, StorageInternalError):
                         studies.end_orphans(study)
         studies.completed(study)
-        return study, fresh
+        return study
 
     def work(self, stage: str, end: float | None) -> None:
         """What a worker does: open the study, and run trials until all are done."""
@@ -596,7 +598,6 @@ class TuningEngine:
         self,
         stage: str,
         study: Study,
-        fresh: bool,
         configs: Mapping[str, Mapping[str, Any]],
         more: Mapping[str, Callable[[], Any]] | None = None,
     ) -> None:
@@ -606,12 +607,12 @@ class TuningEngine:
         with self._alone(stage, "it draws a study"):
             for name, config in configs.items():
                 write_text(run / f"{name}.yaml", yaml.safe_dump(dict(config), sort_keys=False))
-            if not fresh and (run / stage / "study").is_dir():
+            if self._pictures(stage).is_dir():
                 return
             with studies.quiet_optuna():
                 figures = pictures.study_pictures(study, len(studies.completed(study)))
             figures |= {name: draw() for name, draw in (more or {}).items()}
-            with replacing_folder(run / stage / "study") as folder:
+            with replacing_folder(self._pictures(stage)) as folder:
                 with tensorboard.writer(folder) as writer:
                     dimensions = {name: found for space in self.spaces.values() for name, found in space.items()}
                     tensorboard.log_experiment(writer, dimensions)
@@ -620,6 +621,9 @@ class TuningEngine:
                 for name, figure in figures.items():
                     figure.savefig(folder / f"{name.replace(' ', '_')}.png")
 
+    def _pictures(self, stage: str) -> Path:
+        return self._folder(self._tag or self.run_tag) / stage / "study"
+
     def _say_what_to_do(self, cause: BaseException) -> str:
         """What failed outside of dact, and that nothing is lost."""
         run = self._folder(self._tag or self.run_tag)
@@ -627,9 +631,7 @@ class TuningEngine:
             where, what = cause.filename or run, cause.strerror or str(cause)
             remedy = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable again"
         else:
-            while cause.__cause__ is not None:
-                cause = cause.__cause__
-            where, what = studies.describe_storage(self.storage, run), str(cause).splitlines()[0]
+            where, what = studies.describe_storage(self.storage, run), studies.root_cause(cause)
             remedy = "bring it back (a full disk or missing rights are the usual reasons for a file)"
         return f"{where}: {what}. What had finished is kept: {remedy}, and the same command goes on"
 

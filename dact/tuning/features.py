@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from dact.encoders import LayeredEncoder
+from dact.files import replacing
 
 DTYPES = {"states": ("F32", np.float32), "labels": ("I64", np.int64), "depth": ("I64", np.int64)}
 
@@ -63,17 +63,14 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     """
     if path.is_file() and check_features(path, fingerprint):
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     device = next(encoder.parameters()).device
     examples = len(loader.dataset)  # type: ignore[arg-type]
     shapes: dict[str, tuple[int, ...]] = {"states": (examples, encoder.num_layers, encoder.hidden_size)}
     shapes |= {name: (examples,) for name in ("labels", "depth") if name in next(iter(loader))}
-    partial = path.with_suffix(f".{os.getpid()}")
-    with _FeatureWriter(partial, shapes, fingerprint) as writer:
+    with replacing(path) as partial, _FeatureWriter(partial, shapes, fingerprint) as writer:
         for batch in track(loader, description=f"Layer states of {examples:,} {path.stem} texts", transient=True):
             states = encoder({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
             writer.write({"states": states, **{name: batch[name] for name in shapes.keys() - {"states"}}})
-    os.replace(partial, path)
 
 
 class _FeatureWriter:
@@ -124,11 +121,7 @@ class _FeatureWriter:
         if kind is None:
             self.file.seek(0)
             self.file.write(self._header())
-            self.file.flush()
-            os.fsync(self.file.fileno())
         self.file.close()
-        if kind is not None:
-            os.unlink(self.file.name)
 
 
 def _digest(entries: dict[str, Any]) -> str:
@@ -163,7 +156,7 @@ def check_features(path: Path, fingerprint: str) -> bool:
         raise ValueError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error
 
 
-class _Features:
+class Features:
     """The tensors of a feature file, mapped and not loaded; batches are read by rows."""
 
     def __init__(self, path: Path) -> None:
@@ -188,17 +181,19 @@ class FeaturesData(LightningDataModule):
     """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
 
     Args:
-        folder: Holds train.safetensors and val.safetensors.
+        train: The training examples.
+        val: The validation examples.
         batch_size: Examples per batch.
         seed: Of the order in training.
     """
 
-    def __init__(self, folder: Path, *, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()
-        self.folder, self.batch_size, self.seed = folder, batch_size, seed
+        self.splits = {"train": train, "val": val}
+        self.batch_size, self.seed = batch_size, seed
 
     def _loader(self, split: str) -> DataLoader[Any]:
-        features = _Features(self.folder / f"{split}.safetensors")
+        features = self.splits[split]
         rows: RandomSampler | SequentialSampler
         if split == "train":
             rows = RandomSampler(range(len(features)), generator=torch.Generator().manual_seed(self.seed))

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
-from dact.tuning.features import compute_features, fingerprint_encoder
+from dact.tuning.features import Features, compute_features, fingerprint_encoder
 from dact.tuning.objective import fit, make_trainer, seed_trial
 
 if TYPE_CHECKING:
@@ -26,12 +26,14 @@ class FrozenEncoder:
 
     Args:
         base: The model of the factory with the warmed-up encoder, never to be trained again.
-        folder: Where the states of its layers lie.
+        train: The states of its layers for the training examples; opened once, for all trials.
+        val: Likewise for the validation examples.
         batch_size: That of the data where no trial chooses one.
     """
 
     base: DACT
-    folder: Path
+    train: Features
+    val: Features
     batch_size: int
 
 
@@ -48,11 +50,13 @@ def freeze(engine: TuningEngine, folder: Path) -> FrozenEncoder:
     if engine.uses_cuda:
         model.cuda()
     fingerprint = f"{fingerprint_encoder(model.encoder)}/{engine.data_fingerprint}"
+    paths = {split: folder / f"{split}.safetensors" for split in ("train", "val")}
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
-        compute_features(model.encoder, loader, folder / f"{split}.safetensors", fingerprint)
+        compute_features(model.encoder, loader, paths[split], fingerprint)
     base = engine.make_model()
     base.encoder = model.encoder
-    return FrozenEncoder(base, folder, next(iter(data.train_dataloader()))["labels"].shape[0])
+    batch_size = next(iter(data.train_dataloader()))["labels"].shape[0]
+    return FrozenEncoder(base, Features(paths["train"]), Features(paths["val"]), batch_size)
 
 
 def _warm_up(engine: TuningEngine, model: DACT, data: LightningDataModule, folder: Path, origin: str) -> None:

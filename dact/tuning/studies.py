@@ -105,7 +105,7 @@ def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage
         )
     except Exception as error:  # SQLAlchemy and its drivers raise many kinds
         raise ConnectionError(
-            f"the storage {where} cannot be opened: {str(error).splitlines()[0]}. Expected an address such as "
+            f"the storage {where} cannot be opened: {root_cause(error)}. Expected an address such as "
             "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
         ) from error
 
@@ -172,7 +172,7 @@ def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna
         turned = [direction.name.lower() for direction in study.directions] != list(plan.directions)
     except Exception as error:
         if _is_out_of_reach(error):
-            raise
+            raise ConnectionError(f"{where} cannot be read: {root_cause(error)}") from error
         raise _damaged(where, error) from error  # what the library cannot make sense of
     if strange or turned:
         raise _damaged(where, f"study {strange[0]!r} is not of dact" if strange else f"the objectives of {plan.name}")
@@ -186,6 +186,13 @@ def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna
             f"another run_tag, or the {different} of then"
         )
     return study
+
+
+def root_cause(error: BaseException) -> str:
+    """The first line of what was first in a chain of errors."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return str(error).splitlines()[0]
 
 
 def _is_out_of_reach(error: BaseException | None) -> bool:

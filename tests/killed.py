@@ -1,0 +1,76 @@
+"""The dact command with a fault planted in it, for the tests of crashes: ``python -m tests.killed PLAN tune …``.
+
+PLAN is JSON: ``point`` and ``count`` say at which event, and at the how-manieth of its kind, the process kills itself;
+``log`` names a file that gets a line for each epoch of training, with the folder that the fit logs to.
+"""
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import sqlalchemy
+from optuna import Study
+from sqlalchemy.engine import Engine
+
+from dact import DACT
+from dact.cli import main
+
+POINTS = ("replace", "fsync", "commit", "train", "validate", "ask", "tell")
+
+
+class Fault:
+    """Counts events and kills the process at one of them, without any last words."""
+
+    def __init__(self, count):
+        self.left = count
+
+    def __call__(self, *_):
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def around(owner, name, before=None, after=None):
+    original = getattr(owner, name)
+
+    def wrapped(*arguments, **options):
+        if before:
+            before(*arguments)
+        result = original(*arguments, **options)
+        if after:
+            after(*arguments)
+        return result
+
+    setattr(owner, name, wrapped)
+
+
+def plant(point, count):
+    fault = Fault(count)
+    if point in ("replace", "fsync"):
+        around(os, point, fault, fault)
+    elif point == "commit":
+        sqlalchemy.event.listen(Engine, "commit", fault)
+    elif point in ("ask", "tell"):
+        around(Study, "ask", None, fault) if point == "ask" else around(Study, "tell", fault, fault)
+    else:
+        around(DACT, "training_step" if point == "train" else "validation_step", fault)
+
+
+def keep_log(file):
+    def note(model, *_):
+        with Path(file).open("a") as log:
+            log.write(f"{model.trainer.log_dir} {model.trainer.current_epoch}\n")
+
+    around(DACT, "on_train_epoch_start", note)
+
+
+if __name__ == "__main__":
+    plan = json.loads(sys.argv[1])
+    sys.argv = ["dact", *sys.argv[2:]]
+    if "point" in plan:
+        plant(plan["point"], plan["count"])
+    if "log" in plan:
+        keep_log(plan["log"])
+    main()

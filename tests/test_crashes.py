@@ -1,0 +1,469 @@
+"""What a tuning run survives: kills, stops, full disks, lost storages. Real processes, real files."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import optuna
+import psutil
+import pytest
+import yaml
+
+from dact import DACT, TextClassifier
+from dact.files import read_json
+from dact.tuning import studies
+from dact.tuning.engine import STAGES
+from dact.tuning.studies import RETRY_OF, is_interrupted
+from tests.conftest import free_port
+from tests.killed import POINTS
+
+ROOT = Path(__file__).parent.parent
+KILLS = 30
+
+CONFIG = """
+seed_everything: 0
+trainer: {max_epochs: 2, accelerator: cpu}
+model:
+  encoder:
+    class_path: dact.encoders.TransformerEncoder
+    init_args: {vocab_size: 42, num_layers: 3, hidden_size: 8, num_heads: 2}
+  output_dimension: 3
+  learning_rate: 3.0e-3
+data:
+  class_path: dact.data.CompositionalSentiment
+  init_args: {num_train: 200, num_val: 60, num_test: 60, max_depth: 3}
+tuner:
+  encoder_training: frozen
+  warm_up_epochs: 2
+  n_trials: 3
+  search_space:
+    batch_size: {choices: [32, 64]}
+    num_epochs: {choices: [2, 3]}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "tune.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def default_signals():
+    # A shell ignores Ctrl-C in what it starts in the background, and this would be inherited.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def start(folder, *options, plan=None, tag="run"):
+    """Start ``dact tune`` in `folder`, with a fault in it if there is a plan."""
+    command = [sys.executable, "-m", *(["dact"] if plan is None else ["tests.killed", json.dumps(plan)])]
+    command += ["tune", "--config", "tune.yaml", "--run_tag", tag, *map(str, options)]
+    return subprocess.Popen(
+        command,
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=default_signals,
+    )
+
+
+def finish(process, seconds=300):
+    output, _ = process.communicate(timeout=seconds)
+    return process.returncode, output
+
+
+def tune(folder, *options, **more):
+    """Run ``dact tune`` to its end; what it printed."""
+    code, output = finish(start(folder, *options, **more))
+    assert code == 0, output
+    return output
+
+
+def wait_for(condition, process=None, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        assert process is None or process.poll() is None, process.communicate()[0]
+        time.sleep(0.01)
+
+
+def trials_of(folder, stage, tag="run", storage=None):
+    storage = storage or f"sqlite:///{folder / 'lightning_logs' / tag / 'studies.db'}"
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        return optuna.load_study(study_name=f"{tag}/{stage}", storage=storage).trials
+    except KeyError:
+        return []
+
+
+def check_whole(folder, totals, tag="run", storage=None):
+    """Every trial is there exactly once, nothing is left running, and the final model is whole."""
+    for stage, total in zip(STAGES, totals, strict=True):
+        trials = trials_of(folder, stage, tag, storage)
+        assert [trial.number for trial in trials] == list(range(len(trials)))
+        assert all(trial.state.is_finished() for trial in trials), [(t.number, t.state.name) for t in trials]
+        assert sum(not is_interrupted(trial) for trial in trials) == total
+        again = [trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs]
+        assert sorted(again) == [trial.number for trial in trials if is_interrupted(trial)]
+        for trial in trials:
+            if RETRY_OF in trial.user_attrs:
+                stopped = trials[trial.user_attrs[RETRY_OF]].params.items()
+                assert stopped <= trial.params.items(), "an interrupted trial runs again with its parameters"
+    run = folder / "lightning_logs" / tag
+    for name in ("classifier_config", "confidence_config", "external_config", "lambda_reg"):
+        assert yaml.safe_load((run / f"{name}.yaml").read_text())
+    metrics = read_json(run / "final" / "metrics.json")
+    epochs = yaml.safe_load((run / "external_config.yaml").read_text())["num_epochs"]
+    assert [record["epoch"] for record in metrics["history"]] == list(range(epochs))
+    DACT.load_from_checkpoint(run / "final" / "checkpoints" / "best.ckpt")
+    DACT.load_from_checkpoint(run / "final" / "checkpoints" / "last.ckpt")
+    assert len(TextClassifier.from_pretrained(run / "final" / "model")(["the screen is great ."])) == 1
+    assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".old"))]
+    return metrics
+
+
+def ended_trials(folder):
+    return {
+        (stage, trial.number): (trial.state, trial.params, trial.values)
+        for stage in STAGES
+        for trial in trials_of(folder, stage)
+        if trial.state.is_finished()
+    }
+
+
+# ------------------------------------------------------------------ kills
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_thirty_kills_lose_nothing(folder):
+    generator = random.Random(0)
+    database = folder / "lightning_logs" / "run" / "studies.db"
+    kills, total, seen, points = 0, 3, {}, set()
+    while kills < KILLS:
+        how = generator.choice(["point", "point", "point", "time", "worker"])
+        options = ["--tuner.n_trials", total, "--tuner.workers", 2 if how == "worker" else 1]
+        plan = None
+        if how == "point":
+            plan = {"point": generator.choice(POINTS), "count": generator.randint(1, 25)}
+        process = start(folder, *options, plan=plan)
+        if how == "time":
+            time.sleep(generator.uniform(3, 10))
+            process.kill()
+        elif how == "worker":
+            # One worker dies and is replaced; then its parent dies, and no worker lives on.
+            parent = psutil.Process(process.pid)
+
+            def running(process=process):
+                return process.poll() is None
+
+            def workers(parent=parent):
+                return [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+
+            try:
+                wait_for(lambda workers=workers, running=running: len(workers()) == 2 or not running())
+                time.sleep(generator.uniform(0, 6))
+                children = workers()
+                generator.choice(children).kill()
+                time.sleep(generator.uniform(0, 4))
+                children += workers()
+                process.kill()
+                psutil.wait_procs(children, timeout=10)
+                assert not any(child.is_running() for child in children)
+            except (psutil.Error, IndexError):
+                pass  # it had finished before
+        code, output = finish(process)
+        assert code in (0, -signal.SIGKILL), output
+        if code:
+            kills += 1
+            points.add(plan["point"] if plan else how)
+        else:
+            total += 2
+        if database.exists() and database.stat().st_size:
+            now = ended_trials(folder)
+            assert {key: now.get(key) for key in seen} == seen, "what had ended is as it was"
+            seen = now
+    tune(folder, "--tuner.n_trials", total)
+    check_whole(folder, [total] * 3)
+    assert {key: ended_trials(folder).get(key) for key in seen} == seen
+    assert len(points) >= 7, points
+
+
+@pytest.mark.slow
+def test_a_killed_final_fit_goes_on_with_its_epoch(folder):
+    log = folder / "epochs.log"
+    options = ["--tuner.n_trials", 1, "--tuner.search_space.num_epochs", "{choices: [6]}"]
+    plan = {"log": str(log)}
+    process = start(folder, *options, "--tuner.compare_defaults", "false", plan=plan)
+    final = folder / "lightning_logs" / "run" / "final"
+
+    def epochs():
+        lines = log.read_text().splitlines() if log.exists() else []
+        return [int(line.split()[1]) for line in lines if line.split()[0].endswith("/final")]
+
+    wait_for(lambda: len(epochs()) >= 4, process)
+    process.kill()
+    process.wait()
+    before = epochs()
+    assert not (final / "metrics.json").exists()
+    tune(folder, *options, "--tuner.compare_defaults", "false", plan=plan)
+    after = epochs()[len(before) :]
+    assert after[0] in (before[-1], before[-1] + 1)
+    assert after[0] >= 3
+    assert after[-1] == 5
+    check_whole(folder, [1] * 3)
+
+
+@pytest.mark.slow
+def test_a_killed_warm_up_goes_on_with_its_epoch(folder):
+    log = folder / "epochs.log"
+    options, plan = ["--tuner.n_trials", 1, "--tuner.warm_up_epochs", 6], {"log": str(log)}
+    process = start(folder, *options, plan=plan)
+    wait_for(lambda: log.exists() and len(log.read_text().splitlines()) >= 4, process)
+    process.kill()
+    process.wait()
+    killed_in = int(log.read_text().split()[-1])
+    log.unlink()
+    tune(folder, *options, plan=plan)
+    assert int(log.read_text().split()[1]) in (killed_in, killed_in + 1)
+
+
+# ------------------------------------------------------------------ stops
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "workers", "moment"),
+    [
+        ("SIGINT", 1, "submodels/trial_0002"),
+        ("SIGTERM", 1, "training/trial_0001"),
+        ("SIGINT", 2, "submodels/trial_0001"),
+        ("SIGTERM", 2, "training/trial_0001"),
+        ("SIGINT", 1, "final/checkpoints"),
+        ("SIGTERM", 1, "final/checkpoints"),
+    ],
+)
+def test_a_stopped_command_ends_soon_and_goes_on(folder, kind, workers, moment):
+    options = ["--tuner.workers", workers]
+    process = start(folder, *options)
+    wait_for((folder / "lightning_logs" / "run" / moment).exists, process)
+    began = time.monotonic()
+    process.send_signal(getattr(signal, kind))
+    code, output = finish(process, 60)
+    assert time.monotonic() - began < 10
+    assert code == 130, output
+    assert "go on with: dact tune --config tune.yaml" in output
+    assert "Traceback" not in output
+    for stage in STAGES:
+        assert all(trial.state.name != "RUNNING" for trial in trials_of(folder, stage))
+    tune(folder, *options)
+    check_whole(folder, [3] * 3)
+
+
+# ------------------------------------------------------------------ disks
+
+
+@pytest.fixture
+def small_disk(folder):
+    """A folder whose lightning_logs is a file system of its own, of 24 MB."""
+    disk = folder / "lightning_logs"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True, check=False).returncode:
+        assert not os.environ.get("CI"), "CI must be able to mount a file system"
+        pytest.skip("needs the right to mount a file system")
+    yield folder
+    while os.path.ismount(disk):
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def fill(disk):
+    """Write to a file system until it is full; gives the file that fills it."""
+    filler = disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+    return filler
+
+
+def stopped_by(folder, moment, fault, *options):
+    """Start a run, bring `fault` about once `moment` exists, and give the line with which the command ended."""
+    process = start(folder, *options)
+    wait_for((folder / "lightning_logs" / "run" / moment).exists, process)
+    fault()
+    code, output = finish(process, 120)
+    assert code == 1, output
+    assert "Traceback" not in output, output
+    line = output.strip().splitlines()[-1]
+    assert "What had finished is kept" in line, output
+    assert "and the same command goes on" in line
+    return line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["submodels/trial_0001", "lambda_reg/trial_0000", "final/checkpoints"])
+def test_a_full_disk_is_one_clear_error_and_the_run_goes_on(small_disk, moment):
+    disk = small_disk / "lightning_logs"
+    line = stopped_by(small_disk, moment, lambda: fill(disk))
+    assert "lightning_logs/run" in line
+    assert "make room there" in line or "full" in line
+    (disk / "filler").unlink()
+    tune(small_disk)
+    check_whole(small_disk, [3] * 3)
+
+
+@pytest.mark.slow
+def test_a_read_only_folder_is_one_clear_error_and_the_run_goes_on(small_disk):
+    disk = small_disk / "lightning_logs"
+
+    def make_read_only():
+        subprocess.run(["mount", "--bind", disk, disk], check=True)  # (on itself, since files are open for writing)
+        subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+
+    line = stopped_by(small_disk, "training/trial_0001", make_read_only)
+    assert "lightning_logs/run" in line
+    code, output = finish(start(small_disk))
+    assert code == 1
+    assert "Traceback" not in output
+    assert "lightning_logs/run" in output.strip().splitlines()[-1]
+    subprocess.run(["umount", "-l", disk], check=True)
+    tune(small_disk)
+    check_whole(small_disk, [3] * 3)
+
+
+# ------------------------------------------------------------------ several machines
+
+
+def find_postgres(program):
+    found = shutil.which(program) or next(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}")), None)
+    if found is None:
+        assert not os.environ.get("CI"), "CI must have PostgreSQL"
+        pytest.skip("needs PostgreSQL")
+    return found
+
+
+class Postgres:
+    """A PostgreSQL server with a data folder and a port of its own."""
+
+    def __init__(self, home):
+        self.data, self.port = home / "data", free_port()
+        self.user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+        if self.user:
+            shutil.chown(home, "postgres", "postgres")
+        self.run("initdb", "-D", self.data, "-A", "trust", "-U", "postgres", "--no-sync")
+        self.address = f"postgresql://postgres:secret@127.0.0.1:{self.port}/postgres"
+
+    def run(self, program, *arguments):
+        command = [find_postgres(program), *map(str, arguments)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="/", **self.user)
+
+    def start(self):
+        settings = f"-p {self.port} -h 127.0.0.1 -k {self.data} -F"
+        self.run("pg_ctl", "-D", self.data, "-o", settings, "-l", self.data / "log", "-w", "start")
+
+    def stop(self):
+        self.run("pg_ctl", "-D", self.data, "-m", "immediate", "-w", "stop")
+
+
+@pytest.fixture
+def postgres():
+    find_postgres("initdb")
+    with tempfile.TemporaryDirectory(dir="/tmp") as home:  # where another user may look
+        server = Postgres(Path(home))
+        server.start()
+        try:
+            yield server
+        finally:
+            with contextlib.suppress(subprocess.CalledProcessError):
+                server.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_four_processes_share_one_run_over_postgresql(folder, postgres):
+    log = folder / "epochs.log"
+    options = ["--tuner.storage", postgres.address, "--tuner.n_trials", 8]
+    plan = {"log": str(log)}
+    processes = [start(folder, *options, plan=plan) for _ in range(4)]
+    run = folder / "lightning_logs" / "run"
+    wait_for((run / "submodels" / "trial_0003").exists)
+    processes.pop(1).kill()
+    wait_for((run / "training" / "trial_0003").exists)
+    processes.pop(2).kill()
+    outputs = [finish(process, 600) for process in processes]
+    assert [code for code, _ in outputs] == [0, 0], outputs
+    metrics = check_whole(folder, [8] * 3, storage=postgres.address)
+    owners = {tuple(t.user_attrs["owner"]) for s in STAGES for t in trials_of(folder, s, storage=postgres.address)}
+    assert len(owners) >= 3
+    finals = [line for line in log.read_text().splitlines() if line.split()[0].endswith("/final")]
+    assert len(finals) == len(metrics["history"]), "exactly one did the final fit"
+    # And where the one that does it is killed, the command does it when it is started again.
+    shutil.rmtree(run / "final")
+    process = start(folder, *options, plan=plan)
+    wait_for((run / "final" / "checkpoints" / "last.ckpt").exists, process)
+    process.kill()
+    process.wait()
+    assert not (run / "final" / "metrics.json").exists()
+    tune(folder, *options)
+    check_whole(folder, [8] * 3, storage=postgres.address)
+
+
+@pytest.mark.slow
+def test_a_lost_storage_is_one_clear_error_and_the_run_goes_on(folder, postgres):
+    options = ["--tuner.storage", postgres.address]
+    line = stopped_by(folder, "training/trial_0001", postgres.stop, *options)
+    assert f"127.0.0.1:{postgres.port}" in line
+    assert "secret" not in line
+    code, output = finish(start(folder, *options))
+    assert code == 1
+    assert "cannot be opened" in output.strip().splitlines()[-1]
+    assert "Traceback" not in output
+    postgres.start()
+    tune(folder, *options)
+    check_whole(folder, [3] * 3, storage=postgres.address)
+
+
+def test_a_silent_process_of_another_host_is_taken_up(tmp_path):
+    """Whose host differs is judged by its heartbeat alone."""
+    storage = studies.open_storage(f"sqlite:///{tmp_path / 'x.db'}", tmp_path)
+    study = optuna.create_study(storage=storage)
+    silent, lively = study.ask(), study.ask()
+    for trial in (silent, lively):
+        trial.set_user_attr(studies.OWNER, ["elsewhere", 1, 0.0])
+        trial.suggest_float("x", 0, 1)
+        storage.record_heartbeat(trial._trial_id)
+    assert studies.end_orphans(study) == []
+    storage.grace_period = 1
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        storage.record_heartbeat(lively._trial_id)
+        time.sleep(0.2)
+    assert [trial.number for trial in studies.end_orphans(study)] == [silent.number]
+    studies.queue_interrupted(study)
+    assert study.trials[-1].user_attrs == {RETRY_OF: silent.number}
+    assert study.ask().suggest_float("x", 0, 1) == silent.params["x"]
+
+
+def test_parameters_that_kill_their_process_are_not_tried_for_ever(tmp_path):
+    study = optuna.create_study(storage=studies.open_storage(f"sqlite:///{tmp_path / 'x.db'}", tmp_path))
+    for _ in range(studies.RETRIES + 1):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        trial.set_user_attr(studies.OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
+        studies.end_orphans(study)
+        studies.queue_interrupted(study)
+    assert len(study.trials) == studies.RETRIES + 1
+    assert len({trial.params["x"] for trial in study.trials}) == 1
+    assert [trial.number for trial in studies.finished(study)] == [studies.RETRIES]
+    with pytest.raises(RuntimeError, match="its process died without a word, 4 times with these parameters"):
+        studies.completed(study)

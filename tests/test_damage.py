@@ -1,0 +1,269 @@
+"""Files that were damaged or come from elsewhere: a clear error that names them, never code, never a wrong result."""
+
+import json
+import pickletools
+import random
+import sqlite3
+import zipfile
+from functools import partial
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+import yaml
+
+from dact import DACT, TuningEngine
+from dact.data import CompositionalSentiment
+from dact.encoders import TransformerEncoder
+from dact.tuning import studies
+from dact.tuning.engine import STAGES
+from tests.conftest import random_batch, tiny_model
+
+CORRUPTIONS = 200
+
+
+def small_model(**overrides):
+    return DACT(encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
+
+
+small_data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
+
+
+def engine(folder, **options):
+    options = {"trainer": {"max_epochs": 1, "accelerator": "cpu"}, "n_trials": 4, "log_dir": folder, **options}
+    space = {"num_epochs": {"choices": [1, 2]}}
+    made = TuningEngine(model=small_model, data=small_data, search_space=space, **options)
+    made.display.console.quiet = True
+    return made
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a whole run."""
+    folder = tmp_path_factory.mktemp("damage")
+    engine(folder, encoder_training="frozen", warm_up_epochs=1).run_pipeline("run")
+    return folder / "run"
+
+
+def corruptions(sound, seed=0, number=CORRUPTIONS):
+    """Copies of `sound` that were cut short, or in which a bit, a byte or a sector changed."""
+    generator = random.Random(seed)
+    for count in range(number):
+        damaged = bytearray(sound)
+        at = generator.randrange(len(sound) if count % 2 else min(len(sound), 2000))
+        match count % 5:
+            case 0:
+                damaged = damaged[:at]
+            case 1 | 2:
+                damaged[at] ^= 1 << generator.randrange(8)
+            case 3:
+                damaged[at] = generator.randrange(256)
+            case 4:
+                damaged[at : at + 512] = bytes(len(damaged[at : at + 512]))
+        yield bytes(damaged)
+
+
+def check_corruptions(path, read):
+    """`read` gives what it gave, or an error that names the file."""
+    sound = path.read_bytes()
+    expected, refused = read(), 0
+    try:
+        for damaged in corruptions(sound):
+            path.write_bytes(damaged)
+            try:
+                assert read() == expected
+            except (ValueError, OSError) as error:
+                assert path.name in str(error), error  # noqa: PT017 - either outcome is right
+                refused += 1
+    finally:
+        path.write_bytes(sound)
+    assert refused > CORRUPTIONS / 4, "most damage matters"
+    return refused
+
+
+def test_damaged_checkpoints_never_give_a_wrong_model(run):
+    path, batch = run / "final" / "checkpoints" / "best.ckpt", random_batch(vocab=42)
+
+    def read():
+        with torch.no_grad():
+            return DACT.load_from_checkpoint(path).eval()(batch).probabilities.tolist()
+
+    check_corruptions(path, read)
+
+
+def test_damaged_models_never_give_a_wrong_model(run):
+    folder, batch = run / "final" / "model", random_batch(vocab=42)
+
+    def read():
+        with torch.no_grad():
+            return DACT.from_pretrained(folder)(batch).probabilities.tolist()
+
+    assert check_corruptions(folder / "model.safetensors", read) > CORRUPTIONS * 0.9
+
+
+def test_damaged_warm_ups_never_serve(run):
+    path = run / "features" / "encoder.safetensors"
+
+    def read():
+        made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
+        made._begin("run")
+        return {name: tensor.tolist() for name, tensor in made._frozen.base.encoder.state_dict().items()}
+
+    check_corruptions(path, read)
+
+
+def test_damaged_studies_never_give_a_wrong_trial(run):
+    path = run / "studies.db"
+    made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
+    made._begin("run")
+
+    def read():
+        found = []
+        for stage in STAGES:
+            trials = made._open(stage).get_trials(deepcopy=False)
+            found += [(stage, t.number, t.state, t.params, t.values, t.intermediate_values) for t in trials]
+        return found
+
+    check_corruptions(path, read)
+
+
+def test_a_study_that_somebody_edited_is_refused(run):
+    path = run / "studies.db"
+    sound = path.read_bytes()
+    made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
+    made._begin("run")
+    edits = {
+        "UPDATE trial_values SET value = value / 2": "is not what dact wrote",
+        "UPDATE studies SET study_name = 'run/other' WHERE study_name = 'run/submodels'": "is not of dact",
+        "UPDATE study_directions SET direction = 'MAXIMIZE'": "the objectives of run/submodels",
+        "DELETE FROM trials WHERE number = 1": "lacks trial 1",
+    }
+    for edit, message in edits.items():
+        path.write_bytes(sound)
+        connection = sqlite3.connect(path)
+        connection.execute(edit)
+        connection.commit()
+        connection.close()
+        with pytest.raises(ValueError, match=rf"studies\.db is damaged .*{message}"):
+            _ = [made._open(stage) for stage in STAGES]
+    path.write_bytes(sound)
+
+
+class Evil:
+    def __reduce__(self):
+        return (Path.touch, (Path("/tmp/dact_was_here"),))
+
+
+@pytest.mark.parametrize("place", ["hyper_parameters", "state_dict", "callbacks"])
+def test_a_checkpoint_cannot_run_code(tmp_path, place):
+    Path("/tmp/dact_was_here").unlink(missing_ok=True)
+    path = tmp_path / "evil.ckpt"
+    torch.save({"hyper_parameters": tiny_model().config(), "state_dict": {}, place: Evil()}, path)
+    with pytest.raises(ValueError, match=r"evil\.ckpt cannot be read"):
+        DACT.load_from_checkpoint(path)
+    assert not Path("/tmp/dact_was_here").exists()
+
+
+def test_winners_from_elsewhere_cannot_run_code(run):
+    path = run / "lambda_reg.yaml"
+    sound = path.read_text()
+    path.write_text("lambda_reg: !!python/object/apply:os.system ['touch /tmp/dact_was_here']\n")
+    try:
+        with pytest.raises((ValueError, yaml.YAMLError)):
+            engine(run.parent, encoder_training="frozen", warm_up_epochs=1).final_train("run")
+        assert not Path("/tmp/dact_was_here").exists()
+    finally:
+        path.write_text(sound)
+
+
+def is_pickle(content):
+    try:
+        operations = [operation.name for operation, _, _ in pickletools.genops(content)]
+    except Exception:
+        return False
+    return operations[-1:] == ["STOP"] and len(operations) > 2
+
+
+def test_a_run_leaves_no_pickle_but_checkpoints_that_hold_data_alone(run):
+    assert is_pickle(__import__("pickle").dumps({"a": [1]})), "the scan finds pickles"
+    scanned = 0
+    for path in run.rglob("*"):
+        if not path.is_file():
+            continue
+        scanned += 1
+        if path.suffix == ".ckpt":
+            torch.load(path, weights_only=True)
+            continue
+        assert not is_pickle(path.read_bytes()), path
+        assert not zipfile.is_zipfile(path), path
+    connection = sqlite3.connect(run / "studies.db")
+    for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+        for row in connection.execute(f"SELECT * FROM {table}"):
+            assert not any(isinstance(value, bytes) for value in row), f"{table} holds bytes"
+    assert scanned > 20
+
+
+@pytest.mark.parametrize(
+    "tag", ["..", "../x", "/tmp/x", "a/b", "a\\b", ".hidden", "", "a\0b", "a\nb", "~", "x/../../y"]
+)
+def test_a_run_tag_never_leaves_the_log_folder(tmp_path, tag):
+    with pytest.raises(ValueError, match="run_tag must be a name"):
+        studies.check_run_tag(tag)
+    if tag:
+        with pytest.raises(ValueError, match="run_tag must be a name"):
+            engine(tmp_path / "logs").joint_tune_study(tag)
+    assert not (tmp_path / "logs").exists() or not list((tmp_path / "logs").iterdir())
+
+
+# ------------------------------------------------------------------ the same again, and for long
+
+
+def test_two_runs_with_one_seed_give_the_same_weights(tmp_path):
+    found = []
+    for name in ("one", "two"):
+        made = engine(tmp_path / name, n_trials=2, compare_defaults=False)
+        made.run_pipeline("run")
+        storage = f"sqlite:///{tmp_path / name / 'run' / 'studies.db'}"
+        trials = [
+            (trial.params, trial.values)
+            for stage in STAGES
+            for trial in optuna.load_study(study_name=f"run/{stage}", storage=storage).trials
+        ]
+        model = tmp_path / name / "run" / "final" / "model" / "model.safetensors"
+        found.append((json.dumps(trials), model.read_bytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
+def test_five_hundred_trials_leave_nothing_behind(tmp_path):
+    """Memory, open files, threads and processes stay, and each trial takes some kilobytes on disk."""
+    import psutil
+
+    process, readings = psutil.Process(), {}
+
+    def usage():
+        return {
+            "memory": process.memory_info().rss / 2**20,
+            "files": process.num_fds(),
+            "threads": process.num_threads(),
+            "processes": len(process.children(recursive=True)),
+        }
+
+    made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=500)
+    objective = made.submodel_objective
+
+    def watched(trial):
+        if trial.number in (50, 499):
+            readings[trial.number] = usage()
+        return objective(trial)
+
+    made.submodel_objective = watched
+    made.joint_tune_study("run")
+    early, late = readings[50], readings[499]
+    assert late["memory"] - early["memory"] < 100
+    assert late["files"] <= early["files"] + 5
+    assert late["threads"] <= early["threads"] + 2
+    assert late["processes"] == early["processes"]
+    size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert size < 500 * 30_000

@@ -1,0 +1,133 @@
+"""Ten thousand texts that nobody wanted, through ``dact predict``."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from dact import DACT
+from dact.data.text import word_tokenizer
+from dact.encoders import TransformerEncoder
+
+ROOT = Path(__file__).parent.parent
+NUMBER = 10_000
+CONFIG = """
+trainer: {accelerator: cpu, logger: false}
+model:
+  encoder:
+    class_path: dact.encoders.TransformerEncoder
+    init_args: {vocab_size: 7, num_layers: 2, hidden_size: 8, num_heads: 2}
+  output_dimension: 3
+data:
+  class_path: dact.data.TextClassificationData
+  init_args: {tokenizer: ./tokenizer, max_length: 32, class_names: [a, b, c]}
+"""
+# Runs the command and then tells the most memory that it held, in MiB.
+MEASURED = (
+    "import resource, sys; from dact.cli import main; main(); "
+    "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+)
+
+
+def hostile_texts(number, megabytes):
+    """Texts, and which of them are no text at all."""
+    generator = random.Random(0)
+    alphabets = [
+        "".join(map(chr, range(1, 32))),  # control characters
+        "שלום مرحبا \u202e\u200f\u2066",  # right to left, and what turns the direction
+        "😀👩‍👩‍👧‍👦🏳️‍🌈\u200d\ufe0f",  # emoji, joined ones too
+        "äöüßñçø éè \u0301\u0308",  # combining marks
+        "漢字かな한글",
+        "\"',;\\\t\r\n<>&%${}[]",
+        "good bad fine ",
+        "\ufeff\ufffe\uffff\u0000",
+    ]
+    for row in range(number):
+        kind = row % 12
+        if kind == 0:
+            yield generator.choice(["", " ", "\t\n", "\u00a0\u2003", "\u200b"])
+        elif kind == 1:
+            yield generator.choice([None, 3, 2.5, True, [], ["good"], {"text": "good"}])
+        elif kind == 2:
+            yield generator.choice("aé漢😀 .") * 1000
+        elif kind == 3 and row < 12 * megabytes:
+            yield "".join(generator.choices("good bad\n", k=1000)) * 1000
+        else:
+            yield "".join(generator.choices(generator.choice(alphabets), k=generator.randint(1, 200)))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "predict.yaml").write_text(CONFIG)
+    word_tokenizer(["good", "bad", "fine", "."]).save_pretrained(tmp_path / "tokenizer")
+    import lightning.pytorch as pl
+
+    model = DACT(encoder=TransformerEncoder(7, 2, 8, 2), class_names=["a", "b", "c"])
+    trainer = pl.Trainer(accelerator="cpu", logger=False, max_epochs=0, enable_progress_bar=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "model.ckpt")
+    return tmp_path
+
+
+def predict(folder, name, output):
+    command = [sys.executable, "-c", MEASURED, "predict", "--config", "predict.yaml", "--ckpt_path", "model.ckpt"]
+    command += ["--data.predict_file", name, "--output", output]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=500)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    return int(done.stdout.split("PEAK")[1])
+
+
+def check_rows(frame, texts):
+    """Each input has its row, in order: a label, or the reason why it has none."""
+    assert len(frame) == len(texts)
+    answered = frame["label"].notna()
+    assert (answered != frame["reason"].notna()).all()
+    assert answered.sum() > len(texts) / 2
+    for text, label, reason in zip(texts, frame["label"], frame["reason"], strict=True):
+        if not isinstance(text, str):
+            assert isinstance(reason, str), text
+            assert reason == "no text" if text is None else reason.startswith("not a string"), (text, reason)
+        elif not text.strip():
+            assert reason == "empty text", (text, reason)
+        else:
+            assert label in ("a", "b", "c"), (text[:50], reason)
+
+
+@pytest.mark.slow
+def test_ten_thousand_hostile_texts_each_get_a_row(folder):
+    # Ten megabyte-long rows first, so that the second measurement has five times as many rows and as much text.
+    small = list(hostile_texts(NUMBER // 5, 10))
+    texts = list(hostile_texts(NUMBER, 50))
+    for name, rows in (("small", small), ("large", texts)):
+        lines = [json.dumps({"text": text, "n": n}, ensure_ascii=n % 2 == 0) for n, text in enumerate(rows)]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
+    few = predict(folder, "small.jsonl", "small.jsonl.out.jsonl")
+    peak = predict(folder, "large.jsonl", "out.jsonl")
+    frame = pd.read_json(folder / "out.jsonl", lines=True)
+    check_rows(frame, texts)
+    size = (folder / "large.jsonl").stat().st_size / 2**20
+    assert peak - few < 6 * size + 100, f"{few} MiB for a fifth, {peak} MiB for all of {size:.0f} MiB"
+
+
+@pytest.mark.slow
+def test_mixed_encodings_get_a_row_or_a_reason(folder):
+    generator = random.Random(1)
+    lines, valid = [], []
+    for row in range(500):
+        encoding = generator.choice(["utf-8", "latin-1", "utf-16-le"]) if row % 2 else "utf-8"
+        content = "good é bad".encode(encoding).replace(b"\n", b" ").replace(b"\r", b" ").replace(b"\x00", b"")
+        lines.append(b"%d\t" % row + content)
+        valid.append(encoding == "utf-8")
+    (folder / "mixed.tsv").write_bytes(b"n\ttext\n" + b"\n".join(lines) + b"\n")
+    predict(folder, "mixed.tsv", "out.csv")
+    frame = pd.read_csv(folder / "out.csv")
+    assert len(frame) == 500
+    assert frame["label"].notna().tolist() == valid
+    assert (frame["reason"][[not v for v in valid]] == "not valid UTF-8").all()
