@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -15,10 +17,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
+from dact.calibration import Promise, calibrate, describe, store_in_checkpoint
 from dact.callbacks import ExitPlots, PredictionWriter, SavePretrained
 from dact.console import quiet_command, quiet_threads
 from dact.files import DurableCheckpointIO
-from dact.model import DACT
+from dact.model import CONFIG_NAME, DACT
 
 USAGE_ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, MisconfigurationException)
 
@@ -33,7 +36,41 @@ class SaveConfig(SaveConfigCallback):
 
 
 class DACTTrainer(Trainer):
-    """The Trainer, which LightningCLI also asks for the description of every command."""
+    """The Trainer, with the commands that dact adds."""
+
+    def calibrate(
+        self,
+        model: DACT,
+        datamodule: LightningDataModule,
+        ckpt_path: str,
+        max_accuracy_loss: float | None = None,
+        min_agreement: float | None = None,
+        max_layers: float | None = None,
+        confidence: float = 0.95,
+    ) -> None:
+        """Find the halting tolerance that keeps a promise, and store it in the checkpoint and in model/ beside it.
+
+        Asked are the validation examples: the promise holds as far as nothing was chosen by them.
+
+        Args:
+            model: The model.
+            datamodule: The data.
+            ckpt_path: The checkpoint of a fit.
+            max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
+            min_agreement: The least share of examples that get the class of full depth.
+            max_layers: The most layers on average.
+            confidence: The probability with which the promise holds for new examples of the same kind.
+        """
+        path = Path(ckpt_path)
+        own = model.encoder if model.encoder.config() is None else None
+        fitted = DACT.load_from_checkpoint(path, encoder=own).to(self.strategy.root_device)
+        promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
+        found = calibrate(fitted, datamodule, **asdict(promise))
+        store_in_checkpoint(path, fitted)
+        beside = path.parent.parent / "model"
+        if (beside / CONFIG_NAME).is_file():
+            fitted.cpu().save_pretrained(beside)
+        print(describe(found, fitted.encoder.num_layers))
 
     @staticmethod
     def tune() -> None:
@@ -41,13 +78,14 @@ class DACTTrainer(Trainer):
 
 
 class DACTCLI(LightningCLI):
-    """``dact fit | validate | test | predict | tune``, all of which read the same file."""
+    """``dact fit | validate | test | predict | calibrate | tune``, all of which read the same file."""
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
         commands = LightningCLI.subcommands()
-        return {**commands, "predict": commands["predict"] | {"return_predictions"}, "tune": set()}
+        built = {"model", "datamodule"}
+        return {**commands, "predict": commands["predict"] | {"return_predictions"}, "calibrate": built, "tune": set()}
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -55,7 +93,8 @@ class DACTCLI(LightningCLI):
             return self._prepare_tune_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` alone")
-        parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
+        if subcommand != "calibrate":
+            parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
         if subcommand == "predict":
             parser.add_argument(
                 "--output", type=str, default="predictions.csv", help="where to: .csv, .jsonl or .parquet"

@@ -139,6 +139,7 @@ class DACT(LightningModule):
         self.class_names = None if class_names is None else list(class_names)
         self.step_tokens = step_tokens
         self.window_tokens = window_tokens
+        self.calibration: dict[str, Any] | None = None  # what dact.calibrate found
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
 
@@ -415,18 +416,23 @@ class DACT(LightningModule):
             "class_names": self.class_names,
             "step_tokens": self.step_tokens,
             "window_tokens": self.window_tokens,
+            "calibration": self.calibration,
         }
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> DACT:
         """A model with fresh weights as `config` describes it; keyword arguments replace its entries."""
         arguments = {**config, **overrides}
+        calibration = arguments.pop("calibration", None)
         for name in ("classifier", "confidence"):
             if isinstance(arguments[name], Mapping):
                 arguments[name] = SubmodelConfig(**arguments[name])
         if not isinstance(arguments.get("encoder"), LayeredEncoder):
             arguments["encoder"] = encoders.from_config(arguments.get("encoder"))
-        return cls(**arguments)
+        model = cls(**arguments)
+        if calibration is not None and model.halting_tolerance == calibration["halting_tolerance"]:
+            model.calibration = calibration
+        return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.config()
@@ -436,6 +442,10 @@ class DACT(LightningModule):
         stored = checkpoint.get("hyper_parameters", {}).get("class_names")
         if self.class_names is None:
             self.class_names = stored
+        calibration = checkpoint.get("hyper_parameters", {}).get("calibration")
+        # A tolerance that was changed since is the user's own.
+        if calibration is not None and self.halting_tolerance == calibration["instead_of"]:
+            self.halting_tolerance, self.calibration = calibration["halting_tolerance"], calibration
 
     def _check_weights(self, weights: Mapping[str, Tensor], what: str) -> None:
         own = self.state_dict()

@@ -60,3 +60,13 @@ def worst_continuation(a_n, p_n, d):
     for _ in range(d):
         a = [p * (1.0 if c == runner_up else 0.0) + (1 - p) * a_c for c, a_c in enumerate(a)]
     return a
+
+
+def binomial_upper_bound(faults, examples, confidence):
+    """The rate at which so few faults or fewer have a probability of 1 - confidence, by halving."""
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        rate = (low + high) / 2
+        few = sum(math.comb(examples, k) * rate**k * (1 - rate) ** (examples - k) for k in range(faults + 1))
+        low, high = (rate, high) if few > 1 - confidence else (low, rate)
+    return high

@@ -17,7 +17,7 @@ FLOORS = [
     {"inference"},
     {"model"},
     {"data"},
-    {"callbacks", "text_classifier"},
+    {"calibration", "callbacks", "text_classifier"},
     {"tuning"},
     {"cli"},
     {"__main__"},

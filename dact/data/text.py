@@ -62,9 +62,14 @@ class TextDataModule(LightningDataModule, ABC):
             which early exit divides by itself.
         num_workers: Processes that prepare batches; with 0 the training process does.
         seed: Of the order of training examples.
+
+    Attributes:
+        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`;
+            to be set before `setup`.
     """
 
     class_names: list[str] | None = None
+    calibration_fraction: float = 0.0
 
     def __init__(
         self,
@@ -103,9 +108,17 @@ class TextDataModule(LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         for split in SPLITS[stage]:
-            if split not in self._encoded:
-                self.splits[split] = self.examples(split)
-                self._encoded[split] = self._encode(self.splits[split])
+            if split in self._encoded:
+                continue
+            parts = {split: self.examples(split)}
+            if split == "val" and self.calibration_fraction:
+                labels = parts["val"].labels
+                assert labels is not None
+                rows, set_aside = stratified_split(labels, self.calibration_fraction, self.seed)
+                parts = {"val": parts["val"].take(rows), "calibration": parts["val"].take(set_aside)}
+            for name, examples in parts.items():
+                self.splits[name] = examples
+                self._encoded[name] = self._encode(examples)
 
     def _encode(self, examples: Examples) -> list[dict[str, Any]]:
         """One dict per usable example: token ids, mask, and its row, label and depth where there are."""
@@ -143,7 +156,7 @@ class TextDataModule(LightningDataModule, ABC):
         sampler = None
         if split == "train":
             sampler = LengthGroupedSampler([len(item["input_ids"]) for item in items], self.batch_size, self.seed)
-        size = self.batch_size if split in ("train", "val") else max(self.batch_size, INFERENCE_BATCH)
+        size = self.batch_size if split in ("train", "val", "calibration") else max(self.batch_size, INFERENCE_BATCH)
         return DataLoader(
             items,  # type: ignore[arg-type]
             batch_size=size,
@@ -158,6 +171,10 @@ class TextDataModule(LightningDataModule, ABC):
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")
+
+    def calibration_dataloader(self) -> DataLoader[Any] | None:
+        """The validation examples that were set aside, if any were."""
+        return self._loader("calibration") if self.calibration_fraction else None
 
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")

@@ -78,6 +78,10 @@ class Display:
             text += f"; the studies end after {format_seconds(time_out)} at the latest"
         self.console.print(text, soft_wrap=True)
 
+    def note(self, text: str) -> None:
+        """Print something that was found."""
+        self.console.print(text, soft_wrap=True)
+
     def refresh(self) -> None:
         """Draw the table anew."""
         if self._live is not None:

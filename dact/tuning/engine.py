@@ -27,6 +27,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, Trial
 from sqlalchemy.exc import SQLAlchemyError
 
+from dact.calibration import Promise
 from dact.console import quiet
 from dact.files import replacing_folder, write_text
 from dact.functional import check_choice, check_tolerance
@@ -59,6 +60,7 @@ DIRECTIONS: dict[str, list[Literal["minimize", "maximize"]]] = {
     "training": ["minimize"],
     "lambda_reg": ["minimize", "minimize"],
 }
+CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies where a promise is to be kept
 SUBMODEL_FIELDS = [field.name for field in dataclasses.fields(SubmodelConfig)]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -129,6 +131,8 @@ class TuningEngine:
         sampler: Of the first two studies; TPE if left out.
         pruner: Of the first two studies; it sees only trials of the same planned length.
         halting_tolerance: Of the tuned model, in [0, 1); as the model factory gives it if left out.
+        promise: What early exit of the tuned model must keep, and with which confidence: then the tolerance is calibrated
+            on examples that no study sees, half of the validation examples; see `dact.calibrate`.
         compare_defaults: Whether the end also fits and measures what the factories make by default.
         log_dir: Where runs are kept.
         seed: Of everything.
@@ -167,6 +171,7 @@ class TuningEngine:
         sampler: BaseSampler | None = None,
         pruner: BasePruner | None = None,
         halting_tolerance: float | None = None,
+        promise: Promise | None = None,
         compare_defaults: bool = True,
         log_dir: str | Path = "lightning_logs",
         seed: int = 0,
@@ -183,6 +188,8 @@ class TuningEngine:
         check_choice("TuningEngine: lambda_selection", lambda_selection, LambdaSelection)
         if halting_tolerance is not None:
             check_tolerance(halting_tolerance)
+        if promise is not None and halting_tolerance is not None:
+            raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
         if workers > 1 and isinstance(storage, optuna.storages.InMemoryStorage):
             raise ValueError(
                 "TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file"
@@ -213,6 +220,7 @@ class TuningEngine:
         self.sampler = sampler
         self.pruner = pruner
         self.halting_tolerance = halting_tolerance
+        self.promise = promise
         self.compare_defaults = compare_defaults
         self.log_dir = Path(log_dir)
         self.seed = seed
@@ -272,7 +280,7 @@ class TuningEngine:
     def _expected_seconds(self, left: Mapping[str, int]) -> float:
         """From a few timed batches; pruning is left out, and so is what the final evaluation takes."""
         seed_trial(self.seed)
-        data = self.data()
+        data = self.make_data()
         data.prepare_data()
         data.setup("fit")
         loaders = data.train_dataloader(), data.val_dataloader()
@@ -390,11 +398,24 @@ class TuningEngine:
             if name in overrides:
                 overrides[name] = SubmodelConfig(**overrides[name])
         if self.encoder_training == "finetune":
-            return self.make_model(**overrides), self.data(**size)
+            return self.make_model(**overrides), self.make_data(**size)
         frozen = self._frozen
         model = type(frozen.base).from_config(frozen.base.config(), **{"encoder": frozen.base.encoder, **overrides})
         size = {"batch_size": frozen.batch_size, **size}
         return model, FeaturesData(frozen.train, frozen.val, seed=self.seed, **size)
+
+    def make_data(self, **overrides: Any) -> LightningDataModule:
+        """A datamodule of the factory; with a promise, one that keeps examples for calibration from the studies."""
+        data = self.data(**overrides)
+        if self.promise is not None:
+            if not hasattr(data, "calibration_dataloader"):
+                raise ValueError(
+                    f"TuningEngine: a promise needs examples that no study sees, but {type(data).__name__} has no "
+                    "calibration_dataloader: give it one that returns labelled batches"
+                )
+            if getattr(data, "calibration_fraction", None) == 0.0:
+                data.calibration_fraction = CALIBRATION_SHARE  # type: ignore[attr-defined]
+        return data
 
     def make_model(self, **overrides: Any) -> DACT:
         """A model of the factory, checked to have the classes of this engine."""
@@ -422,7 +443,7 @@ class TuningEngine:
     @cached_property
     def data_fingerprint(self) -> str:
         """A digest of the training and validation data."""
-        data = self.data()
+        data = self.make_data()
         data.prepare_data()
         data.setup("fit")
         return fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())

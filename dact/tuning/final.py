@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dact import plots
+from dact.calibration import calibrate, describe, store_in_checkpoint
 from dact.files import replacing, replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.tuning import pictures, report, tensorboard
@@ -34,7 +36,10 @@ def fit_winners(engine: TuningEngine, folder: Path, winners: Mapping[str, Any]) 
         The paths of metrics.json and of the best checkpoint.
     """
     metrics_path, model_path = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
-    config = yaml.safe_dump({**winners, "halting_tolerance": engine.halting_tolerance}, sort_keys=False)
+    chosen: dict[str, Any] = {**winners, "halting_tolerance": engine.halting_tolerance}
+    if engine.promise is not None:
+        chosen["promise"] = asdict(engine.promise)
+    config = yaml.safe_dump(chosen, sort_keys=False)
     config_path = folder / "config.yaml"
     if not config_path.is_file() or config_path.read_text() != config:
         shutil.rmtree(folder, ignore_errors=True)  # of other winners; a later call must not go on with its checkpoints
@@ -51,7 +56,7 @@ def _fit(engine: TuningEngine, folder: Path, settings: Mapping[str, Any], epochs
     """Fit with `settings` and keep the best epoch and the last; goes on with the last one that an earlier call kept."""
     seed_trial(engine.seed)
     model, data = engine.build(settings)
-    model.class_names = model.class_names or getattr(engine.data(), "class_names", None)
+    model.class_names = model.class_names or getattr(engine.make_data(), "class_names", None)
     checkpoint = ModelCheckpoint(
         folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
     )
@@ -74,6 +79,10 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
     """metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
     data = _measured_data(engine)
     model = _fitted(engine, folder)
+    if engine.promise is not None:
+        promised = {name: value for name, value in asdict(engine.promise).items() if value is not None}
+        engine.display.note(describe(calibrate(model, data, **promised), model.encoder.num_layers))
+        store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
     with engine.display.stage("measuring the final model"):
         validation = report.evaluate(model, data.val_dataloader())
         test = report.evaluate(model, data.test_dataloader())
@@ -86,6 +95,8 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
         "halting_tolerance": model.halting_tolerance,
         "layers": model.encoder.num_layers,
     }
+    if engine.promise is not None:
+        metrics["calibration"] = model.calibration
     with replacing_folder(folder / "model") as partial:
         model.cpu().save_pretrained(partial)
         tokenizer = getattr(data, "tokenizer", None)
@@ -122,7 +133,7 @@ def _measure_defaults(engine: TuningEngine, folder: Path, data: LightningDataMod
 
 def _measured_data(engine: TuningEngine) -> LightningDataModule:
     size = {name: value for name, value in (engine.external_config or {}).items() if name == "batch_size"}
-    data = engine.data(**size)
+    data = engine.make_data(**size)
     data.prepare_data()
     for stage in ("fit", "test"):
         data.setup(stage)

@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional
+from dact.calibration import layer_answers
 from dact.model import DACT
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -43,19 +44,8 @@ def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evalua
         loader: Labelled batches.
         timed: Whether to measure texts per second, too, which takes two more passes.
     """
-    answers, shares, targets, known_depths = [], [], [], []
-    for batch in loader:
-        output = model({name: tensor.to(model.device) for name, tensor in batch.items()})
-        assert output.layer_probabilities is not None
-        assert output.h is not None
-        a, p = functional.accumulate(output.layer_probabilities, output.h)
-        answers.append(a.cpu())
-        shares.append(p.cpu())
-        targets.append(batch["labels"])
-        if "depth" in batch:
-            known_depths.append(batch["depth"])
-    a, p, target = torch.cat(answers), torch.cat(shares), torch.cat(targets)
-    depths = torch.cat(known_depths) if known_depths else None
+    answers = layer_answers(model, loader)
+    a, p, target = answers.a, answers.p, answers.target
     full = torch.full_like(target, p.shape[1])
     exits = functional.exit_layers(a, p, model.halting, model.halting_tolerance)
     entry, full_depth = _quality(a, exits, target), _quality(a, full, target)
@@ -69,7 +59,7 @@ def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evalua
         quality = _quality(a, at, target)
         shown = {name: quality[name] for name in ("accuracy", "mean_exit_layer")}
         curve.append({"tolerance": tolerance, **shown, "agreement": _agreement(a, at)})
-    return Evaluation(entry, curve, exits, depths)
+    return Evaluation(entry, curve, exits, answers.depths)
 
 
 def _quality(a: Tensor, exits: Tensor, target: Tensor) -> dict[str, Any]:

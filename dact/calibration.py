@@ -1,0 +1,308 @@
+"""The dial: a halting tolerance that keeps a promise, with a stated confidence."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from dact import functional
+from dact.encoders.base import Batch
+from dact.files import DurableCheckpointIO, read_checkpoint
+from dact.model import DACT
+
+GRID = tuple(step / 100 for step in range(100))  # the tolerances that are tried, in their order
+
+
+@dataclass(frozen=True)
+class Promise:
+    """What early exit must keep, exactly one of the three.
+
+    Args:
+        max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
+        min_agreement: The least share of examples that get the class of full depth.
+        max_layers: The most layers on average.
+        confidence: The probability with which the promise holds for new examples of the same kind, in (0, 1).
+
+    Raises:
+        ValueError: If not exactly one is given, or a value is outside its range.
+    """
+
+    max_accuracy_loss: float | None = None
+    min_agreement: float | None = None
+    max_layers: float | None = None
+    confidence: float = 0.95
+
+    def __post_init__(self) -> None:
+        given = [n for n in ("max_accuracy_loss", "min_agreement", "max_layers") if getattr(self, n) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                "a promise is one of max_accuracy_loss, min_agreement and max_layers, got "
+                + (" and ".join(given) or "none of them")
+            )
+        for name in ("max_accuracy_loss", "min_agreement"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"{name} is a share, in [0, 1], got {value}: 0.005 is half a point")
+        if self.max_layers is not None and not self.max_layers >= 1:
+            raise ValueError(f"max_layers must be 1 or more, got {self.max_layers}")
+        if not 0 < self.confidence < 1:
+            raise ValueError(f"confidence is a probability, in (0, 1), got {self.confidence}")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """A tolerance that keeps a promise, and what was seen of it.
+
+    Args:
+        halting_tolerance: The tolerance, in [0, 1).
+        promise: The promise that it keeps, as plain data.
+        bound: What holds with the confidence of the promise: the most accuracy that is lost, the least agreement, or
+            the most layers on average.
+        examples: How many examples were asked.
+        accuracy: Of early exit on them.
+        full_depth_accuracy: Of full depth on them.
+        agreement: The share that got the class of full depth.
+        mean_exit_layer: The layers that they used on average.
+    """
+
+    halting_tolerance: float
+    promise: dict[str, float | None]
+    bound: float
+    examples: int
+    accuracy: float
+    full_depth_accuracy: float
+    agreement: float
+    mean_exit_layer: float
+
+
+def calibrate(
+    model: DACT,
+    data: LightningDataModule | Iterable[Batch],
+    *,
+    max_accuracy_loss: float | None = None,
+    min_agreement: float | None = None,
+    max_layers: float | None = None,
+    confidence: float = 0.95,
+) -> Calibration:
+    r"""Set the `halting_tolerance` of `model` to one that keeps a promise, with a stated confidence.
+
+    For the first two promises, tolerances are tried upwards from 0 (which keeps both by proof) and the last one before
+    the first that fails is taken: a fixed sequence of tests, each at the full level, of which the probability of any
+    false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). A tolerance passes if the one-sided
+    Clopper–Pearson bound (1934) on the rate of examples that full depth has right and early exit has wrong (no accuracy
+    can be lost otherwise), or of examples whose class differs, is small enough. For `max_layers` they are tried
+    downwards from the largest, and the bound is the empirical Bernstein bound on the mean exit layer
+    (Maurer & Pontil 2009, theorem 4).
+
+    Args:
+        model: Is put into eval mode, and gets the tolerance and, as `calibration`, the record that this returns.
+        data: Labelled examples that no training and no choice has seen: batches, or a datamodule, whose
+            ``calibration_dataloader`` is taken if it has one, and else its validation examples.
+        max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
+        min_agreement: The least share of examples that get the class of full depth, in [0, 1].
+        max_layers: The most layers on average.
+        confidence: The probability with which the promise holds for new examples of the same kind, in (0, 1).
+
+    Returns:
+        The tolerance with its bound, and what was seen on the examples.
+
+    Raises:
+        ValueError: If not exactly one promise is given, or it cannot be kept; the message says which can.
+
+    Example:
+        >>> from dact.encoders import TransformerEncoder
+        >>> model = DACT(encoder=TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2))
+        >>> batch = {"input_ids": torch.randint(3, 50, (200, 5)), "labels": torch.randint(0, 3, (200,))}
+        >>> found = calibrate(model, [batch], min_agreement=0.9)
+        >>> found.bound >= 0.9 and model.halting_tolerance == found.halting_tolerance
+        True
+    """
+    promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
+    if model.halting == "never":
+        raise ValueError("a model with halting='never' has no tolerance: give it halting='exact'")
+    answers = layer_answers(model.eval(), calibration_batches(data))
+    found = choose_tolerance(answers, promise, model.halting)
+    model.calibration = {**asdict(found), "instead_of": model.halting_tolerance}
+    model.halting_tolerance = found.halting_tolerance
+    return found
+
+
+def store_in_checkpoint(path: Path, model: DACT) -> None:
+    """Let a checkpoint of `model` know its tolerance and its calibration."""
+    checkpoint = read_checkpoint(path)
+    checkpoint["hyper_parameters"] |= {
+        "halting_tolerance": model.halting_tolerance,
+        "calibration": model.calibration,
+    }
+    DurableCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+def describe(found: Calibration, layers: int) -> str:
+    """What a calibration found, in a few lines for a person."""
+    promise = {name: value for name, value in found.promise.items() if value is not None}
+    confidence = promise.pop("confidence")
+    ((name, value),) = promise.items()
+    bounds = {
+        "max_accuracy_loss": f"accuracy at most {100 * found.bound:.2f} points below full depth",
+        "min_agreement": f"agreement with full depth at least {100 * found.bound:.2f} %",
+        "max_layers": f"at most {found.bound:.2f} of {layers} layers on average",
+    }
+    return (
+        f"halting_tolerance {found.halting_tolerance:g} keeps {name}={value:g} with confidence {confidence:g}: "
+        f"{bounds[name]}\n"
+        f"seen on {found.examples} examples: accuracy {100 * found.accuracy:.2f} % (full depth "
+        f"{100 * found.full_depth_accuracy:.2f} %), agreement {100 * found.agreement:.2f} %, mean exit layer "
+        f"{found.mean_exit_layer:.2f} of {layers}"
+    )
+
+
+def calibration_batches(data: LightningDataModule | Iterable[Batch]) -> Iterable[Batch]:
+    """The batches to calibrate on; see `calibrate`."""
+    if not isinstance(data, LightningDataModule):
+        return data
+    data.prepare_data()
+    data.setup("fit")
+    own = getattr(data, "calibration_dataloader", lambda: None)()
+    return data.val_dataloader() if own is None else own
+
+
+@dataclass(frozen=True)
+class LayerAnswers:
+    """What all layers say of labelled examples, on the CPU.
+
+    Args:
+        a: ``[examples, layers, classes]``.
+        p: ``[examples, layers]``.
+        target: int64 ``[examples]``.
+        depths: int64 ``[examples]`` where the data knows the depth of its examples, else None.
+    """
+
+    a: Tensor
+    p: Tensor
+    target: Tensor
+    depths: Tensor | None
+
+
+@torch.no_grad()
+def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
+    """Run all layers on labelled batches; `model` is in eval mode, on the device that it should use."""
+    answers, shares, targets, depths = [], [], [], []
+    for batch in batches:
+        output = model({name: tensor.to(model.device) for name, tensor in batch.items()})
+        assert output.layer_probabilities is not None
+        assert output.h is not None
+        a, p = functional.accumulate(output.layer_probabilities, output.h)
+        answers.append(a.cpu())
+        shares.append(p.cpu())
+        targets.append(batch["labels"].cpu())
+        if "depth" in batch:
+            depths.append(batch["depth"].cpu())
+    return LayerAnswers(
+        torch.cat(answers), torch.cat(shares), torch.cat(targets), torch.cat(depths) if depths else None
+    )
+
+
+def choose_tolerance(answers: LayerAnswers, promise: Promise, rule: functional.HaltingRule) -> Calibration:
+    """The tolerance of `calibrate`, from what all layers say."""
+    layers = answers.a.shape[1]
+
+    def exits(tolerance: float) -> Tensor:
+        return functional.exit_layers(answers.a, answers.p, rule, tolerance)
+
+    if promise.max_layers is not None:
+        tolerance, bound = _fewest_enough(exits, layers, promise.max_layers, promise.confidence)
+    else:
+        least = promise.max_accuracy_loss if promise.min_agreement is None else 1 - promise.min_agreement
+        assert least is not None
+        tolerance, rate = 0.0, 0.0  # by proof
+        for next_tolerance in GRID[1:]:
+            faults = _faults(answers, exits(next_tolerance), promise)
+            upper = binomial_upper_bound(int(faults.sum()), len(faults), promise.confidence)
+            if upper > least:
+                break
+            tolerance, rate = next_tolerance, upper
+        bound = rate if promise.min_agreement is None else 1 - rate
+    at = exits(tolerance)
+    early = functional.answer_at(answers.a, at).argmax(1)
+    full = answers.a[:, -1].argmax(1)
+    return Calibration(
+        tolerance,
+        asdict(promise),
+        bound,
+        len(early),
+        _share(early == answers.target),
+        _share(full == answers.target),
+        _share(early == full),
+        at.double().mean().item(),
+    )
+
+
+def _faults(answers: LayerAnswers, exits: Tensor, promise: Promise) -> Tensor:
+    """Which examples count against a promise, bool ``[examples]``."""
+    early = functional.answer_at(answers.a, exits).argmax(1)
+    full = answers.a[:, -1].argmax(1)
+    if promise.min_agreement is not None:
+        return early != full
+    return (full == answers.target) & (early != answers.target)
+
+
+def _fewest_enough(exits: Any, layers: int, most: float, confidence: float) -> tuple[float, float]:
+    """The smallest tolerance whose mean exit layer is at most `most`, tested from the largest tolerance downwards."""
+    tolerance, bound = None, float("nan")
+    for next_tolerance in reversed(GRID):
+        upper = mean_upper_bound(exits(next_tolerance), layers, confidence)
+        if upper > most:
+            break
+        tolerance, bound = next_tolerance, upper
+    if tolerance is None:
+        fewest = mean_upper_bound(exits(GRID[-1]), layers, confidence)
+        raise ValueError(
+            f"max_layers={most:g} cannot be promised with confidence {confidence:g}: the fewest that can are "
+            f"{fewest:.2f} of {layers}, at tolerance {GRID[-1]}. Promise that, train with a larger lambda_reg, or give more "
+            "examples"
+        )
+    return tolerance, bound
+
+
+def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
+    """The one-sided Clopper–Pearson bound: a larger rate would give so few faults with probability 1 - confidence.
+
+    Args:
+        faults: In 0 … examples.
+        examples: 1 or more.
+        confidence: In (0, 1).
+
+    Example:
+        >>> round(binomial_upper_bound(0, 100, 0.95), 4)  # 1 - 0.05 ** (1 / 100)
+        0.0295
+    """
+    from scipy.stats import beta
+
+    return 1.0 if faults == examples else float(beta.ppf(confidence, faults + 1, examples - faults))
+
+
+def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
+    r"""The empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4).
+
+    With n examples, sample variance V and δ = 1 - confidence, for values in an interval of length N - 1:
+    :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`, and never above N.
+
+    Args:
+        exits: int64 ``[examples]``, in 1 … layers; at least two.
+        layers: N.
+        confidence: In (0, 1).
+    """
+    values, log = exits.double(), torch.tensor(2 / (1 - confidence)).log().item()
+    n = len(values)
+    spread = (2 * values.var().item() * log / n) ** 0.5 + 7 * (layers - 1) * log / (3 * (n - 1))
+    return min(float(layers), values.mean().item() + spread)
+
+
+def _share(flags: Tensor) -> float:
+    return flags.double().mean().item()

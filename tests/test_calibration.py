@@ -1,0 +1,196 @@
+"""The dial: its bounds, what it promises, and where it is stored."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
+from dact.calibration import (
+    LayerAnswers,
+    Promise,
+    binomial_upper_bound,
+    choose_tolerance,
+    mean_upper_bound,
+    store_in_checkpoint,
+)
+from dact.data import CompositionalSentiment
+from dact.encoders import TransformerEncoder
+from tests import references
+from tests.conftest import random_batch, tiny_model
+
+
+@given(examples=st.integers(1, 60), share=st.floats(0, 1), confidence=st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+def test_the_binomial_bound_is_that_of_its_definition(examples, share, confidence):
+    faults = round(share * examples)
+    expected = references.binomial_upper_bound(faults, examples, confidence)
+    assert binomial_upper_bound(faults, examples, confidence) == pytest.approx(expected, abs=1e-9)
+
+
+def test_the_mean_bound_holds_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.tensor([0.4, 0.1, 0.1, 0.1, 0.05, 0.25])
+    mean = (weights * torch.arange(1, 7)).sum().item()
+    draws = torch.multinomial(weights.expand(500, 6), 400, replacement=True, generator=generator) + 1
+    bounds = [mean_upper_bound(row, 6, 0.9) for row in draws]
+    assert sum(bound < mean for bound in bounds) <= 50
+    assert max(bounds) < 4.5
+
+
+def synthetic(examples, generator, layers=5, classes=3):
+    """Examples of which early layers are often wrong while they are not sure yet."""
+    target = torch.randint(classes, (examples,), generator=generator)
+    hard = torch.rand(examples, 1, 1, generator=generator) * 3
+    evidence = torch.randn(examples, layers, classes, generator=generator) * hard
+    rise = torch.linspace(0.5, 4, layers).view(1, layers, 1)
+    y = (evidence + rise * torch.nn.functional.one_hot(target, classes).unsqueeze(1)).softmax(dim=2)
+    h = (1.2 - y.amax(dim=2)).clamp(0, 1)
+    a, p = functional.accumulate(y, h)
+    return LayerAnswers(a, p, target, None)
+
+
+@pytest.mark.parametrize(
+    "promise", [Promise(max_accuracy_loss=0.02, confidence=0.9), Promise(min_agreement=0.96, confidence=0.9)]
+)
+def test_a_promise_is_kept_as_often_as_it_says(promise):
+    generator = torch.Generator().manual_seed(0)
+    population = synthetic(100_000, generator)
+    full = population.a[:, -1].argmax(1)
+    broken, moved = 0, 0
+    for _ in range(400):
+        rows = torch.randint(len(full), (600,), generator=generator)
+        sample = LayerAnswers(population.a[rows], population.p[rows], population.target[rows], None)
+        found = choose_tolerance(sample, promise, "exact")
+        moved += found.halting_tolerance > 0
+        exits = functional.exit_layers(population.a, population.p, "exact", found.halting_tolerance)
+        early = functional.answer_at(population.a, exits).argmax(1)
+        if promise.min_agreement is None:
+            lost = (full == population.target).double().mean() - (early == population.target).double().mean()
+            broken += lost.item() > promise.max_accuracy_loss
+        else:
+            broken += (early == full).double().mean().item() < promise.min_agreement
+    assert broken <= 58, "a tenth of 400, and three standard deviations"
+    assert moved > 360, "the dial moves"
+
+
+def test_more_allowance_never_means_more_layers():
+    answers = synthetic(2000, torch.Generator().manual_seed(1))
+    layers = [
+        choose_tolerance(answers, Promise(max_accuracy_loss=loss), "exact").mean_exit_layer
+        for loss in (0.0, 0.005, 0.01, 0.05, 0.2)
+    ]
+    assert layers == sorted(layers, reverse=True)
+    assert choose_tolerance(answers, Promise(max_accuracy_loss=0.0), "exact").halting_tolerance == 0.0
+    assert choose_tolerance(answers, Promise(min_agreement=1.0), "exact").agreement == 1.0
+
+
+def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest():
+    answers = synthetic(5000, torch.Generator().manual_seed(2))
+    most, fewest = (
+        mean_upper_bound(functional.exit_layers(answers.a, answers.p, "exact", t), 5, 0.95) for t in (0, 0.99)
+    )
+    budget = (most + fewest) / 2
+    found = choose_tolerance(answers, Promise(max_layers=budget), "exact")
+    assert found.mean_exit_layer <= found.bound <= budget
+    smaller = functional.exit_layers(answers.a, answers.p, "exact", found.halting_tolerance - 0.01)
+    assert mean_upper_bound(smaller, 5, 0.95) > budget, "no smaller tolerance would do"
+    with pytest.raises(ValueError, match=r"the fewest that can are \d\.\d+ of 5, at tolerance 0.99") as caught:
+        choose_tolerance(answers, Promise(max_layers=1.0), "exact")
+    nearest = float(str(caught.value).split("the fewest that can are ")[1].split()[0])
+    assert choose_tolerance(answers, Promise(max_layers=nearest + 0.01), "exact").halting_tolerance == 0.99
+
+
+@pytest.mark.parametrize(
+    ("promise", "message"),
+    [
+        ({}, "got none of them"),
+        ({"max_layers": 2, "min_agreement": 0.9}, "got min_agreement and max_layers"),
+        ({"max_accuracy_loss": 2}, r"in \[0, 1\], got 2: 0.005 is half a point"),
+        ({"min_agreement": -0.1}, r"min_agreement is a share, in \[0, 1\], got -0.1"),
+        ({"max_layers": 0.5}, "max_layers must be 1 or more, got 0.5"),
+        ({"max_layers": 2, "confidence": 1.0}, r"in \(0, 1\), got 1.0"),
+    ],
+)
+def test_wrong_promises_are_refused(promise, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(tiny_model(), [random_batch()], **promise)
+
+
+def test_a_model_that_never_halts_has_no_dial():
+    with pytest.raises(ValueError, match="halting='never' has no tolerance"):
+        calibrate(tiny_model(halting="never"), [random_batch()], max_layers=2)
+
+
+def test_the_tolerance_is_stored_with_the_model(tmp_path):
+    model = tiny_model()
+    found = calibrate(model, [random_batch(800)], min_agreement=0.8)
+    assert 0 < found.halting_tolerance == model.halting_tolerance
+    model.save_pretrained(tmp_path / "model")
+    again = DACT.from_pretrained(tmp_path / "model")
+    assert again.halting_tolerance == found.halting_tolerance
+    assert again.calibration["promise"]["min_agreement"] == 0.8
+    other = DACT.from_pretrained(tmp_path / "model", halting_tolerance=0.0)
+    assert (other.halting_tolerance, other.calibration) == (0.0, None)
+    torch.save({"hyper_parameters": tiny_model().config(), "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    store_in_checkpoint(tmp_path / "x.ckpt", model)
+    assert DACT.load_from_checkpoint(tmp_path / "x.ckpt").halting_tolerance == found.halting_tolerance
+
+
+small_data = partial(CompositionalSentiment, num_train=300, num_val=400, num_test=60, max_depth=2)
+
+
+def small_model(**overrides):
+    return DACT(encoder=TransformerEncoder(42, 3, 16, 2), **{"learning_rate": 3e-3, **overrides})
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path, mode):
+    engine = TuningEngine(
+        model=small_model,
+        data=small_data,
+        trainer={"max_epochs": 1, "accelerator": "cpu"},
+        n_trials=1,
+        encoder_training=mode,
+        warm_up_epochs=1,
+        promise=Promise(min_agreement=0.9),
+        compare_defaults=False,
+        search_space={"num_epochs": {"choices": [1]}},
+        log_dir=tmp_path,
+    )
+    engine.display.console.quiet = True
+    data = engine.make_data()
+    data.setup("fit")
+    seen, kept = (set(data.splits[name].texts) for name in ("val", "calibration"))
+    assert len(data.splits["val"]) == len(data.splits["calibration"]) == 200
+    assert sorted(data.splits["val"].texts + data.splits["calibration"].texts) == sorted(whole_validation().texts)
+    assert seen
+    assert kept
+    metrics_path, model_path = engine.run_pipeline("run")
+    metrics = json.loads(Path(metrics_path).read_text())
+    assert sum(metrics["validation"]["exit_histogram"]) == 200
+    found = metrics["calibration"]
+    assert found["examples"] == 200
+    assert found["bound"] >= 0.9
+    assert DACT.load_from_checkpoint(model_path).halting_tolerance == found["halting_tolerance"]
+    classifier = TextClassifier.from_pretrained(tmp_path / "run" / "final" / "model")
+    assert classifier.model.halting_tolerance == found["halting_tolerance"] == metrics["halting_tolerance"]
+
+
+def whole_validation():
+    data = small_data()
+    data.setup("fit")
+    return data.splits["val"]
+
+
+def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
+    import lightning.pytorch as pl
+
+    engine = TuningEngine(data=pl.LightningDataModule, promise=Promise(max_layers=2), log_dir=tmp_path)
+    with pytest.raises(ValueError, match="LightningDataModule has no calibration_dataloader"):
+        engine.make_data()
+    with pytest.raises(ValueError, match="give one of the two"):
+        TuningEngine(promise=Promise(max_layers=2), halting_tolerance=0.1)
