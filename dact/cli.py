@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -150,6 +149,7 @@ class DACTCLI(LightningCLI):
         """Hand the sections of the file to the engine, model and data as factories."""
         from dact.tuning import TuningEngine
         from dact.tuning.factories import DataFactory, ModelFactory
+        from dact.tuning.stopping import stop_on_signals
 
         parser, config = self._parser("tune"), self.config["tune"]
         plain = yaml.safe_load(parser.dump(config, skip_none=False))
@@ -172,7 +172,7 @@ class DACTCLI(LightningCLI):
             **vars(ready.tuner),
         )
         tag = config.run_tag or engine.run_tag
-        signal.signal(signal.SIGTERM, _interrupt)
+        stop_on_signals()
         quiet_threads()
         try:
             engine.run_pipeline(tag)
@@ -187,10 +187,6 @@ def _add_tuner_arguments(parser: LightningArgumentParser) -> None:
 
     elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed"}  # in sections of their own
     parser.add_class_arguments(TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False)
-
-
-def _interrupt(signal_number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
 
 
 def _has(given: list[Any], kind: type) -> bool:

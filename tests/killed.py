@@ -1,7 +1,7 @@
 """The dact command with a fault planted in it, for the tests of crashes: ``python -m tests.killed PLAN tune …``.
 
 PLAN is JSON: ``point`` and ``count`` say at which event, and at the how-manieth of its kind, the process kills itself;
-``log`` names a file that gets a line for each epoch of training, with the folder that the fit logs to.
+``log`` names a file that gets a line for each epoch of training, with the folder that the fit logs to, the epoch, and how many epochs are planned.
 """
 
 import json
@@ -61,7 +61,7 @@ def plant(point, count):
 def keep_log(file):
     def note(model, *_):
         with Path(file).open("a") as log:
-            log.write(f"{model.trainer.log_dir} {model.trainer.current_epoch}\n")
+            log.write(f"{model.trainer.log_dir} {model.trainer.current_epoch} {model.trainer.max_epochs}\n")
 
     around(DACT, "on_train_epoch_start", note)
 

@@ -50,6 +50,7 @@ from dact.tuning.objective import (
 )
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.space import build_spaces, describe
+from dact.tuning.stopping import check_stop
 from dact.tuning.strategies import CurveSampler, LagPruner, SameLengthPruner
 from dact.tuning.workers import run_side_by_side
 
@@ -453,6 +454,7 @@ class TuningEngine:
     def _begin(self, run_tag: str) -> str:
         """Turn to a run: what another run under this engine has chosen is not carried over."""
         quiet()
+        check_stop()
         tag = studies.check_run_tag(run_tag or self.run_tag)
         if self._tag not in (None, tag):
             self.classifier_config = self.confidence_config = self.external_config = self.lambda_reg = None

@@ -24,6 +24,7 @@ from typing_extensions import override
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
 from dact.tuning import tensorboard
+from dact.tuning.stopping import Stoppable
 from dact.tuning.strategies import PLANNED_EPOCHS
 
 MONITOR = "val_loss"
@@ -138,7 +139,7 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(DurableCheckpointIO())
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
-    callbacks += fixed.pop("callbacks", [])
+    callbacks += [Stoppable(), *fixed.pop("callbacks", [])]
     return Trainer(**{**quiet, **given, "logger": False, **fixed, "callbacks": callbacks, "plugins": plugins})
 
 

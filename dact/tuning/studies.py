@@ -30,6 +30,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dact.tuning.objective import CAUSE, INTERRUPTED, TrialFailed
+from dact.tuning.stopping import check_stop
 
 OWNER = "owner"  # user attribute: host, process id and start of the process that runs a trial
 RETRY_OF = "retry_of"  # user attribute: the number of the interrupted trial that this one runs again
@@ -94,6 +95,8 @@ def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage
     folder.mkdir(parents=True, exist_ok=True)
     where = describe_storage(address, folder)
     url = address or f"sqlite:///{folder / 'studies.db'}"
+    # Which driver a bare address means depends on the version of SQLAlchemy.
+    url = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
     if url.startswith("sqlite:///"):
         _check_sqlite(Path(url.removeprefix("sqlite:///")))
     try:
@@ -357,6 +360,7 @@ def run_trials(
         orphaned: Called with each trial that was found without its process.
     """
     while end is None or time.monotonic() < end:
+        check_stop()
         with lock:
             for orphan in end_orphans(study):
                 orphaned(orphan)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import signal
 import sys
 import threading
 import time
@@ -16,6 +15,7 @@ from optuna.study import Study
 
 from dact.console import quiet
 from dact.tuning import studies
+from dact.tuning.stopping import check_stop, stop_on_signals
 from dact.tuning.studies import POLL, RETRIES
 
 if TYPE_CHECKING:
@@ -45,6 +45,7 @@ def run_side_by_side(engine: TuningEngine, stage: str, study: Study, end: float 
     try:
         while processes:
             time.sleep(POLL)
+            check_stop()
             engine.display.refresh()
             ended = [process for process in processes if not process.is_alive()]
             died = sum(process.exitcode != 0 for process in ended)
@@ -75,8 +76,7 @@ def _stop(processes: list[SpawnProcess]) -> None:
 
 def _work(engine: TuningEngine, stage: str, seconds: float | None, threads: int, errors: Any) -> None:
     """One worker: take trials from the study until there are none left."""
-    # The signal of the one who stops us ends the trial in hand, as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    stop_on_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet()
     torch.set_num_threads(threads)
