@@ -217,7 +217,7 @@ def workers(arguments: argparse.Namespace) -> dict[str, float]:
                 precision=arguments.precision,
             )
             engine._begin(f"workers-{count}")
-            _ = engine._data_fingerprint
+            _ = engine.data_fingerprint
             start = time.perf_counter()
             engine.joint_tune_study(f"workers-{count}")
             rates[f"{count} workers"] = trials / (time.perf_counter() - start) * 60
