@@ -270,8 +270,7 @@ def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) ->
         raise ValueError(
             f"a must have the shape [batch, classes] and target [batch], got {list(a.shape)} and {list(target.shape)}"
         )
-    log_likelihood = at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log()
-    return weighted_mean(F.nll_loss(log_likelihood, target, reduction="none"), target, class_weights)
+    return weighted_mean(F.nll_loss(log_of(a), target, reduction="none"), target, class_weights)
 
 
 def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -290,6 +289,39 @@ def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = Non
     targets = target.unsqueeze(1).expand(-1, logits.shape[1])
     losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets, reduction="none")
     return weighted_mean(losses.mean(dim=1), target, class_weights)
+
+
+def distillation_loss(log_probabilities: Tensor, teacher: Tensor) -> Tensor:
+    r"""The cross-entropy :math:`-\sum_k t_k \log q_k` to a teacher's probabilities t (Hinton et al. 2015, arXiv
+    1503.02531, at temperature 1), mean over the batch and, where there are, the layers.
+
+    Args:
+        log_probabilities: ``[batch, classes]`` or ``[batch, layers, classes]``; computed in float32 or more.
+        teacher: ``[batch, classes]``, each row a probability vector.
+
+    Returns:
+        A scalar.
+
+    Raises:
+        ValueError: If the shapes do not fit each other.
+    """
+    log_probabilities, teacher = at_least_float32(log_probabilities), at_least_float32(teacher)
+    if log_probabilities.dim() == 3:
+        teacher = teacher.unsqueeze(1)  # [batch, 1, classes]
+    if log_probabilities.dim() not in (2, 3) or (log_probabilities.shape[0], log_probabilities.shape[-1]) != (
+        teacher.shape[0],
+        teacher.shape[-1],
+    ):
+        raise ValueError(
+            "teacher must have the shape [batch, classes] of the answers it is for, got "
+            f"{list(teacher.shape)} and {list(log_probabilities.shape)}"
+        )
+    return -(teacher * log_probabilities).sum(dim=-1).mean()
+
+
+def log_of(a: Tensor) -> Tensor:
+    """The log of probabilities, in float32 or more; those below 1e-30 count as 1e-30."""
+    return at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log()
 
 
 def weighted_mean(losses: Tensor, target: Tensor, class_weights: Tensor | None) -> Tensor:

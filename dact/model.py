@@ -66,6 +66,8 @@ class DACT(LightningModule):
         lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0.
         ponder: The ponder cost ρ, ``"p"`` (mean of Σ p_n) or ``"h"`` (mean of Σ h_n).
         exit_loss_weight: Weight of the exit loss, 0 or more.
+        distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
+            the label. Training batches then carry ``teacher`` ``[batch, classes]``.
         share_submodels: One pair of submodels for all layers instead of one pair per layer.
         halting: ``"exact"``, ``"paper"`` or ``"never"``; see `dact.functional.can_halt`.
         halting_tolerance: In [0, 1): the returned class ends at most this much probability behind the final winner.
@@ -107,6 +109,7 @@ class DACT(LightningModule):
         lambda_warmup: float = 0.3,
         ponder: PonderKind = "p",
         exit_loss_weight: float = 0.3,
+        distillation: float = 0.0,
         share_submodels: bool = False,
         halting: HaltingRule = "exact",
         halting_tolerance: float = 0.0,
@@ -129,6 +132,7 @@ class DACT(LightningModule):
         self.lambda_warmup = lambda_warmup
         self.ponder = ponder
         self.exit_loss_weight = exit_loss_weight
+        self.distillation = distillation
         self.share_submodels = share_submodels
         self.halting = halting
         self.halting_tolerance = halting_tolerance
@@ -253,6 +257,8 @@ class DACT(LightningModule):
         if stage == "train":
             assert logits is not None
             exit_loss = functional.exit_loss(logits, target, self.class_weights)
+            if self.distillation:
+                full_loss, exit_loss = self._distill(batch, a[:, -1], logits, full_loss, exit_loss)
             loss = full_loss + self._warm_lambda() * ponder_cost + self.exit_loss_weight * exit_loss
             self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(target))
             return {"loss": loss}
@@ -264,6 +270,33 @@ class DACT(LightningModule):
             output = DACTOutput(functional.answer_at(a, exit_layer), exit_layer)
         self._measure(stage, loss, ponder_cost, a, output, target)
         return {"loss": loss, "exit_layer": output.exit_layer}
+
+    def _distill(
+        self, batch: Batch, answer: Tensor, logits: Tensor, full_loss: Tensor, exit_loss: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Both losses with a share of the teacher's answers in their targets."""
+        if "teacher" not in batch:
+            raise KeyError(
+                f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training batches, got the keys "
+                f"{sorted(batch)}: give the data a teacher, or set distillation to 0"
+            )
+        teacher, share = batch["teacher"], self.distillation
+        taught_full = functional.distillation_loss(functional.log_of(answer), teacher)
+        taught_exits = functional.distillation_loss(logits.log_softmax(dim=-1), teacher)
+        return (1 - share) * full_loss + share * taught_full, (1 - share) * exit_loss + share * taught_exits
+
+    def at_full_depth(self) -> DACT:
+        """Make plain fine-tuning of this model: all layers are run, and the last one alone answers and learns.
+
+        Every confidence says 1 for ever, so that a_N = y_N. For baselines and teachers.
+        """
+        for submodel in self.confidence:
+            last = submodel[-1]  # type: ignore[index]
+            nn.init.zeros_(last.weight)
+            nn.init.constant_(last.bias, 40.0)  # sigmoid(40) is 1 in float32
+        self.confidence.requires_grad_(False)
+        self.lambda_reg, self.exit_loss_weight, self.distillation, self.halting = 0.0, 0.0, 0.0, "never"
+        return self
 
     def _measure(
         self, stage: str, loss: Tensor, ponder_cost: Tensor, a: Tensor, output: DACTOutput, target: Tensor
@@ -405,6 +438,7 @@ class DACT(LightningModule):
             "lambda_warmup": self.lambda_warmup,
             "ponder": self.ponder,
             "exit_loss_weight": self.exit_loss_weight,
+            "distillation": self.distillation,
             "share_submodels": self.share_submodels,
             "halting": self.halting,
             "halting_tolerance": self.halting_tolerance,
@@ -556,6 +590,8 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     for name in ("step_tokens", "window_tokens"):
         if given[name] is not None and given[name] < 1:
             raise ValueError(f"DACT: {name} counts tokens and must be 1 or more, got {given[name]}")
+    if not 0 <= given["distillation"] <= 1:
+        raise ValueError(f"DACT: distillation is a share of the targets, in [0, 1], got {given['distillation']}")
     for name in ("lambda_warmup", "warmup_fraction"):
         if not 0 <= given[name] <= 1:
             raise ValueError(f"DACT: {name} is a share of the optimizer steps, in [0, 1], got {given[name]}")

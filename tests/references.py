@@ -70,3 +70,8 @@ def binomial_upper_bound(faults, examples, confidence):
         few = sum(math.comb(examples, k) * rate**k * (1 - rate) ** (examples - k) for k in range(faults + 1))
         low, high = (rate, high) if few > 1 - confidence else (low, rate)
     return high
+
+
+def distillation_loss(probabilities, teacher):
+    """The cross-entropy of one example's answer to what the teacher says."""
+    return -sum(t * math.log(q) for q, t in zip(probabilities, teacher, strict=True))

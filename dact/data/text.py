@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dact.data.tables import REPLACEMENT, read_table
+from dact.data.teacher import teacher_probabilities
 from dact.encoders.pretrained import resolve_pretrained
 
 INFERENCE_BATCH = 1024  # examples that test and predict hand on at a time: early exit regroups within them
@@ -62,8 +64,13 @@ class TextDataModule(LightningDataModule, ABC):
             which early exit divides by itself.
         num_workers: Processes that prepare batches; with 0 the training process does.
         seed: Of the order of training examples.
+        teacher: A fine-tuned model to learn from: training batches carry its ``teacher`` ``[batch, classes]``, for the
+            `distillation` of `DACT`. A ``model/`` folder of dact, or a sequence-classification model: a Hub id, a local
+            folder, or ``"package:NAME/PATH"``.
 
     Attributes:
+        teacher_probabilities: What training batches carry, ``[training examples, classes]``: asked of `teacher` in
+            `setup`, or set before.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`;
             to be set before `setup`.
     """
@@ -79,6 +86,7 @@ class TextDataModule(LightningDataModule, ABC):
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
+        teacher: str | None = None,
     ) -> None:
         super().__init__()
         name = type(self).__name__
@@ -90,6 +98,8 @@ class TextDataModule(LightningDataModule, ABC):
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.seed = seed
+        self.teacher = teacher
+        self.teacher_probabilities: Tensor | None = None
         self.splits: dict[str, Examples] = {}
         self._encoded: dict[str, list[dict[str, Any]]] = {}
 
@@ -119,6 +129,12 @@ class TextDataModule(LightningDataModule, ABC):
             for name, examples in parts.items():
                 self.splits[name] = examples
                 self._encoded[name] = self._encode(examples)
+        if stage == "fit" and self.teacher is not None and self.teacher_probabilities is None:
+            train = self.splits["train"]
+            assert self.class_names is not None
+            self.teacher_probabilities = teacher_probabilities(
+                self.teacher, load_tokenizer(self.teacher), train.texts, train.pairs, self.class_names, self.max_length
+            )
 
     def _encode(self, examples: Examples) -> list[dict[str, Any]]:
         """One dict per usable example: token ids, mask, and its row, label and depth where there are."""
@@ -139,7 +155,7 @@ class TextDataModule(LightningDataModule, ABC):
                 item["depth"] = chosen.depths[i]
         return items
 
-    def collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
+    def collate(self, items: list[dict[str, Any]], teacher: Tensor | None = None) -> dict[str, Tensor]:
         """Pad to the longest example of the batch: input_ids and attention_mask ``[batch, length]``, labels ``[batch]``."""
         own = ("row", "labels", "depth")
         tokens = [{name: value for name, value in item.items() if name not in own} for item in items]
@@ -147,6 +163,8 @@ class TextDataModule(LightningDataModule, ABC):
         for name in own:
             if name in items[0]:
                 batch[name] = torch.tensor([item[name] for item in items])
+        if teacher is not None:
+            batch["teacher"] = teacher[batch["row"]]
         return batch
 
     def _loader(self, split: str) -> DataLoader[Any]:
@@ -161,7 +179,7 @@ class TextDataModule(LightningDataModule, ABC):
             items,  # type: ignore[arg-type]
             batch_size=size,
             sampler=sampler,
-            collate_fn=self.collate,
+            collate_fn=partial(self.collate, teacher=self.teacher_probabilities if split == "train" else None),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -307,6 +325,7 @@ class TextClassificationData(TextDataModule):
         val_fraction: Share of the training file for validation, in (0, 1), if there is no val_file.
         num_workers: Processes that prepare batches.
         seed: Of the split and of the order of training examples.
+        teacher: A fine-tuned model to learn from; see `TextDataModule`.
 
     Raises:
         FileNotFoundError, ValueError: In `setup`, with the file and the rows or columns at fault.
@@ -329,8 +348,16 @@ class TextClassificationData(TextDataModule):
         val_fraction: float = 0.1,
         num_workers: int = 0,
         seed: int = 0,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            teacher=teacher,
+        )
         if not 0.0 < val_fraction < 1.0:
             raise ValueError(f"TextClassificationData: val_fraction must be in (0, 1), got {val_fraction}")
         self.files = {"train": train_file, "val": val_file, "test": test_file, "predict": predict_file}

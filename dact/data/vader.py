@@ -39,6 +39,7 @@ class VaderSentiment(TextDataModule):
         batch_size: Examples per batch.
         num_workers: Processes that prepare batches.
         seed: Of the split (three quarters, an eighth, an eighth) and of the order in training.
+        teacher: A fine-tuned model to learn from; see `dact.data.text.TextDataModule`.
 
     Raises:
         ConnectionError: In `prepare_data`, if the texts are not there and cannot be fetched.
@@ -55,8 +56,16 @@ class VaderSentiment(TextDataModule):
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        teacher: str | None = None,
     ) -> None:
-        super().__init__(tokenizer, max_length=max_length, batch_size=batch_size, num_workers=num_workers, seed=seed)
+        super().__init__(
+            tokenizer,
+            max_length=max_length,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+            teacher=teacher,
+        )
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"
         self.num_train = num_train
         self.class_names = list(CLASS_NAMES)

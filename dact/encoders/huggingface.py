@@ -15,7 +15,13 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
@@ -286,6 +292,28 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     if heads:
         log.info("%s: left aside what is not the encoder: %s", pretrained, ", ".join(heads))
     return model
+
+
+def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
+    """A fine-tuned sequence-classification model, and the names of its classes in their order.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        with _quiet_transformers():
+            model, report = AutoModelForSequenceClassification.from_pretrained(
+                resolve_pretrained(pretrained), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            )
+    except Exception as error:  # the library raises many kinds
+        raise ValueError(f"no sequence-classification model at {pretrained!r}: {str(error).splitlines()[0]}") from error
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{pretrained!r} lacks {len(report['missing_keys'])} weights of a classifier, such as "
+            f"{sorted(report['missing_keys'])[0]!r}: it was not fine-tuned for sequence classification"
+        )
+    names: dict[int, str] = model.config.id2label
+    return model, [names[label] for label in range(len(names))]
 
 
 def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: str) -> None:

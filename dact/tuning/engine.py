@@ -52,6 +52,7 @@ from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.space import build_spaces, describe
 from dact.tuning.stopping import check_stop
 from dact.tuning.strategies import CurveSampler, LagPruner, SameLengthPruner
+from dact.tuning.teacher import teach
 from dact.tuning.workers import run_side_by_side
 
 EncoderTraining = Literal["finetune", "frozen"]
@@ -134,6 +135,8 @@ class TuningEngine:
         halting_tolerance: Of the tuned model, in [0, 1); as the model factory gives it if left out.
         promise: What early exit of the tuned model must keep, and with which confidence: then the tolerance is calibrated
             on examples that no study sees, half of the validation examples; see `dact.calibrate`.
+        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]. The teacher is
+            the model of the factory, fine-tuned at full depth once per run, unless the data has one of its own.
         compare_defaults: Whether the end also fits and measures what the factories make by default.
         log_dir: Where runs are kept.
         seed: Of everything.
@@ -173,6 +176,7 @@ class TuningEngine:
         pruner: BasePruner | None = None,
         halting_tolerance: float | None = None,
         promise: Promise | None = None,
+        distillation: float = 0.0,
         compare_defaults: bool = True,
         log_dir: str | Path = "lightning_logs",
         seed: int = 0,
@@ -191,6 +195,8 @@ class TuningEngine:
             check_tolerance(halting_tolerance)
         if promise is not None and halting_tolerance is not None:
             raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
+        if not 0 <= distillation <= 1:
+            raise ValueError(f"TuningEngine: distillation is a share of the targets, in [0, 1], got {distillation}")
         if workers > 1 and isinstance(storage, optuna.storages.InMemoryStorage):
             raise ValueError(
                 "TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file"
@@ -222,6 +228,7 @@ class TuningEngine:
         self.pruner = pruner
         self.halting_tolerance = halting_tolerance
         self.promise = promise
+        self.distillation = distillation
         self.compare_defaults = compare_defaults
         self.log_dir = Path(log_dir)
         self.seed = seed
@@ -406,6 +413,18 @@ class TuningEngine:
         return model, FeaturesData(frozen.train, frozen.val, seed=self.seed, **size)
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
+        """A datamodule for a fit; with distillation, its training batches carry what the teacher says."""
+        data = self.plain_data(**overrides)
+        if self.distillation and getattr(data, "teacher", None) is None:
+            if not hasattr(data, "teacher_probabilities"):
+                raise ValueError(
+                    f"TuningEngine: distillation needs 'teacher' in training batches, but {type(data).__name__} has no "
+                    "teacher_probabilities: let it be a dact.data.text.TextDataModule"
+                )
+            data.teacher_probabilities = self._teacher
+        return data
+
+    def plain_data(self, **overrides: Any) -> LightningDataModule:
         """A datamodule of the factory; with a promise, one that keeps examples for calibration from the studies."""
         data = self.data(**overrides)
         if self.promise is not None:
@@ -418,8 +437,16 @@ class TuningEngine:
                 data.calibration_fraction = CALIBRATION_SHARE  # type: ignore[attr-defined]
         return data
 
+    @cached_property
+    def _teacher(self) -> torch.Tensor:
+        """What the teacher of this run says of the training examples; see `dact.tuning.teacher`."""
+        with self._alone("teacher", "it trains the teacher"):
+            return teach(self, self._folder(self._tag or self.run_tag) / "teacher")
+
     def make_model(self, **overrides: Any) -> DACT:
         """A model of the factory, checked to have the classes of this engine."""
+        if self.distillation:
+            overrides = {"distillation": self.distillation, **overrides}
         model = self.model(**overrides)
         if model.output_dimension != self.output_dimension:
             raise ValueError(
@@ -444,7 +471,7 @@ class TuningEngine:
     @cached_property
     def data_fingerprint(self) -> str:
         """A digest of the training and validation data."""
-        data = self.make_data()
+        data = self.plain_data()
         data.prepare_data()
         data.setup("fit")
         return fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
@@ -458,7 +485,8 @@ class TuningEngine:
         tag = studies.check_run_tag(run_tag or self.run_tag)
         if self._tag not in (None, tag):
             self.classifier_config = self.confidence_config = self.external_config = self.lambda_reg = None
-            self.__dict__.pop("_frozen", None)
+            for made_once in ("_frozen", "_teacher"):
+                self.__dict__.pop(made_once, None)
         self._tag = tag
         return tag
 
@@ -545,6 +573,7 @@ class TuningEngine:
             "search space": describe(self.spaces[stage]),
             "data": self.data_fingerprint,
             "encoder_training": self.encoder_training,
+            "distillation": self.distillation,
         }
         if self.encoder_training == "frozen":
             setting["warm_up_epochs"] = self.warm_up_epochs
@@ -569,7 +598,7 @@ class TuningEngine:
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers: all but the display and what each process makes anew."""
-        left_out = ("display", "_frozen", "_deadline", "_shares")
+        left_out = ("display", "_frozen", "_teacher", "_deadline", "_shares")
         return {name: value for name, value in self.__dict__.items() if name not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

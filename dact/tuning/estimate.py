@@ -91,5 +91,5 @@ def _per_example(times: list[float], batches: list[Batch]) -> float:
 
 def random_states(encoder: LayeredEncoder, batch: Batch) -> dict[str, torch.Tensor]:
     """A batch as frozen mode has it, of the size of `batch`, without running the encoder."""
-    labels = batch["labels"]
-    return {"states": torch.randn(len(labels), encoder.num_layers, encoder.hidden_size), "labels": labels}
+    kept = {name: batch[name] for name in ("labels", "teacher") if name in batch}
+    return {"states": torch.randn(len(kept["labels"]), encoder.num_layers, encoder.hidden_size), **kept}

@@ -19,7 +19,12 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 from dact.encoders import LayeredEncoder
 from dact.files import replacing
 
-DTYPES = {"states": ("F32", np.float32), "labels": ("I64", np.int64), "depth": ("I64", np.int64)}
+DTYPES = {
+    "states": ("F32", np.float32),
+    "labels": ("I64", np.int64),
+    "depth": ("I64", np.int64),
+    "teacher": ("F32", np.float32),
+}
 
 
 def fingerprint_data(loader: DataLoader[Any]) -> str:
@@ -48,8 +53,8 @@ def fingerprint_encoder(encoder: LayeredEncoder) -> str:
 def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Path, fingerprint: str) -> None:
     """Write the pooled states of every example to a safetensors file, batch by batch: memory holds one batch.
 
-    The file has ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data knows
-    it, ``depth`` ``[examples]``, in the order of the loader. Nothing is done if a sound file with this fingerprint is
+    The file has ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data has
+    them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is done if a sound file with this fingerprint is
     there.
 
     Args:
@@ -66,7 +71,8 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     device = next(encoder.parameters()).device
     examples = len(loader.dataset)  # type: ignore[arg-type]
     shapes: dict[str, tuple[int, ...]] = {"states": (examples, encoder.num_layers, encoder.hidden_size)}
-    shapes |= {name: (examples,) for name in ("labels", "depth") if name in next(iter(loader))}
+    first = next(iter(loader))
+    shapes |= {name: (examples, *first[name].shape[1:]) for name in ("labels", "depth", "teacher") if name in first}
     with replacing(path) as partial, _FeatureWriter(partial, shapes, fingerprint) as writer:
         for batch in track(loader, description=f"Layer states of {examples:,} {path.stem} texts", transient=True):
             states = encoder({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()

@@ -8,6 +8,7 @@ is done under a lock in the run's folder, which the system releases when its hol
 from __future__ import annotations
 
 import contextlib
+import gc
 import hashlib
 import json
 import os
@@ -359,24 +360,57 @@ def run_trials(
         ended: Called after each trial of this process.
         orphaned: Called with each trial that was found without its process.
     """
-    while end is None or time.monotonic() < end:
-        check_stop()
-        with lock:
-            for orphan in end_orphans(study):
-                orphaned(orphan)
-            done = finished(study)
-            hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
-            if len(done) >= total or hopeless:
+    with _prompt_collection() as collect:
+        while end is None or time.monotonic() < end:
+            check_stop()
+            collect()
+            step = _next_step(study, objective, total, lock, sampler, ended, orphaned)
+            if step == "done":
                 return
-            counted = len(done) + len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
-            if counted < total:
-                queue_interrupted(study)
-                study.sampler = sampler(counted)
-                claimed = _Claimed(study, objective, lock)
-                study.optimize(claimed, n_trials=1, catch=(TrialFailed,), callbacks=[ended])
-                continue
-        idle()
-        time.sleep(POLL)
+            if step == "wait":
+                idle()
+                time.sleep(POLL)
+
+
+def _next_step(
+    study: Study,
+    objective: Callable[[Trial], Any],
+    total: int,
+    lock: BaseFileLock,
+    sampler: Callable[[int], BaseSampler],
+    ended: Callable[[Study, FrozenTrial], None],
+    orphaned: Callable[[FrozenTrial], None],
+) -> Literal["ran", "wait", "done"]:
+    """Run one trial, if there is one to take."""
+    with lock:
+        for orphan in end_orphans(study):
+            orphaned(orphan)
+        done = finished(study)
+        hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
+        if len(done) >= total or hopeless:
+            return "done"
+        counted = len(done) + len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        if counted >= total:
+            return "wait"
+        queue_interrupted(study)
+        study.sampler = sampler(counted)
+        study.optimize(_Claimed(study, objective, lock), n_trials=1, catch=(TrialFailed,), callbacks=[ended])
+    return "ran"
+
+
+@contextlib.contextmanager
+def _prompt_collection() -> Iterator[Callable[[], object]]:
+    """Collect what a trial leaves behind, at once.
+
+    A Trainer and its model refer to each other, so that only the garbage collector frees them, and left to itself it
+    comes after tens of trials. What is there before is left out of its search, which makes it quick.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield gc.collect
+    finally:
+        gc.unfreeze()
 
 
 class _Claimed:

@@ -1,0 +1,78 @@
+"""What a teacher says of training examples: the class probabilities that distillation learns from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dact.encoders.pretrained import resolve_pretrained
+from dact.files import read_json
+from dact.model import CONFIG_NAME, DACT, FORMAT
+
+
+@torch.no_grad()
+def teacher_probabilities(
+    teacher: str, tokenizer: Any, texts: list[str], pairs: list[str] | None, class_names: list[str], max_length: int
+) -> Tensor:
+    """The class probabilities of a fine-tuned model for texts, ``[texts, classes]``, in the order of `class_names`.
+
+    Args:
+        teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub id, a local folder, or
+            ``"package:NAME/PATH"``.
+        tokenizer: The teacher's.
+        texts: One string per example.
+        pairs: The second texts, for text pairs.
+        class_names: The classes of the data.
+        max_length: Longer inputs are cut to so many tokens.
+
+    Raises:
+        ValueError: If the teacher cannot be read or has other classes.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, names = _load(teacher)
+    _check_classes(teacher, names, class_names)
+    model = model.to(device).eval()
+    # Of similar length together, so that little padding is computed.
+    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
+    answers = torch.empty(len(texts), len(class_names))
+    for start in range(0, len(order), 64):
+        rows = order[start : start + 64]
+        second = None if pairs is None else [pairs[row] for row in rows]
+        batch = tokenizer(
+            [texts[row] for row in rows],
+            second,
+            truncation=True,
+            max_length=max_length,
+            padding=True,
+            return_tensors="pt",
+        ).to(device)
+        answers[rows] = (
+            model(batch).probabilities if isinstance(model, DACT) else model(**batch).logits.softmax(-1)
+        ).cpu()
+    known = [names.index(name) for name in class_names] if set(names) == set(class_names) else slice(None)
+    return answers[:, known]
+
+
+def _load(teacher: str) -> tuple[Any, list[str]]:
+    """The model and the names of its classes."""
+    source = resolve_pretrained(teacher)
+    config = Path(source) / CONFIG_NAME
+    if config.is_file() and read_json(config).get("format") == FORMAT:
+        model = DACT.from_pretrained(source)
+        return model, model.class_names or [str(label) for label in range(model.output_dimension)]
+    from dact.encoders.huggingface import load_sequence_classifier
+
+    return load_sequence_classifier(teacher)
+
+
+def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> None:
+    """The same names in any order will do, and so will names that say nothing, such as LABEL_0."""
+    nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))
+    if len(names) != len(class_names) or not (nameless or set(names) == set(class_names)):
+        raise ValueError(
+            f"the teacher {teacher!r} has the classes {', '.join(names)}, but the data has {', '.join(class_names)}: take "
+            "a teacher that was trained for these classes"
+        )

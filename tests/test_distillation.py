@@ -1,0 +1,170 @@
+"""Learning from a teacher: the loss, where teachers come from, and the engine's own."""
+
+from functools import partial
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
+
+from dact import DACT, TuningEngine, functional
+from dact.data import CompositionalSentiment, TextClassificationData
+from dact.data.tables import write_table
+from dact.data.text import word_tokenizer
+from dact.encoders import TransformerEncoder
+from tests import references
+from tests.conftest import random_batch, tiny_model
+
+
+def test_the_loss_is_that_of_its_formula():
+    answers = torch.rand(5, 4, 3).softmax(-1)
+    teacher = torch.rand(5, 3).softmax(-1)
+    expected = [
+        references.distillation_loss(answers[i, n].tolist(), teacher[i].tolist()) for i in range(5) for n in range(4)
+    ]
+    loss = functional.distillation_loss(answers.log(), teacher)
+    assert loss.item() == pytest.approx(sum(expected) / 20, rel=1e-5)
+    last = functional.distillation_loss(answers[:, -1].log(), teacher)
+    assert last.item() == pytest.approx(sum(expected[3::4]) / 5, rel=1e-5)
+    with pytest.raises(ValueError, match=r"must have the shape \[batch, classes\]"):
+        functional.distillation_loss(answers.log(), teacher[:2])
+
+
+def losses(model, batch):
+    model.log = lambda *a, **k: None
+    model._steps = float("inf")
+    return model._step(batch, "train")["loss"]
+
+
+def test_a_teacher_that_knows_the_labels_changes_nothing():
+    batch = random_batch(12)
+    batch["teacher"] = torch.nn.functional.one_hot(batch["labels"], 3).float()
+    plain, taught = (tiny_model(distillation=share) for share in (0.0, 0.5))
+    taught.load_state_dict(plain.state_dict())
+    torch.testing.assert_close(losses(plain, batch), losses(taught, batch))
+
+
+def test_a_missing_teacher_and_a_wrong_share_are_clear_errors():
+    with pytest.raises(KeyError, match="distillation=0.5 needs 'teacher'"):
+        losses(tiny_model(distillation=0.5), random_batch())
+    with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
+        tiny_model(distillation=1.5)
+    with pytest.raises(ValueError, match=r"TuningEngine: distillation .* got -1"):
+        TuningEngine(distillation=-1)
+
+
+def test_full_depth_is_the_last_layer_alone():
+    model, batch = tiny_model().at_full_depth(), random_batch(20)
+    output = model(batch)
+    assert torch.equal(output.probabilities, output.layer_probabilities[:, -1])
+    assert (output.exit_layer == 4).all()
+    model.train()
+    losses(model, batch).backward()
+    learned = [n for n, p in model.classifier.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    assert learned
+    assert all(name.startswith("3.") for name in learned)
+    assert all(parameter.grad is None for parameter in model.confidence.parameters())
+
+
+WORDS = ["good", "bad", "fine", "the", "film"]
+
+
+@pytest.fixture
+def taught_folder(tmp_path):
+    """A training file, and three teachers in folders: of dact, of Hugging Face, and one that was never fine-tuned."""
+    rows = ["the film good", "the film bad", "fine", "good good", "bad"] * 4
+    labels = ["plus", "minus", "none", "plus", "minus"] * 4
+    write_table(tmp_path / "train.csv", {"text": rows, "label": labels})
+    tokenizer = word_tokenizer(WORDS)
+    own = DACT(encoder=TransformerEncoder(len(tokenizer), 2, 8, 2), class_names=["none", "plus", "minus"])
+    own.save_pretrained(tmp_path / "own")
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config.intermediate_size, config.num_labels = 32, 3
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "hub")
+    AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
+    for name in ("own", "hub", "encoder"):
+        tokenizer.save_pretrained(tmp_path / name)
+    return tmp_path
+
+
+def data_of(folder, teacher, **more):
+    return TextClassificationData(
+        str(folder / "train.csv"), tokenizer=word_tokenizer(WORDS), teacher=str(folder / teacher), batch_size=4, **more
+    )
+
+
+@torch.no_grad()
+def test_batches_carry_what_the_teacher_says(taught_folder):
+    tokenizer = word_tokenizer(WORDS)
+    own = DACT.from_pretrained(taught_folder / "own")
+    hub = AutoModelForSequenceClassification.from_pretrained(taught_folder / "hub").eval()
+    for name in ("own", "hub"):
+        data = data_of(taught_folder, name)
+        data.setup("fit")
+        assert data.class_names == ["minus", "none", "plus"]
+        for batch in data.train_dataloader():
+            texts = [data.splits["train"].texts[row] for row in batch["row"]]
+            tokens = tokenizer(texts, padding=True, return_tensors="pt")
+            # The classes of the data, in its order; those of the second teacher have no names.
+            own_answer, hub_answer = own(tokens).probabilities[:, [2, 0, 1]], hub(**tokens).logits.softmax(-1)
+            expected = own_answer if name == "own" else hub_answer
+            torch.testing.assert_close(batch["teacher"], expected, atol=1e-5, rtol=1e-4)
+        assert all("teacher" not in batch for batch in data.val_dataloader())
+
+
+def test_teachers_that_do_not_fit_are_refused(taught_folder):
+    with pytest.raises(ValueError, match="it was not fine-tuned for sequence classification"):
+        data_of(taught_folder, "encoder").setup("fit")
+    with pytest.raises(ValueError, match="no sequence-classification model at|there is none at|no tokenizer at"):
+        data_of(taught_folder, "nowhere").setup("fit")
+    write_table(taught_folder / "train.csv", {"text": WORDS * 4, "label": ["a", "b", "a", "b", "b"] * 4})
+    with pytest.raises(ValueError, match="has the classes none, plus, minus, but the data has a, b"):
+        data_of(taught_folder, "own").setup("fit")
+
+
+def test_a_fit_with_a_teacher_learns_its_answers(taught_folder):
+    model = DACT(
+        encoder=TransformerEncoder(8, 2, 16, 2), distillation=1.0, lambda_reg=0.0, learning_rate=1e-2, lambda_warmup=0.0
+    )
+    data = data_of(taught_folder, "own")
+    trainer = pl.Trainer(max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(model, data)
+    batch = next(iter(data.train_dataloader()))
+    with torch.no_grad():
+        difference = (model.eval()(batch).probabilities - batch["teacher"]).abs().max()
+    assert difference < 0.1
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_the_engine_trains_its_teacher_once(tmp_path, mode):
+    def model(**overrides):
+        return DACT(encoder=TransformerEncoder(42, 2, 8, 2), **overrides)
+
+    def made():
+        engine = TuningEngine(
+            model=model,
+            data=partial(CompositionalSentiment, num_train=100, num_val=60, num_test=60, max_depth=2),
+            trainer={"max_epochs": 1, "accelerator": "cpu"},
+            n_trials=1,
+            distillation=0.5,
+            encoder_training=mode,
+            warm_up_epochs=1,
+            compare_defaults=False,
+            log_dir=tmp_path,
+        )
+        engine.display.console.quiet = True
+        return engine
+
+    _, path = made().run_pipeline("run")
+    assert DACT.load_from_checkpoint(path).distillation == 0.5
+    stored = tmp_path / "run" / "teacher" / "probabilities.safetensors"
+    before = stored.stat().st_mtime_ns
+    again = made()
+    again._begin("run")
+    data = again.make_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    assert stored.stat().st_mtime_ns == before
+    assert [path.name for path in stored.parent.iterdir()] == [stored.name]
+    torch.testing.assert_close(batch["teacher"], data.teacher_probabilities[batch["row"]])
+    torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))
