@@ -393,7 +393,8 @@ class DACT(LightningModule):
         return self.lambda_reg * min(1.0, self.trainer.global_step / warmup)
 
     def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate)
+        # foreach: the submodels are many small tensors, and on a CPU it is not the default.
+        optimizer = torch.optim.AdamW(self._parameter_groups(), lr=self.learning_rate, foreach=True)
         total = self._total_steps()
         if total == float("inf"):
             return optimizer
