@@ -32,7 +32,7 @@ from dact.console import quiet
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
 from dact.data.tables import write_table
 from dact.encoders import HuggingFaceEncoder
-from dact.tuning.engine import default_model
+from dact.tuning.factories import default_model
 from dact.tuning.features import compute_features
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"

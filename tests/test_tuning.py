@@ -24,7 +24,7 @@ from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.tuning.display import _verdict
 from dact.tuning.engine import STAGES
-from dact.tuning.estimate import measure_pace
+from dact.tuning.estimate import expected_seconds, measure_pace
 from dact.tuning.features import Features, FeaturesData, check_features, compute_features
 from dact.tuning.objective import CAUSE, Deadline
 from dact.tuning.studies import is_interrupted
@@ -420,7 +420,7 @@ def test_a_run_says_how_long_it_expects_to_take(tmp_path, capsys, mode):
     said = capsys.readouterr().out
     assert "for 3 + 3 + 3 trials and the final fit" in said
     assert "the studies end after 5 min at the latest" in said
-    few, many = (made._expected_seconds(dict.fromkeys(STAGES, count)) for count in (1, 1000))
+    few, many = (expected_seconds(made, dict.fromkeys(STAGES, count)) for count in (1, 1000))
     assert 0 < few < many
 
 

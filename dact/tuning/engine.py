@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
-import functools
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import optuna
 import torch
@@ -35,14 +32,15 @@ from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, studies, tensorboard
 from dact.tuning.display import Display
-from dact.tuning.estimate import BATCHES, measure_pace, random_states
+from dact.tuning.environment import explained
+from dact.tuning.estimate import expected_seconds
+from dact.tuning.factories import default_data, default_model
 from dact.tuning.features import FeaturesData, fingerprint_data
 from dact.tuning.final import fit_winners
 from dact.tuning.frozen import FrozenEncoder, freeze
 from dact.tuning.objective import (
     EXIT_HISTOGRAM,
     TrialSetting,
-    environment_error,
     recorded_cause,
     run_trial,
     seed_trial,
@@ -64,44 +62,6 @@ DIRECTIONS: dict[str, list[Literal["minimize", "maximize"]]] = {
 }
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies where a promise is to be kept
 SUBMODEL_FIELDS = [field.name for field in dataclasses.fields(SubmodelConfig)]
-Method = TypeVar("Method", bound=Callable[..., Any])
-
-
-class RunStopped(RuntimeError):
-    """A disk or a storage failed; what had finished is kept, and the same call goes on once it works again."""
-
-
-def _explained(method: Method) -> Method:
-    """Let a method of the engine say what to do where a disk or a storage fails."""
-
-    @functools.wraps(method)
-    def explained(self: TuningEngine, *arguments: Any, **options: Any) -> Any:
-        try:
-            return method(self, *arguments, **options)
-        except RunStopped:
-            raise
-        except Exception as error:
-            cause = environment_error(error)
-            if cause is None or (cause is error and isinstance(error, ConnectionError)):
-                raise  # the latter says it all
-            raise RunStopped(self._say_what_to_do(cause)) from error
-
-    return explained  # type: ignore[return-value]
-
-
-def default_model(output_dimension: int, **overrides: Any) -> DACT:
-    """The small built-in encoder for the embedded data, as in configs/quickstart.yaml."""
-    from dact.encoders import TransformerEncoder
-
-    encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
-    return DACT(encoder=encoder, output_dimension=output_dimension, **{"learning_rate": 2e-3, **overrides})
-
-
-def default_data(**overrides: Any) -> LightningDataModule:
-    """The embedded data, as in configs/quickstart.yaml."""
-    from dact.data import CompositionalSentiment
-
-    return CompositionalSentiment(**{"max_depth": 3, **overrides})
 
 
 class TuningEngine:
@@ -246,7 +206,7 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ the pipeline
 
-    @_explained
+    @explained
     def run_pipeline(self, run_tag: str = "") -> tuple[str, str]:
         """Run the three studies and the final fit.
 
@@ -283,32 +243,9 @@ class TuningEngine:
         """Say how long the run will take, before it starts."""
         left = {stage: self.n_trials[stage] - len(studies.finished(self._open(stage))) for stage in STAGES}
         if any(count > 0 for count in left.values()):
-            self.display.announce(left, self._expected_seconds(left), self.time_out)
+            self.display.announce(left, expected_seconds(self, left), self.time_out)
 
-    def _expected_seconds(self, left: Mapping[str, int]) -> float:
-        """From a few timed batches; pruning is left out, and so is what the final evaluation takes."""
-        seed_trial(self.seed)
-        data = self.make_data()
-        data.prepare_data()
-        data.setup("fit")
-        loaders = data.train_dataloader(), data.val_dataloader()
-        examples = [len(loader.dataset) for loader in loaders]
-        epochs = {stage: float(self.trainer["max_epochs"]) for stage in STAGES}
-        epochs["training"] = epochs["lambda_reg"] = self.spaces["training"]["num_epochs"].mean
-        model = self.make_model()
-        pace = measure_pace(self.trainer, model, *loaders)
-        seconds = 0.0
-        if self.encoder_training == "frozen":
-            if not (self._folder(self._tag or self.run_tag) / "features" / "val.safetensors").is_file():
-                passes = pace.validation * sum(examples)
-                seconds += self.warm_up_epochs * pace.epoch(*examples) + passes
-            states = [[random_states(model.encoder, batch) for batch in islice(loader, BATCHES)] for loader in loaders]
-            pace = measure_pace(self.trainer, self.make_model(), *states)
-        trials = sum(max(0, count) * epochs[stage] for stage, count in left.items())
-        fits = epochs["training"] + self.compare_defaults * epochs["submodels"]
-        return seconds + (trials / self.workers + fits) * pace.epoch(*examples)
-
-    @_explained
+    @explained
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Study the architectures of the submodels and save the best.
 
@@ -321,7 +258,7 @@ class TuningEngine:
         self._conclude("submodels", study, configs)
         return self.classifier_config, self.confidence_config
 
-    @_explained
+    @explained
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
         """Study the training parameters and save the best.
 
@@ -333,7 +270,7 @@ class TuningEngine:
         self._conclude("training", study, {"external_config": self.external_config})
         return self.external_config
 
-    @_explained
+    @explained
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Study λ with two objectives and save the winner, also as `lambda_reg` of the engine."""
         study = self._run_study("lambda_reg", run_tag)
@@ -371,14 +308,14 @@ class TuningEngine:
         return best["val_task_loss"], best["val_exit_layer"]
 
     def _train(self, trial: BaseTrial, stage: str, chosen: Mapping[str, Any]) -> dict[str, float]:
-        self._read_winners(self._tag or self.run_tag)
+        self._read_winners()
         with recorded_cause(trial):
             return self._train_chosen(trial, stage, chosen)
 
     def _train_chosen(self, trial: BaseTrial, stage: str, chosen: Mapping[str, Any]) -> dict[str, float]:
         settings = {**self._chosen_before(stage), **chosen}
         epochs = settings.pop("num_epochs", self.trainer["max_epochs"])
-        folder = self._folder(self._tag or self.run_tag) / stage
+        folder = self.run_folder / stage
         setting = TrialSetting(stage, folder, self.trainer, self.seed, self._deadline)
         seed_trial(self.seed)
         model, data = self.build(settings)
@@ -441,7 +378,7 @@ class TuningEngine:
     def _teacher(self) -> torch.Tensor:
         """What the teacher of this run says of the training examples; see `dact.tuning.teacher`."""
         with self._alone("teacher", "it trains the teacher"):
-            return teach(self, self._folder(self._tag or self.run_tag) / "teacher")
+            return teach(self, self.run_folder / "teacher")
 
     def make_model(self, **overrides: Any) -> DACT:
         """A model of the factory, checked to have the classes of this engine."""
@@ -461,7 +398,7 @@ class TuningEngine:
     def _frozen(self) -> FrozenEncoder:
         """What all trials of frozen mode share; see `dact.tuning.frozen`."""
         with self._alone("features", "it computes the states of all layers"):
-            return freeze(self, self._folder(self._tag or self.run_tag) / "features")
+            return freeze(self, self.run_folder / "features")
 
     @property
     def uses_cuda(self) -> bool:
@@ -557,18 +494,17 @@ class TuningEngine:
             self._deadline = None
 
     def _lock(self, name: str) -> BaseFileLock:
-        return studies.run_lock(self._folder(self._tag or self.run_tag), name)
+        return studies.run_lock(self.run_folder, name)
 
     def _close_session(self, stage: str, trial: FrozenTrial) -> None:
         """Say in TensorBoard that a trial whose process died is no more running."""
-        folder = self._folder(self._tag or self.run_tag) / stage / trial_folder(trial.number)
+        folder = self.run_folder / stage / trial_folder(trial.number)
         if folder.is_dir():
             with tensorboard.writer(folder) as writer:
                 tensorboard.log_outcome(writer, {}, succeeded=False)
 
     def _open(self, stage: str) -> Study:
         assert self._tag is not None
-        folder = self._folder(self._tag)
         setting: dict[str, Any] = {
             "search space": describe(self.spaces[stage]),
             "data": self.data_fingerprint,
@@ -581,9 +517,10 @@ class TuningEngine:
             f"{self._tag}/{stage}", DIRECTIONS[stage], setting, [f"{self._tag}/{name}" for name in STAGES]
         )
         with self._alone("studies", "it opens the studies"), studies.quiet_optuna():
-            storage = studies.open_storage(self.storage, folder)
-            where = studies.describe_storage(self.storage, folder)
-            return studies.open_study(plan, storage, where, SameLengthPruner(self.pruner or LagPruner()))
+            storage = studies.open_storage(self.storage, self.run_folder)
+            return studies.open_study(
+                plan, storage, self.describe_storage(), SameLengthPruner(self.pruner or LagPruner())
+            )
 
     def _make_sampler(self, stage: str, counted: int) -> BaseSampler:
         if stage == "lambda_reg":
@@ -606,7 +543,7 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ the final fit
 
-    @_explained
+    @explained
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
         """Fit with all winners, keep the best epoch, and measure it.
 
@@ -617,7 +554,7 @@ class TuningEngine:
             RuntimeError: If a study has no winner yet; the message lists which.
         """
         tag = self._begin(run_tag)
-        self._read_winners(tag)
+        self._read_winners()
         untuned = [
             f"{name} ({study})"
             for name, study in (
@@ -631,17 +568,23 @@ class TuningEngine:
         if untuned:
             raise RuntimeError(f"final_train of {tag!r}: not tuned yet: {', '.join(untuned)}. Run these studies first")
         with self._alone("final", "it does the final fit"):
-            return fit_winners(self, self._folder(tag) / "final", self._chosen_before("final"))
+            return fit_winners(self, self.run_folder / "final", self._chosen_before("final"))
 
     # ------------------------------------------------------------------ on disk
 
-    def _folder(self, tag: str) -> Path:
-        return self.log_dir / tag
+    @property
+    def run_folder(self) -> Path:
+        """Where the run that is under way lies."""
+        return self.log_dir / (self._tag or self.run_tag)
 
-    def _read_winners(self, tag: str) -> None:
+    def describe_storage(self) -> str:
+        """Where its studies lie, for messages."""
+        return studies.describe_storage(self.storage, self.run_folder)
+
+    def _read_winners(self) -> None:
         """Take the winners of earlier studies from disk where this engine has none."""
         for name in ("classifier_config", "confidence_config", "external_config", "lambda_reg"):
-            path = self._folder(tag) / f"{name}.yaml"
+            path = self.run_folder / f"{name}.yaml"
             if getattr(self, name) is None and path.is_file():
                 content = yaml.safe_load(path.read_text())
                 setattr(self, name, content["lambda_reg"] if name == "lambda_reg" else content)
@@ -655,10 +598,9 @@ class TuningEngine:
     ) -> None:
         """Save what a study chose and draw its pictures, for TensorBoard and as files."""
         assert self._tag is not None
-        run = self._folder(self._tag)
         with self._alone(stage, "it draws a study"):
             for name, config in configs.items():
-                write_text(run / f"{name}.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+                write_text(self.run_folder / f"{name}.yaml", yaml.safe_dump(dict(config), sort_keys=False))
             if self._pictures(stage).is_dir():
                 return
             with studies.quiet_optuna():
@@ -674,18 +616,7 @@ class TuningEngine:
                     figure.savefig(folder / f"{name.replace(' ', '_')}.png")
 
     def _pictures(self, stage: str) -> Path:
-        return self._folder(self._tag or self.run_tag) / stage / "study"
-
-    def _say_what_to_do(self, cause: BaseException) -> str:
-        """What failed outside of dact, and that nothing is lost."""
-        run = self._folder(self._tag or self.run_tag)
-        if isinstance(cause, OSError):
-            where, what = cause.filename or run, cause.strerror or str(cause)
-            remedy = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable again"
-        else:
-            where, what = studies.describe_storage(self.storage, run), studies.root_cause(cause)
-            remedy = "bring it back (a full disk or missing rights are the usual reasons for a file)"
-        return f"{where}: {what}. What had finished is kept: {remedy}, and the same command goes on"
+        return self.run_folder / stage / "study"
 
 
 def _submodel_configs(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

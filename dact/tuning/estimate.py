@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import islice, pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import Callback
@@ -16,7 +16,10 @@ from typing_extensions import override
 
 from dact.encoders.base import Batch, LayeredEncoder
 from dact.model import DACT
-from dact.tuning.objective import fit, make_trainer
+from dact.tuning.objective import fit, make_trainer, seed_trial
+
+if TYPE_CHECKING:
+    from dact.tuning.engine import TuningEngine
 
 BATCHES = 4  # timed ones of training and of validation
 
@@ -93,3 +96,32 @@ def random_states(encoder: LayeredEncoder, batch: Batch) -> dict[str, torch.Tens
     """A batch as frozen mode has it, of the size of `batch`, without running the encoder."""
     kept = {name: batch[name] for name in ("labels", "teacher") if name in batch}
     return {"states": torch.randn(len(kept["labels"]), encoder.num_layers, encoder.hidden_size), **kept}
+
+
+def expected_seconds(engine: TuningEngine, left: Mapping[str, int]) -> float:
+    """How long a run will take, from a few timed batches; what pruning saves and evaluation takes is left out.
+
+    Args:
+        engine: The engine of the run.
+        left: How many trials each study still has to do.
+    """
+    seed_trial(engine.seed)
+    data = engine.make_data()
+    data.prepare_data()
+    data.setup("fit")
+    loaders = data.train_dataloader(), data.val_dataloader()
+    examples = [len(loader.dataset) for loader in loaders]
+    epochs = {stage: float(engine.trainer["max_epochs"]) for stage in left}
+    epochs["training"] = epochs["lambda_reg"] = engine.spaces["training"]["num_epochs"].mean
+    model = engine.make_model()
+    pace = measure_pace(engine.trainer, model, *loaders)
+    seconds = 0.0
+    if engine.encoder_training == "frozen":
+        if not (engine.run_folder / "features" / "val.safetensors").is_file():
+            passes = pace.validation * sum(examples)
+            seconds += engine.warm_up_epochs * pace.epoch(*examples) + passes
+        states = [[random_states(model.encoder, batch) for batch in islice(loader, BATCHES)] for loader in loaders]
+        pace = measure_pace(engine.trainer, engine.make_model(), *states)
+    trials = sum(max(0, count) * epochs[stage] for stage, count in left.items())
+    fits = epochs["training"] + engine.compare_defaults * epochs["submodels"]
+    return seconds + (trials / engine.workers + fits) * pace.epoch(*examples)

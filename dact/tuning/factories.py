@@ -49,3 +49,18 @@ class DataFactory:
         config = parser.parse_object({"data": {"class_path": self.section["class_path"], "init_args": arguments}})
         data: LightningDataModule = parser.instantiate_classes(config).data
         return data
+
+
+def default_model(output_dimension: int, **overrides: Any) -> DACT:
+    """The small built-in encoder for the embedded data, as in configs/quickstart.yaml."""
+    from dact.encoders import TransformerEncoder
+
+    encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
+    return DACT(encoder=encoder, output_dimension=output_dimension, **{"learning_rate": 2e-3, **overrides})
+
+
+def default_data(**overrides: Any) -> LightningDataModule:
+    """The embedded data, as in configs/quickstart.yaml."""
+    from dact.data import CompositionalSentiment
+
+    return CompositionalSentiment(**{"max_depth": 3, **overrides})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import errno
 import math
 import time
 import warnings
@@ -24,6 +23,7 @@ from typing_extensions import override
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
 from dact.tuning import tensorboard
+from dact.tuning.environment import environment_error
 from dact.tuning.stopping import Stoppable
 from dact.tuning.strategies import PLANNED_EPOCHS
 
@@ -253,24 +253,6 @@ def recorded_cause(trial: BaseTrial) -> Iterator[None]:
         cause = f"{type(error).__name__}: {error}".split("\n")[0]
         trial.set_user_attr(CAUSE, cause)
         raise TrialFailed(cause) from error
-
-
-# No space, over the quota, read-only, no rights, a broken disk, a network folder that went away.
-OUTSIDE = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE}
-
-
-def environment_error(error: BaseException | None) -> BaseException | None:
-    """The cause of an error where a disk or a storage failed, None where the error says something of a trial."""
-    from optuna.exceptions import StorageInternalError
-    from sqlalchemy.exc import SQLAlchemyError
-
-    while error is not None:
-        if isinstance(error, (StorageInternalError, SQLAlchemyError, ConnectionError)):
-            return error
-        if isinstance(error, OSError) and error.errno in OUTSIDE:
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def seed_trial(seed: int) -> None:

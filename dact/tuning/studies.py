@@ -30,6 +30,7 @@ from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from dact.tuning.environment import root_cause
 from dact.tuning.objective import CAUSE, INTERRUPTED, TrialFailed
 from dact.tuning.stopping import check_stop
 
@@ -190,13 +191,6 @@ def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna
             f"another run_tag, or the {different} of then"
         )
     return study
-
-
-def root_cause(error: BaseException) -> str:
-    """The first line of what was first in a chain of errors."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return str(error).splitlines()[0]
 
 
 def _is_out_of_reach(error: BaseException | None) -> bool:
