@@ -1,0 +1,63 @@
+"""Files that are whole or not there."""
+
+import pytest
+import torch
+
+from dact.files import read_checkpoint, read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
+
+
+def names(folder):
+    return sorted(path.name for path in folder.rglob("*"))
+
+
+def test_an_error_leaves_the_old_file(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(RuntimeError), replacing(tmp_path / "a.json") as partial:
+        partial.write_text("half")
+        raise RuntimeError
+    assert read_json(tmp_path / "a.json") == {"x": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_an_error_leaves_the_old_folder(tmp_path):
+    for content in ("one", "two"):
+        with replacing_folder(tmp_path / "folder") as partial:
+            (partial / content).write_text(content)
+    with pytest.raises(RuntimeError), replacing_folder(tmp_path / "folder") as partial:
+        (partial / "three").write_text("three")
+        raise RuntimeError
+    assert names(tmp_path) == ["folder", "two"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".a.json.partial").write_text("half")
+    (tmp_path / ".folder.partial").mkdir()
+    (tmp_path / ".folder.old").mkdir()
+    write_json(tmp_path / "a.json", [])
+    with replacing_folder(tmp_path / "folder"):
+        pass
+    assert names(tmp_path) == ["a.json", "folder"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_tensors_come_back(tmp_path, dtype):
+    shared = torch.arange(6).view(2, 3).to(dtype)
+    tensors = {"a": shared, "b": shared.t(), "empty": torch.zeros(0, 3, dtype=dtype), "scalar": shared[0, 0]}
+    write_tensors(tmp_path / "x.safetensors", tensors, {"origin": "here"})
+    found, metadata = read_tensors(tmp_path / "x.safetensors")
+    assert metadata == {"origin": "here"}
+    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_what_others_wrote_is_refused_by_name(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    with pytest.raises(ValueError, match=r"x\.safetensors is damaged: its content is not what dact wrote"):
+        read_tensors(tmp_path / "x.safetensors")
+    (tmp_path / "x.json").write_text('{"a": ')
+    with pytest.raises(ValueError, match=r"x\.json is damaged"):
+        read_json(tmp_path / "x.json")
+    (tmp_path / "x.ckpt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as a checkpoint"):
+        read_checkpoint(tmp_path / "x.ckpt")
