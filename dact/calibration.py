@@ -62,8 +62,8 @@ class Calibration:
     Args:
         halting_tolerance: The tolerance, in [0, 1).
         promise: The promise that it keeps, as plain data.
-        bound: What holds with the confidence of the promise: the most accuracy that is lost, the least agreement, or
-            the most layers on average.
+        bound: What the chosen tolerance alone would be credited with at that confidence: the most accuracy that is lost,
+            the least agreement, or the most layers on average. (What the search for it guarantees is the promise.)
         examples: How many examples were asked.
         accuracy: Of early exit on them.
         full_depth_accuracy: Of full depth on them.
@@ -128,7 +128,9 @@ def calibrate(
         raise ValueError("a model with halting='never' has no tolerance: give it halting='exact'")
     answers = layer_answers(model.eval(), calibration_batches(data))
     found = choose_tolerance(answers, promise, model.halting)
-    model.calibration = {**asdict(found), "instead_of": model.halting_tolerance}
+    before = model.calibration
+    instead_of = model.halting_tolerance if before is None else before["instead_of"]
+    model.calibration = {**asdict(found), "instead_of": instead_of}
     model.halting_tolerance = found.halting_tolerance
     return found
 
@@ -149,9 +151,9 @@ def describe(found: Calibration, layers: int) -> str:
     confidence = promise.pop("confidence")
     ((name, value),) = promise.items()
     bounds = {
-        "max_accuracy_loss": f"accuracy at most {100 * found.bound:.2f} points below full depth",
-        "min_agreement": f"agreement with full depth at least {100 * found.bound:.2f} %",
-        "max_layers": f"at most {found.bound:.2f} of {layers} layers on average",
+        "max_accuracy_loss": f"taken alone, accuracy at most {100 * found.bound:.2f} points below full depth",
+        "min_agreement": f"taken alone, agreement with full depth at least {100 * found.bound:.2f} %",
+        "max_layers": f"taken alone, at most {found.bound:.2f} of {layers} layers on average",
     }
     return (
         f"halting_tolerance {found.halting_tolerance:g} keeps {name}={value:g} with confidence {confidence:g}: "
@@ -167,7 +169,7 @@ def calibration_batches(data: LightningDataModule | Iterable[Batch]) -> Iterable
     if not isinstance(data, LightningDataModule):
         return data
     data.prepare_data()
-    data.setup("fit")
+    data.setup("validate")
     own = getattr(data, "calibration_dataloader", lambda: None)()
     return data.val_dataloader() if own is None else own
 
@@ -194,6 +196,8 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     """Run all layers on labelled batches; `model` is in eval mode, on the device that it should use."""
     answers, shares, targets, depths = [], [], [], []
     for batch in batches:
+        if "labels" not in batch:
+            raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
         output = model({name: tensor.to(model.device) for name, tensor in batch.items()})
         assert output.layer_probabilities is not None
         assert output.h is not None
@@ -203,6 +207,8 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         targets.append(batch["labels"].cpu())
         if "depth" in batch:
             depths.append(batch["depth"].cpu())
+    if sum(map(len, targets)) < 2:
+        raise ValueError(f"at least two labelled examples are needed, got {sum(map(len, targets))}")
     return LayerAnswers(
         torch.cat(answers), torch.cat(shares), torch.cat(targets), torch.cat(depths) if depths else None
     )

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -66,10 +67,15 @@ class DACTTrainer(Trainer):
         promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
         found = calibrate(fitted, datamodule, **asdict(promise))
         store_in_checkpoint(path, fitted)
-        beside = path.parent.parent / "model"
-        if (beside / CONFIG_NAME).is_file():
-            fitted.cpu().save_pretrained(beside)
         print(describe(found, fitted.encoder.num_layers))
+        beside = path.parent.parent / "model"
+        if not (beside / CONFIG_NAME).is_file():
+            return
+        weights = DACT.from_pretrained(beside, encoder=own).state_dict()
+        if all(torch.equal(tensor.cpu(), weights[name]) for name, tensor in fitted.state_dict().items()):
+            fitted.cpu().save_pretrained(beside)
+        else:
+            print(f"{beside} holds other weights than {path}, and keeps its tolerance")
 
     @staticmethod
     def tune() -> None:

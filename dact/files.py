@@ -150,7 +150,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             raise ValueError(f"the checksum of {broken} is wrong")
         checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a broken archive, a refused pickle and a foreign file raise many kinds
-        raise ValueError(f"{path} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
     return checkpoint
 
 

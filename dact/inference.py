@@ -87,6 +87,8 @@ def early_exit(
         The answers and exit layers, in the order of `batch`.
     """
     mask = encoder.mask(batch)
+    if len(mask) == 0:
+        raise ValueError("early exit needs at least one example, got a batch of 0")
     step, window = budget(mask.device, step_tokens, window_tokens)
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths: list[int] = ((mask != 0) * positions).amax(dim=1).tolist()

@@ -382,6 +382,8 @@ class DACT(LightningModule):
         return self.trainer.estimated_stepping_batches
 
     def on_fit_start(self) -> None:
+        if self.calibration is not None:  # its promise was made for other weights
+            self.halting_tolerance, self.calibration = self.calibration["instead_of"], None
         # Known once per fit; infinite for an endless fit, in which nothing warms up or decays.
         self._steps = self._total_steps()
 

@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
+import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given
@@ -140,6 +141,40 @@ def test_the_tolerance_is_stored_with_the_model(tmp_path):
     assert DACT.load_from_checkpoint(tmp_path / "x.ckpt").halting_tolerance == found.halting_tolerance
 
 
+def test_calibrating_twice_still_counts_where_the_configuration_says_nothing():
+    model = tiny_model()
+    for agreement in (0.8, 0.7):
+        found = calibrate(model, [random_batch(800)], min_agreement=agreement)
+    built = tiny_model()
+    built.on_load_checkpoint({"state_dict": model.state_dict(), "hyper_parameters": model.config()})
+    assert built.halting_tolerance == found.halting_tolerance
+    own = tiny_model(halting_tolerance=0.01)
+    own.on_load_checkpoint({"state_dict": model.state_dict(), "hyper_parameters": model.config()})
+    assert own.halting_tolerance == 0.01, "what the user gave counts"
+
+
+def test_a_promise_ends_where_training_goes_on():
+    model, batch = small_model(), [random_batch(300, vocab=42)]
+    calibrate(model, batch, min_agreement=0.5)
+    assert model.calibration is not None
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    trainer.fit(model, torch.utils.data.DataLoader(batch, batch_size=None))
+    assert (model.halting_tolerance, model.calibration) == (0.0, None)
+
+
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least two labelled examples are needed, got 0"),
+        ([random_batch(1)], "at least two labelled examples are needed, got 1"),
+        ([{"input_ids": torch.ones(2, 2, dtype=torch.long)}], r"need 'labels' \[batch\], got the keys \['input_ids'\]"),
+    ],
+)
+def test_too_little_to_calibrate_on_is_a_clear_error(batches, message):
+    with pytest.raises(ValueError, match=message):
+        calibrate(tiny_model(), batches, max_layers=3)
+
+
 small_data = partial(CompositionalSentiment, num_train=300, num_val=400, num_test=60, max_depth=2)
 
 
@@ -187,8 +222,6 @@ def whole_validation():
 
 
 def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
-    import lightning.pytorch as pl
-
     engine = TuningEngine(data=pl.LightningDataModule, promise=Promise(max_layers=2), log_dir=tmp_path)
     with pytest.raises(ValueError, match="LightningDataModule has no calibration_dataloader"):
         engine.make_data()

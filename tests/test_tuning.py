@@ -20,7 +20,10 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
-from dact.data import CompositionalSentiment
+from dact.calibration import Promise
+from dact.data import CompositionalSentiment, TextClassificationData
+from dact.data.tables import write_table
+from dact.data.text import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.tuning.display import _verdict
 from dact.tuning.engine import STAGES
@@ -610,3 +613,53 @@ def test_workers_share_the_trials_of_a_study(tmp_path):
     assert all(trial.state.is_finished() for trial in trials)
     assert len({tuple(trial.user_attrs["owner"]) for trial in trials}) == 2
     assert len({json.dumps(trial.params, sort_keys=True) for trial in trials}) == 5
+
+
+OWN_WORDS = ["good", "bad", "fine", "film", "the"]
+
+
+def own_data(folder, **overrides):
+    tokenizer = word_tokenizer(OWN_WORDS)
+    texts = ["the film good", "bad film", "fine", "good good", "the bad"] * 12
+    if not (folder / "train.csv").exists():
+        write_table(folder / "train.csv", {"text": texts, "label": ["plus", "minus", "none", "plus", "minus"] * 12})
+    file = str(folder / "train.csv")
+    return TextClassificationData(file, test_file=file, tokenizer=tokenizer, **overrides)
+
+
+def own_model(**overrides):
+    return DACT(encoder=TransformerEncoder(8, 2, 8, 2), **overrides)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_ones_own_text_keeps_its_class_names(tmp_path, mode):
+    space = {"num_epochs": {"choices": [1]}, "batch_size": {"choices": [16]}}
+    options = {"encoder_training": mode, "warm_up_epochs": 1, "n_trials": 1, "search_space": space}
+    made = engine(tmp_path, model=own_model, data=partial(own_data, tmp_path), **options)
+    _, model_path = made.run_pipeline("run")
+    assert DACT.load_from_checkpoint(model_path).class_names == ["minus", "none", "plus"]
+    assert TextClassifier.from_pretrained(tmp_path / "run" / "final" / "model").class_names == ["minus", "none", "plus"]
+
+
+def test_another_tolerance_keeps_the_final_fit(tmp_path):
+    space = {"num_epochs": {"choices": [1]}}
+    options = {"n_trials": 1, "search_space": space, "compare_defaults": False}
+    engine(tmp_path, **options).run_pipeline("run")
+    weights = tmp_path / "run" / "final" / "model" / "model.safetensors"
+    before = weights.read_bytes()
+    made = engine(tmp_path, **options)
+    made.promise = Promise(min_agreement=0.5)
+    made.final_train("run")
+    metrics = json.loads((tmp_path / "run" / "final" / "metrics.json").read_text())
+    assert metrics["calibration"]["promise"]["min_agreement"] == 0.5
+    assert weights.read_bytes() == before
+    assert metrics["history"][0]["epoch"] == 0
+
+
+@pytest.mark.slow
+def test_workers_may_load_data_with_processes_of_their_own(tmp_path):
+    space = {"num_epochs": {"choices": [1]}, "batch_size": {"choices": [16]}}
+    data = partial(own_data, tmp_path, num_workers=1)
+    made = engine(tmp_path, model=own_model, data=data, workers=2, n_trials=2, search_space=space)
+    made.joint_tune_study("run")
+    assert [trial.state.name for trial in study_of(tmp_path, "submodels").trials] == ["COMPLETE", "COMPLETE"]

@@ -2,14 +2,22 @@
 
 import math
 import random
+import socket
+import subprocess
+import sys
+import time
 
 import hypothesis.strategies as st
 import optuna
+import psutil
 import pytest
 from hypothesis import given, settings
+from optuna.trial import TrialState
 
 from dact.submodels import SubmodelConfig
+from dact.tuning import studies
 from dact.tuning.engine import _submodel_configs
+from dact.tuning.objective import CAUSE, recorded_cause
 from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, Dimension, build_spaces, describe
 from dact.tuning.strategies import PLANNED_EPOCHS, CurveSampler, LagPruner, SameLengthPruner, lags
@@ -236,3 +244,55 @@ def test_a_storage_that_cannot_be_opened_is_one_clear_error(tmp_path):
     for address in ("nonsense", "sqlite:////no/such/folder/x.db"):
         with pytest.raises(ConnectionError, match="cannot be opened"):
             open_storage(address, tmp_path)
+
+
+# ------------------------------------------------------------------ trials that ended badly
+
+
+def opened(folder):
+    return studies.open_study(PLAN, studies.open_storage(None, folder), "studies.db", LagPruner())
+
+
+PLAN = studies.StudyPlan("run/submodels", ["minimize"], {"data": "x"}, ["run/submodels"])
+
+
+def test_a_trial_that_died_before_it_could_say_that_it_failed_is_whole(tmp_path):
+    study = opened(tmp_path)
+    trial = study.ask()
+    trial.set_user_attr(CAUSE, "ValueError: nothing")
+    studies.end_orphans(study)
+    again = opened(tmp_path)
+    assert [trial.state.name for trial in again.trials] == ["FAIL"]
+    assert len(studies.finished(again)) == 1
+
+
+def test_a_live_trial_of_this_host_is_not_taken_for_dead(tmp_path):
+    study = opened(tmp_path)
+    trial = study.ask()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        started = psutil.Process(other.pid).create_time()
+        trial.set_user_attr(studies.OWNER, [socket.gethostname(), other.pid, started])
+        study._storage.record_heartbeat(trial._trial_id)
+        study._storage._backend.grace_period = 1
+        time.sleep(2.5)
+        assert studies.end_orphans(study) == [], "it is silent, but it lives"
+        other.communicate(b"\n")
+    assert [orphan.number for orphan in studies.end_orphans(study)] == [0]
+
+
+def test_a_process_whose_trial_was_taken_away_goes_on_with_the_next(tmp_path):
+    study, lock = opened(tmp_path), studies.run_lock(tmp_path, "x")
+
+    def objective(trial):
+        value = trial.suggest_float("x", 0, 1)
+        with recorded_cause(trial):
+            if trial.number == 0:
+                optuna.load_study(study_name=study.study_name, storage=study._storage).tell(0, state=TrialState.FAIL)
+            trial.report(value, 0)
+        return value
+
+    with studies.quiet_optuna():
+        studies.run_trials(study, objective, 2, lock, sampler=lambda counted: optuna.samplers.RandomSampler(counted))
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[1].params == study.trials[0].params
+    assert len(studies.finished(opened(tmp_path))) == 2

@@ -15,7 +15,13 @@ from dact.model import CONFIG_NAME, DACT, FORMAT
 
 @torch.no_grad()
 def teacher_probabilities(
-    teacher: str, tokenizer: Any, texts: list[str], pairs: list[str] | None, class_names: list[str], max_length: int
+    teacher: str,
+    tokenizer: Any,
+    texts: list[str],
+    pairs: list[str] | None,
+    class_names: list[str],
+    max_length: int,
+    device: torch.device,
 ) -> Tensor:
     """The class probabilities of a fine-tuned model for texts, ``[texts, classes]``, in the order of `class_names`.
 
@@ -27,11 +33,11 @@ def teacher_probabilities(
         pairs: The second texts, for text pairs.
         class_names: The classes of the data.
         max_length: Longer inputs are cut to so many tokens.
+        device: Where the teacher runs.
 
     Raises:
         ValueError: If the teacher cannot be read or has other classes.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, names = _load(teacher)
     _check_classes(teacher, names, class_names)
     model = model.to(device).eval()

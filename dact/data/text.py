@@ -133,7 +133,13 @@ class TextDataModule(LightningDataModule, ABC):
             train = self.splits["train"]
             assert self.class_names is not None
             self.teacher_probabilities = teacher_probabilities(
-                self.teacher, load_tokenizer(self.teacher), train.texts, train.pairs, self.class_names, self.max_length
+                self.teacher,
+                load_tokenizer(self.teacher),
+                train.texts,
+                train.pairs,
+                self.class_names,
+                self.max_length,
+                torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device,
             )
 
     def _encode(self, examples: Examples) -> list[dict[str, Any]]:
@@ -155,17 +161,9 @@ class TextDataModule(LightningDataModule, ABC):
                 item["depth"] = chosen.depths[i]
         return items
 
-    def collate(self, items: list[dict[str, Any]], teacher: Tensor | None = None) -> dict[str, Tensor]:
+    def collate(self, items: list[dict[str, Any]]) -> dict[str, Tensor]:
         """Pad to the longest example of the batch: input_ids and attention_mask ``[batch, length]``, labels ``[batch]``."""
-        own = ("row", "labels", "depth")
-        tokens = [{name: value for name, value in item.items() if name not in own} for item in items]
-        batch = dict(self.tokenizer.pad(tokens, return_tensors="pt"))
-        for name in own:
-            if name in items[0]:
-                batch[name] = torch.tensor([item[name] for item in items])
-        if teacher is not None:
-            batch["teacher"] = teacher[batch["row"]]
-        return batch
+        return _collate(items, self.tokenizer)
 
     def _loader(self, split: str) -> DataLoader[Any]:
         if split not in self._encoded:
@@ -179,7 +177,12 @@ class TextDataModule(LightningDataModule, ABC):
             items,  # type: ignore[arg-type]
             batch_size=size,
             sampler=sampler,
-            collate_fn=partial(self.collate, teacher=self.teacher_probabilities if split == "train" else None),
+            # A function and no method: processes that prepare batches get the tokenizer, not the whole datamodule.
+            collate_fn=partial(
+                _collate,
+                tokenizer=self.tokenizer,
+                teacher=self.teacher_probabilities if split == "train" else None,
+            ),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -199,6 +202,21 @@ class TextDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")
+
+
+def _collate(
+    items: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, teacher: Tensor | None = None
+) -> dict[str, Tensor]:
+    """A batch of examples, with what a teacher ``[training examples, classes]`` says of them."""
+    own = ("row", "labels", "depth")
+    tokens = [{name: value for name, value in item.items() if name not in own} for item in items]
+    batch = dict(tokenizer.pad(tokens, return_tensors="pt"))
+    for name in own:
+        if name in items[0]:
+            batch[name] = torch.tensor([item[name] for item in items])
+    if teacher is not None:
+        batch["teacher"] = teacher[batch["row"]]
+    return batch
 
 
 def _portions(examples: Examples, characters: int = 1_000_000) -> Iterator[tuple[int, int]]:

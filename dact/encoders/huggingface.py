@@ -306,7 +306,9 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
                 resolve_pretrained(pretrained), dtype=torch.float32, use_safetensors=True, output_loading_info=True
             )
     except Exception as error:  # the library raises many kinds
-        raise ValueError(f"no sequence-classification model at {pretrained!r}: {str(error).splitlines()[0]}") from error
+        raise ValueError(
+            f"no sequence-classification model at {pretrained!r}: {(str(error) or type(error).__name__).splitlines()[0]}"
+        ) from error
     if report["missing_keys"]:
         raise ValueError(
             f"{pretrained!r} lacks {len(report['missing_keys'])} weights of a classifier, such as "

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -352,7 +354,7 @@ class TuningEngine:
     def make_data(self, **overrides: Any) -> LightningDataModule:
         """A datamodule for a fit; with distillation, its training batches carry what the teacher says."""
         data = self.plain_data(**overrides)
-        if self.distillation and getattr(data, "teacher", None) is None:
+        if self.distillation or self._named_teacher is not None:
             if not hasattr(data, "teacher_probabilities"):
                 raise ValueError(
                     f"TuningEngine: distillation needs 'teacher' in training batches, but {type(data).__name__} has no "
@@ -362,8 +364,11 @@ class TuningEngine:
         return data
 
     def plain_data(self, **overrides: Any) -> LightningDataModule:
-        """A datamodule of the factory; with a promise, one that keeps examples for calibration from the studies."""
+        """A datamodule of the factory, without a teacher; with a promise, one that keeps examples for calibration from
+        the studies."""
         data = self.data(**overrides)
+        if getattr(data, "teacher", None) is not None:
+            data.teacher = None  # type: ignore[attr-defined]
         if self.promise is not None:
             if not hasattr(data, "calibration_dataloader"):
                 raise ValueError(
@@ -375,10 +380,16 @@ class TuningEngine:
         return data
 
     @cached_property
+    def _named_teacher(self) -> str | None:
+        """The teacher that the data names, if it does."""
+        named: str | None = getattr(self.data(), "teacher", None)
+        return named
+
+    @cached_property
     def _teacher(self) -> torch.Tensor:
         """What the teacher of this run says of the training examples; see `dact.tuning.teacher`."""
         with self._alone("teacher", "it trains the teacher"):
-            return teach(self, self.run_folder / "teacher")
+            return teach(self, self.run_folder / "teacher", self._named_teacher)
 
     def make_model(self, **overrides: Any) -> DACT:
         """A model of the factory, checked to have the classes of this engine."""
@@ -404,6 +415,16 @@ class TuningEngine:
     def uses_cuda(self) -> bool:
         """Whether what runs outside of a Trainer runs on a GPU."""
         return torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu"
+
+    @cached_property
+    def _model_fingerprint(self) -> str | None:
+        """A digest of how the model of the factory is configured; None where it makes none: the trials will say why."""
+        seed_trial(self.seed)
+        try:
+            model = self.model()
+        except Exception:
+            return None
+        return hashlib.sha256(json.dumps(model.config(), sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -448,8 +469,11 @@ class TuningEngine:
         study = self._open(stage)
         if len(studies.finished(study)) < self.n_trials[stage]:
             shutil.rmtree(self._pictures(stage), ignore_errors=True)  # of fewer trials
+            # Made before the clock of the study runs.
+            if self.distillation or self._named_teacher is not None:
+                _ = self._teacher
             if self.encoder_training == "frozen":
-                _ = self._frozen  # computed before the clock of the study runs
+                _ = self._frozen
             end = None if seconds is None else time.monotonic() + seconds
             with self.display.study(stage, study, self.n_trials[stage], end), studies.quiet_optuna():
                 try:
@@ -464,6 +488,7 @@ class TuningEngine:
         studies.completed(study)
         return study
 
+    @explained
     def work(self, stage: str, end: float | None) -> None:
         """What a worker does: open the study, and run trials until all are done."""
         study = self._open(stage)
@@ -510,6 +535,10 @@ class TuningEngine:
             "data": self.data_fingerprint,
             "encoder_training": self.encoder_training,
             "distillation": self.distillation,
+            "halting_tolerance": self.halting_tolerance,
+            "max_epochs": self.trainer["max_epochs"],
+            "model": self._model_fingerprint,
+            "seed": self.seed,
         }
         if self.encoder_training == "frozen":
             setting["warm_up_epochs"] = self.warm_up_epochs

@@ -38,7 +38,8 @@ def explained(method: Method) -> Method:
 def _what_to_do(cause: BaseException, folder: str, storage: str) -> str:
     if isinstance(cause, OSError):
         where, what = cause.filename or folder, cause.strerror or str(cause)
-        remedy = "make room there" if cause.errno in (errno.ENOSPC, errno.EDQUOT) else "make it writable again"
+        remedies = {errno.ENOSPC: "make room there", errno.EDQUOT: "make room there", errno.EIO: "mend the disk"}
+        remedy = remedies.get(cause.errno or 0, "make it writable again")
     else:
         where, what = storage, root_cause(cause)
         remedy = "bring it back (a full disk or missing rights are the usual reasons for a file)"
@@ -49,7 +50,7 @@ def root_cause(error: BaseException) -> str:
     """The first line of what was first in a chain of errors."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return str(error).splitlines()[0]
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # No space, over the quota, read-only, no rights, a broken disk, a network folder that went away.
@@ -62,7 +63,11 @@ def environment_error(error: BaseException | None) -> BaseException | None:
     from sqlalchemy.exc import SQLAlchemyError
 
     while error is not None:
-        if isinstance(error, (StorageInternalError, SQLAlchemyError, ConnectionError)):
+        if isinstance(error, (StorageInternalError, SQLAlchemyError)):
+            return error
+        if (
+            isinstance(error, ConnectionError) and error.errno is None
+        ):  # dact's own; a broken pipe says nothing of these
             return error
         if isinstance(error, OSError) and error.errno in OUTSIDE:
             return error

@@ -94,8 +94,8 @@ def _per_example(times: list[float], batches: list[Batch]) -> float:
 
 def random_states(encoder: LayeredEncoder, batch: Batch) -> dict[str, torch.Tensor]:
     """A batch as frozen mode has it, of the size of `batch`, without running the encoder."""
-    kept = {name: batch[name] for name in ("labels", "teacher") if name in batch}
-    return {"states": torch.randn(len(kept["labels"]), encoder.num_layers, encoder.hidden_size), **kept}
+    labels = batch["labels"]
+    return {"states": torch.randn(len(labels), encoder.num_layers, encoder.hidden_size), "labels": labels}
 
 
 def expected_seconds(engine: TuningEngine, left: Mapping[str, int]) -> float:
@@ -106,14 +106,14 @@ def expected_seconds(engine: TuningEngine, left: Mapping[str, int]) -> float:
         left: How many trials each study still has to do.
     """
     seed_trial(engine.seed)
-    data = engine.make_data()
+    data = engine.plain_data()
     data.prepare_data()
     data.setup("fit")
     loaders = data.train_dataloader(), data.val_dataloader()
     examples = [len(loader.dataset) for loader in loaders]
     epochs = {stage: float(engine.trainer["max_epochs"]) for stage in left}
     epochs["training"] = epochs["lambda_reg"] = engine.spaces["training"]["num_epochs"].mean
-    model = engine.make_model()
+    model = engine.make_model(distillation=0.0)
     pace = measure_pace(engine.trainer, model, *loaders)
     seconds = 0.0
     if engine.encoder_training == "frozen":
@@ -121,7 +121,7 @@ def expected_seconds(engine: TuningEngine, left: Mapping[str, int]) -> float:
             passes = pace.validation * sum(examples)
             seconds += engine.warm_up_epochs * pace.epoch(*examples) + passes
         states = [[random_states(model.encoder, batch) for batch in islice(loader, BATCHES)] for loader in loaders]
-        pace = measure_pace(engine.trainer, engine.make_model(), *states)
+        pace = measure_pace(engine.trainer, engine.make_model(distillation=0.0), *states)
     trials = sum(max(0, count) * epochs[stage] for stage, count in left.items())
     fits = epochs["training"] + engine.compare_defaults * epochs["submodels"]
     return seconds + (trials / engine.workers + fits) * pace.epoch(*examples)

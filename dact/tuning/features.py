@@ -40,6 +40,12 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
+def fingerprint_teacher(data: LightningDataModule) -> str:
+    """A digest of what a teacher says of the training examples; empty where there is none."""
+    said: Tensor | None = getattr(data, "teacher_probabilities", None)
+    return "" if said is None else hashlib.sha256(said.contiguous().numpy().tobytes()).hexdigest()
+
+
 def fingerprint_encoder(encoder: LayeredEncoder) -> str:
     """A digest of an encoder's configuration and weights."""
     digest = hashlib.sha256(json.dumps(encoder.config(), sort_keys=True, default=str).encode())

@@ -39,11 +39,13 @@ def fit_winners(engine: TuningEngine, folder: Path, winners: Mapping[str, Any]) 
     chosen: dict[str, Any] = {**winners, "halting_tolerance": engine.halting_tolerance}
     if engine.promise is not None:
         chosen["promise"] = asdict(engine.promise)
-    config = yaml.safe_dump(chosen, sort_keys=False)
     config_path = folder / "config.yaml"
-    if not config_path.is_file() or config_path.read_text() != config:
+    before = yaml.safe_load(config_path.read_text()) if config_path.is_file() else {}
+    if {name: before.get(name) for name in winners} != dict(winners):
         shutil.rmtree(folder, ignore_errors=True)  # of other winners; a later call must not go on with its checkpoints
-        write_text(config_path, config)
+    if before != chosen:
+        metrics_path.unlink(missing_ok=True)  # of another tolerance or promise
+        write_text(config_path, yaml.safe_dump(chosen, sort_keys=False))
     if not (metrics_path.is_file() and model_path.is_file()):
         settings = {name: value for name, value in winners.items() if name != "num_epochs"}
         history = _fit(engine, folder, settings, winners["num_epochs"])
@@ -56,7 +58,6 @@ def _fit(engine: TuningEngine, folder: Path, settings: Mapping[str, Any], epochs
     """Fit with `settings` and keep the best epoch and the last; goes on with the last one that an earlier call kept."""
     seed_trial(engine.seed)
     model, data = engine.build(settings)
-    model.class_names = model.class_names or getattr(engine.make_data(), "class_names", None)
     checkpoint = ModelCheckpoint(
         folder / "checkpoints", "best", monitor="val_loss", save_last=True, enable_version_counter=False
     )

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
-from dact.tuning.features import Features, compute_features, fingerprint_encoder
+from dact.tuning.features import Features, compute_features, fingerprint_encoder, fingerprint_teacher
 from dact.tuning.objective import fit, make_trainer, seed_trial
 
 if TYPE_CHECKING:
@@ -44,17 +44,25 @@ def freeze(engine: TuningEngine, folder: Path) -> FrozenEncoder:
     model, data = engine.make_model(lambda_reg=0.0), engine.make_data()
     data.prepare_data()
     data.setup("fit")
-    made_of = [fingerprint_encoder(model.encoder), engine.data_fingerprint, engine.warm_up_epochs, engine.seed]
+    taught_by = fingerprint_teacher(data)
+    made_of = [
+        fingerprint_encoder(model.encoder),
+        engine.data_fingerprint,
+        engine.warm_up_epochs,
+        engine.seed,
+        taught_by,
+    ]
     _warm_up(engine, model, data, folder, "/".join(map(str, made_of)))
     model.encoder.eval().requires_grad_(False)
     if engine.uses_cuda:
         model.cuda()
-    fingerprint = f"{fingerprint_encoder(model.encoder)}/{engine.data_fingerprint}"
+    fingerprint = f"{fingerprint_encoder(model.encoder)}/{engine.data_fingerprint}/{taught_by}"
     paths = {split: folder / f"{split}.safetensors" for split in ("train", "val")}
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
         compute_features(model.encoder, loader, paths[split], fingerprint)
     base = engine.make_model()
     base.encoder = model.encoder
+    base.class_names = base.class_names or getattr(data, "class_names", None)
     batch_size = next(iter(data.train_dataloader()))["labels"].shape[0]
     return FrozenEncoder(base, Features(paths["train"]), Features(paths["val"]), batch_size)
 
@@ -74,7 +82,12 @@ def _warm_up(engine: TuningEngine, model: DACT, data: LightningDataModule, folde
     last = checkpoints / "last.ckpt"
     with engine.display.fit(f"warm-up of the encoder, {engine.warm_up_epochs} epochs") as progress:
         checkpoint = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)
-        trainer = make_trainer(engine.trainer, max_epochs=engine.warm_up_epochs, callbacks=[progress, checkpoint])
+        trainer = make_trainer(
+            engine.trainer,
+            max_epochs=engine.warm_up_epochs,
+            callbacks=[progress, checkpoint],
+            enable_checkpointing=True,
+        )
         resumed: dict[str, Any] = {"ckpt_path": str(last)} if last.is_file() else {}
         fit(trainer, model, data, **resumed)
     write_tensors(path, model.encoder.state_dict(), {"origin": origin})

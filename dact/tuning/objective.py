@@ -16,6 +16,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from optuna import TrialPruned
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
 from typing_extensions import override
@@ -250,6 +251,8 @@ def recorded_cause(trial: BaseTrial) -> Iterator[None]:
             with contextlib.suppress(Exception):  # the storage may be what is out of reach
                 trial.set_user_attr(INTERRUPTED, True)
             raise
+        if isinstance(error, UpdateFinishedTrialError):
+            raise  # others took this process for dead
         cause = f"{type(error).__name__}: {error}".split("\n")[0]
         trial.set_user_attr(CAUSE, cause)
         raise TrialFailed(cause) from error

@@ -184,8 +184,9 @@ def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna
     _check_seals(plan.name, trials, where)
     if stored is None and not trials:
         study.set_user_attr(SETTING, dict(plan.setting))
-    elif stored != dict(plan.setting):
-        different = ", ".join(key for key in plan.setting if (stored or {}).get(key) != plan.setting[key])
+        return study
+    different = ", ".join(key for key, value in plan.setting.items() if (stored or {}).get(key) != value)
+    if different:
         raise ValueError(
             f"the study {plan.name} in {where} was made with another {different}; trials of both would not compare. Take "
             f"another run_tag, or the {different} of then"
@@ -265,12 +266,10 @@ def owner() -> list[Any]:
 
 
 def _has_died(claimed_by: Sequence[Any] | None) -> bool:
-    """Whether the process that runs a trial is gone; of other hosts, only heartbeats tell."""
+    """Whether the process of this host that runs a trial is gone."""
     if claimed_by is None:
         return True  # it died between taking the trial and saying so, both of which it does under the lock
-    host, process, started = claimed_by
-    if host != socket.gethostname():
-        return False
+    _, process, started = claimed_by
     if process == os.getpid():
         return True  # this process runs one trial at a time, and is here
     try:
@@ -288,9 +287,13 @@ def end_orphans(study: Study) -> list[FrozenTrial]:
     silent = _without_heartbeat(study)
     orphans = []
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if trial._trial_id not in silent and not _has_died(trial.user_attrs.get(OWNER)):
+        claimed_by = trial.user_attrs.get(OWNER)
+        elsewhere = claimed_by is not None and claimed_by[0] != socket.gethostname()
+        if not (trial._trial_id in silent if elsewhere else _has_died(claimed_by)):
             continue
-        if _deaths(study, trial) >= RETRIES:
+        if CAUSE in trial.user_attrs:  # it had failed, and died before it could say so
+            _write_seal(study, trial._trial_id, TrialState.FAIL, None)
+        elif _deaths(study, trial) >= RETRIES:
             cause = f"its process died without a word, {RETRIES + 1} times with these parameters (out of memory?)"
             study._storage.set_trial_user_attr(trial._trial_id, CAUSE, cause)
             _write_seal(study, trial._trial_id, TrialState.FAIL, None)
@@ -300,7 +303,7 @@ def end_orphans(study: Study) -> list[FrozenTrial]:
 
 
 def _without_heartbeat(study: Study) -> set[int]:
-    """The ids of running trials whose process, on whatever host, has not been heard of for the grace period."""
+    """The ids of running trials whose process has not been heard of for the grace period: all that other hosts tell."""
     storage: Any = study._storage
     beats = isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None
     return set(storage._get_stale_trial_ids(study._study_id)) if beats else set()
@@ -388,7 +391,12 @@ def _next_step(
             return "wait"
         queue_interrupted(study)
         study.sampler = sampler(counted)
-        study.optimize(_Claimed(study, objective, lock), n_trials=1, catch=(TrialFailed,), callbacks=[ended])
+        claimed = _Claimed(study, objective, lock)
+        try:
+            study.optimize(claimed, n_trials=1, catch=(TrialFailed,), callbacks=[ended])
+        except Exception:
+            if not claimed.taken_away:
+                raise
     return "ran"
 
 
@@ -412,12 +420,16 @@ class _Claimed:
 
     def __init__(self, study: Study, objective: Callable[[Trial], Any], lock: BaseFileLock) -> None:
         self.study, self.objective, self.lock = study, objective, lock
+        self.taken_away = False  # whether others took this process for dead, and its trial for theirs
 
     def __call__(self, trial: Trial) -> Any:
         trial.set_user_attr(OWNER, owner())
         self.lock.release()
         try:
             result = self.objective(trial)
+        except optuna.exceptions.UpdateFinishedTrialError:
+            self.taken_away = True
+            raise
         except optuna.TrialPruned:
             _write_seal(self.study, trial._trial_id, TrialState.PRUNED, None)
             raise

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from dact.files import read_tensors, write_tensors
+from dact.model import DACT
 from dact.tuning.features import fingerprint_encoder
 from dact.tuning.objective import fit, make_trainer, seed_trial
 
@@ -16,8 +20,13 @@ if TYPE_CHECKING:
     from dact.tuning.engine import TuningEngine
 
 
-def teach(engine: TuningEngine, folder: Path) -> torch.Tensor:
+def teach(engine: TuningEngine, folder: Path, named: str | None) -> torch.Tensor:
     """Fine-tune a teacher and ask it, or read what an earlier one said. One process at a time.
+
+    Args:
+        engine: The engine of the run.
+        folder: Where the answers are kept.
+        named: A teacher that the data names, to be asked instead.
 
     Returns:
         Its class probabilities, ``[training examples, classes]``, in the order of the training examples.
@@ -27,16 +36,40 @@ def teach(engine: TuningEngine, folder: Path) -> torch.Tensor:
     data.prepare_data()
     data.setup("fit")
     epochs = engine.trainer["max_epochs"]
-    origin = f"{fingerprint_encoder(model.encoder)}/{engine.data_fingerprint}/{epochs}/{engine.seed}"
+    trained = f"{fingerprint_encoder(model.encoder)}/{epochs}/{engine.seed}"
+    origin = f"{engine.data_fingerprint}/{trained if named is None else named}"
     path = folder / "probabilities.safetensors"
     if path.is_file():
         tensors, metadata = read_tensors(path)
         if metadata.get("origin") == origin:
             return tensors["probabilities"]
-    last = folder / "last.ckpt"  # of a fit that was stopped
+    probabilities = _train_and_ask(engine, model, data, folder, origin) if named is None else _ask(engine)
+    write_tensors(path, {"probabilities": probabilities}, {"origin": origin})
+    for left_over in folder.glob("fit_*"):
+        shutil.rmtree(left_over)
+    return probabilities
+
+
+def _ask(engine: TuningEngine) -> torch.Tensor:
+    """What the teacher that the data names says."""
+    data: Any = engine.data()
+    data.prepare_data()
+    data.setup("fit")
+    said: torch.Tensor = data.teacher_probabilities
+    return said
+
+
+def _train_and_ask(
+    engine: TuningEngine, model: DACT, data: LightningDataModule, folder: Path, origin: str
+) -> torch.Tensor:
+    epochs = engine.trainer["max_epochs"]
+    # A fit that was stopped goes on with the epoch that it was in.
+    checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
+    last = checkpoints / "last.ckpt"
     with engine.display.fit(f"teacher at full depth, {epochs} epochs") as progress:
-        checkpoint = ModelCheckpoint(folder, "last", enable_version_counter=False)
-        trainer = make_trainer(engine.trainer, max_epochs=epochs, callbacks=[progress, checkpoint])
+        checkpoint = ModelCheckpoint(checkpoints, "last", enable_version_counter=False)
+        callbacks = [progress, checkpoint]
+        trainer = make_trainer(engine.trainer, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
         fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
     model = model.eval().to("cuda" if engine.uses_cuda else "cpu")
     rows, answers = [], []
@@ -46,7 +79,4 @@ def teach(engine: TuningEngine, folder: Path) -> torch.Tensor:
             rows.append(batch["row"])
             answers.append(model(on_device).probabilities.cpu())
     order = torch.cat(rows).argsort()
-    probabilities = torch.cat(answers)[order]
-    write_tensors(path, {"probabilities": probabilities}, {"origin": origin})
-    last.unlink()
-    return probabilities
+    return torch.cat(answers)[order]

@@ -35,8 +35,8 @@ def run_side_by_side(engine: TuningEngine, stage: str, study: Study, end: float 
     threads = max(1, torch.get_num_threads() // engine.workers)
 
     def start() -> SpawnProcess:
-        seconds = None if end is None else end - time.monotonic()
-        process = context.Process(target=_work, args=(engine, stage, seconds, threads, errors), daemon=True)
+        # No daemon: the data may have processes of its own. (The clock of `end` is that of the whole machine.)
+        process = context.Process(target=_work, args=(engine, stage, end, threads, errors))
         process.start()
         return process
 
@@ -74,14 +74,14 @@ def _stop(processes: list[SpawnProcess]) -> None:
             process.join()
 
 
-def _work(engine: TuningEngine, stage: str, seconds: float | None, threads: int, errors: Any) -> None:
+def _work(engine: TuningEngine, stage: str, end: float | None, threads: int, errors: Any) -> None:
     """One worker: take trials from the study until there are none left."""
     stop_on_signals()
     threading.Thread(target=_end_with_parent, daemon=True).start()
     quiet()
     torch.set_num_threads(threads)
     try:
-        engine.work(stage, None if seconds is None else time.monotonic() + seconds)
+        engine.work(stage, end)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
