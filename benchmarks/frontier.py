@@ -117,7 +117,7 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
         answers, y, h = [], [], []
         with torch.no_grad():
             for batch in loader:
-                output = model({name: tensor.to(device) for name, tensor in batch.items()})
+                output = model.full_depth({name: tensor.to(device) for name, tensor in batch.items()})
                 y.append(output.layer_probabilities.cpu())
                 h.append(output.h.cpu())
                 answers.append(batch["labels"])

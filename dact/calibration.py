@@ -198,7 +198,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
-        output = model({name: tensor.to(model.device) for name, tensor in batch.items()})
+        output = model.full_depth({name: tensor.to(model.device) for name, tensor in batch.items()})
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)

@@ -202,6 +202,16 @@ class DACT(LightningModule):
         exits = self._inference(batch, self.halting)
         return DACTOutput(exits.answers, exits.layers)
 
+    def full_depth(self, batch: Batch) -> DACTOutput:
+        """All layers, as `forward` has them, by the code of `early_exit`: for large batches, without gradients."""
+        exits = self._inference(batch, "never", record=True)
+        assert exits.y is not None
+        assert exits.h is not None
+        a, p = functional.accumulate(exits.y, exits.h)
+        return DACTOutput(
+            a[:, -1], functional.exit_layers(a, p, self.halting, self.halting_tolerance), exits.y, exits.h, p
+        )
+
     def stream(self, batches: Iterable[Batch]) -> Iterator[DACTOutput]:
         """`early_exit` for many batches, regrouped across them.
 
@@ -244,10 +254,10 @@ class DACT(LightningModule):
             raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
         target = batch["labels"]
         if stage == "test":  # by the code that predicts, all layers as well as early exit
-            exits = self._inference(batch, "never", record=True)
-            assert exits.y is not None
-            assert exits.h is not None
-            logits, y, h = None, exits.y, exits.h
+            full = self.full_depth(batch)
+            assert full.layer_probabilities is not None
+            assert full.h is not None
+            logits, y, h = None, full.layer_probabilities, full.h
         else:
             logits, h = self._submodels(batch)
             y = logits.softmax(dim=-1)

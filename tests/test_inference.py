@@ -156,10 +156,10 @@ def test_a_stream_is_consumed_lazily_and_keeps_its_order():
 def test_recorded_layers_are_those_of_forward():
     model, data = tiny_model(layers=4), random_batch(33, 12)
     model.step_tokens = 50
-    full, recorded = model(data), model._inference(data, "never", record=True)
-    torch.testing.assert_close(recorded.y, full.layer_probabilities, atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(recorded.h, full.h, atol=1e-5, rtol=1e-4)
-    assert (recorded.layers == 4).all()
+    full, recorded = model(data), model.full_depth(data)
+    for name in ("probabilities", "layer_probabilities", "h", "p"):
+        torch.testing.assert_close(getattr(recorded, name), getattr(full, name), atol=1e-5, rtol=1e-4)
+    assert torch.equal(recorded.exit_layer, full.exit_layer)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -537,9 +537,10 @@ class TuningEngine:
             "distillation": self.distillation,
             "halting_tolerance": self.halting_tolerance,
             "max_epochs": self.trainer["max_epochs"],
-            "model": self._model_fingerprint,
             "seed": self.seed,
         }
+        if self._model_fingerprint is not None:
+            setting["model"] = self._model_fingerprint
         if self.encoder_training == "frozen":
             setting["warm_up_epochs"] = self.warm_up_epochs
         plan = studies.StudyPlan(

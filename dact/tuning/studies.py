@@ -185,7 +185,9 @@ def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna
     if stored is None and not trials:
         study.set_user_attr(SETTING, dict(plan.setting))
         return study
-    different = ", ".join(key for key, value in plan.setting.items() if (stored or {}).get(key) != value)
+    if not isinstance(stored, Mapping):
+        raise _damaged(where, f"the setting of {plan.name} is missing")
+    different = ", ".join(key for key in plan.setting if key in stored and stored[key] != plan.setting[key])
     if different:
         raise ValueError(
             f"the study {plan.name} in {where} was made with another {different}; trials of both would not compare. Take "
