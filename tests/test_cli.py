@@ -150,7 +150,7 @@ def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path):
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     base = ["--config", FIT, *SMALL, "--ckpt_path", checkpoint]
     done = dact("calibrate", *base, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder)
-    assert "keeps max_layers=2.9 with confidence 0.5: at most" in done.stdout
+    assert "keeps max_layers=2.9 with confidence 0.5: taken alone, at most" in done.stdout
     assert "mean exit layer" in done.stdout
     stored = TextClassifier.from_pretrained(tmp_path / "run" / "model").model
     assert 0 < stored.halting_tolerance < 1
@@ -296,6 +296,7 @@ def test_real_text_on_the_packaged_encoder(tmp_path):
     assert len(frame) == 2963
     assert frame["label"].notna().sum() == 1024
     trials = ["--tuner.n_trials", "2", "--tuner.warm_up_epochs", "0", "--run_tag", "real"]
+    trials += ["--tuner.compare_defaults", "false"]
     done = dact("tune", "--config", VADER, *small, *limits, *trials, cwd=tmp_path)
     assert "early exit" in done.stdout
     assert (tmp_path / "lightning_logs/real/final/model/tokenizer.json").is_file()

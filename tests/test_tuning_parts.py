@@ -296,3 +296,31 @@ def test_a_process_whose_trial_was_taken_away_goes_on_with_the_next(tmp_path):
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert study.trials[1].params == study.trials[0].params
     assert len(studies.finished(opened(tmp_path))) == 2
+
+
+def test_a_trial_that_ends_while_others_count_is_counted_once(tmp_path):
+    """Between two looks at a study, another process may end its trial."""
+    study, lock = opened(tmp_path), studies.run_lock(tmp_path, "x")
+    other = study.ask()
+    other.set_user_attr(studies.OWNER, ["elsewhere", 1, 0.0])
+    study._storage.record_heartbeat(other._trial_id)
+    look, seen = study.get_trials, []
+
+    def look_and_end(*arguments, **options):
+        trials = look(*arguments, **options)
+        if not options.get("states") and look()[0].state == TrialState.RUNNING:
+            other.set_user_attr(CAUSE, "x")
+            studies._write_seal(study, other._trial_id, TrialState.FAIL, None)
+            optuna.load_study(study_name=study.study_name, storage=study._storage).tell(0, state=TrialState.FAIL)
+        return trials
+
+    study.get_trials = look_and_end
+
+    def sampler(counted):
+        seen.append(counted)
+        return optuna.samplers.RandomSampler(counted)
+
+    with studies.quiet_optuna():
+        studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 2, lock, sampler=sampler)
+    assert seen == [1]
+    assert len(study.trials) == 2

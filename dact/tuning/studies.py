@@ -234,10 +234,14 @@ def is_interrupted(trial: FrozenTrial) -> bool:
     return trial.state == TrialState.FAIL and CAUSE not in trial.user_attrs
 
 
+def counts(trial: FrozenTrial) -> bool:
+    """Whether a trial has ended and says something of its parameters."""
+    return trial.state.is_finished() and not is_interrupted(trial)
+
+
 def finished(study: Study) -> list[FrozenTrial]:
     """Trials that count: completed, pruned, or failed for a reason of their own."""
-    trials = study.get_trials(deepcopy=False)
-    return [trial for trial in trials if trial.state.is_finished() and not is_interrupted(trial)]
+    return [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
 
 
 def completed(study: Study) -> list[FrozenTrial]:
@@ -384,11 +388,13 @@ def _next_step(
     with lock:
         for orphan in end_orphans(study):
             orphaned(orphan)
-        done = finished(study)
+        # One look: a trial that ends between two would be missing from both.
+        trials = study.get_trials(deepcopy=False)
+        done = [trial for trial in trials if counts(trial)]
         hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
         if len(done) >= total or hopeless:
             return "done"
-        counted = len(done) + len(study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)))
+        counted = len(done) + sum(trial.state == TrialState.RUNNING for trial in trials)
         if counted >= total:
             return "wait"
         queue_interrupted(study)
