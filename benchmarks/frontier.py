@@ -370,21 +370,23 @@ def markdown(table: dict[str, list[dict[str, Any]]]) -> str:
 
 
 def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """Accuracy against measured throughput in bulk."""
+    """Accuracy against measured throughput in bulk, or against layers where no throughput was measured."""
     figure, axes = plots.new_figure(8, 5)
     for name, points in table.items():
-        known = sorted((p for p in points if "texts_per_second" in p), key=lambda p: p["texts_per_second"]["bulk"])
+        timed = all("texts_per_second" in point for point in points)
+        places = [(point["texts_per_second"]["bulk"] if timed else point["layers"], point) for point in points]
+        places.sort(key=lambda place: place[0])
         style = "s" if name in ("full depth", "truncated") else "o"
         axes.errorbar(
-            [point["texts_per_second"]["bulk"] for point in known],
-            [point["accuracy"] for point in known],
-            [point["error"] for point in known],
+            [place for place, _ in places],
+            [point["accuracy"] for _, point in places],
+            [point["error"] for _, point in places],
             fmt=f"{style}-",
             capsize=2,
             alpha=0.8,
             label=name,
         )
-    axes.set(xlabel="texts per second in bulk, measured", ylabel="test accuracy, %")
+    axes.set(xlabel="texts per second in bulk, measured" if timed else "mean layers", ylabel="test accuracy, %")
     axes.legend(fontsize=7)
     figure.savefig(path)
 
@@ -393,9 +395,8 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
     table = collect(folder, methods, range(arguments.seeds))
     data = make_data(arguments)
     data.setup("test")
-    for points in table.values():
-        for point in points:
-            point["texts_per_second"] = throughput(folder, point, 0, data)
+    for point in [] if arguments.untimed else [point for points in table.values() for point in points]:
+        point["texts_per_second"] = throughput(folder, point, 0, data)
     full = table["full depth"][0]
     exact = next(points for family, points in table.items() if family.startswith("DACT distilled"))
     fewest = [p for p in exact if p["accuracy"] >= full["accuracy"] - 0.5] or exact[-1:]
@@ -405,8 +406,10 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
         "torch": torch.__version__,
         "setting": {key: str(value) for key, value in vars(arguments).items()},
         "table": table,
-        "compressed": compressed(folder, data, {"full depth": full, "DACT distilled": fewest[0]}, 0),
+        "compressed": {},
     }
+    if not arguments.untimed:
+        found["compressed"] = compressed(folder, data, {"full depth": full, "DACT distilled": fewest[0]}, 0)
     results = HERE / "results"
     (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(table, results / f"{name}.png")
@@ -428,6 +431,7 @@ def main() -> None:
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, default=Path("lightning_logs") / "frontier")
     parser.add_argument("--report", action="store_true", help="train nothing")
+    parser.add_argument("--untimed", action="store_true", help="leave the throughput out: accuracy against layers")
     parser.add_argument("--one", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quiet()
