@@ -404,7 +404,7 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "setting": {key: str(value) for key, value in vars(arguments).items()},
+        "setting": {key: str(value) for key, value in vars(arguments).items() if key not in ("work", "one", "report")},
         "table": table,
         "compressed": {},
     }
