@@ -354,7 +354,7 @@ class TuningEngine:
     def make_data(self, **overrides: Any) -> LightningDataModule:
         """A datamodule for a fit; with distillation, its training batches carry what the teacher says."""
         data = self.plain_data(**overrides)
-        if self.distillation or self._named_teacher is not None:
+        if self._is_taught:
             if not hasattr(data, "teacher_probabilities"):
                 raise ValueError(
                     f"TuningEngine: distillation needs 'teacher' in training batches, but {type(data).__name__} has no "
@@ -378,6 +378,11 @@ class TuningEngine:
             if getattr(data, "calibration_fraction", None) == 0.0:
                 data.calibration_fraction = CALIBRATION_SHARE  # type: ignore[attr-defined]
         return data
+
+    @property
+    def _is_taught(self) -> bool:
+        """Whether training batches carry what a teacher says."""
+        return self.distillation > 0 or self._named_teacher is not None
 
     @cached_property
     def _named_teacher(self) -> str | None:
@@ -470,7 +475,7 @@ class TuningEngine:
         if len(studies.finished(study)) < self.n_trials[stage]:
             shutil.rmtree(self._pictures(stage), ignore_errors=True)  # of fewer trials
             # Made before the clock of the study runs.
-            if self.distillation or self._named_teacher is not None:
+            if self._is_taught:
                 _ = self._teacher
             if self.encoder_training == "frozen":
                 _ = self._frozen
