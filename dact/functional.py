@@ -16,6 +16,7 @@ Shapes are written ``[batch, layers, classes]``; a layer's number is 1-based whe
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -28,6 +29,8 @@ PonderKind = Literal["p", "h"]
 # Below this a probability no longer changes the task loss. It keeps 1 / a and the sums of it finite in float32
 # (whose largest number is 3e38), and is far under the smallest probability that a trained softmax gives (e^-69).
 SMALLEST_PROBABILITY = 1e-30
+# How sharply `entropy_confidence` turns from 0 to 1. Between 10 and 40 results hardly differ (benchmarks/README.md).
+ENTROPY_SLOPE = 20.0
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -43,6 +46,15 @@ def check_tolerance(tolerance: float) -> None:
         raise ValueError(
             f"halting_tolerance must be in [0, 1), got {tolerance}: it is the most probability by which the returned "
             "class may end behind the final winner (0 keeps the full-depth class)"
+        )
+
+
+def check_entropy(threshold: float | None) -> None:
+    """Raise a ``ValueError`` unless `threshold` is None or in [0, 1]."""
+    if threshold is not None and not 0.0 <= threshold <= 1.0:
+        raise ValueError(
+            f"halting_entropy must be in [0, 1] or left out, got {threshold}: it is a share of the largest entropy, that "
+            "of equal probabilities"
         )
 
 
@@ -217,6 +229,28 @@ def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
         ``[batch, classes]``.
     """
     return a[torch.arange(len(a), device=a.device), exit_layer - 1]
+
+
+def entropy_confidence(y: Tensor, threshold: float) -> Tensor:
+    r"""A confidence without weights, from how undecided the classifier is: :math:`h = σ(20 (H(y) / \ln C - θ))`.
+
+    h is near 0 (it would halt) where the entropy H of y is below the threshold θ, and near 1 above it: DeeBERT's rule
+    (Xin et al. 2020, arXiv 2004.12993) as a confidence of DACT, so that answers accumulate and the halting rules hold.
+
+    Args:
+        y: ``[…, classes]``, probability vectors; computed in float32 or more.
+        threshold: θ, in [0, 1]: a share of the largest entropy, ln C for C classes. Larger means fewer layers.
+
+    Returns:
+        ``[…]``, in (0, 1).
+
+    Example:
+        >>> entropy_confidence(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), 0.5).round().tolist()
+        [0.0, 1.0]
+    """
+    y = at_least_float32(y)
+    entropy = -(y * log_of(y)).sum(dim=-1) / math.log(y.shape[-1])
+    return (ENTROPY_SLOPE * (entropy - threshold)).sigmoid()
 
 
 def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:

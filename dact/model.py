@@ -71,6 +71,9 @@ class DACT(LightningModule):
         share_submodels: One pair of submodels for all layers instead of one pair per layer.
         halting: ``"exact"``, ``"paper"`` or ``"never"``; see `dact.functional.can_halt`.
         halting_tolerance: In [0, 1): the returned class ends at most this much probability behind the final winner.
+        halting_entropy: In [0, 1]: in evaluation, the confidence follows from the entropy of y_n around this threshold
+            (see `dact.functional.entropy_confidence`) instead of from g. A second dial, without training again: larger
+            means fewer layers. Left out, g decides.
         class_weights: One weight per class for the training and validation losses.
         learning_rate: Peak learning rate of AdamW.
         submodel_learning_rate: That of the two submodels; the same if left out.
@@ -113,6 +116,7 @@ class DACT(LightningModule):
         share_submodels: bool = False,
         halting: HaltingRule = "exact",
         halting_tolerance: float = 0.0,
+        halting_entropy: float | None = None,
         class_weights: list[float] | None = None,
         learning_rate: float = 1e-4,
         submodel_learning_rate: float | None = None,
@@ -136,6 +140,7 @@ class DACT(LightningModule):
         self.share_submodels = share_submodels
         self.halting = halting
         self.halting_tolerance = halting_tolerance
+        self.halting_entropy = halting_entropy
         self.learning_rate = learning_rate
         self.submodel_learning_rate = submodel_learning_rate
         self.weight_decay = weight_decay
@@ -233,6 +238,7 @@ class DACT(LightningModule):
             batch,
             rule=rule,
             tolerance=self.halting_tolerance,
+            entropy=self.halting_entropy,
             step_tokens=self.step_tokens,
             window_tokens=self.window_tokens,
             record=record,
@@ -243,8 +249,9 @@ class DACT(LightningModule):
         # States that were computed before take the place of the encoder: training of the submodels alone.
         states = batch["states"] if "states" in batch else self.encoder(batch)
         logits = functional.at_least_float32(self.classifier(states))
-        h = functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
-        return logits, h
+        if self.halting_entropy is not None and not self.training:
+            return logits, functional.entropy_confidence(logits.softmax(dim=-1), self.halting_entropy)
+        return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
 
     # ------------------------------------------------------------------ steps
 
@@ -455,6 +462,7 @@ class DACT(LightningModule):
             "share_submodels": self.share_submodels,
             "halting": self.halting,
             "halting_tolerance": self.halting_tolerance,
+            "halting_entropy": self.halting_entropy,
             "class_weights": None if weights is None else weights.tolist(),
             "learning_rate": self.learning_rate,
             "submodel_learning_rate": self.submodel_learning_rate,
@@ -594,6 +602,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     functional.check_choice("DACT: ponder", given["ponder"], PonderKind)
     functional.check_choice("DACT: halting", given["halting"], HaltingRule)
     functional.check_tolerance(given["halting_tolerance"])
+    functional.check_entropy(given["halting_entropy"])
     for name in ("lambda_reg", "exit_loss_weight", "weight_decay"):
         if not 0 <= given[name] < float("inf"):
             raise ValueError(f"DACT: {name} must be a finite number of 0 or more, got {given[name]}")

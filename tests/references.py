@@ -72,6 +72,12 @@ def binomial_upper_bound(faults, examples, confidence):
     return high
 
 
+def entropy_confidence(probabilities, threshold):
+    """The confidence that follows from one answer's entropy, as a share of the largest."""
+    entropy = -sum(q * math.log(q) for q in probabilities if q > 0) / math.log(len(probabilities))
+    return 1 / (1 + math.exp(-20 * (entropy - threshold)))
+
+
 def distillation_loss(probabilities, teacher):
     """The cross-entropy of one example's answer to what the teacher says."""
     return -sum(t * math.log(q) for q, t in zip(probabilities, teacher, strict=True))

@@ -194,3 +194,16 @@ A, P = functional.accumulate(Y, H)
 def test_wrong_input_is_refused_with_what_came(call, kind, message):
     with pytest.raises(kind, match=message):
         call()
+
+
+@given(
+    classes=st.integers(2, 9),
+    threshold=st.floats(0, 1),
+    seed=st.integers(0, 1000),
+    scale=st.sampled_from([0.0, 1.0, 50.0]),
+)
+def test_entropy_confidence_equals_its_naive_twin(classes, threshold, seed, scale):
+    y = (torch.randn(4, classes, generator=torch.Generator().manual_seed(seed)) * scale).softmax(dim=1)
+    h = functional.entropy_confidence(y, threshold)
+    expected = [references.entropy_confidence(row, threshold) for row in y.double().tolist()]
+    torch.testing.assert_close(h, torch.tensor(expected), atol=2e-5, rtol=1e-4)

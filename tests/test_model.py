@@ -371,7 +371,7 @@ def test_a_resumed_fit_goes_on(tmp_path):
 @pytest.mark.parametrize("build", [tiny_model, hugging_face_model])
 @pytest.mark.parametrize("share", [False, True])
 def test_save_pretrained_and_back(tmp_path, build, share):
-    model = build(share_submodels=share, halting_tolerance=0.1)
+    model = build(share_submodels=share, halting_tolerance=0.1, halting_entropy=0.6)
     model.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     again = DACT.from_pretrained(tmp_path / "model")
@@ -381,6 +381,29 @@ def test_save_pretrained_and_back(tmp_path, build, share):
         assert torch.equal(again(random_batch()).probabilities, model(random_batch()).probabilities)
     assert str(tmp_path) not in (tmp_path / "model" / "config.json").read_text()
     assert DACT.from_pretrained(tmp_path / "model", halting="never").halting == "never"
+
+
+def test_the_entropy_dial_moves_the_exits_and_leaves_training_alone():
+    torch.manual_seed(0)
+    model, batch = tiny_model(layers=5), random_batch(60)
+    with torch.no_grad():
+        for submodel in model.classifier:
+            submodel[-1].weight.mul_(10)
+        layers = []
+        for threshold in (0.0, 0.3, 0.6, 0.9, 1.0):
+            model.halting_entropy = threshold
+            output = model(batch)
+            y = output.layer_probabilities
+            expected = [[references.entropy_confidence(q, threshold) for q in row] for row in y.double().tolist()]
+            torch.testing.assert_close(output.h, torch.tensor(expected), atol=1e-4, rtol=1e-3)
+            layers.append(output.exit_layer.double().mean().item())
+    assert layers == sorted(layers, reverse=True)
+    assert layers[0] > 4
+    assert layers[-1] < 2
+    before = model.train()(batch).h
+    model.halting_entropy = None
+    torch.testing.assert_close(model(batch).h, before)
+    assert before.requires_grad, "the confidence g learns"
 
 
 def test_broken_files_are_clear_errors(tmp_path):
@@ -425,6 +448,7 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
         ({"halting": "later"}, ValueError, "got 'later'"),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
         ({"halting_tolerance": -0.1}, ValueError, r"\[0, 1\), got -0.1"),
+        ({"halting_entropy": 1.5}, ValueError, r"halting_entropy must be in \[0, 1\] or left out, got 1.5"),
         ({"lambda_reg": -1.0}, ValueError, "lambda_reg.*got -1.0"),
         ({"lambda_reg": float("nan")}, ValueError, "lambda_reg.*got nan"),
         ({"exit_loss_weight": -1.0}, ValueError, "exit_loss_weight"),
