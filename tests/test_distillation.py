@@ -12,6 +12,7 @@ from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tables import write_table
 from dact.data.text import word_tokenizer
 from dact.encoders import TransformerEncoder
+from dact.files import read_tensors
 from tests import references
 from tests.conftest import random_batch, tiny_model
 
@@ -165,6 +166,10 @@ def test_the_engine_trains_its_teacher_once(tmp_path, mode):
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     assert stored.stat().st_mtime_ns == before
-    assert [path.name for path in stored.parent.iterdir()] == [stored.name]
+    assert {path.name for path in stored.parent.iterdir()} == {stored.name, "encoder.safetensors"}
+    weights = read_tensors(stored.parent / "encoder.safetensors")[0]
+    started = again.start(again.make_model()).encoder.state_dict()
+    assert all(torch.equal(started[name], weight) for name, weight in weights.items())
+    assert not all(torch.equal(again.make_model().encoder.state_dict()[name], w) for name, w in weights.items())
     torch.testing.assert_close(batch["teacher"], data.teacher_probabilities[batch["row"]])
     torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))

@@ -9,6 +9,7 @@ from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
 from dact.encoders.base import pool_tokens
 from dact.encoders.huggingface import FAMILIES
 from dact.encoders.pretrained import resolve_pretrained
+from dact.files import read_tensors, write_tensors
 from tests.conftest import random_batch, scatter_exits, tiny_model
 
 LAYERS = 4
@@ -185,6 +186,27 @@ def test_half_precision_weights_are_taken_in_float32_and_dropout_is_on(tmp_path)
     encoder = HuggingFaceEncoder(str(tmp_path))
     assert {parameter.dtype for parameter in encoder.parameters()} == {torch.float32}
     assert all(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_an_encoder_starts_from_a_model_that_dact_trained(tmp_path, name):
+    model = DACT(encoder=encoder_of(name)).eval()
+    model.save_pretrained(tmp_path)
+    if name == "built-in":
+        with pytest.raises(ValueError, match="has an encoder that is not of Hugging Face"):
+            HuggingFaceEncoder(str(tmp_path))
+        return
+    batch = random_batch(3, 9, vocab=100)
+    with torch.no_grad():
+        assert torch.equal(HuggingFaceEncoder(str(tmp_path)).eval()(batch), model.encoder(batch))
+        if name != "albert-groups":  # whose groups depend on the number of layers
+            first = HuggingFaceEncoder(str(tmp_path), num_layers=1).eval()(batch)
+            torch.testing.assert_close(first, model.encoder(batch)[:, :1])
+    weights, _ = read_tensors(tmp_path / "model.safetensors")
+    lost = next(key for key in weights if key.startswith("encoder.model."))
+    write_tensors(tmp_path / "model.safetensors", {key: w for key, w in weights.items() if key != lost})
+    with pytest.raises(ValueError, match=r"lacks 1 weights of the encoder, such as"):
+        HuggingFaceEncoder(str(tmp_path))
 
 
 def test_the_packaged_minilm_loads():

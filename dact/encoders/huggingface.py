@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from transformers.masking_utils import create_bidirectional_mask, create_bidirec
 
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
+from dact.files import read_json, read_tensors
 from dact.functional import check_choice
 
 log = logging.getLogger(__name__)
@@ -148,7 +150,8 @@ class HuggingFaceEncoder(LayeredEncoder):
     float32 whatever the checkpoint holds; a head for another task is left aside, and the log says so.
 
     Args:
-        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package).
+        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package). The
+            ``model/`` folder that a fit of dact left serves, too: its encoder is taken.
         pooling: ``"mean"`` of the tokens or the ``"first"`` token. With the first token, the early layers of a
             sentence encoder hold little.
         num_layers: Keep only so many layers, counted from the first; all of them if left out.
@@ -267,6 +270,8 @@ def _quiet_transformers() -> Any:
 
 def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     source = resolve_pretrained(pretrained)
+    if _is_of_dact(Path(source)):
+        return _load_own(Path(source), num_layers, pretrained)
     try:
         config = AutoConfig.from_pretrained(source)
     except (OSError, ValueError) as error:
@@ -291,6 +296,29 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     heads = sorted({key.split(".")[0] for key in report["unexpected_keys"]} - {"encoder", "layers", "transformer"})
     if heads:
         log.info("%s: left aside what is not the encoder: %s", pretrained, ", ".join(heads))
+    return model
+
+
+def _is_of_dact(folder: Path) -> bool:
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
+    return isinstance(config, dict) and str(config.get("format", "")).startswith("dact/")
+
+
+def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrainedModel:
+    """The encoder of a model of dact."""
+    described = read_json(folder / "config.json").get("encoder") or {}
+    if described.get("type") != "HuggingFaceEncoder":
+        raise ValueError(f"the model of dact at pretrained={pretrained!r} has an encoder that is not of Hugging Face")
+    config = AutoConfig.for_model(**described["model"])
+    _keep_layers(config, num_layers, pretrained)
+    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
+    prefix = "encoder.model."
+    weights = {n.removeprefix(prefix): w for n, w in read_tensors(folder / "model.safetensors")[0].items()}
+    known = [name for name in model.state_dict() if not name.startswith("pooler.")]
+    absent = [name for name in known if name not in weights]
+    if absent:
+        raise ValueError(f"pretrained={pretrained!r} lacks {len(absent)} weights of the encoder, such as {absent[0]!r}")
+    model.load_state_dict({name: weights[name] for name in known}, strict=False)
     return model
 
 

@@ -52,7 +52,7 @@ from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.space import build_spaces, describe
 from dact.tuning.stopping import check_stop
 from dact.tuning.strategies import CurveSampler, LagPruner, SameLengthPruner
-from dact.tuning.teacher import teach
+from dact.tuning.teacher import Teacher, teach
 from dact.tuning.workers import run_side_by_side
 
 EncoderTraining = Literal["finetune", "frozen"]
@@ -98,7 +98,8 @@ class TuningEngine:
         promise: What early exit of the tuned model must keep, and with which confidence: then the tolerance is calibrated
             on examples that no study sees, half of the validation examples; see `dact.calibrate`.
         distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]. The teacher is
-            the model of the factory, fine-tuned at full depth once per run, unless the data has one of its own.
+            the model of the factory, fine-tuned at full depth once per run, and trials start from its encoder; unless the
+            data has a teacher of its own.
         compare_defaults: Whether the end also fits and measures what the factories make by default.
         log_dir: Where runs are kept.
         seed: Of everything.
@@ -345,7 +346,9 @@ class TuningEngine:
             if name in overrides:
                 overrides[name] = SubmodelConfig(**overrides[name])
         if self.encoder_training == "finetune":
-            return self.make_model(**overrides), self.make_data(**size)
+            return self.start(self.make_model(**overrides)), self.make_data(**size)
+        if "learning_rate" in overrides:  # it is that of the submodels: nothing else learns
+            overrides = {"submodel_learning_rate": None, **overrides}
         frozen = self._frozen
         model = type(frozen.base).from_config(frozen.base.config(), **{"encoder": frozen.base.encoder, **overrides})
         size = {"batch_size": frozen.batch_size, **size}
@@ -360,8 +363,14 @@ class TuningEngine:
                     f"TuningEngine: distillation needs 'teacher' in training batches, but {type(data).__name__} has no "
                     "teacher_probabilities: let it be a dact.data.text.TextDataModule"
                 )
-            data.teacher_probabilities = self._teacher
+            data.teacher_probabilities = self._teacher.probabilities
         return data
+
+    def start(self, model: DACT) -> DACT:
+        """Let a model start from the encoder of the run's own teacher, where there is one."""
+        if self.distillation and self._teacher.encoder is not None:
+            model.encoder.load_state_dict(self._teacher.encoder)
+        return model
 
     def plain_data(self, **overrides: Any) -> LightningDataModule:
         """A datamodule of the factory, without a teacher; with a promise, one that keeps examples for calibration from
@@ -391,8 +400,8 @@ class TuningEngine:
         return named
 
     @cached_property
-    def _teacher(self) -> torch.Tensor:
-        """What the teacher of this run says of the training examples; see `dact.tuning.teacher`."""
+    def _teacher(self) -> Teacher:
+        """The teacher of this run; see `dact.tuning.teacher`."""
         with self._alone("teacher", "it trains the teacher"):
             return teach(self, self.run_folder / "teacher", self._named_teacher)
 

@@ -41,7 +41,7 @@ def freeze(engine: TuningEngine, folder: Path) -> FrozenEncoder:
     """Warm up the encoder and compute its states into `folder`, or take what is there. One process at a time."""
     seed_trial(engine.seed)
     # Without a price for layers: here only the encoder learns what stays.
-    model, data = engine.make_model(lambda_reg=0.0), engine.make_data()
+    model, data = engine.start(engine.make_model(lambda_reg=0.0)), engine.make_data()
     data.prepare_data()
     data.setup("fit")
     taught_by = fingerprint_teacher(data)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
 
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
@@ -20,16 +22,26 @@ if TYPE_CHECKING:
     from dact.tuning.engine import TuningEngine
 
 
-def teach(engine: TuningEngine, folder: Path, named: str | None) -> torch.Tensor:
-    """Fine-tune a teacher and ask it, or read what an earlier one said. One process at a time.
+@dataclass(frozen=True)
+class Teacher:
+    """What the trials of a run learn from.
+
+    Args:
+        probabilities: ``[training examples, classes]``, in the order of the training examples.
+        encoder: The weights of its encoder, from which the trials start; None for a teacher that the data names.
+    """
+
+    probabilities: Tensor
+    encoder: dict[str, Tensor] | None
+
+
+def teach(engine: TuningEngine, folder: Path, named: str | None) -> Teacher:
+    """Fine-tune a teacher and ask it, or read what an earlier one left. One process at a time.
 
     Args:
         engine: The engine of the run.
-        folder: Where the answers are kept.
+        folder: Where its answers and its encoder are kept.
         named: A teacher that the data names, to be asked instead.
-
-    Returns:
-        Its class probabilities, ``[training examples, classes]``, in the order of the training examples.
     """
     seed_trial(engine.seed)
     model, data = engine.make_model().at_full_depth(), engine.plain_data()
@@ -38,30 +50,34 @@ def teach(engine: TuningEngine, folder: Path, named: str | None) -> torch.Tensor
     epochs = engine.trainer["max_epochs"]
     trained = f"{fingerprint_encoder(model.encoder)}/{epochs}/{engine.seed}"
     origin = f"{engine.data_fingerprint}/{trained if named is None else named}"
-    path = folder / "probabilities.safetensors"
-    if path.is_file():
-        tensors, metadata = read_tensors(path)
+    said, kept = folder / "probabilities.safetensors", folder / "encoder.safetensors"
+    if said.is_file() and (named is not None or kept.is_file()):
+        tensors, metadata = read_tensors(said)
         if metadata.get("origin") == origin:
-            return tensors["probabilities"]
-    probabilities = _train_and_ask(engine, model, data, folder, origin) if named is None else _ask(engine)
-    write_tensors(path, {"probabilities": probabilities}, {"origin": origin})
+            return Teacher(tensors["probabilities"], read_tensors(kept)[0] if named is None else None)
+    encoder = None
+    if named is None:
+        probabilities = _train_and_ask(engine, model, data, folder, origin)
+        encoder = {name: weight.cpu() for name, weight in model.encoder.state_dict().items()}
+        write_tensors(kept, encoder)
+    else:
+        probabilities = _ask(engine)
+    write_tensors(said, {"probabilities": probabilities}, {"origin": origin})  # last: it says that all is there
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
-    return probabilities
+    return Teacher(probabilities, encoder)
 
 
-def _ask(engine: TuningEngine) -> torch.Tensor:
+def _ask(engine: TuningEngine) -> Tensor:
     """What the teacher that the data names says."""
     data: Any = engine.data()
     data.prepare_data()
     data.setup("fit")
-    said: torch.Tensor = data.teacher_probabilities
+    said: Tensor = data.teacher_probabilities
     return said
 
 
-def _train_and_ask(
-    engine: TuningEngine, model: DACT, data: LightningDataModule, folder: Path, origin: str
-) -> torch.Tensor:
+def _train_and_ask(engine: TuningEngine, model: DACT, data: LightningDataModule, folder: Path, origin: str) -> Tensor:
     epochs = engine.trainer["max_epochs"]
     # A fit that was stopped goes on with the epoch that it was in.
     checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
