@@ -568,6 +568,16 @@ def test_features_are_the_states_of_the_encoder_and_are_computed_once(tmp_path):
     torch.testing.assert_close(load_file(path)["states"], states)
 
 
+def test_a_learning_rate_that_a_frozen_trial_chooses_is_that_of_the_submodels(tmp_path):
+    factory = partial(small_model, submodel_learning_rate=1e-9)
+    made = engine(tmp_path, model=factory, encoder_training="frozen", warm_up_epochs=0)
+    made._begin("run")
+    chosen, _ = made.build({"learning_rate": 0.5})
+    assert {group["lr"] for group in chosen._parameter_groups()} == {0.5}
+    given, _ = made.build({})
+    assert {group["lr"] for group in given._parameter_groups()} == {1e-9}
+
+
 def test_the_frozen_encoder_stays_as_the_warm_up_left_it(tmp_path):
     made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1, n_trials=1)
     _, model_path = made.run_pipeline("run")
