@@ -587,6 +587,8 @@ def main() -> None:
     while jobs or running:
         while len(running) < arguments.parallel:
             job = next((job for job in jobs if ready(job, folder)), None)
+            if job is None and jobs and not running:
+                raise SystemExit(f"{jobs[0][0]} needs the training {needed(jobs[0][0])}, which is not asked for")
             if job is None:
                 break  # what the others need is still being trained
             jobs.remove(job)

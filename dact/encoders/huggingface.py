@@ -308,7 +308,10 @@ def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrain
     """The encoder of a model of dact."""
     described = read_json(folder / "config.json").get("encoder") or {}
     if described.get("type") != "HuggingFaceEncoder":
-        raise ValueError(f"the model of dact at pretrained={pretrained!r} has an encoder that is not of Hugging Face")
+        raise ValueError(
+            f"the model of dact at pretrained={pretrained!r} has an encoder that is not of Hugging Face, but "
+            f"{described.get('type') or 'one of your own'}: load the whole model with DACT.from_pretrained"
+        )
     config = AutoConfig.for_model(**described["model"])
     _keep_layers(config, num_layers, pretrained)
     model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)

@@ -51,18 +51,18 @@ def teach(engine: TuningEngine, folder: Path, named: str | None) -> Teacher:
     trained = f"{fingerprint_encoder(model.encoder)}/{epochs}/{engine.seed}"
     origin = f"{engine.data_fingerprint}/{trained if named is None else named}"
     said, kept = folder / "probabilities.safetensors", folder / "encoder.safetensors"
-    if said.is_file() and (named is not None or kept.is_file()):
-        tensors, metadata = read_tensors(said)
-        if metadata.get("origin") == origin:
-            return Teacher(tensors["probabilities"], read_tensors(kept)[0] if named is None else None)
+    found = [read_tensors(path) for path in ([said, kept] if named is None else [said]) if path.is_file()]
+    # Both, since a crash may have left one of another origin.
+    if len(found) == (2 if named is None else 1) and all(metadata.get("origin") == origin for _, metadata in found):
+        return Teacher(found[0][0]["probabilities"], found[1][0] if named is None else None)
     encoder = None
     if named is None:
         probabilities = _train_and_ask(engine, model, data, folder, origin)
         encoder = {name: weight.cpu() for name, weight in model.encoder.state_dict().items()}
-        write_tensors(kept, encoder)
+        write_tensors(kept, encoder, {"origin": origin})
     else:
         probabilities = _ask(engine)
-    write_tensors(said, {"probabilities": probabilities}, {"origin": origin})  # last: it says that all is there
+    write_tensors(said, {"probabilities": probabilities}, {"origin": origin})
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
     return Teacher(probabilities, encoder)
