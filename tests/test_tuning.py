@@ -17,6 +17,7 @@ import optuna
 import pytest
 import torch
 import yaml
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
@@ -399,6 +400,32 @@ def test_winners_of_one_run_do_not_enter_another(tmp_path):
     assert made.classifier_config is None
     with pytest.raises(RuntimeError, match="classifier_config"):
         made.final_train("two")
+
+
+def test_trials_under_earlier_winners_count_no_more(tmp_path):
+    """The first study goes on, and another trial wins: what came after it was measured with another architecture."""
+    made = engine(tmp_path, n_trials=2)
+    made.joint_tune_study("run")
+    made.train_tune_study("run")
+    made.lambda_reg_study("run")
+    winner = tmp_path / "run" / "classifier_config.yaml"
+    config = yaml.safe_load(winner.read_text())
+
+    again = engine(tmp_path, n_trials=2)
+    again.train_tune_study("run")
+    assert len(study_of(tmp_path, "training").trials) == 2, "the same winner: nothing to do"
+
+    winner.write_text(yaml.safe_dump({**config, "hidden_units": config["hidden_units"] + 1}))
+    other = engine(tmp_path, n_trials=2)
+    other.display.console = Console(file=io.StringIO(), width=200)
+    chosen = other.train_tune_study("run")
+    trials = study_of(tmp_path, "training").trials
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 4
+    assert chosen == min(trials[2:], key=lambda trial: trial.value).params
+    assert "2 trials began under other winners and count no more" in other.display.console.file.getvalue()
+    other.lambda_reg_study("run")
+    assert len(study_of(tmp_path, "lambda_reg").trials) == 4
+    assert len(study_of(tmp_path, "submodels").trials) == 2, "nothing comes before the first study"
 
 
 # ------------------------------------------------------------------ time

@@ -253,7 +253,7 @@ def opened(folder):
     return studies.open_study(PLAN, studies.open_storage(None, folder), "studies.db", LagPruner())
 
 
-PLAN = studies.StudyPlan("run/submodels", ["minimize"], {"data": "x"}, ["run/submodels"])
+PLAN = studies.StudyPlan("run/submodels", ["minimize"], {"data": "x"}, ["run/submodels"], under="x")
 
 
 def test_a_trial_that_died_before_it_could_say_that_it_failed_is_whole(tmp_path):

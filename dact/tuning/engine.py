@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -74,7 +72,8 @@ class TuningEngine:
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
     All objectives are read on one validation split, at the epoch of the lowest val_loss. Everything lies in
-    ``log_dir/run_tag``; the same call again goes on where the last one stopped.
+    ``log_dir/run_tag``; the same call again goes on where the last one stopped. If an earlier study then has another
+    winner, trials of later studies that began under the old one stay on disk, but count no more.
 
     Args:
         output_dimension: Number of classes.
@@ -256,7 +255,7 @@ class TuningEngine:
             classifier_config and confidence_config, which ``SubmodelConfig(**config)`` accepts.
         """
         study = self._run_study("submodels", run_tag)
-        self.classifier_config, self.confidence_config = _submodel_configs(study.best_trial.params)
+        self.classifier_config, self.confidence_config = _submodel_configs(studies.best(study).params)
         configs = {"classifier_config": self.classifier_config, "confidence_config": self.confidence_config}
         self._conclude("submodels", study, configs)
         return self.classifier_config, self.confidence_config
@@ -269,7 +268,7 @@ class TuningEngine:
             external_config: arguments of the model and the data by name, and num_epochs.
         """
         study = self._run_study("training", run_tag)
-        self.external_config = dict(study.best_trial.params)
+        self.external_config = dict(studies.best(study).params)
         self._conclude("training", study, {"external_config": self.external_config})
         return self.external_config
 
@@ -316,7 +315,9 @@ class TuningEngine:
             return self._train_chosen(trial, stage, chosen)
 
     def _train_chosen(self, trial: BaseTrial, stage: str, chosen: Mapping[str, Any]) -> dict[str, float]:
-        settings = {**self._chosen_before(stage), **chosen}
+        before = self._chosen_before(stage)
+        trial.set_user_attr(studies.UNDER, studies.digest(before))
+        settings = {**before, **chosen}
         epochs = settings.pop("num_epochs", self.trainer["max_epochs"])
         folder = self.run_folder / stage
         setting = TrialSetting(stage, folder, self.trainer, self.seed, self._deadline)
@@ -438,7 +439,7 @@ class TuningEngine:
             model = self.model()
         except Exception:
             return None
-        return hashlib.sha256(json.dumps(model.config(), sort_keys=True).encode()).hexdigest()
+        return studies.digest(model.config())
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -476,11 +477,13 @@ class TuningEngine:
         finally:
             lock.release()
 
-    def _run_study(self, stage: str, run_tag: str) -> Study:
+    def _run_study(self, stage: str, run_tag: str) -> studies.ComparableStudy:
         """Run what is left of a study."""
         self._begin(run_tag)
         seconds = self._seconds()
         study = self._open(stage)
+        if study.left_out:
+            self.display.note(f"study {stage}: {study.left_out} trials began under other winners and count no more")
         if len(studies.finished(study)) < self.n_trials[stage]:
             shutil.rmtree(self._pictures(stage), ignore_errors=True)  # of fewer trials
             # Made before the clock of the study runs.
@@ -542,8 +545,9 @@ class TuningEngine:
             with tensorboard.writer(folder) as writer:
                 tensorboard.log_outcome(writer, {}, succeeded=False)
 
-    def _open(self, stage: str) -> Study:
+    def _open(self, stage: str) -> studies.ComparableStudy:
         assert self._tag is not None
+        self._read_winners()
         setting: dict[str, Any] = {
             "search space": describe(self.spaces[stage]),
             "data": self.data_fingerprint,
@@ -558,7 +562,11 @@ class TuningEngine:
         if self.encoder_training == "frozen":
             setting["warm_up_epochs"] = self.warm_up_epochs
         plan = studies.StudyPlan(
-            f"{self._tag}/{stage}", DIRECTIONS[stage], setting, [f"{self._tag}/{name}" for name in STAGES]
+            f"{self._tag}/{stage}",
+            DIRECTIONS[stage],
+            setting,
+            known=[f"{self._tag}/{name}" for name in STAGES],
+            under=studies.digest(self._chosen_before(stage)),
         )
         with self._alone("studies", "it opens the studies"), studies.quiet_optuna():
             storage = studies.open_storage(self.storage, self.run_folder)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from optuna import create_study
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
@@ -29,6 +30,10 @@ def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
+    # Optuna's history takes the numbers of trials for positions in their list, which here may begin late.
+    copy = create_study(directions=study.directions)
+    copy.add_trials([trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
+    study = copy
     drawings: dict[str, Callable[[], Any]] = {}
     if len(study.directions) == 1:
         drawings["optimization history"] = partial(draw.plot_optimization_history, study)

@@ -29,6 +29,7 @@ from optuna.storages import BaseStorage, RDBStorage
 from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
+from typing_extensions import override
 
 from dact.tuning.environment import root_cause
 from dact.tuning.objective import CAUSE, INTERRUPTED, TrialFailed
@@ -38,6 +39,7 @@ OWNER = "owner"  # user attribute: host, process id and start of the process tha
 RETRY_OF = "retry_of"  # user attribute: the number of the interrupted trial that this one runs again
 SEAL = "seal"  # user attribute: digest of what a trial that ended had found
 SETTING = "setting"  # user attribute of a study: what its trials have in common
+UNDER = "under"  # user attribute of a trial: digest of what the studies before had chosen when it began
 RETRIES = 3  # how often parameters run again whose process died under them
 HOPELESS = 5  # after so many failed trials and no other, a study ends
 POLL = 0.5  # seconds between two looks at what other processes do
@@ -147,15 +149,48 @@ class StudyPlan:
         directions: One for each objective.
         setting: What its trials have in common.
         known: The names of all studies of the run.
+        under: Digest of what the studies before have chosen.
     """
 
     name: str
     directions: Sequence[Literal["minimize", "maximize"]]
     setting: Mapping[str, Any]
     known: Sequence[str]
+    under: str
 
 
-def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna.pruners.BasePruner) -> Study:
+class ComparableStudy(Study):
+    """A study without the trials that ended under other winners of the studies before it: their values do not compare.
+
+    Args:
+        study: The study.
+        under: Digest of what the studies before have chosen.
+    """
+
+    def __init__(self, study: Study, under: str) -> None:
+        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
+        self._under = under
+
+    @override
+    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        # Everything asks this method: samplers, pruners, pictures, and get_trials.
+        return [trial for trial in super()._get_trials(*args, **kwargs) if self._compares(trial)]
+
+    @property
+    def left_out(self) -> int:
+        """How many trials it is without."""
+        return sum(not self._compares(trial) for trial in super()._get_trials(deepcopy=False))
+
+    def _compares(self, trial: FrozenTrial) -> bool:
+        return not trial.state.is_finished() or trial.user_attrs.get(UNDER, self._under) == self._under
+
+
+def digest(content: Any) -> str:
+    """A digest of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna.pruners.BasePruner) -> ComparableStudy:
     """Create a study or load it, and check what it holds. One process at a time.
 
     Raises:
@@ -184,7 +219,7 @@ def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna
     _check_seals(plan.name, trials, where)
     if stored is None and not trials:
         study.set_user_attr(SETTING, dict(plan.setting))
-        return study
+        return ComparableStudy(study, plan.under)
     if not isinstance(stored, Mapping):
         raise _damaged(where, f"the setting of {plan.name} is missing")
     different = ", ".join(key for key in plan.setting if key in stored and stored[key] != plan.setting[key])
@@ -193,7 +228,7 @@ def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna
             f"the study {plan.name} in {where} was made with another {different}; trials of both would not compare. Take "
             f"another run_tag, or the {different} of then"
         )
-    return study
+    return ComparableStudy(study, plan.under)
 
 
 def _is_out_of_reach(error: BaseException | None) -> bool:
@@ -211,7 +246,7 @@ def _seal(study: str, trial: FrozenTrial, state: TrialState, values: Sequence[fl
     attributes = {name: value for name, value in trial.user_attrs.items() if name != SEAL}
     content = [study, trial.number, state.name, list(values or []), trial.params, attributes]
     content.append(sorted(trial.intermediate_values.items()))
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return digest(content)
 
 
 def _check_seals(study: str, trials: Sequence[FrozenTrial], where: str) -> None:
@@ -264,6 +299,15 @@ def completed(study: Study) -> list[FrozenTrial]:
         f"{study.study_name}: none of its {len(others)} trials finished. The first cause: "
         f"{causes[0] if causes else 'unknown'}"
     )
+
+
+def best(study: Study) -> FrozenTrial:
+    """The completed trial of the lowest value.
+
+    Raises:
+        RuntimeError: If none completed; see `completed`.
+    """
+    return min(completed(study), key=lambda trial: trial.values[0])
 
 
 def owner() -> list[Any]:
