@@ -15,6 +15,10 @@ kind-λ or kind-λ-layers:
     dact        DACT, all weights jointly
     distilled   DACT, taught likewise
     heldout     DACT on three quarters of the examples, then its confidence alone on the rest
+    crossfit    DACT, then its confidence alone, by what models trained on three quarters say of the fourth (4 folds)
+    shared, first, ponder, warm, self
+                `distilled` in one respect otherwise: one pair of heads for all layers; the first token as pooling;
+                ponder="h"; starting from all weights of `taught`; exits taught by its own full depth, not by a teacher
 
 Every training is a process of its own and leaves its model and what its layers say of the validation and test examples;
 a stopped run goes on where it stopped. Thresholds, tolerances and operating points are chosen on validation data: for
@@ -71,6 +75,13 @@ METHODS = [
     "distilled-0.05-4",
 ]
 HELD_OUT = 0.25  # of the training examples, for the confidence alone
+VARIANTS = {  # of `distilled`
+    "shared": "shared heads",
+    "first": "first token",
+    "ponder": "ponder='h'",
+    "warm": "from the multi-exit",
+    "self": "self-distilled",
+}
 
 
 # ---------------------------------------------------------------------- training
@@ -88,6 +99,24 @@ class MultiExit(DACT):
         return (1 - self.distillation) * loss + self.distillation * taught
 
 
+class SelfTaught(DACT):
+    """The exits learn from the model's own answer at full depth."""
+
+    def _distill(self, batch: Any, answer: Tensor, logits: Tensor, full_loss: Tensor, exit_loss: Tensor) -> Any:
+        taught = functional.distillation_loss(logits.log_softmax(dim=-1), answer.detach())
+        return full_loss, (1 - self.distillation) * exit_loss + self.distillation * taught
+
+
+class CrossFitted(DACT):
+    """The confidence alone learns, by classifications of models that have not seen the example."""
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        _, h = self._submodels(batch)
+        a, p = functional.accumulate(batch["unseen"], h)
+        ponder_cost = functional.ponder_cost(p, h, self.ponder)
+        return functional.task_loss(a[:, -1], batch["labels"]) + self._warm_lambda() * ponder_cost
+
+
 def make_data(arguments: argparse.Namespace, **more: Any) -> Any:
     if arguments.data == "embedded":
         sizes = {} if arguments.num_train is None else {"num_train": arguments.num_train}
@@ -99,7 +128,7 @@ def make_model(arguments: argparse.Namespace, kind: type[DACT] = DACT, layers: i
     if arguments.data == "embedded":
         encoder: Any = TransformerEncoder(42, layers, 32, 2, slopes=(2.0, 2.0))
         return kind(encoder=encoder, classifier=HEAD, confidence=HEAD, learning_rate=2e-3, **more)
-    encoder = HuggingFaceEncoder(MINILM, num_layers=layers)
+    encoder = HuggingFaceEncoder(MINILM, num_layers=layers, pooling=more.pop("pooling", "mean"))
     # Plain fine-tuning has one rate; many heads in little time need a larger one than the encoder.
     rates = {"learning_rate": 1e-4, "submodel_learning_rate": 1e-3, **more}
     return kind(encoder=encoder, classifier=HEAD, confidence=HEAD, **rates)
@@ -131,12 +160,10 @@ def parse(method: str) -> tuple[str, str, int]:
 
 def needed(method: str) -> str | None:
     """The training that another one starts from: its teacher, or the multi-exit model that it learns when to leave."""
-    return {
-        "student": f"depth-{LAYERS}",
-        "taught": f"depth-{LAYERS}",
-        "distilled": f"depth-{LAYERS}",
-        "frozen": "taught",
-    }.get(parse(method)[0])
+    kind = parse(method)[0]
+    if kind in ("frozen", "warm"):
+        return "taught"
+    return f"depth-{LAYERS}" if kind in ("student", "taught", "distilled", *VARIANTS) else None
 
 
 def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -> None:
@@ -155,17 +182,25 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
     elif kind in ("multiexit", "taught"):
         model = make_model(arguments, MultiExit, distillation=0.5 if kind == "taught" else 0.0)
     else:
+        changes = {
+            "shared": {"share_submodels": True},
+            "first": {"pooling": "first"},
+            "ponder": {"ponder": "h"},
+            "self": {"kind": SelfTaught},
+            "crossfit": {"kind": CrossFitted},
+        }.get(kind, {})
         distillation = 0.5 if needed(method) else 0.0
-        model = make_model(arguments, layers=layers, lambda_reg=float(value), distillation=distillation)
+        model = make_model(arguments, layers=layers, lambda_reg=float(value), distillation=distillation, **changes)
     if needed(method) == f"depth-{LAYERS}":  # whoever has a teacher starts from its encoder
-        start_from(model, folder / f"depth-{LAYERS}.{seed}" / "model")
+        start_from(model.encoder, folder / f"depth-{LAYERS}.{seed}" / "model", "encoder.")
+    elif needed(method) == "taught":
+        start_from(model.encoder, folder / f"taught.{seed}" / "model", "encoder.")
+        start_from(model.classifier, folder / f"taught.{seed}" / "model", "classifier.")
     if kind == "heldout":
         fit_with_held_out(model, data, arguments, seed)
+    elif kind == "crossfit":
+        fit_with_cross_fitting(model, data, arguments, seed)
     elif kind == "frozen":
-        weights, _ = read_tensors(folder / f"taught.{seed}" / "model" / "model.safetensors")
-        model.load_state_dict(
-            {name: weight for name, weight in weights.items() if not name.startswith("confidence")}, strict=False
-        )
         data.setup("fit")
         fit_confidence(model, data, arguments)
     else:
@@ -197,12 +232,10 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
     write_tensors(home / "said.safetensors", said, {"seconds": f"{seconds:.1f}"})
 
 
-def start_from(model: DACT, folder: Path) -> None:
-    """Give the model the layers of another encoder, as far as it has them."""
+def start_from(part: nn.Module, folder: Path, prefix: str) -> None:
+    """Give a part of a model the weights of another model's, as far as it has such layers."""
     weights, _ = read_tensors(folder / "model.safetensors")
-    known = model.encoder.state_dict()
-    found = {name.removeprefix("encoder."): weight for name, weight in weights.items() if name.startswith("encoder.")}
-    model.encoder.load_state_dict({name: found[name] for name in known})
+    part.load_state_dict({name: weights[prefix + name] for name in part.state_dict()})
 
 
 def fit_with_held_out(model: DACT, data: Any, arguments: argparse.Namespace, seed: int) -> None:
@@ -218,13 +251,42 @@ def fit_with_held_out(model: DACT, data: Any, arguments: argparse.Namespace, see
     fit_confidence(model, data, arguments)
 
 
-def fit_confidence(model: DACT, data: Any, arguments: argparse.Namespace, epochs: int = 20) -> None:
+def fit_with_cross_fitting(model: DACT, data: Any, arguments: argparse.Namespace, seed: int) -> None:
+    """All of the model on all examples; then its confidence alone, by classifications of models that have not seen the
+    example."""
+    data.prepare_data()
+    data.setup("fit")
+    items = data._encoded["train"]
+    order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
+    unseen = torch.zeros(len(items), model.encoder.num_layers, model.output_dimension)
+    for fold in range(4):
+        held, rest = order[fold::4], [row for row in order if row not in set(order[fold::4])]
+        other = make_model(arguments, layers=model.encoder.num_layers, lambda_reg=model.lambda_reg)
+        data._encoded["train"] = [items[row] for row in rest]
+        fit(other, arguments, arguments.epochs, data)
+        other.eval()
+        for start in range(0, len(held), 64):
+            rows = held[start : start + 64]
+            with torch.no_grad():
+                unseen[rows] = other.full_depth(data.collate([items[row] for row in rows])).layer_probabilities
+    data._encoded["train"] = items
+    whole = make_model(arguments, layers=model.encoder.num_layers, lambda_reg=model.lambda_reg)
+    fit(whole, arguments, arguments.epochs, data)
+    model.load_state_dict(whole.state_dict())
+    fit_confidence(model, data, arguments, unseen=unseen)
+
+
+def fit_confidence(
+    model: DACT, data: Any, arguments: argparse.Namespace, epochs: int = 20, unseen: Tensor | None = None
+) -> None:
     """The confidence alone, on the states that the encoder has for the training examples."""
     model.eval()
     batches = []
     with torch.no_grad():
         for batch in data.train_dataloader():
             kept = {name: batch[name] for name in ("labels", "teacher") if name in batch}
+            if unseen is not None:
+                kept["unseen"] = unseen[batch["row"]]
             batches.append({"states": model.encoder(batch), **kept})
     model.encoder.requires_grad_(False)
     model.classifier.requires_grad_(False)
@@ -314,11 +376,17 @@ FAMILIES = {  # what the table calls a kind of training with a rule
     "DACT, halting_entropy": ("dact", "dial"),
     "DACT's y_n, entropy": ("dact", "entropy"),
     "DACT held out, exact": ("heldout", "exact"),
+    "DACT cross-fitted, exact": ("crossfit", "exact"),
     "DACT on the multi-exit distilled, exact": ("frozen", "exact"),
     "DACT distilled, exact": ("distilled", "exact"),
     "DACT distilled, paper": ("distilled", "paper"),
     "DACT distilled, halting_entropy": ("distilled", "dial"),
     "DACT distilled, y_n's entropy": ("distilled", "entropy"),
+    **{
+        f"DACT distilled, {name}, {label}": (kind, rule)
+        for kind, name in VARIANTS.items()
+        for rule, label in (("exact", "exact"), ("dial", "halting_entropy"))
+    },
 }
 
 
@@ -544,8 +612,11 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
     table = collect(folder, methods, range(arguments.seeds))
     data = make_data(arguments)
     data.setup("test")
+    timed: dict[str, dict[str, float]] = {}  # of the first seed, by its choice, which two rows may share
     for point in [] if arguments.untimed else [point for points in table.values() for point in points]:
-        point["texts_per_second"] = throughput(folder, point, 0, data)
+        choice = str(point["choices"][0])
+        timed[choice] = timed.get(choice) or throughput(folder, point, 0, data)
+        point["texts_per_second"] = timed[choice]
     full = table["full depth"][0]
     chosen = next(point for point in table[BEST] if point["budget"] == 3.5)
     found = {
