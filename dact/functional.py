@@ -173,9 +173,10 @@ def can_halt(
         raise ValueError(
             f"remaining must be one number or have the shape [batch] = {list(p.shape)}, got {list(remaining.shape)}"
         )
-    d = torch.as_tensor(remaining, device=a.device).expand(p.shape)
     if isinstance(remaining, int) and remaining < 0:
         raise ValueError(f"remaining counts the layers still to run and cannot be negative, got {remaining}")
+    # Filled in on the device: a number that is copied to a GPU makes the host wait.
+    d = remaining.to(a.device) if isinstance(remaining, Tensor) else torch.full_like(p, remaining, dtype=torch.int64)
     if rule == "never":
         return d == 0
     # d is on the device; an upper bound of N per example serves where the caller does not know N.

@@ -103,7 +103,7 @@ def early_exit(
     # Back into the order of the batch.
     back = torch.empty(len(order), dtype=torch.int64)
     back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
-    back = back.to(mask.device)
+    back = _send(back, mask.device)
 
     def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
         return None if tensors[0] is None else torch.cat([t for t in tensors if t is not None])[back]
@@ -209,17 +209,23 @@ def _run_window(
         if unit.rule == "never":
             continue
         done = can_halt(a, p, unit.num_layers - n, unit.rule, unit.tolerance, num_layers=unit.num_layers)
-        keep = (~done).tolist()  # the only wait for a GPU in a layer
+        done = done.cpu()  # the only wait for a GPU in a layer
+        keep = (~done).tolist()
         if all(keep):
             continue
-        leaving = done.nonzero().flatten()
+        leaving = _send(done.nonzero().flatten(), rows.device)
         answers[rows[leaving]], exits[rows[leaving]] = a[leaving], n
         if not any(keep):
             break
-        staying = (~done).nonzero().flatten()
+        staying = _send((~done).nonzero().flatten(), rows.device)
         rows, a, p = rows[staying], a[staying], p[staying]
         groups = _regroup(groups, keep, step)
     return Exits(answers, exits, all_y, all_h)
+
+
+def _send(index: Tensor, device: torch.device) -> Tensor:
+    """An index of the CPU on `device`; the host does not wait until it is there."""
+    return index.to(device, non_blocking=True)
 
 
 def _cut(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
@@ -242,7 +248,7 @@ def _embed(
     groups = []
     for run in _cut(range(len(examples)), lengths, step):
         longest, rows = lengths[run[-1]], [examples[i][0] for i in run]
-        index = None if rows == list(range(len(mask))) else torch.tensor(rows, device=mask.device)
+        index = None if rows == list(range(len(mask))) else _send(torch.tensor(rows), mask.device)
 
         def pick(tensor: Tensor, longest: int = longest, index: Tensor | None = index) -> Tensor:
             cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
@@ -280,7 +286,7 @@ def _regroup(groups: list[_Group], keep: list[bool], step: int) -> list[_Group]:
 def _select(group: _Group, kept: list[int]) -> _Group:
     lengths = [group.lengths[i] for i in kept]
     longest = max(lengths)
-    index = torch.tensor(kept, device=group.hidden.device)
+    index = _send(torch.tensor(kept), group.hidden.device)
     return _Group(
         group.hidden[:, :longest].index_select(0, index), group.mask[:, :longest].index_select(0, index), lengths
     )

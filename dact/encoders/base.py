@@ -98,7 +98,7 @@ def attention_mask(batch: Batch) -> Tensor:
         raise ValueError(
             f"attention_mask must have the shape of input_ids {list(ids.shape)} [batch, length], got {list(mask.shape)}"
         )
-    empty = (mask.sum(dim=1) == 0).nonzero().flatten().tolist()
+    empty = [row for row, tokens in enumerate(mask.sum(dim=1).tolist()) if not tokens]
     if empty:
         raise ValueError(f"rows {empty} of the batch are all padding: each example needs at least one token")
     return mask

@@ -1,0 +1,78 @@
+"""On a second device: nothing is made on the wrong one, and the host waits once per layer. (See `pretend_device`.)"""
+
+import pytest
+import torch
+
+from dact import functional
+from tests.conftest import random_batch, scatter_exits, tiny_model
+from tests.pretend_device import DEVICE, SecondDevice, There, move
+from tests.test_encoders import ALL, LAYERS, encoder_of
+
+BATCH = random_batch(40, 24, vocab=100)
+
+
+def on_second_device(batch):
+    return {name: There(tensor) for name, tensor in batch.items()}
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_early_exit_answers_there_as_on_the_cpu(name):
+    model = tiny_model(encoder=encoder_of(name), step_tokens=96)
+    here, full = model.early_exit(BATCH), model(BATCH)
+    with SecondDevice():
+        move(model)
+        there, full_there = model.early_exit(on_second_device(BATCH)), model(on_second_device(BATCH))
+        assert there.exit_layer.device == DEVICE
+        assert there.exit_layer.tolist() == here.exit_layer.tolist()
+        torch.testing.assert_close(there.probabilities.cpu(), here.probabilities)
+        assert full_there.exit_layer.tolist() == full.exit_layer.tolist()
+    assert len(here.exit_layer.unique()) > 1
+
+
+@pytest.mark.parametrize("rule", ["exact", "paper"])
+@torch.no_grad()
+def test_the_host_waits_once_per_layer_however_many_groups_there_are(rule):
+    waits = []
+    for step_tokens in (24, 10_000):  # a group for each example, and one for all
+        model = scatter_exits(
+            tiny_model(LAYERS, vocab=100, step_tokens=step_tokens, window_tokens=10_000, halting=rule)
+        )
+        with SecondDevice() as device:
+            move(model).early_exit(on_second_device(BATCH))
+        waits.append(device.waits)
+    assert waits == [2 + LAYERS - 1] * 2, "for the mask, for the lengths, and for who may leave each layer but the last"
+
+
+@torch.no_grad()
+def test_losses_and_streams_are_there():
+    model = tiny_model(vocab=100, class_weights=[1.0, 2.0, 1.0])
+    with SecondDevice():
+        move(model)
+        batch = on_second_device({**BATCH, "teacher": torch.rand(40, 3).softmax(dim=1)})
+        logits, h = model._submodels(batch)
+        a, p = functional.accumulate(logits.softmax(dim=-1), h)
+        losses = [
+            functional.task_loss(a[:, -1], batch["labels"], model.class_weights),
+            functional.exit_loss(logits, batch["labels"], model.class_weights),
+            functional.ponder_cost(p, h),
+            *model._distill(batch, a[:, -1], logits, *torch.zeros(2)),
+        ]
+        assert {loss.device for loss in losses} == {DEVICE}
+        assert [len(out.exit_layer) for out in model.stream([batch] * 3)] == [40] * 3
+
+
+@torch.no_grad()
+def test_the_pretended_device_minds_what_a_gpu_minds():
+    with SecondDevice() as device:
+        there = There(torch.ones(3))
+        with pytest.raises(AssertionError, match="mixes devices"):
+            there + torch.ones(3)
+        assert (there + torch.tensor(1.0)).device == DEVICE, "a single number may come along"
+        assert device.waits == 0
+        assert there.sum().item() == 3
+        assert there.cpu().tolist() == [1, 1, 1]
+        torch.tensor([1], device=DEVICE)
+        assert device.waits == 3
+        torch.tensor([1]).to(DEVICE, non_blocking=True)
+        assert device.waits == 3
