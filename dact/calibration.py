@@ -12,9 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from dact import functional
-from dact.encoders.base import Batch
+from dact.encoders.base import Batch, move
 from dact.files import DurableCheckpointIO, read_checkpoint
-from dact.model import DACT
+from dact.model import CALIBRATED_UNDER, DACT
 
 GRID = tuple(step / 100 for step in range(100))  # the tolerances that are tried, in their order
 
@@ -130,18 +130,17 @@ def calibrate(
     found = choose_tolerance(answers, promise, model.halting)
     before = model.calibration
     instead_of = model.halting_tolerance if before is None else before["instead_of"]
-    model.calibration = {**asdict(found), "instead_of": instead_of}
+    under = {name: getattr(model, name) for name in CALIBRATED_UNDER}
+    model.calibration = {**asdict(found), "instead_of": instead_of, **under}
     model.halting_tolerance = found.halting_tolerance
     return found
 
 
 def store_in_checkpoint(path: Path, model: DACT) -> None:
-    """Let a checkpoint of `model` know its tolerance and its calibration."""
+    """Let a checkpoint of `model` know how it halts, and its calibration."""
     checkpoint = read_checkpoint(path)
-    checkpoint["hyper_parameters"] |= {
-        "halting_tolerance": model.halting_tolerance,
-        "calibration": model.calibration,
-    }
+    known = ("halting_tolerance", "calibration", *CALIBRATED_UNDER)
+    checkpoint["hyper_parameters"] |= {name: getattr(model, name) for name in known}
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 
@@ -198,7 +197,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
-        output = model.full_depth({name: tensor.to(model.device) for name, tensor in batch.items()})
+        output = model.full_depth(move(batch, model.device))
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)

@@ -66,7 +66,7 @@ class SavePretrained(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        directory = trainer.log_dir
+        directory = _fit_folder(trainer)
         if (
             not trainer.is_global_zero
             or directory is None
@@ -82,6 +82,15 @@ class SavePretrained(Callback):
         if tokenizer is not None:
             tokenizer.save_pretrained(str(folder))
         rank_zero_info(f"The model is in {folder}")
+
+
+def _fit_folder(trainer: Trainer) -> str | None:
+    """Where a fit leaves its files: beside the folder ``checkpoints``, or else where its first logger writes."""
+    # log_dir is that of one fit for TensorBoard and csv alone; other loggers have one folder for all fits.
+    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
+    if checkpoints is not None and "://" not in str(checkpoints) and Path(checkpoints).name == "checkpoints":
+        return str(Path(checkpoints).parent)
+    return trainer.log_dir
 
 
 def _own(model: DACT) -> Any:
@@ -113,6 +122,11 @@ class PredictionWriter(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
             raise ValueError(f"predictions go to one file: use one device, not {trainer.world_size}")
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if stage == "predict" and not isinstance(getattr(data, "splits", None), Mapping):
+            raise ValueError(
+                f"predictions are written for data of dact.data, whose batches know their row, not for {type(data).__name__}"
+            )
 
     @override
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

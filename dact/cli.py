@@ -21,7 +21,7 @@ from dact.calibration import Promise, calibrate, describe, store_in_checkpoint
 from dact.callbacks import ExitPlots, PredictionWriter, SavePretrained
 from dact.console import quiet_command, quiet_threads
 from dact.files import DurableCheckpointIO
-from dact.model import CONFIG_NAME, DACT
+from dact.model import CALIBRATED_UNDER, CONFIG_NAME, DACT
 
 USAGE_ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, MisconfigurationException)
 
@@ -50,7 +50,8 @@ class DACTTrainer(Trainer):
     ) -> None:
         """Find the halting tolerance that keeps a promise, and store it in the checkpoint and in model/ beside it.
 
-        Asked are the validation examples: the promise holds as far as nothing was chosen by them.
+        Asked are the validation examples: the promise holds as far as nothing was chosen by them. The halting rule and
+        halting_entropy are those of the configuration.
 
         Args:
             model: The model.
@@ -63,13 +64,15 @@ class DACTTrainer(Trainer):
         """
         path = Path(ckpt_path)
         own = model.encoder if model.encoder.config() is None else None
-        fitted = DACT.load_from_checkpoint(path, encoder=own).to(self.strategy.root_device)
+        rule = {name: getattr(model, name) for name in CALIBRATED_UNDER}
+        fitted = DACT.load_from_checkpoint(path, encoder=own, **rule).to(self.strategy.root_device)
         promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
         found = calibrate(fitted, datamodule, **asdict(promise))
         store_in_checkpoint(path, fitted)
         print(describe(found, fitted.encoder.num_layers))
         beside = path.parent.parent / "model"
         if not (beside / CONFIG_NAME).is_file():
+            print(f"there is no model in {beside}: only the checkpoint knows the tolerance")
             return
         weights = DACT.from_pretrained(beside, encoder=own).state_dict()
         if all(torch.equal(tensor.cpu(), weights[name]) for name, tensor in fitted.state_dict().items()):
@@ -127,8 +130,13 @@ class DACTCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "tune":
             self._tune()
-        else:
-            super()._run_subcommand(subcommand)
+            return
+        if subcommand in ("validate", "test", "predict") and self._get(self.config, "ckpt_path") is None:
+            raise ValueError(
+                f"dact {subcommand} needs --ckpt_path, the checkpoint of a fit, such as "
+                "lightning_logs/version_0/checkpoints/best.ckpt: without one the model has learned nothing"
+            )
+        super()._run_subcommand(subcommand)
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:

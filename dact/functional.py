@@ -29,6 +29,7 @@ PonderKind = Literal["p", "h"]
 # Below this a probability no longer changes the task loss. It keeps 1 / a and the sums of it finite in float32
 # (whose largest number is 3e38), and is far under the smallest probability that a trained softmax gives (e^-69).
 SMALLEST_PROBABILITY = 1e-30
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices on which the halting rule cannot be computed; the CPU does it for them
 # How sharply `entropy_confidence` turns from 0 to 1. Between 10 and 40 results hardly differ (benchmarks/README.md).
 ENTROPY_SLOPE = 20.0
 
@@ -175,6 +176,9 @@ def can_halt(
         )
     if isinstance(remaining, int) and remaining < 0:
         raise ValueError(f"remaining counts the layers still to run and cannot be negative, got {remaining}")
+    if a.device.type in WITHOUT_FLOAT64:
+        remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
+        return can_halt(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers=num_layers).to(a.device)
     # Filled in on the device: a number that is copied to a GPU makes the host wait.
     d = remaining.to(a.device) if isinstance(remaining, Tensor) else torch.full_like(p, remaining, dtype=torch.int64)
     if rule == "never":

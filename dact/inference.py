@@ -89,6 +89,7 @@ def early_exit(
         The answers and exit layers, in the order of `batch`.
     """
     mask = encoder.mask(batch)
+    batch = {name: entry for name, entry in batch.items() if isinstance(entry, Tensor)}  # nothing else has rows to pick
     if len(mask) == 0:
         raise ValueError("early exit needs at least one example, got a batch of 0")
     step, window = budget(mask.device, step_tokens, window_tokens)
@@ -142,6 +143,7 @@ def stream(batches: Iterable[Batch], run: Callable[[Batch], Exits], window_token
 
 def _run_together(batches: list[Batch], run: Callable[[Batch], Exits]) -> Iterator[Exits]:
     longest = max(batch["input_ids"].shape[1] for batch in batches)
+    batches = [{name: entry for name, entry in batch.items() if isinstance(entry, Tensor)} for batch in batches]
     names = set.intersection(*(set(batch) for batch in batches))
     if any("attention_mask" not in batch for batch in batches):
         batches = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]

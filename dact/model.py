@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 from dact import encoders, functional, inference
 from dact.encoders.base import Batch, LayeredEncoder
-from dact.files import read_checkpoint, read_json, read_tensors, write_json, write_tensors
+from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.functional import HaltingRule, PonderKind
 from dact.metrics import ExitHistogram, LayerAccuracy, MeanExitLayer
 from dact.submodels import SubmodelConfig, Submodels, start_undecided
@@ -26,6 +26,7 @@ from dact.submodels import SubmodelConfig, Submodels, start_undecided
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/1"
+CALIBRATED_UNDER = ("halting", "halting_entropy")  # what else decides when an example halts, beside the tolerance
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,12 @@ class DACTOutput:
     layer_probabilities: Tensor | None = None
     h: Tensor | None = None
     p: Tensor | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
+        """The output with its tensors moved or cast as `torch.Tensor.to` does it; the Trainer moves predictions so."""
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: tensor.to(*args, **kwargs) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **moved)
 
 
 class DACT(LightningModule):
@@ -312,7 +319,8 @@ class DACT(LightningModule):
             nn.init.zeros_(last.weight)
             nn.init.constant_(last.bias, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
-        self.lambda_reg, self.exit_loss_weight, self.distillation, self.halting = 0.0, 0.0, 0.0, "never"
+        self.lambda_reg, self.exit_loss_weight, self.distillation = 0.0, 0.0, 0.0
+        self.halting, self.halting_entropy = "never", None
         return self
 
     def _measure(
@@ -401,7 +409,10 @@ class DACT(LightningModule):
     def on_fit_start(self) -> None:
         if self.calibration is not None:  # its promise was made for other weights
             self.halting_tolerance, self.calibration = self.calibration["instead_of"], None
-        # Known once per fit; infinite for an endless fit, in which nothing warms up or decays.
+
+    def on_train_start(self) -> None:
+        # Known once per training, also one of Lightning's own search for a batch size or learning rate; infinite for an
+        # endless fit, in which nothing warms up or decays.
         self._steps = self._total_steps()
 
     def _warm_lambda(self) -> float:
@@ -486,8 +497,15 @@ class DACT(LightningModule):
             arguments["encoder"] = encoders.from_config(arguments.get("encoder"))
         model = cls(**arguments)
         if calibration is not None and model.halting_tolerance == calibration["halting_tolerance"]:
-            model.calibration = calibration
+            if model._is_calibrated_by(calibration):
+                model.calibration = calibration
+            elif "halting_tolerance" not in overrides:
+                model.halting_tolerance = calibration["instead_of"]
         return model
+
+    def _is_calibrated_by(self, calibration: Mapping[str, Any]) -> bool:
+        """Whether a promise was made for the rule by which this model halts."""
+        return all(calibration.get(name, getattr(self, name)) == getattr(self, name) for name in CALIBRATED_UNDER)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.config()
@@ -497,9 +515,18 @@ class DACT(LightningModule):
         stored = checkpoint.get("hyper_parameters", {}).get("class_names")
         if self.class_names is None:
             self.class_names = stored
+        elif stored is not None and list(stored) != self.class_names:
+            raise ValueError(
+                f"the checkpoint has the classes {', '.join(stored)}, in this order, but here they are "
+                f"{', '.join(self.class_names)}: give the data class_names={list(stored)}, or train anew"
+            )
         calibration = checkpoint.get("hyper_parameters", {}).get("calibration")
         # A tolerance that was changed since is the user's own.
-        if calibration is not None and self.halting_tolerance == calibration["instead_of"]:
+        if (
+            calibration is not None
+            and self.halting_tolerance == calibration["instead_of"]
+            and self._is_calibrated_by(calibration)
+        ):
             self.halting_tolerance, self.calibration = calibration["halting_tolerance"], calibration
 
     def _check_weights(self, weights: Mapping[str, Tensor], what: str) -> None:
@@ -524,14 +551,16 @@ class DACT(LightningModule):
         checkpoint_path: str | Path,
         map_location: Any = "cpu",
         *,
+        weights_only: bool | None = None,
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> DACT:
         """The model of a checkpoint, under torch's weights-only loading and without a look at `pretrained`.
 
         Args:
-            checkpoint_path: What the Trainer's checkpointing wrote.
+            checkpoint_path: What the Trainer's checkpointing wrote: a file, or an address such as ``s3://…``.
             map_location: As for `torch.load`.
+            weights_only: Never False: a checkpoint of dact holds data alone.
             encoder: Needed only for an encoder of your own: one built as it was for training.
             **overrides: Replace constructor arguments, such as ``halting_tolerance=0.3``.
 
@@ -539,20 +568,19 @@ class DACT(LightningModule):
             FileNotFoundError: If there is no such file.
             ValueError: If the file cannot be read, is no checkpoint of DACT, or does not fit.
         """
-        path = Path(checkpoint_path)
-        if not path.is_file():
-            raise FileNotFoundError(f"there is no checkpoint at {path}")
-        checkpoint = read_checkpoint(path, map_location)
+        if weights_only is False:
+            raise ValueError("weights_only=False would let a checkpoint run code; those of dact load without")
+        checkpoint = DurableCheckpointIO().load_checkpoint(checkpoint_path, map_location, weights_only=True)
         if not {"hyper_parameters", "state_dict"} <= checkpoint.keys():
             raise ValueError(
-                f"{path} is no checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}"
+                f"{checkpoint_path} is no checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}"
             )
         config, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
         if encoder is not None:
             overrides["encoder"] = encoder
-        return cls.from_config(config, **overrides)._load_weights(weights, path, map_location)
+        return cls.from_config(config, **overrides)._load_weights(weights, checkpoint_path, map_location)
 
-    def _load_weights(self, weights: Mapping[str, Tensor], path: Path, device: Any) -> DACT:
+    def _load_weights(self, weights: Mapping[str, Tensor], path: str | Path, device: Any) -> DACT:
         self._check_weights(weights, str(path))
         self.load_state_dict(weights)
         return self.to(device) if isinstance(device, (str, torch.device)) else self

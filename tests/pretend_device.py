@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 _setup_privateuseone_for_python_backend("pretended")
@@ -57,11 +57,13 @@ class SecondDevice(TorchDispatchMode):
 
     Attributes:
         waits: How often the host waited for the second device.
+        dtypes: Of the tensors that were made there.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.waits = 0
+        self.dtypes: set[torch.dtype] = set()
         self._making = _MakingTensors()
 
     def __enter__(self) -> SecondDevice:
@@ -93,7 +95,8 @@ class SecondDevice(TorchDispatchMode):
             return args[0]
         if not goes_there:
             return result
-        return tree_map(lambda part: There(part) if isinstance(part, torch.Tensor) else part, result)
+        tree_map_only(torch.Tensor, lambda tensor: self.dtypes.add(tensor.dtype), result)
+        return tree_map_only(torch.Tensor, There, result)
 
 
 def move(module: torch.nn.Module) -> torch.nn.Module:

@@ -227,3 +227,15 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
         engine.make_data()
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2), halting_tolerance=0.1)
+
+
+def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
+    model, batch = tiny_model(layers=6), random_batch(300)
+    calibrate(model, [batch], min_agreement=0.9)
+    assert model.halting_tolerance > 0
+    model.save_pretrained(tmp_path)
+    assert DACT.from_pretrained(tmp_path).calibration is not None
+    other = DACT.from_pretrained(tmp_path, halting_entropy=0.3)
+    assert (other.calibration, other.halting_tolerance) == (None, 0.0)
+    own = DACT.from_pretrained(tmp_path, halting="paper", halting_tolerance=model.halting_tolerance)
+    assert (own.calibration, own.halting_tolerance) == (None, model.halting_tolerance)

@@ -239,7 +239,11 @@ def test_a_wrong_checkpoint_or_ending_is_one_clear_line(own, fitted, dact_here):
     status, text = dact_here("test", "--config", "config.yaml", "--data.test_file", "train.csv", *checkpoint, cwd=own)
     assert status == 1
     assert "dact: error: the checkpoint does not fit this model" in text
-    _, text = dact_here("predict", "--config", "config.yaml", "--output", "x.txt", cwd=own)
+    status, text = dact_here("predict", "--config", "config.yaml", "--output", "x.csv", cwd=own)
+    assert status == 1
+    assert "dact: error: dact predict needs --ckpt_path, the checkpoint of a fit" in text
+    assert not (own / "x.csv").exists()
+    _, text = dact_here("predict", "--config", "config.yaml", "--output", "x.txt", *checkpoint, cwd=own)
     assert "unknown ending '.txt', expected one of .csv, .jsonl, .parquet" in text
     assert "Traceback" in dact("test", "--config", "config.yaml", cwd=own, check=False, DACT_TRACEBACK="1").stderr
 

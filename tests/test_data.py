@@ -315,3 +315,10 @@ def test_vader_is_fetched_read_and_split():
     assert small.splits["val"] == module.splits["val"]
     with pytest.raises(ValueError, match="num_train must be in 3 … 17776, got 17777"):
         VaderSentiment(num_train=17777).setup("fit")
+
+
+def test_blanks_around_labels_do_not_count(tmp_path):
+    rows = [(text, f" {label}" if number % 3 else f"{label} ") for number, (text, label) in enumerate(ROWS)]
+    module = data(write(tmp_path, "csv", rows), val_fraction=0.25)
+    module.setup("fit")
+    assert module.class_names == ["neg", "neu", "pos"]

@@ -45,6 +45,19 @@ def test_the_host_waits_once_per_layer_however_many_groups_there_are(rule):
 
 
 @torch.no_grad()
+def test_a_device_without_float64_leaves_the_halting_rule_to_the_cpu(monkeypatch):
+    monkeypatch.setattr(functional, "WITHOUT_FLOAT64", {DEVICE.type})
+    model = tiny_model(vocab=100)
+    expected = model(BATCH).exit_layer.tolist()
+    with SecondDevice() as device:
+        move(model)
+        assert model(on_second_device(BATCH)).exit_layer.tolist() == expected
+        assert model.early_exit(on_second_device(BATCH)).exit_layer.tolist() == expected
+    assert torch.float32 in device.dtypes
+    assert torch.float64 not in device.dtypes
+
+
+@torch.no_grad()
 def test_losses_and_streams_are_there():
     model = tiny_model(vocab=100, class_weights=[1.0, 2.0, 1.0])
     with SecondDevice():

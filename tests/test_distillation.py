@@ -55,7 +55,7 @@ def test_a_missing_teacher_and_a_wrong_share_are_clear_errors():
 
 
 def test_full_depth_is_the_last_layer_alone():
-    model, batch = tiny_model().at_full_depth(), random_batch(20)
+    model, batch = tiny_model(halting_entropy=0.4).at_full_depth(), random_batch(20)
     output = model(batch)
     assert torch.equal(output.probabilities, output.layer_probabilities[:, -1])
     assert (output.exit_layer == 4).all()
@@ -173,3 +173,12 @@ def test_the_engine_trains_its_teacher_once(tmp_path, mode):
     assert not all(torch.equal(again.make_model().encoder.state_dict()[name], w) for name, w in weights.items())
     torch.testing.assert_close(batch["teacher"], data.teacher_probabilities[batch["row"]])
     torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))
+
+
+def test_a_teacher_from_whom_nothing_is_learned_is_refused_before_it_is_asked(tmp_path):
+    data = CompositionalSentiment(num_train=60, num_val=30, num_test=30)
+    data.teacher = "nowhere"
+    model = DACT(encoder=TransformerEncoder(data.vocab_size, 2, 8, 2))
+    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="would not learn from it: give the model a distillation above 0"):
+        trainer.fit(model, data)

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from pathlib import Path
 
 import hypothesis.strategies as st
 import lightning.pytorch as pl
@@ -14,7 +15,9 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
 
 from dact import DACT, SubmodelConfig, functional
+from dact.callbacks import SavePretrained
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
+from dact.files import DurableCheckpointIO
 from tests import references
 from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import config_of
@@ -468,3 +471,64 @@ def test_training_without_labels_is_refused(tmp_path):
     batches = [{name: tensor for name, tensor in random_batch().items() if name != "labels"}]
     with pytest.raises(KeyError, match="needs 'labels'"):
         trainer(tmp_path).fit(tiny_model(), DataLoader(batches, batch_size=None))
+
+
+def quick_trainer(tmp_path, **arguments):
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    return pl.Trainer(max_epochs=1, default_root_dir=tmp_path, **{"enable_checkpointing": False, **quiet, **arguments})
+
+
+def test_a_trainer_of_ones_own_predicts_and_searches_for_a_learning_rate(tmp_path):
+    model = tiny_model()
+    batches = DataLoader([random_batch(8, seed=seed) for seed in range(6)], batch_size=None)
+    predictions = quick_trainer(tmp_path).predict(model, batches)
+    expected = [model.early_exit(batch) for batch in batches]
+    for predicted, exited in zip(predictions, expected, strict=True):
+        assert torch.equal(predicted.probabilities, exited.probabilities)
+        assert torch.equal(predicted.exit_layer, exited.exit_layer)
+    found = pl.tuner.Tuner(quick_trainer(tmp_path)).lr_find(
+        model.train(), batches, num_training=4, update_attr=False, early_stop_threshold=None
+    )
+    assert len(found.results["lr"]) == 4
+
+
+@torch.no_grad()
+def test_what_else_a_batch_carries_is_left_alone():
+    model, batch = tiny_model(step_tokens=40), random_batch(20)
+    extended = {**batch, "id": [f"row {row}" for row in range(20)]}
+    assert torch.equal(model.early_exit(extended).exit_layer, model.early_exit(batch).exit_layer)
+    (streamed,) = model.stream([extended])
+    assert torch.equal(streamed.exit_layer, model.early_exit(batch).exit_layer)
+    with pytest.raises(TypeError, match="a batch is a dict .* got a tuple"):
+        model((batch["input_ids"], batch["labels"]))
+
+
+def test_a_checkpoint_whose_classes_stand_in_another_order_is_refused(tmp_path):
+    model, batches = tiny_model(class_names=["a", "b", "c"]), DataLoader([random_batch(8)], batch_size=None)
+    trainer = quick_trainer(tmp_path)
+    trainer.fit(model, batches, batches)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    other = tiny_model(class_names=["c", "b", "a"])
+    with pytest.raises(ValueError, match=r"the classes a, b, c, in this order, but here they are c, b, a"):
+        quick_trainer(tmp_path).test(other, batches, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    with pytest.raises(ValueError, match="weights_only=False would let a checkpoint run code"):
+        DACT.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=False)
+    assert DACT.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).class_names == ["a", "b", "c"]
+
+
+def test_a_checkpoint_may_lie_at_an_address(tmp_path):
+    """And the model is then written where the logger writes."""
+    batches = DataLoader([random_batch(8)], batch_size=None)
+    checkpoints = pl.callbacks.ModelCheckpoint("memory://fits/one", "best", monitor="val_loss")
+    trainer = quick_trainer(
+        tmp_path,
+        callbacks=[checkpoints, SavePretrained()],
+        enable_checkpointing=True,
+        plugins=[DurableCheckpointIO()],
+        logger=pl.loggers.CSVLogger(tmp_path),
+    )
+    model = tiny_model()
+    trainer.fit(model, batches, batches)
+    saved = DACT.from_pretrained(Path(trainer.log_dir) / "model")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(saved.state_dict()[name], tensor)

@@ -454,6 +454,19 @@ def test_a_run_says_how_long_it_expects_to_take(tmp_path, capsys, mode):
     assert 0 < few < many
 
 
+def test_what_all_trials_share_does_not_take_from_the_time_of_later_studies(tmp_path, monkeypatch):
+    made = engine(tmp_path, time_out=1, encoder_training="frozen", distillation=0.5)
+    monkeypatch.setattr(type(made), "_prepare", lambda self: time.sleep(1))
+    with made._shared_time("run"):
+        assert made._seconds() == pytest.approx(20, abs=0.3)
+
+
+def test_a_trial_without_a_validation_says_so(tmp_path):
+    made = engine(tmp_path, n_trials=1, trainer={"max_epochs": 1, "check_val_every_n_epoch": 5})
+    with pytest.raises(RuntimeError, match="no validation ran in 1 epochs"):
+        made.joint_tune_study("run")
+
+
 def test_time_out_is_in_minutes_and_kept_in_seconds():
     assert TuningEngine(3, 5).time_out == 300
     assert TuningEngine().time_out is None
@@ -614,6 +627,26 @@ def test_the_frozen_encoder_stays_as_the_warm_up_left_it(tmp_path):
     model = DACT.load_from_checkpoint(model_path)
     for name, tensor in model.encoder.state_dict().items():
         assert torch.equal(tensor, warmed[name]), name
+
+
+@pytest.mark.parametrize(
+    ("loader", "message"),
+    [
+        ({"batch_size": 50, "drop_last": True}, "gives 50 of its 60"),
+        (
+            {"sampler": torch.utils.data.RandomSampler(range(60), replacement=True, num_samples=70)},
+            "gives more of its 60",
+        ),
+    ],
+)
+def test_features_are_of_every_example_once_or_not_at_all(tmp_path, loader, message):
+    encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
+    data.setup("fit")
+    whole = data.val_dataloader()
+    other = torch.utils.data.DataLoader(whole.dataset, collate_fn=whole.collate_fn, **loader)
+    with pytest.raises(ValueError, match=message):
+        compute_features(encoder, other, tmp_path / "val.safetensors", "x")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_damaged_features_are_never_read(tmp_path):

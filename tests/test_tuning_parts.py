@@ -12,12 +12,13 @@ import optuna
 import psutil
 import pytest
 from hypothesis import given, settings
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from optuna.trial import TrialState
 
 from dact.submodels import SubmodelConfig
-from dact.tuning import studies
+from dact.tuning import TuningEngine, studies, tensorboard
 from dact.tuning.engine import _submodel_configs
-from dact.tuning.objective import CAUSE, recorded_cause
+from dact.tuning.objective import CAUSE, make_trainer, recorded_cause
 from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, Dimension, build_spaces, describe
 from dact.tuning.strategies import PLANNED_EPOCHS, CurveSampler, LagPruner, SameLengthPruner, lags
@@ -51,8 +52,44 @@ def test_spaces_are_narrowed_and_replaced():
 
 
 @pytest.mark.parametrize(
+    "change",
+    [
+        {"lambda_reg": {"high": 1}},
+        {"weight_decay": {"type": "float", "low": 0, "high": 0.1}},
+        {"classifier_dropout": {"type": "categorical", "choices": [0, 0.3]}},
+        {"batch_size": {"type": "int", "low": 8, "high": 64}},
+        {"classifier_hidden_units": {"choices": [True, 16]}},
+    ],
+)
+def test_tensorboard_takes_every_space(tmp_path, change):
+    dimensions = {name: dimension for space in build_spaces(change).values() for name, dimension in space.items()}
+    with tensorboard.writer(tmp_path) as writer:
+        tensorboard.log_experiment(writer, dimensions)
+
+
+def test_a_trainer_of_a_run_has_its_own_progress_and_checkpoints():
+    given = [ModelCheckpoint(), RichProgressBar(), LearningRateMonitor(), EarlyStopping("val_loss")]
+    kinds = {type(one) for one in make_trainer({"callbacks": given}, enable_checkpointing=False).callbacks}
+    assert EarlyStopping in kinds
+    assert not kinds & {ModelCheckpoint, RichProgressBar, LearningRateMonitor}
+
+
+@pytest.mark.parametrize(("devices", "kept"), [("auto", 1), (1, 1), ("1", "1"), ([3], [3]), ("2,", "2,")])
+def test_a_trial_runs_on_one_device(devices, kept):
+    assert TuningEngine(trainer={"devices": devices}).trainer["devices"] == kept
+
+
+@pytest.mark.parametrize("trainer", [{"devices": 2}, {"devices": -1}, {"devices": [0, 1]}, {"num_nodes": 2}])
+def test_more_devices_for_a_trial_are_refused(trainer):
+    with pytest.raises(ValueError, match="a trial runs on one device of one node"):
+        TuningEngine(trainer=trainer)
+
+
+@pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
+        ({"lambda_reg": {"type": "categorical", "choices": [0.1]}}, ValueError, "lambda_reg: must be of type float"),
+        ({"lambda_reg": {"type": "float", "low": 0.1, "high": 1.0, "step": 0.1}}, ValueError, "without a step"),
         ({"speed": {"low": 1}}, ValueError, "unknown parameter 'speed'; the parameters are classifier_num_layers"),
         ({"learning_rate": {"lo": 1}}, ValueError, "learning_rate: unknown entry 'lo'; expected type, low"),
         ({"learning_rate": {"low": 1.0}}, ValueError, "learning_rate: the range is empty: low=1.0 is above high=0.01"),

@@ -130,6 +130,11 @@ class TextDataModule(LightningDataModule, ABC):
                 self.splits[name] = examples
                 self._encoded[name] = self._encode(examples)
         if stage == "fit" and self.teacher is not None and self.teacher_probabilities is None:
+            if getattr(getattr(self.trainer, "lightning_module", None), "distillation", None) == 0:
+                raise ValueError(
+                    f"{type(self).__name__}: a teacher was given, but the model would not learn from it: give the model a "
+                    "distillation above 0, such as 0.5, or leave the teacher out"
+                )
             train = self.splits["train"]
             assert self.class_names is not None
             self.teacher_probabilities = teacher_probabilities(
@@ -496,7 +501,7 @@ def _learn_class_names(labels: list[Any], file: str) -> list[str]:
                 "labels count from 0 unless class_names names them"
             )
         return [str(label) for label in range(largest + 1)]
-    return sorted({str(label) for label in labels})
+    return sorted({str(label).strip() for label in labels})
 
 
 def _refuse_missing_labels(labels: list[Any], file: str) -> None:

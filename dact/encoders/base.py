@@ -81,13 +81,23 @@ class LayeredEncoder(nn.Module, ABC):
         return None
 
 
+def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The tensors of a batch on a device; what else a batch carries, such as a list of ids, stays behind."""
+    return {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+
+
 def attention_mask(batch: Batch) -> Tensor:
     """The batch's ``attention_mask`` ``[batch, length]``, as Hugging Face has it: all ones if it is absent.
 
     Raises:
+        TypeError: If the batch is no dict.
         KeyError: If the batch has no ``input_ids``.
         ValueError: If the mask does not fit the ids, or a row is all padding.
     """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: let the data give dicts"
+        )
     if "input_ids" not in batch:
         raise KeyError(f"a batch needs 'input_ids' [batch, length], got the keys {sorted(batch)}")
     ids = batch["input_ids"]

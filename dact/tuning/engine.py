@@ -41,6 +41,7 @@ from dact.tuning.frozen import FrozenEncoder, freeze
 from dact.tuning.objective import (
     EXIT_HISTOGRAM,
     TrialSetting,
+    make_trainer,
     recorded_cause,
     run_trial,
     seed_trial,
@@ -80,7 +81,8 @@ class TuningEngine:
         time_out: Minutes for the three studies together, None for no bound; the final fit is never cut.
         model: Called once per trial with what the trial chose: ``model(**overrides) -> DACT``.
         data: Likewise, with overrides such as ``batch_size``: ``data(**overrides) -> LightningDataModule``.
-        trainer: Arguments of the Trainer; ``max_epochs`` (4) counts where the study does not choose it.
+        trainer: Arguments of the Trainer; ``max_epochs`` (4) counts where the study does not choose it. A trial runs on
+            one device. dact has its own logger, checkpoints and progress in place of those given here.
         n_trials: Trials of each study in all, one number or one per study.
         search_space: Changes of the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
         encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the states of all
@@ -177,6 +179,7 @@ class TuningEngine:
         self.model = model or partial(default_model, output_dimension)
         self.data = data or default_data
         self.trainer = {"max_epochs": 4, "gradient_clip_val": 1.0, **(trainer or {})}
+        self.trainer["devices"] = _one_device(self.trainer)
         self.n_trials = dict(zip(STAGES, trials, strict=True))
         self.spaces = build_spaces(search_space)
         self.encoder_training = encoder_training
@@ -228,7 +231,8 @@ class TuningEngine:
     def _shared_time(self, run_tag: str) -> Iterator[None]:
         """Share time_out among the studies inside: what one leaves over is for those after it."""
         self._begin(run_tag)
-        self._announce()
+        if self._announce():
+            self._prepare()  # or it would take from the time of the later studies
         end = None if self.time_out is None else time.monotonic() + self.time_out
         self._shares = iter([] if end is None else [(end, 3), (end, 2), (end, 1)])
         try:
@@ -241,11 +245,20 @@ class TuningEngine:
         end, remaining = next(self._shares, (None, 1))
         return self.time_out if end is None else max(0.0, end - time.monotonic()) / remaining
 
-    def _announce(self) -> None:
-        """Say how long the run will take, before it starts."""
+    def _announce(self) -> bool:
+        """Say how long the run will take, before it starts; whether there are trials to run."""
         left = {stage: self.n_trials[stage] - len(studies.finished(self._open(stage))) for stage in STAGES}
-        if any(count > 0 for count in left.values()):
-            self.display.announce(left, expected_seconds(self, left), self.time_out)
+        if not any(count > 0 for count in left.values()):
+            return False
+        self.display.announce(left, expected_seconds(self, left), self.time_out)
+        return True
+
+    def _prepare(self) -> None:
+        """Make what all trials share."""
+        if self._is_taught:
+            _ = self._teacher
+        if self.encoder_training == "frozen":
+            _ = self._frozen
 
     @explained
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -359,12 +372,7 @@ class TuningEngine:
         """A datamodule for a fit; with distillation, its training batches carry what the teacher says."""
         data = self.plain_data(**overrides)
         if self._is_taught:
-            if not hasattr(data, "teacher_probabilities"):
-                raise ValueError(
-                    f"TuningEngine: distillation needs 'teacher' in training batches, but {type(data).__name__} has no "
-                    "teacher_probabilities: let it be a dact.data.text.TextDataModule"
-                )
-            data.teacher_probabilities = self._teacher.probabilities
+            data.teacher_probabilities = self._teacher.probabilities  # type: ignore[attr-defined]
         return data
 
     def start(self, model: DACT) -> DACT:
@@ -403,6 +411,12 @@ class TuningEngine:
     @cached_property
     def _teacher(self) -> Teacher:
         """The teacher of this run; see `dact.tuning.teacher`."""
+        data = self.plain_data()
+        if not hasattr(data, "teacher_probabilities"):
+            raise ValueError(
+                f"TuningEngine: distillation needs 'teacher' in training batches, but {type(data).__name__} has no "
+                "teacher_probabilities: let it be a dact.data.text.TextDataModule"
+            )
         with self._alone("teacher", "it trains the teacher"):
             return teach(self, self.run_folder / "teacher", self._named_teacher)
 
@@ -426,10 +440,10 @@ class TuningEngine:
         with self._alone("features", "it computes the states of all layers"):
             return freeze(self, self.run_folder / "features")
 
-    @property
-    def uses_cuda(self) -> bool:
-        """Whether what runs outside of a Trainer runs on a GPU."""
-        return torch.cuda.is_available() and self.trainer.get("accelerator", "auto") != "cpu"
+    @cached_property
+    def device(self) -> torch.device:
+        """The device of the Trainer, for what runs outside of one."""
+        return make_trainer(self.trainer, enable_checkpointing=False).strategy.root_device
 
     @cached_property
     def _model_fingerprint(self) -> str | None:
@@ -486,11 +500,7 @@ class TuningEngine:
             self.display.note(f"study {stage}: {study.left_out} trials began under other winners and count no more")
         if len(studies.finished(study)) < self.n_trials[stage]:
             shutil.rmtree(self._pictures(stage), ignore_errors=True)  # of fewer trials
-            # Made before the clock of the study runs.
-            if self._is_taught:
-                _ = self._teacher
-            if self.encoder_training == "frozen":
-                _ = self._frozen
+            self._prepare()  # before the clock of the study runs
             end = None if seconds is None else time.monotonic() + seconds
             with self.display.study(stage, study, self.n_trials[stage], end), studies.quiet_optuna():
                 try:
@@ -669,6 +679,23 @@ class TuningEngine:
 
     def _pictures(self, stage: str) -> Path:
         return self.run_folder / stage / "study"
+
+
+def _one_device(trainer: Mapping[str, Any]) -> Any:
+    """The ``devices`` of a Trainer, of which there is one."""
+    devices = trainer.get("devices", "auto")
+    if devices in ("auto", None):
+        devices = 1
+    # As for the Trainer: 1 and "1" count devices, [1] and "1," name one.
+    named = [part for part in str(devices).strip("[](),").split(",") if part.strip()]
+    one = str(devices) == "1" or (len(named) == 1 and (isinstance(devices, (list, tuple)) or "," in str(devices)))
+    if not one or trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
+            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several trials "
+            "side by side with workers"
+        )
+    return devices
 
 
 def _submodel_configs(chosen: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
 
 from dact.encoders import LayeredEncoder
+from dact.encoders.base import move
 from dact.files import replacing
 
 DTYPES = {
@@ -32,6 +33,10 @@ def fingerprint_data(loader: DataLoader[Any]) -> str:
     digest = hashlib.sha256()
     examples: Any = loader.dataset
     for item in examples:
+        if not isinstance(item, Mapping) or "input_ids" not in item:
+            raise TypeError(
+                f"an example is a dict with 'input_ids' and 'labels', got a {type(item).__name__}: let the data set give dicts"
+            )
         digest.update(json.dumps([item["input_ids"], item.get("labels")], default=_plain).encode())
     return digest.hexdigest()
 
@@ -60,8 +65,8 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     """Write the pooled states of every example to a safetensors file, batch by batch: memory holds one batch.
 
     The file has ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data has
-    them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is done if a sound file with this fingerprint is
-    there.
+    them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is done if
+    a sound file with this fingerprint is there.
 
     Args:
         encoder: In eval mode, on the device that it should use.
@@ -70,7 +75,7 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
         fingerprint: What the file is made of; see `fingerprint_data` and `fingerprint_encoder`.
 
     Raises:
-        ValueError: If there is a damaged file.
+        ValueError: If there is a damaged file, or the loader does not give every example once.
     """
     if path.is_file() and check_features(path, fingerprint):
         return
@@ -79,10 +84,19 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     shapes: dict[str, tuple[int, ...]] = {"states": (examples, encoder.num_layers, encoder.hidden_size)}
     first = next(iter(loader))
     shapes |= {name: (examples, *first[name].shape[1:]) for name in ("labels", "depth", "teacher") if name in first}
+    given = 0
     with replacing(path) as partial, _FeatureWriter(partial, shapes, fingerprint) as writer:
         for batch in track(loader, description=f"Layer states of {examples:,} {path.stem} texts", transient=True):
-            states = encoder({name: tensor.to(device) for name, tensor in batch.items()}).float().cpu()
+            states = encoder(move(batch, device)).float().cpu()
+            given += len(states)
+            if given > examples:
+                break
             writer.write({"states": states, **{name: batch[name] for name in shapes.keys() - {"states"}}})
+        if given != examples:
+            raise ValueError(
+                f"frozen mode needs every example once, but the {path.stem} loader gives {'more' if given > examples else given}"
+                f" of its {examples}: leave out drop_last and samplers that repeat or skip, or take encoder_training=finetune"
+            )
 
 
 class _FeatureWriter:

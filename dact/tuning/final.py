@@ -146,4 +146,4 @@ def _fitted(engine: TuningEngine, folder: Path) -> DACT:
     encoder = engine.make_model().encoder
     own = encoder if encoder.config() is None else None  # one of the user's, which no checkpoint can rebuild
     model = DACT.load_from_checkpoint(folder / "checkpoints" / "best.ckpt", encoder=own).eval()
-    return model.cuda() if engine.uses_cuda else model
+    return model.to(engine.device)

@@ -54,8 +54,7 @@ def freeze(engine: TuningEngine, folder: Path) -> FrozenEncoder:
     ]
     _warm_up(engine, model, data, folder, "/".join(map(str, made_of)))
     model.encoder.eval().requires_grad_(False)
-    if engine.uses_cuda:
-        model.cuda()
+    model.to(engine.device)
     fingerprint = f"{fingerprint_encoder(model.encoder)}/{engine.data_fingerprint}/{taught_by}"
     paths = {split: folder / f"{split}.safetensors" for split in ("train", "val")}
     for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from optuna import TrialPruned
@@ -135,7 +136,12 @@ def trial_folder(number: int) -> str:
 def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     """A fresh Trainer: the user's arguments under dact's, callbacks copied so that no fit sees those of another."""
     given = {**arguments}
-    callbacks = _as_list(copy.deepcopy(given.pop("callbacks", None)))
+    # dact shows progress, keeps checkpoints and logs by itself, and not every fit of a run does.
+    replaced: tuple[type, ...] = (Checkpoint, ProgressBar)
+    if not fixed.get("logger"):
+        replaced += (LearningRateMonitor, DeviceStatsMonitor)
+    callbacks = [one for one in _as_list(given.pop("callbacks", None)) if not isinstance(one, replaced)]
+    callbacks = copy.deepcopy(callbacks)
     plugins = _as_list(given.pop("plugins", None))
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(DurableCheckpointIO())
@@ -215,12 +221,21 @@ def run_trial(
     trainer = make_trainer(
         setting.trainer, max_epochs=epochs, logger=logger, callbacks=callbacks, enable_checkpointing=False
     )
-    succeeded = False
+    succeeded, cut = False, False
     try:
-        with contextlib.suppress(DeadlineExceeded):
+        try:
             fit(trainer, model, data)
-        if deadline is not None and deadline.hit and trainer.global_step < trainer.estimated_stepping_batches:
+        except DeadlineExceeded:
+            cut = True
+        if deadline is not None and deadline.hit:
+            cut = cut or trainer.global_step < trainer.estimated_stepping_batches
+        if cut:
             raise TrialPruned("time_out ended the study in the middle of this trial")
+        if not history.epochs:
+            raise ValueError(
+                f"no validation ran in {epochs} epochs, and a trial has no value without one: let the Trainer's "
+                "check_val_every_n_epoch and limit_val_batches allow for it"
+            )
         trial.set_user_attr(EXIT_HISTOGRAM, history.best_exit_histogram)
         succeeded = True
     finally:

@@ -1,4 +1,4 @@
-"""What a tuned model is worth: the entries of metrics.json,"""
+"""What a tuned model is worth: the entries of metrics.json."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional
 from dact.calibration import layer_answers
+from dact.encoders.base import move
 from dact.model import DACT
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -84,7 +85,7 @@ def _texts_per_second(model: DACT, loader: DataLoader[Any], halting: functional.
     model.halting = halting
     try:
         for batch in loader:
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
+            batch = move(batch, model.device)
             start = time.perf_counter()
             model.early_exit(batch).exit_layer.tolist()  # waits for a GPU, too
             seconds += time.perf_counter() - start

@@ -130,6 +130,12 @@ def build_spaces(changes: Mapping[str, Any] | None) -> dict[str, dict[str, Dimen
             spaces[home[name]][name] = _changed(default, change)
         except (ValueError, TypeError) as error:
             raise type(error)(f"search_space: {name}: {error}") from None
+    price = spaces["lambda_reg"]["lambda_reg"]
+    if price.type != "float" or price.step is not None:
+        raise ValueError(
+            f"search_space: lambda_reg: must be of type float without a step, got type={price.type}, step={price.step}: "
+            "its study places the values where the curve bends"
+        )
     return spaces
 
 

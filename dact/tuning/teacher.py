@@ -13,6 +13,7 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 
+from dact.encoders.base import move
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
 from dact.tuning.features import fingerprint_encoder
@@ -87,12 +88,11 @@ def _train_and_ask(engine: TuningEngine, model: DACT, data: LightningDataModule,
         callbacks = [progress, checkpoint]
         trainer = make_trainer(engine.trainer, max_epochs=epochs, callbacks=callbacks, enable_checkpointing=True)
         fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
-    model = model.eval().to("cuda" if engine.uses_cuda else "cpu")
+    model = model.eval().to(engine.device)
     rows, answers = [], []
     with torch.no_grad():
         for batch in data.train_dataloader():
-            on_device = {name: tensor.to(model.device) for name, tensor in batch.items()}
             rows.append(batch["row"])
-            answers.append(model(on_device).probabilities.cpu())
+            answers.append(model(move(batch, model.device)).probabilities.cpu())
     order = torch.cat(rows).argsort()
     return torch.cat(answers)[order]

@@ -68,10 +68,15 @@ def _domain(dimension: Dimension) -> Any:
     """The range as the tab's filters need it."""
     from tensorboard.plugins.hparams import summary_v2
 
-    if dimension.choices is not None:
-        return summary_v2.Discrete(list(dimension.choices))
-    kind = summary_v2.IntInterval if dimension.type == "int" else summary_v2.RealInterval
-    return kind(dimension.low, dimension.high)
+    if dimension.choices is not None:  # which must be of one type
+        kinds = {type(choice) for choice in dimension.choices}
+        alike: Any = None if len(kinds) == 1 else float if kinds == {int, float} else str
+        return summary_v2.Discrete([choice if alike is None else alike(choice) for choice in dimension.choices])
+    assert dimension.low is not None
+    assert dimension.high is not None
+    if dimension.type == "int":
+        return summary_v2.IntInterval(int(dimension.low), int(dimension.high))
+    return summary_v2.RealInterval(float(dimension.low), float(dimension.high))
 
 
 def _write(writer: SummaryWriter, summary: Any) -> None:
