@@ -101,7 +101,9 @@ class DACTCLI(LightningCLI):
             return self._prepare_tune_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` alone")
-        if subcommand != "calibrate":
+        if subcommand == "calibrate":
+            _ignore(parser, "weights_only")
+        else:
             parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
         if subcommand == "predict":
             parser.add_argument(
@@ -114,6 +116,7 @@ class DACTCLI(LightningCLI):
         self._add_arguments(parser)
         _add_tuner_arguments(parser)
         parser.add_argument("--run_tag", type=str, default="", help="name of the run; the same again goes on with it")
+        _ignore(parser, "ckpt_path", "weights_only")
         self._subcommand_method_arguments["tune"] = []
         return parser
 
@@ -194,6 +197,12 @@ class DACTCLI(LightningCLI):
             words = [word for word in sys.argv[1:] if word not in ("--run_tag", tag, f"--run_tag={tag}")]
             print(f"\ndact: stopped; go on with: dact {' '.join(words)} --run_tag {tag}", file=sys.stderr)
             raise SystemExit(130) from None
+
+
+def _ignore(parser: LightningArgumentParser, *names: str) -> None:
+    """Take what the config.yaml of a fit holds, and this command has no use for."""
+    for name in names:
+        parser.add_argument(f"--{name}", type=Any, default=None, help="read by other commands")
 
 
 def _add_tuner_arguments(parser: LightningArgumentParser) -> None:

@@ -322,3 +322,16 @@ def test_blanks_around_labels_do_not_count(tmp_path):
     module = data(write(tmp_path, "csv", rows), val_fraction=0.25)
     module.setup("fit")
     assert module.class_names == ["neg", "neu", "pos"]
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_file_without_rows_says_so(tmp_path, ending):
+    with pytest.raises(ValueError, match="has no rows"):
+        read_table(write(tmp_path, ending, rows=[]))
+
+
+def test_without_a_training_file_the_classes_may_be_named(tmp_path):
+    file = write(tmp_path, "csv")
+    with pytest.raises(ValueError, match=r"no train_file was given, .* \(or class_names"):
+        data(None, test_file=file).setup("test")
+    data(None, test_file=file, class_names=["neg", "neu", "pos"]).setup("test")

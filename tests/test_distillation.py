@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 from dact import DACT, TuningEngine, functional
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tables import write_table
+from dact.data.teacher import _longest_input
 from dact.data.text import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.files import read_tensors
@@ -173,6 +174,16 @@ def test_the_engine_trains_its_teacher_once(tmp_path, mode):
     assert not all(torch.equal(again.make_model().encoder.state_dict()[name], w) for name, w in weights.items())
     torch.testing.assert_close(batch["teacher"], data.teacher_probabilities[batch["row"]])
     torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))
+
+
+def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_is_named():
+    teacher = tiny_model(class_names=["a", "b", "c"])
+    teacher.encoder.max_length = 4
+    assert _longest_input(teacher) == 4
+    bert = AutoModelForSequenceClassification.from_config(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=6)
+    )
+    assert _longest_input(bert) == 6
 
 
 def test_a_teacher_from_whom_nothing_is_learned_is_refused_before_it_is_asked(tmp_path):

@@ -11,6 +11,7 @@ import time
 import urllib.request
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 import lightning.pytorch as pl
 import optuna
@@ -393,6 +394,119 @@ def test_another_space_or_data_set_under_the_same_tag_is_refused(tmp_path):
         engine(tmp_path, output_dimension=4, encoder_training="frozen").joint_tune_study("other")
 
 
+def other_weights(**overrides):
+    model = small_model(**overrides)
+    with torch.no_grad():
+        model.encoder.tokens.weight.add_(1.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"model": other_weights}, "model"),
+        ({"trainer": {"max_epochs": 2, "accelerator": "cpu", "limit_train_batches": 1}}, "trainer"),
+        ({"promise": Promise(min_agreement=0.5)}, "promise"),
+    ],
+)
+def test_what_trials_would_not_compare_under_is_refused(tmp_path, changes, what):
+    engine(tmp_path, n_trials=1).joint_tune_study("run")
+    with pytest.raises(ValueError, match=f"made with another {what}"):
+        engine(tmp_path, n_trials=2, **changes).joint_tune_study("run")
+
+
+class WithoutTest(pl.LightningDataModule):
+    """Data of somebody else: batches of dicts, examples that are tuples, and no test split."""
+
+    def __init__(self, batch_size=8):
+        super().__init__()
+        self.batch_size = batch_size
+
+    def _loader(self):
+        rows = [(torch.randint(3, 42, (5,), generator=torch.Generator().manual_seed(i)), i % 3) for i in range(24)]
+
+        def collate(items):
+            ids, labels = zip(*items, strict=True)
+            return {"input_ids": torch.stack(ids), "labels": torch.tensor(labels)}
+
+        return torch.utils.data.DataLoader(rows, self.batch_size, collate_fn=collate)
+
+    def train_dataloader(self):
+        return self._loader()
+
+    def val_dataloader(self):
+        return self._loader()
+
+
+class WithTest(WithoutTest):
+    def test_dataloader(self):
+        return self._loader()
+
+
+class TwoValidations(WithTest):
+    def val_dataloader(self):
+        return [self._loader(), self._loader()]
+
+
+def test_what_the_end_of_a_run_needs_is_asked_for_at_its_start(tmp_path):
+    with pytest.raises(Exception, match="test_dataloader"):
+        engine(tmp_path, n_trials=1, data=WithoutTest).run_pipeline("run")
+    with pytest.raises(TypeError, match="batch_size"):
+        engine(tmp_path, n_trials=1, data=lambda: WithTest()).run_pipeline("run")
+    with pytest.raises(TypeError, match="tuning needs one DataLoader .* for validation, got list"):
+        engine(tmp_path, n_trials=1, data=TwoValidations).run_pipeline("run")
+    assert not list(tmp_path.rglob("trial_*"))
+
+
+class Momentous(DACT):
+    """A model of somebody else, with an argument of its own."""
+
+    seen: ClassVar[list[float]] = []
+
+    def __init__(self, *, momentum=0.9, **arguments):
+        super().__init__(**arguments)
+        self.momentum = momentum
+
+    def configure_optimizers(self):
+        self.seen.append(self.momentum)
+        return torch.optim.SGD(self._parameter_groups(), lr=self.learning_rate, momentum=self.momentum)
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_data_and_a_model_of_ones_own_are_tuned(tmp_path, mode):
+    Momentous.seen.clear()
+
+    def model(classifier=None, confidence=None, **arguments):  # no more than what studies choose
+        submodels = {} if classifier is None else {"classifier": classifier, "confidence": confidence}
+        assert not arguments.keys() & {"distillation", "encoder"}
+        return Momentous(encoder=TransformerEncoder(42, 2, 8, 2), momentum=0.1, **submodels, **arguments)
+
+    made = engine(tmp_path, n_trials=1, model=model, data=WithTest, encoder_training=mode, warm_up_epochs=1)
+    metrics, checkpoint = made.run_pipeline("run")
+    assert Momentous.seen
+    assert set(Momentous.seen) == {0.1}
+    assert Path(checkpoint).is_file()
+    assert json.loads(Path(metrics).read_text())["test"]["accuracy"] >= 0
+
+
+def test_workers_need_factories_that_other_processes_can_import():
+    with pytest.raises(
+        TypeError, match="with several workers, data must be a function that other processes can import"
+    ):
+        TuningEngine(workers=2, model=small_model, data=lambda **overrides: small_data(**overrides))
+
+
+def test_another_selection_draws_the_pictures_anew(tmp_path):
+    engine(tmp_path).lambda_reg_study("run")
+    picture = tmp_path / "run" / "lambda_reg" / "study" / "Pareto_front.png"
+    drawn = picture.stat().st_mtime_ns
+    engine(tmp_path).lambda_reg_study("run")
+    assert picture.stat().st_mtime_ns == drawn, "the same choice"
+    (tmp_path / "run" / "lambda_reg.yaml").write_text("lambda_reg: 0.5\n")  # as another selection had chosen
+    engine(tmp_path).lambda_reg_study("run")
+    assert picture.stat().st_mtime_ns != drawn
+
+
 def test_winners_of_one_run_do_not_enter_another(tmp_path):
     made = engine(tmp_path, n_trials=1)
     made.joint_tune_study("one")
@@ -709,6 +823,19 @@ def test_ones_own_text_keeps_its_class_names(tmp_path, mode):
     _, model_path = made.run_pipeline("run")
     assert DACT.load_from_checkpoint(model_path).class_names == ["minus", "none", "plus"]
     assert TextClassifier.from_pretrained(tmp_path / "run" / "final" / "model").class_names == ["minus", "none", "plus"]
+
+
+def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
+    made = engine(
+        tmp_path, n_trials=1, model=partial(small_model, class_weights=[1.0, 5.0, 1.0]), compare_defaults=False
+    )
+    metrics, _ = made.run_pipeline("run")
+    found = json.loads(Path(metrics).read_text())
+    best = min(found["history"], key=lambda epoch: epoch["val_loss"])
+    assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
+    again = engine(tmp_path, n_trials=1, model=partial(small_model, class_weights=[1.0, 5.0, 1.0]))
+    again.run_pipeline("run")
+    assert (tmp_path / "run" / "final" / "defaults" / "metrics.json").is_file(), "asked for later, measured later"
 
 
 def test_another_tolerance_keeps_the_final_fit(tmp_path):

@@ -51,10 +51,20 @@ def read_table(path: str | Path) -> tuple[dict[str, list[Any]], bool]:
             table = _read(source, ending, folder)
         except Exception as error:  # pandas, pyarrow and datasets raise many kinds
             cause = error.__cause__ or error
+            if _is_without_rows(path, ending, cause):  # of which each library has something else to say
+                raise ValueError(f"{path} has no rows") from None
             raise ValueError(f"{path} cannot be read as {ending[1:]}: {cause}") from error
         if len(table) == 0:
             raise ValueError(f"{path} has no rows")
         return {name: list(table[name]) for name in table.column_names}, valid
+
+
+def _is_without_rows(path: Path, ending: str, cause: BaseException) -> bool:
+    """Whether a file could not be read because there is nothing in it but a header."""
+    if ending == ".parquet":
+        return "BatchSize must be greater than 0" in str(cause)
+    lines = sum(1 for line in path.read_bytes().splitlines() if line.strip())
+    return lines == (1 if ending in (".csv", ".tsv") else 0)
 
 
 def _read(source: Path, ending: str, folder: str) -> datasets.Dataset:

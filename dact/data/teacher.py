@@ -40,6 +40,12 @@ def teacher_probabilities(
     """
     model, names = _load(teacher)
     _check_classes(teacher, names, class_names)
+    longest = _longest_input(model)
+    if longest is not None and max_length > longest:
+        raise ValueError(
+            f"the teacher {teacher!r} takes at most {longest} tokens, but the data is cut to max_length={max_length}: lower "
+            "the max_length of the data"
+        )
     model = model.to(device).eval()
     # Of similar length together, so that little padding is computed.
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
@@ -72,6 +78,13 @@ def _load(teacher: str) -> tuple[Any, list[str]]:
     from dact.encoders.huggingface import load_sequence_classifier
 
     return load_sequence_classifier(teacher)
+
+
+def _longest_input(model: Any) -> int | None:
+    """The most tokens that the teacher takes, None if there is no such bound."""
+    from dact.encoders.huggingface import longest_input
+
+    return model.encoder.max_length if isinstance(model, DACT) else longest_input(model)
 
 
 def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> None:

@@ -419,7 +419,8 @@ class TextClassificationData(TextDataModule):
     def _file(self, split: str) -> str:
         file = self.files[split]
         if file is None:
-            raise ValueError(f"TextClassificationData: no {split}_file was given, and this command needs one")
+            more = " (or class_names, for the classes in their order)" if split == "train" else ""
+            raise ValueError(f"TextClassificationData: no {split}_file was given, and this command needs one{more}")
         return file
 
     def _columns(self, split: str, names: list[str]) -> tuple[dict[str, list[Any]], bool]:

@@ -196,7 +196,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         self.num_layers = model.config.num_hidden_layers
         self.hidden_size = model.config.hidden_size
         self.vocab_size = model.config.vocab_size
-        self.max_length = _longest_input(model)
+        self.max_length = longest_input(model)
         self._family = family
 
     def embed(self, batch: Batch) -> Tensor:
@@ -236,9 +236,9 @@ class HuggingFaceEncoder(LayeredEncoder):
         return {"type": "HuggingFaceEncoder", "pooling": self.pooling, "model": model}
 
 
-def _longest_input(model: PreTrainedModel) -> int | None:
+def longest_input(model: PreTrainedModel) -> int | None:
     """How many positions the embedding knows; None for families with relative positions only."""
-    table = getattr(model.embeddings, "position_embeddings", None)
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
     if not isinstance(table, nn.Embedding):
         return None
     # RoBERTa and MPNet count positions from behind the padding id.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import pickle
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -35,7 +36,7 @@ from dact.tuning.display import Display
 from dact.tuning.environment import explained
 from dact.tuning.estimate import expected_seconds
 from dact.tuning.factories import default_data, default_model
-from dact.tuning.features import FeaturesData, fingerprint_data
+from dact.tuning.features import FeaturesData, fingerprint_data, fingerprint_encoder, fingerprint_pretrained
 from dact.tuning.final import fit_winners
 from dact.tuning.frozen import FrozenEncoder, freeze
 from dact.tuning.objective import (
@@ -61,6 +62,16 @@ DIRECTIONS: dict[str, list[Literal["minimize", "maximize"]]] = {
     "training": ["minimize"],
     "lambda_reg": ["minimize", "minimize"],
 }
+COMPARED = (  # arguments of the Trainer under which values compare only with their like
+    "precision",
+    "accumulate_grad_batches",
+    "gradient_clip_val",
+    "gradient_clip_algorithm",
+    "limit_train_batches",
+    "limit_val_batches",
+    "max_steps",
+    "overfit_batches",
+)
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies where a promise is to be kept
 SUBMODEL_FIELDS = [field.name for field in dataclasses.fields(SubmodelConfig)]
 
@@ -174,6 +185,8 @@ class TuningEngine:
                     f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every trial "
                     "needs an instance of its own"
                 )
+        if workers > 1:
+            _check_picklable(model=model, data=data)
         self.output_dimension = output_dimension
         self.time_out = None if time_out is None else time_out * 60
         self.model = model or partial(default_model, output_dimension)
@@ -231,6 +244,7 @@ class TuningEngine:
     def _shared_time(self, run_tag: str) -> Iterator[None]:
         """Share time_out among the studies inside: what one leaves over is for those after it."""
         self._begin(run_tag)
+        self._check_data()
         if self._announce():
             self._prepare()  # or it would take from the time of the later studies
         end = None if self.time_out is None else time.monotonic() + self.time_out
@@ -364,7 +378,11 @@ class TuningEngine:
         if "learning_rate" in overrides:  # it is that of the submodels: nothing else learns
             overrides = {"submodel_learning_rate": None, **overrides}
         frozen = self._frozen
-        model = type(frozen.base).from_config(frozen.base.config(), **{"encoder": frozen.base.encoder, **overrides})
+        if type(frozen.base) is DACT:  # no encoder is built for nothing
+            model = DACT.from_config(frozen.base.config(), **{"encoder": frozen.base.encoder, **overrides})
+        else:  # a class of the user's, which may have more arguments than a configuration knows
+            model = self.make_model(**overrides)
+            model.encoder, model.class_names = frozen.base.encoder, frozen.base.class_names
         size = {"batch_size": frozen.batch_size, **size}
         return model, FeaturesData(frozen.train, frozen.val, seed=self.seed, **size)
 
@@ -447,13 +465,14 @@ class TuningEngine:
 
     @cached_property
     def _model_fingerprint(self) -> str | None:
-        """A digest of how the model of the factory is configured; None where it makes none: the trials will say why."""
+        """A digest of the configuration and the encoder's weights of the factory's model; None where it makes none: the
+        trials will say why."""
         seed_trial(self.seed)
         try:
             model = self.model()
         except Exception:
             return None
-        return studies.digest(model.config())
+        return studies.digest([model.config(), fingerprint_encoder(model.encoder)])
 
     @cached_property
     def data_fingerprint(self) -> str:
@@ -462,6 +481,14 @@ class TuningEngine:
         data.prepare_data()
         data.setup("fit")
         return fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
+
+    def _check_data(self) -> None:
+        """Whether the data can do all that the run will ask of it: who finds out at its end has lost hours."""
+        sizes = self.spaces["training"]["batch_size"].choices or [self.spaces["training"]["batch_size"].low]
+        data = self.plain_data(batch_size=sizes[0])
+        data.prepare_data()
+        data.setup("test")
+        data.test_dataloader()
 
     # ------------------------------------------------------------------ studies
 
@@ -560,7 +587,9 @@ class TuningEngine:
         self._read_winners()
         setting: dict[str, Any] = {
             "search space": describe(self.spaces[stage]),
+            "promise": self.promise is not None,  # which keeps examples from the studies
             "data": self.data_fingerprint,
+            "trainer": {name: self.trainer[name] for name in COMPARED if name in self.trainer},
             "encoder_training": self.encoder_training,
             "distillation": self.distillation,
             "halting_tolerance": self.halting_tolerance,
@@ -569,6 +598,8 @@ class TuningEngine:
         }
         if self._model_fingerprint is not None:
             setting["model"] = self._model_fingerprint
+        if self._named_teacher is not None:
+            setting["teacher"] = fingerprint_pretrained(self._named_teacher)
         if self.encoder_training == "frozen":
             setting["warm_up_epochs"] = self.warm_up_epochs
         plan = studies.StudyPlan(
@@ -662,7 +693,10 @@ class TuningEngine:
         assert self._tag is not None
         with self._alone(stage, "it draws a study"):
             for name, config in configs.items():
-                write_text(self.run_folder / f"{name}.yaml", yaml.safe_dump(dict(config), sort_keys=False))
+                path, content = self.run_folder / f"{name}.yaml", yaml.safe_dump(dict(config), sort_keys=False)
+                if path.is_file() and path.read_text() != content:
+                    shutil.rmtree(self._pictures(stage), ignore_errors=True)  # of another choice
+                write_text(path, content)
             if self._pictures(stage).is_dir():
                 return
             with studies.quiet_optuna():
@@ -679,6 +713,17 @@ class TuningEngine:
 
     def _pictures(self, stage: str) -> Path:
         return self.run_folder / stage / "study"
+
+
+def _check_picklable(**factories: Any) -> None:
+    for name, factory in factories.items():
+        try:
+            pickle.dumps(factory)
+        except Exception as error:
+            raise TypeError(
+                f"TuningEngine: with several workers, {name} must be a function that other processes can import, such as one "
+                f"at the top of a module or a functools.partial of it: {error}"
+            ) from None
 
 
 def _one_device(trainer: Mapping[str, Any]) -> Any:

@@ -98,6 +98,13 @@ def random_states(encoder: LayeredEncoder, batch: Batch) -> dict[str, torch.Tens
     return {"states": torch.randn(len(labels), encoder.num_layers, encoder.hidden_size), "labels": labels}
 
 
+def _untaught(engine: TuningEngine) -> DACT:
+    """A model whose batches need no teacher, who is asked only once the run has begun."""
+    model = engine.make_model()
+    model.distillation = 0.0
+    return model
+
+
 def expected_seconds(engine: TuningEngine, left: Mapping[str, int]) -> float:
     """How long a run will take, from a few timed batches; what pruning saves and evaluation takes is left out.
 
@@ -113,7 +120,7 @@ def expected_seconds(engine: TuningEngine, left: Mapping[str, int]) -> float:
     examples = [len(loader.dataset) for loader in loaders]
     epochs = {stage: float(engine.trainer["max_epochs"]) for stage in left}
     epochs["training"] = epochs["lambda_reg"] = engine.spaces["training"]["num_epochs"].mean
-    model = engine.make_model(distillation=0.0)
+    model = _untaught(engine)
     pace = measure_pace(engine.trainer, model, *loaders)
     seconds = 0.0
     if engine.encoder_training == "frozen":
@@ -121,7 +128,7 @@ def expected_seconds(engine: TuningEngine, left: Mapping[str, int]) -> float:
             passes = pace.validation * sum(examples)
             seconds += engine.warm_up_epochs * pace.epoch(*examples) + passes
         states = [[random_states(model.encoder, batch) for batch in islice(loader, BATCHES)] for loader in loaders]
-        pace = measure_pace(engine.trainer, engine.make_model(distillation=0.0), *states)
+        pace = measure_pace(engine.trainer, _untaught(engine), *states)
     trials = sum(max(0, count) * epochs[stage] for stage, count in left.items())
     fits = epochs["training"] + engine.compare_defaults * epochs["submodels"]
     return seconds + (trials / engine.workers + fits) * pace.epoch(*examples)

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from dact.encoders import LayeredEncoder
 from dact.encoders.base import move
+from dact.encoders.pretrained import resolve_pretrained
 from dact.files import replacing
 
 DTYPES = {
@@ -31,13 +32,30 @@ DTYPES = {
 def fingerprint_data(loader: DataLoader[Any]) -> str:
     """A digest of what an encoder would read and what it should answer: token ids and labels of every example."""
     digest = hashlib.sha256()
-    examples: Any = loader.dataset
-    for item in examples:
-        if not isinstance(item, Mapping) or "input_ids" not in item:
-            raise TypeError(
-                f"an example is a dict with 'input_ids' and 'labels', got a {type(item).__name__}: let the data set give dicts"
-            )
+    examples: Any = getattr(loader, "dataset", None)
+    if not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
+        raise TypeError(
+            f"tuning needs one DataLoader over a data set with a length for training and one for validation, got "
+            f"{type(loader).__name__} over {type(examples).__name__}"
+        )
+    for row in range(len(examples)):
+        item = examples[row]
+        if not isinstance(item, Mapping):  # the loader makes batches that are
+            item = loader.collate_fn([item])
+        if "input_ids" not in item:
+            raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")
         digest.update(json.dumps([item["input_ids"], item.get("labels")], default=_plain).encode())
+    return digest.hexdigest()
+
+
+def fingerprint_pretrained(pretrained: str) -> str:
+    """A digest of the weights in a local folder; a Hub id stands for itself."""
+    folder = Path(resolve_pretrained(pretrained))
+    digest = hashlib.sha256(pretrained.encode())
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.suffix in (".safetensors", ".bin", ".json"):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
 
 

@@ -23,6 +23,8 @@ from dact.tuning.objective import History, fit, make_trainer, seed_trial
 if TYPE_CHECKING:
     from dact.tuning.engine import TuningEngine
 
+MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
+
 
 def fit_winners(engine: TuningEngine, folder: Path, winners: Mapping[str, Any]) -> tuple[str, str]:
     """Fit, measure and write `folder`, as far as it is not done. One process at a time.
@@ -36,7 +38,9 @@ def fit_winners(engine: TuningEngine, folder: Path, winners: Mapping[str, Any]) 
         The paths of metrics.json and of the best checkpoint.
     """
     metrics_path, model_path = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
-    chosen: dict[str, Any] = {**winners, "halting_tolerance": engine.halting_tolerance}
+    chosen: dict[str, Any] = dict(winners)
+    if engine.halting_tolerance is not None:
+        chosen["halting_tolerance"] = engine.halting_tolerance
     if engine.promise is not None:
         chosen["promise"] = asdict(engine.promise)
     config_path = folder / "config.yaml"
@@ -50,6 +54,8 @@ def fit_winners(engine: TuningEngine, folder: Path, winners: Mapping[str, Any]) 
         settings = {name: value for name, value in winners.items() if name != "num_epochs"}
         history = _fit(engine, folder, settings, winners["num_epochs"])
         _measure(engine, folder, history)
+    elif engine.compare_defaults:
+        _measure_defaults(engine, folder / "defaults", None)
     engine.display.summary(engine, folder)
     return str(metrics_path), str(model_path)
 
@@ -83,7 +89,9 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
     if engine.promise is not None:
         promised = {name: value for name, value in asdict(engine.promise).items() if value is not None}
         engine.display.note(describe(calibrate(model, data, **promised), model.encoder.num_layers))
-        store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
+    elif model.calibration is not None:  # of a promise that is not asked for any more
+        model.halting_tolerance, model.calibration = model.calibration["instead_of"], None
+    store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
     with engine.display.stage("measuring the final model"):
         validation = report.evaluate(model, data.val_dataloader())
         test = report.evaluate(model, data.test_dataloader())
@@ -120,10 +128,11 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
     write_json(folder / "metrics.json", metrics)  # last: it says that all is done
 
 
-def _measure_defaults(engine: TuningEngine, folder: Path, data: LightningDataModule) -> None:
+def _measure_defaults(engine: TuningEngine, folder: Path, data: LightningDataModule | None) -> None:
     """Fit and measure what the factories make by themselves, the same way: what tuning has to beat."""
     if (folder / "metrics.json").is_file():
         return
+    data = data or _measured_data(engine)
     _fit(engine, folder, {}, engine.trainer["max_epochs"])
     model = _fitted(engine, folder)
     loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
@@ -133,8 +142,7 @@ def _measure_defaults(engine: TuningEngine, folder: Path, data: LightningDataMod
 
 
 def _measured_data(engine: TuningEngine) -> LightningDataModule:
-    size = {name: value for name, value in (engine.external_config or {}).items() if name == "batch_size"}
-    data = engine.make_data(**size)
+    data = engine.make_data(batch_size=MEASURED_BATCH)  # not the winner's size: times would not compare
     data.prepare_data()
     for stage in ("fit", "test"):
         data.setup(stage)

@@ -49,7 +49,8 @@ def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evalua
     a, p, target = answers.a, answers.p, answers.target
     full = torch.full_like(target, p.shape[1])
     exits = functional.exit_layers(a, p, model.halting, model.halting_tolerance)
-    entry, full_depth = _quality(a, exits, target), _quality(a, full, target)
+    weights = None if model.class_weights is None else model.class_weights.cpu()
+    entry, full_depth = _quality(a, exits, target, weights), _quality(a, full, target, weights)
     if timed:
         entry["texts_per_second"] = _texts_per_second(model, loader, model.halting)
         full_depth["texts_per_second"] = _texts_per_second(model, loader, "never")
@@ -57,19 +58,19 @@ def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evalua
     curve = []
     for tolerance in TOLERANCES:
         at = functional.exit_layers(a, p, model.halting, tolerance)
-        quality = _quality(a, at, target)
+        quality = _quality(a, at, target, weights)
         shown = {name: quality[name] for name in ("accuracy", "mean_exit_layer")}
         curve.append({"tolerance": tolerance, **shown, "agreement": _agreement(a, at)})
     return Evaluation(entry, curve, exits, answers.depths)
 
 
-def _quality(a: Tensor, exits: Tensor, target: Tensor) -> dict[str, Any]:
+def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:
     answer = functional.answer_at(a, exits)
     layers = a.shape[1]
     return {
         "accuracy": (answer.argmax(1) == target).double().mean().item(),
         "macro_f1": multiclass_f1_score(answer, target, num_classes=a.shape[2], average="macro").item(),
-        "task_loss": functional.task_loss(answer, target).item(),
+        "task_loss": functional.task_loss(answer, target, weights).item(),
         "mean_exit_layer": exits.double().mean().item(),
         "exit_histogram": torch.bincount(exits - 1, minlength=layers).tolist(),
     }

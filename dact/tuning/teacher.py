@@ -16,7 +16,7 @@ from torch import Tensor
 from dact.encoders.base import move
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
-from dact.tuning.features import fingerprint_encoder
+from dact.tuning.features import fingerprint_encoder, fingerprint_pretrained
 from dact.tuning.objective import fit, make_trainer, seed_trial
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def teach(engine: TuningEngine, folder: Path, named: str | None) -> Teacher:
     data.setup("fit")
     epochs = engine.trainer["max_epochs"]
     trained = f"{fingerprint_encoder(model.encoder)}/{epochs}/{engine.seed}"
-    origin = f"{engine.data_fingerprint}/{trained if named is None else named}"
+    origin = f"{engine.data_fingerprint}/{trained if named is None else fingerprint_pretrained(named)}"
     said, kept = folder / "probabilities.safetensors", folder / "encoder.safetensors"
     found = [read_tensors(path) for path in ([said, kept] if named is None else [said]) if path.is_file()]
     # Both, since a crash may have left one of another origin.
