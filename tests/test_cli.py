@@ -276,6 +276,14 @@ def test_print_config_round_trips_and_help_is_readable(own):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict", "calibrate", "tune"])
+def test_every_command_reads_the_configuration_that_a_fit_left(fitted, dact_here, command):
+    folder, run, _ = fitted
+    status, text = dact_here(command, "--config", run / "config.yaml", "--print_config", cwd=folder)
+    assert status == 0, text
+    assert yaml.safe_load(text)["model"]["encoder"]["init_args"]["hidden_size"] == 16
+
+
 def test_the_configuration_of_the_readme_learns(tmp_path):
     done = dact("fit", "--config", FIT, "--trainer.accelerator", "cpu", cwd=tmp_path, OMP_NUM_THREADS="2")
     run = tmp_path / "lightning_logs" / "version_0"
