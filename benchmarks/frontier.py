@@ -610,7 +610,7 @@ def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
             label=name,
         )
     axes.set(xlabel="texts per second in bulk, measured" if timed else "mean layers", ylabel="test accuracy, %")
-    axes.legend(fontsize=7, loc="lower right")
+    axes.legend(fontsize=7)
     figure.savefig(path)
 
 
