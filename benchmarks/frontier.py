@@ -362,7 +362,7 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
 
 
 PEERS = ("entropy", "probability", "patience")  # whose rule the scheduler is lent
-OURS = ("dact", "frozen", "distilled")
+OURS = ("dact", "frozen", "distilled", "warm")  # of which the best on validation stands for DACT
 BEST = "DACT, the better dial on validation"
 FAMILIES = {  # what the table calls a kind of training with a rule
     "multi-exit, entropy": ("multiexit", "entropy"),
