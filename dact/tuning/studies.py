@@ -179,10 +179,15 @@ class ComparableStudy(Study):
     @property
     def left_out(self) -> int:
         """How many trials it is without."""
-        return sum(not self._compares(trial) for trial in super()._get_trials(deepcopy=False))
+        return sum(not self._compares(trial) for trial in _every_trial(self))
 
     def _compares(self, trial: FrozenTrial) -> bool:
         return not trial.state.is_finished() or trial.user_attrs.get(UNDER, self._under) == self._under
+
+
+def _every_trial(study: Study) -> list[FrozenTrial]:
+    """The trials of a study, also those that do not compare."""
+    return study._storage.get_all_trials(study._study_id, deepcopy=False)
 
 
 def digest(content: Any) -> str:
@@ -361,7 +366,7 @@ def _without_heartbeat(study: Study) -> set[int]:
 
 def _deaths(study: Study, trial: FrozenTrial) -> int:
     """How often the parameters of `trial` were under way before when their process died."""
-    trials = {other.number: other for other in study.get_trials(deepcopy=False)}
+    trials = {other.number: other for other in _every_trial(study)}
     deaths = 0
     while (before := trials.get(trial.user_attrs.get(RETRY_OF, -1))) is not None:
         deaths += INTERRUPTED not in before.user_attrs  # who is stopped by hand has not died
@@ -371,9 +376,8 @@ def _deaths(study: Study, trial: FrozenTrial) -> int:
 
 def queue_interrupted(study: Study) -> None:
     """Queue the parameters of interrupted trials, each once. Under the study's lock."""
-    trials = study.get_trials(deepcopy=False)
-    retried = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-    for trial in trials:
+    retried = {trial.user_attrs.get(RETRY_OF) for trial in _every_trial(study)}
+    for trial in study.get_trials(deepcopy=False):
         if is_interrupted(trial) and trial.number not in retried:
             study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
 
