@@ -260,7 +260,8 @@ def fit_with_cross_fitting(model: DACT, data: Any, arguments: argparse.Namespace
     order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
     unseen = torch.zeros(len(items), model.encoder.num_layers, model.output_dimension)
     for fold in range(4):
-        held, rest = order[fold::4], [row for row in order if row not in set(order[fold::4])]
+        held = order[fold::4]
+        rest = [row for place, row in enumerate(order) if place % 4 != fold]
         other = make_model(arguments, layers=model.encoder.num_layers, lambda_reg=model.lambda_reg)
         data._encoded["train"] = [items[row] for row in rest]
         fit(other, arguments, arguments.epochs, data)

@@ -244,7 +244,6 @@ class TuningEngine:
     def _shared_time(self, run_tag: str) -> Iterator[None]:
         """Share time_out among the studies inside: what one leaves over is for those after it."""
         self._begin(run_tag)
-        self._check_data()
         if self._announce():
             self._prepare()  # or it would take from the time of the later studies
         end = None if self.time_out is None else time.monotonic() + self.time_out
@@ -264,6 +263,7 @@ class TuningEngine:
         left = {stage: self.n_trials[stage] - len(studies.finished(self._open(stage))) for stage in STAGES}
         if not any(count > 0 for count in left.values()):
             return False
+        self._check_data()
         self.display.announce(left, expected_seconds(self, left), self.time_out)
         return True
 

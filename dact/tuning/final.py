@@ -86,12 +86,14 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
     """metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
     data = _measured_data(engine)
     model = _fitted(engine, folder)
+    before = model.calibration
     if engine.promise is not None:
         promised = {name: value for name, value in asdict(engine.promise).items() if value is not None}
         engine.display.note(describe(calibrate(model, data, **promised), model.encoder.num_layers))
     elif model.calibration is not None:  # of a promise that is not asked for any more
         model.halting_tolerance, model.calibration = model.calibration["instead_of"], None
-    store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
+    if model.calibration != before:
+        store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
     with engine.display.stage("measuring the final model"):
         validation = report.evaluate(model, data.val_dataloader())
         test = report.evaluate(model, data.test_dataloader())
