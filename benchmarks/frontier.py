@@ -237,7 +237,9 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
                 rows.append(batch["row"])
                 taught.append(model.full_depth(move(batch, DEVICE)).probabilities.cpu())
         write_tensors(home / "teacher.safetensors", {"p": torch.cat(taught)[torch.cat(rows).argsort()]})
+    model.class_names = data.class_names
     model.cpu().save_pretrained(home / "model")
+    data.tokenizer.save_pretrained(home / "model")
     write_tensors(home / "said.safetensors", said, {"seconds": f"{seconds:.1f}"})
 
 

@@ -1,6 +1,7 @@
 """What early exit saves in time, beside the same encoder run to full depth through the same scheduler.
 
     python benchmarks/speed.py real --model DIR       # a fitted model/ folder, on the test texts of VADER
+    python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_entropy 0.5   # beside a model of more layers
     python benchmarks/speed.py shapes                 # MiniLM and BERT-base shapes, exits spread evenly over the layers
     python benchmarks/speed.py shapes --precision bf16-mixed
 
@@ -70,7 +71,11 @@ class Nothing(nn.Module):
 
 def real(arguments: argparse.Namespace) -> dict[str, Any]:
     """A fitted model on real texts: in bulk, one at a time, and beside the pipeline of transformers."""
-    classifier = TextClassifier.from_pretrained(arguments.model)
+    dials = {name: getattr(arguments, name) for name in ("halting_tolerance", "halting_entropy")}
+    classifier = TextClassifier.from_pretrained(
+        arguments.model, **{name: value for name, value in dials.items() if value is not None}
+    )
+    full_depth = TextClassifier.from_pretrained(arguments.full_depth or arguments.model, halting="never")
     model = classifier.model
     data = VaderSentiment(tokenizer=classifier.tokenizer)
     data.setup("test")
@@ -103,7 +108,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
         "bulk": bulk | compare(bulk, ideal),
         "one at a time": one | compare(one, layers / few_exits.double().mean().item()),
         "unit": unit_cost(model, batch, arguments.rounds),
-        "pipeline": beside_pipeline(classifier, texts, labels, arguments.rounds),
+        "pipeline": beside_pipeline(classifier, full_depth, texts, labels, arguments.rounds),
     }
 
 
@@ -128,15 +133,16 @@ def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, f
     return {**seconds, "cost, %": 100 * (seconds["with the unit"] / seconds["encoder alone"] - 1)}
 
 
-def beside_pipeline(classifier: TextClassifier, texts: list[str], labels: list[int], rounds: int) -> dict[str, float]:
-    """Raw texts in, labels out: transformers' own pipeline, batches of 32, on a full-depth model of the same shape."""
+def beside_pipeline(
+    classifier: TextClassifier, full_depth: TextClassifier, texts: list[str], labels: list[int], rounds: int
+) -> dict[str, float]:
+    """Raw texts in, labels out: transformers' own pipeline, batches of 32, on a model of the full-depth one's shape."""
     from transformers import AutoModelForSequenceClassification, pipeline
 
-    model = classifier.model
-    encoder = model.encoder
+    encoder = full_depth.model.encoder
     assert isinstance(encoder, HuggingFaceEncoder)
     config = copy.deepcopy(encoder.model.config)
-    config.num_labels = model.output_dimension
+    config.num_labels = full_depth.model.output_dimension
     plain = AutoModelForSequenceClassification.from_config(config).eval()
     pipe = pipeline("text-classification", model=plain, tokenizer=classifier.tokenizer, batch_size=32, device="cpu")
     seconds = in_turn(
@@ -147,15 +153,15 @@ def beside_pipeline(classifier: TextClassifier, texts: list[str], labels: list[i
         rounds,
     )
     names = [classifier.class_names[label] for label in labels]
-    right = statistics.mean(prediction.label == name for prediction, name in zip(classifier(texts), names, strict=True))
-    halting, model.halting = model.halting, "never"
-    full = statistics.mean(p.label == name for p, name in zip(classifier(texts), names, strict=True))
-    model.halting = halting
+
+    def accuracy(model: TextClassifier) -> float:
+        return statistics.mean(said.label == name for said, name in zip(model(texts), names, strict=True))
+
     return {
         **seconds,
         "speed-up": seconds["pipeline"] / seconds["TextClassifier"],
-        "accuracy": right,
-        "accuracy at full depth": full,
+        "accuracy": accuracy(classifier),
+        "accuracy at full depth": accuracy(full_depth),
     }
 
 
@@ -223,6 +229,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=["real", "shapes"])
     parser.add_argument("--model", type=Path, help="for real: a model/ folder that dact fit or dact tune left")
+    parser.add_argument("--full_depth", type=Path, help="likewise, for the pipeline: the same model if left out")
+    parser.add_argument("--halting_tolerance", type=float)
+    parser.add_argument("--halting_entropy", type=float)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
     parser.add_argument("--examples", type=int, nargs="+", default=[64, 256, 1024])

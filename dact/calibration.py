@@ -48,7 +48,8 @@ class Promise:
         for name in ("max_accuracy_loss", "min_agreement"):
             value = getattr(self, name)
             if value is not None and not 0 <= value <= 1:
-                raise ValueError(f"{name} is a share, in [0, 1], got {value}: 0.005 is half a point")
+                meant = "0.005 is half a point" if name == "max_accuracy_loss" else "0.95 is 95 %"
+                raise ValueError(f"{name} is a share, in [0, 1], got {value}: {meant}")
         if self.max_layers is not None and not self.max_layers >= 1:
             raise ValueError(f"max_layers must be 1 or more, got {self.max_layers}")
         if not 0 < self.confidence < 1:
@@ -221,6 +222,8 @@ def choose_tolerance(answers: LayerAnswers, promise: Promise, rule: functional.H
         return functional.exit_layers(answers.a, answers.p, rule, tolerance)
 
     if promise.max_layers is not None:
+        if promise.max_layers >= layers:
+            raise ValueError(f"max_layers={promise.max_layers:g} promises nothing: the model has {layers} layers")
         tolerance, bound = _fewest_enough(exits, layers, promise.max_layers, promise.confidence)
     else:
         least = promise.max_accuracy_loss if promise.min_agreement is None else 1 - promise.min_agreement

@@ -22,6 +22,7 @@ from dact.callbacks import ExitPlots, PredictionWriter, SavePretrained
 from dact.console import quiet_command, quiet_threads
 from dact.files import DurableCheckpointIO
 from dact.model import CALIBRATED_UNDER, CONFIG_NAME, DACT
+from dact.usage import OneLineParser, one_line
 
 USAGE_ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, MisconfigurationException)
 
@@ -67,9 +68,10 @@ class DACTTrainer(Trainer):
         rule = {name: getattr(model, name) for name in CALIBRATED_UNDER}
         fitted = DACT.load_from_checkpoint(path, encoder=own, **rule).to(self.strategy.root_device)
         promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
+        before = fitted.halting_tolerance
         found = calibrate(fitted, datamodule, **asdict(promise))
         store_in_checkpoint(path, fitted)
-        print(describe(found, fitted.encoder.num_layers))
+        print(f"{describe(found, fitted.encoder.num_layers)}\nthe halting_tolerance of the checkpoint was {before:g}")
         beside = path.parent.parent / "model"
         if not (beside / CONFIG_NAME).is_file():
             print(f"there is no model in {beside}: only the checkpoint knows the tolerance")
@@ -134,7 +136,13 @@ class DACTCLI(LightningCLI):
         if subcommand == "tune":
             self._tune()
             return
-        if subcommand in ("validate", "test", "predict") and self._get(self.config, "ckpt_path") is None:
+        ckpt_path = self._get(self.config, "ckpt_path", default=None)
+        if ckpt_path is not None and Path(ckpt_path).is_dir():
+            raise ValueError(
+                f"--ckpt_path {ckpt_path} is a folder; a checkpoint is a file, such as "
+                "lightning_logs/version_0/checkpoints/best.ckpt"
+            )
+        if subcommand in ("validate", "test", "predict") and ckpt_path is None:
             raise ValueError(
                 f"dact {subcommand} needs --ckpt_path, the checkpoint of a fit, such as "
                 "lightning_logs/version_0/checkpoints/best.ckpt: without one the model has learned nothing"
@@ -152,6 +160,8 @@ class DACTCLI(LightningCLI):
             added += [ExitPlots(), SavePretrained()]
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
                 added.append(ModelCheckpoint(monitor="val_loss", filename="best", save_last=True))
+        if self.subcommand in ("predict", "calibrate") and config.get("logger") is None:
+            config = {**config, "logger": False}  # nothing is logged, and an empty folder would be left
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not _has(plugins, CheckpointIO):
@@ -228,6 +238,7 @@ def run(args: ArgsType = None) -> DACTCLI:
         subclass_mode_data=True,
         seed_everything_default=0,
         save_config_callback=SaveConfig,
+        parser_class=OneLineParser,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"enable_model_summary": False},
         parser_kwargs={
@@ -247,5 +258,5 @@ def main() -> None:
         if os.environ.get("DACT_TRACEBACK"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"dact: error: {message}", file=sys.stderr)
+        print(f"dact: error: {one_line(str(message))}", file=sys.stderr)
         raise SystemExit(1) from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -384,7 +385,7 @@ class DACT(LightningModule):
             rank_zero_warn(
                 f"the depth has collapsed: every validation example uses {every}. "
                 f"Try a {remedy} lambda_reg than {self.lambda_reg:g}"
-                + (", or a halting_tolerance above 0" if remedy == "larger" else "")
+                + (f", or a halting_tolerance above {self.halting_tolerance:g}" if remedy == "larger" else "")
             )
 
     # ------------------------------------------------------------------ optimization
@@ -392,15 +393,15 @@ class DACT(LightningModule):
     def setup(self, stage: str) -> None:
         datamodule = getattr(self._trainer, "datamodule", None)
         self.encoder.check_tokens(getattr(datamodule, "tokenizer", None), getattr(datamodule, "max_length", None))
-        names = getattr(datamodule, "class_names", None)
-        if names is None:
-            return
-        if len(names) != self.output_dimension:
+        taught = getattr(datamodule, "teacher_probabilities", ...)  # other data may give a teacher in its own way
+        if stage == "fit" and self.distillation and taught is None:
             raise ValueError(
-                f"the data has {len(names)} classes ({', '.join(names)}), but the model has "
-                f"output_dimension={self.output_dimension}: set output_dimension to {len(names)}"
+                f"distillation={self.distillation:g} needs a teacher: give the data one (data.teacher), or set distillation "
+                "to 0"
             )
-        if self.class_names is None:
+        names = getattr(datamodule, "class_names", None)
+        check_classes(names, self.output_dimension)
+        if names is not None and self.class_names is None:
             self.class_names = list(names)
 
     def _total_steps(self) -> float:
@@ -488,6 +489,10 @@ class DACT(LightningModule):
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> DACT:
         """A model with fresh weights as `config` describes it; keyword arguments replace its entries."""
+        known = inspect.signature(cls).parameters
+        for name in overrides.keys() - known.keys():
+            if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values()):
+                raise TypeError(f"{cls.__name__} has no argument {name!r}: expected one of {', '.join(known)}")
         arguments = {**config, **overrides}
         calibration = arguments.pop("calibration", None)
         for name in ("classifier", "confidence"):
@@ -539,10 +544,14 @@ class DACT(LightningModule):
         absent, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
         faults = different + [f"{name} is missing" for name in absent] + [f"{name} is unknown" for name in unknown]
         if faults:
+            layers, theirs = self.encoder.num_layers, _layers_in(weights)
+            if theirs not in (0, layers) and not self.share_submodels:
+                faults = [f"{theirs} layers instead of {layers}", *faults]
             raise ValueError(
                 f"{what} does not fit this model ({len(faults)} differences, such as {faults[0]}). Build the model with "
                 f"the encoder, submodels and output_dimension ({self.output_dimension} here) that it was trained with, "
-                "or use DACT.load_from_checkpoint, which reads them from the checkpoint"
+                "or use DACT.load_from_checkpoint, which reads them from the checkpoint (on the command line, give the config.yaml "
+                "that the fit left)"
             )
 
     @classmethod
@@ -605,9 +614,15 @@ class DACT(LightningModule):
             ValueError: If a file cannot be read or does not fit.
         """
         directory = Path(directory)
+        if not directory.is_dir():
+            raise FileNotFoundError(f"there is no folder {directory}: expected one that save_pretrained wrote")
         for name in (CONFIG_NAME, WEIGHTS_NAME):
             if not (directory / name).is_file():
-                raise FileNotFoundError(f"{directory} has no {name}: expected a folder that save_pretrained wrote")
+                inside = [path for path in (directory / "model", directory / "final" / "model") if path.is_dir()]
+                hint = f", such as {inside[0]}" if inside else ""
+                raise FileNotFoundError(
+                    f"{directory} has no {name}: expected a folder that save_pretrained wrote{hint}"
+                )
         config = read_json(directory / CONFIG_NAME)
         weights, _ = read_tensors(directory / WEIGHTS_NAME)
         if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
@@ -615,6 +630,20 @@ class DACT(LightningModule):
         if encoder is not None:
             overrides["encoder"] = encoder
         return cls.from_config(config, **overrides)._load_weights(weights, directory, None).eval()
+
+
+def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
+    """Raise an error if the data has other classes than the model; data that does not name them may have any."""
+    if names is not None and len(names) != output_dimension:
+        raise ValueError(
+            f"the data has {len(names)} classes ({', '.join(names)}), but the model has "
+            f"output_dimension={output_dimension}: set output_dimension to {len(names)}"
+        )
+
+
+def _layers_in(weights: Mapping[str, Tensor]) -> int:
+    """How many confidences there are among the weights of a DACT."""
+    return len({name.split(".")[1] for name in weights if name.startswith("confidence.")})
 
 
 def _check_arguments(given: Mapping[str, Any]) -> None:

@@ -39,7 +39,7 @@ def depth_against_exit(depths: Tensor, exit_layers: Tensor, num_layers: int) -> 
     present = sorted(set(depths.tolist()))
     means = [exit_layers[depths == depth].float().mean().item() for depth in present]
     axes.plot(present, means, "o-", color="tab:red", label="mean exit layer")
-    axes.set(xlabel="depth of the example (steps)", ylabel="exit layer", xticks=present)
+    axes.set(xlabel="depth of the example (steps)", ylabel="exit layer", xticks=present, title="where examples leave")
     axes.set_yticks(range(1, num_layers + 1))
     axes.legend(loc="upper left")
     figure.colorbar(image, label="share of the examples of a depth")

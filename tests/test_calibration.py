@@ -101,6 +101,8 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest():
     assert mean_upper_bound(smaller, 5, 0.95) > budget, "no smaller tolerance would do"
     with pytest.raises(ValueError, match=r"the fewest that can are \d\.\d+ of 5, at tolerance 0.99") as caught:
         choose_tolerance(answers, Promise(max_layers=1.0), "exact")
+    with pytest.raises(ValueError, match="max_layers=9 promises nothing: the model has"):
+        choose_tolerance(answers, Promise(max_layers=9), "exact")
     nearest = float(str(caught.value).split("the fewest that can are ")[1].split()[0])
     assert choose_tolerance(answers, Promise(max_layers=nearest + 0.01), "exact").halting_tolerance == 0.99
 

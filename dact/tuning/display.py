@@ -152,20 +152,29 @@ class Display:
             )
         self.console.print(chosen, worth)
         if "early exit, defaults" in entries:
-            self.console.print(_verdict(test, entries["early exit, defaults"]), soft_wrap=True)
+            assert engine.external_config is not None
+            epochs = (engine.external_config["num_epochs"], engine.trainer["max_epochs"])
+            self.console.print(_verdict(test, entries["early exit, defaults"], epochs), soft_wrap=True)
         self.console.print(f"agreement with full depth: {100 * test['agreement']:.2f} %")
         self.console.print(f"everything is in {folder.parent}; the model in {folder / 'model'}", soft_wrap=True)
         self.console.print(f"look at it: tensorboard --logdir {folder.parent}", soft_wrap=True)
 
 
-def _verdict(tuned: Mapping[str, Any], defaults: Mapping[str, Any]) -> str:
-    """Whether tuning beat the defaults on test: no worse in accuracy and layers, and better in one of them."""
+def _verdict(tuned: Mapping[str, Any], defaults: Mapping[str, Any], epochs: tuple[int, int]) -> str:
+    """Whether tuning beat the defaults on test: no worse in accuracy and layers, and better in one of them.
+
+    Args:
+        tuned: Its test entry.
+        defaults: Likewise.
+        epochs: For which both were fitted.
+    """
     accuracy = 100 * (tuned["accuracy"] - defaults["accuracy"])
     layers = tuned["mean_exit_layer"] - defaults["mean_exit_layer"]
     beats = accuracy >= 0 >= layers and accuracy != layers
     says = "beats" if beats else "does not beat"
     return (
         f"the tuned configuration {says} the defaults on test: {accuracy:+.2f} points of accuracy, {layers:+.2f} layers"
+        + (f" (fits of {epochs[0]} and {epochs[1]} epochs)" if epochs[0] != epochs[1] else "")
     )
 
 

@@ -29,7 +29,7 @@ from dact.calibration import Promise
 from dact.console import quiet
 from dact.files import replacing_folder, write_text
 from dact.functional import check_choice, check_tolerance
-from dact.model import DACT
+from dact.model import DACT, check_classes
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, studies, tensorboard
 from dact.tuning.display import Display
@@ -489,6 +489,7 @@ class TuningEngine:
         data.prepare_data()
         data.setup("test")
         data.test_dataloader()
+        check_classes(getattr(data, "class_names", None), self.output_dimension)
 
     # ------------------------------------------------------------------ studies
 

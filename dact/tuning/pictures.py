@@ -36,7 +36,9 @@ def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
     study = copy
     drawings: dict[str, Callable[[], Any]] = {}
     if len(study.directions) == 1:
-        drawings["optimization history"] = partial(draw.plot_optimization_history, study)
+        drawings["optimization history"] = partial(
+            draw.plot_optimization_history, study, target=partial(_objective, 0), target_name="validation loss"
+        )
         if completed >= FEWEST_FOR_IMPORTANCES:
             drawings["parameter importances"] = partial(draw.plot_param_importances, study)
     else:
@@ -49,7 +51,11 @@ def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
     with pyplot.style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, make in drawings.items():
-            figures[name] = make().get_figure()
+            axes = make()
+            if "history" in name:
+                axes.set(title=name, xlabel="trial")
+                axes.xaxis.get_major_locator().set_params(integer=True)
+            figures[name] = axes.get_figure()
             figures[name].set_layout_engine("constrained")
             pyplot.close(figures[name])
     return figures
@@ -73,7 +79,7 @@ def pareto_picture(points: list[Point], chosen: Point) -> Any:
     )
     axes.plot([point.layers for point in front], [point.loss for point in front], "-", alpha=0.5, label="Pareto front")
     axes.plot(chosen.layers, chosen.loss, "o", ms=14, mfc="none", mec="tab:red", mew=2, label="chosen")
-    axes.set(xlabel="mean exit layer", ylabel="task loss")
+    axes.set(xlabel="mean exit layer", ylabel="task loss", title="loss against layers, by lambda_reg")
     axes.legend()
     figure.colorbar(colours, label="lambda_reg")
     return figure
@@ -81,14 +87,27 @@ def pareto_picture(points: list[Point], chosen: Point) -> Any:
 
 def tolerance_picture(curve: list[dict[str, float]], layers: int) -> Any:
     """Accuracy and agreement against the mean exit layer, over the tolerance."""
-    figure, axes = plots.new_figure()
+    figure, _ = plots.new_figure(height=5)
+    figure.clear()
+    upper, lower = figure.subplots(2, 1, sharex=True)  # their ranges differ too much for one axis
     depth = [point["mean_exit_layer"] for point in curve]
-    axes.plot(depth, [100 * point["accuracy"] for point in curve], "o-", label="accuracy")
-    axes.plot(depth, [100 * point["agreement"] for point in curve], "s--", alpha=0.6, label="agreement with full depth")
-    for point in curve:
-        axes.annotate(f"{point['tolerance']:g}", (point["mean_exit_layer"], 100 * point["accuracy"]), fontsize=7)
-    axes.set(xlabel=f"mean exit layer of {layers}", ylabel="validation, %", title="halting tolerance beside each point")
-    axes.legend()
+    for axes, name in ((upper, "accuracy"), (lower, "agreement")):
+        axes.plot(depth, [100 * point[name] for point in curve], "o-")
+        written = float("inf")
+        for point in curve:  # from most layers to fewest; labels must not lie on each other
+            if written - point["mean_exit_layer"] > 0.04 * (max(depth) - min(depth)):
+                written = point["mean_exit_layer"]
+                axes.annotate(
+                    f"{point['tolerance']:g}",
+                    (written, 100 * point[name]),
+                    xytext=(0, 5),
+                    textcoords="offset points",
+                    fontsize=7,
+                    ha="center",
+                )
+        axes.margins(y=0.15)
+    upper.set(ylabel="accuracy, %", title="validation, with the halting tolerance at each point")
+    lower.set(xlabel=f"mean exit layer of {layers}", ylabel="agreement with\nfull depth, %")
     return figure
 
 
@@ -97,7 +116,7 @@ def exit_picture(entry: Mapping[str, Any]) -> Any:
     figure, axes = plots.new_figure()
     counts = entry["exit_histogram"]
     axes.bar(range(1, len(counts) + 1), counts)
-    axes.set(xlabel="exit layer", ylabel="examples", title=f"mean exit layer {entry['mean_exit_layer']:.2f}")
+    axes.set(xlabel="exit layer", ylabel="examples", title=f"test: mean exit layer {entry['mean_exit_layer']:.2f}")
     return figure
 
 
