@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -50,7 +51,7 @@ def one_line(message: str) -> str:
 def _broken_file() -> str:
     """Which of the command's files is no YAML."""
     words = [word for argument in sys.argv for word in argument.split("=", 1)]
-    for flag, path in zip(words, words[1:], strict=False):
+    for flag, path in pairwise(words):
         if flag in ("--config", "-c") and Path(path).is_file():
             try:
                 yaml.safe_load(Path(path).read_text())

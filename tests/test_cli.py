@@ -227,8 +227,14 @@ def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(ow
         (["--ckpt_path", "tokenizer"], "--ckpt_path tokenizer is a folder; a checkpoint is a file"),
         (["--data.test_file", "absent.csv"], "no file absent.csv: name the right test_file"),
         (["--model.distillation", "0.5"], "distillation=0.5 needs a teacher"),
-        (["--data.teacher", "nobody/nothing", "--model.distillation", "0.5"], "no teacher with a tokenizer at 'nobody/n"),
-        (["--model.lamda_reg", "0.1"], "unrecognized arguments: --model.lamda_reg 0.1. Did you mean --model.lambda_reg?"),
+        (
+            ["--data.teacher", "nobody/nothing", "--model.distillation", "0.5"],
+            "no teacher with a tokenizer at 'nobody/n",
+        ),
+        (
+            ["--model.lamda_reg", "0.1"],
+            "unrecognized arguments: --model.lamda_reg 0.1. Did you mean --model.lambda_reg?",
+        ),
         (["--data.txt_column", "x"], "Option 'txt_column' is not accepted. Did you mean text_column?"),
         (["--model.encoder", "dact.encoders.TransformEncoder"], "Did you mean TransformerEncoder?"),
         (["--model.output_dimension", "two"], "model.output_dimension: Expected a int. Got value: two"),

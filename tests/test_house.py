@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dact"
 # From the ground floor upwards: a module imports only from floors below its own, or from its own package.
 FLOORS = [
-    {"functional", "console", "files", "plots"},
+    {"functional", "console", "usage", "files", "plots"},
     {"submodels", "metrics", "encoders"},
     {"inference"},
     {"model"},

@@ -417,7 +417,13 @@ def test_broken_files_are_clear_errors(tmp_path):
         DACT.load_from_checkpoint(tmp_path / "junk.ckpt")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
         DACT.from_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match="there is no folder .*nothing"):
+        DACT.from_pretrained(tmp_path / "nothing")
     tiny_model().save_pretrained(tmp_path / "model")
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json: .*such as .*model$"):
+        DACT.from_pretrained(tmp_path)
+    with pytest.raises(TypeError, match="DACT has no argument 'tolerance': expected one of .*halting_tolerance"):
+        DACT.from_pretrained(tmp_path / "model", tolerance=0.1)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "output_dimension": 5}))
     with pytest.raises(ValueError, match=r"does not fit this model .*instead of"):
@@ -434,8 +440,13 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
     fit = trainer(tmp_path, max_epochs=1)
     fit.fit(tiny_model(), loader())
     fit.save_checkpoint(tmp_path / "x.ckpt")
-    for other in (tiny_model(hidden=32), tiny_model(layers=3), tiny_model(output_dimension=4)):
-        with pytest.raises(ValueError, match="the checkpoint does not fit this model"):
+    layers = tiny_model().encoder.num_layers
+    for other, difference in (
+        (tiny_model(hidden=32), "such as .* instead of"),
+        (tiny_model(layers=layers + 1), f"such as {layers} layers instead of {layers + 1}"),
+        (tiny_model(output_dimension=4), "such as .* instead of"),
+    ):
+        with pytest.raises(ValueError, match=f"the checkpoint does not fit this model .*{difference}"):
             trainer(tmp_path).test(other, loader(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
 
 
