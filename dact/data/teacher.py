@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from rich.progress import track
 from torch import Tensor
 
 from dact.encoders.pretrained import resolve_pretrained
@@ -50,7 +51,8 @@ def teacher_probabilities(
     # Of similar length together, so that little padding is computed.
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     answers = torch.empty(len(texts), len(class_names))
-    for start in range(0, len(order), 64):
+    starts = range(0, len(order), 64)
+    for start in track(starts, description=f"The teacher on {len(order):,} texts", transient=True):
         rows = order[start : start + 64]
         second = None if pairs is None else [pairs[row] for row in rows]
         batch = tokenizer(

@@ -20,6 +20,7 @@ from dact.encoders import LayeredEncoder
 from dact.encoders.base import move
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import replacing
+from dact.tuning.stopping import check_stop
 
 DTYPES = {
     "states": ("F32", np.float32),
@@ -105,6 +106,7 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     given = 0
     with replacing(path) as partial, _FeatureWriter(partial, shapes, fingerprint) as writer:
         for batch in track(loader, description=f"Layer states of {examples:,} {path.stem} texts", transient=True):
+            check_stop()
             states = encoder(move(batch, device)).float().cpu()
             given += len(states)
             if given > examples:

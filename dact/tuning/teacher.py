@@ -18,6 +18,7 @@ from dact.files import read_tensors, write_tensors
 from dact.model import DACT
 from dact.tuning.features import fingerprint_encoder, fingerprint_pretrained
 from dact.tuning.objective import fit, make_trainer, seed_trial
+from dact.tuning.stopping import check_stop
 
 if TYPE_CHECKING:
     from dact.tuning.engine import TuningEngine
@@ -92,6 +93,7 @@ def _train_and_ask(engine: TuningEngine, model: DACT, data: LightningDataModule,
     rows, answers = [], []
     with torch.no_grad():
         for batch in data.train_dataloader():
+            check_stop()
             rows.append(batch["row"])
             answers.append(model(move(batch, model.device)).probabilities.cpu())
     order = torch.cat(rows).argsort()
