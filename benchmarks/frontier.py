@@ -16,11 +16,10 @@ kind-λ or kind-λ-layers:
     distilled   DACT, taught likewise
     heldout     DACT on three quarters of the examples, then its confidence alone on the rest
     crossfit    DACT, then its confidence alone, by what models trained on three quarters say of the fourth (4 folds)
-    exits       `distilled` with exit_loss_weight 3 instead of 0.3
-    warm, long  `exits`, starting from all weights of `taught`; trained for twice as many epochs
-    shared, first, ponder, self
-                `distilled` in one respect otherwise: one pair of heads for all layers; the first token as pooling;
-                ponder="h"; exits taught by its own full depth, not by a teacher
+    exits, warm, long, shared, first, ponder, self
+                `distilled` in one respect otherwise: exit_loss_weight 3; starting from all weights of `taught`; twice
+                the epochs; one pair of heads for all layers; the first token as pooling; ponder="h"; exits taught by
+                its own full depth, not by a teacher
 
 Every training is a process of its own and leaves its model and what its layers say of the validation and test examples;
 a stopped run goes on where it stopped. Thresholds, tolerances and operating points are chosen on validation data: for
@@ -83,7 +82,7 @@ HELD_OUT = 0.25  # of the training examples, for the confidence alone
 VARIANTS = {  # of `distilled`
     "exits": "exit loss 3",
     "warm": "from the multi-exit",
-    "long": "exit loss 3, twice the epochs",
+    "long": "twice the epochs",
     "shared": "shared heads",
     "first": "first token",
     "ponder": "ponder='h'",
@@ -191,8 +190,6 @@ def train(method: str, seed: int, arguments: argparse.Namespace, folder: Path) -
     else:
         changes = {
             "exits": {"exit_loss_weight": 3.0},
-            "warm": {"exit_loss_weight": 3.0},
-            "long": {"exit_loss_weight": 3.0},
             "shared": {"share_submodels": True},
             "first": {"pooling": "first"},
             "ponder": {"ponder": "h"},
@@ -374,7 +371,7 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
 
 
 PEERS = ("entropy", "probability", "patience")  # whose rule the scheduler is lent
-OURS = ("dact", "frozen", "distilled", "exits")  # of which the best on validation stands for DACT
+OURS = ("dact", "frozen", "distilled", "exits", "warm")  # of which the best on validation stands for DACT
 BEST = "DACT, the better dial on validation"
 COMPRESSED = ("full depth", BEST)  # with float16 and int8, beside bfloat16
 FAMILIES = {  # what the table calls a kind of training with a rule

@@ -242,7 +242,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
     found = {"real": real, "shapes": shapes}[arguments.part](arguments)
-    key = f"{arguments.part}, {device}, {arguments.precision}"
+    layers = f", {found['layers']} layers" if "layers" in found else ""
+    key = f"{arguments.part}{layers}, {device}, {arguments.precision}"
     results[key] = found
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
