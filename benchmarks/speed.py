@@ -121,7 +121,9 @@ def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, f
     """What both heads and the halting test cost where no example ever leaves, beside the encoder alone."""
     bare, stays = copy.copy(model), copy.deepcopy(model)
     bare._modules = {**model._modules, "classifier": Nothing(model.output_dimension), "confidence": Nothing(1)}
+    bare.halting_entropy = stays.halting_entropy = None
     for submodel in stays.confidence:
+        nn.init.zeros_(submodel[-1].weight)
         nn.init.constant_(submodel[-1].bias, 40.0)  # h = 1: nobody leaves before the last layer
     seconds = in_turn(
         {
