@@ -270,7 +270,10 @@ def test_defaults_are_measured_beside_the_tuned_model(tuned):
 def test_the_summary_says_whether_tuning_beat_the_defaults(accuracy, layers, says):
     tuned = {"accuracy": accuracy, "mean_exit_layer": layers}
     defaults = {"accuracy": 0.8, "mean_exit_layer": 3.0}
-    assert f"the tuned configuration {says} the defaults" in _verdict(tuned, defaults)
+    verdict = _verdict(tuned, defaults, (3, 3))
+    assert f"the tuned configuration {says} the defaults" in verdict
+    assert "epochs" not in verdict
+    assert "(fits of 3 and 1 epochs)" in _verdict(tuned, defaults, (3, 1))
 
 
 def test_two_runs_with_one_seed_are_equal(tmp_path):
