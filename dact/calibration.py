@@ -55,6 +55,13 @@ class Promise:
         if not 0 < self.confidence < 1:
             raise ValueError(f"confidence is a probability, in (0, 1), got {self.confidence}")
 
+    def check_layers(self, layers: int) -> None:
+        """Raise an error if every model of so many layers keeps this promise."""
+        if self.max_layers is not None and self.max_layers >= layers:
+            raise ValueError(
+                f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers. Promise fewer"
+            )
+
 
 @dataclass(frozen=True)
 class Calibration:
@@ -127,6 +134,7 @@ def calibrate(
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
     if model.halting == "never":
         raise ValueError("a model with halting='never' has no tolerance: give it halting='exact'")
+    promise.check_layers(model.encoder.num_layers)  # before all layers run on all examples
     answers = layer_answers(model.eval(), calibration_batches(data))
     found = choose_tolerance(answers, promise, model.halting)
     before = model.calibration
@@ -221,9 +229,8 @@ def choose_tolerance(answers: LayerAnswers, promise: Promise, rule: functional.H
     def exits(tolerance: float) -> Tensor:
         return functional.exit_layers(answers.a, answers.p, rule, tolerance)
 
+    promise.check_layers(layers)
     if promise.max_layers is not None:
-        if promise.max_layers >= layers:
-            raise ValueError(f"max_layers={promise.max_layers:g} promises nothing: the model has {layers} layers")
         tolerance, bound = _fewest_enough(exits, layers, promise.max_layers, promise.confidence)
     else:
         least = promise.max_accuracy_loss if promise.min_agreement is None else 1 - promise.min_agreement

@@ -241,3 +241,9 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
     assert (other.calibration, other.halting_tolerance) == (None, 0.0)
     own = DACT.from_pretrained(tmp_path, halting="paper", halting_tolerance=model.halting_tolerance)
     assert (own.calibration, own.halting_tolerance) == (None, model.halting_tolerance)
+
+
+def test_the_engine_refuses_a_promise_of_nothing_before_its_first_trial(tmp_path):
+    engine = TuningEngine(promise=Promise(max_layers=6), log_dir=tmp_path, trainer={"accelerator": "cpu"})
+    with pytest.raises(ValueError, match="max_layers=6 promises nothing: the model has 6 layers"):
+        engine._check_data()

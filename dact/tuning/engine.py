@@ -490,6 +490,8 @@ class TuningEngine:
         data.setup("test")
         data.test_dataloader()
         check_classes(getattr(data, "class_names", None), self.output_dimension)
+        if self.promise is not None and self.promise.max_layers is not None:
+            self.promise.check_layers(self.make_model().encoder.num_layers)
 
     # ------------------------------------------------------------------ studies
 

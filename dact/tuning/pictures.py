@@ -36,9 +36,7 @@ def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
     study = copy
     drawings: dict[str, Callable[[], Any]] = {}
     if len(study.directions) == 1:
-        drawings["optimization history"] = partial(
-            draw.plot_optimization_history, study, target=partial(_objective, 0), target_name="validation loss"
-        )
+        drawings["optimization history"] = partial(draw.plot_optimization_history, study)
         if completed >= FEWEST_FOR_IMPORTANCES:
             drawings["parameter importances"] = partial(draw.plot_param_importances, study)
     else:
@@ -54,6 +52,8 @@ def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
             axes = make()
             if "history" in name:
                 axes.set(title=name, xlabel="trial")
+                if len(study.directions) == 1:
+                    axes.set_ylabel("validation loss")
                 axes.xaxis.get_major_locator().set_params(integer=True)
             figures[name] = axes.get_figure()
             figures[name].set_layout_engine("constrained")
