@@ -379,7 +379,9 @@ def queue_interrupted(study: Study) -> None:
     retried = {trial.user_attrs.get(RETRY_OF) for trial in _every_trial(study)}
     for trial in study.get_trials(deepcopy=False):
         if is_interrupted(trial) and trial.number not in retried:
-            study.enqueue_trial(trial.params, user_attrs={RETRY_OF: trial.number})
+            # One that died before it had drawn them all still owes those that it was queued with.
+            queued = trial.system_attrs.get("fixed_params", {})
+            study.enqueue_trial({**queued, **trial.params}, user_attrs={RETRY_OF: trial.number})
 
 
 # ---------------------------------------------------------------------- running
