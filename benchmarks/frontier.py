@@ -27,7 +27,8 @@ each budget of mean layers, the setting that comes closest to it from below. The
 
 The peers run through dact's own scheduler, so that they too leave their batches and the rest is regrouped:
 multi-exit training (every layer's classifier, equally weighed) with a threshold on the entropy (DeeBERT, Xin et al. 2020),
-on the largest probability, or with patience (PABEE, Zhou et al. 2020).
+on the largest probability or on its lead over the second (CALM, Schuster et al. 2022), or with patience (PABEE, Zhou et
+al. 2020).
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import DACT, SubmodelConfig, functional, inference, plots
+from dact.calibration import SETTINGS
 from dact.console import quiet
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
@@ -76,7 +78,6 @@ METHODS = [
     "frozen-0.05",
     "distilled-0.05",
     "distilled-0.05-4",
-    "exits-0.05-4",
 ]
 HELD_OUT = 0.25  # of the training examples, for the confidence alone
 VARIANTS = {  # of `distilled`
@@ -311,23 +312,34 @@ def entropy(y: Tensor) -> Tensor:
     return -(y * y.clamp_min(1e-12).log()).sum(-1)
 
 
-def settings_of(rule: str) -> list[float]:
+def lead(y: Tensor) -> Tensor:
+    top = y.topk(2, dim=-1).values
+    return top[..., 0] - top[..., 1]
+
+
+def settings_of(rule: str) -> Sequence[float]:
     """The thresholds of a rule, from most layers to fewest."""
     if rule == "entropy":
-        return [round(0.01 * step, 2) for step in range(111)]
+        return (0.0, 0.0001, 0.001, 0.002, 0.005, *(step / 100 for step in range(1, 111)))
     if rule == "probability":
-        return [round(1 - 0.005 * step, 3) for step in range(135)]
+        return (1.0, 0.9999, 0.9995, 0.999, 0.998, *(1 - step / 200 for step in range(1, 135)))
     if rule == "patience":
         return [float(patience) for patience in range(LAYERS, 0, -1)]
-    return [round(0.01 * step, 2) for step in range(100)]
+    return SETTINGS["halting_margin" if rule in ("lead", "margin") else "halting_tolerance"]
+
+
+def is_sure(rule: str, setting: float, y: Tensor) -> Tensor:
+    if rule == "entropy":
+        return entropy(y) < setting
+    return (lead(y) if rule == "lead" else y.amax(-1)) > setting
 
 
 def exits_of(rule: str, setting: float, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """The answers ``[examples, layers, classes]`` that a rule chooses from, and where it stops, 1-based ``[examples]``."""
-    if rule == "dial":
-        h, rule, setting = functional.entropy_confidence(y, setting), "exact", 0.0
-    if rule in ("exact", "paper"):
+    if rule in ("exact", "paper", "margin"):
         a, p = functional.accumulate(y, h)
+        if rule == "margin":
+            return a, functional.exit_layers(a, p, y=y, margin=setting)
         return a, functional.exit_layers(a, p, rule, setting)  # type: ignore[arg-type]
     if rule == "never":
         return y, torch.full((len(y),), y.shape[1])
@@ -339,7 +351,7 @@ def exits_of(rule: str, setting: float, y: Tensor, h: Tensor) -> tuple[Tensor, T
             agreed.append(same >= setting)
         stops = torch.stack(agreed, dim=1)
     else:
-        stops = entropy(y) < setting if rule == "entropy" else y.amax(-1) > setting
+        stops = is_sure(rule, setting, y)
     stops[:, -1] = True
     return y, stops.int().argmax(dim=1) + 1
 
@@ -351,7 +363,7 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
 
     def stop(a: Tensor, p: Tensor, remaining: int, *_: Any, num_layers: int, **__: Any) -> Tensor:
         if rule != "patience":
-            return entropy(a) < setting if rule == "entropy" else a.amax(-1) > setting
+            return is_sure(rule, setting, a)
         labels = a.argmax(-1)
         same = torch.zeros_like(labels)
         if remaining < num_layers - 1:
@@ -370,41 +382,40 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
 # ---------------------------------------------------------------------- measuring
 
 
-PEERS = ("entropy", "probability", "patience")  # whose rule the scheduler is lent
+PEERS = ("entropy", "probability", "lead", "patience")  # whose rule the scheduler is lent
 OURS = ("dact", "frozen", "distilled", "exits", "warm")  # of which the best on validation stands for DACT
 BEST = "DACT, the better dial on validation"
 COMPRESSED = ("full depth", BEST)  # with float16 and int8, beside bfloat16
 FAMILIES = {  # what the table calls a kind of training with a rule
     "multi-exit, entropy": ("multiexit", "entropy"),
     "multi-exit, largest probability": ("multiexit", "probability"),
+    "multi-exit, lead": ("multiexit", "lead"),
     "multi-exit, patience": ("multiexit", "patience"),
     "multi-exit distilled, entropy": ("taught", "entropy"),
     "multi-exit distilled, largest probability": ("taught", "probability"),
+    "multi-exit distilled, lead": ("taught", "lead"),
     "multi-exit distilled, patience": ("taught", "patience"),
     "DACT, paper": ("dact", "paper"),
-    "DACT, exact": ("dact", "exact"),
-    "DACT, halting_entropy": ("dact", "dial"),
-    "DACT's y_n, entropy": ("dact", "entropy"),
-    "DACT held out, exact": ("heldout", "exact"),
-    "DACT cross-fitted, exact": ("crossfit", "exact"),
-    "DACT on the multi-exit distilled, exact": ("frozen", "exact"),
-    "DACT distilled, exact": ("distilled", "exact"),
+    "DACT, halting_tolerance": ("dact", "exact"),
+    "DACT, halting_margin": ("dact", "margin"),
+    "DACT's y_n, lead": ("dact", "lead"),
+    "DACT held out, halting_tolerance": ("heldout", "exact"),
+    "DACT cross-fitted, halting_tolerance": ("crossfit", "exact"),
+    "DACT on the multi-exit distilled, halting_tolerance": ("frozen", "exact"),
     "DACT distilled, paper": ("distilled", "paper"),
-    "DACT distilled, halting_entropy": ("distilled", "dial"),
-    "DACT distilled, y_n's entropy": ("distilled", "entropy"),
+    "DACT distilled, halting_tolerance": ("distilled", "exact"),
+    "DACT distilled, halting_margin": ("distilled", "margin"),
+    "DACT distilled, y_n's lead": ("distilled", "lead"),
     **{
         f"DACT distilled, {name}, {label}": (kind, rule)
         for kind, name in VARIANTS.items()
-        for rule, label in (("exact", "exact"), ("dial", "halting_entropy"))
+        for rule, label in (("exact", "halting_tolerance"), ("margin", "halting_margin"))
     },
 }
 
 
 # What the table has and neither the picture nor the clock: nobody could read it.
-UNDRAWN = (
-    *(", paper", "y_n", "twice", "DACT distilled, exact", "DACT distilled, halting_entropy"),
-    *(name for kind, name in VARIANTS.items() if kind not in OURS),
-)
+UNDRAWN = (", paper", "y_n", "held out", "cross-fitted", *(name for kind, name in VARIANTS.items() if kind != "warm"))
 
 
 def measure(said: dict[str, Tensor], split: str, rule: str, setting: float) -> dict[str, float]:
@@ -487,7 +498,7 @@ def collect(folder: Path, methods: list[str], seeds: range) -> dict[str, list[di
         for seed in seeds:
             offers = [
                 c
-                for method, rule in itertools.product(adaptive, ("exact", "dial"))
+                for method, rule in itertools.product(adaptive, ("exact", "margin"))
                 if (c := choose(said[method, seed], method, rule, budget))
             ]
             chosen.append(max(offers, key=lambda c: validated(said[c.method, seed], c), default=None))
@@ -525,8 +536,8 @@ def model_of(folder: Path, point: dict[str, Any], seed: int) -> tuple[DACT, str,
         for submodel in model.confidence:
             nn.init.zeros_(submodel[-1].weight)
             nn.init.constant_(submodel[-1].bias, 40.0)
-    elif choice.rule == "dial":
-        model.halting, model.halting_entropy = "exact", choice.setting
+    elif choice.rule == "margin":
+        model.halting, model.halting_margin = "exact", choice.setting
     else:
         model.halting, model.halting_tolerance = choice.rule, choice.setting  # type: ignore[assignment]
     return model.to(DEVICE), choice.rule, choice.setting

@@ -1,7 +1,7 @@
 """What early exit saves in time, beside the same encoder run to full depth through the same scheduler.
 
     python benchmarks/speed.py real --model DIR       # a fitted model/ folder, on the test texts of VADER
-    python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_entropy 0.5   # beside a model of more layers
+    python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_margin 0.9   # beside a model of more layers
     python benchmarks/speed.py shapes                 # MiniLM and BERT-base shapes, exits spread evenly over the layers
     python benchmarks/speed.py shapes --precision bf16-mixed
 
@@ -71,7 +71,7 @@ class Nothing(nn.Module):
 
 def real(arguments: argparse.Namespace) -> dict[str, Any]:
     """A fitted model on real texts: in bulk, one at a time, and beside the pipeline of transformers."""
-    dials = {name: getattr(arguments, name) for name in ("halting_tolerance", "halting_entropy")}
+    dials = {name: getattr(arguments, name) for name in ("halting_tolerance", "halting_margin")}
     classifier = TextClassifier.from_pretrained(
         arguments.model, **{name: value for name, value in dials.items() if value is not None}
     )
@@ -121,10 +121,11 @@ def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, f
     """What both heads and the halting test cost where no example ever leaves, beside the encoder alone."""
     bare, stays = copy.copy(model), copy.deepcopy(model)
     bare._modules = {**model._modules, "classifier": Nothing(model.output_dimension), "confidence": Nothing(1)}
-    bare.halting_entropy = stays.halting_entropy = None
-    for submodel in stays.confidence:
-        nn.init.zeros_(submodel[-1].weight)
-        nn.init.constant_(submodel[-1].bias, 40.0)  # h = 1: nobody leaves before the last layer
+    # h = 1 and equal probabilities: nobody leaves before the last layer.
+    for submodels, bias in ((stays.confidence, 40.0), (stays.classifier, 0.0)):
+        for submodel in submodels:
+            nn.init.zeros_(submodel[-1].weight)
+            nn.init.constant_(submodel[-1].bias, bias)
     seconds = in_turn(
         {
             "encoder alone": lambda: bare._inference(batch, "never"),
@@ -233,7 +234,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="for real: a model/ folder that dact fit or dact tune left")
     parser.add_argument("--full_depth", type=Path, help="likewise, for the pipeline: the same model if left out")
     parser.add_argument("--halting_tolerance", type=float)
-    parser.add_argument("--halting_entropy", type=float)
+    parser.add_argument("--halting_margin", type=float)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
     parser.add_argument("--examples", type=int, nargs="+", default=[64, 256, 1024])

@@ -1,11 +1,11 @@
-"""The dial: a halting tolerance that keeps a promise, with a stated confidence."""
+"""The dials: a halting tolerance, or margin, that keeps a promise with a stated confidence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -14,9 +14,15 @@ from torch import Tensor
 from dact import functional
 from dact.encoders.base import Batch, move
 from dact.files import DurableCheckpointIO, read_checkpoint
-from dact.model import CALIBRATED_UNDER, DACT
+from dact.model import DACT, HALTING
 
-GRID = tuple(step / 100 for step in range(100))  # the tolerances that are tried, in their order
+Dial = Literal["halting_tolerance", "halting_margin"]
+# The settings that are tried, from the most layers to the fewest; at the first of them a dial does nothing.
+SETTINGS: dict[str, tuple[float, ...]] = {
+    "halting_tolerance": tuple(step / 100 for step in range(100)),
+    # Finer near 1, where a sure classifier has most of its examples.
+    "halting_margin": (1.0, 0.9999, 0.9998, 0.9995, 0.999, 0.998, 0.995, *(step / 100 for step in range(99, -1, -1))),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +34,7 @@ class Promise:
         min_agreement: The least share of examples that get the class of full depth.
         max_layers: The most layers on average.
         confidence: The probability with which the promise holds for new examples of the same kind, in (0, 1).
+        dial: Which setting of the model is moved to keep it.
 
     Raises:
         ValueError: If not exactly one is given, or a value is outside its range.
@@ -37,8 +44,10 @@ class Promise:
     min_agreement: float | None = None
     max_layers: float | None = None
     confidence: float = 0.95
+    dial: Dial = "halting_tolerance"
 
     def __post_init__(self) -> None:
+        functional.check_choice("dial", self.dial, Dial)
         given = [n for n in ("max_accuracy_loss", "min_agreement", "max_layers") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(
@@ -62,15 +71,29 @@ class Promise:
                 f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers. Promise fewer"
             )
 
+    def check_model(self, model: DACT) -> None:
+        """Raise an error if nothing can be calibrated on `model`, or nothing need be, before any layer runs."""
+        if model.halting == "never":
+            raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
+        self.check_layers(model.encoder.num_layers)
+        for name in set(get_args(Dial)) - {self.dial}:
+            if self.max_layers is None and getattr(model, name) != SETTINGS[name][0]:
+                raise ValueError(
+                    f"{self.dial} is calibrated from full depth on, but the model has {name}={getattr(model, name):g}: set "
+                    f"it to {SETTINGS[name][0]:g}, or calibrate it instead (dial: {name})"
+                )
+
 
 @dataclass(frozen=True)
 class Calibration:
-    """A tolerance that keeps a promise, and what was seen of it.
+    """How to halt so that a promise is kept, and what was seen of it.
 
     Args:
+        halting: The rule.
         halting_tolerance: The tolerance, in [0, 1).
-        promise: The promise that it keeps, as plain data.
-        bound: What the chosen tolerance alone would be credited with at that confidence: the most accuracy that is lost,
+        halting_margin: The margin, in [0, 1].
+        promise: The promise that they keep, as plain data.
+        bound: What the chosen setting alone would be credited with at that confidence: the most accuracy that is lost,
             the least agreement, or the most layers on average. (What the search for it guarantees is the promise.)
         examples: How many examples were asked.
         accuracy: Of early exit on them.
@@ -79,8 +102,10 @@ class Calibration:
         mean_exit_layer: The layers that they used on average.
     """
 
+    halting: functional.HaltingRule
     halting_tolerance: float
-    promise: dict[str, float | None]
+    halting_margin: float
+    promise: dict[str, Any]
     bound: float
     examples: int
     accuracy: float
@@ -97,28 +122,31 @@ def calibrate(
     min_agreement: float | None = None,
     max_layers: float | None = None,
     confidence: float = 0.95,
+    dial: Dial = "halting_tolerance",
 ) -> Calibration:
-    r"""Set the `halting_tolerance` of `model` to one that keeps a promise, with a stated confidence.
+    r"""Set the `halting_tolerance` of `model`, or its `halting_margin`, so that it keeps a promise.
 
-    For the first two promises, tolerances are tried upwards from 0 (which keeps both by proof) and the last one before
-    the first that fails is taken: a fixed sequence of tests, each at the full level, of which the probability of any
-    false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). A tolerance passes if the one-sided
-    Clopper–Pearson bound (1934) on the rate of examples that full depth has right and early exit has wrong (no accuracy
-    can be lost otherwise), or of examples whose class differs, is small enough. For `max_layers` they are tried
-    downwards from the largest, and the bound is the empirical Bernstein bound on the mean exit layer
-    (Maurer & Pontil 2009, theorem 4).
+    For the first two promises, tolerances are tried upwards from 0 (which keeps both by proof), or margins downwards from
+    1, and the last one before the first that fails is taken: a fixed sequence of tests, each at the full level, of which
+    the probability of any false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). A setting passes if the
+    one-sided Clopper–Pearson bound (1934) on the rate of examples that full depth has right and early exit has wrong (no
+    accuracy can be lost otherwise), or of examples whose class differs, is small enough. For `max_layers` they are tried
+    from the other end, and the bound is the empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009,
+    theorem 4).
 
     Args:
-        model: Is put into eval mode, and gets the tolerance and, as `calibration`, the record that this returns.
+        model: Is put into eval mode, and gets the setting and, as `calibration`, the record that this returns.
         data: Labelled examples that no training and no choice has seen: batches, or a datamodule, whose
             ``calibration_dataloader`` is taken if it has one, and else its validation examples.
         max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
         min_agreement: The least share of examples that get the class of full depth, in [0, 1].
         max_layers: The most layers on average.
         confidence: The probability with which the promise holds for new examples of the same kind, in (0, 1).
+        dial: Which of the two is moved. The margin mostly takes fewer layers for the same promise. The other one stays,
+            and must be without effect for the first two promises: only then the sequence begins at full depth.
 
     Returns:
-        The tolerance with its bound, and what was seen on the examples.
+        The settings with their bound, and what was seen on the examples.
 
     Raises:
         ValueError: If not exactly one promise is given, or it cannot be kept; the message says which can.
@@ -131,24 +159,21 @@ def calibrate(
         >>> found.bound >= 0.9 and model.halting_tolerance == found.halting_tolerance
         True
     """
-    promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
-    if model.halting == "never":
-        raise ValueError("a model with halting='never' has no tolerance: give it halting='exact'")
-    promise.check_layers(model.encoder.num_layers)  # before all layers run on all examples
+    promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
+    promise.check_model(model)
     answers = layer_answers(model.eval(), calibration_batches(data))
-    found = choose_tolerance(answers, promise, model.halting)
+    found = choose_setting(answers, promise, **{name: getattr(model, name) for name in HALTING})
     before = model.calibration
-    instead_of = model.halting_tolerance if before is None else before["instead_of"]
-    under = {name: getattr(model, name) for name in CALIBRATED_UNDER}
-    model.calibration = {**asdict(found), "instead_of": instead_of, **under}
-    model.halting_tolerance = found.halting_tolerance
+    instead_of = getattr(model, dial) if before is None or before["dial"] != dial else before["instead_of"]
+    model.calibration = {**asdict(found), "dial": dial, "instead_of": instead_of}
+    setattr(model, dial, getattr(found, dial))
     return found
 
 
 def store_in_checkpoint(path: Path, model: DACT) -> None:
     """Let a checkpoint of `model` know how it halts, and its calibration."""
     checkpoint = read_checkpoint(path)
-    known = ("halting_tolerance", "calibration", *CALIBRATED_UNDER)
+    known = (*HALTING, "calibration")
     checkpoint["hyper_parameters"] |= {name: getattr(model, name) for name in known}
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
@@ -156,7 +181,7 @@ def store_in_checkpoint(path: Path, model: DACT) -> None:
 def describe(found: Calibration, layers: int) -> str:
     """What a calibration found, in a few lines for a person."""
     promise = {name: value for name, value in found.promise.items() if value is not None}
-    confidence = promise.pop("confidence")
+    confidence, dial = promise.pop("confidence"), promise.pop("dial")
     ((name, value),) = promise.items()
     bounds = {
         "max_accuracy_loss": f"taken alone, accuracy at most {100 * found.bound:.2f} points below full depth",
@@ -164,7 +189,7 @@ def describe(found: Calibration, layers: int) -> str:
         "max_layers": f"taken alone, at most {found.bound:.2f} of {layers} layers on average",
     }
     return (
-        f"halting_tolerance {found.halting_tolerance:g} keeps {name}={value:g} with confidence {confidence:g}: "
+        f"{dial} {getattr(found, dial):g} keeps {name}={value:g} with confidence {confidence:g}: "
         f"{bounds[name]}\n"
         f"seen on {found.examples} examples: accuracy {100 * found.accuracy:.2f} % (full depth "
         f"{100 * found.full_depth_accuracy:.2f} %), agreement {100 * found.agreement:.2f} %, mean exit layer "
@@ -189,12 +214,14 @@ class LayerAnswers:
     Args:
         a: ``[examples, layers, classes]``.
         p: ``[examples, layers]``.
+        y: ``[examples, layers, classes]``.
         target: int64 ``[examples]``.
         depths: int64 ``[examples]`` where the data knows the depth of its examples, else None.
     """
 
     a: Tensor
     p: Tensor
+    y: Tensor
     target: Tensor
     depths: Tensor | None
 
@@ -202,7 +229,7 @@ class LayerAnswers:
 @torch.no_grad()
 def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     """Run all layers on labelled batches; `model` is in eval mode, on the device that it should use."""
-    answers, shares, targets, depths = [], [], [], []
+    answers, shares, classifications, targets, depths = [], [], [], [], []
     for batch in batches:
         if "labels" not in batch:
             raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
@@ -212,42 +239,62 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         a, p = functional.accumulate(output.layer_probabilities, output.h)
         answers.append(a.cpu())
         shares.append(p.cpu())
+        classifications.append(output.layer_probabilities.cpu())
         targets.append(batch["labels"].cpu())
         if "depth" in batch:
             depths.append(batch["depth"].cpu())
     if sum(map(len, targets)) < 2:
         raise ValueError(f"at least two labelled examples are needed, got {sum(map(len, targets))}")
     return LayerAnswers(
-        torch.cat(answers), torch.cat(shares), torch.cat(targets), torch.cat(depths) if depths else None
+        torch.cat(answers),
+        torch.cat(shares),
+        torch.cat(classifications),
+        torch.cat(targets),
+        torch.cat(depths) if depths else None,
     )
 
 
-def choose_tolerance(answers: LayerAnswers, promise: Promise, rule: functional.HaltingRule) -> Calibration:
-    """The tolerance of `calibrate`, from what all layers say."""
+def choose_setting(
+    answers: LayerAnswers,
+    promise: Promise,
+    halting: functional.HaltingRule = "exact",
+    halting_tolerance: float = 0.0,
+    halting_margin: float = 1.0,
+) -> Calibration:
+    """How to halt, as `calibrate` has it, from what all layers say; of the two dials one stays as it is given."""
     layers = answers.a.shape[1]
 
-    def exits(tolerance: float) -> Tensor:
-        return functional.exit_layers(answers.a, answers.p, rule, tolerance)
+    def halting_at(setting: float) -> dict[str, float]:
+        return {"halting_tolerance": halting_tolerance, "halting_margin": halting_margin, promise.dial: setting}
+
+    def exits(setting: float) -> Tensor:
+        dials = halting_at(setting)
+        return functional.exit_layers(
+            answers.a, answers.p, halting, dials["halting_tolerance"], y=answers.y, margin=dials["halting_margin"]
+        )
 
     promise.check_layers(layers)
     if promise.max_layers is not None:
-        tolerance, bound = _fewest_enough(exits, layers, promise.max_layers, promise.confidence)
+        setting, bound = _fewest_enough(exits, layers, promise)
     else:
         least = promise.max_accuracy_loss if promise.min_agreement is None else 1 - promise.min_agreement
         assert least is not None
-        tolerance, rate = 0.0, 0.0  # by proof
-        for next_tolerance in GRID[1:]:
-            faults = _faults(answers, exits(next_tolerance), promise)
+        setting, rate = SETTINGS[promise.dial][0], 0.0  # by proof
+        for next_setting in SETTINGS[promise.dial][1:]:
+            faults = _faults(answers, exits(next_setting), promise)
             upper = binomial_upper_bound(int(faults.sum()), len(faults), promise.confidence)
             if upper > least:
                 break
-            tolerance, rate = next_tolerance, upper
+            setting, rate = next_setting, upper
         bound = rate if promise.min_agreement is None else 1 - rate
-    at = exits(tolerance)
+    at = exits(setting)
     early = functional.answer_at(answers.a, at).argmax(1)
     full = answers.a[:, -1].argmax(1)
+    dials = halting_at(setting)
     return Calibration(
-        tolerance,
+        halting,
+        dials["halting_tolerance"],
+        dials["halting_margin"],
         asdict(promise),
         bound,
         len(early),
@@ -267,22 +314,24 @@ def _faults(answers: LayerAnswers, exits: Tensor, promise: Promise) -> Tensor:
     return (full == answers.target) & (early != answers.target)
 
 
-def _fewest_enough(exits: Any, layers: int, most: float, confidence: float) -> tuple[float, float]:
-    """The smallest tolerance whose mean exit layer is at most `most`, tested from the largest tolerance downwards."""
-    tolerance, bound = None, float("nan")
-    for next_tolerance in reversed(GRID):
-        upper = mean_upper_bound(exits(next_tolerance), layers, confidence)
-        if upper > most:
+def _fewest_enough(exits: Any, layers: int, promise: Promise) -> tuple[float, float]:
+    """The most careful setting that keeps `max_layers`, tested from that of the fewest layers on."""
+    assert promise.max_layers is not None
+    settings = SETTINGS[promise.dial][::-1]
+    setting, bound = None, float("nan")
+    for next_setting in settings:
+        upper = mean_upper_bound(exits(next_setting), layers, promise.confidence)
+        if upper > promise.max_layers:
             break
-        tolerance, bound = next_tolerance, upper
-    if tolerance is None:
-        fewest = mean_upper_bound(exits(GRID[-1]), layers, confidence)
+        setting, bound = next_setting, upper
+    if setting is None:
+        fewest = mean_upper_bound(exits(settings[0]), layers, promise.confidence)
         raise ValueError(
-            f"max_layers={most:g} cannot be promised with confidence {confidence:g}: the fewest that can are "
-            f"{fewest:.2f} of {layers}, at tolerance {GRID[-1]}. Promise that, train with a larger lambda_reg, or give more "
-            "examples"
+            f"max_layers={promise.max_layers:g} cannot be promised with confidence {promise.confidence:g}: the fewest that "
+            f"can are {fewest:.2f} of {layers}, at {promise.dial} {settings[0]:g}. Promise that, train with a larger "
+            "lambda_reg, or give more examples"
         )
-    return tolerance, bound
+    return setting, bound
 
 
 def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:

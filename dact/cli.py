@@ -17,11 +17,11 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
-from dact.calibration import Promise, calibrate, describe, store_in_checkpoint
+from dact.calibration import Dial, Promise, calibrate, describe, store_in_checkpoint
 from dact.callbacks import ExitPlots, PredictionWriter, SavePretrained
 from dact.console import quiet_command, quiet_threads
 from dact.files import DurableCheckpointIO
-from dact.model import CALIBRATED_UNDER, CONFIG_NAME, DACT
+from dact.model import CONFIG_NAME, DACT, HALTING
 from dact.usage import OneLineParser, one_line
 
 USAGE_ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, MisconfigurationException)
@@ -48,11 +48,12 @@ class DACTTrainer(Trainer):
         min_agreement: float | None = None,
         max_layers: float | None = None,
         confidence: float = 0.95,
+        dial: Dial = "halting_tolerance",
     ) -> None:
-        """Find the halting tolerance that keeps a promise, and store it in the checkpoint and in model/ beside it.
+        """Find the halting tolerance or margin that keeps a promise, and store it in the checkpoint and its model/.
 
         Asked are the validation examples: the promise holds as far as nothing was chosen by them. The halting rule and
-        halting_entropy are those of the configuration.
+        the dial that is not moved are those of the configuration.
 
         Args:
             model: The model.
@@ -62,25 +63,26 @@ class DACTTrainer(Trainer):
             min_agreement: The least share of examples that get the class of full depth.
             max_layers: The most layers on average.
             confidence: The probability with which the promise holds for new examples of the same kind.
+            dial: What is moved: halting_tolerance or halting_margin. The margin mostly takes fewer layers.
         """
         path = Path(ckpt_path)
         own = model.encoder if model.encoder.config() is None else None
-        rule = {name: getattr(model, name) for name in CALIBRATED_UNDER}
+        promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
+        rule = {name: getattr(model, name) for name in HALTING if name != dial}
         fitted = DACT.load_from_checkpoint(path, encoder=own, **rule).to(self.strategy.root_device)
-        promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence)
-        before = fitted.halting_tolerance
+        before = getattr(fitted, dial)
         found = calibrate(fitted, datamodule, **asdict(promise))
         store_in_checkpoint(path, fitted)
-        print(f"{describe(found, fitted.encoder.num_layers)}\nthe halting_tolerance of the checkpoint was {before:g}")
+        print(f"{describe(found, fitted.encoder.num_layers)}\nthe {dial} of the checkpoint was {before:g}")
         beside = path.parent.parent / "model"
         if not (beside / CONFIG_NAME).is_file():
-            print(f"there is no model in {beside}: only the checkpoint knows the tolerance")
+            print(f"there is no model in {beside}: only the checkpoint knows the {dial}")
             return
         weights = DACT.from_pretrained(beside, encoder=own).state_dict()
         if all(torch.equal(tensor.cpu(), weights[name]) for name, tensor in fitted.state_dict().items()):
             fitted.cpu().save_pretrained(beside)
         else:
-            print(f"{beside} holds other weights than {path}, and keeps its tolerance")
+            print(f"{beside} holds other weights than {path}, and keeps its {dial}")
 
     @staticmethod
     def tune() -> None:

@@ -16,7 +16,6 @@ Shapes are written ``[batch, layers, classes]``; a layer's number is 1-based whe
 
 from __future__ import annotations
 
-import math
 from typing import Literal, get_args
 
 import torch
@@ -30,8 +29,6 @@ PonderKind = Literal["p", "h"]
 # (whose largest number is 3e38), and is far under the smallest probability that a trained softmax gives (e^-69).
 SMALLEST_PROBABILITY = 1e-30
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices on which the halting rule cannot be computed; the CPU does it for them
-# How sharply `entropy_confidence` turns from 0 to 1. Between 10 and 40 results hardly differ (benchmarks/README.md).
-ENTROPY_SLOPE = 20.0
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -50,12 +47,12 @@ def check_tolerance(tolerance: float) -> None:
         )
 
 
-def check_entropy(threshold: float | None) -> None:
-    """Raise a ``ValueError`` unless `threshold` is None or in [0, 1]."""
-    if threshold is not None and not 0.0 <= threshold <= 1.0:
+def check_margin(margin: float) -> None:
+    """Raise a ``ValueError`` unless `margin` is in [0, 1]."""
+    if not 0.0 <= margin <= 1.0:
         raise ValueError(
-            f"halting_entropy must be in [0, 1] or left out, got {threshold}: it is a share of the largest entropy, that "
-            "of equal probabilities"
+            f"halting_margin must be in [0, 1], got {margin}: it is the lead in probability of a layer's first class over "
+            "its second above which an example leaves (1 lets none leave for it)"
         )
 
 
@@ -195,20 +192,56 @@ def can_halt(
     return (d == 0) | (margin > slack - tolerance)
 
 
-def exit_layers(a: Tensor, p: Tensor, rule: HaltingRule = "exact", tolerance: float = 0.0) -> Tensor:
-    """The first layer after which each example may halt.
+def is_clear(y: Tensor, margin: float) -> Tensor:
+    """Whether a layer's own classification leads by more than `margin`: its first class over its second.
+
+    The second halting criterion beside `can_halt`. It proves nothing of the layers that remain, but where few layers are
+    wanted it picks better than a tolerance (benchmarks/README.md). As a measure of confidence for early exits: "softmax
+    response" in Schuster et al., *Confident Adaptive Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
+
+    Args:
+        y: y_n, ``[…, classes]``, probability vectors of at least two classes.
+        margin: In [0, 1]; for 1, the answer is no.
+
+    Returns:
+        A bool tensor ``[…]``.
+
+    Raises:
+        ValueError: If the margin is out of its range.
+
+    Example:
+        >>> is_clear(torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1]]), 0.5)
+        tensor([ True, False])
+    """
+    check_margin(margin)
+    top = y.topk(2, dim=-1).values
+    return (top[..., 0] - top[..., 1] > margin) & (margin < 1)
+
+
+def exit_layers(
+    a: Tensor,
+    p: Tensor,
+    rule: HaltingRule = "exact",
+    tolerance: float = 0.0,
+    *,
+    y: Tensor | None = None,
+    margin: float = 1.0,
+) -> Tensor:
+    """The first layer after which each example may halt, by `can_halt` or, unless the rule is "never", by `is_clear`.
 
     Args:
         a: ``[batch, layers, classes]``, as `accumulate` returns it.
         p: ``[batch, layers]``, as `accumulate` returns it.
         rule: As for `can_halt`.
         tolerance: As for `can_halt`.
+        y: ``[batch, layers, classes]``, the classifications of the layers; for a margin below 1.
+        margin: As for `is_clear`.
 
     Returns:
         int64 ``[batch]``, in 1 … layers.
 
     Raises:
-        ValueError: If the shapes do not fit each other, or as for `can_halt`.
+        ValueError: If the shapes do not fit each other, or as for `can_halt` and `is_clear`.
     """
     _check_layers("a", a, 3, "[batch, layers, classes]")
     if a.shape[:2] != p.shape:
@@ -220,7 +253,15 @@ def exit_layers(a: Tensor, p: Tensor, rule: HaltingRule = "exact", tolerance: fl
     remaining = torch.arange(layers - 1, -1, -1, device=p.device).repeat(batch)
     # [batch, layers, classes] -> [batch * layers, classes]: every (example, layer) is one question.
     halts = can_halt(a.flatten(0, 1), p.flatten(), remaining, rule, tolerance, num_layers=layers)
-    return halts.view(batch, layers).int().argmax(dim=1) + 1
+    halts = halts.view(batch, layers)
+    check_margin(margin)
+    if margin < 1 and rule != "never":
+        if y is None or y.shape != a.shape:
+            raise ValueError(
+                f"a margin of {margin} needs y like a, {list(a.shape)}, got {None if y is None else list(y.shape)}"
+            )
+        halts = halts | is_clear(y, margin)
+    return halts.int().argmax(dim=1) + 1
 
 
 def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
@@ -234,28 +275,6 @@ def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
         ``[batch, classes]``.
     """
     return a[torch.arange(len(a), device=a.device), exit_layer - 1]
-
-
-def entropy_confidence(y: Tensor, threshold: float) -> Tensor:
-    r"""A confidence without weights, from how undecided the classifier is: :math:`h = σ(20 (H(y) / \ln C - θ))`.
-
-    h is near 0 (it would halt) where the entropy H of y is below the threshold θ, and near 1 above it: DeeBERT's rule
-    (Xin et al. 2020, arXiv 2004.12993) as a confidence of DACT, so that answers accumulate and the halting rules hold.
-
-    Args:
-        y: ``[…, classes]``, probability vectors; computed in float32 or more.
-        threshold: θ, in [0, 1]: a share of the largest entropy, ln C for C classes. Larger means fewer layers.
-
-    Returns:
-        ``[…]``, in (0, 1).
-
-    Example:
-        >>> entropy_confidence(torch.tensor([[1.0, 0.0], [0.5, 0.5]]), 0.5).round().tolist()
-        [0.0, 1.0]
-    """
-    y = at_least_float32(y)
-    entropy = -(y * log_of(y)).sum(dim=-1) / math.log(y.shape[-1])
-    return (ENTROPY_SLOPE * (entropy - threshold)).sigmoid()
 
 
 def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dact.encoders.base import Batch, LayeredEncoder
-from dact.functional import HaltingRule, accumulate_step, at_least_float32, can_halt, entropy_confidence
+from dact.functional import HaltingRule, accumulate_step, at_least_float32, can_halt, is_clear
 from dact.submodels import Submodels
 
 # Tokens of one step, padding included: where more no longer pays. A CPU is busy with few, and padding costs it time; a
@@ -65,7 +65,7 @@ def early_exit(
     *,
     rule: HaltingRule,
     tolerance: float,
-    entropy: float | None = None,
+    margin: float = 1.0,
     step_tokens: int | None = None,
     window_tokens: int | None = None,
     record: bool = False,
@@ -79,7 +79,7 @@ def early_exit(
         batch: As the encoder takes it, of any number of examples, in any order.
         rule: The halting rule, as for `dact.functional.can_halt`.
         tolerance: In [0, 1), as for `dact.functional.can_halt`.
-        entropy: The threshold of `dact.functional.entropy_confidence`, which then takes the place of `confidence`.
+        margin: In [0, 1], as for `dact.functional.is_clear`.
         step_tokens: Tokens that enter a layer at a time, padding included; by the kind of device if left out. One
             example enters whole.
         window_tokens: Tokens whose hidden states are held at a time: the bound of memory; 16 steps if left out.
@@ -96,7 +96,7 @@ def early_exit(
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths: list[int] = ((mask != 0) * positions).amax(dim=1).tolist()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    unit = _Unit(classifier, confidence, rule, tolerance, entropy, encoder.num_layers, record)
+    unit = _Unit(classifier, confidence, rule, tolerance, margin, encoder.num_layers, record)
     parts = [
         _run_window(encoder, unit, batch, mask, [(row, lengths[row]) for row in rows], step)
         for rows in _cut(order, lengths, window)
@@ -170,15 +170,13 @@ class _Unit:
     confidence: Submodels
     rule: HaltingRule
     tolerance: float
-    entropy: float | None
+    margin: float
     num_layers: int
     record: bool
 
     def ask(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """y ``[batch, classes]`` and h ``[batch]`` of pooled states ``[batch, hidden]``, in float32 or more."""
         y = at_least_float32(self.classifier.of_layer(layer)(state)).softmax(dim=-1)
-        if self.entropy is not None:
-            return y, entropy_confidence(y, self.entropy)
         return y, at_least_float32(self.confidence.of_layer(layer)(state)).sigmoid().squeeze(-1)
 
 
@@ -211,6 +209,8 @@ def _run_window(
         if unit.rule == "never":
             continue
         done = can_halt(a, p, unit.num_layers - n, unit.rule, unit.tolerance, num_layers=unit.num_layers)
+        if unit.margin < 1:
+            done = done | is_clear(y, unit.margin)
         done = done.cpu()  # the only wait for a GPU in a layer
         keep = (~done).tolist()
         if all(keep):

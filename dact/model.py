@@ -27,7 +27,7 @@ from dact.submodels import SubmodelConfig, Submodels, start_undecided
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/1"
-CALIBRATED_UNDER = ("halting", "halting_entropy")  # what else decides when an example halts, beside the tolerance
+HALTING = ("halting", "halting_tolerance", "halting_margin")  # what decides when an example halts
 
 
 @dataclass(frozen=True)
@@ -79,9 +79,9 @@ class DACT(LightningModule):
         share_submodels: One pair of submodels for all layers instead of one pair per layer.
         halting: ``"exact"``, ``"paper"`` or ``"never"``; see `dact.functional.can_halt`.
         halting_tolerance: In [0, 1): the returned class ends at most this much probability behind the final winner.
-        halting_entropy: In [0, 1]: in evaluation, the confidence follows from the entropy of y_n around this threshold
-            (see `dact.functional.entropy_confidence`) instead of from g. A second dial, without training again: larger
-            means fewer layers. Left out, g decides.
+        halting_margin: In [0, 1]: an example also leaves where y_n puts its first class more than this probability ahead
+            of its second (see `dact.functional.is_clear`). A second dial: smaller means fewer layers; 1 leaves all to
+            the halting rule.
         class_weights: One weight per class for the training and validation losses.
         learning_rate: Peak learning rate of AdamW.
         submodel_learning_rate: That of the two submodels; the same if left out.
@@ -124,7 +124,7 @@ class DACT(LightningModule):
         share_submodels: bool = False,
         halting: HaltingRule = "exact",
         halting_tolerance: float = 0.0,
-        halting_entropy: float | None = None,
+        halting_margin: float = 1.0,
         class_weights: list[float] | None = None,
         learning_rate: float = 1e-4,
         submodel_learning_rate: float | None = None,
@@ -148,7 +148,7 @@ class DACT(LightningModule):
         self.share_submodels = share_submodels
         self.halting = halting
         self.halting_tolerance = halting_tolerance
-        self.halting_entropy = halting_entropy
+        self.halting_margin = halting_margin
         self.learning_rate = learning_rate
         self.submodel_learning_rate = submodel_learning_rate
         self.weight_decay = weight_decay
@@ -203,8 +203,7 @@ class DACT(LightningModule):
         logits, h = self._submodels(batch)
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y, h)
-        exit_layer = functional.exit_layers(a.detach(), p.detach(), self.halting, self.halting_tolerance)
-        return DACTOutput(a[:, -1], exit_layer, y, h, p)
+        return DACTOutput(a[:, -1], self.exit_layers(a.detach(), p.detach(), y.detach()), y, h, p)
 
     def early_exit(self, batch: Batch) -> DACTOutput:
         """Run each example only as deep as it needs. Call `eval()` first, as for any inference.
@@ -221,9 +220,7 @@ class DACT(LightningModule):
         assert exits.y is not None
         assert exits.h is not None
         a, p = functional.accumulate(exits.y, exits.h)
-        return DACTOutput(
-            a[:, -1], functional.exit_layers(a, p, self.halting, self.halting_tolerance), exits.y, exits.h, p
-        )
+        return DACTOutput(a[:, -1], self.exit_layers(a, p, exits.y), exits.y, exits.h, p)
 
     def stream(self, batches: Iterable[Batch]) -> Iterator[DACTOutput]:
         """`early_exit` for many batches, regrouped across them.
@@ -246,19 +243,21 @@ class DACT(LightningModule):
             batch,
             rule=rule,
             tolerance=self.halting_tolerance,
-            entropy=self.halting_entropy,
+            margin=self.halting_margin,
             step_tokens=self.step_tokens,
             window_tokens=self.window_tokens,
             record=record,
         )
+
+    def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
+        """Where this model leaves, int64 ``[batch]``, from what all layers say; see `dact.functional.exit_layers`."""
+        return functional.exit_layers(a, p, self.halting, self.halting_tolerance, y=y, margin=self.halting_margin)
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32 or more."""
         # States that were computed before take the place of the encoder: training of the submodels alone.
         states = batch["states"] if "states" in batch else self.encoder(batch)
         logits = functional.at_least_float32(self.classifier(states))
-        if self.halting_entropy is not None and not self.training:
-            return logits, functional.entropy_confidence(logits.softmax(dim=-1), self.halting_entropy)
         return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
 
     # ------------------------------------------------------------------ steps
@@ -291,7 +290,7 @@ class DACT(LightningModule):
         if stage == "test":
             output = self.early_exit(batch)
         else:
-            exit_layer = functional.exit_layers(a, p, self.halting, self.halting_tolerance)
+            exit_layer = self.exit_layers(a, p, y)
             output = DACTOutput(functional.answer_at(a, exit_layer), exit_layer)
         self._measure(stage, loss, ponder_cost, a, output, target)
         return {"loss": loss, "exit_layer": output.exit_layer}
@@ -321,7 +320,7 @@ class DACT(LightningModule):
             nn.init.constant_(last.bias, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg, self.exit_loss_weight, self.distillation = 0.0, 0.0, 0.0
-        self.halting, self.halting_entropy = "never", None
+        self.halting = "never"
         return self
 
     def _measure(
@@ -385,7 +384,7 @@ class DACT(LightningModule):
             rank_zero_warn(
                 f"the depth has collapsed: every validation example uses {every}. "
                 f"Try a {remedy} lambda_reg than {self.lambda_reg:g}"
-                + (f", or a halting_tolerance above {self.halting_tolerance:g}" if remedy == "larger" else "")
+                + (f", or a halting_margin below {self.halting_margin:g}" if remedy == "larger" else "")
             )
 
     # ------------------------------------------------------------------ optimization
@@ -408,8 +407,7 @@ class DACT(LightningModule):
         return self.trainer.estimated_stepping_batches
 
     def on_fit_start(self) -> None:
-        if self.calibration is not None:  # its promise was made for other weights
-            self.halting_tolerance, self.calibration = self.calibration["instead_of"], None
+        self.end_calibration()  # its promise was made for other weights
 
     def on_train_start(self) -> None:
         # Known once per training, also one of Lightning's own search for a batch size or learning rate; infinite for an
@@ -474,7 +472,7 @@ class DACT(LightningModule):
             "share_submodels": self.share_submodels,
             "halting": self.halting,
             "halting_tolerance": self.halting_tolerance,
-            "halting_entropy": self.halting_entropy,
+            "halting_margin": self.halting_margin,
             "class_weights": None if weights is None else weights.tolist(),
             "learning_rate": self.learning_rate,
             "submodel_learning_rate": self.submodel_learning_rate,
@@ -501,16 +499,24 @@ class DACT(LightningModule):
         if not isinstance(arguments.get("encoder"), LayeredEncoder):
             arguments["encoder"] = encoders.from_config(arguments.get("encoder"))
         model = cls(**arguments)
-        if calibration is not None and model.halting_tolerance == calibration["halting_tolerance"]:
-            if model._is_calibrated_by(calibration):
+        if calibration is not None:
+            dial = calibration["dial"]
+            if model._halts_as(calibration, dial=calibration[dial]):
                 model.calibration = calibration
-            elif "halting_tolerance" not in overrides:
-                model.halting_tolerance = calibration["instead_of"]
+            elif dial not in overrides and getattr(model, dial) == calibration[dial]:
+                setattr(model, dial, calibration["instead_of"])
         return model
 
-    def _is_calibrated_by(self, calibration: Mapping[str, Any]) -> bool:
-        """Whether a promise was made for the rule by which this model halts."""
-        return all(calibration.get(name, getattr(self, name)) == getattr(self, name) for name in CALIBRATED_UNDER)
+    def end_calibration(self) -> None:
+        """Forget a promise, and give its dial back the value that it had before."""
+        if self.calibration is not None:
+            setattr(self, self.calibration["dial"], self.calibration["instead_of"])
+            self.calibration = None
+
+    def _halts_as(self, calibration: Mapping[str, Any], dial: Any) -> bool:
+        """Whether this model halts as one of a calibration did, with `dial` as the value of the dial."""
+        then = {name: calibration[name] for name in HALTING} | {calibration["dial"]: dial}
+        return then == {name: getattr(self, name) for name in HALTING}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["hyper_parameters"] = self.config()
@@ -526,13 +532,10 @@ class DACT(LightningModule):
                 f"{', '.join(self.class_names)}: give the data class_names={list(stored)}, or train anew"
             )
         calibration = checkpoint.get("hyper_parameters", {}).get("calibration")
-        # A tolerance that was changed since is the user's own.
-        if (
-            calibration is not None
-            and self.halting_tolerance == calibration["instead_of"]
-            and self._is_calibrated_by(calibration)
-        ):
-            self.halting_tolerance, self.calibration = calibration["halting_tolerance"], calibration
+        # A dial that was moved since is the user's own.
+        if calibration is not None and self._halts_as(calibration, dial=calibration["instead_of"]):
+            setattr(self, calibration["dial"], calibration[calibration["dial"]])
+            self.calibration = calibration
 
     def _check_weights(self, weights: Mapping[str, Tensor], what: str) -> None:
         own = self.state_dict()
@@ -659,7 +662,7 @@ def _check_arguments(given: Mapping[str, Any]) -> None:
     functional.check_choice("DACT: ponder", given["ponder"], PonderKind)
     functional.check_choice("DACT: halting", given["halting"], HaltingRule)
     functional.check_tolerance(given["halting_tolerance"])
-    functional.check_entropy(given["halting_entropy"])
+    functional.check_margin(given["halting_margin"])
     for name in ("lambda_reg", "exit_loss_weight", "weight_decay"):
         if not 0 <= given[name] < float("inf"):
             raise ValueError(f"DACT: {name} must be a finite number of 0 or more, got {given[name]}")

@@ -72,10 +72,10 @@ def binomial_upper_bound(faults, examples, confidence):
     return high
 
 
-def entropy_confidence(probabilities, threshold):
-    """The confidence that follows from one answer's entropy, as a share of the largest."""
-    entropy = -sum(q * math.log(q) for q in probabilities if q > 0) / math.log(len(probabilities))
-    return 1 / (1 + math.exp(-20 * (entropy - threshold)))
+def is_clear(probabilities, margin):
+    """Whether one layer's first class leads by more than the margin."""
+    second, first = sorted(probabilities)[-2:]
+    return margin < 1 and first - second > margin
 
 
 def distillation_loss(probabilities, teacher):

@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import lightning.pytorch as pl
@@ -12,10 +13,11 @@ from hypothesis import given
 
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
 from dact.calibration import (
+    SETTINGS,
     LayerAnswers,
     Promise,
     binomial_upper_bound,
-    choose_tolerance,
+    choose_setting,
     mean_upper_bound,
     store_in_checkpoint,
 )
@@ -51,23 +53,31 @@ def synthetic(examples, generator, layers=5, classes=3):
     y = (evidence + rise * torch.nn.functional.one_hot(target, classes).unsqueeze(1)).softmax(dim=2)
     h = (1.2 - y.amax(dim=2)).clamp(0, 1)
     a, p = functional.accumulate(y, h)
-    return LayerAnswers(a, p, target, None)
+    return LayerAnswers(a, p, y, target, None)
 
 
-@pytest.mark.parametrize(
-    "promise", [Promise(max_accuracy_loss=0.02, confidence=0.9), Promise(min_agreement=0.96, confidence=0.9)]
-)
-def test_a_promise_is_kept_as_often_as_it_says(promise):
+def exits_at(answers, found):
+    return functional.exit_layers(
+        answers.a, answers.p, "exact", found.halting_tolerance, y=answers.y, margin=found.halting_margin
+    )
+
+
+@pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
+@pytest.mark.parametrize("promised", [{"max_accuracy_loss": 0.02}, {"min_agreement": 0.96}])
+def test_a_promise_is_kept_as_often_as_it_says(promised, dial):
+    promise = Promise(**promised, confidence=0.9, dial=dial)
     generator = torch.Generator().manual_seed(0)
     population = synthetic(100_000, generator)
     full = population.a[:, -1].argmax(1)
     broken, moved = 0, 0
     for _ in range(400):
         rows = torch.randint(len(full), (600,), generator=generator)
-        sample = LayerAnswers(population.a[rows], population.p[rows], population.target[rows], None)
-        found = choose_tolerance(sample, promise, "exact")
-        moved += found.halting_tolerance > 0
-        exits = functional.exit_layers(population.a, population.p, "exact", found.halting_tolerance)
+        sample = LayerAnswers(
+            *(part[rows] for part in (population.a, population.p, population.y, population.target)), None
+        )
+        found = choose_setting(sample, promise)
+        moved += (found.halting_tolerance, found.halting_margin) != (0.0, 1.0)
+        exits = exits_at(population, found)
         early = functional.answer_at(population.a, exits).argmax(1)
         if promise.min_agreement is None:
             lost = (full == population.target).double().mean() - (early == population.target).double().mean()
@@ -78,33 +88,39 @@ def test_a_promise_is_kept_as_often_as_it_says(promise):
     assert moved > 360, "the dial moves"
 
 
-def test_more_allowance_never_means_more_layers():
+@pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
+def test_more_allowance_never_means_more_layers(dial):
     answers = synthetic(2000, torch.Generator().manual_seed(1))
     layers = [
-        choose_tolerance(answers, Promise(max_accuracy_loss=loss), "exact").mean_exit_layer
+        choose_setting(answers, Promise(max_accuracy_loss=loss, dial=dial)).mean_exit_layer
         for loss in (0.0, 0.005, 0.01, 0.05, 0.2)
     ]
     assert layers == sorted(layers, reverse=True)
-    assert choose_tolerance(answers, Promise(max_accuracy_loss=0.0), "exact").halting_tolerance == 0.0
-    assert choose_tolerance(answers, Promise(min_agreement=1.0), "exact").agreement == 1.0
+    assert layers[-1] < layers[0]
+    careful = choose_setting(answers, Promise(max_accuracy_loss=0.0, dial=dial))
+    assert (careful.halting_tolerance, careful.halting_margin) == (0.0, 1.0)
+    assert choose_setting(answers, Promise(min_agreement=1.0, dial=dial)).agreement == 1.0
 
 
-def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest():
+@pytest.mark.parametrize(("dial", "last"), [("halting_tolerance", 0.99), ("halting_margin", 0.0)])
+def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
     answers = synthetic(5000, torch.Generator().manual_seed(2))
-    most, fewest = (
-        mean_upper_bound(functional.exit_layers(answers.a, answers.p, "exact", t), 5, 0.95) for t in (0, 0.99)
-    )
-    budget = (most + fewest) / 2
-    found = choose_tolerance(answers, Promise(max_layers=budget), "exact")
+
+    def bound_at(setting):
+        found = SimpleNamespace(**{"halting_tolerance": 0.0, "halting_margin": 1.0, dial: setting})
+        return mean_upper_bound(exits_at(answers, found), 5, 0.95)
+
+    careful = SETTINGS[dial]
+    budget = (bound_at(careful[0]) + bound_at(last)) / 2
+    found = choose_setting(answers, Promise(max_layers=budget, dial=dial))
     assert found.mean_exit_layer <= found.bound <= budget
-    smaller = functional.exit_layers(answers.a, answers.p, "exact", found.halting_tolerance - 0.01)
-    assert mean_upper_bound(smaller, 5, 0.95) > budget, "no smaller tolerance would do"
-    with pytest.raises(ValueError, match=r"the fewest that can are \d\.\d+ of 5, at tolerance 0.99") as caught:
-        choose_tolerance(answers, Promise(max_layers=1.0), "exact")
+    assert bound_at(careful[careful.index(getattr(found, dial)) - 1]) > budget, "no more careful setting would do"
+    with pytest.raises(ValueError, match=rf"the fewest that can are \d\.\d+ of 5, at {dial} {last:g}") as caught:
+        choose_setting(answers, Promise(max_layers=1.0, dial=dial))
     with pytest.raises(ValueError, match="max_layers=9 promises nothing: the model has"):
-        choose_tolerance(answers, Promise(max_layers=9), "exact")
+        choose_setting(answers, Promise(max_layers=9, dial=dial))
     nearest = float(str(caught.value).split("the fewest that can are ")[1].split()[0])
-    assert choose_tolerance(answers, Promise(max_layers=nearest + 0.01), "exact").halting_tolerance == 0.99
+    assert getattr(choose_setting(answers, Promise(max_layers=nearest + 0.01, dial=dial)), dial) == last
 
 
 @pytest.mark.parametrize(
@@ -116,6 +132,7 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest():
         ({"min_agreement": -0.1}, r"min_agreement is a share, in \[0, 1\], got -0.1"),
         ({"max_layers": 0.5}, "max_layers must be 1 or more, got 0.5"),
         ({"max_layers": 2, "confidence": 1.0}, r"in \(0, 1\), got 1.0"),
+        ({"max_layers": 2, "dial": "h"}, "dial must be one of 'halting_tolerance', 'halting_margin', got 'h'"),
     ],
 )
 def test_wrong_promises_are_refused(promise, message):
@@ -124,23 +141,33 @@ def test_wrong_promises_are_refused(promise, message):
 
 
 def test_a_model_that_never_halts_has_no_dial():
-    with pytest.raises(ValueError, match="halting='never' has no tolerance"):
+    with pytest.raises(ValueError, match="halting='never' has no dial"):
         calibrate(tiny_model(halting="never"), [random_batch()], max_layers=2)
 
 
-def test_the_tolerance_is_stored_with_the_model(tmp_path):
+def test_a_promise_begins_at_full_depth():
+    for dial, other in (("halting_tolerance", {"halting_margin": 0.5}), ("halting_margin", {"halting_tolerance": 0.5})):
+        (name,) = other
+        with pytest.raises(ValueError, match=rf"{dial} is calibrated from full depth on, but the model has {name}=0.5"):
+            calibrate(tiny_model(**other), [random_batch()], min_agreement=0.9, dial=dial)
+        assert calibrate(tiny_model(**other), [random_batch(2000)], max_layers=3.9, dial=dial).mean_exit_layer < 3.9
+
+
+@pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
+def test_the_setting_is_stored_with_the_model(tmp_path, dial):
     model = tiny_model()
-    found = calibrate(model, [random_batch(800)], min_agreement=0.8)
-    assert 0 < found.halting_tolerance == model.halting_tolerance
+    before = getattr(model, dial)
+    found = calibrate(model, [random_batch(800)], min_agreement=0.8, dial=dial)
+    assert before != getattr(found, dial) == getattr(model, dial)
     model.save_pretrained(tmp_path / "model")
     again = DACT.from_pretrained(tmp_path / "model")
-    assert again.halting_tolerance == found.halting_tolerance
+    assert getattr(again, dial) == getattr(found, dial)
     assert again.calibration["promise"]["min_agreement"] == 0.8
-    other = DACT.from_pretrained(tmp_path / "model", halting_tolerance=0.0)
-    assert (other.halting_tolerance, other.calibration) == (0.0, None)
+    other = DACT.from_pretrained(tmp_path / "model", **{dial: before})
+    assert (getattr(other, dial), other.calibration) == (before, None)
     torch.save({"hyper_parameters": tiny_model().config(), "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
     store_in_checkpoint(tmp_path / "x.ckpt", model)
-    assert DACT.load_from_checkpoint(tmp_path / "x.ckpt").halting_tolerance == found.halting_tolerance
+    assert getattr(DACT.load_from_checkpoint(tmp_path / "x.ckpt"), dial) == getattr(found, dial)
 
 
 def test_calibrating_twice_still_counts_where_the_configuration_says_nothing():
@@ -237,7 +264,7 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
     assert model.halting_tolerance > 0
     model.save_pretrained(tmp_path)
     assert DACT.from_pretrained(tmp_path).calibration is not None
-    other = DACT.from_pretrained(tmp_path, halting_entropy=0.3)
+    other = DACT.from_pretrained(tmp_path, halting_margin=0.3)
     assert (other.calibration, other.halting_tolerance) == (None, 0.0)
     own = DACT.from_pretrained(tmp_path, halting="paper", halting_tolerance=model.halting_tolerance)
     assert (own.calibration, own.halting_tolerance) == (None, model.halting_tolerance)

@@ -143,25 +143,27 @@ def test_predict_writes_one_row_per_input_in_their_order(fitted, ending):
     assert scores.tolist() == pytest.approx([prediction.score for prediction in expected], abs=1e-4)
 
 
-def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path):
+@pytest.mark.parametrize(("dial", "careful"), [("halting_tolerance", "0.001"), ("halting_margin", "0.999")])
+def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, dial, careful):
     import shutil
 
     folder, run, _ = fitted
     shutil.copytree(run, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     base = ["--config", FIT, *SMALL, "--ckpt_path", checkpoint]
-    done = dact("calibrate", *base, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder)
+    done = dact("calibrate", *base, "--dial", dial, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder)
     assert "keeps max_layers=2.9 with confidence 0.5: taken alone, at most" in done.stdout
     assert "mean exit layer" in done.stdout
     stored = TextClassifier.from_pretrained(tmp_path / "run" / "model").model
-    assert 0 < stored.halting_tolerance < 1
+    assert 0 < getattr(stored, dial) < 1
+    assert stored.calibration["promise"]["max_layers"] == 2.9
     outputs = []
-    for more in ([], ["--model.halting_tolerance", "0.001"]):
+    for more in ([], [f"--model.{dial}", careful]):
         output = tmp_path / "out.csv"
         dact("predict", *base, "--output", output, "--trainer.logger", "false", *more, cwd=folder)
         outputs.append(pd.read_csv(output)["exit_layer"].mean())
-    assert outputs[0] < outputs[1], "the calibrated tolerance counts unless another one is given"
-    failed = dact("calibrate", *base, "--max_layers", "1", cwd=folder, check=False)
+    assert outputs[0] < outputs[1], "the calibrated setting counts unless another one is given"
+    failed = dact("calibrate", *base, "--dial", dial, "--max_layers", "1", cwd=folder, check=False)
     assert failed.returncode == 1
     assert "the fewest that can are" in failed.stderr
 

@@ -124,7 +124,9 @@ def check_whole(folder, totals, tag="run", storage=None):
         assert all(trial.user_attrs.get(UNDER, current) != current for trial in left)
         for trial in trials:
             before = trial
-            while RETRY_OF in before.user_attrs and not is_interrupted(trial):  # one that was may not have drawn them all
+            while RETRY_OF in before.user_attrs and not is_interrupted(
+                trial
+            ):  # one that was may not have drawn them all
                 before = trials[before.user_attrs[RETRY_OF]]
                 assert before.params.items() <= trial.params.items(), "it runs again with its parameters"
     run = folder / "lightning_logs" / tag

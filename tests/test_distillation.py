@@ -56,7 +56,7 @@ def test_a_missing_teacher_and_a_wrong_share_are_clear_errors():
 
 
 def test_full_depth_is_the_last_layer_alone():
-    model, batch = tiny_model(halting_entropy=0.4).at_full_depth(), random_batch(20)
+    model, batch = tiny_model(halting_margin=0.4).at_full_depth(), random_batch(20)
     output = model(batch)
     assert torch.equal(output.probabilities, output.layer_probabilities[:, -1])
     assert (output.exit_layer == 4).all()

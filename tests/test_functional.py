@@ -186,6 +186,8 @@ A, P = functional.accumulate(Y, H)
         (lambda: functional.can_halt(A[:, 0], P[:, 0], 1, tolerance=1.0), ValueError, r"\[0, 1\), got 1.0"),
         (lambda: functional.exit_layers(A, P[:1]), ValueError, r"\[1, 3\]"),
         (lambda: functional.exit_layers(A, P, tolerance=-0.1), ValueError, "got -0.1"),
+        (lambda: functional.exit_layers(A, P, margin=1.5), ValueError, r"halting_margin must be in \[0, 1\], got 1.5"),
+        (lambda: functional.exit_layers(A, P, margin=0.5), ValueError, "a margin of 0.5 needs y like a, .* got None"),
         (lambda: functional.ponder_cost(P, H, "x"), ValueError, "got 'x'"),
         (lambda: functional.ponder_cost(P, H[:1]), ValueError, r"\[1, 3\]"),
         (lambda: functional.task_loss(A, torch.zeros(2)), ValueError, r"\[2, 3, 4\]"),
@@ -197,13 +199,21 @@ def test_wrong_input_is_refused_with_what_came(call, kind, message):
 
 
 @given(
-    classes=st.integers(2, 9),
-    threshold=st.floats(0, 1),
+    layers=st.integers(1, 5),
+    classes=st.integers(2, 5),
+    margin=st.sampled_from([0.0, 0.2, 0.5, 0.9, 1.0]),
+    rule=st.sampled_from(["exact", "paper", "never"]),
     seed=st.integers(0, 1000),
     scale=st.sampled_from([0.0, 1.0, 50.0]),
 )
-def test_entropy_confidence_equals_its_naive_twin(classes, threshold, seed, scale):
-    y = (torch.randn(4, classes, generator=torch.Generator().manual_seed(seed)) * scale).softmax(dim=1)
-    h = functional.entropy_confidence(y, threshold)
-    expected = [references.entropy_confidence(row, threshold) for row in y.double().tolist()]
-    torch.testing.assert_close(h, torch.tensor(expected), atol=2e-5, rtol=1e-4)
+def test_a_clear_lead_lets_examples_leave_sooner(layers, classes, margin, rule, seed, scale):
+    generator = torch.Generator().manual_seed(seed)
+    y = (torch.randn(20, layers, classes, generator=generator, dtype=torch.float64) * scale).softmax(dim=2)
+    h = torch.rand(20, layers, generator=generator, dtype=torch.float64)
+    a, p = functional.accumulate(y, h)
+    clear = [[references.is_clear(layer, margin) for layer in example] for example in y.tolist()]
+    assert functional.is_clear(y, margin).tolist() == clear
+    without = functional.exit_layers(a, p, rule)
+    first = [row.index(True) + 1 if True in row and rule != "never" else layers for row in clear]
+    expected = torch.minimum(without, torch.tensor(first))
+    assert torch.equal(functional.exit_layers(a, p, rule, y=y, margin=margin), expected)

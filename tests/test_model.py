@@ -374,7 +374,7 @@ def test_a_resumed_fit_goes_on(tmp_path):
 @pytest.mark.parametrize("build", [tiny_model, hugging_face_model])
 @pytest.mark.parametrize("share", [False, True])
 def test_save_pretrained_and_back(tmp_path, build, share):
-    model = build(share_submodels=share, halting_tolerance=0.1, halting_entropy=0.6)
+    model = build(share_submodels=share, halting_tolerance=0.1, halting_margin=0.6)
     model.save_pretrained(tmp_path / "model")
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == ["config.json", "model.safetensors"]
     again = DACT.from_pretrained(tmp_path / "model")
@@ -386,27 +386,26 @@ def test_save_pretrained_and_back(tmp_path, build, share):
     assert DACT.from_pretrained(tmp_path / "model", halting="never").halting == "never"
 
 
-def test_the_entropy_dial_moves_the_exits_and_leaves_training_alone():
+def test_the_margin_moves_the_exits_and_nothing_else():
     torch.manual_seed(0)
     model, batch = tiny_model(layers=5), random_batch(60)
     with torch.no_grad():
         for submodel in model.classifier:
             submodel[-1].weight.mul_(10)
-        layers = []
-        for threshold in (0.0, 0.3, 0.6, 0.9, 1.0):
-            model.halting_entropy = threshold
+        before, layers = model(batch), []
+        for margin in (1.0, 0.7, 0.4, 0.1, 0.0):
+            model.halting_margin = margin
             output = model(batch)
+            for name in ("probabilities", "h", "p"):
+                assert torch.equal(getattr(output, name), getattr(before, name)), "full depth is what it was"
             y = output.layer_probabilities
-            expected = [[references.entropy_confidence(q, threshold) for q in row] for row in y.double().tolist()]
-            torch.testing.assert_close(output.h, torch.tensor(expected), atol=1e-4, rtol=1e-3)
+            left = output.exit_layer < before.exit_layer
+            leads = [(i, n) for i, n in enumerate(output.exit_layer.tolist()) if left[i]]
+            assert all(references.is_clear(y[i, n - 1].tolist(), margin) for i, n in leads)
             layers.append(output.exit_layer.double().mean().item())
     assert layers == sorted(layers, reverse=True)
-    assert layers[0] > 4
-    assert layers[-1] < 2
-    before = model.train()(batch).h
-    model.halting_entropy = None
-    torch.testing.assert_close(model(batch).h, before)
-    assert before.requires_grad, "the confidence g learns"
+    assert layers[0] > 3
+    assert layers[-1] == 1
 
 
 def test_broken_files_are_clear_errors(tmp_path):
@@ -462,7 +461,7 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
         ({"halting": "later"}, ValueError, "got 'later'"),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
         ({"halting_tolerance": -0.1}, ValueError, r"\[0, 1\), got -0.1"),
-        ({"halting_entropy": 1.5}, ValueError, r"halting_entropy must be in \[0, 1\] or left out, got 1.5"),
+        ({"halting_margin": 1.5}, ValueError, r"halting_margin must be in \[0, 1\], got 1.5"),
         ({"lambda_reg": -1.0}, ValueError, "lambda_reg.*got -1.0"),
         ({"lambda_reg": float("nan")}, ValueError, "lambda_reg.*got nan"),
         ({"exit_loss_weight": -1.0}, ValueError, "exit_loss_weight"),

@@ -86,7 +86,7 @@ def test_the_pipeline_leaves_what_the_design_lists(tuned):
     expected = {"batch_size", "learning_rate", "num_epochs", "weight_decay", "warmup_fraction", "exit_loss_weight"}
     assert set(stored["external_config"]) == expected
     final = {path.name for path in (run / "final").iterdir()}
-    assert {"checkpoints", "config.yaml", "metrics.json", "model", "tolerance.png", "exit_histogram.png"} <= final
+    assert {"checkpoints", "config.yaml", "metrics.json", "model", "dials.png", "exit_histogram.png"} <= final
     assert {path.name for path in (run / "final" / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
     assert not list(run.glob("*/trial_*/**/*.ckpt"))
 
@@ -229,7 +229,7 @@ def test_a_tensorboard_server_shows_the_pictures(served):
     tags = {run: set(content) for run, content in served("images/tags").items()}
     assert tags["submodels/study"] >= {"optimization history"}
     assert tags["lambda_reg/study"] >= {"Pareto front", "exit histogram", "history of the task loss"}
-    assert tags["final"] >= {"tolerance", "exit histogram", "depth against exit layer"}
+    assert tags["final"] >= {"dials", "exit histogram", "depth against exit layer"}
 
 
 def test_the_studies_open_in_optuna_dashboard(tuned):

@@ -107,8 +107,8 @@ class TuningEngine:
         sampler: Of the first two studies; TPE if left out.
         pruner: Of the first two studies; it sees only trials of the same planned length.
         halting_tolerance: Of the tuned model, in [0, 1); as the model factory gives it if left out.
-        promise: What early exit of the tuned model must keep, and with which confidence: then the tolerance is calibrated
-            on examples that no study sees, half of the validation examples; see `dact.calibrate`.
+        promise: What early exit of the tuned model must keep, and with which confidence: then its dial is calibrated on
+            examples that no study sees, half of the validation examples; see `dact.calibrate`.
         distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]. The teacher is
             the model of the factory, fine-tuned at full depth once per run, and trials start from its encoder; unless the
             data has a teacher of its own.
@@ -168,7 +168,7 @@ class TuningEngine:
         check_choice("TuningEngine: lambda_selection", lambda_selection, LambdaSelection)
         if halting_tolerance is not None:
             check_tolerance(halting_tolerance)
-        if promise is not None and halting_tolerance is not None:
+        if promise is not None and promise.dial == "halting_tolerance" and halting_tolerance is not None:
             raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
         if not 0 <= distillation <= 1:
             raise ValueError(f"TuningEngine: distillation is a share of the targets, in [0, 1], got {distillation}")
@@ -490,8 +490,8 @@ class TuningEngine:
         data.setup("test")
         data.test_dataloader()
         check_classes(getattr(data, "class_names", None), self.output_dimension)
-        if self.promise is not None and self.promise.max_layers is not None:
-            self.promise.check_layers(self.make_model().encoder.num_layers)
+        if self.promise is not None:
+            self.promise.check_model(self.make_model())
 
     # ------------------------------------------------------------------ studies
 

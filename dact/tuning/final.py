@@ -90,8 +90,8 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
     if engine.promise is not None:
         promised = {name: value for name, value in asdict(engine.promise).items() if value is not None}
         engine.display.note(describe(calibrate(model, data, **promised), model.encoder.num_layers))
-    elif model.calibration is not None:  # of a promise that is not asked for any more
-        model.halting_tolerance, model.calibration = model.calibration["instead_of"], None
+    else:  # of a promise that is not asked for any more
+        model.end_calibration()
     if model.calibration != before:
         store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
     with engine.display.stage("measuring the final model"):
@@ -100,7 +100,7 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
     metrics = {
         "validation": validation.entry,
         "test": test.entry,
-        "tolerance_curve": validation.curve,
+        "tolerance_curve": validation.tolerance_curve,
         "history": history.epochs,
         "lambda_reg": engine.lambda_reg,
         "halting_tolerance": model.halting_tolerance,
@@ -114,7 +114,7 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
         if tokenizer is not None:
             tokenizer.save_pretrained(str(partial))
     figures = {
-        "tolerance": pictures.tolerance_picture(validation.curve, model.encoder.num_layers),
+        "dials": pictures.dials_picture(validation.tolerance_curve, validation.margin_curve, model.encoder.num_layers),
         "exit histogram": pictures.exit_picture(test.entry),
     }
     if test.depths is not None:

@@ -85,28 +85,33 @@ def pareto_picture(points: list[Point], chosen: Point) -> Any:
     return figure
 
 
-def tolerance_picture(curve: list[dict[str, float]], layers: int) -> Any:
-    """Accuracy and agreement against the mean exit layer, over the tolerance."""
+def dials_picture(tolerances: list[dict[str, float]], margins: list[dict[str, float]], layers: int) -> Any:
+    """Accuracy and agreement against the mean exit layer, over the tolerance and over the margin."""
     figure, _ = plots.new_figure(height=5)
     figure.clear()
     upper, lower = figure.subplots(2, 1, sharex=True)  # their ranges differ too much for one axis
-    depth = [point["mean_exit_layer"] for point in curve]
+    depths = [point["mean_exit_layer"] for point in (*tolerances, *margins)]
     for axes, name in ((upper, "accuracy"), (lower, "agreement")):
-        axes.plot(depth, [100 * point[name] for point in curve], "o-")
-        written = float("inf")
-        for point in curve:  # from most layers to fewest; labels must not lie on each other
-            if written - point["mean_exit_layer"] > 0.04 * (max(depth) - min(depth)):
-                written = point["mean_exit_layer"]
-                axes.annotate(
-                    f"{point['tolerance']:g}",
-                    (written, 100 * point[name]),
-                    xytext=(0, 5),
-                    textcoords="offset points",
-                    fontsize=7,
-                    ha="center",
-                )
-        axes.margins(y=0.15)
-    upper.set(ylabel="accuracy, %", title="validation, with the halting tolerance at each point")
+        for dial, curve, below in (("tolerance", tolerances, True), ("margin", margins, False)):
+            places = [(point["mean_exit_layer"], 100 * point[name]) for point in curve]
+            (line,) = axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
+            written = float("inf")
+            for point, place in zip(curve, places, strict=True):
+                # From most layers to fewest; labels must not lie on each other.
+                if written - place[0] > 0.05 * (max(depths) - min(depths)):
+                    written = place[0]
+                    axes.annotate(
+                        f"{point[dial]:g}",
+                        place,
+                        xytext=(0, -11 if below else 5),
+                        textcoords="offset points",
+                        fontsize=7,
+                        ha="center",
+                        color=line.get_color(),
+                    )
+        axes.margins(y=0.2)
+    upper.legend()
+    upper.set(ylabel="accuracy, %", title="validation, with the setting of the dial at each point")
     lower.set(xlabel=f"mean exit layer of {layers}", ylabel="agreement with\nfull depth, %")
     return figure
 

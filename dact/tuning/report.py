@@ -17,6 +17,7 @@ from dact.encoders.base import move
 from dact.model import DACT
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
 @dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Evaluation:
 
     Args:
         entry: The entry of metrics.json.
-        curve: The curve over the tolerance, one record per point.
+        tolerance_curve: What each tolerance gives, one record per point; the margin is without effect there.
+        margin_curve: What each margin gives, at tolerance 0.
         exit_layers: int64 ``[examples]``, 1-based.
         depths: int64 ``[examples]`` where the data knows the depth of its examples, else None.
     """
 
     entry: dict[str, Any]
-    curve: list[dict[str, float]]
+    tolerance_curve: list[dict[str, float]]
+    margin_curve: list[dict[str, float]]
     exit_layers: Tensor
     depths: Tensor | None
 
@@ -48,20 +51,22 @@ def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evalua
     answers = layer_answers(model, loader)
     a, p, target = answers.a, answers.p, answers.target
     full = torch.full_like(target, p.shape[1])
-    exits = functional.exit_layers(a, p, model.halting, model.halting_tolerance)
+    exits = model.exit_layers(a, p, answers.y)
     weights = None if model.class_weights is None else model.class_weights.cpu()
     entry, full_depth = _quality(a, exits, target, weights), _quality(a, full, target, weights)
     if timed:
         entry["texts_per_second"] = _texts_per_second(model, loader, model.halting)
         full_depth["texts_per_second"] = _texts_per_second(model, loader, "never")
     entry |= {"full_depth": full_depth, "agreement": _agreement(a, exits)}
-    curve = []
-    for tolerance in TOLERANCES:
-        at = functional.exit_layers(a, p, model.halting, tolerance)
+
+    def point(tolerance: float = 0.0, margin: float = 1.0) -> dict[str, float]:
+        at = functional.exit_layers(a, p, model.halting, tolerance, y=answers.y, margin=margin)
         quality = _quality(a, at, target, weights)
-        shown = {name: quality[name] for name in ("accuracy", "mean_exit_layer")}
-        curve.append({"tolerance": tolerance, **shown, "agreement": _agreement(a, at)})
-    return Evaluation(entry, curve, exits, answers.depths)
+        return {name: quality[name] for name in ("accuracy", "mean_exit_layer")} | {"agreement": _agreement(a, at)}
+
+    tolerances = [{"tolerance": tolerance, **point(tolerance=tolerance)} for tolerance in TOLERANCES]
+    margins = [{"margin": margin, **point(margin=margin)} for margin in MARGINS]
+    return Evaluation(entry, tolerances, margins, exits, answers.depths)
 
 
 def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:
