@@ -127,8 +127,9 @@ class CrossFitted(DACT):
 def make_data(arguments: argparse.Namespace, **more: Any) -> Any:
     if arguments.data == "embedded":
         sizes = {} if arguments.num_train is None else {"num_train": arguments.num_train}
-        return CompositionalSentiment(max_depth=3, batch_size=128, **sizes, **more)
-    return VaderSentiment(tokenizer=MINILM, batch_size=arguments.batch_size, num_train=arguments.num_train, **more)
+        return CompositionalSentiment(max_depth=3, batch_size=128, seed=arguments.split, **sizes, **more)
+    sizes = {"batch_size": arguments.batch_size, "num_train": arguments.num_train}
+    return VaderSentiment(tokenizer=MINILM, seed=arguments.split, **sizes, **more)
 
 
 def make_model(arguments: argparse.Namespace, kind: type[DACT] = DACT, layers: int = LAYERS, **more: Any) -> DACT:
@@ -693,6 +694,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--num_train", type=int)
+    parser.add_argument(
+        "--split", type=int, default=0, help="which division into training, validation and test examples"
+    )
     parser.add_argument("--batch_size", type=int, default=64)
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--methods", nargs="+", default=METHODS, help="kind, kind-layers, kind-λ or kind-λ-layers")
@@ -705,6 +709,7 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     name = f"frontier_{arguments.data}" + ("" if arguments.num_train is None else f"_{arguments.num_train}")
+    name += f"_split{arguments.split}" if arguments.split else ""
     folder = arguments.work / name
     if arguments.one:
         train(arguments.one[0], int(arguments.one[1]), arguments, folder)
