@@ -135,7 +135,8 @@ def calibrate(
     theorem 4).
 
     Args:
-        model: Is put into eval mode, and gets the setting and, as `calibration`, the record that this returns.
+        model: Is put into eval mode, and gets the setting and, as `calibration`, the record that this returns. An
+            earlier promise ends first.
         data: Labelled examples that no training and no choice has seen: batches, or a datamodule, whose
             ``calibration_dataloader`` is taken if it has one, and else its validation examples.
         max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
@@ -149,7 +150,8 @@ def calibrate(
         The settings with their bound, and what was seen on the examples.
 
     Raises:
-        ValueError: If not exactly one promise is given, or it cannot be kept; the message says which can.
+        ValueError: If not exactly one promise is given, or it cannot be kept (the message says which can), or the other
+            dial or ``halting="never"`` stands in the way.
 
     Example:
         >>> from dact.encoders import TransformerEncoder
@@ -160,12 +162,11 @@ def calibrate(
         True
     """
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
+    model.end_calibration()
     promise.check_model(model)
     answers = layer_answers(model.eval(), calibration_batches(data))
     found = choose_setting(answers, promise, **{name: getattr(model, name) for name in HALTING})
-    before = model.calibration
-    instead_of = getattr(model, dial) if before is None or before["dial"] != dial else before["instead_of"]
-    model.calibration = {**asdict(found), "dial": dial, "instead_of": instead_of}
+    model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
     setattr(model, dial, getattr(found, dial))
     return found
 
@@ -326,10 +327,10 @@ def _fewest_enough(exits: Any, layers: int, promise: Promise) -> tuple[float, fl
         setting, bound = next_setting, upper
     if setting is None:
         fewest = mean_upper_bound(exits(settings[0]), layers, promise.confidence)
+        train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
         raise ValueError(
             f"max_layers={promise.max_layers:g} cannot be promised with confidence {promise.confidence:g}: the fewest that "
-            f"can are {fewest:.2f} of {layers}, at {promise.dial} {settings[0]:g}. Promise that, train with a larger "
-            "lambda_reg, or give more examples"
+            f"can are {fewest:.2f} of {layers}, at {promise.dial} {settings[0]:g}. Promise that{train}, or give more examples"
         )
     return setting, bound
 

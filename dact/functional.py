@@ -185,11 +185,11 @@ def can_halt(
     top = a.double().topk(2, dim=1).values
     best, runner_up, p, d = top[:, 0], top[:, 1], p.double(), d.double()
     kept = (1 - p) ** d
-    margin = kept * (1 + best - runner_up) - 1
+    spare = kept * (1 + best - runner_up) - 1
     if rule == "paper":
         # The published bound is never above the exact one; `minimum` keeps it so under rounding too.
-        margin = torch.minimum(margin, best * kept - runner_up - p * d)
-    return (d == 0) | (margin > slack - tolerance)
+        spare = torch.minimum(spare, best * kept - runner_up - p * d)
+    return (d == 0) | (spare > slack - tolerance)
 
 
 def is_clear(y: Tensor, margin: float) -> Tensor:
@@ -200,7 +200,7 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
     response" in Schuster et al., *Confident Adaptive Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
 
     Args:
-        y: y_n, ``[…, classes]``, probability vectors of at least two classes.
+        y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32 or more.
         margin: In [0, 1]; for 1, the answer is no.
 
     Returns:
@@ -214,7 +214,7 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
         tensor([ True, False])
     """
     check_margin(margin)
-    top = y.topk(2, dim=-1).values
+    top = at_least_float32(y).topk(2, dim=-1).values
     return (top[..., 0] - top[..., 1] > margin) & (margin < 1)
 
 

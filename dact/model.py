@@ -36,7 +36,7 @@ class DACTOutput:
 
     Args:
         probabilities: ``[batch, classes]``: a_N from `DACT.forward`, a_n at the exit layer from `DACT.early_exit`.
-            The halting rule guarantees the class of a_N, not its probabilities.
+            The halting rule guarantees the class of a_N, not its probabilities; the margin guarantees neither.
         exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`: that the halting
             rule would have run).
         layer_probabilities: y, ``[batch, layers, classes]``; from `DACT.forward` only.
@@ -78,7 +78,8 @@ class DACT(LightningModule):
             the label. Training batches then carry ``teacher`` ``[batch, classes]``.
         share_submodels: One pair of submodels for all layers instead of one pair per layer.
         halting: ``"exact"``, ``"paper"`` or ``"never"``; see `dact.functional.can_halt`.
-        halting_tolerance: In [0, 1): the returned class ends at most this much probability behind the final winner.
+        halting_tolerance: In [0, 1): the class that the halting rule returns ends at most this much probability behind
+            the final winner.
         halting_margin: In [0, 1]: an example also leaves where y_n puts its first class more than this probability ahead
             of its second (see `dact.functional.is_clear`). A second dial: smaller means fewer layers; 1 leaves all to
             the halting rule.
@@ -385,6 +386,7 @@ class DACT(LightningModule):
                 f"the depth has collapsed: every validation example uses {every}. "
                 f"Try a {remedy} lambda_reg than {self.lambda_reg:g}"
                 + (f", or a halting_margin below {self.halting_margin:g}" if remedy == "larger" else "")
+                + (", or a larger halting_margin" if remedy == "smaller" and self.halting_margin < 1 else "")
             )
 
     # ------------------------------------------------------------------ optimization
@@ -500,7 +502,7 @@ class DACT(LightningModule):
             arguments["encoder"] = encoders.from_config(arguments.get("encoder"))
         model = cls(**arguments)
         if calibration is not None:
-            dial = calibration["dial"]
+            dial = calibration["promise"]["dial"]
             if model._halts_as(calibration, dial=calibration[dial]):
                 model.calibration = calibration
             elif dial not in overrides and getattr(model, dial) == calibration[dial]:
@@ -510,12 +512,14 @@ class DACT(LightningModule):
     def end_calibration(self) -> None:
         """Forget a promise, and give its dial back the value that it had before."""
         if self.calibration is not None:
-            setattr(self, self.calibration["dial"], self.calibration["instead_of"])
+            dial = self.calibration["promise"]["dial"]
+            if getattr(self, dial) == self.calibration[dial]:  # one that was moved since is the user's own
+                setattr(self, dial, self.calibration["instead_of"])
             self.calibration = None
 
     def _halts_as(self, calibration: Mapping[str, Any], dial: Any) -> bool:
         """Whether this model halts as one of a calibration did, with `dial` as the value of the dial."""
-        then = {name: calibration[name] for name in HALTING} | {calibration["dial"]: dial}
+        then = {name: calibration[name] for name in HALTING} | {calibration["promise"]["dial"]: dial}
         return then == {name: getattr(self, name) for name in HALTING}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -532,10 +536,23 @@ class DACT(LightningModule):
                 f"{', '.join(self.class_names)}: give the data class_names={list(stored)}, or train anew"
             )
         calibration = checkpoint.get("hyper_parameters", {}).get("calibration")
-        # A dial that was moved since is the user's own.
-        if calibration is not None and self._halts_as(calibration, dial=calibration["instead_of"]):
-            setattr(self, calibration["dial"], calibration[calibration["dial"]])
+        if calibration is None:
+            return
+        dial = calibration["promise"]["dial"]
+        if self._halts_as(calibration, dial=calibration["instead_of"]):
+            setattr(self, dial, calibration[dial])
             self.calibration = calibration
+        elif not self._halts_as(calibration, dial=calibration[dial]):  # a dial that was moved since is the user's own
+            then, now = (
+                ", ".join(f"{name} {value}" for name, value in settings.items())
+                for settings in (
+                    {name: calibration[name] for name in HALTING},
+                    {name: getattr(self, name) for name in HALTING},
+                )
+            )
+            rank_zero_warn(
+                f"the promise of the checkpoint does not hold here: it was made for {then}, and this is {now}"
+            )
 
     def _check_weights(self, weights: Mapping[str, Tensor], what: str) -> None:
         own = self.state_dict()

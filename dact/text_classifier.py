@@ -22,7 +22,7 @@ class Prediction:
     Args:
         label: The name of the class.
         score: The probability of that class where early exit left, in [0, 1]. (The class is that of full depth at
-            tolerance 0; the probability is not.)
+            tolerance 0 and margin 1; the probability is not.)
         exit_layer: The last layer that was run, 1-based.
     """
 

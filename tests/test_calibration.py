@@ -256,6 +256,40 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
         engine.make_data()
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2), halting_tolerance=0.1)
+    engine = TuningEngine(
+        promise=Promise(min_agreement=0.9, dial="halting_margin"),
+        halting_tolerance=0.2,
+        log_dir=tmp_path,
+        trainer={"accelerator": "cpu"},
+    )
+    with pytest.raises(ValueError, match="from full depth on, but the model has halting_tolerance=0.2: set it to 0"):
+        engine._check_data()
+
+
+def test_another_dial_ends_the_promise_of_the_first():
+    model, batch = tiny_model(), [random_batch(800)]
+    calibrate(model, batch, min_agreement=0.8)
+    assert model.halting_tolerance > 0
+    calibrate(model, batch, min_agreement=0.8, dial="halting_margin")
+    assert model.halting_tolerance == 0
+    assert model.halting_margin < 1
+    model.end_calibration()
+    assert (model.halting_tolerance, model.halting_margin, model.calibration) == (0.0, 1.0, None)
+    calibrate(model, batch, min_agreement=0.8, dial="halting_margin")
+    model.halting_margin = 0.123
+    model.end_calibration()
+    assert model.halting_margin == 0.123, "what the user gave counts"
+
+
+def test_a_promise_that_does_not_hold_is_said():
+    model = tiny_model()
+    calibrate(model, [random_batch(800)], min_agreement=0.8, dial="halting_margin")
+    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": model.config()}
+    same = tiny_model()
+    same.on_load_checkpoint(checkpoint)
+    assert same.halting_margin == model.halting_margin
+    with pytest.warns(UserWarning, match=r"it was made for halting exact, .* and this is .* halting_tolerance 0.3,"):
+        tiny_model(halting_tolerance=0.3).on_load_checkpoint(checkpoint)
 
 
 def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):

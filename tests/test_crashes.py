@@ -123,10 +123,10 @@ def check_whole(folder, totals, tag="run", storage=None):
         left = [trial for trial in trials if is_interrupted(trial) and trial.number not in again]
         assert all(trial.user_attrs.get(UNDER, current) != current for trial in left)
         for trial in trials:
+            if is_interrupted(trial):
+                continue  # it may not have drawn all of its parameters
             before = trial
-            while RETRY_OF in before.user_attrs and not is_interrupted(
-                trial
-            ):  # one that was may not have drawn them all
+            while RETRY_OF in before.user_attrs:
                 before = trials[before.user_attrs[RETRY_OF]]
                 assert before.params.items() <= trial.params.items(), "it runs again with its parameters"
     run = folder / "lightning_logs" / tag

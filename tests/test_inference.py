@@ -11,10 +11,10 @@ from dact import DACT, functional, inference
 from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import ALL, encoder_of
 
-MARGIN = 1e-4  # closer to the halting rule's limit than this, float32 may leave a layer earlier or later
+CLOSE = 1e-4  # closer to the halting rule's limit than this, float32 may leave a layer earlier or later
 
 
-def margins(model, batch):
+def distances(model, batch):
     """How far each example's halting decisions stay from their limit, over all layers; [batch]."""
     full = model(batch)
     a, p = functional.accumulate(full.layer_probabilities, full.h)
@@ -64,10 +64,10 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
     for submodel in model.confidence:  # all leave at layer 1 (h near 0), none leaves early (h near 1), or some do
         submodel[-1].bias.fill_(bias)
     data = random_batch(batch, length, seed=seed)
-    full, margin = margins(model, data)
+    full, distance = distances(model, data)
     order = torch.randperm(batch)
     early = model.early_exit({name: tensor[order] for name, tensor in data.items()})
-    clear = margin[order] > MARGIN
+    clear = distance[order] > CLOSE
     assert torch.equal(early.exit_layer[clear], full.exit_layer[order][clear])
     if bias < 0:
         assert (early.exit_layer[clear] == 1).all()
@@ -85,10 +85,10 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
 def test_regrouping_serves_every_family(name):
     model = scatter_exits(DACT(encoder=encoder_of(name)).eval())
     data = random_batch(40, 14, vocab=100)
-    full, margin = margins(model, data)
+    full, distance = distances(model, data)
     model.step_tokens, model.window_tokens = 60, 300
     early = model.early_exit(data)
-    clear = margin > MARGIN
+    clear = distance > CLOSE
     assert clear.sum() > 20
     assert torch.equal(early.exit_layer[clear], full.exit_layer[clear])
     assert len(set(full.exit_layer.tolist())) > 1, "examples of this test leave at different layers"

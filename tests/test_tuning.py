@@ -852,6 +852,13 @@ def test_another_tolerance_keeps_the_final_fit(tmp_path):
     made.final_train("run")
     metrics = json.loads((tmp_path / "run" / "final" / "metrics.json").read_text())
     assert metrics["calibration"]["promise"]["min_agreement"] == 0.5
+    assert metrics["halting_tolerance"] > 0
+    made.promise = Promise(min_agreement=0.5, dial="halting_margin")
+    made.final_train("run")
+    metrics = json.loads((tmp_path / "run" / "final" / "metrics.json").read_text())
+    assert metrics["halting_tolerance"] == 0, "the earlier promise has ended"
+    assert metrics["halting_margin"] == metrics["calibration"]["halting_margin"] < 1
+    assert {"margin", "accuracy", "mean_exit_layer", "agreement"} == set(metrics["margin_curve"][0])
     assert weights.read_bytes() == before
     assert metrics["history"][0]["epoch"] == 0
 

@@ -491,7 +491,10 @@ class TuningEngine:
         data.test_dataloader()
         check_classes(getattr(data, "class_names", None), self.output_dimension)
         if self.promise is not None:
-            self.promise.check_model(self.make_model())
+            model = self.make_model()
+            if self.halting_tolerance is not None:
+                model.halting_tolerance = self.halting_tolerance
+            self.promise.check_model(model)
 
     # ------------------------------------------------------------------ studies
 

@@ -90,8 +90,8 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
     if engine.promise is not None:
         promised = {name: value for name, value in asdict(engine.promise).items() if value is not None}
         engine.display.note(describe(calibrate(model, data, **promised), model.encoder.num_layers))
-    else:  # of a promise that is not asked for any more
-        model.end_calibration()
+    else:
+        model.end_calibration()  # of a promise that is not asked for any more
     if model.calibration != before:
         store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
     with engine.display.stage("measuring the final model"):
@@ -106,6 +106,8 @@ def _measure(engine: TuningEngine, folder: Path, history: History) -> None:
         "halting_tolerance": model.halting_tolerance,
         "layers": model.encoder.num_layers,
     }
+    if model.halting_margin < 1:
+        metrics |= {"halting_margin": model.halting_margin, "margin_curve": validation.margin_curve}
     if engine.promise is not None:
         metrics["calibration"] = model.calibration
     with replacing_folder(folder / "model") as partial:
