@@ -18,7 +18,7 @@ def on_second_device(batch):
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_early_exit_answers_there_as_on_the_cpu(name):
-    model = tiny_model(encoder=encoder_of(name), step_tokens=96)
+    model = tiny_model(encoder=encoder_of(name), step_tokens=96, halting_margin=0.1)
     here, full = model.early_exit(BATCH), model(BATCH)
     with SecondDevice():
         move(model)
@@ -36,7 +36,9 @@ def test_the_host_waits_once_per_layer_however_many_groups_there_are(rule):
     waits = []
     for step_tokens in (24, 10_000):  # a group for each example, and one for all
         model = scatter_exits(
-            tiny_model(LAYERS, vocab=100, step_tokens=step_tokens, window_tokens=10_000, halting=rule)
+            tiny_model(
+                LAYERS, vocab=100, step_tokens=step_tokens, window_tokens=10_000, halting=rule, halting_margin=0.1
+            )
         )
         with SecondDevice() as device:
             move(model).early_exit(on_second_device(BATCH))
@@ -47,7 +49,7 @@ def test_the_host_waits_once_per_layer_however_many_groups_there_are(rule):
 @torch.no_grad()
 def test_a_device_without_float64_leaves_the_halting_rule_to_the_cpu(monkeypatch):
     monkeypatch.setattr(functional, "WITHOUT_FLOAT64", {DEVICE.type})
-    model = tiny_model(vocab=100)
+    model = tiny_model(vocab=100, halting_margin=0.1)
     expected = model(BATCH).exit_layer.tolist()
     with SecondDevice() as device:
         move(model)
