@@ -54,7 +54,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import DACT, SubmodelConfig, functional, inference, plots
-from dact.calibration import SETTINGS
+from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting
 from dact.console import quiet
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
@@ -386,6 +386,10 @@ def peer_rule(rule: str, setting: float) -> Iterator[None]:
 PEERS = ("entropy", "probability", "lead", "patience")  # whose rule the scheduler is lent
 OURS = ("dact", "frozen", "distilled", "exits", "warm")  # of which the best on validation stands for DACT
 BEST = "DACT, the better dial on validation"
+PROMISES = (
+    *({"max_accuracy_loss": lost} for lost in (0.005, 0.01, 0.02)),
+    *({"min_agreement": agreement} for agreement in (0.97, 0.95, 0.9)),
+)
 COMPRESSED = ("full depth", BEST)  # with float16 and int8, beside bfloat16
 FAMILIES = {  # what the table calls a kind of training with a rule
     "multi-exit, entropy": ("multiexit", "entropy"),
@@ -462,14 +466,14 @@ def summarise(points: list[dict[str, float]]) -> dict[str, Any]:
     }
 
 
+def read_said(folder: Path, method: str, seed: int) -> dict[str, Tensor]:
+    return read_tensors(folder / f"{method}.{seed}" / "said.safetensors")[0]
+
+
 def collect(folder: Path, methods: list[str], seeds: range) -> dict[str, list[dict[str, Any]]]:
     """Per method of the table, its points: test accuracy over the seeds, at settings from validation data."""
     table: dict[str, list[dict[str, Any]]] = {}
-    said = {
-        (method, seed): read_tensors(folder / f"{method}.{seed}" / "said.safetensors")[0]
-        for method in methods
-        for seed in seeds
-    }
+    said = {(method, seed): read_said(folder, method, seed) for method in methods for seed in seeds}
 
     def add(family: str, chosen: list[Choice | None], budget: float) -> None:
         if None in chosen:
@@ -526,6 +530,37 @@ def paired(table: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
                 gains = [ours - theirs for ours, theirs in zip(mine["by_seed"], point["by_seed"], strict=True)]
                 gain, error = mean_and_error(gains)
                 found.append({"against": family, "budget": budget, "gain": gain, "error": error})
+    return found
+
+
+def promised(folder: Path, methods: list[str], seeds: range) -> list[dict[str, Any]]:
+    """What each dial of DACT takes for a promise (`dact.calibrate`, on the validation examples), on the test examples."""
+    found = []
+    for method, kept, dial in itertools.product(methods, PROMISES, ("halting_tolerance", "halting_margin")):
+        if parse(method)[0] not in ("dact", "distilled"):
+            continue
+        layers, lost, agreement = [], [], []
+        for seed in seeds:
+            said = read_said(folder, method, seed)
+            val, test = (
+                LayerAnswers(
+                    *functional.accumulate(said[f"{split}_y"], said[f"{split}_h"]),
+                    said[f"{split}_y"],
+                    said[f"{split}_target"],
+                    None,
+                )
+                for split in ("val", "test")
+            )
+            chosen = choose_setting(val, Promise(**kept, dial=dial))  # type: ignore[arg-type]
+            exits = functional.exit_layers(
+                test.a, test.p, tolerance=chosen.halting_tolerance, y=test.y, margin=chosen.halting_margin
+            )
+            early, full = functional.answer_at(test.a, exits).argmax(1), test.a[:, -1].argmax(1)
+            layers.append(exits.double().mean().item())
+            lost.append(100 * ((full == test.target).double() - (early == test.target).double()).mean().item())
+            agreement.append(100 * (early == full).double().mean().item())
+        entry = {"layers": layers, "accuracy_lost": lost, "agreement": agreement}
+        found.append({"method": method, "promise": kept, "dial": dial, **entry})
     return found
 
 
@@ -669,6 +704,7 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
         "setting": {key: str(value) for key, value in vars(arguments).items() if key not in ("work", "one", "report")},
         "table": table,
         "paired": paired(table),
+        "promised": promised(folder, methods, range(arguments.seeds)),
         "compressed": {},
     }
     if not arguments.untimed:
@@ -679,6 +715,11 @@ def report(arguments: argparse.Namespace, folder: Path, methods: list[str], name
     print(markdown(table))
     for entry in found["paired"]:
         print("DACT less {against}, {budget:.1f} layers: {gain:+.2f} ± {error:.2f}".format(**entry))
+    for entry in found["promised"]:
+        means = {name: statistics.mean(entry[name]) for name in ("layers", "accuracy_lost", "agreement")}
+        print(
+            "{method}, {promise} by {dial}:".format(**entry), {name: round(value, 2) for name, value in means.items()}
+        )
     for how, entry in found["compressed"].items():
         print(how, {key: round(value, 2) for key, value in entry.items()})
 
