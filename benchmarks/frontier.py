@@ -50,6 +50,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from matplotlib import colormaps
 from torch import Tensor, nn
 from torchmetrics.functional.classification import multiclass_f1_score
 
@@ -659,18 +660,19 @@ def markdown(table: dict[str, list[dict[str, Any]]]) -> str:
 def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Accuracy against measured throughput in bulk, or against layers where no throughput was measured."""
     figure, axes = plots.new_figure(9, 5)
+    axes.set_prop_cycle(color=[colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))])
     for name, points in table.items():
         if any(part in name for part in UNDRAWN):
             continue
         timed = all("texts_per_second" in point for point in points)
         places = [(point["texts_per_second"]["bulk"] if timed else point["layers"], point) for point in points]
         places.sort(key=lambda place: place[0])
-        style = "s" if name.startswith(("full depth", "truncated")) else "o"
+        style = "s:" if name.startswith(("full depth", "truncated")) else "o-" if name.startswith("DACT") else "o--"
         axes.errorbar(
             [place for place, _ in places],
             [point["accuracy"] for _, point in places],
             [point["error"] for _, point in places],
-            fmt=f"{style}-",
+            fmt=style,
             capsize=2,
             alpha=0.8,
             label=name,
