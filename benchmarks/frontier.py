@@ -659,7 +659,7 @@ def markdown(table: dict[str, list[dict[str, Any]]]) -> str:
 
 def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
     """Accuracy against measured throughput in bulk, or against layers where no throughput was measured."""
-    figure, axes = plots.new_figure(9, 5)
+    figure, axes = plots.new_figure(12, 5)
     axes.set_prop_cycle(color=[colormaps["tab20"](place) for place in (*range(0, 20, 2), *range(1, 20, 2))])
     for name, points in table.items():
         if any(part in name for part in UNDRAWN):
@@ -678,7 +678,7 @@ def draw(table: dict[str, list[dict[str, Any]]], path: Path) -> None:
             label=name,
         )
     axes.set(xlabel="texts per second in bulk, measured" if timed else "mean layers", ylabel="test accuracy, %")
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside right upper", fontsize=7)  # beside the axes, where it hides no point
     figure.savefig(path)
 
 
