@@ -176,9 +176,9 @@ class DACTCLI(LightningCLI):
 
     def _tune(self) -> None:
         """Hand the sections of the file to the engine, model and data as factories."""
+        from dact import signals
+        from dact.factories import DataFactory, ModelFactory
         from dact.tuning import TuningEngine
-        from dact.tuning.factories import DataFactory, ModelFactory
-        from dact.tuning.stopping import stop_on_signals
 
         parser, config = self._parser("tune"), self.config["tune"]
         plain = yaml.safe_load(parser.dump(config, skip_none=False))
@@ -201,7 +201,7 @@ class DACTCLI(LightningCLI):
             **vars(ready.tuner),
         )
         tag = config.run_tag or engine.run_tag
-        stop_on_signals()
+        signals.install()
         quiet_threads()
         try:
             engine.run_pipeline(tag)
