@@ -561,7 +561,7 @@ def test_trials_under_earlier_winners_are_ignored_and_kept(tmp_path):
 
 def test_a_run_says_what_it_will_do_and_shows_the_time_left_from_the_first_trial_on(tmp_path):
     made = engine(tmp_path, time_out=5, n_trials=2)
-    made.progress.console = Console(file=io.StringIO(), width=150, force_terminal=True)
+    made.progress.console = Console(file=io.StringIO(), width=150, force_terminal=True, color_system=None)
     made.run_pipeline("run")
     said = made.progress.console.file.getvalue()
     assert "2 + 2 + 2 trials, then the final fit" in said
