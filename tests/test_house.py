@@ -12,13 +12,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dact"
 # From the ground floor upwards: a module imports only from floors below its own, or from its own package.
 FLOORS = [
-    {"functional", "console", "usage", "files", "plots"},
+    {"functional", "console", "quiet", "signals", "files", "plots"},
     {"submodels", "metrics", "encoders"},
     {"inference"},
     {"model"},
     {"data"},
-    {"calibration", "callbacks", "text_classifier"},
-    {"tuning"},
+    {"calibration", "callbacks", "checkpoints", "model_paths", "runs", "predictions", "reports", "text_classifier"},
+    {"tuning", "cli_errors"},
+    {"cli_request"},
     {"cli"},
     {"__main__"},
 ]
