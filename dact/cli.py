@@ -21,10 +21,11 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
+from dact.batches import CheckBatches
 from dact.calibration import Dial, Promise, calibrate, describe, store_in_checkpoint
 from dact.callbacks import ExitPlots, SavePretrained
 from dact.checkpoints import LAST, BestAndLast
-from dact.cli_errors import OneLineParser, one_line_errors
+from dact.cli_errors import OneLineParser, config_files, one_line_errors
 from dact.cli_request import EVALUATING, Request
 from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
@@ -240,7 +241,7 @@ class DACTCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        added: list[Callback] = [signals.StopOnSignal()]
+        added: list[Callback] = [signals.StopOnSignal(), CheckBatches()]
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             to_output = self.subcommand == "predict" and self._get(self.config, "output") == "-"
             if (sys.stderr if to_output else sys.stdout).isatty() or config.get("enable_progress_bar"):
@@ -467,6 +468,8 @@ def _has(given: list[Any], kind: type) -> bool:
 def run() -> DACTCLI:
     """Run the command line of this process."""
     quiet()
+    # A configuration may name classes of files next to it, or in this folder.
+    sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))]
     request = Request.read(sys.argv[1:])
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
     usages = {name: {"usage": f"dact {name} --config FILE [--OPTION VALUE ...]"} for name in DACTCLI.subcommands()}

@@ -211,8 +211,13 @@ def _open_table(path: str, names: Sequence[str]) -> Iterator[Callable[[list[Row]
     """Yield a function that writes rows; the file is whole at the end, or not there if an exception leaves the block."""
     columns = list(_row(names, None, [None] * len(names), None))
     if path == STANDARD_OUTPUT:
-        yield _csv_writer(sys.stdout, columns)
-        sys.stdout.flush()
+        write = _csv_writer(sys.stdout, columns)
+
+        def write_and_flush(rows: list[Row]) -> None:  # for a reader that waits
+            write(rows)
+            sys.stdout.flush()
+
+        yield write_and_flush
         return
     with replacing(Path(path)) as partial:
         if path.lower().endswith(".parquet"):

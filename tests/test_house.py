@@ -17,7 +17,7 @@ FLOORS = [
     {"inference"},
     {"model"},
     {"data"},
-    {"calibration", "callbacks", "checkpoints", "model_paths", "runs", "predictions", "reports", "text_classifier"},
+    {"batches", "calibration", "callbacks", "checkpoints", "model_paths", "runs", "predictions", "reports", "text_classifier"},
     {"tuning", "cli_errors"},
     {"cli_request"},
     {"cli"},
