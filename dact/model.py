@@ -618,6 +618,7 @@ class DACT(LightningModule):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors into `directory`, which is created if needed."""
         directory = Path(directory)
+        self.encoder.save_files(directory)
         write_tensors(directory / WEIGHTS_NAME, self.state_dict())
         write_json(directory / CONFIG_NAME, {"format": FORMAT, **self.config()})
 
@@ -648,8 +649,7 @@ class DACT(LightningModule):
         weights, _ = read_tensors(directory / WEIGHTS_NAME)
         if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
             raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
-        if encoder is not None:
-            overrides["encoder"] = encoder
+        overrides["encoder"] = encoders.from_config(config.get("encoder"), directory) if encoder is None else encoder
         return cls.from_config(config, **overrides)._load_weights(weights, directory, None).eval()
 
 
