@@ -394,7 +394,8 @@ class DACT(LightningModule):
     def setup(self, stage: str) -> None:
         datamodule = getattr(self._trainer, "datamodule", None)
         self.encoder.check_tokens(getattr(datamodule, "tokenizer", None), getattr(datamodule, "max_length", None))
-        taught = getattr(datamodule, "teacher_probabilities", ...)  # other data may give a teacher in its own way
+        # Other data may give a teacher in its own way.
+        taught = getattr(datamodule, "teacher", None) or getattr(datamodule, "teacher_probabilities", ...)
         if stage == "fit" and self.distillation and taught is None:
             raise ValueError(
                 f"distillation={self.distillation:g} needs a teacher: give the data one (data.teacher), or set distillation "
@@ -617,6 +618,7 @@ class DACT(LightningModule):
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json and model.safetensors into `directory`, which is created if needed."""
         directory = Path(directory)
+        self.encoder.save_files(directory)
         write_tensors(directory / WEIGHTS_NAME, self.state_dict())
         write_json(directory / CONFIG_NAME, {"format": FORMAT, **self.config()})
 
@@ -647,8 +649,7 @@ class DACT(LightningModule):
         weights, _ = read_tensors(directory / WEIGHTS_NAME)
         if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
             raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
-        if encoder is not None:
-            overrides["encoder"] = encoder
+        overrides["encoder"] = encoders.from_config(config.get("encoder"), directory) if encoder is None else encoder
         return cls.from_config(config, **overrides)._load_weights(weights, directory, None).eval()
 
 

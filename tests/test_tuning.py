@@ -26,7 +26,7 @@ from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
 from dact.calibration import Promise
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tables import write_table
-from dact.data.text import word_tokenizer
+from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.tuning.features import Features, FeaturesData, check_features, compute_features
 from dact.tuning.progress import verdict
