@@ -14,10 +14,9 @@ PACKAGE = ROOT / "dact"
 # files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
 LAYERS = [
     {"checks", "files", "plots", "signals", "quiet", "console"},
-    {"functional", "metrics"},
+    {"functional", "metrics", "agreement", "optimization"},
     {"submodels", "encoders"},
-    {"inference"},
-    {"persistence", "agreement"},
+    {"inference", "persistence"},
     {"model"},
     {"data"},
     {"calibration", "callbacks", "factories", "batches", "checkpoints"},
