@@ -12,11 +12,14 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dact"
 # From the ground floor upwards: a module imports only from floors below its own, or from its own package.
 FLOORS = [
-    {"functional", "console", "usage", "files", "plots"},
+    {"checks", "bounds", "console", "usage", "files", "plots"},
+    {"functional"},
     {"submodels", "metrics", "encoders"},
     {"inference"},
     {"model"},
     {"data"},
+    {"answers"},
+    {"scores"},
     {"calibration", "callbacks", "text_classifier"},
     {"tuning"},
     {"cli"},
