@@ -394,7 +394,8 @@ class DACT(LightningModule):
     def setup(self, stage: str) -> None:
         datamodule = getattr(self._trainer, "datamodule", None)
         self.encoder.check_tokens(getattr(datamodule, "tokenizer", None), getattr(datamodule, "max_length", None))
-        taught = getattr(datamodule, "teacher_probabilities", ...)  # other data may give a teacher in its own way
+        # Other data may give a teacher in its own way.
+        taught = getattr(datamodule, "teacher", None) or getattr(datamodule, "teacher_probabilities", ...)
         if stage == "fit" and self.distillation and taught is None:
             raise ValueError(
                 f"distillation={self.distillation:g} needs a teacher: give the data one (data.teacher), or set distillation "

@@ -8,7 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dact.data.text import load_tokenizer
+from dact.data.tokenizers import load_tokenizer
 from dact.model import DACT
 
 if TYPE_CHECKING:

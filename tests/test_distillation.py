@@ -11,7 +11,7 @@ from dact import DACT, TuningEngine, functional
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tables import write_table
 from dact.data.teacher import _longest_input
-from dact.data.text import word_tokenizer
+from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.files import read_tensors
 from tests import references
@@ -103,6 +103,7 @@ def test_batches_carry_what_the_teacher_says(taught_folder):
     for name in ("own", "hub"):
         data = data_of(taught_folder, name)
         data.setup("fit")
+        assert data.teacher_probabilities is None  # asking takes long, and comes after all checks
         assert data.class_names == ["minus", "none", "plus"]
         for batch in data.train_dataloader():
             texts = [data.splits["train"].texts[row] for row in batch["row"]]
@@ -114,14 +115,44 @@ def test_batches_carry_what_the_teacher_says(taught_folder):
         assert all("teacher" not in batch for batch in data.val_dataloader())
 
 
+def ask(data):
+    data.setup("fit")
+    data.train_dataloader()
+
+
 def test_teachers_that_do_not_fit_are_refused(taught_folder):
     with pytest.raises(ValueError, match="it was not fine-tuned for sequence classification"):
-        data_of(taught_folder, "encoder").setup("fit")
+        ask(data_of(taught_folder, "encoder"))
     with pytest.raises(ValueError, match="no sequence-classification model at|there is none at|no tokenizer at"):
-        data_of(taught_folder, "nowhere").setup("fit")
+        ask(data_of(taught_folder, "nowhere"))
     write_table(taught_folder / "train.csv", {"text": WORDS * 4, "label": ["a", "b", "a", "b", "b"] * 4})
     with pytest.raises(ValueError, match="has the classes none, plus, minus, but the data has a, b"):
-        data_of(taught_folder, "own").setup("fit")
+        ask(data_of(taught_folder, "own"))
+
+
+def test_a_teacher_answers_alike_whatever_side_its_tokenizer_pads(taught_folder):
+    tokenizer = word_tokenizer(WORDS)
+    tokenizer.padding_side = "left"
+    tokenizer.save_pretrained(taught_folder / "hub")
+    hub = AutoModelForSequenceClassification.from_pretrained(taught_folder / "hub").eval()
+    data = data_of(taught_folder, "hub")
+    ask(data)
+    for text, answer in zip(data.splits["train"].texts, data.teacher_probabilities, strict=True):
+        with torch.no_grad():
+            alone = hub(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0]
+        torch.testing.assert_close(answer, alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_teacher_labels_texts_without_labels(taught_folder):
+    (taught_folder / "more.txt").write_text("the good film\nbad bad\n")
+    data = data_of(taught_folder, "own", unlabelled_file=str(taught_folder / "more.txt"))
+    ask(data)
+    assert not data.needs_teacher
+    batches = list(data.train_dataloader())
+    rows, labels, teacher = (torch.cat([batch[name] for batch in batches]) for name in ("row", "labels", "teacher"))
+    unlabelled = [data.splits["train"].texts[row] for row in rows[labels == -100]]
+    assert sorted(unlabelled) == ["bad bad", "the good film"]
+    torch.testing.assert_close(teacher.sum(1), torch.ones(len(rows)))
 
 
 def test_a_fit_with_a_teacher_learns_its_answers(taught_folder):
@@ -184,12 +215,3 @@ def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_is_named():
         BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=6)
     )
     assert _longest_input(bert) == 6
-
-
-def test_a_teacher_from_whom_nothing_is_learned_is_refused_before_it_is_asked(tmp_path):
-    data = CompositionalSentiment(num_train=60, num_val=30, num_test=30)
-    data.teacher = "nowhere"
-    model = DACT(encoder=TransformerEncoder(data.vocab_size, 2, 8, 2))
-    trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="would not learn from it: give the model a distillation above 0"):
-        trainer.fit(model, data)

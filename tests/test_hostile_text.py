@@ -11,7 +11,7 @@ import pandas as pd
 import pytest
 
 from dact import DACT
-from dact.data.text import word_tokenizer
+from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 
 ROOT = Path(__file__).parent.parent

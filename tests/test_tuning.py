@@ -25,7 +25,7 @@ from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
 from dact.calibration import Promise
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tables import write_table
-from dact.data.text import word_tokenizer
+from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.tuning.display import _verdict
 from dact.tuning.engine import STAGES

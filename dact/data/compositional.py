@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-from dact.data.text import Examples, TextDataModule, word_tokenizer
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+from dact.data.base import TextDataModule
+from dact.data.examples import Examples
+from dact.data.tokenizers import word_tokenizer
 
 CLASS_NAMES = ["negative", "neutral", "positive"]
 GRADES = (
@@ -24,6 +24,7 @@ NOUNS = ("battery", "screen", "keyboard", "camera", "speaker", "charger", "hinge
 REMARKS = ("honestly", "overall", "so far", "for me")
 CONCESSIONS = ("although {aside} , {main}", "{main} , although {aside}", "{aside} , but {main}")
 EMPHASIS_SHARE, CONCESSION_SHARE, REMARK_SHARE = 0.3, 0.3, 0.5
+TEXT_SHARES = {"val": range(0, 10), "test": range(10, 20), "train": range(20, 100)}  # by a checksum of the text
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class Review:
     Args:
         text: The words, separated by blanks.
         label: 0 negative, 1 neutral, 2 positive.
-        depth: How many steps compose the class: modifiers, plus one for a concession.
+        depth: Number of steps that compose the class: modifiers, plus one for a concession.
     """
 
     text: str
@@ -42,13 +43,13 @@ class Review:
 
 
 def modify(grade: int, modifier: str) -> int:
-    """The grade (0, 1 or 2) that `modifier` makes of `grade`."""
+    """Return the grade (0, 1 or 2) that `modifier` makes of `grade`."""
     low, high = MODIFIERS[modifier]
     return {low: high, high: low}.get(grade, grade)
 
 
 def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
-    """A clause and its grade. Modifiers apply from the adjective outwards; words of emphasis change nothing."""
+    """Draw a clause and its grade. Modifiers apply from the adjective outwards; words of emphasis change nothing."""
     grade = generator.randrange(3)
     words = [generator.choice(GRADES[grade])]
     for step in range(modifiers + 1):
@@ -61,14 +62,28 @@ def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
     return f"the {generator.choice(NOUNS)} is {' '.join(words)}", grade
 
 
-def generate_review(generator: random.Random, max_depth: int) -> Review:
-    """Draw a review: class and depth are uniform and independent of each other."""
+def split_of(text: str) -> str:
+    """Return the split to which a text belongs: of all texts that there are, 80 % may be in training only, and 10 % each
+    in validation and test only."""
+    share = zlib.crc32(text.encode()) % 100
+    return next(split for split, shares in TEXT_SHARES.items() if share in shares)
+
+
+def generate_review(
+    generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
+) -> Review:
+    """Draw a review whose text is accepted: class and depth are uniform and independent of each other."""
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
-        concession = depth > 0 and generator.random() < CONCESSION_SHARE
-        text, grade = _clause(generator, depth - concession)
-        if grade == label:
-            break
+        text, grade = _draw(generator, depth)
+        if grade == label and accept(text):
+            return Review(text, label, depth)
+
+
+def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
+    """Draw the text of a review and its grade."""
+    concession = depth > 0 and generator.random() < CONCESSION_SHARE
+    text, grade = _clause(generator, depth - concession)
     if concession:  # the main clause decides, wherever it stands
         aside, _ = _clause(generator, generator.randrange(depth))
         text = generator.choice(CONCESSIONS).format(main=text, aside=aside)
@@ -76,7 +91,13 @@ def generate_review(generator: random.Random, max_depth: int) -> Review:
         text = f"{generator.choice(REMARKS)} {text}"
     if generator.random() < REMARK_SHARE:
         text = f"{text} {generator.choice(REMARKS)}"
-    return Review(f"{text} .", label, depth)
+    return f"{text} .", grade
+
+
+def _vocabulary() -> list[str]:
+    """All words of the generator."""
+    phrases = [*NOUNS, *MODIFIERS, *EMPHASIS, *REMARKS, *CONCESSIONS, *sum(GRADES, ()), "the is . ,"]
+    return [word for phrase in phrases for word in phrase.split() if not word.startswith("{")]
 
 
 class CompositionalSentiment(TextDataModule):
@@ -85,15 +106,17 @@ class CompositionalSentiment(TextDataModule):
     The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps whose order matters:
     "ironically" exchanges good and bad, "modestly" good and average, "charitably" bad and average, applied from the
     adjective outwards; in a concession the main clause counts. Words of emphasis and remarks change nothing. Deep
-    reviews need several layers: see benchmarks/README.md. Batches tell each example's ``depth``.
+    reviews need several layers: see benchmarks/README.md. No text is in two splits. Batches have the ``depth`` of each
+    example.
 
     Args:
-        num_train: Training reviews.
-        num_val: Validation reviews.
-        num_test: Test reviews.
-        max_depth: The most steps, 0 or more.
-        seed: Of the reviews and of the order in training.
-        batch_size: Examples per batch.
+        num_train: Number of training reviews.
+        num_val: Number of validation reviews.
+        num_test: Number of test reviews.
+        max_depth: Largest number of steps, 0 or more.
+        seed: Seed for the reviews and for the order in training.
+        batch_size: Number of examples per batch.
+        calibration_fraction: Share of the validation reviews, in [0, 1), that is set aside for `dact.calibrate`.
 
     Raises:
         ValueError: If a number is outside its range.
@@ -114,8 +137,15 @@ class CompositionalSentiment(TextDataModule):
         max_depth: int = 4,
         seed: int = 0,
         batch_size: int = 128,
+        calibration_fraction: float = 0.0,
     ) -> None:
-        super().__init__(None, max_length=16 + 16 * max(1, max_depth), batch_size=batch_size, seed=seed)
+        super().__init__(
+            word_tokenizer(_vocabulary()),
+            max_length=16 + 16 * max(1, max_depth),
+            batch_size=batch_size,
+            seed=seed,
+            calibration_fraction=calibration_fraction,
+        )
         for name, value, least in (
             ("num_train", num_train, 3),
             ("num_val", num_val, 3),
@@ -127,27 +157,20 @@ class CompositionalSentiment(TextDataModule):
         self.sizes = {"train": num_train, "val": num_val, "test": num_test, "predict": num_test}
         self.max_depth = max_depth
         self.class_names = list(CLASS_NAMES)
-        self._words: PreTrainedTokenizerFast | None = None
-
-    @property
-    def tokenizer(self) -> PreTrainedTokenizerFast:
-        """One token per word of the generator's vocabulary."""
-        if self._words is None:
-            phrases = [*NOUNS, *MODIFIERS, *EMPHASIS, *REMARKS, *CONCESSIONS, *sum(GRADES, ()), "the is . ,"]
-            words = [word for phrase in phrases for word in phrase.split() if not word.startswith("{")]
-            self._words = word_tokenizer(words)
-            self._words.model_max_length = self.max_length
-        return self._words
 
     @property
     def vocab_size(self) -> int:
-        """How many token ids there are."""
+        """Number of token ids."""
         return len(self.tokenizer)
 
     def examples(self, split: str) -> Examples:
+        home = "test" if split == "predict" else split
         # A string seeds through its hash of bytes: splits are independent draws, the same on every machine.
-        generator = random.Random(f"{self.seed}/{'test' if split == 'predict' else split}")
-        reviews = [generate_review(generator, self.max_depth) for _ in range(self.sizes[split])]
+        generator = random.Random(f"{self.seed}/{home}")
+        reviews = [
+            generate_review(generator, self.max_depth, accept=lambda text: split_of(text) == home)
+            for _ in range(self.sizes[split])
+        ]
         return Examples(
             [review.text for review in reviews],
             labels=[review.label for review in reviews],

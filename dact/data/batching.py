@@ -1,0 +1,197 @@
+"""From examples to batches: token ids in few bytes, padded batches, and an order that needs little padding."""
+
+from __future__ import annotations
+
+import random
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset, Sampler
+
+from dact.data.examples import Examples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+COLUMNS = ("row", "labels", "depth")  # of an item and a batch: one integer per example
+MASK = "attention_mask"
+
+
+@dataclass(frozen=True)
+class Encoded(Dataset[dict[str, Any]]):
+    """The usable examples of a split as token ids, 4 to 5 bytes a token.
+
+    An item is a dict of its token arrays ``[length]``, its ``row`` in the split, and its ``labels`` and ``depth`` if
+    the data has them. The attention mask is made with the batch.
+
+    Args:
+        tokens: ``input_ids`` (int32) and what else the tokenizer gives per token, such as ``token_type_ids`` (int8),
+            each ``[tokens of all examples]``.
+        offsets: int64 ``[examples + 1]``; example i has the tokens from ``offsets[i]`` to ``offsets[i + 1]``.
+        columns: ``row``, ``labels`` and ``depth``, each int64 ``[examples]``.
+    """
+
+    tokens: dict[str, NDArray[Any]]
+    offsets: NDArray[np.int64]
+    columns: dict[str, NDArray[np.int64]]
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        index = range(len(self))[index]  # an IndexError ends an iteration
+        start, end = self.offsets[index], self.offsets[index + 1]
+        item: dict[str, Any] = {name: values[start:end] for name, values in self.tokens.items()}
+        return item | {name: int(values[index]) for name, values in self.columns.items()}
+
+    @property
+    def lengths(self) -> list[int]:
+        """Number of tokens of each example."""
+        lengths: list[int] = np.diff(self.offsets).tolist()
+        return lengths
+
+    def take(self, indices: Sequence[int]) -> Encoded:
+        """Return the examples of `indices`, in that order."""
+        pieces = [slice(self.offsets[index], self.offsets[index + 1]) for index in indices]
+        tokens = {
+            name: np.concatenate([values[:0], *(values[piece] for piece in pieces)])
+            for name, values in self.tokens.items()
+        }
+        offsets = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)], dtype=np.int64)
+        columns = {name: values[np.asarray(indices, dtype=np.int64)] for name, values in self.columns.items()}
+        return Encoded(tokens, offsets, columns)
+
+
+def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Encoded, list[int]]:
+    """Tokenize the usable examples.
+
+    Args:
+        examples: The examples of a split.
+        tokenizer: A tokenizer of one's own: its limits are changed by the call.
+        max_length: Number of tokens to which longer examples are cut.
+
+    Returns:
+        The token ids, and the number of tokens of each example that was cut, before it was.
+    """
+    rows: Sequence[int] = range(len(examples))
+    if examples.reasons is not None:
+        rows = [row for row, reason in enumerate(examples.reasons) if reason is None]
+        examples = examples.take(rows)
+    tokens = {"input_ids": array("i")}
+    lengths, cut = [0], []
+    for start, end in _portions(examples):
+        texts = examples.texts[start:end]
+        pairs = None if examples.pairs is None else examples.pairs[start:end]
+        encoding = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
+        for name, portion in encoding.items():
+            values = tokens.setdefault(name, array("b" if name == "token_type_ids" else "i"))
+            for example in portion:
+                values.extend(example)
+        lengths += map(len, encoding["input_ids"])
+        full = [row for row, ids in enumerate(encoding["input_ids"]) if len(ids) == max_length]
+        if full:  # only the whole text tells whether it was cut, and by how much
+            second = None if pairs is None else [pairs[row] for row in full]
+            whole = tokenizer([texts[row] for row in full], second, return_attention_mask=False, verbose=False)
+            cut += [len(ids) for ids in whole["input_ids"] if len(ids) > max_length]
+    columns = {"row": rows, "labels": examples.labels, "depth": examples.depths}
+    encoded = Encoded(
+        {name: np.frombuffer(values, dtype=f"i{values.itemsize}") for name, values in tokens.items()},
+        np.cumsum(lengths, dtype=np.int64),
+        {name: np.asarray(values, dtype=np.int64) for name, values in columns.items() if values is not None},
+    )
+    return encoded, cut
+
+
+def _portions(examples: Examples, characters: int = 1_000_000) -> Iterator[tuple[int, int]]:
+    """Yield ranges of rows of about so many characters: a tokenizer holds far more than the text that it is given."""
+    start, size = 0, 0
+    for row, text in enumerate(examples.texts):
+        size += len(text) + (0 if examples.pairs is None else len(examples.pairs[row]))
+        if size >= characters:
+            yield start, row + 1
+            start, size = row + 1, 0
+    if start < len(examples):
+        yield start, len(examples)
+
+
+def length_that_keeps(share: float, examples: int, cut: Sequence[int]) -> int:
+    """Return the fewest tokens at which at least `share` of the examples stay whole.
+
+    Args:
+        share: Share of the examples, in (0, 1).
+        examples: Number of examples.
+        cut: Number of tokens of those that are cut today: more than ``(1 - share) * examples`` of them.
+    """
+    return sorted(cut, reverse=True)[int((1 - share) * examples)]
+
+
+def collate(
+    items: Sequence[Mapping[str, Any]], padding: Mapping[str, int], teacher: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Make a batch of items, padded on the right to the longest of them.
+
+    Args:
+        items: Examples of `Encoded`.
+        padding: The value that pads each token array; 0 for those that are not named.
+        teacher: Class probabilities ``[training examples, classes]`` of which the batch carries its rows.
+
+    Returns:
+        ``input_ids``, ``attention_mask`` and other token arrays ``[batch, length]``, ``row``, ``labels`` and ``depth``
+        ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
+    """
+    batch: dict[str, Tensor] = {}
+    for name in items[0]:
+        if name in COLUMNS:
+            batch[name] = torch.tensor([item[name] for item in items])
+        else:
+            values = [torch.from_numpy(item[name]) for item in items]
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0)).long()
+    lengths = torch.tensor([len(item["input_ids"]) for item in items])
+    batch[MASK] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    if teacher is not None:
+        batch["teacher"] = teacher[batch["row"]]
+    return batch
+
+
+class LengthGroupedSampler(Sampler[int]):
+    """A random order in which the examples of a batch have similar lengths, so that little padding is computed.
+
+    The examples are shuffled, sorted by length within groups of 50 batches, and the batches are shuffled. The order
+    depends on the seed and the epoch alone, so that a resumed run continues as it would have.
+
+    Args:
+        lengths: Number of tokens of each example.
+        batch_size: Number of examples per batch.
+        seed: Seed for the shuffling.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; the Trainer calls this at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = random.Random(f"{self.seed}/{self.epoch}")
+        order = generator.sample(range(len(self)), len(self))
+        group = 50 * self.batch_size
+        batches = []
+        for start in range(0, len(order), group):
+            by_length = sorted(order[start : start + group], key=lambda row: self.lengths[row])
+            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+        # A short batch stays last: the DataLoader cuts the order into batches from its beginning.
+        last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
+        generator.shuffle(batches)
+        for batch in batches + last:
+            yield from batch

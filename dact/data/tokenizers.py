@@ -1,0 +1,63 @@
+"""Tokenizers: loaded from where models live, copied from the caller, or made of a list of words."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from dact.encoders.pretrained import resolve_pretrained
+
+
+def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokenizerBase:
+    """Load a tokenizer; it pads on the right, since absolute positions count from the left.
+
+    Args:
+        pretrained: A Hub id, a local folder or ``"package:NAME/PATH"``.
+        what: Word for the tokenizer in the error message.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(resolve_pretrained(pretrained), padding_side="right")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "
+            f"or 'package:NAME/PATH'. The library says: {' '.join(str(error).split())[:200]}"
+        ) from error
+
+
+def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that cuts texts to `max_length` tokens and pads on the right, also after it was saved.
+
+    Args:
+        tokenizer: A tokenizer, which is copied and never changed, or where to load one from.
+        max_length: Number of tokens that are kept.
+    """
+    own = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else copy.deepcopy(tokenizer)
+    own.model_max_length = max_length
+    own.padding_side = "right"
+    return own
+
+
+def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
+    """Make a tokenizer that knows `words` in lower case; every other word becomes ``[UNK]``, and ``[CLS]`` comes first."""
+    special = ["[PAD]", "[UNK]", "[CLS]"]
+    vocabulary = {word: index for index, word in enumerate([*special, *sorted(set(words))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    cls = ("[CLS]", vocabulary["[CLS]"])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A [CLS] $B:1", special_tokens=[cls]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -1,0 +1,226 @@
+"""Tokens and batches: the caller's tokenizer stays as it was, padding stands on the right, and memory stays small."""
+
+import copy
+import io
+import tracemalloc
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+
+from dact.data import TextClassificationData
+from dact.data.batching import collate, encode, length_that_keeps
+from dact.data.examples import Examples
+from dact.data.tables import read_lines, read_table, write_table
+from dact.data.tokenizers import word_tokenizer
+
+WORDS = [f"word{number}" for number in range(60)]
+
+
+def bert_tokenizer(**arguments):
+    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    return BertTokenizerFast(vocab=vocabulary, **arguments)
+
+
+def write(folder, texts, labels=("a", "b"), **columns):
+    path = folder / "data.csv"
+    labels = [labels[row % len(labels)] for row in range(len(texts))]
+    write_table(path, {"text": list(texts), "label": labels, **columns})
+    return str(path)
+
+
+def texts_of_length(count, tokens):
+    """Texts of so many tokens, [CLS] and [SEP] included."""
+    return [" ".join(WORDS[(row + n * (1 + row // 60)) % 60] for n in range(tokens - 2)) for row in range(count)]
+
+
+def test_a_tokenizer_that_was_given_is_never_changed(tmp_path):
+    given_tokenizer = bert_tokenizer(model_max_length=512, padding_side="left")
+    before = copy.deepcopy(given_tokenizer)
+    module = TextClassificationData(write(tmp_path, WORDS), tokenizer=given_tokenizer, max_length=5)
+    module.setup("fit")
+    next(iter(module.train_dataloader()))
+    assert given_tokenizer.model_max_length == 512
+    assert given_tokenizer.padding_side == "left"
+    assert given_tokenizer.backend_tokenizer.to_str() == before.backend_tokenizer.to_str()
+
+
+def test_a_saved_tokenizer_cuts_and_pads_as_training_did(tmp_path):
+    tokenizer = bert_tokenizer(model_max_length=512, padding_side="left")
+    module = TextClassificationData(write(tmp_path, WORDS), tokenizer=tokenizer, max_length=5)
+    module.tokenizer.save_pretrained(tmp_path / "saved")
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    ids = saved([" ".join(WORDS), "word1"], truncation=True, padding=True)["input_ids"]
+    assert [len(row) for row in ids] == [5, 5]
+    assert ids[1][-2:] == [saved.pad_token_id] * 2
+
+
+@torch.no_grad()
+def test_answers_do_not_depend_on_what_stands_in_a_batch(tmp_path):
+    """Absolute positions count from the left, so padding there would move the text."""
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=70,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        initializer_range=1.0,
+    )
+    bert = BertModel(config).eval()
+    texts = [" ".join(WORDS[: 1 + row % 20]) for row in range(40)]
+    file = write(tmp_path, texts)
+    module = TextClassificationData(
+        test_file=file, tokenizer=bert_tokenizer(padding_side="left"), class_names=["a", "b"]
+    )
+    module.setup("test")
+    items = module._encoded["test"]
+    together, apart = (
+        torch.cat(
+            [bert(**{k: v for k, v in batch.items() if k not in ("row", "labels")}).pooler_output for batch in made]
+        )
+        for made in ([module.collate(items)], [module.collate([item]) for item in items])
+    )
+    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=20),
+    st.integers(3, 12),
+    st.booleans(),
+)
+def test_batches_are_those_of_the_tokenizer_itself(sizes, max_length, paired):
+    texts = [" ".join(WORDS[:one]) for one, _ in sizes]
+    pairs = [" ".join(WORDS[30 : 30 + other]) for _, other in sizes] if paired else None
+    tokenizer, own = bert_tokenizer(), bert_tokenizer(model_max_length=8)
+    expected = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    encoded, cut = encode(Examples(texts, pairs, labels=list(range(len(texts)))), own, max_length)
+    batch = collate(encoded, {})
+    assert {"input_ids", "attention_mask", "token_type_ids"} == set(expected)
+    for name in expected:
+        assert torch.equal(batch[name], expected[name])
+        assert batch[name].dtype == torch.int64
+    assert batch["labels"].tolist() == batch["row"].tolist() == list(range(len(texts)))
+    whole = [len(ids) for ids in tokenizer(texts, pairs)["input_ids"]]
+    assert sorted(cut) == sorted(length for length in whole if length > max_length)
+    rows = list(range(len(texts)))[::-2]
+    assert all(
+        np.array_equal(a[name], b[name])
+        for a, b in zip(encoded.take(rows), (encoded[row] for row in rows), strict=True)
+        for name in a
+    )
+
+
+def test_an_example_of_128_tokens_takes_less_than_a_kilobyte_beside_its_text(tmp_path):
+    texts = texts_of_length(1000, 128)
+    module = TextClassificationData(
+        write(tmp_path, texts), tokenizer=bert_tokenizer(), class_names=["a", "b"], max_length=128
+    )
+    module.setup("fit")  # what is loaded once is loaded now
+    module.splits, module._encoded, module._read = {}, {}, {}
+    tracemalloc.start()
+    module.setup("fit")
+    used, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    text = sum(text.__sizeof__() for text in texts)
+    assert all(length == 128 for length in module._encoded["train"].lengths)
+    assert (used - text) / len(texts) < 1000
+
+
+def test_texts_that_are_cut_are_counted_with_the_length_that_would_do(tmp_path):
+    texts = [text for tokens in range(11, 31) for text in texts_of_length(10, tokens)]
+    module = TextClassificationData(write(tmp_path, texts), tokenizer=bert_tokenizer(), max_length=24)
+    with pytest.warns(UserWarning, match=r"of the train texts are longer than max_length=24 tokens") as seen:
+        module.setup("fit")
+    train = sorted(len(text.split()) + 2 for text in module.splits["train"].texts)
+    share = sum(length > 24 for length in train) / len(train)
+    message = next(str(warning.message) for warning in seen if "of the train" in str(warning.message))
+    assert message.startswith(f"{share:.0%} of the train texts")
+    assert f"max_length={train[-1 - len(train) // 100]} would keep 99% of them whole" in message
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 50))
+def test_the_length_that_would_do_is_the_smallest(lengths, now):
+    cut = [length for length in lengths if length > now]
+    if len(cut) > 0.01 * len(lengths):
+        length = length_that_keeps(0.99, len(lengths), cut)
+        assert sum(other > length for other in lengths) <= 0.01 * len(lengths)
+        assert sum(other > length - 1 for other in lengths) > 0.01 * len(lengths)
+
+
+def test_short_texts_say_nothing(tmp_path, recwarn):
+    TextClassificationData(write(tmp_path, WORDS), tokenizer=bert_tokenizer()).setup("fit")
+    assert not [str(warning.message) for warning in recwarn]
+
+
+def test_a_tokenizer_may_come_later_but_not_too_late(tmp_path):
+    file = write(tmp_path, WORDS)
+    module = TextClassificationData(file)
+    with pytest.raises(ValueError, match="there is no tokenizer: give the one of the encoder"):
+        module.setup("fit")
+    module.suggest_tokenizer(word_tokenizer(WORDS))
+    module.setup("fit")
+    assert module.tokenizer.cls_token == "[CLS]"
+    own = TextClassificationData(file, tokenizer=bert_tokenizer())
+    own.suggest_tokenizer("nobody/nothing")
+    assert own.tokenizer.sep_token == "[SEP]"
+    without = word_tokenizer(WORDS)
+    without.pad_token = None
+    with pytest.raises(ValueError, match="the tokenizer has no padding token: set its pad_token"):
+        TextClassificationData(file, tokenizer=without).setup("fit")
+
+
+# ------------------------------------------------------------------ other sources of text
+
+
+@pytest.mark.parametrize("source", ["file", "standard input"])
+def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
+    content = "word1 word2\r\n\nnaïve 🙂\n".encode() + b"\xff word3\n\xef\xbb\xbflast"
+    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbf" + content)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + content)))
+    address = str(tmp_path / "texts.txt") if source == "file" else "-"
+    module = TextClassificationData(predict_file=address, tokenizer=word_tokenizer(WORDS), text_column="review")
+    module.setup("predict")
+    examples = module.splits["predict"]
+    assert examples.texts == ["word1 word2", "", "naïve 🙂", "\ufffd word3", "\ufefflast"]
+    assert examples.reasons == [None, "empty text", None, "not valid UTF-8", None]
+    (batch,) = module.predict_dataloader()
+    assert batch["row"].tolist() == [0, 2, 4]
+
+
+def test_lines_are_read_one_at_a_time(tmp_path):
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    lines = read_lines(tmp_path / "texts.txt")
+    assert next(lines) == ("one", True)
+    assert list(lines) == [("two", True)]
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(ValueError, match=r"empty\.txt has no rows"):
+        read_table(tmp_path / "empty.txt")
+
+
+def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    rows = {"text": WORDS, "label": [row % 2 for row in range(60)]}
+    folder = tmp_path / "reviews"
+    folder.mkdir()
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.select(range(40)).to_parquet(folder / "train.parquet")
+    table.select(range(40, 60)).to_parquet(folder / "test.parquet")
+    module = TextClassificationData(
+        f"dataset:{folder}#train[:30]", test_file=f"dataset:{folder}#test", tokenizer=word_tokenizer(WORDS)
+    )
+    module.setup("fit")
+    module.setup("test")
+    assert module.class_names == ["no", "yes"]
+    assert len(module.splits["train"]) + len(module.splits["val"]) == 30
+    assert module.splits["test"].texts == WORDS[40:]
+    assert module.splits["test"].labels == [0, 1] * 10
+    with pytest.raises(ValueError, match=r"expected 'dataset:NAME#SPLIT'"):
+        read_table(f"dataset:{folder}")
+    with pytest.raises(ValueError, match=r"cannot be loaded by datasets.load_dataset: .*other"):
+        read_table(f"dataset:{folder}#other")
