@@ -13,13 +13,15 @@ PACKAGE = ROOT / "dact"
 # From the bottom upwards: a file imports only from layers below its own. A name with a slash is a file of a package;
 # files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
 LAYERS = [
-    {"checks", "files", "plots", "signals", "quiet", "console"},
+    {"checks", "files", "plots", "signals", "quiet", "console", "bounds"},
     {"functional", "metrics", "agreement", "optimization"},
     {"submodels", "encoders"},
     {"inference", "persistence"},
     {"model"},
     {"data"},
-    {"calibration", "callbacks", "factories", "batches", "checkpoints"},
+    {"answers", "callbacks", "factories", "batches", "checkpoints"},
+    {"scores"},
+    {"calibration"},
     {"text_classifier", "predictions"},
     {"export", "model_paths"},
     {"reports", "runs"},

@@ -17,7 +17,8 @@ from torch import Tensor
 from dact import signals
 from dact.encoders.base import move
 from dact.files import read_tensors, write_tensors
-from dact.model import DACT, check_classes
+from dact.agreement import check_classes
+from dact.model import DACT
 from dact.tuning.features import Features, FeaturesData, compute_features
 from dact.tuning.fingerprints import (
     digest,
