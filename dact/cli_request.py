@@ -139,7 +139,7 @@ class Request:
         data = config.get("data")
         if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
             return None
-        from dact.data.text import load_tokenizer
+        from dact.data.tokenizers import load_tokenizer
         from dact.predictions import PredictionData
 
         arguments = data["init_args"]

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -17,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dact import DACT, TextClassifier
 from dact.__main__ import main
 from tests.commands import FIT, OWN, QUICKSTART, REVIEWS, ROOT, SMALL, VADER, dact
+
 
 @pytest.fixture
 def dact_here(monkeypatch, capsys):

@@ -35,6 +35,7 @@ LAYERS = [
     {"tuning/engine"},
     {"tuning", "server", "cli_errors"},
     {"cli_request"},
+    {"cli_tune"},
     {"cli"},
     {"__main__"},
 ]

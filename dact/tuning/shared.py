@@ -15,9 +15,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from dact import signals
+from dact.agreement import check_classes
 from dact.encoders.base import move
 from dact.files import read_tensors, write_tensors
-from dact.agreement import check_classes
 from dact.model import DACT
 from dact.tuning.features import Features, FeaturesData, compute_features
 from dact.tuning.fingerprints import (
