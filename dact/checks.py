@@ -70,5 +70,27 @@ def check_one_per_class(name: str, value: Sequence[Any] | None, classes: int) ->
         raise ValueError(f"{name} must have one entry per class ({classes}), got {len(value)}: {value}")
 
 
+def check_tolerance(tolerance: float) -> None:
+    """Raise a ``ValueError`` unless `tolerance` is in [0, 1)."""
+    check_range(
+        "halting_tolerance",
+        tolerance,
+        "[0, 1)",
+        "it is the most probability by which the returned class may end behind the final winner (0 keeps the full-depth "
+        "class)",
+    )
+
+
+def check_margin(margin: float) -> None:
+    """Raise a ``ValueError`` unless `margin` is in [0, 1]."""
+    check_range(
+        "halting_margin",
+        margin,
+        "[0, 1]",
+        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 lets none "
+        "leave for it)",
+    )
+
+
 def _with_hint(message: str, hint: str) -> str:
     return f"{message}: {hint}" if hint else message

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
@@ -16,9 +16,10 @@ from dact import functional, inference, persistence
 from dact.agreement import Agreement
 from dact.agreement import check_classes as check_classes
 from dact.arguments import OfRule, check_arguments
-from dact.encoders.base import Batch, LayeredEncoder, check_batch
+from dact.encoders.base import Batch, LayeredEncoder
+from dact.evaluation import Evaluated, labels_of
 from dact.functional import Halting, HaltingRule, PonderKind
-from dact.metrics import SCALARS, collapse, evaluation_metrics, update_metrics
+from dact.metrics import collapse
 from dact.optimization import schedule
 from dact.outputs import DACTOutput, Loss
 from dact.persistence import CONFIG_NAME as CONFIG_NAME
@@ -27,13 +28,17 @@ from dact.persistence import HALTING as HALTING
 from dact.submodels import SubmodelConfig, Submodels, start_undecided
 
 
-class DACT(LightningModule):
+class DACT(Evaluated):
     r"""A classifier that spends only as many layers of its encoder as each example needs.
 
     Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times the mean
     cross-entropy of the layers' own classifications; see `dact.functional` for the symbols and their source. The
     logged val_loss leaves the exit loss and the λ warm-up out, so that epochs and trials compare; val_task_loss,
     val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
+
+    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in float32. Half
+    precision rounds y and h, which may change the class of one example in some hundred. With several processes, Lightning
+    gives some validation and test examples twice so that all have equally many: evaluate on one device for exact numbers.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -149,10 +154,7 @@ class DACT(LightningModule):
         self.classifier = Submodels(classifier, output_size=output_dimension, **sizes)
         self.confidence = Submodels(confidence, output_size=1, **sizes)
         start_undecided(self.confidence)
-        # One set each: sanity checks and a test inside a fit must not add to what validation counts.
-        self.val_metrics = evaluation_metrics(output_dimension, self.num_layers)
-        self.test_metrics = evaluation_metrics(output_dimension, self.num_layers)
-        self.more_metrics = nn.ModuleDict()  # of further loaders, as they come
+        self.make_metrics()
 
     # ------------------------------------------------------------------ the DACT unit
 
@@ -244,7 +246,7 @@ class DACT(LightningModule):
             KeyError: If the batch has no labels, or distillation no teacher.
             ValueError: If a label is out of range.
         """
-        labels = _labels(batch, "train")
+        labels = labels_of(batch, "train")
         if self.needs_teacher and "teacher" not in batch:
             raise KeyError(
                 f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training batches, got the keys "
@@ -278,96 +280,14 @@ class DACT(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        return self._measure("val", batch, self(batch), None, dataloader_idx)
+        return self.measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         # By the code that predicts, all layers as well as early exit.
-        return self._measure("test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx)
+        return self.measure("test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> DACTOutput:
         return self.early_exit(batch)
-
-    def _metrics_of(self, stage: str, loader: int) -> tuple[str, Any]:
-        """Return the metrics of one loader and the attribute that holds them."""
-        if loader == 0:
-            return f"{stage}_metrics", getattr(self, f"{stage}_metrics")
-        name = f"{stage}{loader}"
-        if name not in self.more_metrics:
-            self.more_metrics[name] = evaluation_metrics(self.output_dimension, self.num_layers).to(self.device)
-        return f"more_metrics.{name}", self.more_metrics[name]
-
-    def _measure(
-        self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
-    ) -> dict[str, Tensor]:
-        """Update and log what evaluation measures: of all layers, and of early exit (by `full` if None).
-
-        Returns:
-            The loss and the exit layers ``[batch]``: callbacks draw them.
-        """
-        target = _labels(batch, stage)
-        assert full.layer_probabilities is not None
-        assert full.h is not None
-        assert full.p is not None
-        a, _ = functional.accumulate(full.layer_probabilities, full.h)
-        early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
-        if (target == functional.IGNORED).any():
-            raise ValueError(
-                f"a batch for {stage} has the label {functional.IGNORED}: only training takes what has none"
-            )
-        ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
-        loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost
-        task_loss = functional.task_loss(early.probabilities, target, self.class_weights)
-        agreement = (early.probabilities.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
-
-        attribute, metrics = self._metrics_of(stage, loader)
-        for name, value in zip(SCALARS[:4], (loss, task_loss, ponder_cost, agreement), strict=True):
-            # One value per example: without its NaN check, torchmetrics takes no weights.
-            metrics[name].update(value.expand(len(target)))
-        update_metrics(metrics, a, early.probabilities, early.exit_layer, target)
-        for name in SCALARS:
-            self.log(
-                f"{stage}_{name}{_suffix(loader)}",
-                metrics[name],
-                on_step=False,
-                on_epoch=True,
-                prog_bar=loader == 0 and name in ("loss", "accuracy", "exit_layer"),
-                metric_attribute=f"{attribute}.{name}",
-                add_dataloader_idx=False,
-            )
-        return {"loss": loss, "exit_layer": early.exit_layer}
-
-    def _begin_evaluation(self, stage: str) -> None:
-        """Reset all metrics. Lightning resets scalars alone, and after `validate` to tensors that a fit cannot change."""
-        for loader in self._loaders(stage):
-            for metric in self._metrics_of(stage, loader)[1].values():
-                metric.reset()
-
-    def _end_evaluation(self, stage: str) -> None:
-        """Log the accuracy per layer, and keep the exit histogram of the first loader for callbacks."""
-        self.exit_histogram = self._metrics_of(stage, 0)[1]["exit_histogram"].compute().reshape(-1).clone()
-        for loader in self._loaders(stage):
-            metric = self._metrics_of(stage, loader)[1]["layer_accuracy"]
-            if loader and not metric.update_called:  # there are fewer loaders than before
-                continue
-            # (torchmetrics makes a scalar of a vector of one entry: an encoder of one layer.)
-            values = enumerate(metric.compute().reshape(-1), start=1)
-            names = {f"{stage}_layer_accuracy{_suffix(loader)}/{n}": value for n, value in values}
-            self.log_dict(names, on_step=False, on_epoch=True, sync_dist=False, add_dataloader_idx=False)
-
-    def _loaders(self, stage: str) -> list[int]:
-        return [0, *(int(name.removeprefix(stage)) for name in self.more_metrics if name.startswith(stage))]
-
-    def on_validation_epoch_start(self) -> None:
-        self._begin_evaluation("val")
-
-    def on_test_epoch_start(self) -> None:
-        self._begin_evaluation("test")
-
-    def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
 
     # ------------------------------------------------------------------ a fit
 
@@ -487,15 +407,3 @@ class DACT(LightningModule):
         if encoder is not None:
             overrides["encoder"] = encoder
         return persistence.load(cls, DACT, config, weights, str(directory), overrides).eval()
-
-
-def _labels(batch: Batch, stage: str) -> Tensor:
-    check_batch(batch)
-    if "labels" not in batch:
-        raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
-    return batch["labels"]
-
-
-def _suffix(loader: int) -> str:
-    """Return what tells the metrics of further loaders from those of the first, as Lightning does."""
-    return f"/dataloader_idx_{loader}" if loader else ""

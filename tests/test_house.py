@@ -15,7 +15,7 @@ FLOORS = [
     {"checks", "console", "usage", "files", "plots"},
     {"functional", "agreement", "optimization", "outputs"},
     {"submodels", "metrics", "encoders"},
-    {"inference", "persistence", "arguments"},
+    {"inference", "persistence", "arguments", "evaluation"},
     {"model"},
     {"data"},
     {"calibration", "callbacks", "text_classifier"},
