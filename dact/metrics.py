@@ -111,7 +111,11 @@ def update_metrics(metrics: nn.ModuleDict, a: Tensor, answers: Tensor, exit_laye
         exit_layer: Exit layers, int64 ``[batch]``.
         target: Labels, int64 ``[batch]``.
     """
-    given = {"accuracy": (answers, target), "macro_f1": (answers, target), "layer_accuracy": (a, target)}
+    given: dict[str, tuple[Tensor, ...]] = {
+        "accuracy": (answers, target),
+        "macro_f1": (answers, target),
+        "layer_accuracy": (a, target),
+    }
     given |= {"exit_layer": (exit_layer,), "exit_histogram": (exit_layer,)}
     for name, values in given.items():
         metric: Any = metrics[name]

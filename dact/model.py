@@ -21,7 +21,8 @@ from dact.evaluation import Evaluated, labels_of
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metrics import collapse
 from dact.optimization import schedule
-from dact.outputs import DACTOutput, Loss
+from dact.outputs import DACTOutput as DACTOutput
+from dact.outputs import Loss as Loss
 from dact.persistence import CONFIG_NAME as CONFIG_NAME
 from dact.persistence import FORMAT as FORMAT
 from dact.persistence import HALTING as HALTING
