@@ -14,9 +14,9 @@ PACKAGE = ROOT / "dact"
 # files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
 LAYERS = [
     {"checks", "files", "plots", "signals", "quiet", "console", "bounds"},
-    {"functional", "metrics", "agreement", "optimization"},
+    {"functional", "metrics", "agreement", "optimization", "outputs"},
     {"submodels", "encoders"},
-    {"inference", "persistence"},
+    {"inference", "persistence", "arguments", "evaluation"},
     {"model"},
     {"data"},
     {"answers", "callbacks", "factories", "batches", "checkpoints"},
