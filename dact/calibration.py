@@ -205,6 +205,7 @@ def calibrate(
             way.
 
     Example:
+        >>> import torch
         >>> from dact.encoders import TransformerEncoder
         >>> model = DACT(encoder=TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2))
         >>> batch = {"input_ids": torch.randint(3, 50, (200, 5)), "labels": torch.randint(0, 3, (200,))}

@@ -120,13 +120,15 @@ class TextClassifier:
             directory: Folder with the model and its tokenizer.
             batch_size: As for `TextClassifier`.
             device: As for `TextClassifier`.
-            dtype: As for `TextClassifier`.
+            dtype: As for `TextClassifier`; the weights of the encoder that is loaded are held in it, too.
             **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
 
         Raises:
             FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no tokenizer.
         """
         model = DACT.from_pretrained(directory, **overrides)
+        if dtype is not None and "encoder" not in overrides:  # else autocast casts all weights anew in each call
+            model.encoder.to(_checked_dtype(dtype))
         tokenizer = load_tokenizer(str(Path(directory).resolve()))
         return cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
 

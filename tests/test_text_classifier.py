@@ -204,4 +204,7 @@ def test_a_folder_gives_a_classifier_that_knows_its_settings(classifier, tokeniz
     again = TextClassifier.from_pretrained(tmp_path, batch_size=3, device="cpu", dtype="float32", halting="never")
     assert (again.batch_size, again.dtype, again.model.halting) == (3, torch.float32, "never")
     assert {prediction.exit_layer for prediction in again(TEXTS)} == {4}
+    half = TextClassifier.from_pretrained(tmp_path, dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.model.encoder.parameters()} == {torch.bfloat16}
+    assert sum(one.label == other.label for one, other in zip(half(TEXTS), classifier(TEXTS), strict=True)) >= 36
     assert AutoTokenizer.from_pretrained(Path(tmp_path)).get_vocab() == again.tokenizer.get_vocab()
