@@ -18,7 +18,8 @@ from dact.answers import layer_answers as layer_answers
 from dact.encoders.base import Batch
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import Halting
-from dact.model import DACT, HALTING
+from dact.model import DACT
+from dact.persistence import HALTING, LEARNED, stored_config
 from dact.scores import fit_temperatures
 
 # The settings that are tried, from the most layers to the fewest; at the first of them a dial does nothing.
@@ -111,8 +112,8 @@ class Promise:
 
     def check_model(self, model: DACT) -> None:
         """Raise an error if nothing can be calibrated on `model`, or nothing need be, before any layer runs."""
-        self.check_halting(_halting_of(model))
-        self.check_layers(model.encoder.num_layers)
+        self.check_halting(model.exit_rule)
+        self.check_layers(model.num_layers)
 
 
 @dataclass(frozen=True)
@@ -219,7 +220,7 @@ def calibrate(
     batches = calibration_batches(data)
     answers = layer_answers(model.eval(), batches)
     found = choose_setting(
-        answers, promise, _halting_of(model), baseline=baseline, chose_checkpoint=examples_chose_checkpoint(data)
+        answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=examples_chose_checkpoint(data)
     )
     model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
     setattr(model, dial, getattr(found, dial))
@@ -384,8 +385,8 @@ def _set_aside(data: LightningDataModule) -> Any:
 def store_in_checkpoint(path: Path, model: DACT) -> None:
     """Write how `model` halts, and its calibration, into a checkpoint of it."""
     checkpoint = read_checkpoint(path)
-    known = (*HALTING, "calibration")
-    checkpoint["hyper_parameters"] |= {name: getattr(model, name) for name in known}
+    known = (*HALTING, *LEARNED)
+    stored_config(checkpoint).update({name: getattr(model, name) for name in known})
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 
@@ -435,7 +436,3 @@ def describe(found: Calibration, layers: int) -> str:
 def _promised(promise: Promise) -> tuple[str, float]:
     names = ("max_accuracy_loss", "min_agreement", "max_layers")
     return next((name, value) for name in names if (value := getattr(promise, name)) is not None)
-
-
-def _halting_of(model: DACT) -> Halting:
-    return Halting(model.halting, model.halting_tolerance, model.halting_margin)

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "dact"
 # From the ground floor upwards: a module imports only from floors below its own, or from its own package.
 FLOORS = [
     {"checks", "bounds", "console", "usage", "files", "plots"},
-    {"functional"},
+    {"functional", "agreement", "optimization"},
     {"submodels", "metrics", "encoders"},
-    {"inference"},
+    {"inference", "persistence"},
     {"model"},
     {"data"},
     {"answers"},
