@@ -181,8 +181,8 @@ def calibrate(
     2009, theorem 4).
 
     Args:
-        model: Model that gets the setting and, as `calibration`, the record that this returns. It is put into eval mode.
-            An earlier promise ends first; temperatures, if it has any, are fitted again.
+        model: Model that gets the setting and, as `calibration`, the record that this returns. An earlier promise ends
+            first; temperatures, if it has any, are fitted again.
         data: Labelled examples that no training and no choice has seen: batches, or a datamodule, of which
             ``calibration_dataloader()`` is taken or, if it has none to give, the validation examples. These chose the
             checkpoint, which the record then says.
@@ -218,13 +218,13 @@ def calibrate(
     model.end_calibration()
     promise.check_model(model)
     batches = calibration_batches(data)
-    answers = layer_answers(model.eval(), batches)
+    answers = layer_answers(model, batches)
     found = choose_setting(
         answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=examples_chose_checkpoint(data)
     )
     model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
     setattr(model, dial, getattr(found, dial))
-    if getattr(model, "temperatures", None) is not None:
+    if model.temperatures is not None:
         model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))
     return found
 

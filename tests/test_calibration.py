@@ -425,12 +425,13 @@ class SetAsideData(OwnData):
 def test_examples_that_chose_the_checkpoint_are_named():
     said = {}
     for name, data in {"validation": OwnData(400), "own": SetAsideData(400), "batches": [random_batch(400)]}.items():
-        model = tiny_model()
+        model = tiny_model().train()
         before = dict(vars(data)) if isinstance(data, OwnData) else None
         found = calibrate(model, data, min_agreement=0.9)
         said[name] = "these examples chose the checkpoint" in describe(found, 4)
         assert model.calibration["chose_checkpoint"] == found.chose_checkpoint == said[name]
         assert before is None or vars(data) == before, "the data stays as it is"
+        assert model.training, "and so does the mode of the model"
     assert said == {"validation": True, "own": False, "batches": False}
 
 

@@ -73,7 +73,7 @@ def test_temperatures_bear_probabilities_of_0_and_1():
 def test_a_model_with_temperatures_gets_new_ones_with_its_margin():
     model, batch = tiny_model(), random_batch(600)
     calibrate(model, [batch], min_agreement=0.9)
-    assert getattr(model, "temperatures", None) is None
+    assert model.temperatures is None
     model.temperatures = [7.0] * 4
     calibrate(model, [batch], min_agreement=0.8)
     assert len(model.temperatures) == 4
