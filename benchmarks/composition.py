@@ -14,7 +14,7 @@ import lightning.pytorch as pl
 import torch
 
 from dact import DACT
-from dact.console import quiet
+from dact.quiet import quiet
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 

@@ -56,7 +56,7 @@ from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import DACT, SubmodelConfig, functional, inference, plots
 from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting
-from dact.console import quiet
+from dact.quiet import quiet
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.base import move

@@ -23,10 +23,10 @@ import lightning.pytorch as pl
 import optuna
 import torch
 import yaml
+from dact.factories import DataFactory, ModelFactory
 
 from dact import DACT
-from dact.console import quiet
-from dact.tuning.factories import DataFactory, ModelFactory
+from dact.quiet import quiet
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from dact import DACT, TextClassifier, inference
-from dact.console import quiet
+from dact.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dact import DACT, functional
-from dact.console import quiet
+from dact.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 

@@ -1,11 +1,93 @@
-"""``python -m dact`` and the console script ``dact``."""
+"""``python -m dact`` and the console script ``dact``: what needs no Lightning is answered before it is imported."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from difflib import get_close_matches
+
+from dact import __version__
+
+LIGHTNING = {
+    "fit": "train a classifier; writes checkpoints and a model/ folder",
+    "validate": "measure a model on the validation examples",
+    "test": "measure a model on the test examples, and check its promise on them",
+    "predict": "classify the texts of a file, or of standard input",
+    "calibrate": "find the halting margin, or tolerance, that keeps a promise, and store it with the model",
+    "tune": "tune submodels, training and lambda_reg in three studies, then fit",
+}
+LIGHT = {
+    "export": "write the layers of a model as ONNX Runtime graphs",
+    "serve": "answer classification requests over HTTP",
+}
+HELP = """\
+usage: dact COMMAND [--config FILE ...] [--OPTION VALUE ...]
+
+Classifiers that spend only as many layers as each example needs.
+
+commands:
+{commands}
+
+  dact COMMAND --help                                  the options of a command
+  dact fit --data.help TextClassificationData          the options of a class of data
+  dact fit --model.encoder.help HuggingFaceEncoder     the options of a class of encoder
+  dact --version
+
+An option on the command line replaces that of the files. A later file replaces an earlier one.
+A configuration can name any class of any installed module, and so run any code: use only files that you trust.
+"""
 
 
 def main() -> None:
-    """Run the command line."""
-    from dact.cli import main as run_command_line
+    """Run the command line of this process."""
+    words = sys.argv[1:]
+    if not words or words[0] in ("-h", "--help"):
+        commands = "\n".join(f"  {name:<11}{text}" for name, text in {**LIGHTNING, **LIGHT}.items())
+        print(HELP.format(commands=commands), end="")
+    elif words[0] == "--version":
+        print(f"dact {__version__}")
+    elif words[0] in LIGHT:
+        from dact.cli_errors import one_line_errors
 
-    run_command_line()
+        with one_line_errors():
+            _run_light(words)
+    elif LIGHTNING.keys() & set(words):
+        from dact.cli import main as run_lightning
+
+        run_lightning()
+    else:
+        meant = get_close_matches(words[0], [*LIGHTNING, *LIGHT], n=1)
+        hint = f"did you mean {meant[0]}?" if meant else f"expected one of {', '.join([*LIGHTNING, *LIGHT])}"
+        print(f"dact: error: no command {words[0]!r}: {hint}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def _run_light(words: list[str]) -> None:
+    """Run ``dact export`` or ``dact serve``."""
+    parser = argparse.ArgumentParser(prog=f"dact {words[0]}", description=LIGHT[words[0]])
+    parser.add_argument("--model", required=True, help="model/ folder, or the folder of a run")
+    if words[0] == "export":
+        parser.add_argument("--output", required=True, help="folder to write to")
+        parser.add_argument("--quantize", choices=["int8"], help="quantize the weights of the layers; default: float32")
+    else:
+        parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
+        parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
+        parser.add_argument("--max_batch", type=int, default=64, help="most texts in a batch (default: %(default)s)")
+        parser.add_argument(
+            "--max_wait", type=float, default=0.005, help="seconds to wait for a fuller batch (default: %(default)s)"
+        )
+    options = vars(parser.parse_args(words[1:]))
+    from dact.model_paths import find_model
+
+    options["model"] = find_model(options["model"])
+    if words[0] == "export":
+        from dact.export import export
+
+        export(**options)
+    else:
+        from dact.server import serve
+
+        serve(**options)
 
 
 if __name__ == "__main__":

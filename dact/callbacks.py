@@ -1,4 +1,4 @@
-"""Callbacks: pictures of exits, the finished model, and predictions in a file."""
+"""Callbacks: pictures of exits, and the finished model."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dact import plots
-from dact.model import DACT, DACTOutput
+from dact.model import DACT
 
 
 class ExitPlots(Callback):
@@ -98,68 +98,3 @@ def _own(model: DACT) -> Any:
     import copy
 
     return copy.deepcopy(model.encoder) if model.encoder.config() is None else None
-
-
-class PredictionWriter(Callback):
-    """Write one row per input, in input order: label, the probability of each class, exit layer, and the reason of an
-    input that could not be classified.
-
-    Args:
-        path: Where to; csv, json lines or parquet by ending.
-
-    Raises:
-        ValueError: If the ending is unknown.
-    """
-
-    def __init__(self, path: str | Path) -> None:
-        from dact.data.tables import WRITABLE, check_ending
-
-        check_ending(path, WRITABLE)
-        self.path = Path(path)
-        self._outputs: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.world_size > 1:
-            raise ValueError(f"predictions go to one file: use one device, not {trainer.world_size}")
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if stage == "predict" and not isinstance(getattr(data, "splits", None), Mapping):
-            raise ValueError(
-                f"predictions are written for data of dact.data, whose batches know their row, not for {type(data).__name__}"
-            )
-
-    @override
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._outputs = []
-
-    @override
-    def on_predict_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
-    ) -> None:
-        assert isinstance(outputs, DACTOutput)
-        self._outputs.append((batch["row"].cpu(), outputs.probabilities.float().cpu(), outputs.exit_layer.cpu()))
-
-    @override
-    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Not in on_predict_end: a file in which nothing can be classified has no batch, but still rows to write.
-        if stage == "predict":
-            self._write(trainer, pl_module)
-
-    def _write(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        from dact.data.tables import write_table
-
-        assert isinstance(pl_module, DACT)
-        examples = trainer.datamodule.splits["predict"]  # type: ignore[attr-defined]
-        names = pl_module.class_names or [str(label) for label in range(pl_module.output_dimension)]
-        columns: dict[str, list[Any]] = {"label": [None] * len(examples)}
-        columns |= {f"probability_{name}": [None] * len(examples) for name in names}
-        columns["exit_layer"] = [None] * len(examples)
-        columns["reason"] = examples.reasons or [None] * len(examples)
-        for rows, probabilities, exits in self._outputs:
-            for row, vector, exit_layer in zip(rows.tolist(), probabilities.tolist(), exits.tolist(), strict=True):
-                columns["label"][row] = names[vector.index(max(vector))]
-                columns["exit_layer"][row] = exit_layer
-                for name, probability in zip(names, vector, strict=True):
-                    columns[f"probability_{name}"][row] = probability
-        write_table(self.path, columns)
-        rank_zero_info(f"{len(examples)} predictions are in {self.path}")

@@ -1,34 +1,47 @@
-"""The command line: LightningCLI with dact's model, callbacks, errors and the tune command."""
+"""The command line: LightningCLI with dact's model, callbacks, errors and commands of its own."""
 
 from __future__ import annotations
 
-import os
+import contextlib
+import copy
+import shutil
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import yaml
-from lightning.fabric.utilities.exceptions import MisconfigurationException
+from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
+from dact import signals
+from dact.batches import CheckBatches
 from dact.calibration import Dial, Promise, calibrate, describe, store_in_checkpoint
-from dact.callbacks import ExitPlots, PredictionWriter, SavePretrained
-from dact.console import quiet_command, quiet_threads
+from dact.callbacks import ExitPlots, SavePretrained
+from dact.checkpoints import LAST, BestAndLast
+from dact.cli_errors import OneLineParser, config_files, one_line_errors
+from dact.cli_request import EVALUATING, Request
+from dact.cli_tune import add_tuner_arguments, stopped_by_user, tune
+from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
-from dact.model import CONFIG_NAME, DACT, HALTING
-from dact.usage import OneLineParser, one_line
+from dact.model import DACT
+from dact.model_paths import counterpart, find_model, load_model
+from dact.quiet import quiet
+from dact.reports import Bar, EpochLines, promise_line
+from dact.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done
 
-USAGE_ERRORS = (ValueError, TypeError, KeyError, OSError, RuntimeError, MisconfigurationException)
+Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
+AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
 
 
 class SaveConfig(SaveConfigCallback):
-    """Keep config.yaml beside what a fit logs; without a logger there is no folder for it."""
+    """Keep config.yaml next to what a fit logs; without a logger there is no folder for it."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -37,228 +50,403 @@ class SaveConfig(SaveConfigCallback):
 
 
 class DACTTrainer(Trainer):
-    """The Trainer, with the commands that dact adds."""
+    """The Trainer, with the commands that dact adds. (Their docstrings are the help of the command line.)"""
 
+    @staticmethod
     def calibrate(
-        self,
-        model: DACT,
-        datamodule: LightningDataModule,
-        ckpt_path: str,
+        ckpt_path: str | None = None,
         max_accuracy_loss: float | None = None,
         min_agreement: float | None = None,
         max_layers: float | None = None,
         confidence: float = 0.95,
-        dial: Dial = "halting_tolerance",
+        dial: Dial = "halting_margin",
     ) -> None:
-        """Find the halting tolerance or margin that keeps a promise, and store it in the checkpoint and its model/.
-
-        Asked are the validation examples: the promise holds as far as nothing was chosen by them. The halting rule and
-        the dial that is not moved are those of the configuration.
+        """Find the halting margin, or tolerance, that keeps a promise, and store it with the model.
 
         Args:
-            model: The model.
-            datamodule: The data.
-            ckpt_path: The checkpoint of a fit.
-            max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
-            min_agreement: The least share of examples that get the class of full depth.
-            max_layers: The most layers on average.
-            confidence: The probability with which the promise holds for new examples of the same kind.
-            dial: What is moved: halting_tolerance or halting_margin. The margin mostly takes fewer layers.
+            ckpt_path: Checkpoint of a fit, model/ folder, or folder of a run; --model takes the last two as well.
+            max_accuracy_loss: Largest loss of accuracy against this model's own full depth: 0.005 is half a point.
+            min_agreement: Smallest share of examples that get the class of full depth, in [0, 1].
+            max_layers: Largest mean number of layers.
+            confidence: Probability with which the promise holds for new examples of the same kind.
+            dial: Setting to find. The margin mostly takes fewer layers.
         """
-        path = Path(ckpt_path)
-        own = model.encoder if model.encoder.config() is None else None
-        promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
-        rule = {name: getattr(model, name) for name in HALTING if name != dial}
-        fitted = DACT.load_from_checkpoint(path, encoder=own, **rule).to(self.strategy.root_device)
-        before = getattr(fitted, dial)
-        found = calibrate(fitted, datamodule, **asdict(promise))
-        store_in_checkpoint(path, fitted)
-        print(f"{describe(found, fitted.encoder.num_layers)}\nthe {dial} of the checkpoint was {before:g}")
-        beside = path.parent.parent / "model"
-        if not (beside / CONFIG_NAME).is_file():
-            print(f"there is no model in {beside}: only the checkpoint knows the {dial}")
-            return
-        weights = DACT.from_pretrained(beside, encoder=own).state_dict()
-        if all(torch.equal(tensor.cpu(), weights[name]) for name, tensor in fitted.state_dict().items()):
-            fitted.cpu().save_pretrained(beside)
-        else:
-            print(f"{beside} holds other weights than {path}, and keeps its {dial}")
 
     @staticmethod
     def tune() -> None:
         """Tune submodels, training and lambda_reg in three studies, then fit."""
 
 
+class StoredModel(DACT):
+    """The model of a checkpoint or folder, as options see it: nothing is required."""
+
+    def __init__(self, encoder: LayeredEncoder | None = None, **kwargs: Any) -> None:
+        super().__init__(encoder, **kwargs)  # type: ignore[arg-type]
+
+
 class DACTCLI(LightningCLI):
-    """``dact fit | validate | test | predict | calibrate | tune``, all of which read the same file."""
+    """``dact fit | validate | test | predict | calibrate | tune``, all of which read the same files."""
+
+    def __init__(self, request: Request, **arguments: Any) -> None:
+        self.request = request
+        super().__init__(DACT, LightningDataModule, **arguments)
 
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
         commands = LightningCLI.subcommands()
-        built = {"model", "datamodule"}
-        return {**commands, "predict": commands["predict"] | {"return_predictions"}, "calibrate": built, "tune": set()}
+        return {
+            **commands,
+            "predict": commands["predict"] | {"return_predictions"},
+            "calibrate": set(),
+            "tune": set(),
+        }
+
+    # ------------------------------------------------------------------ options
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand != self.request.command:  # only the options of the command that runs are worth the time
+            return self.init_parser(**kwargs)
         if subcommand == "tune":
-            return self._prepare_tune_parser(**kwargs)
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` alone")
-        if subcommand == "calibrate":
-            _ignore(parser, "weights_only")
+            parser = self.init_parser(**kwargs)
+            self._add_arguments(parser)
+            add_tuner_arguments(parser)
+            self._subcommand_method_arguments["tune"] = []
+            _ignore(parser, "ckpt_path", "weights_only")
         else:
-            parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
+            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` alone")
+            if subcommand == "calibrate":
+                _ignore(parser, "weights_only")
+            else:
+                parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
+        if subcommand in ("fit", "tune"):
+            text = "name of the run, and of its folder in lightning_logs; the same name again resumes the run"
+            parser.add_argument("--run_tag", type=str, default="", help=text)
+        else:
+            _ignore(parser, "run_tag")
+        if subcommand == "fit":
+            text = "metric that chooses the best epoch"
+            parser.add_argument("--monitor", type=Monitor, default="val_loss", help=text)
+        else:
+            _ignore(parser, "monitor")
         if subcommand == "predict":
-            parser.add_argument(
-                "--output", type=str, default="predictions.csv", help="where to: .csv, .jsonl or .parquet"
-            )
+            text = "file to write to: .csv, .jsonl or .parquet; - writes csv to standard output"
+            parser.add_argument("--output", type=str, default="predictions.csv", help=text)
         return parser
 
-    def _prepare_tune_parser(self, **kwargs: Any) -> LightningArgumentParser:
-        parser = self.init_parser(**kwargs)
-        self._add_arguments(parser)
-        _add_tuner_arguments(parser)
-        parser.add_argument("--run_tag", type=str, default="", help="name of the run; the same again goes on with it")
-        _ignore(parser, "ckpt_path", "weights_only")
-        self._subcommand_method_arguments["tune"] = []
-        return parser
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        evaluating = self.request.command in EVALUATING
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        # What is skipped is added below with one more kind of value.
+        parser.add_class_arguments(
+            StoredModel if evaluating else DACT,
+            "model",
+            skip={"class_weights"},
+            fail_untyped=False,
+            sub_configs=True,
+            instantiate=not evaluating,
+        )
+        parser.add_argument(
+            "--model.class_weights",
+            type=list[float] | Literal["balanced"] | None,
+            default=None,
+            help="one weight per class for the losses; balanced: in inverse proportion to the training examples",
+        )
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=not evaluating)
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parser.parse_args(self.request.words)
 
     @override
     def _parse_ckpt_path(self) -> None:
-        """The configuration says which model to build; the checkpoint gives its weights, which must fit."""
+        """Leave the configuration as it is: `load_model` reads the model from the checkpoint."""
+
+    # ------------------------------------------------------------------ building
 
     @override
     def instantiate_classes(self) -> None:
-        if self.subcommand != "tune":  # tuning builds anew for every trial
-            super().instantiate_classes()
-
-    @override
-    def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == "tune":
-            self._tune()
+        if self.subcommand == "tune":  # tuning builds anew for every trial
             return
-        ckpt_path = self._get(self.config, "ckpt_path", default=None)
-        if ckpt_path is not None and Path(ckpt_path).is_dir():
+        config = self.config[str(self.subcommand)]
+        if self.subcommand in EVALUATING:
+            self._build_stored(config)
+            return
+        self._resume(config)
+        self._complete_model(config)
+        super().instantiate_classes()
+
+    def _build_stored(self, config: Namespace) -> None:
+        """Build the model from a checkpoint or folder, and the data from the configuration."""
+        if self.subcommand == "predict":
+            from dact.predictions import check_writable
+
+            check_writable(config.output)
+        if config.ckpt_path is not None and self.request.model is not None:
+            raise ValueError("give --model or --ckpt_path, not both")
+        given = self.request.model or config.ckpt_path
+        if given is None:
             raise ValueError(
-                f"--ckpt_path {ckpt_path} is a folder; a checkpoint is a file, such as "
-                "lightning_logs/version_0/checkpoints/best.ckpt"
+                f"dact {self.subcommand} needs a model: --model with a model/ folder or the folder of a run, such as "
+                f"{RUNS}/version_0, or --ckpt_path with a checkpoint"
             )
-        if subcommand in ("validate", "test", "predict") and ckpt_path is None:
+        self.source = find_model(given)
+        overrides = self._overrides()
+        self.model = load_model(self.source, _own_encoder(self.source, config), **overrides)
+        config.ckpt_path = config.optimizer = config.lr_scheduler = None
+        file = self.request.predict_file(config)
+        if file is not None:
+            self.datamodule = file
+            config.data = None
+        else:
+            self.request.complete_data(config, self.model)
+            self.datamodule = None
+        config.model = Namespace()  # type: ignore[no-untyped-call]
+        self.config_init = self.parser.instantiate_classes(self.config)
+        self.datamodule = self.datamodule or self._get(self.config_init, "data")
+        if self.datamodule is None:
             raise ValueError(
-                f"dact {subcommand} needs --ckpt_path, the checkpoint of a fit, such as "
-                "lightning_logs/version_0/checkpoints/best.ckpt: without one the model has learned nothing"
+                f"dact {self.subcommand} needs data: a file with a data: section by --config, or "
+                f"--data.{'predict' if self.subcommand == 'predict' else 'test'}_file"
             )
-        super()._run_subcommand(subcommand)
+        self.trainer = self.instantiate_trainer()
+
+    def _overrides(self) -> dict[str, Any]:
+        """Return the inference settings that the command line gives; those of the files are the checkpoint's too."""
+        words = self.request.model_words()
+        if not words:
+            return {}
+        given = self._parser(self.subcommand).parse_args(words, defaults=False).get("model") or {}
+        return {name: given[name] for name in AT_INFERENCE if name in given}
+
+    def _complete_model(self, config: Namespace) -> None:
+        """Take the number of classes, and balanced class weights, from the training data."""
+        asked = config.model.class_weights == "balanced"
+        if not asked and self.request.gives("model.output_dimension"):
+            return
+        data = build_data(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))["data"])
+        if getattr(data, "class_names", None) is None or asked:
+            data.prepare_data()
+            data.setup("fit")
+        names = getattr(data, "class_names", None)
+        if names is not None and not self.request.gives("model.output_dimension"):
+            config.model.output_dimension = len(names)
+        if asked:
+            config.model.class_weights = balanced_weights(data, config.model.output_dimension)
 
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        added: list[Callback] = []
+        added: list[Callback] = [signals.StopOnSignal(), CheckBatches()]
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
-            added.append(RichProgressBar())
+            to_output = self.subcommand == "predict" and self._get(self.config, "output") == "-"
+            if (sys.stderr if to_output else sys.stdout).isatty() or config.get("enable_progress_bar"):
+                added.append(Bar(console_kwargs={"stderr": to_output}))
+            else:
+                config = {**config, "enable_progress_bar": False}
         if self.subcommand == "fit":
-            added += [ExitPlots(), SavePretrained()]
+            config = {**config, "logger": self._logger(config)}
+            monitor = self._get(self.config, "monitor")
+            mode = "min" if monitor.endswith("loss") else "max"
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
-                added.append(ModelCheckpoint(monitor="val_loss", filename="best", save_last=True))
-        if self.subcommand in ("predict", "calibrate") and config.get("logger") is None:
-            config = {**config, "logger": False}  # nothing is logged, and an empty folder would be left
+                added.append(BestAndLast(monitor=monitor, mode=mode))
+            added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
+        elif config.get("logger") is None:
+            config = {**config, "logger": False}  # its folder would hold nothing that is not printed
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not _has(plugins, CheckpointIO):
             config = {**config, "plugins": [*plugins, DurableCheckpointIO()]}
         return super()._instantiate_trainer(config, [*callbacks, *added])
 
-    def predict(self, **arguments: Any) -> None:
-        self.trainer.callbacks.append(PredictionWriter(self._get(self.config, "output")))  # type: ignore[attr-defined]
-        self.trainer.predict(**arguments, return_predictions=False)
+    def _logger(self, config: dict[str, Any]) -> Any:
+        tag, logger = self._get(self.config, "run_tag"), config.get("logger")
+        if not tag:
+            return logger
+        if logger not in (None, True):
+            raise ValueError("--run_tag names the folder of the default logger: leave trainer.logger out, or the tag")
+        return TensorBoardLogger(config.get("default_root_dir") or ".", name=RUNS, version=tag)
 
-    def _tune(self) -> None:
-        """Hand the sections of the file to the engine, model and data as factories."""
-        from dact.tuning import TuningEngine
-        from dact.tuning.factories import DataFactory, ModelFactory
-        from dact.tuning.stopping import stop_on_signals
+    # ------------------------------------------------------------------ commands
 
-        parser, config = self._parser("tune"), self.config["tune"]
-        plain = yaml.safe_load(parser.dump(config, skip_none=False))
-        if plain.get("data") is None:
-            raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
-        # Only these two sections are built here, with a parser of their own.
-        builder = LightningArgumentParser(exit_on_error=False)
-        builder.add_lightning_class_args(DACTTrainer, "trainer")
-        _add_tuner_arguments(builder)
-        ready = builder.instantiate_classes(
-            builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]})
-        )
-        trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
-        engine = TuningEngine(
-            plain["model"]["output_dimension"],
-            model=ModelFactory(plain["model"]),
-            data=DataFactory(plain["data"]),
-            trainer=trainer,
-            seed=plain["seed_everything"] or 0,
-            **vars(ready.tuner),
-        )
-        tag = config.run_tag or engine.run_tag
-        stop_on_signals()
-        quiet_threads()
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        signals.install()
+        if subcommand == "tune":
+            config = self.config["tune"]
+            if config.data is not None:
+                self._complete_model(config)
+            tune(self._parser("tune"), config, DACTTrainer, self.request)
+        elif subcommand == "calibrate":
+            names = ("max_accuracy_loss", "min_agreement", "max_layers", "confidence", "dial")
+            self.calibrate(Promise(**{name: self._get(self.config, name) for name in names}))
+        else:
+            super()._run_subcommand(subcommand)
+
+    def _run_folder(self, config: Namespace) -> Path:
+        return Path(config.trainer.default_root_dir or ".") / RUNS / config.run_tag
+
+    def _resume(self, config: Namespace) -> None:
+        """Let a fit with the tag of an earlier one resume it."""
+        checkpoint = config.ckpt_path
+        if checkpoint is not None and Path(checkpoint).is_dir():
+            raise ValueError(
+                f"--ckpt_path {checkpoint} is a folder; a checkpoint is a file, such as {RUNS}/version_0/checkpoints/{LAST}"
+            )
+        if not config.run_tag:
+            return
+        folder = check_tag(self._run_folder(config), "fit")
+        last = folder / "checkpoints" / LAST
+        if checkpoint is None and last.is_file():
+            self._complete_model(config)
+            check_same_run(folder, yaml.safe_load(self._parser("fit").dump(config, skip_none=False)))
+            done = epochs_done(last)
+            if 0 < (config.trainer.max_epochs or 1000) <= done:
+                raise ValueError(
+                    f"run {config.run_tag} has finished its {done} epochs: raise --trainer.max_epochs, or give another "
+                    "--run_tag"
+                )
+            print(f"resuming {folder} after epoch {done}")
+            config.ckpt_path = str(last)
+
+    def fit(self, **arguments: Any) -> None:
+        """Fit; a run that fails before its first epoch leaves no folder, and one that is stopped leaves its model."""
+        folder = Path(self.trainer.log_dir) if self.trainer.loggers and self.trainer.log_dir else None
+        is_new = folder is not None and not folder.exists()
         try:
-            engine.run_pipeline(tag)
-        except KeyboardInterrupt:
-            words = [word for word in sys.argv[1:] if word not in ("--run_tag", tag, f"--run_tag={tag}")]
-            print(f"\ndact: stopped; go on with: dact {' '.join(words)} --run_tag {tag}", file=sys.stderr)
-            raise SystemExit(130) from None
+            self.trainer.fit(**arguments)
+        except BaseException:
+            if signals.stop_requested():
+                self._stopped(folder)
+            if folder is not None and is_new and not list(folder.glob("checkpoints/*")):
+                shutil.rmtree(folder, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    folder.parent.rmdir()  # if nothing else is in it
+            raise
+
+    def _stopped(self, folder: Path | None) -> None:
+        """Keep the best epoch so far as a model, and say how to resume."""
+        checkpoint = self.trainer.checkpoint_callback
+        last = Path(getattr(checkpoint, "dirpath", None) or "") / LAST
+        if not isinstance(checkpoint, ModelCheckpoint) or not last.is_file():
+            raise SystemExit(stopped_by_user("before its first epoch ended: there is nothing to resume"))
+        SavePretrained().on_fit_end(self.trainer, self.model)
+        is_default = folder is not None and folder.parent.name == RUNS and last.parent.parent == folder
+        name, value = ("run_tag", folder.name) if is_default and folder is not None else ("ckpt_path", str(last))
+        raise SystemExit(stopped_by_user(resume_with=self.request.again(name, value)))
+
+    def predict(self, **arguments: Any) -> None:
+        from dact.predictions import PredictionWriter
+
+        output = self._get(self.config, "output")
+        writer = PredictionWriter(output)
+        self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
+        self.trainer.predict(**arguments, return_predictions=False)
+        without = f", and {writer.unlabelled} without a label, with the reason" if writer.unlabelled else ""
+        place = "standard output" if output == "-" else output
+        print(f"{writer.labelled} predictions are in {place}{without}", file=sys.stderr)
+
+    def test(self, **arguments: Any) -> None:
+        self.trainer.test(**arguments)
+        if self.model.calibration is not None and self.trainer.is_global_zero:
+            metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+            print(
+                promise_line(
+                    self.model.calibration, metrics, self.model.encoder.num_layers, self.model.exit_histogram.cpu()
+                )
+            )
+
+    def calibrate(self, promise: Promise) -> None:
+        """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
+        model, plugin = self.model, self.trainer.precision_plugin
+        before = getattr(model, promise.dial)
+        model.end_calibration()
+        measured: Any = plugin.convert_module(copy.deepcopy(model)).to(self.trainer.strategy.root_device)
+        with plugin.forward_context():
+            found = calibrate(measured, self.datamodule, **asdict(promise))
+        setattr(model, promise.dial, getattr(measured, promise.dial))
+        model.calibration = measured.calibration
+        print(describe(found, model.encoder.num_layers))
+        own = getattr(self.datamodule, "calibration_dataloader", lambda: None)()
+        if own is None:
+            print(
+                "these validation examples chose the checkpoint, so the promise is a little optimistic: set examples "
+                "aside by data.calibration_fraction in the fit"
+            )
+        other = counterpart(self.source)
+        for path in [self.source] if other is None else [self.source, other]:
+            stored = load_model(path, model.encoder if model.encoder.config() is None else None)
+            if path == other and not _same_weights(stored, model):
+                print(f"{path} holds other weights, and keeps its {promise.dial}")
+                continue
+            if path.is_dir():
+                model.save_pretrained(path)
+            else:
+                store_in_checkpoint(path, model)
+            print(f"wrote {promise.dial} {getattr(model, promise.dial):g} (before: {before:g}) to {path}")
+
+
+def _own_encoder(source: Path, config: Namespace) -> LayeredEncoder | None:
+    """Return the encoder of the configuration if the stored model cannot rebuild its own, None otherwise."""
+    with contextlib.suppress(ValueError):
+        load_model(source)
+        return None
+    encoder = config.model.get("encoder")
+    if encoder is None:
+        return None  # loading it again says what is wrong
+    builder = LightningArgumentParser(exit_on_error=False)
+    builder.add_subclass_arguments(LayeredEncoder, "encoder")
+    found: LayeredEncoder = builder.instantiate_classes(builder.parse_object({"encoder": encoder})).encoder
+    return found if found.config() is None else None
+
+
+def _same_weights(model: DACT, other: DACT) -> bool:
+    theirs = other.state_dict()
+    return model.state_dict().keys() == theirs.keys() and all(
+        torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items()
+    )
 
 
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:
-    """Take what the config.yaml of a fit holds, and this command has no use for."""
+    """Accept what the config.yaml of a fit holds, and this command has no use for."""
     for name in names:
         parser.add_argument(f"--{name}", type=Any, default=None, help="read by other commands")
-
-
-def _add_tuner_arguments(parser: LightningArgumentParser) -> None:
-    from dact.tuning import TuningEngine
-
-    elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed"}  # in sections of their own
-    parser.add_class_arguments(TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False)
 
 
 def _has(given: list[Any], kind: type) -> bool:
     return any(isinstance(one, kind) for one in given)
 
 
-def run(args: ArgsType = None) -> DACTCLI:
-    """Run the command line, by default that of this process."""
-    quiet_command()
+def run() -> DACTCLI:
+    """Run the command line of this process."""
+    quiet()
+    # A configuration may name classes of files next to it, or in this folder.
+    sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))]
+    request = Request.read(sys.argv[1:])
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
     usages = {name: {"usage": f"dact {name} --config FILE [--OPTION VALUE ...]"} for name in DACTCLI.subcommands()}
     return DACTCLI(
-        DACT,
-        LightningDataModule,
+        request,
         trainer_class=DACTTrainer,
-        subclass_mode_data=True,
         seed_everything_default=0,
         save_config_callback=SaveConfig,
         parser_class=OneLineParser,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"enable_model_summary": False},
-        parser_kwargs={
-            "prog": "dact",
-            "description": "Classifiers that spend only as many layers as each example needs.",
-            **usages,
-        },
-        args=args,
+        parser_kwargs={"prog": "dact", **usages},
+        subclass_mode_data=True,
     )
 
 
 def main() -> None:
     """Run the command line of this process; an error of use ends it with one line, not with a traceback."""
-    try:
-        run()
-    except USAGE_ERRORS as error:
-        if os.environ.get("DACT_TRACEBACK"):
-            raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"dact: error: {one_line(str(message))}", file=sys.stderr)
-        raise SystemExit(1) from None
+    with one_line_errors():
+        try:
+            run()
+        except KeyboardInterrupt:
+            raise SystemExit(stopped_by_user("before anything was written")) from None

@@ -563,6 +563,7 @@ class DACT(LightningModule):
             ValueError: If a file cannot be read or does not fit.
         """
         config, weights = persistence.read_folder(Path(directory))
+        encoder = persistence.encoder_with_files(config, Path(directory)) if encoder is None else encoder
         if encoder is not None:
             overrides["encoder"] = encoder
         return persistence.load(cls, DACT, config, weights, str(directory), overrides).eval()

@@ -246,6 +246,7 @@ def adopt_learned(model: Any, config: Mapping[str, Any]) -> str | None:
 
 def write_folder(model: Any, base: type, directory: Path) -> None:
     """Write config.json and model.safetensors into `directory`, which is created if needed."""
+    model.encoder.save_files(directory)
     write_tensors(directory / WEIGHTS_NAME, model.state_dict())
     try:
         written_by = f"dact {version('dact')}"
@@ -274,3 +275,9 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
     config.pop("written_by", None)
     return config, weights
+
+
+def encoder_with_files(config: Mapping[str, Any], directory: Path) -> LayeredEncoder | None:
+    """Return the encoder of a folder if it consists of files there and not of weights, None otherwise."""
+    described = config.get("encoder") or {}
+    return encoders.from_config(described, directory) if described.get("type") == "OnnxEncoder" else None

@@ -2,11 +2,8 @@
 
 import csv
 import json
-import os
 import re
-import subprocess
 import sys
-from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -15,24 +12,8 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from dact import DACT, TextClassifier
-from dact.cli import main
-
-ROOT = Path(__file__).parent.parent
-FIT = ROOT / "configs" / "fit.yaml"
-QUICKSTART = ROOT / "configs" / "quickstart.yaml"
-VADER = ROOT / "configs" / "vader.yaml"
-SMALL = ["--trainer.max_epochs", "2", "--data.num_train", "600", "--data.num_val", "120", "--data.num_test", "90"]
-SMALL += ["--model.encoder.num_layers", "3", "--model.encoder.hidden_size", "16", "--trainer.accelerator", "cpu"]
-
-
-def dact(*arguments, cwd, check=True, **environment):
-    """Run the command; with `check`, it must succeed."""
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "120", **environment}
-    command = [sys.executable, "-m", "dact", *map(str, arguments)]
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=500, check=False)
-    if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+from dact.__main__ import main
+from tests.commands import FIT, OWN, QUICKSTART, REVIEWS, ROOT, SMALL, VADER, dact
 
 
 @pytest.fixture
@@ -168,20 +149,6 @@ def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, 
     assert "the fewest that can are" in failed.stderr
 
 
-OWN = """
-trainer: {max_epochs: 1, accelerator: cpu, num_sanity_val_steps: 0}
-model:
-  encoder:
-    class_path: dact.encoders.TransformerEncoder
-    init_args: {vocab_size: 42, num_layers: 2, hidden_size: 8, num_heads: 2}
-  output_dimension: 2
-data:
-  class_path: dact.data.TextClassificationData
-  init_args: {train_file: train.csv, tokenizer: ./tokenizer, max_length: 16}
-tuner: {n_trials: 3}
-"""
-
-
 @pytest.fixture
 def own(fitted, tmp_path):
     """A folder with a file of one's own, a tokenizer, and a configuration with a `tuner:` section."""
@@ -189,8 +156,7 @@ def own(fitted, tmp_path):
 
     shutil.copytree(fitted[1] / "model", tmp_path / "tokenizer")
     (tmp_path / "config.yaml").write_text(OWN)
-    rows = "".join(f"the screen is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}\n" for i in range(40))
-    (tmp_path / "train.csv").write_text("text,label\n" + rows)
+    (tmp_path / "train.csv").write_text("text,label\n" + REVIEWS)
     return tmp_path
 
 

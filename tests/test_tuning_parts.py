@@ -5,7 +5,9 @@ import random
 import socket
 import subprocess
 import sys
+import threading
 import time
+from pathlib import Path
 
 import hypothesis.strategies as st
 import optuna
@@ -17,12 +19,16 @@ from optuna.trial import TrialState
 
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, studies, tensorboard
-from dact.tuning.engine import _submodel_configs
-from dact.tuning.objective import CAUSE, make_trainer, recorded_cause
+from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameLengthPruner, lags
+from dact.tuning.run import Run, Winners
+from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, Dimension, build_spaces, describe
-from dact.tuning.strategies import PLANNED_EPOCHS, CurveSampler, LagPruner, SameLengthPruner, lags
-from dact.tuning.studies import check_run_tag, open_storage
+from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
+from dact.tuning.studies import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF, open_storage
+from dact.tuning.training import make_trainer
+from dact.tuning.trial import _recorded_cause
+from dact.tuning.workers import device_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -37,9 +43,10 @@ def test_every_default_dimension_can_be_suggested(stage):
         values = {name: dimension.suggest(trial, name) for name, dimension in DEFAULT_SPACES[stage].items()}
         assert trial.params == values
     if stage == "submodels":
-        classifier, confidence = _submodel_configs(values)
-        assert set(classifier) == set(confidence) == set(SubmodelConfig.__dataclass_fields__)
-        SubmodelConfig(**classifier)
+        winners = Winners(**SUBMODELS.parse(values))
+        assert set(winners.classifier_config) == set(SubmodelConfig.__dataclass_fields__)
+        SubmodelConfig(**winners.classifier_config)
+        SubmodelConfig(**winners.confidence_config)
 
 
 def test_spaces_are_narrowed_and_replaced():
@@ -76,7 +83,7 @@ def test_a_trainer_of_a_run_has_its_own_progress_and_checkpoints():
 
 @pytest.mark.parametrize(("devices", "kept"), [("auto", 1), (1, 1), ("1", "1"), ([3], [3]), ("2,", "2,")])
 def test_a_trial_runs_on_one_device(devices, kept):
-    assert TuningEngine(trainer={"devices": devices}).trainer["devices"] == kept
+    assert TuningEngine(trainer={"devices": devices}).recipe.trainer["devices"] == kept
 
 
 @pytest.mark.parametrize("trainer", [{"devices": 2}, {"devices": -1}, {"devices": [0, 1]}, {"num_nodes": 2}])
@@ -208,10 +215,10 @@ def test_the_sampler_drives_a_study():
 
 def test_lagging_is_relative_to_the_better_half():
     field = [[0.9, 0.5], [0.8, 0.4], [0.85, 0.45], [2.0, 1.9]]
-    assert lags([1.9], field, least=3)
-    assert not lags([0.92], field, least=3)
-    assert not lags([1.9], field[:2], least=3)
-    assert not lags([2.5, 0.45], field, least=3), "the best epoch so far counts"
+    assert lags([1.9], field, min_finished=3)
+    assert not lags([0.92], field, min_finished=3)
+    assert not lags([1.9], field[:2], min_finished=3)
+    assert not lags([2.5, 0.45], field, min_finished=3), "the best epoch so far counts"
 
 
 def run_study(pruner, half_of, epochs_of=lambda number: 5, trials=40):
@@ -268,13 +275,13 @@ def test_any_pruner_of_optuna_can_be_wrapped():
 
 @pytest.mark.parametrize("tag", ["a", "2026-11-23_10-00-00", "run.1", "_x"])
 def test_run_tags_are_names(tag):
-    assert check_run_tag(tag) == tag
+    assert Run(tag, Path("logs")).folder == Path("logs") / tag
 
 
 @pytest.mark.parametrize("tag", ["../x", "a/b", "/abs", "..", "a..b", ".hidden", "a b", "x\n", "-x", "a\\b"])
 def test_run_tags_that_lead_elsewhere_are_refused(tag):
     with pytest.raises(ValueError, match="run_tag must be a name"):
-        check_run_tag(tag)
+        Run(tag, Path("logs"))
 
 
 def test_a_storage_that_cannot_be_opened_is_one_clear_error(tmp_path):
@@ -283,21 +290,163 @@ def test_a_storage_that_cannot_be_opened_is_one_clear_error(tmp_path):
             open_storage(address, tmp_path)
 
 
+def test_a_question_mark_in_a_path_is_part_of_it(tmp_path):
+    folder = tmp_path / "logs?x=1"
+    optuna.create_study(study_name="run/x", storage=open_storage(None, folder))
+    assert (folder / "studies.db").stat().st_size > 0
+    assert [path.name for path in tmp_path.iterdir()] == ["logs?x=1"]
+
+
+# ------------------------------------------------------------------ winners as values
+
+
+def test_winners_are_those_of_the_stages_before():
+    found = Winners({"dropout": 0.1}, {"dropout": 0.2}, {"num_epochs": 3}, 0.05)
+    assert found.before(SUBMODELS).settings() == {}
+    submodels = {"classifier": {"dropout": 0.1}, "confidence": {"dropout": 0.2}}
+    assert found.before(TRAINING).settings() == submodels
+    assert found.before(LAMBDA_REG).settings() == {**submodels, "num_epochs": 3}
+    assert found.settings() == {**submodels, "num_epochs": 3, "lambda_reg": 0.05}
+    assert found.missing() == []
+    assert Winners(external_config={}).missing()[-1] == "lambda_reg (lambda_reg_study)"
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("lambda_reg", "lambda_reg: much"),
+        ("lambda_reg", "0.5"),
+        ("classifier_config", "{widths: 3}"),
+        ("external_config", "- a\n- b"),
+        ("external_config", "{{"),
+    ],
+)
+def test_a_corrupted_winner_is_refused_by_name(tmp_path, name, text):
+    run = Run("run", tmp_path)
+    run.folder.mkdir()
+    (run.folder / f"{name}.yaml").write_text(text)
+    with pytest.raises(ValueError, match=rf"{name}.yaml is corrupted .*delete it"):
+        run.winners()
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def draws(seed, trials=5):
+    study = optuna.create_study(sampler=SeededSampler(seed))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=trials)
+    return [trial.params["x"] for trial in study.trials]
+
+
+def test_neighbouring_seeds_share_no_random_trial():
+    assert draws(7) == draws(7)
+    assert not set(draws(7)) & set(draws(8))
+
+
+def test_a_resumed_study_proposes_what_it_would_have_proposed():
+    study = optuna.create_study(sampler=SeededSampler(3))
+    for _ in range(8):
+        study.sampler = SeededSampler(3)  # as a new process has it
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert [trial.params["x"] for trial in study.trials] == draws(3, 8)
+
+
+def test_two_processes_never_draw_the_same_lambda(tmp_path):
+    """Both begin a trial before either has drawn."""
+    storage = open_storage(None, tmp_path)
+    directions = ["minimize", "minimize"]
+    study = optuna.create_study(study_name="x", storage=storage, directions=directions, sampler=CurveSampler())
+    for _ in range(4):
+        first, second = study.ask(), study.ask()
+        drawn = {}
+
+        def draw(trial, drawn=drawn):
+            drawn[trial.number] = trial.suggest_float("lambda_reg", 1e-3, 1.0, log=True)
+
+        late = threading.Thread(target=draw, args=(second,))
+        late.start()
+        time.sleep(0.1)
+        assert not drawn, "the second waits for the first"
+        draw(first)
+        late.join()
+        for trial in (first, second):
+            study.tell(trial, (0.5, layers_at(drawn[trial.number])))
+    values = [trial.params["lambda_reg"] for trial in study.trials]
+    assert len(set(values)) == len(values) == 8
+
+
+def test_every_validation_of_an_epoch_is_reported():
+    study = optuna.create_study()
+    trial = study.ask()
+    reported = EveryValidation(trial)
+    for epoch, value in ((0, 1.0), (0, 0.9), (1, 0.8), (1, 0.7)):
+        reported.report(value, epoch)
+    study.tell(trial, 0.7)
+    assert study.trials[0].intermediate_values == {0: 1.0, 1: 0.9, 2: 0.8, 3: 0.7}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "gpus", "given"),
+    [
+        ({"devices": 1}, 3, [[0], [1], [2], [0]]),
+        ({"devices": 1, "accelerator": "cuda"}, 2, [[0], [1], [0], [1]]),
+        ({"devices": [1]}, 3, [[1]] * 4),
+        ({"devices": 1, "accelerator": "cpu"}, 3, [1] * 4),
+        ({"devices": 1}, 1, [1] * 4),
+    ],
+)
+def test_workers_take_gpus_of_their_own(trainer, gpus, given):
+    assert [device_of(worker, trainer, gpus) for worker in range(4)] == given
+
+
 # ------------------------------------------------------------------ trials that ended badly
 
 
-def opened(folder):
-    return studies.open_study(PLAN, studies.open_storage(None, folder), "studies.db", LagPruner())
+def opened(folder, setting=None):
+    run = Run("run", folder)
+    return studies.open_study(
+        run, SUBMODELS, setting or {"data": "x"}, open_storage(None, run.folder), "studies.db", LagPruner()
+    )
 
 
-PLAN = studies.StudyPlan("run/submodels", ["minimize"], {"data": "x"}, ["run/submodels"], under="x")
+def alone(folder):
+    return Run("run", folder).alone
 
 
-def test_a_trial_that_died_before_it_could_say_that_it_failed_is_whole(tmp_path):
+def test_a_setting_that_was_not_stored_is_compared(tmp_path):
+    opened(tmp_path)
+    with pytest.raises(ValueError, match="made with another teacher; trials of both would not compare"):
+        opened(tmp_path, {"data": "x", "teacher": "y"})
+
+
+def test_trials_that_somebody_adds_are_welcome(tmp_path):
+    study = opened(tmp_path)
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
+    study.enqueue_trial({"x": 0.25})
+    space = {"x": optuna.distributions.FloatDistribution(0, 1)}
+    study.add_trial(optuna.create_trial(params={"x": 0.5}, distributions=space, value=0.5))
+    again = opened(tmp_path)
+    again.sampler = study.sampler
+    studies.run_trials(again, lambda trial: trial.suggest_float("x", 0, 1), 4, alone(tmp_path))
+    values = [trial.params["x"] for trial in again.trials]
+    assert values[:2] == [0.25, 0.5]
+    assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 4
+    assert studies.best(again).value == min(values)
+
+
+def test_optunas_own_callbacks_may_stop_a_study(tmp_path):
+    study = opened(tmp_path)
+    stop = optuna.study.MaxTrialsCallback(2, states=(TrialState.COMPLETE,))
+    studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, alone(tmp_path), callbacks=[stop])
+    assert len(study.trials) == 2
+
+
+def test_a_trial_that_died_before_it_could_say_that_it_failed_is_not_repeated(tmp_path):
     study = opened(tmp_path)
     trial = study.ask()
+    trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
     trial.set_user_attr(CAUSE, "ValueError: nothing")
-    studies.end_orphans(study)
+    studies.sweep(study, alone(tmp_path))
     again = opened(tmp_path)
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
     assert len(studies.finished(again)) == 1
@@ -308,56 +457,93 @@ def test_a_live_trial_of_this_host_is_not_taken_for_dead(tmp_path):
     trial = study.ask()
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         started = psutil.Process(other.pid).create_time()
-        trial.set_user_attr(studies.OWNER, [socket.gethostname(), other.pid, started])
-        study._storage.record_heartbeat(trial._trial_id)
-        study._storage._backend.grace_period = 1
-        time.sleep(2.5)
-        assert studies.end_orphans(study) == [], "it is silent, but it lives"
+        trial.set_user_attr(OWNER, [socket.gethostname(), other.pid, started])
+        assert studies.sweep(study, alone(tmp_path)) == []
         other.communicate(b"\n")
-    assert [orphan.number for orphan in studies.end_orphans(study)] == [0]
+    assert [orphan.number for orphan in studies.sweep(study, alone(tmp_path))] == [0]
 
 
-def test_a_process_whose_trial_was_taken_away_goes_on_with_the_next(tmp_path):
-    study, lock = opened(tmp_path), studies.run_lock(tmp_path, "x")
+def test_a_trial_without_a_process_is_taken_up_after_a_while(tmp_path, monkeypatch):
+    """Its process died between taking it and saying so."""
+    study = opened(tmp_path)
+    study.ask().suggest_float("x", 0, 1)
+    assert studies.sweep(study, alone(tmp_path)) == []
+    monkeypatch.setattr(studies, "NAMELESS", 0.0)
+    assert len(studies.sweep(study, alone(tmp_path))) == 1
+    assert study.ask().suggest_float("x", 0, 1) == study.trials[0].params["x"]
+
+
+def test_a_silent_process_of_another_host_is_taken_up_by_its_heartbeat(tmp_path):
+    study = opened(tmp_path)
+    study.sampler = optuna.samplers.RandomSampler(seed=0)
+    silent, lively = study.ask(), study.ask()
+    for trial in (silent, lively):
+        trial.set_user_attr(OWNER, ["elsewhere", 1, 0.0])
+        trial.suggest_float("x", 0, 1)
+        study._storage.record_heartbeat(trial._trial_id)
+    assert studies.sweep(study, alone(tmp_path)) == []
+    study._storage._backend.grace_period = 1
+    end = time.monotonic() + 3
+    while time.monotonic() < end:
+        study._storage.record_heartbeat(lively._trial_id)
+        time.sleep(0.2)
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "COMPLETE"]
+    assert study.trials[2].user_attrs == {RETRY_OF: silent.number, DEATHS: 1}
+    assert study.trials[2].params == silent.params
+
+
+def test_a_repeat_that_dies_before_it_drew_anything_still_owes_its_parameters(tmp_path):
+    study = opened(tmp_path)
+    study.ask().suggest_float("x", 0, 1)
+    for drawn in ([], ["y"], ["x"]):
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
+            study.tell(trial.number, state=TrialState.FAIL)
+        studies.sweep(study, alone(tmp_path))
+        trial = study.ask()
+        for name in drawn:
+            trial.suggest_float(name, 0, 1)
+    first, nothing, other, last = study.trials
+    assert nothing.params == {}
+    assert set(other.params) == {"y"}
+    assert last.params["x"] == first.params["x"]
+    assert trial.suggest_float("y", 0, 1) == other.params["y"]
+
+
+def test_parameters_whose_process_died_three_times_are_not_run_again(tmp_path):
+    study = opened(tmp_path)
+    for _ in range(studies.MAX_DEATHS + 1):
+        trial = study.ask()
+        trial.suggest_float("x", 0, 1)
+        trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
+        studies.sweep(study, alone(tmp_path))
+    values = [trial.params["x"] for trial in study.trials if trial.params]
+    assert len(set(values[: studies.MAX_DEATHS])) == 1
+    assert values[studies.MAX_DEATHS] != values[0]
+    assert [trial.number for trial in studies.finished(study)] == [studies.MAX_DEATHS - 1]
+    with pytest.raises(RuntimeError, match="its process died without a word, 3 times with these parameters"):
+        studies.completed(study)
+
+
+def test_a_process_whose_trial_was_taken_away_continues_with_the_next(tmp_path):
+    study = opened(tmp_path)
 
     def objective(trial):
         value = trial.suggest_float("x", 0, 1)
-        with recorded_cause(trial):
+        with _recorded_cause(trial):
             if trial.number == 0:
                 optuna.load_study(study_name=study.study_name, storage=study._storage).tell(0, state=TrialState.FAIL)
             trial.report(value, 0)
         return value
 
-    with studies.quiet_optuna():
-        studies.run_trials(study, objective, 2, lock, sampler=lambda counted: optuna.samplers.RandomSampler(counted))
+    studies.run_trials(study, objective, 2, alone(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert study.trials[1].params == study.trials[0].params
     assert len(studies.finished(opened(tmp_path))) == 2
 
 
-def test_a_trial_that_ends_while_others_count_is_counted_once(tmp_path):
-    """Between two looks at a study, another process may end its trial."""
-    study, lock = opened(tmp_path), studies.run_lock(tmp_path, "x")
-    other = study.ask()
-    other.set_user_attr(studies.OWNER, ["elsewhere", 1, 0.0])
-    study._storage.record_heartbeat(other._trial_id)
-    look, seen = study.get_trials, []
-
-    def look_and_end(*arguments, **options):
-        trials = look(*arguments, **options)
-        if not options.get("states") and look()[0].state == TrialState.RUNNING:
-            other.set_user_attr(CAUSE, "x")
-            studies._write_seal(study, other._trial_id, TrialState.FAIL, None)
-            optuna.load_study(study_name=study.study_name, storage=study._storage).tell(0, state=TrialState.FAIL)
-        return trials
-
-    study.get_trials = look_and_end
-
-    def sampler(counted):
-        seen.append(counted)
-        return optuna.samplers.RandomSampler(counted)
-
-    with studies.quiet_optuna():
-        studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 2, lock, sampler=sampler)
-    assert seen == [1]
-    assert len(study.trials) == 2
+def test_stages_are_data():
+    assert [stage.name for stage in STAGES] == ["submodels", "training", "lambda_reg"]
+    assert [stage.prunes for stage in STAGES] == [True, True, False]
+    assert LAMBDA_REG.read({"val_task_loss": 0.5, "val_exit_layer": 2.0, "val_loss": 9.0}) == (0.5, 2.0)
+    assert all(hasattr(TuningEngine, stage.method) for stage in STAGES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dact.encoders.base import Batch, LayeredEncoder
@@ -9,8 +10,9 @@ from dact.encoders.transformer import TransformerEncoder
 
 if TYPE_CHECKING:
     from dact.encoders.huggingface import HuggingFaceEncoder
+    from dact.encoders.onnx import OnnxEncoder
 
-__all__ = ["Batch", "HuggingFaceEncoder", "LayeredEncoder", "TransformerEncoder", "from_config"]
+__all__ = ["Batch", "HuggingFaceEncoder", "LayeredEncoder", "OnnxEncoder", "TransformerEncoder", "from_config"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,11 +20,19 @@ def __getattr__(name: str) -> Any:
         from dact.encoders.huggingface import HuggingFaceEncoder
 
         return HuggingFaceEncoder
+    if name == "OnnxEncoder":  # so is ONNX Runtime, which is an extra
+        from dact.encoders.onnx import OnnxEncoder
+
+        return OnnxEncoder
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def from_config(config: dict[str, Any] | None) -> LayeredEncoder:
-    """The encoder that `LayeredEncoder.config` described, with fresh weights.
+def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> LayeredEncoder:
+    """Build the encoder that `LayeredEncoder.config` described, with fresh weights.
+
+    Args:
+        config: The description.
+        folder: Folder of the model, where the graphs of an exported encoder lie.
 
     Raises:
         ValueError: If the description is missing or names no built-in encoder.
@@ -33,6 +43,14 @@ def from_config(config: dict[str, Any] | None) -> LayeredEncoder:
     if kind == "HuggingFaceEncoder":
         encoder: LayeredEncoder = __getattr__(kind).from_config(**rest)
         return encoder
+    if kind == "OnnxEncoder":
+        if folder is None:
+            raise ValueError(
+                "the graphs of an exported encoder lie in the model's folder: load it with DACT.from_pretrained, or pass "
+                "encoder=DACT.from_pretrained(folder).encoder"
+            )
+        exported: LayeredEncoder = __getattr__(kind)(folder, **rest)
+        return exported
     raise ValueError(
         "the encoder cannot be rebuilt from the checkpoint, since it is not one of dact's own "
         f"({kind or 'no configuration was stored'}): pass encoder=, built as it was for training"

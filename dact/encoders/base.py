@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -84,6 +85,9 @@ class LayeredEncoder(nn.Module, ABC):
         """Plain data from which `dact.encoders.from_config` builds this encoder, or None if it cannot."""
         return None
 
+    def save_files(self, folder: Path) -> None:
+        """Write what the encoder needs next to the weights of the model; most encoders need nothing."""
+
 
 def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The tensors of a batch on a device; what else a batch carries, such as a list of ids, stays behind."""
@@ -136,7 +140,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     """
     if pooling == "first":
         first = mask.int().argmax(dim=1)  # [batch]: 0 unless padding stands on the left
-        return hidden[torch.arange(len(hidden), device=hidden.device), first]
+        return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
     weights = mask.to(hidden.dtype)
     # [batch, 1, length] @ [batch, length, hidden] -> [batch, hidden]
     total = torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)

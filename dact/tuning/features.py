@@ -1,11 +1,14 @@
-"""Frozen mode: the pooled states of all layers, computed once and read from disk by every trial."""
+"""Frozen mode's data: the pooled states of all layers, computed once and read from disk by every trial.
+
+A split is a folder with one ``.npy`` file per array and ``made_of.json``, which is written last and holds a digest of
+each file.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import json
-import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,89 +17,35 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, Sampler
 
+from dact import signals
 from dact.encoders import LayeredEncoder
 from dact.encoders.base import move
-from dact.encoders.pretrained import resolve_pretrained
-from dact.files import replacing
-from dact.tuning.stopping import check_stop
+from dact.files import read_json, replacing_folder, write_json
 
-DTYPES = {
-    "states": ("F32", np.float32),
-    "labels": ("I64", np.int64),
-    "depth": ("I64", np.int64),
-    "teacher": ("F32", np.float32),
-}
-
-
-def fingerprint_data(loader: DataLoader[Any]) -> str:
-    """A digest of what an encoder would read and what it should answer: token ids and labels of every example."""
-    digest = hashlib.sha256()
-    examples: Any = getattr(loader, "dataset", None)
-    if not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
-        raise TypeError(
-            f"tuning needs one DataLoader over a data set with a length for training and one for validation, got "
-            f"{type(loader).__name__} over {type(examples).__name__}"
-        )
-    for row in range(len(examples)):
-        item = examples[row]
-        if not isinstance(item, Mapping):  # the loader makes batches that are
-            item = loader.collate_fn([item])
-        if "input_ids" not in item:
-            raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")
-        digest.update(json.dumps([item["input_ids"], item.get("labels")], default=_plain).encode())
-    return digest.hexdigest()
-
-
-def fingerprint_pretrained(pretrained: str) -> str:
-    """A digest of the weights in a local folder; a Hub id stands for itself."""
-    folder = Path(resolve_pretrained(pretrained))
-    digest = hashlib.sha256(pretrained.encode())
-    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
-        if path.suffix in (".safetensors", ".bin", ".json"):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist()
-
-
-def fingerprint_teacher(data: LightningDataModule) -> str:
-    """A digest of what a teacher says of the training examples; empty where there is none."""
-    said: Tensor | None = getattr(data, "teacher_probabilities", None)
-    return "" if said is None else hashlib.sha256(said.contiguous().numpy().tobytes()).hexdigest()
-
-
-def fingerprint_encoder(encoder: LayeredEncoder) -> str:
-    """A digest of an encoder's configuration and weights."""
-    digest = hashlib.sha256(json.dumps(encoder.config(), sort_keys=True, default=str).encode())
-    for name, tensor in encoder.state_dict().items():
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+DTYPES = {"states": np.float32, "labels": np.int64, "depth": np.int64, "teacher": np.float32}
+MADE_OF = "made_of.json"
 
 
 @torch.no_grad()
-def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Path, fingerprint: str) -> None:
-    """Write the pooled states of every example to a safetensors file, batch by batch: memory holds one batch.
+def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, fingerprint: str) -> None:
+    """Write the pooled states of every example, batch by batch: memory holds one batch.
 
-    The file has ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data has
-    them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is done if
-    a sound file with this fingerprint is there.
+    The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data has
+    them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is done
+    if `folder` holds sound files with this fingerprint.
 
     Args:
-        encoder: In eval mode, on the device that it should use.
-        loader: Goes through the examples once, in order.
-        path: Where to; written whole or not at all.
-        fingerprint: What the file is made of; see `fingerprint_data` and `fingerprint_encoder`.
+        encoder: Encoder in eval mode, on the device that it should use.
+        loader: Loader that gives every example once.
+        folder: Destination; written whole or not at all.
+        fingerprint: Digest of the encoder and the data.
 
     Raises:
-        ValueError: If there is a damaged file, or the loader does not give every example once.
+        ValueError: If the files are corrupted, or the loader does not give every example once.
     """
-    if path.is_file() and check_features(path, fingerprint):
+    if check_features(folder, fingerprint):
         return
     device = next(encoder.parameters()).device
     examples = len(loader.dataset)  # type: ignore[arg-type]
@@ -104,117 +53,92 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], path: Pat
     first = next(iter(loader))
     shapes |= {name: (examples, *first[name].shape[1:]) for name in ("labels", "depth", "teacher") if name in first}
     given = 0
-    with replacing(path) as partial, _FeatureWriter(partial, shapes, fingerprint) as writer:
-        for batch in track(loader, description=f"Layer states of {examples:,} {path.stem} texts", transient=True):
-            check_stop()
-            states = encoder(move(batch, device)).float().cpu()
-            given += len(states)
-            if given > examples:
-                break
-            writer.write({"states": states, **{name: batch[name] for name in shapes.keys() - {"states"}}})
+    with replacing_folder(folder) as partial:
+        with ExitStack() as stack:
+            writers = {
+                name: stack.enter_context(_RowWriter(partial / f"{name}.npy", shape, DTYPES[name]))
+                for name, shape in shapes.items()
+            }
+            for batch in track(loader, description=f"Layer states of {examples:,} {folder.name} texts", transient=True):
+                signals.check()
+                states = encoder(move(batch, device)).float().cpu()
+                given += len(states)
+                if given > examples:
+                    break
+                for name, writer in writers.items():
+                    writer.write(states if name == "states" else batch[name])
         if given != examples:
             raise ValueError(
-                f"frozen mode needs every example once, but the {path.stem} loader gives {'more' if given > examples else given}"
-                f" of its {examples}: leave out drop_last and samplers that repeat or skip, or take encoder_training=finetune"
+                f"frozen mode needs every example once, but the {folder.name} loader gives "
+                f"{'more' if given > examples else given} of its {examples}: leave out drop_last and samplers that repeat "
+                "or skip, or take encoder_training=finetune"
             )
+        files = {name: writer.digest.hexdigest() for name, writer in writers.items()}
+        write_json(partial / MADE_OF, {"fingerprint": fingerprint, "files": files})
 
 
-class _FeatureWriter:
-    """A safetensors file that grows by rows; see the format's specification in the safetensors documentation.
+class _RowWriter:
+    """A ``.npy`` file that grows by rows. Written and not mapped: a full disk is an error here, not a crash."""
 
-    Written and not mapped: a full disk is an error here, where a mapping would end the process. The header ends with a
-    digest of each tensor, known only at the end.
-    """
-
-    def __init__(self, path: Path, shapes: dict[str, tuple[int, ...]], fingerprint: str) -> None:
-        self.fingerprint = fingerprint
-        self.digests = {name: hashlib.sha256() for name in shapes}
-        self.entries: dict[str, Any] = {}
-        self.ends: dict[str, int] = {}
-        size = 0
-        for name, shape in shapes.items():
-            self.ends[name] = size
-            size += int(np.prod(shape)) * np.dtype(DTYPES[name][1]).itemsize
-            self.entries[name] = {
-                "dtype": DTYPES[name][0],
-                "shape": list(shape),
-                "data_offsets": [self.ends[name], size],
-            }
-        self.start = len(self._header())
+    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
+        self.dtype, self.digest = np.dtype(dtype), hashlib.sha256()
         self.file = path.open("wb")
-        self.file.truncate(self.start + size)
+        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
+        np.lib.format.write_array_header_1_0(self.file, header)
 
-    def _header(self) -> bytes:
-        digests = {name: digest.hexdigest() for name, digest in self.digests.items()}
-        metadata = {"fingerprint": self.fingerprint, "header": _digest(self.entries), **digests}
-        encoded = json.dumps({"__metadata__": metadata, **self.entries}).encode()
-        encoded += b" " * (-len(encoded) % 8)  # tensors start at a multiple of eight bytes
-        return struct.pack("<Q", len(encoded)) + encoded
+    def write(self, rows: Tensor) -> None:
+        content = rows.numpy().astype(self.dtype).tobytes()
+        self.file.write(content)
+        self.digest.update(content)
 
-    def write(self, rows: dict[str, Tensor]) -> None:
-        """The next rows of every tensor."""
-        for name, tensor in rows.items():
-            content = tensor.numpy().astype(DTYPES[name][1]).tobytes()
-            self.file.seek(self.start + self.ends[name])
-            self.file.write(content)
-            self.digests[name].update(content)
-            self.ends[name] += len(content)
-
-    def __enter__(self) -> _FeatureWriter:
+    def __enter__(self) -> _RowWriter:
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
-        if kind is None:
-            self.file.seek(0)
-            self.file.write(self._header())
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
 
-def _digest(entries: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
-
-
-def check_features(path: Path, fingerprint: str) -> bool:
-    """Whether a file is of this fingerprint, and then, byte for byte, what `compute_features` wrote.
+def check_features(folder: Path, fingerprint: str) -> bool:
+    """Return whether `folder` holds features with this fingerprint, byte for byte as they were written.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If the files are corrupted; the message names the folder.
     """
+    if not folder.is_dir():
+        return False
     try:
-        with path.open("rb") as file:
-            header = json.loads(file.read(struct.unpack("<Q", file.read(8))[0]))
-            start, metadata = file.tell(), header.pop("__metadata__")
-            if metadata["fingerprint"] != fingerprint:
-                return False
-            if metadata["header"] != _digest(header):
-                raise ValueError("its header is not what was written")
-            for name, entry in header.items():
-                first, last = entry["data_offsets"]
-                file.seek(start + first)
-                digest, left = hashlib.sha256(), last - first
-                while left and (content := file.read(min(left, 1 << 24))):
-                    digest.update(content)
-                    left -= len(content)
-                if digest.hexdigest() != metadata[name]:
-                    raise ValueError(f"its {name} are not what was written")
-            return True
+        made_of = read_json(folder / MADE_OF)
+        if made_of["fingerprint"] != fingerprint:
+            return False
+        for name, expected in made_of["files"].items():
+            array = np.load(folder / f"{name}.npy", mmap_mode="r")
+            found = hashlib.sha256()
+            rows = max(1, (1 << 24) // max(1, array[:1].nbytes))
+            for start in range(0, len(array), rows):
+                found.update(np.ascontiguousarray(array[start : start + rows]).data)
+            if found.hexdigest() != expected:
+                raise ValueError(f"{name}.npy is not what was written")
     except Exception as error:  # a broken header raises many kinds
-        raise ValueError(f"{path} is damaged ({error}): delete it, and it will be computed again") from error
+        raise ValueError(f"{folder} is corrupted ({error}): delete it, and it will be computed again") from error
+    return True
 
 
 class Features:
-    """The tensors of a feature file, mapped and not loaded; batches are read by rows."""
+    """The arrays of a split, mapped and not loaded; batches are read by rows.
 
-    def __init__(self, path: Path) -> None:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(length))
-        header.pop("__metadata__", None)
-        # Copy-on-write: torch wants memory that it could write to, and the file stays as it is.
+    Args:
+        folder: Folder that `compute_features` wrote.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Copy-on-write: torch wants memory that it could write to, and the files stay as they are.
         self.arrays = {
-            name: np.memmap(path, DTYPES[name][1], "c", 8 + length + entry["data_offsets"][0], tuple(entry["shape"]))
-            for name, entry in header.items()
+            name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in read_json(folder / MADE_OF)["files"]
         }
+
+    def __reduce__(self) -> Any:
+        return Features, (self.folder,)
 
     def __len__(self) -> int:
         return len(self.arrays["states"])
@@ -223,35 +147,49 @@ class Features:
         return {name: torch.from_numpy(np.asarray(array[rows])) for name, array in self.arrays.items()}
 
 
+class _Batches(Sampler[list[int]]):
+    """Batches of rows, in order or shuffled by seed and epoch: a resumed fit goes on with the order of its epoch."""
+
+    def __init__(self, rows: int, batch_size: int, seed: int | None) -> None:
+        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the Trainer at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return -(-self.rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = np.arange(self.rows)
+        if self.seed is not None:
+            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
+        for start in range(0, self.rows, self.batch_size):
+            yield order[start : start + self.batch_size].tolist()
+
+
 class FeaturesData(LightningDataModule):
     """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
 
     Args:
-        train: The training examples.
-        val: The validation examples.
-        batch_size: Examples per batch.
-        seed: Of the order in training.
+        train: Training examples.
+        val: Validation examples.
+        batch_size: Number of examples per training batch.
+        seed: Seed for the order in training.
     """
 
     def __init__(self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0) -> None:
         super().__init__()
-        self.splits = {"train": train, "val": val}
+        self.train, self.val = train, val
         self.batch_size, self.seed = batch_size, seed
 
-    def _loader(self, split: str) -> DataLoader[Any]:
-        features = self.splits[split]
-        rows: RandomSampler | SequentialSampler
-        if split == "train":
-            rows = RandomSampler(range(len(features)), generator=torch.Generator().manual_seed(self.seed))
-            size = self.batch_size
-        else:
-            rows, size = SequentialSampler(range(len(features))), 1024
-        # The sampler hands whole batches of rows to the features, which read them at once.
-        batches: Any = BatchSampler(rows, size, drop_last=False)
-        return DataLoader(features, sampler=batches, batch_size=None)  # type: ignore[arg-type]
+    def train_dataloader(self) -> DataLoader[Any]:
+        return _loader(self.train, _Batches(len(self.train), self.batch_size, self.seed))
 
-    def train_dataloader(self) -> Iterator[Any]:
-        return self._loader("train")  # type: ignore[return-value]
+    def val_dataloader(self) -> DataLoader[Any]:
+        return _loader(self.val, _Batches(len(self.val), 1024, None))
 
-    def val_dataloader(self) -> Iterator[Any]:
-        return self._loader("val")  # type: ignore[return-value]
+
+def _loader(features: Features, batches: _Batches) -> DataLoader[Any]:
+    # The sampler hands whole batches of rows to the features, which read them at once.
+    return DataLoader(features, sampler=batches, batch_size=None)  # type: ignore[arg-type]

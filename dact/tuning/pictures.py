@@ -1,18 +1,22 @@
-"""The pictures of a run: of each study, and of the model that comes out."""
+"""The pictures of a run: one set per study, and one for the final model."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna import create_study
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
 from dact import plots
+from dact.files import replacing_folder
+from dact.tuning import tensorboard
 from dact.tuning.selection import Point, pareto_front
+from dact.tuning.space import Dimension
+from dact.tuning.studies import EXIT_HISTOGRAM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -20,20 +24,53 @@ if TYPE_CHECKING:
 FEWEST_FOR_IMPORTANCES = 4  # completed trials; fewer say nothing about importance
 
 
-def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
-    """Optuna's own pictures of a study, by name.
+def draw_study(
+    folder: Path,
+    study: Study,
+    completed: Sequence[FrozenTrial],
+    chosen: FrozenTrial,
+    spaces: Mapping[str, Mapping[str, Dimension]],
+) -> None:
+    """Draw a study for TensorBoard and as files.
 
     Args:
-        study: A study of dact, with one objective or with two (task loss and exit layer).
-        completed: How many of its trials gave a value; 1 or more.
+        folder: Destination; written whole or not at all.
+        study: The study.
+        completed: Its trials that gave a value, one or more.
+        chosen: Its winner.
+        spaces: Dimension of each parameter, by stage.
+    """
+    figures = study_pictures(study, len(completed))
+    if len(study.directions) == 2:
+        points = {trial.number: Point(trial.params["lambda_reg"], *trial.values) for trial in completed}
+        figures["Pareto front"] = pareto_picture(list(points.values()), points[chosen.number])
+        exits = [
+            (trial.params["lambda_reg"], trial.user_attrs[EXIT_HISTOGRAM])
+            for trial in completed
+            if EXIT_HISTOGRAM in trial.user_attrs  # a trial that somebody added has none
+        ]
+        if exits:
+            figures["exit histogram"] = exits_picture(exits, chosen.params["lambda_reg"])
+    with replacing_folder(folder) as partial_folder:
+        with tensorboard.writer(partial_folder) as writer:
+            dimensions = {name: dimension for space in spaces.values() for name, dimension in space.items()}
+            tensorboard.log_experiment(writer, dimensions)
+            for name, figure in figures.items():
+                writer.add_figure(name, figure, close=False)
+        for name, figure in figures.items():
+            figure.savefig(partial_folder / f"{name.replace(' ', '_')}.png")
+
+
+def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
+    """Return Optuna's own pictures of a study, by name.
+
+    Args:
+        study: Study with one objective, or with two (task loss and exit layer).
+        completed: Number of its trials that gave a value, 1 or more.
     """
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
-    # Optuna's history takes the numbers of trials for positions in their list, which here may begin late.
-    copy = create_study(directions=study.directions)
-    copy.add_trials([trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()])
-    study = copy
     drawings: dict[str, Callable[[], Any]] = {}
     if len(study.directions) == 1:
         drawings["optimization history"] = partial(draw.plot_optimization_history, study)
@@ -67,7 +104,7 @@ def _objective(index: int, trial: FrozenTrial) -> float:
 
 
 def pareto_picture(points: list[Point], chosen: Point) -> Any:
-    """Task loss against layers of all trials, with the front and the chosen one."""
+    """Draw task loss against layers for all trials, with the Pareto front and the chosen trial."""
     figure, axes = plots.new_figure()
     front = pareto_front(points)
     colours = axes.scatter(
@@ -86,7 +123,7 @@ def pareto_picture(points: list[Point], chosen: Point) -> Any:
 
 
 def dials_picture(tolerances: list[dict[str, float]], margins: list[dict[str, float]], layers: int) -> Any:
-    """Accuracy and agreement against the mean exit layer, over the tolerance and over the margin."""
+    """Draw accuracy and agreement against the mean exit layer, over the tolerance and over the margin."""
     figure, _ = plots.new_figure(height=5)
     figure.clear()
     upper, lower = figure.subplots(2, 1, sharex=True)  # their ranges differ too much for one axis
@@ -117,7 +154,7 @@ def dials_picture(tolerances: list[dict[str, float]], margins: list[dict[str, fl
 
 
 def exit_picture(entry: Mapping[str, Any]) -> Any:
-    """How many examples leave after each layer."""
+    """Draw how many examples leave after each layer."""
     figure, axes = plots.new_figure()
     counts = entry["exit_histogram"]
     axes.bar(range(1, len(counts) + 1), counts)
@@ -126,11 +163,11 @@ def exit_picture(entry: Mapping[str, Any]) -> Any:
 
 
 def exits_picture(trials: Sequence[tuple[float, Sequence[int]]], chosen: float) -> Any:
-    """Where validation examples leave, for each λ that was tried.
+    """Draw where validation examples leave, for each λ that was tried.
 
     Args:
-        trials: λ and the exit histogram of each trial.
-        chosen: The λ that was chosen.
+        trials: λ and exit histogram of each trial.
+        chosen: λ that was chosen.
     """
     trials = sorted(trials)
     figure, axes = plots.new_figure()

@@ -1,85 +1,92 @@
-"""The studies on disk: opening and checking them, sharing their trials among processes, and taking up what was
-interrupted.
+"""The studies in their storage: opening them, running what is left of them, and reading their results.
 
-Any number of processes, here or on other hosts, may run the trials of one study. What must not happen twice at a time
-is done under a lock in the run's folder, which the system releases when its holder dies.
+Any number of processes, here or on other hosts, may run the trials of one study. They share it by Optuna's own means:
+the storage, its heartbeats, and a count before each trial.
 """
 
 from __future__ import annotations
 
-import contextlib
-import gc
-import hashlib
-import json
 import os
 import re
 import socket
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 import psutil
-from filelock import BaseFileLock, FileLock
-from optuna.samplers import BaseSampler
+from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.pruners import BasePruner
 from optuna.storages import BaseStorage, RDBStorage
-from optuna.storages._heartbeat import BaseHeartbeat
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from typing_extensions import override
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
-from dact.tuning.environment import root_cause
-from dact.tuning.objective import CAUSE, INTERRUPTED, TrialFailed
-from dact.tuning.stopping import check_stop
+from dact import signals
+from dact.tuning.run import Run
+from dact.tuning.stages import Stage
+from dact.tuning.training import Deadline
 
+CAUSE = "cause"  # user attribute of a trial that was pruned or failed: why
+DEATHS = "deaths"  # user attribute: how often the process of an earlier trial with these parameters died
+EXIT_HISTOGRAM = "exit_histogram"  # user attribute: number of validation examples that left after each layer
+INTERRUPTED = "interrupted"  # user attribute of a trial that was stopped from outside
 OWNER = "owner"  # user attribute: host, process id and start of the process that runs a trial
-RETRY_OF = "retry_of"  # user attribute: the number of the interrupted trial that this one runs again
-SEAL = "seal"  # user attribute: digest of what a trial that ended had found
+RETRY_OF = "retry_of"  # user attribute: number of the interrupted trial whose parameters run again
 SETTING = "setting"  # user attribute of a study: what its trials have in common
-UNDER = "under"  # user attribute of a trial: digest of what the studies before had chosen when it began
-RETRIES = 3  # how often parameters run again whose process died under them
+UNDER = "under"  # user attribute of a study: digest of the winners of the studies before it
+MAX_DEATHS = 3  # parameters whose process died so often are not run again
 HOPELESS = 5  # after so many failed trials and no other, a study ends
 POLL = 0.5  # seconds between two looks at what other processes do
+NAMELESS = 10.0  # seconds after which a running trial that names no process has lost it
 
 
-def check_run_tag(run_tag: str) -> str:
-    """`run_tag`, if it is a name.
+class TrialFailed(RuntimeError):
+    """A trial cannot give a value, for the cause that this says; the study continues."""
 
-    Raises:
-        ValueError: If it could lead out of the log folder.
+
+class TrialInterrupted(Exception):
+    """A trial was stopped from outside, and its parameters run again later."""
+
+
+# ---------------------------------------------------------------------- faults of disks and storages
+
+
+class RunStopped(RuntimeError):
+    """A worker process ended because a disk or a storage failed."""
+
+
+def environment_error(error: BaseException | None) -> BaseException | None:
+    """Return the cause of an error if a disk or a storage failed, None if the error says something about a trial.
+
+    A file that is not there and a broken pipe come from the code of a trial; other system errors do not.
     """
-    if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", run_tag) or ".." in run_tag:
-        raise ValueError(
-            f"run_tag must be a name of letters, digits, '.', '_' and '-', got {run_tag!r}: it names a folder in log_dir"
-        )
-    return run_tag
+    while error is not None:
+        if isinstance(error, (RunStopped, StorageInternalError, SQLAlchemyError)):
+            return error
+        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, BrokenPipeError)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
-def run_lock(folder: Path, name: str) -> BaseFileLock:
-    """A lock that one process at a time holds, on all hosts that share `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    return FileLock(folder / f".{name}.lock", poll_interval=0.05)
-
-
-@contextlib.contextmanager
-def quiet_optuna() -> Iterator[None]:
-    """Keep Optuna's log lines off the console: the table shows what they say."""
-    level = optuna.logging.get_verbosity()
-    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    try:
-        yield
-    finally:
-        optuna.logging.set_verbosity(level)
+def root_cause(error: BaseException) -> str:
+    """Return the first line of the first error in a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 # ---------------------------------------------------------------------- opening
 
 
 def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
-    """Where the studies lie, for messages: a file, or an address without its password."""
+    """Return where the studies are, for messages: a file, or an address without its password."""
     if isinstance(address, BaseStorage):
         return f"the storage ({type(address).__name__})"
     if address is None:
@@ -88,33 +95,45 @@ def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
 
 
 def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage:
-    """The storage of the studies: an sqlite file in `folder` unless told otherwise.
+    """Return the storage of the studies: an sqlite file in `folder` unless an address says otherwise.
 
     Raises:
         ConnectionError: If it cannot be opened.
-        ValueError: If it is a damaged sqlite file.
+        ValueError: If it is a corrupted sqlite file.
     """
     if isinstance(address, BaseStorage):
         return address
     folder.mkdir(parents=True, exist_ok=True)
     where = describe_storage(address, folder)
-    url = address or f"sqlite:///{folder / 'studies.db'}"
-    # Which driver a bare address means depends on the version of SQLAlchemy.
-    url = re.sub("^postgres(ql)?://", "postgresql+psycopg://", url)
-    if url.startswith("sqlite:///"):
-        _check_sqlite(Path(url.removeprefix("sqlite:///")))
     try:
-        return RDBStorage(
-            url,
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True},
-            heartbeat_interval=30,
-            grace_period=120,
-        )
+        # A URL object, since a question mark in a path would end an address.
+        url = URL.create("sqlite", database=str(folder / "studies.db")) if address is None else make_url(address)
+    except ArgumentError as error:
+        raise _cannot_be_opened(where, error) from error
+    if url.drivername in ("postgres", "postgresql"):  # which driver that means depends on the version of SQLAlchemy
+        url = url.set(drivername="postgresql+psycopg")
+    sqlite = url.drivername.startswith("sqlite")
+    if sqlite and url.database:
+        _check_sqlite(Path(url.database))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, which we chose
+            return RDBStorage(
+                url.render_as_string(hide_password=False),
+                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
+                heartbeat_interval=30,
+                grace_period=120,
+                heartbeat_stale_trial_callback=retry,
+            )
     except Exception as error:  # SQLAlchemy and its drivers raise many kinds
-        raise ConnectionError(
-            f"the storage {where} cannot be opened: {root_cause(error)}. Expected an address such as "
-            "sqlite:///FILE or postgresql://USER@HOST/DATABASE"
-        ) from error
+        raise _cannot_be_opened(where, error) from error
+
+
+def _cannot_be_opened(where: str, error: BaseException) -> ConnectionError:
+    return ConnectionError(
+        f"the storage {where} cannot be opened: {root_cause(error)}. Expected an address such as sqlite:///FILE or "
+        "postgresql://USER@HOST/DATABASE"
+    )
 
 
 def _check_sqlite(file: Path) -> None:
@@ -126,188 +145,157 @@ def _check_sqlite(file: Path) -> None:
             verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
         finally:
             connection.close()
-    except sqlite3.OperationalError as error:  # no fault of its content: a lock, a full disk, missing rights
+    except sqlite3.OperationalError as error:  # not a fault of its content: a lock, a full disk, missing rights
         raise ConnectionError(f"{file} cannot be read: {error}") from error
     except sqlite3.DatabaseError as error:
         verdict = str(error)
     if verdict != "ok":
-        raise _damaged(str(file), verdict)
+        raise _corrupted(str(file), verdict)
 
 
-def _damaged(where: str, what: object) -> ValueError:
-    return ValueError(
-        f"{where} is damaged ({what}): put a sound copy in its place, or take another run_tag and start anew"
-    )
+def _corrupted(where: str, what: object) -> ValueError:
+    return ValueError(f"{where} is corrupted ({what}): restore a sound copy, or start anew under another run_tag")
 
 
-@dataclass(frozen=True)
-class StudyPlan:
-    """What a study of a run is.
-
-    Args:
-        name: ``<run_tag>/<stage>``.
-        directions: One for each objective.
-        setting: What its trials have in common.
-        known: The names of all studies of the run.
-        under: Digest of what the studies before have chosen.
-    """
-
-    name: str
-    directions: Sequence[Literal["minimize", "maximize"]]
-    setting: Mapping[str, Any]
-    known: Sequence[str]
-    under: str
-
-
-class ComparableStudy(Study):
-    """A study without the trials that ended under other winners of the studies before it: their values do not compare.
+def open_study(
+    run: Run, stage: Stage, setting: Mapping[str, Any], storage: BaseStorage, where: str, pruner: BasePruner | None
+) -> Study:
+    """Create a study or load it, and check that its trials compare. One process at a time.
 
     Args:
-        study: The study.
-        under: Digest of what the studies before have chosen.
-    """
-
-    def __init__(self, study: Study, under: str) -> None:
-        super().__init__(study.study_name, study._storage, study.sampler, study.pruner)
-        self._under = under
-
-    @override
-    def _get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        # Everything asks this method: samplers, pruners, pictures, and get_trials.
-        return [trial for trial in super()._get_trials(*args, **kwargs) if self._compares(trial)]
-
-    @property
-    def left_out(self) -> int:
-        """How many trials it is without."""
-        return sum(not self._compares(trial) for trial in _every_trial(self))
-
-    def _compares(self, trial: FrozenTrial) -> bool:
-        return not trial.state.is_finished() or trial.user_attrs.get(UNDER, self._under) == self._under
-
-
-def _every_trial(study: Study) -> list[FrozenTrial]:
-    """The trials of a study, also those that do not compare."""
-    return study._storage.get_all_trials(study._study_id, deepcopy=False)
-
-
-def digest(content: Any) -> str:
-    """A digest of plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def open_study(plan: StudyPlan, storage: BaseStorage, where: str, pruner: optuna.pruners.BasePruner) -> ComparableStudy:
-    """Create a study or load it, and check what it holds. One process at a time.
+        run: The run.
+        stage: The stage.
+        setting: What its trials have in common, as plain data.
+        storage: The storage.
+        where: Description of the storage for messages.
+        pruner: Pruner, for a study of one objective.
 
     Raises:
-        ValueError: If the study was made with another search space or data set, or is damaged.
+        ConnectionError: If the storage cannot be reached.
+        ValueError: If the study was made with another setting, or is corrupted.
     """
-    tag = plan.name.partition("/")[0]
+    name = run.study_name(stage)
     try:
-        names = [study.study_name for study in storage.get_all_studies()]
-        strange = [name for name in names if name.startswith(f"{tag}/") and name not in plan.known]
         study = optuna.create_study(
-            study_name=plan.name,
+            study_name=name,
             storage=storage,
-            directions=list(plan.directions),
+            directions=list(stage.directions),
             pruner=pruner,
             load_if_exists=True,
         )
         stored = study.user_attrs.get(SETTING)
         trials = study.get_trials(deepcopy=False)
-        turned = [direction.name.lower() for direction in study.directions] != list(plan.directions)
+        directions = tuple(direction.name.lower() for direction in study.directions)
     except Exception as error:
-        if _is_out_of_reach(error):
+        if isinstance(environment_error(error), ConnectionError) or _is_unreachable(error):
             raise ConnectionError(f"{where} cannot be read: {root_cause(error)}") from error
-        raise _damaged(where, error) from error  # what the library cannot make sense of
-    if strange or turned:
-        raise _damaged(where, f"study {strange[0]!r} is not of dact" if strange else f"the objectives of {plan.name}")
-    _check_seals(plan.name, trials, where)
+        raise _corrupted(where, error) from error
+    if directions != stage.directions:
+        raise _corrupted(where, f"the objectives of {name}")
     if stored is None and not trials:
-        study.set_user_attr(SETTING, dict(plan.setting))
-        return ComparableStudy(study, plan.under)
-    if not isinstance(stored, Mapping):
-        raise _damaged(where, f"the setting of {plan.name} is missing")
-    different = ", ".join(key for key in plan.setting if key in stored and stored[key] != plan.setting[key])
+        study.set_user_attr(SETTING, dict(setting))
+        return study
+    stored = stored if isinstance(stored, Mapping) else {}
+    different = [key for key in sorted({*setting, *stored}) if stored.get(key) != setting.get(key)]
     if different:
         raise ValueError(
-            f"the study {plan.name} in {where} was made with another {different}; trials of both would not compare. Take "
-            f"another run_tag, or the {different} of then"
+            f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not compare. "
+            f"Take another run_tag, or the {different[0]} of then"
         )
-    return ComparableStudy(study, plan.under)
+    return study
 
 
-def _is_out_of_reach(error: BaseException | None) -> bool:
-    """Whether the storage could not be reached, which says nothing of what it holds."""
+def _is_unreachable(error: BaseException | None) -> bool:
     from sqlalchemy.exc import InterfaceError, OperationalError
 
     while error is not None:
-        if isinstance(error, (OperationalError, InterfaceError, ConnectionError)):
+        if isinstance(error, (OperationalError, InterfaceError)):
             return True
         error = error.__cause__ or error.__context__
     return False
 
 
-def _seal(study: str, trial: FrozenTrial, state: TrialState, values: Sequence[float] | None) -> str:
-    attributes = {name: value for name, value in trial.user_attrs.items() if name != SEAL}
-    content = [study, trial.number, state.name, list(values or []), trial.params, attributes]
-    content.append(sorted(trial.intermediate_values.items()))
-    return digest(content)
+def start_under(study: Study, under: str) -> tuple[Study, int]:
+    """Let a study count only trials that ran under the current winners of the studies before it.
 
+    A study that ran under other winners is kept under another name, and a new one takes its place. One process at a time.
 
-def _check_seals(study: str, trials: Sequence[FrozenTrial], where: str) -> None:
-    """No trial is missing, and none that ended says anything but what it found."""
-    for number, trial in enumerate(trials):
-        if trial.number != number:
-            raise _damaged(where, f"{study} lacks trial {number}")
-        if not trial.state.is_finished() or is_interrupted(trial):
-            continue
-        values = trial.values if trial.state == TrialState.COMPLETE else None
-        if trial.user_attrs.get(SEAL) != _seal(study, trial, trial.state, values):
-            raise _damaged(where, f"trial {number} of {study} is not what dact wrote")
+    Args:
+        study: The study.
+        under: Digest of the winners of the studies before it.
+
+    Returns:
+        The study to continue, and the number of trials that no longer count.
+    """
+    trials = study.get_trials(deepcopy=False)
+    if study.user_attrs.get(UNDER) is None and not any(trial.user_attrs.get(UNDER, under) != under for trial in trials):
+        study.set_user_attr(UNDER, under)
+        return study, 0
+    if study.user_attrs.get(UNDER) == under:
+        return study, 0
+    storage, name, pruner = study._storage, study.study_name, study.pruner
+    known = {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}
+    number = next(number for number in range(1, len(known) + 2) if f"{name}/outdated_{number}" not in known)
+    setting, directions = study.user_attrs.get(SETTING), study.directions
+    if trials:
+        optuna.copy_study(
+            from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=f"{name}/outdated_{number}"
+        )
+    optuna.delete_study(study_name=name, storage=storage)
+    study = optuna.create_study(study_name=name, storage=storage, directions=directions, pruner=pruner)
+    study.set_user_attr(SETTING, setting)
+    study.set_user_attr(UNDER, under)
+    return study, sum(counts(trial) for trial in trials)
 
 
 # ---------------------------------------------------------------------- what is done and what is left
 
 
 def is_interrupted(trial: FrozenTrial) -> bool:
-    """Whether somebody stopped a trial, or its process died: it says nothing of its parameters and runs again."""
-    return trial.state == TrialState.FAIL and CAUSE not in trial.user_attrs
+    """Return whether a trial was stopped from outside, or its process died: its parameters run again."""
+    if trial.state != TrialState.FAIL or CAUSE in trial.user_attrs:
+        return False
+    return INTERRUPTED in trial.user_attrs or trial.user_attrs.get(DEATHS, 0) + 1 < MAX_DEATHS
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Whether a trial has ended and says something of its parameters."""
+    """Return whether a trial has ended and says something about its parameters."""
     return trial.state.is_finished() and not is_interrupted(trial)
 
 
 def finished(study: Study) -> list[FrozenTrial]:
-    """Trials that count: completed, pruned, or failed for a reason of their own."""
+    """Return the trials that count: completed, pruned, or failed for a reason of their own."""
     return [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
 
 
 def completed(study: Study) -> list[FrozenTrial]:
-    """Trials that gave a value.
+    """Return the trials that gave a value.
 
     Raises:
-        RuntimeError: If there is none, with the first cause.
+        RuntimeError: If there are none, with the first cause.
     """
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if trials:
         return trials
     others = finished(study)
-    causes = [f"trial {trial.number}: {trial.user_attrs[CAUSE]}" for trial in others if CAUSE in trial.user_attrs]
-    if not others or (causes and all("time_out" in cause for cause in causes)):
+    if not others:
         raise RuntimeError(
             f"{study.study_name}: time_out ended the study before any trial finished; raise time_out, or train for fewer "
             "epochs"
         )
     raise RuntimeError(
-        f"{study.study_name}: none of its {len(others)} trials finished. The first cause: "
-        f"{causes[0] if causes else 'unknown'}"
+        f"{study.study_name}: none of its {len(others)} trials finished. The first cause: trial {others[0].number}: "
+        f"{_cause(others[0])}"
     )
 
 
+def _cause(trial: FrozenTrial) -> str:
+    died = f"its process died without a word, {MAX_DEATHS} times with these parameters (out of memory?)"
+    return str(trial.user_attrs.get(CAUSE, died if trial.state == TrialState.FAIL else "pruned"))
+
+
 def best(study: Study) -> FrozenTrial:
-    """The completed trial of the lowest value.
+    """Return the completed trial of the lowest value.
 
     Raises:
         RuntimeError: If none completed; see `completed`.
@@ -315,16 +303,61 @@ def best(study: Study) -> FrozenTrial:
     return min(completed(study), key=lambda trial: trial.values[0])
 
 
+# ---------------------------------------------------------------------- interrupted trials
+
+
 def owner() -> list[Any]:
-    """This process, so that others can tell whether it still lives."""
+    """Return what names this process, so that others can tell whether it still lives."""
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
 
 
-def _has_died(claimed_by: Sequence[Any] | None) -> bool:
-    """Whether the process of this host that runs a trial is gone."""
-    if claimed_by is None:
-        return True  # it died between taking the trial and saying so, both of which it does under the lock
-    _, process, started = claimed_by
+def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list[FrozenTrial]:
+    """Fail running trials whose process on this host is gone, and queue interrupted parameters again.
+
+    Heartbeats serve other hosts, and only after their grace period; a command that is started again right after a crash
+    need not wait for it.
+
+    Args:
+        study: The study.
+        lock: The lock of the run.
+
+    Returns:
+        The trials that were found without their process.
+    """
+    with lock():
+        orphans = []
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            if _has_died(trial):
+                try:
+                    study.tell(trial.number, state=TrialState.FAIL)
+                except (UpdateFinishedTrialError, ValueError):
+                    continue  # it has just ended
+                orphans.append(trial)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
+            retry(study, trial)
+    return orphans
+
+
+def retry(study: Study, trial: FrozenTrial) -> None:
+    """Queue the parameters of an interrupted trial again, once; Optuna calls this for trials without a heartbeat."""
+    if not is_interrupted(trial):
+        return
+    if any(other.user_attrs.get(RETRY_OF) == trial.number for other in study.get_trials(deepcopy=False)):
+        return
+    # One that died before it had drawn all of its parameters still owes those that it was queued with.
+    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+    deaths = trial.user_attrs.get(DEATHS, 0) + (INTERRUPTED not in trial.user_attrs)
+    study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, DEATHS: deaths})
+
+
+def _has_died(trial: FrozenTrial) -> bool:
+    """Return whether the process of this host that runs a trial is gone."""
+    if OWNER not in trial.user_attrs:
+        assert trial.datetime_start is not None
+        return time.time() - trial.datetime_start.timestamp() > NAMELESS
+    host, process, started = trial.user_attrs[OWNER]
+    if host != socket.gethostname():
+        return False  # its heartbeat tells
     if process == os.getpid():
         return True  # this process runs one trial at a time, and is here
     try:
@@ -337,168 +370,74 @@ def _has_died(claimed_by: Sequence[Any] | None) -> bool:
         return False
 
 
-def end_orphans(study: Study) -> list[FrozenTrial]:
-    """End trials that say they are running, but whose process is gone; gives those trials. Under the study's lock."""
-    silent = _without_heartbeat(study)
-    orphans = []
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        claimed_by = trial.user_attrs.get(OWNER)
-        elsewhere = claimed_by is not None and claimed_by[0] != socket.gethostname()
-        if not (trial._trial_id in silent if elsewhere else _has_died(claimed_by)):
-            continue
-        if CAUSE in trial.user_attrs:  # it had failed, and died before it could say so
-            _write_seal(study, trial._trial_id, TrialState.FAIL, None)
-        elif _deaths(study, trial) >= RETRIES:
-            cause = f"its process died without a word, {RETRIES + 1} times with these parameters (out of memory?)"
-            study._storage.set_trial_user_attr(trial._trial_id, CAUSE, cause)
-            _write_seal(study, trial._trial_id, TrialState.FAIL, None)
-        study.tell(trial.number, state=TrialState.FAIL)
-        orphans.append(trial)
-    return orphans
-
-
-def _without_heartbeat(study: Study) -> set[int]:
-    """The ids of running trials whose process has not been heard of for the grace period: all that other hosts tell."""
-    storage: Any = study._storage
-    beats = isinstance(storage, BaseHeartbeat) and storage.get_heartbeat_interval() is not None
-    return set(storage._get_stale_trial_ids(study._study_id)) if beats else set()
-
-
-def _deaths(study: Study, trial: FrozenTrial) -> int:
-    """How often the parameters of `trial` were under way before when their process died."""
-    trials = {other.number: other for other in _every_trial(study)}
-    deaths = 0
-    while (before := trials.get(trial.user_attrs.get(RETRY_OF, -1))) is not None:
-        deaths += INTERRUPTED not in before.user_attrs  # who is stopped by hand has not died
-        trial = before
-    return deaths
-
-
-def queue_interrupted(study: Study) -> None:
-    """Queue the parameters of interrupted trials, each once. Under the study's lock."""
-    retried = {trial.user_attrs.get(RETRY_OF) for trial in _every_trial(study)}
-    for trial in study.get_trials(deepcopy=False):
-        if is_interrupted(trial) and trial.number not in retried:
-            # One that died before it had drawn them all still owes those that it was queued with.
-            queued = trial.system_attrs.get("fixed_params", {})
-            study.enqueue_trial({**queued, **trial.params}, user_attrs={RETRY_OF: trial.number})
-
-
 # ---------------------------------------------------------------------- running
 
 
 def run_trials(
     study: Study,
     objective: Callable[[Trial], Any],
-    total: int,
-    lock: BaseFileLock,
+    n_trials: int,
+    lock: Callable[[], AbstractContextManager[Any]],
     *,
-    sampler: Callable[[int], BaseSampler],
-    end: float | None = None,
+    deadline: Deadline | None = None,
     idle: Callable[[], None] = lambda: None,
-    ended: Callable[[Study, FrozenTrial], None] = lambda study, trial: None,
+    callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
     orphaned: Callable[[FrozenTrial], None] = lambda trial: None,
 ) -> None:
-    """Run trials until the study has `total` of them, beside other processes that do the same.
+    """Run trials until the study has `n_trials` of them, next to other processes that do the same.
+
+    Processes count what has ended or is running before each trial, so that the total exceeds `n_trials` by at most the
+    number of processes less one. All return when no trial is running any more, so that all see the same winner.
 
     Args:
-        study: The study.
-        objective: Raises `TrialFailed` for a trial that cannot give a value; any other exception but a pruned trial
-            ends the run.
-        total: Trials that count in the end; see `finished`.
-        lock: The lock of this study; whoever holds it takes a trial.
-        sampler: The sampler of a new trial, from how many trials count before it.
-        end: The moment on `time.monotonic` after which no trial starts.
-        idle: Called while there is nothing to do but wait for other processes.
-        ended: Called after each trial of this process.
-        orphaned: Called with each trial that was found without its process.
+        study: The study, with its sampler and pruner.
+        objective: Objective, which raises `TrialFailed` for a trial that cannot give a value and `TrialInterrupted` for
+            one that runs again; any other exception except a pruned trial ends the run.
+        n_trials: Total number of trials; see `finished`.
+        lock: The lock of the run.
+        deadline: Deadline after which no trial starts.
+        idle: Function that is called while other processes run the last trials.
+        callbacks: Optuna callbacks, called after each trial of this process.
+        orphaned: Function that is called with each trial that was found without its process.
     """
-    with _prompt_collection() as collect:
-        while end is None or time.monotonic() < end:
-            check_stop()
-            collect()
-            step = _next_step(study, objective, total, lock, sampler, ended, orphaned)
-            if step == "done":
-                return
-            if step == "wait":
-                idle()
-                time.sleep(POLL)
+    deadline = deadline or Deadline()
 
-
-def _next_step(
-    study: Study,
-    objective: Callable[[Trial], Any],
-    total: int,
-    lock: BaseFileLock,
-    sampler: Callable[[int], BaseSampler],
-    ended: Callable[[Study, FrozenTrial], None],
-    orphaned: Callable[[FrozenTrial], None],
-) -> Literal["ran", "wait", "done"]:
-    """Run one trial, if there is one to take."""
-    with lock:
-        for orphan in end_orphans(study):
+    def sweep_now() -> None:
+        for orphan in sweep(study, lock):
             orphaned(orphan)
+
+    sweep_now()
+    while deadline.left > 0:
+        signals.check()
         # One look: a trial that ends between two would be missing from both.
         trials = study.get_trials(deepcopy=False)
         done = [trial for trial in trials if counts(trial)]
+        running = sum(trial.state == TrialState.RUNNING for trial in trials)
         hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
-        if len(done) >= total or hopeless:
-            return "done"
-        counted = len(done) + sum(trial.state == TrialState.RUNNING for trial in trials)
-        if counted >= total:
-            return "wait"
-        queue_interrupted(study)
-        study.sampler = sampler(counted)
-        claimed = _Claimed(study, objective, lock)
+        if (len(done) >= n_trials and not running) or hopeless:
+            return
+        if len(done) + running >= n_trials:
+            sweep_now()
+            idle()
+            time.sleep(POLL)
+            continue
+        started: list[int] = []
+
+        def tracked(trial: Trial, started: list[int] = started) -> Any:
+            started.append(trial.number)
+            return objective(trial)
+
         try:
-            study.optimize(claimed, n_trials=1, catch=(TrialFailed,), callbacks=[ended])
-        except Exception:
-            if not claimed.taken_away:
-                raise
-    return "ran"
-
-
-@contextlib.contextmanager
-def _prompt_collection() -> Iterator[Callable[[], object]]:
-    """Collect what a trial leaves behind, at once.
-
-    A Trainer and its model refer to each other, so that only the garbage collector frees them, and left to itself it
-    comes after tens of trials. What is there before is left out of its search, which makes it quick.
-    """
-    gc.collect()
-    gc.freeze()
-    try:
-        yield gc.collect
-    finally:
-        gc.unfreeze()
-
-
-class _Claimed:
-    """An objective that first makes the trial known as this process's own, then lets others take theirs."""
-
-    def __init__(self, study: Study, objective: Callable[[Trial], Any], lock: BaseFileLock) -> None:
-        self.study, self.objective, self.lock = study, objective, lock
-        self.taken_away = False  # whether others took this process for dead, and its trial for theirs
-
-    def __call__(self, trial: Trial) -> Any:
-        trial.set_user_attr(OWNER, owner())
-        self.lock.release()
-        try:
-            result = self.objective(trial)
-        except optuna.exceptions.UpdateFinishedTrialError:
-            self.taken_away = True
-            raise
-        except optuna.TrialPruned:
-            _write_seal(self.study, trial._trial_id, TrialState.PRUNED, None)
-            raise
-        except TrialFailed:
-            _write_seal(self.study, trial._trial_id, TrialState.FAIL, None)
-            raise
-        values = [result] if isinstance(result, float) else list(result)
-        _write_seal(self.study, trial._trial_id, TrialState.COMPLETE, values)
-        return result
-
-
-def _write_seal(study: Study, trial_id: int, state: TrialState, values: Sequence[float] | None) -> None:
-    seal = _seal(study.study_name, study._storage.get_trial(trial_id), state, values)
-    study._storage.set_trial_user_attr(trial_id, SEAL, seal)
+            study.optimize(
+                tracked,
+                n_trials=1,
+                catch=(TrialFailed, TrialInterrupted),
+                callbacks=list(callbacks),
+                gc_after_trial=True,  # a Trainer and its model refer to each other
+            )
+        except (UpdateFinishedTrialError, ValueError):
+            if not started:
+                raise  # from the sampler
+            continue  # others took this process for dead, and ended its trial: Optuna will not tell it again
+        if study._stop_flag:  # a callback called Optuna's study.stop()
+            return

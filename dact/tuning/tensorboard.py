@@ -21,7 +21,7 @@ METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
 
 @contextlib.contextmanager
 def writer(folder: Path) -> Iterator[SummaryWriter]:
-    """A TensorBoard writer for `folder`, closed at the end."""
+    """Give a TensorBoard writer for `folder`, closed at the end."""
     from torch.utils.tensorboard import SummaryWriter
 
     made = SummaryWriter(str(folder))

@@ -1,10 +1,9 @@
-"""A quiet console: what is shown is worth reading, once."""
+"""Filters of the command line: what it shows is worth reading, once. Never for a library call."""
 
 from __future__ import annotations
 
 import logging
 import re
-import threading
 import warnings
 
 # Messages of Lightning and its neighbours that say nothing about this run or repeat at every start.
@@ -13,11 +12,13 @@ _MESSAGES = re.compile(
     r"|Restoring states from|Loaded model weights|Restored all states|`weights_only` was not set|Loading `train_dataloader`"
     r"|You are using a CUDA device|LOCAL_RANK:|Using default `ModelCheckpoint`|Using bfloat16|Using 16bit|\(AMP\)"
     r"|distributed_backend=|All distributed processes registered|Initializing distributed|^-{20,}$"
+    r"|Detected KeyboardInterrupt|Received SIGTERM"
 )
 _LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
     "lightning.pytorch.trainer.connectors.accelerator_connector",
+    "lightning.pytorch.trainer.connectors.signal_connector",
     "lightning.pytorch.accelerators.cuda",
     "lightning.fabric.utilities.seed",
     "lightning.fabric.utilities.rank_zero",
@@ -47,30 +48,13 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Silence exactly the messages above; all others are shown."""
+    """Silence exactly the messages above, and show other warnings without the line of code that raised them."""
     for name in _LOGGERS:
         logger = logging.getLogger(name)
         if _worth_reading not in logger.filters:
             logger.addFilter(_worth_reading)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
-
-
-def quiet_command() -> None:
-    """The same for a command, where what remains is for its user: without the line of code that raised it."""
-    quiet()
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore[assignment]
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     warnings.filterwarnings("ignore", category=FutureWarning)
-
-
-def quiet_threads() -> None:
-    """Leave it to the main thread to say that a disk or a storage failed: it meets the same error."""
-    show = threading.excepthook
-
-    def hook(arguments: threading.ExceptHookArgs) -> None:
-        module = arguments.exc_type.__module__.partition(".")[0]
-        if not issubclass(arguments.exc_type, OSError) and module not in ("optuna", "sqlalchemy"):
-            show(arguments)
-
-    threading.excepthook = hook

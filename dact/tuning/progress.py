@@ -1,50 +1,54 @@
-"""What the console shows of a tuning run: one live table, then a summary."""
+"""What the console shows of a tuning run: one live table per study, bars for fits, and a summary."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from optuna.study import Study
-from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bars
 from rich.table import Table
 from typing_extensions import override
 
 from dact.files import read_json
-
-if TYPE_CHECKING:
-    from dact.tuning.engine import TuningEngine
+from dact.tuning.run import Winners
+from dact.tuning.training import Deadline
 
 ROWS = 12  # trials in sight
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
 
 
-class Display:
-    """The live table of a run.
+class Progress:
+    """The console of a run."""
 
-    Args:
-        silent: Show nothing, as workers do.
-    """
-
-    def __init__(self, silent: bool = False) -> None:
-        self.console = Console(quiet=silent)
+    def __init__(self) -> None:
+        self.console = Console()
         self._live: Live | None = None
         self._study: Study | None = None
-        self._stage, self._total, self._deadline, self._start = "", 0, 0.0, 0.0
+        self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
+        self._deadline = Deadline()
 
     @contextlib.contextmanager
-    def study(self, stage: str, study: Study, total: int, deadline: float | None) -> Iterator[None]:
-        """Show the trials of a study while it runs."""
-        self._stage, self._study, self._total = stage, study, total
-        self._deadline, self._start = deadline or float("inf"), time.monotonic()
-        self._before = len(_ended(study))
+    def study(self, stage: str, study: Study, total: int, later: int, deadline: Deadline) -> Iterator[None]:
+        """Show the trials of a study while it runs.
+
+        Args:
+            stage: Name of the stage.
+            study: The study.
+            total: Total number of its trials.
+            later: Number of trials of the studies after it.
+            deadline: Its deadline.
+        """
+        self._stage, self._study, self._total, self._later, self._deadline = stage, study, total, later, deadline
+        self._start, self._before = time.monotonic(), len(_ended(study))
         with Live(self._table(), console=self.console, refresh_per_second=4) as live:
             self._live = live
             try:
@@ -66,34 +70,29 @@ class Display:
         """Show how far a fit is, by the callback that this gives."""
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=self.console, transient=True) as progress:
-            yield _FitProgress(progress, progress.add_task(what, total=None))
+        with Bars(*columns, console=self.console, transient=True) as bars:
+            yield _FitProgress(bars, bars.add_task(what, total=None))
         self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
 
-    def announce(self, left: Mapping[str, int], seconds: float, time_out: float | None) -> None:
-        """How long the run is expected to take."""
-        trials = " + ".join(str(max(0, count)) for count in left.values())
-        text = f"about {format_seconds(seconds)} for {trials} trials and the final fit, less what pruning saves"
+    def announce(self, trials: Sequence[int], time_out: float | None) -> None:
+        """Say what the run will do; how long it takes is shown from the first trial on."""
+        text = (
+            f"{' + '.join(map(str, trials))} trials, then the final fit; the time left is shown from the first trial on"
+        )
         if time_out is not None:
-            text += f"; the studies end after {format_seconds(time_out)} at the latest"
-        self.console.print(text, soft_wrap=True)
+            text += (
+                f". The studies end after {format_seconds(time_out)}; what they share and the final fit are not bounded"
+            )
+        self.note(text)
 
     def note(self, text: str) -> None:
-        """Print something that was found."""
+        """Print a line."""
         self.console.print(text, soft_wrap=True)
 
-    def refresh(self) -> None:
-        """Draw the table anew."""
+    def refresh(self, *_: object) -> None:
+        """Draw the table anew; takes what Optuna gives to a callback."""
         if self._live is not None:
             self._live.update(self._table())
-
-    def trial_started(self, trial: BaseTrial, chosen: Mapping[str, Any]) -> None:
-        """Called when a trial has its parameters."""
-        self.refresh()
-
-    def trial_ended(self, study: Study, trial: FrozenTrial) -> None:
-        """Called by Optuna after each trial."""
-        self.refresh()
 
     def _table(self) -> Table:
         assert self._study is not None
@@ -101,15 +100,18 @@ class Display:
         ended = _ended(self._study)
         single = len(self._study.directions) == 1
         heads = ["val_loss"] if single else ["task loss", "exit layer"]
-        title = f"study {self._stage}: {len(ended)} of {self._total} trials"
-        table = Table(title=title, expand=True)
+        table = Table(title=f"study {self._stage}: {len(ended)} of {self._total} trials", expand=True)
         for head, width in (("trial", 5), ("state", 8), *((head, 10) for head in heads)):
             table.add_column(head, min_width=width, no_wrap=True)
         table.add_column("parameters", ratio=1, overflow="ellipsis", no_wrap=True)
-        for trial in trials[-ROWS:]:
+        shown = trials[-ROWS:]
+        differing = _differing(trials)
+        for trial in shown:
             values = [f"{value:.4f}" for value in trial.values] if trial.values else [""] * len(heads)
             state = f"[{COLOURS[trial.state.name]}]{trial.state.name.lower()}[/]"
-            parameters = " ".join(f"{name}={_short(value)}" for name, value in trial.params.items())
+            parameters = " ".join(
+                f"{short_name(name)}={short(value)}" for name, value in trial.params.items() if name in differing
+            )
             table.add_row(str(trial.number), state, *values, parameters)
         table.caption = self._caption(ended, single)
         return table
@@ -124,22 +126,29 @@ class Display:
         elif complete:
             parts.append(f"{len(self._study.best_trials)} trials on the Pareto front")
         here = len(ended) - self._before
-        if here and len(ended) < self._total:
-            seconds = (time.monotonic() - self._start) / here * (self._total - len(ended))
-            parts.append(f"about {format_seconds(min(seconds, self._deadline - time.monotonic()))} left")
+        if here:
+            pace = (time.monotonic() - self._start) / here
+            left = min(pace * max(0, self._total - len(ended)), self._deadline.left) + pace * self._later
+            parts.append(f"about {format_seconds(left)} left for all trials")
         return ", ".join(parts)
 
-    def summary(self, engine: TuningEngine, folder: Path) -> None:
-        """What each study chose, what it is worth, and where everything lies."""
+    def summary(self, folder: Path, winners: Winners, default_epochs: int) -> None:
+        """Show what each study chose, what it is worth, and where everything is.
+
+        Args:
+            folder: Folder of the final fit.
+            winners: What the studies chose.
+            default_epochs: Number of epochs of the fit with the defaults.
+        """
         metrics = read_json(folder / "metrics.json")
         test = metrics["test"]
-        full = test["full_depth"]
         chosen = Table(title="chosen", show_header=False)
         for name in ("classifier_config", "confidence_config", "external_config"):
-            chosen.add_row(name, " ".join(f"{key}={_short(value)}" for key, value in getattr(engine, name).items()))
-        chosen.add_row("lambda_reg", _short(engine.lambda_reg))
+            config = getattr(winners, name)
+            chosen.add_row(name, " ".join(f"{key}={short(value)}" for key, value in config.items()))
+        chosen.add_row("lambda_reg", short(winners.lambda_reg))
         worth = Table("test", "accuracy", "mean layers", "texts/s", title="full depth, early exit and defaults")
-        entries = {"full depth": full, "early exit": test}
+        entries = {"full depth": test["full_depth"], "early exit": test}
         defaults = folder / "defaults" / "metrics.json"
         if defaults.is_file():
             entries["early exit, defaults"] = read_json(defaults)["test"]
@@ -152,28 +161,28 @@ class Display:
             )
         self.console.print(chosen, worth)
         if "early exit, defaults" in entries:
-            assert engine.external_config is not None
-            epochs = (engine.external_config["num_epochs"], engine.trainer["max_epochs"])
-            self.console.print(_verdict(test, entries["early exit, defaults"], epochs), soft_wrap=True)
+            assert winners.external_config is not None
+            epochs = (winners.external_config["num_epochs"], default_epochs)
+            self.note(verdict(test, entries["early exit, defaults"], epochs))
         self.console.print(f"agreement with full depth: {100 * test['agreement']:.2f} %")
-        self.console.print(f"everything is in {folder.parent}; the model in {folder / 'model'}", soft_wrap=True)
-        self.console.print(f"look at it: tensorboard --logdir {folder.parent}", soft_wrap=True)
+        self.note(f"everything is in {folder.parent}; the model in {folder / 'model'}")
+        self.note(f"look at it: tensorboard --logdir {folder.parent}")
 
 
-def _verdict(tuned: Mapping[str, Any], defaults: Mapping[str, Any], epochs: tuple[int, int]) -> str:
-    """Whether tuning beat the defaults on test: no worse in accuracy and layers, and better in one of them.
+def verdict(tuned: Mapping[str, Any], defaults: Mapping[str, Any], epochs: tuple[int, int]) -> str:
+    """Return whether tuning beat the defaults on test: no worse in accuracy and layers, and better in one of them.
 
     Args:
-        tuned: Its test entry.
-        defaults: Likewise.
-        epochs: For which both were fitted.
+        tuned: Test entry of the tuned model.
+        defaults: Test entry of the defaults: what the factories make without tuning.
+        epochs: Number of epochs of the two fits.
     """
     accuracy = 100 * (tuned["accuracy"] - defaults["accuracy"])
     layers = tuned["mean_exit_layer"] - defaults["mean_exit_layer"]
     beats = accuracy >= 0 >= layers and accuracy != layers
-    says = "beats" if beats else "does not beat"
     return (
-        f"the tuned configuration {says} the defaults on test: {accuracy:+.2f} points of accuracy, {layers:+.2f} layers"
+        f"the tuned configuration {'beats' if beats else 'does not beat'} the defaults on test: {accuracy:+.2f} points of "
+        f"accuracy, {layers:+.2f} layers"
         + (f" (fits of {epochs[0]} and {epochs[1]} epochs)" if epochs[0] != epochs[1] else "")
     )
 
@@ -181,30 +190,44 @@ def _verdict(tuned: Mapping[str, Any], defaults: Mapping[str, Any], epochs: tupl
 class _FitProgress(Callback):
     """Advance a progress bar by the batches of a fit."""
 
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
+    def __init__(self, bars: Bars, task: TaskID) -> None:
+        self.bars, self.task = bars, task
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         batches = int(trainer.num_training_batches)
         epochs = trainer.max_epochs or 1
-        self.progress.update(self.task, total=epochs * batches, completed=trainer.current_epoch * batches)
+        self.bars.update(self.task, total=epochs * batches, completed=trainer.current_epoch * batches)
 
     @override
     def on_train_batch_end(self, *args: Any) -> None:
-        self.progress.advance(self.task)
+        self.bars.advance(self.task)
 
 
 def _ended(study: Study) -> list[FrozenTrial]:
     return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
 
 
-def _short(value: Any) -> str:
+def _differing(trials: Sequence[FrozenTrial]) -> set[str]:
+    """Return the parameters in which trials differ, all of them where there is one trial."""
+    names = {name for trial in trials for name in trial.params}
+    if len(trials) < 2:
+        return names
+    return {name for name in names if len({str(trial.params[name]) for trial in trials if name in trial.params}) > 1}
+
+
+def short(value: Any) -> str:
+    """Return a value in few characters."""
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
+def short_name(name: str) -> str:
+    """Return the name of a parameter in fewer characters, still to be recognised."""
+    return name.replace("classifier_", "cls_").replace("confidence_", "conf_")
+
+
 def format_seconds(seconds: float) -> str:
-    """``50 s``, ``7 min`` or ``2.5 h``."""
+    """Return ``50 s``, ``7 min`` or ``2.5 h``."""
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +24,12 @@ MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one split says of a model.
+    """What one split says about a model.
 
     Args:
-        entry: The entry of metrics.json.
-        tolerance_curve: What each tolerance gives, one record per point; the margin is without effect there.
-        margin_curve: What each margin gives, at tolerance 0.
+        entry: Entry of metrics.json.
+        tolerance_curve: One record per tolerance, at margin 1.
+        margin_curve: One record per margin, at tolerance 0.
         exit_layers: int64 ``[examples]``, 1-based.
         depths: int64 ``[examples]`` where the data knows the depth of its examples, else None.
     """
@@ -40,23 +42,31 @@ class Evaluation:
 
 
 @torch.no_grad()
-def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evaluation:
-    """Measure early exit beside full depth, through the same code.
+def evaluate(
+    model: DACT,
+    loader: DataLoader[Any],
+    *,
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    timed: bool = True,
+) -> Evaluation:
+    """Measure early exit next to full depth, by the same code.
 
     Args:
-        model: In eval mode, on the device that it should use.
+        model: Model in eval mode, on the device that it should use.
         loader: Labelled batches.
-        timed: Whether to measure texts per second, too, which takes two more passes.
+        precision: Function that gives the context of the Trainer's precision.
+        timed: Whether to measure texts per second as well, which takes two more passes.
     """
-    answers = layer_answers(model, loader)
+    with precision():
+        answers = layer_answers(model, loader)
     a, p, target = answers.a, answers.p, answers.target
     full = torch.full_like(target, p.shape[1])
     exits = model.exit_layers(a, p, answers.y)
     weights = None if model.class_weights is None else model.class_weights.cpu()
     entry, full_depth = _quality(a, exits, target, weights), _quality(a, full, target, weights)
     if timed:
-        entry["texts_per_second"] = _texts_per_second(model, loader, model.halting)
-        full_depth["texts_per_second"] = _texts_per_second(model, loader, "never")
+        entry["texts_per_second"] = _texts_per_second(model, loader, model.halting, precision)
+        full_depth["texts_per_second"] = _texts_per_second(model, loader, "never", precision)
     entry |= {"full_depth": full_depth, "agreement": _agreement(a, exits)}
 
     def point(tolerance: float = 0.0, margin: float = 1.0) -> dict[str, float]:
@@ -71,10 +81,12 @@ def evaluate(model: DACT, loader: DataLoader[Any], timed: bool = True) -> Evalua
 
 def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:
     answer = functional.answer_at(a, exits)
-    layers = a.shape[1]
+    layers, classes = a.shape[1:]
+    labels = answer.argmax(1)
     return {
-        "accuracy": (answer.argmax(1) == target).double().mean().item(),
-        "macro_f1": multiclass_f1_score(answer, target, num_classes=a.shape[2], average="macro").item(),
+        "accuracy": (labels == target).double().mean().item(),
+        "macro_f1": multiclass_f1_score(answer, target, num_classes=classes, average="macro").item(),
+        "majority_share": torch.bincount(labels, minlength=classes).max().item() / len(labels),
         "task_loss": functional.task_loss(answer, target, weights).item(),
         "mean_exit_layer": exits.double().mean().item(),
         "exit_histogram": torch.bincount(exits - 1, minlength=layers).tolist(),
@@ -85,17 +97,23 @@ def _agreement(a: Tensor, exits: Tensor) -> float:
     return (functional.answer_at(a, exits).argmax(1) == a[:, -1].argmax(1)).double().mean().item()
 
 
-def _texts_per_second(model: DACT, loader: DataLoader[Any], halting: functional.HaltingRule) -> float:
-    """Early exit over all batches with a halting rule; making the batches is not timed."""
-    own, texts, seconds = model.halting, 0, 0.0
+def _texts_per_second(
+    model: DACT,
+    loader: DataLoader[Any],
+    halting: functional.HaltingRule,
+    precision: Callable[[], AbstractContextManager[Any]],
+) -> float:
+    """Return the speed of early exit with a halting rule over all batches; making the batches is not timed."""
+    before, texts, seconds = model.halting, 0, 0.0
     model.halting = halting
     try:
-        for batch in loader:
-            batch = move(batch, model.device)
-            start = time.perf_counter()
-            model.early_exit(batch).exit_layer.tolist()  # waits for a GPU, too
-            seconds += time.perf_counter() - start
-            texts += len(batch["input_ids"])
+        with precision():
+            for batch in loader:
+                batch = move(batch, model.device)
+                start = time.perf_counter()
+                model.early_exit(batch).exit_layer.tolist()  # waits for a GPU as well
+                seconds += time.perf_counter() - start
+                texts += len(batch["input_ids"])
     finally:
-        model.halting = own
+        model.halting = before
     return texts / seconds

@@ -1,0 +1,87 @@
+"""The shape of batches, checked before a model sees them, for datamodules of any origin."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from typing_extensions import override
+
+EXPECTED = "a dict with input_ids [batch, length], attention_mask of the same shape and labels [batch]"
+
+
+def check_batch(batch: Any, classes: int, *, labelled: bool, check_range: bool = True) -> None:
+    """Raise an error unless a batch is one that `dact.DACT` can read.
+
+    Args:
+        batch: What a dataloader yields.
+        classes: Number of classes.
+        labelled: Whether labels are needed.
+        check_range: Whether to look at the values of the labels, which waits for a GPU.
+
+    Raises:
+        TypeError: If it is no mapping of tensors.
+        KeyError: If labels are needed and missing.
+        ValueError: If the shapes differ, or a label is no class.
+    """
+    if not isinstance(batch, Mapping):
+        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
+        raise TypeError(f"a batch must be {EXPECTED}, got a {type(batch).__name__}{size}")
+    shapes = {name: list(value.shape) for name, value in batch.items() if isinstance(value, Tensor)}
+    ids, mask, labels = (shapes.get(name) for name in ("input_ids", "attention_mask", "labels"))
+    if labelled and labels is None:
+        raise KeyError(f"a batch must be {EXPECTED}, got the keys {', '.join(map(str, batch))}")
+    first = next(iter(shapes.values()), None)
+    if ids is not None and (len(ids) != 2 or (mask is not None and mask[:2] != ids)):
+        raise ValueError(f"a batch must be {EXPECTED}, got input_ids {ids} and attention_mask {mask}")
+    if labels is None or not labelled:
+        return
+    rows = (ids or first or [0])[0]
+    if len(labels) != 1 or labels[0] != rows or batch["labels"].is_floating_point():
+        raise ValueError(
+            f"labels must be one integer per example, [{rows}], got {batch['labels'].dtype} {labels}: several labels per "
+            "example and numbers as targets are not supported"
+        )
+    if check_range and labels[0] > 0:
+        smallest, largest = batch["labels"].min().item(), batch["labels"].max().item()
+        if smallest < 0 or largest >= classes:
+            raise ValueError(
+                f"labels must be in 0 … {classes - 1}, got {smallest if smallest < 0 else largest}: number the classes from "
+                "0, or set output_dimension to their number"
+            )
+
+
+class CheckBatches(Callback):
+    """Check every batch on a CPU, and the first of each epoch on a GPU."""
+
+    def _check(self, model: LightningModule, batch: Any, index: int, labelled: bool) -> None:
+        check_batch(
+            batch,
+            int(model.output_dimension),  # type: ignore[arg-type]
+            labelled=labelled,
+            check_range=index == 0 or model.device.type == "cpu",
+        )
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self._check(pl_module, batch, batch_idx, labelled=True)
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        self._check(pl_module, batch, batch_idx, labelled=True)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        self._check(pl_module, batch, batch_idx, labelled=True)
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+    ) -> None:
+        self._check(pl_module, batch, batch_idx, labelled=False)

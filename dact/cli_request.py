@@ -1,0 +1,177 @@
+"""What the words of a command line ask for, before LightningCLI parses them."""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dact.cli_errors import class_parameters, config_files
+from dact.model_paths import find_model, find_tokenizer, stored_max_length
+
+EVALUATING = ("validate", "test", "predict", "calibrate")
+COMMANDS = ("fit", *EVALUATING, "tune")
+OWN_FILES = "TextClassificationData"
+
+
+@dataclass
+class Request:
+    """A command, completed by what follows from the rest of it.
+
+    Args:
+        command: Name of the command.
+        words: Words for LightningCLI's parser.
+        model: Where the stored model is, by ``--model``, for a command that evaluates one.
+        sections: What the configuration files say, the later ones over the earlier ones.
+        given: The words as they were typed.
+    """
+
+    command: str
+    words: list[str]
+    model: str | None = None
+    sections: dict[str, Any] = field(default_factory=dict)
+    given: list[str] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, words: list[str]) -> Request:
+        """Return the request of a command line."""
+        command = next(word for word in words if word in COMMANDS)
+        request = cls(command, list(words), given=list(words))
+        for file in config_files(words):
+            try:
+                content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except (OSError, yaml.YAMLError):
+                continue  # the parser reports it
+            _merge(request.sections, content if isinstance(content, dict) else {})
+        if not any(word in ("-h", "--help") for word in words):
+            request._take_model()
+            request._complete_words()
+        return request
+
+    def gives(self, option: str) -> bool:
+        """Return whether the command line or a file gives an option, such as ``model.output_dimension``."""
+        if any(word == f"--{option}" or word.startswith(f"--{option}=") for word in self.words):
+            return True
+        node: Any = self.sections
+        for name in option.split("."):
+            node = node.get("init_args", node) if isinstance(node, dict) and name not in node else node
+            node = node.get(name) if isinstance(node, dict) else None
+        return node is not None
+
+    def value(self, option: str) -> Any:
+        """Return the value of an option as it was given, or None."""
+        for index, word in reversed(list(enumerate(self.words))):
+            if word.startswith(f"--{option}="):
+                return word.split("=", 1)[1]
+            if word == f"--{option}" and index + 1 < len(self.words):
+                return self.words[index + 1]
+        node: Any = self.sections
+        for name in option.split("."):
+            node = node.get("init_args", node) if isinstance(node, dict) and name not in node else node
+            node = node.get(name) if isinstance(node, dict) else None
+        return node
+
+    def model_words(self) -> list[str]:
+        """Return the command, and the words that give options of the model."""
+        words: list[str] = []
+        for index, word in enumerate(self.words):
+            if word.startswith("--model.") and not word.startswith("--model.encoder"):
+                words += [word] if "=" in word else self.words[index : index + 2]
+        return words
+
+    def again(self, name: str, value: str) -> str:
+        """Return the command line, with an option set to `value`."""
+        words, skip = [], False
+        for word in self.given:
+            if skip or word == f"--{name}" or word.startswith(f"--{name}="):
+                skip = word == f"--{name}"
+                continue
+            words.append(word)
+        return shlex.join(["dact", *words, f"--{name}", value])
+
+    def _take_model(self) -> None:
+        """Take a ``--model`` that is no file of options out of the words."""
+        if self.command not in EVALUATING:
+            return
+        for index, word in enumerate(self.words):
+            flag, equals, value = word.partition("=")
+            if flag != "--model":
+                continue
+            count = 1 if equals else 2
+            value = value if equals else "".join(self.words[index + 1 : index + 2])
+            if not value.endswith((".yaml", ".yml", ".json")):
+                self.model = value
+                del self.words[index : index + count]
+                return
+
+    def _complete_words(self) -> None:
+        """Add the class of data for a person's own files, and its tokenizer, where they were not given."""
+        import dact.data  # whose classes can then be named without the package
+
+        for name in dact.data.__all__:
+            getattr(dact.data, name)
+        if str(self.value("model.encoder.class_path") or self.value("model.encoder")).endswith("HuggingFaceEncoder"):
+            import dact.encoders.huggingface  # likewise
+        data = self.value("data.class_path") or self.value("data")
+        if data is None and any(word.startswith("--data.") for word in self.words):
+            data = OWN_FILES
+            self.words.insert(self.words.index(self.command) + 1, f"--data={data}")
+        known = class_parameters(data) if isinstance(data, str) else None
+        if isinstance(known, list) and "tokenizer" in known and not self.gives("data.tokenizer"):
+            source = self._tokenizer()
+            if source is not None:
+                self.words.append(f"--data.tokenizer={source}")
+
+    def _tokenizer(self) -> str | None:
+        """Return where the tokenizer of the stored model is, or of the encoder to train."""
+        if self.command in EVALUATING:
+            path = self.model or self.value("ckpt_path")
+            folder = find_tokenizer(find_model(path)) if path else None
+            return None if folder is None else str(folder)
+        pretrained = self.value("model.encoder.pretrained")
+        return pretrained if isinstance(pretrained, str) else None
+
+    def predict_file(self, config: Any) -> Any:
+        """Return the data of a file to classify, read a batch at a time; None for other data and commands."""
+        data = config.get("data")
+        if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
+            return None
+        from dact.data.tokenizers import load_tokenizer
+        from dact.predictions import PredictionData
+
+        arguments = data["init_args"]
+        if arguments.get("predict_file") is None:
+            raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
+        folder = Path(str(arguments["tokenizer"]))
+        stored = stored_max_length(folder) if (folder / "tokenizer_config.json").is_file() else None
+        length = arguments["max_length"] if self.gives("data.max_length") or stored is None else stored
+        columns = {name: arguments[name] for name in ("text_column", "text_pair_column")}
+        tokenizer = load_tokenizer(str(arguments["tokenizer"]))
+        return PredictionData(arguments["predict_file"], tokenizer, max_length=length, **columns)
+
+    def complete_data(self, config: Any, model: Any) -> None:
+        """Give data of a person's own files the classes and the length of the stored model."""
+        data = config.get("data")
+        if data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
+            return
+        arguments = data["init_args"]
+        if arguments.get("class_names") is None and model.class_names is not None:
+            arguments["class_names"] = list(model.class_names)
+        folder = Path(str(arguments["tokenizer"]))
+        if not self.gives("data.max_length") and (folder / "tokenizer_config.json").is_file():
+            arguments["max_length"] = stored_max_length(folder) or arguments["max_length"]
+
+
+def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
+    """Let the entries of `over` replace those of `base`, section by section; another class starts anew."""
+    for name, value in over.items():
+        old = base.get(name)
+        if isinstance(value, dict) and isinstance(old, dict):
+            if "class_path" in value and value["class_path"] != old.get("class_path", value["class_path"]):
+                old.clear()
+            _merge(old, value)
+        else:
+            base[name] = value

@@ -1,0 +1,149 @@
+"""Layers as ONNX Runtime graphs: the encoder of a folder that `dact.export` wrote."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dact.encoders.base import Batch, LayeredEncoder
+from dact.files import replacing
+
+try:
+    import onnxruntime
+except ImportError as error:
+    raise ImportError(
+        "an exported model runs on ONNX Runtime, which is not installed: pip install 'dact[onnx]'"
+    ) from error
+
+EMBED, POOL = "embed.onnx", "pool.onnx"
+
+
+class OnnxEncoder(LayeredEncoder):
+    """An encoder whose embedding, layers and pooling are graphs that ONNX Runtime runs on the CPU.
+
+    It keeps the contract of `LayeredEncoder`, so early exit, calibration and `TextClassifier` work as they do with
+    PyTorch. It has no parameters: training can reach the submodels alone. The graphs use as many threads as PyTorch
+    does when they are loaded.
+
+    Args:
+        folder: Folder with the graphs.
+        layers: File names of the layers' graphs, from the first layer to the last. Layers that share their weights
+            share a graph.
+        hidden_size: Width of the hidden state.
+        vocab_size: Number of token ids, None if unknown.
+        max_length: Longest input in tokens, None if there is no bound.
+        digests: SHA-256 of each file, in hexadecimal.
+
+    Raises:
+        ImportError: If ONNX Runtime is not installed.
+        ValueError: If a graph is missing or corrupted.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        layers: Sequence[str],
+        hidden_size: int,
+        vocab_size: int | None,
+        max_length: int | None,
+        digests: Mapping[str, str],
+    ) -> None:
+        super().__init__()
+        self.folder = Path(folder)
+        self.num_layers = len(layers)
+        self.hidden_size = hidden_size
+        self.vocab_size = vocab_size
+        self.max_length = max_length
+        self._layers = tuple(layers)
+        self._digests = dict(digests)
+        self._graphs = {
+            name: _Graph(self.folder / name, self._digests) for name in (EMBED, *dict.fromkeys(layers), POOL)
+        }
+
+    def embed(self, batch: Batch) -> Tensor:
+        ids = batch["input_ids"]
+        # Hugging Face's own default for absent token types is zeros.
+        types = batch.get("token_type_ids", torch.zeros_like(ids))
+        return self._graphs[EMBED](input_ids=ids, token_type_ids=types, attention_mask=self.mask(batch).long())
+
+    def context(self, hidden: Tensor, mask: Tensor) -> Tensor:
+        return mask.long()
+
+    def layer(self, layer: int, hidden: Tensor, context: Tensor) -> Tensor:
+        return self._graphs[self._layers[layer - 1]](hidden=hidden, mask=context)
+
+    def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
+        return self._graphs[POOL](hidden=hidden, mask=mask.long())
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "type": "OnnxEncoder",
+            "layers": list(self._layers),
+            "hidden_size": self.hidden_size,
+            "vocab_size": self.vocab_size,
+            "max_length": self.max_length,
+            "digests": self._digests,
+        }
+
+    def save_files(self, folder: Path) -> None:
+        for name in self._graphs:
+            if not (folder / name).exists() or not (folder / name).samefile(self.folder / name):
+                with replacing(folder / name) as partial:
+                    shutil.copyfile(self.folder / name, partial)
+
+
+class _Graph:
+    """One graph of tensors by name to one tensor; it is copied and pickled by its path."""
+
+    def __init__(self, path: Path, digests: Mapping[str, str]) -> None:
+        name = path.name
+        if not path.is_file():
+            raise ValueError(f"{path.parent} lacks the graph {name}: export the model again")
+        if digest(path) != digests.get(name):
+            raise ValueError(f"{path} is corrupted: its content is not what dact.export wrote")
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._inputs = [entry.name for entry in self._session.get_inputs()]
+        self._origin = path, digests
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Graph, self._origin
+
+    def __call__(self, **tensors: Tensor) -> Tensor:
+        feed = {name: tensors[name].detach().cpu().numpy() for name in self._inputs}
+        (output,) = self._session.run(None, feed)
+        return torch.from_numpy(output).to(next(iter(tensors.values())).device)
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def quantize(path: Path) -> None:
+    """Replace a graph by one with 8-bit weights, one scale per channel; activations are quantised as they come."""
+    import onnx
+    from onnxruntime.quantization import quantize_dynamic
+
+    graph = onnx.load(path)
+    # Without this mark the library logs advice for convolutional networks, once for each graph.
+    onnx.helper.set_model_props(graph, {"onnx.quant.pre_process": "onnxruntime.quant"})
+    onnx.save(graph, path)
+    # The library logs through the root logger, and the first such message would configure logging for the whole program.
+    silent = logging.NullHandler()
+    logging.root.addHandler(silent)
+    try:
+        with replacing(path) as partial:
+            quantize_dynamic(path, partial, per_channel=True)
+    finally:
+        logging.root.removeHandler(silent)

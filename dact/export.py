@@ -1,0 +1,221 @@
+"""Export: a fitted model whose encoder runs on ONNX Runtime instead of PyTorch."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from dact.data.tokenizers import load_tokenizer
+from dact.encoders.base import LayeredEncoder
+from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, digest
+from dact.encoders.onnx import quantize as quantize_graph
+from dact.files import read_json, replacing_folder
+from dact.model import CONFIG_NAME, DACT
+
+Quantization = Literal["int8"]
+OPSET = 17  # the first with a layer normalisation of its own
+TOLERANCE = 1e-4  # largest difference of a graph from PyTorch, as a share of the largest value
+
+
+@dataclass(frozen=True)
+class Export:
+    """What `export` wrote.
+
+    Args:
+        folder: The folder.
+        quantize: ``"int8"``, or None for float32.
+        megabytes: Size of the graphs on disk, in millions of bytes.
+        difference: Largest difference of a float32 graph from PyTorch, as a share of its largest value.
+        quantized_difference: The same after quantisation, root mean square over root mean square; None for float32.
+        promise_dropped: Whether the model had a promise, which does not carry over.
+    """
+
+    folder: Path
+    quantize: Quantization | None
+    megabytes: float
+    difference: float
+    quantized_difference: float | None
+    promise_dropped: bool
+
+    def __str__(self) -> str:
+        checked = f"within {self.difference:.0e} of PyTorch"
+        if self.quantized_difference is not None:
+            checked = f"int8, {self.quantized_difference:.1%} from PyTorch (float32: {checked})"
+        lines = [f"{self.folder}: {self.megabytes:.1f} MB of graphs, {checked}"]
+        if self.promise_dropped:
+            lines.append("its promise was dropped, since margins move: set it again with dact calibrate on this folder")
+        return "\n".join(lines)
+
+
+def export(model_dir: str | Path, output: str | Path, quantize: Quantization | None = None) -> Export:
+    """Write a model folder whose encoder runs on ONNX Runtime, and say what was written.
+
+    The embedding, each layer and the pooling become graphs of any batch size and length, each compared with PyTorch
+    before the folder appears. `DACT.from_pretrained` and `TextClassifier.from_pretrained` read the folder like any
+    other. A promise that `dact.calibrate` made is dropped, since margins move: calibrate the new folder.
+
+    Args:
+        model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
+        output: Folder to write. An earlier export there is replaced.
+        quantize: ``"int8"`` for weights of 8 bits, one scale per channel, with activations quantised as they come;
+            float32 if left out. Processors without VNNI instructions lose some accuracy with int8.
+
+    Raises:
+        ImportError: If ONNX Runtime or onnx is not installed.
+        FileNotFoundError: If there is no model in `model_dir`.
+        ValueError: If `quantize` is unknown, `output` holds something else, the model is exported already, or a graph
+            differs from PyTorch.
+    """
+    if quantize is not None and quantize not in get_args(Quantization):
+        raise ValueError(f"export: quantize must be None or 'int8', got {quantize!r}")
+    model_dir, output = Path(model_dir), Path(output)
+    _check_output(output)
+    with torch.random.fork_rng(devices=[]):  # a model is built with random weights before its own are read
+        return _export(model_dir, output, quantize)
+
+
+def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Export:
+    model = DACT.from_pretrained(model_dir)
+    encoder = model.encoder
+    if isinstance(encoder, OnnxEncoder):
+        raise ValueError(f"export: {model_dir} was exported already: give the folder that the fit left")
+    had_promise = model.calibration is not None
+    model.end_calibration()
+    with replacing_folder(output) as folder, torch.no_grad():
+        layers = _write_graphs(encoder, folder)
+        exported = _open(folder, layers, encoder)
+        difference = max(_largest(*pair) for pair in _outputs(encoder, exported))
+        if not difference <= TOLERANCE:
+            raise ValueError(
+                f"export: a graph differs from PyTorch by {difference:.1e} of its largest value, where at most "
+                f"{TOLERANCE:.0e} was expected: this encoder cannot be exported"
+            )
+        quantized_difference = None
+        if quantize is not None:
+            for path in sorted(folder.iterdir()):
+                quantize_graph(path)
+            exported = _open(folder, layers, encoder)
+            quantized_difference = max(_root_mean_square(*pair) for pair in _outputs(encoder, exported))
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        model.encoder = exported
+        model.save_pretrained(folder)
+        if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+            load_tokenizer(str(model_dir.resolve())).save_pretrained(folder)
+    return Export(output, quantize, size / 1e6, difference, quantized_difference, had_promise)
+
+
+def _check_output(output: Path) -> None:
+    """Raise an error if a folder is there that no export wrote: it would be replaced."""
+    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
+        return
+    config = read_json(output / CONFIG_NAME) if (output / CONFIG_NAME).is_file() else None
+    encoder = config.get("encoder") if isinstance(config, dict) else None
+    if not isinstance(encoder, dict) or encoder.get("type") != "OnnxEncoder":
+        raise ValueError(f"export: {output} exists and was not written by dact export: give another folder")
+
+
+class _Traced(nn.Module):
+    """One method of an encoder as a module, which is what can be traced."""
+
+    def __init__(self, encoder: LayeredEncoder, run: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.run = run
+        self.eval()  # the exporter restores the mode of what it traced: that of the encoder must not change
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.run(*tensors)
+
+
+def _write_graphs(encoder: LayeredEncoder, folder: Path) -> list[str]:
+    """Write the graphs of an encoder, and return the file names of its layers'."""
+    _attend_plainly(encoder)
+    ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+
+    def embed(input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        return encoder.embed(
+            {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": attention_mask}
+        )
+
+    inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
+    hidden = embed(**inputs)
+    states = {"hidden": hidden, "mask": mask}
+    _write_graph(folder / EMBED, encoder, embed, inputs)
+    names: dict[str, str] = {}  # layers that share their weights give the same graph
+    layers = []
+    for n in range(1, encoder.num_layers + 1):
+        path = folder / f"layer_{n}.onnx"
+        _write_graph(path, encoder, lambda h, m, n=n: encoder.layer(n, h, encoder.context(h, m)), states)
+        layers.append(names.setdefault(digest(path), path.name))
+        if layers[-1] != path.name:
+            path.unlink()
+    # One graph serves all layers: the norm before it, where there is one, is the same for all.
+    _write_graph(folder / POOL, encoder, lambda h, m: encoder.pool(1, h, m), states)
+    return layers
+
+
+def _attend_plainly(encoder: LayeredEncoder) -> None:
+    """Let a Hugging Face model write its attention out: the fused one guards against cases that padding never makes."""
+    model: Any = getattr(encoder, "model", None)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
+
+
+def _write_graph(path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
+    with warnings.catch_warnings():
+        # Warnings of the tracer and of the exporter's age; whether the graph is right is measured.
+        warnings.simplefilter("ignore")
+        torch.onnx.export(
+            _Traced(encoder, run),
+            tuple(inputs.values()),
+            path,
+            input_names=list(inputs),
+            output_names=["output"],
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs} | {"output": {0: "batch"}},
+            opset_version=OPSET,
+            dynamo=False,  # the newer exporter needs another package and fixes the sizes that its example has
+        )
+
+
+def _open(folder: Path, layers: list[str], encoder: LayeredEncoder) -> OnnxEncoder:
+    return OnnxEncoder(
+        folder,
+        layers=layers,
+        hidden_size=encoder.hidden_size,
+        vocab_size=encoder.vocab_size,
+        max_length=encoder.max_length,
+        digests={path.name: digest(path) for path in sorted(folder.iterdir())},
+    )
+
+
+def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[Tensor, Tensor]]:
+    """What PyTorch and each graph give for the same input, for batches of other sizes than the traced one."""
+    generator = torch.Generator().manual_seed(0)
+    longest = min(80, encoder.max_length or 80)
+    for rows, length in ((3, min(17, longest)), (1, longest), (1, 1)):
+        ids = torch.randint(0, encoder.vocab_size or 2, (rows, length), generator=generator)
+        mask = torch.ones_like(ids)
+        mask[1:, (length + 1) // 2 :] = 0
+        batch, valid = {"input_ids": ids, "attention_mask": mask}, mask.bool()
+        hidden = encoder.embed(batch)
+        yield hidden[valid], exported.embed(batch)[valid]
+        context = encoder.context(hidden, mask)
+        for n in range(1, encoder.num_layers + 1):
+            after = encoder.layer(n, hidden, context)
+            yield after[valid], exported.layer(n, hidden, mask)[valid]
+            hidden = after
+            yield encoder.pool(n, hidden, mask), exported.pool(n, hidden, mask)
+
+
+def _largest(expected: Tensor, got: Tensor) -> float:
+    return ((got - expected).abs().max() / expected.abs().max()).item()
+
+
+def _root_mean_square(expected: Tensor, got: Tensor) -> float:
+    return ((got - expected).norm() / expected.norm()).item()

@@ -1,0 +1,64 @@
+"""Where a fitted model is: a checkpoint, a model/ folder, or the folder of a run that holds one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dact.encoders import LayeredEncoder
+from dact.model import CONFIG_NAME, DACT
+
+
+def find_model(path: str | Path) -> Path:
+    """Return the checkpoint file or model/ folder that `path` stands for.
+
+    Args:
+        path: A ``.ckpt`` file, a folder with config.json, or the folder of a run: that of ``dact tune`` stands for its
+            ``final/model``, that of ``dact fit`` for its ``model``.
+
+    Raises:
+        FileNotFoundError: If there is no model.
+    """
+    path = Path(path)
+    if path.is_file():
+        return path
+    for folder in (path, path / "final" / "model", path / "model"):
+        if (folder / CONFIG_NAME).is_file():
+            return folder
+    inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else None
+    state = "does not exist" if inside is None else f"has {', '.join(inside)}" if inside else "is empty"
+    raise FileNotFoundError(
+        f"no model at {path}, which {state}: expected a checkpoint, a model/ folder, or the folder of a run, such as "
+        "lightning_logs/version_0"
+    )
+
+
+def load_model(path: Path, encoder: LayeredEncoder | None = None, **overrides: Any) -> DACT:
+    """Return the model of a path that `find_model` returned, in eval mode on the CPU."""
+    if path.is_dir():
+        return DACT.from_pretrained(path, encoder=encoder, **overrides)
+    return DACT.load_from_checkpoint(path, encoder=encoder, **overrides).eval()
+
+
+def counterpart(path: Path) -> Path | None:
+    """Return the model/ folder next to a checkpoint of a run, or the best checkpoint next to its model/ folder."""
+    if path.is_dir():
+        checkpoint = path.parent / "checkpoints" / "best.ckpt"
+        return checkpoint if checkpoint.is_file() else None
+    folder = path.parent.parent / "model"
+    return folder if (folder / CONFIG_NAME).is_file() else None
+
+
+def find_tokenizer(path: Path) -> Path | None:
+    """Return the folder with the tokenizer of a model, or None if none was stored with it."""
+    folder = path if path.is_dir() else counterpart(path)
+    return folder if folder is not None and (folder / "tokenizer_config.json").is_file() else None
+
+
+def stored_max_length(folder: Path) -> int | None:
+    """Return the number of tokens to which the tokenizer in `folder` cuts texts, or None if it has no limit."""
+    length = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
+    return (
+        length if isinstance(length, int) and length < 1_000_000 else None
+    )  # Hugging Face's mark for no limit is 1e30

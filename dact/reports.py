@@ -1,0 +1,150 @@
+"""What a command says: a line per epoch, the end of a fit, and whether a promise holds on a test."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from torch import Tensor
+from typing_extensions import override
+
+from dact.model import DACT
+
+
+class Bar(RichProgressBar):
+    """A progress bar of one line; the metrics of an epoch have a line of their own, see `EpochLines`."""
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {}
+
+
+class EpochLines(Callback):
+    """Print the metrics of each epoch on one line, and at the end of a fit what its best epoch is worth.
+
+    Warn where all validation examples get one class.
+
+    Args:
+        monitor: Name of the metric by which the best epoch is chosen.
+        mode: ``"min"`` or ``"max"``.
+    """
+
+    def __init__(self, monitor: str = "val_loss", mode: str = "min") -> None:
+        self.monitor, self.sign = monitor, 1 if mode == "min" else -1
+        self._started = 0.0
+        self._labels: Tensor | None = None  # [classes], how many validation examples each class has
+        self._predicted: Tensor | None = None  # [classes], how many got it
+        self._best: tuple[float, int, dict[str, float], Tensor, Tensor] | None = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._best = state_dict["best"]
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if isinstance(pl_module, DACT):
+            counts: Any = pl_module.val_metrics["macro_f1"]  # the counts per class of this process
+            self._labels, self._predicted = (counts.tp + counts.fn).cpu(), (counts.tp + counts.fp).cpu()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        shown = ("train_loss", "val_loss", "val_accuracy", "val_exit_layer")
+        values = [f"{_short(name)} {metrics[name]:.3f}" for name in shown if name in metrics]
+        last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        seconds = time.monotonic() - self._started
+        _say(trainer, f"epoch {trainer.current_epoch + 1}{last}: {', '.join(values)} ({seconds:.0f} s)")
+        if self.monitor in metrics and self._labels is not None and self._predicted is not None:
+            score = self.sign * metrics[self.monitor]
+            if self._best is None or score < self._best[0]:
+                self._best = (score, trainer.current_epoch + 1, metrics, self._labels, self._predicted)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._best is None or not isinstance(pl_module, DACT):
+            return
+        _, epoch, metrics, labels, predicted = self._best
+        names = pl_module.class_names or [str(label) for label in range(len(labels))]
+        largest = int(labels.argmax())
+        share = 100 * labels[largest].item() / max(1, int(labels.sum()))
+        _say(
+            trainer,
+            f"best epoch {epoch}: accuracy {100 * metrics['val_accuracy']:.2f} % where {names[largest]!r}, the largest "
+            f"class, is {share:.2f} %, macro F1 {metrics['val_macro_f1']:.3f}, "
+            f"{metrics['val_exit_layer']:.2f} of {pl_module.encoder.num_layers} layers",
+        )
+        if (predicted > 0).sum() == 1:
+            rank_zero_warn(
+                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned no more "
+                "than the largest class. Try more epochs, another learning_rate, class_weights: balanced, or monitor: "
+                "val_macro_f1"
+            )
+
+
+def _short(name: str) -> str:
+    """``val_accuracy`` -> ``accuracy``; the losses keep their stage."""
+    return name if name.endswith("loss") else name.removeprefix("val_")
+
+
+def _say(trainer: Trainer, text: str) -> None:
+    """Print above a progress bar, if there is one."""
+    if not trainer.is_global_zero:
+        return
+    bar = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.progress is not None and sys.stdout.isatty():
+        bar.progress.console.print(text, highlight=False, markup=False)
+    else:
+        print(text, flush=True)
+
+
+def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], layers: int, counts: Tensor) -> str:
+    """Return whether a promise holds on test labels, with the standard error of what was measured.
+
+    Args:
+        calibration: What `DACT.calibration` holds.
+        metrics: The logged metrics of a test.
+        layers: Number of layers.
+        counts: Number of test examples that left after each layer, ``[layers]``.
+    """
+    promise = calibration["promise"]
+    examples = int(counts.sum())
+    agreement = metrics["test_agreement"]
+    if promise.get("max_accuracy_loss") is not None:
+        loss = metrics[f"test_layer_accuracy/{layers}"] - metrics["test_accuracy"]
+        # An example counts for or against early exit only if its class differs from that of full depth.
+        error = (max(0.0, 1 - agreement - loss**2) / examples) ** 0.5
+        excess = loss - promise["max_accuracy_loss"]
+        what = (
+            f"at most {100 * promise['max_accuracy_loss']:g} points of accuracy below full depth. Here it is "
+            f"{100 * loss:.2f} points (standard error at most {100 * error:.2f})"
+        )
+    elif promise.get("min_agreement") is not None:
+        error = (agreement * (1 - agreement) / examples) ** 0.5
+        excess = promise["min_agreement"] - agreement
+        what = (
+            f"at least {100 * promise['min_agreement']:g} % agreement with full depth. Here it is "
+            f"{100 * agreement:.2f} % (standard error {100 * error:.2f})"
+        )
+    else:
+        exits = counts.double()
+        mean = metrics["test_exit_layer"]
+        squares = sum(n**2 * count for n, count in enumerate(exits.tolist(), start=1)) / examples
+        error = (max(0.0, squares - mean**2) / examples) ** 0.5
+        excess = mean - promise["max_layers"]
+        what = f"at most {promise['max_layers']:g} layers. Here it is {mean:.2f} (standard error {error:.2f})"
+    verdict = "holds" if excess <= 0 else "is within its error" if excess <= 2 * error else "does not hold"
+    dial = promise["dial"]
+    return f"promise of {dial} {calibration[dial]:g}: {what}: it {verdict} on these {examples} examples"

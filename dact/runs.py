@@ -1,0 +1,94 @@
+"""Runs of ``dact fit``: whose folder it is, whether a run may be resumed, and what follows from its training data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.cli import LightningArgumentParser
+
+RUNS = "lightning_logs"
+
+
+def check_tag(folder: Path, command: str) -> Path:
+    """Return the folder of a run.
+
+    Raises:
+        ValueError: If the name of the run is a path, or the run belongs to another command.
+    """
+    tag = folder.name
+    if folder.parent.name == "" or tag in (".", ".."):
+        raise ValueError(f"run_tag must be a name, got {tag!r}")
+    tuned = any((folder / name).exists() for name in ("studies.db", "submodels", "classifier_config.yaml", "final"))
+    fitted = any((folder / name).exists() for name in ("checkpoints", "model"))
+    if (tuned and command == "fit") or (fitted and command == "tune"):
+        raise ValueError(f"{folder} belongs to dact {'tune' if tuned else 'fit'}: give another --run_tag")
+    return folder
+
+
+def build_data(config: dict[str, Any]) -> LightningDataModule:
+    """Return the datamodule that the ``data:`` section of a configuration describes."""
+    builder = LightningArgumentParser(exit_on_error=False)
+    builder.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+    data: LightningDataModule = builder.instantiate_classes(builder.parse_object({"data": config})).data
+    return data
+
+
+def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
+    """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of that class.
+
+    Args:
+        data: Set up for fit.
+        classes: Number of classes.
+
+    Raises:
+        ValueError: If a class has no example.
+    """
+    labels = getattr(getattr(data, "splits", {}).get("train"), "labels", None)
+    if labels is None:
+        labels = torch.cat([batch["labels"].cpu() for batch in data.train_dataloader()])
+    counts = torch.bincount(torch.as_tensor(labels), minlength=classes).double()
+    if (counts == 0).any():
+        raise ValueError(
+            f"class_weights: balanced needs training examples of every class, but there are {counts.long().tolist()}"
+        )
+    return [round(weight, 6) for weight in (counts.sum() / (classes * counts)).tolist()]
+
+
+def check_same_run(folder: Path, now: dict[str, Any]) -> None:
+    """Raise an error if a run was started with another model or other data.
+
+    Args:
+        folder: Folder of the run.
+        now: The configuration of a fit, as its config.yaml would have it.
+
+    Raises:
+        ValueError: If they differ; the message names the first entry that does.
+    """
+    stored = folder / "config.yaml"
+    before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else now
+    for section in ("model", "data", "optimizer", "lr_scheduler"):
+        if now.get(section) != before.get(section):
+            different = _first_difference(before.get(section), now.get(section), section)
+            raise ValueError(
+                f"run {folder.name} was started with another {different}: give it as {stored} has it, or give another "
+                "--run_tag"
+            )
+
+
+def epochs_done(checkpoint: Path) -> int:
+    """Return the number of epochs after which a checkpoint was written."""
+    epoch: int = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]
+    return epoch + 1
+
+
+def _first_difference(before: Any, now: Any, path: str) -> str:
+    """Return the dotted name of the first entry that differs."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *now]:
+            if before.get(name) != now.get(name):
+                return _first_difference(before.get(name), now.get(name), f"{path}.{name}")
+    return f"{path} ({before!r} instead of {now!r})"

@@ -1,0 +1,66 @@
+"""Ctrl-C and SIGTERM as a flag that is looked at between batches.
+
+Python drops an exception that a signal handler raises inside a finalizer or a weakref callback, so the handler only
+sets a flag. `check` turns the flag into a KeyboardInterrupt at a place where nothing is half done.
+"""
+
+from __future__ import annotations
+
+import signal
+from typing import Any
+
+from lightning.pytorch import Callback
+from typing_extensions import override
+
+_requested = False
+
+
+def install() -> None:
+    """Let Ctrl-C and SIGTERM request a stop. For commands and worker processes, which own their process.
+
+    A SIGINT that this process ignores, as in the background of a shell, stays ignored. A second signal raises
+    KeyboardInterrupt at once, for work that has no batches.
+    """
+    global _requested
+    _requested = False
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _request)
+    signal.signal(signal.SIGTERM, _request)
+
+
+def _request(signal_number: int, frame: Any) -> None:
+    global _requested
+    again, _requested = _requested, True
+    if again:
+        raise KeyboardInterrupt
+
+
+def stop_requested() -> bool:
+    """Return whether a signal has come since `install`."""
+    return _requested
+
+
+def check() -> None:
+    """Raise KeyboardInterrupt if a signal has come since `install`."""
+    if _requested:
+        raise KeyboardInterrupt
+
+
+class StopOnSignal(Callback):
+    """Raise KeyboardInterrupt at the start of the next batch after a signal."""
+
+    @override
+    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        check()
+
+    @override
+    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        check()
+
+    @override
+    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        check()
+
+    @override
+    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
+        check()

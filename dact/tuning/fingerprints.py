@@ -1,0 +1,74 @@
+"""Digests of what a run is made of: data, encoders and teachers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from dact.encoders import LayeredEncoder
+from dact.encoders.pretrained import resolve_pretrained
+
+
+def digest(content: Any) -> str:
+    """Return a digest of plain data."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def fingerprint_data(loader: DataLoader[Any]) -> str:
+    """Return a digest of the token ids and labels of all examples.
+
+    Raises:
+        TypeError: If `loader` is not one DataLoader over a data set with a length.
+        KeyError: If an example has no ``input_ids``.
+    """
+    found = hashlib.sha256()
+    examples: Any = getattr(loader, "dataset", None)
+    if not hasattr(examples, "__getitem__") or not hasattr(examples, "__len__"):
+        raise TypeError(
+            f"tuning needs one DataLoader over a data set with a length for training and one for validation, got "
+            f"{type(loader).__name__} over {type(examples).__name__}"
+        )
+    for row in range(len(examples)):
+        item = examples[row]
+        if not isinstance(item, Mapping):  # the batches that the loader makes are
+            item = loader.collate_fn([item])
+        if "input_ids" not in item:
+            raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")
+        found.update(json.dumps([item["input_ids"], item.get("labels")], default=_plain).encode())
+    return found.hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist()
+
+
+def fingerprint_pretrained(pretrained: str) -> str:
+    """Return a digest of the files of a local model folder; a Hub id stands for itself."""
+    folder = Path(resolve_pretrained(pretrained))
+    found = hashlib.sha256(pretrained.encode())
+    for path in sorted(folder.glob("*")) if folder.is_dir() else []:
+        if path.suffix in (".safetensors", ".bin", ".json"):
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+    return found.hexdigest()
+
+
+def fingerprint_tensor(tensor: Tensor | None) -> str:
+    """Return a digest of a tensor's values, or an empty string for None."""
+    return "" if tensor is None else hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+
+
+def fingerprint_encoder(encoder: LayeredEncoder) -> str:
+    """Return a digest of an encoder's configuration and weights."""
+    found = hashlib.sha256(json.dumps(encoder.config(), sort_keys=True, default=str).encode())
+    for name, tensor in encoder.state_dict().items():
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()

@@ -1,0 +1,108 @@
+"""Pruning of the first two studies: adapters for Optuna around a decision that is a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from optuna.pruners import BasePruner
+from optuna.study import Study
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
+from typing_extensions import override
+
+NOISE = 0.1  # share of a loss by which the same parameters differ from one epoch to the next
+PLANNED_EPOCHS = "planned_epochs"  # user attribute of a trial: the number of epochs it trains unless it is stopped
+
+
+def lags(losses: Sequence[float], others: Sequence[Sequence[float]], min_finished: int) -> bool:
+    """Return whether a trial lags so far behind that it should be stopped.
+
+    At each epoch the finished trials have a best loss so far. Their better half spans the range from the best to the
+    median. A trial lags when it is farther above the median than that span, and farther than a tenth of the median (the
+    noise of one epoch). So a uniformly good field loses no trial, and a field with a bad half loses that half.
+
+    Args:
+        losses: Losses of the trial, one per validation so far.
+        others: Losses of finished trials of the same planned length, one per validation.
+        min_finished: Number of finished trials below which no trial is stopped.
+    """
+    so_far = [min(other[: len(losses)]) for other in others if len(other) >= len(losses)]
+    if not losses or len(so_far) < min_finished:
+        return False
+    ordered = sorted(so_far)
+    best, median = ordered[0], ordered[(len(ordered) - 1) // 2]
+    return min(losses) > median + max(median - best, NOISE * abs(median))
+
+
+class LagPruner(BasePruner):
+    """Prune trials that lag; see `lags`.
+
+    Args:
+        min_finished: Number of finished trials below which no trial is pruned, 2 or more.
+    """
+
+    def __init__(self, min_finished: int = 3) -> None:
+        self.min_finished = min_finished
+
+    @override
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        return lags(_losses(trial), [_losses(other) for other in finished], self.min_finished)
+
+
+def _losses(trial: FrozenTrial) -> list[float]:
+    return [value for _, value in sorted(trial.intermediate_values.items())]
+
+
+class SameLengthPruner(BasePruner):
+    """Show another pruner only the trials of the same planned length.
+
+    A trial of three epochs looks better than one of eight at the same epoch, since its learning rate has fallen further,
+    and ends worse.
+
+    Args:
+        pruner: Any pruner of Optuna.
+    """
+
+    def __init__(self, pruner: BasePruner) -> None:
+        self.pruner = pruner
+
+    @override
+    def prune(self, study: Study, trial: FrozenTrial) -> bool:
+        return self.pruner.prune(_SameLength(study, trial.user_attrs.get(PLANNED_EPOCHS)), trial)  # type: ignore[arg-type]
+
+
+class _SameLength:
+    """A study in which only trials of one planned length exist."""
+
+    def __init__(self, study: Study, planned: int | None) -> None:
+        self._study, self._planned = study, planned
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._study, name)
+
+    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
+        trials = self._study.get_trials(*args, **kwargs)
+        return [trial for trial in trials if trial.user_attrs.get(PLANNED_EPOCHS) == self._planned]
+
+
+class EveryValidation:
+    """A trial that numbers its reports itself.
+
+    Optuna's Lightning callback reports under the number of the epoch, and Optuna ignores a second report under the same
+    number: with several validations per epoch only the first would count.
+
+    Args:
+        trial: The trial that gets the reports.
+    """
+
+    def __init__(self, trial: BaseTrial) -> None:
+        self._trial, self._reports = trial, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._trial, name)
+
+    def report(self, value: float, step: int) -> None:
+        """Report `value` under the number of reports so far."""
+        self._trial.report(value, self._reports)
+        self._reports += 1

@@ -1,0 +1,162 @@
+"""A run on disk: its name, its folder, its lock, and the winners of its studies."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock, Timeout
+
+from dact.files import write_text
+from dact.submodels import SubmodelConfig
+from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
+
+
+@dataclass(frozen=True)
+class Winners:
+    """What the studies of a run have chosen; None where a study has no winner yet.
+
+    Args:
+        classifier_config: Arguments of the classifier's `SubmodelConfig`.
+        confidence_config: Arguments of the confidence's `SubmodelConfig`.
+        external_config: Arguments of the model and the data by name, and ``num_epochs``.
+        lambda_reg: λ.
+    """
+
+    classifier_config: dict[str, Any] | None = None
+    confidence_config: dict[str, Any] | None = None
+    external_config: dict[str, Any] | None = None
+    lambda_reg: float | None = None
+
+    def before(self, stage: Stage) -> Winners:
+        """Return the winners of the studies before `stage` alone."""
+        if stage is SUBMODELS:
+            return Winners()
+        if stage is TRAINING:
+            return Winners(self.classifier_config, self.confidence_config)
+        return dataclasses.replace(self, lambda_reg=None)
+
+    def settings(self) -> dict[str, Any]:
+        """Return plain arguments of the model and the data, and ``num_epochs``, as far as they are chosen."""
+        settings: dict[str, Any] = {}
+        if self.classifier_config is not None:
+            settings |= {"classifier": self.classifier_config, "confidence": self.confidence_config}
+        settings |= self.external_config or {}
+        return settings if self.lambda_reg is None else {**settings, "lambda_reg": self.lambda_reg}
+
+    def missing(self) -> list[str]:
+        """Return which winners are missing, each with the method that finds it."""
+        methods = (SUBMODELS.method, SUBMODELS.method, TRAINING.method, LAMBDA_REG.method)
+        names = [field.name for field in dataclasses.fields(self)]
+        return [f"{name} ({by})" for name, by in zip(names, methods, strict=True) if getattr(self, name) is None]
+
+
+WINNERS = tuple(field.name for field in dataclasses.fields(Winners))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A tuning run.
+
+    Args:
+        tag: Name of the run.
+        log_dir: Folder that holds all runs.
+
+    Raises:
+        ValueError: If the tag could lead out of the log folder.
+    """
+
+    tag: str
+    log_dir: Path
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag) or ".." in self.tag:
+            raise ValueError(
+                f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: it names a folder in "
+                "log_dir"
+            )
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return self.log_dir / self.tag
+
+    @property
+    def final(self) -> Path:
+        """The folder of the final fit."""
+        return self.folder / "final"
+
+    def study_name(self, stage: Stage) -> str:
+        """Return the name of a stage's study."""
+        return f"{self.tag}/{stage.name}"
+
+    def pictures(self, stage: Stage) -> Path:
+        """Return the folder of a study's pictures."""
+        return self.folder / stage.name / "study"
+
+    @contextlib.contextmanager
+    def alone(self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+        """Hold the lock of the run: what is made once is made by one process, on all hosts that share the folder.
+
+        The system releases the lock when its holder dies. Do not nest.
+
+        Args:
+            waiting: Context manager that is entered while another process holds the lock, such as a status line.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock", poll_interval=0.05)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            with waiting():
+                lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def winners(self) -> Winners:
+        """Return the winners that are on disk.
+
+        Raises:
+            ValueError: If a file does not hold what was written; the message names it.
+        """
+        return Winners(**{name: _read(self.folder / f"{name}.yaml", name) for name in WINNERS})
+
+    def save(self, found: Mapping[str, Any]) -> bool:
+        """Write the winners of a study, and return whether they differ from what was there."""
+        changed = False
+        for name, value in found.items():
+            path = self.folder / f"{name}.yaml"
+            text = yaml.safe_dump(value if isinstance(value, dict) else {name: value}, sort_keys=False)
+            if not path.is_file() or path.read_text() != text:
+                changed = True
+                write_text(path, text)
+        return changed
+
+
+def _read(path: Path, name: str) -> Any:
+    if not path.is_file():
+        return None
+    try:
+        content = yaml.safe_load(path.read_text())
+        if name == "lambda_reg":
+            return float(content["lambda_reg"])
+        return _checked(name, dict(content))
+    except (yaml.YAMLError, TypeError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is corrupted ({' '.join(str(error).split())[:100]}): delete it, and its study writes it again"
+        ) from error
+
+
+def _checked(name: str, content: dict[str, Any]) -> dict[str, Any]:
+    if name != "external_config":
+        SubmodelConfig(**content)
+    return content

