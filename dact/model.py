@@ -362,7 +362,7 @@ class DACT(LightningModule):
         """Update and log what evaluation measures: of all layers, and of early exit (by `full` if None).
 
         Returns:
-            The loss and the exit layers ``[batch]``: callbacks draw them.
+            The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch, layers]``, for callbacks.
         """
         target = _labels(batch, stage)
         assert full.layer_probabilities is not None
@@ -398,7 +398,12 @@ class DACT(LightningModule):
                 metric_attribute=f"{attribute}.{name}",
                 add_dataloader_idx=False,
             )
-        return {"loss": loss, "exit_layer": early.exit_layer}
+        return {
+            "loss": loss,
+            "exit_layer": early.exit_layer,
+            "layer_probabilities": full.layer_probabilities,
+            "h": full.h,
+        }
 
     def _end_evaluation(self, stage: str) -> None:
         """Log per-layer accuracy and reset what Lightning does not: the metrics that are no scalars."""
