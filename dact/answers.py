@@ -54,7 +54,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     """Run all layers on labelled batches, in the precision of the surrounding ``torch.autocast``.
 
     Args:
-        model: Model in eval mode, on the device that it should use.
+        model: Model, on the device that it should use.
         batches: Batches with ``labels`` int64 ``[batch]``; at least two examples in all.
 
     Raises:

@@ -18,8 +18,8 @@ from dact.answers import layer_answers as layer_answers
 from dact.encoders.base import Batch
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import Halting
-from dact.model import DACT, HALTING
-from dact.persistence import stored_config
+from dact.model import DACT
+from dact.persistence import HALTING, LEARNED, stored_config
 from dact.scores import fit_temperatures
 
 # The settings that are tried, from the most layers to the fewest; at the first of them a dial does nothing.
@@ -112,8 +112,8 @@ class Promise:
 
     def check_model(self, model: DACT) -> None:
         """Raise an error if nothing can be calibrated on `model`, or nothing need be, before any layer runs."""
-        self.check_halting(_halting_of(model))
-        self.check_layers(model.encoder.num_layers)
+        self.check_halting(model.exit_rule)
+        self.check_layers(model.num_layers)
 
 
 @dataclass(frozen=True)
@@ -181,8 +181,8 @@ def calibrate(
     2009, theorem 4).
 
     Args:
-        model: Model that gets the setting and, as `calibration`, the record that this returns. It is put into eval mode.
-            An earlier promise ends first; temperatures, if it has any, are fitted again.
+        model: Model that gets the setting and, as `calibration`, the record that this returns. An earlier promise ends
+            first; temperatures, if it has any, are fitted again.
         data: Labelled examples that no training and no choice has seen: batches, or a datamodule, of which
             ``calibration_dataloader()`` is taken or, if it has none to give, the validation examples. These chose the
             checkpoint, which the record then says.
@@ -206,6 +206,7 @@ def calibrate(
             way.
 
     Example:
+        >>> import torch
         >>> from dact.encoders import TransformerEncoder
         >>> model = DACT(encoder=TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2))
         >>> batch = {"input_ids": torch.randint(3, 50, (200, 5)), "labels": torch.randint(0, 3, (200,))}
@@ -217,13 +218,13 @@ def calibrate(
     model.end_calibration()
     promise.check_model(model)
     batches = calibration_batches(data)
-    answers = layer_answers(model.eval(), batches)
+    answers = layer_answers(model, batches)
     found = choose_setting(
-        answers, promise, _halting_of(model), baseline=baseline, chose_checkpoint=examples_chose_checkpoint(data)
+        answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=examples_chose_checkpoint(data)
     )
     model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
     setattr(model, dial, getattr(found, dial))
-    if getattr(model, "temperatures", None) is not None:
+    if model.temperatures is not None:
         model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))
     return found
 
@@ -384,7 +385,7 @@ def _set_aside(data: LightningDataModule) -> Any:
 def store_in_checkpoint(path: Path, model: DACT) -> None:
     """Write how `model` halts, and its calibration, into a checkpoint of it."""
     checkpoint = read_checkpoint(path)
-    known = (*HALTING, "calibration")
+    known = (*HALTING, *LEARNED)
     stored_config(checkpoint).update({name: getattr(model, name) for name in known})
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
@@ -435,7 +436,3 @@ def describe(found: Calibration, layers: int) -> str:
 def _promised(promise: Promise) -> tuple[str, float]:
     names = ("max_accuracy_loss", "min_agreement", "max_layers")
     return next((name, value) for name in names if (value := getattr(promise, name)) is not None)
-
-
-def _halting_of(model: DACT) -> Halting:
-    return Halting(model.halting, model.halting_tolerance, model.halting_margin)

@@ -1,18 +1,41 @@
-"""TextClassifier: raw text in, label, score and exit layer out."""
+"""TextClassifier: raw text in; label, score, probabilities and exit layer out."""
 
 from __future__ import annotations
 
+import contextlib
+import sys
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from dact.data.tokenizers import load_tokenizer
-from dact.model import DACT
+import torch
+from tqdm import tqdm  # type: ignore[import-untyped]
+
+from dact.checks import check_count
+from dact.data.tokenizers import load_tokenizer, tokenizer_for
+from dact.encoders.base import Batch
+from dact.model import DACT, DACTOutput
+from dact.scores import temper
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+Text = str | tuple[str, str] | list[str]
+NO_LIMIT = 10**20  # a tokenizer's `model_max_length` above it means none
+BAR_DELAY = 2.0  # seconds after which a progress bar appears
+
+
+class EarlyExitModel(Protocol):
+    """What `TextClassifier` needs of a model; `DACT` is one, whatever its encoder runs on."""
+
+    class_names: list[str] | None
+
+    def early_exit(self, batch: Batch) -> DACTOutput: ...
+
+    def eval(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -20,25 +43,36 @@ class Prediction:
     """The answer for one text.
 
     Args:
-        label: The name of the class.
-        score: The probability of that class where early exit left, in [0, 1]. (The class is that of full depth at
-            tolerance 0 and margin 1; the probability is not.)
-        exit_layer: The last layer that was run, 1-based.
+        label: Name of the class.
+        score: Probability of that class where early exit left, in [0, 1]. (The class is that of full depth at
+            tolerance 0 and margin 1; the probability is not.) A model with temperatures has it calibrated.
+        exit_layer: Number of the last layer that was run, 1-based.
+        probabilities: Probabilities of all classes, by their names.
     """
 
     label: str
     score: float
     exit_layer: int
+    probabilities: dict[str, float]
 
 
 class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
+    It gives each text one class of two or more: no several labels at once, and no numbers. Calls from several threads are
+    safe.
+
     Args:
-        model: The model; it is put into eval mode.
-        tokenizer: Its tokenizer.
-        window: Texts that are classified together, 1 or more. More make early exit faster, up to about a thousand on a
-            CPU and some ten thousand on a GPU; no answer depends on it.
+        model: Model to ask, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.
+        tokenizer: Its tokenizer, which is copied. Texts are cut to what tokenizer and encoder take.
+        batch_size: Number of texts that are classified together, 1 or more. More make early exit faster, up to about a
+            thousand on a CPU and some ten thousand on a GPU; no answer depends on it.
+        device: Device to run on, such as ``"cuda"``; where the model is if left out.
+        dtype: Precision of the encoder and its heads, such as ``torch.bfloat16`` or ``"bfloat16"``, by
+            ``torch.autocast``; the weights stay as they are. Half precision may change a class here and there.
+
+    Raises:
+        ValueError: If `batch_size` is below 1, or `dtype` is none that autocast knows.
 
     Example:
         >>> from dact.data import CompositionalSentiment
@@ -50,64 +84,143 @@ class TextClassifier:
         2
     """
 
-    def __init__(self, model: DACT, tokenizer: PreTrainedTokenizerBase, *, window: int = 1024) -> None:
-        if window < 1:
-            raise ValueError(f"TextClassifier: window counts texts and must be 1 or more, got {window}")
-        self.model = model.eval()
-        self.tokenizer = tokenizer
-        self.window = window
-        self.class_names = model.class_names or [str(label) for label in range(model.output_dimension)]
+    def __init__(
+        self,
+        model: EarlyExitModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int = 1024,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+    ) -> None:
+        check_count("TextClassifier: batch_size", batch_size)
+        self.dtype = _checked_dtype(dtype)
+        self.model: Any = model.eval()
+        if device is not None:
+            self.model.to(device)
+        self.batch_size = batch_size
+        longest = getattr(getattr(model, "encoder", None), "max_length", None) or tokenizer.model_max_length
+        self.tokenizer = tokenizer_for(tokenizer, min(tokenizer.model_max_length, longest))
+        self.class_names = model.class_names or [str(label) for label in range(self.model.output_dimension)]
+        self._tokenizing = threading.Lock()  # a fast tokenizer refuses a second thread ("Already borrowed")
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, window: int = 1024, **overrides: Any) -> TextClassifier:
-        """The classifier of a ``model/`` folder, as ``dact fit`` and ``dact tune`` leave it.
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        batch_size: int = 1024,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        **overrides: Any,
+    ) -> TextClassifier:
+        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` leave it.
 
         Args:
-            directory: The folder with the model and its tokenizer.
-            window: Texts that are classified together.
-            **overrides: As for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
+            directory: Folder with the model and its tokenizer.
+            batch_size: As for `TextClassifier`.
+            device: As for `TextClassifier`.
+            dtype: As for `TextClassifier`; the weights of the encoder that is loaded are held in it, too.
+            **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
 
         Raises:
             FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no tokenizer.
         """
         model = DACT.from_pretrained(directory, **overrides)
-        return cls(model, load_tokenizer(str(Path(directory).resolve())), window=window)
+        if dtype is not None and "encoder" not in overrides:  # else autocast casts all weights anew in each call
+            model.encoder.to(_checked_dtype(dtype))
+        tokenizer = load_tokenizer(str(Path(directory).resolve()))
+        return cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
 
-    def __call__(self, texts: Sequence[str]) -> list[Prediction]:
-        """One prediction per text, in their order.
+    @property
+    def device(self) -> torch.device:
+        """Device that the model is on."""
+        return getattr(self.model, "device", torch.device("cpu"))
+
+    def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
+        """Return one prediction per text, in their order; a progress bar appears on a terminal if it takes long.
+
+        Args:
+            texts: Texts, or pairs of texts as tuples or lists of two.
 
         Raises:
-            TypeError: If `texts` is one string, or an entry is no string.
+            TypeError: If `texts` is one string, an entry is neither a text nor a pair, or texts and pairs are mixed.
             ValueError: If a text is empty.
         """
         if isinstance(texts, str):
             raise TypeError("expected a sequence of texts, got one string: pass [text]")
         # All of them before the first is classified.
-        return list(self.stream([_checked(row, text) for row, text in enumerate(texts)]))
+        checked = _checked(enumerate(texts))
+        with _Bar(
+            total=len(checked), unit="text", delay=BAR_DELAY, leave=False, disable=not sys.stderr.isatty()
+        ) as bar:
+            found = []
+            for start in range(0, len(checked), self.batch_size):
+                found += self._classify(checked[start : start + self.batch_size])
+                bar.update(len(found) - bar.n)
+        return found
 
-    def stream(self, texts: Iterable[str]) -> Iterator[Prediction]:
-        """Likewise for any source of texts, however long, which is read no further than one window ahead."""
+    def stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
+        """Yield likewise for any source of texts, however long, which is read no further than one batch ahead."""
         if isinstance(texts, str):
             raise TypeError("expected a sequence of texts, got one string: pass [text]")
         source = enumerate(texts)
-        while waiting := [_checked(row, text) for row, text in islice(source, self.window)]:
+        while waiting := _checked(islice(source, self.batch_size)):
             yield from self._classify(waiting)
 
-    def _classify(self, texts: list[str]) -> list[Prediction]:
-        encoding = self.tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
-        output = self.model.early_exit({name: value.to(self.model.device) for name, value in encoding.items()})
-        scores, labels = output.probabilities.max(dim=1)
+    def _classify(self, texts: list[Text]) -> list[Prediction]:
+        with self._tokenizing:
+            cut = self.tokenizer.model_max_length < NO_LIMIT
+            encoding = self.tokenizer(texts, truncation=cut, padding=True, return_tensors="pt")
+        half = self.dtype is not None and self.dtype != torch.float32
+        precision = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
+        with precision:
+            output = self.model.early_exit({name: value.to(self.device) for name, value in encoding.items()})
+        labels, probabilities = output.probabilities.argmax(dim=1), output.probabilities
+        temperatures = getattr(self.model, "temperatures", None)
+        if temperatures is not None:
+            probabilities = temper(probabilities, output.exit_layer, temperatures)
         return [
-            Prediction(self.class_names[label], score, exit_layer)
-            for label, score, exit_layer in zip(
-                labels.tolist(), scores.tolist(), output.exit_layer.tolist(), strict=True
+            Prediction(self.class_names[label], row[label], exit_layer, dict(zip(self.class_names, row, strict=True)))
+            for label, row, exit_layer in zip(
+                labels.tolist(), probabilities.tolist(), output.exit_layer.tolist(), strict=True
             )
         ]
 
 
-def _checked(row: int, text: object) -> str:
-    if not isinstance(text, str):
-        raise TypeError(f"expected strings, got {type(text).__name__} at position {row}")
-    if not text.strip():
-        raise ValueError(f"the text at position {row} is empty")
-    return text
+class _Bar(tqdm):  # type: ignore[misc]
+    """A progress bar without tqdm's monitor thread, which would outlive the call."""
+
+    monitor_interval = 0
+
+
+def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
+    """The texts, or pairs as tuples, of (position, entry): all of one kind."""
+    found: list[Any] = []
+    for row, entry in texts:
+        parts = (entry,) if isinstance(entry, str) else entry
+        if not isinstance(parts, (tuple, list)) or (len(parts) != 2 and parts is entry):
+            raise TypeError(f"expected texts or pairs of texts, got {_kind(entry)} at position {row}")
+        for part in parts:
+            if not isinstance(part, str):
+                raise TypeError(f"expected strings, got {type(part).__name__} at position {row}")
+            if not part.strip():
+                raise ValueError(f"the text at position {row} is empty")
+        found.append(entry if isinstance(entry, str) else tuple(parts))
+        if isinstance(entry, str) != isinstance(found[0], str):
+            raise TypeError(f"expected texts or pairs alone, got both: {_kind(entry)} at position {row}")
+    return found
+
+
+def _kind(entry: object) -> str:
+    if isinstance(entry, str):
+        return "a text"
+    return f"a {type(entry).__name__}" + (f" of {len(entry)}" if isinstance(entry, (tuple, list)) else "")
+
+
+def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    found = known.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in known.values():
+        raise ValueError(f"TextClassifier: dtype must be one of {', '.join(known)}, got {dtype}")
+    return found

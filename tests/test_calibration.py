@@ -425,12 +425,13 @@ class SetAsideData(OwnData):
 def test_examples_that_chose_the_checkpoint_are_named():
     said = {}
     for name, data in {"validation": OwnData(400), "own": SetAsideData(400), "batches": [random_batch(400)]}.items():
-        model = tiny_model()
+        model = tiny_model().train()
         before = dict(vars(data)) if isinstance(data, OwnData) else None
         found = calibrate(model, data, min_agreement=0.9)
         said[name] = "these examples chose the checkpoint" in describe(found, 4)
         assert model.calibration["chose_checkpoint"] == found.chose_checkpoint == said[name]
         assert before is None or vars(data) == before, "the data stays as it is"
+        assert model.training, "and so does the mode of the model"
     assert said == {"validation": True, "own": False, "batches": False}
 
 
@@ -455,8 +456,8 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path, mode):
         search_space={"num_epochs": {"choices": [1]}},
         log_dir=tmp_path,
     )
-    engine.display.console.quiet = True
-    data = engine.make_data()
+    recipe = engine.recipe.resolved(engine.recipe.make_model())
+    data = recipe.make_data()
     data.setup("fit")
     seen, kept = (set(data.splits[name].texts) for name in ("val", "calibration"))
     assert len(data.splits["val"]) == len(data.splits["calibration"]) == 200
@@ -483,7 +484,7 @@ def whole_validation():
 def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
     engine = TuningEngine(data=pl.LightningDataModule, promise=Promise(max_layers=2), log_dir=tmp_path)
     with pytest.raises(ValueError, match="LightningDataModule has no calibration_dataloader"):
-        engine.make_data()
+        engine.recipe.resolved(small_model())
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2, dial="halting_tolerance"), halting_tolerance=0.1)
     engine = TuningEngine(
@@ -493,7 +494,7 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
         trainer={"accelerator": "cpu"},
     )
     with pytest.raises(ValueError, match="from full depth on, but the model has halting_tolerance=0.2: set it to 0"):
-        engine._check_data()
+        engine.recipe.resolved(engine.recipe.make_model())
 
 
 def test_another_dial_ends_the_promise_of_the_first():
@@ -539,4 +540,4 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
 def test_the_engine_refuses_a_promise_of_nothing_before_its_first_trial(tmp_path):
     engine = TuningEngine(promise=Promise(max_layers=6), log_dir=tmp_path, trainer={"accelerator": "cpu"})
     with pytest.raises(ValueError, match="max_layers=6 promises nothing: the model has 6 layers"):
-        engine._check_data()
+        engine.recipe.resolved(engine.recipe.make_model())

@@ -1,0 +1,80 @@
+"""Scores: their calibration error, and temperatures that help or stay 1."""
+
+import pytest
+import torch
+
+from dact import calibrate, functional
+from dact.calibration import LayerAnswers
+from dact.scores import expected_calibration_error, fit_temperatures, temper
+from tests.conftest import random_batch, tiny_model
+
+
+def answers_of(scale, examples=4000, seed=0):
+    """Examples whose probabilities are right, sharpened by `scale` in each of the layers."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = 1.5 * torch.randn(examples, 1, 4, generator=generator)
+    target = torch.distributions.Categorical(logits=logits[:, 0])
+    torch.manual_seed(seed)
+    target = target.sample()
+    a = (logits * torch.tensor(scale).view(1, -1, 1)).softmax(dim=2)
+    return LayerAnswers(a, torch.zeros(a.shape[:2]), a, target)
+
+
+def test_the_calibration_error_is_that_of_its_definition():
+    generator = torch.Generator().manual_seed(0)
+    scores, correct = torch.rand(500, generator=generator), torch.rand(500, generator=generator) < 0.7
+    expected = 0.0
+    for bin in range(10):
+        inside = (scores > bin / 10) & (scores <= (bin + 1) / 10)
+        if inside.any():
+            gap = correct[inside].float().mean() - scores[inside].mean()
+            expected += inside.float().mean().item() * abs(gap.item())
+    assert expected_calibration_error(scores, correct, bins=10) == pytest.approx(expected, abs=1e-5)
+    assert expected_calibration_error(torch.ones(10), torch.ones(10, dtype=torch.bool)) == 0
+
+
+def test_temperatures_are_found_and_make_scores_mean_what_they_say():
+    answers = answers_of([3.0, 1.0, 0.5])
+    exits = torch.arange(4000) % 3 + 1
+    temperatures = fit_temperatures(answers, exits)
+    assert temperatures[0] == pytest.approx(3.0, rel=0.15)
+    assert temperatures[1] == pytest.approx(1.0, rel=0.15)
+    assert temperatures[2] == pytest.approx(0.5, rel=0.15)
+    fresh = answers_of([3.0, 1.0, 0.5], seed=1)
+    given = functional.answer_at(fresh.a, exits)
+    better = temper(given, exits, temperatures)
+    correct = given.argmax(1) == fresh.target
+    before, after = (expected_calibration_error(p.amax(1), correct) for p in (given, better))
+    assert after < 0.03 < before
+    torch.testing.assert_close(better.sum(1), torch.ones(4000))
+    assert torch.equal(better.argmax(1), given.argmax(1))
+
+
+def test_a_temperature_that_does_not_help_is_1():
+    answers = answers_of([1.0, 1.0], examples=300)
+    kept = [
+        fit_temperatures(answers_of([1.0, 1.0], 300, seed), torch.ones(300, dtype=torch.long)) for seed in range(20)
+    ]
+    assert sum(temperatures[0] == 1 for temperatures in kept) >= 14, "a gain within its error does not count"
+    assert all(temperatures[1] == 1 for temperatures in kept), "no example leaves there"
+    few = torch.full((300,), 2)
+    few[:9] = 1
+    assert fit_temperatures(answers_of([5.0, 1.0], 300), few)[0] == 1, "nine examples say little"
+    assert fit_temperatures(answers, few)[1] == pytest.approx(1, rel=0.3)
+
+
+def test_temperatures_bear_probabilities_of_0_and_1():
+    p = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.5, 0.5]])
+    found = temper(p, torch.tensor([1, 2]), [4.0, 0.25])
+    assert torch.isfinite(found).all()
+    torch.testing.assert_close(found.sum(1), torch.ones(2))
+
+
+def test_a_model_with_temperatures_gets_new_ones_with_its_margin():
+    model, batch = tiny_model(), random_batch(600)
+    calibrate(model, [batch], min_agreement=0.9)
+    assert model.temperatures is None
+    model.temperatures = [7.0] * 4
+    calibrate(model, [batch], min_agreement=0.8)
+    assert len(model.temperatures) == 4
+    assert model.temperatures != [7.0] * 4

@@ -1,0 +1,210 @@
+"""TextClassifier: whatever a program hands in, from however many threads."""
+
+import copy
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
+
+from dact import DACT, DACTOutput, TextClassifier, text_classifier
+from dact.data.tokenizers import word_tokenizer
+from dact.encoders import HuggingFaceEncoder
+from dact.scores import temper
+from tests.conftest import tiny_model
+
+WORDS = ["good", "bad", "film", "very", "not", "the"]
+TEXTS = ["the film not very good", "bad", "very very good film", "not bad"] * 10
+NAMES = ["minus", "none", "plus"]
+
+
+@pytest.fixture
+def tokenizer():
+    return word_tokenizer(WORDS)
+
+
+@pytest.fixture
+def classifier(tokenizer):
+    return TextClassifier(tiny_model(vocab=20, class_names=NAMES), tokenizer, batch_size=7)
+
+
+def test_a_prediction_has_the_probabilities_of_all_classes(classifier):
+    for prediction in classifier(TEXTS):
+        assert list(prediction.probabilities) == NAMES
+        assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
+        assert prediction.score == prediction.probabilities[prediction.label] == max(prediction.probabilities.values())
+
+
+def test_many_threads_get_the_answers_of_one(classifier):
+    texts = [[f"{' '.join(WORDS[: 1 + number % 6])} " * (1 + number % 5)] * (1 + number % 9) for number in range(64)]
+    expected = [classifier(some) for some in texts]
+    before = threading.active_count()
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(classifier, texts))
+    assert [[p.label for p in some] for some in found] == [[p.label for p in some] for some in expected]
+    assert [[p.exit_layer for p in some] for some in found] == [[p.exit_layer for p in some] for some in expected]
+    assert threading.active_count() == before, "no thread stays behind"
+
+
+def test_two_classifiers_share_a_tokenizer_between_threads(tokenizer):
+    model = tiny_model(vocab=20, class_names=NAMES)
+    pool_of = [TextClassifier(model, tokenizer), TextClassifier(model, tokenizer)]
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda number: pool_of[number % 2](TEXTS), range(32)))
+    assert all(some == found[0] for some in found)
+
+
+@pytest.mark.parametrize("limit", [None, 30])
+def test_texts_longer_than_the_encoder_are_cut(tokenizer, limit):
+    if limit is not None:
+        tokenizer.model_max_length = limit
+    before = copy.deepcopy(tokenizer.init_kwargs), tokenizer.model_max_length, tokenizer.backend_tokenizer.to_str()
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    config = BertConfig(vocab_size=20, max_position_embeddings=8, **sizes)
+    encoder = HuggingFaceEncoder.from_model(BertModel(config))
+    classifier = TextClassifier(DACT(encoder=encoder, class_names=NAMES), tokenizer)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = classifier(["good film " * 50, "good film good film good film good"])
+    assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-5), "[CLS] and the first seven words"
+    after = tokenizer.init_kwargs, tokenizer.model_max_length, tokenizer.backend_tokenizer.to_str()
+    assert after == before, "the caller's tokenizer stays as it is"
+
+
+def test_pairs_are_read_as_the_data_reads_them(classifier, tokenizer):
+    first, second = ["good film", "bad"], ["very good", "the film"]
+    encoding = tokenizer(first, second, padding=True, return_tensors="pt")
+    expected = classifier.model.early_exit(dict(encoding)).probabilities
+    for pairs in (list(zip(first, second, strict=True)), [list(pair) for pair in zip(first, second, strict=True)]):
+        found = classifier(pairs)
+        rows = torch.tensor([list(prediction.probabilities.values()) for prediction in found])
+        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
+        assert list(classifier.stream(iter(pairs))) == found
+
+
+@pytest.mark.parametrize(
+    ("texts", "error", "message"),
+    [
+        ("good", TypeError, r"got one string: pass \[text\]"),
+        (["good", 3], TypeError, "expected texts or pairs of texts, got a int at position 1"),
+        ([("good", "bad", "film")], TypeError, "got a tuple of 3 at position 0"),
+        ([("good", None)], TypeError, "expected strings, got NoneType at position 0"),
+        (["good", ("good", "bad")], TypeError, "got both: a tuple of 2 at position 1"),
+        (["good", " "], ValueError, "the text at position 1 is empty"),
+        ([("good", "")], ValueError, "the text at position 0 is empty"),
+    ],
+)
+def test_wrong_texts_are_refused(classifier, texts, error, message):
+    with pytest.raises(error, match=message):
+        classifier(texts)
+    if not isinstance(texts, str):
+        with pytest.raises(error, match=message):
+            list(classifier.stream(texts))
+
+
+def test_half_precision_leaves_the_weights_alone(tokenizer):
+    model = tiny_model(vocab=20, class_names=NAMES)
+    exact = TextClassifier(model, tokenizer)(TEXTS)
+    seen = []
+    model.encoder.layers[0].register_forward_hook(
+        lambda module, inputs, output: seen.append(torch.is_autocast_enabled("cpu"))
+    )
+    for dtype in ("bfloat16", torch.bfloat16):
+        half = TextClassifier(model, tokenizer, dtype=dtype, device="cpu")(TEXTS)
+        assert all(seen) and seen
+        assert sum(one.label == other.label for one, other in zip(exact, half, strict=True)) >= 36
+        assert half != exact
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
+        TextClassifier(model, tokenizer, dtype="int8")
+    with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
+        TextClassifier(model, tokenizer, batch_size=0)
+
+
+def test_scores_have_the_temperature_of_their_exit_layer(classifier):
+    plain = classifier(TEXTS)
+    assert len({prediction.exit_layer for prediction in plain}) > 1
+    classifier.model.temperatures = [3.0, 0.5, 1.0, 2.0]
+    warm = classifier(TEXTS)
+    for before, after in zip(plain, warm, strict=True):
+        assert (before.label, before.exit_layer) == (after.label, after.exit_layer)
+        row = torch.tensor([list(before.probabilities.values())])
+        expected = temper(row, torch.tensor([before.exit_layer]), classifier.model.temperatures)
+        assert list(after.probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-5)
+        temperature = classifier.model.temperatures[before.exit_layer - 1]
+        assert (after.score < before.score) == (temperature > 1) or temperature == 1
+
+
+def test_any_model_with_early_exit_and_class_names_serves(tokenizer):
+    class Constant:
+        class_names = ("no", "yes")
+
+        def eval(self):
+            return self
+
+        def early_exit(self, batch):
+            rows = len(batch["input_ids"])
+            return DACTOutput(torch.tensor([[0.25, 0.75]]).repeat(rows, 1), torch.ones(rows, dtype=torch.long))
+
+    found = TextClassifier(Constant(), tokenizer)(["good", "bad film"])
+    assert [(one.label, one.score, one.exit_layer) for one in found] == [("yes", 0.75, 1)] * 2
+    assert found[0].probabilities == {"no": 0.25, "yes": 0.75}
+
+
+LONG = """
+import torch
+from dact import DACTOutput, TextClassifier, text_classifier
+from dact.data.tokenizers import word_tokenizer
+
+text_classifier.BAR_DELAY = 0.0
+
+class Constant:
+    class_names = ["no", "yes"]
+    eval = lambda self: self
+    def early_exit(self, batch):
+        rows = len(batch["input_ids"])
+        return DACTOutput(torch.tensor([[0.25, 0.75]]).repeat(rows, 1), torch.ones(rows, dtype=torch.long))
+
+print(len(TextClassifier(Constant(), word_tokenizer(["good"]), batch_size=5)(["good"] * 50)), "done")
+"""
+
+
+def test_a_bar_is_shown_on_a_terminal_alone():
+    piped = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
+    assert piped.stdout == "50 done\n"
+    assert "text/s" not in piped.stderr
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    process = subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE, stderr=slave)
+    os.close(slave)
+    shown = b""
+    try:
+        while chunk := os.read(master, 4096):
+            shown += chunk
+    except OSError:  # the other end is closed
+        pass
+    assert process.communicate()[0] == b"50 done\n"
+    assert b"/50 [" in shown
+    assert text_classifier.BAR_DELAY >= 1, "short calls show none"
+
+
+def test_a_folder_gives_a_classifier_that_knows_its_settings(classifier, tokenizer, tmp_path):
+    classifier.model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    again = TextClassifier.from_pretrained(tmp_path, batch_size=3, device="cpu", dtype="float32", halting="never")
+    assert (again.batch_size, again.dtype, again.model.halting) == (3, torch.float32, "never")
+    assert {prediction.exit_layer for prediction in again(TEXTS)} == {4}
+    half = TextClassifier.from_pretrained(tmp_path, dtype="bfloat16")
+    assert {parameter.dtype for parameter in half.model.encoder.parameters()} == {torch.bfloat16}
+    assert sum(one.label == other.label for one, other in zip(half(TEXTS), classifier(TEXTS), strict=True)) >= 36
+    assert AutoTokenizer.from_pretrained(Path(tmp_path)).get_vocab() == again.tokenizer.get_vocab()
