@@ -26,7 +26,7 @@ import yaml
 from dact.tuning.factories import DataFactory, ModelFactory
 
 from dact import DACT
-from dact.console import quiet
+from dact.quiet import quiet
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"

@@ -29,10 +29,10 @@ import torch
 from dact.tuning.factories import default_model
 
 from dact import DACT, TuningEngine
-from dact.console import quiet
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
 from dact.data.tables import write_table
 from dact.encoders import HuggingFaceEncoder
+from dact.quiet import quiet
 from dact.tuning.features import compute_features
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"

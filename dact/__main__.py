@@ -79,15 +79,15 @@ def _run_light(words: list[str]) -> None:
     options = vars(parser.parse_args(words[1:]))
     from dact.model_paths import find_model
 
-    options["model"] = find_model(options["model"])
+    model = find_model(options.pop("model"))
     if words[0] == "export":
         from dact.export import export
 
-        export(**options)
+        print(export(model, **options))
     else:
         from dact.server import serve
 
-        serve(**options)
+        serve(model, **options)
 
 
 if __name__ == "__main__":

@@ -388,8 +388,8 @@ class DACTCLI(LightningCLI):
 
     def _tune(self) -> None:
         """Hand the sections of the files to the engine, model and data as factories."""
-        from dact.tuning import TuningEngine
         from dact.factories import DataFactory, ModelFactory
+        from dact.tuning import TuningEngine
 
         parser, config = self._parser("tune"), self.config["tune"]
         if config.data is None:

@@ -171,8 +171,9 @@ def _located(message: str, files: list[Path]) -> str:
     for file in files:
         try:
             nodes = dict(_nodes(yaml.compose(file.read_text(encoding="utf-8"))))
-        except yaml.YAMLError:
-            return f"{file}: {text.removeprefix('Problems parsing config: ')}"
+        except yaml.YAMLError as error:
+            line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else 1
+            return f"{file}, line {line}: no valid YAML: {getattr(error, 'problem', error)}"
         except OSError:
             continue
         if key is not None:

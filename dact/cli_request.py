@@ -139,12 +139,15 @@ class Request:
         data = config.get("data")
         if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
             return None
-        from dact.data.text import load_tokenizer
+        from dact.data.tables import DATASET
+        from dact.data.tokenizers import load_tokenizer
         from dact.predictions import PredictionData
 
         arguments = data["init_args"]
         if arguments.get("predict_file") is None:
             raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
+        if str(arguments["predict_file"]).startswith(DATASET):
+            return None
         folder = Path(str(arguments["tokenizer"]))
         stored = stored_max_length(folder) if (folder / "tokenizer_config.json").is_file() else None
         length = arguments["max_length"] if self.gives("data.max_length") or stored is None else stored
