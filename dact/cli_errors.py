@@ -164,8 +164,8 @@ def _located(message: str, files: list[Path]) -> str:
         'in "<unicode string>", ', ""
     )
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    key = re.match(r'Parser key "([^"]+)":?\s*', text)
-    if key is None and "Problems parsing config" not in text:
+    key = list(re.finditer(r'Parser key "([^"]+)":?\s*', text))[-1:]  # the innermost one
+    if not key and "Problems parsing config" not in text:
         return text
     place = ""
     for file in files:
@@ -176,10 +176,10 @@ def _located(message: str, files: list[Path]) -> str:
             return f"{file}, line {line}: no valid YAML: {getattr(error, 'problem', error)}"
         except OSError:
             continue
-        if key is not None:
-            lines_of_key = [line for path, line in nodes.items() if f".{path}".endswith(f".{key[1]}")]
+        if key:
+            lines_of_key = [line for path, line in nodes.items() if f".{path}".endswith(f".{key[0][1]}")]
             place = f"{file}, line {lines_of_key[-1]}: " if lines_of_key else place
-    return text if key is None else f"{place}{key[1]}: {text[key.end() :]}"
+    return f"{place}{key[0][1]}: {text[key[0].end() :]}" if key else text
 
 
 def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:

@@ -17,9 +17,10 @@ FLOORS = [
     {"inference"},
     {"model"},
     {"data"},
-    {"batches", "calibration", "callbacks", "checkpoints", "export", "model_paths", "predictions", "reports", "runs"}
-    | {"text_classifier", "factories"},
-    {"tuning", "server", "cli_errors"},
+    {"batches", "calibration", "callbacks", "checkpoints", "export", "predictions", "reports", "text_classifier"}
+    | {"factories"},
+    {"tuning", "server", "cli_errors", "model_paths"},
+    {"runs"},
     {"cli_request"},
     {"cli"},
     {"__main__"},
