@@ -88,6 +88,7 @@ class DACTCLI(LightningCLI):
 
     def __init__(self, request: Request, **arguments: Any) -> None:
         self.request = request
+        self._data: LightningDataModule | None = None  # built before the model that depends on it
         super().__init__(DACT, LightningDataModule, **arguments)
 
     @staticmethod
@@ -178,6 +179,7 @@ class DACTCLI(LightningCLI):
         self._resume(config)
         self._complete_model(config)
         super().instantiate_classes()
+        self.datamodule = self._data or self.datamodule  # whose texts are tokenized already
 
     def _build_stored(self, config: Namespace) -> None:
         """Build the model from a checkpoint or folder, and the data from the configuration."""
@@ -223,7 +225,10 @@ class DACTCLI(LightningCLI):
         asked = config.model.class_weights == "balanced"
         if not asked and self.request.gives("model.output_dimension"):
             return
-        data = build_data(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))["data"])
+        if self._data is None:
+            plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            self._data = build_data(plain["data"])
+        data = self._data
         if getattr(data, "class_names", None) is None or asked:
             data.prepare_data()
             data.setup("fit")

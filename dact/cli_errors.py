@@ -176,7 +176,8 @@ def _located(message: str, files: list[Path]) -> str:
             return f"{file}, line {line}: no valid YAML: {getattr(error, 'problem', error)}"
         except OSError:
             continue
-        if key:
+        typed = key and any(f".{word[2:].split('=')[0]}".endswith(f".{key[0][1]}") for word in sys.argv[1:])
+        if key and not typed:  # a value on the command line stands in no file
             lines_of_key = [line for path, line in nodes.items() if f".{path}".endswith(f".{key[0][1]}")]
             place = f"{file}, line {lines_of_key[-1]}: " if lines_of_key else place
     return f"{place}{key[0][1]}: {text[key[0].end() :]}" if key else text

@@ -33,7 +33,8 @@ def test_the_console_is_quiet(fitted):
     for noise in ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "treespec", "rank_zero"):
         assert noise not in text, text
     assert "The model is in" in text
-    assert re.search(r"^epoch 1/2: train_loss .*, accuracy 0.\d+, exit_layer", text, re.MULTILINE)
+    assert re.search(r"^epoch 1/2: train_loss .* accuracy 0.\d+ layers \d.\d\d, \d+ s$", text, re.MULTILINE)
+    assert all(len(line) < 80 for line in lines if line.startswith("epoch"))
     assert re.search(r"^best epoch \d: accuracy .* largest class, is .*, macro F1 .* of 3 layers$", text, re.MULTILINE)
 
 
