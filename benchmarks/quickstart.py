@@ -23,9 +23,9 @@ import lightning.pytorch as pl
 import optuna
 import torch
 import yaml
-from dact.tuning.factories import DataFactory, ModelFactory
 
 from dact import DACT
+from dact.factories import DataFactory, ModelFactory
 from dact.quiet import quiet
 
 ROOT = Path(__file__).parent.parent

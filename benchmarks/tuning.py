@@ -26,12 +26,12 @@ from typing import Any
 import lightning.pytorch as pl
 import optuna
 import torch
-from dact.tuning.factories import default_model
 
 from dact import DACT, TuningEngine
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
 from dact.data.tables import write_table
 from dact.encoders import HuggingFaceEncoder
+from dact.factories import default_model
 from dact.quiet import quiet
 from dact.tuning.features import compute_features
 

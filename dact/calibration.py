@@ -1,27 +1,37 @@
-"""The dials: a halting tolerance, or margin, that keeps a promise with a stated confidence."""
+"""The dials: a halting margin, or tolerance, that keeps a promise with a stated confidence."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from dact import functional
-from dact.encoders.base import Batch, move
+from dact import bounds, functional
+from dact.answers import Dial as Dial
+from dact.answers import LayerAnswers as LayerAnswers
+from dact.answers import check_baseline, exits_by_setting, mean_and_error, share
+from dact.answers import layer_answers as layer_answers
+from dact.encoders.base import Batch
 from dact.files import DurableCheckpointIO, read_checkpoint
+from dact.functional import Halting
 from dact.model import DACT, HALTING
+from dact.persistence import stored_config
+from dact.scores import fit_temperatures
 
-Dial = Literal["halting_tolerance", "halting_margin"]
 # The settings that are tried, from the most layers to the fewest; at the first of them a dial does nothing.
 SETTINGS: dict[str, tuple[float, ...]] = {
     "halting_tolerance": tuple(step / 100 for step in range(100)),
-    # Finer near 1, where a sure classifier has most of its examples.
-    "halting_margin": (1.0, 0.9999, 0.9998, 0.9995, 0.999, 0.998, 0.995, *(step / 100 for step in range(99, -1, -1))),
+    # Geometric towards 1, where a sure classifier has most of its examples, up to the last number below 1 in float32.
+    "halting_margin": (
+        1.0,
+        1 - 2**-24,
+        *(1 - digit * 10**-power for power in range(7, 2, -1) for digit in (1, 2, 5)),
+        *(step / 100 for step in range(99, -1, -1)),
+    ),
 }
 
 
@@ -30,11 +40,13 @@ class Promise:
     """What early exit must keep, exactly one of the three.
 
     Args:
-        max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
-        min_agreement: The least share of examples that get the class of full depth.
-        max_layers: The most layers on average.
-        confidence: The probability with which the promise holds for new examples of the same kind, in (0, 1).
-        dial: Which setting of the model is moved to keep it.
+        max_accuracy_loss: Largest loss of accuracy below this model's own full depth, or below a baseline, as a share:
+            0.005 is half a point.
+        min_agreement: Smallest share of examples that get the class of this model's own full depth.
+        max_layers: Largest mean exit layer.
+        confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None asks for
+            an estimate: what is seen on the examples keeps it with one standard error to spare.
+        dial: Name of the setting that is moved to keep it.
 
     Raises:
         ValueError: If not exactly one is given, or a value is outside its range.
@@ -43,8 +55,8 @@ class Promise:
     max_accuracy_loss: float | None = None
     min_agreement: float | None = None
     max_layers: float | None = None
-    confidence: float = 0.95
-    dial: Dial = "halting_tolerance"
+    confidence: float | None = 0.95
+    dial: Dial = "halting_margin"
 
     def __post_init__(self) -> None:
         functional.check_choice("dial", self.dial, Dial)
@@ -61,8 +73,23 @@ class Promise:
                 raise ValueError(f"{name} is a share, in [0, 1], got {value}: {meant}")
         if self.max_layers is not None and not self.max_layers >= 1:
             raise ValueError(f"max_layers must be 1 or more, got {self.max_layers}")
-        if not 0 < self.confidence < 1:
-            raise ValueError(f"confidence is a probability, in (0, 1), got {self.confidence}")
+        if self.confidence is not None and not 0 < self.confidence < 1:
+            raise ValueError(f"confidence is a probability, in (0, 1), or None for an estimate, got {self.confidence}")
+
+    @property
+    def allowed(self) -> float:
+        """The most of what is bounded: lost accuracy, disagreement, or the mean exit layer."""
+        most = 1 - self.min_agreement if self.min_agreement is not None else self.max_accuracy_loss
+        return self.max_layers if most is None else most  # type: ignore[return-value]
+
+    def examples_needed(self) -> int | None:
+        """Return the fewest examples that can support this promise, if early exit makes no fault on them.
+
+        It is 2 for an estimate or a number of layers, and None for an allowance of 0, which the proof alone can keep.
+        """
+        if self.confidence is None or self.max_layers is not None:
+            return 2
+        return bounds.examples_for_rate(self.allowed, self.confidence)
 
     def check_layers(self, layers: int) -> None:
         """Raise an error if every model of so many layers keeps this promise."""
@@ -71,35 +98,44 @@ class Promise:
                 f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers. Promise fewer"
             )
 
-    def check_model(self, model: DACT) -> None:
-        """Raise an error if nothing can be calibrated on `model`, or nothing need be, before any layer runs."""
-        if model.halting == "never":
+    def check_halting(self, halting: Halting) -> None:
+        """Raise an error if `halting` has no dial to move, or its other dial leaves before full depth already."""
+        if halting.rule == "never":
             raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
-        self.check_layers(model.encoder.num_layers)
+        values = {"halting_tolerance": halting.tolerance, "halting_margin": halting.margin}
         for name in set(get_args(Dial)) - {self.dial}:
-            if self.max_layers is None and getattr(model, name) != SETTINGS[name][0]:
+            if self.max_layers is None and values[name] != SETTINGS[name][0]:
                 raise ValueError(
-                    f"{self.dial} is calibrated from full depth on, but the model has {name}={getattr(model, name):g}: set "
+                    f"{self.dial} is calibrated from full depth on, but the model has {name}={values[name]:g}: set "
                     f"it to {SETTINGS[name][0]:g}, or calibrate it instead (dial: {name})"
                 )
+
+    def check_model(self, model: DACT) -> None:
+        """Raise an error if nothing can be calibrated on `model`, or nothing need be, before any layer runs."""
+        self.check_halting(_halting_of(model))
+        self.check_layers(model.encoder.num_layers)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """How to halt so that a promise is kept, and what was seen of it.
+    """A halting rule that keeps a promise, and what was seen of it.
 
     Args:
-        halting: The rule.
-        halting_tolerance: The tolerance, in [0, 1).
-        halting_margin: The margin, in [0, 1].
-        promise: The promise that they keep, as plain data.
+        halting: Halting rule.
+        halting_tolerance: Tolerance, in [0, 1).
+        halting_margin: Margin, in [0, 1].
+        promise: Promise that they keep, as plain data.
         bound: What the chosen setting alone would be credited with at that confidence: the most accuracy that is lost,
-            the least agreement, or the most layers on average. (What the search for it guarantees is the promise.)
-        examples: How many examples were asked.
-        accuracy: Of early exit on them.
-        full_depth_accuracy: Of full depth on them.
-        agreement: The share that got the class of full depth.
-        mean_exit_layer: The layers that they used on average.
+            the least agreement, or the most layers on average. (What the search for it guarantees is the promise.) For
+            an estimate, what was seen with one standard error added, or taken off an agreement.
+        examples: Number of examples that were asked.
+        accuracy: Accuracy of early exit on them.
+        full_depth_accuracy: Accuracy of this model's own full depth on them.
+        agreement: Share of them that got the class of full depth.
+        mean_exit_layer: Mean exit layer on them.
+        baseline_accuracy: Accuracy of the baseline on them; None if the promise is against the model's own full depth.
+        estimate: Whether this is an estimate, without a confidence.
+        chose_checkpoint: Whether the same examples chose the checkpoint, which makes a promise optimistic.
     """
 
     halting: functional.HaltingRule
@@ -112,6 +148,14 @@ class Calibration:
     full_depth_accuracy: float
     agreement: float
     mean_exit_layer: float
+    baseline_accuracy: float | None = None
+    estimate: bool = False
+    chose_checkpoint: bool = False
+
+    @property
+    def exit_rule(self) -> Halting:
+        """The rule as one object, such as `LayerAnswers.exit_layers` takes it."""
+        return Halting(self.halting, self.halting_tolerance, self.halting_margin)
 
 
 def calibrate(
@@ -121,253 +165,277 @@ def calibrate(
     max_accuracy_loss: float | None = None,
     min_agreement: float | None = None,
     max_layers: float | None = None,
-    confidence: float = 0.95,
-    dial: Dial = "halting_tolerance",
+    confidence: float | None = 0.95,
+    dial: Dial = "halting_margin",
+    baseline: Tensor | None = None,
 ) -> Calibration:
-    r"""Set the `halting_tolerance` of `model`, or its `halting_margin`, so that it keeps a promise.
+    r"""Set the `halting_margin` of `model`, or its `halting_tolerance`, so that it keeps a promise.
 
-    For the first two promises, tolerances are tried upwards from 0 (which keeps both by proof), or margins downwards from
-    1, and the last one before the first that fails is taken: a fixed sequence of tests, each at the full level, of which
-    the probability of any false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). A setting passes if the
-    one-sided Clopper–Pearson bound (1934) on the rate of examples that full depth has right and early exit has wrong (no
-    accuracy can be lost otherwise), or of examples whose class differs, is small enough. For `max_layers` they are tried
-    from the other end, and the bound is the empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009,
-    theorem 4).
+    For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0 (both keep the class of
+    full depth by proof), and the last one before the first that fails is taken: a fixed sequence of tests, each at the
+    full level, of which the probability of any false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). A
+    setting passes if the one-sided Clopper–Pearson bound (1934) on the rate of examples that full depth has right and
+    early exit has wrong (no accuracy can be lost otherwise), or of examples whose class differs, is small enough. Against
+    a baseline it is the exact test of a paired difference in `dact.bounds.difference_p_value`. For `max_layers` settings
+    are tried from the other end, and the bound is the empirical Bernstein bound on the mean exit layer (Maurer & Pontil
+    2009, theorem 4).
 
     Args:
-        model: Is put into eval mode, and gets the setting and, as `calibration`, the record that this returns. An
-            earlier promise ends first.
-        data: Labelled examples that no training and no choice has seen: batches, or a datamodule, whose
-            ``calibration_dataloader`` is taken if it has one, and else its validation examples.
-        max_accuracy_loss: Points of accuracy below full depth at the most, as a share: 0.005 is half a point.
-        min_agreement: The least share of examples that get the class of full depth, in [0, 1].
-        max_layers: The most layers on average.
-        confidence: The probability with which the promise holds for new examples of the same kind, in (0, 1).
-        dial: Which of the two is moved. The margin mostly takes fewer layers for the same promise. The other one stays,
-            and must be without effect for the first two promises: only then the sequence begins at full depth.
+        model: Model that gets the setting and, as `calibration`, the record that this returns. It is put into eval mode.
+            An earlier promise ends first; temperatures, if it has any, are fitted again.
+        data: Labelled examples that no training and no choice has seen: batches, or a datamodule, of which
+            ``calibration_dataloader()`` is taken or, if it has none to give, the validation examples. These chose the
+            checkpoint, which the record then says.
+        max_accuracy_loss: Largest loss of accuracy below this model's own full depth, as a share: 0.005 is half a point.
+        min_agreement: Smallest share of examples that get the class of this model's own full depth, in [0, 1].
+        max_layers: Largest mean exit layer.
+        confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None asks for
+            an estimate instead: what is seen keeps the promise with one standard error to spare.
+        dial: Name of the dial that is moved. The margin mostly takes fewer layers for the same promise. The other dial
+            stays, and must be without effect for the first two promises: only then the sequence begins at full depth.
+        baseline: Classes of a reference on the same examples, int64 ``[examples]``, in their order: `max_accuracy_loss`
+            is then the loss of accuracy below the reference. That takes many more examples than full depth of the same
+            model, with which early exit mostly agrees.
 
     Returns:
-        The settings with their bound, and what was seen on the examples.
+        The setting with its bound, and what was seen on the examples.
 
     Raises:
-        ValueError: If not exactly one promise is given, or it cannot be kept (the message says which can), or the other
-            dial or ``halting="never"`` stands in the way.
+        ValueError: If not exactly one promise is given, it cannot be kept (the message says which can), the examples are
+            too few for it (the message says how many it takes), or the other dial or ``halting="never"`` stands in the
+            way.
 
     Example:
         >>> from dact.encoders import TransformerEncoder
         >>> model = DACT(encoder=TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2))
         >>> batch = {"input_ids": torch.randint(3, 50, (200, 5)), "labels": torch.randint(0, 3, (200,))}
         >>> found = calibrate(model, [batch], min_agreement=0.9)
-        >>> found.bound >= 0.9 and model.halting_tolerance == found.halting_tolerance
+        >>> found.bound >= 0.9 and model.halting_margin == found.halting_margin
         True
     """
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
     model.end_calibration()
     promise.check_model(model)
-    answers = layer_answers(model.eval(), calibration_batches(data))
-    found = choose_setting(answers, promise, **{name: getattr(model, name) for name in HALTING})
+    batches = calibration_batches(data)
+    answers = layer_answers(model.eval(), batches)
+    found = choose_setting(
+        answers, promise, _halting_of(model), baseline=baseline, chose_checkpoint=examples_chose_checkpoint(data)
+    )
     model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
     setattr(model, dial, getattr(found, dial))
+    if getattr(model, "temperatures", None) is not None:
+        model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))
     return found
-
-
-def store_in_checkpoint(path: Path, model: DACT) -> None:
-    """Let a checkpoint of `model` know how it halts, and its calibration."""
-    checkpoint = read_checkpoint(path)
-    known = (*HALTING, "calibration")
-    checkpoint["hyper_parameters"] |= {name: getattr(model, name) for name in known}
-    DurableCheckpointIO().save_checkpoint(checkpoint, path)
-
-
-def describe(found: Calibration, layers: int) -> str:
-    """What a calibration found, in a few lines for a person."""
-    promise = {name: value for name, value in found.promise.items() if value is not None}
-    confidence, dial = promise.pop("confidence"), promise.pop("dial")
-    ((name, value),) = promise.items()
-    bounds = {
-        "max_accuracy_loss": f"taken alone, accuracy at most {100 * found.bound:.2f} points below full depth",
-        "min_agreement": f"taken alone, agreement with full depth at least {100 * found.bound:.2f} %",
-        "max_layers": f"taken alone, at most {found.bound:.2f} of {layers} layers on average",
-    }
-    return (
-        f"{dial} {getattr(found, dial):g} keeps {name}={value:g} with confidence {confidence:g}: "
-        f"{bounds[name]}\n"
-        f"seen on {found.examples} examples: accuracy {100 * found.accuracy:.2f} % (full depth "
-        f"{100 * found.full_depth_accuracy:.2f} %), agreement {100 * found.agreement:.2f} %, mean exit layer "
-        f"{found.mean_exit_layer:.2f} of {layers}"
-    )
-
-
-def calibration_batches(data: LightningDataModule | Iterable[Batch]) -> Iterable[Batch]:
-    """The batches to calibrate on; see `calibrate`."""
-    if not isinstance(data, LightningDataModule):
-        return data
-    data.prepare_data()
-    data.setup("validate")
-    own = getattr(data, "calibration_dataloader", lambda: None)()
-    return data.val_dataloader() if own is None else own
-
-
-@dataclass(frozen=True)
-class LayerAnswers:
-    """What all layers say of labelled examples, on the CPU.
-
-    Args:
-        a: ``[examples, layers, classes]``.
-        p: ``[examples, layers]``.
-        y: ``[examples, layers, classes]``.
-        target: int64 ``[examples]``.
-        depths: int64 ``[examples]`` where the data knows the depth of its examples, else None.
-    """
-
-    a: Tensor
-    p: Tensor
-    y: Tensor
-    target: Tensor
-    depths: Tensor | None
-
-
-@torch.no_grad()
-def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
-    """Run all layers on labelled batches; `model` is in eval mode, on the device that it should use."""
-    answers, shares, classifications, targets, depths = [], [], [], [], []
-    for batch in batches:
-        if "labels" not in batch:
-            raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
-        output = model.full_depth(move(batch, model.device))
-        assert output.layer_probabilities is not None
-        assert output.h is not None
-        a, p = functional.accumulate(output.layer_probabilities, output.h)
-        answers.append(a.cpu())
-        shares.append(p.cpu())
-        classifications.append(output.layer_probabilities.cpu())
-        targets.append(batch["labels"].cpu())
-        if "depth" in batch:
-            depths.append(batch["depth"].cpu())
-    if sum(map(len, targets)) < 2:
-        raise ValueError(f"at least two labelled examples are needed, got {sum(map(len, targets))}")
-    return LayerAnswers(
-        torch.cat(answers),
-        torch.cat(shares),
-        torch.cat(classifications),
-        torch.cat(targets),
-        torch.cat(depths) if depths else None,
-    )
 
 
 def choose_setting(
     answers: LayerAnswers,
     promise: Promise,
-    halting: functional.HaltingRule = "exact",
-    halting_tolerance: float = 0.0,
-    halting_margin: float = 1.0,
+    halting: Halting = Halting(),
+    *,
+    baseline: Tensor | None = None,
+    chose_checkpoint: bool = False,
 ) -> Calibration:
-    """How to halt, as `calibrate` has it, from what all layers say; of the two dials one stays as it is given."""
-    layers = answers.a.shape[1]
+    """Choose the setting that keeps a promise, as `calibrate` does, from what all layers say; no model is needed.
 
-    def halting_at(setting: float) -> dict[str, float]:
-        return {"halting_tolerance": halting_tolerance, "halting_margin": halting_margin, promise.dial: setting}
+    Args:
+        answers: What all layers say of labelled examples. Their exit layers at the setting are
+            ``answers.exit_layers(found.exit_rule)``.
+        promise: Promise to keep.
+        halting: Halting rule, whose ``promise.dial`` is replaced.
+        baseline: As for `calibrate`.
+        chose_checkpoint: Whether the same examples chose the checkpoint; recorded, and without effect on the choice.
 
-    def exits(setting: float) -> Tensor:
-        dials = halting_at(setting)
-        return functional.exit_layers(
-            answers.a, answers.p, halting, dials["halting_tolerance"], y=answers.y, margin=dials["halting_margin"]
+    Raises:
+        ValueError: As for `calibrate`.
+    """
+    promise.check_halting(halting)
+    promise.check_layers(answers.num_layers)
+    if baseline is not None:
+        if promise.max_accuracy_loss is None:
+            raise ValueError("a baseline goes with max_accuracy_loss: leave it out for other promises")
+        baseline = check_baseline(baseline, answers)
+    elif (needed := promise.examples_needed()) is not None and len(answers.target) < needed:
+        name, value = _promised(promise)
+        raise ValueError(
+            f"{name}={value:g} with confidence {promise.confidence:g} takes {needed} examples or more, even if early exit "
+            f"makes no fault on them, got {len(answers.target)}: give more, promise less, or ask for an estimate "
+            "(confidence null, in Python None)"
         )
-
-    promise.check_layers(layers)
-    if promise.max_layers is not None:
-        setting, bound = _fewest_enough(exits, layers, promise)
-    else:
-        least = promise.max_accuracy_loss if promise.min_agreement is None else 1 - promise.min_agreement
-        assert least is not None
-        setting, rate = SETTINGS[promise.dial][0], 0.0  # by proof
-        for next_setting in SETTINGS[promise.dial][1:]:
-            faults = _faults(answers, exits(next_setting), promise)
-            upper = binomial_upper_bound(int(faults.sum()), len(faults), promise.confidence)
-            if upper > least:
-                break
-            setting, rate = next_setting, upper
-        bound = rate if promise.min_agreement is None else 1 - rate
-    at = exits(setting)
-    early = functional.answer_at(answers.a, at).argmax(1)
-    full = answers.a[:, -1].argmax(1)
-    dials = halting_at(setting)
+    exits = exits_by_setting(answers, halting, promise.dial)
+    evidence = _Evidence(promise, answers, baseline)
+    settings = SETTINGS[promise.dial] if promise.max_layers is None else SETTINGS[promise.dial][::-1]
+    by_proof = promise.max_layers is None and baseline is None
+    chosen = settings[0] if by_proof else None
+    for setting in settings[1:] if by_proof else settings:
+        if not evidence.keeps(exits(setting)):
+            break
+        chosen = setting
+    if chosen is None:
+        raise ValueError(evidence.refusal(exits(settings[0]), settings[0]))
+    at = exits(chosen)
+    bound = 0.0 if by_proof and chosen == settings[0] else evidence.bound(at)
+    early, full = functional.answer_at(evidence.classes, at), evidence.classes[:, -1]
+    dials = {"halting_tolerance": halting.tolerance, "halting_margin": halting.margin, promise.dial: chosen}
     return Calibration(
-        halting,
-        dials["halting_tolerance"],
-        dials["halting_margin"],
-        asdict(promise),
-        bound,
-        len(early),
-        _share(early == answers.target),
-        _share(full == answers.target),
-        _share(early == full),
-        at.double().mean().item(),
+        halting.rule,
+        **dials,
+        promise=asdict(promise),
+        bound=bound if promise.min_agreement is None else 1 - bound,
+        examples=len(early),
+        accuracy=share(early == answers.target),
+        full_depth_accuracy=share(full == answers.target),
+        agreement=share(early == full),
+        mean_exit_layer=at.double().mean().item(),
+        baseline_accuracy=None if baseline is None else share(baseline == answers.target),
+        estimate=promise.confidence is None,
+        chose_checkpoint=chose_checkpoint,
     )
 
 
-def _faults(answers: LayerAnswers, exits: Tensor, promise: Promise) -> Tensor:
-    """Which examples count against a promise, bool ``[examples]``."""
-    early = functional.answer_at(answers.a, exits).argmax(1)
-    full = answers.a[:, -1].argmax(1)
-    if promise.min_agreement is not None:
-        return early != full
-    return (full == answers.target) & (early != answers.target)
+class _Evidence:
+    """What labelled examples say of a promise where they leave at given layers, int64 ``[examples]``."""
 
+    def __init__(self, promise: Promise, answers: LayerAnswers, baseline: Tensor | None) -> None:
+        self.promise = promise
+        self.baseline = baseline
+        self.layers = answers.num_layers
+        self.target = answers.target
+        self.classes = answers.a.argmax(dim=2)  # [examples, layers]
+        self.reference = self.classes[:, -1] if baseline is None else baseline
 
-def _fewest_enough(exits: Any, layers: int, promise: Promise) -> tuple[float, float]:
-    """The most careful setting that keeps `max_layers`, tested from that of the fewest layers on."""
-    assert promise.max_layers is not None
-    settings = SETTINGS[promise.dial][::-1]
-    setting, bound = None, float("nan")
-    for next_setting in settings:
-        upper = mean_upper_bound(exits(next_setting), layers, promise.confidence)
-        if upper > promise.max_layers:
-            break
-        setting, bound = next_setting, upper
-    if setting is None:
-        fewest = mean_upper_bound(exits(settings[0]), layers, promise.confidence)
-        train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
-        raise ValueError(
-            f"max_layers={promise.max_layers:g} cannot be promised with confidence {promise.confidence:g}: the fewest that "
-            f"can are {fewest:.2f} of {layers}, at {promise.dial} {settings[0]:g}. Promise that{train}, or give more examples"
+    def keeps(self, exits: Tensor) -> bool:
+        """Decide whether the promise holds, with its confidence."""
+        if self.baseline is not None and self.promise.confidence is not None:  # faster than the bound
+            error = 1 - self.promise.confidence
+            lost, gained = self._discordant(exits)
+            return bounds.difference_p_value(lost, gained, len(exits), self.promise.allowed, error) <= error
+        return self.bound(exits) <= self.promise.allowed
+
+    def bound(self, exits: Tensor) -> float:
+        """Return an upper bound on what the promise allows only so much of."""
+        confidence, examples = self.promise.confidence, len(exits)
+        if confidence is None:
+            return sum(mean_and_error(self._values(exits)))
+        if self.promise.max_layers is not None:
+            return bounds.mean_upper_bound(exits, self.layers, confidence)
+        if self.promise.min_agreement is not None:
+            return bounds.binomial_upper_bound(int(self._values(exits).sum()), examples, confidence)
+        lost, gained = self._discordant(exits)
+        if self.baseline is not None:
+            return bounds.difference_upper_bound(lost, gained, examples, confidence)
+        return bounds.binomial_upper_bound(lost, examples, confidence)
+
+    def refusal(self, exits: Tensor, setting: float) -> str:
+        """Say why the promise cannot be kept even at the first setting, and what can be done."""
+        promise, bound = self.promise, self.bound(exits)
+        name, value = _promised(promise)
+        how = "as an estimate" if promise.confidence is None else f"with confidence {promise.confidence:g}"
+        if promise.max_layers is not None:
+            train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
+            return (
+                f"{name}={value:g} cannot be promised {how}: the fewest that can are {bound:.2f} of {self.layers}, at "
+                f"{promise.dial} {setting:g}. Promise that{train}, or give more examples"
+            )
+        lost, remedy = mean_and_error(self._values(exits))[0], "promise that, or train a better model"
+        if lost < value:  # the bound comes closer with the root of the number of examples
+            enough = len(exits) * ((bound - lost) / (value - lost)) ** 2
+            remedy = f"promise that, or give about {float(f'{enough:.2g}'):.0f} examples"
+        return (
+            f"{name}={value:g} below the baseline cannot be promised {how}: at {promise.dial} {setting:g} the model is "
+            f"{100 * lost:.2f} points below it on these {len(exits)} examples, and up to {100 * bound:.2f} points can be "
+            f"promised; {remedy}"
         )
-    return setting, bound
+
+    def _values(self, exits: Tensor) -> Tensor:
+        """Per example what the promise bounds the mean of: exit layer, disagreement, or loss (1, 0 or -1)."""
+        if self.promise.max_layers is not None:
+            return exits
+        early = functional.answer_at(self.classes, exits)
+        if self.promise.min_agreement is not None:
+            return early != self.reference
+        return (self.reference == self.target).int() - (early == self.target).int()
+
+    def _discordant(self, exits: Tensor) -> tuple[int, int]:
+        """Count the examples that the reference alone has right, and those that early exit alone has right."""
+        loss = self._values(exits)
+        return int((loss > 0).sum()), int((loss < 0).sum())
 
 
-def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
-    """The one-sided Clopper–Pearson bound: a larger rate would give so few faults with probability 1 - confidence.
+def calibration_batches(data: LightningDataModule | Iterable[Batch]) -> Iterable[Batch]:
+    """Return the batches to calibrate on; see `calibrate`."""
+    if not isinstance(data, LightningDataModule):
+        return data
+    data.prepare_data()
+    data.setup("validate")
+    set_aside = _set_aside(data)
+    return data.val_dataloader() if set_aside is None else set_aside  # type: ignore[no-any-return]
+
+
+def examples_chose_checkpoint(data: LightningDataModule | Iterable[Batch]) -> bool:
+    """Return whether calibration falls back on validation examples; `data` is set up, and batches are as promised."""
+    return isinstance(data, LightningDataModule) and _set_aside(data) is None
+
+
+def _set_aside(data: LightningDataModule) -> Any:
+    return getattr(data, "calibration_dataloader", lambda: None)()
+
+
+def store_in_checkpoint(path: Path, model: DACT) -> None:
+    """Write how `model` halts, and its calibration, into a checkpoint of it."""
+    checkpoint = read_checkpoint(path)
+    known = (*HALTING, "calibration")
+    stored_config(checkpoint).update({name: getattr(model, name) for name in known})
+    DurableCheckpointIO().save_checkpoint(checkpoint, path)
+
+
+def describe(found: Calibration, layers: int) -> str:
+    """Return what a calibration found, in a few lines for a person.
 
     Args:
-        faults: In 0 … examples.
-        examples: 1 or more.
-        confidence: In (0, 1).
-
-    Example:
-        >>> round(binomial_upper_bound(0, 100, 0.95), 4)  # 1 - 0.05 ** (1 / 100)
-        0.0295
+        found: Calibration.
+        layers: Number of layers of the model.
     """
-    from scipy.stats import beta
+    promise = Promise(**found.promise)
+    name, value = _promised(promise)
+    setting = f"{promise.dial} {getattr(found, promise.dial):.8g}"  # 0.99999994 is a margin that does something
+    against = "this model's own full depth" if found.baseline_accuracy is None else "the baseline"
+    bound = {
+        "max_accuracy_loss": f"at most {100 * found.bound:.2f} points below {against}",
+        "min_agreement": f"agreement with {against} at least {100 * found.bound:.2f} %",
+        "max_layers": f"at most {found.bound:.2f} of {layers} layers on average",
+    }[name]
+    by_proof = found.baseline_accuracy is None and getattr(found, promise.dial) == SETTINGS[promise.dial][0]
+    if by_proof and name != "max_layers":
+        first = (
+            f"{setting} keeps {name}={value:g}: the class is that of {against} by proof, and no other setting passed"
+        )
+    elif found.estimate:
+        first = (
+            f"{setting} is an estimate for {name}={value:g}, without a confidence: {bound}, one standard error included"
+        )
+    else:
+        first = f"{setting} keeps {name}={value:g} with confidence {promise.confidence:g}: taken alone, {bound}"
+    compared = f"this model's own full depth {100 * found.full_depth_accuracy:.2f} %"
+    if found.baseline_accuracy is not None:
+        compared += f", baseline {100 * found.baseline_accuracy:.2f} %"
+    lines = [
+        first,
+        f"seen on {found.examples} examples: accuracy {100 * found.accuracy:.2f} % ({compared}), agreement "
+        f"{100 * found.agreement:.2f} %, mean exit layer {found.mean_exit_layer:.2f} of {layers}",
+    ]
+    if found.chose_checkpoint:
+        lines.append(
+            "these examples chose the checkpoint, so that this is optimistic: set others aside with the data's "
+            "calibration_fraction or calibration_file"
+        )
+    return "\n".join(lines)
 
-    return 1.0 if faults == examples else float(beta.ppf(confidence, faults + 1, examples - faults))
+
+def _promised(promise: Promise) -> tuple[str, float]:
+    names = ("max_accuracy_loss", "min_agreement", "max_layers")
+    return next((name, value) for name in names if (value := getattr(promise, name)) is not None)
 
 
-def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
-    r"""The empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4).
-
-    With n examples, sample variance V and δ = 1 - confidence, for values in an interval of length N - 1:
-    :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`, and never above N.
-
-    Args:
-        exits: int64 ``[examples]``, in 1 … layers; at least two.
-        layers: N.
-        confidence: In (0, 1).
-    """
-    values, log = exits.double(), torch.tensor(2 / (1 - confidence)).log().item()
-    n = len(values)
-    spread = (2 * values.var().item() * log / n) ** 0.5 + 7 * (layers - 1) * log / (3 * (n - 1))
-    return min(float(layers), values.mean().item() + spread)
-
-
-def _share(flags: Tensor) -> float:
-    return flags.double().mean().item()
+def _halting_of(model: DACT) -> Halting:
+    return Halting(model.halting, model.halting_tolerance, model.halting_margin)

@@ -26,6 +26,7 @@ from dact.callbacks import ExitPlots, SavePretrained
 from dact.checkpoints import LAST, BestAndLast
 from dact.cli_errors import OneLineParser, config_files, one_line_errors
 from dact.cli_request import EVALUATING, Request
+from dact.cli_tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
@@ -111,7 +112,7 @@ class DACTCLI(LightningCLI):
         if subcommand == "tune":
             parser = self.init_parser(**kwargs)
             self._add_arguments(parser)
-            _add_tuner_arguments(parser)
+            add_tuner_arguments(parser)
             self._subcommand_method_arguments["tune"] = []
             _ignore(parser, "ckpt_path", "weights_only")
         else:
@@ -278,7 +279,10 @@ class DACTCLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         signals.install()
         if subcommand == "tune":
-            self._tune()
+            config = self.config["tune"]
+            if config.data is not None:
+                self._complete_model(config)
+            tune(self._parser("tune"), config, DACTTrainer, self.request)
         elif subcommand == "calibrate":
             names = ("max_accuracy_loss", "min_agreement", "max_layers", "confidence", "dial")
             self.calibrate(Promise(**{name: self._get(self.config, name) for name in names}))
@@ -331,11 +335,11 @@ class DACTCLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         last = Path(getattr(checkpoint, "dirpath", None) or "") / LAST
         if not isinstance(checkpoint, ModelCheckpoint) or not last.is_file():
-            raise SystemExit(_stopped_by_user("before its first epoch ended: there is nothing to resume"))
+            raise SystemExit(stopped_by_user("before its first epoch ended: there is nothing to resume"))
         SavePretrained().on_fit_end(self.trainer, self.model)
         is_default = folder is not None and folder.parent.name == RUNS and last.parent.parent == folder
         name, value = ("run_tag", folder.name) if is_default and folder is not None else ("ckpt_path", str(last))
-        raise SystemExit(_stopped_by_user(resume_with=self.request.again(name, value)))
+        raise SystemExit(stopped_by_user(resume_with=self.request.again(name, value)))
 
     def predict(self, **arguments: Any) -> None:
         output = self._get(self.config, "output")
@@ -374,58 +378,11 @@ class DACTCLI(LightningCLI):
             print(line)
         print(f"{promise.dial} was {before:g}, and is {getattr(model, promise.dial):g}")
 
-    def _tune(self) -> None:
-        """Hand the sections of the files to the engine, model and data as factories."""
-        from dact.factories import DataFactory, ModelFactory
-        from dact.tuning import TuningEngine
-
-        parser, config = self._parser("tune"), self.config["tune"]
-        if config.data is None:
-            raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
-        if config.run_tag:
-            check_tag(Path(config.tuner.log_dir) / config.run_tag, "tune")
-        self._complete_model(config)
-        plain = yaml.safe_load(parser.dump(config, skip_none=False))
-        # Only these two sections are built here, with a parser of their own.
-        builder = LightningArgumentParser(exit_on_error=False)
-        builder.add_lightning_class_args(DACTTrainer, "trainer")
-        _add_tuner_arguments(builder)
-        ready = builder.instantiate_classes(
-            builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]})
-        )
-        trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
-        engine = TuningEngine(
-            plain["model"]["output_dimension"],
-            model=ModelFactory(plain["model"]),
-            data=DataFactory(plain["data"]),
-            trainer=trainer,
-            seed=plain["seed_everything"] or 0,
-            **vars(ready.tuner),
-        )
-        tag = config.run_tag or engine.run_tag
-        try:
-            engine.run_pipeline(tag)
-        except KeyboardInterrupt:
-            raise SystemExit(_stopped_by_user(resume_with=self.request.again("run_tag", tag))) from None
-
-
-def _stopped_by_user(text: str = "", resume_with: str = "") -> int:
-    """Say that a command was stopped, and return its exit status."""
-    print(f"\ndact: stopped{f' {text}' if text else f'; resume with: {resume_with}'}", file=sys.stderr)
-    return 130
-
 
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:
     """Accept what the config.yaml of a fit holds, and this command has no use for."""
     for name in names:
         parser.add_argument(f"--{name}", type=Any, default=None, help="read by other commands")
-
-
-def _add_tuner_arguments(parser: LightningArgumentParser) -> None:
-    from dact.tuning import TuningEngine
-
-    elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed"}  # in sections of their own
-    parser.add_class_arguments(TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False)
 
 
 def _has(given: list[Any], kind: type) -> bool:
@@ -459,4 +416,4 @@ def main() -> None:
         try:
             run()
         except KeyboardInterrupt:
-            raise SystemExit(_stopped_by_user("before anything was written")) from None
+            raise SystemExit(stopped_by_user("before anything was written")) from None

@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from dact.data.text import load_tokenizer
+from dact.data.tokenizers import load_tokenizer
 from dact.encoders.base import LayeredEncoder
 from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, digest
 from dact.encoders.onnx import quantize as quantize_graph

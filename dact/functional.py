@@ -396,7 +396,7 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
         raise ValueError(f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}")
     # [batch, classes]; -100 fits no class, so that its row stays zero.
     target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
-    if teacher is None or share == 0 and not unknown.any():
+    if teacher is None or (share == 0 and not unknown.any()):
         return target
     if teacher.shape != target.shape:
         raise ValueError(

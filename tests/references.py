@@ -72,6 +72,12 @@ def binomial_upper_bound(faults, examples, confidence):
     return high
 
 
+def outcome_probability(i, j, examples, lost, gained):
+    """That i of so many examples are lost and j are gained."""
+    ways = math.comb(examples, i) * math.comb(examples - i, j)
+    return ways * lost**i * gained**j * (1 - lost - gained) ** (examples - i - j)
+
+
 def is_clear(probabilities, margin):
     """Whether one layer's first class leads by more than the margin."""
     second, first = sorted(probabilities)[-2:]

@@ -1,26 +1,19 @@
 """The dial: its bounds, what it promises, and where it is stored."""
 
 import json
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import lightning.pytorch as pl
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
-from dact.calibration import (
-    SETTINGS,
-    LayerAnswers,
-    Promise,
-    binomial_upper_bound,
-    choose_setting,
-    mean_upper_bound,
-    store_in_checkpoint,
-)
+from dact.answers import exits_by_setting, operating_points
+from dact.bounds import binomial_upper_bound, difference_p_value, difference_upper_bound, mean_upper_bound
+from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from tests import references
@@ -44,22 +37,59 @@ def test_the_mean_bound_holds_as_often_as_it_says():
     assert max(bounds) < 4.5
 
 
-def synthetic(examples, generator, layers=5, classes=3):
+@pytest.mark.parametrize(("lost", "gained"), [(0.1, 0.1), (0.3, 0.2), (0.1, 0.0), (0.02, 0.01), (0.45, 0.45)])
+@pytest.mark.parametrize("error", [0.05, 0.2])
+def test_the_test_of_a_paired_difference_is_wrong_as_seldom_as_it_says(lost, gained, error):
+    """Exactly: summed over all outcomes of 30 examples."""
+    wrong = sum(
+        references.outcome_probability(i, j, 30, lost, gained)
+        for i in range(31)
+        for j in range(31 - i)
+        if difference_p_value(i, j, 30, lost - gained, error) <= error
+    )
+    assert wrong <= error
+
+
+@given(lost=st.integers(0, 30), gained=st.integers(0, 30), more=st.integers(1, 300))
+@settings(max_examples=30)
+def test_the_bound_on_a_paired_difference_is_above_what_was_seen(lost, gained, more):
+    examples = lost + gained + more
+    bound = difference_upper_bound(lost, gained, examples, 0.95)
+    assert (lost - gained) / examples <= bound <= binomial_upper_bound(lost + gained, examples, 0.9975)
+    assert bound <= difference_upper_bound(lost + 1, gained, examples + 1, 0.95) + 1e-5
+
+
+def test_the_paired_difference_takes_as_many_examples_as_theory_says():
+    """About 2.7 · d / x² for d discordant examples and none lost on balance, and a little more for being exact."""
+    assert difference_p_value(lost=48, gained=48, examples=1600, difference=0.01, error=0.05) > 0.05
+    assert difference_p_value(lost=69, gained=69, examples=2300, difference=0.01, error=0.05) < 0.05
+
+
+def synthetic(examples, generator, layers=5, classes=3, quality=4.0):
     """Examples of which early layers are often wrong while they are not sure yet."""
     target = torch.randint(classes, (examples,), generator=generator)
+    return answers_for(target, generator, layers, classes, quality)
+
+
+def answers_for(target, generator, layers=5, classes=3, quality=4.0):
+    examples = len(target)
     hard = torch.rand(examples, 1, 1, generator=generator) * 3
     evidence = torch.randn(examples, layers, classes, generator=generator) * hard
-    rise = torch.linspace(0.5, 4, layers).view(1, layers, 1)
+    rise = torch.linspace(0.5, quality, layers).view(1, layers, 1)
     y = (evidence + rise * torch.nn.functional.one_hot(target, classes).unsqueeze(1)).softmax(dim=2)
     h = (1.2 - y.amax(dim=2)).clamp(0, 1)
     a, p = functional.accumulate(y, h)
     return LayerAnswers(a, p, y, target, None)
 
 
-def exits_at(answers, found):
-    return functional.exit_layers(
-        answers.a, answers.p, "exact", found.halting_tolerance, y=answers.y, margin=found.halting_margin
-    )
+@cache
+def truth(population, halting, baseline=None):
+    """What a halting rule gives on the whole population."""
+    return operating_points(population, [halting.margin], halting, baseline=baseline)[0]
+
+
+def halting_at(dial, setting):
+    return functional.Halting(**{dial.removeprefix("halting_"): setting})
 
 
 @pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
@@ -67,23 +97,17 @@ def exits_at(answers, found):
 def test_a_promise_is_kept_as_often_as_it_says(promised, dial):
     promise = Promise(**promised, confidence=0.9, dial=dial)
     generator = torch.Generator().manual_seed(0)
-    population = synthetic(100_000, generator)
-    full = population.a[:, -1].argmax(1)
+    population = synthetic(40_000, generator)
     broken, moved = 0, 0
     for _ in range(400):
-        rows = torch.randint(len(full), (600,), generator=generator)
-        sample = LayerAnswers(
-            *(part[rows] for part in (population.a, population.p, population.y, population.target)), None
-        )
-        found = choose_setting(sample, promise)
+        rows = torch.randint(len(population.target), (600,), generator=generator)
+        found = choose_setting(population.take(rows), promise)
         moved += (found.halting_tolerance, found.halting_margin) != (0.0, 1.0)
-        exits = exits_at(population, found)
-        early = functional.answer_at(population.a, exits).argmax(1)
+        point = truth(population, found.exit_rule)
         if promise.min_agreement is None:
-            lost = (full == population.target).double().mean() - (early == population.target).double().mean()
-            broken += lost.item() > promise.max_accuracy_loss
+            broken += point.accuracy_loss > promise.max_accuracy_loss
         else:
-            broken += (early == full).double().mean().item() < promise.min_agreement
+            broken += point.agreement < promise.min_agreement
     assert broken <= 58, "a tenth of 400, and three standard deviations"
     assert moved > 360, "the dial moves"
 
@@ -107,8 +131,7 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
     answers = synthetic(5000, torch.Generator().manual_seed(2))
 
     def bound_at(setting):
-        found = SimpleNamespace(**{"halting_tolerance": 0.0, "halting_margin": 1.0, dial: setting})
-        return mean_upper_bound(exits_at(answers, found), 5, 0.95)
+        return mean_upper_bound(answers.exit_layers(halting_at(dial, setting)), 5, 0.95)
 
     careful = SETTINGS[dial]
     budget = (bound_at(careful[0]) + bound_at(last)) / 2
@@ -131,7 +154,7 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
         ({"max_accuracy_loss": 2}, r"in \[0, 1\], got 2: 0.005 is half a point"),
         ({"min_agreement": -0.1}, r"min_agreement is a share, in \[0, 1\], got -0.1"),
         ({"max_layers": 0.5}, "max_layers must be 1 or more, got 0.5"),
-        ({"max_layers": 2, "confidence": 1.0}, r"in \(0, 1\), got 1.0"),
+        ({"max_layers": 2, "confidence": 1.0}, r"in \(0, 1\), or None for an estimate, got 1.0"),
         ({"max_layers": 2, "dial": "h"}, "dial must be one of 'halting_tolerance', 'halting_margin', got 'h'"),
     ],
 )
@@ -176,10 +199,10 @@ def test_calibrating_twice_still_counts_where_the_configuration_says_nothing():
         found = calibrate(model, [random_batch(800)], min_agreement=agreement)
     built = tiny_model()
     built.on_load_checkpoint({"state_dict": model.state_dict(), "hyper_parameters": model.config()})
-    assert built.halting_tolerance == found.halting_tolerance
-    own = tiny_model(halting_tolerance=0.01)
+    assert built.halting_margin == found.halting_margin < 1
+    own = tiny_model(halting_margin=0.01)
     own.on_load_checkpoint({"state_dict": model.state_dict(), "hyper_parameters": model.config()})
-    assert own.halting_tolerance == 0.01, "what the user gave counts"
+    assert own.halting_margin == 0.01, "what the user gave counts"
 
 
 def test_a_promise_ends_where_training_goes_on():
@@ -188,7 +211,7 @@ def test_a_promise_ends_where_training_goes_on():
     assert model.calibration is not None
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(model, torch.utils.data.DataLoader(batch, batch_size=None))
-    assert (model.halting_tolerance, model.calibration) == (0.0, None)
+    assert (model.halting_margin, model.calibration) == (1.0, None)
 
 
 @pytest.mark.parametrize(
@@ -202,6 +225,213 @@ def test_a_promise_ends_where_training_goes_on():
 def test_too_little_to_calibrate_on_is_a_clear_error(batches, message):
     with pytest.raises(ValueError, match=message):
         calibrate(tiny_model(), batches, max_layers=3)
+
+
+@pytest.mark.parametrize("rule", ["exact", "paper"])
+@given(
+    seed=st.integers(0, 1000), layers=st.integers(1, 6), classes=st.integers(2, 5), other=st.sampled_from([0.0, 0.4])
+)
+@settings(max_examples=25)
+def test_all_settings_at_once_leave_where_each_alone_does(rule, seed, layers, classes, other):
+    answers = synthetic(60, torch.Generator().manual_seed(seed), layers, classes, quality=30.0)
+    for dial, neutral in (
+        ("halting_margin", functional.Halting(rule, tolerance=other)),
+        ("halting_tolerance", functional.Halting(rule, margin=1 - other)),
+    ):
+        exits = exits_by_setting(answers, neutral, dial)
+        for setting in SETTINGS[dial][::5]:
+            expected = answers.exit_layers(
+                functional.Halting(rule, other, setting)
+                if dial == "halting_margin"
+                else functional.Halting(rule, setting, 1 - other)
+            )
+            assert torch.equal(exits(setting), expected)
+
+
+def test_margins_reach_as_near_to_1_as_float32():
+    margins = torch.tensor(SETTINGS["halting_margin"], dtype=torch.float32)
+    assert (margins[1:] < margins[:-1]).all(), "each is another number in float32"
+    assert torch.nextafter(margins[0], torch.tensor(0.0)) == margins[1]
+
+
+def test_a_very_sure_classifier_leaves_early():
+    """Layer 1 is right wherever it leads by more than .999995, and wrong, nearly as sure, in a tenth of the examples."""
+    examples = 3000
+    target = torch.zeros(examples, dtype=torch.long)
+    wrong = torch.arange(examples) < 300
+    y = torch.tensor([1 - 1e-6, 1e-6]).repeat(examples, 6, 1)
+    y[wrong, 0] = torch.tensor([4e-6, 1 - 4e-6])
+    h = torch.ones(examples, 6)
+    a, p = functional.accumulate(y, h)
+    found = choose_setting(LayerAnswers(a, p, y, target), Promise(max_accuracy_loss=0.01))
+    assert found.mean_exit_layer == pytest.approx(1.1)
+    assert found.accuracy == 1
+    text = describe(found, 6)
+    assert f"halting_margin {found.halting_margin!r} keeps" in text, "it is not rounded to 1"
+
+
+@pytest.mark.parametrize(
+    ("promise", "needed"),
+    [({"max_accuracy_loss": 0.01}, 299), ({"max_accuracy_loss": 0.005}, 598), ({"min_agreement": 0.99}, 299)],
+)
+def test_a_promise_says_how_many_examples_it_takes(promise, needed):
+    generator = torch.Generator().manual_seed(0)
+    assert Promise(**promise).examples_needed() == needed
+    with pytest.raises(
+        ValueError, match=rf"takes {needed} examples or more, .* got {needed - 1}: give more, .*estimate"
+    ):
+        choose_setting(synthetic(needed - 1, generator), Promise(**promise))
+    target = torch.zeros(needed, dtype=torch.long)
+    y = torch.tensor([0.9, 0.1]).repeat(needed, 3, 1)
+    sure = LayerAnswers(*functional.accumulate(y, torch.ones(needed, 3)), y, target)
+    assert choose_setting(sure, Promise(**promise)).mean_exit_layer == 1, "where no example is lost, so many are enough"
+    assert choose_setting(sure.take(torch.arange(50)), Promise(**promise, confidence=None)).estimate
+
+
+def test_an_allowance_of_nothing_is_left_to_the_proof():
+    found = choose_setting(synthetic(500, torch.Generator().manual_seed(0)), Promise(max_accuracy_loss=0.0))
+    assert (found.halting_margin, found.bound, found.agreement) == (1.0, 0.0, 1.0)
+    assert "the class is that of this model's own full depth by proof" in describe(found, 5)
+
+
+def test_an_estimate_keeps_one_standard_error_to_spare():
+    answers = synthetic(300, torch.Generator().manual_seed(3))
+    promise = Promise(max_accuracy_loss=0.02, confidence=None)
+    found = choose_setting(answers, promise)
+    assert found.estimate
+    assert found.promise["confidence"] is None
+
+    def loss(margin):
+        early = functional.answer_at(answers.a, answers.exit_layers(functional.Halting(margin=margin))).argmax(1)
+        full = answers.a[:, -1].argmax(1)
+        lost = (full == answers.target).double() - (early == answers.target).double()
+        return lost.mean().item() + lost.std().item() / 300**0.5
+
+    margins = SETTINGS["halting_margin"]
+    assert found.bound == pytest.approx(loss(found.halting_margin))
+    assert found.bound <= 0.02 < loss(margins[margins.index(found.halting_margin) + 1])
+    assert found.mean_exit_layer < choose_setting(answers, Promise(max_accuracy_loss=0.02)).mean_exit_layer
+    text = describe(found, 5)
+    assert "is an estimate for max_accuracy_loss=0.02, without a confidence" in text
+    agreed = choose_setting(answers, Promise(min_agreement=0.9, confidence=None))
+    assert 0.9 <= agreed.bound < agreed.agreement
+    layers = choose_setting(answers, Promise(max_layers=3.0, confidence=None))
+    assert layers.mean_exit_layer < layers.bound <= 3
+
+
+def test_a_promise_can_be_made_against_a_baseline():
+    generator = torch.Generator().manual_seed(5)
+    answers = synthetic(3000, generator)
+    full = answers.a[:, -1].argmax(1)
+    changed = torch.rand(3000, generator=generator) < 0.04
+    baseline = torch.where(changed, answers.target, full)  # at most as good as the model where it differs, and better
+    promise = Promise(max_accuracy_loss=0.05)
+    found = choose_setting(answers, promise, baseline=baseline)
+    own = choose_setting(answers, promise)
+    assert found.baseline_accuracy == (baseline == answers.target).double().mean().item() > found.full_depth_accuracy
+    assert found.baseline_accuracy - found.accuracy < found.bound <= 0.05
+    assert found.mean_exit_layer > own.mean_exit_layer, "the baseline is the better reference here"
+    assert "points below the baseline" in describe(found, 5)
+    lost = found.baseline_accuracy - found.full_depth_accuracy
+    with pytest.raises(ValueError, match=r"at halting_margin 1 the model is .* and up to .*give about \d+ examples"):
+        choose_setting(answers, Promise(max_accuracy_loss=lost + 0.001), baseline=baseline)
+    with pytest.raises(ValueError, match="promise that, or train a better model"):
+        choose_setting(answers, Promise(max_accuracy_loss=0.0), baseline=answers.target)
+    with pytest.raises(ValueError, match=r"one class per example, int64 \[3000\], .* got torch.int64 \[2\]"):
+        choose_setting(answers, promise, baseline=baseline[:2])
+    with pytest.raises(ValueError, match="a baseline goes with max_accuracy_loss"):
+        choose_setting(answers, Promise(max_layers=2), baseline=baseline)
+
+
+@pytest.mark.slow
+def test_a_baseline_promise_is_kept_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(6)
+    population = synthetic(50_000, generator)
+    other = answers_for(population.target, generator, quality=4.2).a[:, -1].argmax(1)
+    promise = Promise(max_accuracy_loss=0.04, confidence=0.9)
+    broken, given = 0, 0
+    for _ in range(200):
+        rows = torch.randint(50_000, (1000,), generator=generator)
+        try:
+            found = choose_setting(population.take(rows), promise, baseline=other[rows])
+        except ValueError:
+            continue  # none can be given
+        given += 1
+        broken += truth(population, found.exit_rule, other).accuracy_loss > 0.04
+    assert broken <= 33, "a tenth of 200, and three standard deviations"
+    assert given > 50
+
+
+@pytest.mark.slow
+def test_promises_hold_after_choices_on_other_examples():
+    """Choose among 12 models and their λ on some examples, promise on others, and ask the whole population."""
+    generator = torch.Generator().manual_seed(0)
+    target = torch.randint(3, (40_000,), generator=generator)
+    models = [answers_for(target, generator, quality=3.5 + 0.05 * number) for number in range(12)]
+    promise, broken, moved = Promise(max_accuracy_loss=0.02), 0, 0
+    for _ in range(1000):
+        rows = torch.randperm(len(target), generator=generator)[:1000]
+        choosing, own = rows[:400], rows[400:]
+        tried = [choose_setting(one.take(choosing), Promise(max_accuracy_loss=0.02, confidence=None)) for one in models]
+        # The fewest layers among the models that are at most a point below the most accurate one.
+        best = max(found.accuracy for found in tried)
+        number = min(
+            (number for number in range(12) if tried[number].accuracy >= best - 0.01),
+            key=lambda number: tried[number].mean_exit_layer,
+        )
+        model = models[number]
+        found = choose_setting(model.take(own), promise)
+        moved += found.halting_margin < 1
+        broken += truth(model, found.exit_rule).accuracy_loss > 0.02
+    assert broken <= 65, "at least 93.5 % are kept"
+    assert moved > 900
+
+
+def test_operating_points_are_what_each_setting_gives():
+    answers = synthetic(500, torch.Generator().manual_seed(0))
+    margins = [1.0, 0.9, 0.5, 0.1]
+    points = operating_points(answers, margins)
+    assert [point.setting for point in points] == margins
+    for point in points:
+        exits = answers.exit_layers(functional.Halting(margin=point.setting))
+        early, full = functional.answer_at(answers.a, exits).argmax(1), answers.a[:, -1].argmax(1)
+        assert point.mean_exit_layer == exits.double().mean().item()
+        assert point.accuracy == (early == answers.target).double().mean().item()
+        assert point.agreement == (early == full).double().mean().item()
+        lost = (full == answers.target).double() - (early == answers.target).double()
+        assert point.accuracy_loss == lost.mean().item()
+        assert point.accuracy_loss_error == pytest.approx(lost.std().item() / 500**0.5)
+    assert points[0].accuracy_loss == 0
+    against = operating_points(answers, [1.0], baseline=answers.target)[0]
+    assert against.accuracy_loss == pytest.approx(1 - against.accuracy)
+    tolerances = operating_points(answers, [0.0, 0.5], dial="halting_tolerance")
+    assert tolerances[0].mean_exit_layer > tolerances[1].mean_exit_layer
+
+
+class OwnData(pl.LightningDataModule):
+    def __init__(self, examples):
+        super().__init__()
+        self.examples = examples
+
+    def val_dataloader(self):
+        return [random_batch(self.examples)]
+
+
+class SetAsideData(OwnData):
+    def calibration_dataloader(self):
+        return [random_batch(self.examples, seed=1)]
+
+
+def test_examples_that_chose_the_checkpoint_are_named():
+    said = {}
+    for name, data in {"validation": OwnData(400), "own": SetAsideData(400), "batches": [random_batch(400)]}.items():
+        model = tiny_model()
+        before = dict(vars(data)) if isinstance(data, OwnData) else None
+        found = calibrate(model, data, min_agreement=0.9)
+        said[name] = "these examples chose the checkpoint" in describe(found, 4)
+        assert model.calibration["chose_checkpoint"] == found.chose_checkpoint == said[name]
+        assert before is None or vars(data) == before, "the data stays as it is"
+    assert said == {"validation": True, "own": False, "batches": False}
 
 
 small_data = partial(CompositionalSentiment, num_train=300, num_val=400, num_test=60, max_depth=2)
@@ -239,9 +469,9 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path, mode):
     found = metrics["calibration"]
     assert found["examples"] == 200
     assert found["bound"] >= 0.9
-    assert DACT.load_from_checkpoint(model_path).halting_tolerance == found["halting_tolerance"]
+    assert DACT.load_from_checkpoint(model_path).halting_margin == found["halting_margin"]
     classifier = TextClassifier.from_pretrained(tmp_path / "run" / "final" / "model")
-    assert classifier.model.halting_tolerance == found["halting_tolerance"] == metrics["halting_tolerance"]
+    assert classifier.model.halting_margin == found["halting_margin"]
 
 
 def whole_validation():
@@ -255,9 +485,9 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
     with pytest.raises(ValueError, match="LightningDataModule has no calibration_dataloader"):
         engine.make_data()
     with pytest.raises(ValueError, match="give one of the two"):
-        TuningEngine(promise=Promise(max_layers=2), halting_tolerance=0.1)
+        TuningEngine(promise=Promise(max_layers=2, dial="halting_tolerance"), halting_tolerance=0.1)
     engine = TuningEngine(
-        promise=Promise(min_agreement=0.9, dial="halting_margin"),
+        promise=Promise(min_agreement=0.9),
         halting_tolerance=0.2,
         log_dir=tmp_path,
         trainer={"accelerator": "cpu"},
@@ -268,14 +498,14 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
 
 def test_another_dial_ends_the_promise_of_the_first():
     model, batch = tiny_model(), [random_batch(800)]
-    calibrate(model, batch, min_agreement=0.8)
+    calibrate(model, batch, min_agreement=0.8, dial="halting_tolerance")
     assert model.halting_tolerance > 0
-    calibrate(model, batch, min_agreement=0.8, dial="halting_margin")
+    calibrate(model, batch, min_agreement=0.8)
     assert model.halting_tolerance == 0
     assert model.halting_margin < 1
     model.end_calibration()
     assert (model.halting_tolerance, model.halting_margin, model.calibration) == (0.0, 1.0, None)
-    calibrate(model, batch, min_agreement=0.8, dial="halting_margin")
+    calibrate(model, batch, min_agreement=0.8)
     model.halting_margin = 0.123
     model.end_calibration()
     assert model.halting_margin == 0.123, "what the user gave counts"
@@ -283,18 +513,20 @@ def test_another_dial_ends_the_promise_of_the_first():
 
 def test_a_promise_that_does_not_hold_is_said():
     model = tiny_model()
-    calibrate(model, [random_batch(800)], min_agreement=0.8, dial="halting_margin")
+    calibrate(model, [random_batch(800)], min_agreement=0.8)
     checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": model.config()}
     same = tiny_model()
     same.on_load_checkpoint(checkpoint)
     assert same.halting_margin == model.halting_margin
-    with pytest.warns(UserWarning, match=r"it was made for halting exact, .* and this is .* halting_tolerance 0.3,"):
+    with pytest.warns(
+        UserWarning, match=r"was calibrated for halting exact, .* but this configuration has .* halting_tolerance 0.3,"
+    ):
         tiny_model(halting_tolerance=0.3).on_load_checkpoint(checkpoint)
 
 
 def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
     model, batch = tiny_model(layers=6), random_batch(300)
-    calibrate(model, [batch], min_agreement=0.9)
+    calibrate(model, [batch], min_agreement=0.9, dial="halting_tolerance")
     assert model.halting_tolerance > 0
     model.save_pretrained(tmp_path)
     assert DACT.from_pretrained(tmp_path).calibration is not None

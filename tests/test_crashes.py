@@ -6,12 +6,10 @@ import os
 import random
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from pathlib import Path
 
 import optuna
@@ -21,13 +19,13 @@ import yaml
 
 from dact import DACT, TextClassifier
 from dact.files import read_json
-from dact.tuning import studies
-from dact.tuning.engine import STAGES
-from dact.tuning.studies import RETRY_OF, UNDER, is_interrupted
+from dact.tuning.stages import STAGES as ALL_STAGES
+from dact.tuning.studies import RETRY_OF, counts, is_interrupted
 from tests.conftest import free_port
 from tests.killed import POINTS
 
 ROOT = Path(__file__).parent.parent
+STAGES = [stage.name for stage in ALL_STAGES]
 KILLS = 30
 
 CONFIG = """
@@ -107,21 +105,19 @@ def trials_of(folder, stage, tag="run", storage=None):
         return []
 
 
-def check_whole(folder, totals, tag="run", storage=None):
-    """Every trial is there exactly once, nothing is left running, and the final model is whole."""
+def check_whole(folder, totals, tag="run", storage=None, extra=0):
+    """Every trial is there exactly once, nothing is left running, and the final model is whole.
+
+    `extra`: by how many trials a study may exceed its total, which is the number of processes less one.
+    """
     for stage, total in zip(STAGES, totals, strict=True):
         trials = trials_of(folder, stage, tag, storage)
         assert [trial.number for trial in trials] == list(range(len(trials)))
         assert all(trial.state.is_finished() for trial in trials), [(t.number, t.state.name) for t in trials]
-        # Where the study before went on and found another winner, trials under the old one count no more.
-        under = Counter(trial.user_attrs.get(UNDER) for trial in trials if not is_interrupted(trial))
-        current, count = under.most_common(1)[0]
-        assert count == total
+        assert total <= sum(map(counts, trials)) <= total + extra
         again = [trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs]
         assert len(set(again)) == len(again)
         assert all(is_interrupted(trials[number]) for number in again)
-        left = [trial for trial in trials if is_interrupted(trial) and trial.number not in again]
-        assert all(trial.user_attrs.get(UNDER, current) != current for trial in left)
         for trial in trials:
             if is_interrupted(trial):
                 continue  # it may not have drawn all of its parameters
@@ -136,17 +132,20 @@ def check_whole(folder, totals, tag="run", storage=None):
     epochs = yaml.safe_load((run / "external_config.yaml").read_text())["num_epochs"]
     assert [record["epoch"] for record in metrics["history"]] == list(range(epochs))
     DACT.load_from_checkpoint(run / "final" / "checkpoints" / "best.ckpt")
-    DACT.load_from_checkpoint(run / "final" / "checkpoints" / "last.ckpt")
+    assert not (run / "final" / "checkpoints" / "last.ckpt").exists(), "of use only to a fit that is not done"
     assert len(TextClassifier.from_pretrained(run / "final" / "model")(["the screen is great ."])) == 1
     assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".old"))]
     return metrics
 
 
 def ended_trials(folder):
+    """What all trials that ended have found, also those of studies that ran under earlier winners, in any order."""
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    storage = f"sqlite:///{folder / 'lightning_logs' / 'run' / 'studies.db'}"
     return {
-        (stage, trial.number): (trial.state, trial.params, trial.values)
-        for stage in STAGES
-        for trial in trials_of(folder, stage)
+        json.dumps([name.split("/")[1], trial.state.name, trial.params, trial.values], sort_keys=True)
+        for name in optuna.get_all_study_names(storage)
+        for trial in optuna.load_study(study_name=name, storage=storage).trials
         if trial.state.is_finished()
     }
 
@@ -159,7 +158,7 @@ def ended_trials(folder):
 def test_thirty_kills_lose_nothing(folder):
     generator = random.Random(0)
     database = folder / "lightning_logs" / "run" / "studies.db"
-    kills, total, seen, points = 0, 3, {}, set()
+    kills, total, seen, points = 0, 3, set(), set()
     while kills < KILLS:
         how = generator.choice(["point", "point", "point", "time", "worker"])
         options = ["--tuner.n_trials", total, "--tuner.workers", 2 if how == "worker" else 1]
@@ -201,16 +200,16 @@ def test_thirty_kills_lose_nothing(folder):
             total += 2
         if database.exists() and database.stat().st_size:
             now = ended_trials(folder)
-            assert {key: now.get(key) for key in seen} == seen, "what had ended is as it was"
+            assert seen <= now, "what had ended is as it was"
             seen = now
     tune(folder, "--tuner.n_trials", total)
-    check_whole(folder, [total] * 3)
-    assert {key: ended_trials(folder).get(key) for key in seen} == seen
+    check_whole(folder, [total] * 3, extra=1)
+    assert seen <= ended_trials(folder)
     assert len(points) >= 7, points
 
 
 @pytest.mark.slow
-def test_a_killed_final_fit_goes_on_with_its_epoch(folder):
+def test_a_killed_final_fit_resumes_with_its_epoch(folder):
     log = folder / "epochs.log"
     options = ["--tuner.n_trials", 1, "--tuner.search_space.num_epochs", "{choices: [6]}"]
     plan = {"log": str(log)}
@@ -235,7 +234,7 @@ def test_a_killed_final_fit_goes_on_with_its_epoch(folder):
 
 
 @pytest.mark.slow
-def test_a_killed_warm_up_goes_on_with_its_epoch(folder):
+def test_a_killed_warm_up_resumes_with_its_epoch(folder):
     log = folder / "epochs.log"
     options, plan = ["--tuner.n_trials", 1, "--tuner.warm_up_epochs", 6], {"log": str(log)}
     process = start(folder, *options, plan=plan)
@@ -269,7 +268,7 @@ def test_a_killed_warm_up_goes_on_with_its_epoch(folder):
         ("SIGTERM", 1, "final/checkpoints"),
     ],
 )
-def test_a_stopped_command_ends_soon_and_goes_on(folder, kind, workers, moment):
+def test_a_stopped_command_ends_soon_and_resumes(folder, kind, workers, moment):
     options = ["--tuner.workers", workers]
     process = start(folder, *options)
     wait_for((folder / "lightning_logs" / "run" / moment).exists, process)
@@ -278,12 +277,12 @@ def test_a_stopped_command_ends_soon_and_goes_on(folder, kind, workers, moment):
     code, output = finish(process, 60)
     assert time.monotonic() - began < 10
     assert code == 130, output
-    assert "go on with: dact tune --config tune.yaml" in output
+    assert "resume with: dact tune --config tune.yaml" in output
     assert "Traceback" not in output
     for stage in STAGES:
         assert all(trial.state.name != "RUNNING" for trial in trials_of(folder, stage))
     tune(folder, *options)
-    check_whole(folder, [3] * 3)
+    check_whole(folder, [3] * 3, extra=workers - 1)
 
 
 # ------------------------------------------------------------------ disks
@@ -321,25 +320,24 @@ def stopped_by(folder, moment, fault, *options):
     assert code == 1, output
     assert "Traceback" not in output, output
     line = output.strip().splitlines()[-1]
-    assert "What had finished is kept" in line, output
-    assert "and the same command goes on" in line
+    assert "What has finished is kept: fix this and run the same command again" in line, output
     return line
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("moment", ["submodels/trial_0001", "lambda_reg/trial_0000", "final/checkpoints"])
-def test_a_full_disk_is_one_clear_error_and_the_run_goes_on(small_disk, moment):
+def test_a_full_disk_is_one_clear_error_and_the_run_resumes(small_disk, moment):
     disk = small_disk / "lightning_logs"
     line = stopped_by(small_disk, moment, lambda: fill(disk))
     assert "lightning_logs/run" in line
-    assert "make room there" in line or "full" in line
+    assert "No space left" in line or "full" in line
     (disk / "filler").unlink()
     tune(small_disk)
     check_whole(small_disk, [3] * 3)
 
 
 @pytest.mark.slow
-def test_a_read_only_folder_is_one_clear_error_and_the_run_goes_on(small_disk):
+def test_a_read_only_folder_is_one_clear_error_and_the_run_resumes(small_disk):
     disk = small_disk / "lightning_logs"
 
     def make_read_only():
@@ -418,7 +416,7 @@ def test_four_processes_share_one_run_over_postgresql(folder, postgres):
     processes.pop(2).kill()
     outputs = [finish(process, 600) for process in processes]
     assert [code for code, _ in outputs] == [0, 0], outputs
-    metrics = check_whole(folder, [8] * 3, storage=postgres.address)
+    metrics = check_whole(folder, [8] * 3, storage=postgres.address, extra=3)
     owners = {tuple(t.user_attrs["owner"]) for s in STAGES for t in trials_of(folder, s, storage=postgres.address)}
     assert len(owners) >= 3
     finals = [line for line in log.read_text().splitlines() if line.split()[0].endswith("/final")]
@@ -431,11 +429,11 @@ def test_four_processes_share_one_run_over_postgresql(folder, postgres):
     process.wait()
     assert not (run / "final" / "metrics.json").exists()
     tune(folder, *options)
-    check_whole(folder, [8] * 3, storage=postgres.address)
+    check_whole(folder, [8] * 3, storage=postgres.address, extra=3)
 
 
 @pytest.mark.slow
-def test_a_lost_storage_is_one_clear_error_and_the_run_goes_on(folder, postgres):
+def test_a_lost_storage_is_one_clear_error_and_the_run_resumes(folder, postgres):
     options = ["--tuner.storage", postgres.address]
     line = stopped_by(folder, "training/trial_0001", postgres.stop, *options)
     assert f"127.0.0.1:{postgres.port}" in line
@@ -447,54 +445,3 @@ def test_a_lost_storage_is_one_clear_error_and_the_run_goes_on(folder, postgres)
     postgres.start()
     tune(folder, *options)
     check_whole(folder, [3] * 3, storage=postgres.address)
-
-
-def test_a_silent_process_of_another_host_is_taken_up(tmp_path):
-    """Whose host differs is judged by its heartbeat alone."""
-    storage = studies.open_storage(f"sqlite:///{tmp_path / 'x.db'}", tmp_path)
-    study = optuna.create_study(storage=storage)
-    silent, lively = study.ask(), study.ask()
-    for trial in (silent, lively):
-        trial.set_user_attr(studies.OWNER, ["elsewhere", 1, 0.0])
-        trial.suggest_float("x", 0, 1)
-        storage.record_heartbeat(trial._trial_id)
-    assert studies.end_orphans(study) == []
-    storage.grace_period = 1
-    end = time.monotonic() + 3
-    while time.monotonic() < end:
-        storage.record_heartbeat(lively._trial_id)
-        time.sleep(0.2)
-    assert [trial.number for trial in studies.end_orphans(study)] == [silent.number]
-    studies.queue_interrupted(study)
-    assert study.trials[-1].user_attrs == {RETRY_OF: silent.number}
-    assert study.ask().suggest_float("x", 0, 1) == silent.params["x"]
-
-
-def test_a_repeat_that_dies_before_it_drew_anything_still_owes_its_parameters(tmp_path):
-    study = optuna.create_study(storage=studies.open_storage(f"sqlite:///{tmp_path / 'x.db'}", tmp_path))
-    study.ask().suggest_float("x", 0, 1)
-    for drawn in ([], ["y"], ["x"]):
-        studies.end_orphans(study)
-        studies.queue_interrupted(study)
-        trial = study.ask()
-        for name in drawn:
-            trial.suggest_float(name, 0, 1)
-    first, nothing, other, last = study.trials
-    assert nothing.params == {} and set(other.params) == {"y"}
-    assert last.params["x"] == first.params["x"]
-    assert trial.suggest_float("y", 0, 1) == other.params["y"]
-
-
-def test_parameters_that_kill_their_process_are_not_tried_for_ever(tmp_path):
-    study = optuna.create_study(storage=studies.open_storage(f"sqlite:///{tmp_path / 'x.db'}", tmp_path))
-    for _ in range(studies.RETRIES + 1):
-        trial = study.ask()
-        trial.suggest_float("x", 0, 1)
-        trial.set_user_attr(studies.OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
-        studies.end_orphans(study)
-        studies.queue_interrupted(study)
-    assert len(study.trials) == studies.RETRIES + 1
-    assert len({trial.params["x"] for trial in study.trials}) == 1
-    assert [trial.number for trial in studies.finished(study)] == [studies.RETRIES]
-    with pytest.raises(RuntimeError, match="its process died without a word, 4 times with these parameters"):
-        studies.completed(study)

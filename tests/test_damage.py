@@ -16,8 +16,8 @@ import yaml
 from dact import DACT, TuningEngine
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
-from dact.tuning import studies
-from dact.tuning.engine import STAGES
+from dact.tuning.run import Run
+from dact.tuning.stages import STAGES
 from tests.conftest import random_batch, tiny_model
 
 CORRUPTIONS = 200
@@ -34,7 +34,7 @@ def engine(folder, **options):
     options = {"trainer": {"max_epochs": 1, "accelerator": "cpu"}, "n_trials": 4, "log_dir": folder, **options}
     space = {"num_epochs": {"choices": [1, 2]}}
     made = TuningEngine(model=small_model, data=small_data, search_space=space, **options)
-    made.display.console.quiet = True
+    made.progress.console.quiet = True
     return made
 
 
@@ -108,46 +108,43 @@ def test_damaged_warm_ups_never_serve(run):
     def read():
         made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
         made._begin("run")
-        return {name: tensor.tolist() for name, tensor in made._frozen.base.encoder.state_dict().items()}
+        model, _ = made._objective(STAGES[0]).shared.build({})
+        return {name: tensor.tolist() for name, tensor in model.encoder.state_dict().items()}
 
     check_corruptions(path, read)
 
 
-def test_damaged_studies_never_give_a_wrong_trial(run):
-    path = run / "studies.db"
-    made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
-    made._begin("run")
-
-    def read():
-        found = []
-        for stage in STAGES:
-            trials = made._open(stage).get_trials(deepcopy=False)
-            found += [(stage, t.number, t.state, t.params, t.values, t.intermediate_values) for t in trials]
-        return found
-
-    check_corruptions(path, read)
+def open_studies(made):
+    run = made._begin("run")
+    shared = made._objective(STAGES[0]).shared
+    return [made._open(stage, run, shared.identity) for stage in STAGES]
 
 
-def test_a_study_that_somebody_edited_is_refused(run):
+@pytest.mark.parametrize("damage", [lambda db: db[: len(db) // 2], lambda db: b"x" * 100 + db[100:]])
+def test_a_corrupted_database_is_refused_by_name(run, damage):
     path = run / "studies.db"
     sound = path.read_bytes()
     made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
-    made._begin("run")
-    edits = {
-        "UPDATE trial_values SET value = value / 2": "is not what dact wrote",
-        "UPDATE studies SET study_name = 'run/other' WHERE study_name = 'run/submodels'": "is not of dact",
-        "UPDATE study_directions SET direction = 'MAXIMIZE'": "the objectives of run/submodels",
-        "DELETE FROM trials WHERE number = 1": "lacks trial 1",
-    }
-    for edit, message in edits.items():
+    path.write_bytes(damage(sound))
+    try:
+        with pytest.raises((ValueError, ConnectionError), match=r"studies\.db"):
+            open_studies(made)
+    finally:
         path.write_bytes(sound)
-        connection = sqlite3.connect(path)
-        connection.execute(edit)
-        connection.commit()
-        connection.close()
-        with pytest.raises(ValueError, match=rf"studies\.db is damaged .*{message}"):
-            _ = [made._open(stage) for stage in STAGES]
-    path.write_bytes(sound)
+
+
+def test_a_study_with_other_objectives_is_refused(run):
+    path = run / "studies.db"
+    sound = path.read_bytes()
+    connection = sqlite3.connect(path)
+    connection.execute("UPDATE study_directions SET direction = 'MAXIMIZE'")
+    connection.commit()
+    connection.close()
+    try:
+        with pytest.raises(ValueError, match=r"studies\.db is corrupted \(the objectives of run/submodels\)"):
+            open_studies(engine(run.parent, encoder_training="frozen", warm_up_epochs=1))
+    finally:
+        path.write_bytes(sound)
 
 
 class Evil:
@@ -209,7 +206,7 @@ def test_a_run_leaves_no_pickle_but_checkpoints_that_hold_data_alone(run):
 )
 def test_a_run_tag_never_leaves_the_log_folder(tmp_path, tag):
     with pytest.raises(ValueError, match="run_tag must be a name"):
-        studies.check_run_tag(tag)
+        Run(tag, tmp_path / "logs")
     if tag:
         with pytest.raises(ValueError, match="run_tag must be a name"):
             engine(tmp_path / "logs").joint_tune_study(tag)
@@ -228,7 +225,7 @@ def test_two_runs_with_one_seed_give_the_same_weights(tmp_path):
         trials = [
             (trial.params, trial.values)
             for stage in STAGES
-            for trial in optuna.load_study(study_name=f"run/{stage}", storage=storage).trials
+            for trial in optuna.load_study(study_name=f"run/{stage.name}", storage=storage).trials
         ]
         model = tmp_path / name / "run" / "final" / "model" / "model.safetensors"
         found.append((json.dumps(trials), model.read_bytes()))
@@ -250,16 +247,13 @@ def test_five_hundred_trials_leave_nothing_behind(tmp_path):
             "processes": len(process.children(recursive=True)),
         }
 
-    made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=500)
-    objective = made.submodel_objective
-
-    def watched(trial):
+    def watch(study, trial):
         if trial.number in (50, 499):
             readings[trial.number] = usage()
-        return objective(trial)
 
-    made.submodel_objective = watched
-    made.joint_tune_study("run")
+    engine(tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=500, callbacks=[watch]).joint_tune_study(
+        "run"
+    )
     early, late = readings[50], readings[499]
     assert late["memory"] - early["memory"] < 100
     assert late["files"] <= early["files"] + 5

@@ -10,43 +10,69 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dact"
-# From the ground floor upwards: a module imports only from floors below its own, or from its own package.
-FLOORS = [
-    {"functional", "console", "quiet", "signals", "files", "plots"},
-    {"submodels", "metrics", "encoders"},
-    {"inference"},
+# From the bottom upwards: a file imports only from layers below its own. A name with a slash is a file of a package;
+# files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
+LAYERS = [
+    {"checks", "files", "plots", "signals", "quiet", "console", "bounds"},
+    {"functional", "metrics", "agreement", "optimization"},
+    {"submodels", "encoders"},
+    {"inference", "persistence"},
     {"model"},
     {"data"},
-    {"batches", "calibration", "callbacks", "checkpoints", "export", "predictions", "reports", "text_classifier"}
-    | {"factories"},
-    {"tuning", "server", "cli_errors", "model_paths"},
-    {"runs"},
+    {"answers", "callbacks", "factories", "batches", "checkpoints"},
+    {"scores"},
+    {"calibration"},
+    {"text_classifier", "predictions"},
+    {"export", "model_paths"},
+    {"reports", "runs"},
+    {"tuning/selection", "tuning/space", "tuning/fingerprints", "tuning/pruner", "tuning/training"},
+    {"tuning/stages", "tuning/sampler", "tuning/tensorboard"},
+    {"tuning/run", "tuning/recipe", "tuning/features", "tuning/evaluation"},
+    {"tuning/progress", "tuning/outcome"},
+    {"tuning/baseline", "tuning/studies"},
+    {"tuning/shared", "tuning/pictures"},
+    {"tuning/trial"},
+    {"tuning/workers", "tuning/confirmation"},
+    {"tuning/final"},
+    {"tuning/engine"},
+    {"tuning", "server", "cli_errors"},
     {"cli_request"},
+    {"cli_tune"},
     {"cli"},
     {"__main__"},
 ]
+KNOWN = set().union(*LAYERS)
 
 
-def part_of(module):
-    """``dact.data.text`` -> ``data``."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 else ""
+def file_of(path):
+    """``dact/tuning/run.py`` -> ``tuning/run``; ``dact/data/text.py`` -> ``data``."""
+    name = str(path.relative_to(PACKAGE).with_suffix("")).removesuffix("/__init__")
+    return name if name in KNOWN else name.split("/")[0]
 
 
 def imports_of(path):
+    """Return all modules of dact that a file imports, anywhere in it, those for type checking included."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "dact")
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "dact":
-                yield from (f"dact.{alias.name}" for alias in node.names)
-            else:
-                yield node.module
+            if node.module.split(".")[0] == "dact":
+                for alias in node.names:  # a name may be a module
+                    inner = f"{node.module}.{alias.name}"
+                    is_module = source_of(inner) is not None
+                    yield inner if is_module else node.module
 
 
-def floor_of(part):
-    return next(level for level, parts in enumerate(FLOORS) if part in parts)
+def source_of(module):
+    path = PACKAGE.joinpath(*module.split(".")[1:])
+    return next((p for p in (path.with_suffix(".py"), path / "__init__.py") if p.is_file()), None)
+
+
+def layer_of(path):
+    name = file_of(path)
+    assert name in KNOWN, f"{path} is in no layer"
+    return next(level for level, names in enumerate(LAYERS) if name in names)
 
 
 def modules():
@@ -55,12 +81,37 @@ def modules():
 
 def test_imports_run_downwards_only():
     for path in modules():
-        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
         for name in imports_of(path):
-            if name.startswith("dact.") and part_of(name) != own and (PACKAGE / part_of(name)).with_suffix("").name:
-                part = part_of(name)
-                if (PACKAGE / f"{part}.py").exists() or (PACKAGE / part).is_dir():
-                    assert floor_of(part) < floor_of(own), f"{path} imports {name}"
+            source = source_of(name)
+            assert source is not None, f"{path} imports {name}"
+            if source.parent == PACKAGE and source.name == "__init__.py":
+                assert layer_of(path) > layer_of(PACKAGE / "model.py"), f"{path} imports dact itself"
+            elif file_of(source) != file_of(path):
+                assert layer_of(source) < layer_of(path), f"{path} imports {name}"
+
+
+def test_no_file_imports_itself_in_a_circle():
+    wanted = {path: {source_of(name) for name in imports_of(path)} - {path} for path in modules()}
+    while leaves := {path for path, needs in wanted.items() if not needs & wanted.keys()}:
+        wanted = {path: needs for path, needs in wanted.items() if path not in leaves}
+    assert not wanted, f"these import each other: {sorted(map(str, wanted))}"
+
+
+def test_files_and_lines_are_short():
+    for path in modules():
+        lines = path.read_text().splitlines()
+        assert len(lines) <= 450, path
+        assert max(map(len, lines), default=0) <= 120, path
+
+
+def test_only_the_engine_knows_the_engine():
+    for path in (PACKAGE / "tuning").glob("*.py"):
+        if path.name in ("engine.py", "__init__.py"):
+            continue
+        tree = ast.parse(path.read_text())
+        names = {node.arg for node in ast.walk(tree) if isinstance(node, ast.arg)}
+        names |= {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not names & {"engine", "TuningEngine"}, path
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,9 @@ def test_the_pipeline_leaves_what_the_design_lists(tuned):
     assert stored["lambda_reg"] == {"lambda_reg": made.lambda_reg}
     SubmodelConfig(**stored["classifier_config"])
     SubmodelConfig(**stored["confidence_config"])
-    expected = {"batch_size", "learning_rate", "num_epochs", "weight_decay", "warmup_fraction", "exit_loss_weight"}
-    assert set(stored["external_config"]) == expected
+    expected = {"batch_size", "submodel_learning_rate", "num_epochs", "exit_loss_weight", "num_layers"}
+    finetuned = {"learning_rate"} if made.recipe.encoder_training == "finetune" else set()
+    assert set(stored["external_config"]) == expected | finetuned
     final = {path.name for path in (run / "final").iterdir()}
     assert {"checkpoints", "config.yaml", "metrics.json", "model", "dials.png", "exit_histogram.png"} <= final
     assert [path.name for path in (run / "final" / "checkpoints").iterdir()] == ["best.ckpt"]
@@ -93,11 +94,12 @@ def test_the_pipeline_leaves_what_the_design_lists(tuned):
 
 
 def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
-    made, run, (_, model_path) = tuned
+    _, run, (_, model_path) = tuned
     model = DACT.load_from_checkpoint(model_path)
-    assert model.lambda_reg == made.lambda_reg
-    assert SubmodelConfig(**made.classifier_config) == model.classifier_config
-    assert model.learning_rate == made.external_config["learning_rate"]
+    chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
+    assert SubmodelConfig(**chosen["classifier"]) == model.classifier.config
+    assert model.submodel_learning_rate == chosen["submodel_learning_rate"]
+    assert model.num_layers == chosen["num_layers"]
     data = small_data()
     data.setup("test")
     metrics = json.loads((run / "final" / "metrics.json").read_text())
@@ -114,20 +116,25 @@ def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
 
 
 def test_metrics_have_the_keys_of_the_design(tuned):
-    made, run, _ = tuned
+    _, run, _ = tuned
     metrics = json.loads((run / "final" / "metrics.json").read_text())
-    keys = {"validation", "test", "tolerance_curve", "margin_curve", "history", "lambda_reg", "layers"}
-    assert set(metrics) == keys | {"halting_tolerance", "halting_margin"}
+    keys = {"validation", "test", "baseline", "tolerance_curve", "margin_curve", "history", "lambda_reg", "layers"}
+    assert set(metrics) == keys | {"halting_tolerance", "halting_margin", "calibration", "confirmation"}
     quality = {"accuracy", "macro_f1", "majority_share", "task_loss", "mean_exit_layer", "exit_histogram"}
     quality |= {"texts_per_second"}
+    early = {"full_depth", "agreement", "calibration_error", "difference_to_baseline"}
     for split in ("validation", "test"):
-        assert set(metrics[split]) == quality | {"full_depth", "agreement"}
+        assert set(metrics[split]) == quality | early
         assert set(metrics[split]["full_depth"]) == quality
         assert sum(metrics[split]["exit_histogram"]) == 60
-        assert metrics[split]["full_depth"]["mean_exit_layer"] == 3
-    assert metrics["validation"]["agreement"] == metrics["test"]["agreement"] == 1.0
+        assert metrics[split]["full_depth"]["mean_exit_layer"] == metrics["layers"]
+        assert set(metrics["baseline"][split]) == {"accuracy", "macro_f1", "task_loss", "texts_per_second"}
+        difference = metrics[split]["accuracy"] - metrics["baseline"][split]["accuracy"]
+        assert metrics[split]["difference_to_baseline"]["accuracy"] == pytest.approx(difference)
+    assert metrics["baseline"]["layers"] == 3
     assert {"tolerance", "accuracy", "mean_exit_layer", "agreement"} == set(metrics["tolerance_curve"][0])
-    assert len(metrics["history"]) == made.external_config["num_epochs"]
+    chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
+    assert len(metrics["history"]) == chosen["num_epochs"]
     assert all("train_loss" in record for record in metrics["history"])
 
 
@@ -142,10 +149,36 @@ def test_the_studies_hold_what_the_objectives_say(tuned):
     }
     assert all(len(trial.values) == 2 for trial in lambdas.trials)
     assert all(1 <= trial.values[1] <= 3 for trial in lambdas.trials)
-    assert made.lambda_reg in [trial.params["lambda_reg"] for trial in lambdas.best_trials]
+    assert made.lambda_reg in [trial.params["lambda_reg"] for trial in lambdas.trials]
     for study in (submodels, training):
         for trial in study.trials:
             assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
+
+
+def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(tuned):
+    _, run, _ = tuned
+    submodels, training, lambdas = (study_of(run.parent, stage) for stage in STAGES)
+    config = SubmodelConfig()
+    assert submodels.trials[0].params["classifier_hidden_units"] == config.hidden_units
+    first, own = (trial.params for trial in training.trials[:2])
+    assert (first["num_layers"], own["num_layers"]) == (2, 3), "two thirds of the layers, and all of them"
+    assert own["batch_size"] == small_data().batch_size
+    assert own["submodel_learning_rate"] == 3e-3
+    assert lambdas.trials[0].params["lambda_reg"] == small_model().lambda_reg
+
+
+def test_the_baseline_is_full_depth_fine_tuned_and_everything_starts_from_it(tuned):
+    _, run, _ = tuned
+    baseline = DACT.from_pretrained(run / "baseline" / "model")
+    assert baseline.halting == "never"
+    data = small_data()
+    data.setup("test")
+    batch = next(iter(data.test_dataloader()))
+    assert torch.equal(baseline.early_exit(batch).exit_layer, torch.full((60,), 3))
+    metrics = json.loads((run / "final" / "metrics.json").read_text())
+    right = (baseline(batch).probabilities.argmax(1) == batch["labels"]).float().mean().item()
+    assert metrics["baseline"]["test"]["accuracy"] == pytest.approx(right)
+    assert metrics["confirmation"]
 
 
 def test_a_second_call_reuses_everything(tuned):
@@ -188,7 +221,7 @@ def served(tuned):
         with urllib.request.urlopen(request, timeout=30) as answer:
             return json.load(answer)
 
-    runs = sum(len(list((tuned[1] / stage).iterdir())) for stage in STAGES) + 2
+    runs = sum(len(list((tuned[1] / stage).iterdir())) for stage in STAGES) + 5
     try:
         end = time.monotonic() + 90
         while time.monotonic() < end:
@@ -215,7 +248,9 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
     trials = {
         f"{stage}/trial_{trial.number:04d}": trial for stage in STAGES for trial in study_of(run.parent, stage).trials
     }
-    assert groups.keys() == trials.keys()
+    fits = {"baseline", "final", "final/defaults"} | {name for name in groups if name.startswith("confirmation/")}
+    assert "confirmation/default_settings" in fits
+    assert groups.keys() == trials.keys() | fits
     for name, trial in trials.items():
         complete = trial.state == optuna.trial.TrialState.COMPLETE
         assert [session["status"] for session in groups[name]["sessions"]] == [states[0] if complete else states[1]]
@@ -297,8 +332,8 @@ def test_objectives_serve_a_study_of_ones_own(tmp_path, mode):
     study = optuna.create_study()
     study.optimize(made.submodel_objective, n_trials=1)
     assert study.best_value > 0
-    fixed = {**study.best_params, "learning_rate": 1e-3, "batch_size": 64, "num_epochs": 1, "weight_decay": 1e-3}
-    fixed |= {"warmup_fraction": 0.1, "exit_loss_weight": 0.3, "lambda_reg": 0.05}
+    fixed = {**study.best_params, "learning_rate": 1e-3, "submodel_learning_rate": 1e-3, "batch_size": 64}
+    fixed |= {"num_epochs": 1, "num_layers": 2, "exit_loss_weight": 0.3, "lambda_reg": 0.05}
     value = made.train_tune_objective(optuna.trial.FixedTrial(fixed))
     assert isinstance(value, float)
     loss, layers = made.lambda_objective(optuna.trial.FixedTrial(fixed, number=1))
@@ -307,12 +342,21 @@ def test_objectives_serve_a_study_of_ones_own(tmp_path, mode):
 
 
 def test_lambda_never_enters_the_task_loss(tmp_path):
-    made = engine(tmp_path, model=partial(small_model, lambda_warmup=0.0, exit_loss_weight=0.0, learning_rate=1e-12))
+    model = partial(small_model, lambda_warmup=0.0, exit_loss_weight=0.0, learning_rate=1e-12)
+    made = engine(tmp_path, model=model, promise=None)
     values = [
         made.lambda_objective(optuna.trial.FixedTrial({"lambda_reg": value}, number=number))
         for number, value in enumerate((1e-3, 1.0))
     ]
     assert values[0] == pytest.approx(values[1], rel=1e-4), "an untrained model has one task loss, whatever λ costs"
+
+
+def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp_path):
+    promise = Promise(min_agreement=0.5, confidence=None)
+    trial = optuna.trial.FixedTrial({"lambda_reg": 0.01}, number=0)
+    early = engine(tmp_path / "promise", promise=promise).lambda_objective(trial)
+    provable = engine(tmp_path / "proof", promise=None).lambda_objective(trial)
+    assert early[1] < provable[1]
 
 
 # ------------------------------------------------------------------ what goes wrong
@@ -481,7 +525,9 @@ class Momentous(DACT):
 
     def configure_optimizers(self):
         self.seen.append(self.momentum)
-        return torch.optim.SGD(self._parameter_groups(), lr=self.learning_rate, momentum=self.momentum)
+        return torch.optim.SGD(
+            [p for p in self.parameters() if p.requires_grad], lr=self.learning_rate, momentum=self.momentum
+        )
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
@@ -561,7 +607,7 @@ def test_trials_under_earlier_winners_are_ignored_and_kept(tmp_path):
 
 def test_a_run_says_what_it_will_do_and_shows_the_time_left_from_the_first_trial_on(tmp_path):
     made = engine(tmp_path, time_out=5, n_trials=2)
-    made.progress.console = Console(file=io.StringIO(), width=150, force_terminal=True)
+    made.progress.console = Console(file=io.StringIO(), width=150, force_terminal=True, color_system=None)
     made.run_pipeline("run")
     said = made.progress.console.file.getvalue()
     assert "2 + 2 + 2 trials, then the final fit" in said
@@ -759,25 +805,65 @@ def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
     assert [value for epoch, value in seen if epoch == 0] != [value for epoch, value in seen if epoch == 1]
 
 
-def test_a_learning_rate_that_a_frozen_trial_chooses_is_that_of_the_submodels(tmp_path):
+def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
     factory = partial(small_model, submodel_learning_rate=1e-9)
     made = engine(tmp_path, model=factory, encoder_training="frozen", warm_up_epochs=0)
     shared = made._objective(ALL_STAGES[0]).shared
-    chosen, _ = shared.build({"learning_rate": 0.5})
-    assert {group["lr"] for group in chosen._parameter_groups()} == {0.5}
-    given, _ = shared.build({})
-    assert {group["lr"] for group in given._parameter_groups()} == {1e-9}
+    assert shared.build({"submodel_learning_rate": 0.5})[0].submodel_learning_rate == 0.5
+    assert shared.build({})[0].submodel_learning_rate == 1e-9
+    with pytest.raises(ValueError, match="learns in no trial of frozen mode: give submodel_learning_rate"):
+        engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
 
 
-def test_the_frozen_encoder_stays_as_the_warm_up_left_it(tmp_path):
-    made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1, n_trials=1)
+def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
+    options = {"encoder_training": "frozen", "warm_up_epochs": 1, "n_trials": 1, "compare_defaults": False}
+    made = engine(tmp_path, final_training="frozen", **options)
     _, model_path = made.run_pipeline("run")
     from safetensors.torch import load_file
 
     warmed = load_file(tmp_path / "run" / "features" / "encoder.safetensors")
     model = DACT.load_from_checkpoint(model_path)
-    for name, tensor in model.encoder.state_dict().items():
-        assert torch.equal(tensor, warmed[name]), name
+    assert all(torch.equal(tensor, warmed[name]) for name, tensor in model.encoder.state_dict().items())
+    _, model_path = engine(tmp_path, **options).final_train("run")
+    model = DACT.load_from_checkpoint(model_path)
+    assert not all(torch.equal(tensor, warmed[name]) for name, tensor in model.encoder.state_dict().items())
+
+
+def test_submodels_learn_on_texts_that_the_frozen_encoder_has_not_seen(tmp_path):
+    made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1)
+    shared = made._objective(ALL_STAGES[0]).shared
+    train, val = (np.load(tmp_path / made.run_tag / "features" / split / "labels.npy") for split in ("train", "val"))
+    assert (len(train), len(val)) == (48, 60), "two fifths of the 120 training texts, and all of validation"
+    assert len(shared.build({})[1].train) == 48
+
+
+def test_before_the_first_frozen_trial_everything_is_made_once(tmp_path, monkeypatch):
+    counts = {"models": 0, "encoded": 0, "opened": 0}
+
+    def counting(name, original):
+        def counted(*arguments, **options):
+            counts[name] += 1
+            return original(*arguments, **options)
+
+        return counted
+
+    from dact.data import base
+    from dact.tuning import studies, trial
+
+    def first_trial(*arguments, **options):
+        seen.update(counts)
+        raise KeyboardInterrupt
+
+    seen = {}
+    monkeypatch.setattr(base, "encode", counting("encoded", base.encode))
+    monkeypatch.setattr(studies.optuna, "create_study", counting("opened", optuna.create_study))
+    monkeypatch.setattr(trial.Objective, "__call__", first_trial)
+    made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1, model=counting("models", small_model))
+    with pytest.raises(KeyboardInterrupt):
+        made.run_pipeline("run")
+    assert seen["models"] <= 2
+    assert seen["encoded"] == 3, "training, validation and test, each once"
+    assert seen["opened"] == 3, "each study once"
 
 
 @pytest.mark.parametrize(
@@ -873,14 +959,13 @@ def test_ones_own_text_keeps_its_class_names(tmp_path, mode):
 
 
 def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
-    made = engine(
-        tmp_path, n_trials=1, model=partial(small_model, class_weights=[1.0, 5.0, 1.0]), compare_defaults=False
-    )
+    options = {"model": partial(small_model, class_weights=[1.0, 5.0, 1.0]), "promise": None}
+    made = engine(tmp_path, n_trials=1, compare_defaults=False, **options)
     metrics, _ = made.run_pipeline("run")
     found = json.loads(Path(metrics).read_text())
     best = min(found["history"], key=lambda epoch: epoch["val_loss"])
     assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
-    again = engine(tmp_path, n_trials=1, model=partial(small_model, class_weights=[1.0, 5.0, 1.0]))
+    again = engine(tmp_path, n_trials=1, **options)
     again.run_pipeline("run")
     assert (tmp_path / "run" / "final" / "defaults" / "metrics.json").is_file(), "asked for later, measured later"
 

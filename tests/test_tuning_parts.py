@@ -23,7 +23,7 @@ from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameL
 from dact.tuning.run import Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
-from dact.tuning.space import DEFAULT_SPACES, Dimension, build_spaces, describe
+from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
 from dact.tuning.studies import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF, open_storage
 from dact.tuning.training import make_trainer
@@ -44,7 +44,7 @@ def test_every_default_dimension_can_be_suggested(stage):
         assert trial.params == values
     if stage == "submodels":
         winners = Winners(**SUBMODELS.parse(values))
-        assert set(winners.classifier_config) == set(SubmodelConfig.__dataclass_fields__)
+        assert set(winners.classifier_config) == {"num_layers", "hidden_units", "dropout"}
         SubmodelConfig(**winners.classifier_config)
         SubmodelConfig(**winners.confidence_config)
 
@@ -53,9 +53,35 @@ def test_spaces_are_narrowed_and_replaced():
     spaces = build_spaces(
         {"learning_rate": {"high": 1e-4}, "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8}}
     )
-    assert spaces["training"]["learning_rate"] == Dimension("float", 1e-5, 1e-4, log=True)
+    assert spaces["training"]["learning_rate"] == Dimension("float", 2e-5, 1e-4, log=True)
     assert spaces["training"]["batch_size"] == Dimension("int", 8, 64, step=8)
     assert describe(spaces["lambda_reg"]) == describe(DEFAULT_SPACES["lambda_reg"])
+
+
+def test_more_dimensions_are_searched_where_the_space_names_them():
+    assert "classifier_activation" not in build_spaces(None)["submodels"]
+    spaces = build_spaces({"classifier_activation": {}, "weight_decay": {"high": 0.01}})
+    assert spaces["submodels"]["classifier_activation"] == MORE_DIMENSIONS["submodels"]["classifier_activation"]
+    assert spaces["training"]["weight_decay"] == Dimension("float", 1e-4, 0.01, log=True)
+
+
+def test_spaces_hold_what_the_studies_start_from_and_the_layers_of_the_encoder():
+    start = {"batch_size": 48, "learning_rate": 5e-3, "exit_loss_weight": 0.35, "num_layers": 6, "unknown": 1}
+    training = complete_spaces(build_spaces(None), 6, {"training": [start]})["training"]
+    assert training["batch_size"].choices == [32, 64, 48]
+    assert training["learning_rate"] == Dimension("float", 2e-5, 5e-3, log=True)
+    assert training["exit_loss_weight"] == Dimension("float", 0.1, 1.0), "the step would miss it"
+    assert training["num_layers"] == Dimension("int", 3, 6)
+    study = optuna.create_study()
+    study.enqueue_trial({name: start[name] for name in training if name in start})
+    trial = study.ask()
+    values = {name: dimension.suggest(trial, name) for name, dimension in training.items()}
+    assert all(values[name] == start[name] for name in values if name in start)
+    given = build_spaces({"num_layers": {"low": 2, "high": 4}})
+    assert complete_spaces(given, 3, {})["training"]["num_layers"] == Dimension("int", 2, 3)
+    with pytest.raises(ValueError, match="low=2 is above the 1 layers"):
+        complete_spaces(given, 1, {})
+    assert "num_layers" not in complete_spaces(build_spaces(None), 1, {})["training"]
 
 
 @pytest.mark.parametrize(
@@ -99,7 +125,7 @@ def test_more_devices_for_a_trial_are_refused(trainer):
         ({"lambda_reg": {"type": "float", "low": 0.1, "high": 1.0, "step": 0.1}}, ValueError, "without a step"),
         ({"speed": {"low": 1}}, ValueError, "unknown parameter 'speed'; the parameters are classifier_num_layers"),
         ({"learning_rate": {"lo": 1}}, ValueError, "learning_rate: unknown entry 'lo'; expected type, low"),
-        ({"learning_rate": {"low": 1.0}}, ValueError, "learning_rate: the range is empty: low=1.0 is above high=0.01"),
+        ({"learning_rate": {"low": 1.0}}, ValueError, "learning_rate: the range is empty: low=1.0 is above high=0.002"),
         ({"learning_rate": {"low": "small"}}, TypeError, "low must be a number, got 'small'"),
         ({"learning_rate": {"low": 0.0}}, ValueError, "log needs low above 0"),
         ({"learning_rate": 0.1}, TypeError, "expected a mapping"),
@@ -134,6 +160,8 @@ def test_the_front_leaves_out_what_is_beaten():
 @pytest.mark.parametrize(
     ("rule", "options", "layers"),
     [
+        ("one_standard_error", {}, 3.0),
+        ("promise", {"allowed": 0.01}, 3.0),
         ("max_loss_increase", {}, 3.0),
         ("max_loss_increase", {"max_loss_increase": 0.0}, 6.0),
         ("max_loss_increase", {"max_loss_increase": 0.25}, 2.0),
@@ -156,6 +184,26 @@ def test_small_equal_and_collapsed_fronts_are_handled(rule):
     assert select_lambda([Point(0.1, 0.5, 1.0), Point(0.2, 0.5, 1.0)], rule).lambda_reg == 0.1
 
 
+def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error():
+    def point(layers, lost, examples=400):
+        faults = round(lost * examples)
+        return Point(1 / layers, 0.5, layers, lost=tuple([1.0] * faults + [0.0] * (examples - faults)))
+
+    trials = [point(4.0, 0.0), point(3.0, 0.0025), point(2.0, 0.0075), point(1.0, 0.05)]
+    assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, "0.0075 ± 0.0043 is not within 0.01"
+    assert select_lambda(trials, "promise", allowed=0.02).layers == 2.0
+    assert select_lambda(trials, "promise", allowed=0.1).layers == 1.0
+
+
+def test_one_standard_error_is_that_of_the_paired_difference():
+    noise = [0.4, 0.6] * 50
+    best = Point(0.01, 0.5, 4.0, losses=tuple(noise))
+    alike = Point(0.1, 0.52, 2.0, losses=tuple(value + 0.02 for value in noise))
+    scattered = Point(0.2, 0.52, 2.0, losses=tuple(value + 0.02 for value in reversed(noise)))
+    assert select_lambda([best, alike]).layers == 4.0, "always worse by 0.02"
+    assert select_lambda([best, scattered]).layers == 2.0, "0.02 ± 0.02"
+
+
 def test_an_impossible_budget_names_the_fewest_layers():
     with pytest.raises(ValueError, match="no trial uses at most 0.5 layers; the fewest are 1.00"):
         select_lambda(CURVE, "max_layers", max_layers=0.5)
@@ -167,7 +215,7 @@ points = st.builds(Point, st.floats(1e-4, 1), st.floats(0.1, 2), st.floats(1, 6)
 @given(st.lists(points, min_size=1, max_size=20))
 def test_the_winner_is_never_beaten(trials):
     front = pareto_front(trials)
-    for rule in ("max_loss_increase", "knee"):
+    for rule in ("one_standard_error", "max_loss_increase", "knee"):
         chosen = select_lambda(trials, rule)
         assert chosen in front
         assert not any(

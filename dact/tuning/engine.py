@@ -23,20 +23,22 @@ from dact.factories import default_data, default_model
 from dact.functional import check_choice, check_tolerance
 from dact.model import DACT
 from dact.tuning import studies
+from dact.tuning.confirmation import Candidate, confirm
 from dact.tuning.final import FinalFit
 from dact.tuning.fingerprints import digest
+from dact.tuning.outcome import Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import LagPruner, SameLengthPruner
-from dact.tuning.recipe import Recipe
+from dact.tuning.recipe import DEFAULT_PROMISE, DISTILLATION, Recipe
 from dact.tuning.run import Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
-from dact.tuning.shared import Shared, prepare, survey
-from dact.tuning.space import build_spaces, describe
+from dact.tuning.shared import Shared, Survey, prepare, survey
+from dact.tuning.space import Space, Spaces, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage
 from dact.tuning.training import Deadline
-from dact.tuning.trial import Objective
+from dact.tuning.trial import Objective, trial_folder
 from dact.tuning.workers import Work, run_side_by_side
 
 EncoderTraining = Literal["finetune", "frozen"]
@@ -45,9 +47,15 @@ EncoderTraining = Literal["finetune", "frozen"]
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
+    First the *baseline*, the encoder fine-tuned at full depth: teacher and start of every trial, and what everything is
+    compared with. Then the studies, each of which begins with settings that paid elsewhere and with the factories' own:
+
     1. ``submodels``: the architectures of classifier and confidence.
-    2. ``training``: batch size, learning rate, epochs, weight decay, warm-up and the weight of the exit loss.
+    2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, and how many layers are kept.
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
+
+    Then the *confirmation*: the winners and the default settings are fitted again under fresh seeds, and the defaults stay
+    unless they are beaten. Then the final fit, its promise and its measurements.
 
     All objectives are read on one validation split, at the epoch of the lowest val_loss. Everything is in
     ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier study finds a new winner, later studies
@@ -64,9 +72,12 @@ class TuningEngine:
         search_space: Changes of the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
         encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the states of all
             layers once and trains the submodels on them.
-        warm_up_epochs: With ``"frozen"``: number of epochs of a fit of the encoder with all exits before; 0 takes the
-            encoder as it is.
-        lambda_selection: Rule that chooses λ from the third study; see `dact.tuning.selection.select_lambda`.
+        warm_up_epochs: With ``"frozen"``: number of epochs of a fit with all exits of the encoder whose states are
+            computed, on a part of the training examples; 0 takes the encoder as it is.
+        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"`` keeps
+            the encoder of frozen mode.
+        lambda_selection: Rule that chooses λ from the third study; see `dact.tuning.selection.select_lambda`. If left
+            out, ``"promise"`` where there is one of `max_accuracy_loss`, else ``"one_standard_error"``.
         max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best, 0 or more.
         max_layers: For ``"max_layers"``: budget of layers, 1 or more.
         workers: Number of processes that run trials of one study side by side; on a machine of several GPUs each takes
@@ -76,11 +87,12 @@ class TuningEngine:
         pruner: Pruner of the first two studies; it sees only trials of the same planned length.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
         halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if left out.
-        promise: What early exit of the tuned model must keep, and with which confidence. Its dial is calibrated on
-            examples that no study sees, half of the validation examples; see `dact.calibrate`.
-        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]. The teacher is
-            the model of the factory, fine-tuned at full depth once per run, and trials start from its encoder; unless the
-            data has a teacher of its own.
+        promise: What early exit of the tuned model must keep, and with which confidence; by default at most one point of
+            accuracy below the model's own full depth, with 95 % confidence. Its dial is calibrated on examples that no
+            study sees, half of the validation examples; see `dact.calibrate`. Where these are too few for the default
+            promise, the dial is set by an estimate. None: the class of full depth, by proof.
+        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; half, where the
+            data can carry them. The teacher is the baseline, unless the data has one of its own.
         compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
@@ -112,7 +124,8 @@ class TuningEngine:
         search_space: Mapping[str, Any] | None = None,
         encoder_training: EncoderTraining = "finetune",
         warm_up_epochs: int = 3,
-        lambda_selection: LambdaSelection = "max_loss_increase",
+        final_training: EncoderTraining = "finetune",
+        lambda_selection: LambdaSelection | None = None,
         max_loss_increase: float = 0.02,
         max_layers: float | None = None,
         workers: int = 1,
@@ -121,8 +134,8 @@ class TuningEngine:
         pruner: BasePruner | None = None,
         callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
         halting_tolerance: float | None = None,
-        promise: Promise | None = None,
-        distillation: float = 0.0,
+        promise: Promise | None = DEFAULT_PROMISE,
+        distillation: float | None = None,
         compare_defaults: bool = True,
         log_dir: str | Path = "lightning_logs",
         seed: int = 0,
@@ -141,14 +154,18 @@ class TuningEngine:
             if value is not None and not low <= value < float("inf"):
                 raise ValueError(f"TuningEngine: {name} must be {low} or more, got {value}")
         check_choice("TuningEngine: encoder_training", encoder_training, EncoderTraining)
-        check_choice("TuningEngine: lambda_selection", lambda_selection, LambdaSelection)
+        check_choice("TuningEngine: final_training", final_training, EncoderTraining)
+        if final_training == "frozen" and encoder_training != "frozen":
+            raise ValueError("TuningEngine: final_training='frozen' goes with encoder_training='frozen'")
+        if lambda_selection is not None:
+            check_choice("TuningEngine: lambda_selection", lambda_selection, LambdaSelection)
         if lambda_selection == "max_layers" and max_layers is None:
             raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
         if halting_tolerance is not None:
             check_tolerance(halting_tolerance)
         if promise is not None and promise.dial == "halting_tolerance" and halting_tolerance is not None:
             raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
-        if not 0 <= distillation <= 1:
+        if distillation is not None and not 0 <= distillation <= 1:
             raise ValueError(f"TuningEngine: distillation is a share of the targets, in [0, 1], got {distillation}")
         _check_factories(workers, model=model, data=data)
         if workers > 1 and isinstance(storage, optuna.storages.InMemoryStorage):
@@ -164,14 +181,16 @@ class TuningEngine:
             trainer=trainer,
             encoder_training=encoder_training,
             warm_up_epochs=warm_up_epochs,
-            distillation=distillation,
+            distillation=DISTILLATION if distillation is None else distillation,
+            distillation_is_asked_for=distillation is not None,
             halting_tolerance=halting_tolerance,
             promise=promise,
             seed=seed,
         )
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = dict(zip((stage.name for stage in STAGES), trials, strict=True))
-        self.spaces = build_spaces(search_space)
+        self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
+        self.final_training = final_training
         self.lambda_selection = lambda_selection
         self.max_loss_increase = max_loss_increase
         self.max_layers = max_layers
@@ -226,15 +245,16 @@ class TuningEngine:
         """
         run = self._begin(run_tag)
         found = survey(self.recipe, measured=True)
-        opened = {stage.name: self._open(stage, run, found.identity) for stage in STAGES}
+        spaces = complete_spaces(self.spaces, found.layers, found.starts)
+        opened = {stage.name: self._open(stage, run, found, spaces) for stage in STAGES}
         left = [max(0, self.n_trials[name] - len(studies.finished(study))) for name, study in opened.items()]
         if any(left):
             self.progress.announce(left, self.time_out)
-        self._shared = shared = prepare(self.recipe, run, found, self.progress)
+        self._shared = shared = prepare(run, found, self.progress)
         end = Deadline(self.time_out)
         for stage, stages_left in zip(STAGES, (3, 2, 1), strict=True):
-            self._tune(stage, run, shared, opened[stage.name], end.share(stages_left))
-        return self._finish(run, shared)
+            self._tune(stage, run, shared, spaces[stage.name], opened[stage.name], end.share(stages_left))
+        return self._finish(run, shared, found)
 
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Study the architectures of the submodels and save the best.
@@ -287,8 +307,9 @@ class TuningEngine:
         """
         run = self._begin(run_tag)
         self._check_tuned(run)
-        self._shared = prepare(self.recipe, run, survey(self.recipe, measured=True), self.progress)
-        return self._finish(run, self._shared)
+        found = survey(self.recipe, measured=True)
+        self._shared = prepare(run, found, self.progress)
+        return self._finish(run, self._shared, found)
 
     # ------------------------------------------------------------------ one study
 
@@ -300,21 +321,24 @@ class TuningEngine:
         self._winners = run.winners()
         return run
 
-    def _open(self, stage: Stage, run: Run, identity: Mapping[str, Any]) -> Study:
-        setting = {"search space": describe(self.spaces[stage.name]), **identity}
+    def _open(self, stage: Stage, run: Run, found: Survey, spaces: Spaces) -> Study:
+        setting = {"search space": describe(spaces[stage.name]), **found.identity}
         with run.alone(lambda: self.progress.stage("waiting for another process, which opens the studies")):
             storage = studies.open_storage(self.storage, run.folder)
             where = studies.describe_storage(self.storage, run.folder)
-            return studies.open_study(run, stage, setting, storage, where, self.pruner if stage.prunes else None)
+            study = studies.open_study(run, stage, setting, storage, where, self.pruner if stage.prunes else None)
+            studies.start_with(study, spaces[stage.name], found.starts[stage.name])
+            return study
 
     def _tune_alone(self, stage: Stage, run_tag: str) -> Winners:
         run = self._begin(run_tag)
         found = survey(self.recipe)
-        study = self._open(stage, run, found.identity)
-        self._shared = prepare(self.recipe, run, found, self.progress)
-        return self._tune(stage, run, self._shared, study, Deadline(self.time_out))
+        spaces = complete_spaces(self.spaces, found.layers, found.starts)
+        study = self._open(stage, run, found, spaces)
+        self._shared = prepare(run, found, self.progress)
+        return self._tune(stage, run, self._shared, spaces[stage.name], study, Deadline(self.time_out))
 
-    def _tune(self, stage: Stage, run: Run, shared: Shared, study: Study, deadline: Deadline) -> Winners:
+    def _tune(self, stage: Stage, run: Run, shared: Shared, space: Space, study: Study, deadline: Deadline) -> Winners:
         """Run what is left of a study, and save what it chose."""
         before = self._winners.before(stage)
         with run.alone():
@@ -324,7 +348,7 @@ class TuningEngine:
         n_trials = self.n_trials[stage.name]
         if len(studies.finished(study)) < n_trials:
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of fewer trials
-            objective = Objective(stage, run, shared, self.spaces[stage.name], before, deadline)
+            objective = Objective(stage, run, shared, space, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
             work = Work(
                 objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, setup=self.worker_setup
@@ -335,11 +359,11 @@ class TuningEngine:
                     work.run(study, self.progress.refresh, self.progress.refresh)
                 else:
                     run_side_by_side(work, study, self.workers, self.progress.refresh)
-        return self._conclude(stage, run, study)
+        return self._conclude(stage, run, shared, study)
 
-    def _conclude(self, stage: Stage, run: Run, study: Study) -> Winners:
+    def _conclude(self, stage: Stage, run: Run, shared: Shared, study: Study) -> Winners:
         """Choose the winner of a study, save it, and draw the study's pictures."""
-        chosen = self._chosen_lambda(study) if stage is LAMBDA_REG else studies.best(study)
+        chosen = self._chosen_lambda(run, shared, study) if stage is LAMBDA_REG else studies.best(study)
         with run.alone():
             if run.save(stage.parse(chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of another choice
@@ -348,11 +372,21 @@ class TuningEngine:
         self._winners = run.winners()
         return self._winners
 
-    def _chosen_lambda(self, study: Study) -> FrozenTrial:
+    def _chosen_lambda(self, run: Run, shared: Shared, study: Study) -> FrozenTrial:
         trials = studies.completed(study)
-        points = [Point(trial.params["lambda_reg"], *trial.values) for trial in trials]
+        points = []
+        for trial in trials:
+            seen = Outcome.read(run.folder / LAMBDA_REG.name / trial_folder(trial.number))
+            losses, lost = (None, None) if seen is None else (tuple(seen.losses.tolist()), tuple(seen.lost.tolist()))
+            points.append(Point(trial.params["lambda_reg"], *trial.values, losses, lost))
+        promise = shared.recipe.promise
+        allowed = None if promise is None else promise.max_accuracy_loss
         chosen = select_lambda(
-            points, self.lambda_selection, max_loss_increase=self.max_loss_increase, max_layers=self.max_layers
+            points,
+            self.lambda_selection or ("one_standard_error" if allowed is None else "promise"),
+            allowed=allowed,
+            max_loss_increase=self.max_loss_increase,
+            max_layers=self.max_layers,
         )
         return trials[points.index(chosen)]
 
@@ -360,8 +394,10 @@ class TuningEngine:
         """Return the objective of a stage, for a study of the user's own."""
         run = self._current or self._begin("")
         if self._shared is None:
-            self._shared = prepare(self.recipe, run, survey(self.recipe), self.progress)
-        return Objective(stage, run, self._shared, self.spaces[stage.name], self._winners.before(stage), Deadline())
+            self._shared = prepare(run, survey(self.recipe), self.progress)
+        layers = self._shared.layers
+        space = complete_spaces(self.spaces, layers, {})[stage.name]
+        return Objective(stage, run, self._shared, space, self._winners.before(stage), Deadline())
 
     # ------------------------------------------------------------------ the final fit
 
@@ -372,10 +408,25 @@ class TuningEngine:
                 f"final_train of {run.tag!r}: not tuned yet: {', '.join(missing)}. Run these studies first"
             )
 
-    def _finish(self, run: Run, shared: Shared) -> tuple[str, str]:
+    def _finish(self, run: Run, shared: Shared, found: Survey) -> tuple[str, str]:
+        """Confirm the winners, fit with what stays, and measure it."""
         self._check_tuned(run)
+        if shared.recipe.note:
+            self.progress.note(shared.recipe.note)
+        first, own = found.starts[TRAINING.name]
+        start = {
+            **Winners(**SUBMODELS.parse(found.starts[SUBMODELS.name][0])).settings(),
+            **found.starts[LAMBDA_REG.name][0],
+        }
+        candidates = [
+            Candidate("default settings", {**start, **own}),
+            Candidate("first trial", {**start, **first}),
+            Candidate("tuned", self._winners.settings()),
+        ]
         with run.alone(lambda: self.progress.stage("waiting for another process, which does the final fit")):
-            return FinalFit(run, shared, self._winners, self.compare_defaults, self.progress)()
+            verdict = confirm(run, shared, candidates, self.progress)
+            keep_frozen = self.final_training == "frozen"
+            return FinalFit(run, shared, verdict, keep_frozen, self.compare_defaults, self.progress)()
 
 
 def _check_factories(workers: int, **factories: Any) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,9 +14,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional
-from dact.calibration import layer_answers
+from dact.answers import Dial, LayerAnswers, layer_answers, operating_points
 from dact.encoders.base import move
 from dact.model import DACT
+from dact.scores import expected_calibration_error, temper
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
@@ -30,15 +31,17 @@ class Evaluation:
         entry: Entry of metrics.json.
         tolerance_curve: One record per tolerance, at margin 1.
         margin_curve: One record per margin, at tolerance 0.
+        answers: What all layers say of the examples.
         exit_layers: int64 ``[examples]``, 1-based.
-        depths: int64 ``[examples]`` where the data knows the depth of its examples, else None.
+        right: Whether early exit is right, bool ``[examples]``.
     """
 
     entry: dict[str, Any]
     tolerance_curve: list[dict[str, float]]
     margin_curve: list[dict[str, float]]
+    answers: LayerAnswers
     exit_layers: Tensor
-    depths: Tensor | None
+    right: Tensor
 
 
 @torch.no_grad()
@@ -69,14 +72,26 @@ def evaluate(
         full_depth["texts_per_second"] = _texts_per_second(model, loader, "never", precision)
     entry |= {"full_depth": full_depth, "agreement": _agreement(a, exits)}
 
-    def point(tolerance: float = 0.0, margin: float = 1.0) -> dict[str, float]:
-        at = functional.exit_layers(a, p, model.halting, tolerance, y=answers.y, margin=margin)
-        quality = _quality(a, at, target, weights)
-        return {name: quality[name] for name in ("accuracy", "mean_exit_layer")} | {"agreement": _agreement(a, at)}
+    early = functional.answer_at(a, exits)
+    right = early.argmax(1) == target
+    scores = early if model.temperatures is None else temper(early, exits, model.temperatures)
+    entry["calibration_error"] = expected_calibration_error(scores.max(1).values, right)
 
-    tolerances = [{"tolerance": tolerance, **point(tolerance=tolerance)} for tolerance in TOLERANCES]
-    margins = [{"margin": margin, **point(margin=margin)} for margin in MARGINS]
-    return Evaluation(entry, tolerances, margins, exits, answers.depths)
+    def curve(dial: Dial, settings: Sequence[float]) -> list[dict[str, float]]:
+        other = replace(model.exit_rule, tolerance=0.0, margin=1.0)
+        return [
+            {
+                dial.removeprefix("halting_"): point.setting,
+                "accuracy": point.accuracy,
+                "mean_exit_layer": point.mean_exit_layer,
+                "agreement": point.agreement,
+            }
+            for point in operating_points(answers, settings, other, dial=dial)
+        ]
+
+    return Evaluation(
+        entry, curve("halting_tolerance", TOLERANCES), curve("halting_margin", MARGINS), answers, exits, right
+    )
 
 
 def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:

@@ -190,6 +190,25 @@ class FeaturesData(LightningDataModule):
         return _loader(self.val, _Batches(len(self.val), 1024, None))
 
 
+class LoaderData(LightningDataModule):
+    """Two loaders as a datamodule.
+
+    Args:
+        train: Loader of the training examples.
+        val: Loader of the validation examples.
+    """
+
+    def __init__(self, train: DataLoader[Any], val: DataLoader[Any]) -> None:
+        super().__init__()
+        self.train, self.val = train, val
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.train
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.val
+
+
 def _loader(features: Features, batches: _Batches) -> DataLoader[Any]:
     # The sampler hands whole batches of rows to the features, which read them at once.
     return DataLoader(features, sampler=batches, batch_size=None)  # type: ignore[arg-type]

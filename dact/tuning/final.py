@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import shutil
 from collections.abc import Mapping
@@ -15,15 +14,19 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from dact import plots
+from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe, store_in_checkpoint
 from dact.files import read_json, replacing, replacing_folder, write_json, write_text
 from dact.model import DACT
+from dact.scores import fit_temperatures
+from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
-from dact.tuning.evaluation import evaluate
+from dact.tuning.confirmation import Verdict, flat
+from dact.tuning.evaluation import Evaluation, evaluate
 from dact.tuning.fingerprints import digest, fingerprint_data
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
-from dact.tuning.run import Run, Winners
+from dact.tuning.run import Run
 from dact.tuning.shared import Shared
 from dact.tuning.training import NonFiniteLoss, resumable_fit, seeded, without_collapse_warning
 
@@ -38,14 +41,16 @@ class FinalFit:
     Args:
         run: The run.
         shared: What its fits share.
-        winners: What the studies chose.
+        verdict: What the confirmation chose.
+        keep_frozen: Whether the encoder of frozen mode stays frozen.
         compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         progress: What the console shows.
     """
 
     run: Run
     shared: Shared
-    winners: Winners
+    verdict: Verdict
+    keep_frozen: bool
     compare_defaults: bool
     progress: Progress
 
@@ -69,9 +74,10 @@ class FinalFit:
         metrics_path, model_path = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
         data = self._measured_data()
         test = fingerprint_data(data.test_dataloader())
-        # The tolerance is set after the fit; a promise says which validation examples the fit may see.
-        setting = {name: value for name, value in self.shared.identity.items() if name != "halting_tolerance"}
-        fit = {"winners": asdict(self.winners), "setting": digest(setting)}
+        # The tolerance is set after the fit; of the promise, the fit knows which examples it may see.
+        setting = {n: v for n, v in self.shared.identity.items() if n not in ("halting_tolerance", "promise")}
+        settings = self.verdict.chosen.settings
+        fit = {"settings": settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
         promise = None if self.recipe.promise is None else asdict(self.recipe.promise)
         made_of = {"fit": fit, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
         before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
@@ -79,42 +85,53 @@ class FinalFit:
             _set_aside(folder, old)
         if before != made_of:
             metrics_path.unlink(missing_ok=True)  # another promise or test split measures the same fit again
-            write_text(folder / "config.yaml", yaml.safe_dump(self._config(), sort_keys=False))
+            write_text(folder / "config.yaml", yaml.safe_dump(self._config(settings), sort_keys=False))
             write_json(folder / MADE_OF, made_of)
         if not (metrics_path.is_file() and model_path.is_file()):
-            settings = self.winners.settings()
-            self._fit(folder, settings, settings.pop("num_epochs"))
+            self._fit(folder, settings)
             self._measure(folder, data)
         elif self.compare_defaults:
             self._measure_defaults(folder / "defaults", data)
         shutil.rmtree(old, ignore_errors=True)
-        self.progress.summary(folder, self.winners, self.recipe.epochs)
+        self.progress.summary(folder, self.verdict.text)
         return str(metrics_path), str(model_path)
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration of the final fit: a whole file where the factories come from one."""
-        settings = self.winners.settings()
         model, data = (getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data))
+        chosen = dict(settings)
         if model is None or data is None:
-            return settings
-        size = {"batch_size": settings.pop("batch_size")} if "batch_size" in settings else {}
-        epochs = settings.pop("num_epochs", self.recipe.epochs)
-        plain = {
-            name: value for name, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))
+            return chosen
+        size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
+        epochs = chosen.pop("num_epochs", self.recipe.epochs)
+        plain = {n: value for n, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))}
+        overrides = {
+            n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in self.recipe.overrides(chosen).items()
         }
         return {
             "seed_everything": self.recipe.seed,
             "trainer": {**plain, "max_epochs": epochs},
-            "model": {**model, **{n: _plain(v) for n, v in self.recipe.overrides(settings).items()}},
+            "model": {**model, **overrides},
             "data": {**data, "init_args": {**(data.get("init_args") or {}), **size}},
         }
 
-    def _fit(self, folder: Path, settings: Mapping[str, Any], epochs: int) -> None:
-        """Fit with `settings`, keep the best epoch, and resume from the last one that an earlier call kept."""
+    def _fit(self, folder: Path, settings: Mapping[str, Any] | None) -> None:
+        """Fit with `settings`, keep the best epoch, and resume from the last one that an earlier call kept.
+
+        Without settings it is what the factories make: no teacher, and no start from the baseline.
+        """
         if (folder / "history.json").is_file():
             return
+        chosen = dict(settings or {})
+        epochs = chosen.pop("num_epochs", self.recipe.epochs)
+        name = str(folder.relative_to(self.run.folder))
+        logger = TensorBoardLogger(self.run.folder, name="", version=name, default_hp_metric=False)
+        tensorboard.log_parameters(logger.experiment, flat(settings or {}), name)
         with seeded(self.recipe.seed), self.progress.fit(f"{folder.name} fit, {epochs} epochs") as bar:
-            model, data = self.shared.build(settings)
+            if settings is None:
+                model, data = self.recipe.model(), self.recipe.make_data()
+            else:
+                model, data = self.shared.build(chosen, whole=not self.keep_frozen)
             try:
                 history = resumable_fit(
                     self.recipe.trainer,
@@ -123,15 +140,17 @@ class FinalFit:
                     folder / "checkpoints",
                     epochs=epochs,
                     callbacks=[bar],
-                    logger=TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False),
+                    logger=logger,
                     keep_best=True,
                 )
             except NonFiniteLoss as error:
                 raise RuntimeError(
-                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is "
-                    f"{settings.get('learning_rate', 'that of the model')}: lower learning_rate's high in search_space, or "
-                    "take precision 32-true, under another run_tag"
+                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is {model.learning_rate:g}: "
+                    "lower learning_rate's high in search_space or the model's own, or take precision 32-true, under another "
+                    "run_tag"
                 ) from error
+        tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
+        logger.finalize("success")
         write_json(folder / "history.json", history.epochs)
         (folder / "checkpoints" / "last.ckpt").unlink()  # of use only to a fit that is not done
 
@@ -139,59 +158,79 @@ class FinalFit:
         """Write metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
         recipe = self.recipe
         model = self._fitted(folder)
-        before = model.calibration
-        if recipe.promise is not None:
-            promised = {name: value for name, value in asdict(recipe.promise).items() if value is not None}
-            with recipe.precision():
-                found = calibrate(model, data, **promised)
-            self.progress.note(describe(found, model.encoder.num_layers))
-        else:
-            model.end_calibration()  # of a promise that is no longer asked for
-        if model.calibration != before:
-            store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
-        with self.progress.stage("measuring the final model"):
-            validation = evaluate(model, data.val_dataloader(), precision=recipe.precision)
-            test = evaluate(model, data.test_dataloader(), precision=recipe.precision)
-        layers = model.encoder.num_layers
+        self._keep_promise(folder, model, data)
+        with self.progress.stage("measuring the final model and the baseline"):
+            loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
+            found = {name: evaluate(model, loader, precision=recipe.precision) for name, loader in loaders.items()}
+            whole = self.shared.baseline.load(recipe.make_model().at_full_depth()).eval().to(recipe.device)
+            against = {name: evaluate(whole, loader, precision=recipe.precision) for name, loader in loaders.items()}
+        for name, evaluation in found.items():
+            if len(evaluation.right) == len(against[name].right):
+                mean, error = mean_and_error(evaluation.right.double() - against[name].right.double())
+                evaluation.entry["difference_to_baseline"] = {"accuracy": mean, "standard_error": error}
+        kept = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
+        baseline = {name: {key: entry.entry[key] for key in kept} for name, entry in against.items()}
         metrics = {
-            "validation": validation.entry,
-            "test": test.entry,
-            "tolerance_curve": validation.tolerance_curve,
-            "margin_curve": validation.margin_curve,
+            **{name: evaluation.entry for name, evaluation in found.items()},
+            "baseline": {"layers": whole.num_layers, **baseline},
+            "tolerance_curve": found["validation"].tolerance_curve,
+            "margin_curve": found["validation"].margin_curve,
             "history": read_json(folder / "history.json"),
-            "lambda_reg": self.winners.lambda_reg,
+            "lambda_reg": model.lambda_reg,
             "halting_tolerance": model.halting_tolerance,
             "halting_margin": model.halting_margin,
-            "layers": layers,
+            "layers": model.num_layers,
+            "confirmation": self.verdict.text,
         }
-        if recipe.promise is not None:
+        if model.calibration is not None:
             metrics["calibration"] = model.calibration
         with replacing_folder(folder / "model") as partial:
             model.cpu().save_pretrained(partial)
             tokenizer = getattr(data, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
+        self._draw(folder, found["validation"], found["test"], model.num_layers)
+        if self.compare_defaults:
+            self._measure_defaults(folder / "defaults", data)
+        write_json(folder / "metrics.json", metrics)  # last: it says that all is done
+
+    def _keep_promise(self, folder: Path, model: DACT, data: LightningDataModule) -> None:
+        """Set the dial of the promise, and the temperatures of scores, and store both with the checkpoint."""
+        promise, before = self.recipe.promise, (model.calibration, model.temperatures)
+        with self.recipe.precision():
+            if promise is not None:
+                self.progress.note(describe(calibrate(model, data, **asdict(promise)), model.num_layers))
+            else:
+                model.end_calibration()  # of a promise that is no longer asked for
+            answers = layer_answers(model, data.val_dataloader())
+        model.temperatures = fit_temperatures(answers, answers.exit_layers(model.exit_rule))
+        if (model.calibration, model.temperatures) != before:
+            store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
+
+    def _draw(self, folder: Path, validation: Evaluation, test: Evaluation, layers: int) -> None:
         figures = {
             "dials": pictures.dials_picture(validation.tolerance_curve, validation.margin_curve, layers),
             "exit histogram": pictures.exit_picture(test.entry),
         }
-        if test.depths is not None:
-            figures["depth against exit layer"] = plots.depth_against_exit(test.depths, test.exit_layers, layers)
+        if test.answers.depths is not None:
+            figures["depth against exit layer"] = plots.depth_against_exit(
+                test.answers.depths, test.exit_layers, layers
+            )
         with tensorboard.writer(folder) as writer:
             for name, figure in figures.items():
                 with replacing(folder / f"{name.replace(' ', '_')}.png") as picture:
                     figure.savefig(picture, format="png")
                 writer.add_figure(name, figure)
-        if self.compare_defaults:
-            self._measure_defaults(folder / "defaults", data)
-        write_json(folder / "metrics.json", metrics)  # last: it says that all is done
+            for step, point in enumerate(validation.margin_curve):
+                for name in ("accuracy", "mean_exit_layer", "agreement"):
+                    writer.add_scalar(f"operating points by margin/{name}", point[name], step)
 
     def _measure_defaults(self, folder: Path, data: LightningDataModule) -> None:
-        """Fit and measure what the factories make without tuning, in the same way: what tuning has to beat."""
+        """Fit and measure what the factories make without tuning: what tuning has to beat."""
         if (folder / "metrics.json").is_file():
             return
         with without_collapse_warning():
-            self._fit(folder, {}, self.recipe.epochs)
+            self._fit(folder, None)
         model = self._fitted(folder)
         loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
         entries = {
@@ -223,7 +262,3 @@ def _set_aside(folder: Path, old: Path) -> None:
         os.replace(folder, old)
     else:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _plain(value: Any) -> Any:
-    return asdict(value) if dataclasses.is_dataclass(value) and not isinstance(value, type) else value

@@ -19,7 +19,6 @@ from rich.table import Table
 from typing_extensions import override
 
 from dact.files import read_json
-from dact.tuning.run import Winners
 from dact.tuning.training import Deadline
 
 ROWS = 12  # trials in sight
@@ -132,59 +131,73 @@ class Progress:
             parts.append(f"about {format_seconds(left)} left for all trials")
         return ", ".join(parts)
 
-    def summary(self, folder: Path, winners: Winners, default_epochs: int) -> None:
-        """Show what each study chose, what it is worth, and where everything is.
+    def summary(self, folder: Path, verdict: str) -> None:
+        """Show what the final model is worth, how it compares, and where everything is.
 
         Args:
             folder: Folder of the final fit.
-            winners: What the studies chose.
-            default_epochs: Number of epochs of the fit with the defaults.
+            verdict: What the confirmation found.
         """
         metrics = read_json(folder / "metrics.json")
-        test = metrics["test"]
-        chosen = Table(title="chosen", show_header=False)
-        for name in ("classifier_config", "confidence_config", "external_config"):
-            config = getattr(winners, name)
-            chosen.add_row(name, " ".join(f"{key}={short(value)}" for key, value in config.items()))
-        chosen.add_row("lambda_reg", short(winners.lambda_reg))
-        worth = Table("test", "accuracy", "mean layers", "texts/s", title="full depth, early exit and defaults")
-        entries = {"full depth": test["full_depth"], "early exit": test}
+        test, layers = metrics["test"], metrics["layers"]
+        baseline = metrics["baseline"]
+        self.note(headline(metrics))
+        table = Table("test", "accuracy", "macro F1", "layers", "texts/s", box=None, pad_edge=False)
+        rows = {
+            "baseline": (baseline["test"], float(baseline["layers"])),
+            "full depth": (test["full_depth"], float(layers)),
+            "early exit": (test, test["mean_exit_layer"]),
+        }
         defaults = folder / "defaults" / "metrics.json"
         if defaults.is_file():
-            entries["early exit, defaults"] = read_json(defaults)["test"]
-        for name, entry in entries.items():
-            worth.add_row(
-                name,
-                f"{100 * entry['accuracy']:.2f} %",
-                f"{entry['mean_exit_layer']:.2f} of {metrics['layers']}",
-                f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else "",
+            entry = read_json(defaults)["test"]
+            rows["defaults"] = (entry, entry["mean_exit_layer"])
+        for name, (entry, mean) in rows.items():
+            speed = f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else ""
+            table.add_row(name, f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}", f"{mean:.2f}", speed)
+        self.console.print(table)
+        points = Table(
+            "margin", "layers", "accuracy", "agreement", box=None, pad_edge=False, title="estimates on validation"
+        )
+        for point in metrics["margin_curve"]:
+            values = (point["accuracy"], point["agreement"])
+            shares = (f"{100 * value:.2f} %" for value in values)
+            points.add_row(f"{point['margin']:g}", f"{point['mean_exit_layer']:.2f}", *shares)
+        self.console.print(points)
+        if test["majority_share"] == 1.0:
+            self.note(
+                "warning: the model gives every test example one class; try class_weights: balanced, or more epochs"
             )
-        self.console.print(chosen, worth)
-        if "early exit, defaults" in entries:
-            assert winners.external_config is not None
-            epochs = (winners.external_config["num_epochs"], default_epochs)
-            self.note(verdict(test, entries["early exit, defaults"], epochs))
-        self.console.print(f"agreement with full depth: {100 * test['agreement']:.2f} %")
-        self.note(f"everything is in {folder.parent}; the model in {folder / 'model'}")
-        self.note(f"look at it: tensorboard --logdir {folder.parent}")
+        self.note(verdict)
+        self.note(f"everything is in {folder.parent}; look at it: tensorboard --logdir {folder.parent}")
 
 
-def verdict(tuned: Mapping[str, Any], defaults: Mapping[str, Any], epochs: tuple[int, int]) -> str:
-    """Return whether tuning beat the defaults on test: no worse in accuracy and layers, and better in one of them.
-
-    Args:
-        tuned: Test entry of the tuned model.
-        defaults: Test entry of the defaults: what the factories make without tuning.
-        epochs: Number of epochs of the two fits.
-    """
-    accuracy = 100 * (tuned["accuracy"] - defaults["accuracy"])
-    layers = tuned["mean_exit_layer"] - defaults["mean_exit_layer"]
-    beats = accuracy >= 0 >= layers and accuracy != layers
-    return (
-        f"the tuned configuration {'beats' if beats else 'does not beat'} the defaults on test: {accuracy:+.2f} points of "
-        f"accuracy, {layers:+.2f} layers"
-        + (f" (fits of {epochs[0]} and {epochs[1]} epochs)" if epochs[0] != epochs[1] else "")
+def headline(metrics: Mapping[str, Any]) -> str:
+    """Return the sentence that a person wants, from the content of metrics.json."""
+    test, baseline = metrics["test"], metrics["baseline"]
+    text = f"{100 * test['accuracy']:.2f} % accuracy on test"
+    difference = test.get("difference_to_baseline")
+    if difference is not None:
+        points, error = 100 * difference["accuracy"], 100 * difference["standard_error"]
+        text += f", {points:+.2f} ± {error:.2f} points against the baseline of {baseline['layers']} layers"
+    speed = test["texts_per_second"] / baseline["test"]["texts_per_second"]
+    text += f", at {test['mean_exit_layer']:.2f} layers and {speed:.1f} times its speed"
+    calibration = metrics.get("calibration")
+    if calibration is None:
+        return f"{text}, with the class of its own full depth by proof"
+    promise = calibration["promise"]
+    kept = next(
+        meaning.format(promise[name])
+        for name, meaning in (
+            ("max_accuracy_loss", "at most {0:.2%} of accuracy below its own full depth"),
+            ("min_agreement", "at least {0:.2%} agreement with its own full depth"),
+            ("max_layers", "at most {0:g} layers"),
+        )
+        if promise[name] is not None
     )
+    if promise["confidence"] is None:
+        return f"{text}, by the estimate of {kept}"
+    return f"{text}, under the promise of {kept} with {promise['confidence']:.0%} confidence"
 
 
 class _FitProgress(Callback):

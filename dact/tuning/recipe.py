@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -16,7 +16,14 @@ from dact.submodels import SubmodelConfig
 from dact.tuning.fingerprints import fingerprint_pretrained
 from dact.tuning.training import as_list, make_trainer
 
+DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
+DISTILLATION = 0.5  # share of the teacher in the targets
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies where a promise is to be kept
+LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
+HEAD_RATE, HEAD_RATE_FACTOR = (
+    1e-3,
+    10,
+)  # the submodels' rate in the first trial: a multiple of the encoder's, up to this
 COMPARED = (  # arguments of the Trainer under which the values of trials compare only with their like
     "precision",
     "accumulate_grad_batches",
@@ -44,9 +51,13 @@ class Recipe:
         encoder_training: ``"finetune"`` or ``"frozen"``.
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
         distillation: Share of a teacher's probabilities in the training targets, in [0, 1].
+        distillation_is_asked_for: Whether it is an error where the data cannot carry a teacher's probabilities.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
         promise: What early exit of the final model must keep, or None.
+        calibration_fraction: Share of the validation examples that is set aside for the promise, or None for that of the
+            data; see `resolved`.
         seed: Seed for data order, initialisation and samplers.
+        note: What the user should know about the promise, or an empty string.
     """
 
     output_dimension: int
@@ -56,9 +67,12 @@ class Recipe:
     encoder_training: str
     warm_up_epochs: int
     distillation: float
+    distillation_is_asked_for: bool
     halting_tolerance: float | None
     promise: Promise | None
     seed: int
+    calibration_fraction: float | None = None
+    note: str = ""
 
     @property
     def epochs(self) -> int:
@@ -97,22 +111,86 @@ class Recipe:
         return overrides
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
-        """Return a datamodule of the factory; with a promise, one that sets examples aside for calibration.
+        """Return a datamodule of the factory; see `resolved` for what it sets aside for calibration."""
+        data = self.data(**overrides)
+        if self.calibration_fraction is not None:
+            data.calibration_fraction = self.calibration_fraction  # type: ignore[attr-defined]
+        return data
+
+    def resolved(self, model: DACT) -> Recipe:
+        """Return the recipe with the promise that model and data can keep.
+
+        A promise that was asked for must be kept with its confidence. The default one becomes an estimate where the data
+        cannot set aside as many examples as it takes, and goes where the model leaves by another dial.
 
         Raises:
-            ValueError: If there is a promise, and the data cannot set examples aside.
+            ValueError: If a promise that was asked for cannot be kept.
         """
-        data = self.data(**overrides)
-        if self.promise is not None:
-            if not hasattr(data, "calibration_dataloader"):
+        promise = self.promise
+        if promise is None:
+            return self
+        asked_for = promise != DEFAULT_PROMISE
+        try:
+            promise.check_model(model)
+        except ValueError:
+            if asked_for:
+                raise
+            note = "the model leaves by a dial of its own: there is no promise about its margin"
+            return replace(self, promise=None, note=note)
+        data = self.data()
+        given = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", 0.0)
+        needed = promise.examples_needed()
+        if given or promise.confidence is None:
+            return self
+        if not hasattr(data, "calibration_fraction"):
+            if asked_for and not hasattr(data, "calibration_dataloader"):
                 raise ValueError(
                     f"TuningEngine: a promise needs examples that no study sees, but {type(data).__name__} has no "
                     "calibration_dataloader: give it one that returns labelled batches"
                 )
-            chosen = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", None)
-            if hasattr(data, "calibration_fraction") and not chosen:
-                data.calibration_fraction = CALIBRATION_SHARE
-        return data
+            if hasattr(data, "calibration_dataloader"):
+                return self
+            return self._with_estimate(f"{type(data).__name__} sets no examples aside")
+        data.prepare_data()
+        data.setup("validate")
+        examples = len(data.val_dataloader().dataset)
+        if asked_for or (needed is not None and CALIBRATION_SHARE * examples >= needed):
+            return replace(self, calibration_fraction=CALIBRATION_SHARE)
+        return self._with_estimate(
+            f"{examples} validation examples are too few to set half of them aside for it, which takes {needed}"
+        )
+
+    def _with_estimate(self, why: str) -> Recipe:
+        assert self.promise is not None
+        note = f"the margin will be set by an estimate, not by a promise: {why}"
+        return replace(self, promise=replace(self.promise, confidence=None), note=note)
+
+    def starts(self, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
+        """Return, by stage, the parameters of the first trials: those that paid elsewhere, and the factories' own."""
+        submodels = {
+            f"{prefix}_{name}": value
+            for prefix, config in (("classifier", model.classifier.config), ("confidence", model.confidence.config))
+            for name, value in asdict(config).items()
+        }
+        rate = model.learning_rate
+        own = {
+            "batch_size": getattr(data, "batch_size", None),
+            "learning_rate": rate,
+            "submodel_learning_rate": model.submodel_learning_rate or rate,
+            "num_epochs": self.epochs,
+            "exit_loss_weight": model.exit_loss_weight,
+            "weight_decay": model.weight_decay,
+            "warmup_fraction": model.warmup_fraction,
+            "num_layers": model.num_layers,
+        }
+        own = {name: value for name, value in own.items() if value is not None}
+        paid = {
+            **own,
+            "submodel_learning_rate": model.submodel_learning_rate
+            or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
+            "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
+        }
+        return {"submodels": [submodels], "training": [paid, own], "lambda_reg": [{"lambda_reg": model.lambda_reg}]}
 
     @property
     def device(self) -> torch.device:
@@ -132,7 +210,8 @@ class Recipe:
             teacher: A teacher that the data names, or None.
         """
         identity: dict[str, Any] = {
-            "promise": self.promise is not None,  # which keeps examples from the studies
+            "promise": None if self.promise is None else asdict(self.promise),
+            "calibration_fraction": self.calibration_fraction,  # which keeps examples from the studies
             "model": model,
             "data": data,
             "trainer": {name: self.trainer[name] for name in COMPARED if name in self.trainer},

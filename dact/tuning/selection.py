@@ -1,14 +1,16 @@
-"""Which λ to take from the two-objective study, and which λ to try next. Pure functions."""
+"""Which λ to take from the two-objective study, and which λ to try next: pure functions."""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-LambdaSelection = Literal["max_loss_increase", "knee", "max_layers"]
+LambdaSelection = Literal["promise", "one_standard_error", "max_loss_increase", "knee", "max_layers"]
+NOISE_FLOOR = 0.01  # nats: a smaller rise of the task loss is no rise
 
 
 @dataclass(frozen=True)
@@ -17,17 +19,22 @@ class Point:
 
     Args:
         lambda_reg: Its λ.
-        loss: The average task loss under early exit.
-        layers: The average exit layer.
+        loss: Average task loss under early exit.
+        layers: Average exit layer.
+        losses: Task loss of each validation example, in one order for all trials; None if unknown.
+        lost: Paired loss of accuracy of each example: 1 where the baseline is right and early exit is wrong, -1 where it
+            is the other way round, else 0; None if unknown.
     """
 
     lambda_reg: float
     loss: float
     layers: float
+    losses: tuple[float, ...] | None = None
+    lost: tuple[float, ...] | None = None
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """The points that no other point beats in one objective without losing in the other, from few layers to many.
+    """Return the points that no other point beats in one objective without losing in the other, by rising layers.
 
     Of equal points, the one with the smallest λ stays.
     """
@@ -40,19 +47,25 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 def select_lambda(
     points: Sequence[Point],
-    rule: LambdaSelection = "max_loss_increase",
+    rule: LambdaSelection = "one_standard_error",
     *,
+    allowed: float | None = None,
     max_loss_increase: float = 0.02,
     max_layers: float | None = None,
 ) -> Point:
-    """The winner of the study.
+    """Return the winner of the study.
 
     Args:
         points: All finished trials, at least one.
-        rule: ``"max_loss_increase"``: the fewest layers whose loss is within a share of the best loss. ``"knee"``: the
-            point of the front farthest below the chord between its ends, both objectives scaled to [0, 1] (after
-            Satopää et al. 2011, *Finding a Kneedle in a Haystack*); with fewer than three points, as
-            ``"max_loss_increase"``. ``"max_layers"``: the best loss within a budget of layers.
+        rule: ``"promise"``: the fewest layers whose paired loss of accuracy is within `allowed` by estimate plus one
+            standard error; if none is, or none knows, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
+            layers whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
+            Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers whose
+            loss is within a share of the best loss. ``"knee"``: the point of the front farthest below the chord between
+            its ends, both objectives scaled to [0, 1] (after Satopää et al. 2011, *Finding a Kneedle in a Haystack*);
+            with fewer than three points, as ``"max_loss_increase"``. ``"max_layers"``: the best loss within a budget of
+            layers.
+        allowed: For ``"promise"``: largest loss of accuracy, as a share.
         max_loss_increase: That share, 0 or more.
         max_layers: That budget.
 
@@ -62,6 +75,14 @@ def select_lambda(
     if not points:
         raise ValueError("select_lambda needs at least one finished trial")
     front = pareto_front(points)
+    if rule == "promise":
+        kept = [point for point in points if allowed is not None and _upper(point.lost) <= allowed]
+        if kept:
+            return min(kept, key=lambda point: (point.layers, point.loss, point.lambda_reg))
+        rule = "one_standard_error"
+    if rule == "one_standard_error":
+        best = front[-1]
+        return next(point for point in front if point.loss - best.loss <= max(NOISE_FLOOR, _error(point, best)))
     if rule == "max_layers":
         if max_layers is None:
             raise ValueError("lambda_selection='max_layers' needs max_layers, the budget of layers")
@@ -74,9 +95,24 @@ def select_lambda(
         return within[-1]
     if rule == "knee" and len(front) >= 3:
         return max(front, key=lambda point: _distance_below_chord(point, front[0], front[-1]))
-    best = front[-1].loss
-    allowed = best + max_loss_increase * abs(best)
-    return next(point for point in front if point.loss <= allowed)
+    best_loss = front[-1].loss
+    most = best_loss + max_loss_increase * abs(best_loss)
+    return next(point for point in front if point.loss <= most)
+
+
+def _upper(values: Sequence[float] | None) -> float:
+    """Return the mean of values plus its standard error; infinite where they are unknown or too few."""
+    if values is None or len(values) < 2:
+        return math.inf
+    return statistics.fmean(values) + statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _error(point: Point, best: Point) -> float:
+    """Return the standard error of the paired difference of two points' losses, 0 where it is unknown."""
+    if point.losses is None or best.losses is None or len(point.losses) != len(best.losses) or len(best.losses) < 2:
+        return 0.0
+    differences = [a - b for a, b in zip(point.losses, best.losses, strict=True)]
+    return statistics.stdev(differences) / math.sqrt(len(differences))
 
 
 def _distance_below_chord(point: Point, first: Point, last: Point) -> float:
@@ -87,7 +123,7 @@ def _distance_below_chord(point: Point, first: Point, last: Point) -> float:
 
 
 def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: float, log: bool = True) -> float:
-    """Where the curve of layers over λ bends: the middle of the interval that hides the largest change.
+    """Return where the curve of layers over λ bends: the middle of the interval that hides the largest change.
 
     The curve is flat at both ends, where every example uses all layers or one; trials there tell nothing. So the first
     two trials take the ends, and each further one halves the interval with the largest change of the mean exit layer,

@@ -1,24 +1,26 @@
-"""What the trials of a run share: the teacher, the warmed-up encoder and its states, each made once."""
+"""What the fits of a run share: the baseline, and in frozen mode an encoder and its states, each made once."""
 
 from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
 
-from dact import signals
-from dact.encoders.base import move
+from dact.agreement import check_classes
+from dact.data.batching import LengthGroupedSampler
 from dact.files import read_tensors, write_tensors
-from dact.model import DACT, check_classes
-from dact.tuning.features import Features, FeaturesData, compute_features
+from dact.model import DACT
+from dact.tuning.baseline import Baseline, fit_baseline
+from dact.tuning.features import Features, FeaturesData, LoaderData, compute_features
 from dact.tuning.fingerprints import (
     digest,
     fingerprint_data,
@@ -31,22 +33,30 @@ from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
 from dact.tuning.training import resumable_fit, seeded, without_collapse_warning
 
+HELD_OUT = 0.4  # share of the training examples that the encoder of frozen mode does not see: submodels learn on them
+
 
 @dataclass(frozen=True)
 class Survey:
     """A model and a datamodule of the factories, and what the trials of the run have in common.
 
     Args:
+        recipe: What fits of the run are made of, as far as it depends on model and data.
         model: Untrained model.
         data: Datamodule, set up for a fit.
-        teacher: The teacher that the data names, or None.
+        teacher: Teacher that the data names, or None.
         identity: See `Recipe.identity`.
+        starts: By stage, the parameters of its first trials; see `Recipe.starts`.
+        layers: Number of the model's layers.
     """
 
+    recipe: Recipe
     model: DACT
     data: LightningDataModule
     teacher: str | None
     identity: dict[str, Any]
+    starts: Mapping[str, Sequence[Mapping[str, Any]]]
+    layers: int
 
 
 def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
@@ -60,7 +70,9 @@ def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
         ValueError: If classes or promise do not fit the model.
     """
     with seeded(recipe.seed):
-        model, data = recipe.make_model(), recipe.make_data()
+        model = recipe.make_model()
+        recipe = recipe.resolved(model)
+        data = recipe.make_data()
     if measured:
         recipe.make_data(batch_size=1)  # what trials and measurements will ask for
     teacher = getattr(data, "teacher", None)
@@ -72,53 +84,59 @@ def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
         data.setup("test")
         data.test_dataloader()
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
-    if recipe.promise is not None:
-        recipe.promise.check_model(model)
     examples = fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
-    made_by = digest([model.config(), fingerprint_encoder(model.encoder)])
-    return Survey(model, data, teacher, recipe.identity(made_by, examples, teacher))
+    identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)
+    return Survey(recipe, model, data, teacher, identity, recipe.starts(model, data), model.num_layers)
 
 
 @dataclass(frozen=True)
 class Shared:
-    """What all trials of a run share. Small to send to another process, which reads the files when it needs them.
+    """What all fits of a run share. Small to send to another process, which reads the files when it needs them.
 
     Args:
         recipe: What fits of the run are made of.
         identity: See `Recipe.identity`.
         class_names: Names of the classes, where the data has them.
-        teacher: File with the teacher's probabilities of the training examples, or None.
-        encoder: File with the weights that encoders start from, or None for those of the factory.
+        baseline: The baseline.
+        teacher: File with a teacher's probabilities of the training examples, or None.
+        encoder: File with the weights of frozen mode's encoder, or None for those of the factory.
         states: Folder with the states of frozen mode, or None.
         batch_size: Number of examples per training batch where no trial chooses it.
+        layers: Number of the encoder's layers.
     """
 
     recipe: Recipe
     identity: dict[str, Any]
     class_names: list[str] | None
+    baseline: Baseline
     teacher: Path | None
     encoder: Path | None
     states: Path | None
     batch_size: int
+    layers: int
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
-    def build(self, settings: Mapping[str, Any]) -> tuple[DACT, LightningDataModule]:
+    def build(
+        self, settings: Mapping[str, Any], *, seed: int | None = None, whole: bool = False
+    ) -> tuple[DACT, LightningDataModule]:
         """Return a new model and a new datamodule.
 
         Args:
             settings: Arguments of both as plain values; see `Winners.settings`.
+            seed: Seed for the order of states in frozen mode; that of the recipe if left out.
+            whole: Whether the encoder learns as well, in frozen mode too, from the baseline's weights on.
         """
         chosen = dict(settings)
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
-        if self.states is not None:
-            model = self._on_states(chosen)
+        if self.states is not None and not whole:
             train, val = self._features
-            return model, FeaturesData(train, val, **{"batch_size": self.batch_size, **size}, seed=self.recipe.seed)
-        model = self.recipe.make_model(**chosen)
-        if self.encoder is not None:
-            model.encoder.load_state_dict(read_tensors(self.encoder)[0])
+            seed = self.recipe.seed if seed is None else seed
+            data = FeaturesData(train, val, **{"batch_size": self.batch_size, **size}, seed=seed)
+            return self._on_states(chosen), data
+        model = self.recipe.make_model(**self._untaught, **chosen)
+        model.encoder.load_state_dict(self.baseline.encoder())
         return model, self.make_data(**size)
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
@@ -128,22 +146,25 @@ class Shared:
             data.teacher_probabilities = self._probabilities  # type: ignore[attr-defined]
         return data
 
+    @property
+    def _untaught(self) -> dict[str, Any]:
+        """What a model without a teacher is told."""
+        return {"distillation": 0.0} if self.teacher is None and self.recipe.distillation else {}
+
     def _on_states(self, chosen: dict[str, Any]) -> DACT:
         """Return a model with new submodels on the frozen encoder."""
-        if "learning_rate" in chosen:  # it is that of the submodels: nothing else learns
-            chosen = {"submodel_learning_rate": None, **chosen}
         if type(self._base) is DACT:  # no encoder is built for nothing
-            overrides = {"encoder": self._base.encoder, **self.recipe.overrides(chosen)}
+            overrides = {"encoder": self._base.encoder, **self.recipe.overrides({**self._untaught, **chosen})}
             return DACT.from_config(self._base.config(), **overrides)
         # A class of the user's may have more arguments than a configuration knows.
-        model = self.recipe.make_model(**chosen)
+        model = self.recipe.make_model(**self._untaught, **chosen)
         model.encoder, model.class_names = self._base.encoder, self._base.class_names
         return model
 
     @cached_property
     def _base(self) -> DACT:
         with seeded(self.recipe.seed):
-            model = self.recipe.make_model()
+            model = self.recipe.make_model(**self._untaught)
         if self.encoder is not None:
             model.encoder.load_state_dict(read_tensors(self.encoder)[0])
         model.encoder.eval().requires_grad_(False)
@@ -160,141 +181,124 @@ class Shared:
         assert self.states is not None
         return Features(self.states / "train"), Features(self.states / "val")
 
+    @cached_property
+    def baseline_classes(self) -> Tensor | None:
+        """The baseline's classes of the studies' validation examples, int64 ``[examples]``, or None."""
+        return self.baseline.classes()
 
-def prepare(recipe: Recipe, run: Run, found: Survey, progress: Progress) -> Shared:
-    """Train and compute what all trials share, or take what an earlier call left. One process does it at a time.
+
+def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
+    """Train and compute what all fits share, or take what an earlier call left. One process does it at a time.
 
     Args:
-        recipe: What fits of the run are made of.
         run: The run.
-        found: The survey of the recipe; its model and data are used up.
+        found: What the survey found; its model and data are used up.
         progress: What the console shows.
 
     Raises:
+        RuntimeError: If the baseline's loss is not finite.
         ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's probabilities.
     """
-    taught = recipe.distillation > 0 or found.teacher is not None
-    if taught and not hasattr(found.data, "teacher_probabilities"):
-        raise ValueError(
-            f"TuningEngine: distillation needs 'teacher' in training batches, but {type(found.data).__name__} has no "
-            "teacher_probabilities: let it be a dact.data.base.TextDataModule"
-        )
-    teacher: Path | None = None
-    encoder: Path | None = None
+    recipe, data = found.recipe, found.data
     states: Path | None = None
+    encoder: Path | None = None
     batch_size = 0
     with run.alone(lambda: progress.stage("waiting for another process, which prepares the run")):
-        if taught:
-            teacher, encoder = _teach(recipe, run.folder / "teacher", found, progress)
+        origin = digest([fingerprint_encoder(found.model.encoder), found.identity["data"], recipe.epochs, recipe.seed])
+        baseline = fit_baseline(recipe, run.folder / "baseline", found.model, data, origin, progress)
+        teacher = _teach(recipe, run.folder / "teacher", found, baseline)
         if recipe.encoder_training == "frozen":
             states = run.folder / "features"
-            encoder = _freeze(recipe, states, found, encoder, progress)
-            batch_size = int(next(iter(found.data.train_dataloader()))["labels"].shape[0])
-    names = getattr(found.data, "class_names", None)
-    return Shared(recipe, found.identity, names, teacher, encoder, states, batch_size)
+            encoder = _freeze(recipe, states, found, taught=teacher is not None, progress=progress)
+            batch_size = int(next(iter(data.train_dataloader()))["labels"].shape[0])
+    names = getattr(data, "class_names", None)
+    return Shared(recipe, found.identity, names, baseline, teacher, encoder, states, batch_size, found.layers)
 
 
-# ---------------------------------------------------------------------- the teacher
-
-
-def _teach(recipe: Recipe, folder: Path, found: Survey, progress: Progress) -> tuple[Path, Path | None]:
-    """Return files with a teacher's probabilities and its encoder; the latter is None for one that the data names."""
+def _teach(recipe: Recipe, folder: Path, found: Survey, baseline: Baseline) -> Path | None:
+    """Return the file with the teacher's probabilities: the baseline's, or those of a teacher that the data names."""
     data: Any = found.data
-    said, kept = folder / "probabilities.safetensors", None if found.teacher else folder / "encoder.safetensors"
-    trained = f"{fingerprint_encoder(found.model.encoder)}/{recipe.epochs}/{recipe.seed}"
-    made_by = trained if found.teacher is None else fingerprint_pretrained(found.teacher)
-    origin = f"{found.identity['data']}/{made_by}"
-    if all(_origin(path) == origin for path in (said, kept) if path is not None):
-        data.teacher_probabilities = read_tensors(said)[0]["probabilities"]
-        return said, kept
-    if kept is None:
+    if not (recipe.distillation or found.teacher):
+        return None
+    if found.teacher is None:
+        said = baseline.probabilities()
+        if said is None or not hasattr(data, "teacher_probabilities"):
+            if not recipe.distillation_is_asked_for:
+                return None  # such data cannot carry what a teacher says
+            raise ValueError(
+                f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} does "
+                "not give them: let it be a dact.data.base.TextDataModule"
+            )
+        data.teacher_probabilities = said
+        return baseline.folder / "answers.safetensors"
+    path = folder / "probabilities.safetensors"
+    origin = f"{found.identity['data']}/{fingerprint_pretrained(found.teacher)}"
+    if path.is_file() and read_tensors(path)[1].get("origin") == origin:
+        data.teacher_probabilities = read_tensors(path)[0]["probabilities"]
+    else:
         data.teacher = found.teacher
         data.train_dataloader()  # which asks the teacher
-    else:
-        with seeded(recipe.seed):
-            model = recipe.make_model().at_full_depth()
-            _fit_once(recipe, model, data, folder, origin, recipe.epochs, "teacher at full depth", progress)
-        data.teacher_probabilities = _ask(model.eval().to(recipe.device), data)
-        write_tensors(kept, model.encoder.state_dict(), {"origin": origin})
-    write_tensors(said, {"probabilities": data.teacher_probabilities}, {"origin": origin})
-    _clean(folder)
-    return said, kept
+        write_tensors(path, {"probabilities": data.teacher_probabilities}, {"origin": origin})
+    return path
 
 
-@torch.no_grad()
-def _ask(model: DACT, data: LightningDataModule) -> Tensor:
-    """Return a model's probabilities of the training examples ``[examples, classes]``, in their order."""
-    rows, answers = [], []
-    for batch in data.train_dataloader():
-        signals.check()
-        rows.append(batch["row"])
-        answers.append(model(move(batch, model.device)).probabilities.cpu())
-    return torch.cat(answers)[torch.cat(rows).argsort()]
+# ---------------------------------------------------------------------- frozen mode
 
 
-# ---------------------------------------------------------------------- the frozen encoder
+def _freeze(recipe: Recipe, folder: Path, found: Survey, *, taught: bool, progress: Progress) -> Path | None:
+    """Compute the states of frozen mode, and return the file with its encoder's weights (None for the factory's own).
 
-
-def _freeze(recipe: Recipe, folder: Path, found: Survey, start: Path | None, progress: Progress) -> Path | None:
-    """Warm the encoder up, compute its states, and return the file with its weights (None for the factory's own)."""
-    model, data = found.model, found.data
-    if start is not None:
-        model.encoder.load_state_dict(read_tensors(start)[0])
+    Submodels must learn on states of texts that the encoder has not learned by heart: at inference it has not, either.
+    So the encoder learns on one part of the training examples, and the submodels on the other.
+    """
+    data = found.data
     taught_by = fingerprint_tensor(getattr(data, "teacher_probabilities", None))
-    encoder = start
+    with seeded(recipe.seed):
+        model = recipe.make_model(**({} if taught or not recipe.distillation else {"distillation": 0.0}))
+    train, val = data.train_dataloader(), data.val_dataloader()
+    size = next(iter(train))["labels"].shape[0]
+    seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)
+    encoder: Path | None = None
     if recipe.warm_up_epochs:
         encoder = folder / "encoder.safetensors"
         origin = digest(
             [fingerprint_encoder(model.encoder), found.identity["data"], recipe.warm_up_epochs, recipe.seed]
         )
-        origin = f"{origin}/{taught_by}"
-        if _origin(encoder) != origin:
+        origin = f"{origin}/{taught_by}/{HELD_OUT}"
+        if not encoder.is_file() or read_tensors(encoder)[1].get("origin") != origin:
             model.lambda_reg = 0.0  # no price for layers: here the encoder learns, and nothing else stays
-            with seeded(recipe.seed):
-                _fit_once(
-                    recipe, model, data, folder, origin, recipe.warm_up_epochs, "warm-up of the encoder", progress
-                )
+            part = LoaderData(_loader(train, seen, size, recipe.seed), val)
+            checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
+            what = f"encoder of the studies, {recipe.warm_up_epochs} epochs"
+            with seeded(recipe.seed), progress.fit(what) as bar, without_collapse_warning():
+                resumable_fit(recipe.trainer, model, part, checkpoints, epochs=recipe.warm_up_epochs, callbacks=[bar])
             write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
-            _clean(folder)
+            shutil.rmtree(checkpoints)
         # Read back even here, so that a resumed run has the same states whatever the precision of the Trainer.
         model.encoder.float().load_state_dict(read_tensors(encoder)[0])
     model.encoder.eval().requires_grad_(False)
-    fingerprint = f"{fingerprint_encoder(model.encoder)}/{found.identity['data']}/{taught_by}"
+    fingerprint = f"{fingerprint_encoder(model.encoder)}/{found.identity['data']}/{taught_by}/{len(held)}"
     model.to(recipe.device)
-    for split, loader in (("train", data.train_dataloader()), ("val", data.val_dataloader())):
-        compute_features(model.encoder, loader, folder / split, fingerprint)
+    compute_features(model.encoder, _loader(train, held, size, None), folder / "train", fingerprint)
+    compute_features(model.encoder, val, folder / "val", fingerprint)
     return encoder
 
 
-# ---------------------------------------------------------------------- both
+def _divide(examples: int, seed: int | None) -> tuple[list[int], list[int]]:
+    """Return rows for the encoder and rows for the submodels; without a seed, all rows for both."""
+    if seed is None:
+        return list(range(examples)), list(range(examples))
+    order = np.random.default_rng(seed).permutation(examples)
+    held = max(1, round(HELD_OUT * examples))
+    return sorted(order[held:].tolist()), sorted(order[:held].tolist())
 
 
-def _origin(path: Path) -> str | None:
-    """Return what a file was made of, None where there is none.
-
-    Raises:
-        ValueError: If it is corrupted.
-    """
-    return read_tensors(path)[1].get("origin") if path.is_file() else None
-
-
-def _fit_once(
-    recipe: Recipe,
-    model: DACT,
-    data: LightningDataModule,
-    folder: Path,
-    origin: str,
-    epochs: int,
-    what: str,
-    progress: Progress,
-) -> None:
-    """Fit, and resume with the epoch in which an earlier call was stopped."""
-    checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
-    with progress.fit(f"{what}, {epochs} epochs") as bar, without_collapse_warning():
-        resumable_fit(recipe.trainer, model, data, checkpoints, epochs=epochs, callbacks=[bar])
-
-
-def _clean(folder: Path) -> None:
-    """Remove the checkpoints of fits that are done."""
-    for left_over in folder.glob("fit_*"):
-        shutil.rmtree(left_over)
+def _loader(whole: DataLoader[Any], rows: list[int], batch_size: int, seed: int | None) -> DataLoader[Any]:
+    """Return a loader over some rows of another loader's examples, in their order or, with a seed, shuffled."""
+    lengths = getattr(whole.dataset, "lengths", None)
+    sampler = None
+    if seed is not None:
+        lengths = [0] * len(rows) if lengths is None else [int(lengths[row]) for row in rows]
+        sampler = LengthGroupedSampler(lengths, batch_size, seed)
+    examples: Any = Subset(whole.dataset, rows)
+    return DataLoader(examples, batch_size=batch_size, sampler=sampler, collate_fn=whole.collate_fn)

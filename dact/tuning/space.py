@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -64,14 +64,20 @@ class Dimension:
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step must be above 0, got {self.step}")
 
-    @property
-    def mean(self) -> float:
-        """The middle of the range, or the mean of the choices: what a trial has on average, for numbers."""
-        values = self.choices or (self.low, self.high)
-        return sum(map(float, values)) / len(values)  # type: ignore[arg-type]
+    def holding(self, value: Any) -> Dimension:
+        """Return the dimension, widened to hold `value`; a step that would miss it is dropped."""
+        if self.type == "categorical":
+            assert self.choices is not None
+            return self if value in self.choices else replace(self, choices=[*self.choices, value])
+        assert self.low is not None
+        assert self.high is not None
+        low, high, step = min(self.low, value), max(self.high, value), self.step
+        if step is not None and not math.isclose(round((value - low) / step) * step, value - low, abs_tol=1e-9):
+            step = None
+        return replace(self, low=low, high=high, step=step, log=self.log and low > 0)
 
     def suggest(self, trial: BaseTrial, name: str) -> Any:
-        """The value of `name` that `trial` chooses."""
+        """Return the value of `name` that `trial` chooses."""
         if self.type == "categorical":
             assert self.choices is not None
             return trial.suggest_categorical(name, list(self.choices))
@@ -84,9 +90,14 @@ class Dimension:
 
 def _submodel(prefix: str) -> dict[str, Dimension]:
     return {
-        f"{prefix}_num_layers": Dimension("int", 0, 3),
-        f"{prefix}_hidden_units": Dimension("categorical", choices=[16, 32, 64, 128, 256]),
-        f"{prefix}_dropout": Dimension("float", 0.0, 0.5, step=0.1),
+        f"{prefix}_num_layers": Dimension("int", 0, 2),
+        f"{prefix}_hidden_units": Dimension("categorical", choices=[32, 64, 128, 256]),
+        f"{prefix}_dropout": Dimension("float", 0.0, 0.4, step=0.1),
+    }
+
+
+def _submodel_details(prefix: str) -> dict[str, Dimension]:
+    return {
         f"{prefix}_normalization": Dimension("categorical", choices=["none", "batch", "layer"]),
         f"{prefix}_activation": Dimension("categorical", choices=["relu", "leaky_relu", "gelu", "tanh"]),
         f"{prefix}_layer_strategy": Dimension(
@@ -95,39 +106,56 @@ def _submodel(prefix: str) -> dict[str, Dimension]:
     }
 
 
+# Few dimensions, so that few trials can tell; `MORE_DIMENSIONS` are searched where the search space names them.
 DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
     "submodels": {**_submodel("classifier"), **_submodel("confidence")},
     "training": {
-        "batch_size": Dimension("categorical", choices=[32, 64, 128]),
-        "learning_rate": Dimension("float", 1e-5, 1e-2, log=True),
+        "batch_size": Dimension("categorical", choices=[32, 64]),
+        "learning_rate": Dimension("float", 2e-5, 2e-3, log=True),
+        "submodel_learning_rate": Dimension("float", 2e-4, 1e-2, log=True),
         "num_epochs": Dimension("categorical", choices=[2, 3, 4]),
-        "weight_decay": Dimension("float", 1e-4, 1e-1, log=True),
-        "warmup_fraction": Dimension("float", 0.0, 0.3, step=0.05),
-        "exit_loss_weight": Dimension("float", 0.0, 1.0, step=0.1),
+        "exit_loss_weight": Dimension("float", 0.1, 1.0, step=0.1),
     },
     "lambda_reg": {"lambda_reg": Dimension("float", 1e-3, 1.0, log=True)},
 }
+MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
+    "submodels": {**_submodel_details("classifier"), **_submodel_details("confidence")},
+    "training": {
+        "weight_decay": Dimension("float", 1e-4, 1e-1, log=True),
+        "warmup_fraction": Dimension("float", 0.0, 0.3, step=0.05),
+        "num_layers": Dimension("int", 1, 1000),  # by default the upper half of the encoder's; see `with_layers`
+    },
+}
+FROZEN_RATE = "learning_rate"  # in frozen mode only the submodels learn, at submodel_learning_rate
 
 
-def build_spaces(changes: Mapping[str, Any] | None) -> dict[str, dict[str, Dimension]]:
-    """The spaces of the three stages, with the user's changes.
+def build_spaces(changes: Mapping[str, Any] | None, *, frozen: bool = False) -> dict[str, dict[str, Dimension]]:
+    """Return the spaces of the three stages, with the user's changes.
 
     Args:
         changes: From a parameter's name to a `Dimension` or to entries of one. Entries without ``type`` narrow the
-            default, such as ``{"high": 0.1}``; with ``type`` they replace it.
+            default, such as ``{"high": 0.1}``; with ``type`` they replace it. Naming one of `MORE_DIMENSIONS` adds it.
+        frozen: Whether only the submodels learn in trials.
 
     Raises:
         ValueError: If a name is unknown or a dimension is not as `Dimension` describes it.
         TypeError: If a bound is of the wrong type.
     """
     spaces = {stage: dict(space) for stage, space in DEFAULT_SPACES.items()}
-    home = {name: stage for stage, space in spaces.items() for name in space}
+    known = {stage: {**space, **MORE_DIMENSIONS.get(stage, {})} for stage, space in DEFAULT_SPACES.items()}
+    home = {name: stage for stage, space in known.items() for name in space}
+    if frozen:
+        del spaces["training"][FROZEN_RATE]
     for name, change in (changes or {}).items():
         if name not in home:
             raise ValueError(f"search_space: unknown parameter {name!r}; the parameters are {', '.join(home)}")
-        default = spaces[home[name]][name]
+        if frozen and name == FROZEN_RATE:
+            raise ValueError(
+                "search_space: learning_rate is that of the encoder, which learns in no trial of frozen mode: give "
+                "submodel_learning_rate"
+            )
         try:
-            spaces[home[name]][name] = _changed(default, change)
+            spaces[home[name]][name] = _changed(known[home[name]][name], change)
         except (ValueError, TypeError) as error:
             raise type(error)(f"search_space: {name}: {error}") from None
     price = spaces["lambda_reg"]["lambda_reg"]
@@ -137,6 +165,42 @@ def build_spaces(changes: Mapping[str, Any] | None) -> dict[str, dict[str, Dimen
             "its study places the values where the curve bends"
         )
     return spaces
+
+
+Space = Mapping[str, Dimension]
+Spaces = Mapping[str, Space]
+
+
+def complete_spaces(spaces: Spaces, layers: int, starts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Spaces:
+    """Return spaces for an encoder of so many layers, widened to hold the parameters that the studies start from.
+
+    Args:
+        spaces: What `build_spaces` returned.
+        layers: Number of the encoder's layers.
+        starts: By stage, the parameters of its first trials.
+
+    Raises:
+        ValueError: If the search space allows no number of layers that the encoder has.
+    """
+    complete = {stage: dict(space) for stage, space in spaces.items()}
+    training = complete["training"]
+    if "num_layers" in training:
+        given = training["num_layers"]
+        if given.type == "int":
+            assert given.low is not None
+            assert given.high is not None
+            if given.low > layers:
+                raise ValueError(
+                    f"search_space: num_layers: low={given.low} is above the {layers} layers of the encoder"
+                )
+            training["num_layers"] = replace(given, high=min(given.high, layers))
+    elif layers > 1:
+        training["num_layers"] = Dimension("int", (layers + 1) // 2, layers)
+    for stage, space in complete.items():
+        for values in starts.get(stage, ()):
+            for name in space.keys() & values.keys():
+                space[name] = space[name].holding(values[name])
+    return complete
 
 
 def _changed(default: Dimension, change: Any) -> Dimension:
@@ -151,7 +215,7 @@ def _changed(default: Dimension, change: Any) -> Dimension:
 
 
 def describe(space: Mapping[str, Dimension]) -> dict[str, dict[str, Any]]:
-    """`space` as plain data, to compare and to store."""
+    """Return `space` as plain data, to compare and to store."""
     plain = {name: asdict(dimension) for name, dimension in space.items()}
     for entries in plain.values():
         entries["choices"] = None if entries["choices"] is None else list(entries["choices"])

@@ -29,6 +29,7 @@ from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from dact import signals
 from dact.tuning.run import Run
+from dact.tuning.space import Space
 from dact.tuning.stages import Stage
 from dact.tuning.training import Deadline
 
@@ -215,6 +216,19 @@ def _is_unreachable(error: BaseException | None) -> bool:
     return False
 
 
+def start_with(study: Study, space: Space, starts: Sequence[Mapping[str, Any]]) -> None:
+    """Queue the first trials of a new study. One process at a time.
+
+    Args:
+        study: The study.
+        space: Dimension of each parameter.
+        starts: Parameters of its first trials; those that the space lacks are left out.
+    """
+    if not study.get_trials(deepcopy=False):
+        for params in starts:
+            study.enqueue_trial({name: params[name] for name in space if name in params}, skip_if_exists=True)
+
+
 def start_under(study: Study, under: str) -> tuple[Study, int]:
     """Let a study count only trials that ran under the current winners of the studies before it.
 
@@ -245,6 +259,9 @@ def start_under(study: Study, under: str) -> tuple[Study, int]:
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, pruner=pruner)
     study.set_user_attr(SETTING, setting)
     study.set_user_attr(UNDER, under)
+    for trial in trials[:2]:  # the first trials are the same
+        if "fixed_params" in trial.system_attrs and RETRY_OF not in trial.user_attrs:
+            study.enqueue_trial(trial.system_attrs["fixed_params"], skip_if_exists=True)
     return study, sum(counts(trial) for trial in trials)
 
 

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     Checkpoint,
@@ -22,9 +23,12 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
 from typing_extensions import override
 
+from dact.answers import LayerAnswers
 from dact.files import DurableCheckpointIO
+from dact.functional import accumulate
 from dact.model import DACT
 from dact.signals import StopOnSignal
 
@@ -89,6 +93,10 @@ class StopAtDeadline(Callback):
 class History(Callback):
     """Record every logged metric of every epoch, and end the fit when its loss is not finite.
 
+    Attributes:
+        epochs: One record per validation.
+        answers: What all layers said of the validation examples in the epoch of the lowest val_loss, or None.
+
     Raises:
         NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
         KeyError: From the fit, if the model logs no val_loss.
@@ -97,6 +105,19 @@ class History(Callback):
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
         self.exit_histograms: list[list[int]] = []
+        self.answers: LayerAnswers | None = None
+        self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    @override
+    def on_validation_start(self, *args: Any) -> None:
+        self._seen = []
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        if isinstance(outputs, Mapping) and "layer_probabilities" in outputs:
+            self._seen.append((outputs["layer_probabilities"].cpu(), outputs["h"].cpu(), batch["labels"].cpu()))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -118,6 +139,10 @@ class History(Callback):
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
         assert isinstance(pl_module, DACT)
         self.exit_histograms.append(pl_module.exit_histogram.tolist())
+        if self._seen and self._best == len(self.epochs) - 1:
+            y, h, target = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
+            self.answers = LayerAnswers(*accumulate(y, h), y, target)
+        self._seen = []
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback
@@ -14,7 +15,9 @@ from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
 
+from dact.model import DACT
 from dact.tuning import tensorboard
+from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation
 from dact.tuning.run import Run, Winners
 from dact.tuning.shared import Shared
@@ -42,6 +45,8 @@ from dact.tuning.training import (
     seeded,
     without_collapse_warning,
 )
+
+REPEATS = 3  # fits of a trial of the third study in frozen mode, where one takes seconds; they differ by their seed
 
 
 @dataclass(frozen=True)
@@ -76,33 +81,79 @@ class Objective:
         with _recorded_cause(trial):
             params = {name: dimension.suggest(trial, name) for name, dimension in self.space.items()}
             settings = {**self.winners.settings(), **Winners(**self.stage.parse(params)).settings()}
-            epochs = settings.pop("num_epochs", self.shared.recipe.epochs)
-            return self.stage.read(self._train(trial, settings, epochs).best)
+            return self.stage.read(self._train(trial, settings))
 
-    def _train(self, trial: BaseTrial, settings: Mapping[str, Any], epochs: int) -> History:
-        trial.set_user_attr(PLANNED_EPOCHS, epochs)
+    def _train(self, trial: BaseTrial, settings: Mapping[str, Any]) -> dict[str, float]:
+        """Return the metrics of the best epoch; of early exit, those at the margin that the promise would set."""
+        recipe = self.shared.recipe
+        trial.set_user_attr(PLANNED_EPOCHS, settings.get("num_epochs", recipe.epochs))
         history = History()
-        callbacks: list[Callback] = [history, StopAtDeadline(self.deadline)]
+        callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
             callbacks.append(PyTorchLightningPruningCallback(EveryValidation(trial), monitor=MONITOR))  # type: ignore[arg-type]
-        with seeded(self.shared.recipe.seed), _logged(self, trial, history) as logger:
-            model, data = self.shared.build(settings)
-            trainer = make_trainer(
-                self.shared.recipe.trainer,
-                max_epochs=epochs,
-                logger=logger,
-                callbacks=callbacks,
-                enable_checkpointing=False,
-            )
-            with without_collapse_warning():
-                fit(trainer, model, data)
-            if not history.epochs:
-                raise ValueError(
-                    f"no validation ran in {epochs} epochs, and a trial has no value without one: let the Trainer's "
-                    "check_val_every_n_epoch and limit_val_batches allow for it"
-                )
+        with _logged(self, trial) as (logger, metrics):
+            with seeded(recipe.seed):
+                model = fit_settings(self.shared, settings, recipe.seed, history, callbacks, logger)
+            metrics |= history.best
+            if not self.stage.prunes:
+                seeds = range(recipe.seed + 1, recipe.seed + (REPEATS if recipe.encoder_training == "frozen" else 1))
+                found = [self._outcome(history, model)]
+                for seed in seeds:
+                    again = History()
+                    with seeded(seed):
+                        model = fit_settings(self.shared, settings, seed, again, callbacks, logger=False)
+                    found.append(self._outcome(again, model))
+                mean = mean_outcome(found)
+                mean.save(Path(logger.log_dir))
+                metrics |= {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
         trial.set_user_attr(EXIT_HISTOGRAM, history.best_exit_histogram)
-        return history
+        return metrics
+
+    def _outcome(self, history: History, model: DACT) -> Outcome:
+        assert history.answers is not None
+        recipe = self.shared.recipe
+        return outcome_of(history.answers, model, recipe.promise, self.shared.baseline_classes)
+
+
+def fit_settings(
+    shared: Shared,
+    settings: Mapping[str, Any],
+    seed: int,
+    history: History,
+    callbacks: Sequence[Callback] = (),
+    logger: Any = False,
+) -> DACT:
+    """Fit a new model without checkpoints, as trials and their confirmation do.
+
+    Args:
+        shared: What fits share.
+        settings: See `Winners.settings`.
+        seed: Seed for data order; random generators are those of the caller.
+        history: Callback that records the fit.
+        callbacks: Further callbacks.
+        logger: Logger of the Trainer.
+
+    Raises:
+        ValueError: If no validation ran.
+    """
+    settings = dict(settings)
+    epochs = settings.pop("num_epochs", shared.recipe.epochs)
+    model, data = shared.build(settings, seed=seed)
+    trainer = make_trainer(
+        shared.recipe.trainer,
+        max_epochs=epochs,
+        logger=logger,
+        callbacks=[history, *callbacks],
+        enable_checkpointing=False,
+    )
+    with without_collapse_warning():
+        fit(trainer, model, data)
+    if not history.epochs:
+        raise ValueError(
+            f"no validation ran in {epochs} epochs, and a trial has no value without one: let the Trainer's "
+            "check_val_every_n_epoch and limit_val_batches allow for it"
+        )
+    return model
 
 
 def trial_folder(number: int) -> str:
@@ -111,17 +162,18 @@ def trial_folder(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _logged(objective: Objective, trial: BaseTrial, history: History) -> Iterator[TensorBoardLogger]:
-    """Log a trial to TensorBoard with its parameters, its best metrics and its status."""
+def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
+    """Log a trial to TensorBoard with its parameters, its status and the metrics that the block fills in."""
     folder, version = objective.run.folder / objective.stage.name, trial_folder(trial.number)
     logger = TensorBoardLogger(folder, name="", version=version, default_hp_metric=False)
     tensorboard.log_parameters(logger.experiment, trial.params, f"{objective.stage.name}/{version}")
+    metrics: dict[str, float] = {}
     succeeded = False
     try:
-        yield logger
+        yield logger, metrics
         succeeded = True
     finally:
-        tensorboard.log_outcome(logger.experiment, history.best if history.epochs else {}, succeeded)
+        tensorboard.log_outcome(logger.experiment, metrics, succeeded)
         logger.finalize("success" if succeeded else "failed")
 
 

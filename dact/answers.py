@@ -1,0 +1,193 @@
+"""What all layers say of labelled examples, and where each setting of a dial would let them leave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from dact import functional
+from dact.encoders.base import Batch, move
+from dact.functional import Halting
+from dact.model import DACT
+
+Dial = Literal["halting_tolerance", "halting_margin"]
+
+
+@dataclass(frozen=True)
+class LayerAnswers:
+    """What all layers say of labelled examples, on the CPU.
+
+    Args:
+        a: ``[examples, layers, classes]``, as `dact.functional.accumulate` returns it.
+        p: ``[examples, layers]``, likewise.
+        y: ``[examples, layers, classes]``, the layers' own classifications.
+        target: Classes of the examples, int64 ``[examples]``.
+        depths: Depths of the examples where the data knows them, int64 ``[examples]``, else None.
+    """
+
+    a: Tensor
+    p: Tensor
+    y: Tensor
+    target: Tensor
+    depths: Tensor | None = None
+
+    @property
+    def num_layers(self) -> int:
+        return self.p.shape[1]
+
+    def exit_layers(self, halting: Halting) -> Tensor:
+        """Return where each example leaves under `halting`, int64 ``[examples]``, 1-based."""
+        return halting.exit_layers(self.a, self.p, self.y)
+
+    def take(self, rows: Tensor) -> LayerAnswers:
+        """Return the examples of `rows`, int64 ``[rows]``, in that order."""
+        depths = None if self.depths is None else self.depths[rows]
+        return LayerAnswers(self.a[rows], self.p[rows], self.y[rows], self.target[rows], depths)
+
+
+@torch.no_grad()
+def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
+    """Run all layers on labelled batches, in the precision of the surrounding ``torch.autocast``.
+
+    Args:
+        model: Model in eval mode, on the device that it should use.
+        batches: Batches with ``labels`` int64 ``[batch]``; at least two examples in all.
+
+    Raises:
+        TypeError: If a batch is not a dict.
+        ValueError: If a batch has no labels, or there are fewer than two examples.
+    """
+    parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
+    for batch in batches:
+        if not isinstance(batch, Mapping):
+            raise TypeError(
+                f"a batch is a dict with 'labels' [batch], got a {type(batch).__name__}: let the data give dicts"
+            )
+        if "labels" not in batch:
+            raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
+        output = model.full_depth(move(batch, model.device))
+        assert output.layer_probabilities is not None
+        assert output.h is not None
+        a, p = functional.accumulate(output.layer_probabilities, output.h)
+        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": batch["labels"]}
+        if "depth" in batch:
+            found["depths"] = batch["depth"]
+        for name, tensor in found.items():
+            parts[name].append(tensor.cpu())
+    examples = sum(map(len, parts["target"]))
+    if examples < 2:
+        raise ValueError(f"at least two labelled examples are needed, got {examples}")
+    return LayerAnswers(**{name: torch.cat(tensors) for name, tensors in parts.items() if tensors})
+
+
+def exits_by_setting(answers: LayerAnswers, halting: Halting, dial: Dial) -> Callable[[float], Tensor]:
+    """Return a function from settings of a dial to exit layers, int64 ``[examples]``.
+
+    It gives what `LayerAnswers.exit_layers` gives, hundreds of times as fast: what no setting changes is computed once.
+
+    Args:
+        answers: What all layers say.
+        halting: Halting rule, whose `dial` is replaced by the settings.
+        dial: Name of the dial.
+    """
+    # All that the two criteria look at is the first and the second class: [examples, layers, 2].
+    a, y = answers.a.topk(2, dim=-1).values, functional.at_least_float32(answers.y).topk(2, dim=-1).values
+    if dial == "halting_tolerance":
+        return lambda tolerance: replace(halting, tolerance=tolerance).exit_layers(a, answers.p, y)
+    latest = replace(halting, margin=1.0).exit_layers(a, answers.p, y)
+    if halting.rule == "never":
+        return lambda margin: latest
+    # An example leaves for its margin where the largest lead so far exceeds it: after as many layers as do not, and one.
+    lead = (y[..., 0] - y[..., 1]).cummax(dim=1).values  # [examples, layers]
+
+    def exits(margin: float) -> Tensor:
+        return torch.minimum(latest, (lead <= margin).sum(dim=1) + 1) if margin < 1 else latest
+
+    return exits
+
+
+@dataclass(frozen=True)
+class OperatingPoint:
+    """What one setting of a dial gives on labelled examples: an estimate, without a promise.
+
+    Args:
+        setting: Setting of the dial.
+        accuracy: Accuracy of early exit, in [0, 1].
+        mean_exit_layer: Mean exit layer, in [1, layers].
+        agreement: Share of the examples that get the class of the model's own full depth.
+        accuracy_loss: Accuracy of the reference less that of early exit; the reference is the model's own full depth
+            unless a baseline was given.
+        accuracy_loss_error: Standard error of that paired difference.
+    """
+
+    setting: float
+    accuracy: float
+    mean_exit_layer: float
+    agreement: float
+    accuracy_loss: float
+    accuracy_loss_error: float
+
+
+def operating_points(
+    answers: LayerAnswers,
+    settings: Sequence[float],
+    halting: Halting = Halting(),
+    *,
+    dial: Dial = "halting_margin",
+    baseline: Tensor | None = None,
+) -> list[OperatingPoint]:
+    """Return what each setting of a dial gives, in the order of `settings`: a curve, or a table to choose from.
+
+    Args:
+        answers: What all layers say of labelled examples.
+        settings: Settings of the dial.
+        halting: Halting rule, whose `dial` is replaced by the settings.
+        dial: Name of the dial.
+        baseline: Classes of a reference on the same examples, int64 ``[examples]``; the model's own full depth if left
+            out.
+    """
+    exits, classes = exits_by_setting(answers, halting, dial), answers.a.argmax(dim=2)  # classes [examples, layers]
+    full = classes[:, -1]
+    reference = (full if baseline is None else check_baseline(baseline, answers)) == answers.target
+    points = []
+    for setting in settings:
+        at = exits(setting)
+        early = functional.answer_at(classes, at)
+        right = early == answers.target
+        loss, error = mean_and_error(reference.double() - right.double())
+        points.append(
+            OperatingPoint(setting, share(right), at.double().mean().item(), share(early == full), loss, error)
+        )
+    return points
+
+
+def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
+    """Return `baseline`, or raise an error unless it is one class per example."""
+    if baseline.shape != answers.target.shape or baseline.is_floating_point():
+        raise ValueError(
+            f"baseline must hold one class per example, int64 {list(answers.target.shape)}, in the order of the examples, got "
+            f"{baseline.dtype} {list(baseline.shape)}"
+        )
+    return baseline.cpu()
+
+
+def mean_and_error(values: Tensor) -> tuple[float, float]:
+    """Return the mean of `values` ``[examples]`` (two or more) and its standard error.
+
+    Of paired differences these are an estimate and its error.
+
+    Example:
+        >>> mean_and_error(torch.tensor([1.0, 0.0, 0.0, -1.0]))[0]
+        0.0
+    """
+    values = values.double()
+    return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
+def share(flags: Tensor) -> float:
+    """Return the share of bool `flags` that are set."""
+    return flags.double().mean().item()

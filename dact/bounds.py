@@ -1,0 +1,131 @@
+"""Confidence bounds that hold at every sample size."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+# Share of the error probability that the nuisance parameter of `difference_p_value` takes; the power hardly depends on it.
+NUISANCE_SHARE = 1 / 20
+NUISANCE_POINTS = 24  # values of it that are tried; the p-value is smooth in it
+LEFT_OUT = 1e-9
+
+
+def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
+    """Return the one-sided Clopper–Pearson upper bound on a rate (Clopper & Pearson 1934).
+
+    It is the rate at which so few faults, or fewer, have the probability 1 - confidence.
+
+    Args:
+        faults: Number of examples with a fault, in 0 … examples.
+        examples: Number of examples, 1 or more.
+        confidence: Probability with which the bound holds, in (0, 1).
+
+    Example:
+        >>> round(binomial_upper_bound(0, 100, 0.95), 4)  # 1 - 0.05 ** (1 / 100)
+        0.0295
+    """
+    from scipy.special import betaincinv
+
+    return 1.0 if faults == examples else float(betaincinv(faults + 1, examples - faults, confidence))
+
+
+def examples_for_rate(rate: float, confidence: float) -> int | None:
+    """Return the fewest examples whose `binomial_upper_bound` can be `rate`, without a single fault among them.
+
+    That is log(1 - confidence) / log(1 - rate), rounded up; None for a rate of 0, which no number of examples shows.
+
+    Example:
+        >>> examples_for_rate(0.01, 0.95)
+        299
+    """
+    if rate <= 0:
+        return None
+    return 1 if rate >= 1 else math.ceil(math.log(1 - confidence) / math.log1p(-rate))
+
+
+def difference_p_value(lost: int, gained: int, examples: int, difference: float, error: float) -> float:
+    r"""Return an exact p-value for "the expected paired difference is `difference` or more".
+
+    An example is lost (+1), gained (-1) or neither (0). With the share of discordant examples d as nuisance parameter,
+    the number of discordant examples M is binomial(n, d), and given M the lost ones are binomial(M, (1 + δ/d)/2) for an
+    expected difference δ. The p-value is that of lost - gained, maximised over the d in a one-sided Clopper–Pearson
+    interval, plus the error probability of that interval (Berger & Boos 1994, *P values maximized over a confidence set
+    for the nuisance parameter*; for paired proportions Lloyd & Moldovan 2007).
+
+    Args:
+        lost: Number of examples that the reference alone has right.
+        gained: Number of examples that the reference alone has wrong.
+        examples: Number of examples, 1 or more.
+        difference: δ, in [0, 1].
+        error: Error probability that the p-value will be compared with, in (0, 1).
+
+    Example:
+        >>> difference_p_value(lost=48, gained=48, examples=2000, difference=0.01, error=0.05) < 0.05
+        True
+    """
+    import numpy as np
+    from scipy.special import bdtr, gammaln, xlog1py, xlogy
+
+    spent = error * NUISANCE_SHARE
+    most = binomial_upper_bound(lost + gained, examples, 1 - spent)
+    if difference > most:  # a difference cannot exceed the share of discordant examples
+        return spent
+    discordant = np.linspace(difference, most, NUISANCE_POINTS)[:, None]
+    # The numbers of discordant examples that are summed leave out LEFT_OUT at either end, by Bernstein's inequality.
+    log = -math.log(LEFT_OUT)
+    first, last = (
+        examples * share + sign * (log / 3 + math.sqrt(log**2 / 9 + 2 * log * examples * share * (1 - share)))
+        for share, sign in ((difference, -1), (most, 1))
+    )
+    number = np.arange(max(0, math.floor(first)), min(examples, math.ceil(last)) + 1)[None, :]
+    ways = gammaln(examples + 1) - gammaln(number + 1) - gammaln(examples - number + 1)
+    probability = np.exp(ways + xlogy(number, discordant) + xlog1py(examples - number, -discordant))
+    # lost - gained <= observed, with lost + gained = number
+    most_lost = (number + lost - gained) // 2
+    rate = (1 + difference / discordant.clip(min=1e-300)) / 2
+    below = np.where(most_lost < 0, 0.0, bdtr(most_lost.clip(0, number).astype(float), number, rate))
+    return min(1.0, float((probability * below).sum(axis=1).max()) + spent + 2 * LEFT_OUT)
+
+
+def difference_upper_bound(lost: int, gained: int, examples: int, confidence: float) -> float:
+    """Return an upper bound on the expected paired difference (lost less gained), by inverting `difference_p_value`.
+
+    Args:
+        lost: Number of examples that the reference alone has right.
+        gained: Number of examples that the reference alone has wrong.
+        examples: Number of examples, 1 or more.
+        confidence: Probability with which the bound holds, in (0, 1).
+
+    Returns:
+        A number in [0, 1]: a negative difference is bounded by 0.
+
+    Example:
+        >>> bound = difference_upper_bound(lost=48, gained=48, examples=2000, confidence=0.95)
+        >>> 0.008 < bound < 0.01
+        True
+    """
+    low, high = max(0.0, (lost - gained) / examples), 1.0
+    for _ in range(20):
+        middle = (low + high) / 2
+        refuted = difference_p_value(lost, gained, examples, middle, 1 - confidence) <= 1 - confidence
+        low, high = (low, middle) if refuted else (middle, high)
+    return high
+
+
+def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
+    r"""Return the empirical Bernstein upper bound on the mean exit layer (Maurer & Pontil 2009, theorem 4).
+
+    With n examples, sample variance V and δ = 1 - confidence, for values in an interval of length N - 1:
+    :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`, and never above N.
+
+    Args:
+        exits: Exit layers, int64 ``[examples]``, in 1 … layers; at least two.
+        layers: N.
+        confidence: Probability with which the bound holds, in (0, 1).
+    """
+    values, log = exits.double(), math.log(2 / (1 - confidence))
+    n = len(values)
+    spread = (2 * values.var().item() * log / n) ** 0.5 + 7 * (layers - 1) * log / (3 * (n - 1))
+    return min(float(layers), values.mean().item() + spread)

@@ -1,0 +1,100 @@
+"""``dact tune``: the sections of a configuration become factories for the engine."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+
+from dact.cli_request import Request
+from dact.factories import DataFactory, ModelFactory
+from dact.quiet import quiet
+from dact.runs import check_tag
+
+
+def add_tuner_arguments(parser: LightningArgumentParser) -> None:
+    """Add the options of the engine, except those that have sections of their own."""
+    from dact.tuning import TuningEngine
+
+    elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed", "callbacks"}
+    parser.add_class_arguments(TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False)
+
+
+def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type, request: Request) -> None:
+    """Run the pipeline on the sections of a configuration.
+
+    Args:
+        parser: Parser of the tune command.
+        config: What it parsed.
+        trainer_class: Class of the Trainer, for its arguments.
+        request: The command line, to say how to resume.
+
+    Raises:
+        SystemExit: If the user stopped the command.
+        ValueError: If there is no data, or the run belongs to another command.
+        RuntimeError: If a disk or the storage failed; the message says what to do.
+    """
+    from dact.tuning import TuningEngine
+    from dact.tuning.studies import environment_error, root_cause
+
+    if config.data is None:
+        raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
+    if config.run_tag:
+        check_tag(Path(config.tuner.log_dir) / config.run_tag, "tune")
+    plain = yaml.safe_load(parser.dump(config, skip_none=False))
+    # Only these two sections are built here, with a parser of their own.
+    builder = LightningArgumentParser(exit_on_error=False)
+    builder.add_lightning_class_args(trainer_class, "trainer")  # type: ignore[arg-type]
+    add_tuner_arguments(builder)
+    ready = builder.instantiate_classes(builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]}))
+    trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
+    engine = TuningEngine(
+        plain["model"]["output_dimension"],
+        model=ModelFactory(plain["model"]),
+        data=DataFactory(plain["data"]),
+        trainer=trainer,
+        seed=plain["seed_everything"] or 0,
+        **vars(ready.tuner),
+    )
+    engine.worker_setup = _quiet_studies
+    _quiet_studies()
+    tag = config.run_tag or engine.run_tag
+    try:
+        engine.run_pipeline(tag)
+    except KeyboardInterrupt:
+        raise SystemExit(stopped_by_user(resume_with=request.again("run_tag", tag))) from None
+    except Exception as error:
+        cause = environment_error(error)
+        if cause is None:
+            raise
+        raise RuntimeError(
+            f"{engine.log_dir / tag}: {root_cause(cause)}. What has finished is kept: fix this and run the same command "
+            "again"
+        ) from error
+
+
+def stopped_by_user(text: str = "", resume_with: str = "") -> int:
+    """Say that a command was stopped, and return its exit status."""
+    print(f"\ndact: stopped{f' {text}' if text else f'; resume with: {resume_with}'}", file=sys.stderr)
+    return 130
+
+
+def _quiet_studies() -> None:
+    """Keep Optuna's lines off the console, whose table shows what they say."""
+    import optuna
+
+    quiet()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    show = threading.excepthook
+
+    def hook(arguments: threading.ExceptHookArgs) -> None:
+        """Leave it to the main thread to say that a disk or a storage failed: it meets the same error."""
+        module = arguments.exc_type.__module__.partition(".")[0]
+        if not issubclass(arguments.exc_type, OSError) and module not in ("optuna", "sqlalchemy"):
+            show(arguments)
+
+    threading.excepthook = hook

@@ -1,0 +1,105 @@
+"""Scores that mean what they say: their calibration error, and one temperature per exit layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.classification import binary_calibration_error
+
+from dact import functional
+from dact.answers import LayerAnswers
+
+SMALLEST_PROBABILITY = 1e-30  # smaller ones count as this, so that their logarithm is finite
+LARGEST_TEMPERATURE = 8.0  # and 1/8 is the smallest
+FOLDS = 5
+
+
+def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) -> float:
+    """Return the expected calibration error, Σ (share of a bin) · |its accuracy - its mean score|, in [0, 1].
+
+    (Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, arXiv 1706.04599, with bins of equal width.)
+
+    Args:
+        scores: Probability of the returned class, ``[examples]``, in [0, 1].
+        correct: Whether that class is the right one, bool ``[examples]``.
+        bins: Number of bins.
+
+    Example:
+        >>> round(expected_calibration_error(torch.full((4,), 0.9), torch.tensor([True, True, True, False])), 4)
+        0.15
+    """
+    return binary_calibration_error(scores.float(), correct.int(), n_bins=bins, norm="l1").item()
+
+
+def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """Return probabilities q proportional to p^(1/T), T being the temperature of an example's exit layer.
+
+    The order of the classes stays as it is, apart from rounding: take the class from what is given, not from the result.
+
+    Args:
+        probabilities: p, ``[batch, classes]``, each row a probability vector.
+        exit_layers: Exit layers, int64 ``[batch]``, 1-based.
+        temperatures: T, one per layer, above 0.
+
+    Returns:
+        ``[batch, classes]``, in float32 or more.
+    """
+    log = functional.at_least_float32(probabilities).clamp_min(SMALLEST_PROBABILITY).log()
+    factors = 1 / torch.tensor(temperatures, dtype=log.dtype, device=log.device)
+    return (log * factors[exit_layers - 1].unsqueeze(1)).softmax(dim=1)
+
+
+def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
+    """Fit one temperature per exit layer, by the negative log-likelihood of what early exit returns there.
+
+    A temperature is kept only where it helps: in five-fold cross-validation the mean gain must exceed its standard error.
+    Elsewhere it is 1, as for layers at which hardly any example leaves. (Temperature scaling: Guo et al. 2017, arXiv
+    1706.04599.)
+
+    Args:
+        answers: What all layers say of labelled examples that no training has seen.
+        exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
+
+    Returns:
+        One temperature per layer, in [1/8, 8], as `temper` takes them.
+    """
+    given = functional.answer_at(answers.a, exits)
+    temperatures = []
+    for layer in range(1, answers.num_layers + 1):
+        here = exits == layer
+        log = given[here].double().clamp_min(SMALLEST_PROBABILITY).log()
+        temperatures.append(_fit_temperature(log, answers.target[here]))
+    return temperatures
+
+
+def _fit_temperature(log: Tensor, target: Tensor) -> float:
+    """The temperature for log-probabilities ``[examples, classes]``, or 1 where none helps."""
+    if len(target) < 2 * FOLDS:
+        return 1.0
+    fold = torch.arange(len(target)) % FOLDS
+    gains = []
+    for held_out in range(FOLDS):
+        kept, tried = fold != held_out, fold == held_out
+        temperature = _best_temperature(log[kept], target[kept])
+        gains.append(_losses(log[tried], target[tried], 1.0) - _losses(log[tried], target[tried], temperature))
+    gain = torch.cat(gains)
+    helps = gain.mean().item() > gain.std().item() / len(gain) ** 0.5
+    return _best_temperature(log, target) if helps else 1.0
+
+
+def _best_temperature(log: Tensor, target: Tensor) -> float:
+    from scipy.optimize import minimize_scalar
+
+    most = math.log(LARGEST_TEMPERATURE)
+    found = minimize_scalar(
+        lambda exponent: _losses(log, target, math.exp(exponent)).mean().item(), bounds=(-most, most), method="bounded"
+    )
+    return math.exp(found.x)
+
+
+def _losses(log: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """The negative log-likelihood of each example, ``[examples]``."""
+    return torch.nn.functional.cross_entropy(log / temperature, target, reduction="none")

@@ -1,0 +1,263 @@
+"""A server for a fitted model: LitServe around `TextClassifier`, with requests batched together."""
+
+# Annotations are evaluated here, since LitServe reads the types of requests and responses from them.
+
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from queue import Empty
+from typing import Any, Self
+
+import torch
+from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+
+from dact.encoders.base import LayeredEncoder
+from dact.text_classifier import Prediction, TextClassifier
+
+try:
+    import litserve
+    from fastapi import HTTPException, Request
+    from fastapi.exceptions import RequestValidationError
+    from fastapi.responses import JSONResponse
+    from litserve.loops import BatchedLoop
+except ImportError as error:
+    raise ImportError("dact serve needs LitServe, which is not installed: pip install 'dact[serve]'") from error
+
+MOST_CHARACTERS = 100_000  # of a text; a pair counts as one
+MOST_BYTES = 1_000_000  # of a body
+MOST_TEXTS = 10_000  # of a request: what one client may keep the others waiting for
+SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold halves of a character, which no tokenizer takes
+HOSTS = ("127.0.0.1", "0.0.0.0", "::")  # those that LitServe takes
+
+log = logging.getLogger(__name__)
+
+Text = str | tuple[str, str]
+
+
+class PredictRequest(BaseModel):
+    """The body of ``POST /predict``: one text, or a list of them; a pair of texts is a list of two."""
+
+    model_config = ConfigDict(extra="forbid")
+    text: Text | None = None
+    texts: list[Text] | None = None
+
+    @field_validator("text", "texts", mode="before")
+    @classmethod
+    def _limit(cls, value: Any) -> Any:
+        many = value if isinstance(value, list) else [value]
+        # No error of validation: its status is 422, and size has one of its own.
+        if len(many) > MOST_TEXTS:
+            raise HTTPException(413, f"at most {MOST_TEXTS} texts in a request, got {len(many)}")
+        for text in many:
+            parts = text if isinstance(text, list) else [text]
+            if sum(len(part) for part in parts if isinstance(part, str)) > MOST_CHARACTERS:
+                raise HTTPException(413, f"a text has at most {MOST_CHARACTERS} characters")
+        return value
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if (self.text is None) == (self.texts is None):
+            raise ValueError("expected either 'text' or 'texts'")
+        if not self.all():
+            raise ValueError("expected at least one text")
+        for position, text in enumerate(self.all()):
+            for part in [text] if isinstance(text, str) else text:
+                if not part.strip():
+                    raise ValueError(f"the text at position {position} is empty")
+                if SURROGATE.search(part):
+                    raise ValueError(f"the text at position {position} is no valid Unicode")
+        return self
+
+    def all(self) -> list[Text]:
+        """The texts of the request, in their order."""
+        return [self.text] if self.text is not None else self.texts or []
+
+
+class Answer(BaseModel):
+    """The answer for one text; see `dact.text_classifier.Prediction`."""
+
+    label: str
+    score: float
+    exit_layer: int
+
+
+class PredictResponse(BaseModel):
+    """The answers for the texts of a request, in their order."""
+
+    predictions: list[Answer]
+
+
+class _Loop(BatchedLoop):
+    """Batches that begin with the first request: LitServe's own loop asks for one a thousand times a second."""
+
+    def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> tuple[list[Any], list[Any]]:
+        """Return the requests to answer together, and those that waited for longer than the server's time-out."""
+        taken: list[Any] = []
+        end = None
+        while len(taken) < lit_api.max_batch_size:
+            left = 1.0 if end is None else max(0.0, end - time.monotonic())
+            try:
+                taken.append(request_queue.get(left > 0, left))
+            except Empty:
+                break
+            end = end or time.monotonic() + lit_api.batch_timeout
+        late = time.monotonic() - lit_api.request_timeout
+        return (
+            [(queue, uid, request) for queue, uid, came, request in taken if came >= late],
+            [(queue, uid) for queue, uid, came, _ in taken if came < late],
+        )
+
+
+class _API(litserve.LitAPI):
+    """What LitServe asks for: a classifier in the process that `setup` runs in."""
+
+    def __init__(self, model: str, max_batch: int, max_wait: float) -> None:
+        super().__init__(max_batch_size=max_batch, batch_timeout=max_wait, loop=_Loop())
+        self.model = model
+
+    def setup(self, device: str) -> None:
+        # Ctrl-C reaches every process of the terminal. This one ends when the server has answered what it has taken.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        self.classifier = TextClassifier.from_pretrained(self.model)
+        self.classifier.model.to(device)
+        self.classifier(["warm up"])
+
+    def decode_request(self, request: PredictRequest) -> PredictRequest:
+        return request
+
+    def batch(self, inputs: list[PredictRequest]) -> list[PredictRequest]:
+        return inputs
+
+    def predict(self, requests: list[PredictRequest]) -> list[Any]:
+        try:
+            return self._classify(requests)
+        except Exception as error:
+            if len(requests) == 1:
+                log.error("a request failed: %s", type(error).__name__)  # the message may quote the text
+                return [JSONResponse({"detail": "the text cannot be classified"}, 422)]
+            # One of them is at fault, and the others must not suffer for it.
+            return [answer for request in requests for answer in self.predict([request])]
+
+    def unbatch(self, output: list[Any]) -> list[Any]:
+        return output
+
+    def encode_response(self, output: Any) -> PredictResponse:
+        return output
+
+    def _classify(self, requests: list[PredictRequest]) -> list[Any]:
+        texts = [text for request in requests for text in request.all()]
+        found: list[Prediction | None] = [None] * len(texts)
+        for kind in (str, tuple):  # single texts and pairs are tokenised in different ways
+            rows = [row for row, text in enumerate(texts) if isinstance(text, kind)]
+            if rows:
+                answers = self.classifier([texts[row] for row in rows])  # type: ignore[misc]
+                for row, answer in zip(rows, answers, strict=True):
+                    found[row] = answer
+        answers = iter(found)
+        return [{"predictions": [vars(next(answers)) for _ in request.all()]} for request in requests]
+
+
+def serve(
+    model: str | Path,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_batch: int = 64,
+    max_wait: float = 0.002,
+) -> None:
+    """Serve a model until SIGTERM or Ctrl-C, which answer what has been taken first. Blocks.
+
+    Routes: ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` (a pair of texts is a list of two) and answers
+    ``{"predictions": [{"label", "score", "exit_layer"}, …]}``; ``GET /health`` says whether the model is loaded;
+    ``GET /info`` has the classes, layers, dial and promise. A malformed, empty or mistyped request gets 422. A text
+    of over 100,000 characters, more than 10,000 texts or a body of over 1 MB gets 413. If the environment sets
+    LIT_SERVER_API_KEY, requests must carry it in the header ``X-API-Key``. Texts are not logged.
+
+    To be called in the main thread of a program of its own: it starts processes, and takes over SIGTERM.
+
+    Args:
+        model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` leave it.
+        host: Address to listen at, ``"127.0.0.1"``, ``"0.0.0.0"`` or ``"::"``; the first is seen by this machine alone.
+        port: Port to listen at, 1024 to 65535.
+        max_batch: Largest number of requests that are classified together, 2 or more.
+        max_wait: Seconds that a request may wait for others to join it, 0 or more.
+
+    Raises:
+        ImportError: If LitServe is not installed.
+        FileNotFoundError: If there is no model.
+        ValueError: If an argument is outside its range, or the model cannot be read.
+        OSError: If the port is taken.
+        RuntimeError: If the process that runs the model ends by itself.
+    """
+    if host not in HOSTS:
+        raise ValueError(f"serve: host must be one of {', '.join(HOSTS)}, got {host!r}")
+    if not 1024 <= port <= 65535:
+        raise ValueError(f"serve: port must be in 1024 … 65535, got {port}")
+    if max_batch < 2:
+        raise ValueError(f"serve: max_batch counts requests and must be 2 or more, got {max_batch}")
+    if not 0 <= max_wait < 30:
+        raise ValueError(f"serve: max_wait counts seconds and must be in [0, 30), got {max_wait}")
+    path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
+    info, device = _inspect(path)
+    server = litserve.LitServer(
+        _API(path, max_batch, max_wait),
+        accelerator=device,
+        model_metadata=info,
+        max_payload_size=MOST_BYTES,
+    )
+    server.app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
+    server.app.add_exception_handler(400, _say_unreadable)
+    before, main = set(multiprocessing.active_children()), os.getpid()
+
+    def stop(number: int, frame: object) -> None:
+        if os.getpid() != main:  # a process of the server inherits this, and stops by itself
+            raise SystemExit(0)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise KeyboardInterrupt  # which LitServe takes as the wish for an orderly end
+
+    handler = signal.signal(signal.SIGTERM, stop)
+    try:
+        server.run(
+            host=host, port=port, num_api_servers=1, generate_client_file=False, access_log=False, log_level="warning"
+        )
+    except KeyboardInterrupt:
+        pass  # before it was ready
+    except (EOFError, ConnectionError) as error:
+        raise RuntimeError("the process that runs the model ended by itself, perhaps for lack of memory") from error
+    finally:
+        for process in set(multiprocessing.active_children()) - before:
+            process.terminate()
+        signal.signal(signal.SIGTERM, handler)
+
+
+def _inspect(model: str) -> tuple[dict[str, Any], str]:
+    """Load a model once to fail early; return what ``/info`` says of it and the kind of device that it runs on."""
+    classifier = TextClassifier.from_pretrained(model)
+    fitted = classifier.model
+    encoder: LayeredEncoder = fitted.encoder
+    exported = type(encoder).__name__ == "OnnxEncoder"
+    info = {
+        "classes": list(classifier.class_names),
+        "layers": encoder.num_layers,
+        "halting": fitted.halting,
+        "dial": {"halting_tolerance": fitted.halting_tolerance, "halting_margin": fitted.halting_margin},
+        "promise": fitted.calibration,
+        "runs on": "ONNX Runtime" if exported else "PyTorch",
+    }
+    return json.loads(json.dumps(info)), "cuda" if torch.cuda.is_available() and not exported else "cpu"
+
+
+async def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
+    """Answer 422 without the input, which FastAPI would repeat and, where it is no valid Unicode, fail to."""
+    faults: Sequence[Any] = getattr(error, "errors", list)()
+    return JSONResponse({"detail": [{name: fault[name] for name in ("loc", "msg", "type")} for fault in faults]}, 422)
+
+
+async def _say_unreadable(request: Request, error: Exception) -> JSONResponse:
+    """Answer 422 for a body that no parser can read, where FastAPI would answer 400 for some faults."""
+    return JSONResponse({"detail": "the body is no JSON"}, 422)

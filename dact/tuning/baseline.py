@@ -1,0 +1,139 @@
+"""The baseline of a run: the encoder fine-tuned at full depth once. Teacher, start of every fit, and the measure of all."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.utils.data import SequentialSampler
+
+from dact import signals
+from dact.encoders.base import move
+from dact.files import read_checkpoint, read_tensors, replacing_folder, write_tensors
+from dact.model import DACT
+from dact.persistence import WEIGHTS_NAME
+from dact.tuning import tensorboard
+from dact.tuning.progress import Progress
+from dact.tuning.recipe import Recipe
+from dact.tuning.training import NonFiniteLoss, resumable_fit, seeded
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Where the baseline of a run is.
+
+    Args:
+        folder: Folder ``baseline`` of the run.
+    """
+
+    folder: Path
+
+    def load(self, model: DACT) -> DACT:
+        """Load the baseline's weights into a model of the factory that was made to run at full depth."""
+        model.load_state_dict(read_tensors(self.folder / "model" / WEIGHTS_NAME)[0])
+        return model
+
+    def encoder(self) -> dict[str, Tensor]:
+        """Return the weights of its encoder."""
+        weights = read_tensors(self.folder / "model" / WEIGHTS_NAME)[0]
+        return {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+
+    def probabilities(self) -> Tensor | None:
+        """Return its probabilities of the training examples ``[examples, classes]``; None if they have no row numbers."""
+        return self._answers().get("probabilities")
+
+    def classes(self) -> Tensor | None:
+        """Return its classes of the validation examples, int64 ``[examples]``; None if their order is random."""
+        return self._answers().get("classes")
+
+    def origin(self) -> str | None:
+        """Return what it was made of, None if it is not there."""
+        path = self.folder / "answers.safetensors"
+        return read_tensors(path)[1].get("origin") if path.is_file() else None
+
+    def _answers(self) -> dict[str, Tensor]:
+        return read_tensors(self.folder / "answers.safetensors")[0]
+
+
+def fit_baseline(
+    recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
+) -> Baseline:
+    """Fine-tune a model at full depth and keep its best epoch and its answers, or take what an earlier call left.
+
+    Args:
+        recipe: What fits of the run are made of.
+        folder: Folder ``baseline`` of the run.
+        model: Model of the factory, which is used up.
+        data: Datamodule that is set up for a fit.
+        origin: Digest of model, data and settings.
+        progress: What the console shows.
+
+    Raises:
+        RuntimeError: If its loss is not finite.
+    """
+    baseline = Baseline(folder)
+    if baseline.origin() == origin:
+        return baseline
+    checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
+    model = model.at_full_depth()
+    logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
+    settings = {"learning_rate": model.learning_rate, "num_epochs": recipe.epochs}
+    tensorboard.log_parameters(logger.experiment, settings, folder.name)
+    with seeded(recipe.seed), progress.fit(f"baseline at full depth, {recipe.epochs} epochs") as bar:
+        try:
+            history = resumable_fit(
+                recipe.trainer,
+                model,
+                data,
+                checkpoints,
+                epochs=recipe.epochs,
+                callbacks=[bar],
+                logger=logger,
+                keep_best=True,
+            )
+        except NonFiniteLoss as error:
+            raise RuntimeError(
+                f"the baseline broke: {error}. Give the model a learning_rate below {model.learning_rate:g}, or take "
+                "precision 32-true, under another run_tag"
+            ) from error
+    tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
+    logger.finalize("success")
+    model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
+    model.class_names = model.class_names or getattr(data, "class_names", None)
+    with replacing_folder(folder / "model") as partial:
+        model.cpu().save_pretrained(partial)
+        tokenizer = getattr(data, "tokenizer", None)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(str(partial))
+    with progress.stage("answers of the baseline"), recipe.precision():
+        answers = _ask(model.eval().to(recipe.device), data)
+    write_tensors(folder / "answers.safetensors", answers, {"origin": origin})  # last: it says that all is done
+    for left_over in folder.glob("fit_*"):
+        shutil.rmtree(left_over)
+    return baseline
+
+
+@torch.no_grad()
+def _ask(model: DACT, data: Any) -> dict[str, Tensor]:
+    """Return a model's probabilities of the training examples in their order, and its classes of validation."""
+    rows, probabilities, found = [], [], {}
+    for batch in data.train_dataloader():
+        signals.check()
+        if "row" not in batch:
+            break
+        rows.append(batch["row"])
+        probabilities.append(model(move(batch, model.device)).probabilities.float().cpu())
+    if rows:
+        found["probabilities"] = torch.cat(probabilities)[torch.cat(rows).argsort()]
+    validation = data.val_dataloader()
+    if isinstance(validation.sampler, SequentialSampler):
+        classes = [model(move(batch, model.device)).probabilities.argmax(1).cpu() for batch in validation]
+        found["classes"] = torch.cat(classes)
+    return found

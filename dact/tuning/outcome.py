@@ -1,0 +1,92 @@
+"""What early exit of a model would do: where examples leave, at the margin that the promise would set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dact.answers import LayerAnswers
+from dact.calibration import Promise, choose_setting
+from dact.files import read_tensors, write_tensors
+from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
+from dact.model import DACT
+
+FILE = "validation.safetensors"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Early exit on the studies' validation examples.
+
+    Args:
+        exits: Exit layer of each example, float ``[examples]``; a mean where it is one of several fits.
+        losses: Task loss of each example, ``[examples]``.
+        lost: Paired loss of accuracy of each example, ``[examples]``: 1 where the baseline is right and early exit is
+            wrong, -1 where it is the other way round, else 0. Without a baseline's answers, 1 where early exit is wrong.
+    """
+
+    exits: Tensor
+    losses: Tensor
+    lost: Tensor
+
+    @property
+    def loss(self) -> float:
+        """The average task loss."""
+        return self.losses.double().mean().item()
+
+    @property
+    def layers(self) -> float:
+        """The average exit layer, in [1, layers]."""
+        return self.exits.double().mean().item()
+
+    def save(self, folder: Path) -> None:
+        """Write the outcome into the folder of its trial."""
+        write_tensors(folder / FILE, {"exits": self.exits, "losses": self.losses, "lost": self.lost})
+
+    @classmethod
+    def read(cls, folder: Path) -> Outcome | None:
+        """Return what `save` wrote, None if there is nothing.
+
+        Raises:
+            ValueError: If it is corrupted.
+        """
+        path = folder / FILE
+        return cls(**read_tensors(path)[0]) if path.is_file() else None
+
+
+def mean_outcome(outcomes: list[Outcome]) -> Outcome:
+    """Return the mean over fits that differ by their seed alone, example by example."""
+    names = ("exits", "losses", "lost")
+    return Outcome(*(torch.stack([getattr(one, name) for one in outcomes]).mean(0) for name in names))
+
+
+def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, baseline: Tensor | None) -> Outcome:
+    """Return what a model's early exit would do on examples.
+
+    Args:
+        answers: What all layers say of the examples.
+        model: The model, for its halting rule and class weights.
+        promise: Promise that sets the dial, by estimate; None for the model's own rule.
+        baseline: The baseline's classes of the examples, int64 ``[examples]``, or None.
+    """
+    target = answers.target
+    exits = answers.exit_layers(_rule(answers, model, promise))
+    answer = answer_at(answers.a, exits)
+    losses = F.nll_loss(answer.float().clamp_min(SMALLEST_PROBABILITY).log(), target, reduction="none")
+    if model.class_weights is not None:
+        losses = losses * model.class_weights.cpu()[target]
+    reference = torch.ones(len(target)) if baseline is None else (baseline == target).float()
+    return Outcome(exits.float(), losses.float(), reference - (answer.argmax(1) == target).float())
+
+
+def _rule(answers: LayerAnswers, model: DACT, promise: Promise | None) -> Halting:
+    if promise is None:
+        return model.exit_rule
+    try:
+        return choose_setting(answers, replace(promise, confidence=None), model.exit_rule).exit_rule
+    except ValueError:  # no setting keeps it: then the model leaves as it is
+        return model.exit_rule

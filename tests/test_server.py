@@ -1,0 +1,337 @@
+"""The server, over real HTTP against the real process: answers, refusals, load, and an orderly end."""
+
+import contextlib
+import http.client
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import lightning.pytorch as pl
+import psutil
+import pytest
+import torch
+
+from dact import DACT, TextClassifier
+from dact.data import CompositionalSentiment
+from dact.encoders import TransformerEncoder
+from dact.export import export
+from dact.server import _API, PredictRequest, serve
+from tests.conftest import free_port
+
+ROOT = Path(__file__).parent.parent
+START = 240  # seconds: imports take several, and machines are busy
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small fitted model whose examples leave at several layers."""
+    torch.manual_seed(0)
+    data = CompositionalSentiment(num_train=2000, num_val=100, num_test=100)
+    model = DACT(encoder=TransformerEncoder(data.vocab_size, 3, 16, 2), learning_rate=5e-3, halting_margin=0.6)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path_factory.mktemp("fit"),
+    )  # fmt: skip
+    trainer.fit(model, data)
+    folder = tmp_path_factory.mktemp("fitted") / "model"
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Server:
+    """A server in a process of its own, with an empty working folder."""
+
+    def __init__(self, model, where, port=None, **environment):
+        self.port = port or free_port()
+        self.where, self.log = where, where.with_suffix(".log")
+        where.mkdir(exist_ok=True)
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", f"from dact.server import serve; serve({str(model)!r}, port={self.port})"],
+            cwd=where,
+            stdout=self.log.open("w"),
+            stderr=subprocess.STDOUT,
+            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
+        )
+
+    def connection(self):
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+
+    def ask(self, method, path, body=None, headers=JSON, connection=None):
+        """(status, content) of one request."""
+        connection = connection or self.connection()
+        connection.request(method, path, body if isinstance(body, (bytes, type(None))) else json.dumps(body), headers)
+        response = connection.getresponse()
+        content = response.read().decode()
+        return response.status, json.loads(content) if content.startswith(("{", "[")) else content
+
+    def predict(self, body, **arguments):
+        return self.ask("POST", "/predict", body, **arguments)
+
+    def wait(self, headers=JSON):
+        end = time.monotonic() + START
+        while time.monotonic() < end:
+            assert self.process.poll() is None, self.log.read_text()
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                if self.ask("GET", "/health", headers=headers)[0] == 200:
+                    return self
+            time.sleep(0.2)
+        raise AssertionError(f"not ready after {START} s: {self.log.read_text()}")
+
+    def stop(self):
+        """SIGTERM, the exit status, and no process left."""
+        family = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.send_signal(signal.SIGTERM)
+        status = self.process.wait(60)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        for process in alive:
+            process.kill()
+        assert not alive
+        return status
+
+    def kill(self):
+        if self.process.poll() is None:
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                process.kill()
+            self.process.kill()
+            self.process.wait()
+
+
+@pytest.fixture(scope="module")
+def server(folder, tmp_path_factory):
+    server = Server(folder, tmp_path_factory.mktemp("server") / "cwd")
+    try:
+        yield server.wait()
+    finally:
+        server.kill()
+
+
+@pytest.fixture(scope="module")
+def offline(folder):
+    return TextClassifier.from_pretrained(folder)
+
+
+def reviews(number, seed=1):
+    """Distinct texts: the number of each is in its words."""
+    texts = CompositionalSentiment(num_train=3, num_val=3, num_test=number, seed=seed).examples("test").texts
+    digits = ["the", "screen", "sound", "price", "battery", "camera", "speaker", "keyboard", "display", "phone"]
+    return [f"{text} {' '.join(digits[int(d)] for d in str(row))}" for row, text in enumerate(texts)]
+
+
+def same(got, expected):
+    """Whether answers of the server are those of TextClassifier; scores may differ in rounding, by the batch."""
+    return len(got) == len(expected) and all(
+        (one["label"], one["exit_layer"]) == (other.label, other.exit_layer) and abs(one["score"] - other.score) < 1e-5
+        for one, other in zip(got, expected, strict=True)
+    )
+
+
+def test_answers_are_those_of_the_text_classifier(server, offline):
+    texts = reviews(50)
+    expected = offline(texts)
+    assert len({one.exit_layer for one in expected}) > 1
+    status, content = server.predict({"texts": texts})
+    assert status == 200
+    assert same(content["predictions"], expected)
+    status, content = server.predict({"text": texts[7]})
+    assert status == 200
+    assert same(content["predictions"], expected[7:8])
+
+
+def test_health_and_info_say_what_is_served(server):
+    assert server.ask("GET", "/health") == (200, "ok")
+    status, info = server.ask("GET", "/info")
+    assert status == 200
+    assert info["model"]["classes"] == ["negative", "neutral", "positive"]
+    assert info["model"]["layers"] == 3
+    assert info["model"]["dial"] == {"halting_tolerance": 0.0, "halting_margin": 0.6}
+    assert info["model"]["promise"] is None
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        (b"", 422),
+        (b"{", 422),
+        (b"\xff\xfe", 422),
+        (b"[" * 300_000, 422),
+        (b'{"text": ' + b"9" * 6000 + b"}", 422),
+        (b'{"text": "half of a character: \\ud800"}', 422),
+        ([], 422),
+        ("text", 422),
+        ({}, 422),
+        ({"text": None}, 422),
+        ({"text": ""}, 422),
+        ({"text": " \n"}, 422),
+        ({"text": 5}, 422),
+        ({"text": {"text": "good"}}, 422),
+        ({"texts": []}, 422),
+        ({"texts": "good"}, 422),
+        ({"texts": ["good", ""]}, 422),
+        ({"texts": ["good", None]}, 422),
+        ({"texts": [["one", "two", "three"]]}, 422),
+        ({"text": "good", "texts": ["good"]}, 422),
+        ({"txt": "good"}, 422),
+        ({"text": "a" * 100_001}, 413),
+        ({"texts": ["good", "a" * 100_001]}, 413),
+        ({"texts": ["a"] * 10_001}, 413),
+        ({"text": "a" * 1_000_000}, 413),
+        ({"text": "a " * 50_000}, 200),
+        ({"text": "good\u0000\u202e😀"}, 200),
+    ],
+)  # fmt: skip
+def test_a_body_that_cannot_be_answered_gets_a_status_that_says_so(server, body, status):
+    got, content = server.predict(body)
+    assert got == status
+    if status != 200:
+        assert len(str(content)) < 2000  # and does not repeat what came
+    assert server.predict({"text": "good"})[0] == 200
+
+
+def test_a_body_sent_in_pieces_is_measured_as_it_comes(server):
+    connection = server.connection()
+    connection.request("POST", "/predict", (b"a" * 100_000 for _ in range(20)), JSON, encode_chunked=True)
+    assert connection.getresponse().status == 413
+
+
+def test_a_request_that_fails_does_not_take_others_with_it():
+    def classify(texts):
+        if "poison" in texts:
+            raise RuntimeError("poison")
+        return [type("Prediction", (), {})() for _ in texts]
+
+    api = _API("model", 4, 0.0)
+    api.classifier = classify
+    first, poisoned, last = api.predict([PredictRequest(text=text) for text in ("good", "poison", "bad")])
+    assert len(first["predictions"]) == len(last["predictions"]) == 1
+    assert poisoned.status_code == 422
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"host": "example.org"}, "host must be one of 127.0.0.1"),
+        ({"port": 80}, "port must be in 1024"),
+        ({"max_batch": 1}, "max_batch counts requests"),
+        ({"max_wait": -1}, "max_wait counts seconds"),
+    ],
+)
+def test_an_argument_outside_its_range_is_refused(folder, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        serve(folder, **arguments)
+
+
+def test_a_missing_model_is_an_error_before_anything_starts(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        serve(tmp_path / "nothing")
+
+
+@pytest.mark.slow
+def test_ten_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_texts(server, offline):
+    number, clients = 10_000, 64
+    texts = reviews(number)
+    assert len(set(texts)) == number
+    expected = offline(texts)
+    answers = [None] * number
+    end = time.monotonic() + 400
+
+    def client(first):
+        connection = server.connection()
+        for row in range(first, number, clients):
+            assert time.monotonic() < end, "the server is too slow"
+            answers[row] = server.predict({"text": texts[row]}, connection=connection)
+
+    with ThreadPoolExecutor(clients) as pool:
+        list(pool.map(client, range(clients)))
+    assert [status for status, _ in answers] == [200] * number
+    wrong = [
+        row for row, (_, content) in enumerate(answers) if not same(content["predictions"], expected[row : row + 1])
+    ]
+    assert not wrong
+
+
+@pytest.mark.slow
+def test_sigterm_answers_what_was_taken_and_a_restart_serves_the_same_clients(folder, tmp_path):
+    """With a key, on ONNX Runtime, under load."""
+    export(folder, tmp_path / "onnx", quantize="int8")
+    headers = {**JSON, "X-API-Key": "secret"}
+    first = Server(tmp_path / "onnx", tmp_path / "cwd", LIT_SERVER_API_KEY="secret")
+    servers = [first]
+    texts = reviews(3000)
+    offline = TextClassifier.from_pretrained(tmp_path / "onnx")
+    expected = offline(texts)
+    parts = [texts[start : start + 300] for start in range(0, 3000, 300)]
+    try:
+        first.wait(headers)
+        for path in ("/health", "/info"):
+            assert first.ask("GET", path)[0] in (401, 403)
+        assert first.predict({"text": "good"})[0] in (401, 403)
+        assert first.predict({"text": "good"}, headers={**JSON, "X-API-Key": "wrong"})[0] == 401
+        # Requests that take a while are under way when the signal comes.
+        sent = threading.Barrier(len(parts) + 1)
+
+        def ask(part):
+            connection = first.connection()
+            connection.request("POST", "/predict", json.dumps({"texts": part}), headers)
+            sent.wait()
+            response = connection.getresponse()
+            return response.status, json.loads(response.read())
+
+        with ThreadPoolExecutor(len(parts)) as pool:
+            answers = [pool.submit(ask, part) for part in parts]
+            sent.wait()
+            time.sleep(0.3)
+            assert first.stop() == 0
+            for start, answer in zip(range(0, 3000, 300), answers, strict=True):
+                status, content = answer.result()
+                assert status == 200
+                assert same(content["predictions"], expected[start : start + 300])
+
+        # Clients that try again while nobody listens are served by the next process on the same port.
+        servers.append(Server(tmp_path / "onnx", tmp_path / "cwd", first.port, LIT_SERVER_API_KEY="secret"))
+        end = time.monotonic() + START
+
+        def persist(row):
+            while time.monotonic() < end:
+                with contextlib.suppress(OSError, http.client.HTTPException):
+                    status, content = servers[-1].predict({"text": texts[row]}, headers=headers)
+                    assert status == 200
+                    return same(content["predictions"], expected[row : row + 1])
+                time.sleep(0.2)
+            return False
+
+        with ThreadPoolExecutor(8) as pool:
+            assert all(pool.map(persist, range(200)))
+        assert servers[-1].stop() == 0
+        assert not list((tmp_path / "cwd").iterdir())
+        log = (tmp_path / "cwd.log").read_text()
+        assert "Traceback" not in log
+        assert not [word for word in ("screen", "battery") if word in log]
+    finally:
+        for server in servers:
+            server.kill()
+
+
+@pytest.mark.slow
+def test_a_server_whose_model_process_dies_ends_and_says_so(folder, tmp_path):
+    server = Server(folder, tmp_path / "cwd")
+    try:
+        server.wait()
+        workers = [
+            process
+            for process in psutil.Process(server.process.pid).children()
+            if "multiprocessing.spawn" in " ".join(process.cmdline())
+        ]
+        assert len(workers) == 1
+        workers[0].kill()
+        assert server.process.wait(90) == 1
+        assert "the process that runs the model ended by itself" in server.log.read_text()
+    finally:
+        server.kill()
