@@ -12,6 +12,7 @@ from hypothesis import given, settings
 
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, compositional, vader
 from dact.data.batching import LengthGroupedSampler
+from dact.data.examples import text_key
 from dact.data.tables import read_table, write_table
 from dact.data.tokenizers import load_tokenizer, word_tokenizer
 
@@ -302,6 +303,11 @@ def test_vader_is_fetched_read_and_split():
     module.setup("test")
     sizes = {split: len(examples) for split, examples in module.splits.items()}
     assert sizes == {"train": 17777, "val": 2963, "test": 2963}
+    train, val, test = ({text_key(text) for text in module.splits[split].texts} for split in ("train", "val", "test"))
+    assert not train & val | train & test | val & test
+    tweets = VaderSentiment(corpora=["tweets"])
+    tweets.setup("fit")
+    assert tweets.splits["val"].texts == module.splits["val"].texts[: len(tweets.splits["val"])]
     small = VaderSentiment(num_train=2000)
     small.setup("fit")
     assert abs(len(small.splits["train"]) - 2000) <= 2

@@ -125,7 +125,7 @@ class CompositionalSentiment(TextDataModule):
         >>> data = CompositionalSentiment(num_train=100, num_val=10, num_test=10)
         >>> data.setup("fit")
         >>> data.splits["train"].texts[0]
-        'the speaker is quite quite simply ironically great for me .'
+        'the camera is excellent , but the camera is terrible overall .'
     """
 
     def __init__(

@@ -129,7 +129,7 @@ def _is_without_rows(path: Path, ending: str, cause: BaseException) -> bool:
 
 
 def _read(source: Path, ending: str, folder: str) -> datasets.Dataset:
-    arguments: dict[str, Any] = {"cache_dir": folder, "keep_in_memory": True}
+    arguments: dict[str, Any] = {"cache_dir": folder}  # a memory-mapped file: Arrow's own memory is never given back
     if ending == ".parquet":
         return datasets.Dataset.from_parquet(str(source), **arguments)
     if ending in (".jsonl", ".json"):

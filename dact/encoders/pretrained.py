@@ -1,4 +1,4 @@
-"""Where pretrained weights and tokenizers come from."""
+"""Places of pretrained weights and tokenizers: the Hub, a folder, or an installed package."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ PREFIX = "package:"
 
 
 def resolve_pretrained(pretrained: str) -> str:
-    """The Hub id or the folder that `pretrained` means.
+    """Return the Hub id or the folder for which `pretrained` stands.
 
     Args:
         pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"``, a folder inside an installed package.
 
     Returns:
-        The argument itself, or the absolute path of the folder in the package.
+        The argument itself, a folder with its ``~`` expanded, or the absolute path of the folder in the package.
 
     Raises:
         ValueError: If the package is not installed or has no such folder, or a local path does not exist.
