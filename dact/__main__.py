@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from difflib import get_close_matches
+from typing import NoReturn
 
 from dact import __version__
 
@@ -47,10 +48,7 @@ def main() -> None:
     elif words[0] == "--version":
         print(f"dact {__version__}")
     elif words[0] in LIGHT:
-        from dact.cli_errors import one_line_errors
-
-        with one_line_errors():
-            _run_light(words)
+        _run_light(words)
     elif LIGHTNING.keys() & set(words):
         from dact.cli import main as run_lightning
 
@@ -64,7 +62,7 @@ def main() -> None:
 
 def _run_light(words: list[str]) -> None:
     """Run ``dact export`` or ``dact serve``."""
-    parser = argparse.ArgumentParser(prog=f"dact {words[0]}", description=LIGHT[words[0]])
+    parser = _Parser(prog=f"dact {words[0]}", description=LIGHT[words[0]])
     parser.add_argument("--model", required=True, help="model/ folder, or the folder of a run")
     if words[0] == "export":
         parser.add_argument("--output", required=True, help="folder to write to")
@@ -77,17 +75,28 @@ def _run_light(words: list[str]) -> None:
             "--max_wait", type=float, default=0.005, help="seconds to wait for a fuller batch (default: %(default)s)"
         )
     options = vars(parser.parse_args(words[1:]))
-    from dact.model_paths import find_model
+    from dact.cli_errors import one_line_errors
 
-    options["model"] = find_model(options["model"])
-    if words[0] == "export":
-        from dact.export import export
+    with one_line_errors():
+        from dact.model_paths import find_model
 
-        export(**options)
-    else:
-        from dact.server import serve
+        model = find_model(options.pop("model"))
+        if words[0] == "export":
+            from dact.export import export
 
-        serve(**options)
+            print(export(model, **options))
+        else:
+            from dact.server import serve
+
+            serve(model, **options)
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"dact: error: {message}; see {self.prog} --help", file=sys.stderr)
+        raise SystemExit(2)
 
 
 if __name__ == "__main__":

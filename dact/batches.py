@@ -9,6 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
+UNLABELLED = -100  # the label of a training example that only a teacher labels
 EXPECTED = "a dict with input_ids [batch, length], attention_mask of the same shape and labels [batch]"
 
 
@@ -44,13 +45,13 @@ def check_batch(batch: Any, classes: int, *, labelled: bool, check_range: bool =
             f"labels must be one integer per example, [{rows}], got {batch['labels'].dtype} {labels}: several labels per "
             "example and numbers as targets are not supported"
         )
-    if check_range and labels[0] > 0:
-        smallest, largest = batch["labels"].min().item(), batch["labels"].max().item()
-        if smallest < 0 or largest >= classes:
-            raise ValueError(
-                f"labels must be in 0 … {classes - 1}, got {smallest if smallest < 0 else largest}: number the classes from "
-                "0, or set output_dimension to their number"
-            )
+    values = batch["labels"]
+    outside = values[((values < 0) & (values != UNLABELLED)) | (values >= classes)] if check_range else values[:0]
+    if len(outside):
+        raise ValueError(
+            f"labels must be in 0 … {classes - 1}, got {outside[0].item()}: number the classes from 0, or set "
+            "output_dimension to their number"
+        )
 
 
 class CheckBatches(Callback):

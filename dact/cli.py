@@ -10,7 +10,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -22,7 +21,7 @@ from typing_extensions import override
 
 from dact import signals
 from dact.batches import CheckBatches
-from dact.calibration import Dial, Promise, calibrate, describe, store_in_checkpoint
+from dact.calibration import Dial, Promise, calibrate, describe
 from dact.callbacks import ExitPlots, SavePretrained
 from dact.checkpoints import LAST, BestAndLast
 from dact.cli_errors import OneLineParser, config_files, one_line_errors
@@ -31,10 +30,11 @@ from dact.cli_tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
-from dact.model_paths import counterpart, find_model, load_model
+from dact.model_paths import find_model, load_model, store_dial
+from dact.predictions import PredictionWriter
 from dact.quiet import quiet
 from dact.reports import Bar, EpochLines, promise_line
-from dact.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done
+from dact.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
@@ -89,6 +89,7 @@ class DACTCLI(LightningCLI):
 
     def __init__(self, request: Request, **arguments: Any) -> None:
         self.request = request
+        self._data: LightningDataModule | None = None  # built before the model that depends on it
         super().__init__(DACT, LightningDataModule, **arguments)
 
     @staticmethod
@@ -179,13 +180,10 @@ class DACTCLI(LightningCLI):
         self._resume(config)
         self._complete_model(config)
         super().instantiate_classes()
+        self.datamodule = self._data or self.datamodule  # whose texts are tokenized already
 
     def _build_stored(self, config: Namespace) -> None:
         """Build the model from a checkpoint or folder, and the data from the configuration."""
-        if self.subcommand == "predict":
-            from dact.predictions import check_writable
-
-            check_writable(config.output)
         if config.ckpt_path is not None and self.request.model is not None:
             raise ValueError("give --model or --ckpt_path, not both")
         given = self.request.model or config.ckpt_path
@@ -196,7 +194,7 @@ class DACTCLI(LightningCLI):
             )
         self.source = find_model(given)
         overrides = self._overrides()
-        self.model = load_model(self.source, _own_encoder(self.source, config), **overrides)
+        self.model = load_model(self.source, own_encoder(self.source, config.model.get("encoder")), **overrides)
         config.ckpt_path = config.optimizer = config.lr_scheduler = None
         file = self.request.predict_file(config)
         if file is not None:
@@ -228,7 +226,10 @@ class DACTCLI(LightningCLI):
         asked = config.model.class_weights == "balanced"
         if not asked and self.request.gives("model.output_dimension"):
             return
-        data = build_data(yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))["data"])
+        if self._data is None:
+            plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
+            self._data = build_data(plain["data"])
+        data = self._data
         if getattr(data, "class_names", None) is None or asked:
             data.prepare_data()
             data.setup("fit")
@@ -341,8 +342,6 @@ class DACTCLI(LightningCLI):
         raise SystemExit(stopped_by_user(resume_with=self.request.again(name, value)))
 
     def predict(self, **arguments: Any) -> None:
-        from dact.predictions import PredictionWriter
-
         output = self._get(self.config, "output")
         writer = PredictionWriter(output)
         self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
@@ -355,11 +354,8 @@ class DACTCLI(LightningCLI):
         self.trainer.test(**arguments)
         if self.model.calibration is not None and self.trainer.is_global_zero:
             metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-            print(
-                promise_line(
-                    self.model.calibration, metrics, self.model.encoder.num_layers, self.model.exit_histogram.cpu()
-                )
-            )
+            counts = self.model.exit_histogram.cpu()
+            print(promise_line(self.model.calibration, metrics, self.model.encoder.num_layers, counts))
 
     def calibrate(self, promise: Promise) -> None:
         """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
@@ -378,38 +374,9 @@ class DACTCLI(LightningCLI):
                 "these validation examples chose the checkpoint, so the promise is a little optimistic: set examples "
                 "aside by data.calibration_fraction in the fit"
             )
-        other = counterpart(self.source)
-        for path in [self.source] if other is None else [self.source, other]:
-            stored = load_model(path, model.encoder if model.encoder.config() is None else None)
-            if path == other and not _same_weights(stored, model):
-                print(f"{path} holds other weights, and keeps its {promise.dial}")
-                continue
-            if path.is_dir():
-                model.save_pretrained(path)
-            else:
-                store_in_checkpoint(path, model)
-            print(f"wrote {promise.dial} {getattr(model, promise.dial):g} (before: {before:g}) to {path}")
-
-
-def _own_encoder(source: Path, config: Namespace) -> LayeredEncoder | None:
-    """Return the encoder of the configuration if the stored model cannot rebuild its own, None otherwise."""
-    with contextlib.suppress(ValueError):
-        load_model(source)
-        return None
-    encoder = config.model.get("encoder")
-    if encoder is None:
-        return None  # loading it again says what is wrong
-    builder = LightningArgumentParser(exit_on_error=False)
-    builder.add_subclass_arguments(LayeredEncoder, "encoder")
-    found: LayeredEncoder = builder.instantiate_classes(builder.parse_object({"encoder": encoder})).encoder
-    return found if found.config() is None else None
-
-
-def _same_weights(model: DACT, other: DACT) -> bool:
-    theirs = other.state_dict()
-    return model.state_dict().keys() == theirs.keys() and all(
-        torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items()
-    )
+        for line in store_dial(self.source, model, promise.dial):
+            print(line)
+        print(f"{promise.dial} was {before:g}, and is {getattr(model, promise.dial):g}")
 
 
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:

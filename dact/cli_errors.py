@@ -164,21 +164,23 @@ def _located(message: str, files: list[Path]) -> str:
         'in "<unicode string>", ', ""
     )
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    key = re.match(r'Parser key "([^"]+)":?\s*', text)
-    if key is None and "Problems parsing config" not in text:
+    key = list(re.finditer(r'Parser key "([^"]+)":?\s*', text))[-1:]  # the innermost one
+    if not key and "Problems parsing config" not in text:
         return text
     place = ""
     for file in files:
         try:
             nodes = dict(_nodes(yaml.compose(file.read_text(encoding="utf-8"))))
-        except yaml.YAMLError:
-            return f"{file}: {text.removeprefix('Problems parsing config: ')}"
+        except yaml.YAMLError as error:
+            line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else 1
+            return f"{file}, line {line}: no valid YAML: {getattr(error, 'problem', error)}"
         except OSError:
             continue
-        if key is not None:
-            lines_of_key = [line for path, line in nodes.items() if f".{path}".endswith(f".{key[1]}")]
+        typed = key and any(f".{word[2:].split('=')[0]}".endswith(f".{key[0][1]}") for word in sys.argv[1:])
+        if key and not typed:  # a value on the command line stands in no file
+            lines_of_key = [line for path, line in nodes.items() if f".{path}".endswith(f".{key[0][1]}")]
             place = f"{file}, line {lines_of_key[-1]}: " if lines_of_key else place
-    return text if key is None else f"{place}{key[1]}: {text[key.end() :]}"
+    return f"{place}{key[0][1]}: {text[key[0].end() :]}" if key else text
 
 
 def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:

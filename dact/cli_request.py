@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import yaml
 
 from dact.cli_errors import class_parameters, config_files
 from dact.model_paths import find_model, find_tokenizer, stored_max_length
+from dact.predictions import PredictionData, check_writable
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 COMMANDS = ("fit", *EVALUATING, "tune")
@@ -47,6 +52,8 @@ class Request:
                 continue  # the parser reports it
             _merge(request.sections, content if isinstance(content, dict) else {})
         if not any(word in ("-h", "--help") for word in words):
+            if command == "predict" and isinstance(output := request.value("output"), str):
+                check_writable(output)  # before anything that takes time
             request._take_model()
             request._complete_words()
         return request
@@ -115,6 +122,8 @@ class Request:
             getattr(dact.data, name)
         if str(self.value("model.encoder.class_path") or self.value("model.encoder")).endswith("HuggingFaceEncoder"):
             import dact.encoders.huggingface  # likewise
+        hub_names = ("model.encoder.pretrained", "data.tokenizer", "data.teacher")
+        go_offline_without_hub([self.value(name) for name in hub_names])
         data = self.value("data.class_path") or self.value("data")
         if data is None and any(word.startswith("--data.") for word in self.words):
             data = OWN_FILES
@@ -139,12 +148,14 @@ class Request:
         data = config.get("data")
         if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
             return None
+        from dact.data.tables import DATASET
         from dact.data.tokenizers import load_tokenizer
-        from dact.predictions import PredictionData
 
         arguments = data["init_args"]
         if arguments.get("predict_file") is None:
             raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
+        if str(arguments["predict_file"]).startswith(DATASET):
+            return None
         folder = Path(str(arguments["tokenizer"]))
         stored = stored_max_length(folder) if (folder / "tokenizer_config.json").is_file() else None
         length = arguments["max_length"] if self.gives("data.max_length") or stored is None else stored
@@ -163,6 +174,21 @@ class Request:
         folder = Path(str(arguments["tokenizer"]))
         if not self.gives("data.max_length") and (folder / "tokenizer_config.json").is_file():
             arguments["max_length"] = stored_max_length(folder) or arguments["max_length"]
+
+
+def go_offline_without_hub(names: list[Any]) -> None:
+    """Keep Hugging Face's libraries from a minute of retries if a name is looked for on a Hub that cannot be reached."""
+    local = [name for name in names if isinstance(name, str) and (name.startswith("package:") or Path(name).exists())]
+    if "HF_HUB_OFFLINE" in os.environ or getproxies() or not [n for n in names if n is not None and n not in local]:
+        return
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    try:
+        socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()
+    except OSError:
+        os.environ["HF_HUB_OFFLINE"] = "1"  # for processes that this one starts
+        constants.HF_HUB_OFFLINE = True
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:

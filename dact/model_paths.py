@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from dact.calibration import store_in_checkpoint
 from dact.encoders import LayeredEncoder
 from dact.model import CONFIG_NAME, DACT
 
@@ -62,3 +65,31 @@ def stored_max_length(folder: Path) -> int | None:
     return (
         length if isinstance(length, int) and length < 1_000_000 else None
     )  # Hugging Face's mark for no limit is 1e30
+
+
+def store_dial(source: Path, model: DACT, dial: str) -> list[str]:
+    """Store how a model halts where it came from, and in the checkpoint or folder next to it with the same weights.
+
+    Args:
+        source: What `find_model` returned.
+        model: The model of `source`, with other settings.
+        dial: Name of the setting that changed, for what is said.
+
+    Returns:
+        A line for each path.
+    """
+    lines = []
+    other = counterpart(source)
+    for path in [source] if other is None else [source, other]:
+        if path == other:
+            stored = load_model(path, model.encoder if model.encoder.config() is None else None).state_dict()
+            own = model.state_dict()
+            if own.keys() != stored.keys() or not all(torch.equal(own[name], stored[name]) for name in own):
+                lines.append(f"{path} holds other weights, and keeps its {dial}")
+                continue
+        if path.is_dir():
+            model.save_pretrained(path)
+        else:
+            store_in_checkpoint(path, model)
+        lines.append(f"wrote {dial} {getattr(model, dial):g} to {path}")
+    return lines

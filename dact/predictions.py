@@ -153,7 +153,7 @@ class PredictionWriter(Callback):
         # Not in on_predict_end: a file in which nothing can be classified has no batch, but still rows to write.
         if stage == "predict":
             next_row, names = self.labelled + self.unlabelled, _class_names(pl_module)
-            last = max(getattr(trainer.datamodule, "unusable", {}), default=-1)  # type: ignore[attr-defined]
+            last = max(_reasons(trainer), default=-1)
             self._write_rows(names, self._without_label(trainer, names, range(next_row, last + 1)))
             self._open.close()
 
@@ -162,7 +162,7 @@ class PredictionWriter(Callback):
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
     def _without_label(self, trainer: Trainer, names: Sequence[str], numbers: range) -> list[Row]:
-        reasons = getattr(trainer.datamodule, "unusable", {})  # type: ignore[attr-defined]
+        reasons = _reasons(trainer)
         self.unlabelled += len(numbers)
         nothing = [None] * len(names)
         return [_row(names, None, nothing, None, reasons.pop(number, "not in the data")) for number in numbers]
@@ -192,6 +192,16 @@ def check_writable(path: str | Path) -> None:
     above = next(folder for folder in path.absolute().parents if folder.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise PermissionError(f"{path} cannot be written: {above} is no folder that this user may write to")
+
+
+def _reasons(trainer: Trainer) -> dict[int, str]:
+    """Return why rows cannot be classified, from `PredictionData` or from a datamodule that holds all its examples."""
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    if hasattr(data, "unusable"):
+        unusable: dict[int, str] = data.unusable
+        return unusable
+    examples = getattr(data, "splits", {}).get("predict")
+    return {row: reason for row, reason in enumerate(getattr(examples, "reasons", None) or []) if reason is not None}
 
 
 def _class_names(model: LightningModule) -> list[str]:

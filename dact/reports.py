@@ -15,6 +15,8 @@ from typing_extensions import override
 
 from dact.model import DACT
 
+SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}  # metrics of an epoch, and decimals
+
 
 class Bar(RichProgressBar):
     """A progress bar of one line; the metrics of an epoch have a line of their own, see `EpochLines`."""
@@ -62,11 +64,11 @@ class EpochLines(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
-        shown = ("train_loss", "val_loss", "val_accuracy", "val_exit_layer")
-        values = [f"{_short(name)} {metrics[name]:.3f}" for name in shown if name in metrics]
+        values = [f"{_short(name)} {metrics[name]:.{digits}f}" for name, digits in SHOWN.items() if name in metrics]
         last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         seconds = time.monotonic() - self._started
-        _say(trainer, f"epoch {trainer.current_epoch + 1}{last}: {', '.join(values)} ({seconds:.0f} s)")
+        # (Less than 80 characters.)
+        _say(trainer, f"epoch {trainer.current_epoch + 1}{last}: {' '.join(values)}, {seconds:.0f} s")
         if self.monitor in metrics and self._labels is not None and self._predicted is not None:
             score = self.sign * metrics[self.monitor]
             if self._best is None or score < self._best[0]:
@@ -96,7 +98,7 @@ class EpochLines(Callback):
 
 def _short(name: str) -> str:
     """``val_accuracy`` -> ``accuracy``; the losses keep their stage."""
-    return name if name.endswith("loss") else name.removeprefix("val_")
+    return name if name.endswith("loss") else name.removeprefix("val_").replace("exit_layer", "layers")
 
 
 def _say(trainer: Trainer, text: str) -> None:
@@ -105,7 +107,7 @@ def _say(trainer: Trainer, text: str) -> None:
         return
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.progress is not None and sys.stdout.isatty():
-        bar.progress.console.print(text, highlight=False, markup=False)
+        bar.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
     else:
         print(text, flush=True)
 

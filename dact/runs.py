@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,9 @@ import torch
 import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
+
+from dact.encoders import LayeredEncoder
+from dact.model_paths import load_model
 
 RUNS = "lightning_logs"
 
@@ -92,3 +96,21 @@ def _first_difference(before: Any, now: Any, path: str) -> str:
             if before.get(name) != now.get(name):
                 return _first_difference(before.get(name), now.get(name), f"{path}.{name}")
     return f"{path} ({before!r} instead of {now!r})"
+
+
+def own_encoder(source: Path, config: Any) -> LayeredEncoder | None:
+    """Return the encoder of a configuration if a stored model cannot rebuild its own, None otherwise.
+
+    Args:
+        source: What `find_model` returned.
+        config: The ``model.encoder`` section, or None.
+    """
+    with contextlib.suppress(ValueError):
+        load_model(source)
+        return None
+    if config is None:
+        return None  # loading the model again says what is wrong
+    builder = LightningArgumentParser(exit_on_error=False)
+    builder.add_subclass_arguments(LayeredEncoder, "encoder")
+    found: LayeredEncoder = builder.instantiate_classes(builder.parse_object({"encoder": config})).encoder
+    return found if found.config() is None else None

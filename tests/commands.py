@@ -22,7 +22,7 @@ data:
   init_args: {train_file: train.csv, tokenizer: ./tokenizer, max_length: 16}
 tuner: {n_trials: 3}
 """
-REVIEWS = "".join(f"the screen is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}\n" for i in range(40))
+REVIEWS = "".join(f"screen {i} is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}\n" for i in range(40))
 
 
 def environment(**more):

@@ -1,5 +1,7 @@
 import os
+import shutil
 import socket
+import sys
 
 import hypothesis
 import pytest
@@ -13,13 +15,51 @@ hypothesis.settings.register_profile("dact", deadline=None, derandomize=True)
 hypothesis.settings.load_profile("dact")
 
 from dact import DACT, SubmodelConfig  # noqa: E402
+from dact.__main__ import main  # noqa: E402
 from dact.encoders import TransformerEncoder  # noqa: E402
+from tests.commands import FIT, OWN, REVIEWS, SMALL, dact  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
 def _one_seed_and_one_thread():
     torch.manual_seed(0)
     torch.set_num_threads(1)  # tests run side by side
+
+
+@pytest.fixture
+def dact_here(monkeypatch, capsys):
+    """Run the command in this process, which is faster: (exit status, what it printed)."""
+
+    def call(*arguments, cwd):
+        monkeypatch.chdir(cwd)
+        monkeypatch.setattr(sys, "argv", ["dact", *map(str, arguments)])
+        status = 0
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        try:
+            main()
+        except SystemExit as error:
+            status = error.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
+
+
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory):
+    """A folder in which `dact fit` ran on a small version of configs/fit.yaml."""
+    folder = tmp_path_factory.mktemp("fitted")
+    done = dact("fit", "--config", FIT, *SMALL, cwd=folder)
+    return folder, folder / "lightning_logs" / "version_0", done
+
+
+@pytest.fixture
+def own(fitted, tmp_path):
+    """A folder with a file of one's own, a tokenizer, and a configuration with a `tuner:` section."""
+    shutil.copytree(fitted[1] / "model", tmp_path / "tokenizer")
+    (tmp_path / "config.yaml").write_text(OWN)
+    (tmp_path / "train.csv").write_text("text,label\n" + REVIEWS)
+    return tmp_path
 
 
 def scatter_exits(model):

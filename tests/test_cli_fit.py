@@ -1,0 +1,215 @@
+"""``dact fit``: its name, its checkpoints, how it is stopped and resumed, and what it says; and the errors of YAML."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader
+
+from dact import DACT
+from dact.checkpoints import BestAndLast
+from dact.files import DurableCheckpointIO
+from tests.commands import FIT, OWN, ROOT, SMALL, dact, environment
+
+
+class Scripted(LightningModule):
+    """Logs given losses, one per epoch."""
+
+    def __init__(self, losses):
+        super().__init__()
+        self.losses = losses
+        self.layer = torch.nn.Linear(1, 1)
+
+    def training_step(self, batch, index):
+        return self.layer(batch).sum()
+
+    def validation_step(self, batch, index):
+        self.log("val_loss", self.losses[self.current_epoch])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def fit_scripted(folder, losses, plugins=(), **arguments):
+    loader = DataLoader(torch.ones(4, 1), 2)
+    trainer = Trainer(
+        max_epochs=len(losses),
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=1,
+        callbacks=[BestAndLast(folder)],
+        plugins=list(plugins),
+        **arguments,
+    )
+    trainer.fit(Scripted(losses), loader, loader)
+    return [torch.load(folder / name, weights_only=True)["epoch"] for name in ("best.ckpt", "last.ckpt")]
+
+
+def test_last_is_the_last_epoch_and_best_the_best(tmp_path):
+    assert fit_scripted(tmp_path, [3.0, 1.0, 2.0, 2.5], [DurableCheckpointIO()]) == [1, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
+
+
+def test_a_best_epoch_that_is_the_last_one_is_one_file(tmp_path):
+    assert fit_scripted(tmp_path / "durable", [3.0, 2.0], [DurableCheckpointIO()]) == [1, 1]
+    assert (tmp_path / "durable" / "best.ckpt").samefile(tmp_path / "durable" / "last.ckpt")
+    # A plugin that overwrites files in place gets two.
+    assert fit_scripted(tmp_path / "plain", [3.0, 2.0]) == [1, 1]
+    assert not (tmp_path / "plain" / "best.ckpt").samefile(tmp_path / "plain" / "last.ckpt")
+
+
+def test_several_validations_in_an_epoch_still_end_in_its_last_state(tmp_path):
+    assert fit_scripted(tmp_path, [3.0, 4.0], [DurableCheckpointIO()], val_check_interval=0.5) == [0, 1]
+
+
+def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here, tmp_path):
+    words = ["fit", "--config", FIT, *SMALL, "--run_tag", "first"]
+    status, text = dact_here(*words, cwd=tmp_path)
+    assert status == 0, text
+    run = tmp_path / "lightning_logs" / "first"
+    assert {"checkpoints", "model", "config.yaml"} <= {path.name for path in run.iterdir()}
+    status, text = dact_here(*words, cwd=tmp_path)
+    assert status == 1
+    assert "run first has finished its 2 epochs: raise --trainer.max_epochs" in text
+    status, text = dact_here(*words, "--trainer.max_epochs", "3", "--model.learning_rate", "0.1", cwd=tmp_path)
+    assert status == 1
+    assert "was started with another model.learning_rate (0.002 instead of 0.1)" in text
+    status, text = dact_here(*words, "--trainer.max_epochs", "3", cwd=tmp_path)
+    assert status == 0, text
+    assert "resuming lightning_logs/first after epoch 2" in text
+    assert re.findall(r"^epoch (\d)", text, re.MULTILINE) == ["3"]
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+    status, text = dact_here("tune", "--config", FIT, *SMALL, "--run_tag", "first", cwd=tmp_path)
+    assert status == 1
+    assert "lightning_logs/first belongs to dact fit: give another --run_tag" in text
+    (tmp_path / "lightning_logs" / "tuned" / "submodels").mkdir(parents=True)
+    status, text = dact_here(*words, "--run_tag", "tuned", cwd=tmp_path)
+    assert status == 1
+    assert "lightning_logs/tuned belongs to dact tune" in text
+
+
+def test_a_stopped_fit_leaves_its_best_model_and_the_command_that_resumes_it(tmp_path):
+    words = ["fit", "--config", str(FIT), *SMALL, "--trainer.max_epochs", "500"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dact", *words],
+        cwd=tmp_path,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A test runner in the background of a shell ignores the signal, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    run = tmp_path / "lightning_logs" / "version_0"
+    end = time.monotonic() + 200
+    while not (run / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    os.kill(process.pid, signal.SIGINT)
+    output, errors = process.communicate(timeout=200)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
+    DACT.from_pretrained(run / "model")
+    command = re.search(r"^dact: stopped; resume with: dact (.*)$", errors, re.MULTILINE)[1]
+    epochs = len(re.findall(r"^epoch ", output, re.MULTILINE))
+    done = dact(*shlex.split(command), "--trainer.max_epochs", epochs + 1, cwd=tmp_path)
+    assert re.findall(r"^epoch (\d+)/", done.stdout, re.MULTILINE) == [str(epochs + 1)]
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["version_0"]
+
+
+def test_a_fit_may_choose_by_macro_f1_and_balance_its_classes(own, dact_here):
+    rows = "".join(f"screen {i} is awful,{'yes' if i % 10 == 0 else 'no'}\n" for i in range(100))
+    (own / "train.csv").write_text("text,label\n" + rows)
+    (own / "more.yaml").write_text("monitor: val_macro_f1\nmodel: {class_weights: balanced}\n")
+    files = ["--config", "config.yaml", "--config", "more.yaml", "--run_tag", "balanced"]
+    status, text = dact_here("fit", *files, cwd=own)
+    assert status == 0, text
+    stored = yaml.safe_load((own / "lightning_logs" / "balanced" / "config.yaml").read_text())
+    assert stored["model"]["output_dimension"] == 2, "from the data"
+    no, yes = stored["model"]["class_weights"]
+    assert 0.5 < no < 0.6
+    assert 4.5 < yes < 5.5
+    model = DACT.from_pretrained(own / "lightning_logs" / "balanced" / "model")
+    assert model.class_weights.tolist() == pytest.approx([no, yes])
+    callbacks = torch.load(own / "lightning_logs/balanced/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    assert any("'monitor': 'val_macro_f1', 'mode': 'max'" in name for name in callbacks)
+    # Without weights, a short fit gives everything the largest class, and says so.
+    with pytest.warns(UserWarning, match="all validation examples get the class 'no'.*class_weights: balanced"):
+        status, text = dact_here("fit", "--config", "config.yaml", "--model.learning_rate", "0.01", cwd=own)
+    assert status == 0, text
+    assert "where 'no', the largest class, is 90.00 %, macro F1" in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("max_epochs:", "max_epoch:", "my.yaml, line 1: unknown key 'max_epoch' in trainer. Did you mean max_epochs?"),
+        ("model:", "modle:", "my.yaml, line 2: unknown key 'modle'. Did you mean model?"),
+        ("num_heads: 2}", "num_heds: 2}", "line 5: TransformerEncoder has no option 'num_heds'. Did you mean num_heads?"),
+        ("TransformerEncoder", "TransformEncoder", "line 4: there is no class TransformEncoder. Did you mean Transformer"),
+        ("train_file", "trian_file", "line 8: TextClassificationData has no option 'trian_file'. Did you mean train_f"),
+        ("max_length: 16", "max_length: many", "my.yaml, line 8: max_length: Expected a int. Got value: many"),
+        ("max_epochs: 1", "max_epochs: one", "my.yaml, line 1: trainer.max_epochs:"),
+        ("data:", "\tdata:", "my.yaml, line 6: no valid YAML"),
+    ],
+)  # fmt: skip
+def test_a_mistake_in_yaml_is_one_line_with_its_place_and_what_was_meant(own, dact_here, before, after, message):
+    (own / "my.yaml").write_text(OWN.replace(before, after))
+    status, text = dact_here("fit", "--config", "my.yaml", cwd=own)
+    assert status == 2
+    assert message in text
+    assert len(text.strip().splitlines()) == 1
+
+
+def heavy_modules(*words):
+    code = (
+        "import sys; sys.argv = ['dact', *sys.argv[1:]]\n"
+        "from dact.__main__ import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'optuna', 'numpy', 'yaml'}\n"
+        "print('heavy:', *sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+    )
+    return done.stdout.partition("heavy:")[2].split(), done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("words", [["--version"], ["--help"], [], ["ft"], ["export", "--help"]])
+def test_what_needs_no_lightning_imports_nothing_heavy(words):
+    heavy, text = heavy_modules(*words)
+    assert heavy == []
+    expected = {"--version": "dact 0.1", "--help": "--data.help TextClassificationData", "ft": "did you mean fit?"}
+    assert expected.get(" ".join(words), "dact") in text
+
+
+def test_help_of_a_command_imports_neither_optuna_nor_datasets():
+    heavy, text = heavy_modules("fit", "--help")
+    assert not {"optuna", "datasets"} & set(heavy)
+    assert "--model.lambda_reg" in text
+
+
+def test_an_unknown_hub_name_is_one_line_soon_without_a_network(own):
+    # An address that refuses connections stands for a network that is down.
+    words = ["--model.encoder", "HuggingFaceEncoder", "--model.encoder.pretrained", "nobody/nothing"]
+    started = time.monotonic()
+    variables = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(own)}
+    env = {
+        k: v for k, v in environment(**variables).items() if k != "HF_HUB_OFFLINE" and not k.lower().endswith("proxy")
+    }
+    command = [sys.executable, "-m", "dact", "fit", *words, "--data.train_file", "train.csv"]
+    done = subprocess.run(command, cwd=own, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "dact: error: no tokenizer at 'nobody/nothing'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert time.monotonic() - started < 55, "the libraries' own retries take a minute"

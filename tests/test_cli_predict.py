@@ -1,0 +1,325 @@
+"""Commands that take a fitted model: predict, test, validate and calibrate."""
+
+import csv
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pandas as pd
+import pytest
+import torch
+
+from dact import DACT, TextClassifier
+from dact.batches import check_batch
+from dact.model_paths import find_model
+from dact.reports import promise_line
+from tests.commands import FIT, REVIEWS, SMALL, dact, environment
+
+
+def test_test_and_validate_measure_the_checkpoint(fitted):
+    folder, run, _ = fitted
+    for command in ("test", "validate"):
+        arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt"]
+        done = dact(command, *arguments, "--trainer.logger", "false", cwd=folder)
+        stage = "test" if command == "test" else "val"
+        for name in ("accuracy", "exit_layer", "agreement", "macro_f1", "task_loss", "layer_accuracy/3"):
+            assert f"{stage}_{name}" in done.stdout
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
+def test_predict_writes_one_row_per_input_in_their_order(fitted, ending):
+    folder, run, _ = fitted
+    output = folder / f"out.{ending}"
+    arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--output", output]
+    dact("predict", *arguments, "--trainer.logger", "false", cwd=folder)
+    if ending == "csv":
+        frame = pd.read_csv(output)
+    else:
+        frame = pd.read_parquet(output) if ending == "parquet" else pd.read_json(output, lines=True)
+    names = ["negative", "neutral", "positive"]
+    assert list(frame.columns) == ["label", *(f"probability_{name}" for name in names), "exit_layer", "reason"]
+    assert len(frame) == 90
+    from dact.data import CompositionalSentiment
+
+    data = CompositionalSentiment(num_test=90, max_depth=3)
+    data.setup("test")
+    expected = TextClassifier.from_pretrained(run / "model")(data.splits["test"].texts)
+    assert frame["label"].tolist() == [prediction.label for prediction in expected]
+    assert frame["exit_layer"].tolist() == [prediction.exit_layer for prediction in expected]
+    scores = frame[[f"probability_{name}" for name in names]].max(axis=1)
+    assert scores.tolist() == pytest.approx([prediction.score for prediction in expected], abs=1e-4)
+
+
+@pytest.mark.parametrize(("dial", "careful"), [("halting_tolerance", "0.001"), ("halting_margin", "0.999")])
+def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, dial, careful):
+    import shutil
+
+    folder, run, _ = fitted
+    shutil.copytree(run, tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
+    base = ["--config", FIT, *SMALL, "--ckpt_path", checkpoint]
+    done = dact("calibrate", *base, "--dial", dial, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder)
+    assert "keeps max_layers=2.9 with confidence 0.5: taken alone, at most" in done.stdout
+    assert "mean exit layer" in done.stdout
+    stored = TextClassifier.from_pretrained(tmp_path / "run" / "model").model
+    assert 0 < getattr(stored, dial) < 1
+    assert stored.calibration["promise"]["max_layers"] == 2.9
+    outputs = []
+    for more in ([], [f"--model.{dial}", careful]):
+        output = tmp_path / "out.csv"
+        dact("predict", *base, "--output", output, "--trainer.logger", "false", *more, cwd=folder)
+        outputs.append(pd.read_csv(output)["exit_layer"].mean())
+    assert outputs[0] < outputs[1], "the calibrated setting counts unless another one is given"
+    assert f"wrote {dial}" in done.stdout
+    done = dact("test", *base, cwd=folder)
+    assert re.search(
+        rf"^promise of {dial} [\d.]+: at most 2.9 layers. Here it is .*standard error", done.stdout, re.MULTILINE
+    )
+    failed = dact("calibrate", *base, "--dial", dial, "--max_layers", "1", cwd=folder, check=False)
+    assert failed.returncode == 1
+    assert "the fewest that can are" in failed.stderr
+
+
+def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(own):
+    dact("fit", "--config", "config.yaml", cwd=own)
+    lines = [b"text", b"the screen is great", b"", b"\xff\xfe", b'"a, ""b"""', b"   ", b"the screen is awful"]
+    (own / "new.csv").write_bytes(b"\n".join(lines) + b"\n")
+    checkpoint = "lightning_logs/version_0/checkpoints/best.ckpt"
+    arguments = ["--config", "config.yaml", "--ckpt_path", checkpoint, "--data.predict_file", "new.csv"]
+    # Only the file to predict is needed.
+    (own / "train.csv").unlink()
+    dact("predict", *arguments, "--output", "out.csv", cwd=own)
+    rows = list(csv.DictReader((own / "out.csv").open()))
+    assert [row["reason"] for row in rows] == ["", "empty text", "not valid UTF-8", "", "empty text", ""]
+    assert all((row["label"] in ("yes", "no")) == (row["reason"] == "") for row in rows)
+    # A file in which nothing can be classified still gets its rows.
+    (own / "new.csv").write_bytes(b"text\n \n\n")
+    dact("predict", *arguments, "--output", "none.jsonl", cwd=own)
+    rows = [json.loads(line) for line in (own / "none.jsonl").read_text().splitlines()]
+    assert [row["reason"] for row in rows] == ["empty text"] * 2
+
+
+def test_a_wrong_checkpoint_or_ending_is_one_clear_line(own, fitted, dact_here):
+    checkpoint = ["--ckpt_path", fitted[1] / "checkpoints" / "best.ckpt"]
+    status, text = dact_here("test", "--config", "config.yaml", "--data.test_file", "train.csv", *checkpoint, cwd=own)
+    assert status == 1
+    assert "train.csv: rows 1, 2, 3, 4, 5 and 35 more with a label outside the classes: 'no'" in text
+    status, text = dact_here("predict", "--config", "config.yaml", "--output", "x.csv", cwd=own)
+    assert status == 1
+    assert "dact: error: dact predict needs a model: --model with a model/ folder or the folder of a run" in text
+    assert not (own / "x.csv").exists()
+    _, text = dact_here("predict", "--config", "config.yaml", "--output", "x.txt", *checkpoint, cwd=own)
+    assert "unknown ending '.txt', expected one of .csv, .jsonl, .parquet" in text
+    assert "Traceback" in dact("test", "--config", "config.yaml", cwd=own, check=False, DACT_TRACEBACK="1").stderr
+
+
+TEXTS = ["the screen is great", "the screen is awful", "great"]
+
+
+@pytest.fixture(scope="session")
+def run_of_two_files(fitted, tmp_path_factory):
+    """A folder in which a fit ran on two files, of which the second one changes the model."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(fitted[1] / "model", folder / "tokenizer")
+    (folder / "train.csv").write_text("text,label\n" + REVIEWS)
+    from tests.commands import OWN
+
+    (folder / "my.yaml").write_text(OWN)
+    (folder / "fewer.yaml").write_text(
+        "model:\n  encoder:\n    class_path: TransformerEncoder\n"
+        "    init_args: {vocab_size: 42, num_layers: 3, hidden_size: 8, num_heads: 2}\n  lambda_reg: 0.01\n"
+    )
+    dact("fit", "--config", "my.yaml", "--config", "fewer.yaml", "--run_tag", "first", cwd=folder)
+    return folder
+
+
+def test_predict_takes_a_run_a_folder_or_a_checkpoint_without_any_yaml(run_of_two_files, dact_here):
+    folder = run_of_two_files
+    (folder / "new.csv").write_text("body\n" + "\n".join(TEXTS) + "\n")
+    (folder / "new.txt").write_text("\n".join(TEXTS))
+    run = "lightning_logs/first"
+    classifier = TextClassifier.from_pretrained(folder / run / "model")
+    assert (classifier.model.encoder.num_layers, classifier.model.output_dimension) == (3, 2)
+    expected = [prediction.label for prediction in classifier(TEXTS)]
+    walks = [
+        ["--model", run, "--data.predict_file", "new.csv", "--data.text_column", "body"],
+        ["--model", f"{run}/model", "--data.predict_file", "new.txt"],
+        ["--model", f"{run}/checkpoints/last.ckpt", "--data.predict_file", "new.txt"],
+        ["--config", "my.yaml", "--ckpt_path", f"{run}/checkpoints/best.ckpt", "--data.predict_file", "new.txt"],
+    ]
+    for words in walks:
+        status, text = dact_here("predict", *words, "--output", "answers.csv", cwd=folder)
+        assert status == 0, text
+        assert "3 predictions are in answers.csv\n" in text
+        assert pd.read_csv(folder / "answers.csv")["label"].tolist() == expected
+    assert [path.name for path in (folder / "lightning_logs").iterdir()] == ["first"]
+
+
+def test_a_setting_on_the_command_line_replaces_that_of_the_stored_model(run_of_two_files, dact_here):
+    folder = run_of_two_files
+    (folder / "new.txt").write_text("\n".join(TEXTS))
+    for margin, layers in (("0", 1), ("1", None)):
+        words = ["--model", "lightning_logs/first", "--model.halting_margin", margin, "--data.predict_file", "new.txt"]
+        assert dact_here("predict", *words, "--output", "answers.jsonl", cwd=folder)[0] == 0
+        exits = [json.loads(line)["exit_layer"] for line in (folder / "answers.jsonl").read_text().splitlines()]
+        assert layers is None or exits == [layers] * 3
+    words = ["--model", "lightning_logs/first", "--model.halting_margin", "2", "--data.predict_file", "new.txt"]
+    status, text = dact_here("predict", *words, cwd=folder)
+    assert status == 1
+    assert "halting_margin" in text
+
+
+def test_rows_of_standard_input_are_answered_before_it_ends(run_of_two_files):
+    words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "-", "--output", "-"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "dact", *words],
+        cwd=run_of_two_files,
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    process.stdin.write("the screen is great\n" * 4000)
+    process.stdin.flush()
+    answers = [process.stdout.readline() for _ in range(1025)]  # with the header
+    assert answers[0].startswith("label,probability_no,probability_yes,exit_layer,reason")
+    assert all(answer.split(",")[0] in ("yes", "no") for answer in answers[1:])
+    rest, errors = process.communicate("\n")
+    assert process.returncode == 0, errors
+    assert len(rest.splitlines()) == 4001 - 1024
+    assert "4000 predictions are in standard output, and 1 without a label" in errors
+
+
+def test_test_without_yaml_measures_own_files(run_of_two_files, dact_here):
+    words = ["--model", "lightning_logs/first", "--data.test_file", "train.csv"]
+    status, text = dact_here("test", *words, cwd=run_of_two_files)
+    assert status == 0, text
+    assert "test_accuracy" in text
+    assert [path.name for path in (run_of_two_files / "lightning_logs").iterdir()] == ["first"]
+
+
+def test_where_predictions_go_is_checked_before_anything_else(run_of_two_files, dact_here):
+    folder = run_of_two_files
+    (folder / "folder.csv").mkdir(exist_ok=True)
+    for output, message in (
+        ("x.xls", "unknown ending '.xls'"),
+        ("folder.csv", "folder.csv is a folder"),
+        ("train.csv/x.csv", "cannot be written"),
+    ):
+        words = ["--model", "absent", "--data.predict_file", "new.txt", "--output", output]
+        status, text = dact_here("predict", *words, cwd=folder)
+        assert status == 1
+        assert message in text
+    status, text = dact_here("predict", "--model", "absent", "--data.predict_file", "new.txt", cwd=folder)
+    assert status == 1
+    assert "no model at absent, which does not exist" in text
+
+
+def test_a_failing_file_leaves_no_predictions(run_of_two_files, dact_here):
+    (run_of_two_files / "broken.jsonl").write_text(json.dumps({"text": "great"}) + "\n{broken\n")
+    words = ["--model", "lightning_logs/first", "--data.predict_file", "broken.jsonl", "--output", "none.csv"]
+    status, text = dact_here("predict", *words, cwd=run_of_two_files)
+    assert status == 1
+    assert "broken.jsonl cannot be read as jsonl" in text
+    assert not (run_of_two_files / "none.csv").exists()
+    assert not list(run_of_two_files.glob(".none*"))
+
+
+MINE = """
+import torch
+from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader
+
+
+class Mine(LightningDataModule):
+    def __init__(self, kind: str = "good"):
+        super().__init__()
+        self.kind = kind
+
+    def loader(self):
+        generator = torch.Generator().manual_seed(0)
+        ids = torch.randint(3, 42, (40, 6), generator=generator)
+        batches = []
+        for start in range(0, 40, 8):
+            rows = ids[start : start + 8]
+            batch = {"input_ids": rows, "attention_mask": torch.ones_like(rows), "labels": rows[:, 0] % 2}
+            if self.kind == "tuple":
+                batch = (rows, rows[:, 0] % 2)
+            if self.kind == "outside":
+                batch["labels"] = batch["labels"] + 5
+            if self.kind == "several":
+                batch["labels"] = torch.zeros(8, 2)
+            batches.append(batch)
+        return DataLoader(batches, batch_size=None)
+
+    train_dataloader = val_dataloader = test_dataloader = predict_dataloader = loader
+"""
+MINE_YAML = """
+trainer: {max_epochs: 1, accelerator: cpu}
+model:
+  encoder:
+    class_path: TransformerEncoder
+    init_args: {vocab_size: 42, num_layers: 2, hidden_size: 8, num_heads: 2}
+  output_dimension: 2
+data: {class_path: mine.Mine}
+"""
+
+
+def test_a_datamodule_of_ones_own_works_with_every_command(tmp_path, dact_here):
+    (tmp_path / "mine.py").write_text(MINE)
+    (tmp_path / "mine.yaml").write_text(MINE_YAML)
+    dact("fit", "--config", "mine.yaml", "--run_tag", "own", cwd=tmp_path)
+    stored = ["--config", "mine.yaml", "--model", "lightning_logs/own"]
+    for command in ("test", "validate"):
+        status, text = dact_here(command, *stored, cwd=tmp_path)
+        assert status == 0, text
+    status, text = dact_here("calibrate", *stored, "--max_layers", "1.99", "--confidence", "0.1", cwd=tmp_path)
+    assert "halting_margin" in text
+    status, text = dact_here("predict", *stored, "--output", "x.csv", cwd=tmp_path)
+    assert status == 0, text
+    assert "40 predictions are in x.csv" in text
+    assert len(pd.read_csv(tmp_path / "x.csv")) == 40
+    for kind, message in (
+        ("tuple", "got a list of 2"),
+        ("outside", "labels must be in 0 … 1, got"),
+        ("several", "several labels per example and numbers as targets are not supported"),
+    ):
+        status, text = dact_here("fit", "--config", "mine.yaml", "--data.kind", kind, cwd=tmp_path)
+        assert status == 1
+        assert text.count("dact: error:") == 1
+        assert message in text.replace("got a tuple", "got a list")
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["own"], "failed fits leave no folder"
+
+
+def test_a_batch_is_checked_for_shape_and_range():
+    ids = torch.ones(3, 4, dtype=torch.int64)
+    check_batch({"input_ids": ids, "labels": torch.tensor([0, 1, -100])}, 2, labelled=True)
+    check_batch({"input_ids": ids}, 2, labelled=False)
+    with pytest.raises(KeyError, match="got the keys input_ids"):
+        check_batch({"input_ids": ids}, 2, labelled=True)
+    with pytest.raises(ValueError, match="got input_ids"):
+        check_batch({"input_ids": ids[0], "labels": torch.tensor([0])}, 2, labelled=True)
+
+
+def test_a_run_of_tune_stands_for_its_final_model(fitted, tmp_path):
+    shutil.copytree(fitted[1] / "model", tmp_path / "run" / "final" / "model")
+    assert find_model(tmp_path / "run") == tmp_path / "run" / "final" / "model"
+    assert isinstance(DACT.from_pretrained(find_model(tmp_path / "run")), DACT)
+    shutil.rmtree(tmp_path / "run" / "final" / "model")
+    with pytest.raises(FileNotFoundError, match="has final"):
+        find_model(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("full", "early", "agreement", "verdict"),
+    [(0.9, 0.895, 0.98, "holds"), (0.9, 0.888, 0.98, "is within its error"), (0.9, 0.8, 0.88, "does not hold")],
+)
+def test_a_promise_is_judged_with_its_standard_error(full, early, agreement, verdict):
+    calibration = {"promise": {"max_accuracy_loss": 0.01, "dial": "halting_margin"}, "halting_margin": 0.9}
+    metrics = {"test_accuracy": early, "test_layer_accuracy/2": full, "test_agreement": agreement}
+    line = promise_line(calibration, metrics, 2, torch.tensor([500, 500]))
+    assert f"it {verdict} on these 1000 examples" in line
+    assert f"{100 * (full - early):.2f} points (standard error at most" in line
