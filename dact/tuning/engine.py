@@ -378,7 +378,8 @@ class TuningEngine:
         for trial in trials:
             seen = Outcome.read(run.folder / LAMBDA_REG.name / trial_folder(trial.number))
             losses, lost = (None, None) if seen is None else (tuple(seen.losses.tolist()), tuple(seen.lost.tolist()))
-            points.append(Point(trial.params["lambda_reg"], *trial.values, losses=losses, lost=lost))
+            loss, layers = trial.values
+            points.append(Point(trial.params["lambda_reg"], loss, layers, losses, lost))
         promise = shared.recipe.promise
         allowed = None if promise is None else promise.max_accuracy_loss
         chosen = select_lambda(
