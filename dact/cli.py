@@ -297,7 +297,8 @@ class DACTCLI(LightningCLI):
         checkpoint = config.ckpt_path
         if checkpoint is not None and Path(checkpoint).is_dir():
             raise ValueError(
-                f"--ckpt_path {checkpoint} is a folder; a checkpoint is a file, such as {RUNS}/version_0/checkpoints/{LAST}"
+                f"--ckpt_path {checkpoint} is a folder; a checkpoint is a file, such as "
+                f"{RUNS}/version_0/checkpoints/{LAST}"
             )
         if not config.run_tag:
             return
