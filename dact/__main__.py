@@ -72,7 +72,7 @@ def _run_light(words: list[str]) -> None:
         parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
         parser.add_argument("--max_batch", type=int, default=64, help="most texts in a batch (default: %(default)s)")
         parser.add_argument(
-            "--max_wait", type=float, default=0.005, help="seconds to wait for a fuller batch (default: %(default)s)"
+            "--max_wait", type=float, default=0.002, help="seconds to wait for a fuller batch (default: %(default)s)"
         )
     options = vars(parser.parse_args(words[1:]))
     from dact.cli_errors import one_line_errors

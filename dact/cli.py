@@ -297,7 +297,8 @@ class DACTCLI(LightningCLI):
         checkpoint = config.ckpt_path
         if checkpoint is not None and Path(checkpoint).is_dir():
             raise ValueError(
-                f"--ckpt_path {checkpoint} is a folder; a checkpoint is a file, such as {RUNS}/version_0/checkpoints/{LAST}"
+                f"--ckpt_path {checkpoint} is a folder; a checkpoint is a file, such as "
+                f"{RUNS}/version_0/checkpoints/{LAST}"
             )
         if not config.run_tag:
             return
@@ -368,15 +369,9 @@ class DACTCLI(LightningCLI):
         setattr(model, promise.dial, getattr(measured, promise.dial))
         model.calibration = measured.calibration
         print(describe(found, model.encoder.num_layers))
-        own = getattr(self.datamodule, "calibration_dataloader", lambda: None)()
-        if own is None:
-            print(
-                "these validation examples chose the checkpoint, so the promise is a little optimistic: set examples "
-                "aside by data.calibration_fraction in the fit"
-            )
         for line in store_dial(self.source, model, promise.dial):
             print(line)
-        print(f"{promise.dial} was {before:g}, and is {getattr(model, promise.dial):g}")
+        print(f"{promise.dial} was {before:.8g}, and is {getattr(model, promise.dial):.8g}")
 
 
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:

@@ -91,5 +91,5 @@ def store_dial(source: Path, model: DACT, dial: str) -> list[str]:
             model.save_pretrained(path)
         else:
             store_in_checkpoint(path, model)
-        lines.append(f"wrote {dial} {getattr(model, dial):g} to {path}")
+        lines.append(f"wrote {dial} {getattr(model, dial):.8g} to {path}")
     return lines

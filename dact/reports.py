@@ -122,6 +122,8 @@ def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], l
         counts: Number of test examples that left after each layer, ``[layers]``.
     """
     promise = calibration["promise"]
+    if calibration.get("baseline_accuracy") is not None:
+        return f"the promise of {promise['dial']} was made against a baseline, which is not measured here"
     examples = int(counts.sum())
     agreement = metrics["test_agreement"]
     if promise.get("max_accuracy_loss") is not None:
@@ -149,4 +151,5 @@ def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], l
         what = f"at most {promise['max_layers']:g} layers. Here it is {mean:.2f} (standard error {error:.2f})"
     verdict = "holds" if excess <= 0 else "is within its error" if excess <= 2 * error else "does not hold"
     dial = promise["dial"]
-    return f"promise of {dial} {calibration[dial]:g}: {what}: it {verdict} on these {examples} examples"
+    kind = "estimate" if calibration.get("estimate") else "promise"
+    return f"{kind} of {dial} {calibration[dial]:.8g}: {what}: it {verdict} on these {examples} examples"
