@@ -64,7 +64,8 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
         model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
         output: Folder to write. An earlier export there is replaced.
         quantize: ``"int8"`` for weights of 8 bits, one scale per channel, with activations quantised as they come;
-            float32 if left out. Processors without VNNI instructions lose some accuracy with int8.
+            float32 if left out. The scale of the activations is that of all texts in a step, so with int8 the score
+            of a text depends a little on its company; processors without VNNI instructions lose some accuracy.
 
     Raises:
         ImportError: If ONNX Runtime or onnx is not installed.

@@ -152,15 +152,14 @@ class _API(litserve.LitAPI):
 
     def _classify(self, requests: list[PredictRequest]) -> list[Any]:
         texts = [text for request in requests for text in request.all()]
-        found: list[Prediction | None] = [None] * len(texts)
+        found: dict[int, Prediction] = {}
         for kind in (str, tuple):  # single texts and pairs are tokenised in different ways
             rows = [row for row, text in enumerate(texts) if isinstance(text, kind)]
             if rows:
                 answers = self.classifier([texts[row] for row in rows])  # type: ignore[misc]
-                for row, answer in zip(rows, answers, strict=True):
-                    found[row] = answer
-        answers = iter(found)
-        return [{"predictions": [vars(next(answers)) for _ in request.all()]} for request in requests]
+                found.update(zip(rows, answers, strict=True))
+        in_order = iter(vars(found[row]) for row in range(len(texts)))
+        return [{"predictions": [next(in_order) for _ in request.all()]} for request in requests]
 
 
 def serve(

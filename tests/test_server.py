@@ -260,7 +260,7 @@ def test_ten_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_
 @pytest.mark.slow
 def test_sigterm_answers_what_was_taken_and_a_restart_serves_the_same_clients(folder, tmp_path):
     """With a key, on ONNX Runtime, under load."""
-    export(folder, tmp_path / "onnx", quantize="int8")
+    export(folder, tmp_path / "onnx")
     headers = {**JSON, "X-API-Key": "secret"}
     first = Server(tmp_path / "onnx", tmp_path / "cwd", LIT_SERVER_API_KEY="secret")
     servers = [first]
