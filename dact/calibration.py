@@ -15,6 +15,7 @@ from dact import functional
 from dact.encoders.base import Batch, move
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.model import DACT, HALTING
+from dact.persistence import stored_config
 
 Dial = Literal["halting_tolerance", "halting_margin"]
 # The settings that are tried, from the most layers to the fewest; at the first of them a dial does nothing.
@@ -175,7 +176,7 @@ def store_in_checkpoint(path: Path, model: DACT) -> None:
     """Let a checkpoint of `model` know how it halts, and its calibration."""
     checkpoint = read_checkpoint(path)
     known = (*HALTING, "calibration")
-    checkpoint["hyper_parameters"] |= {name: getattr(model, name) for name in known}
+    stored_config(checkpoint).update({name: getattr(model, name) for name in known})
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 

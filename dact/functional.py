@@ -16,11 +16,14 @@ Shapes are written ``[batch, layers, classes]``; a layer's number is 1-based whe
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from dact.checks import check_choice as check_choice
+from dact.checks import check_range
 
 HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
@@ -28,32 +31,85 @@ PonderKind = Literal["p", "h"]
 # Below this a probability no longer changes the task loss. It keeps 1 / a and the sums of it finite in float32
 # (whose largest number is 3e38), and is far under the smallest probability that a trained softmax gives (e^-69).
 SMALLEST_PROBABILITY = 1e-30
+IGNORED = -100  # the label of an example without one
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices on which the halting rule cannot be computed; the CPU does it for them
-
-
-def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise a ``ValueError`` unless `value` is one of the strings of the ``Literal`` type `choices`."""
-    allowed = get_args(choices)
-    if value not in allowed:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
 def check_tolerance(tolerance: float) -> None:
     """Raise a ``ValueError`` unless `tolerance` is in [0, 1)."""
-    if not 0.0 <= tolerance < 1.0:
-        raise ValueError(
-            f"halting_tolerance must be in [0, 1), got {tolerance}: it is the most probability by which the returned "
-            "class may end behind the final winner (0 keeps the full-depth class)"
-        )
+    check_range(
+        "halting_tolerance",
+        tolerance,
+        "[0, 1)",
+        "it is the most probability by which the returned class may end behind the final winner (0 keeps the full-depth "
+        "class)",
+    )
 
 
 def check_margin(margin: float) -> None:
     """Raise a ``ValueError`` unless `margin` is in [0, 1]."""
-    if not 0.0 <= margin <= 1.0:
-        raise ValueError(
-            f"halting_margin must be in [0, 1], got {margin}: it is the lead in probability of a layer's first class over "
-            "its second above which an example leaves (1 lets none leave for it)"
-        )
+    check_range(
+        "halting_margin",
+        margin,
+        "[0, 1]",
+        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 lets none "
+        "leave for it)",
+    )
+
+
+@dataclass(frozen=True)
+class Halting:
+    """The rule by which examples halt: what can be proved, and a margin next to it.
+
+    Args:
+        rule: Halting rule, as for `can_halt`; ``"never"`` runs every layer, whatever the margin.
+        tolerance: Tolerance of the rule in [0, 1), as for `can_halt`.
+        margin: Margin in [0, 1], as for `is_clear`; 1 leaves all to the rule.
+
+    Raises:
+        ValueError: If a value is outside its range.
+
+    Example:
+        >>> Halting(margin=0.5).exit_layers(
+        ...     a=torch.tensor([[[0.8, 0.2], [0.6, 0.4]]]),
+        ...     p=torch.tensor([[0.9, 0.1]]),
+        ...     y=torch.tensor([[[0.8, 0.2], [0.4, 0.6]]]),
+        ... )
+        tensor([1])
+    """
+
+    rule: HaltingRule = "exact"
+    tolerance: float = 0.0
+    margin: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_choice("halting", self.rule, HaltingRule)
+        check_tolerance(self.tolerance)
+        check_margin(self.margin)
+
+    def halts(self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int) -> Tensor:
+        """Decide which examples leave after a layer; shapes are not checked.
+
+        Args:
+            a: a_n, ``[…, classes]``.
+            p: p_n, ``[…]``.
+            y: y_n, ``[…, classes]``; unused at a margin of 1.
+            remaining: Number of layers that remain, or int64 ``[…]``.
+            num_layers: N, the layers of the model.
+
+        Returns:
+            A bool tensor ``[…]``.
+        """
+        halts = _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
+        if self.margin < 1 and self.rule != "never":
+            halts = halts | (_lead(y) > self.margin)
+        return halts
+
+    def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
+        """Return the first layer after which each example leaves, int64 ``[batch]``; see `exit_layers`."""
+        layers = p.shape[1]
+        remaining = torch.arange(layers - 1, -1, -1, device=p.device)  # [layers]
+        return self.halts(a, p, y, remaining, layers).int().argmax(dim=1) + 1
 
 
 def _check_layers(name: str, tensor: Tensor, dim: int, shape: str) -> None:
@@ -173,23 +229,39 @@ def can_halt(
         )
     if isinstance(remaining, int) and remaining < 0:
         raise ValueError(f"remaining counts the layers still to run and cannot be negative, got {remaining}")
+    return _provable(a, p, remaining, rule, tolerance, num_layers)
+
+
+def _provable(
+    a: Tensor, p: Tensor, remaining: int | Tensor, rule: HaltingRule, tolerance: float, num_layers: int | None
+) -> Tensor:
+    """`can_halt` without its checks, for a ``[…, classes]`` and p ``[…]``."""
     if a.device.type in WITHOUT_FLOAT64:
         remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
-        return can_halt(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers=num_layers).to(a.device)
-    # Filled in on the device: a number that is copied to a GPU makes the host wait.
-    d = remaining.to(a.device) if isinstance(remaining, Tensor) else torch.full_like(p, remaining, dtype=torch.int64)
+        return _provable(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers).to(a.device)
+    if isinstance(remaining, int) and (rule == "never" or remaining == 0):
+        return torch.full_like(p, remaining == 0, dtype=torch.bool)
+    d = remaining.to(a.device) if isinstance(remaining, Tensor) else remaining
+    last = d == 0
     if rule == "never":
-        return d == 0
-    # d is on the device; an upper bound of N per example serves where the caller does not know N.
+        return torch.as_tensor(last).expand(p.shape)
+    # An upper bound of N per example serves where the caller does not know N.
     slack = 4 * torch.finfo(a.dtype).eps * (num_layers if num_layers is not None else d + 1)
-    top = a.double().topk(2, dim=1).values
-    best, runner_up, p, d = top[:, 0], top[:, 1], p.double(), d.double()
+    # Sorted before the cast, which changes no number: half the work.
+    best, runner_up = a.topk(2, dim=-1).values.double().unbind(dim=-1)
+    p = p.double()
     kept = (1 - p) ** d
     spare = kept * (1 + best - runner_up) - 1
     if rule == "paper":
         # The published bound is never above the exact one; `minimum` keeps it so under rounding too.
         spare = torch.minimum(spare, best * kept - runner_up - p * d)
-    return (d == 0) | (spare > slack - tolerance)
+    return (spare > slack - tolerance) | last
+
+
+def _lead(y: Tensor) -> Tensor:
+    """Return the first class's probability less the second's, ``[…]``, in float32 or more."""
+    first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
+    return first - second
 
 
 def is_clear(y: Tensor, margin: float) -> Tensor:
@@ -214,8 +286,7 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
         tensor([ True, False])
     """
     check_margin(margin)
-    top = at_least_float32(y).topk(2, dim=-1).values
-    return (top[..., 0] - top[..., 1] > margin) & (margin < 1)
+    return (_lead(y) > margin) & (margin < 1)
 
 
 def exit_layers(
@@ -249,19 +320,12 @@ def exit_layers(
             f"a and p must agree in batch and layers, got a {list(a.shape)} [batch, layers, classes] "
             f"and p {list(p.shape)} [batch, layers]"
         )
-    batch, layers = p.shape
-    remaining = torch.arange(layers - 1, -1, -1, device=p.device).repeat(batch)
-    # [batch, layers, classes] -> [batch * layers, classes]: every (example, layer) is one question.
-    halts = can_halt(a.flatten(0, 1), p.flatten(), remaining, rule, tolerance, num_layers=layers)
-    halts = halts.view(batch, layers)
-    check_margin(margin)
-    if margin < 1 and rule != "never":
-        if y is None or y.shape != a.shape:
-            raise ValueError(
-                f"a margin of {margin} needs y like a, {list(a.shape)}, got {None if y is None else list(y.shape)}"
-            )
-        halts = halts | is_clear(y, margin)
-    return halts.int().argmax(dim=1) + 1
+    halting = Halting(rule, tolerance, margin)
+    if margin < 1 and rule != "never" and (y is None or y.shape != a.shape):
+        raise ValueError(
+            f"a margin of {margin} needs y like a, {list(a.shape)}, got {None if y is None else list(y.shape)}"
+        )
+    return halting.exit_layers(a, p, a if y is None else y)
 
 
 def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
@@ -302,86 +366,107 @@ def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
     return at_least_float32(p if kind == "p" else h).sum(dim=1).mean()
 
 
+def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0) -> Tensor:
+    r"""Mix labels with a teacher's probabilities: :math:`q = (1 - s)\, \text{onehot} + s\, t`.
+
+    An example labelled -100, as torch and Hugging Face mark what has no label, learns from its teacher alone (its share
+    is 1). Without a teacher it has no target, and its row is all zeros.
+
+    Args:
+        labels: int64 ``[batch]``, in 0 … classes - 1, or -100.
+        classes: Number of classes.
+        teacher: t, ``[batch, classes]``, each row a probability vector.
+        share: s, the teacher's share of the target, in [0, 1].
+
+    Returns:
+        q, ``[batch, classes]``, in float32 or more.
+
+    Raises:
+        ValueError: If a label is out of range or the shapes do not fit each other.
+
+    Example:
+        >>> soft_targets(torch.tensor([1, -100]), 2, torch.tensor([[0.5, 0.5], [0.9, 0.1]]), share=0.5).tolist()
+        [[0.25, 0.75], [0.8999999761581421, 0.10000000149011612]]
+    """
+    if labels.dim() != 1 or labels.is_floating_point():
+        raise ValueError(f"labels must be integers of the shape [batch], got {labels.dtype} {list(labels.shape)}")
+    unknown = labels == IGNORED
+    wrong = labels[~unknown & ((labels < 0) | (labels >= classes))]
+    if len(wrong):
+        raise ValueError(f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}")
+    # [batch, classes]; -100 fits no class, so that its row stays zero.
+    target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
+    if teacher is None or (share == 0 and not unknown.any()):
+        return target
+    if teacher.shape != target.shape:
+        raise ValueError(
+            f"teacher must have the shape [batch, classes] = {list(target.shape)}, got {list(teacher.shape)}"
+        )
+    shares = unknown.float().clamp_min(share).unsqueeze(1)  # [batch, 1]
+    return (1 - shares) * target + shares * at_least_float32(teacher)
+
+
 def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """The negative log-likelihood of an answer that already is a probability, -log a[target], mean over the batch.
+    r"""Return the negative log-likelihood of answers that already are probabilities, -log a[target], mean over the batch.
 
     It is never a cross-entropy over a second softmax. Probabilities below 1e-30 count as 1e-30, so that values and
-    gradients stay finite.
+    gradients stay finite. For targets q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`, the convention of
+    `torch.nn.functional.cross_entropy`; with a teacher's, distillation at temperature 1 (Hinton et al. 2015, arXiv
+    1503.02531).
 
     Args:
         a: ``[batch, classes]``, each row a probability vector; computed in float32 or more.
-        target: int64 ``[batch]``, in 0 … classes - 1.
-        class_weights: ``[classes]``, multiplies the loss of each example by the weight of its class. The mean is
-            over examples, not over weights, so that it does not depend on how examples fall into batches.
+        target: int64 ``[batch]``, in 0 … classes - 1, or probabilities ``[batch, classes]``, as `soft_targets` makes
+            them. Examples without a target (labelled -100, a row of zeros) are left out.
+        class_weights: w, ``[classes]``, the weight of each class. The mean is over the examples that have a target, not
+            over weights, so that it does not depend on how examples fall into batches.
 
     Returns:
-        A scalar.
+        A scalar; 0 if no example has a target.
 
     Raises:
-        ValueError: If the shapes do not fit each other.
+        ValueError: If a label is out of range or the shapes do not fit each other.
 
     Example:
         >>> round(task_loss(torch.tensor([[0.5, 0.5]]), torch.tensor([1])).item(), 4)
         0.6931
     """
-    if a.dim() != 2 or target.shape != a.shape[:1]:
+    if a.dim() != 2 or len(target) != len(a):
         raise ValueError(
-            f"a must have the shape [batch, classes] and target [batch], got {list(a.shape)} and {list(target.shape)}"
+            f"a must have the shape [batch, classes] and target [batch] or [batch, classes], got {list(a.shape)} and "
+            f"{list(target.shape)}"
         )
-    return weighted_mean(F.nll_loss(log_of(a), target, reduction="none"), target, class_weights)
+    return _cross_entropy(at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log(), target, class_weights)
 
 
 def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Deep supervision: the cross-entropy of every layer's own classification, mean over batch and layers.
+    """Return the cross-entropy of every layer's own classification (deep supervision), mean over batch and layers.
 
     Args:
         logits: The classifier's logits, ``[batch, layers, classes]``; y is their softmax.
-        target: int64 ``[batch]``.
+        target: As for `task_loss`.
         class_weights: As for `task_loss`.
-
-    Returns:
-        A scalar.
-    """
-    _check_layers("logits", logits, 3, "[batch, layers, classes]")
-    # [batch, layers, classes] -> [batch, classes, layers], where cross_entropy expects the classes.
-    targets = target.unsqueeze(1).expand(-1, logits.shape[1])
-    losses = F.cross_entropy(at_least_float32(logits).transpose(1, 2), targets, reduction="none")
-    return weighted_mean(losses.mean(dim=1), target, class_weights)
-
-
-def distillation_loss(log_probabilities: Tensor, teacher: Tensor) -> Tensor:
-    r"""The cross-entropy :math:`-\sum_k t_k \log q_k` to a teacher's probabilities t (Hinton et al. 2015, arXiv
-    1503.02531, at temperature 1), mean over the batch and, where there are, the layers.
-
-    Args:
-        log_probabilities: ``[batch, classes]`` or ``[batch, layers, classes]``; computed in float32 or more.
-        teacher: ``[batch, classes]``, each row a probability vector.
 
     Returns:
         A scalar.
 
     Raises:
-        ValueError: If the shapes do not fit each other.
+        ValueError: As for `task_loss`.
     """
-    log_probabilities, teacher = at_least_float32(log_probabilities), at_least_float32(teacher)
-    if log_probabilities.dim() == 3:
-        teacher = teacher.unsqueeze(1)  # [batch, 1, classes]
-    if log_probabilities.dim() not in (2, 3) or (log_probabilities.shape[0], log_probabilities.shape[-1]) != (
-        teacher.shape[0],
-        teacher.shape[-1],
-    ):
+    _check_layers("logits", logits, 3, "[batch, layers, classes]")
+    return _cross_entropy(at_least_float32(logits).log_softmax(dim=-1), target, class_weights)
+
+
+def _cross_entropy(log_probabilities: Tensor, target: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Mean over the examples that have a target and, where there are, the layers: ``[batch, (layers,) classes]``."""
+    classes = log_probabilities.shape[-1]
+    target = soft_targets(target, classes) if target.dim() == 1 else at_least_float32(target)
+    if target.shape != (len(log_probabilities), classes):
         raise ValueError(
-            "teacher must have the shape [batch, classes] of the answers it is for, got "
-            f"{list(teacher.shape)} and {list(log_probabilities.shape)}"
+            f"targets must have the shape [batch, classes] = {[len(log_probabilities), classes]}, got {list(target.shape)}"
         )
-    return -(teacher * log_probabilities).sum(dim=-1).mean()
-
-
-def log_of(a: Tensor) -> Tensor:
-    """The log of probabilities, in float32 or more; those below 1e-30 count as 1e-30."""
-    return at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log()
-
-
-def weighted_mean(losses: Tensor, target: Tensor, class_weights: Tensor | None) -> Tensor:
-    """The mean over the batch of `losses` ``[batch]``, each times the weight of its target class."""
-    return (losses if class_weights is None else losses * class_weights[target]).mean()
+    with_target = target.any(dim=1).sum().clamp_min(1)
+    weighted = target if class_weights is None else target * class_weights
+    if log_probabilities.dim() == 3:
+        log_probabilities = log_probabilities.mean(dim=1)  # the loss is linear in it
+    return -(weighted * log_probabilities).sum() / with_target

@@ -8,15 +8,16 @@ their neighbours until they are full again. So neither padding nor half-empty ba
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dact.encoders.base import Batch, LayeredEncoder
-from dact.functional import HaltingRule, accumulate_step, at_least_float32, can_halt, is_clear
+from dact.functional import Halting, accumulate_step, at_least_float32
 from dact.submodels import Submodels
 
 # Tokens of one step, padding included: where more no longer pays. A CPU is busy with few, and padding costs it time; a
@@ -56,6 +57,19 @@ class _Group:
         return max(self.lengths)
 
 
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into eval mode and back: no dropout decides which class an example gets."""
+    training = [part for part in module.modules() if part.training]
+    if training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True
+
+
 @torch.no_grad()
 def early_exit(
     encoder: LayeredEncoder,
@@ -63,9 +77,7 @@ def early_exit(
     confidence: Submodels,
     batch: Batch,
     *,
-    rule: HaltingRule,
-    tolerance: float,
-    margin: float = 1.0,
+    halting: Halting,
     step_tokens: int | None = None,
     window_tokens: int | None = None,
     record: bool = False,
@@ -74,12 +86,10 @@ def early_exit(
 
     Args:
         encoder: The encoder, in eval mode.
-        classifier: f, one per layer.
-        confidence: g, one per layer.
+        classifier: f, for as many of the encoder's layers as shall be run.
+        confidence: g, likewise.
         batch: As the encoder takes it, of any number of examples, in any order.
-        rule: The halting rule, as for `dact.functional.can_halt`.
-        tolerance: In [0, 1), as for `dact.functional.can_halt`.
-        margin: In [0, 1], as for `dact.functional.is_clear`.
+        halting: When an example leaves.
         step_tokens: Tokens that enter a layer at a time, padding included; by the kind of device if left out. One
             example enters whole.
         window_tokens: Tokens whose hidden states are held at a time: the bound of memory; 16 steps if left out.
@@ -96,7 +106,7 @@ def early_exit(
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths: list[int] = ((mask != 0) * positions).amax(dim=1).tolist()
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    unit = _Unit(classifier, confidence, rule, tolerance, margin, encoder.num_layers, record)
+    unit = _Unit(classifier, confidence, halting, record)
     parts = [
         _run_window(encoder, unit, batch, mask, [(row, lengths[row]) for row in rows], step)
         for rows in _cut(order, lengths, window)
@@ -121,58 +131,18 @@ def budget(device: torch.device, step_tokens: int | None, window_tokens: int | N
     return step, window_tokens or STEPS_IN_WINDOW * step
 
 
-def stream(batches: Iterable[Batch], run: Callable[[Batch], Exits], window_tokens: int) -> Iterator[Exits]:
-    """Early exit over small batches as if they were large ones; one result per batch, in their order.
-
-    Args:
-        batches: Consumed lazily: no further than the window that is under way.
-        run: Early exit of one large batch.
-        window_tokens: Tokens that are gathered before they are run, padding included.
-    """
-    waiting: list[Batch] = []
-    tokens = 0
-    for batch in batches:
-        waiting.append(batch)
-        tokens += batch["input_ids"].numel()
-        if tokens >= window_tokens:
-            yield from _run_together(waiting, run)
-            waiting, tokens = [], 0
-    if waiting:
-        yield from _run_together(waiting, run)
-
-
-def _run_together(batches: list[Batch], run: Callable[[Batch], Exits]) -> Iterator[Exits]:
-    longest = max(batch["input_ids"].shape[1] for batch in batches)
-    batches = [{name: entry for name, entry in batch.items() if isinstance(entry, Tensor)} for batch in batches]
-    names = set.intersection(*(set(batch) for batch in batches))
-    if any("attention_mask" not in batch for batch in batches):
-        batches = [{"attention_mask": torch.ones_like(batch["input_ids"]), **batch} for batch in batches]
-        names |= {"attention_mask"}
-    whole = {name: torch.cat([_widen(batch[name], batch["input_ids"], longest) for batch in batches]) for name in names}
-    exits = run(whole)
-    sizes = [len(batch["input_ids"]) for batch in batches]
-    for answers, layers in zip(exits.answers.split(sizes), exits.layers.split(sizes), strict=True):
-        yield Exits(answers, layers)
-
-
-def _widen(tensor: Tensor, ids: Tensor, length: int) -> Tensor:
-    """Pad a tensor of tokens with zeros (the mask hides them) to `length`; others stay as they are."""
-    if tensor.shape[:2] != ids.shape:
-        return tensor
-    return torch.nn.functional.pad(tensor, (0, length - tensor.shape[1]))
-
-
 @dataclass(frozen=True)
 class _Unit:
     """The DACT unit: what is asked of the pooled states of a layer."""
 
     classifier: Submodels
     confidence: Submodels
-    rule: HaltingRule
-    tolerance: float
-    margin: float
-    num_layers: int
+    halting: Halting
     record: bool
+
+    @property
+    def num_layers(self) -> int:
+        return self.classifier.num_layers
 
     def ask(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """y ``[batch, classes]`` and h ``[batch]`` of pooled states ``[batch, hidden]``, in float32 or more."""
@@ -206,12 +176,11 @@ def _run_window(
         if n == unit.num_layers:
             answers[rows] = a
             break
-        if unit.rule == "never":
+        if unit.halting.rule == "never":
             continue
-        done = can_halt(a, p, unit.num_layers - n, unit.rule, unit.tolerance, num_layers=unit.num_layers)
-        if unit.margin < 1:
-            done = done | is_clear(y, unit.margin)
-        done = done.cpu()  # the only wait for a GPU in a layer
+        done = unit.halting.halts(
+            a, p, y, unit.num_layers - n, unit.num_layers
+        ).cpu()  # the only wait for a GPU in a layer
         keep = (~done).tolist()
         if all(keep):
             continue

@@ -1,19 +1,21 @@
-"""Metrics of adaptive depth, as torchmetrics metrics (they add up over batches and processes)."""
+"""Metrics of adaptive depth. They are torchmetrics metrics, so that they add up over batches and processes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchmetrics import Metric
+from torchmetrics.aggregation import MeanMetric
+from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 
 class ExitHistogram(Metric):
-    """How many examples left after each layer.
+    """Count how many examples left after each layer.
 
     Args:
-        num_layers: N, the layers of the encoder.
+        num_layers: Number of layers of the model, N.
 
     Example:
         >>> histogram = ExitHistogram(num_layers=3)
@@ -31,16 +33,16 @@ class ExitHistogram(Metric):
         self.add_state("counts", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
 
     def update(self, exit_layer: Tensor) -> None:
-        """Count `exit_layer`, int64 ``[batch]``, in 1 … num_layers."""
+        """Add `exit_layer`, int64 ``[batch]``, in 1 … num_layers."""
         self.counts += torch.bincount(exit_layer - 1, minlength=self.num_layers)
 
     def compute(self) -> Tensor:
-        """Examples per exit layer, int64 ``[layers]``."""
+        """Return the number of examples per exit layer, int64 ``[layers]``."""
         return self.counts
 
 
 class MeanExitLayer(ExitHistogram):
-    """The average exit layer, Σ_n n · count_n / Σ_n count_n, in [1, layers].
+    """Average the exit layer, Σ_n n · count_n / Σ_n count_n, in [1, layers].
 
     Example:
         >>> mean = MeanExitLayer(num_layers=3)
@@ -55,10 +57,10 @@ class MeanExitLayer(ExitHistogram):
 
 
 class LayerAccuracy(Metric):
-    """The accuracy of a_n after each layer n: what an exit there would have answered.
+    """Measure the accuracy of a_n after each layer n: what an exit there would have answered.
 
     Args:
-        num_layers: N, the layers of the encoder.
+        num_layers: Number of layers of the model, N.
     """
 
     full_state_update = False
@@ -76,5 +78,24 @@ class LayerAccuracy(Metric):
         self.total += len(target)
 
     def compute(self) -> Tensor:
-        """The accuracy after each layer, ``[layers]``."""
+        """Return the accuracy after each layer, ``[layers]``."""
         return self.correct / self.total
+
+
+SCALARS = ("loss", "task_loss", "ponder_cost", "agreement", "accuracy", "macro_f1", "exit_layer")
+
+
+def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
+    """Return what one evaluation measures: `SCALARS`, ``exit_histogram`` and ``layer_accuracy``."""
+    # By default a mean leaves NaN out, which would hide a broken model.
+    means = {name: MeanMetric(nan_strategy="disable") for name in SCALARS[:4]}
+    return nn.ModuleDict(
+        {
+            **means,
+            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
+            "macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
+            "exit_layer": MeanExitLayer(layers),
+            "exit_histogram": ExitHistogram(layers),
+            "layer_accuracy": LayerAccuracy(layers),
+        }
+    )

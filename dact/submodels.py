@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.functional import check_choice
+from dact.checks import check_choice, check_count, check_range
 
 Normalization = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
@@ -53,14 +53,9 @@ class SubmodelConfig:
     layer_strategy: LayerStrategy = "constant"
 
     def __post_init__(self) -> None:
-        for name, least in (("num_layers", 0), ("hidden_units", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool):
-                raise TypeError(f"SubmodelConfig: {name} must be an integer, got {value!r}")
-            if value < least:
-                raise ValueError(f"SubmodelConfig: {name} must be {least} or more, got {value}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"SubmodelConfig: dropout must be in [0, 1), got {self.dropout}")
+        check_count("SubmodelConfig: num_layers", self.num_layers, least=0)
+        check_count("SubmodelConfig: hidden_units", self.hidden_units)
+        check_range("SubmodelConfig: dropout", self.dropout, "[0, 1)")
         check_choice("SubmodelConfig: normalization", self.normalization, Normalization)
         check_choice("SubmodelConfig: activation", self.activation, Activation)
         check_choice("SubmodelConfig: layer_strategy", self.layer_strategy, LayerStrategy)
@@ -115,21 +110,27 @@ class Submodels(nn.ModuleList):
         num_layers: N, the layers of the encoder.
         hidden_size: Width of a pooled state.
         output_size: Width of the submodel's output.
-        share: Use the same weights on every layer.
+        share: Use the same weights on every layer. Batch normalization then has one set of statistics, taken over the
+            states of all layers together.
     """
 
     def __init__(
         self, config: SubmodelConfig, *, num_layers: int, hidden_size: int, output_size: int, share: bool = False
     ) -> None:
         super().__init__(config.build(hidden_size, output_size) for _ in range(1 if share else num_layers))
+        self.config = config
         self.num_layers = num_layers
 
     def of_layer(self, layer: int) -> nn.Module:
-        """The submodel of a layer (1-based)."""
+        """Return the submodel of a layer (1-based)."""
         return self[(layer - 1) % len(self)]
 
     def forward(self, states: Tensor) -> Tensor:
-        """``[batch, layers, hidden]`` -> ``[batch, layers, output]``."""
+        """Ask every layer's submodel: ``[batch, layers, hidden]`` -> ``[batch, layers, output]``."""
+        if len(self) < self.num_layers:
+            # All layers at once: batch normalization then learns the statistics by which it normalizes in eval mode.
+            output: Tensor = self[0](states.flatten(0, 1))  # [batch * layers, output]
+            return output.unflatten(0, states.shape[:2])
         return torch.stack([self.of_layer(n + 1)(states[:, n]) for n in range(self.num_layers)], dim=1)
 
 

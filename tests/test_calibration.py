@@ -288,7 +288,9 @@ def test_a_promise_that_does_not_hold_is_said():
     same = tiny_model()
     same.on_load_checkpoint(checkpoint)
     assert same.halting_margin == model.halting_margin
-    with pytest.warns(UserWarning, match=r"it was made for halting exact, .* and this is .* halting_tolerance 0.3,"):
+    with pytest.warns(
+        UserWarning, match=r"was calibrated for halting exact, .* but this configuration has .* halting_tolerance 0.3,"
+    ):
         tiny_model(halting_tolerance=0.3).on_load_checkpoint(checkpoint)
 
 

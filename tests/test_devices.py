@@ -60,21 +60,12 @@ def test_a_device_without_float64_leaves_the_halting_rule_to_the_cpu(monkeypatch
 
 
 @torch.no_grad()
-def test_losses_and_streams_are_there():
-    model = tiny_model(vocab=100, class_weights=[1.0, 2.0, 1.0])
+def test_losses_are_there():
+    model = tiny_model(vocab=100, class_weights=[1.0, 2.0, 1.0], distillation=0.5)
     with SecondDevice():
         move(model)
-        batch = on_second_device({**BATCH, "teacher": torch.rand(40, 3).softmax(dim=1)})
-        logits, h = model._submodels(batch)
-        a, p = functional.accumulate(logits.softmax(dim=-1), h)
-        losses = [
-            functional.task_loss(a[:, -1], batch["labels"], model.class_weights),
-            functional.exit_loss(logits, batch["labels"], model.class_weights),
-            functional.ponder_cost(p, h),
-            *model._distill(batch, a[:, -1], logits, *torch.zeros(2)),
-        ]
-        assert {loss.device for loss in losses} == {DEVICE}
-        assert [len(out.exit_layer) for out in model.stream([batch] * 3)] == [40] * 3
+        loss = model.loss(on_second_device({**BATCH, "teacher": torch.rand(40, 3).softmax(dim=1)}))
+        assert {part.device for part in vars(loss).values()} == {DEVICE}
 
 
 @torch.no_grad()

@@ -12,9 +12,10 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dact"
 # From the ground floor upwards: a module imports only from floors below its own, or from its own package.
 FLOORS = [
-    {"functional", "console", "usage", "files", "plots"},
+    {"checks", "console", "usage", "files", "plots"},
+    {"functional", "agreement", "optimization"},
     {"submodels", "metrics", "encoders"},
-    {"inference"},
+    {"inference", "persistence"},
     {"model"},
     {"data"},
     {"calibration", "callbacks", "text_classifier", "export"},

@@ -51,11 +51,15 @@ class LayeredEncoder(nn.Module, ABC):
         """The state that the submodels see after a layer (1-based): ``[batch, length, hidden]`` -> ``[batch, hidden]``."""
 
     def forward(self, batch: Batch) -> Tensor:
-        """The pooled states of all layers, ``[batch, layers, hidden]``."""
+        """Return the pooled states of all layers, ``[batch, layers, hidden]``."""
+        return self.first_states(batch, self.num_layers)
+
+    def first_states(self, batch: Batch, num_layers: int) -> Tensor:
+        """Run the first layers only, one by one, and return their pooled states, ``[batch, num_layers, hidden]``."""
         mask, hidden = self.mask(batch), self.embed(batch)
         context = self.context(hidden, mask)
         states = []
-        for n in range(1, self.num_layers + 1):
+        for n in range(1, num_layers + 1):
             hidden = self.layer(n, hidden, context)
             states.append(self.pool(n, hidden, mask))
         return torch.stack(states, dim=1)
@@ -90,6 +94,14 @@ def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
 
 
+def check_batch(batch: object) -> None:
+    """Raise a ``TypeError`` if a batch is no dict."""
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: let the data give dicts"
+        )
+
+
 def attention_mask(batch: Batch) -> Tensor:
     """The batch's ``attention_mask`` ``[batch, length]``, as Hugging Face has it: all ones if it is absent.
 
@@ -98,10 +110,7 @@ def attention_mask(batch: Batch) -> Tensor:
         KeyError: If the batch has no ``input_ids``.
         ValueError: If the mask does not fit the ids, or a row is all padding.
     """
-    if not isinstance(batch, Mapping):
-        raise TypeError(
-            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: let the data give dicts"
-        )
+    check_batch(batch)
     if "input_ids" not in batch:
         raise KeyError(f"a batch needs 'input_ids' [batch, length], got the keys {sorted(batch)}")
     ids = batch["input_ids"]

@@ -1,0 +1,85 @@
+"""What a model and its data must agree on, checked in the one place that knows both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+
+def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> None:
+    """Check that data fits a model, before either does anything that takes time.
+
+    A model without class names takes over those of the data.
+
+    Args:
+        model: A `dact.DACT`.
+        datamodule: Any datamodule, set up or not, or None. Whatever it does not know is not checked: ``tokenizer`` and
+            ``max_length`` against the encoder, ``class_names`` against the model's classes, ``teacher`` and
+            ``teacher_probabilities`` against its distillation.
+        training: Whether the model will be trained on the data, so that a teacher matters.
+
+    Raises:
+        ValueError: If the data has more token ids than the encoder, longer inputs, other classes, or a teacher for a
+            model that learns from none, or if it lacks a teacher.
+    """
+    model.encoder.check_tokens(getattr(datamodule, "tokenizer", None), getattr(datamodule, "max_length", None))
+    check_classes(getattr(datamodule, "class_names", None), model.output_dimension)
+    names = getattr(datamodule, "class_names", None)
+    if names is not None:
+        if model.class_names is None:
+            model.class_names = list(names)
+        check_class_order(model.class_names, names)
+    if training:
+        _check_teacher(model, datamodule)
+
+
+def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
+    """Raise a ``ValueError`` if the data has more or fewer classes than the model; None may be any."""
+    if names is not None and len(names) != output_dimension:
+        raise ValueError(
+            f"the data has {len(names)} classes ({', '.join(names)}), but the model has "
+            f"output_dimension={output_dimension}: set output_dimension to {len(names)}"
+        )
+
+
+def check_class_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:
+    """Raise a ``ValueError`` if both have the same class names in another order: every answer would be wrong."""
+    if sorted(of_model) == sorted(of_data) and list(of_model) != list(of_data):
+        raise ValueError(
+            f"the model has the classes {', '.join(of_model)}, in this order, but those of the data are "
+            f"{', '.join(of_data)}: give the data class_names={list(of_model)}"
+        )
+
+
+def check_same_classes(stored: Sequence[str], here: Sequence[str]) -> None:
+    """Raise a ``ValueError`` unless the classes of a checkpoint are those of the model that loads it."""
+    if list(stored) != list(here):
+        raise ValueError(
+            f"the checkpoint has the classes {', '.join(stored)}, in this order, but here they are {', '.join(here)}: "
+            f"give the data class_names={list(stored)}, or train anew"
+        )
+
+
+def _check_teacher(model: Any, datamodule: Any) -> None:
+    missing = object()  # other data may give a teacher in its own way
+    given = [getattr(datamodule, name, missing) for name in ("teacher", "teacher_probabilities")]
+    if model.needs_teacher and all(teacher is None for teacher in given):
+        raise ValueError(
+            f"distillation={model.distillation:g} needs a teacher: give the data one (data.teacher), or set distillation to 0"
+        )
+    if not model.needs_teacher and given[0] not in (None, missing):
+        raise ValueError(
+            f"{type(datamodule).__name__}: a teacher was given, but the model would not learn from it: give the model a "
+            "distillation above 0, such as 0.5, or leave the teacher out"
+        )
+
+
+class Agreement(Callback):
+    """Check that model and data agree, as soon as both are set up. DACT attaches it to its Trainer."""
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        check_agreement(pl_module, getattr(trainer, "datamodule", None), training=stage == "fit")

@@ -1,0 +1,74 @@
+"""Checks of arguments. Each raises one line that says what was expected, what came, and the remedy where there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any, get_args
+
+
+def check_choice(name: str, value: object, choices: object) -> None:
+    """Raise a ``ValueError`` unless `value` is one of the strings of the ``Literal`` type `choices`."""
+    allowed = get_args(choices)
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
+
+
+def check_count(name: str, value: object, least: int = 1, most: int | None = None, hint: str = "") -> None:
+    """Raise an error unless `value` is a whole number in least … most.
+
+    Args:
+        name: Name of the argument, with its class where that helps.
+        value: Value that came.
+        least: Smallest value allowed.
+        most: Largest value allowed; no bound if None.
+        hint: What the number means or what to do, appended to the message.
+
+    Raises:
+        TypeError: If `value` is not an integer (a bool is none).
+        ValueError: If it is outside its range.
+    """
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if value < least or (most is not None and value > most):
+        allowed = f"{least} or more" if most is None else f"in {least} … {most}"
+        raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
+
+
+def check_range(name: str, value: object, interval: str, hint: str = "") -> None:
+    """Raise an error unless `value` is a number in `interval`.
+
+    Args:
+        name: Name of the argument, with its class where that helps.
+        value: Value that came; NaN is in no interval.
+        interval: Interval in mathematical notation: ``"[0, 1)"`` holds 0 and not 1, ``"(0, inf)"`` all finite numbers
+            above 0.
+        hint: What the number means or what to do, appended to the message.
+
+    Raises:
+        TypeError: If `value` is not a number.
+        ValueError: If it is outside the interval.
+
+    Example:
+        >>> check_range("dropout", 1.0, "[0, 1)")
+        Traceback (most recent call last):
+            ...
+        ValueError: dropout must be in [0, 1), got 1.0
+    """
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise ValueError(_with_hint(f"{name} must be in {interval}, got {value}", hint))
+
+
+def check_one_per_class(name: str, value: Sequence[Any] | None, classes: int) -> None:
+    """Raise a ``ValueError`` unless `value` is None or has one entry per class."""
+    if value is not None and len(value) != classes:
+        raise ValueError(f"{name} must have one entry per class ({classes}), got {len(value)}: {value}")
+
+
+def _with_hint(message: str, hint: str) -> str:
+    return f"{message}: {hint}" if hint else message

@@ -1,0 +1,65 @@
+"""The optimizer and the learning rates of a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from typing_extensions import override
+
+
+def parameter_groups(
+    rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float
+) -> list[dict[str, Any]]:
+    """Return the parameter groups of an optimizer, each with and without weight decay.
+
+    Biases and norms (vectors) get no decay; frozen parameters are in no group.
+
+    Args:
+        rates: Parameters, each with their peak learning rate.
+        weight_decay: Weight decay of the matrices.
+    """
+    groups = []
+    for parameters, rate in rates:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for decay, chosen in (
+            (weight_decay, [parameter for parameter in trained if parameter.dim() > 1]),
+            (0.0, [parameter for parameter in trained if parameter.dim() <= 1]),
+        ):
+            if chosen:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
+    return groups
+
+
+class WarmupThenDecay(LambdaLR):
+    """A learning rate that rises linearly and then falls linearly to 0.
+
+    A parameter group that is added on the way, as Lightning's `BaseFinetuning` does when it unfreezes layers, starts at
+    the rate that it was given and falls with the others.
+
+    Args:
+        optimizer: Optimizer whose groups hold their peak rates.
+        warmup: Number of steps over which the rate rises.
+        total: Number of optimizer steps.
+    """
+
+    def __init__(self, optimizer: Optimizer, warmup: float, total: float) -> None:
+        super().__init__(optimizer, partial(_factor, warmup=warmup, total=total))
+
+    @override
+    def get_lr(self) -> list[Any]:
+        factor, before = (self.lr_lambdas[0](step) for step in (self.last_epoch, self.last_epoch - 1))
+        for group in self.optimizer.param_groups:
+            if "initial_lr" not in group:
+                group["initial_lr"] = group["lr"] / max(before, 1e-9)
+        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+
+
+def _factor(step: int, warmup: float, total: float) -> float:
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return max(0.0, (total - step) / max(1.0, total - warmup))

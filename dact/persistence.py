@@ -1,0 +1,282 @@
+"""What a model leaves on disk: config.json next to model.safetensors, and its entry in a checkpoint. Data, never code."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from dact import encoders
+from dact.encoders.base import LayeredEncoder
+from dact.files import read_json, read_tensors, write_json, write_tensors
+from dact.submodels import SubmodelConfig, Submodels
+
+CONFIG_NAME = "config.json"
+WEIGHTS_NAME = "model.safetensors"
+FORMAT = "dact/1"
+HALTING = ("halting", "halting_tolerance", "halting_margin")  # what decides when an example halts
+# Where a checkpoint holds `config_of`. LightningCLI reads "hyper_parameters" as its own and refuses other formats there.
+CHECKPOINT_KEY = "dact"
+EARLIER_KEY = "hyper_parameters"  # where version 0.1.0 had it
+LEARNED = ("temperatures", "calibration")  # attributes that no constructor takes
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+# ------------------------------------------------------------------ a model as plain data
+
+
+def own_arguments(model: object, base: type) -> dict[str, Any] | None:
+    """Return what a subclass was called with; to be called in the constructor of `base` alone.
+
+    Lightning's `save_hyperparameters` looks at the calling constructors in the same way.
+
+    Args:
+        model: The object under construction.
+        base: `DACT`, whose arguments are stored with the model's attributes.
+
+    Returns:
+        ``arguments``, the values of what only the subclass knows, and ``passed``, the names of arguments of `base` that
+        it takes. None for an object of `base` itself.
+    """
+    frame, outermost = inspect.currentframe(), None
+    frame = frame.f_back if frame else None
+    while frame and frame.f_code.co_name == "__init__" and frame.f_locals.get(frame.f_code.co_varnames[0]) is model:
+        frame, outermost = frame.f_back, frame
+    if type(model) is base or outermost is None:
+        return None
+    given, of_base = inspect.getargvalues(outermost), list(inspect.signature(base).parameters)
+    flat = {name: given.locals[name] for name in given.args[1:] if name in given.locals}
+    flat |= dict(zip(of_base, given.locals[given.varargs] if given.varargs else (), strict=False))  # handed on
+    flat |= given.locals[given.keywords] if given.keywords else {}
+    own = {name: value for name, value in flat.items() if name not in of_base and _is_plain(value)}
+    return {"arguments": own, "passed": [name for name in flat if name in of_base]}
+
+
+def config_of(model: Any, base: type) -> dict[str, Any]:
+    """Return plain data (strings, numbers, lists, dicts) from which `build` makes this model again.
+
+    An argument of a subclass that is no plain data is left out; who loads the model passes it.
+    """
+    config = {name: _plain(getattr(model, name)) for name in inspect.signature(base).parameters}
+    config |= {name: getattr(model, name) for name in LEARNED}
+    if model.subclass is not None:
+        config["subclass"] = {"name": type(model).__qualname__, **model.subclass}
+    return config
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, LayeredEncoder):
+        return value.config()
+    if isinstance(value, Submodels):
+        return dataclasses.asdict(value.config)
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Mapping):
+        return all(isinstance(name, str) and _is_plain(entry) for name, entry in value.items())
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (str, int, float, bool)
+
+
+def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Model:
+    """Build a model with fresh weights as `config_of` described it.
+
+    Args:
+        cls: The class of the model: `base` or a subclass of it, which gets its own arguments back.
+        base: `DACT`.
+        config: What `config_of` returned.
+        overrides: Constructor arguments that replace entries of `config`.
+
+    Raises:
+        TypeError: If the constructor has no argument of the name of an override.
+        ValueError: If the encoder cannot be rebuilt, an argument is missing, or one is outside its range.
+    """
+    known = inspect.signature(cls).parameters
+    is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+    for name in overrides.keys() - known.keys():
+        if not is_open:
+            raise TypeError(f"{cls.__name__} has no argument {name!r}: expected one of {', '.join(known)}")
+    config = dict(config)
+    learned = {name: config.pop(name, None) for name in LEARNED}
+    subclass = config.pop("subclass", None) or {"arguments": {}, "passed": list(config)}
+    arguments = config
+    if cls is not base:
+        wanted = {*known, *subclass["passed"]} if is_open else {*known}
+        arguments = {name: value for name, value in config.items() if name in wanted} | {
+            name: value for name, value in subclass["arguments"].items() if is_open or name in known
+        }
+    arguments |= overrides
+    missing = [
+        name
+        for name, parameter in known.items()
+        if parameter.default is parameter.empty
+        and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        and name not in arguments
+    ]
+    if missing:
+        raise ValueError(
+            f"{cls.__name__} needs {', '.join(missing)}, which the file does not hold: pass it as {missing[0]}=…"
+        )
+    for name in {"classifier", "confidence"} & arguments.keys():
+        if isinstance(arguments[name], Mapping):
+            arguments[name] = SubmodelConfig(**arguments[name])
+    if "encoder" in arguments and not isinstance(arguments["encoder"], LayeredEncoder):
+        arguments["encoder"] = encoders.from_config(arguments["encoder"])
+    model = cls(**arguments)
+    for name in (*HALTING, "class_names"):  # may have changed after the constructor of a subclass set them
+        if name in config and name not in overrides:
+            setattr(model, name, config[name])
+    _restore_learned(model, learned, overrides)
+    return model
+
+
+# ------------------------------------------------------------------ checkpoints
+
+
+def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the description of the model in a checkpoint of DACT, as a reference: changes to it change the checkpoint.
+
+    Empty if there is none. Checkpoints of version 0.1.0 have it under ``hyper_parameters``.
+    """
+    config: dict[str, Any] = checkpoint.get(CHECKPOINT_KEY) or checkpoint.get(EARLIER_KEY) or {}
+    return config
+
+
+def load(
+    cls: type[Model],
+    base: type,
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor],
+    where: str,
+    overrides: Mapping[str, Any],
+) -> Model:
+    """Build a model and load its weights, which are cast to the model's precision.
+
+    Raises:
+        ValueError: If names or shapes of the weights do not fit, or as for `build`.
+    """
+    if cls is base and "encoder" not in overrides:
+        # Without memory first: a description from elsewhere may ask for more than there is.
+        with torch.device("meta"):
+            check_weights(build(cls, base, config, overrides), weights, where)
+    model = build(cls, base, config, overrides)
+    check_weights(model, weights, where)
+    model.load_state_dict(weights)
+    return model
+
+
+def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
+    """Raise a one-line ``ValueError`` if names or shapes of `weights` are not those of the model."""
+    own = model.state_dict()
+    different = [
+        f"{name}: {list(weights[name].shape)} instead of {list(own[name].shape)}"
+        for name in own
+        if name in weights and weights[name].shape != own[name].shape
+    ]
+    absent, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    faults = different + [f"{name} is missing" for name in absent] + [f"{name} is unknown" for name in unknown]
+    if not faults:
+        return
+    layers = len({name.split(".")[1] for name in weights if name.startswith("confidence.")})
+    if layers not in (0, model.num_layers) and not model.share_submodels:
+        faults = [f"{layers} layers instead of {model.num_layers}", *faults]
+    raise ValueError(
+        f"{what} does not fit this model ({len(faults)} differences, such as {faults[0]}). Build the model with the "
+        f"encoder, submodels and output_dimension ({model.output_dimension} here) that it was trained with, or use "
+        "DACT.load_from_checkpoint, which reads them from the checkpoint (on the command line, give the config.yaml that "
+        "the fit left)"
+    )
+
+
+# ------------------------------------------------------------------ a calibration and the model that it was made for
+
+
+def halts_as(model: Any, calibration: Mapping[str, Any], dial: Any) -> bool:
+    """Return whether `model` halts as the model of a calibration did, with `dial` as the value of the dial."""
+    then = {name: calibration[name] for name in HALTING} | {calibration["promise"]["dial"]: dial}
+    return then == {name: getattr(model, name) for name in HALTING}
+
+
+def _restore_learned(model: Any, learned: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
+    """Give a new model its temperatures and its calibration, unless an override moved what the latter is about."""
+    model.temperatures = learned["temperatures"]
+    calibration = learned["calibration"]
+    if calibration is None:
+        return
+    dial = calibration["promise"]["dial"]
+    if halts_as(model, calibration, dial=calibration[dial]):
+        model.calibration = calibration
+    elif dial not in overrides and getattr(model, dial) == calibration[dial]:
+        setattr(model, dial, calibration["instead_of"])
+
+
+def adopt_learned(model: Any, config: Mapping[str, Any]) -> str | None:
+    """Give a model that was built apart the temperatures and the calibration of a checkpoint that it loads.
+
+    Returns:
+        Why the calibration is ignored, None if it is not.
+    """
+    model.temperatures = config.get("temperatures")
+    calibration = config.get("calibration")
+    if calibration is None:
+        return None
+    dial = calibration["promise"]["dial"]
+    if halts_as(model, calibration, dial=calibration["instead_of"]):
+        setattr(model, dial, calibration[dial])
+        model.calibration = calibration
+        return None
+    if halts_as(model, calibration, dial=calibration[dial]):  # a dial that was moved since is the user's own
+        return None
+    then = ", ".join(f"{name} {calibration[name]}" for name in HALTING)
+    now = ", ".join(f"{name} {getattr(model, name)}" for name in HALTING)
+    return f"The checkpoint was calibrated for {then}, but this configuration has {now}; its calibration is ignored"
+
+
+# ------------------------------------------------------------------ a folder
+
+
+def write_folder(model: Any, base: type, directory: Path) -> None:
+    """Write config.json and model.safetensors into `directory`, which is created if needed."""
+    write_tensors(directory / WEIGHTS_NAME, model.state_dict())
+    try:
+        written_by = f"dact {version('dact')}"
+    except PackageNotFoundError:  # run from its sources
+        written_by = "dact"
+    write_json(directory / CONFIG_NAME, {"format": FORMAT, "written_by": written_by, **config_of(model, base)})
+
+
+def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the configuration and the weights of a folder that `write_folder` wrote, or another tool re-saved.
+
+    Raises:
+        FileNotFoundError: If the folder or one of the two files is missing.
+        ValueError: If a file cannot be read.
+    """
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no folder {directory}: expected one that save_pretrained wrote")
+    for name in (CONFIG_NAME, WEIGHTS_NAME):
+        if not (directory / name).is_file():
+            inside = [path for path in (directory / "model", directory / "final" / "model") if path.is_dir()]
+            hint = f", such as {inside[0]}" if inside else ""
+            raise FileNotFoundError(f"{directory} has no {name}: expected a folder that save_pretrained wrote{hint}")
+    config = read_json(directory / CONFIG_NAME)
+    weights, _ = read_tensors(directory / WEIGHTS_NAME)
+    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
+        raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
+    config.pop("written_by", None)
+    return config, weights
+
+
+def encoder_in_folder(config: Mapping[str, Any], directory: Path) -> LayeredEncoder | None:
+    """Return the encoder of an exported model, whose graphs lie in its folder; None for others, whose weights do."""
+    described = config.get("encoder") or {}
+    return encoders.from_config(described, directory) if described.get("type") == "OnnxEncoder" else None
