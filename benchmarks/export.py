@@ -17,7 +17,6 @@ import copy
 import json
 import math
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -161,7 +160,9 @@ def answer_once(kind: str, folder: str) -> None:
         pipeline_of(Path(folder))(["a fine screen"])
     else:
         TextClassifier.from_pretrained(folder)(["a fine screen"])
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage, whose peak begins with that of the process that started this one.
+    status = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
