@@ -30,7 +30,7 @@ def check_count(name: str, value: object, least: int = 1, most: int | None = Non
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < least or (most is not None and value > most):
+    if int(value) < least or (most is not None and int(value) > most):
         allowed = f"{least} or more" if most is None else f"in {least} … {most}"
         raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
 
@@ -57,9 +57,10 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    number = float(value)
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
         raise ValueError(_with_hint(f"{name} must be in {interval}, got {value}", hint))
 
@@ -68,6 +69,28 @@ def check_one_per_class(name: str, value: Sequence[Any] | None, classes: int) ->
     """Raise a ``ValueError`` unless `value` is None or has one entry per class."""
     if value is not None and len(value) != classes:
         raise ValueError(f"{name} must have one entry per class ({classes}), got {len(value)}: {value}")
+
+
+def check_tolerance(tolerance: float) -> None:
+    """Raise a ``ValueError`` unless `tolerance` is in [0, 1)."""
+    check_range(
+        "halting_tolerance",
+        tolerance,
+        "[0, 1)",
+        "it is the most probability by which the returned class may end behind the final winner (0 keeps the full-depth "
+        "class)",
+    )
+
+
+def check_margin(margin: float) -> None:
+    """Raise a ``ValueError`` unless `margin` is in [0, 1]."""
+    check_range(
+        "halting_margin",
+        margin,
+        "[0, 1]",
+        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 lets none "
+        "leave for it)",
+    )
 
 
 def _with_hint(message: str, hint: str) -> str:

@@ -1,7 +1,7 @@
-"""Files that are whole or not there, and whose damage is noticed.
+"""Atomic writes and checked reads.
 
-What is written goes to a temporary name beside its own, reaches the disk, and is then renamed: a crash leaves the old
-file or the new one. What is read back is checked against what was written.
+What is written goes to a temporary name next to its own, reaches the disk, and is then renamed: a crash leaves the old
+file or the new one. What is read is checked as far as the file allows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ DIGEST = "sha256"  # metadata of a safetensors file: of its tensors and the rest
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file that takes the place of `path` at the end, or goes away if an exception leaves the block.
+    """Give a temporary file that replaces `path` at the end, or goes away if an exception leaves the block.
 
     Only one process at a time may write to a path.
     """
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` at the end; see `replacing`."""
+    """Give a temporary folder that replaces `folder` at the end; see `replacing`."""
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -75,30 +75,30 @@ def _sync(path: Path) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
+    """Write a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain data whole or not at all."""
+    """Write plain data as JSON, atomically."""
     write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """What `write_json` wrote.
+    """Read what `write_json` wrote.
 
     Raises:
-        ValueError: If it is damaged; the message names the file.
+        ValueError: If the file is corrupted; the message names it.
     """
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is damaged: {error}") from error
+        raise ValueError(f"{path} is corrupted: {error}") from error
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file whole or not at all, with a digest of its content."""
+    """Write a safetensors file atomically, with a digest of its content."""
     from safetensors.torch import save
 
     # (Tensors that share memory are refused by the format, so each is a copy.)
@@ -109,10 +109,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors and the metadata that `write_tensors` wrote.
+    """Read the tensors and the metadata of a safetensors file.
+
+    Files that other tools wrote or re-saved have no digest, and are read as they are.
 
     Raises:
-        ValueError: If the file is damaged or was written by something else; the message names it.
+        ValueError: If the file is corrupted: it cannot be parsed, or its digest is not that of its content. The message
+            names the file.
     """
     from safetensors import safe_open
 
@@ -121,9 +124,10 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except Exception as error:  # the library raises many kinds
-        raise ValueError(f"{path} is damaged or no safetensors file: {error}") from error
-    if metadata.pop(DIGEST, None) != _digest(tensors, metadata):
-        raise ValueError(f"{path} is damaged: its content is not what dact wrote")
+        raise ValueError(f"{path} is corrupted or no safetensors file: {error}") from error
+    digest = metadata.pop(DIGEST, None)
+    if digest is not None and digest != _digest(tensors, metadata):
+        raise ValueError(f"{path} is corrupted: its content does not have the digest that was stored with it")
     return tensors, metadata
 
 
@@ -137,10 +141,10 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """A checkpoint of the Trainer, under torch's weights-only loading: it cannot run code.
+    """Read a checkpoint of the Trainer, under torch's weights-only loading: it cannot run code.
 
     Raises:
-        ValueError: If it is damaged or holds more than data; the message names the file.
+        ValueError: If it is corrupted or holds more than data; the message names the file.
     """
     try:
         # torch reads the archive without a look at its checksums.
@@ -157,7 +161,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Checkpoints that are whole or not there, and are checked when they are read. A plugin for the Trainer.
+    """Write checkpoints atomically and check them when they are read. A plugin for the Trainer.
 
     An address such as ``s3://…`` is left to Lightning.
     """

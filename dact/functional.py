@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from dact.checks import check_choice as check_choice
-from dact.checks import check_range
+from dact.checks import check_margin as check_margin
+from dact.checks import check_tolerance as check_tolerance
 
 HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
@@ -33,28 +34,6 @@ PonderKind = Literal["p", "h"]
 SMALLEST_PROBABILITY = 1e-30
 IGNORED = -100  # the label of an example without one
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices on which the halting rule cannot be computed; the CPU does it for them
-
-
-def check_tolerance(tolerance: float) -> None:
-    """Raise a ``ValueError`` unless `tolerance` is in [0, 1)."""
-    check_range(
-        "halting_tolerance",
-        tolerance,
-        "[0, 1)",
-        "it is the most probability by which the returned class may end behind the final winner (0 keeps the full-depth "
-        "class)",
-    )
-
-
-def check_margin(margin: float) -> None:
-    """Raise a ``ValueError`` unless `margin` is in [0, 1]."""
-    check_range(
-        "halting_margin",
-        margin,
-        "[0, 1]",
-        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 lets none "
-        "leave for it)",
-    )
 
 
 @dataclass(frozen=True)

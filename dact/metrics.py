@@ -99,3 +99,37 @@ def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
             "layer_accuracy": LayerAccuracy(layers),
         }
     )
+
+
+def update_metrics(metrics: nn.ModuleDict, a: Tensor, answers: Tensor, exit_layer: Tensor, target: Tensor) -> None:
+    """Add a batch to all of `evaluation_metrics` that are no means.
+
+    Args:
+        metrics: What `evaluation_metrics` made.
+        a: Answers after each layer, ``[batch, layers, classes]``.
+        answers: Answers of early exit, ``[batch, classes]``.
+        exit_layer: Exit layers, int64 ``[batch]``.
+        target: Labels, int64 ``[batch]``.
+    """
+    given: dict[str, tuple[Tensor, ...]] = {
+        "accuracy": (answers, target),
+        "macro_f1": (answers, target),
+        "layer_accuracy": (a, target),
+    }
+    given |= {"exit_layer": (exit_layer,), "exit_histogram": (exit_layer,)}
+    for name, values in given.items():
+        metric: Any = metrics[name]
+        metric.update(*values)
+
+
+def collapse(mean_exit_layer: float, layers: int, lambda_reg: float, margin: float) -> str | None:
+    """Return what to say of a model that always leaves after the first or after the last layer, None of any other."""
+    if mean_exit_layer == 1.0:
+        where, remedy = "the first layer", f"Try a smaller lambda_reg than {lambda_reg:g}"
+        remedy += ", or a larger halting_margin" if margin < 1 else ""
+    elif mean_exit_layer == float(layers):
+        where, remedy = f"all {layers} layers", f"Try a larger lambda_reg than {lambda_reg:g}"
+        remedy += f", or a halting_margin below {margin:g}"
+    else:
+        return None
+    return f"the depth has collapsed: every validation example uses {where}. {remedy}"

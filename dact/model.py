@@ -4,96 +4,42 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Self
 
 import torch
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from dact import functional, inference, persistence
-from dact.agreement import Agreement, check_same_classes
+from dact.agreement import Agreement
 from dact.agreement import check_classes as check_classes
-from dact.checks import check_choice, check_count, check_one_per_class, check_range
-from dact.encoders.base import Batch, LayeredEncoder, check_batch
-from dact.files import DurableCheckpointIO
+from dact.arguments import OfRule, check_arguments
+from dact.encoders.base import Batch, LayeredEncoder
+from dact.evaluation import Evaluated, labels_of
 from dact.functional import Halting, HaltingRule, PonderKind
-from dact.metrics import SCALARS, evaluation_metrics
-from dact.optimization import WarmupThenDecay, parameter_groups
+from dact.metrics import collapse
+from dact.optimization import schedule
+from dact.outputs import DACTOutput as DACTOutput
+from dact.outputs import Loss as Loss
 from dact.persistence import CONFIG_NAME as CONFIG_NAME
 from dact.persistence import FORMAT as FORMAT
 from dact.persistence import HALTING as HALTING
 from dact.submodels import SubmodelConfig, Submodels, start_undecided
 
-Value = TypeVar("Value")
 
-
-@dataclass(frozen=True)
-class DACTOutput:
-    """What DACT says about a batch.
-
-    Args:
-        probabilities: ``[batch, classes]``: a_N from `DACT.forward`, a_n at the exit layer from `DACT.early_exit`.
-            The halting rule guarantees the class of a_N, not its probabilities; the margin guarantees neither.
-        exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`: that the halting
-            rule would have run).
-        layer_probabilities: y, ``[batch, layers, classes]``; from `DACT.forward` only.
-        h: The confidence of each layer, ``[batch, layers]``; from `DACT.forward` only.
-        p: The remaining share after each layer, ``[batch, layers]``; from `DACT.forward` only.
-    """
-
-    probabilities: Tensor
-    exit_layer: Tensor
-    layer_probabilities: Tensor | None = None
-    h: Tensor | None = None
-    p: Tensor | None = None
-
-    def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
-        """Return the output with its tensors moved or cast as `torch.Tensor.to` does it; the Trainer moves predictions."""
-        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: tensor.to(*args, **kwargs) for name, tensor in tensors.items() if tensor is not None}
-        return dataclasses.replace(self, **moved)
-
-
-@dataclass(frozen=True)
-class Loss:
-    """The training loss of a batch and its parts, each a scalar.
-
-    Args:
-        loss: ``task_loss + λ · ponder_cost + exit_loss_weight · exit_loss``; call ``backward()`` on it.
-        task_loss: Negative log-likelihood of a_N, with the teacher's share in its targets.
-        exit_loss: Mean cross-entropy of the layers' own classifications, likewise.
-        ponder_cost: ρ.
-    """
-
-    loss: Tensor
-    task_loss: Tensor
-    exit_loss: Tensor
-    ponder_cost: Tensor
-
-
-class _OfRule(Generic[Value]):
-    """An attribute of DACT that is a field of its `exit_rule`."""
-
-    def __init__(self, field: str) -> None:
-        self.field = field
-
-    def __get__(self, model: DACT, owner: type) -> Value:
-        return getattr(model.exit_rule, self.field)  # type: ignore[no-any-return]
-
-    def __set__(self, model: DACT, value: Value) -> None:
-        model.exit_rule = dataclasses.replace(model.exit_rule, **{self.field: value})  # type: ignore[arg-type]
-
-
-class DACT(LightningModule):
+class DACT(Evaluated):
     r"""A classifier that spends only as many layers of its encoder as each example needs.
 
     Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times the mean
     cross-entropy of the layers' own classifications; see `dact.functional` for the symbols and their source. The
     logged val_loss leaves the exit loss and the λ warm-up out, so that epochs and trials compare; val_task_loss,
     val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
+
+    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in float32. Half
+    precision rounds y and h, which may change the class of one example in some hundred. With several processes, Lightning
+    gives some validation and test examples twice so that all have equally many: evaluate on one device for exact numbers.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -142,9 +88,9 @@ class DACT(LightningModule):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
-    halting = _OfRule[HaltingRule]("rule")
-    halting_tolerance = _OfRule[float]("tolerance")
-    halting_margin = _OfRule[float]("margin")
+    halting = OfRule[HaltingRule]("rule")
+    halting_tolerance = OfRule[float]("tolerance")
+    halting_margin = OfRule[float]("margin")
     # Lightning's own key would hold the form that LightningCLI writes; this is what `config` returns.
     CHECKPOINT_HYPER_PARAMS_KEY = persistence.CHECKPOINT_KEY
 
@@ -176,7 +122,7 @@ class DACT(LightningModule):
     ) -> None:
         super().__init__()
         self.subclass = persistence.own_arguments(self, DACT)
-        _check_arguments(locals())
+        check_arguments(locals())
         self.encoder = encoder
         self.output_dimension = output_dimension
         self.lambda_reg = lambda_reg
@@ -209,10 +155,7 @@ class DACT(LightningModule):
         self.classifier = Submodels(classifier, output_size=output_dimension, **sizes)
         self.confidence = Submodels(confidence, output_size=1, **sizes)
         start_undecided(self.confidence)
-        # One set each: sanity checks and a test inside a fit must not add to what validation counts.
-        self.val_metrics = evaluation_metrics(output_dimension, self.num_layers)
-        self.test_metrics = evaluation_metrics(output_dimension, self.num_layers)
-        self.more_metrics = nn.ModuleDict()  # of further loaders, as they come
+        self.make_metrics()
 
     # ------------------------------------------------------------------ the DACT unit
 
@@ -304,7 +247,7 @@ class DACT(LightningModule):
             KeyError: If the batch has no labels, or distillation no teacher.
             ValueError: If a label is out of range.
         """
-        labels = _labels(batch, "train")
+        labels = labels_of(batch, "train")
         if self.needs_teacher and "teacher" not in batch:
             raise KeyError(
                 f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training batches, got the keys "
@@ -338,89 +281,14 @@ class DACT(LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        return self._measure("val", batch, self(batch), None, dataloader_idx)
+        return self.measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         # By the code that predicts, all layers as well as early exit.
-        return self._measure("test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx)
+        return self.measure("test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> DACTOutput:
         return self.early_exit(batch)
-
-    def _metrics_of(self, stage: str, loader: int) -> tuple[str, Any]:
-        """Return the metrics of one loader and the attribute that holds them."""
-        if loader == 0:
-            return f"{stage}_metrics", getattr(self, f"{stage}_metrics")
-        name = f"{stage}{loader}"
-        if name not in self.more_metrics:
-            self.more_metrics[name] = evaluation_metrics(self.output_dimension, self.num_layers).to(self.device)
-        return f"more_metrics.{name}", self.more_metrics[name]
-
-    def _measure(
-        self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
-    ) -> dict[str, Tensor]:
-        """Update and log what evaluation measures: of all layers, and of early exit (by `full` if None).
-
-        Returns:
-            The loss and the exit layers ``[batch]``: callbacks draw them.
-        """
-        target = _labels(batch, stage)
-        assert full.layer_probabilities is not None
-        assert full.h is not None
-        assert full.p is not None
-        a, _ = functional.accumulate(full.layer_probabilities, full.h)
-        early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
-        if (target == functional.IGNORED).any():
-            raise ValueError(
-                f"a batch for {stage} has the label {functional.IGNORED}: only training takes what has none"
-            )
-        ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
-        loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost
-        task_loss = functional.task_loss(early.probabilities, target, self.class_weights)
-        agreement = (early.probabilities.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
-
-        attribute, metrics = self._metrics_of(stage, loader)
-        for name, value in zip(SCALARS[:4], (loss, task_loss, ponder_cost, agreement), strict=True):
-            # One value per example: without its NaN check, torchmetrics takes no weights.
-            metrics[name].update(value.expand(len(target)))
-        metrics["accuracy"].update(early.probabilities, target)
-        metrics["macro_f1"].update(early.probabilities, target)
-        metrics["exit_layer"].update(early.exit_layer)
-        metrics["exit_histogram"].update(early.exit_layer)
-        metrics["layer_accuracy"].update(a, target)
-        for name in SCALARS:
-            self.log(
-                f"{stage}_{name}{_suffix(loader)}",
-                metrics[name],
-                on_step=False,
-                on_epoch=True,
-                prog_bar=loader == 0 and name in ("loss", "accuracy", "exit_layer"),
-                metric_attribute=f"{attribute}.{name}",
-                add_dataloader_idx=False,
-            )
-        return {"loss": loss, "exit_layer": early.exit_layer}
-
-    def _end_evaluation(self, stage: str) -> None:
-        """Log per-layer accuracy and reset what Lightning does not: the metrics that are no scalars."""
-        loaders = [0, *(int(name.removeprefix(stage)) for name in self.more_metrics if name.startswith(stage))]
-        for loader in loaders:
-            metrics = self._metrics_of(stage, loader)[1]
-            # (torchmetrics makes a scalar of a vector of one entry: an encoder of one layer.)
-            accuracies = metrics["layer_accuracy"].compute().reshape(-1)
-            names = {
-                f"{stage}_layer_accuracy{_suffix(loader)}/{n}": value for n, value in enumerate(accuracies, start=1)
-            }
-            self.log_dict(names, on_step=False, on_epoch=True, sync_dist=False)
-            if loader == 0:
-                self.exit_histogram = metrics["exit_histogram"].compute().reshape(-1).clone()
-            for name in ("layer_accuracy", "exit_histogram"):
-                metrics[name].reset()
-
-    def on_validation_epoch_end(self) -> None:
-        self._end_evaluation("val")
-
-    def on_test_epoch_end(self) -> None:
-        self._end_evaluation("test")
 
     # ------------------------------------------------------------------ a fit
 
@@ -449,29 +317,15 @@ class DACT(LightningModule):
             (self.encoder.parameters(), self.learning_rate),
             (submodels, self.submodel_learning_rate or self.learning_rate),
         )
-        # foreach: the submodels are many small tensors, and on a CPU it is not the default.
-        groups = parameter_groups(rates, self.weight_decay)
-        optimizer = torch.optim.AdamW(groups, lr=self.learning_rate, foreach=True)
-        total = self.trainer.estimated_stepping_batches
-        if total == float("inf"):
-            return optimizer
-        scheduler = WarmupThenDecay(optimizer, self.warmup_fraction * total, total)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return schedule(rates, self.weight_decay, self.warmup_fraction, self.trainer.estimated_stepping_batches)
 
     def on_fit_end(self) -> None:
         value = self.trainer.callback_metrics.get("val_exit_layer")
         if value is None or self.num_layers == 1 or self.halting == "never":
             return
-        if value.item() == 1.0:
-            remedy = f"Try a smaller lambda_reg than {self.lambda_reg:g}" + (
-                ", or a larger halting_margin" if self.halting_margin < 1 else ""
-            )
-            rank_zero_warn(f"the depth has collapsed: every validation example uses the first layer. {remedy}")
-        elif value.item() == float(self.num_layers):
-            rank_zero_warn(
-                f"the depth has collapsed: every validation example uses all {self.num_layers} layers. Try a larger "
-                f"lambda_reg than {self.lambda_reg:g}, or a halting_margin below {self.halting_margin:g}"
-            )
+        warning = collapse(value.item(), self.num_layers, self.lambda_reg, self.halting_margin)
+        if warning is not None:
+            rank_zero_warn(warning)
 
     def end_calibration(self) -> None:
         """Forget a calibration, and give its dial back the value that it had before."""
@@ -496,14 +350,7 @@ class DACT(LightningModule):
         checkpoint[persistence.CHECKPOINT_KEY] = self.config()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        persistence.check_weights(self, checkpoint["state_dict"], "the checkpoint")
-        config = persistence.stored_config(checkpoint)
-        stored = config.get("class_names")
-        if self.class_names is None:
-            self.class_names = stored
-        elif stored is not None:
-            check_same_classes(stored, self.class_names)
-        reason = persistence.adopt_learned(self, config)
+        reason = persistence.adopt(self, checkpoint)
         if reason is not None:
             rank_zero_warn(reason)
 
@@ -532,15 +379,10 @@ class DACT(LightningModule):
         """
         if weights_only is False:
             raise ValueError("weights_only=False would let a checkpoint run code; those of dact load without")
-        checkpoint = DurableCheckpointIO().load_checkpoint(checkpoint_path, map_location, weights_only=True)
-        config = persistence.stored_config(checkpoint)
-        if "output_dimension" not in config or "state_dict" not in checkpoint:
-            raise ValueError(
-                f"{checkpoint_path} is no checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}"
-            )
+        config, weights = persistence.read_checkpoint(checkpoint_path, map_location)
         if encoder is not None:
             overrides["encoder"] = encoder
-        model = persistence.load(cls, DACT, config, checkpoint["state_dict"], str(checkpoint_path), overrides)
+        model = persistence.load(cls, DACT, config, weights, str(checkpoint_path), overrides)
         return model.to(map_location) if isinstance(map_location, (str, torch.device)) else model
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -569,42 +411,3 @@ class DACT(LightningModule):
         if encoder is not None:
             overrides["encoder"] = encoder
         return persistence.load(cls, DACT, config, weights, str(directory), overrides).eval()
-
-
-def _labels(batch: Batch, stage: str) -> Tensor:
-    check_batch(batch)
-    if "labels" not in batch:
-        raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
-    return batch["labels"]
-
-
-def _suffix(loader: int) -> str:
-    """Return what tells the metrics of further loaders from those of the first, as Lightning does."""
-    return f"/dataloader_idx_{loader}" if loader else ""
-
-
-def _check_arguments(given: Mapping[str, Any]) -> None:
-    """Raise an error that names the argument of `DACT` that is outside its range."""
-    encoder, classes = given["encoder"], given["output_dimension"]
-    if not isinstance(encoder, LayeredEncoder):
-        raise TypeError(
-            f"DACT: encoder must be a dact.encoders.LayeredEncoder, got {type(encoder).__name__}. "
-            "Subclass it for an encoder of your own"
-        )
-    check_count("DACT: output_dimension", classes, least=2, hint="it counts the classes")
-    check_choice("DACT: ponder", given["ponder"], PonderKind)
-    for name in ("lambda_reg", "exit_loss_weight", "weight_decay"):
-        check_range(f"DACT: {name}", given[name], "[0, inf)")
-    check_range("DACT: distillation", given["distillation"], "[0, 1]", "it is the teacher's share of the targets")
-    for name in ("lambda_warmup", "warmup_fraction"):
-        check_range(f"DACT: {name}", given[name], "[0, 1]", "it is a share of the optimizer steps")
-    check_range("DACT: learning_rate", given["learning_rate"], "(0, inf)")
-    if given["submodel_learning_rate"] is not None:
-        check_range("DACT: submodel_learning_rate", given["submodel_learning_rate"], "(0, inf)")
-    if given["num_layers"] is not None:
-        check_count("DACT: num_layers", given["num_layers"], most=encoder.num_layers, hint="the layers of the encoder")
-    for name in ("step_tokens", "window_tokens"):
-        if given[name] is not None:
-            check_count(f"DACT: {name}", given[name], hint="it counts tokens")
-    for name in ("class_weights", "class_names"):
-        check_one_per_class(f"DACT: {name}", given[name], classes)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -33,6 +34,25 @@ def parameter_groups(
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
     return groups
+
+
+def schedule(
+    rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float, warmup_fraction: float, total: float
+) -> Any:
+    """Return AdamW and its schedule as `LightningModule.configure_optimizers` may.
+
+    Args:
+        rates: Parameters, each with their peak learning rate.
+        weight_decay: Weight decay of the matrices.
+        warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
+        total: Number of optimizer steps; in an endless fit, which has ``inf``, the rates are constant.
+    """
+    # foreach: the submodels are many small tensors, and on a CPU it is not the default.
+    optimizer = torch.optim.AdamW(parameter_groups(rates, weight_decay), foreach=True)
+    if total == float("inf"):
+        return optimizer
+    scheduler = WarmupThenDecay(optimizer, warmup_fraction * total, total)
+    return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
 
 class WarmupThenDecay(LambdaLR):

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from dact import encoders
+from dact.agreement import check_same_classes
 from dact.encoders.base import LayeredEncoder
-from dact.files import read_json, read_tensors, write_json, write_tensors
+from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
 
 CONFIG_NAME = "config.json"
@@ -53,7 +54,9 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
         return None
     given, of_base = inspect.getargvalues(outermost), list(inspect.signature(base).parameters)
     flat = {name: given.locals[name] for name in given.args[1:] if name in given.locals}
-    flat |= dict(zip(of_base, given.locals[given.varargs] if given.varargs else (), strict=False))  # handed on
+    positional = given.locals[given.varargs] if given.varargs else ()
+    if positional and isinstance(positional[0], LayeredEncoder):  # handed on to `base`
+        flat |= dict(zip(of_base, positional, strict=False))
     flat |= given.locals[given.keywords] if given.keywords else {}
     own = {name: value for name, value in flat.items() if name not in of_base and _is_plain(value)}
     return {"arguments": own, "passed": [name for name in flat if name in of_base]}
@@ -151,6 +154,20 @@ def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return config
 
 
+def read_checkpoint(path: str | Path, map_location: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the description and the weights of a checkpoint of DACT, a file or an address.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file cannot be read or is no checkpoint of DACT.
+    """
+    checkpoint = DurableCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
+    config = stored_config(checkpoint)
+    if "output_dimension" not in config or "state_dict" not in checkpoint:
+        raise ValueError(f"{path} is no checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}")
+    return config, checkpoint["state_dict"]
+
+
 def load(
     cls: type[Model],
     base: type,
@@ -166,8 +183,12 @@ def load(
     """
     if cls is base and "encoder" not in overrides:
         # Without memory first: a description from elsewhere may ask for more than there is.
-        with torch.device("meta"):
-            check_weights(build(cls, base, config, overrides), weights, where)
+        try:
+            with torch.device("meta"):
+                skeleton = build(cls, base, config, overrides)
+        except RuntimeError as error:  # sizes whose product no number holds
+            raise ValueError(f"{where} describes a model that cannot be built: {str(error).splitlines()[0]}") from error
+        check_weights(skeleton, weights, where)
     model = build(cls, base, config, overrides)
     check_weights(model, weights, where)
     model.load_state_dict(weights)
@@ -219,12 +240,21 @@ def _restore_learned(model: Any, learned: Mapping[str, Any], overrides: Mapping[
         setattr(model, dial, calibration["instead_of"])
 
 
-def adopt_learned(model: Any, config: Mapping[str, Any]) -> str | None:
-    """Give a model that was built apart the temperatures and the calibration of a checkpoint that it loads.
+def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
+    """Give a model that was built apart the class names, temperatures and calibration of a checkpoint that it loads.
 
     Returns:
         Why the calibration is ignored, None if it is not.
+
+    Raises:
+        ValueError: If weights or class names of the checkpoint are not those of the model.
     """
+    check_weights(model, checkpoint["state_dict"], "the checkpoint")
+    config = stored_config(checkpoint)
+    stored = config.get("class_names")
+    if stored is not None and model.class_names is not None:
+        check_same_classes(stored, model.class_names)
+    model.class_names = model.class_names or stored
     model.temperatures = config.get("temperatures")
     calibration = config.get("calibration")
     if calibration is None:

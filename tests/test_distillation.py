@@ -44,6 +44,42 @@ def test_a_teacher_that_knows_the_labels_changes_nothing():
     torch.testing.assert_close(losses(plain, batch), losses(taught, batch))
 
 
+def test_class_weights_weigh_the_teacher_as_well():
+    batch = random_batch(30)
+    batch["teacher"] = torch.nn.functional.one_hot(batch["labels"], 3).float()
+    weights = [1.0, 5.0, 0.5]
+    plain = tiny_model(class_weights=weights)
+    for share in (0.5, 1.0):
+        taught = tiny_model(class_weights=weights, distillation=share)
+        taught.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(losses(plain, batch), losses(taught, batch))
+
+
+def test_an_example_without_a_label_learns_from_its_teacher_alone():
+    batch = random_batch(12)
+    batch["teacher"] = torch.rand(12, 3).softmax(dim=1)
+    unlabelled = {**batch, "labels": torch.where(torch.arange(12) < 5, -100, batch["labels"])}
+    models = {share: tiny_model(distillation=share, exit_loss_weight=0.0, lambda_reg=0.0) for share in (0.25, 1.0)}
+    models[1.0].load_state_dict(models[0.25].state_dict())
+    whole = losses(models[0.25], unlabelled)
+    parts = [
+        losses(model, {name: tensor[rows] for name, tensor in batch.items()})
+        for model, rows in ((models[1.0], slice(0, 5)), (models[0.25], slice(5, 12)))
+    ]
+    torch.testing.assert_close(whole, (5 * parts[0] + 7 * parts[1]) / 12)
+
+
+def test_an_example_without_a_label_or_a_teacher_leaves_the_others_alone(tmp_path):
+    model, batch = tiny_model(exit_loss_weight=0.5, lambda_reg=0.0), random_batch(12)
+    labels = torch.where(torch.arange(12) < 5, -100, batch["labels"])
+    rest = {name: tensor[5:] for name, tensor in batch.items()}
+    torch.testing.assert_close(losses(model, {**batch, "labels": labels}), losses(model, rest))
+    assert losses(model, {**batch, "labels": torch.full((12,), -100)}) == 0
+    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+    with pytest.raises(ValueError, match="a batch for val has the label -100"):
+        trainer.validate(model, torch.utils.data.DataLoader([{**batch, "labels": labels}], None), verbose=False)
+
+
 def test_a_missing_teacher_and_a_wrong_share_are_clear_errors():
     with pytest.raises(KeyError, match="distillation=0.5 needs 'teacher'"):
         losses(tiny_model(distillation=0.5), random_batch())

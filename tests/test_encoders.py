@@ -1,5 +1,7 @@
 """Every encoder: its layers one by one are the plain forward pass, and only the layers that are asked for run."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
@@ -274,7 +276,7 @@ def test_albert_with_groups_cannot_be_cut(tmp_path):
     ("arguments", "message"),
     [
         ({"vocab_size": 1}, "vocab_size must be 2 or more, got 1"),
-        ({"num_layers": 0}, "num_layers must be 1 or more, got 0"),
+        ({"num_layers": 0}, "num_layers must be in 1 … 1000, got 0"),
         ({"num_heads": 3}, "num_heads must be even, got 3"),
         ({"hidden_size": 10}, "multiple of num_heads, got 10 and 4"),
         ({"dropout": 1.0}, "dropout"),
@@ -302,3 +304,17 @@ def test_an_all_padding_row_and_a_wrong_mask_are_refused():
 def test_resolve_leaves_hub_ids_alone(tmp_path):
     assert resolve_pretrained("bert-base-uncased") == "bert-base-uncased"
     assert resolve_pretrained(str(tmp_path)) == str(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"])
+def test_a_configuration_cannot_name_code_to_load(tmp_path, name):
+    foreign = {"auto_map": {"AutoModel": "evil.Model"}}.get(name, "someone/kernels:evil")
+    config = encoder_of("bert").config()
+    encoder = from_config({**config, "model": {**config["model"], name: foreign}})
+    assert "evil" not in str(vars(encoder.model.config))
+    AutoModel.from_config(config_of("bert")).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**stored, name: foreign}))
+    loaded = HuggingFaceEncoder(str(tmp_path))
+    assert "evil" not in str(vars(loaded.model.config))
+    assert loaded.model.config._attn_implementation == encoder.model.config._attn_implementation == "sdpa"

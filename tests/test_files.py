@@ -47,14 +47,23 @@ def test_tensors_come_back(tmp_path, dtype):
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
 
 
-def test_what_others_wrote_is_refused_by_name(tmp_path):
+def test_tensors_of_other_tools_are_read_and_a_wrong_digest_is_refused(tmp_path):
+    from safetensors import safe_open
     from safetensors.torch import save_file
 
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    with pytest.raises(ValueError, match=r"x\.safetensors is damaged: its content is not what dact wrote"):
+    assert read_tensors(tmp_path / "x.safetensors")[0]["a"].tolist() == [1, 1]
+    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
+    with safe_open(tmp_path / "x.safetensors", "pt") as file:
+        metadata = file.metadata()
+    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata)
+    with pytest.raises(ValueError, match=r"x\.safetensors is corrupted: its content does not have the digest"):
         read_tensors(tmp_path / "x.safetensors")
+
+
+def test_corrupted_files_are_refused_by_name(tmp_path):
     (tmp_path / "x.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match=r"x\.json is damaged"):
+    with pytest.raises(ValueError, match=r"x\.json is corrupted"):
         read_json(tmp_path / "x.json")
     (tmp_path / "x.ckpt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as a checkpoint"):

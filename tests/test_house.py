@@ -13,9 +13,9 @@ PACKAGE = ROOT / "dact"
 # From the ground floor upwards: a module imports only from floors below its own, or from its own package.
 FLOORS = [
     {"checks", "console", "usage", "files", "plots"},
-    {"functional", "agreement", "optimization"},
+    {"functional", "agreement", "optimization", "outputs"},
     {"submodels", "metrics", "encoders"},
-    {"inference", "persistence"},
+    {"inference", "persistence", "arguments", "evaluation"},
     {"model"},
     {"data"},
     {"calibration", "callbacks", "text_classifier", "export"},

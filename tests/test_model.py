@@ -433,7 +433,7 @@ def test_broken_files_are_clear_errors(tmp_path):
     with pytest.raises(ValueError, match="does not describe a model of dact"):
         DACT.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00")
-    with pytest.raises(ValueError, match=r"model\.safetensors is damaged or no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is corrupted or no safetensors file"):
         DACT.from_pretrained(tmp_path / "model")
 
 
@@ -542,3 +542,330 @@ def test_a_checkpoint_may_lie_at_an_address(tmp_path):
     saved = DACT.from_pretrained(Path(trainer.log_dir) / "model")
     for name, tensor in model.state_dict().items():
         assert torch.equal(saved.state_dict()[name], tensor)
+
+
+# ------------------------------------------------------------------ files of other versions and other tools
+
+EARLIER = Path(__file__).parent / "fixtures" / "version_0_1_0"
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "model"])
+@torch.no_grad()
+def test_files_of_version_0_1_0_load_and_answer_as_they_did(name):
+    expected = json.loads((EARLIER / "expected.json").read_text())
+    model = (
+        DACT.load_from_checkpoint(EARLIER / "best.ckpt")
+        if name == "checkpoint"
+        else DACT.from_pretrained(EARLIER / name)
+    )
+    model.eval()
+    ids = torch.tensor(expected["input_ids"])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    full, early = model(batch), model.early_exit(batch)
+    torch.testing.assert_close(full.probabilities, torch.tensor(expected[name]["full"]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(early.probabilities, torch.tensor(expected[name]["early"]), atol=1e-5, rtol=1e-4)
+    assert early.exit_layer.tolist() == expected[name]["exit_layer"]
+    assert model.class_names == ["even", "odd"]
+    assert model.temperatures is None
+    if name == "model":
+        assert model.halting_margin == expected[name]["halting_margin"] == model.calibration["halting_margin"]
+
+
+def test_a_trainer_reads_a_checkpoint_of_version_0_1_0(tmp_path):
+    built = DACT.load_from_checkpoint(EARLIER / "best.ckpt", class_names=None)
+    batch = {"input_ids": torch.randint(3, 12, (8, 6)), "labels": torch.randint(0, 2, (8,))}
+    trainer(tmp_path).test(built, DataLoader([batch], None), ckpt_path=str(EARLIER / "best.ckpt"), verbose=False)
+    assert built.class_names == ["even", "odd"]
+
+
+@torch.no_grad()
+def test_weights_that_another_tool_saved_in_half_precision_load_into_float32(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    save_file({name: weight.half() for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    again = DACT.from_pretrained(tmp_path)
+    assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
+    batch = random_batch()
+    torch.testing.assert_close(again(batch).probabilities, model(batch).probabilities, atol=0.02, rtol=0.1)
+    name = "encoder.tokens.weight"
+    save_file({**weights, name: weights[name][:, :8].contiguous()}, tmp_path / "model.safetensors")
+    with pytest.raises(
+        ValueError, match=rf"does not fit this model \(1 differences, such as {name}: \[50, 8\] instead of"
+    ):
+        DACT.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "size"),
+    [("vocab_size", 10**12), ("num_layers", 10**9), ("hidden_size", 10**12), ("feedforward_size", 10**12)],
+)
+def test_a_description_that_asks_for_more_memory_than_there_is_ends_in_one_line(tmp_path, entry, size):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["encoder"][entry] = size
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        ValueError, match=r"does not fit this model .* instead of|must be in 1 … 1000|cannot be built"
+    ) as caught:
+        DACT.from_pretrained(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+# ------------------------------------------------------------------ a part of the encoder
+
+
+@torch.no_grad()
+def test_the_first_layers_of_an_encoder_are_a_model_of_their_own(tmp_path):
+    whole, batch = tiny_model(layers=6), random_batch(20)
+    model = DACT(
+        encoder=whole.encoder, classifier=whole.classifier.config, confidence=whole.confidence.config, num_layers=3
+    )
+    model.eval()
+    for part, source in ((model.classifier, whole.classifier), (model.confidence, whole.confidence)):
+        part.load_state_dict({name: weight for name, weight in source.state_dict().items() if int(name[0]) < 3})
+    deep, states = whole(batch), {"states": whole.encoder(batch)}
+    entered = []
+    for number, layer in enumerate(model.encoder.layers, start=1):
+        layer.register_forward_hook(lambda *args, number=number: entered.append(number))
+    output = model(batch)
+    torch.testing.assert_close(output.layer_probabilities, deep.layer_probabilities[:, :3])
+    assert torch.equal(model.early_exit(batch).exit_layer, output.exit_layer)
+    assert output.exit_layer.max() <= 3
+    assert max(entered) == 3
+    torch.testing.assert_close(model(states).probabilities, output.probabilities)
+    model.save_pretrained(tmp_path)
+    again = DACT.from_pretrained(tmp_path)
+    assert again.num_layers == 3
+    assert again.encoder.num_layers == 6
+    assert torch.equal(again(batch).probabilities, output.probabilities)
+    with pytest.raises(ValueError, match=r"num_layers must be in 1 … 6, got 7: the layers of the encoder"):
+        tiny_model(layers=6, num_layers=7)
+
+
+# ------------------------------------------------------------------ the loss for others
+
+
+def test_the_loss_needs_no_trainer_and_warms_lambda_up_by_its_own_counter():
+    model, batch = tiny_model(lambda_reg=0.5, lambda_warmup=0.5, exit_loss_weight=0.2).train(), random_batch()
+    model.total_steps = 8
+    for step in range(6):
+        parts = model.loss(batch)
+        price = 0.5 * min(1, step / 4)
+        expected = parts.task_loss + price * parts.ponder_cost + 0.2 * parts.exit_loss
+        torch.testing.assert_close(parts.loss, expected)
+    fixed = model.loss(batch, lambda_reg=3.0)
+    torch.testing.assert_close(fixed.loss, fixed.task_loss + 3 * fixed.ponder_cost + 0.2 * fixed.exit_loss)
+    fixed.loss.backward()
+    assert model.encoder.tokens.weight.grad.abs().sum() > 0
+    model.eval()
+    before = model.steps_done
+    model.loss(batch)
+    assert model.steps_done == before
+
+
+def test_another_module_adds_the_loss_to_its_own(tmp_path):
+    class Outer(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.dact, self.more = tiny_model(), torch.nn.Linear(3, 1)
+
+        def training_step(self, batch, batch_idx):
+            auxiliary = self.more(self.dact(batch).probabilities).square().mean()
+            return self.dact.loss(batch, lambda_reg=0.01).loss + auxiliary
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    outer = Outer()
+    before = copy.deepcopy(outer.state_dict())
+    trainer(tmp_path).fit(outer, loader())
+    changed = [name for name, weight in outer.state_dict().items() if not torch.equal(weight, before[name])]
+    assert any(name.startswith("dact.encoder") for name in changed)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "message"),
+    [
+        ([0, 3], ValueError, r"labels must be in 0 … 2 \(or -100 for none\), got 3"),
+        ([0, -1], ValueError, r"labels must be in 0 … 2 .* got -1"),
+        ([0.5, 1.0], ValueError, r"labels must be integers of the shape \[batch\]"),
+        ([[0], [1]], ValueError, r"labels must be integers of the shape \[batch\]"),
+    ],
+)
+def test_labels_that_are_no_classes_get_one_line(labels, kind, message):
+    with pytest.raises(kind, match=message):
+        tiny_model().loss({**random_batch(2), "labels": torch.tensor(labels)})
+
+
+@torch.no_grad()
+def test_early_exit_in_train_mode_answers_as_in_eval_mode_and_leaves_the_mode_alone():
+    encoder = TransformerEncoder(50, 3, 16, 2, dropout=0.5)
+    model, batch = tiny_model(encoder=encoder), random_batch()
+    expected = model.early_exit(batch)
+    model.train()
+    model.encoder.layers[1].eval()  # frozen by its user
+    for _ in range(3):
+        assert torch.equal(model.early_exit(batch).probabilities, expected.probabilities)
+    assert model.training
+    assert model.encoder.layers[0].training
+    assert not model.encoder.layers[1].training
+
+
+def test_shared_batch_normalization_trains_with_the_statistics_that_it_has_in_eval_mode():
+    torch.manual_seed(0)
+    config = SubmodelConfig(normalization="batch", dropout=0.0)
+    encoder = TransformerEncoder(50, 4, 16, 2)
+    model = DACT(encoder=encoder, classifier=config, confidence=config, share_submodels=True)
+    states = torch.randn(64, 4, 16) + 5 * torch.arange(4).view(1, 4, 1)  # layers differ
+    for _ in range(200):
+        trained = model.classifier(states)
+    with torch.no_grad():
+        torch.testing.assert_close(model.eval().classifier(states), trained.detach(), atol=0.05, rtol=0.05)
+
+
+# ------------------------------------------------------------------ what Lightning has
+
+
+def test_several_validation_loaders_are_measured_apart(tmp_path):
+    model, loaders = tiny_model(), [loader(32), loader(48, seed=3)]
+    metrics = {}
+    for result in trainer(tmp_path).validate(model, loaders, verbose=False):
+        metrics |= result
+    alone = [trainer(tmp_path).validate(model, one, verbose=False)[0] for one in loaders]
+    for name, value in alone[0].items():
+        assert metrics[name] == pytest.approx(value), name
+    for name in ("val_loss", "val_accuracy", "val_exit_layer"):
+        assert metrics[f"{name}/dataloader_idx_1"] == pytest.approx(alone[1][name])
+    fit = trainer(tmp_path)
+    fit.fit(model, loader(), loaders)
+    assert {"val_loss", "val_loss/dataloader_idx_1"} <= fit.callback_metrics.keys()
+
+
+def test_an_encoder_that_lightning_unfreezes_later_trains(tmp_path):
+    class Unfreeze(pl.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.encoder)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.encoder, optimizer, lr=1e-3)
+
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    model = tiny_model(learning_rate=1e-2)
+    before = model.encoder.tokens.weight.detach().clone()
+    trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze(), Watch()]).fit(model, loader(), loader(seed=1))
+    assert not torch.equal(model.encoder.tokens.weight, before)
+    added = [step[-1] for step in rates if len(step) > len(rates[0])]
+    assert added[0] == pytest.approx(1e-3)
+    assert added == sorted(added, reverse=True), "it decays with the others"
+    assert added[-1] < 5e-4
+
+
+def test_every_logger_gets_the_settings(tmp_path):
+    import yaml
+
+    loggers = [pl.loggers.TensorBoardLogger(tmp_path, "board"), pl.loggers.CSVLogger(tmp_path, "table")]
+    model = tiny_model(lambda_reg=0.125)
+    trainer(tmp_path, max_epochs=1, logger=loggers).fit(model, loader(), loader(seed=1))
+    for name in ("board", "table"):
+        known = yaml.safe_load((tmp_path / name / "version_0" / "hparams.yaml").read_text())
+        assert known["lambda_reg"] == 0.125
+        assert known["encoder"]["num_layers"] == 4
+    assert model.hparams_initial["halting"] == "exact"
+
+
+class Focused(DACT):
+    """A subclass with an encoder and arguments of its own."""
+
+    def __init__(self, vocab: int, focus: float = 1.0, words: list[str] | None = None, **kwargs):
+        encoder = TransformerEncoder(vocab, 2, 8, 2)
+        super().__init__(encoder, exit_loss_weight=0.7, **kwargs)
+        self.focus, self.words = focus, words
+
+
+def test_a_subclass_gets_its_own_arguments_back(tmp_path):
+    model = Focused(30, 0.5, words=["a"], lambda_reg=0.3, output_dimension=4)
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.strategy.connect(model)
+    fit.save_checkpoint(tmp_path / "x.ckpt", weights_only=True)
+    model.halting_margin = 0.25
+    model.save_pretrained(tmp_path / "model")
+    loaded = [
+        Focused.load_from_checkpoint(tmp_path / "x.ckpt"),
+        Focused.from_pretrained(tmp_path / "model", words=["b"]),
+    ]
+    for again in loaded:
+        assert again.focus == 0.5
+        assert (again.lambda_reg, again.exit_loss_weight, again.output_dimension) == (0.3, 0.7, 4)
+        assert again.encoder.vocab_size == 30
+    assert [again.words for again in loaded] == [["a"], ["b"]]
+    assert loaded[1].halting_margin == 0.25
+    assert DACT.from_pretrained(tmp_path / "model").lambda_reg == 0.3
+    copied = copy.deepcopy(model)
+    assert copied.config() == model.config()
+
+
+# ------------------------------------------------------------------ somebody else's LightningCLI
+
+SETTINGS = {
+    "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
+    "model": {
+        "encoder": {
+            "class_path": "dact.encoders.TransformerEncoder",
+            "init_args": {"vocab_size": 50, "num_layers": 2, "hidden_size": 8, "num_heads": 2},
+        },
+        "lambda_reg": 0.125,
+        "focus": 0.5,
+    },
+}
+COMMANDS = [["fit"], ["test"], ["predict"], ["fit", "--trainer.max_epochs=2"]]
+
+
+def test_every_command_of_a_foreign_cli_takes_the_checkpoint(tmp_path):
+    from lightning.pytorch.cli import LightningCLI
+
+    from tests.foreign import MyDACT, MyData
+
+    settings = copy.deepcopy(SETTINGS)
+    settings["trainer"] |= {"default_root_dir": str(tmp_path), "logger": False}
+    checkpoint = tmp_path / "checkpoints" / "epoch=0-step=4.ckpt"
+    for number, (command, *more) in enumerate(COMMANDS):
+        arguments = {command: {**settings, **({"ckpt_path": str(checkpoint)} if number else {})}, "subcommand": command}
+        arguments[command]["trainer"] = {**settings["trainer"], "max_epochs": 2 if more else 1}
+        cli = LightningCLI(MyDACT, MyData, args=arguments, save_config_callback=None)
+        assert cli.model.focus == 0.5
+    assert cli.trainer.global_step == 8
+    assert MyDACT.load_from_checkpoint(checkpoint).focus == 0.5
+    assert DACT.load_from_checkpoint(checkpoint).lambda_reg == 0.125
+
+
+@pytest.mark.slow
+def test_a_main_py_of_ones_own_fits_tests_predicts_and_resumes(tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    import yaml
+
+    (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
+    settings = ["--config", str(tmp_path / "my.yaml"), "--trainer.default_root_dir", str(tmp_path)]
+    root = Path(__file__).parent.parent
+    for number, (command, *more) in enumerate(COMMANDS):
+        fit = tmp_path / "lightning_logs" / "version_0"
+        at = ["--ckpt_path", str(fit / "checkpoints" / "epoch=0-step=4.ckpt")] if number else []
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.foreign", command, *settings, *at, *more],
+
+            cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+    known = yaml.safe_load((fit / "hparams.yaml").read_text())
+    assert known["lambda_reg"] == 0.125

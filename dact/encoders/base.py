@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
 Pooling = Literal["mean", "first"]
+MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
 
 
 class LayeredEncoder(nn.Module, ABC):

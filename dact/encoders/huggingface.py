@@ -25,12 +25,14 @@ from transformers import (
 )
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
-from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
+from dact.checks import check_choice, check_count
+from dact.encoders.base import MOST_LAYERS, Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json, read_tensors
-from dact.functional import check_choice
 
 log = logging.getLogger(__name__)
+# Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or modules next to the file.
+RUNS_CODE = ("attn_implementation", "experts_implementation", "auto_map", "kernel_config")
 
 
 def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
@@ -173,7 +175,7 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, *, pooling: Pooling = "mean") -> HuggingFaceEncoder:
-        """An encoder around a model that is in memory already."""
+        """Wrap a model that is in memory already."""
         encoder = cls.__new__(cls)
         LayeredEncoder.__init__(encoder)
         encoder._adopt(model, pooling)
@@ -181,9 +183,8 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def from_config(cls, model: dict[str, Any], pooling: Pooling) -> HuggingFaceEncoder:
-        """The encoder of `config`, with random weights and without a look at any pretrained model."""
-        _check_family(model.get("model_type"), "the encoder's configuration")
-        config = AutoConfig.for_model(**model)
+        """Build the encoder that `config` described, with random weights and without a look at any pretrained model."""
+        config = _config_from(model)
         return cls.from_model(AutoModel.from_config(config, dtype=torch.float32), pooling=pooling)
 
     def _adopt(self, model: PreTrainedModel, pooling: Pooling) -> None:
@@ -254,6 +255,19 @@ def _check_family(model_type: str | None, what: str) -> _Family:
     return FAMILIES[model_type]
 
 
+def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
+    """Build the library's configuration from what a file says, without what would run code or build without bound."""
+    _check_family(described.get("model_type"), "the encoder's configuration")
+    harmless = {name: value for name, value in described.items() if _is_harmless(name)}
+    check_count("the encoder's num_hidden_layers", harmless.get("num_hidden_layers", 1), most=MOST_LAYERS)
+    config: PreTrainedConfig = AutoConfig.for_model(**harmless)
+    return config
+
+
+def _is_harmless(name: str) -> bool:
+    return name.lstrip("_").removesuffix("_internal") not in RUNS_CODE
+
+
 @contextmanager
 def _quiet_transformers() -> Any:
     """Keep the library's load report and progress bar off the console."""
@@ -273,13 +287,16 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     if _is_of_dact(Path(source)):
         return _load_own(Path(source), num_layers, pretrained)
     try:
-        config = AutoConfig.from_pretrained(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no encoder at pretrained={pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local "
             f"folder with a config.json, or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
         ) from error
     _check_family(config.model_type, f"pretrained={pretrained!r}")
+    for name in [name for name in vars(config) if not _is_harmless(name)]:
+        delattr(config, name)
+    config._attn_implementation = config._experts_implementation = None  # the library's own choice
     _keep_layers(config, num_layers, pretrained)
     try:
         with _quiet_transformers():
@@ -312,7 +329,7 @@ def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrain
             f"the model of dact at pretrained={pretrained!r} has an encoder that is not of Hugging Face, but "
             f"{described.get('type') or 'one of your own'}: load the whole model with DACT.from_pretrained"
         )
-    config = AutoConfig.for_model(**described["model"])
+    config = _config_from(described["model"])
     _keep_layers(config, num_layers, pretrained)
     model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
     prefix = "encoder.model."

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
-from dact.functional import check_choice
+from dact.checks import check_choice, check_count, check_range
+from dact.encoders.base import MOST_LAYERS, Batch, LayeredEncoder, Pooling, pool_tokens
 
 # Added to the attention logits where a head must not look. Finite, so that a row of padding gives numbers and not NaN;
 # small enough for float16.
@@ -59,14 +59,10 @@ class TransformerEncoder(LayeredEncoder):
         slopes: tuple[float, float] = (2.0, 0.25),
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("vocab_size", vocab_size, 2),
-            ("num_layers", num_layers, 1),
-            ("hidden_size", hidden_size, 1),
-            ("num_heads", num_heads, 1),
-        ):
-            if value < least:
-                raise ValueError(f"TransformerEncoder: {name} must be {least} or more, got {value}")
+        check_count("TransformerEncoder: vocab_size", vocab_size, least=2)
+        check_count("TransformerEncoder: num_layers", num_layers, most=MOST_LAYERS)
+        check_count("TransformerEncoder: hidden_size", hidden_size)
+        check_count("TransformerEncoder: num_heads", num_heads)
         if num_heads % 2:
             raise ValueError(
                 f"TransformerEncoder: num_heads must be even, got {num_heads}: half of the heads look back, half ahead"
@@ -75,8 +71,7 @@ class TransformerEncoder(LayeredEncoder):
             raise ValueError(
                 f"TransformerEncoder: hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
             )
-        if not 0.0 <= dropout < 1.0:
-            raise ValueError(f"TransformerEncoder: dropout must be in [0, 1), got {dropout}")
+        check_range("TransformerEncoder: dropout", dropout, "[0, 1)")
         if len(slopes) != 2 or not slopes[0] >= slopes[1] > 0:
             raise ValueError(
                 f"TransformerEncoder: slopes must be the steepest and the flattest, both above 0, got {slopes}"

@@ -1,0 +1,53 @@
+"""The arguments of DACT: their ranges, and those that are attributes of its halting rule."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Generic, TypeVar
+
+from dact.checks import check_choice, check_count, check_one_per_class, check_range
+from dact.encoders.base import LayeredEncoder
+from dact.functional import PonderKind
+
+Value = TypeVar("Value")
+
+
+class OfRule(Generic[Value]):
+    """An attribute of a model that is a field of its `exit_rule`."""
+
+    def __init__(self, field: str) -> None:
+        self.field = field
+
+    def __get__(self, model: Any, owner: type) -> Value:
+        return getattr(model.exit_rule, self.field)  # type: ignore[no-any-return]
+
+    def __set__(self, model: Any, value: Value) -> None:
+        model.exit_rule = dataclasses.replace(model.exit_rule, **{self.field: value})
+
+
+def check_arguments(given: Mapping[str, Any]) -> None:
+    """Raise an error that names the argument of `DACT` that is outside its range."""
+    encoder, classes = given["encoder"], given["output_dimension"]
+    if not isinstance(encoder, LayeredEncoder):
+        raise TypeError(
+            f"DACT: encoder must be a dact.encoders.LayeredEncoder, got {type(encoder).__name__}. "
+            "Subclass it for an encoder of your own"
+        )
+    check_count("DACT: output_dimension", classes, least=2, hint="it counts the classes")
+    check_choice("DACT: ponder", given["ponder"], PonderKind)
+    for name in ("lambda_reg", "exit_loss_weight", "weight_decay"):
+        check_range(f"DACT: {name}", given[name], "[0, inf)")
+    check_range("DACT: distillation", given["distillation"], "[0, 1]", "it is the teacher's share of the targets")
+    for name in ("lambda_warmup", "warmup_fraction"):
+        check_range(f"DACT: {name}", given[name], "[0, 1]", "it is a share of the optimizer steps")
+    check_range("DACT: learning_rate", given["learning_rate"], "(0, inf)")
+    if given["submodel_learning_rate"] is not None:
+        check_range("DACT: submodel_learning_rate", given["submodel_learning_rate"], "(0, inf)")
+    if given["num_layers"] is not None:
+        check_count("DACT: num_layers", given["num_layers"], most=encoder.num_layers, hint="the layers of the encoder")
+    for name in ("step_tokens", "window_tokens"):
+        if given[name] is not None:
+            check_count(f"DACT: {name}", given[name], hint="it counts tokens")
+    for name in ("class_weights", "class_names"):
+        check_one_per_class(f"DACT: {name}", given[name], classes)

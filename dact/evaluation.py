@@ -1,0 +1,127 @@
+"""What validation and test measure, per loader, and how it is logged."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+
+from dact import functional
+from dact.encoders.base import Batch, check_batch
+from dact.functional import PonderKind
+from dact.metrics import SCALARS, evaluation_metrics, update_metrics
+from dact.outputs import DACTOutput
+
+
+class Evaluated(LightningModule):
+    """The part of DACT that measures. Metrics of the first loader are ``val_loss`` and so on; those of further loaders
+    end in ``/dataloader_idx_1`` and so on."""
+
+    output_dimension: int
+    num_layers: int
+    lambda_reg: float
+    ponder: PonderKind
+    class_weights: Tensor | None
+
+    def make_metrics(self) -> None:
+        """Make the metrics; the constructor calls it when it knows classes and layers."""
+        # One set each: sanity checks and a test inside a fit must not add to what validation counts.
+        self.val_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
+        self.test_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
+        self.more_metrics = nn.ModuleDict()  # of further loaders, as they come
+
+    def _metrics_of(self, stage: str, loader: int) -> tuple[str, Any]:
+        """Return the metrics of one loader and the attribute that holds them."""
+        if loader == 0:
+            return f"{stage}_metrics", getattr(self, f"{stage}_metrics")
+        name = f"{stage}{loader}"
+        if name not in self.more_metrics:
+            self.more_metrics[name] = evaluation_metrics(self.output_dimension, self.num_layers).to(self.device)
+        return f"more_metrics.{name}", self.more_metrics[name]
+
+    def measure(
+        self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
+    ) -> dict[str, Tensor]:
+        """Update and log what evaluation measures: of all layers, and of early exit (by `full` if None).
+
+        Returns:
+            The loss and the exit layers ``[batch]``: callbacks draw them.
+        """
+        target = labels_of(batch, stage)
+        assert full.layer_probabilities is not None
+        assert full.h is not None
+        assert full.p is not None
+        a, _ = functional.accumulate(full.layer_probabilities, full.h)
+        early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
+        if (target == functional.IGNORED).any():
+            raise ValueError(
+                f"a batch for {stage} has the label {functional.IGNORED}: only training takes what has none"
+            )
+        ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
+        loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost
+        task_loss = functional.task_loss(early.probabilities, target, self.class_weights)
+        agreement = (early.probabilities.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
+
+        attribute, metrics = self._metrics_of(stage, loader)
+        for name, value in zip(SCALARS[:4], (loss, task_loss, ponder_cost, agreement), strict=True):
+            # One value per example: without its NaN check, torchmetrics takes no weights.
+            metrics[name].update(value.expand(len(target)))
+        update_metrics(metrics, a, early.probabilities, early.exit_layer, target)
+        for name in SCALARS:
+            self.log(
+                f"{stage}_{name}{_suffix(loader)}",
+                metrics[name],
+                on_step=False,
+                on_epoch=True,
+                prog_bar=loader == 0 and name in ("loss", "accuracy", "exit_layer"),
+                metric_attribute=f"{attribute}.{name}",
+                add_dataloader_idx=False,
+            )
+        return {"loss": loss, "exit_layer": early.exit_layer}
+
+    def _begin_evaluation(self, stage: str) -> None:
+        """Reset all metrics. Lightning resets scalars alone, and after `validate` to tensors that a fit cannot change."""
+        for loader in self._loaders(stage):
+            for metric in self._metrics_of(stage, loader)[1].values():
+                metric.reset()
+
+    def _end_evaluation(self, stage: str) -> None:
+        """Log the accuracy per layer, and keep the exit histogram of the first loader for callbacks."""
+        self.exit_histogram = self._metrics_of(stage, 0)[1]["exit_histogram"].compute().reshape(-1).clone()
+        for loader in self._loaders(stage):
+            metric = self._metrics_of(stage, loader)[1]["layer_accuracy"]
+            if loader and not metric.update_called:  # there are fewer loaders than before
+                continue
+            # (torchmetrics makes a scalar of a vector of one entry: an encoder of one layer.)
+            values = enumerate(metric.compute().reshape(-1), start=1)
+            names = {f"{stage}_layer_accuracy{_suffix(loader)}/{n}": value for n, value in values}
+            self.log_dict(names, on_step=False, on_epoch=True, sync_dist=False, add_dataloader_idx=False)
+
+    def _loaders(self, stage: str) -> list[int]:
+        return [0, *(int(name.removeprefix(stage)) for name in self.more_metrics if name.startswith(stage))]
+
+    def on_validation_epoch_start(self) -> None:
+        self._begin_evaluation("val")
+
+    def on_test_epoch_start(self) -> None:
+        self._begin_evaluation("test")
+
+    def on_validation_epoch_end(self) -> None:
+        self._end_evaluation("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._end_evaluation("test")
+
+
+def labels_of(batch: Batch, stage: str) -> Tensor:
+    """Return the labels of a batch, or raise a ``KeyError`` or ``TypeError`` that says what came."""
+    check_batch(batch)
+    if "labels" not in batch:
+        raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
+    return batch["labels"]
+
+
+def _suffix(loader: int) -> str:
+    """Return what tells the metrics of further loaders from those of the first, as Lightning does."""
+    return f"/dataloader_idx_{loader}" if loader else ""

@@ -1,0 +1,53 @@
+"""What a model returns: its answers, and its training loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class DACTOutput:
+    """What DACT says about a batch.
+
+    Args:
+        probabilities: ``[batch, classes]``: a_N from `DACT.forward`, a_n at the exit layer from `DACT.early_exit`.
+            The halting rule guarantees the class of a_N, not its probabilities; the margin guarantees neither.
+        exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`: that the halting
+            rule would have run).
+        layer_probabilities: y, ``[batch, layers, classes]``; from `DACT.forward` only.
+        h: The confidence of each layer, ``[batch, layers]``; from `DACT.forward` only.
+        p: The remaining share after each layer, ``[batch, layers]``; from `DACT.forward` only.
+    """
+
+    probabilities: Tensor
+    exit_layer: Tensor
+    layer_probabilities: Tensor | None = None
+    h: Tensor | None = None
+    p: Tensor | None = None
+
+    def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
+        """Return the output with its tensors moved or cast as `torch.Tensor.to` does it; the Trainer moves predictions."""
+        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        moved = {name: tensor.to(*args, **kwargs) for name, tensor in tensors.items() if tensor is not None}
+        return dataclasses.replace(self, **moved)
+
+
+@dataclass(frozen=True)
+class Loss:
+    """The training loss of a batch and its parts, each a scalar.
+
+    Args:
+        loss: ``task_loss + λ · ponder_cost + exit_loss_weight · exit_loss``; call ``backward()`` on it.
+        task_loss: Negative log-likelihood of a_N, with the teacher's share in its targets.
+        exit_loss: Mean cross-entropy of the layers' own classifications, likewise.
+        ponder_cost: ρ.
+    """
+
+    loss: Tensor
+    task_loss: Tensor
+    exit_loss: Tensor
+    ponder_cost: Tensor
