@@ -157,9 +157,9 @@ class _API(litserve.LitAPI):
         for kind in (str, tuple):  # single texts and pairs are tokenised in different ways
             rows = [row for row, text in enumerate(texts) if isinstance(text, kind)]
             if rows:
-                answers = self.classifier([texts[row] for row in rows])  # type: ignore[misc]
+                answers = self.classifier.stream(texts[row] for row in rows)  # type: ignore[misc]
                 found.update(zip(rows, answers, strict=True))
-        in_order = iter(vars(found[row]) for row in range(len(texts)))
+        in_order = ({name: getattr(found[row], name) for name in Answer.model_fields} for row in range(len(texts)))
         return [{"predictions": [next(in_order) for _ in request.all()]} for request in requests]
 
 

@@ -22,6 +22,7 @@ from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.export import export
 from dact.server import _API, PredictRequest, serve
+from dact.text_classifier import Prediction
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -201,17 +202,34 @@ def test_a_body_sent_in_pieces_is_measured_as_it_comes(server):
     assert connection.getresponse().status == 413
 
 
-def test_a_request_that_fails_does_not_take_others_with_it():
-    def classify(texts):
+class Stub:
+    """A classifier that refuses one text, and texts next to pairs, as tokenizers do."""
+
+    def stream(self, texts):
+        texts = list(texts)
         if "poison" in texts:
             raise RuntimeError("poison")
-        return [type("Prediction", (), {})() for _ in texts]
+        assert len({type(text) for text in texts}) == 1
+        return [Prediction(str(text), 1.0, 1) for text in texts]
 
+
+def stubbed():
     api = _API("model", 4, 0.0)
-    api.classifier = classify
-    first, poisoned, last = api.predict([PredictRequest(text=text) for text in ("good", "poison", "bad")])
-    assert len(first["predictions"]) == len(last["predictions"]) == 1
+    api.classifier = Stub()
+    return api
+
+
+def test_a_request_that_fails_does_not_take_others_with_it():
+    first, poisoned, last = stubbed().predict([PredictRequest(text=text) for text in ("good", "poison", "bad")])
+    assert [answer["label"] for answer in first["predictions"] + last["predictions"]] == ["good", "bad"]
     assert poisoned.status_code == 422
+
+
+def test_texts_and_pairs_in_one_batch_keep_their_order():
+    bodies = [{"texts": ["one", ["a", "b"], "two"]}, {"text": ["c", "d"]}]
+    answers = stubbed().predict([PredictRequest(**body) for body in bodies])
+    labels = [[one["label"] for one in answer["predictions"]] for answer in answers]
+    assert labels == [["one", "('a', 'b')", "two"], ["('c', 'd')"]]
 
 
 @pytest.mark.parametrize(
