@@ -3,7 +3,7 @@
     python benchmarks/speed.py real --model DIR       # a fitted model/ folder, on the test texts of VADER
     python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_margin 0.9   # beside a model of more layers
     python benchmarks/speed.py shapes                 # MiniLM and BERT-base shapes, exits spread evenly over the layers
-    python benchmarks/speed.py shapes --precision bf16-mixed
+    python benchmarks/speed.py shapes --precision bf16-mixed --step_tokens 16384 65536     # a search over its steps
 
 R = N / mean exit layer is what an ideal scheduler would reach. Every ratio is of two sides that take turns in one run.
 """
@@ -11,12 +11,13 @@ R = N / mean exit layer is what an ideal scheduler would reach. Every ratio is o
 from __future__ import annotations
 
 import argparse
-import contextlib
 import copy
+import dataclasses
+import itertools
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +28,12 @@ from dact import DACT, TextClassifier, inference
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel
+from dact.functional import Halting
 from dact.quiet import quiet
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 SHAPES = {
+    "tiny": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64},
     "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
     "BERT-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
 }
@@ -86,7 +89,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     layers = model.encoder.num_layers
 
     def run(rule: str) -> Callable[[], Any]:
-        return lambda: model._inference(batch, rule)  # type: ignore[arg-type]
+        return lambda: run_by(model, batch, rule)
 
     exits = model.early_exit(batch).exit_layer
     ideal = layers / exits.double().mean().item()
@@ -96,7 +99,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     few_exits = torch.cat([model.early_exit(one).exit_layer for one in few])
     one = in_turn(
         {
-            "full depth": lambda: [model._inference(one, "never") for one in few],
+            "full depth": lambda: [run_by(model, one, "never") for one in few],
             "early exit": lambda: [model.early_exit(one) for one in few],
         },
         arguments.rounds,
@@ -110,6 +113,11 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
         "unit": unit_cost(model, batch, arguments.rounds),
         "pipeline": beside_pipeline(classifier, full_depth, texts, labels, arguments.rounds),
     }
+
+
+def run_by(model: DACT, batch: dict[str, Tensor], rule: Any) -> inference.Exits:
+    """Run a batch under a halting rule, whatever that of the model is."""
+    return model._inference(batch, dataclasses.replace(model.exit_rule, rule=rule))
 
 
 def compare(seconds: dict[str, float], ideal: float) -> dict[str, float]:
@@ -128,8 +136,8 @@ def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, f
             nn.init.constant_(submodel[-1].bias, bias)
     seconds = in_turn(
         {
-            "encoder alone": lambda: bare._inference(batch, "never"),
-            "with the unit": lambda: stays._inference(batch, "exact"),
+            "encoder alone": lambda: run_by(bare, batch, "never"),
+            "with the unit": lambda: run_by(stays, batch, "exact"),
         },
         rounds,
     )
@@ -168,55 +176,52 @@ def beside_pipeline(
     }
 
 
-@contextlib.contextmanager
-def even_exits(seed: int) -> Iterator[None]:
-    """Let examples leave at random, as many after each layer."""
-    original, generator = inference.can_halt, torch.Generator().manual_seed(seed)
+class EvenExits(Halting):
+    """Let examples leave at random, as many after each layer; the rule is asked all the same, for its cost."""
 
-    def leave(a: Tensor, p: Tensor, remaining: int, *rest: Any, **more: Any) -> Tensor:
-        original(a, p, remaining, *rest, **more)  # its cost belongs to the measurement
+    def halts(self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int) -> Tensor:
+        super().halts(a, p, y, remaining, num_layers)
+        generator = torch.Generator().manual_seed(num_layers * len(a) + int(remaining))
         return (torch.rand(len(a), generator=generator) < 1 / (remaining + 1)).to(a.device)
-
-    inference.can_halt = leave  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        inference.can_halt = original
 
 
 def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Random weights of known shapes, by length and number of examples."""
+    """Random weights of known shapes, by length, number of examples and tokens of a step."""
     from transformers import BertConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[arguments.precision]
     results = {}
-    for name, shape in SHAPES.items():
-        encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(BertConfig(vocab_size=30522, **shape)))
+    for name in arguments.shapes:
+        encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(BertConfig(vocab_size=30522, **SHAPES[name])))
         model = DACT(encoder=encoder).eval().to(device)
-        for lengths in ("128", "mixed"):
-            for count in arguments.examples:
-                generator = torch.Generator().manual_seed(0)
-                sizes = torch.randint(8, 129, (count,), generator=generator) if lengths == "mixed" else None
-                sizes = torch.full((count,), 128) if sizes is None else sizes
-                mask = (torch.arange(128) < sizes[:, None]).long()
-                ids = torch.randint(1000, 30000, (count, 128), generator=generator) * mask
-                batch = {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
+        for lengths, count in itertools.product(("128", "mixed"), arguments.examples):
+            batch = random_batch(count, lengths == "mixed", device)
 
-                def early(model: DACT = model, batch: dict[str, Tensor] = batch) -> Any:
-                    with even_exits(1):
-                        return model._inference(batch, "exact")
+            def early(model: DACT = model, batch: dict[str, Tensor] = batch) -> Any:
+                return model._inference(batch, EvenExits())
 
-                def full(model: DACT = model, batch: dict[str, Tensor] = batch) -> Any:
-                    return model._inference(batch, "never")
+            def full(model: DACT = model, batch: dict[str, Tensor] = batch) -> Any:
+                return run_by(model, batch, "never")
 
+            for tokens in arguments.step_tokens or [None]:
+                model.step_tokens = tokens
                 with torch.autocast(device, dtype, enabled=dtype is not None):
                     ideal = encoder.num_layers / early().layers.double().mean().item()
                     seconds = in_turn({"full depth": full, "early exit": early}, arguments.rounds)
-                key = f"{name}, length {lengths}, {count} examples"
+                key = f"{name}, length {lengths}, {count} examples" + (f", {tokens} tokens a step" if tokens else "")
                 results[key] = {"R": ideal, **seconds, **compare(seconds, ideal)}
                 print(f"{key}: R {ideal:.2f}, {results[key]['share of R']:.2f} R", flush=True)
     return results
+
+
+def random_batch(count: int, mixed: bool, device: str) -> dict[str, Tensor]:
+    """Token ids of length 128, or of mixed lengths of 8 to 128."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = torch.randint(8, 129, (count,), generator=generator) if mixed else torch.full((count,), 128)
+    mask = (torch.arange(128) < sizes[:, None]).long()
+    ids = torch.randint(1000, 30000, (count, 128), generator=generator) * mask
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
 
 
 def show(content: dict[str, Any], indent: str = "  ") -> None:
@@ -238,18 +243,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
     parser.add_argument("--examples", type=int, nargs="+", default=[64, 256, 1024])
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["MiniLM", "BERT-base"])
+    parser.add_argument("--step_tokens", type=int, nargs="+", help="for shapes: each of them; the default if left out")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.part == "real" and arguments.model is None:
         parser.error("real needs --model")
     quiet()
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     found = {"real": real, "shapes": shapes}[arguments.part](arguments)
     layers = f", {found['layers']} layers" if "layers" in found else ""
     key = f"{arguments.part}{layers}, {device}, {arguments.precision}"
     results[key] = found
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    arguments.results.parent.mkdir(exist_ok=True)
+    arguments.results.write_text(json.dumps(results, indent=1) + "\n")
     print(f"\n{key}")
     show(found)
 

@@ -6,17 +6,19 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from dact.checks import check_choice
 from dact.data.tokenizers import load_tokenizer
 from dact.encoders.base import LayeredEncoder
 from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, digest
 from dact.encoders.onnx import quantize as quantize_graph
 from dact.files import read_json, replacing_folder
-from dact.model import CONFIG_NAME, DACT
+from dact.model import DACT
+from dact.persistence import CONFIG_NAME
 
 Quantization = Literal["int8"]
 OPSET = 17  # the first with a layer normalisation of its own
@@ -64,7 +66,8 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
         model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
         output: Folder to write. An earlier export there is replaced.
         quantize: ``"int8"`` for weights of 8 bits, one scale per channel, with activations quantised as they come;
-            float32 if left out. Processors without VNNI instructions lose some accuracy with int8.
+            float32 if left out. The scale of the activations is that of all texts in a step, so with int8 the score
+            of a text depends a little on its company; processors without VNNI instructions lose some accuracy.
 
     Raises:
         ImportError: If ONNX Runtime or onnx is not installed.
@@ -72,8 +75,8 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
         ValueError: If `quantize` is unknown, `output` holds something else, the model is exported already, or a graph
             differs from PyTorch.
     """
-    if quantize is not None and quantize not in get_args(Quantization):
-        raise ValueError(f"export: quantize must be None or 'int8', got {quantize!r}")
+    if quantize is not None:
+        check_choice("export: quantize", quantize, Quantization)
     model_dir, output = Path(model_dir), Path(output)
     _check_output(output)
     with torch.random.fork_rng(devices=[]):  # a model is built with random weights before its own are read
@@ -88,7 +91,7 @@ def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Exp
     had_promise = model.calibration is not None
     model.end_calibration()
     with replacing_folder(output) as folder, torch.no_grad():
-        layers = _write_graphs(encoder, folder)
+        layers = _write_graphs(encoder, model.num_layers, folder)
         exported = _open(folder, layers, encoder)
         difference = max(_largest(*pair) for pair in _outputs(encoder, exported))
         if not difference <= TOLERANCE:
@@ -133,8 +136,8 @@ class _Traced(nn.Module):
         return self.run(*tensors)
 
 
-def _write_graphs(encoder: LayeredEncoder, folder: Path) -> list[str]:
-    """Write the graphs of an encoder, and return the file names of its layers'."""
+def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> list[str]:
+    """Write the graphs of the first layers of an encoder, and return the file names of these layers."""
     _attend_plainly(encoder)
     ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
@@ -149,7 +152,7 @@ def _write_graphs(encoder: LayeredEncoder, folder: Path) -> list[str]:
     _write_graph(folder / EMBED, encoder, embed, inputs)
     names: dict[str, str] = {}  # layers that share their weights give the same graph
     layers = []
-    for n in range(1, encoder.num_layers + 1):
+    for n in range(1, num_layers + 1):
         path = folder / f"layer_{n}.onnx"
         _write_graph(path, encoder, lambda h, m, n=n: encoder.layer(n, h, encoder.context(h, m)), states)
         layers.append(names.setdefault(digest(path), path.name))
@@ -206,7 +209,7 @@ def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[T
         hidden = encoder.embed(batch)
         yield hidden[valid], exported.embed(batch)[valid]
         context = encoder.context(hidden, mask)
-        for n in range(1, encoder.num_layers + 1):
+        for n in range(1, exported.num_layers + 1):
             after = encoder.layer(n, hidden, context)
             yield after[valid], exported.layer(n, hidden, mask)[valid]
             hidden = after

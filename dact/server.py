@@ -12,11 +12,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import BaseModel, ConfigDict, field_validator, model_validator
 
+from dact.checks import check_choice, check_count, check_range
 from dact.encoders.base import LayeredEncoder
 from dact.text_classifier import Prediction, TextClassifier
 
@@ -33,7 +34,7 @@ MOST_CHARACTERS = 100_000  # of a text; a pair counts as one
 MOST_BYTES = 1_000_000  # of a body
 MOST_TEXTS = 10_000  # of a request: what one client may keep the others waiting for
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold halves of a character, which no tokenizer takes
-HOSTS = ("127.0.0.1", "0.0.0.0", "::")  # those that LitServe takes
+Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # those that LitServe takes
 
 log = logging.getLogger(__name__)
 
@@ -152,15 +153,14 @@ class _API(litserve.LitAPI):
 
     def _classify(self, requests: list[PredictRequest]) -> list[Any]:
         texts = [text for request in requests for text in request.all()]
-        found: list[Prediction | None] = [None] * len(texts)
+        found: dict[int, Prediction] = {}
         for kind in (str, tuple):  # single texts and pairs are tokenised in different ways
             rows = [row for row, text in enumerate(texts) if isinstance(text, kind)]
             if rows:
-                answers = self.classifier([texts[row] for row in rows])  # type: ignore[misc]
-                for row, answer in zip(rows, answers, strict=True):
-                    found[row] = answer
-        answers = iter(found)
-        return [{"predictions": [vars(next(answers)) for _ in request.all()]} for request in requests]
+                answers = self.classifier.stream(texts[row] for row in rows)  # type: ignore[misc]
+                found.update(zip(rows, answers, strict=True))
+        in_order = ({name: getattr(found[row], name) for name in Answer.model_fields} for row in range(len(texts)))
+        return [{"predictions": [next(in_order) for _ in request.all()]} for request in requests]
 
 
 def serve(
@@ -194,14 +194,10 @@ def serve(
         OSError: If the port is taken.
         RuntimeError: If the process that runs the model ends by itself.
     """
-    if host not in HOSTS:
-        raise ValueError(f"serve: host must be one of {', '.join(HOSTS)}, got {host!r}")
-    if not 1024 <= port <= 65535:
-        raise ValueError(f"serve: port must be in 1024 … 65535, got {port}")
-    if max_batch < 2:
-        raise ValueError(f"serve: max_batch counts requests and must be 2 or more, got {max_batch}")
-    if not 0 <= max_wait < 30:
-        raise ValueError(f"serve: max_wait counts seconds and must be in [0, 30), got {max_wait}")
+    check_choice("serve: host", host, Host)
+    check_count("serve: port", port, 1024, 65535)
+    check_count("serve: max_batch", max_batch, 2)
+    check_range("serve: max_wait", max_wait, "[0, 30)")
     path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     info, device = _inspect(path)
     server = litserve.LitServer(
@@ -243,7 +239,7 @@ def _inspect(model: str) -> tuple[dict[str, Any], str]:
     exported = type(encoder).__name__ == "OnnxEncoder"
     info = {
         "classes": list(classifier.class_names),
-        "layers": encoder.num_layers,
+        "layers": fitted.num_layers,
         "halting": fitted.halting,
         "dial": {"halting_tolerance": fitted.halting_tolerance, "halting_margin": fitted.halting_margin},
         "promise": fitted.calibration,

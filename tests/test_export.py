@@ -75,6 +75,14 @@ def test_examples_still_leave_at_different_layers(tmp_path):
     assert len(exits.unique()) > 2
 
 
+def test_only_the_layers_that_the_model_uses_are_exported(tmp_path):
+    model = saved(tmp_path / "model", layers=4, num_layers=2)
+    export(tmp_path / "model", tmp_path / "onnx")
+    exported, batch = DACT.from_pretrained(tmp_path / "onnx"), random_batch()
+    assert exported.num_layers == exported.encoder.num_layers == 2
+    assert torch.equal(exported.early_exit(batch).exit_layer, model.early_exit(batch).exit_layer)
+
+
 def test_layers_that_share_their_weights_share_a_graph(tmp_path):
     DACT(encoder=encoder_of("albert-groups")).save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "onnx")
@@ -182,7 +190,7 @@ def test_export_replaces_an_earlier_export_and_nothing_else(tmp_path):
     assert (tmp_path / "precious" / "thesis.txt").read_text() == "all of it"
     with pytest.raises(ValueError, match=r"exported already"):
         export(tmp_path / "onnx", tmp_path / "again")
-    with pytest.raises(ValueError, match=r"quantize must be None or 'int8', got 'int4'"):
+    with pytest.raises(ValueError, match=r"quantize must be one of 'int8', got 'int4'"):
         export(tmp_path / "model", tmp_path / "again", quantize="int4")
     with pytest.raises(FileNotFoundError):
         export(tmp_path / "nothing", tmp_path / "again")

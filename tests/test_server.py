@@ -22,6 +22,7 @@ from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.export import export
 from dact.server import _API, PredictRequest, serve
+from dact.text_classifier import Prediction
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -201,26 +202,43 @@ def test_a_body_sent_in_pieces_is_measured_as_it_comes(server):
     assert connection.getresponse().status == 413
 
 
-def test_a_request_that_fails_does_not_take_others_with_it():
-    def classify(texts):
+class Stub:
+    """A classifier that refuses one text, and texts next to pairs, as tokenizers do."""
+
+    def stream(self, texts):
+        texts = list(texts)
         if "poison" in texts:
             raise RuntimeError("poison")
-        return [type("Prediction", (), {})() for _ in texts]
+        assert len({type(text) for text in texts}) == 1
+        return [Prediction(str(text), 1.0, 1) for text in texts]
 
+
+def stubbed():
     api = _API("model", 4, 0.0)
-    api.classifier = classify
-    first, poisoned, last = api.predict([PredictRequest(text=text) for text in ("good", "poison", "bad")])
-    assert len(first["predictions"]) == len(last["predictions"]) == 1
+    api.classifier = Stub()
+    return api
+
+
+def test_a_request_that_fails_does_not_take_others_with_it():
+    first, poisoned, last = stubbed().predict([PredictRequest(text=text) for text in ("good", "poison", "bad")])
+    assert [answer["label"] for answer in first["predictions"] + last["predictions"]] == ["good", "bad"]
     assert poisoned.status_code == 422
+
+
+def test_texts_and_pairs_in_one_batch_keep_their_order():
+    bodies = [{"texts": ["one", ["a", "b"], "two"]}, {"text": ["c", "d"]}]
+    answers = stubbed().predict([PredictRequest(**body) for body in bodies])
+    labels = [[one["label"] for one in answer["predictions"]] for answer in answers]
+    assert labels == [["one", "('a', 'b')", "two"], ["('c', 'd')"]]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"host": "example.org"}, "host must be one of 127.0.0.1"),
-        ({"port": 80}, "port must be in 1024"),
-        ({"max_batch": 1}, "max_batch counts requests"),
-        ({"max_wait": -1}, "max_wait counts seconds"),
+        ({"host": "example.org"}, "host must be one of '127.0.0.1'"),
+        ({"port": 80}, "serve: port"),
+        ({"max_batch": 1}, "serve: max_batch"),
+        ({"max_wait": -1}, "serve: max_wait"),
     ],
 )
 def test_an_argument_outside_its_range_is_refused(folder, arguments, message):
@@ -260,7 +278,7 @@ def test_ten_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_
 @pytest.mark.slow
 def test_sigterm_answers_what_was_taken_and_a_restart_serves_the_same_clients(folder, tmp_path):
     """With a key, on ONNX Runtime, under load."""
-    export(folder, tmp_path / "onnx", quantize="int8")
+    export(folder, tmp_path / "onnx")
     headers = {**JSON, "X-API-Key": "secret"}
     first = Server(tmp_path / "onnx", tmp_path / "cwd", LIT_SERVER_API_KEY="secret")
     servers = [first]

