@@ -19,6 +19,7 @@ from dact.tuning.training import as_list, make_trainer
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
 DISTILLATION = 0.5  # share of the teacher in the targets
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies where a promise is to be kept
+FEWEST_ASIDE = 100  # examples below which none are set aside for an estimate
 LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
 HEAD_RATE, HEAD_RATE_FACTOR = (
     1e-3,
@@ -137,33 +138,39 @@ class Recipe:
                 raise
             note = "the model leaves by a dial of its own: there is no promise about its margin"
             return replace(self, promise=None, note=note)
-        data = self.data()
-        given = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", 0.0)
+        recipe, aside = self._setting_aside()
         needed = promise.examples_needed()
-        if given or promise.confidence is None:
-            return self
-        if not hasattr(data, "calibration_fraction"):
-            if asked_for and not hasattr(data, "calibration_dataloader"):
-                raise ValueError(
-                    f"TuningEngine: a promise needs examples that no study sees, but {type(data).__name__} has no "
-                    "calibration_dataloader: give it one that returns labelled batches"
-                )
-            if hasattr(data, "calibration_dataloader"):
-                return self
-            return self._with_estimate(f"{type(data).__name__} sets no examples aside")
-        data.prepare_data()
-        data.setup("validate")
-        examples = len(data.val_dataloader().dataset)
-        if asked_for or (needed is not None and CALIBRATION_SHARE * examples >= needed):
-            return replace(self, calibration_fraction=CALIBRATION_SHARE)
-        return self._with_estimate(
-            f"{examples} validation examples are too few to set half of them aside for it, which takes {needed}"
-        )
-
-    def _with_estimate(self, why: str) -> Recipe:
-        assert self.promise is not None
+        if promise.confidence is None or (aside and (needed is None or aside >= needed)):
+            return recipe
+        kind = type(self.data()).__name__
+        why = f"it takes {needed} examples that no study sees, and {kind} sets {aside} aside"
+        if asked_for:
+            raise ValueError(
+                f"TuningEngine: the promise cannot be kept: {why}. Give the data more validation examples or a "
+                "calibration_dataloader, promise less, or ask for an estimate (confidence: null)"
+            )
         note = f"the margin will be set by an estimate, not by a promise: {why}"
-        return replace(self, promise=replace(self.promise, confidence=None), note=note)
+        estimate = replace(promise, confidence=None)
+        # A few examples that no study sees are still better than those that choose the checkpoint.
+        return replace(recipe if aside >= FEWEST_ASIDE else self, promise=estimate, note=note)
+
+    def _setting_aside(self) -> tuple[Recipe, int]:
+        """Return the recipe that sets examples aside as far as the data can, and how many these are."""
+        data = self.data()
+        given = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", None)
+        recipe = self
+        if not given and hasattr(data, "calibration_fraction"):
+            recipe = replace(self, calibration_fraction=CALIBRATION_SHARE)
+            data = recipe.make_data()
+        if not hasattr(data, "calibration_dataloader"):
+            return self, 0
+        data.prepare_data()
+        try:
+            data.setup("validate")
+            loader = data.calibration_dataloader()
+        except ValueError:  # there are too few to divide
+            return self, 0
+        return recipe, 0 if loader is None else len(loader.dataset)
 
     def starts(self, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
         """Return, by stage, the parameters of the first trials: those that paid elsewhere, and the factories' own."""
