@@ -146,11 +146,13 @@ class DACTCLI(LightningCLI):
         parser.add_class_arguments(
             StoredModel if evaluating else DACT,
             "model",
-            skip={"class_weights"},
+            skip={"class_weights", "output_dimension"},
             fail_untyped=False,
             sub_configs=True,
             instantiate=not evaluating,
         )
+        text = "number of classes; that of the data if left out"
+        parser.add_argument("--model.output_dimension", type=int | None, default=None, help=text)
         parser.add_argument(
             "--model.class_weights",
             type=list[float] | Literal["balanced"] | None,
@@ -224,7 +226,7 @@ class DACTCLI(LightningCLI):
     def _complete_model(self, config: Namespace) -> None:
         """Take the number of classes, and balanced class weights, from the training data."""
         asked = config.model.class_weights == "balanced"
-        if not asked and self.request.gives("model.output_dimension"):
+        if not asked and config.model.output_dimension is not None:
             return
         if self._data is None:
             plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
@@ -234,7 +236,11 @@ class DACTCLI(LightningCLI):
             data.prepare_data()
             data.setup("fit")
         names = getattr(data, "class_names", None)
-        if names is not None and not self.request.gives("model.output_dimension"):
+        if config.model.output_dimension is None:
+            if names is None:
+                raise ValueError(
+                    "model.output_dimension, the number of classes, is needed: the data does not name them"
+                )
             config.model.output_dimension = len(names)
         if asked:
             config.model.class_weights = balanced_weights(data, config.model.output_dimension)
