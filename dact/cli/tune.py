@@ -10,10 +10,10 @@ import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dact.cli_request import Request
+from dact.cli.quiet import quiet
+from dact.cli.request import Request
+from dact.cli.runs import check_tag
 from dact.factories import DataFactory, ModelFactory
-from dact.quiet import quiet
-from dact.runs import check_tag
 
 
 def add_tuner_arguments(parser: LightningArgumentParser) -> None:

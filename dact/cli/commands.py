@@ -20,21 +20,21 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
-from dact.batches import CheckBatches
 from dact.calibration import Dial, Promise, calibrate, describe
 from dact.callbacks import ExitPlots, SavePretrained
-from dact.checkpoints import LAST, BestAndLast
-from dact.cli_errors import OneLineParser, config_files, one_line_errors
-from dact.cli_request import EVALUATING, Request
-from dact.cli_tune import add_tuner_arguments, stopped_by_user, tune
+from dact.cli.batches import CheckBatches
+from dact.cli.checkpoints import LAST, BestAndLast
+from dact.cli.errors import OneLineParser, config_files, one_line_errors
+from dact.cli.predictions import PredictionWriter
+from dact.cli.quiet import quiet
+from dact.cli.reports import Bar, EpochLines, promise_line
+from dact.cli.request import EVALUATING, Request
+from dact.cli.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
+from dact.cli.stored import find_model, load_model, store_dial
+from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
-from dact.model_paths import find_model, load_model, store_dial
-from dact.predictions import PredictionWriter
-from dact.quiet import quiet
-from dact.reports import Bar, EpochLines, promise_line
-from dact.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")

@@ -13,9 +13,9 @@ from urllib.request import getproxies
 
 import yaml
 
-from dact.cli_errors import class_parameters, config_files
-from dact.model_paths import find_model, find_tokenizer, stored_max_length
-from dact.predictions import PredictionData, check_writable
+from dact.cli.errors import class_parameters, config_files
+from dact.cli.predictions import PredictionData, check_writable
+from dact.cli.stored import find_model, find_tokenizer, stored_max_length
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 COMMANDS = ("fit", *EVALUATING, "tune")
