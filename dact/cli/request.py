@@ -177,7 +177,7 @@ class Request:
 
 
 def go_offline_without_hub(names: list[Any]) -> None:
-    """Keep Hugging Face's libraries from a minute of retries if a name is looked for on a Hub that cannot be reached."""
+    """Keep Hugging Face's libraries from a minute of retries where the Hub cannot be reached."""
     local = [name for name in names if isinstance(name, str) and (name.startswith("package:") or Path(name).exists())]
     if "HF_HUB_OFFLINE" in os.environ or getproxies() or not [n for n in names if n is not None and n not in local]:
         return

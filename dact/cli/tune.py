@@ -72,8 +72,8 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         if cause is None:
             raise
         raise RuntimeError(
-            f"{engine.log_dir / tag}: {root_cause(cause)}. What has finished is kept: fix this and run the same command "
-            "again"
+            f"{engine.log_dir / tag}: {root_cause(cause)}. What has finished is kept: fix this and run the same "
+            "command again"
         ) from error
 
 

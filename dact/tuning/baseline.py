@@ -1,4 +1,4 @@
-"""The baseline of a run: the encoder fine-tuned at full depth once. Teacher, start of every fit, and the measure of all."""
+"""The baseline of a run: the encoder fine-tuned once at full depth. It is the teacher and the start of every fit."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Baseline:
         return {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
 
     def probabilities(self) -> Tensor | None:
-        """Return its probabilities of the training examples ``[examples, classes]``; None if they have no row numbers."""
+        """Return its probabilities of the training examples ``[examples, classes]``; None without row numbers."""
         return self._answers().get("probabilities")
 
     def classes(self) -> Tensor | None:

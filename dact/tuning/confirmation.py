@@ -55,9 +55,9 @@ class Verdict:
 def confirm(run: Run, shared: Shared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
     """Fit each candidate under fresh seeds, and let the first stay unless another one beats it.
 
-    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers, by
-    more than one standard error of the paired difference over the validation examples. Fits that an earlier call did are
-    read from disk.
+    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
+    by more than one standard error of the paired difference over the validation examples. Fits that an earlier call did
+    are read from disk.
 
     Args:
         run: The run.
@@ -95,8 +95,8 @@ class _Difference:
 
     def __str__(self) -> str:
         return (
-            f"{self.layers[0]:+.2f} ± {self.layers[1]:.2f} layers, {-100 * self.lost[0]:+.2f} ± {100 * self.lost[1]:.2f} "
-            "points of accuracy"
+            f"{self.layers[0]:+.2f} ± {self.layers[1]:.2f} layers, {-100 * self.lost[0]:+.2f} ± "
+            f"{100 * self.lost[1]:.2f} points of accuracy"
         )
 
 

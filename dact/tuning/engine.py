@@ -54,8 +54,8 @@ class TuningEngine:
     2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, and how many layers are kept.
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
-    Then the *confirmation*: the winners and the default settings are fitted again under fresh seeds, and the defaults stay
-    unless they are beaten. Then the final fit, its promise and its measurements.
+    Then the *confirmation*: the winners and the default settings are fitted again under fresh seeds, and the defaults
+    stay unless they are beaten. Then the final fit, its promise and its measurements.
 
     All objectives are read on one validation split, at the epoch of the lowest val_loss. Everything is in
     ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier study finds a new winner, later studies
@@ -74,8 +74,8 @@ class TuningEngine:
             layers once and trains the submodels on them.
         warm_up_epochs: With ``"frozen"``: number of epochs of a fit with all exits of the encoder whose states are
             computed, on a part of the training examples; 0 takes the encoder as it is.
-        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"`` keeps
-            the encoder of frozen mode.
+        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"``
+            keeps the encoder of frozen mode.
         lambda_selection: Rule that chooses λ from the third study; see `dact.tuning.selection.select_lambda`. If left
             out, ``"promise"`` where there is one of `max_accuracy_loss`, else ``"one_standard_error"``.
         max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best, 0 or more.
@@ -87,12 +87,12 @@ class TuningEngine:
         pruner: Pruner of the first two studies; it sees only trials of the same planned length.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
         halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if left out.
-        promise: What early exit of the tuned model must keep, and with which confidence; by default at most one point of
-            accuracy below the model's own full depth, with 95 % confidence. Its dial is calibrated on examples that no
-            study sees, half of the validation examples; see `dact.calibrate`. Where these are too few for the default
-            promise, the dial is set by an estimate. None: the class of full depth, by proof.
-        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; half, where the
-            data can carry them. The teacher is the baseline, unless the data has one of its own.
+        promise: What early exit of the tuned model must keep, and with which confidence; by default at most one point
+            of accuracy below the model's own full depth, with 95 % confidence. Its dial is calibrated on examples that
+            no study sees, half of the validation examples; see `dact.calibrate`. Where these are too few for the
+            default promise, the dial is set by an estimate. None: the class of full depth, by proof.
+        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; half, where
+            the data can carry them. The teacher is the baseline, unless the data has one of its own.
         compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
@@ -443,8 +443,8 @@ def _check_factories(workers: int, **factories: Any) -> None:
                 pickle.dumps(factory)
             except Exception as error:
                 raise TypeError(
-                    f"TuningEngine: with several workers, {name} must be a function that other processes can import, such "
-                    f"as one at the top of a module or a functools.partial of it: {error}"
+                    f"TuningEngine: with several workers, {name} must be a function that other processes can import, "
+                    f"such as one at the top of a module or a functools.partial of it: {error}"
                 ) from None
 
 
@@ -459,7 +459,7 @@ def _one_device(trainer: Mapping[str, Any]) -> Any:
     if not one or trainer.get("num_nodes", 1) != 1:
         raise ValueError(
             f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
-            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several trials "
-            "side by side with workers"
+            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several "
+            "trials side by side with workers"
         )
     return devices

@@ -145,9 +145,9 @@ class FinalFit:
                 )
             except NonFiniteLoss as error:
                 raise RuntimeError(
-                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is {model.learning_rate:g}: "
-                    "lower learning_rate's high in search_space or the model's own, or take precision 32-true, under another "
-                    "run_tag"
+                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is "
+                    f"{model.learning_rate:g}: lower learning_rate's high in search_space or the model's own, or take "
+                    "precision 32-true, under another run_tag"
                 ) from error
         tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
         logger.finalize("success")

@@ -26,7 +26,8 @@ class Outcome:
         exits: Exit layer of each example, float ``[examples]``; a mean where it is one of several fits.
         losses: Task loss of each example, ``[examples]``.
         lost: Paired loss of accuracy of each example, ``[examples]``: 1 where the baseline is right and early exit is
-            wrong, -1 where it is the other way round, else 0. Without a baseline's answers, 1 where early exit is wrong.
+            wrong, -1 where it is the other way round, else 0. Without a baseline's answers, 1 where early exit is
+            wrong.
     """
 
     exits: Tensor

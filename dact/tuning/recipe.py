@@ -55,8 +55,8 @@ class Recipe:
         distillation_is_asked_for: Whether it is an error where the data cannot carry a teacher's probabilities.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
         promise: What early exit of the final model must keep, or None.
-        calibration_fraction: Share of the validation examples that is set aside for the promise, or None for that of the
-            data; see `resolved`.
+        calibration_fraction: Share of the validation examples that is set aside for the promise, or None for that of
+            the data; see `resolved`.
         seed: Seed for data order, initialisation and samplers.
         note: What the user should know about the promise, or an empty string.
     """
@@ -121,8 +121,8 @@ class Recipe:
     def resolved(self, model: DACT) -> Recipe:
         """Return the recipe with the promise that model and data can keep.
 
-        A promise that was asked for must be kept with its confidence. The default one becomes an estimate where the data
-        cannot set aside as many examples as it takes, and goes where the model leaves by another dial.
+        A promise that was asked for must be kept with its confidence. The default one becomes an estimate where the
+        data cannot set aside as many examples as it takes, and goes where the model leaves by another dial.
 
         Raises:
             ValueError: If a promise that was asked for cannot be kept.

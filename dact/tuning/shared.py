@@ -197,7 +197,8 @@ def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
 
     Raises:
         RuntimeError: If the baseline's loss is not finite.
-        ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's probabilities.
+        ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's
+            probabilities.
     """
     recipe, data = found.recipe, found.data
     states: Path | None = None
@@ -226,8 +227,8 @@ def _teach(recipe: Recipe, folder: Path, found: Survey, baseline: Baseline) -> P
             if not recipe.distillation_is_asked_for:
                 return None  # such data cannot carry what a teacher says
             raise ValueError(
-                f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} does "
-                "not give them: let it be a dact.data.base.TextDataModule"
+                f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} "
+                "does not give them: let it be a dact.data.base.TextDataModule"
             )
         data.teacher_probabilities = said
         return baseline.folder / "answers.safetensors"

@@ -81,10 +81,10 @@ class Dimension:
         if self.type == "categorical":
             assert self.choices is not None
             return trial.suggest_categorical(name, list(self.choices))
-        if self.type == "int":
-            return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)  # type: ignore[arg-type]
         assert self.low is not None
         assert self.high is not None
+        if self.type == "int":
+            return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
 
 
@@ -161,8 +161,8 @@ def build_spaces(changes: Mapping[str, Any] | None, *, frozen: bool = False) -> 
     price = spaces["lambda_reg"]["lambda_reg"]
     if price.type != "float" or price.step is not None:
         raise ValueError(
-            f"search_space: lambda_reg: must be of type float without a step, got type={price.type}, step={price.step}: "
-            "its study places the values where the curve bends"
+            f"search_space: lambda_reg: must be of type float without a step, got type={price.type}, "
+            f"step={price.step}: its study places the values where the curve bends"
         )
     return spaces
 

@@ -200,8 +200,8 @@ def open_study(
     different = [key for key in sorted({*setting, *stored}) if stored.get(key) != setting.get(key)]
     if different:
         raise ValueError(
-            f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not compare. "
-            f"Take another run_tag, or the {different[0]} of then"
+            f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not "
+            f"compare. Take another run_tag, or the {different[0]} of then"
         )
     return study
 
@@ -232,7 +232,8 @@ def start_with(study: Study, space: Space, starts: Sequence[Mapping[str, Any]]) 
 def start_under(study: Study, under: str) -> tuple[Study, int]:
     """Let a study count only trials that ran under the current winners of the studies before it.
 
-    A study that ran under other winners is kept under another name, and a new one takes its place. One process at a time.
+    A study that ran under other winners is kept under another name, and a new one takes its place. One process at a
+    time.
 
     Args:
         study: The study.
@@ -297,8 +298,8 @@ def completed(study: Study) -> list[FrozenTrial]:
     others = finished(study)
     if not others:
         raise RuntimeError(
-            f"{study.study_name}: time_out ended the study before any trial finished; raise time_out, or train for fewer "
-            "epochs"
+            f"{study.study_name}: time_out ended the study before any trial finished; raise time_out, or train for "
+            "fewer epochs"
         )
     raise RuntimeError(
         f"{study.study_name}: none of its {len(others)} trials finished. The first cause: trial {others[0].number}: "

@@ -90,7 +90,8 @@ class Objective:
         history = History()
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
-            callbacks.append(PyTorchLightningPruningCallback(EveryValidation(trial), monitor=MONITOR))  # type: ignore[arg-type]
+            counted: Any = EveryValidation(trial)
+            callbacks.append(PyTorchLightningPruningCallback(counted, monitor=MONITOR))
         with _logged(self, trial) as (logger, metrics):
             with seeded(recipe.seed):
                 model = fit_settings(self.shared, settings, recipe.seed, history, callbacks, logger)
