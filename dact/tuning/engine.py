@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -11,7 +10,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
-import torch
 from lightning.pytorch import LightningDataModule
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
@@ -30,8 +28,8 @@ from dact.tuning.outcome import Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import LagPruner, SameLengthPruner
-from dact.tuning.recipe import DEFAULT_PROMISE, DISTILLATION, Recipe
-from dact.tuning.run import Run, Winners
+from dact.tuning.recipe import DEFAULT_PROMISE, DISTILLATION, Recipe, check_factories, one_device
+from dact.tuning.run import WINNERS, Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.shared import Shared, Survey, prepare, survey
@@ -98,6 +96,7 @@ class TuningEngine:
         seed: Seed for data order, initialisation and samplers.
 
     Attributes:
+        classifier_config, confidence_config, external_config, lambda_reg: Winners of the current run, or None.
         time_out: Seconds for the three studies together, or None.
         spaces: Dimension of each parameter, by stage.
         progress: What the console shows.
@@ -111,6 +110,11 @@ class TuningEngine:
         >>> engine.time_out
         300
     """
+
+    classifier_config: dict[str, Any] | None = None
+    confidence_config: dict[str, Any] | None = None
+    external_config: dict[str, Any] | None = None
+    lambda_reg: float | None = None
 
     def __init__(
         self,
@@ -167,13 +171,13 @@ class TuningEngine:
             raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
         if distillation is not None and not 0 <= distillation <= 1:
             raise ValueError(f"TuningEngine: distillation is a share of the targets, in [0, 1], got {distillation}")
-        _check_factories(workers, model=model, data=data)
+        check_factories(workers, model=model, data=data)
         if workers > 1 and isinstance(storage, optuna.storages.InMemoryStorage):
             raise ValueError(
                 "TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file"
             )
         trainer = {"max_epochs": 4, "gradient_clip_val": 1.0, **(trainer or {})}
-        trainer["devices"] = _one_device(trainer)
+        trainer["devices"] = one_device(trainer)
         self.recipe = Recipe(
             output_dimension=output_dimension,
             model=model or partial(default_model, output_dimension),
@@ -203,7 +207,6 @@ class TuningEngine:
         self.log_dir = Path(log_dir)
         self.progress = Progress()
         self.worker_setup: Callable[[], None] | None = None
-        self._winners = Winners()
         self._current: Run | None = None
         self._shared: Shared | None = None
 
@@ -211,26 +214,6 @@ class TuningEngine:
     def run_tag(self) -> str:
         """The tag of runs that name none: a time stamp drawn once per engine."""
         return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-
-    @property
-    def classifier_config(self) -> dict[str, Any] | None:
-        """The classifier's winner of the current run, or None."""
-        return self._winners.classifier_config
-
-    @property
-    def confidence_config(self) -> dict[str, Any] | None:
-        """The confidence's winner of the current run, or None."""
-        return self._winners.confidence_config
-
-    @property
-    def external_config(self) -> dict[str, Any] | None:
-        """The winner among the training parameters of the current run, or None."""
-        return self._winners.external_config
-
-    @property
-    def lambda_reg(self) -> float | None:
-        """The winning λ of the current run, or None."""
-        return self._winners.lambda_reg
 
     # ------------------------------------------------------------------ the methods
 
@@ -318,8 +301,15 @@ class TuningEngine:
         run = Run(run_tag or self.run_tag, self.log_dir)
         if run != self._current:
             self._current, self._shared = run, None
-        self._winners = run.winners()
+        self._take(run.winners())
         return run
+
+    def _take(self, winners: Winners) -> Winners:
+        """Keep winners as attributes."""
+        self._winners = winners
+        for name in WINNERS:
+            setattr(self, name, getattr(winners, name))
+        return winners
 
     def _open(self, stage: Stage, run: Run, found: Survey, spaces: Spaces) -> Study:
         setting = {"search space": describe(spaces[stage.name]), **found.identity}
@@ -369,8 +359,7 @@ class TuningEngine:
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of another choice
             if not run.pictures(stage).is_dir():
                 draw_study(run.pictures(stage), study, studies.completed(study), chosen, self.spaces)
-        self._winners = run.winners()
-        return self._winners
+        return self._take(run.winners())
 
     def _chosen_lambda(self, run: Run, shared: Shared, study: Study) -> FrozenTrial:
         trials = studies.completed(study)
@@ -428,38 +417,3 @@ class TuningEngine:
             verdict = confirm(run, shared, candidates, self.progress)
             keep_frozen = self.final_training == "frozen"
             return FinalFit(run, shared, verdict, keep_frozen, self.compare_defaults, self.progress)()
-
-
-def _check_factories(workers: int, **factories: Any) -> None:
-    for name, factory in factories.items():
-        ready = isinstance(factory, (torch.nn.Module, LightningDataModule))  # a module can be called as well
-        if factory is not None and (ready or not callable(factory)):
-            raise TypeError(
-                f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every trial "
-                "needs an instance of its own"
-            )
-        if workers > 1:
-            try:
-                pickle.dumps(factory)
-            except Exception as error:
-                raise TypeError(
-                    f"TuningEngine: with several workers, {name} must be a function that other processes can import, "
-                    f"such as one at the top of a module or a functools.partial of it: {error}"
-                ) from None
-
-
-def _one_device(trainer: Mapping[str, Any]) -> Any:
-    """Return the ``devices`` of a Trainer, of which there must be one."""
-    devices = trainer.get("devices", "auto")
-    if devices in ("auto", None):
-        devices = 1
-    # As for the Trainer: 1 and "1" count devices, [1] and "1," name one.
-    named = [part for part in str(devices).strip("[](),").split(",") if part.strip()]
-    one = str(devices) == "1" or (len(named) == 1 and (isinstance(devices, (list, tuple)) or "," in str(devices)))
-    if not one or trainer.get("num_nodes", 1) != 1:
-        raise ValueError(
-            f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
-            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several "
-            "trials side by side with workers"
-        )
-    return devices

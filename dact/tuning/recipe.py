@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -236,3 +237,39 @@ class Recipe:
         if self.encoder_training == "frozen":
             identity["warm_up_epochs"] = self.warm_up_epochs
         return identity
+
+
+def check_factories(workers: int, **factories: Any) -> None:
+    """Raise a ``TypeError`` unless each factory is a function, and one that worker processes can import."""
+    for name, factory in factories.items():
+        ready = isinstance(factory, (torch.nn.Module, LightningDataModule))  # a module can be called as well
+        if factory is not None and (ready or not callable(factory)):
+            raise TypeError(
+                f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every trial "
+                "needs an instance of its own"
+            )
+        if workers > 1:
+            try:
+                pickle.dumps(factory)
+            except Exception as error:
+                raise TypeError(
+                    f"TuningEngine: with several workers, {name} must be a function that other processes can import, "
+                    f"such as one at the top of a module or a functools.partial of it: {error}"
+                ) from None
+
+
+def one_device(trainer: Mapping[str, Any]) -> Any:
+    """Return the ``devices`` of a Trainer, of which there must be one."""
+    devices = trainer.get("devices", "auto")
+    if devices in ("auto", None):
+        devices = 1
+    # As for the Trainer: 1 and "1" count devices, [1] and "1," name one.
+    named = [part for part in str(devices).strip("[](),").split(",") if part.strip()]
+    one = str(devices) == "1" or (len(named) == 1 and (isinstance(devices, (list, tuple)) or "," in str(devices)))
+    if not one or trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
+            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several "
+            "trials side by side with workers"
+        )
+    return devices
