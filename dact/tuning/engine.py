@@ -28,7 +28,7 @@ from dact.tuning.outcome import Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import LagPruner, SameLengthPruner
-from dact.tuning.recipe import DEFAULT_PROMISE, DISTILLATION, Recipe, check_factories, one_device
+from dact.tuning.recipe import DEFAULT_PROMISE, Recipe, check_factories, one_device
 from dact.tuning.run import WINNERS, Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
@@ -185,8 +185,7 @@ class TuningEngine:
             trainer=trainer,
             encoder_training=encoder_training,
             warm_up_epochs=warm_up_epochs,
-            distillation=DISTILLATION if distillation is None else distillation,
-            distillation_is_asked_for=distillation is not None,
+            distillation=distillation,
             halting_tolerance=halting_tolerance,
             promise=promise,
             seed=seed,

@@ -52,8 +52,8 @@ class Recipe:
         trainer: Arguments of the Trainer.
         encoder_training: ``"finetune"`` or ``"frozen"``.
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
-        distillation: Share of a teacher's probabilities in the training targets, in [0, 1].
-        distillation_is_asked_for: Whether it is an error where the data cannot carry a teacher's probabilities.
+        distillation: Share of a teacher's probabilities in the training targets, in [0, 1], or None for that of the
+            model factory, or half where it has none and the data can carry them.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
         promise: What early exit of the final model must keep, or None.
         calibration_fraction: Share of the validation examples that is set aside for the promise, or None for that of
@@ -68,8 +68,7 @@ class Recipe:
     trainer: Mapping[str, Any]
     encoder_training: str
     warm_up_epochs: int
-    distillation: float
-    distillation_is_asked_for: bool
+    distillation: float | None
     halting_tolerance: float | None
     promise: Promise | None
     seed: int
@@ -102,8 +101,6 @@ class Recipe:
     def overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return `settings` as arguments of a model, with what holds for all models of the run."""
         overrides: dict[str, Any] = {}
-        if self.distillation:
-            overrides["distillation"] = self.distillation
         if self.halting_tolerance is not None:
             overrides["halting_tolerance"] = self.halting_tolerance
         overrides |= settings

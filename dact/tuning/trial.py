@@ -40,6 +40,7 @@ from dact.tuning.training import (
     NonFiniteLoss,
     StopAtDeadline,
     TimeIsUp,
+    check_validated,
     fit,
     make_trainer,
     seeded,
@@ -149,11 +150,7 @@ def fit_settings(
     )
     with without_collapse_warning():
         fit(trainer, model, data)
-    if not history.epochs:
-        raise ValueError(
-            f"no validation ran in {epochs} epochs, and a trial has no value without one: let the Trainer's "
-            "check_val_every_n_epoch and limit_val_batches allow for it"
-        )
+    check_validated(history, epochs)
     return model
 
 
