@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -51,13 +52,14 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     builder.add_lightning_class_args(trainer_class, "trainer")  # type: ignore[arg-type]
     add_tuner_arguments(builder)
     ready = builder.instantiate_classes(builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]}))
+    seed = int(plain["seed_everything"] or 0)
     trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
     engine = TuningEngine(
         plain["model"]["output_dimension"],
         model=ModelFactory(plain["model"]),
-        data=DataFactory(plain["data"]),
+        data=DataFactory(_seeded(plain["data"], seed)),
         trainer=trainer,
-        seed=plain["seed_everything"] or 0,
+        seed=seed,
         **vars(ready.tuner),
     )
     engine.worker_setup = _quiet_studies
@@ -75,6 +77,12 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
             f"{engine.log_dir / tag}: {root_cause(cause)}. What has finished is kept: fix this and run the same "
             "command again"
         ) from error
+
+
+def _seeded(section: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Return the data section with the seed of the run, unless it has one of its own other than 0."""
+    arguments = section.get("init_args") or {}
+    return {**section, "init_args": {**arguments, "seed": seed}} if arguments.get("seed") == 0 else section
 
 
 def stopped_by_user(text: str = "", resume_with: str = "") -> int:

@@ -77,7 +77,8 @@ def confirm(run: Run, shared: Shared, candidates: Sequence[Candidate], progress:
         text += f" ({difference})" if found is not None and other is not None else ""
         if wins:
             best, found = candidate, other
-    return Verdict(best, f"confirmation under fresh seeds: {text}")
+    what = "default settings are those of the model and the data without tuning, first trial those that paid elsewhere"
+    return Verdict(best, f"confirmation under fresh seeds: {text} ({what})")
 
 
 @dataclass(frozen=True)

@@ -142,7 +142,7 @@ class Progress:
         test, layers = metrics["test"], metrics["layers"]
         baseline = metrics["baseline"]
         self.note(headline(metrics))
-        table = Table("test", "accuracy", "macro F1", "layers", "texts/s", box=None, pad_edge=False)
+        table = Table("test", "accuracy", "macro F1", "largest class", "layers", "texts/s", box=None, pad_edge=False)
         rows = {
             "baseline": (baseline["test"], float(baseline["layers"])),
             "full depth": (test["full_depth"], float(layers)),
@@ -154,7 +154,9 @@ class Progress:
             rows["defaults"] = (entry, entry["mean_exit_layer"])
         for name, (entry, mean) in rows.items():
             speed = f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else ""
-            table.add_row(name, f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}", f"{mean:.2f}", speed)
+            largest = f"{entry['majority_share']:.0%}" if "majority_share" in entry else ""
+            accuracy, macro_f1 = f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}"
+            table.add_row(name, accuracy, macro_f1, largest, f"{mean:.2f}", speed)
         self.console.print(table)
         points = Table(
             "margin", "layers", "accuracy", "agreement", box=None, pad_edge=False, title="estimates on validation"
@@ -164,9 +166,9 @@ class Progress:
             shares = (f"{100 * value:.2f} %" for value in values)
             points.add_row(f"{point['margin']:g}", f"{point['mean_exit_layer']:.2f}", *shares)
         self.console.print(points)
-        if test["majority_share"] == 1.0:
+        if metrics["validation"]["majority_share"] == 1.0:
             self.note(
-                "warning: the model gives every test example one class; try class_weights: balanced, or more epochs"
+                "warning: all validation examples get one class: try class_weights, more epochs, or another learning_rate"
             )
         self.note(verdict)
         self.note(f"everything is in {folder.parent}; look at it: tensorboard --logdir {folder.parent}")
