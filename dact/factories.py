@@ -53,7 +53,7 @@ class DataFactory:
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
-    """The small built-in encoder for the embedded data, as in configs/quickstart.yaml."""
+    """The small built-in encoder for the embedded data, as in configs/reviews.yaml."""
     from dact.encoders import TransformerEncoder
 
     encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
@@ -61,7 +61,7 @@ def default_model(output_dimension: int, **overrides: Any) -> DACT:
 
 
 def default_data(**overrides: Any) -> LightningDataModule:
-    """The embedded data, as in configs/quickstart.yaml."""
+    """The embedded data, as in configs/reviews.yaml."""
     from dact.data import CompositionalSentiment
 
     return CompositionalSentiment(**{"max_depth": 3, **overrides})

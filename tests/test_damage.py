@@ -18,7 +18,6 @@ from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.tuning.run import Run
 from dact.tuning.shared import survey
-from dact.tuning.space import complete_spaces
 from dact.tuning.stages import STAGES
 from tests.conftest import random_batch, tiny_model
 
@@ -118,8 +117,7 @@ def test_damaged_warm_ups_never_serve(run):
 
 def open_studies(made):
     run, found = made._begin("run"), survey(made.recipe)
-    spaces = complete_spaces(made.spaces, found.layers, found.starts)
-    return [made._open(stage, run, found, spaces) for stage in STAGES]
+    return [made._open(stage, run, found, *made._complete(found)) for stage in STAGES]
 
 
 @pytest.mark.parametrize("damage", [lambda db: db[: len(db) // 2], lambda db: b"x" * 100 + db[100:]])

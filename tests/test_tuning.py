@@ -3,7 +3,6 @@
 import contextlib
 import io
 import json
-import os
 import random
 import subprocess
 import sys
@@ -725,52 +724,6 @@ def test_an_interrupted_study_goes_on_with_the_same_trial(tmp_path):
     assert trials[3].user_attrs["retry_of"] == 2
     parameters = [json.dumps(trial.params, sort_keys=True) for trial in trials]
     assert len(set(parameters)) == 4, "the seeded sampler goes on instead of repeating itself"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("signal", ["SIGINT", "SIGTERM", "SIGKILL"])
-def test_a_stopped_command_goes_on_where_it_was(tmp_path, signal):
-    import signal as signals
-
-    root = Path(__file__).parent.parent
-    arguments = ["--config", root / "configs/quickstart.yaml", "--run_tag", "run", "--trainer.accelerator", "cpu"]
-    arguments += ["--data.num_train", "400", "--data.num_val", "60", "--data.num_test", "60", "--tuner.n_trials", "6"]
-    arguments += ["--tuner.warm_up_epochs", "1"]
-    command = [sys.executable, "-m", "dact", "tune", *map(str, arguments)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        command,
-        cwd=tmp_path,
-        env=env,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        # A shell ignores Ctrl-C in what it starts in the background, and this would be inherited.
-        preexec_fn=lambda: signals.signal(signals.SIGINT, signals.SIG_DFL),
-    )
-    database = tmp_path / "lightning_logs" / "run" / "studies.db"
-    end = time.monotonic() + 120
-    while time.monotonic() < end and not (tmp_path / "lightning_logs/run/submodels/trial_0002").exists():
-        time.sleep(0.05)
-    start = time.monotonic()
-    process.send_signal(getattr(signals, signal))
-    output, _ = process.communicate(timeout=60)
-    if signal != "SIGKILL":
-        assert time.monotonic() - start < 10
-        assert process.returncode == 130
-        assert "go on with: dact tune" in output
-        assert "--run_tag run" in output
-        states = {trial.state.name for trial in study_of(tmp_path / "lightning_logs", "submodels").trials}
-        assert "RUNNING" not in states
-    assert database.exists()
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=400, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    for stage in STAGES:
-        trials = study_of(tmp_path / "lightning_logs", stage).trials
-        counted = [trial for trial in trials if not is_interrupted(trial)]
-        assert len(counted) == 6
-        assert all(trial.state.is_finished() for trial in trials)
-    assert "early exit" in done.stdout
 
 
 # ------------------------------------------------------------------ frozen mode and workers

@@ -40,7 +40,7 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         RuntimeError: If a disk or the storage failed; the message says what to do.
     """
     from dact.tuning import TuningEngine
-    from dact.tuning.studies import environment_error, root_cause
+    from dact.tuning.storage import environment_error, root_cause
 
     if config.data is None:
         raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")

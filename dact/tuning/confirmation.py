@@ -72,7 +72,7 @@ def confirm(run: Run, shared: Shared, candidates: Sequence[Candidate], progress:
     for candidate in unique[1:]:
         other = _outcome(run, shared, candidate, progress)
         difference = _compare(found, other)
-        wins = found is None or (other is not None and difference.beats)
+        wins = other is not None and (found is None or difference.beats)
         text = f"{text}{'; ' if text else ''}{candidate.name} {'beats' if wins else 'does not beat'} {best.name}"
         text += f" ({difference})" if found is not None and other is not None else ""
         if wins:
@@ -125,7 +125,8 @@ def _outcome(run: Run, shared: Shared, candidate: Candidate, progress: Progress)
                 with seeded(seed):
                     model = fit_settings(shared, candidate.settings, seed, history)
                 assert history.answers is not None
-                outcomes.append(outcome_of(history.answers, model, recipe.promise, shared.baseline_classes))
+                right = shared.baseline.right(history.answers.target)
+                outcomes.append(outcome_of(history.answers, model, recipe.promise, right))
     except NonFiniteLoss:
         write_json(record, {"origin": origin, "broken": True})
         return None

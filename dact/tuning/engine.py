@@ -5,20 +5,22 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import optuna
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.calibration import Promise
+from dact.checks import check_choice, check_count
 from dact.factories import default_data, default_model
-from dact.functional import check_choice, check_tolerance
+from dact.functional import check_tolerance
 from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm
@@ -28,18 +30,31 @@ from dact.tuning.outcome import Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import LagPruner, SameLengthPruner
-from dact.tuning.recipe import DEFAULT_PROMISE, Recipe, check_factories, one_device
+from dact.tuning.recipe import DEFAULT_PROMISE, Recipe, check_factories, check_picklable, one_device
 from dact.tuning.run import WINNERS, Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.shared import Shared, Survey, prepare, survey
-from dact.tuning.space import Space, Spaces, build_spaces, complete_spaces, describe
+from dact.tuning.space import Spaces, Starts, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage
+from dact.tuning.storage import describe_storage, open_storage
 from dact.tuning.training import Deadline
 from dact.tuning.trial import Objective, trial_folder
 from dact.tuning.workers import Work, run_side_by_side
 
 EncoderTraining = Literal["finetune", "frozen"]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _isolated(method: Method) -> Method:
+    """Let a method leave the random generators of its caller as they were."""
+
+    @wraps(method)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        with isolate_rng():
+            return method(*arguments, **options)
+
+    return cast(Method, wrapped)
 
 
 class TuningEngine:
@@ -171,7 +186,10 @@ class TuningEngine:
             raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
         if distillation is not None and not 0 <= distillation <= 1:
             raise ValueError(f"TuningEngine: distillation is a share of the targets, in [0, 1], got {distillation}")
+        check_count("TuningEngine: seed", seed, least=0)
         check_factories(workers, model=model, data=data)
+        if workers > 1:
+            check_picklable(callbacks=list(callbacks), sampler=sampler, pruner=pruner, trainer=dict(trainer or {}))
         if workers > 1 and isinstance(storage, optuna.storages.InMemoryStorage):
             raise ValueError(
                 "TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file"
@@ -193,6 +211,7 @@ class TuningEngine:
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = dict(zip((stage.name for stage in STAGES), trials, strict=True))
         self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
+        self.bounded = frozenset(search_space or ())
         self.final_training = final_training
         self.lambda_selection = lambda_selection
         self.max_loss_increase = max_loss_increase
@@ -216,6 +235,7 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ the methods
 
+    @_isolated
     def run_pipeline(self, run_tag: str = "") -> tuple[str, str]:
         """Run the three studies and the final fit.
 
@@ -227,17 +247,18 @@ class TuningEngine:
         """
         run = self._begin(run_tag)
         found = survey(self.recipe, measured=True)
-        spaces = complete_spaces(self.spaces, found.layers, found.starts)
-        opened = {stage.name: self._open(stage, run, found, spaces) for stage in STAGES}
+        spaces, starts = self._complete(found)
+        opened = {stage.name: self._open(stage, run, found, spaces, starts) for stage in STAGES}
         left = [max(0, self.n_trials[name] - len(studies.finished(study))) for name, study in opened.items()]
         if any(left):
             self.progress.announce(left, self.time_out)
         self._shared = shared = prepare(run, found, self.progress)
         end = Deadline(self.time_out)
         for stage, stages_left in zip(STAGES, (3, 2, 1), strict=True):
-            self._tune(stage, run, shared, spaces[stage.name], opened[stage.name], end.share(stages_left))
+            self._tune(stage, run, shared, spaces, opened[stage.name], end.share(stages_left))
         return self._finish(run, shared, found)
 
+    @_isolated
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Study the architectures of the submodels and save the best.
 
@@ -249,6 +270,7 @@ class TuningEngine:
         assert winners.confidence_config is not None
         return winners.classifier_config, winners.confidence_config
 
+    @_isolated
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
         """Study the training parameters and save the best.
 
@@ -259,25 +281,30 @@ class TuningEngine:
         assert winners.external_config is not None
         return winners.external_config
 
+    @_isolated
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Study λ with two objectives, save the winner and return it."""
         winners = self._tune_alone(LAMBDA_REG, run_tag)
         assert winners.lambda_reg is not None
         return winners.lambda_reg
 
+    @_isolated
     def submodel_objective(self, trial: BaseTrial) -> float:
         """Train with the submodels that `trial` suggests; return the validation loss at its best epoch."""
         return float(self._objective(SUBMODELS)(trial))
 
+    @_isolated
     def train_tune_objective(self, trial: BaseTrial) -> float:
         """Train with the training parameters that `trial` suggests; return the validation loss at its best epoch."""
         return float(self._objective(TRAINING)(trial))
 
+    @_isolated
     def lambda_objective(self, trial: BaseTrial) -> tuple[float, float]:
         """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer under early exit."""
         loss, layers = self._objective(LAMBDA_REG)(trial)
         return loss, layers
 
+    @_isolated
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
         """Fit with all winners, keep the best epoch, and measure it.
 
@@ -310,34 +337,41 @@ class TuningEngine:
             setattr(self, name, getattr(winners, name))
         return winners
 
-    def _open(self, stage: Stage, run: Run, found: Survey, spaces: Spaces) -> Study:
+    def _complete(self, found: Survey) -> tuple[Spaces, Starts]:
+        return complete_spaces(self.spaces, found.layers, found.starts, self.bounded)
+
+    def _open(self, stage: Stage, run: Run, found: Survey, spaces: Spaces, starts: Starts) -> Study:
         setting = {"search space": describe(spaces[stage.name]), **found.identity}
         with run.alone(lambda: self.progress.stage("waiting for another process, which opens the studies")):
-            storage = studies.open_storage(self.storage, run.folder)
-            where = studies.describe_storage(self.storage, run.folder)
+            storage = open_storage(self.storage, run.folder)
+            where = describe_storage(self.storage, run.folder)
             study = studies.open_study(run, stage, setting, storage, where, self.pruner if stage.prunes else None)
-            studies.start_with(study, spaces[stage.name], found.starts[stage.name])
+            studies.start_with(study, starts[stage.name])
             return study
 
     def _tune_alone(self, stage: Stage, run_tag: str) -> Winners:
         run = self._begin(run_tag)
         found = survey(self.recipe)
-        spaces = complete_spaces(self.spaces, found.layers, found.starts)
-        study = self._open(stage, run, found, spaces)
+        spaces, starts = self._complete(found)
+        study = self._open(stage, run, found, spaces, starts)
         self._shared = prepare(run, found, self.progress)
-        return self._tune(stage, run, self._shared, spaces[stage.name], study, Deadline(self.time_out))
+        return self._tune(stage, run, self._shared, spaces, study, Deadline(self.time_out))
 
-    def _tune(self, stage: Stage, run: Run, shared: Shared, space: Space, study: Study, deadline: Deadline) -> Winners:
+    def _tune(
+        self, stage: Stage, run: Run, shared: Shared, spaces: Spaces, study: Study, deadline: Deadline
+    ) -> Winners:
         """Run what is left of a study, and save what it chose."""
         before = self._winners.before(stage)
         with run.alone():
             study, outdated = studies.start_under(study, digest(before.settings()))
+            if outdated:
+                run.set_aside(stage)
         if outdated:
             self.progress.note(f"study {stage.name}: {outdated} trials ran under other winners and are ignored")
         n_trials = self.n_trials[stage.name]
         if len(studies.finished(study)) < n_trials:
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of fewer trials
-            objective = Objective(stage, run, shared, space, before, deadline)
+            objective = Objective(stage, run, shared, spaces[stage.name], before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
             work = Work(
                 objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, setup=self.worker_setup
@@ -348,16 +382,16 @@ class TuningEngine:
                     work.run(study, self.progress.refresh, self.progress.refresh)
                 else:
                     run_side_by_side(work, study, self.workers, self.progress.refresh)
-        return self._conclude(stage, run, shared, study)
+        return self._conclude(stage, run, shared, spaces, study)
 
-    def _conclude(self, stage: Stage, run: Run, shared: Shared, study: Study) -> Winners:
+    def _conclude(self, stage: Stage, run: Run, shared: Shared, spaces: Spaces, study: Study) -> Winners:
         """Choose the winner of a study, save it, and draw the study's pictures."""
         chosen = self._chosen_lambda(run, shared, study) if stage is LAMBDA_REG else studies.best(study)
         with run.alone():
             if run.save(stage.parse(chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of another choice
             if not run.pictures(stage).is_dir():
-                draw_study(run.pictures(stage), study, studies.completed(study), chosen, self.spaces)
+                draw_study(run.pictures(stage), study, studies.completed(study), chosen, spaces)
         return self._take(run.winners())
 
     def _chosen_lambda(self, run: Run, shared: Shared, study: Study) -> FrozenTrial:
@@ -384,8 +418,7 @@ class TuningEngine:
         run = self._current or self._begin("")
         if self._shared is None:
             self._shared = prepare(run, survey(self.recipe), self.progress)
-        layers = self._shared.layers
-        space = complete_spaces(self.spaces, layers, {})[stage.name]
+        space = complete_spaces(self.spaces, self._shared.layers, {})[0][stage.name]
         return Objective(stage, run, self._shared, space, self._winners.before(stage), Deadline())
 
     # ------------------------------------------------------------------ the final fit
@@ -402,11 +435,10 @@ class TuningEngine:
         self._check_tuned(run)
         if shared.recipe.note:
             self.progress.note(shared.recipe.note)
-        first, own = found.starts[TRAINING.name]
-        start = {
-            **Winners(**SUBMODELS.parse(found.starts[SUBMODELS.name][0])).settings(),
-            **found.starts[LAMBDA_REG.name][0],
-        }
+        _, starts = self._complete(found)
+        first, own = starts[TRAINING.name]
+        start = Winners(**SUBMODELS.parse(starts[SUBMODELS.name][0])).settings()
+        start |= next(iter(starts[LAMBDA_REG.name]), {})
         candidates = [
             Candidate("default settings", {**start, **own}),
             Candidate("first trial", {**start, **first}),

@@ -19,6 +19,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from dact.files import read_json
+from dact.tuning.studies import finished
 from dact.tuning.training import Deadline
 
 ROWS = 12  # trials in sight
@@ -47,7 +48,7 @@ class Progress:
             deadline: Its deadline.
         """
         self._stage, self._study, self._total, self._later, self._deadline = stage, study, total, later, deadline
-        self._start, self._before = time.monotonic(), len(_ended(study))
+        self._start, self._before = time.monotonic(), len(finished(study))
         with Live(self._table(), console=self.console, refresh_per_second=4) as live:
             self._live = live
             try:
@@ -96,7 +97,7 @@ class Progress:
     def _table(self) -> Table:
         assert self._study is not None
         trials = self._study.get_trials(deepcopy=False)
-        ended = _ended(self._study)
+        ended = finished(self._study)
         single = len(self._study.directions) == 1
         heads = ["val_loss"] if single else ["task loss", "exit layer"]
         table = Table(title=f"study {self._stage}: {len(ended)} of {self._total} trials", expand=True)
@@ -219,14 +220,10 @@ class _FitProgress(Callback):
         self.bars.advance(self.task)
 
 
-def _ended(study: Study) -> list[FrozenTrial]:
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-
-
 def _differing(trials: Sequence[FrozenTrial]) -> set[str]:
     """Return the parameters in which trials differ, all of them where there is one trial."""
     names = {name for trial in trials for name in trial.params}
-    if len(trials) < 2:
+    if sum(bool(trial.params) for trial in trials) < 2:
         return names
     return {name for name in names if len({str(trial.params[name]) for trial in trials if name in trial.params}) > 1}
 

@@ -195,7 +195,8 @@ class Recipe:
             or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
             "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
         }
-        return {"submodels": [submodels], "training": [paid, own], "lambda_reg": [{"lambda_reg": model.lambda_reg}]}
+        price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
+        return {"submodels": [submodels], "training": [paid, own], "lambda_reg": price}
 
     @property
     def device(self) -> torch.device:
@@ -234,6 +235,17 @@ class Recipe:
         if self.encoder_training == "frozen":
             identity["warm_up_epochs"] = self.warm_up_epochs
         return identity
+
+
+def check_picklable(**arguments: Any) -> None:
+    """Raise a ``TypeError`` unless each argument can be sent to a worker process."""
+    for name, argument in arguments.items():
+        try:
+            pickle.dumps(argument)
+        except Exception as error:
+            raise TypeError(
+                f"TuningEngine: with several workers, {name} must be something that can be pickled: {error}"
+            ) from None
 
 
 def check_factories(workers: int, **factories: Any) -> None:

@@ -84,7 +84,7 @@ def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
     data.setup("fit")
     if measured:
         data.setup("test")
-        data.test_dataloader()
+        fingerprint_data(data.test_dataloader())  # which refuses what cannot be measured
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
     examples = fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
     identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)
@@ -182,11 +182,6 @@ class Shared:
         assert self.states is not None
         return Features(self.states / "train"), Features(self.states / "val")
 
-    @cached_property
-    def baseline_classes(self) -> Tensor | None:
-        """The baseline's classes of the studies' validation examples, int64 ``[examples]``, or None."""
-        return self.baseline.classes()
-
 
 def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
     """Train and compute what all fits share, or take what an earlier call left. One process does it at a time.
@@ -206,7 +201,8 @@ def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
     encoder: Path | None = None
     batch_size = 0
     with run.alone(lambda: progress.stage("waiting for another process, which prepares the run")):
-        origin = digest([fingerprint_encoder(found.model.encoder), found.identity["data"], recipe.epochs, recipe.seed])
+        after = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
+        origin = digest({name: value for name, value in found.identity.items() if name not in after})
         baseline = fit_baseline(recipe, run.folder / "baseline", found.model, data, origin, progress)
         teacher = _teach(recipe, run.folder / "teacher", found, baseline)
         share = (found.distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
