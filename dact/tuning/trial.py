@@ -26,7 +26,6 @@ from dact.tuning.space import Dimension
 from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
 from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
-)
 from dact.tuning.training import (
     MONITOR,
     Deadline,

@@ -24,7 +24,6 @@ from dact import signals
 from dact.tuning import tensorboard
 from dact.tuning.storage import RunStopped, environment_error, open_storage, root_cause
 from dact.tuning.studies import MAX_DEATHS, POLL, finished, run_trials, sweep
-)
 from dact.tuning.trial import Objective, trial_folder
 
 PATIENCE = 8.0  # seconds that a stopped worker has to end its trial
