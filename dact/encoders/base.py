@@ -43,6 +43,19 @@ class LayeredEncoder(nn.Module, ABC):
         """
         return mask
 
+    def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
+        """Return the context of the examples that remain after others have left.
+
+        By default `context` is asked again. Override it where picking the rows of the old context costs less.
+
+        Args:
+            context: Context of all examples, as `context` returned it.
+            rows: Rows that remain, int64 ``[remaining]``, ascending.
+            hidden: Hidden state of these rows, ``[remaining, length, hidden]``. The length may have shrunk.
+            mask: Mask of these rows, ``[remaining, length]``.
+        """
+        return self.context(hidden, mask)
+
     @abstractmethod
     def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
         """Run one layer (1-based): ``[batch, length, hidden]`` -> the same shape."""

@@ -115,6 +115,10 @@ class TransformerEncoder(LayeredEncoder):
         padding = (mask == 0)[:, None, None, :]  # [batch, 1, 1, length]
         return torch.cat([back, ahead]).unsqueeze(0).masked_fill(padding, HIDDEN_FROM_VIEW)
 
+    def keep(self, context: Tensor, rows: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        return context[..., :length, :length].index_select(0, rows)
+
     def layer(self, layer: int, hidden: Tensor, context: Tensor) -> Tensor:
         return self.layers[layer - 1](hidden, context)
 
