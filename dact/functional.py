@@ -218,23 +218,20 @@ def _provable(
     if a.device.type in WITHOUT_FLOAT64:
         remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
         return _provable(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers).to(a.device)
-    if isinstance(remaining, int) and (rule == "never" or remaining == 0):
-        return torch.full_like(p, remaining == 0, dtype=torch.bool)
     d = remaining.to(a.device) if isinstance(remaining, Tensor) else remaining
     last = d == 0
-    if rule == "never":
-        return torch.as_tensor(last).expand(p.shape)
+    if rule == "never" or last is True:
+        return torch.as_tensor(last, device=a.device).expand(p.shape)
     # An upper bound of N per example serves where the caller does not know N.
     slack = 4 * torch.finfo(a.dtype).eps * (num_layers if num_layers is not None else d + 1)
     # Sorted before the cast, which changes no number: half the work.
     best, runner_up = a.topk(2, dim=-1).values.double().unbind(dim=-1)
     p = p.double()
     kept = (1 - p) ** d
-    spare = kept * (1 + best - runner_up) - 1
-    if rule == "paper":
-        # The published bound is never above the exact one; `minimum` keeps it so under rounding too.
-        spare = torch.minimum(spare, best * kept - runner_up - p * d)
-    return (spare > slack - tolerance) | last
+    halts = torch.addcmul(kept, kept, best - runner_up) > 1 + slack - tolerance
+    if rule == "paper":  # never above the exact bound; `&` keeps it so under rounding too
+        halts &= best * kept - runner_up - p * d > slack - tolerance
+    return halts if last is False else halts | last
 
 
 def _lead(y: Tensor) -> Tensor:

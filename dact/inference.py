@@ -9,12 +9,13 @@ saves.
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,8 @@ from dact.submodels import Submodels
 # enough, and large ones waste time on padding. A GPU spends its time launching kernels unless a step is large.
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
+
+Indices = npt.NDArray[np.int64]  # the host keeps who is where, which it learns anyway, in arrays of its own
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,14 @@ class _Group:
 
     hidden: Tensor  # [batch, length, hidden]
     mask: Tensor  # [batch, length]
-    lengths: list[int]  # in tokens, left padding included
+    lengths: Indices  # in tokens, left padding included; ascending
     context: Any = None  # what the layers share; None until the encoder is asked for it
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for the block, so that dropout changes no answer, and restore each part's mode."""
-    # Without a look for duplicates, which would hash every module: a metric hashes its whole state.
-    training = [part for _, part in module.named_modules(remove_duplicate=False) if part.training]
+    training = [part for part in _parts(module) if part.training]
     if training:
         module.eval()
     try:
@@ -71,6 +69,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all modules in it, several times faster than `modules`, which hashes each of them."""
+    parts = [module]
+    for part in parts:
+        parts.extend(child for child in part._modules.values() if child is not None)
+    return parts
 
 
 @torch.no_grad()
@@ -110,12 +116,13 @@ def early_exit(
         raise ValueError("early exit needs at least one example, got a batch of 0")
     step, window = budget(mask.device, step_tokens, window_tokens)
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    lengths: list[int] = ((mask != 0) * positions).amax(dim=1).tolist()
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    lengths = ((mask != 0) * positions).amax(dim=1).cpu().numpy()
+    order = lengths.argsort(kind="stable")
     unit = _Unit(classifier, confidence, halting)
     results = _Results(len(lengths), unit.num_layers, record)
-    for rows in _cut(order, lengths, window):
-        _run_window(encoder, unit, _embed(encoder, batch, mask, rows, lengths, step), rows, results, step)
+    for rows in _cut(order, lengths[order], window):
+        groups = [_embed(encoder, batch, mask, run, lengths[run]) for run in _cut(rows, lengths[rows], step)]
+        _run_window(encoder, unit, groups, rows, results, step)
     return results.exits(mask.device)
 
 
@@ -144,47 +151,49 @@ class _Unit:
 
 
 class _Results:
-    """What the examples of a batch got, filled in as they leave. Rows are those of the batch."""
+    """What the examples of a batch get. Rows are those of the batch.
+
+    The last layer that an example enters decides: what it stores replaces what earlier layers stored.
+    """
 
     def __init__(self, batch: int, num_layers: int, record: bool) -> None:
-        self._layers = [num_layers] * batch  # kept by the host, which learns anyway who leaves
+        self._layers = np.ones(batch, dtype=np.int64)
         self._shape = batch, num_layers
         self._record = record
         self._answers: Tensor | None = None
         self._y: Tensor | None = None
         self._h: Tensor | None = None
 
-    def add_layer(self, layer: int, rows: list[int], y: Tensor, h: Tensor) -> None:
-        """Record y and h of the examples that entered a layer, if they are asked for."""
+    def record(self, layer: int, rows: Indices, y: Tensor, h: Tensor) -> None:
+        """Keep y and h of the examples that entered a layer, if they are asked for."""
         if not self._record:
             return
         if self._y is None or self._h is None:
             self._y, self._h = y.new_zeros(*self._shape, y.shape[1]), h.new_zeros(self._shape)
-        index = _send(torch.tensor(rows), y.device)
+        index = _send(rows, y.device)
         self._y[index, layer - 1], self._h[index, layer - 1] = y, h
 
-    def add_answers(self, layer: int, index: Tensor, rows: list[int], answers: Tensor) -> None:
-        """Store the answers of the examples that leave after a layer; `index` holds their rows on the device."""
+    def answer(self, layer: int, rows: Indices, a: Tensor) -> None:
+        """Store a_n of the examples that entered a layer, of which some leave now."""
         if self._answers is None:
-            self._answers = answers.new_zeros(self._shape[0], answers.shape[1])
-        self._answers[index] = answers
-        for row in rows:
-            self._layers[row] = layer
+            self._answers = a.new_zeros(len(self._layers), a.shape[1])
+        self._answers[_send(rows, a.device)] = a
+        self._layers[rows] = layer
 
     def exits(self, device: torch.device) -> Exits:
         assert self._answers is not None
-        return Exits(self._answers, _send(torch.tensor(self._layers), device), self._y, self._h)
+        return Exits(self._answers, _send(self._layers, device), self._y, self._h)
 
 
 def _run_window(
-    encoder: LayeredEncoder, unit: _Unit, groups: list[_Group], rows: list[int], results: _Results, step: int
+    encoder: LayeredEncoder, unit: _Unit, groups: list[_Group], rows: Indices, results: _Results, step: int
 ) -> None:
     """Run the groups of a window until all of its examples have left.
 
     Args:
         encoder: Encoder whose layers are run.
         unit: What is asked after each layer.
-        groups: Examples of the window before layer 1.
+        groups: Examples of the window before layer 1, in the order of their lengths.
         rows: Row of each example in the batch, over all groups.
         results: Where answers and exit layers are stored.
         step: Tokens of one step, padding included.
@@ -192,29 +201,24 @@ def _run_window(
     for n in range(1, unit.num_layers + 1):
         states = [_run_layer(encoder, n, group) for group in groups]
         y, h = unit.ask(n, states[0] if len(states) == 1 else torch.cat(states))
-        results.add_layer(n, rows, y, h)
+        results.record(n, rows, y, h)
         if n == 1:
             a, p = torch.zeros_like(y), torch.ones_like(h)
         a, p = accumulate_step(a, p, y, h)
         if n == unit.num_layers:
-            results.add_answers(n, _send(torch.tensor(rows), y.device), rows, a)
+            results.answer(n, rows, a)
             return
         if unit.halting.rule == "never":
             continue
-        remaining = unit.num_layers - n
-        done = unit.halting.halts(a, p, y, remaining, unit.num_layers).tolist()  # the only wait for a GPU in a layer
-        if True not in done:
+        halts = unit.halting.halts(a, p, y, unit.num_layers - n, unit.num_layers)
+        staying = (~halts.cpu().numpy()).nonzero()[0]  # the only wait for a GPU in a layer
+        if len(staying) == len(rows):
             continue
-        leaving = [i for i, halts in enumerate(done) if halts]
-        left = [rows[i] for i in leaving]
-        index = _send(torch.tensor([leaving, left]), y.device)
-        results.add_answers(n, index[1], left, a.index_select(0, index[0]))
-        if len(leaving) == len(rows):
+        results.answer(n, rows, a)
+        if len(staying) == 0:
             return
-        staying = [i for i, halts in enumerate(done) if not halts]
-        index = _send(torch.tensor(staying), y.device)
-        rows = [rows[i] for i in staying]
-        a, p = a.index_select(0, index), p.index_select(0, index)
+        index = _send(staying, a.device)
+        rows, a, p = rows[staying], a.index_select(0, index), p.index_select(0, index)
         groups = _regroup(encoder, groups, staying, index, step)
 
 
@@ -226,43 +230,38 @@ def _run_layer(encoder: LayeredEncoder, layer: int, group: _Group) -> Tensor:
     return encoder.pool(layer, group.hidden, group.mask)
 
 
-def _send(index: Tensor, device: torch.device) -> Tensor:
-    """Return an index of the CPU on `device`, without waiting until it is there."""
-    return index.to(device, non_blocking=True)
+def _send(index: Indices, device: torch.device) -> Tensor:
+    """Return an index of the host on `device`, without waiting until it is there."""
+    return torch.from_numpy(index).to(device, non_blocking=True)
 
 
-def _cut(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cut `order`, sorted by length, into runs of at most `most` tokens, padding included, or of one example."""
-    run: list[int] = []
-    for row in order:
-        if run and (len(run) + 1) * lengths[row] > most:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
+def _cut(rows: Indices, lengths: Indices, most: int) -> Iterator[Indices]:
+    """Cut rows, sorted by length, into runs of at most `most` tokens, padding included, or of one example."""
+    if len(rows) * lengths[-1] <= most:
+        yield rows
+        return
+    start = 0
+    for end, length in enumerate(lengths.tolist()):
+        if end > start and (end + 1 - start) * length > most:
+            yield rows[start:end]
+            start = end
+    yield rows[start:]
 
 
-def _embed(
-    encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: list[int], lengths: list[int], step: int
-) -> list[_Group]:
-    """Embed the rows of a window, sorted by length, in groups that are each cut to their longest example."""
-    groups = []
-    for run in _cut(rows, lengths, step):
-        longest = lengths[run[-1]]
-        index = None if run == list(range(len(mask))) else _send(torch.tensor(run), mask.device)
+def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, lengths: Indices) -> _Group:
+    """Embed rows of a batch, sorted by length, cut to the longest of them."""
+    longest = int(lengths[-1])
+    index = None if np.array_equal(rows, np.arange(len(mask))) else _send(rows, mask.device)
 
-        def pick(tensor: Tensor, longest: int = longest, index: Tensor | None = index) -> Tensor:
-            cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
-            return cut if index is None else cut[index]
+    def pick(tensor: Tensor) -> Tensor:
+        cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
+        return cut if index is None else cut.index_select(0, index)
 
-        hidden = encoder.embed({name: pick(tensor) for name, tensor in batch.items()})
-        groups.append(_Group(hidden, pick(mask), [lengths[row] for row in run]))
-    return groups
+    return _Group(encoder.embed({name: pick(tensor) for name, tensor in batch.items()}), pick(mask), lengths)
 
 
 def _regroup(
-    encoder: LayeredEncoder, groups: list[_Group], staying: list[int], index: Tensor, step: int
+    encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int
 ) -> list[_Group]:
     """Drop the examples that have left, and merge neighbouring groups as far as one step holds them.
 
@@ -273,34 +272,35 @@ def _regroup(
         index: The same on the device of the groups.
         step: Tokens of one step, padding included.
     """
+    if len(groups) == 1:
+        return [_shrink(encoder, _Part(groups[0], index, groups[0].lengths[staying]))]
     merged: list[list[_Part]] = []
     start = first = 0  # the group's first position, and where its positions begin in `staying`
     for group in groups:
-        end = start + len(group.lengths)
-        last = bisect_left(staying, end, first)
+        last = int(staying.searchsorted(start + len(group.lengths)))
         if last > first:
-            lengths = [group.lengths[position - start] for position in staying[first:last]]
-            part = _Part(group, index[first:last] - start if start else index[first:last], lengths)
-            together = [*merged[-1], part] if merged else []
-            if together and sum(len(p.lengths) for p in together) * max(p.longest for p in together) <= step:
+            rows = index[first:last] - start if start else index[first:last]
+            part = _Part(group, rows, group.lengths[staying[first:last] - start])
+            count = sum(len(p.lengths) for p in merged[-1]) + len(part.lengths) if merged else 0
+            if merged and count * part.longest <= step:  # the last group is the longest
                 merged[-1].append(part)
             else:
                 merged.append([part])
-        start, first = end, last
+        start, first = start + len(group.lengths), last
     return [_shrink(encoder, parts[0]) if len(parts) == 1 else _merge(parts) for parts in merged]
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Part:
     """What stays of a group."""
 
     group: _Group
     rows: Tensor  # int64: the rows of the group that stay
-    lengths: list[int]
+    lengths: Indices  # ascending
 
     @property
     def longest(self) -> int:
-        return max(self.lengths)
+        return int(self.lengths[-1])
 
     @property
     def is_whole(self) -> bool:
@@ -321,10 +321,10 @@ def _shrink(encoder: LayeredEncoder, part: _Part) -> _Group:
 
 
 def _merge(parts: list[_Part]) -> _Group:
-    lengths = [length for part in parts for length in part.lengths]
+    lengths = np.concatenate([part.lengths for part in parts])
     first = parts[0].group
-    hidden = first.hidden.new_zeros(len(lengths), max(lengths), first.hidden.shape[2])
-    mask = first.mask.new_zeros(len(lengths), max(lengths))
+    hidden = first.hidden.new_zeros(len(lengths), parts[-1].longest, first.hidden.shape[2])
+    mask = first.mask.new_zeros(hidden.shape[:2])
     start = 0
     for part in parts:
         end, width = start + len(part.lengths), part.longest
