@@ -260,9 +260,7 @@ def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, l
     return _Group(encoder.embed({name: pick(tensor) for name, tensor in batch.items()}), pick(mask), lengths)
 
 
-def _regroup(
-    encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int
-) -> list[_Group]:
+def _regroup(encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int) -> list[_Group]:
     """Drop the examples that have left, and merge neighbouring groups as far as one step holds them.
 
     Args:
