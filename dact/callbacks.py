@@ -1,4 +1,4 @@
-"""Callbacks: pictures of exits, and the finished model."""
+"""Callbacks that draw exits and save the finished model."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from dact.model import DACT
 
 
 class ExitPlots(Callback):
-    """Draw where examples leave, for TensorBoard: a histogram per validation epoch and, for data whose examples know
-    their ``depth``, the picture of depth against exit layer."""
+    """Draw where examples leave, for TensorBoard, after each validation epoch.
+
+    There is a histogram of exit layers. If batches have an entry ``depth``, a figure shows it against the exit layer.
+    """
 
     def __init__(self) -> None:
         self._depths: list[Tensor] = []
@@ -52,16 +54,16 @@ class ExitPlots(Callback):
 
 
 def _tensorboard(trainer: Trainer) -> Any:
-    """The first TensorBoard writer of this trainer, on the first process only."""
+    """Return the first TensorBoard writer of a trainer, None on other processes than the first."""
     if not trainer.is_global_zero:
         return None
     return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
 class SavePretrained(Callback):
-    """After a fit, write ``model/`` (weights, configuration, tokenizer, class names) beside the checkpoints.
+    """Write ``model/`` (weights, configuration, tokenizer, class names) next to the checkpoints after a fit.
 
-    The weights are those of the best checkpoint, or the last ones if the trainer keeps none.
+    The weights are those of the best checkpoint, or the last ones if the trainer keeps no checkpoint.
     """
 
     @override
@@ -85,8 +87,8 @@ class SavePretrained(Callback):
 
 
 def _fit_folder(trainer: Trainer) -> str | None:
-    """Where a fit leaves its files: beside the folder ``checkpoints``, or else where its first logger writes."""
-    # log_dir is that of one fit for TensorBoard and csv alone; other loggers have one folder for all fits.
+    """Return the folder of a fit: the parent of ``checkpoints``, or else where the first logger writes."""
+    # Only TensorBoard and csv loggers have a log_dir per fit; other loggers have one folder for all fits.
     checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
     if checkpoints is not None and "://" not in str(checkpoints) and Path(checkpoints).name == "checkpoints":
         return str(Path(checkpoints).parent)
@@ -94,7 +96,7 @@ def _fit_folder(trainer: Trainer) -> str | None:
 
 
 def _own(model: DACT) -> Any:
-    """A copy of an encoder that the checkpoint cannot rebuild, None for dact's own."""
+    """Return a copy of an encoder that the checkpoint cannot rebuild, None for dact's own."""
     import copy
 
     return copy.deepcopy(model.encoder) if model.encoder.config() is None else None

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from dact.checks import check_choice as check_choice
-from dact.checks import check_margin as check_margin
+from dact.checks import check_margin
 from dact.checks import check_tolerance as check_tolerance
 
 HaltingRule = Literal["exact", "paper", "never"]
@@ -79,16 +79,17 @@ class Halting:
         Returns:
             A bool tensor ``[…]``.
         """
-        halts = _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
-        if self.margin < 1 and self.rule != "never":
-            halts = halts | (_lead(y) > self.margin)
-        return halts
+        if self.margin == 1 or self.rule == "never":
+            return _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
+        clear = _lead(y) > self.margin
+        if _proves_nothing(p, remaining, self.tolerance):
+            return clear
+        return clear | _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
 
     def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
         """Return the first layer after which each example leaves, int64 ``[batch]``; see `exit_layers`."""
-        layers = p.shape[1]
-        remaining = torch.arange(layers - 1, -1, -1, device=p.device)  # [layers]
-        return self.halts(a, p, y, remaining, layers).int().argmax(dim=1) + 1
+        remaining = torch.arange(p.shape[1] - 1, -1, -1, device=p.device)  # [layers]
+        return self.halts(a, p, y, remaining, p.shape[1]).int().argmax(dim=1) + 1
 
 
 def _check_layers(name: str, tensor: Tensor, dim: int, shape: str) -> None:
@@ -99,12 +100,12 @@ def _check_layers(name: str, tensor: Tensor, dim: int, shape: str) -> None:
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """`tensor` in float32, or as it is where it is float64: half precision is never summed over layers."""
+    """Return a float64 tensor as it is and any other in float32: half precision is never summed over layers."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
 def accumulate_step(a: Tensor, p: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """One layer of the recurrence: from (a_{n-1}, p_{n-1}) and (y_n, h_n) to (a_n, p_n).
+    """Take one step of the recurrence, from (a_{n-1}, p_{n-1}) and (y_n, h_n) to (a_n, p_n).
 
     Args:
         a: a_{n-1}, ``[batch, classes]``.
@@ -120,11 +121,11 @@ def accumulate_step(a: Tensor, p: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor,
 
 
 def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """The answer a_n and the remaining share p_n after each layer.
+    """Return the answer a_n and the remaining share p_n after each layer.
 
     Args:
-        y: The classifier's output of each layer, ``[batch, layers, classes]``, rows are probability vectors.
-        h: The confidence of each layer, ``[batch, layers]``, in [0, 1].
+        y: Classifier's output of each layer, ``[batch, layers, classes]``, rows are probability vectors.
+        h: Confidence of each layer, ``[batch, layers]``, in [0, 1].
 
     Returns:
         a ``[batch, layers, classes]`` and p ``[batch, layers]``, in float32 or more. a_n is a probability vector,
@@ -166,7 +167,7 @@ def can_halt(
     tolerance: float = 0.0,
     num_layers: int | None = None,
 ) -> Tensor:
-    r"""Whether the answer of an example can no longer change, whatever the remaining layers say.
+    r"""Return whether the answer of an example can no longer change, whatever the remaining layers say.
 
     With d layers remaining, the largest entry a* of a_n cannot fall below :math:`a^* (1-p_n)^d`, and the runner-up
     a_ru cannot rise above :math:`1 - (1 - a_{ru}) (1-p_n)^d`. An example may halt when d = 0 or
@@ -181,10 +182,10 @@ def can_halt(
     Args:
         a: a_n, ``[batch, classes]``, each row a probability vector of at least two classes.
         p: p_n, ``[batch]``, in [0, 1].
-        remaining: d, how many layers remain: one number, or one per example (int64 ``[batch]``).
+        remaining: d, number of layers that remain: one for all, or one per example (int64 ``[batch]``).
         rule: ``"exact"``, ``"paper"``, or ``"never"`` (run every layer).
-        tolerance: In [0, 1). The returned class ends at most this much probability behind the final winner.
-        num_layers: N, the layers of the encoder, for the slack; at least one more than `remaining` if left out.
+        tolerance: Most probability, in [0, 1), by which the returned class may end behind the final winner.
+        num_layers: N, number of layers of the model, for the slack; `remaining` + 1 by default.
 
     Returns:
         A bool tensor ``[batch]``.
@@ -203,9 +204,7 @@ def can_halt(
     if p.shape != a.shape[:1]:
         raise ValueError(f"p must have the shape [batch] = {list(a.shape[:1])}, got {list(p.shape)}")
     if isinstance(remaining, Tensor) and remaining.shape != p.shape:
-        raise ValueError(
-            f"remaining must be one number or have the shape [batch] = {list(p.shape)}, got {list(remaining.shape)}"
-        )
+        raise ValueError(f"remaining must be one number or have p's shape {list(p.shape)}, got {list(remaining.shape)}")
     if isinstance(remaining, int) and remaining < 0:
         raise ValueError(f"remaining counts the layers still to run and cannot be negative, got {remaining}")
     return _provable(a, p, remaining, rule, tolerance, num_layers)
@@ -214,27 +213,29 @@ def can_halt(
 def _provable(
     a: Tensor, p: Tensor, remaining: int | Tensor, rule: HaltingRule, tolerance: float, num_layers: int | None
 ) -> Tensor:
-    """`can_halt` without its checks, for a ``[…, classes]`` and p ``[…]``."""
+    """Return what `can_halt` does, without its checks, for a ``[…, classes]`` and p ``[…]``."""
     if a.device.type in WITHOUT_FLOAT64:
         remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
         return _provable(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers).to(a.device)
-    if isinstance(remaining, int) and (rule == "never" or remaining == 0):
-        return torch.full_like(p, remaining == 0, dtype=torch.bool)
     d = remaining.to(a.device) if isinstance(remaining, Tensor) else remaining
     last = d == 0
-    if rule == "never":
-        return torch.as_tensor(last).expand(p.shape)
-    # An upper bound of N per example serves where the caller does not know N.
+    if rule == "never" or last is True:
+        return torch.as_tensor(last, device=a.device).expand(p.shape)
     slack = 4 * torch.finfo(a.dtype).eps * (num_layers if num_layers is not None else d + 1)
-    # Sorted before the cast, which changes no number: half the work.
     best, runner_up = a.topk(2, dim=-1).values.double().unbind(dim=-1)
     p = p.double()
     kept = (1 - p) ** d
-    spare = kept * (1 + best - runner_up) - 1
-    if rule == "paper":
-        # The published bound is never above the exact one; `minimum` keeps it so under rounding too.
-        spare = torch.minimum(spare, best * kept - runner_up - p * d)
-    return (spare > slack - tolerance) | last
+    halts = torch.addcmul(kept, kept, best - runner_up) > 1 + slack - tolerance
+    if rule == "paper":  # never above the exact bound; `&` keeps it so under rounding too
+        halts &= best * kept - runner_up - p * d > slack - tolerance
+    return halts if last is False else halts | last
+
+
+def _proves_nothing(p: Tensor, remaining: int | Tensor, tolerance: float) -> bool:
+    """Return whether p alone, on a CPU, rules a proof out for all examples: no lead a* - a_ru is above 1."""
+    if isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu:  # a GPU would have to wait for p
+        return False
+    return p.amin().item() >= 1 - ((1 - tolerance) / 2) ** (1 / remaining)
 
 
 def _lead(y: Tensor) -> Tensor:
@@ -244,15 +245,15 @@ def _lead(y: Tensor) -> Tensor:
 
 
 def is_clear(y: Tensor, margin: float) -> Tensor:
-    """Whether a layer's own classification leads by more than `margin`: its first class over its second.
+    """Return whether a layer's own classification leads by more than `margin`: its first class over its second.
 
-    The second halting criterion beside `can_halt`. It proves nothing of the layers that remain, but where few layers are
-    wanted it picks better than a tolerance (benchmarks/README.md). As a measure of confidence for early exits: "softmax
+    This is the second halting criterion, next to `can_halt`. It proves nothing about the layers that remain. For few
+    layers it picks better than a tolerance (benchmarks/README.md). As a measure of confidence for early exits: "softmax
     response" in Schuster et al., *Confident Adaptive Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
 
     Args:
         y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32 or more.
-        margin: In [0, 1]; for 1, the answer is no.
+        margin: Margin in [0, 1]; at 1 no example is clear.
 
     Returns:
         A bool tensor ``[…]``.
@@ -277,14 +278,14 @@ def exit_layers(
     y: Tensor | None = None,
     margin: float = 1.0,
 ) -> Tensor:
-    """The first layer after which each example may halt, by `can_halt` or, unless the rule is "never", by `is_clear`.
+    """Return the first layer after which each example may halt, by `can_halt` or, unless the rule is "never", by `is_clear`.
 
     Args:
         a: ``[batch, layers, classes]``, as `accumulate` returns it.
         p: ``[batch, layers]``, as `accumulate` returns it.
         rule: As for `can_halt`.
         tolerance: As for `can_halt`.
-        y: ``[batch, layers, classes]``, the classifications of the layers; for a margin below 1.
+        y: Classifications of the layers, ``[batch, layers, classes]``; needed for a margin below 1.
         margin: As for `is_clear`.
 
     Returns:
@@ -308,7 +309,7 @@ def exit_layers(
 
 
 def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
-    """a_n at each example's exit layer: what early exit returns.
+    """Return a_n at each example's exit layer, which is what early exit answers.
 
     Args:
         a: ``[batch, layers, classes]``.
@@ -321,7 +322,7 @@ def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
 
 
 def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
-    """The ponder cost ρ: the mean over the batch of Σ_n p_n (the authors' code) or of Σ_n h_n.
+    """Return the ponder cost ρ, the mean over the batch of Σ_n p_n (the authors' code) or of Σ_n h_n.
 
     Args:
         p: ``[batch, layers]``, in [0, 1].
@@ -348,8 +349,8 @@ def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
 def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0) -> Tensor:
     r"""Mix labels with a teacher's probabilities: :math:`q = (1 - s)\, \text{onehot} + s\, t`.
 
-    An example labelled -100, as torch and Hugging Face mark what has no label, learns from its teacher alone (its share
-    is 1). Without a teacher it has no target, and its row is all zeros.
+    An example labelled -100, which means no label, learns from its teacher alone: its share is 1. Without a teacher it
+    has no target, and its row is all zeros.
 
     Args:
         labels: int64 ``[batch]``, in 0 … classes - 1, or -100.
@@ -411,10 +412,8 @@ def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) ->
         0.6931
     """
     if a.dim() != 2 or len(target) != len(a):
-        raise ValueError(
-            f"a must have the shape [batch, classes] and target [batch] or [batch, classes], got {list(a.shape)} and "
-            f"{list(target.shape)}"
-        )
+        shapes = f"{list(a.shape)} and {list(target.shape)}"
+        raise ValueError(f"a must have the shape [batch, classes] and target [batch] or [batch, classes], got {shapes}")
     return _cross_entropy(at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log(), target, class_weights)
 
 
@@ -437,7 +436,7 @@ def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = Non
 
 
 def _cross_entropy(log_probabilities: Tensor, target: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Mean over the examples that have a target and, where there are, the layers: ``[batch, (layers,) classes]``."""
+    """Return the mean over the examples that have a target, and over layers if any: ``[batch, (layers,) classes]``."""
     classes = log_probabilities.shape[-1]
     target = soft_targets(target, classes) if target.dim() == 1 else at_least_float32(target)
     if target.shape != (len(log_probabilities), classes):

@@ -1,18 +1,21 @@
 """Early exit that really skips the work, on batches that stay full.
 
-A window of examples goes through the encoder layer by layer. Within it, examples of similar length form groups, each of
-which is one step's work for the device; the submodels and the halting rule are asked once per layer for the whole
-window. Examples that may halt leave; the groups that they leave behind are cut to their longest example and merged with
-their neighbours until they are full again. So neither padding nor half-empty batches eat up what early exit saves.
+A window of examples goes through the encoder layer by layer. Within a window, examples of similar length form groups. A
+group is what enters a layer in one step. The submodels and the halting rule are asked once per layer for the whole
+window. After each layer, the examples that may halt leave. The remaining groups are cut to their longest example and
+merged with their neighbours until they are full again. So neither padding nor half-empty batches cost what early exit
+saves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,21 +23,23 @@ from dact.encoders.base import Batch, LayeredEncoder
 from dact.functional import Halting, accumulate_step, at_least_float32
 from dact.submodels import Submodels
 
-# Tokens of one step, padding included: where more no longer pays. A CPU is busy with few, and padding costs it time; a
-# GPU waits for its launches unless a step is large.
+# Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU small steps are fast
+# enough, and large ones waste time on padding. A GPU spends its time launching kernels unless a step is large.
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
+
+Indices = npt.NDArray[np.int64]  # the host keeps who is where, which it learns anyway, in arrays of its own
 
 
 @dataclass(frozen=True)
 class Exits:
-    """What comes out of a window.
+    """Answers and exit layers of a batch.
 
     Args:
         answers: ``[batch, classes]``: a_n at the exit layer n, not a_N.
-        layers: The exit layers, int64 ``[batch]``.
-        y: ``[batch, layers, classes]``, zeros behind the exit layer; only if asked for.
-        h: ``[batch, layers]``, likewise.
+        layers: Exit layers, int64 ``[batch]``, 1-based.
+        y: ``[batch, layers, classes]``, zeros after the exit layer; None unless recorded.
+        h: ``[batch, layers]``, zeros after the exit layer; None unless recorded.
     """
 
     answers: Tensor
@@ -49,18 +54,14 @@ class _Group:
 
     hidden: Tensor  # [batch, length, hidden]
     mask: Tensor  # [batch, length]
-    lengths: list[int]  # in tokens, left padding included
-    context: Any = None  # what the layers share; None where it must be asked for
-
-    @property
-    def longest(self) -> int:
-        return max(self.lengths)
+    lengths: Indices  # in tokens, left padding included; ascending
+    context: Any = None  # what the layers share; None until the encoder is asked for it
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode and back: no dropout decides which class an example gets."""
-    training = [part for part in module.modules() if part.training]
+    """Put a module into eval mode for the block, so that dropout changes no answer, and restore each part's mode."""
+    training = [part for part in _parts(module) if part.training]
     if training:
         module.eval()
     try:
@@ -68,6 +69,14 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
+
+
+def _parts(module: nn.Module) -> list[nn.Module]:
+    """Return a module and all modules in it, several times faster than `modules`, which hashes each of them."""
+    parts = [module]
+    for part in parts:
+        parts.extend(child for child in part._modules.values() if child is not None)
+    return parts
 
 
 @torch.no_grad()
@@ -85,18 +94,21 @@ def early_exit(
     """Run each example only as deep as it needs.
 
     Args:
-        encoder: The encoder, in eval mode.
-        classifier: f, for as many of the encoder's layers as shall be run.
-        confidence: g, likewise.
-        batch: As the encoder takes it, of any number of examples, in any order.
-        halting: When an example leaves.
-        step_tokens: Tokens that enter a layer at a time, padding included; by the kind of device if left out. One
-            example enters whole.
-        window_tokens: Tokens whose hidden states are held at a time: the bound of memory; 16 steps if left out.
-        record: Whether to give y and h, too.
+        encoder: Encoder in eval mode.
+        classifier: f; its number of layers is the number of the encoder's layers to run.
+        confidence: g, of as many layers.
+        batch: Inputs of the encoder, for any number of examples in any order.
+        halting: Rule by which examples leave.
+        step_tokens: Tokens that enter a layer in one step, padding included. A longer example enters alone. By default
+            it depends on the kind of device.
+        window_tokens: Tokens whose hidden states are held in memory at a time; 16 steps by default.
+        record: Whether to return y and h as well.
 
     Returns:
-        The answers and exit layers, in the order of `batch`.
+        Answers and exit layers, in the order of `batch`.
+
+    Raises:
+        ValueError: If the batch is empty, or an example is all padding.
     """
     mask = encoder.mask(batch)
     batch = {name: entry for name, entry in batch.items() if isinstance(entry, Tensor)}  # nothing else has rows to pick
@@ -104,29 +116,18 @@ def early_exit(
         raise ValueError("early exit needs at least one example, got a batch of 0")
     step, window = budget(mask.device, step_tokens, window_tokens)
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-    lengths: list[int] = ((mask != 0) * positions).amax(dim=1).tolist()
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    unit = _Unit(classifier, confidence, halting, record)
-    parts = [
-        _run_window(encoder, unit, batch, mask, [(row, lengths[row]) for row in rows], step)
-        for rows in _cut(order, lengths, window)
-    ]
-    # Back into the order of the batch.
-    back = torch.empty(len(order), dtype=torch.int64)
-    back[torch.tensor(order, dtype=torch.int64)] = torch.arange(len(order))
-    back = _send(back, mask.device)
-
-    def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
-        return None if tensors[0] is None else torch.cat([t for t in tensors if t is not None])[back]
-
-    answers, layers = joined([part.answers for part in parts]), joined([part.layers for part in parts])
-    assert answers is not None
-    assert layers is not None
-    return Exits(answers, layers, joined([part.y for part in parts]), joined([part.h for part in parts]))
+    lengths = ((mask != 0) * positions).amax(dim=1).cpu().numpy()
+    order = lengths.argsort(kind="stable")
+    unit = _Unit(classifier, confidence, halting)
+    results = _Results(len(lengths), unit.num_layers, record)
+    for rows in _cut(order, lengths[order], window):
+        groups = [_embed(encoder, batch, mask, run, lengths[run]) for run in _cut(rows, lengths[rows], step)]
+        _run_window(encoder, unit, groups, rows, results, step)
+    return results.exits(mask.device)
 
 
 def budget(device: torch.device, step_tokens: int | None, window_tokens: int | None) -> tuple[int, int]:
-    """Tokens of a step and of a window, where the user may have left out either."""
+    """Return the tokens of a step and of a window; None stands for the default of the device."""
     step = step_tokens or STEP_TOKENS.get(device.type, STEP_TOKENS["cuda"])
     return step, window_tokens or STEPS_IN_WINDOW * step
 
@@ -138,139 +139,193 @@ class _Unit:
     classifier: Submodels
     confidence: Submodels
     halting: Halting
-    record: bool
 
     @property
     def num_layers(self) -> int:
         return self.classifier.num_layers
 
     def ask(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """y ``[batch, classes]`` and h ``[batch]`` of pooled states ``[batch, hidden]``, in float32 or more."""
+        """Return y ``[batch, classes]`` and h ``[batch]`` of pooled states ``[batch, hidden]``, in float32 or more."""
         y = at_least_float32(self.classifier.of_layer(layer)(state)).softmax(dim=-1)
         return y, at_least_float32(self.confidence.of_layer(layer)(state)).sigmoid().squeeze(-1)
 
 
+class _Results:
+    """What the examples of a batch get. Rows are those of the batch.
+
+    The last layer that an example enters decides: what it stores replaces what earlier layers stored.
+    """
+
+    def __init__(self, batch: int, num_layers: int, record: bool) -> None:
+        self._layers = np.ones(batch, dtype=np.int64)
+        self._shape = batch, num_layers
+        self._record = record
+        self._answers: Tensor | None = None
+        self._y: Tensor | None = None
+        self._h: Tensor | None = None
+
+    def record(self, layer: int, rows: Indices, y: Tensor, h: Tensor) -> None:
+        """Keep y and h of the examples that entered a layer, if they are asked for."""
+        if not self._record:
+            return
+        if self._y is None or self._h is None:
+            self._y, self._h = y.new_zeros(*self._shape, y.shape[1]), h.new_zeros(self._shape)
+        index = _send(rows, y.device)
+        self._y[index, layer - 1], self._h[index, layer - 1] = y, h
+
+    def answer(self, layer: int, rows: Indices, a: Tensor) -> None:
+        """Store a_n of the examples that entered a layer, of which some leave now."""
+        if self._answers is None:
+            self._answers = a.new_zeros(len(self._layers), a.shape[1])
+        self._answers[_send(rows, a.device)] = a
+        self._layers[rows] = layer
+
+    def exits(self, device: torch.device) -> Exits:
+        assert self._answers is not None
+        return Exits(self._answers, _send(self._layers, device), self._y, self._h)
+
+
 def _run_window(
-    encoder: LayeredEncoder, unit: _Unit, batch: Batch, mask: Tensor, examples: list[tuple[int, int]], step: int
-) -> Exits:
-    """Run (row, length) examples, sorted by length; the results have their order."""
-    groups = _embed(encoder, batch, mask, examples, step)
-    rows = torch.arange(len(examples), device=mask.device)  # where the examples that are left stand in the window
-    exits = torch.full_like(rows, unit.num_layers)
-    for n in range(1, unit.num_layers + 1):
-        states = []
-        for group in groups:
-            if group.context is None:
-                group.context = encoder.context(group.hidden, group.mask)
-            group.hidden = encoder.layer(n, group.hidden, group.context)
-            states.append(encoder.pool(n, group.hidden, group.mask))
-        y, h = unit.ask(n, states[0] if len(states) == 1 else torch.cat(states))
-        if n == 1:
-            a, p = torch.zeros_like(y), torch.ones_like(h)
-            answers = torch.zeros_like(y)
-            layers = len(examples), unit.num_layers
-            all_y, all_h = (y.new_zeros(*layers, y.shape[1]), h.new_zeros(layers)) if unit.record else (None, None)
-        if all_y is not None and all_h is not None:
-            all_y[rows, n - 1], all_h[rows, n - 1] = y, h
-        a, p = accumulate_step(a, p, y, h)
-        if n == unit.num_layers:
-            answers[rows] = a
-            break
-        if unit.halting.rule == "never":
-            continue
-        done = unit.halting.halts(
-            a, p, y, unit.num_layers - n, unit.num_layers
-        ).cpu()  # the only wait for a GPU in a layer
-        keep = (~done).tolist()
-        if all(keep):
-            continue
-        leaving = _send(done.nonzero().flatten(), rows.device)
-        answers[rows[leaving]], exits[rows[leaving]] = a[leaving], n
-        if not any(keep):
-            break
-        staying = _send((~done).nonzero().flatten(), rows.device)
-        rows, a, p = rows[staying], a[staying], p[staying]
-        groups = _regroup(groups, keep, step)
-    return Exits(answers, exits, all_y, all_h)
-
-
-def _send(index: Tensor, device: torch.device) -> Tensor:
-    """An index of the CPU on `device`; the host does not wait until it is there."""
-    return index.to(device, non_blocking=True)
-
-
-def _cut(order: Sequence[int], lengths: Sequence[int], most: int) -> Iterator[list[int]]:
-    """Cut `order`, sorted by length, into runs of at most `most` tokens, padding included, or of one example."""
-    run: list[int] = []
-    for row in order:
-        if run and (len(run) + 1) * lengths[row] > most:
-            yield run
-            run = []
-        run.append(row)
-    if run:
-        yield run
-
-
-def _embed(
-    encoder: LayeredEncoder, batch: Batch, mask: Tensor, examples: list[tuple[int, int]], step: int
-) -> list[_Group]:
-    """The groups of a window before layer 1, each cut to its longest example."""
-    lengths = [length for _, length in examples]
-    groups = []
-    for run in _cut(range(len(examples)), lengths, step):
-        longest, rows = lengths[run[-1]], [examples[i][0] for i in run]
-        index = None if rows == list(range(len(mask))) else _send(torch.tensor(rows), mask.device)
-
-        def pick(tensor: Tensor, longest: int = longest, index: Tensor | None = index) -> Tensor:
-            cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
-            return cut if index is None else cut[index]
-
-        hidden = encoder.embed({name: pick(tensor) for name, tensor in batch.items()})
-        groups.append(_Group(hidden, pick(mask), [lengths[i] for i in run]))
-    return groups
-
-
-def _regroup(groups: list[_Group], keep: list[bool], step: int) -> list[_Group]:
-    """The groups without those that left, merged with their neighbours as far as a step holds them.
+    encoder: LayeredEncoder, unit: _Unit, groups: list[_Group], rows: Indices, results: _Results, step: int
+) -> None:
+    """Run the groups of a window until all of its examples have left.
 
     Args:
-        groups: In the order of their lengths.
-        keep: Which examples stay, over all groups.
+        encoder: Encoder whose layers are run.
+        unit: What is asked after each layer.
+        groups: Examples of the window before layer 1, in the order of their lengths.
+        rows: Row of each example in the batch, over all groups.
+        results: Where answers and exit layers are stored.
         step: Tokens of one step, padding included.
     """
-    merged: list[list[_Group]] = []
-    start = 0
-    for group in groups:
-        flags = keep[start : start + len(group.lengths)]
-        start += len(group.lengths)
-        if not any(flags):
+    for n in range(1, unit.num_layers + 1):
+        states = [_run_layer(encoder, n, group) for group in groups]
+        y, h = unit.ask(n, states[0] if len(states) == 1 else torch.cat(states))
+        results.record(n, rows, y, h)
+        if n == 1:
+            a, p = torch.zeros_like(y), torch.ones_like(h)
+        a, p = accumulate_step(a, p, y, h)
+        if n == unit.num_layers:
+            results.answer(n, rows, a)
+            return
+        if unit.halting.rule == "never":
             continue
-        left = group if all(flags) else _select(group, [i for i, flag in enumerate(flags) if flag])
-        together = [*merged[-1], left] if merged else []
-        if together and sum(len(g.lengths) for g in together) * max(g.longest for g in together) <= step:
-            merged[-1].append(left)
-        else:
-            merged.append([left])
-    return [parts[0] if len(parts) == 1 else _merge(parts) for parts in merged]
+        halts = unit.halting.halts(a, p, y, unit.num_layers - n, unit.num_layers)
+        staying = (~halts.cpu().numpy()).nonzero()[0]  # the only wait for a GPU in a layer
+        if len(staying) == len(rows):
+            continue
+        results.answer(n, rows, a)
+        if len(staying) == 0:
+            return
+        index = _send(staying, a.device)
+        rows, a, p = rows[staying], a.index_select(0, index), p.index_select(0, index)
+        groups = _regroup(encoder, groups, staying, index, step)
 
 
-def _select(group: _Group, kept: list[int]) -> _Group:
-    lengths = [group.lengths[i] for i in kept]
-    longest = max(lengths)
-    index = _send(torch.tensor(kept), group.hidden.device)
-    return _Group(
-        group.hidden[:, :longest].index_select(0, index), group.mask[:, :longest].index_select(0, index), lengths
-    )
+def _run_layer(encoder: LayeredEncoder, layer: int, group: _Group) -> Tensor:
+    """Run one layer on a group, in place, and return the pooled states ``[batch, hidden]``."""
+    if group.context is None:
+        group.context = encoder.context(group.hidden, group.mask)
+    group.hidden = encoder.layer(layer, group.hidden, group.context)
+    return encoder.pool(layer, group.hidden, group.mask)
 
 
-def _merge(groups: list[_Group]) -> _Group:
-    lengths = [length for group in groups for length in group.lengths]
-    first = groups[0]
-    hidden = first.hidden.new_zeros(len(lengths), max(lengths), first.hidden.shape[2])
-    mask = first.mask.new_zeros(len(lengths), max(lengths))
+def _send(index: Indices, device: torch.device) -> Tensor:
+    """Return an index of the host on `device`, without waiting until it is there."""
+    return torch.from_numpy(index).to(device, non_blocking=True)
+
+
+def _cut(rows: Indices, lengths: Indices, most: int) -> Iterator[Indices]:
+    """Cut rows, sorted by length, into runs of at most `most` tokens, padding included, or of one example."""
+    if len(rows) * lengths[-1] <= most:
+        yield rows
+        return
     start = 0
+    for end, length in enumerate(lengths.tolist()):
+        if end > start and (end + 1 - start) * length > most:
+            yield rows[start:end]
+            start = end
+    yield rows[start:]
+
+
+def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, lengths: Indices) -> _Group:
+    """Embed rows of a batch, sorted by length, cut to the longest of them."""
+    longest = int(lengths[-1])
+    index = None if np.array_equal(rows, np.arange(len(mask))) else _send(rows, mask.device)
+
+    def pick(tensor: Tensor) -> Tensor:
+        cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
+        return cut if index is None else cut.index_select(0, index)
+
+    return _Group(encoder.embed({name: pick(tensor) for name, tensor in batch.items()}), pick(mask), lengths)
+
+
+def _regroup(encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int) -> list[_Group]:
+    """Drop the examples that have left, and merge neighbouring groups as far as one step holds them.
+
+    Args:
+        encoder: Encoder that made the contexts of the groups.
+        groups: Groups in the order of their lengths.
+        staying: Positions of the examples that stay, ascending, over all groups.
+        index: The same on the device of the groups.
+        step: Tokens of one step, padding included.
+    """
+    if len(groups) == 1:
+        return [_shrink(encoder, _Part(groups[0], index, groups[0].lengths[staying]))]
+    merged: list[list[_Part]] = []
+    start = first = 0  # the group's first position, and where its positions begin in `staying`
     for group in groups:
-        end, width = start + len(group.lengths), group.hidden.shape[1]
-        hidden[start:end, :width], mask[start:end, :width] = group.hidden, group.mask
+        last = int(staying.searchsorted(start + len(group.lengths)))
+        if last > first:
+            rows = index[first:last] - start if start else index[first:last]
+            part = _Part(group, rows, group.lengths[staying[first:last] - start])
+            count = sum(len(p.lengths) for p in merged[-1]) + len(part.lengths) if merged else 0
+            if merged and count * part.longest <= step:  # the last group is the longest
+                merged[-1].append(part)
+            else:
+                merged.append([part])
+        start, first = start + len(group.lengths), last
+    return [_shrink(encoder, parts[0]) if len(parts) == 1 else _merge(parts) for parts in merged]
+
+
+@dataclass
+class _Part:
+    """What stays of a group."""
+
+    group: _Group
+    rows: Tensor  # int64: the rows of the group that stay
+    lengths: Indices  # ascending
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths[-1])
+
+    @property
+    def is_whole(self) -> bool:
+        return len(self.lengths) == len(self.group.lengths)
+
+    def pick(self, tensor: Tensor) -> Tensor:
+        """Return the rows that stay of ``[batch, length, …]``, cut to the longest of them."""
+        longest = self.longest
+        cut = tensor[:, :longest] if longest < tensor.shape[1] else tensor
+        return cut if self.is_whole else cut.index_select(0, self.rows)
+
+
+def _shrink(encoder: LayeredEncoder, part: _Part) -> _Group:
+    if part.is_whole:
+        return part.group
+    hidden, mask = part.pick(part.group.hidden), part.pick(part.group.mask)
+    return _Group(hidden, mask, part.lengths, encoder.keep(part.group.context, part.rows, hidden, mask))
+
+
+def _merge(parts: list[_Part]) -> _Group:
+    lengths = np.concatenate([part.lengths for part in parts])
+    first = parts[0].group
+    hidden = first.hidden.new_zeros(len(lengths), parts[-1].longest, first.hidden.shape[2])
+    mask = first.mask.new_zeros(hidden.shape[:2])
+    start = 0
+    for part in parts:
+        end, width = start + len(part.lengths), part.longest
+        hidden[start:end, :width], mask[start:end, :width] = part.pick(part.group.hidden), part.pick(part.group.mask)
         start = end
     return _Group(hidden, mask, lengths)

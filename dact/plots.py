@@ -1,4 +1,4 @@
-"""Pictures."""
+"""Figures of exit layers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """A figure with one pair of axes, outside of pyplot: nothing global, nothing left open."""
+    """Make a figure with one pair of axes, outside of pyplot, so that no global state changes and nothing stays open."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -21,12 +21,12 @@ def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
 
 
 def depth_against_exit(depths: Tensor, exit_layers: Tensor, num_layers: int) -> Figure:
-    """How exits spread for each depth of the examples, with their mean.
+    """Draw the distribution of exit layers for each depth of the examples, and its mean.
 
     Args:
-        depths: int64 ``[examples]``, from 0.
-        exit_layers: int64 ``[examples]``, in 1 … num_layers.
-        num_layers: N.
+        depths: Depth of each example, int64 ``[examples]``, from 0.
+        exit_layers: Exit layer of each example, int64 ``[examples]``, in 1 … num_layers.
+        num_layers: Number of layers N.
     """
     figure, axes = new_figure()
     deepest = int(depths.max()) + 1
@@ -47,7 +47,7 @@ def depth_against_exit(depths: Tensor, exit_layers: Tensor, num_layers: int) -> 
 
 
 def layer_colour(layer: int, num_layers: int) -> Any:
-    """The colour of a layer (1-based) wherever layers are told apart: dark is deep."""
+    """Return the colour of a layer (1-based) in every figure; deeper layers are darker."""
     from matplotlib import colormaps
 
     return colormaps["viridis_r"](layer / num_layers)

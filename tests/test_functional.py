@@ -217,3 +217,22 @@ def test_a_clear_lead_lets_examples_leave_sooner(layers, classes, margin, rule, 
     first = [row.index(True) + 1 if True in row and rule != "never" else layers for row in clear]
     expected = torch.minimum(without, torch.tensor(first))
     assert torch.equal(functional.exit_layers(a, p, rule, y=y, margin=margin), expected)
+
+
+@given(
+    outputs=layer_outputs(),
+    margin=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    tolerance=st.sampled_from([0.0, 0.3]),
+    rule=st.sampled_from(["exact", "paper", "never"]),
+)
+def test_a_layer_lets_leave_who_is_clear_or_proved(outputs, margin, tolerance, rule):
+    y, h = outputs
+    a, p = functional.accumulate(y, h)
+    layers = p.shape[1]
+    for n in range(layers - 1):
+        remaining = layers - 1 - n
+        expected = functional.can_halt(a[:, n], p[:, n], remaining, rule, tolerance, layers)
+        if rule != "never":
+            expected = expected | functional.is_clear(y[:, n], margin)
+        halts = functional.Halting(rule, tolerance, margin).halts(a[:, n], p[:, n], y[:, n], remaining, layers)
+        assert torch.equal(halts, expected)

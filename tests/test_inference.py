@@ -94,13 +94,24 @@ def test_regrouping_serves_every_family(name):
     assert len(set(full.exit_layer.tolist())) > 1, "examples of this test leave at different layers"
 
 
+@pytest.mark.parametrize("name", ["built-in", "roberta", "mpnet", "modernbert"])
 @torch.no_grad()
-def test_left_padding_is_as_good_as_right():
-    model, data = tiny_model(layers=5), random_batch(30, 14)
+def test_left_padding_is_as_good_as_right_where_positions_are_counted_from_the_first_token(name):
+    model, data = tiny_model(encoder=encoder_of(name)), random_batch(30, 14)
+    data["input_ids"][data["attention_mask"] == 0] = 1 if name == "mpnet" else 0  # MPNet's padding id is fixed
     model.step_tokens = 40
     right, left = model.early_exit(data), model.early_exit(left_padded(data))
     assert torch.equal(left.exit_layer, right.exit_layer)
     torch.testing.assert_close(left.probabilities, right.probabilities, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["bert", "electra", "distilbert", "albert", "deberta-v2"])
+def test_left_padding_is_refused_where_positions_are_counted_from_the_first_column(name):
+    model, data = tiny_model(encoder=encoder_of(name)), random_batch(30, 14)
+    for call in (model, model.early_exit):
+        call(data)
+        with pytest.raises(ValueError, match="padded on the left.*pad on the right"):
+            call(left_padded(data))
 
 
 @pytest.mark.parametrize(("step", "window"), [(1, 1), (24, 100), (60, 60), (100, 10_000)])

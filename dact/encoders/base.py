@@ -1,4 +1,4 @@
-"""What a layered encoder gives to the DACT unit, which never learns which encoder it sits on."""
+"""The contract of a layered encoder. The DACT unit depends on it alone, never on a particular encoder."""
 
 from __future__ import annotations
 
@@ -18,30 +18,41 @@ MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
 class LayeredEncoder(nn.Module, ABC):
     """A stack of layers that can be run in one go (training) or layer by layer on a shrinking batch (inference).
 
-    A subclass sets `num_layers` and `hidden_size` and gives three methods, `embed`, `layer` and `pool`. `context`
-    serves encoders whose layers share more than the hidden state; `forward` may be overridden where one ordinary
-    forward is faster than a loop. `config` lets a checkpoint rebuild the encoder by itself.
+    A subclass sets `num_layers` and `hidden_size` and implements three methods: `embed`, `layer` and `pool`. Override
+    `context` if the layers share more than the hidden state, `forward` if one ordinary forward pass is faster than a
+    loop, and `config` if a checkpoint shall rebuild the encoder by itself.
     """
 
     num_layers: int
     hidden_size: int
-    vocab_size: int | None = None  # how many token ids there are, where the encoder knows
-    max_length: int | None = None  # the longest input in tokens, None if there is no bound
+    vocab_size: int | None = None  # number of token ids, None if unknown
+    max_length: int | None = None  # longest input in tokens, None if there is no bound
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
-        """The hidden state before layer 1, ``[batch, length, hidden]``."""
+        """Return the hidden state before layer 1, ``[batch, length, hidden]``."""
 
     def context(self, hidden: Tensor, mask: Tensor) -> Any:
-        """What every layer needs beside the hidden state, such as attention biases.
-
-        It is asked for again whenever examples have left the batch.
+        """Return what every layer needs next to the hidden state, such as attention biases.
 
         Args:
-            hidden: ``[batch, length, hidden]``.
+            hidden: Hidden state before layer 1 or a later one, ``[batch, length, hidden]``.
             mask: ``[batch, length]``, 1 for tokens and 0 for padding.
         """
         return mask
+
+    def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
+        """Return the context of the examples that remain after others have left.
+
+        By default `context` is asked again. Override it where picking the rows of the old context costs less.
+
+        Args:
+            context: Context of all examples, as `context` returned it.
+            rows: Rows that remain, int64 ``[remaining]``, ascending.
+            hidden: Hidden state of these rows, ``[remaining, length, hidden]``. The length may have shrunk.
+            mask: Mask of these rows, ``[remaining, length]``.
+        """
+        return self.context(hidden, mask)
 
     @abstractmethod
     def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
@@ -49,7 +60,7 @@ class LayeredEncoder(nn.Module, ABC):
 
     @abstractmethod
     def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The state that the submodels see after a layer (1-based): ``[batch, length, hidden]`` -> ``[batch, hidden]``."""
+        """Return what the submodels see after a layer (1-based): ``[batch, length, hidden]`` -> ``[batch, hidden]``."""
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the pooled states of all layers, ``[batch, layers, hidden]``."""
@@ -66,11 +77,11 @@ class LayeredEncoder(nn.Module, ABC):
         return torch.stack(states, dim=1)
 
     def mask(self, batch: Batch) -> Tensor:
-        """Which positions hold a token, ``[batch, length]``; all of them where the batch has no ``attention_mask``."""
+        """Return which positions hold a token, ``[batch, length]``; all of them without an ``attention_mask``."""
         return attention_mask(batch)
 
     def check_tokens(self, tokenizer: Any, max_length: int | None) -> None:
-        """Raise a ``ValueError`` if data of this tokenizer and length (None: not known) does not fit the encoder."""
+        """Raise a ``ValueError`` if data of this tokenizer and length, None if unknown, does not fit the encoder."""
         if tokenizer is not None and self.vocab_size is not None and len(tokenizer) > self.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} token ids, but the encoder only {self.vocab_size}: give both the same "
@@ -83,7 +94,7 @@ class LayeredEncoder(nn.Module, ABC):
             )
 
     def config(self) -> dict[str, Any] | None:
-        """Plain data from which `dact.encoders.from_config` builds this encoder, or None if it cannot."""
+        """Return plain data from which `dact.encoders.from_config` builds this encoder, or None if it cannot."""
         return None
 
     def save_files(self, folder: Path) -> None:
@@ -91,7 +102,7 @@ class LayeredEncoder(nn.Module, ABC):
 
 
 def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The tensors of a batch on a device; what else a batch carries, such as a list of ids, stays behind."""
+    """Return the tensors of a batch on a device, without its other entries, such as lists of ids."""
     return {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
 
 
@@ -104,7 +115,7 @@ def check_batch(batch: object) -> None:
 
 
 def attention_mask(batch: Batch) -> Tensor:
-    """The batch's ``attention_mask`` ``[batch, length]``, as Hugging Face has it: all ones if it is absent.
+    """Return the batch's ``attention_mask`` ``[batch, length]``, as Hugging Face has it: all ones if it is absent.
 
     Raises:
         TypeError: If the batch is no dict.

@@ -1,6 +1,6 @@
-"""Everything that knows Hugging Face models: eight families of encoders, layer by layer.
+"""Hugging Face models as layered encoders: eight families, each run layer by layer.
 
-For each family the layer-by-layer run below equals the plain forward pass of transformers 5; the tests hold it there.
+For each family, running the layers one by one gives the same states as the plain forward pass of transformers 5.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json, read_tensors
 
 log = logging.getLogger(__name__)
-# Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or modules next to the file.
+# Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or modules next to it.
 RUNS_CODE = ("attn_implementation", "experts_implementation", "auto_map", "kernel_config")
 
 
@@ -39,16 +39,21 @@ def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
     return create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=mask)
 
 
+def _is_matrix(bias: Any) -> bool:
+    """Return whether a bias is ``[batch, 1, length, length]``, as it is unless a foreign attention makes its own."""
+    return isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[-1] == bias.shape[-2]
+
+
 @dataclass(frozen=True)
 class _Family:
     """How one family of models runs its layers.
 
     Args:
-        embed: (model, the inputs below) -> the hidden state before layer 1.
-        layer: (model, layer (1-based), hidden, context) -> the hidden state after it.
-        context: (model, hidden, mask) -> what all layers share.
-        inputs: The entries of a batch that the embedding takes.
-        norm: The norm that follows the last layer, for families whose layers leave a sum behind.
+        embed: Function from (model, inputs) to the hidden state before layer 1.
+        layer: Function from (model, 1-based layer, hidden, context) to the hidden state after it.
+        context: Function from (model, hidden, mask) to what all layers share.
+        inputs: Names of the batch entries that the embedding takes.
+        norm: Function from the model to the norm after its last layer, for families with unnormalised layers.
     """
 
     embed: Callable[..., Tensor]
@@ -93,7 +98,7 @@ def _deberta_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tens
 
 
 def _modernbert_context(model: Any, hidden: Tensor, mask: Tensor) -> dict[str, tuple[Any, Any]]:
-    """(attention bias, rotary embedding) for each kind of layer, full and sliding-window attention."""
+    """Return (attention bias, rotary embedding) for each kind of layer, full and sliding-window attention."""
     positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
     arguments = {"config": model.config, "inputs_embeds": hidden, "attention_mask": mask}
     biases = {
@@ -148,15 +153,15 @@ FAMILIES: dict[str, _Family] = {
 class HuggingFaceEncoder(LayeredEncoder):
     """A pretrained encoder of the transformers library.
 
-    Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights are taken in
-    float32 whatever the checkpoint holds; a head for another task is left aside, and the log says so.
+    Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights are loaded in float32
+    whatever their type in the checkpoint. A head for another task is ignored, which is logged.
 
     Args:
-        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package). The
-            ``model/`` folder that a fit of dact left serves, too: its encoder is taken.
-        pooling: ``"mean"`` of the tokens or the ``"first"`` token. With the first token, the early layers of a
-            sentence encoder hold little.
-        num_layers: Keep only so many layers, counted from the first; all of them if left out.
+        pretrained: Hub id, local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package). From the
+            ``model/`` folder of a fit of dact, the encoder is loaded.
+        pooling: ``"mean"`` of the tokens or the ``"first"`` token. In the early layers of a sentence encoder, the first
+            token says little about the text.
+        num_layers: Number of layers to keep, counted from the first; all by default.
 
     Raises:
         ValueError: If the model cannot be found, is of another family, lacks weights, or has fewer layers.
@@ -183,7 +188,7 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def from_config(cls, model: dict[str, Any], pooling: Pooling) -> HuggingFaceEncoder:
-        """Build the encoder that `config` described, with random weights and without a look at any pretrained model."""
+        """Build the encoder that `config` described, with random weights; no pretrained model is read."""
         config = _config_from(model)
         return cls.from_model(AutoModel.from_config(config, dtype=torch.float32), pooling=pooling)
 
@@ -198,7 +203,18 @@ class HuggingFaceEncoder(LayeredEncoder):
         self.hidden_size = model.config.hidden_size
         self.vocab_size = model.config.vocab_size
         self.max_length = longest_input(model)
+        # RoBERTa and MPNet count positions from the first token; the others with absolute positions from the first column.
+        self._counts_columns = self.max_length is not None and _position_table(model).padding_idx is None
         self._family = family
+
+    def mask(self, batch: Batch) -> Tensor:
+        mask = super().mask(batch)
+        if self._counts_columns and "attention_mask" in batch and not mask[:, 0].all():
+            raise ValueError(
+                "the batch is padded on the left, where an encoder with absolute positions would answer differently for "
+                "each width of the padding: pad on the right (tokenizer.padding_side = 'right')"
+            )
+        return mask
 
     def embed(self, batch: Batch) -> Tensor:
         inputs = {name: batch[name] for name in self._family.inputs if name in batch}
@@ -210,6 +226,13 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     def context(self, hidden: Tensor, mask: Tensor) -> Any:
         return self._family.context(self.model, hidden, mask)
+
+    def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
+        if self._family.context is not _attention_bias or not (context is None or _is_matrix(context)):
+            return self.context(hidden, mask)
+        length = hidden.shape[1]
+        # None says that no position was hidden, so none is among fewer.
+        return None if context is None else context[..., :length, :length].index_select(0, rows)
 
     def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
         return self._family.layer(self.model, layer, hidden, context)
@@ -238,12 +261,18 @@ class HuggingFaceEncoder(LayeredEncoder):
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
-    """How many positions the embedding knows; None for families with relative positions only."""
-    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
-    if not isinstance(table, nn.Embedding):
+    """Return the number of positions in the embedding; None for families with relative positions only."""
+    table = _position_table(model)
+    if table is None:
         return None
     # RoBERTa and MPNet count positions from behind the padding id.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+def _position_table(model: PreTrainedModel) -> Any:
+    """Return the embedding of absolute positions, None if the model has none."""
+    table = getattr(getattr(model.base_model, "embeddings", None), "position_embeddings", None)
+    return table if isinstance(table, nn.Embedding) else None
 
 
 def _check_family(model_type: str | None, what: str) -> _Family:
@@ -256,7 +285,7 @@ def _check_family(model_type: str | None, what: str) -> _Family:
 
 
 def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
-    """Build the library's configuration from what a file says, without what would run code or build without bound."""
+    """Build the library's configuration from a file's entries, without those that run code or need unbounded memory."""
     _check_family(described.get("model_type"), "the encoder's configuration")
     harmless = {name: value for name, value in described.items() if _is_harmless(name)}
     check_count("the encoder's num_hidden_layers", harmless.get("num_hidden_layers", 1), most=MOST_LAYERS)
@@ -312,7 +341,7 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
         )
     heads = sorted({key.split(".")[0] for key in report["unexpected_keys"]} - {"encoder", "layers", "transformer"})
     if heads:
-        log.info("%s: left aside what is not the encoder: %s", pretrained, ", ".join(heads))
+        log.info("%s: ignored weights outside the encoder: %s", pretrained, ", ".join(heads))
     return model
 
 
@@ -322,7 +351,7 @@ def _is_of_dact(folder: Path) -> bool:
 
 
 def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrainedModel:
-    """The encoder of a model of dact."""
+    """Load the encoder of a model that dact saved."""
     described = read_json(folder / "config.json").get("encoder") or {}
     if described.get("type") != "HuggingFaceEncoder":
         raise ValueError(
@@ -343,10 +372,10 @@ def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrain
 
 
 def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
-    """A fine-tuned sequence-classification model, and the names of its classes in their order.
+    """Load a fine-tuned sequence-classification model and the names of its classes, in the order of its outputs.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no such model, or it lacks weights of its classifier.
     """
     try:
         with _quiet_transformers():

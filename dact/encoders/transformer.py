@@ -1,4 +1,4 @@
-"""The built-in encoder: small, trained from scratch, without a download."""
+"""The built-in encoder, which is small, trained from scratch and needs no download."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from torch import Tensor, nn
 from dact.checks import check_choice, check_count, check_range
 from dact.encoders.base import MOST_LAYERS, Batch, LayeredEncoder, Pooling, pool_tokens
 
-# Added to the attention logits where a head must not look. Finite, so that a row of padding gives numbers and not NaN;
-# small enough for float16.
+# Added to the attention logits where a head must not look. It is finite, so that a row of padding gives numbers and not
+# NaN, and it fits into float16.
 HIDDEN_FROM_VIEW = -1e4
 
 
 class TransformerEncoder(LayeredEncoder):
-    """A pre-norm transformer encoder (Vaswani et al. 2017, arXiv 1706.03762) that knows order by linear biases.
+    """A pre-norm transformer encoder (Vaswani et al. 2017, arXiv 1706.03762) with linear position biases.
 
-    The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), for text in both directions: half of the heads
-    look back and half look ahead, each with a slope of its own. So the first layers see the neighbourhood of a word and
-    each further layer sees farther, and no input is too long.
+    The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), in both directions: half of the heads look back
+    and half look ahead, each with its own slope. The first layers see the neighbourhood of a word, and each further layer
+    sees farther. The length of the input is not bounded.
 
     Args:
         vocab_size: Number of token ids, 2 or more.
-        num_layers: N, 1 or more.
+        num_layers: Number of layers N, 1 or more.
         hidden_size: Width of the hidden state, a multiple of `num_heads`.
-        num_heads: Attention heads, an even number.
+        num_heads: Number of attention heads, even.
         pooling: ``"mean"`` of the tokens or the ``"first"`` token.
-        feedforward_size: Width inside the feed-forward part; 4 times `hidden_size` if left out.
-        dropout: In [0, 1).
-        slopes: The steepest and the flattest slope of the biases, above 0, per token of distance; the heads take steps
-            of equal ratio between them. Steeper heads see a smaller neighbourhood.
+        feedforward_size: Width inside the feed-forward part; 4 times `hidden_size` by default.
+        dropout: Dropout probability in [0, 1).
+        slopes: Steepest and flattest slope of the biases per token of distance, above 0. The slopes of the heads lie
+            between them in steps of equal ratio. Steeper heads see a smaller neighbourhood.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -106,7 +106,7 @@ class TransformerEncoder(LayeredEncoder):
         return self.tokens(batch["input_ids"])
 
     def context(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """The attention bias, ``[batch, heads, length, length]``: distance and direction, and no look at padding."""
+        """Return the attention bias, ``[batch, heads, length, length]``, of distance, direction and padding."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         distance = positions.unsqueeze(0) - positions.unsqueeze(1)  # [length, length], key minus query
         falling = -self.slopes.view(-1, 1, 1) * distance.abs()  # [heads / 2, length, length]
@@ -114,6 +114,10 @@ class TransformerEncoder(LayeredEncoder):
         ahead = falling.masked_fill(distance < 0, HIDDEN_FROM_VIEW)
         padding = (mask == 0)[:, None, None, :]  # [batch, 1, 1, length]
         return torch.cat([back, ahead]).unsqueeze(0).masked_fill(padding, HIDDEN_FROM_VIEW)
+
+    def keep(self, context: Tensor, rows: Tensor, hidden: Tensor, mask: Tensor) -> Tensor:
+        length = hidden.shape[1]
+        return context[..., :length, :length].index_select(0, rows)
 
     def layer(self, layer: int, hidden: Tensor, context: Tensor) -> Tensor:
         return self.layers[layer - 1](hidden, context)
@@ -126,9 +130,9 @@ class TransformerEncoder(LayeredEncoder):
 
 
 class _Layer(nn.Module):
-    """Attention under a bias, then a feed-forward part, each behind a norm and added to its input.
+    """Attention with a bias, then a feed-forward part. Each follows a norm and is added to its input.
 
-    (PyTorch's own layer is not used: in eval mode its fast path disregards a bias of one matrix per head.)
+    PyTorch's own layer does not serve: in eval mode its fast path ignores a bias of one matrix per head.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float) -> None:
