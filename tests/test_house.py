@@ -14,8 +14,8 @@ PACKAGE = ROOT / "dact"
 # files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
 LAYERS = [
     {"checks", "files", "plots", "signals", "quiet", "console", "bounds"},
-    {"functional", "metrics", "agreement", "optimization", "outputs"},
-    {"submodels", "encoders"},
+    {"functional", "metrics", "agreement", "optimization", "outputs", "model_card"},
+    {"submodels", "encoders", "hub"},
     {"inference", "persistence", "arguments", "evaluation"},
     {"model"},
     {"data"},
