@@ -85,6 +85,18 @@ def local_folder(
     return Path(folder)
 
 
+def out_of_reach(pretrained: str) -> bool:
+    """Return whether `pretrained` is a Hub id and the Hub does not answer in time, so that the cache alone should be asked.
+
+    On a network that drops packets, transformers would wait without end.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    fault = None if Path(pretrained).is_dir() else _ask(HfApi(library_name="dact"), pretrained, None)
+    return fault is not None and not isinstance(fault, HfHubHTTPError)
+
+
 def publish(save: Callable[..., None], repo_id: str, options: Publication) -> str:
     """Publish a model folder as one commit, so that nobody downloads half of it; the repository is created if needed.
 

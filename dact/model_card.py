@@ -160,7 +160,8 @@ def _promise(calibration: Mapping[str, Any], layers: int) -> str:
     promise = calibration["promise"]
     against = "the model's own full depth" if calibration.get("baseline_accuracy") is None else "the baseline"
     if promise.get("max_accuracy_loss") is not None:
-        what = f"at most {100 * promise['max_accuracy_loss']:g} points of accuracy below {against}"
+        points = 100 * promise["max_accuracy_loss"]
+        what = f"at most {points:g} point{'s' * (points != 1)} of accuracy below {against}"
     elif promise.get("min_agreement") is not None:
         what = f"at least {100 * promise['min_agreement']:g} % agreement with {against}"
     else:

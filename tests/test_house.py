@@ -15,7 +15,8 @@ PACKAGE = ROOT / "dact"
 LAYERS = [
     {"checks", "files", "plots", "signals", "quiet", "console", "bounds"},
     {"functional", "metrics", "agreement", "optimization", "outputs", "model_card"},
-    {"submodels", "encoders", "hub"},
+    {"hub"},
+    {"submodels", "encoders"},
     {"inference", "persistence", "arguments", "evaluation"},
     {"model"},
     {"data"},
