@@ -25,10 +25,9 @@ from dact import TextClassifier
 class Classify:
     """A worker: it adds what the classifier says to each block of rows."""
 
-    def __init__(self, classifier: ray.ObjectRef, column: str, device: str) -> None:
-        self.classifier: TextClassifier = ray.get(classifier)
+    def __init__(self, classifier: TextClassifier, column: str, device: str) -> None:
+        self.classifier, self.column = classifier, column
         self.classifier.model.to(device)
-        self.column = column
 
     def __call__(self, block: pa.Table) -> pa.Table:
         found = self.classifier(block[self.column].to_pylist())
@@ -49,7 +48,7 @@ def classify(texts: Any, classifier: TextClassifier, *, column: str, workers: in
     """
     return texts.map_batches(
         Classify,
-        fn_constructor_args=(ray.put(classifier), column, "cuda" if gpus else "cpu"),
+        fn_constructor_args=(classifier, column, "cuda" if gpus else "cpu"),
         batch_format="pyarrow",
         batch_size=classifier.batch_size,
         compute=ray.data.ActorPoolStrategy(size=workers),
