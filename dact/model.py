@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, Unpack
 
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from dact import functional, inference, persistence
+from dact import functional, hub, inference, model_card, persistence
 from dact.agreement import Agreement
 from dact.agreement import check_classes as check_classes
 from dact.arguments import OfRule, check_arguments
@@ -20,6 +21,7 @@ from dact.encoders.base import Batch, LayeredEncoder
 from dact.evaluation import Evaluated, labels_of
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metrics import collapse
+from dact.model_card import Metrics
 from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
 from dact.outputs import Loss as Loss
@@ -144,6 +146,7 @@ class DACT(Evaluated):
         self.register_buffer("class_weights", weights, persistent=False)
         self.calibration: dict[str, Any] | None = None  # what dact.calibrate found
         self.temperatures: list[float] | None = None  # one per exit layer; they scale scores that are shown
+        self.provenance = model_card.Provenance()  # what the run that it was loaded from says, for its model card
         self.steps_done = 0  # training steps so far, for the warm-up of λ
         self.total_steps = float("inf")  # all training steps; the Trainer knows them
 
@@ -305,6 +308,7 @@ class DACT(Evaluated):
     def on_fit_start(self) -> None:
         self.end_calibration()  # its promise was made for other weights
         self.temperatures = None
+        self.provenance = model_card.Provenance()
 
     def on_train_start(self) -> None:
         # Known once per training, also one of Lightning's own search for a batch size or learning rate; infinite for an
@@ -385,27 +389,62 @@ class DACT(Evaluated):
         model = persistence.load(cls, DACT, config, weights, str(checkpoint_path), overrides)
         return model.to(map_location) if isinstance(map_location, (str, torch.device)) else model
 
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Write config.json and model.safetensors into `directory`, which is created if needed."""
+    def save_pretrained(self, directory: str | Path, *, metrics: Metrics = None, repo_id: str | None = None) -> None:
+        """Write config.json, model.safetensors and a model card into `directory`, which is created if needed.
+
+        Args:
+            directory: Folder to write to. A README.md there that was written by hand is kept.
+            metrics, repo_id: Content of metrics.json and Hub id for the card; see `dact.model_card.write_card`.
+        """
         persistence.write_folder(self, DACT, Path(directory))
+        model_card.write_card(Path(directory), self, metrics, repo_id)
+
+    def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]) -> str:
+        """Publish the model on the Hub in one commit; with its tokenizer, by `TextClassifier.push_to_hub`.
+
+        Args:
+            repo_id: Hub id ``"OWNER/NAME"`` of a repository, which is created if needed.
+            metrics: As for `save_pretrained`.
+            **options: ``token``, ``private``, ``revision`` and so on; see `dact.hub.Publication`.
+
+        Returns:
+            Address of the commit. Errors are those of `dact.hub.publish`.
+        """
+        return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, options)
 
     @classmethod
-    def from_pretrained(cls, directory: str | Path, *, encoder: LayeredEncoder | None = None, **overrides: Any) -> Self:
-        """Load the folder that `save_pretrained` wrote. The model is in eval mode.
+    def from_pretrained(
+        cls,
+        directory: str | Path,
+        *,
+        encoder: LayeredEncoder | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> Self:
+        """Load what `save_pretrained` wrote or `push_to_hub` published. The model is in eval mode.
 
         Files that other tools re-saved load as well, such as weights in half precision, which are cast to float32.
 
         Args:
-            directory: A folder with config.json and model.safetensors.
+            directory: A folder with config.json and model.safetensors, or a Hub id ``"OWNER/NAME"``.
             encoder: Needed only for an encoder of your own.
+            revision, token, cache_dir, local_files_only: For a Hub id; see `dact.hub.local_folder`.
             **overrides: Constructor arguments that replace those of the folder, such as ``halting_tolerance=0.3``.
 
         Raises:
-            FileNotFoundError: If one of the two files is missing.
+            FileNotFoundError: If there is no such folder or repository, or one of the two files is missing.
             ValueError: If a file cannot be read or does not fit.
         """
-        config, weights = persistence.read_folder(Path(directory))
-        encoder = persistence.encoder_with_files(config, Path(directory)) if encoder is None else encoder
+        folder = hub.local_folder(
+            directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
+        config, weights = persistence.read_folder(folder)
+        encoder = persistence.encoder_with_files(config, folder) if encoder is None else encoder
         if encoder is not None:
             overrides["encoder"] = encoder
-        return persistence.load(cls, DACT, config, weights, str(directory), overrides).eval()
+        model = persistence.load(cls, DACT, config, weights, str(directory), overrides).eval()
+        model.provenance = model_card.read_provenance(folder)
+        return model

@@ -7,17 +7,20 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Unpack
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
+from dact import hub
 from dact.checks import check_count
 from dact.data.tokenizers import load_tokenizer, tokenizer_for
 from dact.encoders.base import Batch
 from dact.model import DACT, DACTOutput
+from dact.model_card import Metrics
 from dact.scores import temper
 
 if TYPE_CHECKING:
@@ -60,7 +63,7 @@ class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
     It gives each text one class of two or more: no several labels at once, and no numbers. Calls from several threads are
-    safe.
+    safe, and it can be pickled for other processes and machines.
 
     Args:
         model: Model to ask, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.
@@ -104,6 +107,12 @@ class TextClassifier:
         self.class_names = model.class_names or [str(label) for label in range(self.model.output_dimension)]
         self._tokenizing = threading.Lock()  # a fast tokenizer refuses a second thread ("Already borrowed")
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_tokenizing"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _tokenizing=threading.Lock())
+
     @classmethod
     def from_pretrained(
         cls,
@@ -112,25 +121,46 @@ class TextClassifier:
         batch_size: int = 1024,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
+        revision: str | None = None,
+        token: str | bool | None = None,
+        cache_dir: str | Path | None = None,
+        local_files_only: bool = False,
         **overrides: Any,
     ) -> TextClassifier:
-        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` leave it.
+        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` leave it, or of a
+        repository on the Hub.
 
         Args:
-            directory: Folder with the model and its tokenizer.
+            directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.
             batch_size: As for `TextClassifier`.
             device: As for `TextClassifier`.
             dtype: As for `TextClassifier`; the weights of the encoder that is loaded are held in it, too.
+            revision: As for `DACT.from_pretrained`, like the next three.
+            token: Access token.
+            cache_dir: Folder of the cache.
+            local_files_only: Whether to look in the cache alone.
             **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
 
         Raises:
             FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no tokenizer.
         """
+        directory = hub.local_folder(
+            directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+        )
         model = DACT.from_pretrained(directory, **overrides)
         if dtype is not None and "encoder" not in overrides:  # else autocast casts all weights anew in each call
             model.encoder.to(_checked_dtype(dtype))
-        tokenizer = load_tokenizer(str(Path(directory).resolve()))
+        tokenizer = load_tokenizer(str(directory.resolve()))
         return cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
+
+    def save_pretrained(self, directory: str | Path, **card: Any) -> None:
+        """Write the model, its tokenizer and a model card into `directory`; see `DACT.save_pretrained`."""
+        self.model.save_pretrained(directory, **card)
+        self.tokenizer.save_pretrained(str(directory))
+
+    def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]) -> str:
+        """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`."""
+        return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, options)
 
     @property
     def device(self) -> torch.device:

@@ -15,7 +15,7 @@ from tests.commands import FIT, QUICKSTART, ROOT, SMALL, VADER, dact
 def test_fit_leaves_a_checkpoint_and_a_model(fitted):
     _, run, _ = fitted
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    expected = {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    expected = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
     assert {path.name for path in (run / "model").iterdir()} == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     best = DACT.load_from_checkpoint(run / "checkpoints" / "best.ckpt")

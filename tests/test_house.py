@@ -14,7 +14,8 @@ PACKAGE = ROOT / "dact"
 # files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
 LAYERS = [
     {"checks", "files", "plots", "signals", "bounds"},
-    {"functional", "metrics", "agreement", "optimization", "outputs"},
+    {"functional", "metrics", "agreement", "optimization", "outputs", "model_card"},
+    {"hub"},
     {"submodels", "encoders"},
     {"inference", "persistence", "arguments", "evaluation"},
     {"model"},

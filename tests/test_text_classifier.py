@@ -3,6 +3,7 @@
 import copy
 import fcntl
 import os
+import pickle
 import pty
 import struct
 import subprocess
@@ -54,6 +55,11 @@ def test_many_threads_get_the_answers_of_one(classifier):
     assert [[p.label for p in some] for some in found] == [[p.label for p in some] for some in expected]
     assert [[p.exit_layer for p in some] for some in found] == [[p.exit_layer for p in some] for some in expected]
     assert threading.active_count() == before, "no thread stays behind"
+
+
+def test_a_classifier_survives_pickling(classifier):
+    again = pickle.loads(pickle.dumps(classifier))
+    assert again(TEXTS) == classifier(TEXTS)
 
 
 def test_two_classifiers_share_a_tokenizer_between_threads(tokenizer):

@@ -354,7 +354,7 @@ class DACTCLI(LightningCLI):
         self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         self.trainer.predict(**arguments, return_predictions=False)
         without = f", and {writer.unlabelled} without a label, with the reason" if writer.unlabelled else ""
-        place = "standard output" if output == "-" else output
+        place = "standard output" if output == "-" else writer.path
         print(f"{writer.labelled} predictions are in {place}{without}", file=sys.stderr)
 
     def test(self, **arguments: Any) -> None:

@@ -1,4 +1,7 @@
-"""Predictions for a file or a stream: rows are read, classified and written a batch at a time."""
+"""Predictions for a file or a stream: rows are read, classified and written a batch at a time.
+
+Several processes share the work: each classifies its part of the rows and writes a file of its own.
+"""
 
 from __future__ import annotations
 
@@ -7,20 +10,22 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from dact.data.rows import check_readable, read_rows, text_fault
+from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
 from dact.files import replacing
 from dact.model import DACT, DACTOutput
+from dact.scores import temper
 
 WRITABLE = (".csv", ".jsonl", ".parquet")
 STANDARD_OUTPUT = "-"
@@ -29,7 +34,7 @@ Row = dict[str, Any]
 
 
 class PredictionData(LightningDataModule):
-    """The texts of a file, or of standard input, to classify.
+    """The texts of a file, or of standard input, to classify. Several processes take turns, a batch each.
 
     Args:
         predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with one
@@ -70,8 +75,13 @@ class PredictionData(LightningDataModule):
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Yield batches of usable texts with their ``row`` numbers, and note in `unusable` why the others are not."""
+        rank, processes = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        if processes > 1 and self.predict_file == STANDARD_INPUT:
+            raise ValueError(f"standard input has one reader, not {processes}: use one device, or give a file")
         rows = enumerate(read_rows(self.predict_file, self.columns))
         while window := list(islice(rows, self.batch_size)):
+            if window[0][0] // self.batch_size % processes != rank:
+                continue
             faults = {row: fault for row, texts in window if (fault := text_fault(texts)) is not None}
             self.unusable |= faults
             usable = [(row, texts) for row, texts in window if row not in faults]
@@ -100,18 +110,24 @@ class PredictionWriter(Callback):
     """Write one row per input, in input order: label, the probability of each class, exit layer, and the reason of an
     input that could not be classified.
 
+    Label and probabilities are those of `TextClassifier`, by the temperatures of the model where it has them.
+
     A batch may carry the numbers of its rows, from 0, as ``row`` ``[batch]``; otherwise rows are counted. A number that
-    no batch carries is a row without a label, whose reason the datamodule has in ``unusable``.
+    no batch carries is a row without a label, whose reason the datamodule has in ``unusable``. Of several processes each
+    writes the rows that it classified, with their numbers, into a file of its own.
 
     Args:
-        path: csv, json lines or parquet by ending; ``-`` writes csv to standard output.
+        path: csv, json lines or parquet by ending; ``-`` writes csv to standard output. The first of three processes
+            writes to ``NAME-1-of-3.csv`` instead.
 
     Attributes:
-        labelled: Number of rows written with a label.
-        unlabelled: Number of rows written without one.
+        path: Where this process writes.
+        labelled: Number of rows that it wrote with a label.
+        unlabelled: Number of rows that it wrote without one.
 
     Raises:
-        ValueError: If the ending is unknown.
+        ValueError: If the ending is unknown; and with several processes, if they should write to standard output, or a
+            batch has no ``row``.
         OSError: If nothing can be written there.
     """
 
@@ -119,57 +135,116 @@ class PredictionWriter(Callback):
         check_writable(path)
         self.path = str(path)
         self.labelled = self.unlabelled = 0
+        self._next_row = 0
+        self._rank, self._processes = 0, 1
+        self._reasons: dict[int, str] | None = None  # of data that holds all its examples
         self._open = contextlib.ExitStack()
         self._write: Callable[[list[Row]], None] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.world_size > 1:
-            raise ValueError(f"predictions go to one file: use one device, not {trainer.world_size}")
+        self._rank, self._processes = trainer.global_rank, trainer.world_size
+        if self._processes == 1 or stage != "predict":
+            return
+        if self.path == STANDARD_OUTPUT:
+            raise ValueError(
+                f"{self._processes} processes cannot share standard output: use one device, or name a file"
+            )
+        path = Path(self.path)
+        first, own = (path.with_stem(f"{path.stem}-{n}-of-{self._processes}") for n in (1, self._rank + 1))
+        self.path = str(own)
+        rank_zero_info(
+            f"{self._processes} processes write one file each, {first} and so on. Their column row is the number of an "
+            "input, from 0"
+        )
 
     @override
     def on_predict_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         assert isinstance(outputs, DACTOutput)
-        names, next_row = _class_names(pl_module), self.labelled + self.unlabelled
-        count = len(outputs.exit_layer)
+        names, count = _class_names(pl_module), len(outputs.exit_layer)
         numbered = isinstance(batch, Mapping) and "row" in batch
-        numbers = batch["row"].tolist() if numbered else list(range(next_row, next_row + count))
-        classified = zip(numbers, outputs.probabilities.float().tolist(), outputs.exit_layer.tolist(), strict=True)
+        if self._processes > 1 and not numbered:
+            raise ValueError(
+                f"the batches have no 'row' [batch], by which the rows of {self._processes} processes could be told apart: "
+                "add it, or use one device"
+            )
+        numbers = batch["row"].tolist() if numbered else list(range(self._next_row, self._next_row + count))
+        labels = outputs.probabilities.argmax(dim=1).tolist()
+        probabilities = outputs.probabilities.float()
+        temperatures = getattr(pl_module, "temperatures", None)
+        if temperatures is not None:
+            probabilities = temper(probabilities, outputs.exit_layer, temperatures)
+        classified = zip(numbers, labels, probabilities.tolist(), outputs.exit_layer.tolist(), strict=True)
         rows: list[Row] = []
-        for number, vector, exit_layer in sorted(classified):
-            if number < next_row + len(rows):
+        for number, label, vector, exit_layer in sorted(classified):
+            if number < self._next_row:
                 raise ValueError(
                     f"row {number} comes after a later one: batches to predict must be in the order of rows"
                 )
-            rows += self._without_label(trainer, names, range(next_row + len(rows), number))
+            rows += self._without_label(trainer, names, number)
             self.labelled += 1
-            rows.append(_row(names, names[vector.index(max(vector))], vector, exit_layer))
+            self._next_row = number + 1
+            rows.append(self._row(number, names, names[label], vector, exit_layer))
         self._write_rows(names, rows)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not in on_predict_end: a file in which nothing can be classified has no batch, but still rows to write.
         if stage == "predict":
-            next_row, names = self.labelled + self.unlabelled, _class_names(pl_module)
-            last = max(_reasons(trainer), default=-1)
-            self._write_rows(names, self._without_label(trainer, names, range(next_row, last + 1)))
+            names, last = _class_names(pl_module), max(self._reasons_of(trainer), default=-1)
+            self._write_rows(names, self._without_label(trainer, names, last + 1))
             self._open.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
-    def _without_label(self, trainer: Trainer, names: Sequence[str], numbers: range) -> list[Row]:
-        reasons = _reasons(trainer)
-        self.unlabelled += len(numbers)
+    def _without_label(self, trainer: Trainer, names: Sequence[str], end: int) -> list[Row]:
+        """Return the rows up to `end` that no batch of this process carried, of several processes those of its own."""
+        numbers: Iterable[int] = range(self._next_row, end)
+        if not numbers:
+            return []
+        reasons = self._reasons_of(trainer)
+        if self._processes > 1:
+            # A stream notes the reasons of this process alone, data that holds all its examples those of all.
+            is_stream = hasattr(trainer.datamodule, "unusable")  # type: ignore[attr-defined]
+            mine = (number for number in numbers if is_stream or number % self._processes == self._rank)
+            numbers = [number for number in mine if number in reasons]
+        found = list(numbers)
+        self.unlabelled += len(found)
         nothing = [None] * len(names)
-        return [_row(names, None, nothing, None, reasons.pop(number, "not in the data")) for number in numbers]
+        return [self._row(n, names, None, nothing, None, reasons.pop(n, "not in the data")) for n in found]
+
+    def _reasons_of(self, trainer: Trainer) -> dict[int, str]:
+        """Return why rows cannot be classified, from `PredictionData` or from a datamodule that holds all its examples."""
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        if hasattr(data, "unusable"):
+            unusable: dict[int, str] = data.unusable
+            return unusable
+        if self._reasons is None:
+            known = getattr(getattr(data, "splits", {}).get("predict"), "reasons", None) or []
+            self._reasons = {row: reason for row, reason in enumerate(known) if reason is not None}
+        return self._reasons
+
+    def _row(
+        self,
+        number: int,
+        names: Sequence[str],
+        label: str | None,
+        vector: Sequence[float | None],
+        exit_layer: int | None,
+        reason: str | None = None,
+    ) -> Row:
+        probabilities = {f"probability_{name}": value for name, value in zip(names, vector, strict=True)}
+        row = {"label": label, **probabilities, "exit_layer": exit_layer, "reason": reason}
+        return row if self._processes == 1 else {"row": number, **row}
 
     def _write_rows(self, names: Sequence[str], rows: list[Row]) -> None:
         if self._write is None:
-            self._write = self._open.enter_context(_open_table(self.path, names))
+            columns = list(self._row(0, names, None, [None] * len(names), None))
+            self._write = self._open.enter_context(_open_table(self.path, columns))
         self._write(rows)
 
 
@@ -194,32 +269,14 @@ def check_writable(path: str | Path) -> None:
         raise PermissionError(f"{path} cannot be written: {above} is no folder that this user may write to")
 
 
-def _reasons(trainer: Trainer) -> dict[int, str]:
-    """Return why rows cannot be classified, from `PredictionData` or from a datamodule that holds all its examples."""
-    data = trainer.datamodule  # type: ignore[attr-defined]
-    if hasattr(data, "unusable"):
-        unusable: dict[int, str] = data.unusable
-        return unusable
-    examples = getattr(data, "splits", {}).get("predict")
-    return {row: reason for row, reason in enumerate(getattr(examples, "reasons", None) or []) if reason is not None}
-
-
 def _class_names(model: LightningModule) -> list[str]:
     assert isinstance(model, DACT)
     return model.class_names or [str(label) for label in range(model.output_dimension)]
 
 
-def _row(
-    names: Sequence[str], label: str | None, vector: Sequence[Any], exit_layer: int | None, reason: str | None = None
-) -> Row:
-    probabilities = {f"probability_{name}": value for name, value in zip(names, vector, strict=True)}
-    return {"label": label, **probabilities, "exit_layer": exit_layer, "reason": reason}
-
-
 @contextlib.contextmanager
-def _open_table(path: str, names: Sequence[str]) -> Iterator[Callable[[list[Row]], None]]:
+def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]], None]]:
     """Yield a function that writes rows; the file is whole at the end, or not there if an exception leaves the block."""
-    columns = list(_row(names, None, [None] * len(names), None))
     if path == STANDARD_OUTPUT:
         write = _csv_writer(sys.stdout, columns)
 
@@ -234,7 +291,8 @@ def _open_table(path: str, names: Sequence[str]) -> Iterator[Callable[[list[Row]
             import pyarrow  # type: ignore[import-untyped]
             from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]
 
-            kinds = {"label": pyarrow.string(), "exit_layer": pyarrow.int64(), "reason": pyarrow.string()}
+            kinds = {"row": pyarrow.int64(), "exit_layer": pyarrow.int64()}
+            kinds |= {"label": pyarrow.string(), "reason": pyarrow.string()}
             schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in columns])
             with ParquetWriter(partial, schema) as writer:
                 yield lambda rows: writer.write_table(pyarrow.Table.from_pylist(rows, schema)) if rows else None

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dact.encoders.pretrained import resolve_pretrained
+from dact.hub import out_of_reach
 
 
 def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokenizerBase:
@@ -22,7 +23,8 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
         ValueError: If there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(resolve_pretrained(pretrained), padding_side="right")
+        source = resolve_pretrained(pretrained)
+        return AutoTokenizer.from_pretrained(source, padding_side="right", local_files_only=out_of_reach(source))
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "

@@ -29,6 +29,7 @@ from dact.checks import check_choice, check_count
 from dact.encoders.base import MOST_LAYERS, Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json, read_tensors
+from dact.hub import out_of_reach
 
 log = logging.getLogger(__name__)
 # Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or modules next to it.
@@ -316,7 +317,8 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     if _is_of_dact(Path(source)):
         return _load_own(Path(source), num_layers, pretrained)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        cached = out_of_reach(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=cached)
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no encoder at pretrained={pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local "
@@ -330,7 +332,12 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     try:
         with _quiet_transformers():
             model, report = AutoModel.from_pretrained(
-                source, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                source,
+                config=config,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=cached,
             )
     except Exception as error:  # the library raises many kinds for a bad file
         raise ValueError(f"the weights of pretrained={pretrained!r} cannot be read: {error}") from error
@@ -378,9 +385,14 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
         ValueError: If there is no such model, or it lacks weights of its classifier.
     """
     try:
+        source = resolve_pretrained(pretrained)
         with _quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                resolve_pretrained(pretrained), dtype=torch.float32, use_safetensors=True, output_loading_info=True
+                source,
+                dtype=torch.float32,
+                use_safetensors=True,
+                output_loading_info=True,
+                local_files_only=out_of_reach(source),
             )
     except Exception as error:  # the library raises many kinds
         raise ValueError(

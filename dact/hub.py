@@ -1,0 +1,192 @@
+"""Models on the Hugging Face Hub: find the one that an id names, and publish a folder."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, TypedDict
+
+from dact.model_card import CARD_NAME, is_written_by_dact
+
+if TYPE_CHECKING:
+    from huggingface_hub import HfApi
+
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
+# Data alone. What else a repository holds, such as pickles and code, stays there.
+NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model"]
+
+
+class Publication(TypedDict, total=False):
+    """How a model is published. All of it may be left out.
+
+    Args:
+        token: Access token; the stored login if left out.
+        private: Whether a new repository is private; as the account has it if left out.
+        revision: Branch to publish to, which is created if needed; ``main`` if left out.
+        commit_message: Message of the commit.
+        create_pr: Whether to open a pull request instead of changing the branch.
+    """
+
+    token: str | bool | None
+    private: bool | None
+    revision: str | None
+    commit_message: str
+    create_pr: bool
+
+
+def local_folder(
+    name: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | Path | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """Return the folder that `name` stands for, downloaded from the Hub if it is the id of a repository.
+
+    A folder of that name comes first, as in transformers. Files in the cache are not downloaded again, and the cache
+    answers where the Hub cannot be reached. The environment variables of huggingface_hub hold, such as
+    ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_ETAG_TIMEOUT``.
+
+    Args:
+        name: Folder, or Hub id ``"OWNER/NAME"``. A `Path`, and a string that cannot be a Hub id, is always a folder.
+        revision: Branch, tag or commit on the Hub; ``main`` if left out.
+        token: Access token; the stored login if left out. ``False`` sends none.
+        cache_dir: Folder of the cache; that of huggingface_hub if left out.
+        local_files_only: Whether to look in the cache alone.
+
+    Raises:
+        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has, with the reason.
+    """
+    if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
+        return Path(name).expanduser()
+    from huggingface_hub import HfApi, snapshot_download
+
+    fault = None if local_files_only else _ask(HfApi(token=token, library_name="dact"), name, revision)
+    try:
+        folder = snapshot_download(
+            name,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only or fault is not None,
+            allow_patterns=NEEDED,
+            library_name="dact",
+        )
+    except Exception as error:  # the library and its HTTP client raise many kinds
+        if getattr(error, "errno", None) is not None:  # of this machine, such as a full disk
+            raise
+        wanted = name if revision is None else f"{name} at revision {revision}"
+        raise FileNotFoundError(
+            f"there is no folder {name}, and no model {wanted} on the Hub: {_reason(fault or error)}"
+        ) from (fault or error)
+    return Path(folder)
+
+
+def out_of_reach(pretrained: str) -> bool:
+    """Return whether `pretrained` is a Hub id and the Hub does not answer in time, so that the cache alone should be asked.
+
+    On a network that drops packets, transformers would wait without end.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    fault = None if Path(pretrained).is_dir() else _ask(HfApi(library_name="dact"), pretrained, None)
+    return fault is not None and not isinstance(fault, HfHubHTTPError)
+
+
+def publish(save: Callable[..., None], repo_id: str, options: Publication) -> str:
+    """Publish a model folder as one commit, so that nobody downloads half of it; the repository is created if needed.
+
+    A model card that was written by hand on the Hub is kept.
+
+    Args:
+        save: Function that writes the files into a folder, given as ``save(folder, repo_id=…)``.
+        repo_id: Hub id ``"OWNER/NAME"``, or ``"NAME"`` for the account of the token.
+        options: How it is published.
+
+    Returns:
+        Address of the commit, or of the pull request.
+
+    Raises:
+        OSError: If the Hub cannot be reached or refuses, with the reason.
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    api, revision = HfApi(token=options.get("token"), library_name="dact"), options.get("revision")
+    with TemporaryDirectory() as directory:
+        try:
+            fault = _ask(api, repo_id, None)
+            if fault is not None and not isinstance(fault, HfHubHTTPError):
+                raise fault
+            repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            keeps_card = _has_own_card(api, repo_id, revision, Path(directory, "cache"))
+        except Exception as error:  # as above
+            raise OSError(f"{repo_id} cannot be published on the Hub: {_reason(error)}") from error
+        folder = Path(directory, "model")
+        save(folder, repo_id=repo_id)
+        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        additions = [CommitOperationAdd(n, path) for n, path in files.items() if n != CARD_NAME or not keeps_card]
+        try:
+            commit = api.create_commit(
+                repo_id,
+                additions,
+                commit_message=options.get("commit_message", "Publish a model of dact"),
+                revision=revision,
+                create_pr=options.get("create_pr", False),
+            )
+        except Exception as error:  # as above
+            raise OSError(f"{repo_id} cannot be published on the Hub: {_reason(error)}") from error
+    return str(commit.pr_url or commit.commit_url)
+
+
+def _ask(api: HfApi, repo_id: str, revision: str | None) -> Exception | None:
+    """Return what the Hub answers instead of a repository, None if it is there.
+
+    With a time limit, unlike the other calls: on a network that drops packets they would wait without end.
+    """
+    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
+
+    try:
+        api.model_info(repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
+    except Exception as error:  # as above
+        return error
+    return None
+
+
+def _has_own_card(api: HfApi, repo_id: str, revision: str | None, cache: Path) -> bool:
+    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
+
+    try:
+        card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=cache)
+    except (EntryNotFoundError, RevisionNotFoundError):
+        return False
+    return not is_written_by_dact(Path(card))
+
+
+def _reason(error: Exception) -> str:
+    """Return on one line why the Hub gives or takes nothing."""
+    from huggingface_hub import errors
+
+    said = str(error).strip().splitlines() or [type(error).__name__]
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return "offline mode is on (HF_HUB_OFFLINE), and the cache does not have it"
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return "the cache does not have it, or not all of it"
+    if isinstance(error, errors.GatedRepoError):
+        return "access to it is restricted: ask for it on its page, and log in with `hf auth login` or pass token="
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return (
+            "there is no such repository, or this token may not see it: check the name, and log in with `hf auth login` or "
+            "pass token="
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return "the repository has no such revision"
+    if isinstance(error, (errors.HfHubHTTPError, ValueError, OSError)):
+        return said[0]
+    return f"the Hub cannot be reached ({said[0]})"

@@ -1,0 +1,176 @@
+"""A small Hub on this machine: the routes of its API that a model folder needs, over real HTTP."""
+
+import base64
+import contextlib
+import hashlib
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+TOKEN = "hf_of_nobody"
+
+
+class Hub:
+    """Repositories of models: ``repositories[id][branch]`` is a list of commits, each a dict of path and content.
+
+    Writing needs `TOKEN`, and so does reading from the ids in `private`.
+    """
+
+    def __init__(self):
+        self.repositories, self.private, self.stored, self.requests = {}, set(), {}, []
+
+    def sha(self, repo, revision):
+        """Return the commit that a branch or a commit stands for, or None."""
+        branches = self.repositories[repo]
+        if revision in branches:
+            return hashlib.sha1(repr((repo, branches[revision])).encode()).hexdigest()
+        return next((sha for sha in self.commits(repo) if sha == revision), None)
+
+    def commits(self, repo):
+        found = {}
+        for commits in self.repositories[repo].values():
+            for count in range(len(commits) + 1):
+                found[hashlib.sha1(repr((repo, commits[:count])).encode()).hexdigest()] = commits[:count]
+        return found
+
+    def files(self, repo, sha):
+        found = {}
+        for commit in self.commits(repo)[sha]:
+            found |= commit
+        return found
+
+
+@contextlib.contextmanager
+def serving():
+    """Yield a `Hub` and its address."""
+    hub = Hub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments):
+            pass
+
+        def answer(self, content=b"", status=200, **headers):
+            body = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                self.send_header(name.replace("_", "-"), value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def handle_request(self):
+            path = unquote(urlsplit(self.path).path)
+            length = self.headers.get("Content-Length")
+            self.body = self.rfile.read(int(length)) if length else self.chunks()
+            hub.requests.append(f"{self.command} {path}")
+            self.knows_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
+            if path.startswith("/lfs/"):
+                hub.stored[path.removeprefix("/lfs/")] = self.body
+                self.answer()
+            elif path == "/api/validate-yaml":
+                self.answer({"errors": [], "warnings": []})
+            elif self.command == "POST" and not self.knows_token:
+                self.answer({"error": "Invalid username or password."}, 401)
+            elif path == "/api/repos/create":
+                self.create(json.loads(self.body))
+            else:
+                self.of_repository(path)
+
+        do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
+
+        def chunks(self):
+            """Read a body of unknown length."""
+            body = b""
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+            return body
+
+        def create(self, asked):
+            repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
+            if repo in hub.repositories:
+                self.answer({"error": "exists", "url": f"{hub.url}/{repo}"}, 409)
+                return
+            hub.repositories[repo] = {"main": []}
+            if asked.get("visibility") == "private" or asked.get("private"):
+                hub.private.add(repo)
+            self.answer({"url": f"{hub.url}/{repo}", "name": repo})
+
+        def of_repository(self, path):
+            parts = path.strip("/").split("/")
+            parts = parts[2:] if parts[0] == "api" else parts
+            repo = "/".join(parts[:2]).removesuffix(".git")
+            action, *rest = parts[2:] or ["revision"]
+            if repo not in hub.repositories or (repo in hub.private and not self.knows_token):
+                self.answer({"error": "Repository not found"}, 401, X_Error_Code="RepoNotFound")
+                return
+            revision = rest[0] if rest else "main"
+            if action == "branch":
+                hub.repositories[repo].setdefault(revision, list(hub.repositories[repo]["main"]))
+                self.answer()
+            elif action == "info":  # info/lfs/objects/batch
+                self.large_files(json.loads(self.body))
+            elif (sha := hub.sha(repo, revision)) is None:
+                self.answer({"error": f"Invalid rev id: {revision}"}, 404, X_Error_Code="RevisionNotFound")
+            elif action == "revision":
+                files = [{"rfilename": name} for name in hub.files(repo, sha)]
+                self.answer({"id": repo, "sha": sha, "siblings": files, "private": repo in hub.private, "tags": []})
+            elif action == "tree":
+                self.answer([entry(name, content) for name, content in hub.files(repo, sha).items()])
+            elif action == "resolve":
+                self.download(hub.files(repo, sha).get("/".join(rest[1:])), sha)
+            elif action == "preupload":
+                names = [file["path"] for file in json.loads(self.body)["files"]]
+                modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
+                files = [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes.items()]
+                self.answer({"files": files})
+            elif action == "commit":
+                self.commit(repo, revision)
+
+        def large_files(self, asked):
+            objects = [
+                {**file, "actions": {"upload": {"href": f"{hub.url}/lfs/{file['oid']}"}}} for file in asked["objects"]
+            ]
+            self.answer({"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
+
+        def download(self, content, sha):
+            if content is None:
+                self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+            else:
+                etag = f'"{hashlib.sha256(content).hexdigest()}"'
+                self.answer(content, X_Repo_Commit=sha, ETag=etag, Accept_Ranges="bytes")
+
+        def commit(self, repo, branch):
+            added = {}
+            for line in self.body.splitlines():
+                operation = json.loads(line)
+                value = operation["value"]
+                if operation["key"] == "file":
+                    added[value["path"]] = base64.b64decode(value["content"])
+                elif operation["key"] == "lfsFile":
+                    added[value["path"]] = hub.stored[value["oid"]]
+            hub.repositories[repo][branch].append(added)
+            sha = hub.sha(repo, branch)
+            self.answer({"commitUrl": f"{hub.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def entry(name, content):
+    found = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    if name.endswith(".safetensors"):
+        oid = hashlib.sha256(content).hexdigest()
+        found["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
+    return found

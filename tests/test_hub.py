@@ -1,0 +1,269 @@
+"""Models on a Hub: published, downloaded, missing, and out of reach."""
+
+import json
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from huggingface_hub import constants
+
+from dact import DACT, TextClassifier
+from dact.data.tokenizers import load_tokenizer, word_tokenizer
+from dact.encoders import HuggingFaceEncoder
+from dact.encoders.huggingface import load_sequence_classifier
+from dact.hub import local_folder
+from dact.model_card import MARK, card
+from tests.commands import environment
+from tests.conftest import free_port, random_batch, tiny_model
+from tests.hub_server import TOKEN, serving
+
+NAMES = ["minus", "none", "plus"]
+TEXTS = ["the film not very good", "bad", "very very good film", "not bad"]
+EARLY = {"accuracy": 0.8125, "macro_f1": 0.75, "mean_exit_layer": 2.25, "texts_per_second": 1234.0}
+METRICS = {
+    "layers": 4,
+    "halting_margin": 0.9,
+    "halting_tolerance": 0.0,
+    "test": {**EARLY, "full_depth": {**EARLY, "accuracy": 0.82}},
+    "baseline": {"layers": 6, "test": {**EARLY, "accuracy": 0.83}},
+    "margin_curve": [{"margin": 0.5, "accuracy": 0.79, "mean_exit_layer": 1.75, "agreement": 0.96}],
+}
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub with an empty cache in front of it."""
+    with serving() as found:
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, for large files
+        monkeypatch.setattr(constants, "ENDPOINT", found.url)
+        template = f"{found.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        yield found
+
+
+@pytest.fixture
+def classifier():
+    words = ["good", "bad", "film", "very", "not", "the"]
+    return TextClassifier(tiny_model(vocab=20, class_names=NAMES), word_tokenizer(words))
+
+
+def test_a_classifier_comes_back_from_the_hub_as_it_was(hub, classifier):
+    address = classifier.push_to_hub("me/mine", metrics=METRICS, token=TOKEN)
+    assert address.startswith(f"{hub.url}/me/mine/commit/")
+    assert TextClassifier.from_pretrained("me/mine")(TEXTS) == classifier(TEXTS)
+    assert len(hub.repositories["me/mine"]["main"]) == 1, "one commit: nobody downloads half a model"
+    assert len(hub.stored) == 1, "the weights go the way of large files"
+    page = hub.repositories["me/mine"]["main"][0]["README.md"].decode()
+    assert 'TextClassifier.from_pretrained("me/mine")' in page
+    assert "| early exit | 2.25 | 81.25 % |" in page
+
+
+def test_a_model_of_a_private_repository_needs_the_token(hub):
+    model = tiny_model()
+    model.push_to_hub("me/secret", private=True, token=TOKEN)
+    with pytest.raises(FileNotFoundError, match="no such repository, or this token may not see it"):
+        DACT.from_pretrained("me/secret", token=False)
+    loaded = DACT.from_pretrained("me/secret", token=TOKEN, halting_margin=0.5)
+    assert loaded.halting_margin == 0.5
+    batch = random_batch()
+    torch.testing.assert_close(loaded(batch).probabilities, model(batch).probabilities)
+
+
+def test_a_revision_is_a_branch_or_a_commit(hub):
+    first, second = tiny_model(class_names=["a", "b", "c"]), tiny_model(class_names=["x", "y", "z"])
+    address = first.push_to_hub("me/two", token=TOKEN)
+    second.push_to_hub("me/two", revision="next", token=TOKEN)
+    second.push_to_hub("me/two", token=TOKEN)
+    assert DACT.from_pretrained("me/two", revision=address.rsplit("/", 1)[-1]).class_names == ["a", "b", "c"]
+    assert DACT.from_pretrained("me/two", revision="next").class_names == ["x", "y", "z"]
+    assert DACT.from_pretrained("me/two").class_names == ["x", "y", "z"]
+    with pytest.raises(FileNotFoundError, match="me/two at revision absent .*has no such revision"):
+        DACT.from_pretrained("me/two", revision="absent")
+
+
+def test_the_cache_answers_without_a_network(hub, classifier, monkeypatch):
+    classifier.push_to_hub("me/mine", token=TOKEN)
+    expected = TextClassifier.from_pretrained("me/mine")(TEXTS)
+    before = len(hub.requests)
+    assert TextClassifier.from_pretrained("me/mine", local_files_only=True)(TEXTS) == expected
+    assert len(hub.requests) == before
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert TextClassifier.from_pretrained("me/mine")(TEXTS) == expected
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    assert TextClassifier.from_pretrained("me/mine")(TEXTS) == expected
+
+
+def test_only_data_is_downloaded(hub):
+    tiny_model().push_to_hub("me/mine", token=TOKEN)
+    hub.repositories["me/mine"]["main"].append({"model.pkl": b"no", "code.py": b"no", "training.ckpt": b"no"})
+    assert {path.name for path in local_folder("me/mine").iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_folder_comes_before_the_hub(hub, tmp_path, monkeypatch):
+    tiny_model().save_pretrained(tmp_path / "me" / "mine")
+    monkeypatch.chdir(tmp_path)
+    DACT.from_pretrained("me/mine")
+    for absent in ("./me/other", "/me/other", "me/mine/other", "other"):
+        with pytest.raises(FileNotFoundError, match="there is no folder"):
+            DACT.from_pretrained(absent)
+    assert hub.requests == []
+
+
+def test_a_card_that_was_written_by_hand_is_kept(hub, tmp_path):
+    model = tiny_model()
+    model.push_to_hub("me/mine", token=TOKEN)
+    hub.repositories["me/mine"]["main"].append({"README.md": b"my own words"})
+    model.push_to_hub("me/mine", token=TOKEN)
+    assert "README.md" not in hub.repositories["me/mine"]["main"][-1]
+    model.save_pretrained(tmp_path)
+    model.halting_margin = 0.25
+    model.save_pretrained(tmp_path)
+    assert "margin 0.25" in (tmp_path / "README.md").read_text(), "its own card is brought up to date"
+    (tmp_path / "README.md").write_text("my own words")
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "my own words"
+
+
+def test_publishing_without_a_token_or_a_network_says_so(hub, monkeypatch):
+    with pytest.raises(OSError, match="^me/mine cannot be published on the Hub: .*401") as caught:
+        tiny_model().push_to_hub("me/mine", token=False)
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    with pytest.raises(OSError, match="cannot be published on the Hub: the Hub cannot be reached"):
+        tiny_model().push_to_hub("me/mine", token=TOKEN)
+    assert hub.repositories == {}
+
+
+@pytest.mark.parametrize("network", ["missing", "offline", "refusing", "silent"])
+def test_a_wrong_name_is_one_line_within_seconds(network, hub, tmp_path, monkeypatch):
+    reasons = {
+        "missing": "there is no such repository",
+        "offline": "offline mode is on",
+        "refusing": "the Hub cannot be reached",
+        "silent": "the Hub cannot be reached",
+    }
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()  # nobody ever answers
+        ports = {"refusing": free_port(), "silent": silent.getsockname()[1]}
+        if network in ports:
+            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{ports[network]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", network == "offline")
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+        start = time.monotonic()
+        with pytest.raises(FileNotFoundError) as caught:
+            TextClassifier.from_pretrained("nobody/nothing")
+    assert time.monotonic() - start < 10
+    assert str(caught.value).startswith("there is no folder nobody/nothing, and no model nobody/nothing on the Hub: ")
+    assert reasons[network] in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [HuggingFaceEncoder, load_tokenizer, load_sequence_classifier])
+def test_a_wrong_pretrained_name_ends_in_time_where_nobody_answers(load, hub, monkeypatch):
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
+        start = time.monotonic()
+        with pytest.raises(ValueError, match="^no .* at .*'nobody/nothing'") as caught:
+            load("nobody/nothing")
+    assert time.monotonic() - start < 10
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
+    """As people use it: another process, which knows the Hub by HF_ENDPOINT and its token by HF_TOKEN."""
+    classifier.save_pretrained(tmp_path / "model")
+    publish = "import sys, dact; dact.TextClassifier.from_pretrained(sys.argv[1]).push_to_hub('mine', private=True)"
+    use = "import dact; print(dact.TextClassifier.from_pretrained('me/mine')(['not bad'])[0].label)"
+    known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+
+    def run(code, **variables):
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model")], env=environment(**known, **variables),
+            capture_output=True, text=True, timeout=200, check=True,
+        ).stdout.strip()  # fmt: skip
+
+    run(publish, HF_HUB_OFFLINE="0")
+    label = classifier(["not bad"])[0].label
+    assert run(use, HF_HUB_OFFLINE="0") == label
+    assert run(use, HF_HUB_OFFLINE="1") == label
+
+
+# ------------------------------------------------------------------ the model card
+
+
+def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
+    folder = tmp_path / "run" / "model"
+    tiny_model(class_names=NAMES).save_pretrained(folder)
+    (folder.parent / "metrics.json").write_text(json.dumps(METRICS))
+    data = {"class_path": "dact.data.TextClassificationData", "init_args": {"train_file": "/home/somebody/mine.csv"}}
+    (folder.parent / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    DACT.from_pretrained(folder).save_pretrained(tmp_path / "elsewhere")
+    text = (tmp_path / "elsewhere" / "README.md").read_text()
+    metadata = yaml.safe_load(text.split("---")[1])
+    assert metadata["library_name"] == "dact"
+    assert metadata["pipeline_tag"] == "text-classification"
+    for expected in (
+        "`TransformerEncoder`, 4 layers of hidden size 16, mean pooling",
+        "Classes (3): `minus`, `none`, `plus`",
+        "Training data: `TextClassificationData, mine.csv`",
+        "| early exit | 2.25 | 81.25 % | 0.750 | 1234 |",
+        "| the same model at full depth | 4.00 | 82.00 % |",
+        "| whole encoder, fine-tuned | 6.00 | 83.00 % |",
+        "| 0.5 | 1.75 | 79.00 % | 96.00 % |",
+        "By proof, the class is the one that all 4 layers would give",
+        MARK,
+    ):
+        assert expected in text
+    assert "somebody" not in text, "where a file lay is nobody's business"
+
+
+def test_numbers_of_another_model_are_left_out(tmp_path):
+    for metrics in ({**METRICS, "layers": 5}, [1, 2], {"layers": 4, "test": 3, "margin_curve": None}):
+        folder = tmp_path / "model"
+        tiny_model().save_pretrained(folder)
+        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
+        model = DACT.from_pretrained(folder)
+        model.save_pretrained(folder)
+        text = (folder / "README.md").read_text()
+        assert "## Test" not in text
+        assert "## Operating points" not in text
+
+
+@pytest.mark.parametrize(
+    ("promise", "estimate", "expected"),
+    [
+        ({"max_accuracy_loss": 0.01}, False, "Promise, with 95 % confidence on new texts of the same kind:** at most 1 point of"),
+        ({"min_agreement": 0.97}, False, "at least 97 % agreement with the model's own full depth"),
+        ({"max_layers": 2.5}, True, "Estimate, without a confidence:** at most 2.5 of 4 layers on average"),
+    ],
+)  # fmt: skip
+def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
+    model = tiny_model()
+    model.calibration = {
+        "promise": {"dial": "halting_margin", "confidence": 0.95, **promise},
+        "estimate": estimate, "examples": 300, "accuracy": 0.8, "full_depth_accuracy": 0.81, "mean_exit_layer": 2.5,
+    }  # fmt: skip
+    text = card(model)
+    assert expected in text
+    assert "Set on 300 examples: accuracy 80.00 % (full depth 81.00 %), 2.50 of 4 layers." in text
+    assert ("Promise, with" in text) != estimate
+
+
+def test_the_three_lines_of_a_card_load_the_model(tmp_path, classifier, capsys):
+    classifier.save_pretrained(tmp_path)
+    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    code = code.replace("path/to/this/folder", str(tmp_path)).replace("a text", "bad").replace("another text", "good")
+    exec(compile(code, "README.md", "exec"), {})
+    assert "exit_layer" in capsys.readouterr().out
