@@ -169,6 +169,7 @@ class Reader:
     "page",
     [pytest.param(page, marks=pytest.mark.slow if has_commands(page) else (), id=page.stem) for page in PAGES],
 )
+@pytest.mark.timeout(1800)
 def test_a_reader_who_types_what_a_page_says_succeeds(page, desk, dact_here):
     reader = Reader(desk, page, dact_here)
     try:
