@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from dact.text_classifier import TextClassifier
     from dact.tuning import TuningEngine
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = ["DACT", "DACTOutput", "SubmodelConfig", "TextClassifier", "TuningEngine", "calibrate"]
 
 # Imported on first use: torch, Lightning, transformers and optuna take seconds, and not every use needs them.

