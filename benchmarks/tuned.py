@@ -4,6 +4,7 @@
     python benchmarks/tuned.py tweets film                # a whole corpus each; also product and newspaper
     python benchmarks/tuned.py reviews                    # generated reviews, configs/reviews.yaml
     python benchmarks/tuned.py vader                      # all VADER corpora, configs/vader.yaml with bf16-mixed
+    python benchmarks/tuned.py tiny --results OTHER       # to see that it runs
     python benchmarks/tuned.py --table                    # only print the table of the stored results
     python benchmarks/tuned.py --sentences MODEL          # how many of the 30 sentences of tests/data a model has right
 
@@ -27,7 +28,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,7 @@ DATA_SETS = {  # configuration and overrides
     **{name: ["quickstart.yaml", "--data.corpora", f"[{name}]", "--data.num_train", "null"] for name in CORPORA},
     "reviews": ["reviews.yaml"],
     "vader": ["vader.yaml", "--trainer.precision", "bf16-mixed"],
+    "tiny": ["reviews.yaml", *["--data.num_train", "1000", "--tuner.n_trials", "2", "--tuner.warm_up_epochs", "1"]],
 }
 MEASURED_BATCH = 1024  # texts that early exit gets at a time
 ROUNDS = 3  # in which the models take turns on the clock
@@ -73,224 +75,194 @@ class MultiExit(DACT):
 
 @dataclass(frozen=True)
 class Setting:
-    """What all fits next to a run share.
+    """A run of the command, and how the models next to it are fitted: as its final fit is.
 
     Args:
-        config: The run's configuration, all defaults filled in.
-        final: That of its final fit, with what tuning chose.
         folder: Folder of the run.
         seed: Seed of the run.
-        promise: The promise that it made, as plain data.
+        config: Its configuration, all defaults filled in.
+        final: That of its final fit, with what tuning chose.
     """
 
-    config: Mapping[str, Any]
-    final: Mapping[str, Any]
     folder: Path
     seed: int
-    promise: dict[str, Any]
+    config: dict[str, Any]
+    final: dict[str, Any]
 
     @property
     def trainer(self) -> dict[str, Any]:
         return {name: value for name, value in self.config["trainer"].items() if value is not None}
 
-    def data(self, section: Mapping[str, Any], teacher: Tensor | None = None, **overrides: Any) -> LightningDataModule:
-        data: Any = DataFactory(dict(section))(**overrides)
-        data.calibration_fraction = CALIBRATION_SHARE
-        data.teacher_probabilities = teacher
+    def data(self, section: dict[str, Any], teacher: Tensor | None = None, **overrides: Any) -> LightningDataModule:
+        data: Any = DataFactory(section)(**overrides)
+        data.calibration_fraction, data.teacher_probabilities = CALIBRATION_SHARE, teacher
+        data.prepare_data()
         for stage in ("fit", "test"):
-            data.prepare_data()
             data.setup(stage)
         return data  # type: ignore[no-any-return]
 
-    def baseline(self) -> DACT:
-        return DACT.from_pretrained(self.folder / "baseline" / "model")
+    def defaults(self) -> DACT:
+        """Return what the configuration makes without tuning."""
+        with seeded(self.seed):
+            return self._fit("defaults", ModelFactory(self.config["model"])(), self.config)
 
-    def fit(self, name: str, make: Callable[[], DACT], config: Mapping[str, Any], teacher: Tensor | None) -> DACT:
-        """Fit as the run's final fit does, and return the model of the best epoch, in eval mode."""
-        checkpoints = self.folder / "peers" / name
-        with seeded(self.seed), without_collapse_warning():
-            model, data = make(), self.data(config["data"], teacher)
-            resumable_fit(
-                self.trainer, model, data, checkpoints, epochs=config["trainer"]["max_epochs"], keep_best=True
-            )
+    def peer(self, kind: type[DACT], layers: int) -> DACT:
+        """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
+        baseline = self.folder / "baseline"
+        weights = read_tensors(baseline / "model" / WEIGHTS_NAME)[0]
+        with seeded(self.seed):
+            dact = ModelFactory(self.final["model"])(num_layers=layers)
+            model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
+            model.encoder.load_state_dict({name: weights[f"encoder.{name}"] for name in model.encoder.state_dict()})
+            model.distillation = DISTILLATION
+            teacher = read_tensors(baseline / "answers.safetensors")[0]["probabilities"]
+            return self._fit(f"{kind.__name__}-{layers}", model, self.final, teacher)
+
+    def _fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
+        """Return the model of the best epoch, in eval mode."""
+        checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
+        data = self.data(config["data"], teacher)
+        with without_collapse_warning():
+            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best=True)
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
         return model.cpu().eval()
 
-    def peer(self, kind: type[DACT], layers: int) -> DACT:
-        """Return an unfitted peer: no confidence, a teacher, and the baseline's encoder."""
-        model = ModelFactory(dict(self.final["model"]))(num_layers=layers)
-        if kind is not DACT:
-            model = kind.from_config(model.config(), encoder=model.encoder)
-        weights, _ = read_tensors(self.folder / "baseline" / "model" / WEIGHTS_NAME)
-        model.encoder.load_state_dict({name: weights[f"encoder.{name}"] for name in model.encoder.state_dict()})
-        model.at_full_depth().distillation = DISTILLATION
-        return model
+
+def tune(name: str, seed: int, folder: Path) -> float:
+    """Run the command unless it has run, keep its whole configuration, and return how many seconds it took."""
+    clock = folder / "seconds.json"
+    if not clock.is_file():
+        file, *overrides = DATA_SETS[name]
+        command = [sys.executable, "-m", "dact", "tune", "--config", str(ROOT / "configs" / file), *overrides]
+        command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_tag", folder.name]
+        # The command's own comparison measures the defaults without a promise.
+        command += ["--tuner.log_dir", str(folder.parent), "--tuner.compare_defaults", "false"]
+        config = subprocess.run([*command, "--print_config"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        (folder / "whole_config.yaml").write_text(config)
+        clock.write_text(json.dumps(time.perf_counter() - start))
+    return float(json.loads(clock.read_text()))
 
 
-def run_one(name: str, seed: int, log_dir: Path) -> dict[str, Any]:
+def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Tune, fit the peers, measure, and return what the results file holds."""
-    folder = log_dir / f"{name}-{seed}"
-    config, seconds = tune(name, seed, folder)
+    seconds = tune(name, seed, folder)
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
-    final = yaml.safe_load((folder / "final" / "config.yaml").read_text())
-    setting = Setting(config, final, folder, seed, metrics["calibration"]["promise"])
-    teacher = read_tensors(folder / "baseline" / "answers.safetensors")[0]["probabilities"]
-    used = math.ceil(metrics["validation"]["mean_exit_layer"])
+    config, final = (yaml.safe_load((folder / file).read_text()) for file in ("whole_config.yaml", "final/config.yaml"))
+    setting, promise = Setting(folder, seed, config, final), metrics["calibration"]["promise"]
     models = {
-        "baseline": setting.baseline(),
-        "defaults": setting.fit("defaults", ModelFactory(config["model"]), config, None),
+        "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
+        "defaults": setting.defaults(),
         "tuned": DACT.from_pretrained(folder / "final" / "model"),
-        "encoder": setting.fit(f"encoder-{used}", lambda: setting.peer(DACT, used), final, teacher),
-        "multi-exit": setting.fit("multi-exit", lambda: setting.peer(MultiExit, metrics["layers"]), final, teacher),
+        "encoder": setting.peer(DACT, math.ceil(metrics["validation"]["mean_exit_layer"])),
+        "multi-exit": setting.peer(MultiExit, metrics["layers"]),
     }
     models["multi-exit"].halting = "exact"  # by which a confidence of 1 lets none leave: the margin alone does
     data = setting.data(config["data"], batch_size=MEASURED_BATCH)
     precision = make_trainer(setting.trainer, enable_checkpointing=False).precision_plugin.forward_context
     with precision():
         for peer in ("defaults", "multi-exit"):
-            calibrate(models[peer], data, **setting.promise)
-    found = {
-        split: {name: evaluate(model, loader, precision=precision, timed=False) for name, model in models.items()}
-        for split, loader in (("validation", data.val_dataloader()), ("test", data.test_dataloader()))
-    }
-    with precision():
+            calibrate(models[peer], data, **promise)
         speeds = texts_per_second(models, list(data.test_dataloader()))
-    test, rows = found["test"], {}
-    right = {name: evaluation.right.double() for name, evaluation in test.items()}
-    for name_, model in models.items():
-        answers = test[name_].answers
+    test = {n: evaluate(m, data.test_dataloader(), precision=precision, timed=False) for n, m in models.items()}
+    right = {n: evaluation.right.double() for n, evaluation in test.items()}
+    rows = {}
+    for n, evaluation in test.items():
+        answers = evaluation.answers
         full = (answers.a[:, -1].argmax(1) == answers.target).double()
-        rows[name_] = {
-            "layers": model.num_layers,
-            "margin": model.halting_margin,
-            **{split: _kept(evaluations[name_].entry) for split, evaluations in found.items()},
-            "lost_to_full_depth": mean_and_error(full - right[name_]),
-            "tuned_less_this": {
-                "accuracy": mean_and_error(right["tuned"] - right[name_]),
-                "layers": mean_and_error((test["tuned"].exit_layers - test[name_].exit_layers).double()),
-            },
-            "above_baseline": mean_and_error(right[name_] - right["baseline"]),
-            "texts_per_second": speeds[name_],
+        rows[n] = {
+            "layers": models[n].num_layers,
+            "margin": models[n].halting_margin,
+            "texts_per_second": speeds[n],
+            **{key: evaluation.entry[key] for key in ("accuracy", "macro_f1", "mean_exit_layer", "agreement")},
+            # Paired differences over the texts: mean and standard error.
+            "lost_to_full_depth": mean_and_error(full - right[n]),
+            "above_baseline": mean_and_error(right[n] - right["baseline"]),
+            "tuned_above_this": mean_and_error(right["tuned"] - right[n]),
         }
     return {
         "data": name,
         "seed": seed,
-        "processor": processor(),
-        "threads": torch.get_num_threads(),
-        "precision": config["trainer"]["precision"] or "32-true",
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, {config['trainer']['precision'] or '32-true'}",
         "tuning_seconds": seconds,
         "test_texts": len(right["tuned"]),
-        "promise": setting.promise,
+        "promise": promise,
+        "tuned_won": "tuned beats" in metrics["confirmation"],
         "confirmation": metrics["confirmation"],
-        "lambda_reg": metrics["lambda_reg"],
-        "epochs": final["trainer"]["max_epochs"],
+        "settings": {**final["model"], "max_epochs": final["trainer"]["max_epochs"]},
         "models": rows,
     }
 
 
-def tune(name: str, seed: int, folder: Path) -> tuple[dict[str, Any], float]:
-    """Run the command unless it has run, and return its whole configuration and how many seconds it took."""
-    file, *overrides = DATA_SETS[name]
-    command = [sys.executable, "-m", "dact", "tune", "--config", str(ROOT / "configs" / file), *overrides]
-    command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_tag", folder.name]
-    command += [
-        "--tuner.log_dir",
-        str(folder.parent),
-        "--tuner.compare_defaults",
-        "false",
-    ]  # they have no promise there
-    printed = subprocess.run([*command, "--print_config"], check=True, capture_output=True, text=True).stdout
-    clock = folder / "seconds.json"
-    if not clock.is_file():
-        start = time.perf_counter()
-        subprocess.run(command, check=True)
-        clock.write_text(json.dumps(time.perf_counter() - start))
-    return yaml.safe_load(printed), json.loads(clock.read_text())
-
-
 @torch.no_grad()
-def texts_per_second(models: Mapping[str, DACT], batches: Sequence[Batch]) -> dict[str, float]:
+def texts_per_second(models: dict[str, DACT], batches: Sequence[Batch]) -> dict[str, float]:
     """Return the median speed of each model on all batches; they take turns. Making the batches is not timed."""
     seconds: dict[str, list[float]] = {name: [] for name in models}
-    for _ in range(ROUNDS):
-        for name, model in models.items():
-            start = time.perf_counter()
-            for batch in batches:
-                model.early_exit(batch)
-            seconds[name].append(time.perf_counter() - start)
+    for name in [*models] * ROUNDS:
+        start = time.perf_counter()
+        for batch in batches:
+            models[name].early_exit(batch)
+        seconds[name].append(time.perf_counter() - start)
     texts = sum(len(batch["labels"]) for batch in batches)
     return {name: texts / statistics.median(values) for name, values in seconds.items()}
 
 
 def processor() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def _kept(entry: Mapping[str, Any]) -> dict[str, float]:
-    return {name: entry[name] for name in ("accuracy", "macro_f1", "mean_exit_layer", "agreement")}
+    """Return the name of the processor, as Linux knows it."""
+    return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
 
 
 # ---------------------------------------------------------------------- the table
 
 
-def pooled(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the mean of independent means and its standard error."""
-    return statistics.mean(mean for mean, _ in pairs), math.sqrt(sum(error**2 for _, error in pairs)) / len(pairs)
-
-
-def table(runs: Sequence[Mapping[str, Any]]) -> str:
+def table(runs: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| data | | layers kept | mean layers | accuracy, % | above the baseline | lost to own full depth | times as fast |",
-        "|---|---|---|---|---|---|---|---|",
+        "| data | model | layers kept | mean layers | accuracy, % | above baseline | lost to own full depth | times as fast |",
+        "|---" * 8 + "|",
     ]
     for data in DATA_SETS:
-        own = [run for run in runs if run["data"] == data]
-        for name in own[0]["models"] if own else ():
-            rows = [run["models"][name] for run in own]
-            speed = [
-                row["texts_per_second"] / run["models"]["baseline"]["texts_per_second"]
-                for row, run in zip(rows, own, strict=True)
-            ]
+        own = [run["models"] for run in runs if run["data"] == data]
+        for name in own[0] if own else ():
+            rows = [models[name] for models in own]
+            speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in own]
             cells = [
-                "/".join(str(row["layers"]) for row in rows),
-                f"{statistics.mean(row['test']['mean_exit_layer'] for row in rows):.2f}",
-                f"{100 * statistics.mean(row['test']['accuracy'] for row in rows):.2f}",
-                points([row["above_baseline"] for row in rows]),
-                points([row["lost_to_full_depth"] for row in rows]),
-                f"{statistics.mean(speed):.2f}",
+                f"{data}, {len(own)} seeds" if name == "baseline" else "",
+                name,
+                ", ".join(str(row["layers"]) for row in rows),
+                f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
+                f"{100 * statistics.mean(row['accuracy'] for row in rows):.2f}",
+                *(points([row[key] for row in rows]) for key in ("above_baseline", "lost_to_full_depth")),
+                f"{statistics.mean(speeds):.2f}",
             ]
-            lines.append(f"| {data if name == 'baseline' else ''} | {name} | " + " | ".join(cells) + " |")
-    lines += ["", *summary(runs), ""]
-    lines += sorted({f"{run['processor']}, {run['threads']} threads, {run['precision']}" for run in runs})
-    return "\n".join(lines)
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for name in ("defaults", "encoder", "multi-exit"):
+        above = points([run["models"][name]["tuned_above_this"] for run in runs])
+        lines.append(f"- tuned less {name}: {above} points of accuracy, {layers_between(runs, name):+.2f} layers")
+    won = [run for run in runs if run["tuned_won"]]
+    against = f", with {layers_between(won, 'defaults'):+.2f} layers next to the defaults there" if won else ""
+    lines.append(f"- the confirmation took what was tuned in {len(won)} of {len(runs)} runs{against}")
+    lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
+    excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
+    broken = sum(over > 2 * error for over, (_, error) in zip(excess, lost, strict=True))
+    lines.append(
+        f"- promises broken by more than two standard errors: {broken} of {len(runs)}; loss less promise "
+        f"{100 * statistics.mean(excess):+.2f} points on average"
+    )
+    return "\n".join([*lines, *sorted({f"- {run['machine']}" for run in runs})])
+
+
+def layers_between(runs: Sequence[dict[str, Any]], name: str) -> float:
+    """Return by how many layers the tuned model is deeper than another one, on average."""
+    layers = [[run["models"][model]["mean_exit_layer"] for model in ("tuned", name)] for run in runs]
+    return statistics.mean(tuned - other for tuned, other in layers)
 
 
 def points(pairs: Sequence[Sequence[float]]) -> str:
-    mean, error = pooled(pairs)
+    """Return the mean of independent means with its standard error, in points."""
+    mean, error = statistics.mean(mean for mean, _ in pairs), math.hypot(*(error for _, error in pairs)) / len(pairs)
     return f"{100 * mean:+.2f} ± {100 * error:.2f}"
-
-
-def summary(runs: Sequence[Mapping[str, Any]]) -> list[str]:
-    lines = []
-    for name in ("defaults", "encoder", "multi-exit"):
-        less = [run["models"][name]["tuned_less_this"] for run in runs]
-        layers = statistics.mean(difference["layers"][0] for difference in less)
-        lines.append(
-            f"- tuned less {name}, {len(runs)} runs: {points([difference['accuracy'] for difference in less])} points of "
-            f"accuracy, {layers:+.2f} layers"
-        )
-    won = [run for run in runs if "tuned beats" in run["confirmation"]]
-    lines.append(f"- the confirmation took what was tuned in {len(won)} of {len(runs)} runs")
-    promised = [run for run in runs if run["promise"]["max_accuracy_loss"] is not None]
-    excess = [run["models"]["tuned"]["lost_to_full_depth"][0] - run["promise"]["max_accuracy_loss"] for run in promised]
-    errors = [run["models"]["tuned"]["lost_to_full_depth"][1] for run in promised]
-    broken = sum(over > 2 * error for over, error in zip(excess, errors, strict=True))
-    lines.append(
-        f"- promises: {broken} of {len(promised)} broken by more than two standard errors; loss less promise "
-        f"{100 * statistics.mean(excess):+.2f} points on average"
-    )
-    return lines
 
 
 # ---------------------------------------------------------------------- sentences of one's own
@@ -311,6 +283,7 @@ def main() -> None:
     parser.add_argument("data", nargs="*", metavar="DATA", help=f"some of {', '.join(DATA_SETS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--log_dir", type=Path, default=ROOT / "lightning_logs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     parser.add_argument("--table", action="store_true", help="print the table of the stored results")
     parser.add_argument("--sentences", metavar="MODEL", help="folder of a model")
     arguments = parser.parse_args()
@@ -322,12 +295,12 @@ def main() -> None:
         return
     for name in [] if arguments.table else arguments.data:
         for seed in arguments.seeds:
-            result = RESULTS / f"{name}-{seed}.json"
+            result = arguments.results / f"{name}-{seed}.json"
             if not result.is_file():
-                found = run_one(name, seed, arguments.log_dir)
-                RESULTS.mkdir(parents=True, exist_ok=True)
+                found = run_one(name, seed, arguments.log_dir / f"{name}-{seed}")
+                arguments.results.mkdir(parents=True, exist_ok=True)
                 result.write_text(json.dumps(found, indent=1) + "\n")
-    print(table([json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))]))
+    print(table([json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]))
 
 
 if __name__ == "__main__":
