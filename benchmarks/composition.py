@@ -14,9 +14,9 @@ import lightning.pytorch as pl
 import torch
 
 from dact import DACT
+from dact.cli.quiet import quiet
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
-from dact.quiet import quiet
 
 RESULTS = Path(__file__).parent / "results" / "composition.json"
 

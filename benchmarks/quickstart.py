@@ -25,8 +25,8 @@ import torch
 import yaml
 
 from dact import DACT
+from dact.cli.quiet import quiet
 from dact.factories import DataFactory, ModelFactory
-from dact.quiet import quiet
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "configs" / "quickstart.yaml"

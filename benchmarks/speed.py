@@ -25,11 +25,11 @@ import torch
 from torch import Tensor, nn
 
 from dact import DACT, TextClassifier, inference
+from dact.cli.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel
 from dact.functional import Halting
-from dact.quiet import quiet
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 SHAPES = {

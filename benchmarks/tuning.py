@@ -32,11 +32,11 @@ import optuna
 import torch
 
 from dact import DACT, TuningEngine
+from dact.cli.quiet import quiet
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
 from dact.data.tables import write_table
 from dact.encoders import HuggingFaceEncoder
 from dact.factories import default_model
-from dact.quiet import quiet
 from dact.tuning.features import compute_features
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"

@@ -26,9 +26,9 @@ import torch
 from torch import Tensor, nn
 
 from dact import DACT, functional
+from dact.cli.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
-from dact.quiet import quiet
 
 RESULTS = Path(__file__).parent / "results" / "vader.json"
 TOLERANCES = tuple(round(0.1 * step, 1) for step in range(10))

@@ -50,7 +50,7 @@ def main() -> None:
     elif words[0] in LIGHT:
         _run_light(words)
     elif LIGHTNING.keys() & set(words):
-        from dact.cli import main as run_lightning
+        from dact.cli.commands import main as run_lightning
 
         run_lightning()
     else:
@@ -75,10 +75,10 @@ def _run_light(words: list[str]) -> None:
             "--max_wait", type=float, default=0.002, help="seconds to wait for a fuller batch (default: %(default)s)"
         )
     options = vars(parser.parse_args(words[1:]))
-    from dact.cli_errors import one_line_errors
+    from dact.cli.errors import one_line_errors
 
     with one_line_errors():
-        from dact.model_paths import find_model
+        from dact.cli.stored import find_model
 
         model = find_model(options.pop("model"))
         if words[0] == "export":

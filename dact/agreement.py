@@ -68,12 +68,13 @@ def _check_teacher(model: Any, datamodule: Any) -> None:
     given = [getattr(datamodule, name, missing) for name in ("teacher", "teacher_probabilities")]
     if model.needs_teacher and all(teacher is None for teacher in given):
         raise ValueError(
-            f"distillation={model.distillation:g} needs a teacher: give the data one (data.teacher), or set distillation to 0"
+            f"distillation={model.distillation:g} needs a teacher: give the data one (data.teacher), or set "
+            "distillation to 0"
         )
     if not model.needs_teacher and given[0] not in (None, missing):
         raise ValueError(
-            f"{type(datamodule).__name__}: a teacher was given, but the model would not learn from it: give the model a "
-            "distillation above 0, such as 0.5, or leave the teacher out"
+            f"{type(datamodule).__name__}: a teacher was given, but the model would not learn from it: give the model "
+            "a distillation above 0, such as 0.5, or leave the teacher out"
         )
 
 

@@ -101,7 +101,8 @@ def exits_by_setting(answers: LayerAnswers, halting: Halting, dial: Dial) -> Cal
     latest = replace(halting, margin=1.0).exit_layers(a, answers.p, y)
     if halting.rule == "never":
         return lambda margin: latest
-    # An example leaves for its margin where the largest lead so far exceeds it: after as many layers as do not, and one.
+    # An example leaves for its margin where the largest lead so far exceeds it: after as many layers as do not, and
+    # one.
     lead = (y[..., 0] - y[..., 1]).cummax(dim=1).values  # [examples, layers]
 
     def exits(margin: float) -> Tensor:
@@ -169,8 +170,8 @@ def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
     """Return `baseline`, or raise an error unless it is one class per example."""
     if baseline.shape != answers.target.shape or baseline.is_floating_point():
         raise ValueError(
-            f"baseline must hold one class per example, int64 {list(answers.target.shape)}, in the order of the examples, got "
-            f"{baseline.dtype} {list(baseline.shape)}"
+            f"baseline must hold one class per example, int64 {list(answers.target.shape)}, in the order of the "
+            f"examples, got {baseline.dtype} {list(baseline.shape)}"
         )
     return baseline.cpu()
 

@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor
 
-# Share of the error probability that the nuisance parameter of `difference_p_value` takes; the power hardly depends on it.
+# Share of the error probability that the nuisance parameter of `difference_p_value` takes; the power hardly depends on
+# it.
 NUISANCE_SHARE = 1 / 20
 NUISANCE_POINTS = 24  # values of it that are tried; the p-value is smooth in it
 LEFT_OUT = 1e-9

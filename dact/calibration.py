@@ -173,12 +173,12 @@ def calibrate(
 
     For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0 (both keep the class of
     full depth by proof), and the last one before the first that fails is taken: a fixed sequence of tests, each at the
-    full level, of which the probability of any false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). A
-    setting passes if the one-sided Clopper–Pearson bound (1934) on the rate of examples that full depth has right and
-    early exit has wrong (no accuracy can be lost otherwise), or of examples whose class differs, is small enough. Against
-    a baseline it is the exact test of a paired difference in `dact.bounds.difference_p_value`. For `max_layers` settings
-    are tried from the other end, and the bound is the empirical Bernstein bound on the mean exit layer (Maurer & Pontil
-    2009, theorem 4).
+    full level, of which the probability of any false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995).
+    A setting passes if the one-sided Clopper–Pearson bound (1934) on the rate of examples that full depth has right and
+    early exit has wrong (no accuracy can be lost otherwise), or of examples whose class differs, is small enough.
+    Against a baseline it is the exact test of a paired difference in `dact.bounds.difference_p_value`. For `max_layers`
+    settings are tried from the other end, and the bound is the empirical Bernstein bound on the mean exit layer (Maurer
+    & Pontil 2009, theorem 4).
 
     Args:
         model: Model that gets the setting and, as `calibration`, the record that this returns. An earlier promise ends
@@ -186,7 +186,8 @@ def calibrate(
         data: Labelled examples that no training and no choice has seen: batches, or a datamodule, of which
             ``calibration_dataloader()`` is taken or, if it has none to give, the validation examples. These chose the
             checkpoint, which the record then says.
-        max_accuracy_loss: Largest loss of accuracy below this model's own full depth, as a share: 0.005 is half a point.
+        max_accuracy_loss: Largest loss of accuracy below this model's own full depth, as a share: 0.005 is half a
+            point.
         min_agreement: Smallest share of examples that get the class of this model's own full depth, in [0, 1].
         max_layers: Largest mean exit layer.
         confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None asks for
@@ -201,9 +202,9 @@ def calibrate(
         The setting with its bound, and what was seen on the examples.
 
     Raises:
-        ValueError: If not exactly one promise is given, it cannot be kept (the message says which can), the examples are
-            too few for it (the message says how many it takes), or the other dial or ``halting="never"`` stands in the
-            way.
+        ValueError: If not exactly one promise is given, it cannot be kept (the message says which can), the examples
+            are too few for it (the message says how many it takes), or the other dial or ``halting="never"`` stands in
+            the way.
 
     Example:
         >>> import torch
@@ -259,8 +260,8 @@ def choose_setting(
     elif (needed := promise.examples_needed()) is not None and len(answers.target) < needed:
         name, value = _promised(promise)
         raise ValueError(
-            f"{name}={value:g} with confidence {promise.confidence:g} takes {needed} examples or more, even if early exit "
-            f"makes no fault on them, got {len(answers.target)}: give more, promise less, or ask for an estimate "
+            f"{name}={value:g} with confidence {promise.confidence:g} takes {needed} examples or more, even if early "
+            f"exit makes no fault on them, got {len(answers.target)}: give more, promise less, or ask for an estimate "
             "(confidence null, in Python None)"
         )
     exits = exits_by_setting(answers, halting, promise.dial)
@@ -344,8 +345,8 @@ class _Evidence:
             remedy = f"promise that, or give about {float(f'{enough:.2g}'):.0f} examples"
         return (
             f"{name}={value:g} below the baseline cannot be promised {how}: at {promise.dial} {setting:g} the model is "
-            f"{100 * lost:.2f} points below it on these {len(exits)} examples, and up to {100 * bound:.2f} points can be "
-            f"promised; {remedy}"
+            f"{100 * lost:.2f} points below it on these {len(exits)} examples, and up to {100 * bound:.2f} points can "
+            f"be promised; {remedy}"
         )
 
     def _values(self, exits: Tensor) -> Tensor:

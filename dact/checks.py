@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises one line that says what was expected, what came, and the remedy where there is one."""
+"""Checks of arguments. Each raises one line that says what was expected, what came, and the remedy."""
 
 from __future__ import annotations
 
@@ -77,8 +77,8 @@ def check_tolerance(tolerance: float) -> None:
         "halting_tolerance",
         tolerance,
         "[0, 1)",
-        "it is the most probability by which the returned class may end behind the final winner (0 keeps the full-depth "
-        "class)",
+        "it is the most probability by which the returned class may end behind the final winner (0 keeps the "
+        "full-depth class)",
     )
 
 
@@ -88,8 +88,8 @@ def check_margin(margin: float) -> None:
         "halting_margin",
         margin,
         "[0, 1]",
-        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 lets none "
-        "leave for it)",
+        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 lets "
+        "none leave for it)",
     )
 
 

@@ -46,7 +46,8 @@ class Evaluated(LightningModule):
         """Update and log what evaluation measures: of all layers, and of early exit (by `full` if None).
 
         Returns:
-            The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch, layers]``, for callbacks.
+            The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch, layers]``, for
+            callbacks.
         """
         target = labels_of(batch, stage)
         assert full.layer_probabilities is not None
@@ -86,7 +87,7 @@ class Evaluated(LightningModule):
         }
 
     def _begin_evaluation(self, stage: str) -> None:
-        """Reset all metrics. Lightning resets scalars alone, and after `validate` to tensors that a fit cannot change."""
+        """Reset all metrics: Lightning resets scalars alone, and after `validate` to tensors that a fit cannot change."""
         for loader in self._loaders(stage):
             for metric in self._metrics_of(stage, loader)[1].values():
                 metric.reset()

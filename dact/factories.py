@@ -5,13 +5,14 @@ They are classes that hold plain data, so that worker processes can have them.
 
 from __future__ import annotations
 
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from typing import Any
 
 from jsonargparse import ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from dact.model import DACT
+from dact.submodels import SubmodelConfig
 
 
 class ModelFactory:
@@ -25,7 +26,7 @@ class ModelFactory:
         self.section = section
 
     def __call__(self, **overrides: Any) -> DACT:
-        plain = {name: asdict(value) if is_dataclass(value) else value for name, value in overrides.items()}  # type: ignore[arg-type]
+        plain = {name: asdict(v) if isinstance(v, SubmodelConfig) else v for name, v in overrides.items()}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(DACT, "model")
         model: DACT = parser.instantiate_classes(parser.parse_object({"model": {**self.section, **plain}})).model
@@ -52,7 +53,7 @@ class DataFactory:
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
-    """The small built-in encoder for the embedded data, as in configs/quickstart.yaml."""
+    """The small built-in encoder for the embedded data, as in configs/reviews.yaml."""
     from dact.encoders import TransformerEncoder
 
     encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
@@ -60,7 +61,7 @@ def default_model(output_dimension: int, **overrides: Any) -> DACT:
 
 
 def default_data(**overrides: Any) -> LightningDataModule:
-    """The embedded data, as in configs/quickstart.yaml."""
+    """The embedded data, as in configs/reviews.yaml."""
     from dact.data import CompositionalSentiment
 
     return CompositionalSentiment(**{"max_depth": 3, **overrides})

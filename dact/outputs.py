@@ -30,7 +30,7 @@ class DACTOutput:
     p: Tensor | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
-        """Return the output with its tensors moved or cast as `torch.Tensor.to` does it; the Trainer moves predictions."""
+        """Return the output with its tensors moved or cast by `torch.Tensor.to`, as the Trainer moves predictions."""
         tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         moved = {name: tensor.to(*args, **kwargs) for name, tensor in tensors.items() if tensor is not None}
         return dataclasses.replace(self, **moved)

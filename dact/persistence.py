@@ -1,4 +1,4 @@
-"""What a model leaves on disk: config.json next to model.safetensors, and its entry in a checkpoint. Data, never code."""
+"""What a model leaves on disk: config.json, model.safetensors, and its entry in a checkpoint. Data, never code."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/1"
 HALTING = ("halting", "halting_tolerance", "halting_margin")  # what decides when an example halts
-# Where a checkpoint holds `config_of`. LightningCLI reads "hyper_parameters" as its own and refuses other formats there.
+# Where a checkpoint holds `config_of`. LightningCLI reads "hyper_parameters" as its own and refuses other formats
+# there.
 CHECKPOINT_KEY = "dact"
 EARLIER_KEY = "hyper_parameters"  # where version 0.1.0 had it
 LEARNED = ("temperatures", "calibration")  # attributes that no constructor takes
@@ -213,8 +214,8 @@ def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
     raise ValueError(
         f"{what} does not fit this model ({len(faults)} differences, such as {faults[0]}). Build the model with the "
         f"encoder, submodels and output_dimension ({model.output_dimension} here) that it was trained with, or use "
-        "DACT.load_from_checkpoint, which reads them from the checkpoint (on the command line, give the config.yaml that "
-        "the fit left)"
+        "DACT.load_from_checkpoint, which reads them from the checkpoint (on the command line, give the config.yaml "
+        "that the fit left)"
     )
 
 

@@ -37,7 +37,8 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
 def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Return probabilities q proportional to p^(1/T), T being the temperature of an example's exit layer.
 
-    The order of the classes stays as it is, apart from rounding: take the class from what is given, not from the result.
+    The order of the classes stays as it is, apart from rounding: take the class from what is given, not from the
+    result.
 
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
@@ -55,9 +56,9 @@ def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[fl
 def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     """Fit one temperature per exit layer, by the negative log-likelihood of what early exit returns there.
 
-    A temperature is kept only where it helps: in five-fold cross-validation the mean gain must exceed its standard error.
-    Elsewhere it is 1, as for layers at which hardly any example leaves. (Temperature scaling: Guo et al. 2017, arXiv
-    1706.04599.)
+    A temperature is kept only where it helps: in five-fold cross-validation the mean gain must exceed its standard
+    error. Elsewhere it is 1, as for layers at which hardly any example leaves. (Temperature scaling: Guo et al. 2017,
+    arXiv 1706.04599.)
 
     Args:
         answers: What all layers say of labelled examples that no training has seen.

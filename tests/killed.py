@@ -15,7 +15,7 @@ from optuna import Study
 from sqlalchemy.engine import Engine
 
 from dact import DACT
-from dact.cli import main
+from dact.cli.commands import main
 
 POINTS = ("replace", "fsync", "commit", "train", "validate", "ask", "tell")
 

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from dact import DACT
-from dact.checkpoints import BestAndLast
+from dact.cli.checkpoints import BestAndLast
 from dact.files import DurableCheckpointIO
 from tests.commands import FIT, OWN, ROOT, SMALL, dact, environment
 

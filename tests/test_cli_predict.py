@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from dact import DACT, TextClassifier
-from dact.batches import check_batch
-from dact.model_paths import find_model
-from dact.reports import promise_line
+from dact.cli.batches import check_batch
+from dact.cli.reports import promise_line
+from dact.cli.stored import find_model
 from tests.commands import FIT, REVIEWS, SMALL, dact, environment
 
 

@@ -129,7 +129,7 @@ def check_whole(folder, totals, tag="run", storage=None, extra=0):
     for name in ("classifier_config", "confidence_config", "external_config", "lambda_reg"):
         assert yaml.safe_load((run / f"{name}.yaml").read_text())
     metrics = read_json(run / "final" / "metrics.json")
-    epochs = yaml.safe_load((run / "external_config.yaml").read_text())["num_epochs"]
+    epochs = read_json(run / "final" / "made_of.json")["fit"]["settings"].get("num_epochs", 2)
     assert [record["epoch"] for record in metrics["history"]] == list(range(epochs))
     DACT.load_from_checkpoint(run / "final" / "checkpoints" / "best.ckpt")
     assert not (run / "final" / "checkpoints" / "last.ckpt").exists(), "of use only to a fit that is not done"
@@ -211,7 +211,7 @@ def test_thirty_kills_lose_nothing(folder):
 @pytest.mark.slow
 def test_a_killed_final_fit_resumes_with_its_epoch(folder):
     log = folder / "epochs.log"
-    options = ["--tuner.n_trials", 1, "--tuner.search_space.num_epochs", "{choices: [6]}"]
+    options = ["--tuner.n_trials", 1, "--trainer.max_epochs", 6, "--tuner.search_space.num_epochs", "{choices: [6]}"]
     plan = {"log": str(log)}
     process = start(folder, *options, "--tuner.compare_defaults", "false", plan=plan)
     final = folder / "lightning_logs" / "run" / "final"

@@ -17,6 +17,7 @@ from dact import DACT, TuningEngine
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.tuning.run import Run
+from dact.tuning.shared import survey
 from dact.tuning.stages import STAGES
 from tests.conftest import random_batch, tiny_model
 
@@ -115,9 +116,8 @@ def test_damaged_warm_ups_never_serve(run):
 
 
 def open_studies(made):
-    run = made._begin("run")
-    shared = made._objective(STAGES[0]).shared
-    return [made._open(stage, run, shared.identity) for stage in STAGES]
+    run, found = made._begin("run"), survey(made.recipe)
+    return [made._open(stage, run, found, *made._complete(found)) for stage in STAGES]
 
 
 @pytest.mark.parametrize("damage", [lambda db: db[: len(db) // 2], lambda db: b"x" * 100 + db[100:]])

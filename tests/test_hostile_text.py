@@ -29,7 +29,7 @@ data:
 """
 # Runs the command and then tells the most memory that it held, in MiB.
 MEASURED = (
-    "import resource, sys; from dact.cli import main; main(); "
+    "import resource, sys; from dact.cli.commands import main; main(); "
     "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
 )
 

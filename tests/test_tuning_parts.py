@@ -25,7 +25,8 @@ from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
-from dact.tuning.studies import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF, open_storage
+from dact.tuning.storage import open_storage
+from dact.tuning.studies import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
 from dact.tuning.training import make_trainer
 from dact.tuning.trial import _recorded_cause
 from dact.tuning.workers import device_of
@@ -67,7 +68,9 @@ def test_more_dimensions_are_searched_where_the_space_names_them():
 
 def test_spaces_hold_what_the_studies_start_from_and_the_layers_of_the_encoder():
     start = {"batch_size": 48, "learning_rate": 5e-3, "exit_loss_weight": 0.35, "num_layers": 6, "unknown": 1}
-    training = complete_spaces(build_spaces(None), 6, {"training": [start]})["training"]
+    spaces, starts = complete_spaces(build_spaces(None), 6, {"training": [start]})
+    training = spaces["training"]
+    assert starts["training"] == [{name: value for name, value in start.items() if name != "unknown"}]
     assert training["batch_size"].choices == [32, 64, 48]
     assert training["learning_rate"] == Dimension("float", 2e-5, 5e-3, log=True)
     assert training["exit_loss_weight"] == Dimension("float", 0.1, 1.0), "the step would miss it"
@@ -78,10 +81,13 @@ def test_spaces_hold_what_the_studies_start_from_and_the_layers_of_the_encoder()
     values = {name: dimension.suggest(trial, name) for name, dimension in training.items()}
     assert all(values[name] == start[name] for name in values if name in start)
     given = build_spaces({"num_layers": {"low": 2, "high": 4}})
-    assert complete_spaces(given, 3, {})["training"]["num_layers"] == Dimension("int", 2, 3)
+    assert complete_spaces(given, 3, {})[0]["training"]["num_layers"] == Dimension("int", 2, 3)
+    spaces, starts = complete_spaces(given, 6, {"training": [start]}, bounded={"num_layers"})
+    assert spaces["training"]["num_layers"] == Dimension("int", 2, 4), "the bounds of the user hold"
+    assert "num_layers" not in starts["training"][0]
     with pytest.raises(ValueError, match="low=2 is above the 1 layers"):
         complete_spaces(given, 1, {})
-    assert "num_layers" not in complete_spaces(build_spaces(None), 1, {})["training"]
+    assert "num_layers" not in complete_spaces(build_spaces(None), 1, {})[0]["training"]
 
 
 @pytest.mark.parametrize(
@@ -535,8 +541,9 @@ def test_a_silent_process_of_another_host_is_taken_up_by_its_heartbeat(tmp_path)
     while time.monotonic() < end:
         study._storage.record_heartbeat(lively._trial_id)
         time.sleep(0.2)
+    studies.sweep(study, alone(tmp_path))
+    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "WAITING"]
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "COMPLETE"]
     assert study.trials[2].user_attrs == {RETRY_OF: silent.number, DEATHS: 1}
     assert study.trials[2].params == silent.params
 

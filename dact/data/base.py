@@ -89,7 +89,7 @@ class TextDataModule(LightningDataModule, ABC):
         """Return the examples of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
 
     def texts_of_training(self) -> Collection[bytes]:
-        """Return the keys of texts in training that validation has as well: they are never set aside for calibration."""
+        """Return the keys of training texts that validation has as well: they are never set aside."""
         return ()
 
     # ------------------------------------------------------------------ the tokenizer
@@ -104,8 +104,8 @@ class TextDataModule(LightningDataModule, ABC):
         if self._tokenizer is None:
             if self._given_tokenizer is None:
                 raise ValueError(
-                    f"{type(self).__name__}: there is no tokenizer: give the one of the encoder, a Hub id, a local folder "
-                    "or 'package:NAME/PATH'"
+                    f"{type(self).__name__}: there is no tokenizer: give the one of the encoder, a Hub id, a local "
+                    "folder or 'package:NAME/PATH'"
                 )
             tokenizer = tokenizer_for(self._given_tokenizer, self.max_length)
             if tokenizer.pad_token_id is None:
@@ -139,9 +139,9 @@ class TextDataModule(LightningDataModule, ABC):
         )
         if not aside:
             raise ValueError(
-                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} of {len(examples)} validation "
-                "examples sets none aside, since no class has two distinct texts that training does not have: give more "
-                "validation examples"
+                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} of {len(examples)} "
+                "validation examples sets none aside, since no class has two distinct texts that training does not "
+                "have: give more validation examples"
             )
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
 
@@ -150,8 +150,9 @@ class TextDataModule(LightningDataModule, ABC):
         if len(cut) > CUT_SHARE * examples:
             needed = length_that_keeps(1 - CUT_SHARE, examples, cut)
             rank_zero_warn(
-                f"{len(cut) / examples:.0%} of the {split} texts are longer than max_length={self.max_length} tokens and are "
-                f"cut; max_length={needed} would keep {1 - CUT_SHARE:.0%} of them whole, if the encoder takes so many"
+                f"{len(cut) / examples:.0%} of the {split} texts are longer than max_length={self.max_length} tokens "
+                f"and are cut; max_length={needed} would keep {1 - CUT_SHARE:.0%} of them whole, if the encoder takes "
+                "so many"
             )
 
     # ------------------------------------------------------------------ batches

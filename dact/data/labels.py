@@ -27,8 +27,8 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
         largest = max(map(int, labels))
         if largest >= len(labels):
             raise ValueError(
-                f"{source}: the label {largest} means {largest + 1} classes, but there are only {len(labels)} rows. Integer "
-                "labels count from 0 unless class_names names them"
+                f"{source}: the label {largest} means {largest + 1} classes, but there are only {len(labels)} rows. "
+                "Integer labels count from 0 unless class_names names them"
             )
         return [str(label) for label in range(largest + 1)]
     return sorted({str(label).strip() for label in labels})

@@ -34,8 +34,8 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
     """Yield the values of `columns` of each row, in their order.
 
     Args:
-        path: csv, tsv, json lines, parquet or txt by ending, or ``-`` for standard input. txt and standard input have one
-            text a line, and no columns.
+        path: csv, tsv, json lines, parquet or txt by ending, or ``-`` for standard input. txt and standard input have
+            one text a line, and no columns.
         columns: Names of the columns.
 
     Raises:

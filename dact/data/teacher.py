@@ -24,11 +24,11 @@ def teacher_probabilities(
     max_length: int,
     device: torch.device,
 ) -> Tensor:
-    """Return the class probabilities of a fine-tuned model for texts, ``[texts, classes]``, in the order of `class_names`.
+    """Return a fine-tuned model's class probabilities of texts, ``[texts, classes]``, in the order of `class_names`.
 
     Args:
-        teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub id, a local folder, or
-            ``"package:NAME/PATH"``.
+        teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub id, a local folder,
+            or ``"package:NAME/PATH"``.
         tokenizer: The tokenizer of the teacher, which pads on the right.
         texts: One string per example.
         pairs: The second texts, for text pairs.
@@ -44,8 +44,8 @@ def teacher_probabilities(
     longest = _longest_input(model)
     if longest is not None and max_length > longest:
         raise ValueError(
-            f"the teacher {teacher!r} takes at most {longest} tokens, but the data is cut to max_length={max_length}: lower "
-            "the max_length of the data"
+            f"the teacher {teacher!r} takes at most {longest} tokens, but the data is cut to max_length={max_length}: "
+            "lower the max_length of the data"
         )
     model = model.to(device).eval()
     # Texts of similar length go together, so that little padding is computed.
@@ -94,6 +94,6 @@ def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> No
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))
     if len(names) != len(class_names) or not (nameless or set(names) == set(class_names)):
         raise ValueError(
-            f"the teacher {teacher!r} has the classes {', '.join(names)}, but the data has {', '.join(class_names)}: take "
-            "a teacher that was trained for these classes"
+            f"the teacher {teacher!r} has the classes {', '.join(names)}, but the data has {', '.join(class_names)}: "
+            "take a teacher that was trained for these classes"
         )

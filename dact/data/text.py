@@ -151,8 +151,8 @@ class TextClassificationData(TextDataModule):
         share = sum(key in trained for key in keys) / len(keys)
         if share > COPIES_SHARE:
             rank_zero_warn(
-                f"{share:.0%} of the {split} texts are in the training data as well, so what is measured on them is too "
-                f"good: leave them out of the training file or of the {split} file"
+                f"{share:.0%} of the {split} texts are in the training data as well, so what is measured on them is "
+                f"too good: leave them out of the training file or of the {split} file"
             )
 
     # ------------------------------------------------------------------ splits
@@ -221,23 +221,24 @@ class TextClassificationData(TextDataModule):
         alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
         if alone:
             raise ValueError(
-                f"{file}: class {', '.join(alone)} has one example only, so a split for validation would leave training or "
-                "validation without it: add examples or give a val_file"
+                f"{file}: class {', '.join(alone)} has one example only, so a split for validation would leave "
+                "training or validation without it: add examples or give a val_file"
             )
         kept, aside = stratified_split(train.labels, self.val_fraction, self.seed, keys)
         if not aside:
             raise ValueError(
-                f"{file}: no class has two distinct texts, so no example is left for validation: add examples or give a "
-                "val_file"
+                f"{file}: no class has two distinct texts, so no example is left for validation: add examples or give "
+                "a val_file"
             )
         if (share := share_of_copies(keys)) > COPIES_SHARE:
             rank_zero_warn(
-                f"{file}: {share:.0%} of the examples are copies of another one; training and validation never share a text"
+                f"{file}: {share:.0%} of the examples are copies of another one; training and validation never share a "
+                "text"
             )
         if absent := absent_classes((train.labels[row] for row in aside), self.class_names):
             rank_zero_warn(
-                f"{file}: class {', '.join(absent)} has copies of one text only, which stay in training: validation says "
-                "nothing about it"
+                f"{file}: class {', '.join(absent)} has copies of one text only, which stay in training: validation "
+                "says nothing about it"
             )
         return train.take(kept), train.take(aside)
 

@@ -44,7 +44,7 @@ def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> 
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Make a tokenizer that knows `words` in lower case; every other word becomes ``[UNK]``, and ``[CLS]`` comes first."""
+    """Make a tokenizer that knows `words` in lower case; other words become ``[UNK]``, and ``[CLS]`` comes first."""
     special = ["[PAD]", "[UNK]", "[CLS]"]
     vocabulary = {word: index for index, word in enumerate([*special, *sorted(set(words))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -36,14 +36,14 @@ class VaderSentiment(TextDataModule):
     23,703 texts with a mean rating in [-4, 4] by ten raters: below -0.5 is negative, above 0.5 positive, between them
     neutral. Credit: C. J. Hutto and E. Gilbert, *VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
     Social Media Text*, ICWSM 2014 (MIT licence). The source distribution of the package vaderSentiment 3.3.2 (2.4 MB)
-    is fetched once with pip and verified by its checksum. Each corpus is divided by itself: three quarters for training,
-    an eighth for validation and an eighth for the test, with the copies of a text in one split.
+    is fetched once with pip and verified by its checksum. Each corpus is divided by itself: three quarters for
+    training, an eighth for validation and an eighth for the test, with the copies of a text in one split.
 
     Args:
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub id, a local folder
             or ``"package:NAME/PATH"``.
-        corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and ``"newspaper"``; all of them
-            if left out. The division of a corpus does not depend on the choice.
+        corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and ``"newspaper"``; all of
+            them if left out. The division of a corpus does not depend on the choice.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
         num_train: Number of training texts to use (a stratified part), to see how a small data set does.
         max_length: Number of tokens to which longer texts are cut.
@@ -174,8 +174,8 @@ def fetch(archive: Path) -> None:
         if done.returncode or not found:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ConnectionError(
-                f"the texts of VADER ({REQUIREMENT}, 2.4 MB) could not be fetched from the package index: {reason}. With "
-                f"a network, retry; without one, put the source distribution at {archive}"
+                f"the texts of VADER ({REQUIREMENT}, 2.4 MB) could not be fetched from the package index: {reason}. "
+                f"With a network, retry; without one, put the source distribution at {archive}"
             )
         partial = archive.with_suffix(f".{os.getpid()}")
         partial.write_bytes(found[0].read_bytes())

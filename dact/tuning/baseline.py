@@ -1,4 +1,4 @@
-"""The baseline of a run: the encoder fine-tuned at full depth once. Teacher, start of every fit, and the measure of all."""
+"""The baseline of a run: the encoder fine-tuned once at full depth. It is the teacher and the start of every fit."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
-from torch.utils.data import SequentialSampler
 
 from dact import signals
 from dact.encoders.base import move
@@ -46,12 +45,21 @@ class Baseline:
         return {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
 
     def probabilities(self) -> Tensor | None:
-        """Return its probabilities of the training examples ``[examples, classes]``; None if they have no row numbers."""
+        """Return its probabilities of the training examples ``[examples, classes]``; None without row numbers."""
         return self._answers().get("probabilities")
 
-    def classes(self) -> Tensor | None:
-        """Return its classes of the validation examples, int64 ``[examples]``; None if their order is random."""
-        return self._answers().get("classes")
+    def right(self, target: Tensor) -> Tensor | None:
+        """Return on which validation examples it is right, bool ``[examples]``.
+
+        Args:
+            target: Classes of the examples in the order of a validation, int64 ``[examples]``; it may be the first part.
+
+        Returns:
+            None if the baseline saw the examples in another order.
+        """
+        answers = self._answers()
+        seen, classes = answers["targets"][: len(target)], answers["classes"][: len(target)]
+        return classes == target if torch.equal(seen, target) else None
 
     def origin(self) -> str | None:
         """Return what it was made of, None if it is not there."""
@@ -132,8 +140,8 @@ def _ask(model: DACT, data: Any) -> dict[str, Tensor]:
         probabilities.append(model(move(batch, model.device)).probabilities.float().cpu())
     if rows:
         found["probabilities"] = torch.cat(probabilities)[torch.cat(rows).argsort()]
-    validation = data.val_dataloader()
-    if isinstance(validation.sampler, SequentialSampler):
-        classes = [model(move(batch, model.device)).probabilities.argmax(1).cpu() for batch in validation]
-        found["classes"] = torch.cat(classes)
-    return found
+    classes, targets = [], []
+    for batch in data.val_dataloader():
+        classes.append(model(move(batch, model.device)).probabilities.argmax(1).cpu())
+        targets.append(batch["labels"].cpu())
+    return {**found, "classes": torch.cat(classes), "targets": torch.cat(targets)}

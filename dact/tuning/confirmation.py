@@ -55,9 +55,9 @@ class Verdict:
 def confirm(run: Run, shared: Shared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
     """Fit each candidate under fresh seeds, and let the first stay unless another one beats it.
 
-    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers, by
-    more than one standard error of the paired difference over the validation examples. Fits that an earlier call did are
-    read from disk.
+    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
+    by more than one standard error of the paired difference over the validation examples. Fits that an earlier call did
+    are read from disk.
 
     Args:
         run: The run.
@@ -72,12 +72,13 @@ def confirm(run: Run, shared: Shared, candidates: Sequence[Candidate], progress:
     for candidate in unique[1:]:
         other = _outcome(run, shared, candidate, progress)
         difference = _compare(found, other)
-        wins = found is None or (other is not None and difference.beats)
+        wins = other is not None and (found is None or difference.beats)
         text = f"{text}{'; ' if text else ''}{candidate.name} {'beats' if wins else 'does not beat'} {best.name}"
         text += f" ({difference})" if found is not None and other is not None else ""
         if wins:
             best, found = candidate, other
-    return Verdict(best, f"confirmation under fresh seeds: {text}")
+    what = "default settings are those of the model and the data without tuning, first trial those that paid elsewhere"
+    return Verdict(best, f"confirmation under fresh seeds: {text} ({what})")
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class _Difference:
 
     def __str__(self) -> str:
         return (
-            f"{self.layers[0]:+.2f} ± {self.layers[1]:.2f} layers, {-100 * self.lost[0]:+.2f} ± {100 * self.lost[1]:.2f} "
-            "points of accuracy"
+            f"{self.layers[0]:+.2f} ± {self.layers[1]:.2f} layers, {-100 * self.lost[0]:+.2f} ± "
+            f"{100 * self.lost[1]:.2f} points of accuracy"
         )
 
 
@@ -124,7 +125,8 @@ def _outcome(run: Run, shared: Shared, candidate: Candidate, progress: Progress)
                 with seeded(seed):
                     model = fit_settings(shared, candidate.settings, seed, history)
                 assert history.answers is not None
-                outcomes.append(outcome_of(history.answers, model, recipe.promise, shared.baseline_classes))
+                right = shared.baseline.right(history.answers.target)
+                outcomes.append(outcome_of(history.answers, model, recipe.promise, right))
     except NonFiniteLoss:
         write_json(record, {"origin": origin, "broken": True})
         return None

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import pickle
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
-from functools import cached_property, partial
+from functools import cached_property, partial, wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import optuna
-import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities.seed import isolate_rng
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.calibration import Promise
+from dact.checks import check_choice, check_count
 from dact.factories import default_data, default_model
-from dact.functional import check_choice, check_tolerance
+from dact.functional import check_tolerance
 from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm
@@ -30,18 +30,31 @@ from dact.tuning.outcome import Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import LagPruner, SameLengthPruner
-from dact.tuning.recipe import DEFAULT_PROMISE, DISTILLATION, Recipe
-from dact.tuning.run import Run, Winners
+from dact.tuning.recipe import DEFAULT_PROMISE, Recipe, check_factories, check_picklable, one_device
+from dact.tuning.run import WINNERS, Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import LambdaSelection, Point, select_lambda
 from dact.tuning.shared import Shared, Survey, prepare, survey
-from dact.tuning.space import Space, Spaces, build_spaces, complete_spaces, describe
+from dact.tuning.space import Spaces, Starts, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage
+from dact.tuning.storage import describe_storage, open_storage
 from dact.tuning.training import Deadline
 from dact.tuning.trial import Objective, trial_folder
 from dact.tuning.workers import Work, run_side_by_side
 
 EncoderTraining = Literal["finetune", "frozen"]
+Method = TypeVar("Method", bound=Callable[..., Any])
+
+
+def _isolated(method: Method) -> Method:
+    """Let a method leave the random generators of its caller as they were."""
+
+    @wraps(method)
+    def wrapped(*arguments: Any, **options: Any) -> Any:
+        with isolate_rng():
+            return method(*arguments, **options)
+
+    return cast(Method, wrapped)
 
 
 class TuningEngine:
@@ -54,8 +67,8 @@ class TuningEngine:
     2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, and how many layers are kept.
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
-    Then the *confirmation*: the winners and the default settings are fitted again under fresh seeds, and the defaults stay
-    unless they are beaten. Then the final fit, its promise and its measurements.
+    Then the *confirmation*: the winners and the default settings are fitted again under fresh seeds, and the defaults
+    stay unless they are beaten. Then the final fit, its promise and its measurements.
 
     All objectives are read on one validation split, at the epoch of the lowest val_loss. Everything is in
     ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier study finds a new winner, later studies
@@ -74,8 +87,8 @@ class TuningEngine:
             layers once and trains the submodels on them.
         warm_up_epochs: With ``"frozen"``: number of epochs of a fit with all exits of the encoder whose states are
             computed, on a part of the training examples; 0 takes the encoder as it is.
-        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"`` keeps
-            the encoder of frozen mode.
+        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"``
+            keeps the encoder of frozen mode.
         lambda_selection: Rule that chooses λ from the third study; see `dact.tuning.selection.select_lambda`. If left
             out, ``"promise"`` where there is one of `max_accuracy_loss`, else ``"one_standard_error"``.
         max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best, 0 or more.
@@ -87,17 +100,18 @@ class TuningEngine:
         pruner: Pruner of the first two studies; it sees only trials of the same planned length.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
         halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if left out.
-        promise: What early exit of the tuned model must keep, and with which confidence; by default at most one point of
-            accuracy below the model's own full depth, with 95 % confidence. Its dial is calibrated on examples that no
-            study sees, half of the validation examples; see `dact.calibrate`. Where these are too few for the default
-            promise, the dial is set by an estimate. None: the class of full depth, by proof.
-        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; half, where the
-            data can carry them. The teacher is the baseline, unless the data has one of its own.
+        promise: What early exit of the tuned model must keep, and with which confidence; by default at most one point
+            of accuracy below the model's own full depth, with 95 % confidence. Its dial is calibrated on examples that
+            no study sees, half of the validation examples; see `dact.calibrate`. Where these are too few for the
+            default promise, the dial is set by an estimate. None: the class of full depth, by proof.
+        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; half, where
+            the data can carry them. The teacher is the baseline, unless the data has one of its own.
         compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
 
     Attributes:
+        classifier_config, confidence_config, external_config, lambda_reg: Winners of the current run, or None.
         time_out: Seconds for the three studies together, or None.
         spaces: Dimension of each parameter, by stage.
         progress: What the console shows.
@@ -111,6 +125,11 @@ class TuningEngine:
         >>> engine.time_out
         300
     """
+
+    classifier_config: dict[str, Any] | None = None
+    confidence_config: dict[str, Any] | None = None
+    external_config: dict[str, Any] | None = None
+    lambda_reg: float | None = None
 
     def __init__(
         self,
@@ -167,13 +186,16 @@ class TuningEngine:
             raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
         if distillation is not None and not 0 <= distillation <= 1:
             raise ValueError(f"TuningEngine: distillation is a share of the targets, in [0, 1], got {distillation}")
-        _check_factories(workers, model=model, data=data)
+        check_count("TuningEngine: seed", seed, least=0)
+        check_factories(workers, model=model, data=data)
+        if workers > 1:
+            check_picklable(callbacks=list(callbacks), sampler=sampler, pruner=pruner, trainer=dict(trainer or {}))
         if workers > 1 and isinstance(storage, optuna.storages.InMemoryStorage):
             raise ValueError(
                 "TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file"
             )
         trainer = {"max_epochs": 4, "gradient_clip_val": 1.0, **(trainer or {})}
-        trainer["devices"] = _one_device(trainer)
+        trainer["devices"] = one_device(trainer)
         self.recipe = Recipe(
             output_dimension=output_dimension,
             model=model or partial(default_model, output_dimension),
@@ -181,8 +203,7 @@ class TuningEngine:
             trainer=trainer,
             encoder_training=encoder_training,
             warm_up_epochs=warm_up_epochs,
-            distillation=DISTILLATION if distillation is None else distillation,
-            distillation_is_asked_for=distillation is not None,
+            distillation=distillation,
             halting_tolerance=halting_tolerance,
             promise=promise,
             seed=seed,
@@ -190,6 +211,7 @@ class TuningEngine:
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = dict(zip((stage.name for stage in STAGES), trials, strict=True))
         self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
+        self.bounded = frozenset(search_space or ())
         self.final_training = final_training
         self.lambda_selection = lambda_selection
         self.max_loss_increase = max_loss_increase
@@ -203,7 +225,6 @@ class TuningEngine:
         self.log_dir = Path(log_dir)
         self.progress = Progress()
         self.worker_setup: Callable[[], None] | None = None
-        self._winners = Winners()
         self._current: Run | None = None
         self._shared: Shared | None = None
 
@@ -212,28 +233,9 @@ class TuningEngine:
         """The tag of runs that name none: a time stamp drawn once per engine."""
         return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
-    @property
-    def classifier_config(self) -> dict[str, Any] | None:
-        """The classifier's winner of the current run, or None."""
-        return self._winners.classifier_config
-
-    @property
-    def confidence_config(self) -> dict[str, Any] | None:
-        """The confidence's winner of the current run, or None."""
-        return self._winners.confidence_config
-
-    @property
-    def external_config(self) -> dict[str, Any] | None:
-        """The winner among the training parameters of the current run, or None."""
-        return self._winners.external_config
-
-    @property
-    def lambda_reg(self) -> float | None:
-        """The winning λ of the current run, or None."""
-        return self._winners.lambda_reg
-
     # ------------------------------------------------------------------ the methods
 
+    @_isolated
     def run_pipeline(self, run_tag: str = "") -> tuple[str, str]:
         """Run the three studies and the final fit.
 
@@ -245,17 +247,18 @@ class TuningEngine:
         """
         run = self._begin(run_tag)
         found = survey(self.recipe, measured=True)
-        spaces = complete_spaces(self.spaces, found.layers, found.starts)
-        opened = {stage.name: self._open(stage, run, found, spaces) for stage in STAGES}
+        spaces, starts = self._complete(found)
+        opened = {stage.name: self._open(stage, run, found, spaces, starts) for stage in STAGES}
         left = [max(0, self.n_trials[name] - len(studies.finished(study))) for name, study in opened.items()]
         if any(left):
             self.progress.announce(left, self.time_out)
         self._shared = shared = prepare(run, found, self.progress)
         end = Deadline(self.time_out)
         for stage, stages_left in zip(STAGES, (3, 2, 1), strict=True):
-            self._tune(stage, run, shared, spaces[stage.name], opened[stage.name], end.share(stages_left))
+            self._tune(stage, run, shared, spaces, opened[stage.name], end.share(stages_left))
         return self._finish(run, shared, found)
 
+    @_isolated
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Study the architectures of the submodels and save the best.
 
@@ -267,6 +270,7 @@ class TuningEngine:
         assert winners.confidence_config is not None
         return winners.classifier_config, winners.confidence_config
 
+    @_isolated
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
         """Study the training parameters and save the best.
 
@@ -277,25 +281,30 @@ class TuningEngine:
         assert winners.external_config is not None
         return winners.external_config
 
+    @_isolated
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Study λ with two objectives, save the winner and return it."""
         winners = self._tune_alone(LAMBDA_REG, run_tag)
         assert winners.lambda_reg is not None
         return winners.lambda_reg
 
+    @_isolated
     def submodel_objective(self, trial: BaseTrial) -> float:
         """Train with the submodels that `trial` suggests; return the validation loss at its best epoch."""
         return float(self._objective(SUBMODELS)(trial))
 
+    @_isolated
     def train_tune_objective(self, trial: BaseTrial) -> float:
         """Train with the training parameters that `trial` suggests; return the validation loss at its best epoch."""
         return float(self._objective(TRAINING)(trial))
 
+    @_isolated
     def lambda_objective(self, trial: BaseTrial) -> tuple[float, float]:
         """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer under early exit."""
         loss, layers = self._objective(LAMBDA_REG)(trial)
         return loss, layers
 
+    @_isolated
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
         """Fit with all winners, keep the best epoch, and measure it.
 
@@ -318,37 +327,51 @@ class TuningEngine:
         run = Run(run_tag or self.run_tag, self.log_dir)
         if run != self._current:
             self._current, self._shared = run, None
-        self._winners = run.winners()
+        self._take(run.winners())
         return run
 
-    def _open(self, stage: Stage, run: Run, found: Survey, spaces: Spaces) -> Study:
+    def _take(self, winners: Winners) -> Winners:
+        """Keep winners as attributes."""
+        self._winners = winners
+        for name in WINNERS:
+            setattr(self, name, getattr(winners, name))
+        return winners
+
+    def _complete(self, found: Survey) -> tuple[Spaces, Starts]:
+        return complete_spaces(self.spaces, found.layers, found.starts, self.bounded)
+
+    def _open(self, stage: Stage, run: Run, found: Survey, spaces: Spaces, starts: Starts) -> Study:
         setting = {"search space": describe(spaces[stage.name]), **found.identity}
         with run.alone(lambda: self.progress.stage("waiting for another process, which opens the studies")):
-            storage = studies.open_storage(self.storage, run.folder)
-            where = studies.describe_storage(self.storage, run.folder)
+            storage = open_storage(self.storage, run.folder)
+            where = describe_storage(self.storage, run.folder)
             study = studies.open_study(run, stage, setting, storage, where, self.pruner if stage.prunes else None)
-            studies.start_with(study, spaces[stage.name], found.starts[stage.name])
+            studies.start_with(study, starts[stage.name])
             return study
 
     def _tune_alone(self, stage: Stage, run_tag: str) -> Winners:
         run = self._begin(run_tag)
         found = survey(self.recipe)
-        spaces = complete_spaces(self.spaces, found.layers, found.starts)
-        study = self._open(stage, run, found, spaces)
+        spaces, starts = self._complete(found)
+        study = self._open(stage, run, found, spaces, starts)
         self._shared = prepare(run, found, self.progress)
-        return self._tune(stage, run, self._shared, spaces[stage.name], study, Deadline(self.time_out))
+        return self._tune(stage, run, self._shared, spaces, study, Deadline(self.time_out))
 
-    def _tune(self, stage: Stage, run: Run, shared: Shared, space: Space, study: Study, deadline: Deadline) -> Winners:
+    def _tune(
+        self, stage: Stage, run: Run, shared: Shared, spaces: Spaces, study: Study, deadline: Deadline
+    ) -> Winners:
         """Run what is left of a study, and save what it chose."""
         before = self._winners.before(stage)
         with run.alone():
             study, outdated = studies.start_under(study, digest(before.settings()))
+            if outdated:
+                run.set_aside(stage)
         if outdated:
             self.progress.note(f"study {stage.name}: {outdated} trials ran under other winners and are ignored")
         n_trials = self.n_trials[stage.name]
         if len(studies.finished(study)) < n_trials:
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of fewer trials
-            objective = Objective(stage, run, shared, space, before, deadline)
+            objective = Objective(stage, run, shared, spaces[stage.name], before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
             work = Work(
                 objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, setup=self.worker_setup
@@ -359,18 +382,17 @@ class TuningEngine:
                     work.run(study, self.progress.refresh, self.progress.refresh)
                 else:
                     run_side_by_side(work, study, self.workers, self.progress.refresh)
-        return self._conclude(stage, run, shared, study)
+        return self._conclude(stage, run, shared, spaces, study)
 
-    def _conclude(self, stage: Stage, run: Run, shared: Shared, study: Study) -> Winners:
+    def _conclude(self, stage: Stage, run: Run, shared: Shared, spaces: Spaces, study: Study) -> Winners:
         """Choose the winner of a study, save it, and draw the study's pictures."""
         chosen = self._chosen_lambda(run, shared, study) if stage is LAMBDA_REG else studies.best(study)
         with run.alone():
             if run.save(stage.parse(chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of another choice
             if not run.pictures(stage).is_dir():
-                draw_study(run.pictures(stage), study, studies.completed(study), chosen, self.spaces)
-        self._winners = run.winners()
-        return self._winners
+                draw_study(run.pictures(stage), study, studies.completed(study), chosen, spaces)
+        return self._take(run.winners())
 
     def _chosen_lambda(self, run: Run, shared: Shared, study: Study) -> FrozenTrial:
         trials = studies.completed(study)
@@ -396,8 +418,7 @@ class TuningEngine:
         run = self._current or self._begin("")
         if self._shared is None:
             self._shared = prepare(run, survey(self.recipe), self.progress)
-        layers = self._shared.layers
-        space = complete_spaces(self.spaces, layers, {})[stage.name]
+        space = complete_spaces(self.spaces, self._shared.layers, {})[0][stage.name]
         return Objective(stage, run, self._shared, space, self._winners.before(stage), Deadline())
 
     # ------------------------------------------------------------------ the final fit
@@ -414,11 +435,10 @@ class TuningEngine:
         self._check_tuned(run)
         if shared.recipe.note:
             self.progress.note(shared.recipe.note)
-        first, own = found.starts[TRAINING.name]
-        start = {
-            **Winners(**SUBMODELS.parse(found.starts[SUBMODELS.name][0])).settings(),
-            **found.starts[LAMBDA_REG.name][0],
-        }
+        _, starts = self._complete(found)
+        first, own = starts[TRAINING.name]
+        start = Winners(**SUBMODELS.parse(starts[SUBMODELS.name][0])).settings()
+        start |= next(iter(starts[LAMBDA_REG.name]), {})
         candidates = [
             Candidate("default settings", {**start, **own}),
             Candidate("first trial", {**start, **first}),
@@ -428,38 +448,3 @@ class TuningEngine:
             verdict = confirm(run, shared, candidates, self.progress)
             keep_frozen = self.final_training == "frozen"
             return FinalFit(run, shared, verdict, keep_frozen, self.compare_defaults, self.progress)()
-
-
-def _check_factories(workers: int, **factories: Any) -> None:
-    for name, factory in factories.items():
-        ready = isinstance(factory, (torch.nn.Module, LightningDataModule))  # a module can be called as well
-        if factory is not None and (ready or not callable(factory)):
-            raise TypeError(
-                f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every trial "
-                "needs an instance of its own"
-            )
-        if workers > 1:
-            try:
-                pickle.dumps(factory)
-            except Exception as error:
-                raise TypeError(
-                    f"TuningEngine: with several workers, {name} must be a function that other processes can import, such "
-                    f"as one at the top of a module or a functools.partial of it: {error}"
-                ) from None
-
-
-def _one_device(trainer: Mapping[str, Any]) -> Any:
-    """Return the ``devices`` of a Trainer, of which there must be one."""
-    devices = trainer.get("devices", "auto")
-    if devices in ("auto", None):
-        devices = 1
-    # As for the Trainer: 1 and "1" count devices, [1] and "1," name one.
-    named = [part for part in str(devices).strip("[](),").split(",") if part.strip()]
-    one = str(devices) == "1" or (len(named) == 1 and (isinstance(devices, (list, tuple)) or "," in str(devices)))
-    if not one or trainer.get("num_nodes", 1) != 1:
-        raise ValueError(
-            f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
-            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several trials "
-            "side by side with workers"
-        )
-    return devices

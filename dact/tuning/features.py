@@ -32,9 +32,9 @@ MADE_OF = "made_of.json"
 def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, fingerprint: str) -> None:
     """Write the pooled states of every example, batch by batch: memory holds one batch.
 
-    The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data has
-    them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is done
-    if `folder` holds sound files with this fingerprint.
+    The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data
+    has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is
+    done if `folder` holds sound files with this fingerprint.
 
     Args:
         encoder: Encoder in eval mode, on the device that it should use.
@@ -70,8 +70,8 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
         if given != examples:
             raise ValueError(
                 f"frozen mode needs every example once, but the {folder.name} loader gives "
-                f"{'more' if given > examples else given} of its {examples}: leave out drop_last and samplers that repeat "
-                "or skip, or take encoder_training=finetune"
+                f"{'more' if given > examples else given} of its {examples}: leave out drop_last and samplers that "
+                "repeat or skip, or take encoder_training=finetune"
             )
         files = {name: writer.digest.hexdigest() for name, writer in writers.items()}
         write_json(partial / MADE_OF, {"fingerprint": fingerprint, "files": files})

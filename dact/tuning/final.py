@@ -85,6 +85,8 @@ class FinalFit:
             _set_aside(folder, old)
         if before != made_of:
             metrics_path.unlink(missing_ok=True)  # another promise or test split measures the same fit again
+            if before.get("test") != test:
+                shutil.rmtree(folder / "defaults", ignore_errors=True)
             write_text(folder / "config.yaml", yaml.safe_dump(self._config(settings), sort_keys=False))
             write_json(folder / MADE_OF, made_of)
         if not (metrics_path.is_file() and model_path.is_file()):
@@ -145,9 +147,9 @@ class FinalFit:
                 )
             except NonFiniteLoss as error:
                 raise RuntimeError(
-                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is {model.learning_rate:g}: "
-                    "lower learning_rate's high in search_space or the model's own, or take precision 32-true, under another "
-                    "run_tag"
+                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is "
+                    f"{model.learning_rate:g}: lower learning_rate's high in search_space or the model's own, or take "
+                    "precision 32-true, under another run_tag"
                 ) from error
         tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
         logger.finalize("success")
@@ -198,7 +200,12 @@ class FinalFit:
         """Set the dial of the promise, and the temperatures of scores, and store both with the checkpoint."""
         promise, before = self.recipe.promise, (model.calibration, model.temperatures)
         with self.recipe.precision():
-            if promise is not None:
+            if promise is not None and (promise.max_layers or 0) >= model.num_layers:
+                model.end_calibration()
+                self.progress.note(
+                    f"max_layers={promise.max_layers:g} holds at every margin: the model has fewer layers"
+                )
+            elif promise is not None:
                 self.progress.note(describe(calibrate(model, data, **asdict(promise)), model.num_layers))
             else:
                 model.end_calibration()  # of a promise that is no longer asked for
@@ -229,8 +236,14 @@ class FinalFit:
         """Fit and measure what the factories make without tuning: what tuning has to beat."""
         if (folder / "metrics.json").is_file():
             return
-        with without_collapse_warning():
-            self._fit(folder, None)
+        try:
+            with without_collapse_warning():
+                self._fit(folder, None)
+        except RuntimeError as error:
+            if not isinstance(error.__cause__, NonFiniteLoss):
+                raise
+            self.progress.note(f"the defaults are not in the table: {error}")
+            return
         model = self._fitted(folder)
         loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
         entries = {
@@ -249,9 +262,11 @@ class FinalFit:
 
     def _fitted(self, folder: Path) -> DACT:
         """Return the model of the best epoch, on the device that it should use."""
-        encoder = self.recipe.make_model().encoder
-        given = encoder if encoder.config() is None else None  # one of the user's, which no checkpoint can rebuild
-        model = DACT.load_from_checkpoint(folder / "checkpoints" / "best.ckpt", encoder=given).eval()
+        made = self.recipe.make_model()
+        given = (
+            made.encoder if made.encoder.config() is None else None
+        )  # one of the user's, which no checkpoint can rebuild
+        model = type(made).load_from_checkpoint(folder / "checkpoints" / "best.ckpt", encoder=given).eval()
         return model.to(self.recipe.device)
 
 

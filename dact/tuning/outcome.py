@@ -26,7 +26,8 @@ class Outcome:
         exits: Exit layer of each example, float ``[examples]``; a mean where it is one of several fits.
         losses: Task loss of each example, ``[examples]``.
         lost: Paired loss of accuracy of each example, ``[examples]``: 1 where the baseline is right and early exit is
-            wrong, -1 where it is the other way round, else 0. Without a baseline's answers, 1 where early exit is wrong.
+            wrong, -1 where it is the other way round, else 0. Without a baseline's answers, 1 where early exit is
+            wrong.
     """
 
     exits: Tensor
@@ -64,14 +65,14 @@ def mean_outcome(outcomes: list[Outcome]) -> Outcome:
     return Outcome(*(torch.stack([getattr(one, name) for one in outcomes]).mean(0) for name in names))
 
 
-def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, baseline: Tensor | None) -> Outcome:
+def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, right: Tensor | None) -> Outcome:
     """Return what a model's early exit would do on examples.
 
     Args:
         answers: What all layers say of the examples.
         model: The model, for its halting rule and class weights.
         promise: Promise that sets the dial, by estimate; None for the model's own rule.
-        baseline: The baseline's classes of the examples, int64 ``[examples]``, or None.
+        right: Whether the baseline is right on each example, bool ``[examples]``, or None.
     """
     target = answers.target
     exits = answers.exit_layers(_rule(answers, model, promise))
@@ -79,7 +80,7 @@ def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, base
     losses = F.nll_loss(answer.float().clamp_min(SMALLEST_PROBABILITY).log(), target, reduction="none")
     if model.class_weights is not None:
         losses = losses * model.class_weights.cpu()[target]
-    reference = torch.ones(len(target)) if baseline is None else (baseline == target).float()
+    reference = torch.ones(len(target)) if right is None else right.float()
     return Outcome(exits.float(), losses.float(), reference - (answer.argmax(1) == target).float())
 
 

@@ -19,6 +19,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from dact.files import read_json
+from dact.tuning.studies import finished
 from dact.tuning.training import Deadline
 
 ROWS = 12  # trials in sight
@@ -47,7 +48,7 @@ class Progress:
             deadline: Its deadline.
         """
         self._stage, self._study, self._total, self._later, self._deadline = stage, study, total, later, deadline
-        self._start, self._before = time.monotonic(), len(_ended(study))
+        self._start, self._before = time.monotonic(), len(finished(study))
         with Live(self._table(), console=self.console, refresh_per_second=4) as live:
             self._live = live
             try:
@@ -96,7 +97,7 @@ class Progress:
     def _table(self) -> Table:
         assert self._study is not None
         trials = self._study.get_trials(deepcopy=False)
-        ended = _ended(self._study)
+        ended = finished(self._study)
         single = len(self._study.directions) == 1
         heads = ["val_loss"] if single else ["task loss", "exit layer"]
         table = Table(title=f"study {self._stage}: {len(ended)} of {self._total} trials", expand=True)
@@ -142,7 +143,7 @@ class Progress:
         test, layers = metrics["test"], metrics["layers"]
         baseline = metrics["baseline"]
         self.note(headline(metrics))
-        table = Table("test", "accuracy", "macro F1", "layers", "texts/s", box=None, pad_edge=False)
+        table = Table("test", "accuracy", "macro F1", "largest class", "layers", "texts/s", box=None, pad_edge=False)
         rows = {
             "baseline": (baseline["test"], float(baseline["layers"])),
             "full depth": (test["full_depth"], float(layers)),
@@ -154,7 +155,9 @@ class Progress:
             rows["defaults"] = (entry, entry["mean_exit_layer"])
         for name, (entry, mean) in rows.items():
             speed = f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else ""
-            table.add_row(name, f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}", f"{mean:.2f}", speed)
+            largest = f"{entry['majority_share']:.0%}" if "majority_share" in entry else ""
+            accuracy, macro_f1 = f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}"
+            table.add_row(name, accuracy, macro_f1, largest, f"{mean:.2f}", speed)
         self.console.print(table)
         points = Table(
             "margin", "layers", "accuracy", "agreement", box=None, pad_edge=False, title="estimates on validation"
@@ -164,9 +167,9 @@ class Progress:
             shares = (f"{100 * value:.2f} %" for value in values)
             points.add_row(f"{point['margin']:g}", f"{point['mean_exit_layer']:.2f}", *shares)
         self.console.print(points)
-        if test["majority_share"] == 1.0:
+        if metrics["validation"]["majority_share"] == 1.0:
             self.note(
-                "warning: the model gives every test example one class; try class_weights: balanced, or more epochs"
+                "warning: all validation examples get one class: try class_weights, more epochs, or another learning_rate"
             )
         self.note(verdict)
         self.note(f"everything is in {folder.parent}; look at it: tensorboard --logdir {folder.parent}")
@@ -217,14 +220,10 @@ class _FitProgress(Callback):
         self.bars.advance(self.task)
 
 
-def _ended(study: Study) -> list[FrozenTrial]:
-    return [trial for trial in study.get_trials(deepcopy=False) if trial.state.is_finished()]
-
-
 def _differing(trials: Sequence[FrozenTrial]) -> set[str]:
     """Return the parameters in which trials differ, all of them where there is one trial."""
     names = {name for trial in trials for name in trial.params}
-    if len(trials) < 2:
+    if sum(bool(trial.params) for trial in trials) < 2:
         return names
     return {name for name in names if len({str(trial.params[name]) for trial in trials if name in trial.params}) > 1}
 

@@ -57,8 +57,8 @@ def _losses(trial: FrozenTrial) -> list[float]:
 class SameLengthPruner(BasePruner):
     """Show another pruner only the trials of the same planned length.
 
-    A trial of three epochs looks better than one of eight at the same epoch, since its learning rate has fallen further,
-    and ends worse.
+    A trial of three epochs looks better than one of eight at the same epoch, since its learning rate has fallen
+    further, and ends worse.
 
     Args:
         pruner: Any pruner of Optuna.
@@ -69,7 +69,8 @@ class SameLengthPruner(BasePruner):
 
     @override
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        return self.pruner.prune(_SameLength(study, trial.user_attrs.get(PLANNED_EPOCHS)), trial)  # type: ignore[arg-type]
+        same_length: Any = _SameLength(study, trial.user_attrs.get(PLANNED_EPOCHS))
+        return self.pruner.prune(same_length, trial)
 
 
 class _SameLength:

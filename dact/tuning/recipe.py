@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -51,12 +52,12 @@ class Recipe:
         trainer: Arguments of the Trainer.
         encoder_training: ``"finetune"`` or ``"frozen"``.
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
-        distillation: Share of a teacher's probabilities in the training targets, in [0, 1].
-        distillation_is_asked_for: Whether it is an error where the data cannot carry a teacher's probabilities.
+        distillation: Share of a teacher's probabilities in the training targets, in [0, 1], or None for that of the
+            model factory, or half where it has none and the data can carry them.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
         promise: What early exit of the final model must keep, or None.
-        calibration_fraction: Share of the validation examples that is set aside for the promise, or None for that of the
-            data; see `resolved`.
+        calibration_fraction: Share of the validation examples that is set aside for the promise, or None for that of
+            the data; see `resolved`.
         seed: Seed for data order, initialisation and samplers.
         note: What the user should know about the promise, or an empty string.
     """
@@ -67,8 +68,7 @@ class Recipe:
     trainer: Mapping[str, Any]
     encoder_training: str
     warm_up_epochs: int
-    distillation: float
-    distillation_is_asked_for: bool
+    distillation: float | None
     halting_tolerance: float | None
     promise: Promise | None
     seed: int
@@ -101,8 +101,6 @@ class Recipe:
     def overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return `settings` as arguments of a model, with what holds for all models of the run."""
         overrides: dict[str, Any] = {}
-        if self.distillation:
-            overrides["distillation"] = self.distillation
         if self.halting_tolerance is not None:
             overrides["halting_tolerance"] = self.halting_tolerance
         overrides |= settings
@@ -121,8 +119,8 @@ class Recipe:
     def resolved(self, model: DACT) -> Recipe:
         """Return the recipe with the promise that model and data can keep.
 
-        A promise that was asked for must be kept with its confidence. The default one becomes an estimate where the data
-        cannot set aside as many examples as it takes, and goes where the model leaves by another dial.
+        A promise that was asked for must be kept with its confidence. The default one becomes an estimate where the
+        data cannot set aside as many examples as it takes, and goes where the model leaves by another dial.
 
         Raises:
             ValueError: If a promise that was asked for cannot be kept.
@@ -197,7 +195,8 @@ class Recipe:
             or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
             "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
         }
-        return {"submodels": [submodels], "training": [paid, own], "lambda_reg": [{"lambda_reg": model.lambda_reg}]}
+        price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
+        return {"submodels": [submodels], "training": [paid, own], "lambda_reg": price}
 
     @property
     def device(self) -> torch.device:
@@ -236,3 +235,50 @@ class Recipe:
         if self.encoder_training == "frozen":
             identity["warm_up_epochs"] = self.warm_up_epochs
         return identity
+
+
+def check_picklable(**arguments: Any) -> None:
+    """Raise a ``TypeError`` unless each argument can be sent to a worker process."""
+    for name, argument in arguments.items():
+        try:
+            pickle.dumps(argument)
+        except Exception as error:
+            raise TypeError(
+                f"TuningEngine: with several workers, {name} must be something that can be pickled: {error}"
+            ) from None
+
+
+def check_factories(workers: int, **factories: Any) -> None:
+    """Raise a ``TypeError`` unless each factory is a function, and one that worker processes can import."""
+    for name, factory in factories.items():
+        ready = isinstance(factory, (torch.nn.Module, LightningDataModule))  # a module can be called as well
+        if factory is not None and (ready or not callable(factory)):
+            raise TypeError(
+                f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every trial "
+                "needs an instance of its own"
+            )
+        if workers > 1:
+            try:
+                pickle.dumps(factory)
+            except Exception as error:
+                raise TypeError(
+                    f"TuningEngine: with several workers, {name} must be a function that other processes can import, "
+                    f"such as one at the top of a module or a functools.partial of it: {error}"
+                ) from None
+
+
+def one_device(trainer: Mapping[str, Any]) -> Any:
+    """Return the ``devices`` of a Trainer, of which there must be one."""
+    devices = trainer.get("devices", "auto")
+    if devices in ("auto", None):
+        devices = 1
+    # As for the Trainer: 1 and "1" count devices, [1] and "1," name one.
+    named = [part for part in str(devices).strip("[](),").split(",") if part.strip()]
+    one = str(devices) == "1" or (len(named) == 1 and (isinstance(devices, (list, tuple)) or "," in str(devices)))
+    if not one or trainer.get("num_nodes", 1) != 1:
+        raise ValueError(
+            f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
+            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several "
+            "trials side by side with workers"
+        )
+    return devices

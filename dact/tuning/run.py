@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -14,6 +16,7 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
+from dact import signals
 from dact.files import write_text
 from dact.submodels import SubmodelConfig
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
@@ -101,6 +104,13 @@ class Run:
         """Return the folder of a study's pictures."""
         return self.folder / stage.name / "study"
 
+    def set_aside(self, stage: Stage) -> None:
+        """Rename the folder of a stage whose trials ran under other winners: new trials begin with number 0."""
+        folder = self.folder / stage.name
+        number = next(n for n in itertools.count(1) if not folder.with_name(f"{stage.name}.outdated_{n}").exists())
+        if folder.is_dir():
+            os.replace(folder, folder.with_name(f"{stage.name}.outdated_{number}"))
+
     @contextlib.contextmanager
     def alone(self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
         """Hold the lock of the run: what is made once is made by one process, on all hosts that share the folder.
@@ -116,7 +126,10 @@ class Run:
             lock.acquire(timeout=0)
         except Timeout:
             with waiting():
-                lock.acquire()
+                while not lock.is_locked:
+                    signals.check()
+                    with contextlib.suppress(Timeout):
+                        lock.acquire(timeout=0.5)
         try:
             yield
         finally:

@@ -54,8 +54,8 @@ class SeededSampler(BaseSampler):
 class CurveSampler(BaseSampler):
     """Draw lambda_reg where the mean exit layer changes most; see `dact.tuning.selection.next_lambda`.
 
-    Nothing is drawn at random: the same trials lead to the same next one. Processes that share a study take turns in the
-    order of their trial numbers, so that no two draw the same λ.
+    Nothing is drawn at random: the same trials lead to the same next one. Processes that share a study take turns in
+    the order of their trial numbers, so that no two draw the same λ.
     """
 
     @override

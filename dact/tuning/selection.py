@@ -22,8 +22,8 @@ class Point:
         loss: Average task loss under early exit.
         layers: Average exit layer.
         losses: Task loss of each validation example, in one order for all trials; None if unknown.
-        lost: Paired loss of accuracy of each example: 1 where the baseline is right and early exit is wrong, -1 where it
-            is the other way round, else 0; None if unknown.
+        lost: Paired loss of accuracy of each example: 1 where the baseline is right and early exit is wrong, -1 where
+            it is the other way round, else 0; None if unknown.
     """
 
     lambda_reg: float
@@ -60,11 +60,11 @@ def select_lambda(
         rule: ``"promise"``: the fewest layers whose paired loss of accuracy is within `allowed` by estimate plus one
             standard error; if none is, or none knows, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
             layers whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
-            Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers whose
-            loss is within a share of the best loss. ``"knee"``: the point of the front farthest below the chord between
-            its ends, both objectives scaled to [0, 1] (after Satopää et al. 2011, *Finding a Kneedle in a Haystack*);
-            with fewer than three points, as ``"max_loss_increase"``. ``"max_layers"``: the best loss within a budget of
-            layers.
+            Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers
+            whose loss is within a share of the best loss. ``"knee"``: the point of the front farthest below the chord
+            between its ends, both objectives scaled to [0, 1] (after Satopää et al. 2011, *Finding a Kneedle in a
+            Haystack*); with fewer than three points, as ``"max_loss_increase"``. ``"max_layers"``: the best loss within
+            a budget of layers.
         allowed: For ``"promise"``: largest loss of accuracy, as a share.
         max_loss_increase: That share, 0 or more.
         max_layers: That budget.
@@ -89,8 +89,8 @@ def select_lambda(
         within = [point for point in front if point.layers <= max_layers]
         if not within:
             raise ValueError(
-                f"no trial uses at most {max_layers:g} layers; the fewest are {front[0].layers:.2f}: raise max_layers, or "
-                "the upper end of lambda_reg in search_space"
+                f"no trial uses at most {max_layers:g} layers; the fewest are {front[0].layers:.2f}: raise max_layers, "
+                "or the upper end of lambda_reg in search_space"
             )
         return within[-1]
     if rule == "knee" and len(front) >= 3:

@@ -29,7 +29,7 @@ from dact.tuning.fingerprints import (
     fingerprint_tensor,
 )
 from dact.tuning.progress import Progress
-from dact.tuning.recipe import Recipe
+from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
 from dact.tuning.training import resumable_fit, seeded, without_collapse_warning
 
@@ -48,6 +48,7 @@ class Survey:
         identity: See `Recipe.identity`.
         starts: By stage, the parameters of its first trials; see `Recipe.starts`.
         layers: Number of the model's layers.
+        distillation: Share of a teacher in the targets of the factory's models.
     """
 
     recipe: Recipe
@@ -57,6 +58,7 @@ class Survey:
     identity: dict[str, Any]
     starts: Mapping[str, Sequence[Mapping[str, Any]]]
     layers: int
+    distillation: float
 
 
 def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
@@ -82,11 +84,13 @@ def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
     data.setup("fit")
     if measured:
         data.setup("test")
-        data.test_dataloader()
+        fingerprint_data(data.test_dataloader())  # which refuses what cannot be measured
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
     examples = fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
     identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)
-    return Survey(recipe, model, data, teacher, identity, recipe.starts(model, data), model.num_layers)
+    return Survey(
+        recipe, model, data, teacher, identity, recipe.starts(model, data), model.num_layers, model.distillation
+    )
 
 
 @dataclass(frozen=True)
@@ -99,6 +103,7 @@ class Shared:
         class_names: Names of the classes, where the data has them.
         baseline: The baseline.
         teacher: File with a teacher's probabilities of the training examples, or None.
+        learning: Arguments of models that learn from the teacher, or have none to learn from.
         encoder: File with the weights of frozen mode's encoder, or None for those of the factory.
         states: Folder with the states of frozen mode, or None.
         batch_size: Number of examples per training batch where no trial chooses it.
@@ -110,6 +115,7 @@ class Shared:
     class_names: list[str] | None
     baseline: Baseline
     teacher: Path | None
+    learning: dict[str, Any]
     encoder: Path | None
     states: Path | None
     batch_size: int
@@ -135,7 +141,7 @@ class Shared:
             seed = self.recipe.seed if seed is None else seed
             data = FeaturesData(train, val, **{"batch_size": self.batch_size, **size}, seed=seed)
             return self._on_states(chosen), data
-        model = self.recipe.make_model(**self._untaught, **chosen)
+        model = self.recipe.make_model(**self.learning, **chosen)
         model.encoder.load_state_dict(self.baseline.encoder())
         return model, self.make_data(**size)
 
@@ -146,25 +152,20 @@ class Shared:
             data.teacher_probabilities = self._probabilities  # type: ignore[attr-defined]
         return data
 
-    @property
-    def _untaught(self) -> dict[str, Any]:
-        """What a model without a teacher is told."""
-        return {"distillation": 0.0} if self.teacher is None and self.recipe.distillation else {}
-
     def _on_states(self, chosen: dict[str, Any]) -> DACT:
         """Return a model with new submodels on the frozen encoder."""
         if type(self._base) is DACT:  # no encoder is built for nothing
-            overrides = {"encoder": self._base.encoder, **self.recipe.overrides({**self._untaught, **chosen})}
+            overrides = {"encoder": self._base.encoder, **self.recipe.overrides({**self.learning, **chosen})}
             return DACT.from_config(self._base.config(), **overrides)
         # A class of the user's may have more arguments than a configuration knows.
-        model = self.recipe.make_model(**self._untaught, **chosen)
+        model = self.recipe.make_model(**self.learning, **chosen)
         model.encoder, model.class_names = self._base.encoder, self._base.class_names
         return model
 
     @cached_property
     def _base(self) -> DACT:
         with seeded(self.recipe.seed):
-            model = self.recipe.make_model(**self._untaught)
+            model = self.recipe.make_model(**self.learning)
         if self.encoder is not None:
             model.encoder.load_state_dict(read_tensors(self.encoder)[0])
         model.encoder.eval().requires_grad_(False)
@@ -181,11 +182,6 @@ class Shared:
         assert self.states is not None
         return Features(self.states / "train"), Features(self.states / "val")
 
-    @cached_property
-    def baseline_classes(self) -> Tensor | None:
-        """The baseline's classes of the studies' validation examples, int64 ``[examples]``, or None."""
-        return self.baseline.classes()
-
 
 def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
     """Train and compute what all fits share, or take what an earlier call left. One process does it at a time.
@@ -197,37 +193,42 @@ def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
 
     Raises:
         RuntimeError: If the baseline's loss is not finite.
-        ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's probabilities.
+        ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's
+            probabilities.
     """
     recipe, data = found.recipe, found.data
     states: Path | None = None
     encoder: Path | None = None
     batch_size = 0
     with run.alone(lambda: progress.stage("waiting for another process, which prepares the run")):
-        origin = digest([fingerprint_encoder(found.model.encoder), found.identity["data"], recipe.epochs, recipe.seed])
+        after = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
+        origin = digest({name: value for name, value in found.identity.items() if name not in after})
         baseline = fit_baseline(recipe, run.folder / "baseline", found.model, data, origin, progress)
         teacher = _teach(recipe, run.folder / "teacher", found, baseline)
+        share = (found.distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
+        share = share if teacher is not None else 0.0
+        learning = {"distillation": share} if share != found.distillation else {}
         if recipe.encoder_training == "frozen":
             states = run.folder / "features"
-            encoder = _freeze(recipe, states, found, taught=teacher is not None, progress=progress)
+            encoder = _freeze(recipe, states, found, learning, progress)
             batch_size = int(next(iter(data.train_dataloader()))["labels"].shape[0])
     names = getattr(data, "class_names", None)
-    return Shared(recipe, found.identity, names, baseline, teacher, encoder, states, batch_size, found.layers)
+    return Shared(recipe, found.identity, names, baseline, teacher, learning, encoder, states, batch_size, found.layers)
 
 
 def _teach(recipe: Recipe, folder: Path, found: Survey, baseline: Baseline) -> Path | None:
     """Return the file with the teacher's probabilities: the baseline's, or those of a teacher that the data names."""
     data: Any = found.data
-    if not (recipe.distillation or found.teacher):
+    if recipe.distillation == 0:
         return None
     if found.teacher is None:
         said = baseline.probabilities()
         if said is None or not hasattr(data, "teacher_probabilities"):
-            if not recipe.distillation_is_asked_for:
+            if recipe.distillation is None:
                 return None  # such data cannot carry what a teacher says
             raise ValueError(
-                f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} does "
-                "not give them: let it be a dact.data.base.TextDataModule"
+                f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} "
+                "does not give them: let it be a dact.data.base.TextDataModule"
             )
         data.teacher_probabilities = said
         return baseline.folder / "answers.safetensors"
@@ -245,7 +246,9 @@ def _teach(recipe: Recipe, folder: Path, found: Survey, baseline: Baseline) -> P
 # ---------------------------------------------------------------------- frozen mode
 
 
-def _freeze(recipe: Recipe, folder: Path, found: Survey, *, taught: bool, progress: Progress) -> Path | None:
+def _freeze(
+    recipe: Recipe, folder: Path, found: Survey, learning: Mapping[str, Any], progress: Progress
+) -> Path | None:
     """Compute the states of frozen mode, and return the file with its encoder's weights (None for the factory's own).
 
     Submodels must learn on states of texts that the encoder has not learned by heart: at inference it has not, either.
@@ -254,7 +257,7 @@ def _freeze(recipe: Recipe, folder: Path, found: Survey, *, taught: bool, progre
     data = found.data
     taught_by = fingerprint_tensor(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
-        model = recipe.make_model(**({} if taught or not recipe.distillation else {"distillation": 0.0}))
+        model = recipe.make_model(**learning)
     train, val = data.train_dataloader(), data.val_dataloader()
     size = next(iter(train))["labels"].shape[0]
     seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)

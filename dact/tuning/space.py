@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -81,10 +81,10 @@ class Dimension:
         if self.type == "categorical":
             assert self.choices is not None
             return trial.suggest_categorical(name, list(self.choices))
-        if self.type == "int":
-            return trial.suggest_int(name, self.low, self.high, step=self.step or 1, log=self.log)  # type: ignore[arg-type]
         assert self.low is not None
         assert self.high is not None
+        if self.type == "int":
+            return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
 
 
@@ -161,23 +161,30 @@ def build_spaces(changes: Mapping[str, Any] | None, *, frozen: bool = False) -> 
     price = spaces["lambda_reg"]["lambda_reg"]
     if price.type != "float" or price.step is not None:
         raise ValueError(
-            f"search_space: lambda_reg: must be of type float without a step, got type={price.type}, step={price.step}: "
-            "its study places the values where the curve bends"
+            f"search_space: lambda_reg: must be of type float without a step, got type={price.type}, "
+            f"step={price.step}: its study places the values where the curve bends"
         )
     return spaces
 
 
 Space = Mapping[str, Dimension]
 Spaces = Mapping[str, Space]
+Starts = Mapping[str, Sequence[Mapping[str, Any]]]
 
 
-def complete_spaces(spaces: Spaces, layers: int, starts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Spaces:
+def complete_spaces(
+    spaces: Spaces, layers: int, starts: Starts, bounded: Collection[str] = ()
+) -> tuple[Spaces, dict[str, list[dict[str, Any]]]]:
     """Return spaces for an encoder of so many layers, widened to hold the parameters that the studies start from.
 
     Args:
         spaces: What `build_spaces` returned.
         layers: Number of the encoder's layers.
         starts: By stage, the parameters of its first trials.
+        bounded: Names of the parameters whose bounds the user gave: they hold, and a start outside is left to the sampler.
+
+    Returns:
+        The spaces, and the starts without parameters that no study searches.
 
     Raises:
         ValueError: If the search space allows no number of layers that the encoder has.
@@ -196,11 +203,16 @@ def complete_spaces(spaces: Spaces, layers: int, starts: Mapping[str, Sequence[M
             training["num_layers"] = replace(given, high=min(given.high, layers))
     elif layers > 1:
         training["num_layers"] = Dimension("int", (layers + 1) // 2, layers)
+    kept: dict[str, list[dict[str, Any]]] = {stage: [] for stage in complete}
     for stage, space in complete.items():
         for values in starts.get(stage, ()):
+            start = {}
             for name in space.keys() & values.keys():
-                space[name] = space[name].holding(values[name])
-    return complete
+                wider = space[name].holding(values[name])
+                if name not in bounded or wider == space[name]:
+                    space[name], start[name] = wider, values[name]
+            kept[stage].append(start)
+    return complete, kept
 
 
 def _changed(default: Dimension, change: Any) -> Dimension:

@@ -7,30 +7,25 @@ the storage, its heartbeats, and a count before each trial.
 from __future__ import annotations
 
 import os
-import re
 import socket
-import sqlite3
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any
 
 import optuna
 import psutil
-from optuna.exceptions import ExperimentalWarning, StorageInternalError, UpdateFinishedTrialError
+from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
 from optuna.pruners import BasePruner
-from optuna.storages import BaseStorage, RDBStorage
+from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
-from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from dact import signals
 from dact.tuning.run import Run
-from dact.tuning.space import Space
 from dact.tuning.stages import Stage
+from dact.tuning.storage import corrupted, is_unreachable, root_cause
 from dact.tuning.training import Deadline
 
 CAUSE = "cause"  # user attribute of a trial that was pruned or failed: why
@@ -44,6 +39,7 @@ UNDER = "under"  # user attribute of a study: digest of the winners of the studi
 MAX_DEATHS = 3  # parameters whose process died so often are not run again
 HOPELESS = 5  # after so many failed trials and no other, a study ends
 POLL = 0.5  # seconds between two looks at what other processes do
+QUIET = 3  # looks in a row without a running trial after which a late process leaves the study
 NAMELESS = 10.0  # seconds after which a running trial that names no process has lost it
 
 
@@ -55,107 +51,7 @@ class TrialInterrupted(Exception):
     """A trial was stopped from outside, and its parameters run again later."""
 
 
-# ---------------------------------------------------------------------- faults of disks and storages
-
-
-class RunStopped(RuntimeError):
-    """A worker process ended because a disk or a storage failed."""
-
-
-def environment_error(error: BaseException | None) -> BaseException | None:
-    """Return the cause of an error if a disk or a storage failed, None if the error says something about a trial.
-
-    A file that is not there and a broken pipe come from the code of a trial; other system errors do not.
-    """
-    while error is not None:
-        if isinstance(error, (RunStopped, StorageInternalError, SQLAlchemyError)):
-            return error
-        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, BrokenPipeError)):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def root_cause(error: BaseException) -> str:
-    """Return the first line of the first error in a chain."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error) or type(error).__name__).splitlines()[0]
-
-
 # ---------------------------------------------------------------------- opening
-
-
-def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
-    """Return where the studies are, for messages: a file, or an address without its password."""
-    if isinstance(address, BaseStorage):
-        return f"the storage ({type(address).__name__})"
-    if address is None:
-        return str(folder / "studies.db")
-    return re.sub("//.*@", "//…@", address)
-
-
-def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage:
-    """Return the storage of the studies: an sqlite file in `folder` unless an address says otherwise.
-
-    Raises:
-        ConnectionError: If it cannot be opened.
-        ValueError: If it is a corrupted sqlite file.
-    """
-    if isinstance(address, BaseStorage):
-        return address
-    folder.mkdir(parents=True, exist_ok=True)
-    where = describe_storage(address, folder)
-    try:
-        # A URL object, since a question mark in a path would end an address.
-        url = URL.create("sqlite", database=str(folder / "studies.db")) if address is None else make_url(address)
-    except ArgumentError as error:
-        raise _cannot_be_opened(where, error) from error
-    if url.drivername in ("postgres", "postgresql"):  # which driver that means depends on the version of SQLAlchemy
-        url = url.set(drivername="postgresql+psycopg")
-    sqlite = url.drivername.startswith("sqlite")
-    if sqlite and url.database:
-        _check_sqlite(Path(url.database))
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, which we chose
-            return RDBStorage(
-                url.render_as_string(hide_password=False),
-                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
-                heartbeat_interval=30,
-                grace_period=120,
-                heartbeat_stale_trial_callback=retry,
-            )
-    except Exception as error:  # SQLAlchemy and its drivers raise many kinds
-        raise _cannot_be_opened(where, error) from error
-
-
-def _cannot_be_opened(where: str, error: BaseException) -> ConnectionError:
-    return ConnectionError(
-        f"the storage {where} cannot be opened: {root_cause(error)}. Expected an address such as sqlite:///FILE or "
-        "postgresql://USER@HOST/DATABASE"
-    )
-
-
-def _check_sqlite(file: Path) -> None:
-    if not file.is_file() or file.stat().st_size == 0:
-        return
-    try:
-        connection = sqlite3.connect(file, timeout=60)
-        try:
-            verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
-        finally:
-            connection.close()
-    except sqlite3.OperationalError as error:  # not a fault of its content: a lock, a full disk, missing rights
-        raise ConnectionError(f"{file} cannot be read: {error}") from error
-    except sqlite3.DatabaseError as error:
-        verdict = str(error)
-    if verdict != "ok":
-        raise _corrupted(str(file), verdict)
-
-
-def _corrupted(where: str, what: object) -> ValueError:
-    return ValueError(f"{where} is corrupted ({what}): restore a sound copy, or start anew under another run_tag")
 
 
 def open_study(
@@ -188,11 +84,11 @@ def open_study(
         trials = study.get_trials(deepcopy=False)
         directions = tuple(direction.name.lower() for direction in study.directions)
     except Exception as error:
-        if isinstance(environment_error(error), ConnectionError) or _is_unreachable(error):
+        if is_unreachable(error):
             raise ConnectionError(f"{where} cannot be read: {root_cause(error)}") from error
-        raise _corrupted(where, error) from error
+        raise corrupted(where, error) from error
     if directions != stage.directions:
-        raise _corrupted(where, f"the objectives of {name}")
+        raise corrupted(where, f"the objectives of {name}")
     if stored is None and not trials:
         study.set_user_attr(SETTING, dict(setting))
         return study
@@ -200,39 +96,29 @@ def open_study(
     different = [key for key in sorted({*setting, *stored}) if stored.get(key) != setting.get(key)]
     if different:
         raise ValueError(
-            f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not compare. "
-            f"Take another run_tag, or the {different[0]} of then"
+            f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not "
+            f"compare. Take another run_tag, or the {different[0]} of then"
         )
     return study
 
 
-def _is_unreachable(error: BaseException | None) -> bool:
-    from sqlalchemy.exc import InterfaceError, OperationalError
-
-    while error is not None:
-        if isinstance(error, (OperationalError, InterfaceError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
-
-
-def start_with(study: Study, space: Space, starts: Sequence[Mapping[str, Any]]) -> None:
+def start_with(study: Study, starts: Sequence[Mapping[str, Any]]) -> None:
     """Queue the first trials of a new study. One process at a time.
 
     Args:
         study: The study.
-        space: Dimension of each parameter.
-        starts: Parameters of its first trials; those that the space lacks are left out.
+        starts: Parameters of its first trials.
     """
-    if not study.get_trials(deepcopy=False):
+    if len(study.get_trials(deepcopy=False)) < len(starts):  # or a kill came between two of them
         for params in starts:
-            study.enqueue_trial({name: params[name] for name in space if name in params}, skip_if_exists=True)
+            study.enqueue_trial(dict(params), skip_if_exists=True)
 
 
 def start_under(study: Study, under: str) -> tuple[Study, int]:
     """Let a study count only trials that ran under the current winners of the studies before it.
 
-    A study that ran under other winners is kept under another name, and a new one takes its place. One process at a time.
+    A study that ran under other winners is kept under another name, and a new one takes its place. One process at a
+    time.
 
     Args:
         study: The study.
@@ -297,8 +183,8 @@ def completed(study: Study) -> list[FrozenTrial]:
     others = finished(study)
     if not others:
         raise RuntimeError(
-            f"{study.study_name}: time_out ended the study before any trial finished; raise time_out, or train for fewer "
-            "epochs"
+            f"{study.study_name}: time_out ended the study before any trial finished; raise time_out, or train for "
+            "fewer epochs"
         )
     raise RuntimeError(
         f"{study.study_name}: none of its {len(others)} trials finished. The first cause: trial {others[0].number}: "
@@ -331,8 +217,8 @@ def owner() -> list[Any]:
 def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list[FrozenTrial]:
     """Fail running trials whose process on this host is gone, and queue interrupted parameters again.
 
-    Heartbeats serve other hosts, and only after their grace period; a command that is started again right after a crash
-    need not wait for it.
+    Trials of other hosts are told by their heartbeats, after a grace period. A command that is started again right after
+    a crash need not wait for it.
 
     Args:
         study: The study.
@@ -342,6 +228,9 @@ def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list
         The trials that were found without their process.
     """
     with lock():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)  # those of other hosts, by their heartbeats
         orphans = []
         for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
             if _has_died(trial):
@@ -356,7 +245,7 @@ def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list
 
 
 def retry(study: Study, trial: FrozenTrial) -> None:
-    """Queue the parameters of an interrupted trial again, once; Optuna calls this for trials without a heartbeat."""
+    """Queue the parameters of an interrupted trial again, once. One process at a time."""
     if not is_interrupted(trial):
         return
     if any(other.user_attrs.get(RETRY_OF) == trial.number for other in study.get_trials(deepcopy=False)):
@@ -365,6 +254,12 @@ def retry(study: Study, trial: FrozenTrial) -> None:
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     deaths = trial.user_attrs.get(DEATHS, 0) + (INTERRUPTED not in trial.user_attrs)
     study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, DEATHS: deaths})
+
+
+def _was_ended_by_others(study: Study, number: int) -> bool:
+    """Return whether a trial of this process failed without a word of it."""
+    trial = study.get_trials(deepcopy=False)[number]
+    return trial.state == TrialState.FAIL and not {CAUSE, INTERRUPTED} & trial.user_attrs.keys()
 
 
 def _has_died(trial: FrozenTrial) -> bool:
@@ -404,7 +299,8 @@ def run_trials(
     """Run trials until the study has `n_trials` of them, next to other processes that do the same.
 
     Processes count what has ended or is running before each trial, so that the total exceeds `n_trials` by at most the
-    number of processes less one. All return when no trial is running any more, so that all see the same winner.
+    number of processes less one. All return when no trial is running any more, after a deadline as well, so that all see
+    the same winner.
 
     Args:
         study: The study, with its sampler and pruner.
@@ -423,20 +319,24 @@ def run_trials(
         for orphan in sweep(study, lock):
             orphaned(orphan)
 
+    quiet = 0  # looks in a row at which nothing was running
     sweep_now()
-    while deadline.left > 0:
+    while True:
         signals.check()
         # One look: a trial that ends between two would be missing from both.
         trials = study.get_trials(deepcopy=False)
         done = [trial for trial in trials if counts(trial)]
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
+        quiet = 0 if running else quiet + 1
         hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
-        if (len(done) >= n_trials and not running) or hopeless:
+        late = deadline.left == 0
+        if (len(done) >= n_trials and not running) or hopeless or (late and quiet >= QUIET):
             return
-        if len(done) + running >= n_trials:
-            sweep_now()
+        if late or len(done) + running >= n_trials:
+            if running:
+                sweep_now()
             idle()
-            time.sleep(POLL)
+            time.sleep(POLL if running else POLL / QUIET)
             continue
         started: list[int] = []
 
@@ -453,8 +353,8 @@ def run_trials(
                 gc_after_trial=True,  # a Trainer and its model refer to each other
             )
         except (UpdateFinishedTrialError, ValueError):
-            if not started:
-                raise  # from the sampler
-            continue  # others took this process for dead, and ended its trial: Optuna will not tell it again
+            if not (started and _was_ended_by_others(study, started[0])):
+                raise  # from a sampler or a callback
+            continue  # they took this process for dead; Optuna refuses to tell a finished trial
         if study._stop_flag:  # a callback called Optuna's study.stop()
             return

@@ -271,4 +271,14 @@ def resumable_fit(
     )
     last = checkpoints / "last.ckpt"
     fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
+    check_validated(history, epochs)
     return history
+
+
+def check_validated(history: History, epochs: int) -> None:
+    """Raise a ``ValueError`` if a fit of so many epochs ran no validation."""
+    if not history.epochs:
+        raise ValueError(
+            f"no validation ran in {epochs} epochs, and a fit has no value without one: let the Trainer's "
+            "check_val_every_n_epoch and limit_val_batches allow for it"
+        )

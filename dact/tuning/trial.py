@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from optuna import TrialPruned
@@ -23,16 +24,8 @@ from dact.tuning.run import Run, Winners
 from dact.tuning.shared import Shared
 from dact.tuning.space import Dimension
 from dact.tuning.stages import Stage
-from dact.tuning.studies import (
-    CAUSE,
-    EXIT_HISTOGRAM,
-    INTERRUPTED,
-    OWNER,
-    TrialFailed,
-    TrialInterrupted,
-    environment_error,
-    owner,
-)
+from dact.tuning.storage import environment_error
+from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
 from dact.tuning.training import (
     MONITOR,
     Deadline,
@@ -40,6 +33,7 @@ from dact.tuning.training import (
     NonFiniteLoss,
     StopAtDeadline,
     TimeIsUp,
+    check_validated,
     fit,
     make_trainer,
     seeded,
@@ -87,10 +81,11 @@ class Objective:
         """Return the metrics of the best epoch; of early exit, those at the margin that the promise would set."""
         recipe = self.shared.recipe
         trial.set_user_attr(PLANNED_EPOCHS, settings.get("num_epochs", recipe.epochs))
-        history = History()
+        history, histogram = History(), []
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
-            callbacks.append(PyTorchLightningPruningCallback(EveryValidation(trial), monitor=MONITOR))  # type: ignore[arg-type]
+            counted: Any = EveryValidation(trial)
+            callbacks.append(PyTorchLightningPruningCallback(counted, monitor=MONITOR))
         with _logged(self, trial) as (logger, metrics):
             with seeded(recipe.seed):
                 model = fit_settings(self.shared, settings, recipe.seed, history, callbacks, logger)
@@ -106,13 +101,16 @@ class Objective:
                 mean = mean_outcome(found)
                 mean.save(Path(logger.log_dir))
                 metrics |= {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
-        trial.set_user_attr(EXIT_HISTOGRAM, history.best_exit_histogram)
+                layers = torch.cat([one.exits for one in found]).long()
+                histogram = torch.bincount(layers - 1, minlength=model.num_layers).tolist()
+        trial.set_user_attr(EXIT_HISTOGRAM, histogram or history.best_exit_histogram)
         return metrics
 
     def _outcome(self, history: History, model: DACT) -> Outcome:
         assert history.answers is not None
         recipe = self.shared.recipe
-        return outcome_of(history.answers, model, recipe.promise, self.shared.baseline_classes)
+        right = self.shared.baseline.right(history.answers.target)
+        return outcome_of(history.answers, model, recipe.promise, right)
 
 
 def fit_settings(
@@ -148,11 +146,7 @@ def fit_settings(
     )
     with without_collapse_warning():
         fit(trainer, model, data)
-    if not history.epochs:
-        raise ValueError(
-            f"no validation ran in {epochs} epochs, and a trial has no value without one: let the Trainer's "
-            "check_val_every_n_epoch and limit_val_batches allow for it"
-        )
+    check_validated(history, epochs)
     return model
 
 

@@ -22,17 +22,8 @@ from optuna.trial import FrozenTrial
 
 from dact import signals
 from dact.tuning import tensorboard
-from dact.tuning.studies import (
-    MAX_DEATHS,
-    POLL,
-    RunStopped,
-    environment_error,
-    finished,
-    open_storage,
-    root_cause,
-    run_trials,
-    sweep,
-)
+from dact.tuning.storage import RunStopped, environment_error, open_storage, root_cause
+from dact.tuning.studies import MAX_DEATHS, POLL, finished, run_trials, sweep
 from dact.tuning.trial import Objective, trial_folder
 
 PATIENCE = 8.0  # seconds that a stopped worker has to end its trial
@@ -64,6 +55,8 @@ class Work:
         """Run trials in this process; see `run_trials`."""
         objective = self.objective
         study.sampler = self.sampler
+        if multiprocessing.parent_process() is not None or study.get_trials(deepcopy=False):
+            self.sampler.reseed_rng()  # a seeded one would propose the points of another process again
 
         def close_session(trial: FrozenTrial) -> None:
             """Log in TensorBoard that a trial whose process died is no longer running."""

@@ -156,13 +156,17 @@ def _located(message: str, files: list[Path]) -> str:
         "Does not validate",
         "Subtypes:",
         "Errors:",
-        "Given value",
+        "Given value type:",
+        "Given value: {",
+        "Given value: NestedArg(",
+        "Given value: Namespace(",
         "Expected a <class 'NoneType'>",
         "Expected a path",
     )
     text = " ".join(line for line in lines if line and not line.startswith(noise)).replace(
         'in "<unicode string>", ', ""
     )
+    text = text.replace(" Given value: ", ". Got value: ")
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
     key = list(re.finditer(r'Parser key "([^"]+)":?\s*', text))[-1:]  # the innermost one
     if not key and "Problems parsing config" not in text:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dact.cli_request import Request
+from dact.cli.quiet import quiet
+from dact.cli.request import Request
+from dact.cli.runs import check_tag
 from dact.factories import DataFactory, ModelFactory
-from dact.quiet import quiet
-from dact.runs import check_tag
 
 
 def add_tuner_arguments(parser: LightningArgumentParser) -> None:
@@ -39,7 +40,7 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         RuntimeError: If a disk or the storage failed; the message says what to do.
     """
     from dact.tuning import TuningEngine
-    from dact.tuning.studies import environment_error, root_cause
+    from dact.tuning.storage import environment_error, root_cause
 
     if config.data is None:
         raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
@@ -51,13 +52,14 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     builder.add_lightning_class_args(trainer_class, "trainer")  # type: ignore[arg-type]
     add_tuner_arguments(builder)
     ready = builder.instantiate_classes(builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]}))
+    seed = int(plain["seed_everything"] or 0)
     trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
     engine = TuningEngine(
         plain["model"]["output_dimension"],
         model=ModelFactory(plain["model"]),
-        data=DataFactory(plain["data"]),
+        data=DataFactory(_seeded(plain["data"], seed)),
         trainer=trainer,
-        seed=plain["seed_everything"] or 0,
+        seed=seed,
         **vars(ready.tuner),
     )
     engine.worker_setup = _quiet_studies
@@ -72,9 +74,15 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         if cause is None:
             raise
         raise RuntimeError(
-            f"{engine.log_dir / tag}: {root_cause(cause)}. What has finished is kept: fix this and run the same command "
-            "again"
+            f"{engine.log_dir / tag}: {root_cause(cause)}. What has finished is kept: fix this and run the same "
+            "command again"
         ) from error
+
+
+def _seeded(section: dict[str, Any], seed: int) -> dict[str, Any]:
+    """Return the data section with the seed of the run, unless it has one of its own other than 0."""
+    arguments = section.get("init_args") or {}
+    return {**section, "init_args": {**arguments, "seed": seed}} if arguments.get("seed") == 0 else section
 
 
 def stopped_by_user(text: str = "", resume_with: str = "") -> int:

@@ -9,7 +9,8 @@ import warnings
 # Messages of Lightning and its neighbours that say nothing about this run or repeat at every start.
 _MESSAGES = re.compile(
     r"GPU available|TPU available|HPU available|💡 Tip|Seed set to|`Trainer\.(fit|test|validate|predict)` stopped"
-    r"|Restoring states from|Loaded model weights|Restored all states|`weights_only` was not set|Loading `train_dataloader`"
+    r"|Restoring states from|Loaded model weights|Restored all states|`weights_only` was not set|Loading "
+    r"`train_dataloader`"
     r"|You are using a CUDA device|LOCAL_RANK:|Using default `ModelCheckpoint`|Using bfloat16|Using 16bit|\(AMP\)"
     r"|distributed_backend=|All distributed processes registered|Initializing distributed|^-{20,}$"
     r"|Detected KeyboardInterrupt|Received SIGTERM"

@@ -20,21 +20,21 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
-from dact.batches import CheckBatches
 from dact.calibration import Dial, Promise, calibrate, describe
 from dact.callbacks import ExitPlots, SavePretrained
-from dact.checkpoints import LAST, BestAndLast
-from dact.cli_errors import OneLineParser, config_files, one_line_errors
-from dact.cli_request import EVALUATING, Request
-from dact.cli_tune import add_tuner_arguments, stopped_by_user, tune
+from dact.cli.batches import CheckBatches
+from dact.cli.checkpoints import LAST, BestAndLast
+from dact.cli.errors import OneLineParser, config_files, one_line_errors
+from dact.cli.predictions import PredictionWriter
+from dact.cli.quiet import quiet
+from dact.cli.reports import Bar, EpochLines, promise_line
+from dact.cli.request import EVALUATING, Request
+from dact.cli.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
+from dact.cli.stored import find_model, load_model, store_dial
+from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
-from dact.model_paths import find_model, load_model, store_dial
-from dact.predictions import PredictionWriter
-from dact.quiet import quiet
-from dact.reports import Bar, EpochLines, promise_line
-from dact.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
@@ -146,11 +146,13 @@ class DACTCLI(LightningCLI):
         parser.add_class_arguments(
             StoredModel if evaluating else DACT,
             "model",
-            skip={"class_weights"},
+            skip={"class_weights", "output_dimension"},
             fail_untyped=False,
             sub_configs=True,
             instantiate=not evaluating,
         )
+        text = "number of classes; that of the data if left out"
+        parser.add_argument("--model.output_dimension", type=int | None, default=None, help=text)
         parser.add_argument(
             "--model.class_weights",
             type=list[float] | Literal["balanced"] | None,
@@ -224,7 +226,7 @@ class DACTCLI(LightningCLI):
     def _complete_model(self, config: Namespace) -> None:
         """Take the number of classes, and balanced class weights, from the training data."""
         asked = config.model.class_weights == "balanced"
-        if not asked and self.request.gives("model.output_dimension"):
+        if not asked and config.model.output_dimension is not None:
             return
         if self._data is None:
             plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
@@ -234,7 +236,11 @@ class DACTCLI(LightningCLI):
             data.prepare_data()
             data.setup("fit")
         names = getattr(data, "class_names", None)
-        if names is not None and not self.request.gives("model.output_dimension"):
+        if config.model.output_dimension is None:
+            if names is None:
+                raise ValueError(
+                    "model.output_dimension, the number of classes, is needed: the data does not name them"
+                )
             config.model.output_dimension = len(names)
         if asked:
             config.model.class_weights = balanced_weights(data, config.model.output_dimension)

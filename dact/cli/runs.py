@@ -11,8 +11,8 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from dact.cli.stored import load_model
 from dact.encoders import LayeredEncoder
-from dact.model_paths import load_model
 
 RUNS = "lightning_logs"
 

@@ -42,8 +42,8 @@ def check_batch(batch: Any, classes: int, *, labelled: bool, check_range: bool =
     rows = (ids or first or [0])[0]
     if len(labels) != 1 or labels[0] != rows or batch["labels"].is_floating_point():
         raise ValueError(
-            f"labels must be one integer per example, [{rows}], got {batch['labels'].dtype} {labels}: several labels per "
-            "example and numbers as targets are not supported"
+            f"labels must be one integer per example, [{rows}], got {batch['labels'].dtype} {labels}: several labels "
+            "per example and numbers as targets are not supported"
         )
     values = batch["labels"]
     outside = values[((values < 0) & (values != UNLABELLED)) | (values >= classes)] if check_range else values[:0]

@@ -90,9 +90,9 @@ class EpochLines(Callback):
         )
         if (predicted > 0).sum() == 1:
             rank_zero_warn(
-                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned no more "
-                "than the largest class. Try more epochs, another learning_rate, class_weights: balanced, or monitor: "
-                "val_macro_f1"
+                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned no "
+                "more than the largest class. Try more epochs, another learning_rate, class_weights: balanced, or "
+                "monitor: val_macro_f1"
             )
 
 

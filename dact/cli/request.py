@@ -13,9 +13,9 @@ from urllib.request import getproxies
 
 import yaml
 
-from dact.cli_errors import class_parameters, config_files
-from dact.model_paths import find_model, find_tokenizer, stored_max_length
-from dact.predictions import PredictionData, check_writable
+from dact.cli.errors import class_parameters, config_files
+from dact.cli.predictions import PredictionData, check_writable
+from dact.cli.stored import find_model, find_tokenizer, stored_max_length
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 COMMANDS = ("fit", *EVALUATING, "tune")
@@ -177,7 +177,7 @@ class Request:
 
 
 def go_offline_without_hub(names: list[Any]) -> None:
-    """Keep Hugging Face's libraries from a minute of retries if a name is looked for on a Hub that cannot be reached."""
+    """Keep Hugging Face's libraries from a minute of retries where the Hub cannot be reached."""
     local = [name for name in names if isinstance(name, str) and (name.startswith("package:") or Path(name).exists())]
     if "HF_HUB_OFFLINE" in os.environ or getproxies() or not [n for n in names if n is not None and n not in local]:
         return

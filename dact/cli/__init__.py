@@ -1,0 +1,1 @@
+"""The command line; `dact.cli.commands` is where to begin."""

@@ -1,0 +1,119 @@
+"""The storage of a run's studies: opening it, and telling its faults from those of a trial."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import warnings
+from pathlib import Path
+
+from optuna.exceptions import ExperimentalWarning, StorageInternalError
+from optuna.storages import BaseStorage, RDBStorage
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, InterfaceError, OperationalError, SQLAlchemyError
+
+
+class RunStopped(RuntimeError):
+    """A worker process ended because a disk or a storage failed."""
+
+
+def environment_error(error: BaseException | None) -> BaseException | None:
+    """Return the cause of an error if a disk or a storage failed, None if the error says something about a trial.
+
+    A file that is not there and a broken pipe come from the code of a trial; other system errors do not.
+    """
+    while error is not None:
+        if isinstance(error, (RunStopped, StorageInternalError, SQLAlchemyError)):
+            return error
+        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, BrokenPipeError)):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+def root_cause(error: BaseException) -> str:
+    """Return the first line of the first error in a chain."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
+    """Return where the studies are, for messages: a file, or an address without its password."""
+    if isinstance(address, BaseStorage):
+        return f"the storage ({type(address).__name__})"
+    if address is None:
+        return str(folder / "studies.db")
+    return re.sub("//.*@", "//…@", address)
+
+
+def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage:
+    """Return the storage of the studies: an sqlite file in `folder` unless an address says otherwise.
+
+    Raises:
+        ConnectionError: If it cannot be opened.
+        ValueError: If it is a corrupted sqlite file.
+    """
+    if isinstance(address, BaseStorage):
+        return address
+    folder.mkdir(parents=True, exist_ok=True)
+    where = describe_storage(address, folder)
+    try:
+        # A URL object, since a question mark in a path would end an address.
+        url = URL.create("sqlite", database=str(folder / "studies.db")) if address is None else make_url(address)
+    except ArgumentError as error:
+        raise _cannot_be_opened(where, error) from error
+    if url.drivername in ("postgres", "postgresql"):  # which driver that means depends on the version of SQLAlchemy
+        url = url.set(drivername="postgresql+psycopg")
+    sqlite = url.drivername.startswith("sqlite")
+    if sqlite and url.database:
+        _check_sqlite(Path(url.database))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, which we chose
+            return RDBStorage(
+                url.render_as_string(hide_password=False),
+                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
+                heartbeat_interval=30,
+                grace_period=120,
+            )
+    except Exception as error:  # SQLAlchemy and its drivers raise many kinds
+        raise _cannot_be_opened(where, error) from error
+
+
+def _cannot_be_opened(where: str, error: BaseException) -> ConnectionError:
+    return ConnectionError(
+        f"the storage {where} cannot be opened: {root_cause(error)}. Expected an address such as sqlite:///FILE or "
+        "postgresql://USER@HOST/DATABASE"
+    )
+
+
+def _check_sqlite(file: Path) -> None:
+    if not file.is_file() or file.stat().st_size == 0:
+        return
+    try:
+        connection = sqlite3.connect(file, timeout=60)
+        try:
+            verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
+        finally:
+            connection.close()
+    except sqlite3.OperationalError as error:  # not a fault of its content: a lock, a full disk, missing rights
+        raise ConnectionError(f"{file} cannot be read: {error}") from error
+    except sqlite3.DatabaseError as error:
+        verdict = str(error)
+    if verdict != "ok":
+        raise corrupted(str(file), verdict)
+
+
+def corrupted(where: str, what: object) -> ValueError:
+    """Return the error for a storage whose content cannot be right."""
+    return ValueError(f"{where} is corrupted ({what}): restore a sound copy, or start anew under another run_tag")
+
+
+def is_unreachable(error: BaseException | None) -> bool:
+    """Return whether a storage could not be reached, which says nothing about its content."""
+    while error is not None:
+        if isinstance(error, (OperationalError, InterfaceError, ConnectionError)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
