@@ -21,10 +21,10 @@ from dact.encoders import TransformerEncoder
 RESULTS = Path(__file__).parent / "results" / "composition.json"
 
 
-def accuracy_of(num_layers: int, seed: int, epochs: int) -> dict[str, object]:
+def accuracy_of(num_layers: int, seed: int, epochs: int, num_train: int) -> dict[str, object]:
     """Train an encoder of `num_layers` layers to full depth and test it, also by the depth of the examples."""
     pl.seed_everything(seed)
-    data = CompositionalSentiment(num_train=40_000, max_depth=6)
+    data = CompositionalSentiment(num_train=num_train, max_depth=6)
     encoder = TransformerEncoder(data.vocab_size, num_layers, 32, 2, slopes=(1.0, 1.0))
     model = DACT(encoder=encoder, lambda_reg=0.0, halting="never", learning_rate=2e-3)
     trainer = pl.Trainer(
@@ -54,15 +54,19 @@ def accuracy_of(num_layers: int, seed: int, epochs: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--num_train", type=int, default=40_000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--layers", type=int, nargs="+", default=[1, 4])
+    parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     quiet()
     runs = [
-        accuracy_of(layers, seed, arguments.epochs) for layers in arguments.layers for seed in range(arguments.seeds)
+        accuracy_of(layers, seed, arguments.epochs, arguments.num_train)
+        for layers in arguments.layers
+        for seed in range(arguments.seeds)
     ]
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps({"epochs": arguments.epochs, "runs": runs}, indent=1) + "\n")
+    arguments.results.parent.mkdir(exist_ok=True)
+    arguments.results.write_text(json.dumps({"epochs": arguments.epochs, "runs": runs}, indent=1) + "\n")
     depths = list(runs[0]["by_depth"])
     print("| layers | test accuracy, % | " + " | ".join(f"depth {depth}" for depth in depths) + " |")
     print("|---" * (2 + len(depths)) + "|")

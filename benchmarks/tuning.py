@@ -1,19 +1,23 @@
 """What tuning costs: frozen beside fine-tuned trials, memory of the features, overhead and growth, several workers.
 
-    python benchmarks/tuning.py                        # everything
-    python benchmarks/tuning.py frozen memory          # some of it
-    python benchmarks/tuning.py workers --workers 8    # several processes on one GPU
+    python benchmarks/tuning.py                          # everything
+    python benchmarks/tuning.py frozen memory            # some of it
+    python benchmarks/tuning.py workers --workers 8      # several processes on one GPU
+    python benchmarks/tuning.py --texts 200 --trials 12  # everything in small, to see that it runs
 
 frozen    one trial on VADER with MiniLM, frozen and fine-tuned, the same parameters, one epoch each
 memory    private memory while the layer states of 20,000 texts are computed, and while those of one batch are
-overhead  seconds per tiny trial outside of training and validation steps, median of 50; growth over 200 trials
+overhead  seconds per tiny trial outside of training and validation steps, median of the last 50; growth of the process
 workers   trials per minute of one worker and of several, fine-tuning MiniLM on 2,000 texts for one epoch
+
+What a run does once, such as the baseline, is not counted.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import tempfile
 import threading
@@ -60,32 +64,29 @@ def vader_data(**overrides: Any) -> VaderSentiment:
 
 
 def make_engine(folder: str, **options: Any) -> TuningEngine:
-    trainer = {"max_epochs": 1, "num_sanity_val_steps": 0, "precision": options.pop("precision", "32-true")}
+    trainer = {"max_epochs": 1, "precision": options.pop("precision", "32-true"), **options.pop("trainer", {})}
     engine = TuningEngine(log_dir=folder, trainer=trainer, **options)
-    engine.display.console.quiet = True
+    engine.progress.console.quiet = True
     return engine
 
 
 def frozen(arguments: argparse.Namespace) -> dict[str, float]:
-    """The same trial in both modes; the features are computed before, once for all trials."""
+    """The same trial in both modes, after a first one, for which baseline and states are made."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("frozen", "finetune"):
             engine = make_engine(
                 folder,
                 model=minilm_model,
-                data=vader_data,
+                data=partial(vader_data, num_train=arguments.texts),
                 encoder_training=mode,
                 warm_up_epochs=0,
                 precision=arguments.precision,
             )
-            if mode == "frozen":
+            for number, what in ((9, f"{mode}, baseline and first trial"), (0, mode)):
                 start = time.perf_counter()
-                engine.submodel_objective(optuna.trial.FixedTrial(SUBMODELS, number=9))
-                seconds["features and first trial"] = time.perf_counter() - start
-            start = time.perf_counter()
-            engine.submodel_objective(optuna.trial.FixedTrial(SUBMODELS))
-            seconds[mode] = time.perf_counter() - start
+                engine.submodel_objective(optuna.trial.FixedTrial(SUBMODELS, number=number))
+                seconds[what] = time.perf_counter() - start
     return {**seconds, "ratio": seconds["finetune"] / seconds["frozen"]}
 
 
@@ -114,25 +115,26 @@ def peak_growth(work: Callable[[], object]) -> float:
 
 
 def memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """Growth while states are computed, for one batch and for 20,000 texts of the same lengths."""
+    """Growth while states are computed, for one batch and for many texts."""
+    most = 20_000 if arguments.texts is None else arguments.texts
     vader = vader_data()
     vader.prepare_data()
     vader.setup("fit")
-    texts = (vader.splits["train"].texts * 2)[:20_000]
+    texts = (vader.splits["train"].texts * 2)[:most]
     encoder = HuggingFaceEncoder(MINILM).eval()
     grown = {}
     with tempfile.TemporaryDirectory() as folder:
-        for count in (64, 64, 20_000):  # twice, since the first pass also fills the caches of the libraries
+        for count in (64, 64, most):  # twice, since the first pass also fills the caches of the libraries
             file = Path(folder, f"{count}.csv")
             longest = sorted(texts, key=len)[-count:] if count == 64 else texts
             write_table(file, {"text": longest, "label": [row % 3 for row in range(count)]})
             data = TextClassificationData(str(file), str(file), tokenizer=MINILM, batch_size=64)
             data.setup("fit")
-            path = Path(folder, f"{count}.safetensors")
-            path.unlink(missing_ok=True)
-            work = partial(compute_features, encoder, data.val_dataloader(), path, "benchmark")
+            states = Path(folder, "states")
+            work = partial(compute_features, encoder, data.val_dataloader(), states, "benchmark")
             grown[f"{count} texts, MiB"] = peak_growth(work)
-    return {**grown, "size of the states, MiB": 20_000 * 6 * 384 * 4 / 2**20}
+            shutil.rmtree(states)
+    return {**grown, "size of the states, MiB": most * 6 * 384 * 4 / 2**20}
 
 
 class Steps(pl.Callback):
@@ -153,7 +155,16 @@ class Steps(pl.Callback):
 
 def overhead(arguments: argparse.Namespace) -> dict[str, float]:
     """Tiny trials in a study: what each takes beside its steps, and what the process grows by."""
-    outside, memory_after = [], {}
+    outside: list[float] = []
+    whole: list[float] = []
+    memory_after: dict[int, float] = {}
+
+    def record(study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        whole.append(trial.duration.total_seconds())
+        outside.append(whole[-1] - Steps.inside)
+        Steps.inside = 0.0
+        memory_after[trial.number + 1] = resident_memory()
+
     with tempfile.TemporaryDirectory() as folder:
         engine = make_engine(
             folder,
@@ -162,30 +173,16 @@ def overhead(arguments: argparse.Namespace) -> dict[str, float]:
             n_trials=arguments.trials,
             encoder_training="frozen",
             warm_up_epochs=0,
+            callbacks=[record],
+            trainer={"callbacks": [Steps()]},
         )
-        engine.trainer["callbacks"] = [Steps()]
-        engine._begin("run")
-        _ = engine._frozen
-        objective = engine.submodel_objective
-
-        def timed(trial: optuna.Trial) -> float:
-            Steps.inside, start = 0.0, time.perf_counter()
-            try:
-                return objective(trial)
-            finally:
-                outside.append(time.perf_counter() - start - Steps.inside)
-                if trial.number in (9, arguments.trials - 1):
-                    memory_after[trial.number + 1] = resident_memory()
-
-        engine.submodel_objective = timed  # type: ignore[method-assign]
-        start = time.perf_counter()
         engine.joint_tune_study("run")
-        seconds = time.perf_counter() - start
+    settled = min(10, arguments.trials // 2)  # the caches of the libraries are full
     return {
-        "outside of steps, s (median of the first 50)": statistics.median(outside[:50]),
-        "outside of steps, s (median of the last 50)": statistics.median(outside[-50:]),
-        "whole trial, s (mean)": seconds / arguments.trials,
-        f"growth from trial 10 to {arguments.trials}, MiB": memory_after[arguments.trials] - memory_after[10],
+        "outside of steps, s (median of the last 50)": statistics.median(outside[settled:][-50:]),
+        "whole trial, s (mean)": statistics.mean(whole[settled:]),
+        f"growth from trial {settled} to {arguments.trials}, MiB": memory_after[arguments.trials]
+        - memory_after[settled],
     }
 
 
@@ -196,30 +193,30 @@ def resident_memory() -> float:
 
 
 def workers(arguments: argparse.Namespace) -> dict[str, float]:
-    """Trials per minute of a study, from its start to its end, by the number of workers."""
+    """Trials per minute of a study, by the number of workers; a first trial, with which the run is made ready, apart."""
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         vader = vader_data()
         vader.prepare_data()
         vader.setup("fit")
         train = vader.splits["train"]
+        texts = 2000 if arguments.texts is None else arguments.texts
         file = Path(folder, "train.csv")
-        write_table(file, {"text": train.texts[:2000], "label": [int(label) for label in train.labels[:2000]]})
+        write_table(file, {"text": train.texts[:texts], "label": [int(label) for label in train.labels[:texts]]})
         data = partial(TextClassificationData, str(file), tokenizer=MINILM)
         for count, trials in ((1, 2 * arguments.rounds), (arguments.workers, arguments.workers * arguments.rounds)):
-            engine = make_engine(
-                folder,
-                model=minilm_model,
-                data=data,
-                workers=count,
-                n_trials=trials,
-                pruner=optuna.pruners.NopPruner(),
-                precision=arguments.precision,
-            )
-            engine._begin(f"workers-{count}")
-            _ = engine.data_fingerprint
-            start = time.perf_counter()
-            engine.joint_tune_study(f"workers-{count}")
+            for number in (1, 1 + trials):
+                engine = make_engine(
+                    folder,
+                    model=minilm_model,
+                    data=data,
+                    workers=count,
+                    n_trials=number,
+                    pruner=optuna.pruners.NopPruner(),
+                    precision=arguments.precision,
+                )
+                start = time.perf_counter()
+                engine.joint_tune_study(f"workers-{count}")
             rates[f"{count} workers"] = trials / (time.perf_counter() - start) * 60
     first, last = rates.values()
     return {**rates, "ratio": last / first}
@@ -233,16 +230,19 @@ def main() -> None:
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--texts", type=int, help="number of texts; all that each part is described with if left out")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="trials of each worker")
     arguments = parser.parse_args()
     quiet()
-    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     for name in arguments.parts or PARTS:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
         results[name] = {"device": device, "precision": arguments.precision, **PARTS[name](arguments)}
-        RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+        arguments.results.parent.mkdir(exist_ok=True)
+        arguments.results.write_text(json.dumps(results, indent=1) + "\n")
         print(f"\n{name} ({device})")
         for what, value in results[name].items():
             print(f"  {what}: {value if isinstance(value, str) else f'{value:.3f}'}")

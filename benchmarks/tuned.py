@@ -1,0 +1,307 @@
+"""What `dact tune` makes of a data set, next to what a user would take instead, at equal promises.
+
+    python benchmarks/tuned.py vader2000 --seeds 0 1 2    # 2,000 texts of the VADER corpora, configs/quickstart.yaml
+    python benchmarks/tuned.py tweets film                # a whole corpus each; also product and newspaper
+    python benchmarks/tuned.py reviews                    # generated reviews, configs/reviews.yaml
+    python benchmarks/tuned.py vader                      # all VADER corpora, configs/vader.yaml with bf16-mixed
+    python benchmarks/tuned.py tiny --results OTHER       # to see that it runs
+    python benchmarks/tuned.py --table                    # only print the table of the stored results
+    python benchmarks/tuned.py --sentences MODEL          # how many of the 30 sentences of tests/data a model has right
+
+The real command runs first; each seed also divides the data anew. Next to the tuned model and the baseline stand, all at
+the promise that the run made, its dial set on the same calibration examples:
+    defaults    what the configuration makes without tuning
+    encoder     a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
+    multi-exit  a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
+The two peers start from the baseline's weights, have its probabilities as half of their targets, and the rates, epochs
+and heads of the tuned model. The best epoch is chosen on validation data, and the test split is evaluated once. Errors are
+standard errors of paired differences over the texts. Each run leaves a file in results/tuned/: a stopped call goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+
+from dact import DACT, TextClassifier, calibrate
+from dact.answers import mean_and_error
+from dact.encoders.base import Batch
+from dact.factories import DataFactory, ModelFactory
+from dact.files import read_checkpoint, read_tensors
+from dact.outputs import Loss
+from dact.persistence import WEIGHTS_NAME
+from dact.quiet import quiet
+from dact.tuning.evaluation import evaluate
+from dact.tuning.recipe import CALIBRATION_SHARE, DISTILLATION
+from dact.tuning.training import make_trainer, resumable_fit, seeded, without_collapse_warning
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "tuned"
+SENTENCES = ROOT / "tests" / "data" / "sentences.tsv"
+CORPORA = ("tweets", "film", "product", "newspaper")
+DATA_SETS = {  # configuration and overrides
+    "vader2000": ["quickstart.yaml"],
+    **{name: ["quickstart.yaml", "--data.corpora", f"[{name}]", "--data.num_train", "null"] for name in CORPORA},
+    "reviews": ["reviews.yaml"],
+    "vader": ["vader.yaml", "--trainer.precision", "bf16-mixed"],
+    "tiny": ["reviews.yaml", *["--data.num_train", "1000", "--tuner.n_trials", "2", "--tuner.warm_up_epochs", "1"]],
+}
+MEASURED_BATCH = 1024  # texts that early exit gets at a time
+ROUNDS = 3  # in which the models take turns on the clock
+
+
+class MultiExit(DACT):
+    """A classifier on every layer, equally weighed; a confidence of 1, so that a_n is y_n and only the margin lets leave."""
+
+    def loss(self, batch: Batch, lambda_reg: float | None = None) -> Loss:
+        found = super().loss(batch, lambda_reg)
+        return replace(found, loss=found.exit_loss)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A run of the command, and how the models next to it are fitted: as its final fit is.
+
+    Args:
+        folder: Folder of the run.
+        seed: Seed of the run.
+        config: Its configuration, all defaults filled in.
+        final: That of its final fit, with what tuning chose.
+    """
+
+    folder: Path
+    seed: int
+    config: dict[str, Any]
+    final: dict[str, Any]
+
+    @property
+    def trainer(self) -> dict[str, Any]:
+        return {name: value for name, value in self.config["trainer"].items() if value is not None}
+
+    def data(self, section: dict[str, Any], teacher: Tensor | None = None, **overrides: Any) -> LightningDataModule:
+        data: Any = DataFactory(section)(**overrides)
+        data.calibration_fraction, data.teacher_probabilities = CALIBRATION_SHARE, teacher
+        data.prepare_data()
+        for stage in ("fit", "test"):
+            data.setup(stage)
+        return data  # type: ignore[no-any-return]
+
+    def defaults(self) -> DACT:
+        """Return what the configuration makes without tuning."""
+        with seeded(self.seed):
+            return self._fit("defaults", ModelFactory(self.config["model"])(), self.config)
+
+    def peer(self, kind: type[DACT], layers: int) -> DACT:
+        """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
+        baseline = self.folder / "baseline"
+        weights = read_tensors(baseline / "model" / WEIGHTS_NAME)[0]
+        with seeded(self.seed):
+            dact = ModelFactory(self.final["model"])(num_layers=layers)
+            model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
+            model.encoder.load_state_dict({name: weights[f"encoder.{name}"] for name in model.encoder.state_dict()})
+            model.distillation = DISTILLATION
+            teacher = read_tensors(baseline / "answers.safetensors")[0]["probabilities"]
+            return self._fit(f"{kind.__name__}-{layers}", model, self.final, teacher)
+
+    def _fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
+        """Return the model of the best epoch, in eval mode."""
+        checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
+        data = self.data(config["data"], teacher)
+        with without_collapse_warning():
+            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best=True)
+        model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
+        return model.cpu().eval()
+
+
+def tune(name: str, seed: int, folder: Path) -> float:
+    """Run the command unless it has run, keep its whole configuration, and return how many seconds it took."""
+    clock = folder / "seconds.json"
+    if not clock.is_file():
+        file, *overrides = DATA_SETS[name]
+        command = [sys.executable, "-m", "dact", "tune", "--config", str(ROOT / "configs" / file), *overrides]
+        command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_tag", folder.name]
+        # The command's own comparison measures the defaults without a promise.
+        command += ["--tuner.log_dir", str(folder.parent), "--tuner.compare_defaults", "false"]
+        config = subprocess.run([*command, "--print_config"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        start = time.perf_counter()
+        subprocess.run(command, check=True)
+        (folder / "whole_config.yaml").write_text(config)
+        clock.write_text(json.dumps(time.perf_counter() - start))
+    return float(json.loads(clock.read_text()))
+
+
+def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
+    """Tune, fit the peers, measure, and return what the results file holds."""
+    seconds = tune(name, seed, folder)
+    metrics = json.loads((folder / "final" / "metrics.json").read_text())
+    config, final = (yaml.safe_load((folder / file).read_text()) for file in ("whole_config.yaml", "final/config.yaml"))
+    setting, promise = Setting(folder, seed, config, final), metrics["calibration"]["promise"]
+    models = {
+        "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
+        "defaults": setting.defaults(),
+        "tuned": DACT.from_pretrained(folder / "final" / "model"),
+        "encoder": setting.peer(DACT, math.ceil(metrics["validation"]["mean_exit_layer"])),
+        "multi-exit": setting.peer(MultiExit, metrics["layers"]),
+    }
+    models["multi-exit"].halting = "exact"  # by which a confidence of 1 lets none leave: the margin alone does
+    data = setting.data(config["data"], batch_size=MEASURED_BATCH)
+    precision = make_trainer(setting.trainer, enable_checkpointing=False).precision_plugin.forward_context
+    with precision():
+        for peer in ("defaults", "multi-exit"):
+            calibrate(models[peer], data, **promise)
+        speeds = texts_per_second(models, list(data.test_dataloader()))
+    test = {n: evaluate(m, data.test_dataloader(), precision=precision, timed=False) for n, m in models.items()}
+    right = {n: evaluation.right.double() for n, evaluation in test.items()}
+    rows = {}
+    for n, evaluation in test.items():
+        answers = evaluation.answers
+        full = (answers.a[:, -1].argmax(1) == answers.target).double()
+        rows[n] = {
+            "layers": models[n].num_layers,
+            "margin": models[n].halting_margin,
+            "texts_per_second": speeds[n],
+            **{key: evaluation.entry[key] for key in ("accuracy", "macro_f1", "mean_exit_layer", "agreement")},
+            # Paired differences over the texts: mean and standard error.
+            "lost_to_full_depth": mean_and_error(full - right[n]),
+            "above_baseline": mean_and_error(right[n] - right["baseline"]),
+            "tuned_above_this": mean_and_error(right["tuned"] - right[n]),
+        }
+    return {
+        "data": name,
+        "seed": seed,
+        "machine": f"{processor()}, {torch.get_num_threads()} threads, {config['trainer']['precision'] or '32-true'}",
+        "tuning_seconds": seconds,
+        "test_texts": len(right["tuned"]),
+        "promise": promise,
+        "tuned_won": "tuned beats" in metrics["confirmation"],
+        "confirmation": metrics["confirmation"],
+        "settings": {**final["model"], "max_epochs": final["trainer"]["max_epochs"]},
+        "models": rows,
+    }
+
+
+@torch.no_grad()
+def texts_per_second(models: dict[str, DACT], batches: Sequence[Batch]) -> dict[str, float]:
+    """Return the median speed of each model on all batches; they take turns. Making the batches is not timed."""
+    seconds: dict[str, list[float]] = {name: [] for name in models}
+    for name in [*models] * ROUNDS:
+        start = time.perf_counter()
+        for batch in batches:
+            models[name].early_exit(batch)
+        seconds[name].append(time.perf_counter() - start)
+    texts = sum(len(batch["labels"]) for batch in batches)
+    return {name: texts / statistics.median(values) for name, values in seconds.items()}
+
+
+def processor() -> str:
+    """Return the name of the processor, as Linux knows it."""
+    return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
+
+
+# ---------------------------------------------------------------------- the table
+
+
+def table(runs: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| data | model | layers kept | mean layers | accuracy, % | above baseline | lost to own full depth | times as fast |",
+        "|---" * 8 + "|",
+    ]
+    for data in DATA_SETS:
+        own = [run["models"] for run in runs if run["data"] == data]
+        for name in own[0] if own else ():
+            rows = [models[name] for models in own]
+            speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in own]
+            cells = [
+                f"{data}, {len(own)} seeds" if name == "baseline" else "",
+                name,
+                ", ".join(str(row["layers"]) for row in rows),
+                f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
+                f"{100 * statistics.mean(row['accuracy'] for row in rows):.2f}",
+                *(points([row[key] for row in rows]) for key in ("above_baseline", "lost_to_full_depth")),
+                f"{statistics.mean(speeds):.2f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+    lines.append("")
+    for name in ("defaults", "encoder", "multi-exit"):
+        above = points([run["models"][name]["tuned_above_this"] for run in runs])
+        lines.append(f"- tuned less {name}: {above} points of accuracy, {layers_between(runs, name):+.2f} layers")
+    won = [run for run in runs if run["tuned_won"]]
+    against = f", with {layers_between(won, 'defaults'):+.2f} layers next to the defaults there" if won else ""
+    lines.append(f"- the confirmation took what was tuned in {len(won)} of {len(runs)} runs{against}")
+    lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
+    excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
+    broken = sum(over > 2 * error for over, (_, error) in zip(excess, lost, strict=True))
+    lines.append(
+        f"- promises broken by more than two standard errors: {broken} of {len(runs)}; loss less promise "
+        f"{100 * statistics.mean(excess):+.2f} points on average"
+    )
+    return "\n".join([*lines, *sorted({f"- {run['machine']}" for run in runs})])
+
+
+def layers_between(runs: Sequence[dict[str, Any]], name: str) -> float:
+    """Return by how many layers the tuned model is deeper than another one, on average."""
+    layers = [[run["models"][model]["mean_exit_layer"] for model in ("tuned", name)] for run in runs]
+    return statistics.mean(tuned - other for tuned, other in layers)
+
+
+def points(pairs: Sequence[Sequence[float]]) -> str:
+    """Return the mean of independent means with its standard error, in points."""
+    mean, error = statistics.mean(mean for mean, _ in pairs), math.hypot(*(error for _, error in pairs)) / len(pairs)
+    return f"{100 * mean:+.2f} ± {100 * error:.2f}"
+
+
+# ---------------------------------------------------------------------- sentences of one's own
+
+
+def sentences(model: str) -> str:
+    """Return how many of the 30 sentences a model has right, and which it has wrong."""
+    with SENTENCES.open(newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    answers = TextClassifier.from_pretrained(model)([row["text"] for row in rows])
+    wrong = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.label != row["label"]]
+    lines = [f"{answer.label} instead of {row['label']}: {row['text']}" for row, answer in wrong]
+    return "\n".join([*lines, f"{len(rows) - len(wrong)} of {len(rows)} sentences right"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", nargs="*", metavar="DATA", help=f"some of {', '.join(DATA_SETS)}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--log_dir", type=Path, default=ROOT / "lightning_logs")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument("--table", action="store_true", help="print the table of the stored results")
+    parser.add_argument("--sentences", metavar="MODEL", help="folder of a model")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.data) - DATA_SETS.keys():
+        parser.error(f"unknown data: {', '.join(sorted(unknown))}; there are {', '.join(DATA_SETS)}")
+    quiet()
+    if arguments.sentences:
+        print(sentences(arguments.sentences))
+        return
+    for name in [] if arguments.table else arguments.data:
+        for seed in arguments.seeds:
+            result = arguments.results / f"{name}-{seed}.json"
+            if not result.is_file():
+                found = run_one(name, seed, arguments.log_dir / f"{name}-{seed}")
+                arguments.results.mkdir(parents=True, exist_ok=True)
+                result.write_text(json.dumps(found, indent=1) + "\n")
+    print(table([json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]))
+
+
+if __name__ == "__main__":
+    main()
