@@ -35,12 +35,12 @@ from typing import Any
 
 import torch
 import yaml
-from dact.cli.quiet import quiet
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from dact import DACT, TextClassifier, calibrate
 from dact.answers import mean_and_error
+from dact.cli.quiet import quiet
 from dact.encoders.base import Batch
 from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint, read_tensors

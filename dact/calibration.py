@@ -15,6 +15,7 @@ from dact.answers import Dial as Dial
 from dact.answers import LayerAnswers as LayerAnswers
 from dact.answers import check_baseline, exits_by_setting, mean_and_error, share
 from dact.answers import layer_answers as layer_answers
+from dact.checks import check_choice
 from dact.encoders.base import Batch
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import Halting
@@ -59,7 +60,7 @@ class Promise:
     dial: Dial = "halting_margin"
 
     def __post_init__(self) -> None:
-        functional.check_choice("dial", self.dial, Dial)
+        check_choice("dial", self.dial, Dial)
         given = [n for n in ("max_accuracy_loss", "min_agreement", "max_layers") if getattr(self, n) is not None]
         if len(given) != 1:
             raise ValueError(

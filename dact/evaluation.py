@@ -87,7 +87,7 @@ class Evaluated(LightningModule):
         }
 
     def _begin_evaluation(self, stage: str) -> None:
-        """Reset all metrics: Lightning resets scalars alone, and after `validate` to tensors that a fit cannot change."""
+        """Reset all metrics: Lightning resets scalars alone, to tensors that a fit cannot change after `validate`."""
         for loader in self._loaders(stage):
             for metric in self._metrics_of(stage, loader)[1].values():
                 metric.reset()

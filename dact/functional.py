@@ -22,9 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dact.checks import check_choice as check_choice
-from dact.checks import check_margin
-from dact.checks import check_tolerance as check_tolerance
+from dact.checks import check_choice, check_margin, check_tolerance
 
 HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
@@ -278,7 +276,7 @@ def exit_layers(
     y: Tensor | None = None,
     margin: float = 1.0,
 ) -> Tensor:
-    """Return the first layer after which each example may halt, by `can_halt` or, unless the rule is "never", by `is_clear`.
+    """Return the first layer after which each example may halt, by `can_halt` or, unless the rule is never, by `is_clear`.
 
     Args:
         a: ``[batch, layers, classes]``, as `accumulate` returns it.
@@ -387,11 +385,11 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
 
 
 def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    r"""Return the negative log-likelihood of answers that already are probabilities, -log a[target], mean over the batch.
+    r"""Return the negative log-likelihood of answers that are probabilities, -log a[target], mean over the batch.
 
     It is never a cross-entropy over a second softmax. Probabilities below 1e-30 count as 1e-30, so that values and
-    gradients stay finite. For targets q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`, the convention of
-    `torch.nn.functional.cross_entropy`; with a teacher's, distillation at temperature 1 (Hinton et al. 2015, arXiv
+    gradients stay finite. For targets q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`, the convention
+    of `torch.nn.functional.cross_entropy`; with a teacher's, distillation at temperature 1 (Hinton et al. 2015, arXiv
     1503.02531).
 
     Args:
@@ -441,7 +439,8 @@ def _cross_entropy(log_probabilities: Tensor, target: Tensor, class_weights: Ten
     target = soft_targets(target, classes) if target.dim() == 1 else at_least_float32(target)
     if target.shape != (len(log_probabilities), classes):
         raise ValueError(
-            f"targets must have the shape [batch, classes] = {[len(log_probabilities), classes]}, got {list(target.shape)}"
+            f"targets must have the shape [batch, classes] = {[len(log_probabilities), classes]}, got "
+            f"{list(target.shape)}"
         )
     with_target = target.any(dim=1).sum().clamp_min(1)
     weighted = target if class_weights is None else target * class_weights

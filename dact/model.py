@@ -40,8 +40,9 @@ class DACT(Evaluated):
     val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
 
     At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in float32. Half
-    precision rounds y and h, which may change the class of one example in some hundred. With several processes, Lightning
-    gives some validation and test examples twice so that all have equally many: evaluate on one device for exact numbers.
+    precision rounds y and h, which may change the class of one example in some hundred. With several processes,
+    Lightning gives some validation and test examples twice so that all have equally many: evaluate on one device for
+    exact numbers.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -61,9 +62,9 @@ class DACT(Evaluated):
         halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see `dact.functional.can_halt`.
         halting_tolerance: In [0, 1): the class that the halting rule returns ends at most this much probability behind
             the final winner.
-        halting_margin: In [0, 1]: an example also leaves where y_n puts its first class more than this probability ahead
-            of its second (see `dact.functional.is_clear`). A second dial: smaller means fewer layers; 1 leaves all to
-            the halting rule.
+        halting_margin: In [0, 1]: an example also leaves where y_n puts its first class more than this probability
+            ahead of its second (see `dact.functional.is_clear`). A second dial: smaller means fewer layers; 1 leaves
+            all to the halting rule.
         class_weights: One weight per class for the training and validation losses.
         learning_rate: Peak learning rate of AdamW.
         submodel_learning_rate: That of the two submodels; the same if left out.
@@ -242,8 +243,8 @@ class DACT(Evaluated):
             batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation, ``teacher``
                 ``[batch, classes]``. An example labelled -100 learns from its teacher alone, with the weight of any
                 other; without a teacher it only adds to the ponder cost.
-            lambda_reg: λ of this step. If left out, it rises from 0 to the model's own over the first `lambda_warmup` of
-                `total_steps`; the model counts in `steps_done` how often this method was called in train mode. (A
+            lambda_reg: λ of this step. If left out, it rises from 0 to the model's own over the first `lambda_warmup`
+                of `total_steps`; the model counts in `steps_done` how often this method was called in train mode. (A
                 Trainer sets both; elsewhere set `total_steps`, or λ has its final value at once.)
 
         Raises:
@@ -253,8 +254,8 @@ class DACT(Evaluated):
         labels = labels_of(batch, "train")
         if self.needs_teacher and "teacher" not in batch:
             raise KeyError(
-                f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training batches, got the keys "
-                f"{sorted(batch)}: give the data a teacher, or set distillation to 0"
+                f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training batches, got the "
+                f"keys {sorted(batch)}: give the data a teacher, or set distillation to 0"
             )
         teacher = batch["teacher"] if self.needs_teacher else None
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)

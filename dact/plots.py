@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """Make a figure with one pair of axes, outside of pyplot, so that no global state changes and nothing stays open."""
+    """Make a figure with one pair of axes outside of pyplot: no global state changes, and nothing stays open."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")

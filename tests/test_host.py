@@ -145,7 +145,6 @@ def test_tuning_changes_nothing(tuned):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="models and loaders that measure the final fit draw from the host's generator")
 def test_tuning_leaves_torchs_generator_alone(tuned):
     assert "torch's generator" not in tuned
 

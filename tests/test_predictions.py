@@ -6,9 +6,9 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
-from dact.cli.predictions import PredictionData, PredictionWriter
 
 from dact import TextClassifier
+from dact.cli.predictions import PredictionData, PredictionWriter
 from dact.data import TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from tests.conftest import free_port, tiny_model

@@ -63,7 +63,7 @@ def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
 
 
 def split_of(text: str) -> str:
-    """Return the split to which a text belongs: of all texts that there are, 80 % may be in training only, and 10 % each
+    """Return the split to which a text belongs: of all texts, 80 % may be in training only, and 10 % each
     in validation and test only."""
     share = zlib.crc32(text.encode()) % 100
     return next(split for split, shares in TEXT_SHARES.items() if share in shares)

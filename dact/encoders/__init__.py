@@ -46,8 +46,8 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
     if kind == "OnnxEncoder":
         if folder is None:
             raise ValueError(
-                "the graphs of an exported encoder lie in the model's folder: load it with DACT.from_pretrained, or pass "
-                "encoder=DACT.from_pretrained(folder).encoder"
+                "the graphs of an exported encoder lie in the model's folder: load it with DACT.from_pretrained, or "
+                "pass encoder=DACT.from_pretrained(folder).encoder"
             )
         exported: LayeredEncoder = __getattr__(kind)(folder, **rest)
         return exported

@@ -84,8 +84,8 @@ class LayeredEncoder(nn.Module, ABC):
         """Raise a ``ValueError`` if data of this tokenizer and length, None if unknown, does not fit the encoder."""
         if tokenizer is not None and self.vocab_size is not None and len(tokenizer) > self.vocab_size:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} token ids, but the encoder only {self.vocab_size}: give both the same "
-                "pretrained name, or set the encoder's vocab_size"
+                f"the tokenizer has {len(tokenizer)} token ids, but the encoder only {self.vocab_size}: give both the "
+                "same pretrained name, or set the encoder's vocab_size"
             )
         if max_length is not None and self.max_length is not None and max_length > self.max_length:
             raise ValueError(

@@ -154,7 +154,8 @@ FAMILIES: dict[str, _Family] = {
 class HuggingFaceEncoder(LayeredEncoder):
     """A pretrained encoder of the transformers library.
 
-    Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights are loaded in float32
+    Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights are loaded in
+        float32
     whatever their type in the checkpoint. A head for another task is ignored, which is logged.
 
     Args:
@@ -204,7 +205,8 @@ class HuggingFaceEncoder(LayeredEncoder):
         self.hidden_size = model.config.hidden_size
         self.vocab_size = model.config.vocab_size
         self.max_length = longest_input(model)
-        # RoBERTa and MPNet count positions from the first token; the others with absolute positions from the first column.
+        # RoBERTa and MPNet count positions from the first token; the others with absolute positions from the first
+        # column.
         self._counts_columns = self.max_length is not None and _position_table(model).padding_idx is None
         self._family = family
 
@@ -212,8 +214,8 @@ class HuggingFaceEncoder(LayeredEncoder):
         mask = super().mask(batch)
         if self._counts_columns and "attention_mask" in batch and not mask[:, 0].all():
             raise ValueError(
-                "the batch is padded on the left, where an encoder with absolute positions would answer differently for "
-                "each width of the padding: pad on the right (tokenizer.padding_side = 'right')"
+                "the batch is padded on the left, where an encoder with absolute positions would answer differently "
+                "for each width of the padding: pad on the right (tokenizer.padding_side = 'right')"
             )
         return mask
 
@@ -321,8 +323,8 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=cached)
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"no encoder at pretrained={pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local "
-            f"folder with a config.json, or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
+            f"no encoder at pretrained={pretrained!r}. Expected a Hub id (with a network, or downloaded before), a "
+            f"local folder with a config.json, or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
         ) from error
     _check_family(config.model_type, f"pretrained={pretrained!r}")
     for name in [name for name in vars(config) if not _is_harmless(name)]:
@@ -396,7 +398,8 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
             )
     except Exception as error:  # the library raises many kinds
         raise ValueError(
-            f"no sequence-classification model at {pretrained!r}: {(str(error) or type(error).__name__).splitlines()[0]}"
+            f"no sequence-classification model at {pretrained!r}: "
+            f"{(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
     if report["missing_keys"]:
         raise ValueError(

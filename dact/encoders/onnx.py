@@ -139,7 +139,8 @@ def quantize(path: Path) -> None:
     # Without this mark the library logs advice for convolutional networks, once for each graph.
     onnx.helper.set_model_props(graph, {"onnx.quant.pre_process": "onnxruntime.quant"})
     onnx.save(graph, path)
-    # The library logs through the root logger, and the first such message would configure logging for the whole program.
+    # The library logs through the root logger, and the first such message would configure logging for the whole
+    # program.
     silent = logging.NullHandler()
     logging.root.addHandler(silent)
     try:

@@ -21,8 +21,8 @@ class TransformerEncoder(LayeredEncoder):
     """A pre-norm transformer encoder (Vaswani et al. 2017, arXiv 1706.03762) with linear position biases.
 
     The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), in both directions: half of the heads look back
-    and half look ahead, each with its own slope. The first layers see the neighbourhood of a word, and each further layer
-    sees farther. The length of the input is not bounded.
+    and half look ahead, each with its own slope. The first layers see the neighbourhood of a word, and each further
+    layer sees farther. The length of the input is not bounded.
 
     Args:
         vocab_size: Number of token ids, 2 or more.

@@ -52,7 +52,8 @@ class Baseline:
         """Return on which validation examples it is right, bool ``[examples]``.
 
         Args:
-            target: Classes of the examples in the order of a validation, int64 ``[examples]``; it may be the first part.
+            target: Classes of the examples in the order of a validation, int64 ``[examples]``; it may be the first
+                part.
 
         Returns:
             None if the baseline saw the examples in another order.

@@ -18,9 +18,8 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.calibration import Promise
-from dact.checks import check_choice, check_count
+from dact.checks import check_choice, check_count, check_tolerance
 from dact.factories import default_data, default_model
-from dact.functional import check_tolerance
 from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm

@@ -169,7 +169,8 @@ class Progress:
         self.console.print(points)
         if metrics["validation"]["majority_share"] == 1.0:
             self.note(
-                "warning: all validation examples get one class: try class_weights, more epochs, or another learning_rate"
+                "warning: all validation examples get one class: try class_weights, more epochs, or another "
+                "learning_rate"
             )
         self.note(verdict)
         self.note(f"everything is in {folder.parent}; look at it: tensorboard --logdir {folder.parent}")

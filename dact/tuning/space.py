@@ -181,7 +181,8 @@ def complete_spaces(
         spaces: What `build_spaces` returned.
         layers: Number of the encoder's layers.
         starts: By stage, the parameters of its first trials.
-        bounded: Names of the parameters whose bounds the user gave: they hold, and a start outside is left to the sampler.
+        bounded: Names of the parameters whose bounds the user gave: they hold, and a start outside is left to the
+            sampler.
 
     Returns:
         The spaces, and the starts without parameters that no study searches.

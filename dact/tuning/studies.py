@@ -217,8 +217,8 @@ def owner() -> list[Any]:
 def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list[FrozenTrial]:
     """Fail running trials whose process on this host is gone, and queue interrupted parameters again.
 
-    Trials of other hosts are told by their heartbeats, after a grace period. A command that is started again right after
-    a crash need not wait for it.
+    Trials of other hosts are told by their heartbeats, after a grace period. A command that is started again right
+    after a crash need not wait for it.
 
     Args:
         study: The study.
@@ -299,8 +299,8 @@ def run_trials(
     """Run trials until the study has `n_trials` of them, next to other processes that do the same.
 
     Processes count what has ended or is running before each trial, so that the total exceeds `n_trials` by at most the
-    number of processes less one. All return when no trial is running any more, after a deadline as well, so that all see
-    the same winner.
+    number of processes less one. All return when no trial is running any more, after a deadline as well, so that all
+    see the same winner.
 
     Args:
         study: The study, with its sampler and pruner.
