@@ -276,7 +276,7 @@ def exit_layers(
     y: Tensor | None = None,
     margin: float = 1.0,
 ) -> Tensor:
-    """Return the first layer after which each example may halt, by `can_halt` or, unless the rule is never, by `is_clear`.
+    """Return the first layer after which each example may halt, by `can_halt` or by `is_clear` (not if never).
 
     Args:
         a: ``[batch, layers, classes]``, as `accumulate` returns it.

@@ -41,8 +41,7 @@ class DACT(Evaluated):
 
     At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in float32. Half
     precision rounds y and h, which may change the class of one example in some hundred. With several processes,
-    Lightning gives some validation and test examples twice so that all have equally many: evaluate on one device for
-    exact numbers.
+    Lightning gives some validation and test examples twice: evaluate on one device for exact numbers.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -297,8 +296,8 @@ class DACT(Evaluated):
     # ------------------------------------------------------------------ a fit
 
     def configure_callbacks(self) -> list[Callback]:
-        attached = any(isinstance(callback, Agreement) for callback in self.trainer.callbacks)  # type: ignore[attr-defined]
-        return [] if attached else [Agreement()]
+        trainer: Any = self.trainer
+        return [] if any(isinstance(one, Agreement) for one in trainer.callbacks) else [Agreement()]
 
     def setup(self, stage: str) -> None:
         # For the loggers; the checkpoint has `config`.
