@@ -113,8 +113,8 @@ class PredictionWriter(Callback):
     Label and probabilities are those of `TextClassifier`, by the temperatures of the model where it has them.
 
     A batch may carry the numbers of its rows, from 0, as ``row`` ``[batch]``; otherwise rows are counted. A number that
-    no batch carries is a row without a label, whose reason the datamodule has in ``unusable``. Of several processes each
-    writes the rows that it classified, with their numbers, into a file of its own.
+    no batch carries is a row without a label, whose reason the datamodule has in ``unusable``. Of several processes
+    each writes the rows that it classified, with their numbers, into a file of its own.
 
     Args:
         path: csv, json lines or parquet by ending; ``-`` writes csv to standard output. The first of three processes
@@ -167,8 +167,8 @@ class PredictionWriter(Callback):
         numbered = isinstance(batch, Mapping) and "row" in batch
         if self._processes > 1 and not numbered:
             raise ValueError(
-                f"the batches have no 'row' [batch], by which the rows of {self._processes} processes could be told apart: "
-                "add it, or use one device"
+                f"the batches have no 'row' [batch], by which the rows of {self._processes} processes could be told "
+                "apart: add it, or use one device"
             )
         numbers = batch["row"].tolist() if numbered else list(range(self._next_row, self._next_row + count))
         labels = outputs.probabilities.argmax(dim=1).tolist()
@@ -218,7 +218,7 @@ class PredictionWriter(Callback):
         return [self._row(n, names, None, nothing, None, reasons.pop(n, "not in the data")) for n in found]
 
     def _reasons_of(self, trainer: Trainer) -> dict[int, str]:
-        """Return why rows cannot be classified, from `PredictionData` or from a datamodule that holds all its examples."""
+        """Return why rows cannot be classified, from `PredictionData` or from data that holds all its examples."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "unusable"):
             unusable: dict[int, str] = data.unusable

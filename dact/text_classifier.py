@@ -127,8 +127,8 @@ class TextClassifier:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> TextClassifier:
-        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` leave it, or of a
-        repository on the Hub.
+        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` leave it,
+        or of a repository on the Hub.
 
         Args:
             directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.
