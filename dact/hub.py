@@ -86,9 +86,9 @@ def local_folder(
 
 
 def out_of_reach(pretrained: str) -> bool:
-    """Return whether `pretrained` is a Hub id and the Hub does not answer in time: then the cache alone is asked.
+    """Return whether `pretrained` is a Hub id and the Hub does not answer in time.
 
-    On a network that drops packets, transformers would wait without end.
+    The cache alone should then be asked: on a network that drops packets, transformers would wait without end.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -182,8 +182,8 @@ def _reason(error: Exception) -> str:
         return "access to it is restricted: ask for it on its page, and log in with `hf auth login` or pass token="
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "there is no such repository, or this token may not see it: check the name, and log in with `hf auth "
-            "login` or pass token="
+            "there is no such repository, or this token may not see it: check the name, and log in with `hf auth login` "
+            "or pass token="
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such revision"

@@ -62,8 +62,8 @@ class Prediction:
 class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
-    It gives each text one class of two or more: no several labels at once, and no numbers. Calls from several threads
-    are safe, and it can be pickled for other processes and machines.
+    It gives each text one class of two or more: no several labels at once, and no numbers. Calls from several threads are
+    safe, and it can be pickled for other processes and machines.
 
     Args:
         model: Model to ask, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.
@@ -127,8 +127,8 @@ class TextClassifier:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> TextClassifier:
-        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``tune`` and ``export`` leave it, or of a
-        repository on the Hub.
+        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` leave it,
+        or of a repository on the Hub.
 
         Args:
             directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.

@@ -3,12 +3,12 @@
     pip install "dact[ray]"
     python examples/ray_predict.py --model lightning_logs/mine/final/model --input texts/ --output answers/ --workers 2
 
-Each worker holds the model once and classifies block after block; memory does not grow with the data. Ray starts a worker
-that dies again and repeats the block that it had in hand. The output is a folder of parquet files with all columns of the
-input and `label`, `score` and `exit_layer`. The order of rows is not kept: give them an id.
+Each worker holds the model once and classifies block after block; memory does not grow with the data. Ray replaces a
+worker that dies and repeats the block that it had in hand. The output is a folder of parquet files with all columns of
+the input and `label`, `score` and `exit_layer`. The order of rows is not kept: give them an id.
 
-Started as it is, the script uses this machine alone. On a cluster, run it on the head node or set RAY_ADDRESS; the model is
-sent to the workers, so that only the data must be where all of them can read it.
+Started as it is, the script uses this machine alone. On a cluster, run it on the head node or set RAY_ADDRESS; the model
+is sent to the workers, so that only the data must be where all of them can read it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Classify:
 
 
 def classify(texts: Any, classifier: TextClassifier, *, column: str, workers: int, gpus: float = 0) -> Any:
-    """Return the data set `texts` with the columns ``label``, ``score`` and ``exit_layer``; nothing runs before it is used.
+    """Return `texts` with the columns ``label``, ``score`` and ``exit_layer``; nothing runs before it is used.
 
     Args:
         texts: A `ray.data.Dataset`.

@@ -244,7 +244,7 @@ def test_numbers_of_another_model_are_left_out(tmp_path):
 @pytest.mark.parametrize(
     ("promise", "estimate", "expected"),
     [
-        ({"max_accuracy_loss": 0.01}, False, "Promise, with 95 % confidence on new texts of the same kind:** at most 1 point of"),
+        ({"max_accuracy_loss": 0.01}, False, "Promise, with 95 % confidence on new texts of the same kind:** at most 1 point"),
         ({"min_agreement": 0.97}, False, "at least 97 % agreement with the model's own full depth"),
         ({"max_layers": 2.5}, True, "Estimate, without a confidence:** at most 2.5 of 4 layers on average"),
     ],

@@ -37,8 +37,8 @@ class PredictionData(LightningDataModule):
     """The texts of a file, or of standard input, to classify. Several processes take turns, a batch each.
 
     Args:
-        predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with
-            one text a line.
+        predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with one
+            text a line.
         tokenizer: A Hugging Face tokenizer.
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
@@ -218,7 +218,7 @@ class PredictionWriter(Callback):
         return [self._row(n, names, None, nothing, None, reasons.pop(n, "not in the data")) for n in found]
 
     def _reasons_of(self, trainer: Trainer) -> dict[int, str]:
-        """Return why rows cannot be classified, from `PredictionData` or a datamodule that holds its examples."""
+        """Return why rows cannot be classified, from `PredictionData` or from data that holds all its examples."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "unusable"):
             unusable: dict[int, str] = data.unusable
@@ -276,7 +276,7 @@ def _class_names(model: LightningModule) -> list[str]:
 
 @contextlib.contextmanager
 def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]], None]]:
-    """Yield a function that writes rows; the file is whole at the end, or not there after an exception."""
+    """Yield a function that writes rows; the file is whole at the end, or not there if an exception leaves the block."""
     if path == STANDARD_OUTPUT:
         write = _csv_writer(sys.stdout, columns)
 
