@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import yaml
+from dact.cli.quiet import quiet
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
@@ -45,7 +46,6 @@ from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint, read_tensors
 from dact.outputs import Loss
 from dact.persistence import WEIGHTS_NAME
-from dact.quiet import quiet
 from dact.tuning.evaluation import evaluate
 from dact.tuning.recipe import CALIBRATION_SHARE, DISTILLATION
 from dact.tuning.training import make_trainer, resumable_fit, seeded, without_collapse_warning

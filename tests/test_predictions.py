@@ -6,11 +6,11 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
+from dact.cli.predictions import PredictionData, PredictionWriter
 
 from dact import TextClassifier
 from dact.data import TextClassificationData
 from dact.data.tokenizers import word_tokenizer
-from dact.predictions import PredictionData, PredictionWriter
 from tests.conftest import free_port, tiny_model
 
 WORDS = ["good", "bad", "film", "very", "not", "the"]
