@@ -24,10 +24,12 @@ import argparse
 import csv
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,12 +42,12 @@ from torch import Tensor
 
 from dact import DACT, TextClassifier, calibrate
 from dact.answers import mean_and_error
+from dact.cli.quiet import quiet
 from dact.encoders.base import Batch
 from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint, read_tensors
 from dact.outputs import Loss
 from dact.persistence import WEIGHTS_NAME
-from dact.quiet import quiet
 from dact.tuning.evaluation import evaluate
 from dact.tuning.recipe import CALIBRATION_SHARE, DISTILLATION
 from dact.tuning.training import make_trainer, resumable_fit, seeded, without_collapse_warning
@@ -188,7 +190,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "tuning_seconds": seconds,
         "test_texts": len(right["tuned"]),
         "promise": promise,
-        "tuned_won": "tuned beats" in metrics["confirmation"],
+        "took": ["default settings", *re.findall("(first trial|tuned) beats", metrics["confirmation"])][-1],
         "confirmation": metrics["confirmation"],
         "settings": {**final["model"], "max_epochs": final["trainer"]["max_epochs"]},
         "models": rows,
@@ -240,9 +242,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     for name in ("defaults", "encoder", "multi-exit"):
         above = points([run["models"][name]["tuned_above_this"] for run in runs])
         lines.append(f"- tuned less {name}: {above} points of accuracy, {layers_between(runs, name):+.2f} layers")
-    won = [run for run in runs if run["tuned_won"]]
-    against = f", with {layers_between(won, 'defaults'):+.2f} layers next to the defaults there" if won else ""
-    lines.append(f"- the confirmation took what was tuned in {len(won)} of {len(runs)} runs{against}")
+    took = Counter(run["took"] for run in runs)
+    lines.append(f"- the confirmation took: {', '.join(f'{name} {count} times' for name, count in took.items())}")
+    won = [run for run in runs if run["took"] != "default settings"]
+    if won:
+        lines.append(
+            f"- where it did not take the defaults, tuned less defaults: {layers_between(won, 'defaults'):+.2f} layers"
+        )
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
     excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
     broken = sum(over > 2 * error for over, (_, error) in zip(excess, lost, strict=True))
