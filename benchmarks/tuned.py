@@ -229,7 +229,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             rows = [models[name] for models in own]
             speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in own]
             cells = [
-                f"{data}, {len(own)} seeds" if name == "baseline" else "",
+                f"{data}, {len(own)} seed{'s' * (len(own) > 1)}" if name == "baseline" else "",
                 name,
                 ", ".join(str(row["layers"]) for row in rows),
                 f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
