@@ -306,7 +306,8 @@ def main() -> None:
                 found = run_one(name, seed, arguments.log_dir / f"{name}-{seed}")
                 arguments.results.mkdir(parents=True, exist_ok=True)
                 result.write_text(json.dumps(found, indent=1) + "\n")
-    print(table([json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]))
+    runs = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
+    print(table(runs) if runs else f"no results in {arguments.results}")
 
 
 if __name__ == "__main__":
