@@ -24,10 +24,12 @@ import argparse
 import csv
 import json
 import math
+import re
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,7 +190,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "tuning_seconds": seconds,
         "test_texts": len(right["tuned"]),
         "promise": promise,
-        "tuned_won": "tuned beats" in metrics["confirmation"],
+        "took": ["default settings", *re.findall("(first trial|tuned) beats", metrics["confirmation"])][-1],
         "confirmation": metrics["confirmation"],
         "settings": {**final["model"], "max_epochs": final["trainer"]["max_epochs"]},
         "models": rows,
@@ -227,7 +229,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             rows = [models[name] for models in own]
             speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in own]
             cells = [
-                f"{data}, {len(own)} seeds" if name == "baseline" else "",
+                f"{data}, {len(own)} seed{'s' * (len(own) > 1)}" if name == "baseline" else "",
                 name,
                 ", ".join(str(row["layers"]) for row in rows),
                 f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
@@ -240,9 +242,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     for name in ("defaults", "encoder", "multi-exit"):
         above = points([run["models"][name]["tuned_above_this"] for run in runs])
         lines.append(f"- tuned less {name}: {above} points of accuracy, {layers_between(runs, name):+.2f} layers")
-    won = [run for run in runs if run["tuned_won"]]
-    against = f", with {layers_between(won, 'defaults'):+.2f} layers next to the defaults there" if won else ""
-    lines.append(f"- the confirmation took what was tuned in {len(won)} of {len(runs)} runs{against}")
+    took = Counter(run["took"] for run in runs)
+    lines.append(f"- the confirmation took: {', '.join(f'{name} {count} times' for name, count in took.items())}")
+    won = [run for run in runs if run["took"] != "default settings"]
+    if won:
+        lines.append(
+            f"- where it did not take the defaults, tuned less defaults: {layers_between(won, 'defaults'):+.2f} layers"
+        )
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
     excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
     broken = sum(over > 2 * error for over, (_, error) in zip(excess, lost, strict=True))
@@ -300,7 +306,8 @@ def main() -> None:
                 found = run_one(name, seed, arguments.log_dir / f"{name}-{seed}")
                 arguments.results.mkdir(parents=True, exist_ok=True)
                 result.write_text(json.dumps(found, indent=1) + "\n")
-    print(table([json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]))
+    runs = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
+    print(table(runs) if runs else f"no results in {arguments.results}")
 
 
 if __name__ == "__main__":

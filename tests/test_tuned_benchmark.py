@@ -1,0 +1,69 @@
+"""The peers that benchmarks/tuned.py sets next to a tuned model, and how it pools what it finds."""
+
+import importlib.util
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.commands import ROOT, environment
+from tests.conftest import random_batch, tiny_model
+
+
+@pytest.fixture(scope="module")
+def tuned():
+    spec = importlib.util.spec_from_file_location("tuned", ROOT / "benchmarks" / "tuned.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tuned"] = module  # where dataclasses look for the types of their fields
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["tuned"]
+
+
+@pytest.mark.parametrize("margin", [0.05, 0.3, 0.6, 1.0])
+def test_the_multi_exit_leaves_where_the_lead_of_a_layers_answer_exceeds_the_margin(tuned, margin):
+    dact = tiny_model()
+    peer = tuned.MultiExit.from_config(dact.config(), encoder=dact.encoder)
+    peer.load_state_dict(dact.state_dict())
+    peer.at_full_depth().halting = "exact"
+    peer.halting_margin = margin
+    batch = random_batch(200)
+    y = peer.eval().full_depth(batch).layer_probabilities
+    first, second = y.topk(2, dim=-1).values.unbind(-1)
+    sure = first - second > margin
+    sure[:, -1] = True
+    exits = sure.int().argmax(1) + 1
+    found = peer.early_exit(batch)
+    assert torch.equal(found.exit_layer, exits)
+    torch.testing.assert_close(found.probabilities, y[torch.arange(200), exits - 1])
+    assert peer.loss(batch).loss == peer.loss(batch).exit_loss
+
+
+def test_pooled_differences_have_the_error_of_a_mean_of_independent_means(tuned):
+    assert tuned.points([(0.01, 0.03), (0.03, 0.04)]) == "+2.00 ± 2.50"
+
+
+@pytest.mark.slow
+def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tmp_path):
+    command = [sys.executable, str(ROOT / "benchmarks" / "tuned.py"), "tiny", "--results", str(tmp_path / "results")]
+    done = subprocess.run(
+        [*command, "--log_dir", str(tmp_path)],
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    run = json.loads((tmp_path / "results" / "tiny-0.json").read_text())
+    metrics = json.loads((tmp_path / "tiny-0" / "final" / "metrics.json").read_text())
+    models = run["models"]
+    assert list(models) == ["baseline", "defaults", "tuned", "encoder", "multi-exit"]
+    assert run["promise"] == metrics["calibration"]["promise"]
+    for name, entry in (("baseline", metrics["baseline"]["test"]), ("tuned", metrics["test"])):
+        assert models[name]["accuracy"] == pytest.approx(entry["accuracy"])
+    assert models["tuned"]["mean_exit_layer"] == pytest.approx(metrics["test"]["mean_exit_layer"])
+    assert models["encoder"]["layers"] - 1 < metrics["validation"]["mean_exit_layer"] <= models["encoder"]["layers"]
+    assert models["multi-exit"]["layers"] == metrics["layers"]
+    assert "| tiny, 1 seed | baseline |" in done.stdout
