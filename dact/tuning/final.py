@@ -187,7 +187,7 @@ class FinalFit:
         if model.calibration is not None:
             metrics["calibration"] = model.calibration
         with replacing_folder(folder / "model") as partial:
-            model.cpu().save_pretrained(partial)
+            model.cpu().save_pretrained(partial, metrics=metrics)
             tokenizer = getattr(data, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
