@@ -182,7 +182,8 @@ def _reason(error: Exception) -> str:
         return "access to it is restricted: ask for it on its page, and log in with `hf auth login` or pass token="
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "there is no such repository, or this token may not see it: check the name, and log in with `hf auth login` "
+            "there is no such repository, or this token may not see it: check the name, and log in with `hf auth "
+            "login` "
             "or pass token="
         )
     if isinstance(error, errors.RevisionNotFoundError):

@@ -62,8 +62,8 @@ class Prediction:
 class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
-    It gives each text one class of two or more: no several labels at once, and no numbers. Calls from several threads are
-    safe, and it can be pickled for other processes and machines.
+    It gives each text one class of two or more: no several labels at once, and no numbers. Calls from several threads
+    are safe, and it can be pickled for other processes and machines.
 
     Args:
         model: Model to ask, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.

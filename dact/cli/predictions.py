@@ -37,8 +37,8 @@ class PredictionData(LightningDataModule):
     """The texts of a file, or of standard input, to classify. Several processes take turns, a batch each.
 
     Args:
-        predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with one
-            text a line.
+        predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with
+            one text a line.
         tokenizer: A Hugging Face tokenizer.
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
@@ -276,7 +276,7 @@ def _class_names(model: LightningModule) -> list[str]:
 
 @contextlib.contextmanager
 def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]], None]]:
-    """Yield a function that writes rows; the file is whole at the end, or not there if an exception leaves the block."""
+    """Yield a function that writes rows; the file is whole at the end, or not there after an exception."""
     if path == STANDARD_OUTPUT:
         write = _csv_writer(sys.stdout, columns)
 
