@@ -483,7 +483,9 @@ def whole_validation():
 
 def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
     engine = TuningEngine(data=pl.LightningDataModule, promise=Promise(max_layers=2), log_dir=tmp_path)
-    with pytest.raises(ValueError, match="LightningDataModule has no calibration_dataloader"):
+    with pytest.raises(
+        ValueError, match="it takes 2 examples that no study sees, and LightningDataModule sets 0 aside"
+    ):
         engine.recipe.resolved(small_model())
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2, dial="halting_tolerance"), halting_tolerance=0.1)

@@ -210,7 +210,7 @@ class Stub:
         if "poison" in texts:
             raise RuntimeError("poison")
         assert len({type(text) for text in texts}) == 1
-        return [Prediction(str(text), 1.0, 1) for text in texts]
+        return [Prediction(str(text), 1.0, 1, {}) for text in texts]
 
 
 def stubbed():

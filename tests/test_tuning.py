@@ -162,7 +162,6 @@ def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(t
     assert submodels.trials[0].params["classifier_hidden_units"] == config.hidden_units
     first, own = (trial.params for trial in training.trials[:2])
     assert (first["num_layers"], own["num_layers"]) == (2, 3), "two thirds of the layers, and all of them"
-    assert own["batch_size"] == small_data().batch_size
     assert own["submodel_learning_rate"] == 3e-3
     assert lambdas.trials[0].params["lambda_reg"] == small_model().lambda_reg
 
