@@ -27,9 +27,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from dact.console import quiet
 
 from dact import DACT, TextClassifier, calibrate
+from dact.cli.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder, OnnxEncoder
 from dact.export import export
