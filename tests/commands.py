@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 FIT = ROOT / "configs" / "fit.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
+GENERATED = ROOT / "configs" / "reviews.yaml"
 VADER = ROOT / "configs" / "vader.yaml"
 SMALL = ["--trainer.max_epochs", "2", "--data.num_train", "600", "--data.num_val", "120", "--data.num_test", "90"]
 SMALL += ["--model.encoder.num_layers", "3", "--model.encoder.hidden_size", "16", "--trainer.accelerator", "cpu"]

@@ -23,6 +23,8 @@ from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.training import NonFiniteLoss, resumable_fit, seeded
 
+MIN_STEPS = 300  # below which a pretrained encoder has not learned its task
+
 
 @dataclass(frozen=True)
 class Baseline:
@@ -93,16 +95,17 @@ def fit_baseline(
     checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
     model = model.at_full_depth()
     logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
-    settings = {"learning_rate": model.learning_rate, "num_epochs": recipe.epochs}
+    epochs = _epochs(recipe, data)
+    settings = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     tensorboard.log_parameters(logger.experiment, settings, folder.name)
-    with seeded(recipe.seed), progress.fit(f"baseline at full depth, {recipe.epochs} epochs") as bar:
+    with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epochs") as bar:
         try:
             history = resumable_fit(
                 recipe.trainer,
                 model,
                 data,
                 checkpoints,
-                epochs=recipe.epochs,
+                epochs=epochs,
                 callbacks=[bar],
                 logger=logger,
                 keep_best=True,
@@ -127,6 +130,12 @@ def fit_baseline(
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
     return baseline
+
+
+def _epochs(recipe: Recipe, data: Any) -> int:
+    """Return the epochs of the baseline: on little data up to twice as many, for validation to choose from."""
+    steps = max(1, len(data.train_dataloader()))
+    return min(max(recipe.epochs, -(-MIN_STEPS // steps)), 2 * recipe.epochs)
 
 
 @torch.no_grad()

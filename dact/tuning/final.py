@@ -107,9 +107,8 @@ class FinalFit:
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
         plain = {n: value for n, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))}
-        overrides = {
-            n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in self.recipe.overrides(chosen).items()
-        }
+        arguments = self.recipe.overrides({**self.shared.learning, **chosen})
+        overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         return {
             "seed_everything": self.recipe.seed,
             "trainer": {**plain, "max_epochs": epochs},

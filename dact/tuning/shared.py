@@ -60,6 +60,12 @@ class Survey:
     layers: int
     distillation: float
 
+    @property
+    def start(self) -> dict[str, Any]:
+        """Settings of trials until a study has chosen others: those of the first trial that matter most."""
+        first = self.starts["training"][0]
+        return {name: first[name] for name in ("submodel_learning_rate", "num_layers")}
+
 
 def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
     """Build one model and one datamodule, and check that they can serve the run.
@@ -108,6 +114,7 @@ class Shared:
         states: Folder with the states of frozen mode, or None.
         batch_size: Number of examples per training batch where no trial chooses it.
         layers: Number of the encoder's layers.
+        start: Settings of trials until a study has chosen others.
     """
 
     recipe: Recipe
@@ -120,6 +127,7 @@ class Shared:
     states: Path | None
     batch_size: int
     layers: int
+    start: Mapping[str, Any]
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -213,7 +221,19 @@ def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
             encoder = _freeze(recipe, states, found, learning, progress)
             batch_size = int(next(iter(data.train_dataloader()))["labels"].shape[0])
     names = getattr(data, "class_names", None)
-    return Shared(recipe, found.identity, names, baseline, teacher, learning, encoder, states, batch_size, found.layers)
+    return Shared(
+        recipe,
+        found.identity,
+        names,
+        baseline,
+        teacher,
+        learning,
+        encoder,
+        states,
+        batch_size,
+        found.layers,
+        found.start,
+    )
 
 
 def _teach(recipe: Recipe, folder: Path, found: Survey, baseline: Baseline) -> Path | None:
@@ -257,7 +277,7 @@ def _freeze(
     data = found.data
     taught_by = fingerprint_tensor(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
-        model = recipe.make_model(**learning)
+        model = recipe.make_model(**{**learning, "submodel_learning_rate": found.start["submodel_learning_rate"]})
     train, val = data.train_dataloader(), data.val_dataloader()
     size = next(iter(train))["labels"].shape[0]
     seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)

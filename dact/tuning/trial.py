@@ -40,6 +40,7 @@ from dact.tuning.training import (
     without_collapse_warning,
 )
 
+HEAD_EPOCHS = 7  # epochs of the submodels on frozen states for one of the final fit: in fewer they have not learned
 REPEATS = 3  # fits of a trial of the third study in frozen mode, where one takes seconds; they differ by their seed
 
 
@@ -74,7 +75,8 @@ class Objective:
         trial.set_user_attr(OWNER, owner())
         with _recorded_cause(trial):
             params = {name: dimension.suggest(trial, name) for name, dimension in self.space.items()}
-            settings = {**self.winners.settings(), **Winners(**self.stage.parse(params)).settings()}
+            chosen = Winners(**self.stage.parse(params)).settings()
+            settings = {**self.shared.start, **self.winners.settings(), **chosen}
             return self.stage.read(self._train(trial, settings))
 
     def _train(self, trial: BaseTrial, settings: Mapping[str, Any]) -> dict[str, float]:
@@ -136,6 +138,8 @@ def fit_settings(
     """
     settings = dict(settings)
     epochs = settings.pop("num_epochs", shared.recipe.epochs)
+    if shared.states is not None:
+        epochs *= HEAD_EPOCHS
     model, data = shared.build(settings, seed=seed)
     trainer = make_trainer(
         shared.recipe.trainer,
