@@ -1,0 +1,106 @@
+"""Accuracy against layers: DACT next to taught encoders and multi-exits, all trained alike.
+
+    python -m benchmarks.frontier --data vader-2000 tweets newspaper --splits 0 1 --methods dact-4 multi-4 encoder-3
+    python -m benchmarks.frontier --report                            # only print the tables of the stored records
+
+Run it from the root of the repository. A method is a kind, a number of layers and options, such as ``dact-4-exits``:
+
+{kinds}
+
+Options: {options}.
+
+Every training leaves a small record in benchmarks/results/frontier/, so that a stopped run resumes; its models and the
+answers of its layers stay in `--cache`, outside the repository. What a method starts from is trained first. All margins,
+and whatever is fitted after training, are chosen on validation texts; the test texts are looked at once, at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from dact.console import quiet
+
+from . import report
+from .data import CLOSED, Setting
+from .methods import KINDS, OPTIONS, Method
+from .records import RESULTS, path_of, record
+from .report import one
+from .rules import BUDGETS
+from .training import Workshop
+
+FULL_DEPTH = one("baseline-6", "all layers", "full depth")
+PEER = one("multi-4", "lead", "multi-exit of 4 layers")
+OURS = one("dact-4", "margin", "DACT of 4 layers")
+SHOWN = (  # if it was trained
+    FULL_DEPTH,
+    *(one(f"encoder-{layers}", "all layers", f"taught encoder of {layers} layers") for layers in (4, 3, 2)),
+    PEER,
+    one("multi-4-weighted", "lead", "multi-exit of 4 layers, weighted exits"),
+    one("multi-4-long", "lead", "multi-exit of 4 layers, twice the epochs"),
+    OURS,
+    one("dact-4", "tolerance", "DACT of 4 layers, by its tolerance"),
+    one("dact-4-exits", "margin", "DACT of 4 layers, exit loss 3"),
+    one("dact-4-exits-anytime", "margin", "DACT of 4 layers, exit loss 3 on a_n"),
+    one("dact-4-exits-weighted", "margin", "DACT of 4 layers, exit loss 3, weighted exits"),
+    one("dact-4-exits-anytime-long", "margin", "DACT of 4 layers, exit loss 3 on a_n, twice the epochs"),
+)
+PAIRS = [(ours, PEER) for ours in SHOWN if ours.name.startswith("DACT")]
+
+
+def main() -> None:
+    text = (__doc__ or "").format(
+        kinds="\n".join(f"    {name:<10}{what}" for name, what in KINDS.items()),
+        options="; ".join(f"{name} ({what})" for name, what in OPTIONS.items()),
+    )
+    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", default=["vader-2000", "tweets", "newspaper"])
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--methods", nargs="+", type=Method.parse, default=[])
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--cache", type=Path, default=Path("lightning_logs") / "frontier")
+    parser.add_argument("--keep_models", action="store_true", help="for benchmarks/speed.py")
+    parser.add_argument("--opened", action="store_true", help=f"the comparison is decided: allow {', '.join(CLOSED)}")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    if not arguments.opened and set(CLOSED) & {name.split("-")[0] for name in arguments.data}:
+        parser.error(f"{', '.join(CLOSED)} are for the end alone, when everything is decided: --opened")
+    quiet()
+    warnings.filterwarnings("ignore")
+    for name in arguments.data if not arguments.report else ():
+        for split in arguments.splits:
+            setting = Setting(name, split, arguments.epochs, arguments.batch_size)
+            shop = Workshop(arguments.cache, setting, arguments.precision, arguments.keep_models)
+            for seed in arguments.seeds:
+                for method in arguments.methods:
+                    run(shop, method, seed)
+    show()
+
+
+def run(shop: Workshop, method: Method, seed: int) -> None:
+    """Train and measure what is not there yet."""
+    for other in method.needs:
+        run(shop, other, seed)
+    if not shop.is_done(method, seed):
+        print(f"{shop.setting}: {method}, seed {seed}", flush=True)
+        shop.train(method, seed)
+    if not path_of(shop.setting, method, seed).is_file():
+        record(shop, method, seed)
+
+
+def show() -> None:
+    """Print the tables of all records and draw the picture."""
+    records = report.load()
+    for data in report.data_sets(records):
+        print(f"\n{data}: test accuracy @ mean layers (trainings in brackets)\n")
+        print("\n".join(report.accuracy_table(records, data, SHOWN, (*BUDGETS, 4.0, 6.0))))
+    print("\nPaired differences of test accuracy in points ± error from the texts / between the divisions\n")
+    print("\n".join(report.difference_table(records, PAIRS, BUDGETS)))
+    report.draw(records, SHOWN, (*BUDGETS, 4.0, 6.0), RESULTS / "frontier.png")
+
+
+main()
