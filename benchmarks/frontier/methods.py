@@ -18,6 +18,7 @@ OPTIONS = {
     "late": "the exit loss of layer n has the weight n",
     "weighted": "the exit loss follows where each example leaves (COSEE, arXiv 2412.13236)",
     "long": "twice the epochs",
+    "fast": "three times the learning rates",
     "warm": "DACT: starts from all weights of the multi-exit of as many layers",
     "averaged": "the teacher is the mean of the baselines of all seeds",
     "crossfit": "the teacher's answer to a text comes from a baseline that has not seen it (three folds)",

@@ -177,12 +177,18 @@ def tempered(rule: Rule) -> Fit:
     return fitted
 
 
-def mixed(rule: Rule, by_its_lead: bool) -> Fit:
-    """What leaves by its margin has the answer softmax(Σ_{i≤n} w_ni log y_i + b_n); what is proven keeps its own."""
+def mixed(rule: Rule, across: bool = True, by_its_lead: bool = True) -> Fit:
+    """What leaves by its margin has the answer softmax(Σ_{i≤n} w_ni log y_i + b_n); what is proven keeps its own.
+
+    Args:
+        rule: The rule that is changed.
+        across: Mix the exits up to n; otherwise scale exit n alone: one temperature and one bias per class.
+        by_its_lead: Leave by the lead of that answer; otherwise by that of y_n.
+    """
 
     def fitted(y: Tensor, h: Tensor, target: Tensor) -> Rule:
         layers, classes = y.shape[1:]
-        allowed = torch.ones(layers, layers).tril()
+        allowed = torch.ones(layers, layers).tril() if across else torch.eye(layers)
         start = torch.eye(layers) * 0.5 + allowed / (2 * allowed.sum(dim=1, keepdim=True))
         weights, bias = start.clone().requires_grad_(), torch.zeros(layers, classes, requires_grad=True)
 
@@ -236,9 +242,10 @@ FITS: dict[str, dict[str, Fit]] = {  # by kind of training; the first is the pla
         "margin, scheduled by confidence": scheduled(plain(by_margin), by_hits=False),
         "margin, scheduled": scheduled(plain(by_margin)),
         "lead of a, scheduled": scheduled(plain(by_lead_of_a)),
-        "mix": mixed(by_margin, by_its_lead=False),
-        "mix by its lead": mixed(by_margin, by_its_lead=True),
-        "mix by its lead, scheduled": scheduled(mixed(by_margin, by_its_lead=True)),
+        "scaled exits": mixed(by_margin, across=False),
+        "mix by the margin": mixed(by_margin, by_its_lead=False),
+        "mix": mixed(by_margin),
+        "mix, scheduled": scheduled(mixed(by_margin)),
     },
     "multi": {
         "lead": plain(by_lead),
@@ -247,12 +254,13 @@ FITS: dict[str, dict[str, Fit]] = {  # by kind of training; the first is the pla
         "lead, tempered": tempered(by_lead),
         "lead, scheduled by confidence": scheduled(plain(by_lead), by_hits=False),
         "lead, scheduled": scheduled(plain(by_lead)),
-        "mix": mixed(by_lead, by_its_lead=False),
-        "mix by its lead": mixed(by_lead, by_its_lead=True),
-        "mix by its lead, scheduled": scheduled(mixed(by_lead, by_its_lead=True)),
+        "scaled exits": mixed(by_lead, across=False),
+        "mix by the margin": mixed(by_lead, by_its_lead=False),
+        "mix": mixed(by_lead),
+        "mix, scheduled": scheduled(mixed(by_lead)),
     },
 }
-PAIRED = ("margin", "lead", "mix by its lead", "lead of a")  # rules of which the record has every test text
+PAIRED = ("margin", "lead", "y alone", "scaled exits", "mix")  # rules of which the record has every test text
 
 
 # ---------------------------------------------------------------------- what is possible
