@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.frontier import data, records, rules
+from benchmarks.frontier import data, records, rules, training
 from benchmarks.frontier.learners import Learner
 from benchmarks.frontier.methods import Method
 from dact import functional
@@ -77,3 +77,18 @@ def test_a_plain_learner_learns_as_the_package_does(monkeypatch):
 def test_the_record_keeps_which_texts_were_right():
     right = torch.rand(37) > 0.5
     assert records.unpack(records.pack(right), 37).tolist() == right.tolist()
+
+
+def test_a_multi_exit_runs_in_the_package_as_its_rule_says():
+    setting = data.Setting("generated-200", split=0)
+    model = training.make_model(setting, Method("multi", 3)).eval()
+    batch = next(iter(data.make_data(setting).val_dataloader()))
+    with torch.no_grad():
+        output = model.full_depth(batch)
+    leads = rules.lead(output.layer_probabilities)
+    model.halting_margin = leads[:, 0].median().item()
+    early = model.early_exit(batch)
+    expected = rules.by_lead(output.layer_probabilities, output.h).exits(model.halting_margin)
+    assert torch.equal(early.exit_layer, expected)
+    assert 1 < expected.double().mean() < 3
+    torch.testing.assert_close(early.probabilities, functional.answer_at(output.layer_probabilities, expected))

@@ -10,8 +10,8 @@ Run it from the root of the repository. A method is a kind, a number of layers a
 Options: {options}.
 
 Every training leaves a small record in benchmarks/results/frontier/, so that a stopped run resumes; its models and the
-answers of its layers stay in `--cache`, outside the repository. What a method starts from is trained first. All margins,
-and whatever is fitted after training, are chosen on validation texts; the test texts are looked at once, at the end.
+answers of its layers stay in `--cache`, outside the repository. What a method starts from is trained first. Margins, and
+whatever is fitted after training, are chosen on validation texts alone.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from dact.console import quiet
 
 from . import report
 from .data import CLOSED, Setting
-from .methods import KINDS, OPTIONS, Method
+from .methods import FULL, KINDS, OPTIONS, Method
 from .records import RESULTS, path_of, record
 from .report import one
 from .rules import BUDGETS
-from .training import Workshop
+from .training import NUM_TEACHERS, Workshop
 
 FULL_DEPTH = one("baseline-6", "all layers", "full depth")
 PEER = one("multi-4", "lead", "multi-exit of 4 layers")
@@ -54,15 +54,17 @@ def main() -> None:
         kinds="\n".join(f"    {name:<10}{what}" for name, what in KINDS.items()),
         options="; ".join(f"{name} ({what})" for name, what in OPTIONS.items()),
     )
-    parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", nargs="+", default=["vader-2000", "tweets", "newspaper"])
-    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1])
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.frontier", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", nargs="+", default=["vader-2000", "tweets", "newspaper"], help="see data.Setting")
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1], help="divisions of each data set")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--methods", nargs="+", type=Method.parse, default=[])
+    parser.add_argument("--methods", nargs="+", type=Method.parse, default=[], help="such as dact-4-exits")
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--cache", type=Path, default=Path("lightning_logs") / "frontier")
+    parser.add_argument("--cache", type=Path, default=Path("lightning_logs") / "frontier", help="for models")
     parser.add_argument("--keep_models", action="store_true", help="for benchmarks/speed.py")
     parser.add_argument("--opened", action="store_true", help=f"the comparison is decided: allow {', '.join(CLOSED)}")
     parser.add_argument("--report", action="store_true", help="train nothing")
@@ -85,6 +87,9 @@ def run(shop: Workshop, method: Method, seed: int) -> None:
     """Train and measure what is not there yet."""
     for other in method.needs:
         run(shop, other, seed)
+    if "averaged" in method.options:
+        for other_seed in range(NUM_TEACHERS):
+            run(shop, Method("baseline", FULL), other_seed)
     if not shop.is_done(method, seed):
         print(f"{shop.setting}: {method}, seed {seed}", flush=True)
         shop.train(method, seed)
@@ -100,6 +105,9 @@ def show() -> None:
         print("\n".join(report.accuracy_table(records, data, SHOWN, (*BUDGETS, 4.0, 6.0))))
     print("\nPaired differences of test accuracy in points ± error from the texts / between the divisions\n")
     print("\n".join(report.difference_table(records, PAIRS, BUDGETS)))
+    print("\nRules and what is fitted after training, all trainings\n")
+    for kind in ("dact", "multi"):
+        print("\n".join(report.rule_table(records, kind, BUDGETS)), "\n")
     report.draw(records, SHOWN, (*BUDGETS, 4.0, 6.0), RESULTS / "frontier.png")
 
 

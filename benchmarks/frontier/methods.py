@@ -20,7 +20,7 @@ OPTIONS = {
     "long": "twice the epochs",
     "fast": "three times the learning rates",
     "warm": "DACT: starts from all weights of the multi-exit of as many layers",
-    "averaged": "the teacher is the mean of the baselines of all seeds",
+    "averaged": "the teacher is the mean of the baselines of three seeds",
     "crossfit": "the teacher's answer to a text comes from a baseline that has not seen it (three folds)",
     "live": "the teacher answers in every step, on a view of the text with 10 % of its tokens masked",
     "unlabelled": "6,000 more training texts, without their classes: the teacher alone is their target",

@@ -150,6 +150,38 @@ def difference_table(records: Records, pairs: Iterable[tuple[Entrant, Entrant]],
     return lines
 
 
+def rule_table(records: Records, kind: str, budgets: Iterable[float]) -> list[str]:
+    """What each rule gains over the plain one, which comes first: mean over all trainings of a kind.
+
+    A cell has the gain on test texts ± its standard error over the trainings and, in brackets, that on validation texts,
+    where each half is measured with what was fitted to the other.
+    """
+    budgets = list(budgets)
+    found = [record for name, by_key in records.items() if name.startswith(f"{kind}-") for record in by_key.values()]
+    if not found:
+        return []
+    plain, *others = [rule for rule in found[0]["rules"] if rule != ALL]
+    lines = [
+        f"| {len(found)} trainings, less `{plain}` | " + " | ".join(f"{budget:g}" for budget in budgets) + " |",
+        "|---|" + "---|" * len(budgets),
+    ]
+    for rule in others:
+        cells = []
+        for budget in budgets:
+            gains = {
+                split: [
+                    r["rules"][rule][f"{budget:.1f}"][split]["accuracy"]
+                    - r["rules"][plain][f"{budget:.1f}"][split]["accuracy"]
+                    for r in found
+                ]
+                for split in ("val", "test")
+            }
+            error = statistics.stdev(gains["test"]) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+            cells.append(f"{statistics.mean(gains['test']):+.2f} ± {error:.2f} ({statistics.mean(gains['val']):+.2f})")
+        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+    return lines
+
+
 def draw(records: Records, entrants: Sequence[Entrant], budgets: Sequence[float], path: Path) -> None:
     """Accuracy against layers, one panel for each data set."""
     names = data_sets(records)

@@ -167,28 +167,41 @@ def calibrated(answers: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda answers: (fitted * functional.log_of(answers)).softmax(dim=-1)
 
 
-def tempered(rule: Rule) -> Fit:
-    """The lead of y_n at one temperature per layer; the answers as they are."""
+def scaled(rule: Rule, with_bias: bool = True) -> Fit:
+    """The rule on softmax(w_n log y_n + b_n), with one w and one b per class for each exit, fitted by the likelihood.
+
+    It can be folded into the last linear map of each classifier, so it costs nothing and leaves the proof as it is.
+    """
 
     def fitted(y: Tensor, h: Tensor, target: Tensor) -> Rule:
-        calibrate = calibrated(y, target)
-        return lambda y, h: replace(rule(y, h), score=lead(calibrate(y)))
+        log_weights = torch.zeros(1, y.shape[1], 1, requires_grad=True)
+        bias = torch.zeros(y.shape[1:], requires_grad=with_bias)
+
+        def scale(y: Tensor) -> Tensor:
+            return log_weights.exp() * functional.log_of(y) + bias
+
+        def loss() -> Tensor:
+            return likelihood_loss(scale(y), target) + 1e-3 * (log_weights.square().sum() + bias.square().sum())
+
+        minimise([log_weights, bias] if with_bias else [log_weights], loss)
+
+        def scaled_rule(y: Tensor, h: Tensor) -> Policy:
+            with torch.no_grad():
+                return rule(scale(y).softmax(dim=-1), h)
+
+        return scaled_rule
 
     return fitted
 
 
-def mixed(rule: Rule, across: bool = True, by_its_lead: bool = True) -> Fit:
-    """What leaves by its margin has the answer softmax(Σ_{i≤n} w_ni log y_i + b_n); what is proven keeps its own.
-
-    Args:
-        rule: The rule that is changed.
-        across: Mix the exits up to n; otherwise scale exit n alone: one temperature and one bias per class.
-        by_its_lead: Leave by the lead of that answer; otherwise by that of y_n.
+def mixed(rule: Rule) -> Fit:
+    """What leaves by its margin has the answer softmax(Σ_{i≤n} w_ni log y_i + b_n) and leaves by its lead; what is proven
+    keeps its own.
     """
 
     def fitted(y: Tensor, h: Tensor, target: Tensor) -> Rule:
         layers, classes = y.shape[1:]
-        allowed = torch.ones(layers, layers).tril() if across else torch.eye(layers)
+        allowed = torch.ones(layers, layers).tril()
         start = torch.eye(layers) * 0.5 + allowed / (2 * allowed.sum(dim=1, keepdim=True))
         weights, bias = start.clone().requires_grad_(), torch.zeros(layers, classes, requires_grad=True)
 
@@ -205,9 +218,8 @@ def mixed(rule: Rule, across: bool = True, by_its_lead: bool = True) -> Fit:
             policy = rule(y, h)
             with torch.no_grad():
                 answers = mix(y).softmax(dim=-1)
-            score = lead(answers) if by_its_lead else policy.score
             kept = policy.proven & ~last_alone(policy.score)
-            return Policy(score, torch.where(kept.unsqueeze(-1), policy.answers, answers), policy.proven)
+            return Policy(lead(answers), torch.where(kept.unsqueeze(-1), policy.answers, answers), policy.proven)
 
         return mixed_rule
 
@@ -238,12 +250,12 @@ FITS: dict[str, dict[str, Fit]] = {  # by kind of training; the first is the pla
         "lead of a": plain(by_lead_of_a),
         "margin where y and a agree": plain(by_agreement),
         "y alone": plain(by_lead),
-        "margin, tempered": tempered(by_margin),
+        "margin, one temperature per exit": scaled(by_margin, with_bias=False),
         "margin, scheduled by confidence": scheduled(plain(by_margin), by_hits=False),
         "margin, scheduled": scheduled(plain(by_margin)),
-        "lead of a, scheduled": scheduled(plain(by_lead_of_a)),
-        "scaled exits": mixed(by_margin, across=False),
-        "mix by the margin": mixed(by_margin, by_its_lead=False),
+        "scaled exits, y alone": scaled(by_lead),
+        "scaled exits, scheduled": scheduled(scaled(by_margin)),
+        "scaled exits": scaled(by_margin),
         "mix": mixed(by_margin),
         "mix, scheduled": scheduled(mixed(by_margin)),
     },
@@ -251,16 +263,16 @@ FITS: dict[str, dict[str, Fit]] = {  # by kind of training; the first is the pla
         "lead": plain(by_lead),
         "entropy": plain(by_entropy),
         "mean of the exits": plain(by_mean),
-        "lead, tempered": tempered(by_lead),
+        "lead, one temperature per exit": scaled(by_lead, with_bias=False),
         "lead, scheduled by confidence": scheduled(plain(by_lead), by_hits=False),
         "lead, scheduled": scheduled(plain(by_lead)),
-        "scaled exits": mixed(by_lead, across=False),
-        "mix by the margin": mixed(by_lead, by_its_lead=False),
+        "scaled exits, scheduled": scheduled(scaled(by_lead)),
+        "scaled exits": scaled(by_lead),
         "mix": mixed(by_lead),
         "mix, scheduled": scheduled(mixed(by_lead)),
     },
 }
-PAIRED = ("margin", "lead", "y alone", "scaled exits", "mix")  # rules of which the record has every test text
+PAIRED = ("margin", "lead", "scaled exits", "mix")  # rules of which the record has every test text
 
 
 # ---------------------------------------------------------------------- what is possible

@@ -27,25 +27,24 @@ RATE, HEAD_RATE = 1e-4, 1e-3  # many heads in little time need a larger rate tha
 LAMBDA, TEACHER_SHARE = 0.05, 0.5
 FOLDS = 3  # of the option `crossfit`
 NUM_UNLABELLED = 6_000
+NUM_TEACHERS = 3  # baselines (of the seeds 0, 1, …) whose mean is the teacher under the option `averaged`
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where trainings of one setting leave their models and answers; nothing of it belongs into the repository.
+    """Where trainings of one setting leave their models and answers; nothing of it belongs in the repository.
 
     Args:
         cache: Folder for all settings.
         setting: The data and the length of the training.
         precision: As for the Trainer of Lightning.
         keep_models: Save each model as `dact.DACT.from_pretrained` reads it, for benchmarks/speed.py.
-        teachers: Number of baselines (seeds 0, 1, …) whose mean is the teacher under the option `averaged`.
     """
 
     cache: Path
     setting: Setting
     precision: str = "bf16-mixed"
     keep_models: bool = False
-    teachers: int = 2
 
     def home(self, method: Method, seed: int) -> Path:
         return self.cache / str(self.setting) / f"{method}.{seed}"
@@ -89,7 +88,7 @@ class Workshop:
         """The targets of the training texts ``[texts, classes]``, in their order."""
         if "crossfit" in method.options:
             return self._kept(f"crossfit.{seed}", lambda: self._cross_fitted(seed, data))
-        seeds = range(self.teachers) if "averaged" in method.options else [seed]
+        seeds = range(NUM_TEACHERS) if "averaged" in method.options else [seed]
         name = "unlabelled" if "unlabelled" in method.options else "labelled"
         return torch.stack(
             [
