@@ -25,28 +25,12 @@ from dact.console import quiet
 from . import report
 from .data import CLOSED, Setting
 from .methods import FULL, KINDS, OPTIONS, Method
-from .records import RESULTS, path_of, record
+from .records import ALL, RESULTS, path_of, record
 from .report import one
-from .rules import BUDGETS
+from .rules import BUDGETS, FITS
 from .training import NUM_TEACHERS, Workshop
 
-FULL_DEPTH = one("baseline-6", "all layers", "full depth")
-PEER = one("multi-4", "lead", "multi-exit of 4 layers")
-OURS = one("dact-4", "margin", "DACT of 4 layers")
-SHOWN = (  # if it was trained
-    FULL_DEPTH,
-    *(one(f"encoder-{layers}", "all layers", f"taught encoder of {layers} layers") for layers in (4, 3, 2)),
-    PEER,
-    one("multi-4-weighted", "lead", "multi-exit of 4 layers, weighted exits"),
-    one("multi-4-long", "lead", "multi-exit of 4 layers, twice the epochs"),
-    OURS,
-    one("dact-4", "tolerance", "DACT of 4 layers, by its tolerance"),
-    one("dact-4-exits", "margin", "DACT of 4 layers, exit loss 3"),
-    one("dact-4-exits-anytime", "margin", "DACT of 4 layers, exit loss 3 on a_n"),
-    one("dact-4-exits-weighted", "margin", "DACT of 4 layers, exit loss 3, weighted exits"),
-    one("dact-4-exits-anytime-long", "margin", "DACT of 4 layers, exit loss 3 on a_n, twice the epochs"),
-)
-PAIRS = [(ours, PEER) for ours in SHOWN if ours.name.startswith("DACT")]
+PEER = one("multi-4", "lead")  # the fair peer of the DACTs of 4 layers, which everything is compared with
 
 
 def main() -> None:
@@ -100,15 +84,20 @@ def run(shop: Workshop, method: Method, seed: int) -> None:
 def show() -> None:
     """Print the tables of all records and draw the picture."""
     records = report.load()
+    plain = [one(method, next(iter(FITS.get(Method.parse(method).kind, [ALL])))) for method in sorted(records)]
     for data in report.data_sets(records):
         print(f"\n{data}: test accuracy @ mean layers (trainings in brackets)\n")
-        print("\n".join(report.accuracy_table(records, data, SHOWN, (*BUDGETS, 4.0, 6.0))))
-    print("\nPaired differences of test accuracy in points ± error from the texts / between the divisions\n")
-    print("\n".join(report.difference_table(records, PAIRS, BUDGETS)))
+        print("\n".join(report.accuracy_table(records, data, plain, (*BUDGETS, 4.0, 6.0))))
+        print(f"\n{data}: what the layers could do\n")
+        print("\n".join(report.oracle_table(records, data)))
+    print(f"\nTest accuracy less {PEER.name}, in points ± error from the texts / between the divisions\n")
+    adaptive = [entrant.choices[0] for entrant in plain if Method.parse(entrant.choices[0][0]).kind in FITS]
+    pairs = [(one(method, rule), PEER) for method, first in adaptive for rule in (first, "scaled exits", "mix")]
+    print("\n".join(report.difference_table(records, pairs, BUDGETS)))
     print("\nRules and what is fitted after training, all trainings\n")
     for kind in ("dact", "multi"):
         print("\n".join(report.rule_table(records, kind, BUDGETS)), "\n")
-    report.draw(records, SHOWN, (*BUDGETS, 4.0, 6.0), RESULTS / "frontier.png")
+    report.draw(records, plain, (*BUDGETS, 4.0, 6.0), RESULTS / "frontier.png")
 
 
 main()

@@ -44,8 +44,12 @@ class Learner(DACT):
 
     def loss_of(self, batch: Batch) -> Tensor:
         """What training minimises on a batch."""
-        logits, h = self._submodels(batch)
+        states = self.encoder(batch)
+        logits = functional.at_least_float32(self.classifier(states))
         y = logits.softmax(dim=-1)
+        if "detached" in self.method.options:
+            states, y = states.detach(), y.detach()
+        h = functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
         a, p = functional.accumulate(y, h)
         answers = functional.log_of(a) if "anytime" in self.method.options else logits.log_softmax(dim=-1)
         weights = self._exit_weights(y.detach())  # [batch, layers]

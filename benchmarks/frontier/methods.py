@@ -15,6 +15,7 @@ OPTIONS = {
     "exits": "DACT: exit_loss_weight 3 instead of 0.3",
     "anytime": "DACT: the exit loss is that of the accumulated answers a_n, which early exit returns, not of y_n",
     "free": "DACT: λ = 0, so that the confidence only weighs the exits",
+    "detached": "DACT: encoder and classifiers learn from the exit loss alone, as in the multi-exit; a_N teaches the confidence",
     "late": "the exit loss of layer n has the weight n",
     "weighted": "the exit loss follows where each example leaves (COSEE, arXiv 2412.13236)",
     "long": "twice the epochs",
@@ -25,7 +26,7 @@ OPTIONS = {
     "live": "the teacher answers in every step, on a view of the text with 10 % of its tokens masked",
     "unlabelled": "6,000 more training texts, without their classes: the teacher alone is their target",
 }
-DACT_ALONE = ("exits", "anytime", "free", "warm")
+DACT_ALONE = ("exits", "anytime", "free", "detached", "warm")
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Method:
         unknown = [option for option in self.options if option not in OPTIONS]
         if self.kind not in KINDS or unknown:
             raise ValueError(f"{self}: expected a kind of {', '.join(KINDS)} and options of {', '.join(OPTIONS)}")
+        if {"anytime", "detached"} <= set(self.options):
+            raise ValueError(f"{self}: detached leaves anytime nothing to learn from")
         foreign = [option for option in self.options if option in DACT_ALONE and self.kind != "dact"]
         if foreign:
             raise ValueError(f"{self}: {', '.join(foreign)} needs DACT")

@@ -142,11 +142,13 @@ def difference_table(records: Records, pairs: Iterable[tuple[Entrant, Entrant]],
     budgets = list(budgets)
     lines = ["| | " + " | ".join(f"{budget:g}" for budget in budgets) + " |", "|---|" + "---|" * len(budgets)]
     for left, right in pairs:
+        if left == right:
+            continue
         found = [difference(records, left, right, budget) for budget in budgets]
         if any(found):
             count = max((d.divisions, d.trainings) for d in found if d)
             cells = " | ".join("" if d is None else str(d) for d in found)
-            lines.append(f"| {left.name} less {right.name} ({count[0]} divisions, {count[1]} pairs) | {cells} |")
+            lines.append(f"| {left.name} ({count[0]} divisions) | {cells} |")
     return lines
 
 
@@ -182,6 +184,25 @@ def rule_table(records: Records, kind: str, budgets: Iterable[float]) -> list[st
     return lines
 
 
+def oracle_table(records: Records, data: str) -> list[str]:
+    """What the layers of each method could do, mean over its trainings; see `rules.oracle`."""
+    lines = [
+        "| | right at some layer, % | first such layer | all layers, % | first layer with that class | by layer, % |",
+        "|---|---|---|---|---|---|",
+    ]
+    for method, by_key in sorted(records.items()):
+        found = [r for key, r in by_key.items() if key[0].rsplit(".", 1)[0] == data and "oracle" in r]
+        if not found:
+            continue
+        known = {name: statistics.mean(r["oracle"][name] for r in found) for name in found[0]["oracle"]}
+        depths = [100 * statistics.mean(values) for values in zip(*(r["by layer"] for r in found), strict=True)]
+        lines.append(
+            f"| {method} ({len(found)}) | {known['accuracy']:.1f} | {known['layers']:.2f} | {depths[-1]:.2f} "
+            f"| {known['layers for the class of all']:.2f} | {' / '.join(f'{depth:.1f}' for depth in depths)} |"
+        )
+    return lines
+
+
 def draw(records: Records, entrants: Sequence[Entrant], budgets: Sequence[float], path: Path) -> None:
     """Accuracy against layers, one panel for each data set."""
     names = data_sets(records)
@@ -195,7 +216,7 @@ def draw(records: Records, entrants: Sequence[Entrant], budgets: Sequence[float]
                 if found:
                     points.append([statistics.mean(p[what] for p in found) for what in ("layers", "accuracy")])
             if points:
-                marker = "s:" if len(points) == 1 else "o-" if entrant.name.startswith("DACT") else "o--"
+                marker = "s:" if len(points) == 1 else "o-" if entrant.name.startswith("dact") else "o--"
                 axes.plot(*zip(*points, strict=True), marker, label=entrant.name)
         axes.set(title=data, xlabel="mean layers", ylabel="test accuracy, %")
     labelled = {

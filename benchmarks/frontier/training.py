@@ -164,7 +164,7 @@ def make_model(setting: Setting, method: Method, mask_token: int | None = None) 
         method=method,
         mask_token=mask_token,
         lambda_reg=0.0 if "free" in method.options else LAMBDA,
-        exit_loss_weight=3.0 if "exits" in method.options else 0.3,
+        exit_loss_weight=3.0 if "exits" in method.options else 1.0 if "detached" in method.options else 0.3,
         **arguments,
     )
     if method.kind == "encoder":
