@@ -90,7 +90,9 @@ def show() -> None:
         print("\n".join(report.accuracy_table(records, data, plain, (*BUDGETS, 4.0, 6.0))))
         print(f"\n{data}: what the layers could do\n")
         print("\n".join(report.oracle_table(records, data)))
-    print(f"\nTest accuracy less {PEER.name}, in points ± error from the texts / between the divisions\n")
+    print(
+        f"\nTest accuracy less {PEER.name}, in points ± the larger of the errors from texts and divisions (validation)\n"
+    )
     adaptive = [entrant.choices[0] for entrant in plain if Method.parse(entrant.choices[0][0]).kind in FITS]
     pairs = [(one(method, rule), PEER) for method, first in adaptive for rule in (first, "scaled exits", "mix")]
     print("\n".join(report.difference_table(records, pairs, BUDGETS)))

@@ -94,8 +94,8 @@ def _last(method: Method, y: Tensor, h: Tensor) -> Tensor:
 
 def _measured(answer: Tensor, exits: Tensor, target: Tensor) -> dict[str, float]:
     return {
-        "layers": exits.double().mean().item(),
-        "accuracy": 100 * (answer.argmax(dim=1) == target).double().mean().item(),
+        "layers": round(exits.double().mean().item(), 4),
+        "accuracy": round(100 * (answer.argmax(dim=1) == target).double().mean().item(), 3),
     }
 
 

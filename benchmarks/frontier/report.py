@@ -69,6 +69,7 @@ class Difference:
         gain: Mean over the test texts of all divisions, each the mean over its seeds.
         text_error: Standard error from the texts alone.
         training_error: Standard error from the scatter between divisions, each weighed by its texts.
+        val_gain: The same on validation texts, mean over the trainings.
         layers: Mean layers of the two sides.
         divisions: Number of data sets times divisions.
         trainings: Number of pairs of trainings.
@@ -78,13 +79,15 @@ class Difference:
     gain: float
     text_error: float
     training_error: float
+    val_gain: float
     layers: tuple[float, float]
     divisions: int
     trainings: int
     by_data: dict[str, float]
 
     def __str__(self) -> str:
-        return f"{self.gain:+.2f} ± {self.text_error:.2f} / {self.training_error:.2f}"
+        errors = [error for error in (self.text_error, self.training_error) if not math.isnan(error)]
+        return f"{self.gain:+.2f} ± {max(errors):.2f} ({self.val_gain:+.2f})"
 
 
 def difference(
@@ -93,11 +96,13 @@ def difference(
     """How far `left` is above `right` at a budget, wherever both were trained."""
     by_setting: dict[str, list[Any]] = defaultdict(list)
     layers: list[tuple[float, float]] = []
+    val_gains: list[float] = []
     for key in sorted(left.keys(records) & right.keys(records)):
         mine, theirs = left.point(records, key, budget), right.point(records, key, right_budget or budget)
         if not (mine and theirs and "correct" in mine and "correct" in theirs):
             continue
         by_setting[key[0]].append(mine["correct"].astype(float) - theirs["correct"].astype(float))
+        val_gains.append(mine["val"]["accuracy"] - theirs["val"]["accuracy"])
         layers.append((mine["test"]["layers"], theirs["test"]["layers"]))
     if not by_setting:
         return None
@@ -112,6 +117,7 @@ def difference(
         gain=mean,
         text_error=float(pooled.std(ddof=1)) / math.sqrt(len(pooled)),
         training_error=math.sqrt(spread * count / (count - 1)) / len(pooled) if count > 1 else math.nan,
+        val_gain=statistics.mean(val_gains),
         layers=(statistics.mean(mine for mine, _ in layers), statistics.mean(theirs for _, theirs in layers)),
         divisions=count,
         trainings=len(layers),
