@@ -183,7 +183,7 @@ def start_from(model: nn.Module, path: Path, parts: tuple[str, ...]) -> None:
 
 
 class FusedSteps(pl.Callback):
-    """Let AdamW take its steps in one kernel: a third of the time of a step on a CPU goes to it otherwise.
+    """Let AdamW take its steps in one kernel, which a CPU is quicker at.
 
     (Lightning does not clip the gradients of an optimizer that was made so, but of one that becomes so it does.)
     """
