@@ -10,7 +10,7 @@ Run it from the root of the repository. A method is a kind, a number of layers a
 Options: {options}.
 
 Every training leaves a small record in benchmarks/results/frontier/, so that a stopped run resumes; its models and the
-answers of its layers stay in `--cache`, outside the repository. What a method starts from is trained first. Margins, and
+answers of its layers stay in `--cache`, which belongs in no commit. What a method starts from is trained first. Margins, and
 whatever is fitted after training, are chosen on validation texts alone.
 """
 
