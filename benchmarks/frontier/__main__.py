@@ -1,0 +1,105 @@
+"""Accuracy against layers: DACT next to taught encoders and multi-exits, all trained alike.
+
+    python -m benchmarks.frontier --data vader-2000 tweets newspaper --splits 0 1 --methods dact-4 multi-4 encoder-3
+    python -m benchmarks.frontier --report                            # only print the tables of the stored records
+
+Run it from the root of the repository. A method is a kind, a number of layers and options, such as ``dact-4-exits``:
+
+{kinds}
+
+Options: {options}.
+
+Every training leaves a small record in benchmarks/results/frontier/, so that a stopped run resumes; its models and the
+answers of its layers stay in `--cache`, which belongs in no commit. What a method starts from is trained first. Margins, and
+whatever is fitted after training, are chosen on validation texts alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import warnings
+from pathlib import Path
+
+from dact.cli.quiet import quiet
+
+from . import report
+from .data import CLOSED, Setting
+from .methods import FULL, KINDS, OPTIONS, Method
+from .records import ALL, RESULTS, path_of, record
+from .report import one
+from .rules import BUDGETS, FITS
+from .training import NUM_TEACHERS, Workshop
+
+PEER = one("multi-4", "lead")  # the fair peer of the DACTs of 4 layers, which everything is compared with
+
+
+def main() -> None:
+    text = (__doc__ or "").format(
+        kinds="\n".join(f"    {name:<10}{what}" for name, what in KINDS.items()),
+        options="; ".join(f"{name} ({what})" for name, what in OPTIONS.items()),
+    )
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.frontier", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", nargs="+", default=["vader-2000", "tweets", "newspaper"], help="see data.Setting")
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1], help="divisions of each data set")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--methods", nargs="+", type=Method.parse, default=[], help="such as dact-4-exits")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch_size", type=int, default=32)
+    parser.add_argument("--precision", default="bf16-mixed")
+    parser.add_argument("--cache", type=Path, default=Path("lightning_logs") / "frontier", help="for models")
+    parser.add_argument("--keep_models", action="store_true", help="for benchmarks/speed.py")
+    parser.add_argument("--opened", action="store_true", help=f"the comparison is decided: allow {', '.join(CLOSED)}")
+    parser.add_argument("--report", action="store_true", help="train nothing")
+    arguments = parser.parse_args()
+    if not arguments.opened and set(CLOSED) & {name.split("-")[0] for name in arguments.data}:
+        parser.error(f"{', '.join(CLOSED)} are for the end alone, when everything is decided: --opened")
+    quiet()
+    warnings.filterwarnings("ignore")
+    for name in arguments.data if not arguments.report else ():
+        for split in arguments.splits:
+            setting = Setting(name, split, arguments.epochs, arguments.batch_size)
+            shop = Workshop(arguments.cache, setting, arguments.precision, arguments.keep_models)
+            for seed in arguments.seeds:
+                for method in arguments.methods:
+                    run(shop, method, seed)
+    show()
+
+
+def run(shop: Workshop, method: Method, seed: int) -> None:
+    """Train and measure what is not there yet."""
+    for other in method.needs:
+        run(shop, other, seed)
+    if "averaged" in method.options:
+        for other_seed in range(NUM_TEACHERS):
+            run(shop, Method("baseline", FULL), other_seed)
+    if not shop.is_done(method, seed):
+        print(f"{shop.setting}: {method}, seed {seed}", flush=True)
+        shop.train(method, seed)
+    if not path_of(shop.setting, method, seed).is_file():
+        record(shop, method, seed)
+
+
+def show() -> None:
+    """Print the tables of all records and draw the picture."""
+    records = report.load()
+    plain = [one(method, next(iter(FITS.get(Method.parse(method).kind, [ALL])))) for method in sorted(records)]
+    for data in report.data_sets(records):
+        print(f"\n{data}: test accuracy @ mean layers (trainings in brackets)\n")
+        print("\n".join(report.accuracy_table(records, data, plain, (*BUDGETS, 4.0, 6.0))))
+        print(f"\n{data}: what the layers could do\n")
+        print("\n".join(report.oracle_table(records, data)))
+    print(
+        f"\nTest accuracy less {PEER.name}, in points ± the larger of the errors from texts and divisions (validation)\n"
+    )
+    adaptive = [entrant.choices[0] for entrant in plain if Method.parse(entrant.choices[0][0]).kind in FITS]
+    pairs = [(one(method, rule), PEER) for method, first in adaptive for rule in (first, "scaled exits", "mix")]
+    print("\n".join(report.difference_table(records, pairs, BUDGETS)))
+    print("\nRules and what is fitted after training, all trainings\n")
+    for kind in ("dact", "multi"):
+        print("\n".join(report.rule_table(records, kind, BUDGETS)), "\n")
+    report.draw(records, plain, (*BUDGETS, 4.0, 6.0), RESULTS / "frontier.png")
+
+
+main()
