@@ -153,7 +153,8 @@ def test_every_command_reads_the_configuration_that_a_fit_left(fitted, dact_here
     assert yaml.safe_load(text)["model"]["encoder"]["init_args"]["hidden_size"] == 16
 
 
-def test_the_configuration_of_the_readme_learns(tmp_path):
+@pytest.mark.slow
+def test_the_configuration_of_a_fit_learns(tmp_path):
     done = dact("fit", "--config", FIT, "--trainer.accelerator", "cpu", cwd=tmp_path, OMP_NUM_THREADS="2")
     run = tmp_path / "lightning_logs" / "version_0"
     events = EventAccumulator(str(run)).Reload()

@@ -189,7 +189,7 @@ def heavy_modules(*words):
 def test_what_needs_no_lightning_imports_nothing_heavy(words):
     heavy, text = heavy_modules(*words)
     assert heavy == []
-    expected = {"--version": "dact 0.1", "--help": "--data.help TextClassificationData", "ft": "did you mean fit?"}
+    expected = {"--version": "dact 0.2", "--help": "--data.help TextClassificationData", "ft": "did you mean fit?"}
     assert expected.get(" ".join(words), "dact") in text
 
 
