@@ -13,7 +13,6 @@ from dact.data.tables import write_table
 from dact.data.teacher import _longest_input
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
-from dact.files import read_tensors
 from tests import references
 from tests.conftest import random_batch, tiny_model
 
@@ -203,7 +202,7 @@ def test_a_fit_with_a_teacher_learns_its_answers(taught_folder):
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_the_engine_trains_its_teacher_once(tmp_path, mode):
+def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_path, mode):
     def model(**overrides):
         return DACT(encoder=TransformerEncoder(42, 2, 8, 2), **overrides)
 
@@ -219,25 +218,25 @@ def test_the_engine_trains_its_teacher_once(tmp_path, mode):
             compare_defaults=False,
             log_dir=tmp_path,
         )
-        engine.display.console.quiet = True
+        engine.progress.console.quiet = True
         return engine
 
     _, path = made().run_pipeline("run")
     assert DACT.load_from_checkpoint(path).distillation == 0.5
-    stored = tmp_path / "run" / "teacher" / "probabilities.safetensors"
+    stored = tmp_path / "run" / "baseline" / "answers.safetensors"
     before = stored.stat().st_mtime_ns
     again = made()
-    again._begin("run")
-    data = again.make_data()
+    again.final_train("run")
+    assert stored.stat().st_mtime_ns == before
+    shared = again._shared
+    started, data = shared.build({}, whole=True)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    assert stored.stat().st_mtime_ns == before
-    assert {path.name for path in stored.parent.iterdir()} == {stored.name, "encoder.safetensors"}
-    weights = read_tensors(stored.parent / "encoder.safetensors")[0]
-    started = again.start(again.make_model()).encoder.state_dict()
-    assert all(torch.equal(started[name], weight) for name, weight in weights.items())
-    assert not all(torch.equal(again.make_model().encoder.state_dict()[name], w) for name, w in weights.items())
-    torch.testing.assert_close(batch["teacher"], data.teacher_probabilities[batch["row"]])
+    weights = shared.baseline.encoder()
+    assert all(torch.equal(started.encoder.state_dict()[name], weight) for name, weight in weights.items())
+    fresh = shared.recipe.make_model().encoder.state_dict()
+    assert not all(torch.equal(fresh[name], weight) for name, weight in weights.items())
+    torch.testing.assert_close(batch["teacher"], shared.baseline.probabilities()[batch["row"]])
     torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))
 
 
