@@ -155,7 +155,7 @@ def test_every_command_reads_the_configuration_that_a_fit_left(fitted, dact_here
 
 @pytest.mark.slow
 def test_the_configuration_of_a_fit_learns(tmp_path):
-    done = dact("fit", "--config", FIT, "--trainer.accelerator", "cpu", cwd=tmp_path, OMP_NUM_THREADS="2")
+    done = dact("fit", "--config", FIT, "--trainer.accelerator", "cpu", cwd=tmp_path)
     run = tmp_path / "lightning_logs" / "version_0"
     events = EventAccumulator(str(run)).Reload()
     assert events.Scalars("val_accuracy")[-1].value > 0.88
