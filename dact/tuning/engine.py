@@ -345,7 +345,7 @@ class TuningEngine:
             storage = open_storage(self.storage, run.folder)
             where = describe_storage(self.storage, run.folder)
             study = studies.open_study(run, stage, setting, storage, where, self.pruner if stage.prunes else None)
-            studies.start_with(study, starts[stage.name])
+            studies.start_with(study, starts[stage.name][: self.n_trials[stage.name]])
             return study
 
     def _tune_alone(self, stage: Stage, run_tag: str) -> Winners:
