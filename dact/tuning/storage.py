@@ -22,19 +22,32 @@ def environment_error(error: BaseException | None) -> BaseException | None:
 
     A file that is not there and a broken pipe come from the code of a trial; other system errors do not.
     """
-    while error is not None:
-        if isinstance(error, (RunStopped, StorageInternalError, SQLAlchemyError)):
-            return error
-        if isinstance(error, OSError) and not isinstance(error, (FileNotFoundError, BrokenPipeError)):
-            return error
-        error = error.__cause__ or error.__context__
+    for cause in _chain(error):
+        if isinstance(cause, (RunStopped, StorageInternalError, SQLAlchemyError)):
+            return cause
+        if isinstance(cause, OSError) and not isinstance(cause, (FileNotFoundError, BrokenPipeError)):
+            return cause
     return None
+
+
+def _chain(error: BaseException | None) -> list[BaseException]:
+    """Return an error and all that it arose from, by cause and by context; a library may close the chain to a ring."""
+    found: list[BaseException] = []
+    waiting = [error]
+    while waiting:
+        one = waiting.pop()
+        if one is not None and not any(one is other for other in found):
+            found.append(one)
+            waiting += [one.__context__, one.__cause__]
+    return found
 
 
 def root_cause(error: BaseException) -> str:
     """Return the first line of the first error in a chain."""
-    while error.__cause__ is not None:
+    seen = {id(error)}
+    while error.__cause__ is not None and id(error.__cause__) not in seen:
         error = error.__cause__
+        seen.add(id(error))
     return (str(error) or type(error).__name__).splitlines()[0]
 
 
@@ -112,8 +125,4 @@ def corrupted(where: str, what: object) -> ValueError:
 
 def is_unreachable(error: BaseException | None) -> bool:
     """Return whether a storage could not be reached, which says nothing about its content."""
-    while error is not None:
-        if isinstance(error, (OperationalError, InterfaceError, ConnectionError)):
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+    return any(isinstance(cause, (OperationalError, InterfaceError, ConnectionError)) for cause in _chain(error))
