@@ -121,7 +121,9 @@ class FinalFit:
 
         Without settings it is what the factories make: no teacher, and no start from the baseline.
         """
+        last = folder / "checkpoints" / "last.ckpt"  # of use only to a fit that is not done
         if (folder / "history.json").is_file():
+            last.unlink(missing_ok=True)  # a kill may have come just before
             return
         chosen = dict(settings or {})
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
@@ -153,7 +155,7 @@ class FinalFit:
         tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
         logger.finalize("success")
         write_json(folder / "history.json", history.epochs)
-        (folder / "checkpoints" / "last.ckpt").unlink()  # of use only to a fit that is not done
+        last.unlink()
 
     def _measure(self, folder: Path, data: LightningDataModule) -> None:
         """Write metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
