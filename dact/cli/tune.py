@@ -40,7 +40,7 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         RuntimeError: If a disk or the storage failed; the message says what to do.
     """
     from dact.tuning import TuningEngine
-    from dact.tuning.storage import environment_error, root_cause
+    from dact.tuning.storage import describe_storage, environment_error, root_cause
 
     if config.data is None:
         raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
@@ -73,9 +73,11 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         cause = environment_error(error)
         if cause is None:
             raise
+        where = f"{engine.log_dir / tag}"
+        if not isinstance(cause, OSError) and isinstance(engine.storage, str):
+            where += f", storage {describe_storage(engine.storage, engine.log_dir / tag)}"
         raise RuntimeError(
-            f"{engine.log_dir / tag}: {root_cause(cause)}. What has finished is kept: fix this and run the same "
-            "command again"
+            f"{where}: {root_cause(cause)}. What has finished is kept: fix this and run the same command again"
         ) from error
 
 
