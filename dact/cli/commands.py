@@ -188,13 +188,12 @@ class DACTCLI(LightningCLI):
         """Build the model from a checkpoint or folder, and the data from the configuration."""
         if config.ckpt_path is not None and self.request.model is not None:
             raise ValueError("give --model or --ckpt_path, not both")
-        given = self.request.model or config.ckpt_path
-        if given is None:
+        if self.request.model is None and config.ckpt_path is None:
             raise ValueError(
-                f"dact {self.subcommand} needs a model: --model with a model/ folder or the folder of a run, such as "
-                f"{RUNS}/version_0, or --ckpt_path with a checkpoint"
+                f"dact {self.subcommand} needs a model: --model with a model/ folder, the folder of a run, such as "
+                f"{RUNS}/version_0, or a Hub id, or --ckpt_path with a checkpoint"
             )
-        self.source = find_model(given)
+        self.source = self.request.model or find_model(config.ckpt_path)
         overrides = self._overrides()
         self.model = load_model(self.source, own_encoder(self.source, config.model.get("encoder")), **overrides)
         config.ckpt_path = config.optimizer = config.lr_scheduler = None
