@@ -294,9 +294,6 @@ class DACTCLI(LightningCLI):
         else:
             super()._run_subcommand(subcommand)
 
-    def _run_folder(self, config: Namespace) -> Path:
-        return Path(config.trainer.default_root_dir or ".") / RUNS / config.run_tag
-
     def _resume(self, config: Namespace) -> None:
         """Let a fit with the tag of an earlier one resume it."""
         checkpoint = config.ckpt_path
@@ -307,7 +304,7 @@ class DACTCLI(LightningCLI):
             )
         if not config.run_tag:
             return
-        folder = check_tag(self._run_folder(config), "fit")
+        folder = check_tag(Path(config.trainer.default_root_dir or ".") / RUNS, config.run_tag, "fit")
         last = folder / "checkpoints" / LAST
         if checkpoint is None and last.is_file():
             self._complete_model(config)
