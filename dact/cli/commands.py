@@ -28,7 +28,7 @@ from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
-from dact.cli.request import EVALUATING, Request
+from dact.cli.request import COMMANDS, EVALUATING, Request
 from dact.cli.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
 from dact.cli.stored import find_model, load_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
@@ -393,7 +393,8 @@ def run() -> DACTCLI:
     sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))]
     request = Request.read(sys.argv[1:])
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
-    usages = {name: {"usage": f"dact {name} --config FILE [--OPTION VALUE ...]"} for name in DACTCLI.subcommands()}
+    needed = {name: "--model RUN [--config FILE]" if name in EVALUATING else "--config FILE" for name in COMMANDS}
+    usages = {name: {"usage": f"dact {name} {words} [--OPTION VALUE ...]"} for name, words in needed.items()}
     return DACTCLI(
         request,
         trainer_class=DACTTrainer,

@@ -7,7 +7,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
 from itertools import accumulate, pairwise
@@ -20,15 +20,10 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 USAGE_ERRORS = (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError, MisconfigurationException)
 PACKAGES = ("dact.data", "dact.encoders")  # whose classes a configuration may name without the package
+CUTOFF = 0.75  # how much alike a word and the one that was meant are
 # Lines of jsonargparse about a value that say nothing to its author.
-NOISE = (
-    "Does not validate",
-    "Subtypes:",
-    "Errors:",
-    "Given value type:",
-    "Given value: {",
-    "Expected a <class 'NoneType'>",
-    "Expected a path",
+NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value type:|Given value: \{|Expected a (path|<class 'NoneType'>)"
 )
 
 
@@ -87,28 +82,33 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
         with contextlib.suppress(OSError):  # which jsonargparse reports itself
             try:
                 nodes += [(file, *node) for node in _nodes(yaml.compose(file.read_text(encoding="utf-8")))]
-            except yaml.MarkedYAMLError as error:
-                line = error.problem_mark.line + 1 if error.problem_mark else 1
-                return f"{file}, line {line}: no valid YAML: {error.problem}"
+            except yaml.YAMLError as error:
+                mark = getattr(error, "problem_mark", None)
+                problem = getattr(error, "problem", error)
+                return f"{file}, line {mark.line + 1 if mark else 1}: no valid YAML: {problem}"
 
     def place(key: str, value: str | None = None) -> str:
         """Return the last file and line where a key stands, with that value if it is a plain one."""
         for file, line, path, content in reversed(nodes):
-            if f".{path}".endswith(f".{key}") and (value is None or content in (None, value)):
+            if path.endswith(key) and (value is None or content in (None, value)):
                 return f"{file}, line {line}: "
         return ""
 
     text = " ".join(message.split())
+    section = ".".join(re.findall(r'Parser key "([^"]+)"', text))  # the outer ones first
     if found := re.search(r"class_path '([^']+)': Option '([^']+)' is not accepted", text):
         name, known = found[1].rpartition(".")[2], class_parameters(found[1]) or []
-        return f"{place(found[2])}{name} has no option {found[2]!r}. {_closest(found[2], known)}"
+        return f"{place(f'{section}.{found[2]}')}{name} has no option {found[2]!r}. {_closest(found[2], known)}"
     if found := re.search(r"dot import path string: (\S+)|class_path '([^']+)': (?:module '|No module)", text):
         path = found[1] or found[2]
         known = [name for package in PACKAGES for name in import_module(package).__all__]
-        return f"{place('class_path', path)}there is no class {path}. {_closest(path.rpartition('.')[2], known)}"
+        meant = get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=CUTOFF)
+        hint = f"Did you mean {meant[0]}?" if meant else "Name one that is installed, with its module"
+        return f"{place('class_path', path)}there is no class {path}. {hint}"
     sections = {"", *(part for option in options for part in accumulate(option.split("."), "{}.{}".format))}
     if found := re.search(r"does not accept option '([^']+)'", text):
-        wrong = next(part for part in accumulate(found[1].split("."), "{}.{}".format) if part not in sections)
+        parts = accumulate(found[1].split("."), "{}.{}".format)
+        wrong = next((part for part in parts if part not in sections), found[1])
         section, _, name = wrong.rpartition(".")
         known = [option.rpartition(".")[2] for option in sections if option and option.rpartition(".")[0] == section]
         return f"{place(wrong)}unknown key {name!r}{section and f' in {section}'}. {_closest(name, known)}"
@@ -116,25 +116,20 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
         return f"no option --{found[1]}. {_closest(found[1], options, '--')}"
     if found := re.search(r"arguments are required: (.+)", text):
         return f"{re.sub(r'[a-z]+[.](?=model|data)', '', found[1])} must be given, best in a file by --config"
-    return _value(message, place)
-
-
-def _value(message: str, place: Callable[..., str]) -> str:
-    """Return what is wrong with a value, and where it stands."""
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     keys = [index for index, line in enumerate(lines) if line.startswith("Parser key")]
     if not keys:
         return " ".join(lines)
     key, rest = re.findall(r'"(.*?)":? *(.*)', lines[keys[-1]])[0]  # the innermost one
-    said = [line for line in [rest, *lines[keys[-1] + 1 :]] if line and not line.startswith(NOISE)]
+    said = [line for line in [rest, *lines[keys[-1] + 1 :]] if line and not NOISE.match(line)]
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(said)).replace(" Given value: ", ". Got value: ")
     value = re.search(r"Got value: (\S+)", text)
-    return f"{place(key, value and value[1])}{key}: {text}"
+    return f"{place(section, value and value[1])}{key}: {text}"
 
 
 def _closest(word: str, known: Iterable[str], prefix: str = "") -> str:
     known = sorted(set(known))
-    if meant := get_close_matches(word, known, n=1, cutoff=0.75):
+    if meant := get_close_matches(word, known, n=1, cutoff=CUTOFF):
         return f"Did you mean {prefix}{meant[0]}?"
     return f"Expected one of {', '.join(known)}" if 0 < len(known) <= 30 else "See --help"
 
