@@ -40,7 +40,7 @@ def find_model(path: str | Path) -> Path:
     if isinstance(path, str) and (found := hub_id(path)):
         name, revision = found
         if not sys.stderr.isatty():
-            from huggingface_hub.utils import disable_progress_bars
+            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
             disable_progress_bars()
         return local_folder(name, revision=revision)
