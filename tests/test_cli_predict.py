@@ -278,7 +278,7 @@ def test_the_memory_of_predict_does_not_grow_with_the_file(run_of_two_files):
         )  # fmt: skip
         assert f"{rows} predictions" in done.stderr
         peaks.append(int(done.stdout.split("PEAK")[1]))
-    # MiB; 100,000 rows more would take several times as much as Python objects.
+    # MiB; 100,000 dicts of five entries alone would take more.
     assert peaks[1] - peaks[0] < 30, peaks
 
 
