@@ -32,7 +32,7 @@ from dact import DACT, TextClassifier, calibrate
 from dact.cli.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder, OnnxEncoder
-from dact.export import export
+from dact.exporting import export
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
 MODELS = Path(__file__).parent.parent / "lightning_logs" / "benchmark_export"
