@@ -137,6 +137,20 @@ def test_int8_keeps_its_levels_for_a_text_next_to_an_outlier(tmp_path):
     assert (got[0] - expected[0]).norm() < 0.001 * expected[0].norm()
 
 
+def test_int8_keeps_rows_of_large_weights_apart(tmp_path):
+    """One neuron with large weights must not spoil the scales of all columns."""
+    encoder = encoder_of("bert").eval()
+    encoder.model.encoder.layer[0].output.dense.weight.data[:, 3] *= 300
+    DACT(encoder=encoder).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "int8", quantize="int8")
+    small = DACT.from_pretrained(tmp_path / "int8").encoder
+    torch.manual_seed(0)
+    hidden, mask = torch.randn(4, 6, encoder.hidden_size), torch.ones(4, 6, dtype=torch.int64)
+    with torch.no_grad():
+        expected, got = (one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small))
+    assert (got - expected).norm() < 0.005 * expected.norm()
+
+
 def test_int8_serves_every_family(tmp_path):
     for name in ALL:
         model = scatter_exits(DACT(encoder=encoder_of(name)).eval())

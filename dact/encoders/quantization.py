@@ -12,7 +12,7 @@ from dact.files import replacing
 LEVELS = 127  # of a weight, on either side of zero
 # Zero among the 256 levels of an activation, which is unsigned, as the kernels want it; that of GELU's output is lower.
 ZERO, ZERO_OF_GELU = 128, 32
-LEAST_GELU = -0.17
+LEAST_GELU = -0.17  # GELU is never below
 OUTLIER = 8.0  # times the median row of a matrix: such rows would spoil the scales of the others
 
 
@@ -103,7 +103,7 @@ class _Rewriting:
             self._node("Mul", product, token_scales, output=output)
 
     def _is_gelu(self, x: str) -> bool:
-        """Return whether ``x`` is GELU as PyTorch exports it, ``(u (erf(u / √2) + 1)) 0.5``, and nothing on top of it."""
+        """Return whether ``x`` is GELU as PyTorch exports it, ``u (erf(u / √2) + 1) 0.5``, with no gate on top."""
         maker = self.makers.get(x)
         halved = maker is not None and any(self._ends_in(name, "Constant") for name in maker.input)
         return halved and self._ends_in(x, "Mul", "Mul", "Add", "Erf")
