@@ -53,9 +53,9 @@ class _Rewriting:
 
         for node in self.graph.node:
             if node.op_type == "MatMul" and self._is_matrix(node.input[1]) and node.input[0] not in self.constants:
-                self._multiply(*node.input, node.output[0])
+                self._multiply(node.input[0], node.input[1], node.output[0])
             elif node.op_type == "Gather" and self._is_matrix(node.input[0]) and not _axis(node):
-                self._look_up(*node.input, node.output[0])
+                self._look_up(node.input[0], node.input[1], node.output[0])
             else:
                 self.nodes.append(node)
         used = {name for node in self.nodes for name in node.input}
