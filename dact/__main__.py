@@ -83,7 +83,7 @@ def _run_light(words: list[str]) -> None:
 
         model = find_model(options.pop("model"))
         if words[0] == "export":
-            from dact.export import export
+            from dact.exporting import export
 
             print(export(model, **options))
         else:

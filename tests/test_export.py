@@ -12,10 +12,10 @@ import warnings
 import pytest
 import torch
 
-from dact import DACT, TextClassifier, calibrate
+import dact
+from dact import DACT, TextClassifier, calibrate, export
 from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, OnnxEncoder, TransformerEncoder
-from dact.export import export
 from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import ALL, encoder_of
 
@@ -122,6 +122,62 @@ def test_int8_is_smaller_and_close(tmp_path):
     assert (expected == got).float().mean() > 0.95
     layer = (tmp_path / "int8" / "layer_1.onnx").read_bytes()
     assert b"MatMulInteger" in layer
+
+
+def test_int8_keeps_its_levels_for_a_text_next_to_an_outlier(tmp_path):
+    """Some tokens have values many times as large as all others: BERT's first is one."""
+    encoder = encoder_of("bert").eval()
+    DACT(encoder=encoder).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "int8", quantize="int8")
+    small = DACT.from_pretrained(tmp_path / "int8").encoder
+    hidden, mask = torch.randn(2, 6, encoder.hidden_size), torch.ones(2, 6, dtype=torch.int64)
+    hidden[1] *= 1000
+    with torch.no_grad():
+        expected, got = (one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small))
+    assert (got[0] - expected[0]).norm() < 0.001 * expected[0].norm()
+
+
+def test_int8_keeps_rows_of_large_weights_apart(tmp_path):
+    """One neuron with large weights must not spoil the scales of all columns."""
+    encoder = encoder_of("bert").eval()
+    encoder.model.encoder.layer[0].output.dense.weight.data[:, 3] *= 300
+    DACT(encoder=encoder).save_pretrained(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "int8", quantize="int8")
+    small = DACT.from_pretrained(tmp_path / "int8").encoder
+    torch.manual_seed(0)
+    hidden, mask = torch.randn(4, 6, encoder.hidden_size), torch.ones(4, 6, dtype=torch.int64)
+    with torch.no_grad():
+        expected, got = (one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small))
+    assert (got - expected).norm() < 0.005 * expected.norm()
+
+
+def test_int8_serves_every_family(tmp_path):
+    for name in ALL:
+        model = scatter_exits(DACT(encoder=encoder_of(name)).eval())
+        model.save_pretrained(tmp_path / name)
+        assert export(tmp_path / name, tmp_path / f"{name}-int8", quantize="int8").quantized_difference < 0.1
+        assert b"MatMulInteger" in (tmp_path / f"{name}-int8" / "layer_1.onnx").read_bytes()
+
+
+def test_left_padding_is_refused_where_pytorch_refuses_it(tmp_path):
+    batch = random_batch(5, 12, vocab=100)
+    batch["attention_mask"][0, 4:] = 0
+    left = {name: batch[name].flip(1) for name in ("input_ids", "attention_mask")}
+    for name in ("bert", "roberta"):
+        DACT(encoder=encoder_of(name)).save_pretrained(tmp_path / name)
+        export(tmp_path / name, tmp_path / f"{name}-onnx")
+        exported = DACT.from_pretrained(tmp_path / f"{name}-onnx")
+        exported.early_exit(batch)
+        if name == "bert":  # RoBERTa counts positions from the first token
+            with pytest.raises(ValueError, match=r"padded on the left.*pad on the right"):
+                exported.early_exit(left)
+        else:
+            exported.early_exit(left)
+
+
+def test_the_function_is_dact_export():
+    assert dact.export is export
+    assert callable(dact.export)
 
 
 def test_a_promise_is_dropped_and_can_be_set_again_on_the_exported_folder(tmp_path):

@@ -23,7 +23,7 @@ LAYERS = [
     {"scores"},
     {"calibration"},
     {"text_classifier"},
-    {"export", "server"},
+    {"exporting", "server"},
     {"tuning/selection", "tuning/space", "tuning/fingerprints", "tuning/pruner", "tuning/training"},
     {"tuning/stages", "tuning/sampler", "tuning/tensorboard", "tuning/storage"},
     {"tuning/run", "tuning/recipe", "tuning/features", "tuning/evaluation"},

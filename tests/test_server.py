@@ -20,7 +20,7 @@ import torch
 from dact import DACT, TextClassifier
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
-from dact.export import export
+from dact.exporting import export
 from dact.server import _API, PredictRequest, serve
 from dact.text_classifier import Prediction
 from tests.conftest import free_port

@@ -27,6 +27,7 @@ class LayeredEncoder(nn.Module, ABC):
     hidden_size: int
     vocab_size: int | None = None  # number of token ids, None if unknown
     max_length: int | None = None  # longest input in tokens, None if there is no bound
+    counts_columns: bool = False  # whether positions count from the first column, which padding on the left would shift
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
@@ -77,8 +78,18 @@ class LayeredEncoder(nn.Module, ABC):
         return torch.stack(states, dim=1)
 
     def mask(self, batch: Batch) -> Tensor:
-        """Return which positions hold a token, ``[batch, length]``; all of them without an ``attention_mask``."""
-        return attention_mask(batch)
+        """Return which positions hold a token, ``[batch, length]``; all of them without an ``attention_mask``.
+
+        Raises:
+            ValueError: If the batch is padded on the left and positions count from the first column.
+        """
+        mask = attention_mask(batch)
+        if self.counts_columns and "attention_mask" in batch and not mask[:, 0].all():
+            raise ValueError(
+                "the batch is padded on the left, where an encoder with absolute positions would answer differently "
+                "for each width of the padding: pad on the right (tokenizer.padding_side = 'right')"
+            )
+        return mask
 
     def check_tokens(self, tokenizer: Any, max_length: int | None) -> None:
         """Raise a ``ValueError`` if data of this tokenizer and length, None if unknown, does not fit the encoder."""

@@ -207,17 +207,8 @@ class HuggingFaceEncoder(LayeredEncoder):
         self.max_length = longest_input(model)
         # RoBERTa and MPNet count positions from the first token; the others with absolute positions from the first
         # column.
-        self._counts_columns = self.max_length is not None and _position_table(model).padding_idx is None
+        self.counts_columns = self.max_length is not None and _position_table(model).padding_idx is None
         self._family = family
-
-    def mask(self, batch: Batch) -> Tensor:
-        mask = super().mask(batch)
-        if self._counts_columns and "attention_mask" in batch and not mask[:, 0].all():
-            raise ValueError(
-                "the batch is padded on the left, where an encoder with absolute positions would answer differently "
-                "for each width of the padding: pad on the right (tokenizer.padding_side = 'right')"
-            )
-        return mask
 
     def embed(self, batch: Batch) -> Tensor:
         inputs = {name: batch[name] for name in self._family.inputs if name in batch}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -40,6 +39,7 @@ class OnnxEncoder(LayeredEncoder):
         vocab_size: Number of token ids, None if unknown.
         max_length: Longest input in tokens, None if there is no bound.
         digests: SHA-256 of each file, in hexadecimal.
+        counts_columns: Whether positions count from the first column, so that padding must stand on the right.
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
@@ -55,6 +55,7 @@ class OnnxEncoder(LayeredEncoder):
         vocab_size: int | None,
         max_length: int | None,
         digests: Mapping[str, str],
+        counts_columns: bool = False,
     ) -> None:
         super().__init__()
         self.folder = Path(folder)
@@ -62,6 +63,7 @@ class OnnxEncoder(LayeredEncoder):
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.max_length = max_length
+        self.counts_columns = counts_columns
         self._layers = tuple(layers)
         self._digests = dict(digests)
         self._graphs = {
@@ -90,6 +92,7 @@ class OnnxEncoder(LayeredEncoder):
             "hidden_size": self.hidden_size,
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,
+            "counts_columns": self.counts_columns,
             "digests": self._digests,
         }
 
@@ -128,23 +131,3 @@ def digest(path: Path) -> str:
     """SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def quantize(path: Path) -> None:
-    """Replace a graph by one with 8-bit weights, one scale per channel; activations are quantised as they come."""
-    import onnx
-    from onnxruntime.quantization import quantize_dynamic
-
-    graph = onnx.load(path)
-    # Without this mark the library logs advice for convolutional networks, once for each graph.
-    onnx.helper.set_model_props(graph, {"onnx.quant.pre_process": "onnxruntime.quant"})
-    onnx.save(graph, path)
-    # The library logs through the root logger, and the first such message would configure logging for the whole
-    # program.
-    silent = logging.NullHandler()
-    logging.root.addHandler(silent)
-    try:
-        with replacing(path) as partial:
-            quantize_dynamic(path, partial, per_channel=True)
-    finally:
-        logging.root.removeHandler(silent)

@@ -15,7 +15,7 @@ from dact.checks import check_choice
 from dact.data.tokenizers import load_tokenizer
 from dact.encoders.base import LayeredEncoder
 from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, digest
-from dact.encoders.onnx import quantize as quantize_graph
+from dact.encoders.quantization import quantize as quantize_graph
 from dact.files import read_json, replacing_folder
 from dact.model import DACT
 from dact.persistence import CONFIG_NAME
@@ -65,9 +65,9 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
     Args:
         model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
         output: Folder to write. An earlier export there is replaced.
-        quantize: ``"int8"`` for weights of 8 bits, one scale per channel, with activations quantised as they come;
-            float32 if left out. The scale of the activations is that of all texts in a step, so with int8 the score
-            of a text depends a little on its company; processors without VNNI instructions lose some accuracy.
+        quantize: ``"int8"`` for weights of 8 bits, one scale per channel, and for activations that are quantised as
+            they come, one scale per token; float32 if left out. It is meant for processors with VNNI instructions;
+            others lose some accuracy.
 
     Raises:
         ImportError: If ONNX Runtime or onnx is not installed.
@@ -193,6 +193,7 @@ def _open(folder: Path, layers: list[str], encoder: LayeredEncoder) -> OnnxEncod
         hidden_size=encoder.hidden_size,
         vocab_size=encoder.vocab_size,
         max_length=encoder.max_length,
+        counts_columns=encoder.counts_columns,
         digests={path.name: digest(path) for path in sorted(folder.iterdir())},
     )
 
