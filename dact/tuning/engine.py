@@ -22,7 +22,7 @@ from dact.checks import check_choice, check_count, check_tolerance
 from dact.factories import default_data, default_model
 from dact.model import DACT
 from dact.tuning import studies
-from dact.tuning.confirmation import Candidate, confirm
+from dact.tuning.confirmation import Candidate, confirm, whole_fits
 from dact.tuning.final import FinalFit
 from dact.tuning.fingerprints import digest
 from dact.tuning.outcome import Outcome
@@ -211,7 +211,7 @@ class TuningEngine:
         self.n_trials = dict(zip((stage.name for stage in STAGES), trials, strict=True))
         self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
         self.bounded = frozenset(search_space or ())
-        self.final_training = final_training
+        self.keep_frozen = final_training == "frozen"
         self.lambda_selection = lambda_selection
         self.max_loss_increase = max_loss_increase
         self.max_layers = max_layers
@@ -250,7 +250,8 @@ class TuningEngine:
         opened = {stage.name: self._open(stage, run, found, spaces, starts) for stage in STAGES}
         left = [max(0, self.n_trials[name] - len(studies.finished(study))) for name, study in opened.items()]
         if any(left):
-            self.progress.announce(left, self.time_out)
+            fits = self.compare_defaults + whole_fits(self.recipe, self.keep_frozen)
+            self.progress.announce(left, self.time_out, fits * self.recipe.epochs)
         self._shared = shared = prepare(run, found, self.progress)
         end = Deadline(self.time_out)
         for stage, stages_left in zip(STAGES, (3, 2, 1), strict=True):
@@ -391,6 +392,7 @@ class TuningEngine:
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of another choice
             if not run.pictures(stage).is_dir():
                 draw_study(run.pictures(stage), study, studies.completed(study), chosen, spaces)
+        self.progress.concluded(stage.name, study)
         return self._take(run.winners())
 
     def _chosen_lambda(self, run: Run, shared: Shared, study: Study) -> FrozenTrial:
@@ -444,6 +446,5 @@ class TuningEngine:
             Candidate("tuned", self._winners.settings()),
         ]
         with run.alone(lambda: self.progress.stage("waiting for another process, which does the final fit")):
-            verdict = confirm(run, shared, candidates, self.progress)
-            keep_frozen = self.final_training == "frozen"
-            return FinalFit(run, shared, verdict, keep_frozen, self.compare_defaults, self.progress)()
+            verdict = confirm(run, shared, candidates, self.progress, keep_frozen=self.keep_frozen)
+            return FinalFit(run, shared, verdict, self.keep_frozen, self.compare_defaults, self.progress)()
