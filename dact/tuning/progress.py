@@ -59,6 +59,8 @@ class Progress:
             finally:
                 live.update(self._table())
                 self._live = None
+        if not self.console.is_terminal:
+            self.console.print()  # there the last frame ends without a new line
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
