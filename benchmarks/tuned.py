@@ -131,8 +131,8 @@ class Setting:
         return model.cpu().eval()
 
 
-def tune(name: str, seed: int, folder: Path) -> float:
-    """Run the command unless it has run, keep its whole configuration, and return how many seconds it took."""
+def tune(name: str, seed: int, folder: Path) -> float | None:
+    """Run the command unless it has run, keep its whole configuration, and return its seconds; None if it was resumed."""
     clock = folder / "seconds.json"
     if not clock.is_file():
         file, *overrides = DATA_SETS[name]
@@ -141,11 +141,12 @@ def tune(name: str, seed: int, folder: Path) -> float:
         # The defaults are fitted here, so that they are timed as well.
         command += ["--tuner.log_dir", str(folder.parent), "--tuner.compare_defaults", "false"]
         config = subprocess.run([*command, "--print_config"], check=True, stdout=subprocess.PIPE, text=True).stdout
-        start = time.perf_counter()
+        resumed, start = folder.exists(), time.perf_counter()
         subprocess.run(command, check=True)
         (folder / "whole_config.yaml").write_text(config)
-        clock.write_text(json.dumps(time.perf_counter() - start))
-    return float(json.loads(clock.read_text()))
+        clock.write_text(json.dumps(None if resumed else time.perf_counter() - start))
+    seconds: float | None = json.loads(clock.read_text())
+    return seconds
 
 
 def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:

@@ -599,7 +599,7 @@ def test_a_run_says_what_it_will_do_and_shows_the_time_left_from_the_first_trial
     said = made.progress.console.file.getvalue()
     assert "2 + 2 + 2 trials, then the final fit" in said
     assert "The studies end after 5 min" in said
-    assert " left for all trials" in said
+    assert " left for the whole run" in said
 
 
 def test_what_all_trials_share_does_not_take_from_the_time_of_the_studies(tmp_path, monkeypatch):

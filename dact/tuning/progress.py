@@ -98,7 +98,7 @@ class Progress:
             text += (
                 f". The studies end after {format_seconds(time_out)}; what they share and the final fit are not bounded"
             )
-        self.note(text)
+        self.console.print(text)
 
     def concluded(self, stage: str, study: Study) -> None:
         """Remember a study that is done, for the summary."""
