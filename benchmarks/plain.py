@@ -94,7 +94,12 @@ def baseline(data: VaderSentiment, epochs: int) -> Tensor:
     with tempfile.TemporaryDirectory() as folder:
         best = ModelCheckpoint(folder, monitor="val_loss", save_weights_only=True)
         trainer = Trainer(
-            max_epochs=epochs, gradient_clip_val=CLIP, callbacks=[best], logger=False, enable_progress_bar=False
+            max_epochs=epochs,
+            gradient_clip_val=CLIP,
+            callbacks=[best],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
         )
         trainer.fit(model, data)
         model = DACT.load_from_checkpoint(best.best_model_path).eval()
