@@ -150,10 +150,11 @@ def _whole(run: Run, shared: Shared, progress: Progress, candidate: Candidate) -
     found = None
     if stored:
         answers = LayerAnswers(**stored)
-        found = outcome_of(answers, recipe.make_model(), recipe.promise, shared.baseline.right(answers.target))
+        right = shared.baseline.right(answers.target)
+        found = outcome_of(answers, recipe.make_model(), recipe.promise, right)
+        if not known:
+            _log(run, candidate, found, right)
     if not known:
-        if found is not None:
-            _log(run, candidate, found)
         write_tensors(path, stored, {"origin": origin})  # kept, since the final model takes the fit itself away
     return found
 
@@ -199,14 +200,16 @@ def _on_states(run: Run, shared: Shared, progress: Progress, candidate: Candidat
         return None
     mean = mean_outcome(outcomes)
     mean.save(folder)
-    _log(run, candidate, mean)
+    _log(run, candidate, mean, right)
     write_json(record, {"origin": origin, "broken": False, "settings": candidate.settings})  # last: it is all there
     return mean
 
 
-def _log(run: Run, candidate: Candidate, mean: Outcome) -> None:
-    """Let TensorBoard show the candidate as it shows trials."""
-    folder, metrics = candidate.folder(run), {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
+def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None) -> None:
+    """Let TensorBoard show the candidate as it shows trials; see `outcome_of` for `right`."""
+    accuracy = (1.0 if right is None else right.double().mean().item()) - mean.lost.double().mean().item()
+    metrics = {"val_task_loss": mean.loss, "val_accuracy": accuracy, "val_exit_layer": mean.layers}
+    folder = candidate.folder(run)
     tensorboard.log_fit(folder, flat(candidate.settings), metrics, f"{FOLDER}/{folder.name}")
 
 

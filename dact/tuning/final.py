@@ -155,7 +155,7 @@ class FinalFit:
             tokenizer = getattr(data, "tokenizer", None)
             if tokenizer is not None:
                 tokenizer.save_pretrained(str(partial))
-        self._draw(folder, found["validation"], found["test"], model.num_layers)
+        self._draw(folder, found, model.num_layers, against["validation"].entry["accuracy"])
         self._log(fit, found["validation"])
         if self.compare_defaults:
             self._measure_defaults(folder / "defaults", data, against)
@@ -191,9 +191,12 @@ class FinalFit:
         name = str(fit.folder.relative_to(self.run.folder))
         tensorboard.log_fit(fit.folder, flat(fit.settings or {}), metrics, name)
 
-    def _draw(self, folder: Path, validation: Evaluation, test: Evaluation, layers: int) -> None:
+    def _draw(self, folder: Path, found: Mapping[str, Evaluation], layers: int, baseline: float) -> None:
+        validation, test = found["validation"], found["test"]
+        own = validation.entry["mean_exit_layer"], validation.entry["accuracy"]
+        tolerances, margins = validation.tolerance_curve, validation.margin_curve
         figures = {
-            "dials": pictures.dials_picture(validation.tolerance_curve, validation.margin_curve, layers),
+            "dials": pictures.dials_picture(tolerances, margins, layers, own, baseline),
             "exit histogram": pictures.exit_picture(test.entry),
         }
         if test.answers.depths is not None:
