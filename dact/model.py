@@ -18,8 +18,8 @@ from dact.agreement import Agreement
 from dact.agreement import check_classes as check_classes
 from dact.arguments import OfRule, check_arguments
 from dact.encoders.base import Batch, LayeredEncoder
-from dact.evaluation import Evaluated, labels_of
 from dact.functional import Halting, HaltingRule, PonderKind
+from dact.metric_logging import Evaluated, labels_of
 from dact.metrics import collapse
 from dact.model_card import Metrics
 from dact.optimization import schedule

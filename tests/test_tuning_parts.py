@@ -19,6 +19,7 @@ from optuna.trial import TrialState
 
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, studies, tensorboard
+from dact.tuning.fitting import make_trainer
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameLengthPruner, lags
 from dact.tuning.run import Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
@@ -27,7 +28,6 @@ from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
 from dact.tuning.storage import open_storage
 from dact.tuning.studies import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
-from dact.tuning.training import make_trainer
 from dact.tuning.trial import _recorded_cause
 from dact.tuning.workers import device_of
 
@@ -463,8 +463,8 @@ def opened(folder, setting=None):
     )
 
 
-def alone(folder):
-    return Run("run", folder).alone
+def lock_of(folder):
+    return Run("run", folder).locked
 
 
 def test_a_setting_that_was_not_stored_is_compared(tmp_path):
@@ -481,7 +481,7 @@ def test_trials_that_somebody_adds_are_welcome(tmp_path):
     study.add_trial(optuna.create_trial(params={"x": 0.5}, distributions=space, value=0.5))
     again = opened(tmp_path)
     again.sampler = study.sampler
-    studies.run_trials(again, lambda trial: trial.suggest_float("x", 0, 1), 4, alone(tmp_path))
+    studies.run_trials(again, lambda trial: trial.suggest_float("x", 0, 1), 4, lock_of(tmp_path))
     values = [trial.params["x"] for trial in again.trials]
     assert values[:2] == [0.25, 0.5]
     assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 4
@@ -491,7 +491,7 @@ def test_trials_that_somebody_adds_are_welcome(tmp_path):
 def test_optunas_own_callbacks_may_stop_a_study(tmp_path):
     study = opened(tmp_path)
     stop = optuna.study.MaxTrialsCallback(2, states=(TrialState.COMPLETE,))
-    studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, alone(tmp_path), callbacks=[stop])
+    studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, lock_of(tmp_path), callbacks=[stop])
     assert len(study.trials) == 2
 
 
@@ -500,7 +500,7 @@ def test_a_trial_that_died_before_it_could_say_that_it_failed_is_not_repeated(tm
     trial = study.ask()
     trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
     trial.set_user_attr(CAUSE, "ValueError: nothing")
-    studies.sweep(study, alone(tmp_path))
+    studies.sweep(study, lock_of(tmp_path))
     again = opened(tmp_path)
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
     assert len(studies.finished(again)) == 1
@@ -512,18 +512,18 @@ def test_a_live_trial_of_this_host_is_not_taken_for_dead(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         started = psutil.Process(other.pid).create_time()
         trial.set_user_attr(OWNER, [socket.gethostname(), other.pid, started])
-        assert studies.sweep(study, alone(tmp_path)) == []
+        assert studies.sweep(study, lock_of(tmp_path)) == []
         other.communicate(b"\n")
-    assert [orphan.number for orphan in studies.sweep(study, alone(tmp_path))] == [0]
+    assert [orphan.number for orphan in studies.sweep(study, lock_of(tmp_path))] == [0]
 
 
 def test_a_trial_without_a_process_is_taken_up_after_a_while(tmp_path, monkeypatch):
     """Its process died between taking it and saying so."""
     study = opened(tmp_path)
     study.ask().suggest_float("x", 0, 1)
-    assert studies.sweep(study, alone(tmp_path)) == []
+    assert studies.sweep(study, lock_of(tmp_path)) == []
     monkeypatch.setattr(studies, "NAMELESS", 0.0)
-    assert len(studies.sweep(study, alone(tmp_path))) == 1
+    assert len(studies.sweep(study, lock_of(tmp_path))) == 1
     assert study.ask().suggest_float("x", 0, 1) == study.trials[0].params["x"]
 
 
@@ -535,13 +535,13 @@ def test_a_silent_process_of_another_host_is_taken_up_by_its_heartbeat(tmp_path)
         trial.set_user_attr(OWNER, ["elsewhere", 1, 0.0])
         trial.suggest_float("x", 0, 1)
         study._storage.record_heartbeat(trial._trial_id)
-    assert studies.sweep(study, alone(tmp_path)) == []
+    assert studies.sweep(study, lock_of(tmp_path)) == []
     study._storage._backend.grace_period = 1
     end = time.monotonic() + 3
     while time.monotonic() < end:
         study._storage.record_heartbeat(lively._trial_id)
         time.sleep(0.2)
-    studies.sweep(study, alone(tmp_path))
+    studies.sweep(study, lock_of(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "WAITING"]
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     assert study.trials[2].user_attrs == {RETRY_OF: silent.number, DEATHS: 1}
@@ -555,7 +555,7 @@ def test_a_repeat_that_dies_before_it_drew_anything_still_owes_its_parameters(tm
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             study.tell(trial.number, state=TrialState.FAIL)
-        studies.sweep(study, alone(tmp_path))
+        studies.sweep(study, lock_of(tmp_path))
         trial = study.ask()
         for name in drawn:
             trial.suggest_float(name, 0, 1)
@@ -572,7 +572,7 @@ def test_parameters_whose_process_died_three_times_are_not_run_again(tmp_path):
         trial = study.ask()
         trial.suggest_float("x", 0, 1)
         trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
-        studies.sweep(study, alone(tmp_path))
+        studies.sweep(study, lock_of(tmp_path))
     values = [trial.params["x"] for trial in study.trials if trial.params]
     assert len(set(values[: studies.MAX_DEATHS])) == 1
     assert values[studies.MAX_DEATHS] != values[0]
@@ -592,7 +592,7 @@ def test_a_process_whose_trial_was_taken_away_continues_with_the_next(tmp_path):
             trial.report(value, 0)
         return value
 
-    studies.run_trials(study, objective, 2, alone(tmp_path))
+    studies.run_trials(study, objective, 2, lock_of(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert len(studies.finished(opened(tmp_path))) == 2
 

@@ -19,9 +19,9 @@ from dact.files import read_checkpoint, read_tensors, replacing_folder, write_te
 from dact.model import DACT
 from dact.persistence import WEIGHTS_NAME
 from dact.tuning import tensorboard
+from dact.tuning.fitting import NonFiniteLoss, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
-from dact.tuning.training import NonFiniteLoss, resumable_fit, seeded
 
 MIN_STEPS = 300  # below which a pretrained encoder has not learned its task
 

@@ -14,11 +14,11 @@ from dact.answers import mean_and_error
 from dact.files import read_json, write_json
 from dact.tuning import tensorboard
 from dact.tuning.fingerprints import digest
+from dact.tuning.fitting import History, NonFiniteLoss, seeded
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
 from dact.tuning.progress import Progress
 from dact.tuning.run import Run
 from dact.tuning.shared import Shared
-from dact.tuning.training import History, NonFiniteLoss, seeded
 from dact.tuning.trial import fit_settings
 
 FOLDER = "confirmation"

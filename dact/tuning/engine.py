@@ -23,6 +23,7 @@ from dact.factories import default_data, default_model
 from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm
+from dact.tuning.deadline import Deadline
 from dact.tuning.final import FinalFit
 from dact.tuning.fingerprints import digest
 from dact.tuning.outcome import Outcome
@@ -37,9 +38,8 @@ from dact.tuning.shared import Shared, Survey, prepare, survey
 from dact.tuning.space import Spaces, Starts, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage
 from dact.tuning.storage import describe_storage, open_storage
-from dact.tuning.training import Deadline
 from dact.tuning.trial import Objective, trial_folder
-from dact.tuning.workers import Work, run_side_by_side
+from dact.tuning.workers import StudyJob, run_side_by_side
 
 EncoderTraining = Literal["finetune", "frozen"]
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -264,7 +264,7 @@ class TuningEngine:
         Returns:
             classifier_config and confidence_config, which ``SubmodelConfig(**config)`` accepts.
         """
-        winners = self._tune_alone(SUBMODELS, run_tag)
+        winners = self._tune_one(SUBMODELS, run_tag)
         assert winners.classifier_config is not None
         assert winners.confidence_config is not None
         return winners.classifier_config, winners.confidence_config
@@ -276,14 +276,14 @@ class TuningEngine:
         Returns:
             external_config: arguments of the model and the data by name, and num_epochs.
         """
-        winners = self._tune_alone(TRAINING, run_tag)
+        winners = self._tune_one(TRAINING, run_tag)
         assert winners.external_config is not None
         return winners.external_config
 
     @_isolated
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Study λ with two objectives, save the winner and return it."""
-        winners = self._tune_alone(LAMBDA_REG, run_tag)
+        winners = self._tune_one(LAMBDA_REG, run_tag)
         assert winners.lambda_reg is not None
         return winners.lambda_reg
 
@@ -341,14 +341,14 @@ class TuningEngine:
 
     def _open(self, stage: Stage, run: Run, found: Survey, spaces: Spaces, starts: Starts) -> Study:
         setting = {"search space": describe(spaces[stage.name]), **found.identity}
-        with run.alone(lambda: self.progress.stage("waiting for another process, which opens the studies")):
+        with run.locked(lambda: self.progress.stage("waiting for another process, which opens the studies")):
             storage = open_storage(self.storage, run.folder)
             where = describe_storage(self.storage, run.folder)
             study = studies.open_study(run, stage, setting, storage, where, self.pruner if stage.prunes else None)
             studies.start_with(study, starts[stage.name][: self.n_trials[stage.name]])
             return study
 
-    def _tune_alone(self, stage: Stage, run_tag: str) -> Winners:
+    def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
         run = self._begin(run_tag)
         found = survey(self.recipe)
         spaces, starts = self._complete(found)
@@ -361,7 +361,7 @@ class TuningEngine:
     ) -> Winners:
         """Run what is left of a study, and save what it chose."""
         before = self._winners.before(stage)
-        with run.alone():
+        with run.locked():
             study, outdated = studies.start_under(study, digest(before.settings()))
             if outdated:
                 run.set_aside(stage)
@@ -372,21 +372,21 @@ class TuningEngine:
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of fewer trials
             objective = Objective(stage, run, shared, spaces[stage.name], before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
-            work = Work(
+            job = StudyJob(
                 objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, setup=self.worker_setup
             )
             later = sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
             with self.progress.study(stage.name, study, n_trials, later, deadline):
                 if self.workers == 1:
-                    work.run(study, self.progress.refresh, self.progress.refresh)
+                    job.run(study, self.progress.refresh, self.progress.refresh)
                 else:
-                    run_side_by_side(work, study, self.workers, self.progress.refresh)
+                    run_side_by_side(job, study, self.workers, self.progress.refresh)
         return self._conclude(stage, run, shared, spaces, study)
 
     def _conclude(self, stage: Stage, run: Run, shared: Shared, spaces: Spaces, study: Study) -> Winners:
         """Choose the winner of a study, save it, and draw the study's pictures."""
         chosen = self._chosen_lambda(run, shared, study) if stage is LAMBDA_REG else studies.best(study)
-        with run.alone():
+        with run.locked():
             if run.save(stage.parse(chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of another choice
             if not run.pictures(stage).is_dir():
@@ -443,7 +443,7 @@ class TuningEngine:
             Candidate("first trial", {**start, **first}),
             Candidate("tuned", self._winners.settings()),
         ]
-        with run.alone(lambda: self.progress.stage("waiting for another process, which does the final fit")):
+        with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):
             verdict = confirm(run, shared, candidates, self.progress)
             keep_frozen = self.final_training == "frozen"
             return FinalFit(run, shared, verdict, keep_frozen, self.compare_defaults, self.progress)()

@@ -22,13 +22,13 @@ from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
 from dact.tuning.confirmation import Verdict, flat
-from dact.tuning.evaluation import Evaluation, evaluate
+from dact.tuning.final_metrics import Evaluation, evaluate
 from dact.tuning.fingerprints import digest, fingerprint_data
+from dact.tuning.fitting import NonFiniteLoss, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
 from dact.tuning.shared import Shared
-from dact.tuning.training import NonFiniteLoss, resumable_fit, seeded, without_collapse_warning
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
 MADE_OF = "made_of.json"  # what a final fit was made of; another one replaces it

@@ -19,8 +19,8 @@ from rich.table import Table
 from typing_extensions import override
 
 from dact.files import read_json
+from dact.tuning.deadline import Deadline
 from dact.tuning.studies import finished
-from dact.tuning.training import Deadline
 
 ROWS = 12  # trials in sight
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}

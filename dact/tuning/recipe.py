@@ -15,7 +15,7 @@ from dact.calibration import Promise
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning.fingerprints import fingerprint_pretrained
-from dact.tuning.training import as_list, make_trainer
+from dact.tuning.fitting import as_list, make_trainer
 
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
 DISTILLATION = 0.5  # share of the teacher in the targets

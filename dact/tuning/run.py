@@ -112,7 +112,7 @@ class Run:
             os.replace(folder, folder.with_name(f"{stage.name}.outdated_{number}"))
 
     @contextlib.contextmanager
-    def alone(self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+    def locked(self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
         """Hold the lock of the run: what is made once is made by one process, on all hosts that share the folder.
 
         The system releases the lock when its holder dies. Do not nest.

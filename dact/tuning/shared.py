@@ -28,10 +28,10 @@ from dact.tuning.fingerprints import (
     fingerprint_pretrained,
     fingerprint_tensor,
 )
+from dact.tuning.fitting import resumable_fit, seeded, without_collapse_warning
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
-from dact.tuning.training import resumable_fit, seeded, without_collapse_warning
 
 HELD_OUT = 0.4  # share of the training examples that the encoder of frozen mode does not see: submodels learn on them
 
@@ -208,7 +208,7 @@ def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
     states: Path | None = None
     encoder: Path | None = None
     batch_size = 0
-    with run.alone(lambda: progress.stage("waiting for another process, which prepares the run")):
+    with run.locked(lambda: progress.stage("waiting for another process, which prepares the run")):
         after = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
         origin = digest({name: value for name, value in found.identity.items() if name not in after})
         baseline = fit_baseline(recipe, run.folder / "baseline", found.model, data, origin, progress)

@@ -23,10 +23,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dact import signals
+from dact.tuning.deadline import Deadline
 from dact.tuning.run import Run
 from dact.tuning.stages import Stage
 from dact.tuning.storage import corrupted, is_unreachable, root_cause
-from dact.tuning.training import Deadline
 
 CAUSE = "cause"  # user attribute of a trial that was pruned or failed: why
 DEATHS = "deaths"  # user attribute: how often the process of an earlier trial with these parameters died

@@ -18,6 +18,17 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from dact.model import DACT
 from dact.tuning import tensorboard
+from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
+from dact.tuning.fitting import (
+    MONITOR,
+    History,
+    NonFiniteLoss,
+    check_validated,
+    fit,
+    make_trainer,
+    seeded,
+    without_collapse_warning,
+)
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation
 from dact.tuning.run import Run, Winners
@@ -26,19 +37,6 @@ from dact.tuning.space import Dimension
 from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
 from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
-from dact.tuning.training import (
-    MONITOR,
-    Deadline,
-    History,
-    NonFiniteLoss,
-    StopAtDeadline,
-    TimeIsUp,
-    check_validated,
-    fit,
-    make_trainer,
-    seeded,
-    without_collapse_warning,
-)
 
 HEAD_EPOCHS = 7  # epochs of the submodels on frozen states for one of the final fit: in fewer they have not learned
 REPEATS = 3  # fits of a trial of the third study in frozen mode, where one takes seconds; they differ by their seed

@@ -30,7 +30,7 @@ PATIENCE = 8.0  # seconds that a stopped worker has to end its trial
 
 
 @dataclass(frozen=True)
-class Work:
+class StudyJob:
     """A study to be run to its end.
 
     Args:
@@ -69,7 +69,7 @@ class Work:
             study,
             objective,
             self.n_trials,
-            objective.run.alone,
+            objective.run.locked,
             deadline=objective.deadline,
             idle=idle,
             callbacks=[*self.callbacks, *more],
@@ -77,11 +77,11 @@ class Work:
         )
 
 
-def run_side_by_side(work: Work, study: Study, workers: int, refresh: Callable[[], None]) -> None:
+def run_side_by_side(job: StudyJob, study: Study, workers: int, refresh: Callable[[], None]) -> None:
     """Run a study in several processes; one that dies is replaced.
 
     Args:
-        work: The study to run.
+        job: The study to run.
         study: The same, opened in this process.
         workers: Number of processes.
         refresh: Function that is called now and then.
@@ -98,7 +98,7 @@ def run_side_by_side(work: Work, study: Study, workers: int, refresh: Callable[[
     def start() -> SpawnProcess:
         nonlocal started
         # Not a daemon: the data may have processes of its own.
-        process = context.Process(target=_work, args=(on_device(work, started), threads, errors))
+        process = context.Process(target=_run_worker, args=(on_device(job, started), threads, errors))
         process.start()
         started += 1
         return process
@@ -127,24 +127,24 @@ def run_side_by_side(work: Work, study: Study, workers: int, refresh: Callable[[
         _stop(processes)
         if processes:  # whoever was stopped between two steps of a trial leaves none that says it is running
             try:
-                sweep(study, work.objective.run.alone)
+                sweep(study, job.objective.run.locked)
             except Exception as error:
                 if environment_error(error) is None:
                     raise
 
 
-def on_device(work: Work, worker: int) -> Work:
-    """Return the work of one worker: on a machine of several GPUs each takes one of its own, round robin.
+def on_device(job: StudyJob, worker: int) -> StudyJob:
+    """Return the job of one worker: on a machine of several GPUs each takes one of its own, round robin.
 
     Args:
-        work: The study to run.
+        job: The study to run.
         worker: Number of the worker, from 0.
     """
-    recipe = work.objective.shared.recipe
+    recipe = job.objective.shared.recipe
     devices = device_of(worker, recipe.trainer, torch.cuda.device_count())
     recipe = dataclasses.replace(recipe, trainer={**recipe.trainer, "devices": devices})
-    objective = dataclasses.replace(work.objective, shared=dataclasses.replace(work.objective.shared, recipe=recipe))
-    return dataclasses.replace(work, objective=objective)
+    objective = dataclasses.replace(job.objective, shared=dataclasses.replace(job.objective.shared, recipe=recipe))
+    return dataclasses.replace(job, objective=objective)
 
 
 def device_of(worker: int, trainer: Mapping[str, Any], gpus: int) -> Any:
@@ -172,18 +172,18 @@ def _stop(processes: list[SpawnProcess]) -> None:
             process.join()
 
 
-def _work(work: Work, threads: int, errors: Any) -> None:
+def _run_worker(job: StudyJob, threads: int, errors: Any) -> None:
     """Take trials from the study until there are none left: what a worker process does."""
     signals.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if work.setup is not None:
-        work.setup()
+    if job.setup is not None:
+        job.setup()
     torch.set_num_threads(threads)
     try:
-        run = work.objective.run
-        storage = open_storage(work.storage, run.folder)
-        study = load_study(study_name=run.study_name(work.objective.stage), storage=storage, pruner=work.pruner)
-        work.run(study, lambda: None)
+        run = job.objective.run
+        storage = open_storage(job.storage, run.folder)
+        study = load_study(study_name=run.study_name(job.objective.stage), storage=storage, pruner=job.pruner)
+        job.run(study, lambda: None)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""One fit of a run: a fresh Trainer, what it records, how it is stopped, and how it resumes."""
+"""A fit: a fresh Trainer, and the record of its epochs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import contextlib
 import copy
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,56 +37,6 @@ SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 class NonFiniteLoss(RuntimeError):
     """The validation loss of a fit is NaN or infinite."""
-
-
-class TimeIsUp(Exception):
-    """The deadline of a study came in the middle of a trial."""
-
-
-class Deadline:
-    """A moment at which the studies end.
-
-    Args:
-        seconds: Seconds from now, or None for no end.
-    """
-
-    def __init__(self, seconds: float | None = None) -> None:
-        # The monotonic clock is that of the whole machine: worker processes may have it.
-        self.end = math.inf if seconds is None else time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left, 0 or more; infinite where there is no end."""
-        return max(0.0, self.end - time.monotonic())
-
-    def share(self, parts: int) -> Deadline:
-        """Return the deadline of the first of `parts` equal parts of the time that is left."""
-        return Deadline(None if math.isinf(self.end) else self.left / parts)
-
-
-class StopAtDeadline(Callback):
-    """Stop a fit at a deadline: after the current batch, or within a validation that takes long.
-
-    Args:
-        deadline: The deadline.
-        grace: Seconds that a validation may take past it.
-
-    Raises:
-        TimeIsUp: From the fit, if training was not complete.
-    """
-
-    def __init__(self, deadline: Deadline, grace: float = 10.0) -> None:
-        self.deadline, self.grace = deadline, grace
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if self.deadline.left == 0:
-            raise TimeIsUp
-
-    @override
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if time.monotonic() >= self.deadline.end + self.grace:
-            raise TimeIsUp
 
 
 class History(Callback):
