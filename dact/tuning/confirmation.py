@@ -16,9 +16,9 @@ from dact.tuning import tensorboard
 from dact.tuning.fingerprints import digest
 from dact.tuning.fitting import History, NonFiniteLoss, seeded
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.run import Run
-from dact.tuning.shared import Shared
 from dact.tuning.trial import fit_settings
 
 FOLDER = "confirmation"
@@ -52,7 +52,7 @@ class Verdict:
     text: str
 
 
-def confirm(run: Run, shared: Shared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
+def confirm(run: Run, shared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
     """Fit each candidate under fresh seeds, and let the first stay unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
@@ -107,7 +107,7 @@ def _compare(first: Outcome | None, second: Outcome | None) -> _Difference:
     return _Difference(mean_and_error(second.exits - first.exits), mean_and_error(second.lost - first.lost))
 
 
-def _outcome(run: Run, shared: Shared, candidate: Candidate, progress: Progress) -> Outcome | None:
+def _outcome(run: Run, shared: Prepared, candidate: Candidate, progress: Progress) -> Outcome | None:
     """Return the mean outcome of a candidate's fits; None if its loss is not finite."""
     recipe = shared.recipe
     seeds = range(FIRST_SEED + recipe.seed, FIRST_SEED + recipe.seed + SEEDS[recipe.encoder_training])

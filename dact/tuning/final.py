@@ -11,11 +11,11 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dact import plots
 from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe, store_in_checkpoint
+from dact.callbacks import save_with_tokenizer
 from dact.files import read_json, replacing, replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.scores import fit_temperatures
@@ -24,11 +24,12 @@ from dact.tuning import pictures, tensorboard
 from dact.tuning.confirmation import Verdict, flat
 from dact.tuning.final_metrics import Evaluation, evaluate
 from dact.tuning.fingerprints import digest, fingerprint_data
-from dact.tuning.fitting import NonFiniteLoss, resumable_fit, seeded, without_collapse_warning
+from dact.tuning.fitting import NonFiniteLoss, seeded, without_collapse_warning
+from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
+from dact.tuning.resumable import logged_fit
 from dact.tuning.run import Run
-from dact.tuning.shared import Shared
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
 MADE_OF = "made_of.json"  # what a final fit was made of; another one replaces it
@@ -40,24 +41,22 @@ class FinalFit:
 
     Args:
         run: The run.
-        shared: What its fits share.
+        prepared: What its fits share.
         verdict: What the confirmation chose.
-        keep_frozen: Whether the encoder of frozen mode stays frozen.
         compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         progress: What the console shows.
     """
 
     run: Run
-    shared: Shared
+    prepared: Prepared
     verdict: Verdict
-    keep_frozen: bool
     compare_defaults: bool
     progress: Progress
 
     @property
     def recipe(self) -> Recipe:
         """What fits of the run are made of."""
-        return self.shared.recipe
+        return self.prepared.recipe
 
     def __call__(self) -> tuple[str, str]:
         """Fit, measure and write ``<run>/final`` as far as it is not done. One process at a time.
@@ -75,9 +74,9 @@ class FinalFit:
         data = self._measured_data()
         test = fingerprint_data(data.test_dataloader())
         # The tolerance is set after the fit; of the promise, the fit knows which examples it may see.
-        setting = {n: v for n, v in self.shared.identity.items() if n not in ("halting_tolerance", "promise")}
+        setting = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
         settings = self.verdict.chosen.settings
-        fit = {"settings": settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
+        fit = {"settings": settings, "setting": digest(setting), "keep_frozen": self.recipe.final_training == "frozen"}
         promise = None if self.recipe.promise is None else asdict(self.recipe.promise)
         made_of = {"fit": fit, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
         before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
@@ -107,7 +106,7 @@ class FinalFit:
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
         plain = {n: value for n, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))}
-        arguments = self.recipe.overrides({**self.shared.learning, **chosen})
+        arguments = self.recipe.overrides({**self.prepared.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         return {
             "seed_everything": self.recipe.seed,
@@ -127,33 +126,25 @@ class FinalFit:
             return
         chosen = dict(settings or {})
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
-        name = str(folder.relative_to(self.run.folder))
-        logger = TensorBoardLogger(self.run.folder, name="", version=name, default_hp_metric=False)
-        tensorboard.log_parameters(logger.experiment, flat(settings or {}), name)
-        with seeded(self.recipe.seed), self.progress.fit(f"{folder.name} fit, {epochs} epochs") as bar:
+        with seeded(self.recipe.seed):
             if settings is None:
                 model, data = self.recipe.model(), self.recipe.make_data()
             else:
-                model, data = self.shared.build(chosen, whole=not self.keep_frozen)
-            try:
-                history = resumable_fit(
-                    self.recipe.trainer,
-                    model,
-                    data,
-                    folder / "checkpoints",
-                    epochs=epochs,
-                    callbacks=[bar],
-                    logger=logger,
-                    keep_best=True,
-                )
-            except NonFiniteLoss as error:
-                raise RuntimeError(
-                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is "
-                    f"{model.learning_rate:g}: lower learning_rate's high in search_space or the model's own, or take "
-                    "precision 32-true, under another run_tag"
-                ) from error
-        tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
-        logger.finalize("success")
+                model, data = self.prepared.build(chosen, whole=self.recipe.final_training == "finetune")
+            history = logged_fit(
+                self.run,
+                self.recipe,
+                model,
+                data,
+                folder / "checkpoints",
+                self.progress,
+                name=str(folder.relative_to(self.run.folder)),
+                title=f"{folder.name} fit",
+                epochs=epochs,
+                parameters=flat(settings or {}),
+                remedy=f"Its learning rate is {model.learning_rate:g}: lower learning_rate's high in search_space or "
+                "the model's own",
+            )
         write_json(folder / "history.json", history.epochs)
         last.unlink()
 
@@ -165,7 +156,7 @@ class FinalFit:
         with self.progress.stage("measuring the final model and the baseline"):
             loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
             found = {name: evaluate(model, loader, precision=recipe.precision) for name, loader in loaders.items()}
-            whole = self.shared.baseline.load(recipe.make_model().at_full_depth()).eval().to(recipe.device)
+            whole = self.prepared.baseline.load(recipe.make_model().at_full_depth()).eval().to(recipe.device)
             against = {name: evaluate(whole, loader, precision=recipe.precision) for name, loader in loaders.items()}
         for name, evaluation in found.items():
             if len(evaluation.right) == len(against[name].right):
@@ -188,10 +179,7 @@ class FinalFit:
         if model.calibration is not None:
             metrics["calibration"] = model.calibration
         with replacing_folder(folder / "model") as partial:
-            model.cpu().save_pretrained(partial, metrics=metrics)
-            tokenizer = getattr(data, "tokenizer", None)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(partial))
+            save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
         self._draw(folder, found["validation"], found["test"], model.num_layers)
         if self.compare_defaults:
             self._measure_defaults(folder / "defaults", data)

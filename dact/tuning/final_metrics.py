@@ -1,4 +1,4 @@
-"""What a tuned model is worth: the entries of metrics.json."""
+"""The entries of metrics.json: what early exit and full depth of a model are worth on a split."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one split says about a model.
+    """Measurements of a model on one split.
 
     Args:
         entry: Entry of metrics.json.
         tolerance_curve: One record per tolerance, at margin 1.
         margin_curve: One record per margin, at tolerance 0.
-        answers: What all layers say of the examples.
+        answers: Answers of all layers to the examples.
         exit_layers: int64 ``[examples]``, 1-based.
         right: Whether early exit is right, bool ``[examples]``.
     """

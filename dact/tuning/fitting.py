@@ -7,8 +7,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -17,7 +16,6 @@ from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
     LearningRateMonitor,
-    ModelCheckpoint,
     ProgressBar,
 )
 from lightning.pytorch.plugins import CheckpointIO
@@ -175,53 +173,6 @@ def without_collapse_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the depth has collapsed.*")
         yield
-
-
-def resumable_fit(
-    arguments: Mapping[str, Any],
-    model: DACT,
-    data: LightningDataModule,
-    checkpoints: Path,
-    *,
-    epochs: int,
-    callbacks: Sequence[Callback] = (),
-    logger: Any = False,
-    keep_best: bool = False,
-) -> History:
-    """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
-
-    Args:
-        arguments: Arguments of the Trainer.
-        model: Model of this fit alone.
-        data: Datamodule of this fit alone.
-        checkpoints: Folder of ``last.ckpt`` and, with `keep_best`, ``best.ckpt``.
-        epochs: Number of epochs.
-        callbacks: Further callbacks.
-        logger: Logger of the Trainer.
-        keep_best: Whether to keep the weights of the epoch with the lowest val_loss as well.
-
-    Raises:
-        NonFiniteLoss: If val_loss is NaN or infinite.
-    """
-    history = History()
-    kept: list[Callback] = []
-    if keep_best:  # weights alone: only the last epoch is resumed from
-        kept.append(
-            ModelCheckpoint(checkpoints, "best", monitor=MONITOR, save_weights_only=True, enable_version_counter=False)
-        )
-    # One without a monitor: `save_last` writes only in epochs in which the best is written.
-    kept.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
-    trainer = make_trainer(
-        arguments,
-        max_epochs=epochs,
-        logger=logger,
-        callbacks=[history, *callbacks, *kept],
-        enable_checkpointing=True,
-    )
-    last = checkpoints / "last.ckpt"
-    fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
-    check_validated(history, epochs)
-    return history
 
 
 def check_validated(history: History, epochs: int) -> None:
