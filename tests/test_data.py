@@ -117,6 +117,24 @@ def test_grouping_by_length_saves_padding():
     assert grouped < 1.1 * sum(lengths) < 0.7 * padded(list(range(2000)))
 
 
+def test_validation_needs_little_padding_and_has_one_order_whatever_the_batch_size(tmp_path):
+    generator = random.Random(0)
+    rows = [("good " * generator.randint(1, 100), "ab"[n % 2]) for n in range(600)]
+    file = write(tmp_path, "csv", rows)
+    orders = []
+    for size in (16, 32):
+        module = data(file, val_file=str(file), batch_size=size, calibration_fraction=0.0)
+        module.setup("fit")
+        batches = list(module.val_dataloader())
+        orders.append(torch.cat([batch["row"] for batch in batches]).tolist())
+        masks = [batch["attention_mask"] for batch in batches]
+        assert sum(mask.numel() for mask in masks) < 1.2 * sum(int(mask.sum()) for mask in masks)
+        for batch in batches:  # what belongs to a row stays with it
+            for row, label, mask in zip(batch["row"], batch["labels"], batch["attention_mask"], strict=True):
+                assert (module.class_names[label], mask.sum() - 1) == (rows[row][1], len(rows[row][0].split()))
+    assert orders[0] == orders[1] and sorted(orders[0]) == list(range(600))
+
+
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
 def test_tables_are_written_whole_and_read_back(tmp_path, ending):
     columns = {"label": ["a", None], "score": [0.5, None], "exit_layer": [3, None], "reason": [None, 'no "text", 🙂']}

@@ -23,12 +23,13 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 INFERENCE_BATCH = 1024  # examples that test and predict hand on at a time: early exit regroups within them
+VALIDATION_BLOCK = 64  # neighbours of similar length in validation
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 CUT_SHARE = 0.01  # a larger share of texts that are cut deserves a warning
 
 
 class TextDataModule(LightningDataModule, ABC):
-    """A datamodule that tokenizes text, pads to the longest of a batch and trains on batches of similar length.
+    """A datamodule that tokenizes text, pads to the longest of a batch and makes batches of similar length.
 
     A subclass gives `examples` and sets `class_names` there or before.
 
@@ -124,7 +125,8 @@ class TextDataModule(LightningDataModule, ABC):
             if split not in self._encoded:
                 for name, examples in self._parts(split).items():
                     self.splits[name] = examples
-                    self._encoded[name], cut = encode(examples, self.tokenizer, self.max_length)
+                    encoded, cut = encode(examples, self.tokenizer, self.max_length)
+                    self._encoded[name] = _with_little_padding(encoded) if name in ("val", "calibration") else encoded
                     self._warn_of_cuts(name, cut)
 
     def _parts(self, split: str) -> dict[str, Examples]:
@@ -215,3 +217,12 @@ class TextDataModule(LightningDataModule, ABC):
 
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")
+
+
+def _with_little_padding(encoded: Encoded) -> Encoded:
+    """Return the examples in a fixed order in which neighbours have similar lengths, whatever the batch size.
+
+    Validation compares fits example by example, so all of them must see one order. The blocks are shuffled, so that
+    the Trainer's `limit_val_batches` keeps texts of all lengths.
+    """
+    return encoded.take(list(LengthGroupedSampler(encoded.lengths, VALIDATION_BLOCK, seed=0)))
