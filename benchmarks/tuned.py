@@ -49,9 +49,8 @@ from dact.files import read_checkpoint, read_tensors
 from dact.outputs import Loss
 from dact.persistence import WEIGHTS_NAME
 from dact.tuning.final_metrics import evaluate
-from dact.tuning.fitting import make_trainer, seeded, without_collapse_warning
+from dact.tuning.fitting import make_trainer, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.recipe import CALIBRATION_SHARE, DISTILLATION
-from dact.tuning.resumable import resumable_fit
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "tuned"

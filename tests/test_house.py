@@ -30,7 +30,6 @@ LAYERS = [
     {"tuning/run", "tuning/recipe", "tuning/features", "tuning/final_metrics"},
     {"tuning/studies", "tuning/survey"},
     {"tuning/progress", "tuning/pictures"},
-    {"tuning/resumable"},
     {"tuning/baseline"},
     {"tuning/prepared"},
     {"tuning/trial"},

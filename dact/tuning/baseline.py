@@ -17,11 +17,10 @@ from dact.encoders.base import move
 from dact.files import read_checkpoint, read_tensors, replacing_folder, write_tensors
 from dact.model import DACT
 from dact.persistence import WEIGHTS_NAME
-from dact.tuning.fitting import seeded
+from dact.tuning import tensorboard
+from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
-from dact.tuning.resumable import checkpoints_of, logged_fit
-from dact.tuning.run import Run
 
 MIN_STEPS = 300  # below which a pretrained encoder has not learned its task
 
@@ -74,47 +73,47 @@ class Baseline:
 
 
 def fit_baseline(
-    run: Run, recipe: Recipe, model: DACT, data: LightningDataModule, origin: str, progress: Progress
+    recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> Baseline:
     """Fine-tune a model at full depth and keep its best epoch and its answers, or take what an earlier call left.
 
     Args:
-        run: The run.
         recipe: What fits of the run are made of.
+        folder: Folder ``baseline`` of the run.
         model: Model of the factory, which is used up.
         data: Datamodule that is set up for a fit.
         origin: Digest of model, data and settings.
         progress: What the console shows.
 
     Raises:
-        RuntimeError: If the loss is not finite.
+        NonFiniteLoss: If the loss is not finite.
     """
-    baseline = Baseline(run.folder / "baseline")
+    baseline = Baseline(folder)
     if baseline.origin() == origin:
         return baseline
-    model, epochs, checkpoints = model.at_full_depth(), _epochs(recipe, data), checkpoints_of(baseline.folder, origin)
-    with seeded(recipe.seed):
-        logged_fit(
-            run,
-            recipe,
+    model, epochs, checkpoints = model.at_full_depth(), _epochs(recipe, data), checkpoints_of(folder, origin)
+    with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epochs") as bar:
+        history = resumable_fit(
+            recipe.trainer,
             model,
             data,
             checkpoints,
-            progress,
-            name=baseline.folder.name,
-            title="baseline at full depth",
+            what="the baseline",
             epochs=epochs,
-            parameters={"learning_rate": model.learning_rate, "num_epochs": epochs},
-            remedy=f"Give the model a learning_rate below {model.learning_rate:g}",
+            callbacks=[bar],
+            log=folder,
+            keep_best=True,
         )
+    parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
+    tensorboard.log_fit(folder, parameters, history.best, folder.name)
     model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
     model.class_names = model.class_names or getattr(data, "class_names", None)
-    with replacing_folder(baseline.folder / "model") as partial:
+    with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial)
     with progress.stage("answers of the baseline"), recipe.precision():
         answers = _ask(model.eval().to(recipe.device), data)
     write_tensors(baseline.answers, answers, {"origin": origin})  # last: it says that all is done
-    for left_over in baseline.folder.glob("fit_*"):
+    for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
     return baseline
 

@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.calibration import Promise
-from dact.checks import check_range
+from dact.checks import check_choice, check_range
 from dact.factories import default_data, default_model
 from dact.model import DACT
 from dact.tuning import studies
@@ -148,6 +148,9 @@ class TuningEngine:
     ) -> None:
         if time_out is not None:
             check_range("TuningEngine: time_out", time_out, "(0, inf]", "it is in minutes")
+        check_choice("TuningEngine: final_training", final_training, EncoderTraining)
+        if final_training == "frozen" and encoder_training != "frozen":
+            raise ValueError("TuningEngine: final_training='frozen' goes with encoder_training='frozen'")
         self.recipe = Recipe(
             output_dimension=output_dimension,
             model=model or partial(default_model, output_dimension),
@@ -155,7 +158,6 @@ class TuningEngine:
             trainer=trainer_arguments(trainer),
             encoder_training=encoder_training,
             warm_up_epochs=warm_up_epochs,
-            final_training=final_training,
             distillation=distillation,
             halting_tolerance=halting_tolerance,
             promise=promise,
@@ -176,6 +178,7 @@ class TuningEngine:
         self.n_trials = trials_per_stage(n_trials)
         self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
         self.bounded = frozenset(search_space or ())
+        self.keep_frozen = final_training == "frozen"
         self.lambda_rule = LambdaRule(lambda_selection, max_loss_increase, max_layers)
         self.workers = workers
         self.storage = storage
@@ -374,4 +377,4 @@ class TuningEngine:
         ]
         with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):
             verdict = confirm(run, prepared, candidates, self.progress)
-            return FinalFit(run, prepared, verdict, self.compare_defaults, self.progress)()
+            return FinalFit(run, prepared, verdict, self.keep_frozen, self.compare_defaults, self.progress)()

@@ -24,11 +24,10 @@ from dact.tuning import pictures, tensorboard
 from dact.tuning.confirmation import Verdict, flat
 from dact.tuning.final_metrics import Evaluation, evaluate
 from dact.tuning.fingerprints import digest, fingerprint_data
-from dact.tuning.fitting import NonFiniteLoss, seeded, without_collapse_warning
+from dact.tuning.fitting import NonFiniteLoss, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
-from dact.tuning.resumable import logged_fit
 from dact.tuning.run import Run
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
@@ -41,22 +40,24 @@ class FinalFit:
 
     Args:
         run: The run.
-        prepared: What its fits share.
+        shared: What its fits share.
         verdict: What the confirmation chose.
+        keep_frozen: Whether the encoder of frozen mode stays frozen.
         compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         progress: What the console shows.
     """
 
     run: Run
-    prepared: Prepared
+    shared: Prepared
     verdict: Verdict
+    keep_frozen: bool
     compare_defaults: bool
     progress: Progress
 
     @property
     def recipe(self) -> Recipe:
         """What fits of the run are made of."""
-        return self.prepared.recipe
+        return self.shared.recipe
 
     def __call__(self) -> tuple[str, str]:
         """Fit, measure and write ``<run>/final`` as far as it is not done. One process at a time.
@@ -67,16 +68,16 @@ class FinalFit:
             The paths of metrics.json and of the best checkpoint.
 
         Raises:
-            RuntimeError: If the loss of the fit is not finite.
+            NonFiniteLoss: If the loss of the fit is not finite.
         """
         folder, old = self.run.final, self.run.folder / "final.old"
         metrics_path, model_path = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
         data = self._measured_data()
         test = fingerprint_data(data.test_dataloader())
         # The tolerance is set after the fit; of the promise, the fit knows which examples it may see.
-        setting = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
+        setting = {n: v for n, v in self.shared.identity.items() if n not in ("halting_tolerance", "promise")}
         settings = self.verdict.chosen.settings
-        fit = {"settings": settings, "setting": digest(setting), "keep_frozen": self.recipe.final_training == "frozen"}
+        fit = {"settings": settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
         promise = None if self.recipe.promise is None else asdict(self.recipe.promise)
         made_of = {"fit": fit, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
         before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
@@ -106,7 +107,7 @@ class FinalFit:
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
         plain = {n: value for n, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))}
-        arguments = self.recipe.overrides({**self.prepared.learning, **chosen})
+        arguments = self.recipe.overrides({**self.shared.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         return {
             "seed_everything": self.recipe.seed,
@@ -126,25 +127,23 @@ class FinalFit:
             return
         chosen = dict(settings or {})
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
-        with seeded(self.recipe.seed):
+        with seeded(self.recipe.seed), self.progress.fit(f"{folder.name} fit, {epochs} epochs") as bar:
             if settings is None:
                 model, data = self.recipe.model(), self.recipe.make_data()
             else:
-                model, data = self.prepared.build(chosen, whole=self.recipe.final_training == "finetune")
-            history = logged_fit(
-                self.run,
-                self.recipe,
+                model, data = self.shared.build(chosen, whole=not self.keep_frozen)
+            history = resumable_fit(
+                self.recipe.trainer,
                 model,
                 data,
                 folder / "checkpoints",
-                self.progress,
-                name=str(folder.relative_to(self.run.folder)),
-                title=f"{folder.name} fit",
+                what=f"the {folder.name} fit of {self.run.tag!r}",
                 epochs=epochs,
-                parameters=flat(settings or {}),
-                remedy=f"Its learning rate is {model.learning_rate:g}: lower learning_rate's high in search_space or "
-                "the model's own",
+                callbacks=[bar],
+                log=folder,
+                keep_best=True,
             )
+        tensorboard.log_fit(folder, flat(settings or {}), history.best, str(folder.relative_to(self.run.folder)))
         write_json(folder / "history.json", history.epochs)
         last.unlink()
 
@@ -156,7 +155,7 @@ class FinalFit:
         with self.progress.stage("measuring the final model and the baseline"):
             loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
             found = {name: evaluate(model, loader, precision=recipe.precision) for name, loader in loaders.items()}
-            whole = self.prepared.baseline.load(recipe.make_model().at_full_depth()).eval().to(recipe.device)
+            whole = self.shared.baseline.load(recipe.make_model().at_full_depth()).eval().to(recipe.device)
             against = {name: evaluate(whole, loader, precision=recipe.precision) for name, loader in loaders.items()}
         for name, evaluation in found.items():
             if len(evaluation.right) == len(against[name].right):
@@ -228,9 +227,7 @@ class FinalFit:
         try:
             with without_collapse_warning():
                 self._fit(folder, None)
-        except RuntimeError as error:
-            if not isinstance(error.__cause__, NonFiniteLoss):
-                raise
+        except NonFiniteLoss as error:
             self.progress.note(f"the defaults are not in the table: {error}")
             return
         model = self._fitted(folder)
@@ -252,9 +249,7 @@ class FinalFit:
     def _fitted(self, folder: Path) -> DACT:
         """Return the model of the best epoch, on the device that it should use."""
         made = self.recipe.make_model()
-        given = (
-            made.encoder if made.encoder.config() is None else None
-        )  # one of the user's, which no checkpoint can rebuild
+        given = made.encoder if made.encoder.config() is None else None  # the user's own: no checkpoint can rebuild it
         model = type(made).load_from_checkpoint(folder / "checkpoints" / "best.ckpt", encoder=given).eval()
         return model.to(self.recipe.device)
 

@@ -1,13 +1,15 @@
-"""A fit: a fresh Trainer, and the record of its epochs."""
+"""A fit: a fresh Trainer, the record of its epochs, and how it resumes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +18,10 @@ from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
     LearningRateMonitor,
+    ModelCheckpoint,
     ProgressBar,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -51,7 +55,6 @@ class History(Callback):
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
-        self.exit_histograms: list[list[int]] = []
         self.answers: LayerAnswers | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -68,11 +71,11 @@ class History(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "exit_histograms": self.exit_histograms}
+        return {"epochs": self.epochs}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs, self.exit_histograms = list(state_dict["epochs"]), list(state_dict["exit_histograms"])
+        self.epochs = list(state_dict["epochs"])
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -84,8 +87,6 @@ class History(Callback):
         if not math.isfinite(metrics[MONITOR]):
             raise NonFiniteLoss(f"{MONITOR} is {metrics[MONITOR]} after epoch {trainer.current_epoch}")
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
-        assert isinstance(pl_module, DACT)
-        self.exit_histograms.append(pl_module.exit_histogram.tolist())
         if self._seen and self._best == len(self.epochs) - 1:
             y, h, target = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
             self.answers = LayerAnswers(*accumulate(y, h), y, target)
@@ -106,11 +107,6 @@ class History(Callback):
     def best(self) -> dict[str, float]:
         """The metrics of the epoch with the lowest validation loss."""
         return self.epochs[self._best]
-
-    @property
-    def best_exit_histogram(self) -> list[int]:
-        """Number of validation examples that left after each layer in that epoch."""
-        return self.exit_histograms[self._best]
 
 
 def _of_validation(name: str) -> bool:
@@ -173,6 +169,67 @@ def without_collapse_warning() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the depth has collapsed.*")
         yield
+
+
+def resumable_fit(
+    arguments: Mapping[str, Any],
+    model: DACT,
+    data: LightningDataModule,
+    checkpoints: Path,
+    *,
+    what: str = "the fit",
+    epochs: int,
+    callbacks: Sequence[Callback] = (),
+    log: Path | None = None,
+    keep_best: bool = False,
+) -> History:
+    """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
+
+    Args:
+        arguments: Arguments of the Trainer.
+        model: Model of this fit alone.
+        data: Datamodule of this fit alone.
+        checkpoints: Folder of ``last.ckpt`` and, with `keep_best`, ``best.ckpt``.
+        what: Name of the fit in errors.
+        epochs: Number of epochs.
+        callbacks: Further callbacks.
+        log: Folder of a TensorBoard log, or None.
+        keep_best: Whether to keep the weights of the epoch with the lowest val_loss as well.
+
+    Raises:
+        NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
+        ValueError: If no validation ran.
+    """
+    logger = None if log is None else TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
+    # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written. The best has no
+    # optimizer: a fit resumes from the last epoch.
+    kept = [ModelCheckpoint(checkpoints, "last", enable_version_counter=False)]
+    if keep_best:
+        best = ModelCheckpoint(
+            checkpoints, "best", monitor=MONITOR, save_weights_only=True, enable_version_counter=False
+        )
+        kept.insert(0, best)
+    history, last = History(), checkpoints / "last.ckpt"
+    callbacks = [history, *callbacks, *kept]
+    trainer = make_trainer(
+        arguments, max_epochs=epochs, logger=logger or False, callbacks=callbacks, enable_checkpointing=True
+    )
+    try:
+        fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(
+            f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower that of the model or "
+            "learning_rate's high in search_space, or take precision 32-true, under another run_tag"
+        ) from error
+    check_validated(history, epochs)
+    if logger is not None:
+        logger.finalize("success")
+    return history
+
+
+def checkpoints_of(folder: Path, origin: str) -> Path:
+    """Return the folder of an unfinished fit's checkpoints, from which a fit of another origin does not resume."""
+    return folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
 
 
 def check_validated(history: History, epochs: int) -> None:

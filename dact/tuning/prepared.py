@@ -20,10 +20,9 @@ from dact.model import DACT
 from dact.tuning.baseline import Baseline, fit_baseline
 from dact.tuning.features import Features, FeaturesData, LoaderData, compute_features
 from dact.tuning.fingerprints import digest, fingerprint_encoder, fingerprint_pretrained, fingerprint_tensor
-from dact.tuning.fitting import seeded, without_collapse_warning
+from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
-from dact.tuning.resumable import checkpoints_of, resumable_fit
 from dact.tuning.run import Run
 from dact.tuning.space import Spaces
 from dact.tuning.survey import Surveyed
@@ -132,7 +131,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         progress: What the console shows.
 
     Raises:
-        RuntimeError: If the loss of the baseline or of frozen mode's encoder is not finite.
+        NonFiniteLoss: If the loss of the baseline or of frozen mode's encoder is not finite.
         ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's
             probabilities.
     """
@@ -142,7 +141,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
     with run.locked(lambda: progress.stage("waiting for another process, which prepares the run")):
         after = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
         origin = digest({name: value for name, value in surveyed.identity.items() if name not in after})
-        baseline = fit_baseline(run, recipe, surveyed.model, data, origin, progress)
+        baseline = fit_baseline(recipe, run.folder / "baseline", surveyed.model, data, origin, progress)
         teacher = _teach(run.folder / "teacher", surveyed, baseline)
         share = (distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
         share = share if teacher is not None else 0.0
@@ -229,9 +228,9 @@ def _warm_up(
     if not encoder.is_file() or read_tensors(encoder)[1].get("origin") != origin:
         model.lambda_reg = 0.0  # no price for layers: here the encoder learns, and nothing else stays
         checkpoints, epochs = checkpoints_of(folder, origin), recipe.warm_up_epochs
-        what = f"encoder of the studies, {epochs} epochs"
-        with seeded(recipe.seed), progress.fit(what) as bar, without_collapse_warning():
-            resumable_fit(recipe.trainer, model, data, checkpoints, epochs=epochs, callbacks=[bar])
+        what = "encoder of the studies"
+        with seeded(recipe.seed), progress.fit(f"{what}, {epochs} epochs") as bar, without_collapse_warning():
+            resumable_fit(recipe.trainer, model, data, checkpoints, what=what, epochs=epochs, callbacks=[bar])
         write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
         shutil.rmtree(checkpoints)
     # Read back even here, so that a resumed run has the same states whatever the precision of the Trainer.

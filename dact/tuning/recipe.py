@@ -53,7 +53,6 @@ class Recipe:
         trainer: Arguments of the Trainer, from `trainer_arguments`.
         encoder_training: ``"finetune"`` or ``"frozen"``.
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
-        final_training: ``"finetune"``, or ``"frozen"`` for a final fit on the encoder of frozen mode.
         distillation: Share of a teacher's probabilities in the training targets, in [0, 1]; None for that of the model
             factory, or for half if the factory has none and the data can carry them.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
@@ -73,7 +72,6 @@ class Recipe:
     trainer: Mapping[str, Any]
     encoder_training: EncoderTraining
     warm_up_epochs: int
-    final_training: EncoderTraining
     distillation: float | None
     halting_tolerance: float | None
     promise: Promise | None
@@ -90,9 +88,6 @@ class Recipe:
                     "trial needs an instance of its own"
                 )
         check_choice("TuningEngine: encoder_training", self.encoder_training, EncoderTraining)
-        check_choice("TuningEngine: final_training", self.final_training, EncoderTraining)
-        if self.final_training == "frozen" and self.encoder_training != "frozen":
-            raise ValueError("TuningEngine: final_training='frozen' goes with encoder_training='frozen'")
         check_count("TuningEngine: warm_up_epochs", self.warm_up_epochs, least=0)
         if self.distillation is not None:
             check_range("TuningEngine: distillation", self.distillation, "[0, 1]", "it is a share of the targets")

@@ -166,14 +166,10 @@ def _read(path: Path, name: str) -> Any:
         content = yaml.safe_load(path.read_text())
         if name == "lambda_reg":
             return float(content["lambda_reg"])
-        return _checked(name, dict(content))
+        if name != "external_config":
+            SubmodelConfig(**content)
+        return dict(content)
     except (yaml.YAMLError, TypeError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is corrupted ({' '.join(str(error).split())[:100]}): delete it, and its study writes it again"
         ) from error
-
-
-def _checked(name: str, content: dict[str, Any]) -> dict[str, Any]:
-    if name != "external_config":
-        SubmodelConfig(**content)
-    return content

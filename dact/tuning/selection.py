@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
+import numpy as np
+
 from dact.answers import mean_and_error
 from dact.checks import check_choice, check_range
 from dact.tuning.outcome import Outcome
@@ -174,26 +176,16 @@ def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: f
         The next λ in [low, high].
     """
     to, back = (math.log, math.exp) if log else (float, float)
-    known = sorted({(value, layers) for value, layers in tried if layers is not None})
+    known = sorted({(value, layers) for value, layers in tried if layers is not None}) or [(low, 0.0)]
     places = sorted({value for value, _ in tried})
     for end in (low, high):
         if not any(math.isclose(end, value, rel_tol=1e-9) for value in places):
             return end
-    gaps = []
-    for left, right in pairwise(places):
-        change = abs(_interpolate(known, right) - _interpolate(known, left)) if known else 0.0
-        width = to(right) - to(left)
-        # A little weight for width alone, so that a flat curve is searched evenly.
-        gaps.append(((change + 0.02) * width, left, right))
+    layers = np.interp(places, [value for value, _ in known], [layers for _, layers in known])
+    # A little weight for width alone, so that a flat curve is searched evenly.
+    gaps = [
+        ((change + 0.02) * (to(right) - to(left)), left, right)
+        for change, (left, right) in zip(np.abs(np.diff(layers)), pairwise(places), strict=True)
+    ]
     _, left, right = max(gaps)
     return min(high, max(low, back((to(left) + to(right)) / 2)))
-
-
-def _interpolate(known: Sequence[tuple[float, float]], value: float) -> float:
-    """The mean exit layer at `value`, linear between the neighbours that are known."""
-    below = [entry for entry in known if entry[0] <= value]
-    above = [entry for entry in known if entry[0] >= value]
-    if not below or not above:
-        return (below[-1] if below else above[0])[1]
-    (x0, y0), (x1, y1) = below[-1], above[0]
-    return y0 if x0 == x1 else y0 + (y1 - y0) * (value - x0) / (x1 - x0)

@@ -79,29 +79,29 @@ class Objective:
         """Return the metrics of the best epoch, those of early exit at the margin that the promise would set."""
         recipe = self.prepared.recipe
         trial.set_user_attr(PLANNED_EPOCHS, settings.get("num_epochs", recipe.epochs))
-        history, histogram = History(), []
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
             counted: Any = EveryValidation(trial)
             callbacks.append(PyTorchLightningPruningCallback(counted, monitor=MONITOR))
+        repeats = REPEATS if recipe.encoder_training == "frozen" and not self.stage.prunes else 1
+        outcomes = []
         with _logged(self, trial) as (logger, metrics):
-            with seeded(recipe.seed):
-                model = fit_settings(self.prepared, settings, recipe.seed, history, callbacks, logger)
-            metrics |= history.best
-            if not self.stage.prunes:
-                seeds = range(recipe.seed + 1, recipe.seed + (REPEATS if recipe.encoder_training == "frozen" else 1))
-                found = [self._outcome(history, model)]
-                for seed in seeds:
-                    again = History()
-                    with seeded(seed):
-                        model = fit_settings(self.prepared, settings, seed, again, callbacks, logger=False)
-                    found.append(self._outcome(again, model))
-                mean = mean_outcome(found)
+            for repeat in range(repeats):
+                seed, history = recipe.seed + repeat, History()
+                with seeded(seed):
+                    model = fit_settings(
+                        self.prepared, settings, seed, history, callbacks, logger if not repeat else False
+                    )
+                metrics |= {} if repeat else history.best
+                if not self.stage.prunes:
+                    outcomes.append(self._outcome(history, model))
+            if outcomes:
+                mean = mean_outcome(outcomes)
                 mean.save(Path(logger.log_dir))
                 metrics |= {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
-                layers = torch.cat([one.exits for one in found]).long()
+                layers = torch.cat([outcome.exits for outcome in outcomes]).long()
                 histogram = torch.bincount(layers - 1, minlength=model.num_layers).tolist()
-        trial.set_user_attr(EXIT_HISTOGRAM, histogram or history.best_exit_histogram)
+                trial.set_user_attr(EXIT_HISTOGRAM, histogram)
         return metrics
 
     def _outcome(self, history: History, model: DACT) -> Outcome:

@@ -116,36 +116,21 @@ def check_workers(workers: int, storage: str | BaseStorage | None, **sent: Any) 
 
 
 def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., None]) -> None:
-    """Run a study to its end, in this process or in several.
+    """Run a study to its end, in this process or in several; a worker process that dies is replaced.
 
     Args:
         job: The study to run.
         study: The same study, opened in this process.
         workers: Number of processes.
-        refresh: Function that is called after each trial and now and then; it takes what Optuna gives to a callback.
-
-    Raises:
-        RuntimeError: See `run_side_by_side`.
-    """
-    if workers == 1:
-        job.run(study, refresh, refresh)
-    else:
-        run_side_by_side(job, study, workers, refresh)
-
-
-def run_side_by_side(job: StudyJob, study: Study, workers: int, refresh: Callable[[], None]) -> None:
-    """Run a study in several processes; one that dies is replaced.
-
-    Args:
-        job: The study to run.
-        study: The same, opened in this process.
-        workers: Number of processes.
-        refresh: Function that is called twice a second.
+        refresh: Function that draws the state of the study again; it takes what Optuna gives to a callback.
 
     Raises:
         RuntimeError: If a worker ended with an error, which the message holds, or if workers keep dying.
         RunStopped: If a disk or the storage failed.
     """
+    if workers == 1:
+        job.run(study, refresh, refresh)
+        return
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // workers)
