@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from dact import functional
 from dact.encoders.base import Batch, check_batch
-from dact.functional import PonderKind
-from dact.metrics import SCALARS, evaluation_metrics, update_metrics
+from dact.functional import Halting, PonderKind
+from dact.metrics import SCALARS, collapse, evaluation_metrics, update_metrics
 from dact.outputs import DACTOutput
 
 
@@ -21,8 +22,17 @@ class Evaluated(LightningModule):
     output_dimension: int
     num_layers: int
     lambda_reg: float
+    exit_rule: Halting
     ponder: PonderKind
     class_weights: Tensor | None
+
+    def on_fit_end(self) -> None:
+        value = self.trainer.callback_metrics.get("val_exit_layer")
+        if value is None or self.num_layers == 1 or self.exit_rule.rule == "never":
+            return
+        warning = collapse(value.item(), self.num_layers, self.lambda_reg, self.exit_rule.margin)
+        if warning is not None:
+            rank_zero_warn(warning)
 
     def make_metrics(self) -> None:
         """Make the metrics; the constructor calls it when it knows classes and layers."""

@@ -20,7 +20,6 @@ from dact.arguments import OfRule, check_arguments
 from dact.encoders.base import Batch, LayeredEncoder
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metric_logging import Evaluated, labels_of
-from dact.metrics import collapse
 from dact.model_card import Metrics
 from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
@@ -52,6 +51,9 @@ class DACT(Evaluated):
         lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0.
         ponder: The ponder cost ρ, ``"p"`` (mean of Σ p_n) or ``"h"`` (mean of Σ h_n).
         exit_loss_weight: Weight of the exit loss, 0 or more.
+        detach_exits: Whether encoder and classifier learn from the exit loss alone, as in a multi-exit, so that the loss
+            of a_N and the ponder cost train the confidence only. The first layers then answer better; the exit loss
+            needs a weight above 0.
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
             the label. Training batches then carry ``teacher`` ``[batch, classes]``.
         share_submodels: Whether all layers share one pair of submodels instead of having one pair each.
@@ -107,6 +109,7 @@ class DACT(Evaluated):
         lambda_warmup: float = 0.3,
         ponder: PonderKind = "p",
         exit_loss_weight: float = 0.3,
+        detach_exits: bool = False,
         distillation: float = 0.0,
         share_submodels: bool = False,
         num_layers: int | None = None,
@@ -131,6 +134,7 @@ class DACT(Evaluated):
         self.lambda_warmup = lambda_warmup
         self.ponder = ponder
         self.exit_loss_weight = exit_loss_weight
+        self.detach_exits = detach_exits
         self.distillation = distillation
         self.share_submodels = share_submodels
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
@@ -212,6 +216,8 @@ class DACT(Evaluated):
         else:
             states = self.encoder.first_states(batch, self.num_layers)
         logits = functional.at_least_float32(self.classifier(states))
+        if self.detach_exits:
+            states = states.detach()
         return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
@@ -225,6 +231,7 @@ class DACT(Evaluated):
             nn.init.constant_(last.bias, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg, self.exit_loss_weight, self.distillation = 0.0, 0.0, 0.0
+        self.detach_exits = False
         self.halting = "never"
         return self
 
@@ -259,7 +266,8 @@ class DACT(Evaluated):
         teacher = batch["teacher"] if self.needs_teacher else None
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
         logits, h = self._submodels(batch)
-        a, p = functional.accumulate(logits.softmax(dim=-1), h)
+        y = logits.softmax(dim=-1)
+        a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         task_loss = functional.task_loss(a[:, -1], target, self.class_weights)
         exit_loss = functional.exit_loss(logits, target, self.class_weights)
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
@@ -322,14 +330,6 @@ class DACT(Evaluated):
             (submodels, self.submodel_learning_rate or self.learning_rate),
         )
         return schedule(rates, self.weight_decay, self.warmup_fraction, self.trainer.estimated_stepping_batches)
-
-    def on_fit_end(self) -> None:
-        value = self.trainer.callback_metrics.get("val_exit_layer")
-        if value is None or self.num_layers == 1 or self.halting == "never":
-            return
-        warning = collapse(value.item(), self.num_layers, self.lambda_reg, self.halting_margin)
-        if warning is not None:
-            rank_zero_warn(warning)
 
     def end_calibration(self) -> None:
         """Forget a calibration, and give its dial back the value that it had before."""

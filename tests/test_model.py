@@ -870,3 +870,28 @@ def test_a_main_py_of_ones_own_fits_tests_predicts_and_resumes(tmp_path):
         assert done.returncode == 0, done.stderr
     known = yaml.safe_load((fit / "hparams.yaml").read_text())
     assert known["lambda_reg"] == 0.125
+
+
+def test_detached_exits_learn_as_a_multi_exit_does_and_the_confidence_as_ever():
+    joint = tiny_model(exit_loss_weight=0.5, lambda_reg=0.1)
+    detached = tiny_model(exit_loss_weight=0.5, lambda_reg=0.1, detach_exits=True)
+    detached.load_state_dict(joint.state_dict())
+    batch = random_batch(12)
+    loss = {"joint": joint.loss(batch), "detached": detached.loss(batch)}
+    torch.testing.assert_close(loss["joint"].loss, loss["detached"].loss)  # only who learns from it differs
+
+    def gradients(model, value):
+        model.zero_grad()
+        value.backward(retain_graph=True)
+        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+
+    exits, learned = gradients(joint, 0.5 * loss["joint"].exit_loss), gradients(detached, loss["detached"].loss)
+    others = {name for name in learned if not name.startswith("confidence")}
+    assert others and others == {name for name in exits if not name.startswith("confidence")}
+    torch.testing.assert_close({n: learned[n] for n in others}, {n: exits[n] for n in others})
+    whole = gradients(joint, loss["joint"].loss)
+    own = {name for name in learned if name.startswith("confidence")}
+    torch.testing.assert_close({n: learned[n] for n in own}, {n: whole[n] for n in own})
+    assert DACT.from_config(detached.config(), encoder=detached.encoder).detach_exits
+    with pytest.raises(ValueError, match="detach_exits needs an exit_loss_weight above 0"):
+        tiny_model(exit_loss_weight=0.0, detach_exits=True)
