@@ -60,8 +60,7 @@ def choose(models: list[LayerAnswers], losses: np.ndarray, baseline: torch.Tenso
     points = []
     for lambda_reg, number in zip(LAMBDAS, best, strict=True):
         found = outcome_of(models[number].take(rows), MODEL, PROMISE, baseline[rows])
-        lost = tuple(found.lost.tolist())
-        points.append(Point(lambda_reg, found.loss, found.layers, tuple(found.losses.tolist()), lost))
+        points.append(Point(lambda_reg, found.loss, found.layers, found))
     return int(best[points.index(select_lambda(points, "promise", allowed=PROMISE.max_accuracy_loss))])
 
 

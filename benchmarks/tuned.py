@@ -48,9 +48,9 @@ from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint, read_tensors
 from dact.outputs import Loss
 from dact.persistence import WEIGHTS_NAME
-from dact.tuning.evaluation import evaluate
+from dact.tuning.final_metrics import evaluate
+from dact.tuning.fitting import make_trainer, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.recipe import CALIBRATION_SHARE, DISTILLATION
-from dact.tuning.training import make_trainer, resumable_fit, seeded, without_collapse_warning
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "tuned"

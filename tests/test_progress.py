@@ -10,10 +10,10 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
+from dact.tuning.deadline import Deadline
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import PLANNED_EPOCHS
 from dact.tuning.summary import headline, pruning_text, show_summary
-from dact.tuning.training import Deadline
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 PROMISE = {"max_accuracy_loss": 0.01, "min_agreement": None, "max_layers": None, "confidence": 0.95}

@@ -18,12 +18,12 @@ from dact.answers import LayerAnswers, layer_answers, mean_and_error
 from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.tuning import tensorboard
 from dact.tuning.fingerprints import digest
+from dact.tuning.fitting import History, NonFiniteLoss, seeded, without_collapse_warning
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
-from dact.tuning.shared import Shared
-from dact.tuning.training import History, NonFiniteLoss, seeded, without_collapse_warning
 from dact.tuning.trial import fit_settings
 from dact.tuning.whole_fit import FRESH_SEED, WholeFit
 
@@ -47,7 +47,7 @@ class Candidate:
         """Return the folder of what the confirmation keeps of it."""
         return run.folder / FOLDER / self.name.replace(" ", "_")
 
-    def fit(self, run: Run, shared: Shared) -> WholeFit:
+    def fit(self, run: Run, shared: Prepared) -> WholeFit:
         """Return its fit as that of the final model."""
         return WholeFit(shared, self.folder(run) / "fit", self.settings)
 
@@ -66,7 +66,7 @@ class Verdict:
 
 
 def confirm(
-    run: Run, shared: Shared, candidates: Sequence[Candidate], progress: Progress, *, keep_frozen: bool
+    run: Run, shared: Prepared, candidates: Sequence[Candidate], progress: Progress, *, keep_frozen: bool
 ) -> Verdict:
     """Fit the candidates under fresh seeds, and let the first stay unless another one beats it.
 
@@ -141,7 +141,7 @@ class _Difference:
         )
 
 
-def _whole(run: Run, shared: Shared, progress: Progress, candidate: Candidate) -> Outcome | None:
+def _whole(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
     """Return the outcome of a candidate's fit as that of the final model."""
     fit, recipe = candidate.fit(run, shared), shared.recipe
     path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.origin)
@@ -176,7 +176,7 @@ def _fit_and_ask(fit: WholeFit, candidate: Candidate, progress: Progress) -> dic
     return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}
 
 
-def _on_states(run: Run, shared: Shared, progress: Progress, candidate: Candidate) -> Outcome | None:
+def _on_states(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
     """Return the mean outcome of a candidate's fits on the states of frozen mode."""
     recipe = shared.recipe
     seeds = [recipe.seed + FRESH_SEED + number for number in range(SEEDS)]

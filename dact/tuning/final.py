@@ -15,19 +15,20 @@ from lightning.pytorch import LightningDataModule
 from dact import plots
 from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe, store_in_checkpoint
+from dact.callbacks import save_with_tokenizer
 from dact.files import read_json, replacing, replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
 from dact.tuning.confirmation import FOLDER, Verdict, flat
-from dact.tuning.evaluation import Evaluation, evaluate
+from dact.tuning.final_metrics import Evaluation, evaluate
 from dact.tuning.fingerprints import fingerprint_data
+from dact.tuning.fitting import NonFiniteLoss, without_collapse_warning
+from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
-from dact.tuning.shared import Shared
-from dact.tuning.training import NonFiniteLoss, without_collapse_warning
 from dact.tuning.whole_fit import MADE_OF, WholeFit
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
@@ -47,7 +48,7 @@ class FinalFit:
     """
 
     run: Run
-    shared: Shared
+    shared: Prepared
     verdict: Verdict
     keep_frozen: bool
     compare_defaults: bool
@@ -68,7 +69,7 @@ class FinalFit:
             The paths of metrics.json and of the best checkpoint.
 
         Raises:
-            RuntimeError: If the loss of the fit is not finite.
+            NonFiniteLoss: If the loss of the fit is not finite.
         """
         folder, old = self.run.final, self.run.folder / "final.old"
         metrics_path = folder / "metrics.json"
@@ -151,10 +152,7 @@ class FinalFit:
         if model.calibration is not None:
             metrics["calibration"] = model.calibration
         with replacing_folder(folder / "model") as partial:
-            model.cpu().save_pretrained(partial, metrics=metrics)
-            tokenizer = getattr(data, "tokenizer", None)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(partial))
+            save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
         self._draw(folder, found, model.num_layers, against["validation"].entry["accuracy"])
         self._log(fit, found["validation"])
         if self.compare_defaults:

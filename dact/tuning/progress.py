@@ -19,9 +19,9 @@ from rich.progress import Progress as Bars
 from rich.table import Table
 from typing_extensions import override
 
+from dact.tuning.deadline import Deadline
 from dact.tuning.studies import finished
 from dact.tuning.summary import show_summary
-from dact.tuning.training import Deadline
 
 ROWS = 12  # trials in sight
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}

@@ -8,14 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
-
 from dact.files import read_json, write_json
 from dact.model import DACT
 from dact.tuning.fingerprints import digest
+from dact.tuning.fitting import MONITOR, resumable_fit, seeded
+from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
-from dact.tuning.shared import Shared
-from dact.tuning.training import MONITOR, NonFiniteLoss, resumable_fit, seeded
 
 FRESH_SEED = 1000  # added to the run's own: far from the seeds of the studies
 MADE_OF = "made_of.json"  # what a fit was made of; another one replaces it
@@ -32,7 +30,7 @@ class WholeFit:
         keep_frozen: Whether the encoder of frozen mode stays frozen.
     """
 
-    shared: Shared
+    shared: Prepared
     folder: Path
     settings: Mapping[str, Any] | None
     keep_frozen: bool = False
@@ -92,29 +90,22 @@ class WholeFit:
             write_json(self.folder / MADE_OF, {"fit": self.origin})
         recipe, chosen = self.shared.recipe, dict(self.settings or {})
         epochs = chosen.pop("num_epochs", recipe.epochs)
-        logger = TensorBoardLogger(self.folder.parent, name="", version=self.folder.name, default_hp_metric=False)
         with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
             if self.settings is None:
                 model, data = recipe.model(), recipe.make_data()
             else:
                 model, data = self.shared.build(chosen, whole=not self.keep_frozen)
-            try:
-                history = resumable_fit(
-                    recipe.trainer,
-                    model,
-                    data,
-                    self.folder / "checkpoints",
-                    epochs=epochs,
-                    callbacks=[bar],
-                    logger=logger,
-                    keep_best=True,
-                )
-            except NonFiniteLoss as error:
-                raise NonFiniteLoss(
-                    f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower learning_rate's high "
-                    "in search_space or the model's own, or take precision 32-true, under another run_tag"
-                ) from error
-        logger.finalize("success")
+            history = resumable_fit(
+                recipe.trainer,
+                model,
+                data,
+                self.folder / "checkpoints",
+                what=what,
+                epochs=epochs,
+                callbacks=[bar],
+                log=self.folder,
+                keep_best=True,
+            )
         write_json(self.folder / "history.json", history.epochs)
         last.unlink()
 
