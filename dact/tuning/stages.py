@@ -46,22 +46,12 @@ class Stage:
 
 
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
-    """Return the number of trials of each stage, by name.
-
-    Args:
-        n_trials: One number for all stages, or one per stage.
-
-    Raises:
-        ValueError: If it is neither, or a number is below 1.
-    """
+    """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one for all or each."""
     numbers = [n_trials] * len(STAGES) if isinstance(n_trials, int) else list(n_trials)
     whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
     if len(numbers) != len(STAGES) or not whole:
         raise ValueError(f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}")
     return dict(zip((stage.name for stage in STAGES), numbers, strict=True))
-
-
-# ---------------------------------------------------------------------- what the studies choose
 
 
 def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,18 +72,12 @@ def _lambda_reg(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"lambda_reg": params["lambda_reg"]}
 
 
-# ---------------------------------------------------------------------- what a trial is worth
-
-
 def _validation_loss(metrics: Mapping[str, float]) -> float:
     return metrics["val_loss"]
 
 
 def _loss_and_layers(metrics: Mapping[str, float]) -> tuple[float, float]:
     return metrics["val_task_loss"], metrics["val_exit_layer"]
-
-
-# ---------------------------------------------------------------------- which trial wins
 
 
 def _lowest_value(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
