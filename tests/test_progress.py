@@ -74,6 +74,19 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     assert promised.split()[:2] == ["0.83", "78.50"]
 
 
+@pytest.mark.parametrize(
+    ("layers", "said"), [(1.0, "one layer. If that costs"), (4.0, "all 4 layers. Try a larger"), (2.0, "")]
+)
+def test_a_final_model_whose_depth_has_collapsed_says_so(tmp_path, layers, said):
+    entry = {**metrics()["validation"], "mean_exit_layer": layers}
+    (tmp_path / "metrics.json").write_text(json.dumps(metrics(validation=entry)))
+    console = Console(width=200, record=True)
+    show_summary(console, tmp_path, "tuned", [])
+    text = console.export_text()
+    assert ("the depth has collapsed" in text) == bool(said)
+    assert said in text
+
+
 def pruned_study():
     """Two whole trials of 4 and 2 epochs, and one of 4 that was pruned after its first."""
     study = optuna.create_study()

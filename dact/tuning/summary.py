@@ -36,11 +36,20 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
         console.print(
             "warning: all validation examples get one class: try class_weights, more epochs, or another learning_rate"
         )
+    if metrics["layers"] > 1 and (other := _collapse(metrics["validation"]["mean_exit_layer"], metrics["layers"])):
+        console.print(f"warning: the depth has collapsed: every validation example uses {other}")
     console.print(f"settings: {verdict}")
     pruned = pruning_text(studies)
     if pruned:
         console.print(pruned)
     console.print(f"trials and pictures: tensorboard --logdir {folder.parent}", soft_wrap=True)
+
+
+def _collapse(mean: float, layers: int) -> str:
+    """Return how the depth has collapsed and what to do, an empty string where it has not."""
+    if mean == 1:
+        return "one layer. If that costs accuracy, try a smaller lambda_reg"
+    return f"all {layers} layers. Try a larger lambda_reg, or a promise that allows more" if mean == layers else ""
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
