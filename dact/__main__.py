@@ -34,6 +34,7 @@ commands:
   dact fit --model.encoder.help HuggingFaceEncoder     the options of a class of encoder
   dact --version
 
+--model takes the folder of a run, its model/ folder, or a Hub id, OWNER/NAME or OWNER/NAME@REVISION.
 An option on the command line replaces that of the files. A later file replaces an earlier one.
 A configuration can name any class of any installed module, and so run any code: use only files that you trust.
 """
@@ -63,7 +64,7 @@ def main() -> None:
 def _run_light(words: list[str]) -> None:
     """Run ``dact export`` or ``dact serve``."""
     parser = _Parser(prog=f"dact {words[0]}", description=LIGHT[words[0]])
-    parser.add_argument("--model", required=True, help="model/ folder, or the folder of a run")
+    parser.add_argument("--model", required=True, help="model/ folder, folder of a run, or Hub id")
     if words[0] == "export":
         parser.add_argument("--output", required=True, help="folder to write to")
         parser.add_argument("--quantize", choices=["int8"], help="quantize the weights of the layers; default: float32")

@@ -1,5 +1,6 @@
 """``dact fit``: its name, its checkpoints, how it is stopped and resumed, and what it says; and the errors of YAML."""
 
+import io
 import os
 import re
 import shlex
@@ -11,13 +12,15 @@ import time
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from dact import DACT
 from dact.cli.checkpoints import BestAndLast
+from dact.cli.reports import Bar
 from dact.files import DurableCheckpointIO
 from tests.commands import FIT, OWN, ROOT, SMALL, dact, environment
+from tests.conftest import random_batch, tiny_model
 
 
 class Scripted(LightningModule):
@@ -147,6 +150,24 @@ def test_a_fit_may_choose_by_macro_f1_and_balance_its_classes(own, dact_here):
         status, text = dact_here("fit", "--config", "config.yaml", "--model.learning_rate", "0.01", cwd=own)
     assert status == 0, text
     assert "where 'no', the largest class, is 90.00 %, macro F1" in text
+
+
+def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path):
+    screen, bars = io.StringIO(), []
+
+    class LastWords(Callback):
+        def on_fit_end(self, trainer, pl_module):
+            bars.append(trainer.progress_bar_callback.progress.live.is_started)
+
+    bar = Bar(console_kwargs={"file": screen, "force_terminal": True, "width": 80})
+    loader = DataLoader([random_batch()], batch_size=None)
+    Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_model_summary=False,
+        callbacks=[bar, LastWords()], default_root_dir=tmp_path,
+    ).fit(tiny_model(), loader, loader)  # fmt: skip
+    assert "Epoch 2/2" in screen.getvalue()
+    assert "Epoch 0" not in screen.getvalue()
+    assert bars == [False]
 
 
 @pytest.mark.parametrize(

@@ -228,6 +228,60 @@ def test_a_failing_file_leaves_no_predictions(run_of_two_files, dact_here):
     assert not list(run_of_two_files.glob(".none*"))
 
 
+TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.strategy", "ddp"]
+
+
+@pytest.mark.slow
+def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_of_two_files, dact_here):
+    folder, model = run_of_two_files, ["--model", "lightning_logs/first"]
+    texts = [f"the screen is {('great', 'awful', 'poor')[n % 3]} {n}" for n in range(2501)]
+    texts[1030] = ""
+    pd.DataFrame({"text": texts}).to_csv(folder / "many.csv")
+    words = ["predict", *model, "--data.predict_file", "many.csv", "--output"]
+    assert dact_here(*words, "one.csv", cwd=folder)[0] == 0
+    done = dact(*words, "two.csv", *TWO, cwd=folder)
+    assert "2 processes write one file each, two-1-of-2.csv and so on" in done.stdout + done.stderr
+    assert "1477 predictions are in two-1-of-2.csv\n" in done.stderr
+    assert "1023 predictions are in two-2-of-2.csv, and 1 without a label" in done.stderr
+    assert not (folder / "two.csv").exists()
+    both = pd.concat([pd.read_csv(folder / f"two-{n}-of-2.csv") for n in (1, 2)]).sort_values("row")
+    assert both["row"].tolist() == list(range(2501))
+    alone = pd.read_csv(folder / "one.csv")
+    assert both["label"].fillna("").tolist() == alone["label"].fillna("").tolist()
+    assert both["exit_layer"].tolist() == pytest.approx(alone["exit_layer"].tolist(), nan_ok=True)
+    (folder / "odd.csv").write_text("text,label\n" + "".join(REVIEWS.splitlines(True)[:27]))
+    for words in (["test", *model, "--data.test_file", "odd.csv"], ["validate", *model, "--data.val_file", "odd.csv"]):
+        status, text = dact_here(*words, cwd=folder)
+        assert status == 0, text
+        done = dact(*words, *TWO, cwd=folder)
+        assert "DistributedSampler" not in done.stdout + done.stderr
+        alone, both = (
+            {name: float(value) for name, value in re.findall(r"(\w+_\w+\S*) +│ +([\d.]+)", table)}
+            for table in (text, done.stdout)
+        )
+        assert len(alone) > 8
+        assert both == pytest.approx(alone, rel=1e-5)
+
+
+@pytest.mark.slow
+def test_the_memory_of_predict_does_not_grow_with_the_file(run_of_two_files):
+    program = "import resource; from dact.cli.commands import main; main(); "
+    program += "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
+    peaks = []
+    for rows in (20_000, 120_000):
+        lines = "".join(f"the screen is great {n}\n" for n in range(rows))
+        (run_of_two_files / "large.csv").write_text("text\n" + lines)
+        words = ["--model", "lightning_logs/first", "--data.predict_file", "large.csv", "--output", "large.parquet"]
+        done = subprocess.run(
+            [sys.executable, "-c", program, "predict", *words],
+            cwd=run_of_two_files, env=environment(), capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        assert f"{rows} predictions" in done.stderr
+        peaks.append(int(done.stdout.split("PEAK")[1]))
+    # MiB; 100,000 dicts of five entries alone would take more.
+    assert peaks[1] - peaks[0] < 30, peaks
+
+
 MINE = """
 import torch
 from lightning.pytorch import LightningDataModule
@@ -250,6 +304,8 @@ class Mine(LightningDataModule):
                 batch = (rows, rows[:, 0] % 2)
             if self.kind == "outside":
                 batch["labels"] = batch["labels"] + 5
+            if self.kind == "unlabelled":
+                batch["labels"][0] = -100
             if self.kind == "several":
                 batch["labels"] = torch.zeros(8, 2)
             batches.append(batch)
@@ -292,6 +348,9 @@ def test_a_datamodule_of_ones_own_works_with_every_command(tmp_path, dact_here):
         assert text.count("dact: error:") == 1
         assert message in text.replace("got a tuple", "got a list")
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["own"], "failed fits leave no folder"
+    status, text = dact_here("test", *stored, "--data.kind", "unlabelled", cwd=tmp_path)
+    assert status == 1
+    assert "a batch for test has the label -100: only training takes what has none" in text
 
 
 def test_a_batch_is_checked_for_shape_and_range():

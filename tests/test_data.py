@@ -153,10 +153,11 @@ def test_tables_are_written_whole_and_read_back(tmp_path, ending):
 @pytest.mark.parametrize(
     ("rows", "columns", "message"),
     [
-        ([("x", "a")] * 3, ("body", "label"), "has no column 'text'; it has 'body', 'label'"),
-        ([("x", "a")] * 3, ("text", "class"), "has no column 'label'; it has 'text', 'class'"),
+        ([("x", "a")] * 3, ("body", "label"), "has no column 'text'; it has 'body', 'label': set text_column"),
+        ([("x", "a")] * 3, ("text", "class"), "has no column 'label'; it has 'text', 'class': set label_column"),
         ([("x", "a"), ("  ", "b"), ("y", "a")], ("text", "label"), r"row 2 cannot be used .*empty text"),
-        ([("x", "a"), ("y", "")] * 2, ("text", "label"), "rows 2, 4 without a label"),
+        ([("x", "a"), ("y", "")] * 2, ("text", "label"), "rows 2, 4 without a label: label or delete them"),
+        ([("", "")] * 3, ("text", "label"), "has no rows"),
         ([("x", "a"), ("y", "a"), ("z", "b")], ("text", "label"), "class b has one example only"),
         ([("x", "-1"), ("y", "1")] * 3, ("text", "label"), "label outside the classes: '?-1'?"),
         ([("x", "0"), ("y", "2")] * 3, ("text", "label"), "class 1 of 0, 1, 2 has no example"),
@@ -181,6 +182,15 @@ def test_missing_empty_and_unknown_files_are_refused(tmp_path):
         data(None).setup("fit")
     with pytest.raises(ValueError, match="no test_file was given"):
         data(write(tmp_path, "csv")).setup("test")
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
+def test_a_blank_line_is_no_example(tmp_path, ending):
+    rows = [(f"good {n}", "pos") for n in range(8)] + [("", "")] + [(f"bad {n}", "neg") for n in range(8)] + [("", "")]
+    module = data(write(tmp_path, ending, rows))
+    module.setup("fit")
+    assert sum(len(module.splits[split]) for split in ("train", "val")) == 16
+    assert module.class_names == ["neg", "pos"]
 
 
 def test_labels_and_classes_of_other_splits_must_fit(tmp_path):

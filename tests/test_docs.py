@@ -213,7 +213,7 @@ def test_every_file_that_a_document_names_is_there():
 
 def test_the_readme_is_a_page_and_a_half():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 220
+    assert len(lines) <= 160
     assert max(map(len, lines)) <= 260
 
 

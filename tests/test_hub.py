@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 
+import pandas as pd
 import pytest
 import torch
 import yaml
@@ -114,6 +115,47 @@ def test_a_folder_comes_before_the_hub(hub, tmp_path, monkeypatch):
         with pytest.raises(FileNotFoundError, match="there is no folder"):
             DACT.from_pretrained(absent)
     assert hub.requests == []
+
+
+def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here, monkeypatch):
+    classifier.push_to_hub("me/mine", token=TOKEN)
+    classifier.push_to_hub("me/mine", token=TOKEN, revision="next")
+    (tmp_path / "new.txt").write_text("\n".join(TEXTS))
+    rows = [f"{text},{label}" for text, label in zip(TEXTS, NAMES * 2, strict=False)]
+    (tmp_path / "test.csv").write_text("\n".join(["text,label", *rows]))
+    predict = ["predict", "--data.predict_file", "new.txt", "--output", "answers.csv", "--model"]
+    for address in ("me/mine", "me/mine@next"):
+        status, text = dact_here(*predict, address, cwd=tmp_path)
+        assert status == 0, text
+        assert pd.read_csv(tmp_path / "answers.csv")["label"].tolist() == [found.label for found in classifier(TEXTS)]
+    status, text = dact_here("test", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path)
+    assert status == 0, text
+    assert "test_accuracy" in text
+    status, text = dact_here("export", "--model", "me/mine", "--output", "exported", cwd=tmp_path)
+    assert status == 0, text
+    assert (tmp_path / "exported" / "config.json").is_file()
+    downloaded = local_folder("me/mine", local_files_only=True)
+    before = {path.name: path.read_bytes() for path in downloaded.iterdir()}
+    status, text = dact_here("calibrate", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path)
+    assert (status, text.count("\n")) == (1, 1), text
+    assert "download it first, by `hf download me/mine --local-dir FOLDER`" in text
+    assert {path.name: path.read_bytes() for path in downloaded.iterdir()} == before
+    requests = len(hub.requests)
+    (tmp_path / "lightning_logs").mkdir()
+    status, text = dact_here(*predict, "lightning_logs/mien", cwd=tmp_path)
+    assert "no model at lightning_logs/mien, which does not exist" in text
+    assert len(hub.requests) == requests, "the name of a run is not looked for on the Hub"
+    for address, reason in (("me/absent", "no such repository"), ("me/mine@absent", "has no such revision")):
+        status, text = dact_here(*predict, address, cwd=tmp_path)
+        assert (status, text.count("\n")) == (1, 1), text
+        assert reason in text
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
+    assert dact_here(*predict, "me/mine", cwd=tmp_path)[0] == 0, "the cache answers"
+    started = time.monotonic()
+    status, text = dact_here(*predict, "me/other", cwd=tmp_path)
+    assert (status, text.count("\n")) == (1, 1), text
+    assert "no model me/other on the Hub: the Hub cannot be reached" in text
+    assert time.monotonic() - started < 20
 
 
 def test_a_card_that_was_written_by_hand_is_kept(hub, tmp_path):

@@ -1,9 +1,10 @@
 """Scores: their calibration error, and temperatures that help or stay 1."""
 
+import lightning.pytorch as pl
 import pytest
 import torch
 
-from dact import calibrate, functional
+from dact import DACT, calibrate, functional
 from dact.calibration import LayerAnswers
 from dact.scores import expected_calibration_error, fit_temperatures, temper
 from tests.conftest import random_batch, tiny_model
@@ -78,3 +79,17 @@ def test_a_model_with_temperatures_gets_new_ones_with_its_margin():
     calibrate(model, [batch], min_agreement=0.8)
     assert len(model.temperatures) == 4
     assert model.temperatures != [7.0] * 4
+
+
+def test_temperatures_are_stored_with_the_model(tmp_path):
+    model, batch = tiny_model(), random_batch()
+    model.temperatures = [2.0, 0.5, 1.0, 3.0]
+    model.save_pretrained(tmp_path / "model")
+    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
+    trainer.strategy.connect(model)
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    loaded = (DACT.from_pretrained(tmp_path / "model"), DACT.load_from_checkpoint(tmp_path / "x.ckpt").eval())
+    for other in loaded:
+        assert other.temperatures == [2.0, 0.5, 1.0, 3.0]
+        assert torch.equal(other.early_exit(batch).exit_layer, model.early_exit(batch).exit_layer)
+    assert DACT.from_pretrained(tmp_path / "model", halting_margin=0.5).temperatures == [2.0, 0.5, 1.0, 3.0]

@@ -28,7 +28,7 @@ from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
-from dact.cli.request import EVALUATING, Request
+from dact.cli.request import COMMANDS, EVALUATING, Request
 from dact.cli.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
 from dact.cli.stored import find_model, load_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
@@ -188,13 +188,12 @@ class DACTCLI(LightningCLI):
         """Build the model from a checkpoint or folder, and the data from the configuration."""
         if config.ckpt_path is not None and self.request.model is not None:
             raise ValueError("give --model or --ckpt_path, not both")
-        given = self.request.model or config.ckpt_path
-        if given is None:
+        if self.request.model is None and config.ckpt_path is None:
             raise ValueError(
-                f"dact {self.subcommand} needs a model: --model with a model/ folder or the folder of a run, such as "
-                f"{RUNS}/version_0, or --ckpt_path with a checkpoint"
+                f"dact {self.subcommand} needs a model: --model with a model/ folder, the folder of a run, such as "
+                f"{RUNS}/version_0, or a Hub id, or --ckpt_path with a checkpoint"
             )
-        self.source = find_model(given)
+        self.source = self.request.model or find_model(config.ckpt_path)
         overrides = self._overrides()
         self.model = load_model(self.source, own_encoder(self.source, config.model.get("encoder")), **overrides)
         config.ckpt_path = config.optimizer = config.lr_scheduler = None
@@ -295,9 +294,6 @@ class DACTCLI(LightningCLI):
         else:
             super()._run_subcommand(subcommand)
 
-    def _run_folder(self, config: Namespace) -> Path:
-        return Path(config.trainer.default_root_dir or ".") / RUNS / config.run_tag
-
     def _resume(self, config: Namespace) -> None:
         """Let a fit with the tag of an earlier one resume it."""
         checkpoint = config.ckpt_path
@@ -308,7 +304,7 @@ class DACTCLI(LightningCLI):
             )
         if not config.run_tag:
             return
-        folder = check_tag(self._run_folder(config), "fit")
+        folder = check_tag(Path(config.trainer.default_root_dir or ".") / RUNS, config.run_tag, "fit")
         last = folder / "checkpoints" / LAST
         if checkpoint is None and last.is_file():
             self._complete_model(config)
@@ -397,7 +393,8 @@ def run() -> DACTCLI:
     sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))]
     request = Request.read(sys.argv[1:])
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
-    usages = {name: {"usage": f"dact {name} --config FILE [--OPTION VALUE ...]"} for name in DACTCLI.subcommands()}
+    needed = {name: "--model RUN [--config FILE]" if name in EVALUATING else "--config FILE" for name in COMMANDS}
+    usages = {name: {"usage": f"dact {name} {words} [--OPTION VALUE ...]"} for name, words in needed.items()}
     return DACTCLI(
         request,
         trainer_class=DACTTrainer,

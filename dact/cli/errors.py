@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
 from importlib import import_module
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,6 +20,11 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 USAGE_ERRORS = (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError, MisconfigurationException)
 PACKAGES = ("dact.data", "dact.encoders")  # whose classes a configuration may name without the package
+CUTOFF = 0.75  # how much alike a word and the one that was meant are
+# Lines of jsonargparse about a value that say nothing to its author.
+NOISE = re.compile(
+    r"Does not validate|Subtypes:|Errors:|Given value type:|Given value: \{|Expected a (path|<class 'NoneType'>)"
+)
 
 
 @contextlib.contextmanager
@@ -42,9 +47,7 @@ class OneLineParser(LightningArgumentParser):
         """End the process with status 2; see `argparse.ArgumentParser.error`."""
         if not self.exit_on_error or os.environ.get("DACT_TRACEBACK"):
             super().error(message, ex)
-        words = sys.argv[1:]
-        files = config_files(words)
-        print(f"dact: error: {_misspelt(words, files, _options(self)) or _located(message, files)}", file=sys.stderr)
+        print(f"dact: error: {_explain(message, config_files(sys.argv[1:]), _options(self))}", file=sys.stderr)
         raise SystemExit(2)
 
 
@@ -54,6 +57,17 @@ def config_files(words: list[str]) -> list[Path]:
     return [Path(path) for flag, path in pairwise(parts) if flag in ("--config", "-c")]
 
 
+def class_parameters(class_path: str) -> list[str] | None:
+    """Return the options of a class, or None if there is no such class or it takes any."""
+    module, _, name = class_path.rpartition(".")
+    for holder in [module] if module else PACKAGES:
+        with contextlib.suppress(ImportError, AttributeError, ValueError, TypeError):
+            parameters = inspect.signature(getattr(import_module(holder), name)).parameters.values()
+            free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+            return None if free else [parameter.name for parameter in parameters]
+    return None
+
+
 def _options(parser: Any) -> set[str]:
     """Return the options of a parser and of its commands, such as ``model.lambda_reg``."""
     commands = getattr(parser._subcommands_action, "_name_parser_map", {}) if parser._subcommands_action else {}
@@ -61,135 +75,68 @@ def _options(parser: Any) -> set[str]:
     return own.union(*(_options(command) for command in commands.values()))
 
 
-def _misspelt(words: list[str], files: list[Path], options: set[str]) -> str | None:
-    """Return what is said of the first key, option or class that does not exist, or None if all of them do."""
-    classes: dict[str, str] = {}  # section -> class_path, of which the last one counts
+def _explain(message: str, files: list[Path], options: set[str]) -> str:
+    """Return on one line what jsonargparse says: where the fault stands in a file, and what may have been meant."""
+    nodes = []
     for file in files:
-        with contextlib.suppress(OSError, yaml.YAMLError):  # which jsonargparse reports itself
-            node = yaml.compose(file.read_text(encoding="utf-8"))
-            if isinstance(node, yaml.MappingNode) and (found := _misspelt_key(node, "", options, classes)):
-                line, text = found
-                return f"{file}, line {line}: {text}"
-    parts = [part for word in words for part in word.split("=", 1)]
-    for word, value in pairwise([*parts, ""]):
-        name = word[2:].removesuffix("+")
-        if not word.startswith("--") or not name:
-            continue
-        section = next((key for key in ("model.encoder", "data") if name.startswith(f"{key}.")), None)
-        if name in ("model.encoder", "data") or name.endswith(".class_path"):
-            classes[name.removesuffix(".class_path")] = value
-            if not value.startswith("{") and isinstance(known := class_parameters(value), str):
-                return known
-        elif section and section in classes:
-            known = class_parameters(classes[section])
-            argument = name.removeprefix(f"{section}.").removeprefix("init_args.").split(".")[0]
-            if isinstance(known, list) and argument not in [*known, "help", "dict_kwargs"]:
-                return f"{classes[section]} has no option {argument!r}. {_closest(argument, known)}"
-        elif section is None and name not in options and not name.endswith(".help"):
-            return f"no option --{name}. {_closest(name, options, '--')}"
-    return None
+        with contextlib.suppress(OSError):  # which jsonargparse reports itself
+            try:
+                nodes += [(file, *node) for node in _nodes(yaml.compose(file.read_text(encoding="utf-8")))]
+            except yaml.YAMLError as error:
+                mark = getattr(error, "problem_mark", None)
+                problem = getattr(error, "problem", error)
+                return f"{file}, line {mark.line + 1 if mark else 1}: no valid YAML: {problem}"
 
+    def place(key: str, value: str | None = None) -> str:
+        """Return the last file and line where a key stands, with that value if it is a plain one."""
+        for file, line, path, content in reversed(nodes):
+            if path.endswith(key) and (value is None or content in (None, value)):
+                return f"{file}, line {line}: "
+        return ""
 
-def _misspelt_key(
-    node: yaml.MappingNode, prefix: str, options: set[str], classes: dict[str, str]
-) -> tuple[int, str] | None:
-    """Return the line and the fault of the first unknown key under `node`."""
-    for key, value in node.value:
-        name, path, line = str(key.value), f"{prefix}{key.value}", key.start_mark.line + 1
-        below = [option.removeprefix(f"{path}.") for option in options if option.startswith(f"{path}.")]
-        if path not in options and not below:
-            others = {option.removeprefix(prefix).split(".")[0] for option in options if option.startswith(prefix)}
-            return line, f"unknown key {name!r}{f' in {prefix[:-1]}' if prefix else ''}. {_closest(name, others)}"
-        if not isinstance(value, yaml.MappingNode):
-            continue
-        entries = {str(entry.value): content for entry, content in value.value}
-        if "class_path" in entries:
-            class_path = str(entries["class_path"].value)
-            classes[path] = class_path
-            known = class_parameters(class_path)
-            if isinstance(known, str):
-                return entries["class_path"].start_mark.line + 1, known
-            arguments = entries.get("init_args")
-            for entry, _ in arguments.value if isinstance(arguments, yaml.MappingNode) and known else ():
-                if str(entry.value) not in (known or ()):
-                    text = f"{class_path} has no option {entry.value!r}. {_closest(str(entry.value), known or ())}"
-                    return entry.start_mark.line + 1, text
-        elif any(option not in ("help",) for option in below) and (
-            found := _misspelt_key(value, f"{path}.", options, classes)
-        ):
-            return found
-    return None
-
-
-def class_parameters(class_path: str) -> list[str] | str | None:
-    """Return the options of a class, a message if its module has no such class, or None if they cannot be told."""
-    module, _, name = class_path.rpartition(".")
-    holders = [module] if module else PACKAGES
-    try:
-        found = next((getattr(import_module(holder), name) for holder in holders if _has(holder, name)), None)
-        if found is None:
-            known = {known for holder in holders for known in getattr(import_module(holder), "__all__", ())}
-            return f"there is no class {class_path}. {_closest(name, known)}"
-        parameters = inspect.signature(found).parameters.values()
-    except (ImportError, ValueError, TypeError):
-        return None
-    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters):
-        return None
-    return [parameter.name for parameter in parameters]
-
-
-def _has(module: str, name: str) -> bool:
-    return hasattr(import_module(module), name)
+    text = " ".join(message.split())
+    section = ".".join(re.findall(r'Parser key "([^"]+)"', text))  # the outer ones first
+    if found := re.search(r"class_path '([^']+)': Option '([^']+)' is not accepted", text):
+        name, known = found[1].rpartition(".")[2], class_parameters(found[1]) or []
+        return f"{place(f'{section}.{found[2]}')}{name} has no option {found[2]!r}. {_closest(found[2], known)}"
+    if found := re.search(r"dot import path string: (\S+)|class_path '([^']+)': (?:module '|No module)", text):
+        path = found[1] or found[2]
+        known = [name for package in PACKAGES for name in import_module(package).__all__]
+        meant = get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=CUTOFF)
+        hint = f"Did you mean {meant[0]}?" if meant else "Name one that is installed, with its module"
+        return f"{place('class_path', path)}there is no class {path}. {hint}"
+    sections = {"", *(part for option in options for part in accumulate(option.split("."), "{}.{}".format))}
+    if found := re.search(r"does not accept option '([^']+)'", text):
+        parts = accumulate(found[1].split("."), "{}.{}".format)
+        wrong = next((part for part in parts if part not in sections), found[1])
+        section, _, name = wrong.rpartition(".")
+        known = [option.rpartition(".")[2] for option in sections if option and option.rpartition(".")[0] == section]
+        return f"{place(wrong)}unknown key {name!r}{section and f' in {section}'}. {_closest(name, known)}"
+    if found := re.search(r"unrecognized arguments: --([^\s=]+)", text):
+        return f"no option --{found[1]}. {_closest(found[1], options, '--')}"
+    if found := re.search(r"arguments are required: (.+)", text):
+        return f"{re.sub(r'[a-z]+[.](?=model|data)', '', found[1])} must be given, best in a file by --config"
+    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
+    keys = [index for index, line in enumerate(lines) if line.startswith("Parser key")]
+    if not keys:
+        return " ".join(lines)
+    key, rest = re.findall(r'"(.*?)":? *(.*)', lines[keys[-1]])[0]  # the innermost one
+    said = [line for line in [rest, *lines[keys[-1] + 1 :]] if line and not NOISE.match(line)]
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(said)).replace(" Given value: ", ". Got value: ")
+    value = re.search(r"Got value: (\S+)", text)
+    return f"{place(section, value and value[1])}{key}: {text}"
 
 
 def _closest(word: str, known: Iterable[str], prefix: str = "") -> str:
     known = sorted(set(known))
-    if meant := get_close_matches(word, known, n=1, cutoff=0.75):
+    if meant := get_close_matches(word, known, n=1, cutoff=CUTOFF):
         return f"Did you mean {prefix}{meant[0]}?"
     return f"Expected one of {', '.join(known)}" if 0 < len(known) <= 30 else "See --help"
 
 
-def _located(message: str, files: list[Path]) -> str:
-    """Return jsonargparse's message about a value on one line, with the file and line where the value stands."""
-    lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
-    noise = (
-        "Does not validate",
-        "Subtypes:",
-        "Errors:",
-        "Given value type:",
-        "Given value: {",
-        "Given value: NestedArg(",
-        "Given value: Namespace(",
-        "Expected a <class 'NoneType'>",
-        "Expected a path",
-    )
-    text = " ".join(line for line in lines if line and not line.startswith(noise)).replace(
-        'in "<unicode string>", ', ""
-    )
-    text = text.replace(" Given value: ", ". Got value: ")
-    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
-    key = list(re.finditer(r'Parser key "([^"]+)":?\s*', text))[-1:]  # the innermost one
-    if not key and "Problems parsing config" not in text:
-        return text
-    place = ""
-    for file in files:
-        try:
-            nodes = dict(_nodes(yaml.compose(file.read_text(encoding="utf-8"))))
-        except yaml.YAMLError as error:
-            line = error.problem_mark.line + 1 if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark else 1
-            return f"{file}, line {line}: no valid YAML: {getattr(error, 'problem', error)}"
-        except OSError:
-            continue
-        typed = key and any(f".{word[2:].split('=')[0]}".endswith(f".{key[0][1]}") for word in sys.argv[1:])
-        if key and not typed:  # a value on the command line stands in no file
-            lines_of_key = [line for path, line in nodes.items() if f".{path}".endswith(f".{key[0][1]}")]
-            place = f"{file}, line {lines_of_key[-1]}: " if lines_of_key else place
-    return f"{place}{key[0][1]}: {text[key[0].end() :]}" if key else text
-
-
-def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[str, int]]:
-    """Yield the dotted path of each key, without ``init_args``, and its line."""
+def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[int, str, str | None]]:
+    """Yield of each key its line, its dotted path without ``init_args``, and its value if that is a plain one."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         path = prefix if key.value == "init_args" else f"{prefix}.{key.value}".removeprefix(".")
-        yield path, key.start_mark.line + 1
+        yield key.start_mark.line + 1, path, value.value if isinstance(value, yaml.ScalarNode) else None
         yield from _nodes(value, path)

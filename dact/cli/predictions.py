@@ -8,8 +8,8 @@ from __future__ import annotations
 import contextlib
 import csv
 import json
-import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -265,8 +265,10 @@ def check_writable(path: str | Path) -> None:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file to write to")
     above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise PermissionError(f"{path} cannot be written: {above} is no folder that this user may write to")
+    try:
+        tempfile.TemporaryFile(dir=above).close()
+    except OSError as error:
+        raise PermissionError(f"{path} cannot be written: {above}: {error.strerror}") from error
 
 
 def _class_names(model: LightningModule) -> list[str]:

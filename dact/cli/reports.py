@@ -25,6 +25,15 @@ class Bar(RichProgressBar):
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
         return {}
 
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        last = "" if self.trainer.max_epochs in (None, -1) else f"/{self.trainer.max_epochs}"
+        return f"Epoch {current_epoch + 1}{last}".ljust(len(self.validation_description))  # Lightning counts from 0
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._stop_progress()  # before others say where the model is: they would write into the bar
+
 
 class EpochLines(Callback):
     """Print the metrics of each epoch on one line, and at the end of a fit what its best epoch is worth.

@@ -15,7 +15,7 @@ import yaml
 
 from dact.cli.errors import class_parameters, config_files
 from dact.cli.predictions import PredictionData, check_writable
-from dact.cli.stored import find_model, find_tokenizer, stored_max_length
+from dact.cli.stored import find_model, find_tokenizer, hub_id, stored_max_length
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 COMMANDS = ("fit", *EVALUATING, "tune")
@@ -29,14 +29,14 @@ class Request:
     Args:
         command: Name of the command.
         words: Words for LightningCLI's parser.
-        model: Where the stored model is, by ``--model``, for a command that evaluates one.
+        model: The stored model that ``--model`` names, as `find_model` found it, for a command that evaluates one.
         sections: What the configuration files say, the later ones over the earlier ones.
         given: The words as they were typed.
     """
 
     command: str
     words: list[str]
-    model: str | None = None
+    model: Path | None = None
     sections: dict[str, Any] = field(default_factory=dict)
     given: list[str] = field(default_factory=list)
 
@@ -109,10 +109,16 @@ class Request:
                 continue
             count = 1 if equals else 2
             value = value if equals else "".join(self.words[index + 1 : index + 2])
-            if not value.endswith((".yaml", ".yml", ".json")):
-                self.model = value
-                del self.words[index : index + count]
-                return
+            if value.endswith((".yaml", ".yml", ".json")):
+                continue
+            if self.command == "calibrate" and hub_id(value):
+                raise ValueError(
+                    f"dact calibrate writes to the model: download it first, by `hf download {value.partition('@')[0]} "
+                    "--local-dir FOLDER`, and give --model FOLDER"
+                )
+            self.model = find_model(value)
+            del self.words[index : index + count]
+            return
 
     def _complete_words(self) -> None:
         """Add the class of data for a person's own files, and its tokenizer, where they were not given."""
@@ -137,8 +143,9 @@ class Request:
     def _tokenizer(self) -> str | None:
         """Return where the tokenizer of the stored model is, or of the encoder to train."""
         if self.command in EVALUATING:
-            path = self.model or self.value("ckpt_path")
-            folder = find_tokenizer(find_model(path)) if path else None
+            given = self.value("ckpt_path")
+            path = self.model or (find_model(given) if given else None)
+            folder = find_tokenizer(path) if path else None
             return None if folder is None else str(folder)
         pretrained = self.value("model.encoder.pretrained")
         return pretrained if isinstance(pretrained, str) else None

@@ -17,15 +17,15 @@ from dact.encoders import LayeredEncoder
 RUNS = "lightning_logs"
 
 
-def check_tag(folder: Path, command: str) -> Path:
-    """Return the folder of a run.
+def check_tag(runs: Path, tag: str, command: str) -> Path:
+    """Return the folder of a run, below the folder of all runs.
 
     Raises:
         ValueError: If the name of the run is a path, or the run belongs to another command.
     """
-    tag = folder.name
-    if folder.parent.name == "" or tag in (".", ".."):
+    if tag in ("", ".", "..") or tag != Path(tag).name:
         raise ValueError(f"run_tag must be a name, got {tag!r}")
+    folder = runs / tag
     tuned = any((folder / name).exists() for name in ("studies.db", "submodels", "classifier_config.yaml", "final"))
     fitted = any((folder / name).exists() for name in ("checkpoints", "model"))
     if (tuned and command == "fit") or (fitted and command == "tune"):

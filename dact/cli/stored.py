@@ -1,8 +1,9 @@
-"""Where a fitted model is: a checkpoint, a model/ folder, or the folder of a run that holds one."""
+"""Where a fitted model is: a checkpoint, a model/ folder, the folder of a run that holds one, or the Hub."""
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,19 @@ import torch
 
 from dact.calibration import store_in_checkpoint
 from dact.encoders import LayeredEncoder
+from dact.hub import HUB_ID, local_folder
 from dact.model import CONFIG_NAME, DACT
+
+
+def hub_id(path: str | Path) -> tuple[str, str | None] | None:
+    """Return the Hub id and the revision of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, None for a path.
+
+    Where the folder OWNER exists it is a path, so that a wrong name of a run is not looked for on the Hub.
+    """
+    name, _, revision = str(path).partition("@")
+    if isinstance(path, Path) or Path(path).exists() or Path(name).parent.is_dir() or not HUB_ID.fullmatch(name):
+        return None
+    return name, revision or None
 
 
 def find_model(path: str | Path) -> Path:
@@ -18,11 +31,19 @@ def find_model(path: str | Path) -> Path:
 
     Args:
         path: A ``.ckpt`` file, a folder with config.json, or the folder of a run: that of ``dact tune`` stands for its
-            ``final/model``, that of ``dact fit`` for its ``model``.
+            ``final/model``, that of ``dact fit`` for its ``model``. Or a string as `hub_id` reads it, which stands for
+            the downloaded folder.
 
     Raises:
         FileNotFoundError: If there is no model.
     """
+    if isinstance(path, str) and (found := hub_id(path)):
+        name, revision = found
+        if not sys.stderr.isatty():
+            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+
+            disable_progress_bars()
+        return local_folder(name, revision=revision)
     path = Path(path)
     if path.is_file():
         return path
@@ -32,8 +53,8 @@ def find_model(path: str | Path) -> Path:
     inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else None
     state = "does not exist" if inside is None else f"has {', '.join(inside)}" if inside else "is empty"
     raise FileNotFoundError(
-        f"no model at {path}, which {state}: expected a checkpoint, a model/ folder, or the folder of a run, such as "
-        "lightning_logs/version_0"
+        f"no model at {path}, which {state}: expected a checkpoint, a model/ folder, the folder of a run, such as "
+        "lightning_logs/version_0, or a Hub id"
     )
 
 

@@ -45,7 +45,7 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     if config.data is None:
         raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
     if config.run_tag:
-        check_tag(Path(config.tuner.log_dir) / config.run_tag, "tune")
+        check_tag(Path(config.tuner.log_dir), config.run_tag, "tune")
     plain = yaml.safe_load(parser.dump(config, skip_none=False))
     # Only these two sections are built here, with a parser of their own.
     builder = LightningArgumentParser(exit_on_error=False)

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Sampler
 
 from dact.checks import check_count, check_range
 from dact.data.batching import Encoded, LengthGroupedSampler, collate, encode, length_that_keeps
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 INFERENCE_BATCH = 1024  # examples that test and predict hand on at a time: early exit regroups within them
 VALIDATION_BLOCK = 64  # neighbours of similar length in validation
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+EVALUATING = (TrainerFn.VALIDATING, TrainerFn.TESTING)
 CUT_SHARE = 0.01  # a larger share of texts that are cut deserves a warning
 
 
@@ -171,12 +174,19 @@ class TextDataModule(LightningDataModule, ABC):
             raise RuntimeError(f"{type(self).__name__}: the {split} split is not set up; call setup() first")
         items = self._encoded[split]
         training = split == "train"
+        sampler: Sampler[int] | None = None
+        if training:
+            sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed)
+        elif (trainer := self.trainer) is not None and trainer.world_size > 1 and trainer.state.fn in EVALUATING:
+            # Lightning's own gives some examples twice. (In a fit, all processes must take equally many steps.)
+            ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
+            sampler = UnrepeatedDistributedSampler(items, **ranks, shuffle=False)
         return DataLoader(
             items,
             batch_size=self.batch_size
             if split in ("train", "val", "calibration")
             else max(self.batch_size, INFERENCE_BATCH),
-            sampler=LengthGroupedSampler(items.lengths, self.batch_size, self.seed) if training else None,
+            sampler=sampler,
             # No method: processes that prepare batches get two numbers and the teacher, not the whole datamodule.
             collate_fn=partial(
                 collate, padding=self._padding(), teacher=self.teacher_probabilities if training else None

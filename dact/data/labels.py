@@ -91,7 +91,10 @@ def check_present(labels: Sequence[Any], source: str) -> None:
     """Raise a ValueError if a label is missing."""
     missing = [row for row, label in enumerate(labels) if label is None or str(label).strip() == ""]
     if missing:
-        raise ValueError(f"{source}: {name_rows(missing)} without a label")
+        raise ValueError(
+            f"{source}: {name_rows(missing)} without a label: label or delete them. Texts without labels are for "
+            "predict_file, or for unlabelled_file with a teacher"
+        )
 
 
 def name_rows(rows: Sequence[int], limit: int = 5) -> str:

@@ -89,7 +89,8 @@ def _check_columns(path: str, columns: Sequence[str], present: Sequence[Any]) ->
         if name not in present:
             single = len(present) == 1 and path.lower().endswith((".csv", ".tsv"))
             hint = " (csv has commas between its columns, tsv tabs)" if single else ""
-            raise _Fault(f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}{hint}")
+            option = "text_column" if name == columns[0] else "text_pair_column"
+            raise _Fault(f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}{hint}: set {option}")
 
 
 def _lines(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:

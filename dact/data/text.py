@@ -264,13 +264,24 @@ class TextClassificationData(TextDataModule):
             if name not in table:
                 single = len(table) == 1 and file.lower().endswith((".csv", ".tsv"))
                 hint = " (csv has commas between its columns, tsv tabs)" if single else ""
-                raise ValueError(f"{file} has no column {name!r}; it has {', '.join(map(repr, table))}{hint}")
+                option = {self.text_column: "text_column", self.text_pair_column: "text_pair_column"}.get(name)
+                raise ValueError(
+                    f"{file} has no column {name!r}; it has {', '.join(map(repr, table))}{hint}: set "
+                    f"{option or 'label_column'}"
+                )
         texts = zip(*(table[name] for name in self._text_columns), strict=True)
         return {name: table[name] for name in names}, [text_fault(row, replaced=not valid) for row in texts]
 
     def _labelled(self, split: str) -> Examples:
         file = self._file(split)
-        table, reasons = self._columns(split, [*self._text_columns, self.label_column])
+        columns = [*self._text_columns, self.label_column]
+        table, reasons = self._columns(split, columns)
+        # A row without anything is a blank line, as csv files have them at their end.
+        kept = [row for row in range(len(reasons)) if any(table[name][row] not in (None, "") for name in columns)]
+        table = {name: [table[name][row] for row in kept] for name in columns}
+        reasons = [reasons[row] for row in kept]
+        if not kept:
+            raise ValueError(f"{file} has no rows")
         faults = {row: reason for row, reason in enumerate(reasons) if reason is not None}
         if faults:
             first = next(iter(faults.values()))
