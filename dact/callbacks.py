@@ -79,11 +79,23 @@ class SavePretrained(Callback):
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         model = DACT.load_from_checkpoint(best, encoder=_own(pl_module)) if best else pl_module
         folder = Path(directory) / "model"
-        model.save_pretrained(folder)
-        tokenizer = getattr(trainer.datamodule, "tokenizer", None)  # type: ignore[attr-defined]
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(folder))
+        save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
         rank_zero_info(f"The model is in {folder}")
+
+
+def save_with_tokenizer(model: DACT, data: Any, folder: Path, **card: Any) -> None:
+    """Write a model/ folder: the model, and the tokenizer of its datamodule if there is one.
+
+    Args:
+        model: The model.
+        data: The datamodule.
+        folder: Folder to write to.
+        **card: Content of the model card; see `DACT.save_pretrained`.
+    """
+    model.save_pretrained(folder, **card)
+    tokenizer = getattr(data, "tokenizer", None)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(str(folder))
 
 
 def _fit_folder(trainer: Trainer) -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, get_args
@@ -42,7 +43,7 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
         name: Name of the argument, with its class where that helps.
         value: Value that came; NaN is in no interval.
         interval: Interval in mathematical notation: ``"[0, 1)"`` holds 0 and not 1, ``"(0, inf)"`` all finite numbers
-            above 0.
+            above 0, ``"(0, inf]"`` infinity as well.
         hint: What the number means or what to do, appended to the message.
 
     Raises:
@@ -62,7 +63,10 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
     if not (above and below):
-        raise ValueError(_with_hint(f"{name} must be in {interval}, got {value}", hint))
+        allowed = f"in {interval}"
+        if math.isinf(high):
+            allowed = f"{low:g} or more" if interval[0] == "[" else f"above {low:g}"
+        raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
 
 
 def check_one_per_class(name: str, value: Sequence[Any] | None, classes: int) -> None:

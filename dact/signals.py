@@ -10,7 +10,6 @@ import signal
 from typing import Any
 
 from lightning.pytorch import Callback
-from typing_extensions import override
 
 _requested = False
 
@@ -49,18 +48,7 @@ def check() -> None:
 class StopOnSignal(Callback):
     """Raise KeyboardInterrupt at the start of the next batch after a signal."""
 
-    @override
-    def on_train_batch_start(self, *args: Any, **kwargs: Any) -> None:
+    def _check(self, *args: Any, **kwargs: Any) -> None:
         check()
 
-    @override
-    def on_validation_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        check()
-
-    @override
-    def on_test_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        check()
-
-    @override
-    def on_predict_batch_start(self, *args: Any, **kwargs: Any) -> None:
-        check()
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _check

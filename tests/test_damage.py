@@ -17,7 +17,6 @@ from dact import DACT, TuningEngine
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.tuning.run import Run
-from dact.tuning.shared import survey
 from dact.tuning.stages import STAGES
 from tests.conftest import random_batch, tiny_model
 
@@ -109,15 +108,15 @@ def test_damaged_warm_ups_never_serve(run):
     def read():
         made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
         made._begin("run")
-        model, _ = made._objective(STAGES[0]).shared.build({})
+        model, _ = made._objective(STAGES[0]).prepared.build({})
         return {name: tensor.tolist() for name, tensor in model.encoder.state_dict().items()}
 
     check_corruptions(path, read)
 
 
 def open_studies(made):
-    run, found = made._begin("run"), survey(made.recipe)
-    return [made._open(stage, run, found, *made._complete(found)) for stage in STAGES]
+    run, surveyed = made._begin("run"), made._survey()
+    return [made._open(stage, run, surveyed) for stage in STAGES]
 
 
 @pytest.mark.parametrize("damage", [lambda db: db[: len(db) // 2], lambda db: b"x" * 100 + db[100:]])

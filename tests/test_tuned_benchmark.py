@@ -45,6 +45,39 @@ def test_pooled_differences_have_the_error_of_a_mean_of_independent_means(tuned)
     assert tuned.points([(0.01, 0.03), (0.03, 0.04)]) == "+2.00 ± 2.50"
 
 
+def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took="tuned"):
+    def row(layers, speed, accuracy=0.78):
+        return {
+            "layers": 4,
+            "mean_exit_layer": layers,
+            "texts_per_second": speed,
+            "accuracy": accuracy,
+            "above_baseline": [above, 0.004],
+            "lost_to_full_depth": [lost, 0.002],
+            "tuned_above_this": [tuned_less_defaults, 0.003],
+        }
+
+    models = {"baseline": row(6.0, 100.0), "defaults": row(3.5, 150.0), "tuned": row(layers, 200.0)}
+    models |= {"encoder": row(3.0, 190.0), "multi-exit": row(2.5, 190.0)}
+    return {
+        "data": "vader2000",
+        "machine": "a processor",
+        "took": took,
+        "promise": {"max_accuracy_loss": 0.01},
+        "models": models,
+    }
+
+
+def test_the_goals_are_said_to_be_met_or_missed(tuned):
+    text = tuned.table([a_run(), a_run()])
+    assert "- MISSED" not in text
+    assert "- met: vader2000: within a point of the baseline, at most 3 layers, at least 1.7 times as fast" in text
+    for change in ({"layers": 3.2}, {"above": -0.02}, {"tuned_less_defaults": -0.01}, {"lost": 0.02}):
+        missed = [goal for goal, met in tuned.goals_of([a_run(**change)] * 2) if not met]
+        assert missed, change
+    assert "no promise broken by more than two standard errors (2 of 2)" in missed
+
+
 @pytest.mark.slow
 def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "tuned.py"), "tiny", "--results", str(tmp_path / "results")]

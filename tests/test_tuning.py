@@ -27,12 +27,10 @@ from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tables import write_table
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
-from dact.tuning.confirmation import _Difference
+from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.features import Features, FeaturesData, check_features, compute_features
-from dact.tuning.progress import headline
 from dact.tuning.stages import STAGES as ALL_STAGES
 from dact.tuning.studies import CAUSE, is_interrupted
-from dact.tuning.training import Deadline, StopAtDeadline, TimeIsUp
 from tests.conftest import free_port, tiny_model
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -300,37 +298,6 @@ def test_defaults_are_measured_beside_the_tuned_model(tuned):
     assert not list((run / "final" / "defaults").rglob("*.ckpt"))
 
 
-@pytest.mark.parametrize(
-    ("layers", "lost", "beats"),
-    [
-        ((-0.5, 0.1), (0.0, 0.005), True),  # fewer layers at the same accuracy
-        ((-0.05, 0.1), (0.0, 0.005), False),  # not by more than the error
-        ((-0.5, 0.1), (0.01, 0.005), False),  # fewer, and worse
-        ((0.05, 0.1), (-0.01, 0.005), True),  # better at the same layers
-        ((0.5, 0.1), (-0.01, 0.005), False),  # better, and more layers
-        ((0.0, 0.0), (0.0, 0.0), False),
-    ],
-)
-def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(layers, lost, beats):
-    assert _Difference(layers, lost).beats == beats
-
-
-def test_the_summary_begins_with_what_a_person_wants_to_know():
-    entry = {"accuracy": 0.785, "texts_per_second": 900.0, "mean_exit_layer": 2.51}
-    entry["difference_to_baseline"] = {"accuracy": -0.002, "standard_error": 0.004}
-    promise = {"max_accuracy_loss": 0.01, "min_agreement": None, "max_layers": None, "confidence": 0.95}
-    metrics = {"test": entry, "baseline": {"layers": 6, "test": {"texts_per_second": 450.0}}}
-    metrics["calibration"] = {"promise": promise}
-    assert headline(metrics) == (
-        "78.50 % accuracy on test, -0.20 ± 0.40 points against the baseline of 6 layers, at 2.51 layers and 2.0 times its "
-        "speed, under the promise of at most 1.00% of accuracy below its own full depth with 95% confidence"
-    )
-    promise["confidence"] = None
-    assert headline(metrics).endswith("by the estimate of at most 1.00% of accuracy below its own full depth")
-    del metrics["calibration"]
-    assert headline(metrics).endswith("with the class of its own full depth by proof")
-
-
 def test_two_runs_with_one_seed_are_equal(tmp_path):
     results = []
     for name in ("one", "two"):
@@ -420,6 +387,14 @@ def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how,
     assert all(trial.state.name != "FAIL" for trial in trials if trial not in broken)
 
 
+def test_a_baseline_that_breaks_says_what_to_do(tmp_path):
+    kind = type("Broken", (Breaks,), {"how": "nan"})
+    made = engine(tmp_path, model=lambda **o: kind(encoder=TransformerEncoder(42, 2, 8, 2), learning_rate=0.01, **o))
+    message = "the baseline broke: val_loss is nan after epoch 0. Its learning rate is 0.01: lower that of the model"
+    with pytest.raises(RuntimeError, match=message):
+        made.joint_tune_study("run")
+
+
 def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
     made = engine(
         tmp_path,
@@ -435,7 +410,7 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
 @pytest.mark.parametrize(
     ("options", "kind", "message"),
     [
-        ({"time_out": 0}, ValueError, "time_out is in minutes and must be above 0, got 0"),
+        ({"time_out": 0}, ValueError, "time_out must be above 0, got 0: it is in minutes"),
         ({"n_trials": 0}, ValueError, "n_trials must be one or three integers of 1 or more, got 0"),
         ({"n_trials": [1, 2]}, ValueError, r"got \[1, 2\]"),
         ({"workers": 0}, ValueError, "workers must be 1 or more, got 0"),
@@ -443,6 +418,9 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
         ({"encoder_training": "thawed"}, ValueError, "'finetune', 'frozen', got 'thawed'"),
         ({"lambda_selection": "best"}, ValueError, "got 'best'"),
         ({"lambda_selection": "max_layers"}, ValueError, "needs max_layers"),
+        ({"distillation": 1.5}, ValueError, r"distillation must be in \[0, 1\], got 1.5"),
+        ({"final_training": "frozen"}, ValueError, "final_training='frozen' goes with encoder_training='frozen'"),
+        ({"workers": 2, "storage": optuna.storages.InMemoryStorage()}, ValueError, "cannot share a storage in memory"),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
         ({"max_loss_increase": -0.1}, ValueError, "max_loss_increase must be 0 or more, got -0.1"),
         ({"max_loss_increase": float("nan")}, ValueError, "max_loss_increase must be 0 or more, got nan"),
@@ -632,7 +610,7 @@ def test_a_run_says_what_it_will_do_and_shows_the_time_left_from_the_first_trial
     said = made.progress.console.file.getvalue()
     assert "2 + 2 + 2 trials, then the final fit" in said
     assert "The studies end after 5 min" in said
-    assert " left for all trials" in said
+    assert " left for the whole run" in said
 
 
 def test_what_all_trials_share_does_not_take_from_the_time_of_the_studies(tmp_path, monkeypatch):
@@ -784,9 +762,9 @@ def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
 def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
     factory = partial(small_model, submodel_learning_rate=1e-9)
     made = engine(tmp_path, model=factory, encoder_training="frozen", warm_up_epochs=0)
-    shared = made._objective(ALL_STAGES[0]).shared
-    assert shared.build({"submodel_learning_rate": 0.5})[0].submodel_learning_rate == 0.5
-    assert shared.build({})[0].submodel_learning_rate == 1e-9
+    prepared = made._objective(ALL_STAGES[0]).prepared
+    assert prepared.build({"submodel_learning_rate": 0.5})[0].submodel_learning_rate == 0.5
+    assert prepared.build({})[0].submodel_learning_rate == 1e-9
     with pytest.raises(ValueError, match="learns in no trial of frozen mode: give submodel_learning_rate"):
         engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
 
@@ -807,10 +785,10 @@ def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
 
 def test_submodels_learn_on_texts_that_the_frozen_encoder_has_not_seen(tmp_path):
     made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1)
-    shared = made._objective(ALL_STAGES[0]).shared
+    prepared = made._objective(ALL_STAGES[0]).prepared
     train, val = (np.load(tmp_path / made.run_tag / "features" / split / "labels.npy") for split in ("train", "val"))
     assert (len(train), len(val)) == (48, 60), "two fifths of the 120 training texts, and all of validation"
-    assert len(shared.build({})[1].train) == 48
+    assert len(prepared.build({})[1].train.dataset) == 48
 
 
 def test_before_the_first_frozen_trial_everything_is_made_once(tmp_path, monkeypatch):
@@ -985,7 +963,7 @@ class BreaksInTheFinalFit(DACT):
 
     def validation_step(self, batch, batch_idx):
         result = super().validation_step(batch, batch_idx)
-        if self.flag.exists() and str(self.trainer.log_dir).endswith("final"):
+        if self.flag.exists() and str(self.trainer.log_dir).endswith(("final", "fit")):
             self.val_metrics["loss"].update(torch.tensor(float("nan")))
         return result
 

@@ -7,29 +7,31 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
 import optuna
 import psutil
 import pytest
+import torch
 from hypothesis import given, settings
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from optuna.trial import TrialState
 
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, studies, tensorboard
+from dact.tuning.fitting import make_trainer
+from dact.tuning.outcome import Outcome
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameLengthPruner, lags
 from dact.tuning.run import Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
-from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
+from dact.tuning.selection import LambdaRule, Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
 from dact.tuning.storage import open_storage
 from dact.tuning.studies import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
-from dact.tuning.training import make_trainer
 from dact.tuning.trial import _recorded_cause
-from dact.tuning.workers import device_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -190,10 +192,14 @@ def test_small_equal_and_collapsed_fronts_are_handled(rule):
     assert select_lambda([Point(0.1, 0.5, 1.0), Point(0.2, 0.5, 1.0)], rule).lambda_reg == 0.1
 
 
+def outcome(losses=(), lost=()):
+    return Outcome(torch.ones(0), torch.tensor(losses), torch.tensor(lost))
+
+
 def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error():
     def point(layers, lost, examples=400):
         faults = round(lost * examples)
-        return Point(1 / layers, 0.5, layers, lost=tuple([1.0] * faults + [0.0] * (examples - faults)))
+        return Point(1 / layers, 0.5, layers, outcome(lost=[1.0] * faults + [0.0] * (examples - faults)))
 
     trials = [point(4.0, 0.0), point(3.0, 0.0025), point(2.0, 0.0075), point(1.0, 0.05)]
     assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, "0.0075 ± 0.0043 is not within 0.01"
@@ -203,9 +209,9 @@ def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error(
 
 def test_one_standard_error_is_that_of_the_paired_difference():
     noise = [0.4, 0.6] * 50
-    best = Point(0.01, 0.5, 4.0, losses=tuple(noise))
-    alike = Point(0.1, 0.52, 2.0, losses=tuple(value + 0.02 for value in noise))
-    scattered = Point(0.2, 0.52, 2.0, losses=tuple(value + 0.02 for value in reversed(noise)))
+    best = Point(0.01, 0.5, 4.0, outcome(losses=noise))
+    alike = Point(0.1, 0.52, 2.0, outcome(losses=[value + 0.02 for value in noise]))
+    scattered = Point(0.2, 0.52, 2.0, outcome(losses=[value + 0.02 for value in reversed(noise)]))
     assert select_lambda([best, alike]).layers == 4.0, "always worse by 0.02"
     assert select_lambda([best, scattered]).layers == 2.0, "0.02 ± 0.02"
 
@@ -450,7 +456,8 @@ def test_every_validation_of_an_epoch_is_reported():
     ],
 )
 def test_workers_take_gpus_of_their_own(trainer, gpus, given):
-    assert [device_of(worker, trainer, gpus) for worker in range(4)] == given
+    recipe = TuningEngine(trainer=trainer).recipe
+    assert [recipe.for_worker(worker, gpus).trainer["devices"] for worker in range(4)] == given
 
 
 # ------------------------------------------------------------------ trials that ended badly
@@ -458,13 +465,11 @@ def test_workers_take_gpus_of_their_own(trainer, gpus, given):
 
 def opened(folder, setting=None):
     run = Run("run", folder)
-    return studies.open_study(
-        run, SUBMODELS, setting or {"data": "x"}, open_storage(None, run.folder), "studies.db", LagPruner()
-    )
+    return studies.open_study(run, SUBMODELS, setting or {"data": "x"}, None, LagPruner())
 
 
-def alone(folder):
-    return Run("run", folder).alone
+def lock_of(folder):
+    return Run("run", folder).locked
 
 
 def test_a_setting_that_was_not_stored_is_compared(tmp_path):
@@ -481,17 +486,17 @@ def test_trials_that_somebody_adds_are_welcome(tmp_path):
     study.add_trial(optuna.create_trial(params={"x": 0.5}, distributions=space, value=0.5))
     again = opened(tmp_path)
     again.sampler = study.sampler
-    studies.run_trials(again, lambda trial: trial.suggest_float("x", 0, 1), 4, alone(tmp_path))
+    studies.run_trials(again, lambda trial: trial.suggest_float("x", 0, 1), 4, lock_of(tmp_path))
     values = [trial.params["x"] for trial in again.trials]
     assert values[:2] == [0.25, 0.5]
     assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 4
-    assert studies.best(again).value == min(values)
+    assert min(trial.value for trial in studies.completed(again)) == min(values)
 
 
 def test_optunas_own_callbacks_may_stop_a_study(tmp_path):
     study = opened(tmp_path)
     stop = optuna.study.MaxTrialsCallback(2, states=(TrialState.COMPLETE,))
-    studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, alone(tmp_path), callbacks=[stop])
+    studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, lock_of(tmp_path), callbacks=[stop])
     assert len(study.trials) == 2
 
 
@@ -500,7 +505,7 @@ def test_a_trial_that_died_before_it_could_say_that_it_failed_is_not_repeated(tm
     trial = study.ask()
     trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
     trial.set_user_attr(CAUSE, "ValueError: nothing")
-    studies.sweep(study, alone(tmp_path))
+    studies.sweep(study, lock_of(tmp_path))
     again = opened(tmp_path)
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
     assert len(studies.finished(again)) == 1
@@ -512,18 +517,18 @@ def test_a_live_trial_of_this_host_is_not_taken_for_dead(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         started = psutil.Process(other.pid).create_time()
         trial.set_user_attr(OWNER, [socket.gethostname(), other.pid, started])
-        assert studies.sweep(study, alone(tmp_path)) == []
+        assert studies.sweep(study, lock_of(tmp_path)) == []
         other.communicate(b"\n")
-    assert [orphan.number for orphan in studies.sweep(study, alone(tmp_path))] == [0]
+    assert [orphan.number for orphan in studies.sweep(study, lock_of(tmp_path))] == [0]
 
 
 def test_a_trial_without_a_process_is_taken_up_after_a_while(tmp_path, monkeypatch):
     """Its process died between taking it and saying so."""
     study = opened(tmp_path)
     study.ask().suggest_float("x", 0, 1)
-    assert studies.sweep(study, alone(tmp_path)) == []
+    assert studies.sweep(study, lock_of(tmp_path)) == []
     monkeypatch.setattr(studies, "NAMELESS", 0.0)
-    assert len(studies.sweep(study, alone(tmp_path))) == 1
+    assert len(studies.sweep(study, lock_of(tmp_path))) == 1
     assert study.ask().suggest_float("x", 0, 1) == study.trials[0].params["x"]
 
 
@@ -535,13 +540,13 @@ def test_a_silent_process_of_another_host_is_taken_up_by_its_heartbeat(tmp_path)
         trial.set_user_attr(OWNER, ["elsewhere", 1, 0.0])
         trial.suggest_float("x", 0, 1)
         study._storage.record_heartbeat(trial._trial_id)
-    assert studies.sweep(study, alone(tmp_path)) == []
+    assert studies.sweep(study, lock_of(tmp_path)) == []
     study._storage._backend.grace_period = 1
     end = time.monotonic() + 3
     while time.monotonic() < end:
         study._storage.record_heartbeat(lively._trial_id)
         time.sleep(0.2)
-    studies.sweep(study, alone(tmp_path))
+    studies.sweep(study, lock_of(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "WAITING"]
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     assert study.trials[2].user_attrs == {RETRY_OF: silent.number, DEATHS: 1}
@@ -555,7 +560,7 @@ def test_a_repeat_that_dies_before_it_drew_anything_still_owes_its_parameters(tm
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             study.tell(trial.number, state=TrialState.FAIL)
-        studies.sweep(study, alone(tmp_path))
+        studies.sweep(study, lock_of(tmp_path))
         trial = study.ask()
         for name in drawn:
             trial.suggest_float(name, 0, 1)
@@ -572,7 +577,7 @@ def test_parameters_whose_process_died_three_times_are_not_run_again(tmp_path):
         trial = study.ask()
         trial.suggest_float("x", 0, 1)
         trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
-        studies.sweep(study, alone(tmp_path))
+        studies.sweep(study, lock_of(tmp_path))
     values = [trial.params["x"] for trial in study.trials if trial.params]
     assert len(set(values[: studies.MAX_DEATHS])) == 1
     assert values[studies.MAX_DEATHS] != values[0]
@@ -592,9 +597,21 @@ def test_a_process_whose_trial_was_taken_away_continues_with_the_next(tmp_path):
             trial.report(value, 0)
         return value
 
-    studies.run_trials(study, objective, 2, alone(tmp_path))
+    studies.run_trials(study, objective, 2, lock_of(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert len(studies.finished(opened(tmp_path))) == 2
+
+
+def test_each_stage_picks_its_winner():
+    space = {"lambda_reg": optuna.distributions.FloatDistribution(0.0, 1.0)}
+    curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]
+    both = [optuna.create_trial(params={"lambda_reg": x}, distributions=space, values=[*xs]) for x, *xs in curve]
+    one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
+    select = partial(LambdaRule().select, allowed=None)
+    assert [stage.pick(one, [None] * 3, select) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
+    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[1], "by default within one standard error, or 0.01"
+    select = partial(LambdaRule("max_layers", max_layers=1.5).select, allowed=None)
+    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[2]
 
 
 def test_stages_are_data():

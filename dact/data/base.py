@@ -15,6 +15,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
+from dact.checks import check_count, check_range
 from dact.data.batching import Encoded, LengthGroupedSampler, collate, encode, length_that_keeps
 from dact.data.examples import Examples, stratified_split
 from dact.data.teacher import teacher_probabilities
@@ -71,11 +72,9 @@ class TextDataModule(LightningDataModule, ABC):
     ) -> None:
         super().__init__()
         name = type(self).__name__
-        for argument, value, least in (("max_length", max_length, 3), ("batch_size", batch_size, 1)):
-            if value < least:
-                raise ValueError(f"{name}: {argument} must be {least} or more, got {value}")
-        if not 0.0 <= calibration_fraction < 1.0:
-            raise ValueError(f"{name}: calibration_fraction must be in [0, 1), got {calibration_fraction}")
+        check_count(f"{name}: max_length", max_length, least=3)
+        check_count(f"{name}: batch_size", batch_size)
+        check_range(f"{name}: calibration_fraction", calibration_fraction, "[0, 1)")
         self._given_tokenizer = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.max_length = max_length

@@ -7,6 +7,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from dact.checks import check_count
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples
 from dact.data.tokenizers import word_tokenizer
@@ -146,14 +147,9 @@ class CompositionalSentiment(TextDataModule):
             seed=seed,
             calibration_fraction=calibration_fraction,
         )
-        for name, value, least in (
-            ("num_train", num_train, 3),
-            ("num_val", num_val, 3),
-            ("num_test", num_test, 3),
-            ("max_depth", max_depth, 0),
-        ):
-            if value < least:
-                raise ValueError(f"CompositionalSentiment: {name} must be {least} or more, got {value}")
+        for name, value in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):
+            check_count(f"CompositionalSentiment: {name}", value, least=3)
+        check_count("CompositionalSentiment: max_depth", max_depth, least=0)
         self.sizes = {"train": num_train, "val": num_val, "test": num_test, "predict": num_test}
         self.max_depth = max_depth
         self.class_names = list(CLASS_NAMES)

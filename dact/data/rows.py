@@ -12,6 +12,7 @@ from typing import Any
 
 READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 STANDARD_INPUT = "-"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands where bytes were not UTF-8
 CHUNK = 4096  # rows that a reader holds at a time
 
 
@@ -58,13 +59,20 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
         raise ValueError(f"{'standard input' if path == STANDARD_INPUT else path} has no rows")
 
 
-def text_fault(texts: Sequence[Any]) -> str | None:
-    """Return why the texts of a row cannot be classified, or None."""
+def text_fault(texts: Sequence[Any], replaced: bool = False) -> str | None:
+    """Return why the texts of a row cannot be used, or None.
+
+    Args:
+        texts: The text of the row, or both texts of a pair.
+        replaced: Whether a replacement character stands for bytes that are not UTF-8.
+    """
     for text in texts:
         if not isinstance(text, str):
             return "no text" if text is None else f"not a string: {str(text)[:40]!r}"
         if not text.strip():
             return "empty text"
+        if replaced and REPLACEMENT in text:
+            return "not valid UTF-8"
         try:
             text.encode()
         except UnicodeEncodeError:  # a byte that is not UTF-8 is read as a lone surrogate

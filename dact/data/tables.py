@@ -12,12 +12,10 @@ from typing import Any
 
 import datasets
 
+from dact.data.rows import READABLE, STANDARD_INPUT
 from dact.files import replacing
 
-READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 WRITABLE = (".csv", ".jsonl", ".parquet")
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands where bytes were not UTF-8
-STANDARD_INPUT = "-"
 DATASET = "dataset:"
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
+from dact.checks import check_range
 from dact.data.base import TextDataModule
 from dact.data.examples import UNLABELLED, Examples, join, share_of_copies, stratified_split
 from dact.data.labels import (
@@ -20,7 +21,8 @@ from dact.data.labels import (
     reading_of,
     to_classes,
 )
-from dact.data.tables import REPLACEMENT, check_exists, read_table
+from dact.data.rows import text_fault
+from dact.data.tables import check_exists, read_table
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,8 +106,7 @@ class TextClassificationData(TextDataModule):
             calibration_fraction=calibration_fraction,
             teacher=teacher,
         )
-        if not 0.0 < val_fraction < 1.0:
-            raise ValueError(f"TextClassificationData: val_fraction must be in (0, 1), got {val_fraction}")
+        check_range("TextClassificationData: val_fraction", val_fraction, "(0, 1)")
         if integer_labels not in (None, "names", "positions"):
             raise ValueError(
                 f"TextClassificationData: integer_labels must be 'names', 'positions' or None, got {integer_labels!r}"
@@ -269,7 +270,7 @@ class TextClassificationData(TextDataModule):
                     f"{option or 'label_column'}"
                 )
         texts = zip(*(table[name] for name in self._text_columns), strict=True)
-        return {name: table[name] for name in names}, [_fault(row, valid) for row in texts]
+        return {name: table[name] for name in names}, [text_fault(row, replaced=not valid) for row in texts]
 
     def _labelled(self, split: str) -> Examples:
         file = self._file(split)
@@ -324,15 +325,3 @@ class TextClassificationData(TextDataModule):
         table, reasons = self._columns(split, self._text_columns)
         pairs = None if self.text_pair_column is None else table[self.text_pair_column]
         return Examples(table[self.text_column], pairs, reasons=reasons)
-
-
-def _fault(texts: Sequence[Any], valid_utf8: bool) -> str | None:
-    """Why the texts of an example cannot be used, or None."""
-    for text in texts:
-        if not isinstance(text, str):
-            return "no text" if text is None else f"not a string: {str(text)[:40]!r}"
-        if not text.strip():
-            return "empty text"
-        if not valid_utf8 and REPLACEMENT in text:
-            return "not valid UTF-8"
-    return None

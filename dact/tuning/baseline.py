@@ -1,8 +1,7 @@
-"""The baseline of a run: the encoder fine-tuned once at full depth. It is the teacher and the start of every fit."""
+"""The baseline of a run: the encoder, fine-tuned once at full depth. Every fit learns from it and starts from it."""
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,31 +9,36 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from dact import signals
+from dact.callbacks import save_with_tokenizer
 from dact.encoders.base import move
 from dact.files import read_checkpoint, read_tensors, replacing_folder, write_tensors
 from dact.model import DACT
 from dact.persistence import WEIGHTS_NAME
 from dact.tuning import tensorboard
+from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
-from dact.tuning.training import NonFiniteLoss, resumable_fit, seeded
 
 MIN_STEPS = 300  # below which a pretrained encoder has not learned its task
 
 
 @dataclass(frozen=True)
 class Baseline:
-    """Where the baseline of a run is.
+    """The files of a baseline.
 
     Args:
         folder: Folder ``baseline`` of the run.
     """
 
     folder: Path
+
+    @property
+    def answers(self) -> Path:
+        """File of its answers to the training and validation examples."""
+        return self.folder / "answers.safetensors"
 
     def load(self, model: DACT) -> DACT:
         """Load the baseline's weights into a model of the factory that was made to run at full depth."""
@@ -47,30 +51,25 @@ class Baseline:
         return {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
 
     def probabilities(self) -> Tensor | None:
-        """Return its probabilities of the training examples ``[examples, classes]``; None without row numbers."""
-        return self._answers().get("probabilities")
+        """Return its probabilities of the training examples ``[examples, classes]``; None if they have no ``row``."""
+        return read_tensors(self.answers)[0].get("probabilities")
 
     def right(self, target: Tensor) -> Tensor | None:
-        """Return on which validation examples it is right, bool ``[examples]``.
+        """Return which validation examples it classifies correctly, bool ``[examples]``.
 
         Args:
-            target: Classes of the examples in the order of a validation, int64 ``[examples]``; it may be the first
-                part.
+            target: Classes of the validation examples in their order, int64 ``[examples]``, or of the first of them.
 
         Returns:
             None if the baseline saw the examples in another order.
         """
-        answers = self._answers()
+        answers = read_tensors(self.answers)[0]
         seen, classes = answers["targets"][: len(target)], answers["classes"][: len(target)]
         return classes == target if torch.equal(seen, target) else None
 
     def origin(self) -> str | None:
-        """Return what it was made of, None if it is not there."""
-        path = self.folder / "answers.safetensors"
-        return read_tensors(path)[1].get("origin") if path.is_file() else None
-
-    def _answers(self) -> dict[str, Tensor]:
-        return read_tensors(self.folder / "answers.safetensors")[0]
+        """Return the digest of what it was made of; None if it is not there."""
+        return read_tensors(self.answers)[1].get("origin") if self.answers.is_file() else None
 
 
 def fit_baseline(
@@ -87,46 +86,33 @@ def fit_baseline(
         progress: What the console shows.
 
     Raises:
-        RuntimeError: If its loss is not finite.
+        NonFiniteLoss: If the loss is not finite.
     """
     baseline = Baseline(folder)
     if baseline.origin() == origin:
         return baseline
-    checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
-    model = model.at_full_depth()
-    logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
-    epochs = _epochs(recipe, data)
-    settings = {"learning_rate": model.learning_rate, "num_epochs": epochs}
-    tensorboard.log_parameters(logger.experiment, settings, folder.name)
+    model, epochs, checkpoints = model.at_full_depth(), _epochs(recipe, data), checkpoints_of(folder, origin)
     with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epochs") as bar:
-        try:
-            history = resumable_fit(
-                recipe.trainer,
-                model,
-                data,
-                checkpoints,
-                epochs=epochs,
-                callbacks=[bar],
-                logger=logger,
-                keep_best=True,
-            )
-        except NonFiniteLoss as error:
-            raise RuntimeError(
-                f"the baseline broke: {error}. Give the model a learning_rate below {model.learning_rate:g}, or take "
-                "precision 32-true, under another run_tag"
-            ) from error
-    tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
-    logger.finalize("success")
+        history = resumable_fit(
+            recipe.trainer,
+            model,
+            data,
+            checkpoints,
+            what="the baseline",
+            epochs=epochs,
+            callbacks=[bar],
+            log=folder,
+            keep_best=True,
+        )
+    parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
+    tensorboard.log_fit(folder, parameters, history.best, folder.name)
     model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
     model.class_names = model.class_names or getattr(data, "class_names", None)
     with replacing_folder(folder / "model") as partial:
-        model.cpu().save_pretrained(partial)
-        tokenizer = getattr(data, "tokenizer", None)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(str(partial))
+        save_with_tokenizer(model.cpu(), data, partial)
     with progress.stage("answers of the baseline"), recipe.precision():
         answers = _ask(model.eval().to(recipe.device), data)
-    write_tensors(folder / "answers.safetensors", answers, {"origin": origin})  # last: it says that all is done
+    write_tensors(baseline.answers, answers, {"origin": origin})  # last: it says that all is done
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
     return baseline

@@ -1,4 +1,4 @@
-"""The confirmation: the winners against the defaults under fresh seeds, before the final fit.
+"""The confirmation: the winners against the defaults under fresh seeds, before the final model is measured.
 
 Of the runs of hyperparameter optimisation that improve on validation data, one in ten ends worse than the default
 (arXiv 2506.19540): the best of many trials owes part of its lead to luck. So the defaults stay unless they are beaten.
@@ -6,29 +6,34 @@ Of the runs of hyperparameter optimisation that improve on validation data, one 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from dact.answers import mean_and_error
-from dact.files import read_json, write_json
+from torch import Tensor
+
+from dact.answers import LayerAnswers, layer_answers, mean_and_error
+from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.tuning import tensorboard
 from dact.tuning.fingerprints import digest
+from dact.tuning.fitting import History, NonFiniteLoss, seeded, without_collapse_warning
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
+from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
-from dact.tuning.shared import Shared
-from dact.tuning.training import History, NonFiniteLoss, seeded
 from dact.tuning.trial import fit_settings
+from dact.tuning.whole_fit import FRESH_SEED, WholeFit
 
 FOLDER = "confirmation"
-SEEDS = {"frozen": 3, "finetune": 1}  # fits of each candidate
-FIRST_SEED = 1000  # far from those of the studies
+SEEDS = 3  # fits of each candidate on frozen states
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Settings that the final fit may take.
+    """Settings that the final model may have.
 
     Args:
         name: ``"default settings"``, ``"first trial"`` or ``"tuned"``.
@@ -38,6 +43,14 @@ class Candidate:
     name: str
     settings: dict[str, Any]
 
+    def folder(self, run: Run) -> Path:
+        """Return the folder of what the confirmation keeps of it."""
+        return run.folder / FOLDER / self.name.replace(" ", "_")
+
+    def fit(self, run: Run, shared: Prepared) -> WholeFit:
+        """Return its fit as that of the final model."""
+        return WholeFit(shared, self.folder(run) / "fit", self.settings)
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -45,40 +58,67 @@ class Verdict:
 
     Args:
         chosen: The candidate that the final fit takes.
-        text: One sentence that says which won, and by how much.
+        text: Which won, and by how much.
     """
 
     chosen: Candidate
     text: str
 
 
-def confirm(run: Run, shared: Shared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
-    """Fit each candidate under fresh seeds, and let the first stay unless another one beats it.
+def confirm(
+    run: Run, shared: Prepared, candidates: Sequence[Candidate], progress: Progress, *, keep_frozen: bool
+) -> Verdict:
+    """Fit the candidates under fresh seeds, and let the first stay unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
-    by more than one standard error of the paired difference over the validation examples. Fits that an earlier call did
-    are read from disk.
+    by more than one standard error of the paired difference over the validation examples. Candidates are fitted as the
+    final model is, which takes over the fit of the winner. Frozen mode fits only two of them so: the first, and of the
+    others the one that wins on the frozen states. Fits that an earlier call did are not repeated.
 
     Args:
         run: The run.
         shared: What its fits share.
         candidates: Candidates; the first are the defaults.
         progress: What the console shows.
+        keep_frozen: Whether the final model keeps the encoder of frozen mode. Then the frozen states decide alone.
     """
-    unique = list({digest(candidate.settings): candidate for candidate in reversed(candidates)}.values())[::-1]
-    best, found, text = unique[0], _outcome(run, shared, unique[0], progress), ""
-    if len(unique) == 1:
-        return Verdict(best, "tuning chose the default settings")
-    for candidate in unique[1:]:
-        other = _outcome(run, shared, candidate, progress)
-        difference = _compare(found, other)
-        wins = other is not None and (found is None or difference.beats)
-        text = f"{text}{'; ' if text else ''}{candidate.name} {'beats' if wins else 'does not beat'} {best.name}"
-        text += f" ({difference})" if found is not None and other is not None else ""
+    unique: dict[str, Candidate] = {}
+    for candidate in candidates:
+        unique.setdefault(digest(candidate.settings), candidate)
+    default, *others = unique.values()
+    if not others:
+        return Verdict(default, f"{default.name}, which tuning chose as well")
+    on_states = partial(_on_states, run, shared, progress)
+    whole = on_states if keep_frozen else partial(_whole, run, shared, progress)
+    comparisons: list[str] = []
+    if not keep_frozen and shared.states is not None and len(others) > 1:
+        others = [_best(others, on_states, comparisons, " on frozen states")]
+    best = _best([default, *others], whole, comparisons)
+    return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
+
+
+def whole_fits(recipe: Recipe, keep_frozen: bool) -> int:
+    """Return how many candidates are fitted as the final model, at most."""
+    return 0 if keep_frozen else 2 if recipe.encoder_training == "frozen" else 3
+
+
+Measure = Callable[[Candidate], Outcome | None]  # None where the loss is not finite
+
+
+def _best(candidates: Sequence[Candidate], measure: Measure, comparisons: list[str], where: str = "") -> Candidate:
+    """Return the candidate that is left when each has challenged the best before it, and add what was compared."""
+    best, *others = candidates
+    found = measure(best)
+    for candidate in others:
+        other = measure(candidate)
+        text, wins = "", other is not None
+        if found is not None and other is not None:
+            difference = _Difference(mean_and_error(other.exits - found.exits), mean_and_error(other.lost - found.lost))
+            text, wins = f": {difference}", difference.beats
+        comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {best.name}{where}{text}")
         if wins:
             best, found = candidate, other
-    what = "default settings are those of the model and the data without tuning, first trial those that paid elsewhere"
-    return Verdict(best, f"confirmation under fresh seeds: {text} ({what})")
+    return best
 
 
 @dataclass(frozen=True)
@@ -96,30 +136,58 @@ class _Difference:
 
     def __str__(self) -> str:
         return (
-            f"{self.layers[0]:+.2f} ± {self.layers[1]:.2f} layers, {-100 * self.lost[0]:+.2f} ± "
-            f"{100 * self.lost[1]:.2f} points of accuracy"
+            f"{self.layers[0]:+.2f} ± {self.layers[1]:.2f} layers, {0 - 100 * self.lost[0]:+.2f} ± "
+            f"{100 * self.lost[1]:.2f} points"
         )
 
 
-def _compare(first: Outcome | None, second: Outcome | None) -> _Difference:
-    if first is None or second is None:
-        return _Difference((0.0, 0.0), (0.0, 0.0))
-    return _Difference(mean_and_error(second.exits - first.exits), mean_and_error(second.lost - first.lost))
+def _whole(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
+    """Return the outcome of a candidate's fit as that of the final model."""
+    fit, recipe = candidate.fit(run, shared), shared.recipe
+    path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.origin)
+    known = path.is_file() and read_tensors(path)[1].get("origin") == origin
+    stored = read_tensors(path)[0] if known else _fit_and_ask(fit, candidate, progress)
+    found = None
+    if stored:
+        answers = LayerAnswers(**stored)
+        right = shared.baseline.right(answers.target)
+        found = outcome_of(answers, recipe.make_model(), recipe.promise, right)
+        if not known:
+            _log(run, candidate, found, right)
+    if not known:
+        write_tensors(path, stored, {"origin": origin})  # kept, since the final model takes the fit itself away
+    return found
 
 
-def _outcome(run: Run, shared: Shared, candidate: Candidate, progress: Progress) -> Outcome | None:
-    """Return the mean outcome of a candidate's fits; None if its loss is not finite."""
+def _fit_and_ask(fit: WholeFit, candidate: Candidate, progress: Progress) -> dict[str, Tensor]:
+    """Return what all layers of a candidate's fit say of the studies' validation examples; nothing if it broke."""
+    try:
+        with without_collapse_warning():
+            fit(f"confirmation of the {candidate.name}", progress)
+    except NonFiniteLoss as error:
+        progress.note(str(error))
+        return {}
+    recipe = fit.shared.recipe
+    data = recipe.make_data()
+    data.prepare_data()
+    data.setup("validate")
+    with recipe.precision():
+        answers = layer_answers(fit.model(), data.val_dataloader())
+    return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}
+
+
+def _on_states(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
+    """Return the mean outcome of a candidate's fits on the states of frozen mode."""
     recipe = shared.recipe
-    seeds = range(FIRST_SEED + recipe.seed, FIRST_SEED + recipe.seed + SEEDS[recipe.encoder_training])
-    folder = run.folder / FOLDER / candidate.name.replace(" ", "_")
-    origin = digest([candidate.settings, shared.identity, list(seeds)])
+    seeds = [recipe.seed + FRESH_SEED + number for number in range(SEEDS)]
+    folder = candidate.folder(run)
+    origin = digest([candidate.settings, shared.identity, seeds])
     record = folder / "outcome.json"
     if record.is_file() and read_json(record)["origin"] == origin:
-        stored = read_json(record)
-        return None if stored["broken"] else Outcome.read(folder)
+        return None if read_json(record)["broken"] else Outcome.read(folder)
     outcomes = []
     try:
-        with progress.stage(f"confirmation of the {candidate.name}"):
+        with progress.stage(f"{candidate.name} on frozen states, under fresh seeds"):
             for seed in seeds:
                 history = History()
                 with seeded(seed):
@@ -132,18 +200,17 @@ def _outcome(run: Run, shared: Shared, candidate: Candidate, progress: Progress)
         return None
     mean = mean_outcome(outcomes)
     mean.save(folder)
-    _log(run, candidate, mean)
+    _log(run, candidate, mean, right)
     write_json(record, {"origin": origin, "broken": False, "settings": candidate.settings})  # last: it is all there
     return mean
 
 
-def _log(run: Run, candidate: Candidate, mean: Outcome) -> None:
-    """Let TensorBoard show the candidate as it shows trials."""
-    name = candidate.name.replace(" ", "_")
-    with tensorboard.writer(run.folder / FOLDER / name) as writer:
-        tensorboard.log_parameters(writer, flat(candidate.settings), f"{FOLDER}/{name}")
-        metrics = {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
-        tensorboard.log_outcome(writer, metrics, succeeded=True)
+def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None) -> None:
+    """Let TensorBoard show the candidate as it shows trials; see `outcome_of` for `right`."""
+    accuracy = (1.0 if right is None else right.double().mean().item()) - mean.lost.double().mean().item()
+    metrics = {"val_task_loss": mean.loss, "val_accuracy": accuracy, "val_exit_layer": mean.layers}
+    folder = candidate.folder(run)
+    tensorboard.log_fit(folder, flat(candidate.settings), metrics, f"{FOLDER}/{folder.name}")
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Frozen mode's data: the pooled states of all layers, computed once and read from disk by every trial.
 
-A split is a folder with one ``.npy`` file per array and ``made_of.json``, which is written last and holds a digest of
-each file.
+A split is a folder with one ``.npy`` file per array. It also has ``made_of.json``, which is written last and holds a
+digest of each file.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ MADE_OF = "made_of.json"
 
 @torch.no_grad()
 def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, fingerprint: str) -> None:
-    """Write the pooled states of every example, batch by batch: memory holds one batch.
+    """Write the pooled states of every example, with one batch at a time in memory.
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data
     has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is
-    done if `folder` holds sound files with this fingerprint.
+    computed if `folder` holds intact files with this fingerprint.
 
     Args:
         encoder: Encoder in eval mode, on the device that it should use.
@@ -78,7 +78,7 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
 
 
 class _RowWriter:
-    """A ``.npy`` file that grows by rows. Written and not mapped: a full disk is an error here, not a crash."""
+    """A ``.npy`` file that grows by rows. It is not memory-mapped: there a full disk is a crash instead of an error."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
         self.dtype, self.digest = np.dtype(dtype), hashlib.sha256()
@@ -99,7 +99,7 @@ class _RowWriter:
 
 
 def check_features(folder: Path, fingerprint: str) -> bool:
-    """Return whether `folder` holds features with this fingerprint, byte for byte as they were written.
+    """Return whether `folder` holds features with this fingerprint, unchanged since they were written.
 
     Raises:
         ValueError: If the files are corrupted; the message names the folder.
@@ -124,7 +124,7 @@ def check_features(folder: Path, fingerprint: str) -> bool:
 
 
 class Features:
-    """The arrays of a split, mapped and not loaded; batches are read by rows.
+    """The memory-mapped arrays of a split; indexing with row numbers reads a batch.
 
     Args:
         folder: Folder that `compute_features` wrote.
@@ -148,13 +148,13 @@ class Features:
 
 
 class _Batches(Sampler[list[int]]):
-    """Batches of rows, in order or shuffled by seed and epoch: a resumed fit goes on with the order of its epoch."""
+    """Batches of rows, in order or shuffled by seed and epoch, so that a resumed fit sees the order of its epoch."""
 
     def __init__(self, rows: int, batch_size: int, seed: int | None) -> None:
         self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Called by the Trainer at the start of each epoch."""
+        """Take the number of the epoch, which the Trainer sets at its start."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -166,28 +166,6 @@ class _Batches(Sampler[list[int]]):
             np.random.default_rng([self.seed, self.epoch]).shuffle(order)
         for start in range(0, self.rows, self.batch_size):
             yield order[start : start + self.batch_size].tolist()
-
-
-class FeaturesData(LightningDataModule):
-    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
-
-    Args:
-        train: Training examples.
-        val: Validation examples.
-        batch_size: Number of examples per training batch.
-        seed: Seed for the order in training.
-    """
-
-    def __init__(self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0) -> None:
-        super().__init__()
-        self.train, self.val = train, val
-        self.batch_size, self.seed = batch_size, seed
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return _loader(self.train, _Batches(len(self.train), self.batch_size, self.seed))
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return _loader(self.val, _Batches(len(self.val), 1024, None))
 
 
 class LoaderData(LightningDataModule):
@@ -207,6 +185,22 @@ class LoaderData(LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.val
+
+
+class FeaturesData(LoaderData):
+    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
+
+    Args:
+        train: Training examples.
+        val: Validation examples.
+        batch_size: Number of examples per training batch.
+        seed: Seed for the order in training.
+    """
+
+    def __init__(self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0) -> None:
+        super().__init__(
+            _loader(train, _Batches(len(train), batch_size, seed)), _loader(val, _Batches(len(val), 1024, None))
+        )
 
 
 def _loader(features: Features, batches: _Batches) -> DataLoader[Any]:

@@ -11,27 +11,27 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from dact import plots
 from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe, store_in_checkpoint
+from dact.callbacks import save_with_tokenizer
 from dact.files import read_json, replacing, replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
-from dact.tuning.confirmation import Verdict, flat
-from dact.tuning.evaluation import Evaluation, evaluate
-from dact.tuning.fingerprints import digest, fingerprint_data
+from dact.tuning.confirmation import FOLDER, Verdict, flat
+from dact.tuning.final_metrics import Evaluation, evaluate
+from dact.tuning.fingerprints import fingerprint_data
+from dact.tuning.fitting import NonFiniteLoss, without_collapse_warning
+from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
-from dact.tuning.shared import Shared
-from dact.tuning.training import NonFiniteLoss, resumable_fit, seeded, without_collapse_warning
+from dact.tuning.whole_fit import MADE_OF, WholeFit
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
-MADE_OF = "made_of.json"  # what a final fit was made of; another one replaces it
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class FinalFit:
     """
 
     run: Run
-    shared: Shared
+    shared: Prepared
     verdict: Verdict
     keep_frozen: bool
     compare_defaults: bool
@@ -62,46 +62,49 @@ class FinalFit:
     def __call__(self) -> tuple[str, str]:
         """Fit, measure and write ``<run>/final`` as far as it is not done. One process at a time.
 
-        The final model of earlier winners stays as ``final.old`` until the new one is whole.
+        A fit that the confirmation has done is taken over. The final model of earlier winners stays as ``final.old``
+        until the new one is whole.
 
         Returns:
             The paths of metrics.json and of the best checkpoint.
 
         Raises:
-            RuntimeError: If the loss of the fit is not finite.
+            NonFiniteLoss: If the loss of the fit is not finite.
         """
         folder, old = self.run.final, self.run.folder / "final.old"
-        metrics_path, model_path = folder / "metrics.json", folder / "checkpoints" / "best.ckpt"
+        metrics_path = folder / "metrics.json"
         data = self._measured_data()
         test = fingerprint_data(data.test_dataloader())
-        # The tolerance is set after the fit; of the promise, the fit knows which examples it may see.
-        setting = {n: v for n, v in self.shared.identity.items() if n not in ("halting_tolerance", "promise")}
         settings = self.verdict.chosen.settings
-        fit = {"settings": settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
+        fit = WholeFit(self.shared, folder, settings, self.keep_frozen)
         promise = None if self.recipe.promise is None else asdict(self.recipe.promise)
-        made_of = {"fit": fit, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
+        made_of = {"fit": fit.origin, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
         before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
-        if before.get("fit") != fit:
+        if before.get("fit") != fit.origin:
             _set_aside(folder, old)
+            confirmed = self.verdict.chosen.fit(self.run, self.shared)
+            if confirmed.is_done and confirmed.origin == fit.origin:
+                os.replace(confirmed.folder, folder)
         if before != made_of:
             metrics_path.unlink(missing_ok=True)  # another promise or test split measures the same fit again
-            if before.get("test") != test:
-                shutil.rmtree(folder / "defaults", ignore_errors=True)
-            write_text(folder / "config.yaml", yaml.safe_dump(self._config(settings), sort_keys=False))
+            shutil.rmtree(folder / "defaults", ignore_errors=True)
+            write_text(folder / "config.yaml", yaml.safe_dump(self._config(fit), sort_keys=False))
             write_json(folder / MADE_OF, made_of)
-        if not (metrics_path.is_file() and model_path.is_file()):
-            self._fit(folder, settings)
-            self._measure(folder, data)
+        if not (metrics_path.is_file() and fit.checkpoint.is_file()):
+            fit(f"the final fit of {self.run.tag!r}", self.progress)
+            self._measure(folder, fit, data)
         elif self.compare_defaults:
             self._measure_defaults(folder / "defaults", data)
         shutil.rmtree(old, ignore_errors=True)
+        for checkpoints in (self.run.folder / FOLDER).glob("*/fit/checkpoints"):
+            shutil.rmtree(checkpoints)  # of those that lost
         self.progress.summary(folder, self.verdict.text)
-        return str(metrics_path), str(model_path)
+        return str(metrics_path), str(fit.checkpoint)
 
-    def _config(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+    def _config(self, fit: WholeFit) -> dict[str, Any]:
         """Return the configuration of the final fit: a whole file where the factories come from one."""
         model, data = (getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data))
-        chosen = dict(settings)
+        chosen = dict(fit.settings or {})
         if model is None or data is None:
             return chosen
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
@@ -110,75 +113,36 @@ class FinalFit:
         arguments = self.recipe.overrides({**self.shared.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         return {
-            "seed_everything": self.recipe.seed,
+            "seed_everything": fit.seed,
             "trainer": {**plain, "max_epochs": epochs},
             "model": {**model, **overrides},
             "data": {**data, "init_args": {**(data.get("init_args") or {}), **size}},
         }
 
-    def _fit(self, folder: Path, settings: Mapping[str, Any] | None) -> None:
-        """Fit with `settings`, keep the best epoch, and resume from the last one that an earlier call kept.
-
-        Without settings it is what the factories make: no teacher, and no start from the baseline.
-        """
-        last = folder / "checkpoints" / "last.ckpt"  # of use only to a fit that is not done
-        if (folder / "history.json").is_file():
-            last.unlink(missing_ok=True)  # a kill may have come just before
-            return
-        chosen = dict(settings or {})
-        epochs = chosen.pop("num_epochs", self.recipe.epochs)
-        name = str(folder.relative_to(self.run.folder))
-        logger = TensorBoardLogger(self.run.folder, name="", version=name, default_hp_metric=False)
-        tensorboard.log_parameters(logger.experiment, flat(settings or {}), name)
-        with seeded(self.recipe.seed), self.progress.fit(f"{folder.name} fit, {epochs} epochs") as bar:
-            if settings is None:
-                model, data = self.recipe.model(), self.recipe.make_data()
-            else:
-                model, data = self.shared.build(chosen, whole=not self.keep_frozen)
-            try:
-                history = resumable_fit(
-                    self.recipe.trainer,
-                    model,
-                    data,
-                    folder / "checkpoints",
-                    epochs=epochs,
-                    callbacks=[bar],
-                    logger=logger,
-                    keep_best=True,
-                )
-            except NonFiniteLoss as error:
-                raise RuntimeError(
-                    f"the {folder.name} fit of {self.run.tag!r} broke: {error}. Its learning rate is "
-                    f"{model.learning_rate:g}: lower learning_rate's high in search_space or the model's own, or take "
-                    "precision 32-true, under another run_tag"
-                ) from error
-        tensorboard.log_outcome(logger.experiment, history.best, succeeded=True)
-        logger.finalize("success")
-        write_json(folder / "history.json", history.epochs)
-        last.unlink()
-
-    def _measure(self, folder: Path, data: LightningDataModule) -> None:
+    def _measure(self, folder: Path, fit: WholeFit, data: LightningDataModule) -> None:
         """Write metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
-        recipe = self.recipe
-        model = self._fitted(folder)
-        self._keep_promise(folder, model, data)
+        model, baseline = fit.model(), self._baseline()
+        before = (model.calibration, model.temperatures)
+        note = self._set_dial(model, data)
+        if note:
+            self.progress.note(note)
+        with self.recipe.precision():
+            answers = layer_answers(model, data.val_dataloader())
+        model.temperatures = fit_temperatures(answers, answers.exit_layers(model.exit_rule))
+        if (model.calibration, model.temperatures) != before:
+            store_in_checkpoint(fit.checkpoint, model)
         with self.progress.stage("measuring the final model and the baseline"):
-            loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-            found = {name: evaluate(model, loader, precision=recipe.precision) for name, loader in loaders.items()}
-            whole = self.shared.baseline.load(recipe.make_model().at_full_depth()).eval().to(recipe.device)
-            against = {name: evaluate(whole, loader, precision=recipe.precision) for name, loader in loaders.items()}
-        for name, evaluation in found.items():
-            if len(evaluation.right) == len(against[name].right):
-                mean, error = mean_and_error(evaluation.right.double() - against[name].right.double())
-                evaluation.entry["difference_to_baseline"] = {"accuracy": mean, "standard_error": error}
+            found, against = self._evaluate(model, data), self._evaluate(baseline, data)
         kept = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
-        baseline = {name: {key: entry.entry[key] for key in kept} for name, entry in against.items()}
         metrics = {
-            **{name: evaluation.entry for name, evaluation in found.items()},
-            "baseline": {"layers": whole.num_layers, **baseline},
+            **_entries(found, against),
+            "baseline": {
+                "layers": baseline.num_layers,
+                **{name: {key: entry.entry[key] for key in kept} for name, entry in against.items()},
+            },
             "tolerance_curve": found["validation"].tolerance_curve,
             "margin_curve": found["validation"].margin_curve,
-            "history": read_json(folder / "history.json"),
+            "history": fit.history,
             "lambda_reg": model.lambda_reg,
             "halting_tolerance": model.halting_tolerance,
             "halting_margin": model.halting_margin,
@@ -188,36 +152,49 @@ class FinalFit:
         if model.calibration is not None:
             metrics["calibration"] = model.calibration
         with replacing_folder(folder / "model") as partial:
-            model.cpu().save_pretrained(partial, metrics=metrics)
-            tokenizer = getattr(data, "tokenizer", None)
-            if tokenizer is not None:
-                tokenizer.save_pretrained(str(partial))
-        self._draw(folder, found["validation"], found["test"], model.num_layers)
+            save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
+        self._draw(folder, found, model.num_layers, against["validation"].entry["accuracy"])
+        self._log(fit, found["validation"])
         if self.compare_defaults:
-            self._measure_defaults(folder / "defaults", data)
+            self._measure_defaults(folder / "defaults", data, against)
         write_json(folder / "metrics.json", metrics)  # last: it says that all is done
 
-    def _keep_promise(self, folder: Path, model: DACT, data: LightningDataModule) -> None:
-        """Set the dial of the promise, and the temperatures of scores, and store both with the checkpoint."""
-        promise, before = self.recipe.promise, (model.calibration, model.temperatures)
+    def _set_dial(self, model: DACT, data: LightningDataModule) -> str:
+        """Let a model keep the promise of the run, and return what there is to say of it."""
+        promise = self.recipe.promise
+        if promise is None or (promise.max_layers or 0) >= model.num_layers:
+            model.end_calibration()  # of a promise that is no longer asked for
+            return (
+                ""
+                if promise is None
+                else f"max_layers={promise.max_layers:g} holds at every margin: the model has fewer"
+            )
         with self.recipe.precision():
-            if promise is not None and (promise.max_layers or 0) >= model.num_layers:
-                model.end_calibration()
-                self.progress.note(
-                    f"max_layers={promise.max_layers:g} holds at every margin: the model has fewer layers"
-                )
-            elif promise is not None:
-                self.progress.note(describe(calibrate(model, data, **asdict(promise)), model.num_layers))
-            else:
-                model.end_calibration()  # of a promise that is no longer asked for
-            answers = layer_answers(model, data.val_dataloader())
-        model.temperatures = fit_temperatures(answers, answers.exit_layers(model.exit_rule))
-        if (model.calibration, model.temperatures) != before:
-            store_in_checkpoint(folder / "checkpoints" / "best.ckpt", model)
+            return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
 
-    def _draw(self, folder: Path, validation: Evaluation, test: Evaluation, layers: int) -> None:
+    def _baseline(self) -> DACT:
+        return self.shared.baseline.load(self.recipe.make_model().at_full_depth()).eval().to(self.recipe.device)
+
+    def _evaluate(self, model: DACT, data: LightningDataModule, *, timed: bool = True) -> dict[str, Evaluation]:
+        loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
+        return {
+            name: evaluate(model, loader, precision=self.recipe.precision, timed=timed)
+            for name, loader in loaders.items()
+        }
+
+    def _log(self, fit: WholeFit, validation: Evaluation) -> None:
+        """Let TensorBoard show a fit as it shows trials, as it is worth at its dial."""
+        metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
+        metrics |= {"val_loss": fit.best["val_loss"], "val_exit_layer": validation.entry["mean_exit_layer"]}
+        name = str(fit.folder.relative_to(self.run.folder))
+        tensorboard.log_fit(fit.folder, flat(fit.settings or {}), metrics, name)
+
+    def _draw(self, folder: Path, found: Mapping[str, Evaluation], layers: int, baseline: float) -> None:
+        validation, test = found["validation"], found["test"]
+        own = validation.entry["mean_exit_layer"], validation.entry["accuracy"]
+        tolerances, margins = validation.tolerance_curve, validation.margin_curve
         figures = {
-            "dials": pictures.dials_picture(validation.tolerance_curve, validation.margin_curve, layers),
+            "dials": pictures.dials_picture(tolerances, margins, layers, own, baseline),
             "exit histogram": pictures.exit_picture(test.entry),
         }
         if test.answers.depths is not None:
@@ -233,26 +210,39 @@ class FinalFit:
                 for name in ("accuracy", "mean_exit_layer", "agreement"):
                     writer.add_scalar(f"operating points by margin/{name}", point[name], step)
 
-    def _measure_defaults(self, folder: Path, data: LightningDataModule) -> None:
-        """Fit and measure what the factories make without tuning: what tuning has to beat."""
+    def _measure_defaults(
+        self, folder: Path, data: LightningDataModule, against: Mapping[str, Evaluation] | None = None
+    ) -> None:
+        """Fit what the factories make without tuning, and measure it under the promise of the run.
+
+        Args:
+            folder: Folder of the fit.
+            data: Data to measure on.
+            against: What the baseline is worth; measured if left out.
+        """
+        fit = WholeFit(self.shared, folder, None)
         if (folder / "metrics.json").is_file():
             return
         try:
             with without_collapse_warning():
-                self._fit(folder, None)
-        except RuntimeError as error:
-            if not isinstance(error.__cause__, NonFiniteLoss):
-                raise
+                fit("the fit of the defaults", self.progress)
+        except NonFiniteLoss as error:
             self.progress.note(f"the defaults are not in the table: {error}")
             return
-        model = self._fitted(folder)
-        loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-        entries = {
-            name: evaluate(model, loader, precision=self.recipe.precision, timed=False).entry
-            for name, loader in loaders.items()
-        }
+        model = fit.model()
+        try:
+            self._set_dial(model, data)
+        except ValueError as error:  # they cannot keep it
+            self.progress.note(f"the defaults are not in the table: {error}")
+            return
+        with self.progress.stage("measuring the defaults"):
+            found = self._evaluate(model, data, timed=False)
+            against = against or self._evaluate(self._baseline(), data, timed=False)
+        self._log(fit, found["validation"])
+        dials = {"halting_tolerance": model.halting_tolerance, "halting_margin": model.halting_margin}
+        entries = {**_entries(found, against), **dials, "layers": model.num_layers, "calibration": model.calibration}
         write_json(folder / "metrics.json", entries)
-        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(fit.checkpoint.parent)
 
     def _measured_data(self) -> LightningDataModule:
         data = self.recipe.make_data(batch_size=MEASURED_BATCH)  # not the winner's size: times would not compare
@@ -261,14 +251,14 @@ class FinalFit:
             data.setup(stage)
         return data
 
-    def _fitted(self, folder: Path) -> DACT:
-        """Return the model of the best epoch, on the device that it should use."""
-        made = self.recipe.make_model()
-        given = (
-            made.encoder if made.encoder.config() is None else None
-        )  # one of the user's, which no checkpoint can rebuild
-        model = type(made).load_from_checkpoint(folder / "checkpoints" / "best.ckpt", encoder=given).eval()
-        return model.to(self.recipe.device)
+
+def _entries(found: Mapping[str, Evaluation], against: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+    """Return the entries of a model, each with its paired difference to the baseline."""
+    for name, evaluation in found.items():
+        if len(evaluation.right) == len(against[name].right):
+            mean, error = mean_and_error(evaluation.right.double() - against[name].right.double())
+            evaluation.entry["difference_to_baseline"] = {"accuracy": mean, "standard_error": error}
+    return {name: evaluation.entry for name, evaluation in found.items()}
 
 
 def _set_aside(folder: Path, old: Path) -> None:

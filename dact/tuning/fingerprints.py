@@ -50,7 +50,7 @@ def _plain(value: Any) -> Any:
 
 
 def fingerprint_pretrained(pretrained: str) -> str:
-    """Return a digest of the files of a local model folder; a Hub id stands for itself."""
+    """Return a digest of the files of a local model folder, or of the name of a model on the Hub."""
     folder = Path(resolve_pretrained(pretrained))
     found = hashlib.sha256(pretrained.encode())
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:

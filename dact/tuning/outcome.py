@@ -1,4 +1,4 @@
-"""What early exit of a model would do: where examples leave, at the margin that the promise would set."""
+"""The outcome of early exit: where each example leaves, and what it loses, at the margin that the promise would set."""
 
 from __future__ import annotations
 
@@ -18,16 +18,15 @@ from dact.model import DACT
 FILE = "validation.safetensors"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Outcome:
     """Early exit on the studies' validation examples.
 
     Args:
-        exits: Exit layer of each example, float ``[examples]``; a mean where it is one of several fits.
+        exits: Exit layer of each example, float ``[examples]``; of several fits, their mean.
         losses: Task loss of each example, ``[examples]``.
-        lost: Paired loss of accuracy of each example, ``[examples]``: 1 where the baseline is right and early exit is
-            wrong, -1 where it is the other way round, else 0. Without a baseline's answers, 1 where early exit is
-            wrong.
+        lost: Paired loss of accuracy of each example, ``[examples]``: 1 if only the baseline is right, -1 if only early
+            exit is right, else 0. If the baseline's answers are unknown, 1 where early exit is wrong.
     """
 
     exits: Tensor
@@ -50,7 +49,7 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
-        """Return what `save` wrote, None if there is nothing.
+        """Return what `save` wrote, or None if there is nothing.
 
         Raises:
             ValueError: If it is corrupted.
@@ -60,19 +59,19 @@ class Outcome:
 
 
 def mean_outcome(outcomes: list[Outcome]) -> Outcome:
-    """Return the mean over fits that differ by their seed alone, example by example."""
+    """Return the mean, example by example, of fits that differ only by their seed."""
     names = ("exits", "losses", "lost")
     return Outcome(*(torch.stack([getattr(one, name) for one in outcomes]).mean(0) for name in names))
 
 
 def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, right: Tensor | None) -> Outcome:
-    """Return what a model's early exit would do on examples.
+    """Return the outcome of a model's early exit.
 
     Args:
-        answers: What all layers say of the examples.
+        answers: Answers of all layers to the examples.
         model: The model, for its halting rule and class weights.
         promise: Promise that sets the dial, by estimate; None for the model's own rule.
-        right: Whether the baseline is right on each example, bool ``[examples]``, or None.
+        right: Whether the baseline is right on each example, bool ``[examples]``; None if that is unknown.
     """
     target = answers.target
     exits = answers.exit_layers(_rule(answers, model, promise))

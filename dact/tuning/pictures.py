@@ -122,8 +122,22 @@ def pareto_picture(points: list[Point], chosen: Point) -> Any:
     return figure
 
 
-def dials_picture(tolerances: list[dict[str, float]], margins: list[dict[str, float]], layers: int) -> Any:
-    """Draw accuracy and agreement against the mean exit layer, over the tolerance and over the margin."""
+def dials_picture(
+    tolerances: list[dict[str, float]],
+    margins: list[dict[str, float]],
+    layers: int,
+    own: tuple[float, float],
+    baseline: float,
+) -> Any:
+    """Draw accuracy and agreement against the mean exit layer, over the tolerance and over the margin.
+
+    Args:
+        tolerances: One record per tolerance.
+        margins: One record per margin.
+        layers: Number of layers of the model.
+        own: Mean exit layer and accuracy of the model as its dials are set.
+        baseline: Accuracy of the baseline.
+    """
     figure, _ = plots.new_figure(height=5)
     figure.clear()
     upper, lower = figure.subplots(2, 1, sharex=True)  # their ranges differ too much for one axis
@@ -147,7 +161,9 @@ def dials_picture(tolerances: list[dict[str, float]], margins: list[dict[str, fl
                         color=line.get_color(),
                     )
         axes.margins(y=0.2)
-    upper.legend()
+    upper.axhline(100 * baseline, color="grey", linestyle="--", linewidth=1, label="baseline")
+    upper.plot(own[0], 100 * own[1], "o", ms=12, mfc="none", mec="tab:red", mew=2, linestyle="none", label="as set")
+    upper.legend(fontsize=7)
     upper.set(ylabel="accuracy, %", title="validation, with the setting of the dial at each point")
     lower.set(xlabel=f"mean exit layer of {layers}", ylabel="agreement with\nfull depth, %")
     return figure

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from rich.console import Console
+from rich import box
+from rich.console import Console, Group
 from rich.live import Live
 from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
 from typing_extensions import override
 
-from dact.files import read_json
+from dact.tuning.deadline import Deadline
 from dact.tuning.studies import finished
-from dact.tuning.training import Deadline
+from dact.tuning.summary import show_summary
 
 ROWS = 12  # trials in sight
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
@@ -35,6 +36,8 @@ class Progress:
         self._study: Study | None = None
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = Deadline()
+        self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of fits of everything
+        self._studies: dict[str, Study] = {}
 
     @contextlib.contextmanager
     def study(self, stage: str, study: Study, total: int, later: int, deadline: Deadline) -> Iterator[None]:
@@ -56,6 +59,8 @@ class Progress:
             finally:
                 live.update(self._table())
                 self._live = None
+        if not self.console.is_terminal:
+            self.console.print()  # there the last frame ends without a new line
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
@@ -71,11 +76,21 @@ class Progress:
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Bars(*columns, console=self.console, transient=True) as bars:
-            yield _FitProgress(bars, bars.add_task(what, total=None))
-        self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
+            shown = _FitProgress(bars, bars.add_task(what, total=None))
+            yield shown
+        seconds = time.monotonic() - start
+        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, shown.epochs)  # that of the baseline
+        self.console.print(f"{what}: {format_seconds(seconds)}")
 
-    def announce(self, trials: Sequence[int], time_out: float | None) -> None:
-        """Say what the run will do; how long it takes is shown from the first trial on."""
+    def announce(self, trials: Sequence[int], time_out: float | None, epochs_after: int) -> None:
+        """Say what the run will do; how long it takes is shown from the first trial on.
+
+        Args:
+            trials: Number of trials of each study.
+            time_out: Seconds for the studies, or None.
+            epochs_after: Number of epochs that are trained after the studies.
+        """
+        self._epochs_after = epochs_after
         text = (
             f"{' + '.join(map(str, trials))} trials, then the final fit; the time left is shown from the first trial on"
         )
@@ -83,7 +98,11 @@ class Progress:
             text += (
                 f". The studies end after {format_seconds(time_out)}; what they share and the final fit are not bounded"
             )
-        self.note(text)
+        self.console.print(text)
+
+    def concluded(self, stage: str, study: Study) -> None:
+        """Remember a study that is done, for the summary."""
+        self._studies[stage] = study
 
     def note(self, text: str) -> None:
         """Print a line."""
@@ -94,121 +113,59 @@ class Progress:
         if self._live is not None:
             self._live.update(self._table())
 
-    def _table(self) -> Table:
+    def _table(self) -> Group:
         assert self._study is not None
         trials = self._study.get_trials(deepcopy=False)
         ended = finished(self._study)
         single = len(self._study.directions) == 1
-        heads = ["val_loss"] if single else ["task loss", "exit layer"]
-        table = Table(title=f"study {self._stage}: {len(ended)} of {self._total} trials", expand=True)
-        for head, width in (("trial", 5), ("state", 8), *((head, 10) for head in heads)):
-            table.add_column(head, min_width=width, no_wrap=True)
-        table.add_column("parameters", ratio=1, overflow="ellipsis", no_wrap=True)
-        shown = trials[-ROWS:]
-        differing = _differing(trials)
-        for trial in shown:
+        heads = ["val loss"] if single else ["task loss", "exit layer"]
+        best = {trial.number for trial in _best(self._study)}
+        columns = [("trial", 5), ("state", 8), *((head, 6) for head in heads)]
+        names = _fitting(trials, self.console.width - 2 - sum(width + 2 for _, width in columns))
+        columns += [(_head(name), _width(name, trials)) for name in names]
+        table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for column, (head, width) in enumerate(columns):
+            table.add_column(head, width=width, justify="left" if column == 1 else "right", vertical="bottom")
+        for trial in trials[-ROWS:]:
             values = [f"{value:.4f}" for value in trial.values] if trial.values else [""] * len(heads)
             state = f"[{COLOURS[trial.state.name]}]{trial.state.name.lower()}[/]"
-            parameters = " ".join(
-                f"{short_name(name)}={short(value)}" for name, value in trial.params.items() if name in differing
-            )
-            table.add_row(str(trial.number), state, *values, parameters)
-        table.caption = self._caption(ended, single)
-        return table
+            parameters = [short(trial.params[name]) if name in trial.params else "" for name in names]
+            style = "bold" if trial.number in best else ""
+            table.add_row(str(trial.number), state, *values, *parameters, style=style)
+        title = f"study {self._stage}: {len(ended)} of {self._total} trials"
+        return Group(title, table, self._caption(ended, single))
 
     def _caption(self, ended: list[FrozenTrial], single: bool) -> str:
         assert self._study is not None
-        parts = []
-        complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
-        if complete and single:
-            best = min(complete, key=lambda trial: trial.values[0])
-            parts.append(f"best so far {best.values[0]:.4f} (trial {best.number})")
-        elif complete:
-            parts.append(f"{len(self._study.best_trials)} trials on the Pareto front")
+        parts, best = [], _best(self._study)
+        if best and single:
+            parts.append(f"best so far {best[0].values[0]:.4f} (trial {best[0].number})")
+        elif best:
+            parts.append(f"{len(best)} trial{'s' * (len(best) > 1)} on the Pareto front")
         here = len(ended) - self._before
         if here:
             pace = (time.monotonic() - self._start) / here
             left = min(pace * max(0, self._total - len(ended)), self._deadline.left) + pace * self._later
-            parts.append(f"about {format_seconds(left)} left for all trials")
+            whole = bool(self._epochs_after and self._seconds_per_epoch)
+            left += self._epochs_after * self._seconds_per_epoch
+            parts.append(f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}")
         return ", ".join(parts)
 
     def summary(self, folder: Path, verdict: str) -> None:
-        """Show what the final model is worth, how it compares, and where everything is.
+        """Show what the final model is worth, how it compares, and where everything is, on one screen.
 
         Args:
             folder: Folder of the final fit.
             verdict: What the confirmation found.
         """
-        metrics = read_json(folder / "metrics.json")
-        test, layers = metrics["test"], metrics["layers"]
-        baseline = metrics["baseline"]
-        self.note(headline(metrics))
-        table = Table("test", "accuracy", "macro F1", "largest class", "layers", "texts/s", box=None, pad_edge=False)
-        rows = {
-            "baseline": (baseline["test"], float(baseline["layers"])),
-            "full depth": (test["full_depth"], float(layers)),
-            "early exit": (test, test["mean_exit_layer"]),
-        }
-        defaults = folder / "defaults" / "metrics.json"
-        if defaults.is_file():
-            entry = read_json(defaults)["test"]
-            rows["defaults"] = (entry, entry["mean_exit_layer"])
-        for name, (entry, mean) in rows.items():
-            speed = f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else ""
-            largest = f"{entry['majority_share']:.0%}" if "majority_share" in entry else ""
-            accuracy, macro_f1 = f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}"
-            table.add_row(name, accuracy, macro_f1, largest, f"{mean:.2f}", speed)
-        self.console.print(table)
-        points = Table(
-            "margin", "layers", "accuracy", "agreement", box=None, pad_edge=False, title="estimates on validation"
-        )
-        for point in metrics["margin_curve"]:
-            values = (point["accuracy"], point["agreement"])
-            shares = (f"{100 * value:.2f} %" for value in values)
-            points.add_row(f"{point['margin']:g}", f"{point['mean_exit_layer']:.2f}", *shares)
-        self.console.print(points)
-        if metrics["validation"]["majority_share"] == 1.0:
-            self.note(
-                "warning: all validation examples get one class: try class_weights, more epochs, or another "
-                "learning_rate"
-            )
-        self.note(verdict)
-        self.note(f"everything is in {folder.parent}; look at it: tensorboard --logdir {folder.parent}")
-
-
-def headline(metrics: Mapping[str, Any]) -> str:
-    """Return the sentence that a person wants, from the content of metrics.json."""
-    test, baseline = metrics["test"], metrics["baseline"]
-    text = f"{100 * test['accuracy']:.2f} % accuracy on test"
-    difference = test.get("difference_to_baseline")
-    if difference is not None:
-        points, error = 100 * difference["accuracy"], 100 * difference["standard_error"]
-        text += f", {points:+.2f} ± {error:.2f} points against the baseline of {baseline['layers']} layers"
-    speed = test["texts_per_second"] / baseline["test"]["texts_per_second"]
-    text += f", at {test['mean_exit_layer']:.2f} layers and {speed:.1f} times its speed"
-    calibration = metrics.get("calibration")
-    if calibration is None:
-        return f"{text}, with the class of its own full depth by proof"
-    promise = calibration["promise"]
-    kept = next(
-        meaning.format(promise[name])
-        for name, meaning in (
-            ("max_accuracy_loss", "at most {0:.2%} of accuracy below its own full depth"),
-            ("min_agreement", "at least {0:.2%} agreement with its own full depth"),
-            ("max_layers", "at most {0:g} layers"),
-        )
-        if promise[name] is not None
-    )
-    if promise["confidence"] is None:
-        return f"{text}, by the estimate of {kept}"
-    return f"{text}, under the promise of {kept} with {promise['confidence']:.0%} confidence"
+        show_summary(self.console, folder, verdict, list(self._studies.values()))
 
 
 class _FitProgress(Callback):
     """Advance a progress bar by the batches of a fit."""
 
     def __init__(self, bars: Bars, task: TaskID) -> None:
-        self.bars, self.task = bars, task
+        self.bars, self.task, self.epochs = bars, task, 0  # epochs that this call has trained
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -220,23 +177,54 @@ class _FitProgress(Callback):
     def on_train_batch_end(self, *args: Any) -> None:
         self.bars.advance(self.task)
 
+    @override
+    def on_train_epoch_end(self, *args: Any) -> None:
+        self.epochs += 1
 
-def _differing(trials: Sequence[FrozenTrial]) -> set[str]:
+
+def _best(study: Study) -> list[FrozenTrial]:
+    """Return the best trial, or those on the Pareto front."""
+    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    if len(study.directions) == 1:
+        return [min(complete, key=lambda trial: trial.values[0])] if complete else []
+    return study.best_trials
+
+
+def _differing(trials: Sequence[FrozenTrial]) -> list[str]:
     """Return the parameters in which trials differ, all of them where there is one trial."""
-    names = {name for trial in trials for name in trial.params}
+    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     if sum(bool(trial.params) for trial in trials) < 2:
         return names
-    return {name for name in names if len({str(trial.params[name]) for trial in trials if name in trial.params}) > 1}
+    return [name for name in names if len({str(trial.params[name]) for trial in trials if name in trial.params}) > 1]
+
+
+def _fitting(trials: Sequence[FrozenTrial], width: int) -> list[str]:
+    """Return the parameters in which trials differ, as many as there is room for."""
+    chosen = []
+    for name in _differing(trials):
+        width -= _width(name, trials) + 2
+        if width < 0:
+            break
+        chosen.append(name)
+    return chosen
+
+
+def _head(name: str) -> str:
+    """Return the name of a parameter as the head of a narrow column, of which each line is a word."""
+    for long, short_form in (("classifier", "cls"), ("confidence", "conf"), ("submodel_learning_rate", "head_rate")):
+        name = name.replace(long, short_form)
+    return name.replace("num_", "").replace("_", " ")
+
+
+def _width(name: str, trials: Sequence[FrozenTrial]) -> int:
+    """Return the width of a parameter's column."""
+    words = [*_head(name).split(), *(short(trial.params[name]) for trial in trials if name in trial.params)]
+    return max(map(len, words))
 
 
 def short(value: Any) -> str:
     """Return a value in few characters."""
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-def short_name(name: str) -> str:
-    """Return the name of a parameter in fewer characters, still to be recognised."""
-    return name.replace("classifier_", "cls_").replace("confidence_", "conf_")
+    return f"{value:.2g}" if isinstance(value, float) else str(value)
 
 
 def format_seconds(seconds: float) -> str:

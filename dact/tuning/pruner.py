@@ -17,9 +17,10 @@ PLANNED_EPOCHS = "planned_epochs"  # user attribute of a trial: the number of ep
 def lags(losses: Sequence[float], others: Sequence[Sequence[float]], min_finished: int) -> bool:
     """Return whether a trial lags so far behind that it should be stopped.
 
-    At each epoch the finished trials have a best loss so far. Their better half spans the range from the best to the
-    median. A trial lags when it is farther above the median than that span, and farther than a tenth of the median (the
-    noise of one epoch). So a uniformly good field loses no trial, and a field with a bad half loses that half.
+    At each epoch every finished trial has a best loss so far. The better half of these spans the range from the best to
+    the median. A trial lags if its own best loss exceeds the median by more than that span and by more than a tenth of
+    the median, which is the noise of one epoch. So no trial is stopped if all are good, and the bad half is if there is
+    one.
 
     Args:
         losses: Losses of the trial, one per validation so far.

@@ -1,22 +1,23 @@
-"""What every fit of a run is made of: the factories, the Trainer's arguments, and what they share."""
+"""The recipe of a run: the factories, the arguments of the Trainer, and the settings that all fits share."""
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
 
 from dact.calibration import Promise
+from dact.checks import check_choice, check_count, check_range, check_tolerance
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning.fingerprints import fingerprint_pretrained
-from dact.tuning.training import as_list, make_trainer
+from dact.tuning.fitting import as_list, make_trainer
 
+EncoderTraining = Literal["finetune", "frozen"]
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
 DISTILLATION = 0.5  # share of the teacher in the targets
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies where a promise is to be kept
@@ -43,30 +44,33 @@ COMPARED = (  # arguments of the Trainer under which the values of trials compar
 
 @dataclass(frozen=True)
 class Recipe:
-    """What every fit of a run is made of.
+    """The factories, the arguments of the Trainer, and the settings that all fits of a run share.
 
     Args:
         output_dimension: Number of classes.
         model: Factory of models.
         data: Factory of datamodules.
-        trainer: Arguments of the Trainer.
+        trainer: Arguments of the Trainer, from `trainer_arguments`.
         encoder_training: ``"finetune"`` or ``"frozen"``.
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
-        distillation: Share of a teacher's probabilities in the training targets, in [0, 1], or None for that of the
-            model factory, or half where it has none and the data can carry them.
+        distillation: Share of a teacher's probabilities in the training targets, in [0, 1]; None for that of the model
+            factory, or for half if the factory has none and the data can carry them.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
         promise: What early exit of the final model must keep, or None.
-        calibration_fraction: Share of the validation examples that is set aside for the promise, or None for that of
-            the data; see `resolved`.
+        calibration_fraction: Share of the validation examples that is set aside for the promise; None for that of the
+            data. See `resolved`.
         seed: Seed for data order, initialisation and samplers.
         note: What the user should know about the promise, or an empty string.
+
+    Raises:
+        TypeError, ValueError: If an argument is not as described.
     """
 
     output_dimension: int
     model: Callable[..., DACT]
     data: Callable[..., LightningDataModule]
     trainer: Mapping[str, Any]
-    encoder_training: str
+    encoder_training: EncoderTraining
     warm_up_epochs: int
     distillation: float | None
     halting_tolerance: float | None
@@ -74,6 +78,24 @@ class Recipe:
     seed: int
     calibration_fraction: float | None = None
     note: str = ""
+
+    def __post_init__(self) -> None:
+        for name, factory in (("model", self.model), ("data", self.data)):
+            ready = isinstance(factory, (torch.nn.Module, LightningDataModule))  # a module can be called as well
+            if ready or not callable(factory):
+                raise TypeError(
+                    f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every "
+                    "trial needs an instance of its own"
+                )
+        check_choice("TuningEngine: encoder_training", self.encoder_training, EncoderTraining)
+        check_count("TuningEngine: warm_up_epochs", self.warm_up_epochs, least=0)
+        if self.distillation is not None:
+            check_range("TuningEngine: distillation", self.distillation, "[0, 1]", "it is a share of the targets")
+        if self.halting_tolerance is not None:
+            check_tolerance(self.halting_tolerance)
+            if self.promise is not None and self.promise.dial == "halting_tolerance":
+                raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
+        check_count("TuningEngine: seed", self.seed, least=0)
 
     @property
     def epochs(self) -> int:
@@ -99,7 +121,7 @@ class Recipe:
         return model
 
     def overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `settings` as arguments of a model, with what holds for all models of the run."""
+        """Return `settings` as arguments of a model, next to those of all models of the run."""
         overrides: dict[str, Any] = {}
         if self.halting_tolerance is not None:
             overrides["halting_tolerance"] = self.halting_tolerance
@@ -110,20 +132,23 @@ class Recipe:
         return overrides
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
-        """Return a datamodule of the factory; see `resolved` for what it sets aside for calibration."""
+        """Return a datamodule of the factory, which sets examples aside for calibration as `resolved` decided."""
         data = self.data(**overrides)
         if self.calibration_fraction is not None:
             data.calibration_fraction = self.calibration_fraction  # type: ignore[attr-defined]
         return data
 
     def resolved(self, model: DACT) -> Recipe:
-        """Return the recipe with the promise that model and data can keep.
+        """Return the recipe with a promise that model and data can keep.
 
-        A promise that was asked for must be kept with its confidence. The default one becomes an estimate where the
-        data cannot set aside as many examples as it takes, and goes where the model leaves by another dial.
+        A promise that the user gave must be kept with its confidence. The default promise becomes an estimate if the
+        data cannot set enough examples aside, and is dropped if the model has a halting rule without its dial.
+
+        Args:
+            model: A model of the factory.
 
         Raises:
-            ValueError: If a promise that was asked for cannot be kept.
+            ValueError: If a promise that the user gave cannot be kept.
         """
         promise = self.promise
         if promise is None:
@@ -153,7 +178,7 @@ class Recipe:
         return replace(recipe if aside >= FEWEST_ASIDE else self, promise=estimate, note=note)
 
     def _setting_aside(self) -> tuple[Recipe, int]:
-        """Return the recipe that sets examples aside as far as the data can, and how many these are."""
+        """Return the recipe with examples set aside, if the data can do so, and the number of these examples."""
         data = self.data()
         given = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", None)
         recipe = self
@@ -170,15 +195,15 @@ class Recipe:
             return self, 0
         return recipe, 0 if loader is None else len(loader.dataset)
 
-    def starts(self, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
-        """Return, by stage, the parameters of the first trials: those that paid elsewhere, and the factories' own."""
+    def first_trials(self, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
+        """Return the parameters of the first trials, by stage: recommended ones, and the factories' defaults."""
         submodels = {
             f"{prefix}_{name}": value
             for prefix, config in (("classifier", model.classifier.config), ("confidence", model.confidence.config))
             for name, value in asdict(config).items()
         }
         rate = model.learning_rate
-        own = {
+        defaults = {
             "batch_size": getattr(data, "batch_size", None),
             "learning_rate": rate,
             "submodel_learning_rate": model.submodel_learning_rate or rate,
@@ -188,27 +213,40 @@ class Recipe:
             "warmup_fraction": model.warmup_fraction,
             "num_layers": model.num_layers,
         }
-        own = {name: value for name, value in own.items() if value is not None}
-        paid = {
-            **own,
+        defaults = {name: value for name, value in defaults.items() if value is not None}
+        recommended = {
+            **defaults,
             "submodel_learning_rate": model.submodel_learning_rate
             or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
             "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
         }
         price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
-        return {"submodels": [submodels], "training": [paid, own], "lambda_reg": price}
+        return {"submodels": [submodels], "training": [recommended, defaults], "lambda_reg": price}
+
+    def for_worker(self, worker: int, gpus: int) -> Recipe:
+        """Return the recipe of one worker process: on a machine of several GPUs each takes one of its own, in turn.
+
+        Args:
+            worker: Number of the worker, from 0.
+            gpus: Number of GPUs of this machine.
+        """
+        free = self.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and self.trainer["devices"] in (
+            1,
+            "1",
+        )
+        return replace(self, trainer={**self.trainer, "devices": [worker % gpus]}) if free and gpus > 1 else self
 
     @property
     def device(self) -> torch.device:
-        """The device of the Trainer, for what runs outside of one."""
+        """The device of the Trainer, for computations outside a Trainer."""
         return make_trainer(self.trainer, enable_checkpointing=False).strategy.root_device
 
     def precision(self) -> AbstractContextManager[Any]:
-        """Return the context of the Trainer's precision, for what runs outside of one."""
+        """Return the context of the Trainer's precision, for computations outside a Trainer."""
         return make_trainer(self.trainer, enable_checkpointing=False).precision_plugin.forward_context()
 
     def identity(self, model: str, data: str, teacher: str | None) -> dict[str, Any]:
-        """Return what the trials of a run have in common, as plain data: values compare only where it is equal.
+        """Return what all trials of a run have in common, as plain data. Only trials of equal identity are comparable.
 
         Args:
             model: Digest of the factory's model.
@@ -237,38 +275,17 @@ class Recipe:
         return identity
 
 
-def check_picklable(**arguments: Any) -> None:
-    """Raise a ``TypeError`` unless each argument can be sent to a worker process."""
-    for name, argument in arguments.items():
-        try:
-            pickle.dumps(argument)
-        except Exception as error:
-            raise TypeError(
-                f"TuningEngine: with several workers, {name} must be something that can be pickled: {error}"
-            ) from None
+def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return the arguments of a Trainer, with dact's defaults where the user gives none.
+
+    Raises:
+        ValueError: If they ask for more than one device.
+    """
+    trainer = {"max_epochs": 4, "gradient_clip_val": 1.0, **(given or {})}
+    return {**trainer, "devices": _one_device(trainer)}
 
 
-def check_factories(workers: int, **factories: Any) -> None:
-    """Raise a ``TypeError`` unless each factory is a function, and one that worker processes can import."""
-    for name, factory in factories.items():
-        ready = isinstance(factory, (torch.nn.Module, LightningDataModule))  # a module can be called as well
-        if factory is not None and (ready or not callable(factory)):
-            raise TypeError(
-                f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every trial "
-                "needs an instance of its own"
-            )
-        if workers > 1:
-            try:
-                pickle.dumps(factory)
-            except Exception as error:
-                raise TypeError(
-                    f"TuningEngine: with several workers, {name} must be a function that other processes can import, "
-                    f"such as one at the top of a module or a functools.partial of it: {error}"
-                ) from None
-
-
-def one_device(trainer: Mapping[str, Any]) -> Any:
-    """Return the ``devices`` of a Trainer, of which there must be one."""
+def _one_device(trainer: Mapping[str, Any]) -> Any:
     devices = trainer.get("devices", "auto")
     if devices in ("auto", None):
         devices = 1

@@ -1,4 +1,4 @@
-"""A run on disk: its name, its folder, its lock, and the winners of its studies."""
+"""A run on disk: its name, its folders, its lock, and the winners of its studies."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
 
 @dataclass(frozen=True)
 class Winners:
-    """What the studies of a run have chosen; None where a study has no winner yet.
+    """The winners of a run's studies; None where a study has no winner yet.
 
     Args:
         classifier_config: Arguments of the classifier's `SubmodelConfig`.
@@ -39,7 +39,7 @@ class Winners:
     lambda_reg: float | None = None
 
     def before(self, stage: Stage) -> Winners:
-        """Return the winners of the studies before `stage` alone."""
+        """Return only the winners of the studies before `stage`."""
         if stage is SUBMODELS:
             return Winners()
         if stage is TRAINING:
@@ -47,7 +47,7 @@ class Winners:
         return dataclasses.replace(self, lambda_reg=None)
 
     def settings(self) -> dict[str, Any]:
-        """Return plain arguments of the model and the data, and ``num_epochs``, as far as they are chosen."""
+        """Return the chosen arguments of model and data as plain values, and ``num_epochs``."""
         settings: dict[str, Any] = {}
         if self.classifier_config is not None:
             settings |= {"classifier": self.classifier_config, "confidence": self.confidence_config}
@@ -100,25 +100,29 @@ class Run:
         """Return the name of a stage's study."""
         return f"{self.tag}/{stage.name}"
 
+    def trial_folder(self, stage: Stage, number: int) -> Path:
+        """Return the folder in which a trial logs."""
+        return self.folder / stage.name / f"trial_{number:04d}"
+
     def pictures(self, stage: Stage) -> Path:
         """Return the folder of a study's pictures."""
         return self.folder / stage.name / "study"
 
     def set_aside(self, stage: Stage) -> None:
-        """Rename the folder of a stage whose trials ran under other winners: new trials begin with number 0."""
+        """Rename the folder of a stage whose trials ran under other winners; new trials are numbered from 0."""
         folder = self.folder / stage.name
         number = next(n for n in itertools.count(1) if not folder.with_name(f"{stage.name}.outdated_{n}").exists())
         if folder.is_dir():
             os.replace(folder, folder.with_name(f"{stage.name}.outdated_{number}"))
 
     @contextlib.contextmanager
-    def alone(self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
-        """Hold the lock of the run: what is made once is made by one process, on all hosts that share the folder.
+    def locked(self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
+        """Hold the lock of the run, which one process at a time can hold, on all hosts that share the folder.
 
-        The system releases the lock when its holder dies. Do not nest.
+        The operating system releases the lock when its holder dies. Do not nest.
 
         Args:
-            waiting: Context manager that is entered while another process holds the lock, such as a status line.
+            waiting: Function that makes a context, such as a status line, for the time of waiting for the lock.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", poll_interval=0.05)
@@ -139,14 +143,14 @@ class Run:
         """Return the winners that are on disk.
 
         Raises:
-            ValueError: If a file does not hold what was written; the message names it.
+            ValueError: If a file is corrupted; the message names it.
         """
         return Winners(**{name: _read(self.folder / f"{name}.yaml", name) for name in WINNERS})
 
-    def save(self, found: Mapping[str, Any]) -> bool:
-        """Write the winners of a study, and return whether they differ from what was there."""
+    def save(self, winners: Mapping[str, Any]) -> bool:
+        """Write the winners of a study, and return whether they differ from the earlier ones."""
         changed = False
-        for name, value in found.items():
+        for name, value in winners.items():
             path = self.folder / f"{name}.yaml"
             text = yaml.safe_dump(value if isinstance(value, dict) else {name: value}, sort_keys=False)
             if not path.is_file() or path.read_text() != text:
@@ -162,14 +166,10 @@ def _read(path: Path, name: str) -> Any:
         content = yaml.safe_load(path.read_text())
         if name == "lambda_reg":
             return float(content["lambda_reg"])
-        return _checked(name, dict(content))
+        if name != "external_config":
+            SubmodelConfig(**content)
+        return dict(content)
     except (yaml.YAMLError, TypeError, ValueError, KeyError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path} is corrupted ({' '.join(str(error).split())[:100]}): delete it, and its study writes it again"
         ) from error
-
-
-def _checked(name: str, content: dict[str, Any]) -> dict[str, Any]:
-    if name != "external_config":
-        SubmodelConfig(**content)
-    return content

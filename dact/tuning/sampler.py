@@ -1,4 +1,4 @@
-"""Sampling of the studies: adapters for Optuna, whose draws depend on the seed and the number of the trial alone."""
+"""Samplers of the studies. Their draws depend only on the seed, the number of the trial and the trials before it."""
 
 from __future__ import annotations
 

@@ -1,13 +1,18 @@
-"""Which λ to take from the two-objective study, and which λ to try next: pure functions."""
+"""Which λ to take from the two-objective study, and which λ to try next."""
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
+
+import numpy as np
+
+from dact.answers import mean_and_error
+from dact.checks import check_choice, check_range
+from dact.tuning.outcome import Outcome
 
 LambdaSelection = Literal["promise", "one_standard_error", "max_loss_increase", "knee", "max_layers"]
 NOISE_FLOOR = 0.01  # nats: a smaller rise of the task loss is no rise
@@ -15,22 +20,54 @@ NOISE_FLOOR = 0.01  # nats: a smaller rise of the task loss is no rise
 
 @dataclass(frozen=True)
 class Point:
-    """What one trial of the lambda_reg study measured.
+    """A completed trial of the lambda_reg study.
 
     Args:
-        lambda_reg: Its λ.
+        lambda_reg: λ.
         loss: Average task loss under early exit.
         layers: Average exit layer.
-        losses: Task loss of each validation example, in one order for all trials; None if unknown.
-        lost: Paired loss of accuracy of each example: 1 where the baseline is right and early exit is wrong, -1 where
-            it is the other way round, else 0; None if unknown.
+        outcome: Early exit on each validation example, in one order for all trials; None for a trial that was added by
+            hand.
     """
 
     lambda_reg: float
     loss: float
     layers: float
-    losses: tuple[float, ...] | None = None
-    lost: tuple[float, ...] | None = None
+    outcome: Outcome | None = None
+
+
+@dataclass(frozen=True)
+class LambdaRule:
+    """The rule that chooses λ, with its bounds; see `select_lambda`.
+
+    Args:
+        name: Name of the rule; None for ``"promise"`` if a loss of accuracy is allowed, else ``"one_standard_error"``.
+        max_loss_increase: For ``"max_loss_increase"``: share of the best loss, 0 or more.
+        max_layers: For ``"max_layers"``: budget of layers, 1 or more.
+
+    Raises:
+        ValueError: If an argument is not as described.
+    """
+
+    name: LambdaSelection | None = None
+    max_loss_increase: float = 0.02
+    max_layers: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name is not None:
+            check_choice("TuningEngine: lambda_selection", self.name, LambdaSelection)
+        check_range("TuningEngine: max_loss_increase", self.max_loss_increase, "[0, inf)")
+        if self.max_layers is not None:
+            check_range("TuningEngine: max_layers", self.max_layers, "[1, inf)")
+        elif self.name == "max_layers":
+            raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
+
+    def select(self, points: Sequence[Point], allowed: float | None) -> Point:
+        """Return the point of the rule; `allowed` is the largest loss of accuracy, or None."""
+        name = self.name or ("one_standard_error" if allowed is None else "promise")
+        return select_lambda(
+            points, name, allowed=allowed, max_loss_increase=self.max_loss_increase, max_layers=self.max_layers
+        )
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -76,7 +113,7 @@ def select_lambda(
         raise ValueError("select_lambda needs at least one finished trial")
     front = pareto_front(points)
     if rule == "promise":
-        kept = [point for point in points if allowed is not None and _upper(point.lost) <= allowed]
+        kept = [point for point in points if allowed is not None and _most_lost(point) <= allowed]
         if kept:
             return min(kept, key=lambda point: (point.layers, point.loss, point.lambda_reg))
         rule = "one_standard_error"
@@ -100,19 +137,19 @@ def select_lambda(
     return next(point for point in front if point.loss <= most)
 
 
-def _upper(values: Sequence[float] | None) -> float:
-    """Return the mean of values plus its standard error; infinite where they are unknown or too few."""
-    if values is None or len(values) < 2:
+def _most_lost(point: Point) -> float:
+    """Return the loss of accuracy plus its standard error; infinite if it is unknown or of too few examples."""
+    if point.outcome is None or len(point.outcome.lost) < 2:
         return math.inf
-    return statistics.fmean(values) + statistics.stdev(values) / math.sqrt(len(values))
+    return sum(mean_and_error(point.outcome.lost))
 
 
 def _error(point: Point, best: Point) -> float:
-    """Return the standard error of the paired difference of two points' losses, 0 where it is unknown."""
-    if point.losses is None or best.losses is None or len(point.losses) != len(best.losses) or len(best.losses) < 2:
+    """Return the standard error of the paired difference of two points' losses, 0 if it is unknown."""
+    if point.outcome is None or best.outcome is None:
         return 0.0
-    differences = [a - b for a, b in zip(point.losses, best.losses, strict=True)]
-    return statistics.stdev(differences) / math.sqrt(len(differences))
+    losses, others = point.outcome.losses.double(), best.outcome.losses.double()
+    return mean_and_error(losses - others)[1] if len(losses) == len(others) > 1 else 0.0
 
 
 def _distance_below_chord(point: Point, first: Point, last: Point) -> float:
@@ -139,26 +176,16 @@ def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: f
         The next λ in [low, high].
     """
     to, back = (math.log, math.exp) if log else (float, float)
-    known = sorted({(value, layers) for value, layers in tried if layers is not None})
+    known = sorted({(value, layers) for value, layers in tried if layers is not None}) or [(low, 0.0)]
     places = sorted({value for value, _ in tried})
     for end in (low, high):
         if not any(math.isclose(end, value, rel_tol=1e-9) for value in places):
             return end
-    gaps = []
-    for left, right in pairwise(places):
-        change = abs(_interpolate(known, right) - _interpolate(known, left)) if known else 0.0
-        width = to(right) - to(left)
-        # A little weight for width alone, so that a flat curve is searched evenly.
-        gaps.append(((change + 0.02) * width, left, right))
+    layers = np.interp(places, [value for value, _ in known], [layers for _, layers in known])
+    # A little weight for width alone, so that a flat curve is searched evenly.
+    gaps = [
+        ((change + 0.02) * (to(right) - to(left)), left, right)
+        for change, (left, right) in zip(np.abs(np.diff(layers)), pairwise(places), strict=True)
+    ]
     _, left, right = max(gaps)
     return min(high, max(low, back((to(left) + to(right)) / 2)))
-
-
-def _interpolate(known: Sequence[tuple[float, float]], value: float) -> float:
-    """The mean exit layer at `value`, linear between the neighbours that are known."""
-    below = [entry for entry in known if entry[0] <= value]
-    above = [entry for entry in known if entry[0] >= value]
-    if not below or not above:
-        return (below[-1] if below else above[0])[1]
-    (x0, y0), (x1, y1) = below[-1], above[0]
-    return y0 if x0 == x1 else y0 + (y1 - y0) * (value - x0) / (x1 - x0)

@@ -208,7 +208,7 @@ def complete_spaces(
     for stage, space in complete.items():
         for values in starts.get(stage, ()):
             start = {}
-            for name in space.keys() & values.keys():
+            for name in [name for name in space if name in values]:
                 wider = space[name].holding(values[name])
                 if name not in bounded or wider == space[name]:
                     space[name], start[name] = wider, values[name]

@@ -1,15 +1,21 @@
-"""The three stages as data: what a trial's parameters mean, what a trial is worth, and what the winner sets."""
+"""The three stages as data: what a trial's parameters mean, what a trial is worth, and which trial wins."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from optuna.trial import FrozenTrial
+
 from dact.submodels import SubmodelConfig
+from dact.tuning.outcome import Outcome
+from dact.tuning.selection import Point
 
 Direction = Literal["minimize", "maximize"]
+Outcomes = Sequence[Outcome | None]  # of the trials, where they have one
+Select = Callable[[Sequence[Point]], Point]  # the rule that chooses λ
 SUBMODEL_FIELDS = tuple(field.name for field in dataclasses.fields(SubmodelConfig))
 
 
@@ -23,6 +29,7 @@ class Stage:
         directions: Direction of each objective.
         parse: Function from the parameters of a trial to the winners they stand for, by name.
         read: Function from the metrics of a trial's best epoch to its value or values.
+        pick: Function from the completed trials, their outcomes and the rule that chooses λ to the winner.
     """
 
     name: str
@@ -30,11 +37,21 @@ class Stage:
     directions: tuple[Direction, ...]
     parse: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Callable[[Mapping[str, float]], Any]
+    pick: Callable[[Sequence[FrozenTrial], Outcomes, Select], FrozenTrial]
 
     @property
     def prunes(self) -> bool:
         """Whether trials may be pruned: Optuna prunes studies of one objective only."""
         return len(self.directions) == 1
+
+
+def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
+    """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one for all or each."""
+    numbers = [n_trials] * len(STAGES) if isinstance(n_trials, int) else list(n_trials)
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+    if len(numbers) != len(STAGES) or not whole:
+        raise ValueError(f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}")
+    return dict(zip((stage.name for stage in STAGES), numbers, strict=True))
 
 
 def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,7 +80,19 @@ def _loss_and_layers(metrics: Mapping[str, float]) -> tuple[float, float]:
     return metrics["val_task_loss"], metrics["val_exit_layer"]
 
 
-SUBMODELS = Stage("submodels", "joint_tune_study", ("minimize",), _submodels, _validation_loss)
-TRAINING = Stage("training", "train_tune_study", ("minimize",), _training, _validation_loss)
-LAMBDA_REG = Stage("lambda_reg", "lambda_reg_study", ("minimize", "minimize"), _lambda_reg, _loss_and_layers)
+def _lowest_value(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
+    return min(trials, key=lambda trial: trial.values[0])
+
+
+def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
+    points = []
+    for trial, outcome in zip(trials, outcomes, strict=True):
+        loss, layers = trial.values
+        points.append(Point(trial.params["lambda_reg"], loss, layers, outcome))
+    return trials[points.index(select(points))]
+
+
+SUBMODELS = Stage("submodels", "joint_tune_study", ("minimize",), _submodels, _validation_loss, _lowest_value)
+TRAINING = Stage("training", "train_tune_study", ("minimize",), _training, _validation_loss, _lowest_value)
+LAMBDA_REG = Stage("lambda_reg", "lambda_reg_study", ("minimize", "minimize"), _lambda_reg, _loss_and_layers, _selected)
 STAGES = (SUBMODELS, TRAINING, LAMBDA_REG)

@@ -1,4 +1,4 @@
-"""The storage of a run's studies: opening it, and telling its faults from those of a trial."""
+"""The storage of a run's studies: how it is opened, and how its errors are told from those of a trial."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class RunStopped(RuntimeError):
 
 
 def environment_error(error: BaseException | None) -> BaseException | None:
-    """Return the cause of an error if a disk or a storage failed, None if the error says something about a trial.
+    """Return the cause of an error if a disk or a storage failed; None if the error is that of a trial.
 
-    A file that is not there and a broken pipe come from the code of a trial; other system errors do not.
+    A missing file and a broken pipe are errors of a trial's code; other system errors are not.
     """
     for cause in _chain(error):
         if isinstance(cause, (RunStopped, StorageInternalError, SQLAlchemyError)):
@@ -31,7 +31,7 @@ def environment_error(error: BaseException | None) -> BaseException | None:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """Return an error and all that it arose from, by cause and by context; a library may close the chain to a ring."""
+    """Return an error and all its causes and contexts. Some libraries close the chain to a ring."""
     found: list[BaseException] = []
     waiting = [error]
     while waiting:
@@ -52,7 +52,7 @@ def root_cause(error: BaseException) -> str:
 
 
 def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
-    """Return where the studies are, for messages: a file, or an address without its password."""
+    """Return where the studies are, for messages: a file, or an address without user and password."""
     if isinstance(address, BaseStorage):
         return f"the storage ({type(address).__name__})"
     if address is None:
@@ -124,5 +124,5 @@ def corrupted(where: str, what: object) -> ValueError:
 
 
 def is_unreachable(error: BaseException | None) -> bool:
-    """Return whether a storage could not be reached, which says nothing about its content."""
+    """Return whether a storage could not be reached; its content may be intact."""
     return any(isinstance(cause, (OperationalError, InterfaceError, ConnectionError)) for cause in _chain(error))

@@ -1,7 +1,7 @@
-"""The studies in their storage: opening them, running what is left of them, and reading their results.
+"""The studies in their storage: how they are opened, resumed and read.
 
-Any number of processes, here or on other hosts, may run the trials of one study. They share it by Optuna's own means:
-the storage, its heartbeats, and a count before each trial.
+Any number of processes, on this host or others, may run the trials of one study. They share it by Optuna's own means:
+the storage, its heartbeats, and a count of the trials before each new one.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dact import signals
+from dact.tuning.deadline import Deadline
 from dact.tuning.run import Run
 from dact.tuning.stages import Stage
-from dact.tuning.storage import corrupted, is_unreachable, root_cause
-from dact.tuning.training import Deadline
+from dact.tuning.storage import corrupted, describe_storage, is_unreachable, open_storage, root_cause
 
 CAUSE = "cause"  # user attribute of a trial that was pruned or failed: why
 DEATHS = "deaths"  # user attribute: how often the process of an earlier trial with these parameters died
@@ -44,34 +44,34 @@ NAMELESS = 10.0  # seconds after which a running trial that names no process has
 
 
 class TrialFailed(RuntimeError):
-    """A trial cannot give a value, for the cause that this says; the study continues."""
+    """A trial has no value, for the cause in the message; the study continues."""
 
 
 class TrialInterrupted(Exception):
-    """A trial was stopped from outside, and its parameters run again later."""
+    """A trial was stopped from outside; its parameters are tried again later."""
 
 
 # ---------------------------------------------------------------------- opening
 
 
 def open_study(
-    run: Run, stage: Stage, setting: Mapping[str, Any], storage: BaseStorage, where: str, pruner: BasePruner | None
+    run: Run, stage: Stage, setting: Mapping[str, Any], address: str | BaseStorage | None, pruner: BasePruner | None
 ) -> Study:
-    """Create a study or load it, and check that its trials compare. One process at a time.
+    """Create or load a study, and check that its trials are comparable. The caller holds the lock of the run.
 
     Args:
         run: The run.
         stage: The stage.
-        setting: What its trials have in common, as plain data.
-        storage: The storage.
-        where: Description of the storage for messages.
+        setting: What all trials of the study have in common, as plain data.
+        address: Address of the storage, or a storage; None for the run's own file.
         pruner: Pruner, for a study of one objective.
 
     Raises:
         ConnectionError: If the storage cannot be reached.
         ValueError: If the study was made with another setting, or is corrupted.
     """
-    name = run.study_name(stage)
+    name, where = run.study_name(stage), describe_storage(address, run.folder)
+    storage = open_storage(address, run.folder)
     try:
         study = optuna.create_study(
             study_name=name,
@@ -102,23 +102,23 @@ def open_study(
     return study
 
 
-def start_with(study: Study, starts: Sequence[Mapping[str, Any]]) -> None:
-    """Queue the first trials of a new study. One process at a time.
+def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
+    """Queue the first trials of a new study. The caller holds the lock of the run.
 
     Args:
         study: The study.
-        starts: Parameters of its first trials.
+        first_trials: Parameters of its first trials.
     """
-    if len(study.get_trials(deepcopy=False)) < len(starts):  # or a kill came between two of them
-        for params in starts:
+    if len(study.get_trials(deepcopy=False)) < len(first_trials):  # some are there if a kill came between two of them
+        for params in first_trials:
             study.enqueue_trial(dict(params), skip_if_exists=True)
 
 
 def start_under(study: Study, under: str) -> tuple[Study, int]:
     """Let a study count only trials that ran under the current winners of the studies before it.
 
-    A study that ran under other winners is kept under another name, and a new one takes its place. One process at a
-    time.
+    A study that ran under other winners is kept under another name, and a new one takes its place. The caller holds the
+    lock of the run.
 
     Args:
         study: The study.
@@ -155,27 +155,27 @@ def start_under(study: Study, under: str) -> tuple[Study, int]:
 
 
 def is_interrupted(trial: FrozenTrial) -> bool:
-    """Return whether a trial was stopped from outside, or its process died: its parameters run again."""
+    """Return whether a trial was stopped from outside, or its process died; its parameters are then tried again."""
     if trial.state != TrialState.FAIL or CAUSE in trial.user_attrs:
         return False
     return INTERRUPTED in trial.user_attrs or trial.user_attrs.get(DEATHS, 0) + 1 < MAX_DEATHS
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Return whether a trial has ended and says something about its parameters."""
+    """Return whether a trial has ended, and not by an interruption."""
     return trial.state.is_finished() and not is_interrupted(trial)
 
 
 def finished(study: Study) -> list[FrozenTrial]:
-    """Return the trials that count: completed, pruned, or failed for a reason of their own."""
+    """Return the trials that count: completed, pruned, or failed by their own fault."""
     return [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
 
 
 def completed(study: Study) -> list[FrozenTrial]:
-    """Return the trials that gave a value.
+    """Return the trials that have a value.
 
     Raises:
-        RuntimeError: If there are none, with the first cause.
+        RuntimeError: If there is none; the message gives the first cause.
     """
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if trials:
@@ -197,35 +197,26 @@ def _cause(trial: FrozenTrial) -> str:
     return str(trial.user_attrs.get(CAUSE, died if trial.state == TrialState.FAIL else "pruned"))
 
 
-def best(study: Study) -> FrozenTrial:
-    """Return the completed trial of the lowest value.
-
-    Raises:
-        RuntimeError: If none completed; see `completed`.
-    """
-    return min(completed(study), key=lambda trial: trial.values[0])
-
-
 # ---------------------------------------------------------------------- interrupted trials
 
 
 def owner() -> list[Any]:
-    """Return what names this process, so that others can tell whether it still lives."""
+    """Return host, number and start of this process, by which others can tell whether it is alive."""
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
 
 
 def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list[FrozenTrial]:
     """Fail running trials whose process on this host is gone, and queue interrupted parameters again.
 
-    Trials of other hosts are told by their heartbeats, after a grace period. A command that is started again right
-    after a crash need not wait for it.
+    For trials of other hosts, Optuna's heartbeats tell after a grace period. On this host a command that is restarted
+    right after a crash need not wait for it.
 
     Args:
         study: The study.
         lock: The lock of the run.
 
     Returns:
-        The trials that were found without their process.
+        The running trials whose process was gone.
     """
     with lock():
         with warnings.catch_warnings():
@@ -245,7 +236,7 @@ def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list
 
 
 def retry(study: Study, trial: FrozenTrial) -> None:
-    """Queue the parameters of an interrupted trial again, once. One process at a time."""
+    """Queue the parameters of an interrupted trial again, once. The caller holds the lock of the run."""
     if not is_interrupted(trial):
         return
     if any(other.user_attrs.get(RETRY_OF) == trial.number for other in study.get_trials(deepcopy=False)):
@@ -257,7 +248,7 @@ def retry(study: Study, trial: FrozenTrial) -> None:
 
 
 def _was_ended_by_others(study: Study, number: int) -> bool:
-    """Return whether a trial of this process failed without a word of it."""
+    """Return whether another process declared a trial of this process failed."""
     trial = study.get_trials(deepcopy=False)[number]
     return trial.state == TrialState.FAIL and not {CAUSE, INTERRUPTED} & trial.user_attrs.keys()
 
@@ -296,22 +287,22 @@ def run_trials(
     callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
     orphaned: Callable[[FrozenTrial], None] = lambda trial: None,
 ) -> None:
-    """Run trials until the study has `n_trials` of them, next to other processes that do the same.
+    """Run trials until the study has `n_trials` of them, possibly next to other processes that do the same.
 
-    Processes count what has ended or is running before each trial, so that the total exceeds `n_trials` by at most the
-    number of processes less one. All return when no trial is running any more, after a deadline as well, so that all
-    see the same winner.
+    Before each trial a process counts those that have ended or are running, so that the total exceeds `n_trials` by at
+    most the number of processes less one. A process returns only when no trial is running any more, after a deadline as
+    well, so that all processes see the same winner.
 
     Args:
         study: The study, with its sampler and pruner.
-        objective: Objective, which raises `TrialFailed` for a trial that cannot give a value and `TrialInterrupted` for
-            one that runs again; any other exception except a pruned trial ends the run.
+        objective: Objective. It raises `TrialFailed` if a trial has no value, and `TrialInterrupted` if its parameters
+            should be tried again; any other exception, except that of a pruned trial, ends the run.
         n_trials: Total number of trials; see `finished`.
         lock: The lock of the run.
         deadline: Deadline after which no trial starts.
         idle: Function that is called while other processes run the last trials.
         callbacks: Optuna callbacks, called after each trial of this process.
-        orphaned: Function that is called with each trial that was found without its process.
+        orphaned: Function that is called with each trial whose process is gone.
     """
     deadline = deadline or Deadline()
 

@@ -52,6 +52,20 @@ def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: 
     _write(writer, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)]))
 
 
+def log_fit(folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, float], name: str) -> None:
+    """Show a fit that is done as trials are shown.
+
+    Args:
+        folder: Folder of the fit.
+        parameters: Its parameters.
+        metrics: Metrics of its best epoch.
+        name: Name of its session.
+    """
+    with writer(folder) as made:
+        log_parameters(made, parameters, name)
+        log_outcome(made, metrics, succeeded=True)
+
+
 def log_experiment(writer: SummaryWriter, parameters: Mapping[str, Dimension]) -> None:
     """Tell the HParams tab which parameters and metrics there are.
 

@@ -1,4 +1,4 @@
-"""One trial: a new model, datamodule and Trainer, and what is read from them."""
+"""One trial: a fit with a new model, datamodule and Trainer, and the value that is read from it."""
 
 from __future__ import annotations
 
@@ -18,27 +18,24 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from dact.model import DACT
 from dact.tuning import tensorboard
-from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
-from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation
-from dact.tuning.run import Run, Winners
-from dact.tuning.shared import Shared
-from dact.tuning.space import Dimension
-from dact.tuning.stages import Stage
-from dact.tuning.storage import environment_error
-from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
-from dact.tuning.training import (
+from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
+from dact.tuning.fitting import (
     MONITOR,
-    Deadline,
     History,
     NonFiniteLoss,
-    StopAtDeadline,
-    TimeIsUp,
     check_validated,
     fit,
     make_trainer,
     seeded,
     without_collapse_warning,
 )
+from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.prepared import Prepared
+from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation
+from dact.tuning.run import Run, Winners
+from dact.tuning.stages import Stage
+from dact.tuning.storage import environment_error
+from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
 
 HEAD_EPOCHS = 7  # epochs of the submodels on frozen states for one of the final fit: in fewer they have not learned
 REPEATS = 3  # fits of a trial of the third study in frozen mode, where one takes seconds; they differ by their seed
@@ -46,21 +43,19 @@ REPEATS = 3  # fits of a trial of the third study in frozen mode, where one take
 
 @dataclass(frozen=True)
 class Objective:
-    """The objective of a stage: what Optuna calls, in this process or in another one.
+    """The objective of a stage, which Optuna calls in this process or in another one.
 
     Args:
         stage: The stage.
         run: The run.
-        shared: What its trials share.
-        space: Dimension of each parameter.
+        prepared: What all trials share.
         winners: Winners of the studies before.
         deadline: Deadline at which a trial in flight is stopped.
     """
 
     stage: Stage
     run: Run
-    shared: Shared
-    space: Mapping[str, Dimension]
+    prepared: Prepared
     winners: Winners
     deadline: Deadline
 
@@ -69,54 +64,55 @@ class Objective:
 
         Raises:
             TrialPruned: If the study stopped it, or its loss is not finite.
-            TrialFailed: If it cannot give a value, for a reason of its own such as memory that ran out.
+            TrialFailed: If it has no value for a reason of its own, such as a lack of memory.
             TrialInterrupted: If the deadline stopped it.
         """
         trial.set_user_attr(OWNER, owner())
+        space = self.prepared.spaces[self.stage.name]
         with _recorded_cause(trial):
-            params = {name: dimension.suggest(trial, name) for name, dimension in self.space.items()}
+            params = {name: dimension.suggest(trial, name) for name, dimension in space.items()}
             chosen = Winners(**self.stage.parse(params)).settings()
-            settings = {**self.shared.start, **self.winners.settings(), **chosen}
+            settings = {**self.prepared.initial, **self.winners.settings(), **chosen}
             return self.stage.read(self._train(trial, settings))
 
     def _train(self, trial: BaseTrial, settings: Mapping[str, Any]) -> dict[str, float]:
-        """Return the metrics of the best epoch; of early exit, those at the margin that the promise would set."""
-        recipe = self.shared.recipe
+        """Return the metrics of the best epoch, those of early exit at the margin that the promise would set."""
+        recipe = self.prepared.recipe
         trial.set_user_attr(PLANNED_EPOCHS, settings.get("num_epochs", recipe.epochs))
-        history, histogram = History(), []
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
             counted: Any = EveryValidation(trial)
             callbacks.append(PyTorchLightningPruningCallback(counted, monitor=MONITOR))
+        repeats = REPEATS if recipe.encoder_training == "frozen" and not self.stage.prunes else 1
+        outcomes = []
         with _logged(self, trial) as (logger, metrics):
-            with seeded(recipe.seed):
-                model = fit_settings(self.shared, settings, recipe.seed, history, callbacks, logger)
-            metrics |= history.best
-            if not self.stage.prunes:
-                seeds = range(recipe.seed + 1, recipe.seed + (REPEATS if recipe.encoder_training == "frozen" else 1))
-                found = [self._outcome(history, model)]
-                for seed in seeds:
-                    again = History()
-                    with seeded(seed):
-                        model = fit_settings(self.shared, settings, seed, again, callbacks, logger=False)
-                    found.append(self._outcome(again, model))
-                mean = mean_outcome(found)
+            for repeat in range(repeats):
+                seed, history = recipe.seed + repeat, History()
+                with seeded(seed):
+                    model = fit_settings(
+                        self.prepared, settings, seed, history, callbacks, logger if not repeat else False
+                    )
+                metrics |= {} if repeat else history.best
+                if not self.stage.prunes:
+                    outcomes.append(self._outcome(history, model))
+            if outcomes:
+                mean = mean_outcome(outcomes)
                 mean.save(Path(logger.log_dir))
                 metrics |= {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
-                layers = torch.cat([one.exits for one in found]).long()
+                layers = torch.cat([outcome.exits for outcome in outcomes]).long()
                 histogram = torch.bincount(layers - 1, minlength=model.num_layers).tolist()
-        trial.set_user_attr(EXIT_HISTOGRAM, histogram or history.best_exit_histogram)
+                trial.set_user_attr(EXIT_HISTOGRAM, histogram)
         return metrics
 
     def _outcome(self, history: History, model: DACT) -> Outcome:
         assert history.answers is not None
-        recipe = self.shared.recipe
-        right = self.shared.baseline.right(history.answers.target)
+        recipe = self.prepared.recipe
+        right = self.prepared.baseline.right(history.answers.target)
         return outcome_of(history.answers, model, recipe.promise, right)
 
 
 def fit_settings(
-    shared: Shared,
+    prepared: Prepared,
     settings: Mapping[str, Any],
     seed: int,
     history: History,
@@ -126,9 +122,9 @@ def fit_settings(
     """Fit a new model without checkpoints, as trials and their confirmation do.
 
     Args:
-        shared: What fits share.
+        prepared: What all fits share.
         settings: See `Winners.settings`.
-        seed: Seed for data order; random generators are those of the caller.
+        seed: Seed for the order of frozen states; the caller seeds the random generators.
         history: Callback that records the fit.
         callbacks: Further callbacks.
         logger: Logger of the Trainer.
@@ -137,12 +133,12 @@ def fit_settings(
         ValueError: If no validation ran.
     """
     settings = dict(settings)
-    epochs = settings.pop("num_epochs", shared.recipe.epochs)
-    if shared.states is not None:
+    epochs = settings.pop("num_epochs", prepared.recipe.epochs)
+    if prepared.states is not None:
         epochs *= HEAD_EPOCHS
-    model, data = shared.build(settings, seed=seed)
+    model, data = prepared.build(settings, seed=seed)
     trainer = make_trainer(
-        shared.recipe.trainer,
+        prepared.recipe.trainer,
         max_epochs=epochs,
         logger=logger,
         callbacks=[history, *callbacks],
@@ -154,17 +150,12 @@ def fit_settings(
     return model
 
 
-def trial_folder(number: int) -> str:
-    """Return the name of the folder in which a trial logs."""
-    return f"trial_{number:04d}"
-
-
 @contextlib.contextmanager
 def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
-    """Log a trial to TensorBoard with its parameters, its status and the metrics that the block fills in."""
-    folder, version = objective.run.folder / objective.stage.name, trial_folder(trial.number)
-    logger = TensorBoardLogger(folder, name="", version=version, default_hp_metric=False)
-    tensorboard.log_parameters(logger.experiment, trial.params, f"{objective.stage.name}/{version}")
+    """Log a trial to TensorBoard: its parameters, the metrics that the block fills in, and its status."""
+    folder = objective.run.trial_folder(objective.stage, trial.number)
+    logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
+    tensorboard.log_parameters(logger.experiment, trial.params, f"{objective.stage.name}/{folder.name}")
     metrics: dict[str, float] = {}
     succeeded = False
     try:
@@ -177,7 +168,7 @@ def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoar
 
 @contextlib.contextmanager
 def _recorded_cause(trial: BaseTrial) -> Iterator[None]:
-    """Store with a trial why it ended early, and raise what Optuna should see; see `Objective`."""
+    """Record in a trial why it ended early, and raise what `Objective` promises."""
     try:
         yield
     except TrialPruned as reason:

@@ -1,37 +1,38 @@
-"""Running an objective until its study is done: in this process, or in several."""
+"""Running a study to its end, in this process or in several."""
 
 from __future__ import annotations
 
-import dataclasses
 import multiprocessing
 import os
+import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from multiprocessing.context import SpawnProcess
 from typing import Any
 
 import torch
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
+from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import Study, load_study
 from optuna.trial import FrozenTrial
 
 from dact import signals
+from dact.checks import check_count
 from dact.tuning import tensorboard
 from dact.tuning.storage import RunStopped, environment_error, open_storage, root_cause
 from dact.tuning.studies import MAX_DEATHS, POLL, finished, run_trials, sweep
-from dact.tuning.trial import Objective, trial_folder
+from dact.tuning.trial import Objective
 
 PATIENCE = 8.0  # seconds that a stopped worker has to end its trial
 
 
 @dataclass(frozen=True)
-class Work:
-    """A study to be run to its end.
+class StudyJob:
+    """What a process needs to run trials of a study.
 
     Args:
         objective: The objective.
@@ -40,7 +41,7 @@ class Work:
         sampler: Sampler.
         pruner: Pruner, or None.
         callbacks: Optuna callbacks, called after each trial.
-        setup: Function that a worker process calls first, such as the command line's log filters; None for none.
+        setup: Function that a worker process calls first, such as one that installs log filters, or None.
     """
 
     objective: Objective
@@ -51,6 +52,13 @@ class Work:
     callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = ()
     setup: Callable[[], None] | None = None
 
+    def for_worker(self, worker: int) -> StudyJob:
+        """Return the job of one worker process, by its number from 0; see `Recipe.for_worker`."""
+        prepared = self.objective.prepared
+        recipe = prepared.recipe.for_worker(worker, torch.cuda.device_count())
+        objective = replace(self.objective, prepared=replace(prepared, recipe=recipe))
+        return replace(self, objective=objective)
+
     def run(self, study: Study, idle: Callable[[], None], *more: Callable[[Study, FrozenTrial], None]) -> None:
         """Run trials in this process; see `run_trials`."""
         objective = self.objective
@@ -60,7 +68,7 @@ class Work:
 
         def close_session(trial: FrozenTrial) -> None:
             """Log in TensorBoard that a trial whose process died is no longer running."""
-            folder = objective.run.folder / objective.stage.name / trial_folder(trial.number)
+            folder = objective.run.trial_folder(objective.stage, trial.number)
             if folder.is_dir():
                 with tensorboard.writer(folder) as writer:
                     tensorboard.log_outcome(writer, {}, succeeded=False)
@@ -69,7 +77,7 @@ class Work:
             study,
             objective,
             self.n_trials,
-            objective.run.alone,
+            objective.run.locked,
             deadline=objective.deadline,
             idle=idle,
             callbacks=[*self.callbacks, *more],
@@ -77,19 +85,52 @@ class Work:
         )
 
 
-def run_side_by_side(work: Work, study: Study, workers: int, refresh: Callable[[], None]) -> None:
-    """Run a study in several processes; one that dies is replaced.
+def check_workers(workers: int, storage: str | BaseStorage | None, **sent: Any) -> None:
+    """Check that so many processes can share a run.
 
     Args:
-        work: The study to run.
-        study: The same, opened in this process.
         workers: Number of processes.
-        refresh: Function that is called now and then.
+        storage: Storage of the studies.
+        **sent: What worker processes are sent, by the names of the arguments.
+
+    Raises:
+        TypeError: If something cannot be sent to another process.
+        ValueError: If there is no worker, or several cannot share the storage.
+    """
+    check_count("TuningEngine: workers", workers)
+    if workers == 1:
+        return
+    if isinstance(storage, InMemoryStorage):
+        raise ValueError("TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file")
+    for name, argument in sent.items():
+        try:
+            pickle.dumps(argument)
+        except Exception as error:
+            what = "something that can be pickled"
+            if callable(argument):
+                what = (
+                    "a function that other processes can import, such as one at the top of a module or a "
+                    "functools.partial of it"
+                )
+            raise TypeError(f"TuningEngine: with several workers, {name} must be {what}: {error}") from None
+
+
+def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., None]) -> None:
+    """Run a study to its end, in this process or in several; a worker process that dies is replaced.
+
+    Args:
+        job: The study to run.
+        study: The same study, opened in this process.
+        workers: Number of processes.
+        refresh: Function that draws the state of the study again; it takes what Optuna gives to a callback.
 
     Raises:
         RuntimeError: If a worker ended with an error, which the message holds, or if workers keep dying.
         RunStopped: If a disk or the storage failed.
     """
+    if workers == 1:
+        job.run(study, refresh, refresh)
+        return
     context = multiprocessing.get_context("spawn")
     errors = context.SimpleQueue()
     threads = max(1, torch.get_num_threads() // workers)
@@ -98,7 +139,7 @@ def run_side_by_side(work: Work, study: Study, workers: int, refresh: Callable[[
     def start() -> SpawnProcess:
         nonlocal started
         # Not a daemon: the data may have processes of its own.
-        process = context.Process(target=_work, args=(on_device(work, started), threads, errors))
+        process = context.Process(target=_run_worker, args=(job.for_worker(started), threads, errors))
         process.start()
         started += 1
         return process
@@ -127,38 +168,10 @@ def run_side_by_side(work: Work, study: Study, workers: int, refresh: Callable[[
         _stop(processes)
         if processes:  # whoever was stopped between two steps of a trial leaves none that says it is running
             try:
-                sweep(study, work.objective.run.alone)
+                sweep(study, job.objective.run.locked)
             except Exception as error:
                 if environment_error(error) is None:
                     raise
-
-
-def on_device(work: Work, worker: int) -> Work:
-    """Return the work of one worker: on a machine of several GPUs each takes one of its own, round robin.
-
-    Args:
-        work: The study to run.
-        worker: Number of the worker, from 0.
-    """
-    recipe = work.objective.shared.recipe
-    devices = device_of(worker, recipe.trainer, torch.cuda.device_count())
-    recipe = dataclasses.replace(recipe, trainer={**recipe.trainer, "devices": devices})
-    objective = dataclasses.replace(work.objective, shared=dataclasses.replace(work.objective.shared, recipe=recipe))
-    return dataclasses.replace(work, objective=objective)
-
-
-def device_of(worker: int, trainer: Mapping[str, Any], gpus: int) -> Any:
-    """Return the ``devices`` argument of a worker's Trainer.
-
-    Args:
-        worker: Number of the worker, from 0.
-        trainer: Arguments of the Trainer, with one device.
-        gpus: Number of GPUs of this machine.
-    """
-    devices = trainer["devices"]
-    if gpus > 1 and trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and devices in (1, "1"):
-        return [worker % gpus]
-    return devices
 
 
 def _stop(processes: list[SpawnProcess]) -> None:
@@ -172,18 +185,18 @@ def _stop(processes: list[SpawnProcess]) -> None:
             process.join()
 
 
-def _work(work: Work, threads: int, errors: Any) -> None:
-    """Take trials from the study until there are none left: what a worker process does."""
+def _run_worker(job: StudyJob, threads: int, errors: Any) -> None:
+    """Run trials until the study is done, as the main function of a worker process."""
     signals.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if work.setup is not None:
-        work.setup()
+    if job.setup is not None:
+        job.setup()
     torch.set_num_threads(threads)
     try:
-        run = work.objective.run
-        storage = open_storage(work.storage, run.folder)
-        study = load_study(study_name=run.study_name(work.objective.stage), storage=storage, pruner=work.pruner)
-        work.run(study, lambda: None)
+        run = job.objective.run
+        storage = open_storage(job.storage, run.folder)
+        study = load_study(study_name=run.study_name(job.objective.stage), storage=storage, pruner=job.pruner)
+        job.run(study, lambda: None)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
@@ -193,7 +206,7 @@ def _work(work: Work, threads: int, errors: Any) -> None:
 
 
 def _end_with_parent() -> None:
-    """End this process with its parent: a killed command must not leave workers behind."""
+    """End this process when its parent ends: a killed command must not leave workers behind."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

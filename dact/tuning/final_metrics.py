@@ -1,4 +1,4 @@
-"""What a tuned model is worth: the entries of metrics.json."""
+"""The entries of metrics.json: what early exit and full depth of a model are worth on a split."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional
-from dact.answers import Dial, LayerAnswers, layer_answers, operating_points
+from dact.answers import Dial, LayerAnswers, layer_answers, operating_points, share
 from dact.encoders.base import move
 from dact.model import DACT
 from dact.scores import expected_calibration_error, temper
@@ -25,13 +25,13 @@ MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What one split says about a model.
+    """Measurements of a model on one split.
 
     Args:
         entry: Entry of metrics.json.
         tolerance_curve: One record per tolerance, at margin 1.
         margin_curve: One record per margin, at tolerance 0.
-        answers: What all layers say of the examples.
+        answers: Answers of all layers to the examples.
         exit_layers: int64 ``[examples]``, 1-based.
         right: Whether early exit is right, bool ``[examples]``.
     """
@@ -70,9 +70,8 @@ def evaluate(
     if timed:
         entry["texts_per_second"] = _texts_per_second(model, loader, model.halting, precision)
         full_depth["texts_per_second"] = _texts_per_second(model, loader, "never", precision)
-    entry |= {"full_depth": full_depth, "agreement": _agreement(a, exits)}
-
     early = functional.answer_at(a, exits)
+    entry |= {"full_depth": full_depth, "agreement": share(early.argmax(1) == a[:, -1].argmax(1))}
     right = early.argmax(1) == target
     scores = early if model.temperatures is None else temper(early, exits, model.temperatures)
     entry["calibration_error"] = expected_calibration_error(scores.max(1).values, right)
@@ -106,10 +105,6 @@ def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -
         "mean_exit_layer": exits.double().mean().item(),
         "exit_histogram": torch.bincount(exits - 1, minlength=layers).tolist(),
     }
-
-
-def _agreement(a: Tensor, exits: Tensor) -> float:
-    return (functional.answer_at(a, exits).argmax(1) == a[:, -1].argmax(1)).double().mean().item()
 
 
 def _texts_per_second(

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -15,119 +14,50 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
-from dact.agreement import check_classes
 from dact.data.batching import LengthGroupedSampler
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
 from dact.tuning.baseline import Baseline, fit_baseline
 from dact.tuning.features import Features, FeaturesData, LoaderData, compute_features
-from dact.tuning.fingerprints import (
-    digest,
-    fingerprint_data,
-    fingerprint_encoder,
-    fingerprint_pretrained,
-    fingerprint_tensor,
-)
+from dact.tuning.fingerprints import digest, fingerprint_encoder, fingerprint_pretrained, fingerprint_tensor
+from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
-from dact.tuning.training import resumable_fit, seeded, without_collapse_warning
+from dact.tuning.space import Spaces
+from dact.tuning.survey import Surveyed
 
 HELD_OUT = 0.4  # share of the training examples that the encoder of frozen mode does not see: submodels learn on them
+ENCODER = "encoder.safetensors"  # weights of frozen mode's encoder, next to its states
 
 
 @dataclass(frozen=True)
-class Survey:
-    """A model and a datamodule of the factories, and what the trials of the run have in common.
-
-    Args:
-        recipe: What fits of the run are made of, as far as it depends on model and data.
-        model: Untrained model.
-        data: Datamodule, set up for a fit.
-        teacher: Teacher that the data names, or None.
-        identity: See `Recipe.identity`.
-        starts: By stage, the parameters of its first trials; see `Recipe.starts`.
-        layers: Number of the model's layers.
-        distillation: Share of a teacher in the targets of the factory's models.
-    """
-
-    recipe: Recipe
-    model: DACT
-    data: LightningDataModule
-    teacher: str | None
-    identity: dict[str, Any]
-    starts: Mapping[str, Sequence[Mapping[str, Any]]]
-    layers: int
-    distillation: float
-
-    @property
-    def start(self) -> dict[str, Any]:
-        """Settings of trials until a study has chosen others: those of the first trial that matter most."""
-        first = self.starts["training"][0]
-        return {name: first[name] for name in ("submodel_learning_rate", "num_layers")}
-
-
-def survey(recipe: Recipe, *, measured: bool = False) -> Survey:
-    """Build one model and one datamodule, and check that they can serve the run.
-
-    Args:
-        recipe: What fits of the run are made of.
-        measured: Whether the run will measure a final model, which takes a test split.
-
-    Raises:
-        ValueError: If classes or promise do not fit the model.
-    """
-    with seeded(recipe.seed):
-        model = recipe.make_model()
-        recipe = recipe.resolved(model)
-        data = recipe.make_data()
-    if measured:
-        recipe.make_data(batch_size=1)  # what trials and measurements will ask for
-    teacher = getattr(data, "teacher", None)
-    if teacher is not None:
-        data.teacher = None  # type: ignore[attr-defined]  # asked once, in `prepare`
-    data.prepare_data()
-    data.setup("fit")
-    if measured:
-        data.setup("test")
-        fingerprint_data(data.test_dataloader())  # which refuses what cannot be measured
-    check_classes(getattr(data, "class_names", None), recipe.output_dimension)
-    examples = fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
-    identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)
-    return Survey(
-        recipe, model, data, teacher, identity, recipe.starts(model, data), model.num_layers, model.distillation
-    )
-
-
-@dataclass(frozen=True)
-class Shared:
-    """What all fits of a run share. Small to send to another process, which reads the files when it needs them.
+class Prepared:
+    """What all fits of a run share. It is small to send to another process, which reads the files when it needs them.
 
     Args:
         recipe: What fits of the run are made of.
         identity: See `Recipe.identity`.
+        spaces: Dimension of each parameter, by stage.
+        initial: Settings of trials until a study has chosen others.
         class_names: Names of the classes, where the data has them.
         baseline: The baseline.
         teacher: File with a teacher's probabilities of the training examples, or None.
         learning: Arguments of models that learn from the teacher, or have none to learn from.
-        encoder: File with the weights of frozen mode's encoder, or None for those of the factory.
         states: Folder with the states of frozen mode, or None.
-        batch_size: Number of examples per training batch where no trial chooses it.
-        layers: Number of the encoder's layers.
-        start: Settings of trials until a study has chosen others.
+        batch_size: Number of examples per training batch of frozen mode where no trial chooses it.
     """
 
     recipe: Recipe
     identity: dict[str, Any]
+    spaces: Spaces
+    initial: Mapping[str, Any]
     class_names: list[str] | None
     baseline: Baseline
     teacher: Path | None
     learning: dict[str, Any]
-    encoder: Path | None
     states: Path | None
     batch_size: int
-    layers: int
-    start: Mapping[str, Any]
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -154,7 +84,7 @@ class Shared:
         return model, self.make_data(**size)
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
-        """Return a new datamodule, whose training batches carry the teacher's probabilities where there is one."""
+        """Return a new datamodule, whose training batches carry the teacher's probabilities if there is a teacher."""
         data = self.recipe.make_data(**overrides)
         if self.teacher is not None:
             data.teacher_probabilities = self._probabilities  # type: ignore[attr-defined]
@@ -172,10 +102,11 @@ class Shared:
 
     @cached_property
     def _base(self) -> DACT:
+        assert self.states is not None
         with seeded(self.recipe.seed):
             model = self.recipe.make_model(**self.learning)
-        if self.encoder is not None:
-            model.encoder.load_state_dict(read_tensors(self.encoder)[0])
+        if self.recipe.warm_up_epochs:
+            model.encoder.load_state_dict(read_tensors(self.states / ENCODER)[0])
         model.encoder.eval().requires_grad_(False)
         model.class_names = model.class_names or self.class_names
         return model
@@ -191,73 +122,70 @@ class Shared:
         return Features(self.states / "train"), Features(self.states / "val")
 
 
-def prepare(run: Run, found: Survey, progress: Progress) -> Shared:
+def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
     """Train and compute what all fits share, or take what an earlier call left. One process does it at a time.
 
     Args:
         run: The run.
-        found: What the survey found; its model and data are used up.
+        surveyed: Result of the survey; its model and data are used up.
         progress: What the console shows.
 
     Raises:
-        RuntimeError: If the baseline's loss is not finite.
+        NonFiniteLoss: If the loss of the baseline or of frozen mode's encoder is not finite.
         ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's
             probabilities.
     """
-    recipe, data = found.recipe, found.data
-    states: Path | None = None
-    encoder: Path | None = None
-    batch_size = 0
-    with run.alone(lambda: progress.stage("waiting for another process, which prepares the run")):
+    recipe, data = surveyed.recipe, surveyed.data
+    distillation = surveyed.model.distillation
+    states, batch_size = None, 0
+    with run.locked(lambda: progress.stage("waiting for another process, which prepares the run")):
         after = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
-        origin = digest({name: value for name, value in found.identity.items() if name not in after})
-        baseline = fit_baseline(recipe, run.folder / "baseline", found.model, data, origin, progress)
-        teacher = _teach(recipe, run.folder / "teacher", found, baseline)
-        share = (found.distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
+        origin = digest({name: value for name, value in surveyed.identity.items() if name not in after})
+        baseline = fit_baseline(recipe, run.folder / "baseline", surveyed.model, data, origin, progress)
+        teacher = _teach(run.folder / "teacher", surveyed, baseline)
+        share = (distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
         share = share if teacher is not None else 0.0
-        learning = {"distillation": share} if share != found.distillation else {}
+        learning = {"distillation": share} if share != distillation else {}
         if recipe.encoder_training == "frozen":
             states = run.folder / "features"
-            encoder = _freeze(recipe, states, found, learning, progress)
-            batch_size = int(next(iter(data.train_dataloader()))["labels"].shape[0])
-    names = getattr(data, "class_names", None)
-    return Shared(
-        recipe,
-        found.identity,
-        names,
-        baseline,
-        teacher,
-        learning,
-        encoder,
-        states,
-        batch_size,
-        found.layers,
-        found.start,
+            batch_size = _freeze(states, surveyed, learning, progress)
+    return Prepared(
+        recipe=recipe,
+        identity=surveyed.identity,
+        spaces=surveyed.spaces,
+        initial=surveyed.initial,
+        class_names=getattr(data, "class_names", None),
+        baseline=baseline,
+        teacher=teacher,
+        learning=learning,
+        states=states,
+        batch_size=batch_size,
     )
 
 
-def _teach(recipe: Recipe, folder: Path, found: Survey, baseline: Baseline) -> Path | None:
+def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
     """Return the file with the teacher's probabilities: the baseline's, or those of a teacher that the data names."""
-    data: Any = found.data
-    if recipe.distillation == 0:
+    data: Any = surveyed.data
+    asked_for = surveyed.recipe.distillation
+    if asked_for == 0:
         return None
-    if found.teacher is None:
-        said = baseline.probabilities()
-        if said is None or not hasattr(data, "teacher_probabilities"):
-            if recipe.distillation is None:
+    if surveyed.teacher is None:
+        probabilities = baseline.probabilities()
+        if probabilities is None or not hasattr(data, "teacher_probabilities"):
+            if asked_for is None:
                 return None  # such data cannot carry what a teacher says
             raise ValueError(
                 f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} "
                 "does not give them: let it be a dact.data.base.TextDataModule"
             )
-        data.teacher_probabilities = said
-        return baseline.folder / "answers.safetensors"
+        data.teacher_probabilities = probabilities
+        return baseline.answers
     path = folder / "probabilities.safetensors"
-    origin = f"{found.identity['data']}/{fingerprint_pretrained(found.teacher)}"
+    origin = f"{surveyed.identity['data']}/{fingerprint_pretrained(surveyed.teacher)}"
     if path.is_file() and read_tensors(path)[1].get("origin") == origin:
         data.teacher_probabilities = read_tensors(path)[0]["probabilities"]
     else:
-        data.teacher = found.teacher
+        data.teacher = surveyed.teacher
         data.train_dataloader()  # which asks the teacher
         write_tensors(path, {"probabilities": data.teacher_probabilities}, {"origin": origin})
     return path
@@ -266,45 +194,47 @@ def _teach(recipe: Recipe, folder: Path, found: Survey, baseline: Baseline) -> P
 # ---------------------------------------------------------------------- frozen mode
 
 
-def _freeze(
-    recipe: Recipe, folder: Path, found: Survey, learning: Mapping[str, Any], progress: Progress
-) -> Path | None:
-    """Compute the states of frozen mode, and return the file with its encoder's weights (None for the factory's own).
+def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progress: Progress) -> int:
+    """Write the states of frozen mode and its encoder's weights, and return the batch size of the data.
 
     Submodels must learn on states of texts that the encoder has not learned by heart: at inference it has not, either.
     So the encoder learns on one part of the training examples, and the submodels on the other.
     """
-    data = found.data
+    recipe, data = surveyed.recipe, surveyed.data
     taught_by = fingerprint_tensor(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
-        model = recipe.make_model(**{**learning, "submodel_learning_rate": found.start["submodel_learning_rate"]})
+        model = recipe.make_model(**{**learning, "submodel_learning_rate": surveyed.initial["submodel_learning_rate"]})
     train, val = data.train_dataloader(), data.val_dataloader()
-    size = next(iter(train))["labels"].shape[0]
+    batch_size: int = next(iter(train))["labels"].shape[0]
     seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)
-    encoder: Path | None = None
     if recipe.warm_up_epochs:
-        encoder = folder / "encoder.safetensors"
-        origin = digest(
-            [fingerprint_encoder(model.encoder), found.identity["data"], recipe.warm_up_epochs, recipe.seed]
-        )
-        origin = f"{origin}/{taught_by}/{HELD_OUT}"
-        if not encoder.is_file() or read_tensors(encoder)[1].get("origin") != origin:
-            model.lambda_reg = 0.0  # no price for layers: here the encoder learns, and nothing else stays
-            part = LoaderData(_loader(train, seen, size, recipe.seed), val)
-            checkpoints = folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
-            what = f"encoder of the studies, {recipe.warm_up_epochs} epochs"
-            with seeded(recipe.seed), progress.fit(what) as bar, without_collapse_warning():
-                resumable_fit(recipe.trainer, model, part, checkpoints, epochs=recipe.warm_up_epochs, callbacks=[bar])
-            write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
-            shutil.rmtree(checkpoints)
-        # Read back even here, so that a resumed run has the same states whatever the precision of the Trainer.
-        model.encoder.float().load_state_dict(read_tensors(encoder)[0])
+        made_of = [fingerprint_encoder(model.encoder), surveyed.identity["data"], recipe.warm_up_epochs, recipe.seed]
+        origin = f"{digest(made_of)}/{taught_by}/{HELD_OUT}"
+        part = LoaderData(_loader(train, seen, batch_size, recipe.seed), val)
+        _warm_up(folder, recipe, model, part, origin, progress)
     model.encoder.eval().requires_grad_(False)
-    fingerprint = f"{fingerprint_encoder(model.encoder)}/{found.identity['data']}/{taught_by}/{len(held)}"
+    fingerprint = f"{fingerprint_encoder(model.encoder)}/{surveyed.identity['data']}/{taught_by}/{len(held)}"
     model.to(recipe.device)
-    compute_features(model.encoder, _loader(train, held, size, None), folder / "train", fingerprint)
+    compute_features(model.encoder, _loader(train, held, batch_size, None), folder / "train", fingerprint)
     compute_features(model.encoder, val, folder / "val", fingerprint)
-    return encoder
+    return batch_size
+
+
+def _warm_up(
+    folder: Path, recipe: Recipe, model: DACT, data: LightningDataModule, origin: str, progress: Progress
+) -> None:
+    """Let the model's encoder learn, or load the weights that an earlier call left."""
+    encoder = folder / ENCODER
+    if not encoder.is_file() or read_tensors(encoder)[1].get("origin") != origin:
+        model.lambda_reg = 0.0  # no price for layers: here the encoder learns, and nothing else stays
+        checkpoints, epochs = checkpoints_of(folder, origin), recipe.warm_up_epochs
+        what = "encoder of the studies"
+        with seeded(recipe.seed), progress.fit(f"{what}, {epochs} epochs") as bar, without_collapse_warning():
+            resumable_fit(recipe.trainer, model, data, checkpoints, what=what, epochs=epochs, callbacks=[bar])
+        write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
+        shutil.rmtree(checkpoints)
+    # Read back even here, so that a resumed run has the same states whatever the precision of the Trainer.
+    model.encoder.float().load_state_dict(read_tensors(encoder)[0])
 
 
 def _divide(examples: int, seed: int | None) -> tuple[list[int], list[int]]:

@@ -1,12 +1,12 @@
-"""One fit of a run: a fresh Trainer, what it records, how it is stopped, and how it resumes."""
+"""A fit: a fresh Trainer, the record of its epochs, and how it resumes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import math
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks import (
     ModelCheckpoint,
     ProgressBar,
 )
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -40,56 +41,6 @@ class NonFiniteLoss(RuntimeError):
     """The validation loss of a fit is NaN or infinite."""
 
 
-class TimeIsUp(Exception):
-    """The deadline of a study came in the middle of a trial."""
-
-
-class Deadline:
-    """A moment at which the studies end.
-
-    Args:
-        seconds: Seconds from now, or None for no end.
-    """
-
-    def __init__(self, seconds: float | None = None) -> None:
-        # The monotonic clock is that of the whole machine: worker processes may have it.
-        self.end = math.inf if seconds is None else time.monotonic() + seconds
-
-    @property
-    def left(self) -> float:
-        """Seconds that are left, 0 or more; infinite where there is no end."""
-        return max(0.0, self.end - time.monotonic())
-
-    def share(self, parts: int) -> Deadline:
-        """Return the deadline of the first of `parts` equal parts of the time that is left."""
-        return Deadline(None if math.isinf(self.end) else self.left / parts)
-
-
-class StopAtDeadline(Callback):
-    """Stop a fit at a deadline: after the current batch, or within a validation that takes long.
-
-    Args:
-        deadline: The deadline.
-        grace: Seconds that a validation may take past it.
-
-    Raises:
-        TimeIsUp: From the fit, if training was not complete.
-    """
-
-    def __init__(self, deadline: Deadline, grace: float = 10.0) -> None:
-        self.deadline, self.grace = deadline, grace
-
-    @override
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
-        if self.deadline.left == 0:
-            raise TimeIsUp
-
-    @override
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if time.monotonic() >= self.deadline.end + self.grace:
-            raise TimeIsUp
-
-
 class History(Callback):
     """Record every logged metric of every epoch, and end the fit when its loss is not finite.
 
@@ -104,7 +55,6 @@ class History(Callback):
 
     def __init__(self) -> None:
         self.epochs: list[dict[str, float]] = []
-        self.exit_histograms: list[list[int]] = []
         self.answers: LayerAnswers | None = None
         self._seen: list[tuple[Tensor, Tensor, Tensor]] = []
 
@@ -121,11 +71,11 @@ class History(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"epochs": self.epochs, "exit_histograms": self.exit_histograms}
+        return {"epochs": self.epochs}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self.epochs, self.exit_histograms = list(state_dict["epochs"]), list(state_dict["exit_histograms"])
+        self.epochs = list(state_dict["epochs"])
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -137,8 +87,6 @@ class History(Callback):
         if not math.isfinite(metrics[MONITOR]):
             raise NonFiniteLoss(f"{MONITOR} is {metrics[MONITOR]} after epoch {trainer.current_epoch}")
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
-        assert isinstance(pl_module, DACT)
-        self.exit_histograms.append(pl_module.exit_histogram.tolist())
         if self._seen and self._best == len(self.epochs) - 1:
             y, h, target = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
             self.answers = LayerAnswers(*accumulate(y, h), y, target)
@@ -159,11 +107,6 @@ class History(Callback):
     def best(self) -> dict[str, float]:
         """The metrics of the epoch with the lowest validation loss."""
         return self.epochs[self._best]
-
-    @property
-    def best_exit_histogram(self) -> list[int]:
-        """Number of validation examples that left after each layer in that epoch."""
-        return self.exit_histograms[self._best]
 
 
 def _of_validation(name: str) -> bool:
@@ -234,9 +177,10 @@ def resumable_fit(
     data: LightningDataModule,
     checkpoints: Path,
     *,
+    what: str = "the fit",
     epochs: int,
     callbacks: Sequence[Callback] = (),
-    logger: Any = False,
+    log: Path | None = None,
     keep_best: bool = False,
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
@@ -246,33 +190,46 @@ def resumable_fit(
         model: Model of this fit alone.
         data: Datamodule of this fit alone.
         checkpoints: Folder of ``last.ckpt`` and, with `keep_best`, ``best.ckpt``.
+        what: Name of the fit in errors.
         epochs: Number of epochs.
         callbacks: Further callbacks.
-        logger: Logger of the Trainer.
+        log: Folder of a TensorBoard log, or None.
         keep_best: Whether to keep the weights of the epoch with the lowest val_loss as well.
 
     Raises:
-        NonFiniteLoss: If val_loss is NaN or infinite.
+        NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
+        ValueError: If no validation ran.
     """
-    history = History()
-    kept: list[Callback] = []
-    if keep_best:  # weights alone: only the last epoch is resumed from
-        kept.append(
-            ModelCheckpoint(checkpoints, "best", monitor=MONITOR, save_weights_only=True, enable_version_counter=False)
+    logger = None if log is None else TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
+    # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written. The best has no
+    # optimizer: a fit resumes from the last epoch.
+    kept = [ModelCheckpoint(checkpoints, "last", enable_version_counter=False)]
+    if keep_best:
+        best = ModelCheckpoint(
+            checkpoints, "best", monitor=MONITOR, save_weights_only=True, enable_version_counter=False
         )
-    # One without a monitor: `save_last` writes only in epochs in which the best is written.
-    kept.append(ModelCheckpoint(checkpoints, "last", enable_version_counter=False))
+        kept.insert(0, best)
+    history, last = History(), checkpoints / "last.ckpt"
+    callbacks = [history, *callbacks, *kept]
     trainer = make_trainer(
-        arguments,
-        max_epochs=epochs,
-        logger=logger,
-        callbacks=[history, *callbacks, *kept],
-        enable_checkpointing=True,
+        arguments, max_epochs=epochs, logger=logger or False, callbacks=callbacks, enable_checkpointing=True
     )
-    last = checkpoints / "last.ckpt"
-    fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
+    try:
+        fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
+    except NonFiniteLoss as error:
+        raise NonFiniteLoss(
+            f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower that of the model or "
+            "learning_rate's high in search_space, or take precision 32-true, under another run_tag"
+        ) from error
     check_validated(history, epochs)
+    if logger is not None:
+        logger.finalize("success")
     return history
+
+
+def checkpoints_of(folder: Path, origin: str) -> Path:
+    """Return the folder of an unfinished fit's checkpoints, from which a fit of another origin does not resume."""
+    return folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
 
 
 def check_validated(history: History, epochs: int) -> None:

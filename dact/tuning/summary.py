@@ -1,0 +1,179 @@
+"""The last screen of a tuning run: what the final model is worth, how it compares, and where everything is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
+from rich.table import Table
+
+from dact.files import read_json
+from dact.tuning.pruner import PLANNED_EPOCHS
+from dact.tuning.studies import finished
+
+POINTS = 5  # operating points besides that of the run, at most
+
+
+def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence[Study]) -> None:
+    """Print the summary, which fits on a screen of 80 × 24.
+
+    Args:
+        console: Console to print to.
+        folder: Folder of the final fit.
+        verdict: What the confirmation found.
+        studies: The studies of the run, as far as they are known.
+    """
+    metrics = read_json(folder / "metrics.json")
+    console.print(f"{headline(metrics)}. The model is in {folder / 'model'}\n")
+    console.print(_comparison(metrics, folder / "defaults" / "metrics.json"))
+    console.print()
+    console.print(_operating_points(metrics))
+    if metrics["validation"]["majority_share"] == 1.0:
+        console.print(
+            "warning: all validation examples get one class: try class_weights, more epochs, or another learning_rate"
+        )
+    if metrics["layers"] > 1 and (other := _collapse(metrics["validation"]["mean_exit_layer"], metrics["layers"])):
+        console.print(f"warning: the depth has collapsed: every validation example uses {other}")
+    console.print(f"settings: {verdict}")
+    pruned = pruning_text(studies)
+    if pruned:
+        console.print(pruned)
+    console.print(f"trials and pictures: tensorboard --logdir {folder.parent}", soft_wrap=True)
+
+
+def _collapse(mean: float, layers: int) -> str:
+    """Return how the depth has collapsed and what to do, an empty string where it has not."""
+    if mean == 1:
+        return "one layer. If that costs accuracy, try a smaller lambda_reg"
+    return f"all {layers} layers. Try a larger lambda_reg, or a promise that allows more" if mean == layers else ""
+
+
+def headline(metrics: Mapping[str, Any]) -> str:
+    """Return the sentence that a person wants, from the content of metrics.json."""
+    test, baseline = metrics["test"], metrics["baseline"]
+    text = f"{100 * test['accuracy']:.2f} % accuracy on test"
+    if "difference_to_baseline" in test:
+        text += f", {_difference(test)} points against the baseline of {baseline['layers']} layers"
+    speed = test["texts_per_second"] / baseline["test"]["texts_per_second"]
+    text += f", at {test['mean_exit_layer']:.2f} layers and {speed:.1f} times its speed"
+    calibration = metrics.get("calibration")
+    if calibration is None:
+        return f"{text}, with the class of its own full depth by proof"
+    promise = calibration["promise"]
+    kept = next(
+        meaning.format(value)
+        for meaning, value in (
+            ("at most {0:.2%} of accuracy below its own full depth", promise["max_accuracy_loss"]),
+            ("at least {0:.2%} agreement with its own full depth", promise["min_agreement"]),
+            ("at most {0:g} layers", promise["max_layers"]),
+        )
+        if value is not None
+    )
+    if promise["confidence"] is None:
+        return f"{text}, by the estimate of {kept}"
+    return f"{text}, under the promise of {kept} with {promise['confidence']:.0%} confidence"
+
+
+def _difference(entry: Mapping[str, Any]) -> str:
+    difference = entry.get("difference_to_baseline")
+    if difference is None:
+        return ""
+    return f"{100 * difference['accuracy']:+.2f} ± {100 * difference['standard_error']:.2f}"
+
+
+def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
+    """Return the table of the final model next to the baseline and the defaults, on the test split."""
+    test, layers, baseline = metrics["test"], metrics["layers"], metrics["baseline"]
+    table = _plain_table("test", "accuracy", "to baseline", "macro F1", "layers", "texts/s")
+    rows = {
+        "baseline": (baseline["test"], float(baseline["layers"])),
+        "full depth": (test["full_depth"], float(layers)),
+        "early exit": (test, test["mean_exit_layer"]),
+    }
+    if defaults.is_file():
+        entry = read_json(defaults)["test"]
+        rows["defaults"] = (entry, entry["mean_exit_layer"])
+    for name, (entry, mean) in rows.items():
+        speed = f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else ""
+        accuracy, macro_f1 = f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}"
+        table.add_row(name, accuracy, _difference(entry), macro_f1, f"{mean:.2f}", speed)
+    return table
+
+
+def _operating_points(metrics: Mapping[str, Any]) -> Table:
+    """Return what other margins would give on validation data: estimates, next to the setting of the run."""
+    entry, baseline = metrics["validation"], metrics["baseline"]["validation"]
+    own = {
+        "margin": metrics["halting_margin"],
+        "accuracy": entry["accuracy"],
+        "mean_exit_layer": entry["mean_exit_layer"],
+    }
+    promise = (metrics.get("calibration") or {}).get("promise", {"confidence": None})
+    mark = "set by an estimate" if promise["confidence"] is None else "promised"
+    table = _plain_table("margin", "accuracy", "to baseline", "layers", "texts/s", "estimates: validation")
+    points = _spread(metrics["margin_curve"], POINTS)
+    points = sorted([own, *(point for point in points if point["margin"] != own["margin"])], key=lambda p: -p["margin"])
+    for point in points:
+        numbers = f"{100 * point['accuracy']:.2f} %", f"{100 * (point['accuracy'] - baseline['accuracy']):+.2f}"
+        layers = point["mean_exit_layer"]
+        speed = f"{_speed(entry, layers, metrics['layers']):,.0f}"
+        table.add_row(f"{point['margin']:.4g}", *numbers, f"{layers:.2f}", speed, mark if point is own else "")
+    return table
+
+
+def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
+    """Return at most so many points of a curve that differ in their layers."""
+    depths = [point["mean_exit_layer"] for point in points]
+    chosen: list[Mapping[str, Any]] = []
+    for point in points:
+        apart = max(0.05, (max(depths) - min(depths)) / most)
+        if not chosen or chosen[-1]["mean_exit_layer"] - point["mean_exit_layer"] >= apart:
+            chosen.append(point)
+    return chosen
+
+
+def _speed(entry: Mapping[str, Any], layers: float, num_layers: int) -> float:
+    """Return texts per second at a mean exit layer, on the line through the times of early exit and full depth."""
+    early, full = 1 / entry["texts_per_second"], 1 / entry["full_depth"]["texts_per_second"]
+    run = num_layers - entry["mean_exit_layer"]
+    slope = (full - early) / run if run > 0.05 else 0.0
+    return 1 / max(early + slope * (layers - entry["mean_exit_layer"]), 1e-9)
+
+
+def _plain_table(first: str, *others: str) -> Table:
+    table = Table(first, box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in others:
+        table.add_column(head, justify="left" if ":" in head else "right")
+    return table
+
+
+def pruning_text(studies: Sequence[Study]) -> str:
+    """Return what pruning saved, or an empty string where no study prunes.
+
+    What a pruned trial would have taken is told from its pace and the number of epochs that it was planned with.
+    """
+    ended = [trial for study in studies if len(study.directions) == 1 for trial in finished(study)]
+    if not ended:
+        return ""
+    complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
+    pruned = [trial for trial in ended if trial.state == TrialState.PRUNED and trial.intermediate_values]
+    # Validations per planned epoch: frozen mode has several.
+    rate = max(
+        (len(trial.intermediate_values) / trial.user_attrs.get(PLANNED_EPOCHS, 1) for trial in complete), default=0
+    )
+    saved = 0.0
+    for trial in pruned:
+        planned = rate * trial.user_attrs.get(PLANNED_EPOCHS, 1)
+        saved += _seconds(trial) * max(0.0, planned / len(trial.intermediate_values) - 1)
+    if not saved:
+        return f"pruning ended none of {len(ended)} trials early"
+    share = saved / (saved + sum(map(_seconds, ended)))
+    return f"pruning ended {len(pruned)} of {len(ended)} trials early and saved {share:.0%} of the time of all of them"
+
+
+def _seconds(trial: FrozenTrial) -> float:
+    return 0.0 if trial.duration is None else trial.duration.total_seconds()

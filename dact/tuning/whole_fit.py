@@ -1,0 +1,118 @@
+"""A fit that keeps its model: of a candidate for the final model, of the final model, and of the defaults."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dact.files import read_json, write_json
+from dact.model import DACT
+from dact.tuning.fingerprints import digest
+from dact.tuning.fitting import MONITOR, resumable_fit, seeded
+from dact.tuning.prepared import Prepared
+from dact.tuning.progress import Progress
+
+FRESH_SEED = 1000  # added to the run's own: far from the seeds of the studies
+MADE_OF = "made_of.json"  # what a fit was made of; another one replaces it
+
+
+@dataclass(frozen=True)
+class WholeFit:
+    """A fit with checkpoints in a folder of its own, which resumes after a kill.
+
+    Args:
+        shared: What the fits of the run share.
+        folder: Folder of the fit.
+        settings: See `Winners.settings`. None fits what the factories make: no teacher, and no start from the baseline.
+        keep_frozen: Whether the encoder of frozen mode stays frozen.
+    """
+
+    shared: Prepared
+    folder: Path
+    settings: Mapping[str, Any] | None
+    keep_frozen: bool = False
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What it is made of, as plain data."""
+        # The dial is set after the fit; of the promise, the fit knows which examples it may see.
+        setting = {n: v for n, v in self.shared.identity.items() if n not in ("halting_tolerance", "promise")}
+        return {"settings": self.settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
+
+    @property
+    def seed(self) -> int:
+        """Seed of the fit: a fresh one, except for the defaults."""
+        return self.shared.recipe.seed + (0 if self.settings is None else FRESH_SEED)
+
+    @property
+    def checkpoint(self) -> Path:
+        """Checkpoint of the best epoch."""
+        return self.folder / "checkpoints" / "best.ckpt"
+
+    @property
+    def history(self) -> list[dict[str, float]]:
+        """The logged metrics of every epoch, once the fit is done."""
+        return read_json(self.folder / "history.json")
+
+    @property
+    def best(self) -> dict[str, float]:
+        """The metrics of the epoch of the lowest val_loss."""
+        return min(self.history, key=lambda epoch: epoch[MONITOR])
+
+    @property
+    def is_done(self) -> bool:
+        """Whether an earlier call has finished it."""
+        return (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self._made_of() == self.origin
+
+    def _made_of(self) -> Any:
+        path = self.folder / MADE_OF
+        return read_json(path).get("fit") if path.is_file() else None
+
+    def __call__(self, what: str, progress: Progress) -> None:
+        """Fit, keep the best epoch, and resume from the last one that an earlier call kept.
+
+        Args:
+            what: Name of the fit, for progress and errors.
+            progress: What the console shows.
+
+        Raises:
+            NonFiniteLoss: If its loss is not finite; the message says what to change.
+        """
+        last = self.folder / "checkpoints" / "last.ckpt"  # of use only to a fit that is not done
+        if self.is_done:
+            last.unlink(missing_ok=True)  # a kill may have come just before
+            return
+        if self._made_of() != self.origin or (self.folder / "history.json").is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+            write_json(self.folder / MADE_OF, {"fit": self.origin})
+        recipe, chosen = self.shared.recipe, dict(self.settings or {})
+        epochs = chosen.pop("num_epochs", recipe.epochs)
+        with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
+            if self.settings is None:
+                model, data = recipe.model(), recipe.make_data()
+            else:
+                model, data = self.shared.build(chosen, whole=not self.keep_frozen)
+            history = resumable_fit(
+                recipe.trainer,
+                model,
+                data,
+                self.folder / "checkpoints",
+                what=what,
+                epochs=epochs,
+                callbacks=[bar],
+                log=self.folder,
+                keep_best=True,
+            )
+        write_json(self.folder / "history.json", history.epochs)
+        last.unlink()
+
+    def model(self) -> DACT:
+        """Return the model of the best epoch, on the device that it should use."""
+        made = self.shared.recipe.make_model()
+        # An encoder of the user's own, which no checkpoint can rebuild.
+        given = made.encoder if made.encoder.config() is None else None
+        model = type(made).load_from_checkpoint(self.checkpoint, encoder=given).eval()
+        return model.to(self.shared.recipe.device)

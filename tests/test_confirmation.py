@@ -1,0 +1,120 @@
+"""The confirmation of the winners, and the final model that takes over what it fitted."""
+
+import json
+from functools import partial
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from dact import DACT, TuningEngine
+from dact.data import CompositionalSentiment
+from dact.encoders import TransformerEncoder
+from dact.tuning import final, whole_fit
+from dact.tuning.confirmation import Candidate, _best, _Difference
+from dact.tuning.outcome import Outcome
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+
+def small_model(**overrides):
+    return DACT(encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
+
+
+def engine(tmp_path, **options):
+    space = {"batch_size": {"choices": [32]}, "num_epochs": {"choices": [1]}}
+    options = {"n_trials": 2, "search_space": space, "encoder_training": "frozen", "warm_up_epochs": 1, **options}
+    data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
+    trainer = {"max_epochs": 1, "accelerator": "cpu"}
+    made = TuningEngine(model=small_model, data=data, trainer=trainer, log_dir=tmp_path, **options)
+    made.progress.console.quiet = True
+    return made
+
+
+@pytest.fixture
+def fitted(monkeypatch):
+    """The folders in which everything was fitted, in their order."""
+    folders = []
+
+    def recorded(arguments, model, data, checkpoints, **options):
+        folders.append(checkpoints.parent)
+        return whole_fit_resumable(arguments, model, data, checkpoints, **options)
+
+    whole_fit_resumable = whole_fit.resumable_fit
+    monkeypatch.setattr(whole_fit, "resumable_fit", recorded)
+    return folders
+
+
+def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winner(tmp_path, fitted, monkeypatch):
+    def killed(*arguments, **options):
+        raise KeyboardInterrupt
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(final, "evaluate", killed)  # after the fits, while the final model is measured
+        with pytest.raises(KeyboardInterrupt):
+            engine(tmp_path).run_pipeline("run")
+    confirmed = [str(folder.relative_to(run)) for folder in fitted]
+    assert confirmed[0] == "confirmation/default_settings/fit"
+    assert confirmed[1:] in (["confirmation/first_trial/fit"], ["confirmation/tuned/fit"])
+
+    metrics, checkpoint = engine(tmp_path).run_pipeline("run")
+    assert [str(folder.relative_to(run)) for folder in fitted[2:]] == ["final/defaults"], "nothing is fitted twice"
+    assert [path.relative_to(run) for path in run.rglob("*.ckpt")] == [Path("final", "checkpoints", "best.ckpt")]
+    chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
+    assert DACT.load_from_checkpoint(checkpoint).num_layers == chosen["num_layers"]
+    text = json.loads(Path(metrics).read_text())["confirmation"]
+    assert text.split(" (")[0] in ("default settings", "first trial", "tuned")
+    assert "default settings" in text
+
+    engine(tmp_path).final_train("run")
+    assert len(fitted) == 3
+
+
+def test_defaults_are_measured_at_the_promise_of_the_run(tmp_path):
+    from dact.calibration import Promise
+
+    promise = Promise(max_layers=2.2, confidence=None)
+    metrics, _ = engine(tmp_path, promise=promise).run_pipeline("run")
+    found = json.loads(Path(metrics).read_text())
+    defaults = json.loads((tmp_path / "run" / "final" / "defaults" / "metrics.json").read_text())
+    assert defaults["calibration"]["promise"] == found["calibration"]["promise"]
+    assert defaults["halting_margin"] == defaults["calibration"]["halting_margin"] < 1
+    assert defaults["validation"]["mean_exit_layer"] <= 2.2
+    assert defaults["test"]["difference_to_baseline"]["accuracy"] == pytest.approx(
+        defaults["test"]["accuracy"] - found["baseline"]["test"]["accuracy"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("layers", "lost", "beats"),
+    [
+        ((-0.5, 0.1), (0.0, 0.005), True),  # fewer layers at the same accuracy
+        ((-0.05, 0.1), (0.0, 0.005), False),  # not by more than the error
+        ((-0.5, 0.1), (0.01, 0.005), False),  # fewer, and worse
+        ((0.05, 0.1), (-0.01, 0.005), True),  # better at the same layers
+        ((0.5, 0.1), (-0.01, 0.005), False),  # better, and more layers
+        ((0.0, 0.0), (0.0, 0.0), False),
+    ],
+)
+def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(layers, lost, beats):
+    assert _Difference(layers, lost).beats == beats
+
+
+def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
+    def outcome(layers):
+        exits = torch.tensor([layers, layers + 0.1] * 50)
+        return Outcome(exits, torch.zeros(100), torch.zeros(100))
+
+    found = {"default settings": None, "first trial": outcome(3.0), "tuned": outcome(2.0), "broken": None}
+    candidates = [Candidate(name, {}) for name in found]
+    comparisons = []
+    best = _best(candidates, lambda candidate: found[candidate.name], comparisons)
+    assert best.name == "tuned"
+    assert comparisons == [
+        "first trial beats default settings",
+        "tuned beats first trial: -1.00 ± 0.00 layers, +0.00 ± 0.00 points",
+        "broken does not beat tuned",
+    ]
+    assert _best(candidates[:1], lambda candidate: None, comparisons).name == "default settings"
