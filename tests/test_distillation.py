@@ -228,15 +228,15 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     again = made()
     again.final_train("run")
     assert stored.stat().st_mtime_ns == before
-    shared = again._shared
-    started, data = shared.build({}, whole=True)
+    prepared = again._prepared
+    started, data = prepared.build({}, whole=True)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    weights = shared.baseline.encoder()
+    weights = prepared.baseline.encoder()
     assert all(torch.equal(started.encoder.state_dict()[name], weight) for name, weight in weights.items())
-    fresh = shared.recipe.make_model().encoder.state_dict()
+    fresh = prepared.recipe.make_model().encoder.state_dict()
     assert not all(torch.equal(fresh[name], weight) for name, weight in weights.items())
-    torch.testing.assert_close(batch["teacher"], shared.baseline.probabilities()[batch["row"]])
+    torch.testing.assert_close(batch["teacher"], prepared.baseline.probabilities()[batch["row"]])
     torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))
 
 
