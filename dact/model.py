@@ -51,14 +51,8 @@ class DACT(Evaluated):
         lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0.
         ponder: The ponder cost ρ, ``"p"`` (mean of Σ p_n) or ``"h"`` (mean of Σ h_n).
         exit_loss_weight: Weight of the exit loss, 0 or more.
-<<<<<<< HEAD
         detach_exits: Whether encoder and classifier learn from the exit loss alone, as in a multi-exit, and the loss of
             a_N and the ponder cost train the confidence only. The first layers then answer better.
-=======
-        detach_exits: Whether encoder and classifier learn from the exit loss alone, as in a multi-exit, so that the
-            loss of a_N and the ponder cost train the confidence only. The first layers then answer better; the exit
-            loss needs a weight above 0.
->>>>>>> work/pays-on-house
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
             the label. Training batches then carry ``teacher`` ``[batch, classes]``.
         share_submodels: Whether all layers share one pair of submodels instead of having one pair each.

@@ -82,7 +82,7 @@ def test_the_pipeline_leaves_what_the_design_lists(tuned):
     assert stored["lambda_reg"] == {"lambda_reg": made.lambda_reg}
     SubmodelConfig(**stored["classifier_config"])
     SubmodelConfig(**stored["confidence_config"])
-    expected = {"batch_size", "submodel_learning_rate", "num_epochs", "exit_loss_weight", "num_layers"}
+    expected = {"batch_size", "submodel_learning_rate", "num_epochs", "exit_loss_weight", "detach_exits", "num_layers"}
     finetuned = {"learning_rate"} if made.recipe.encoder_training == "finetune" else set()
     assert set(stored["external_config"]) == expected | finetuned
     final = {path.name for path in (run / "final").iterdir()}

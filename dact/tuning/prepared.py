@@ -203,7 +203,8 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
     recipe, data = surveyed.recipe, surveyed.data
     taught_by = fingerprint_tensor(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
-        model = recipe.make_model(**{**learning, "submodel_learning_rate": surveyed.initial["submodel_learning_rate"]})
+        recommended = {name: surveyed.initial[name] for name in ("submodel_learning_rate", "detach_exits")}
+        model = recipe.make_model(**{**learning, **recommended})
     train, val = data.train_dataloader(), data.val_dataloader()
     batch_size: int = next(iter(train))["labels"].shape[0]
     seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)

@@ -209,6 +209,7 @@ class Recipe:
             "submodel_learning_rate": model.submodel_learning_rate or rate,
             "num_epochs": self.epochs,
             "exit_loss_weight": model.exit_loss_weight,
+            "detach_exits": model.detach_exits,
             "weight_decay": model.weight_decay,
             "warmup_fraction": model.warmup_fraction,
             "num_layers": model.num_layers,
@@ -218,6 +219,7 @@ class Recipe:
             **defaults,
             "submodel_learning_rate": model.submodel_learning_rate
             or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
+            "detach_exits": model.exit_loss_weight > 0,
             "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
         }
         price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []

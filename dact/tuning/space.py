@@ -115,6 +115,7 @@ DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
         "submodel_learning_rate": Dimension("float", 2e-4, 1e-2, log=True),
         "num_epochs": Dimension("categorical", choices=[2, 3, 4]),
         "exit_loss_weight": Dimension("float", 0.1, 1.0, step=0.1),
+        "detach_exits": Dimension("categorical", choices=[True, False]),
     },
     "lambda_reg": {"lambda_reg": Dimension("float", 1e-3, 1.0, log=True)},
 }

@@ -65,7 +65,10 @@ def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _training(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {"external_config": dict(params)}
+    settings = dict(params)
+    if settings.get("exit_loss_weight") == 0:
+        settings.pop("detach_exits", None)  # detached from the rest, encoder and classifier would learn nothing
+    return {"external_config": settings}
 
 
 def _lambda_reg(params: Mapping[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,6 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)
     first_trials = recipe.first_trials(model, data)
     recommended = first_trials[TRAINING.name][0]
-    initial = {name: recommended[name] for name in ("submodel_learning_rate", "num_layers")}
+    initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
     spaces, first_trials = complete_spaces(spaces, model.num_layers, first_trials, bounded)
     return Surveyed(recipe, model, data, teacher, identity, spaces, first_trials, initial)
