@@ -317,7 +317,7 @@ def test_objectives_serve_a_study_of_ones_own(tmp_path, mode):
     study.optimize(made.submodel_objective, n_trials=1)
     assert study.best_value > 0
     fixed = {**study.best_params, "learning_rate": 1e-3, "submodel_learning_rate": 1e-3, "batch_size": 64}
-    fixed |= {"num_epochs": 1, "num_layers": 2, "exit_loss_weight": 0.3, "lambda_reg": 0.05}
+    fixed |= {"num_epochs": 1, "num_layers": 2, "exit_loss_weight": 0.3, "detach_exits": True, "lambda_reg": 0.05}
     value = made.train_tune_objective(optuna.trial.FixedTrial(fixed))
     assert isinstance(value, float)
     loss, layers = made.lambda_objective(optuna.trial.FixedTrial(fixed, number=1))
