@@ -88,18 +88,19 @@ def test_defaults_are_measured_at_the_promise_of_the_run(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("layers", "lost", "beats"),
+    ("layers", "lost", "within", "beats"),
     [
-        ((-0.5, 0.1), (0.0, 0.005), True),  # fewer layers at the same accuracy
-        ((-0.05, 0.1), (0.0, 0.005), False),  # not by more than the error
-        ((-0.5, 0.1), (0.01, 0.005), False),  # fewer, and worse
-        ((0.05, 0.1), (-0.01, 0.005), True),  # better at the same layers
-        ((0.5, 0.1), (-0.01, 0.005), False),  # better, and more layers
-        ((0.0, 0.0), (0.0, 0.0), False),
+        ((-0.5, 0.1), (0.0, 0.005), False, True),  # fewer layers at the same accuracy
+        ((-0.05, 0.1), (0.0, 0.005), True, False),  # not by more than the error
+        ((-0.5, 0.1), (0.01, 0.005), False, False),  # fewer, and worse
+        ((-0.5, 0.1), (0.01, 0.005), True, True),  # fewer, and worse by no more than the promise allows
+        ((0.05, 0.1), (-0.01, 0.005), False, True),  # better at the same layers
+        ((0.5, 0.1), (-0.01, 0.005), True, False),  # better, and more layers
+        ((0.0, 0.0), (0.0, 0.0), True, False),
     ],
 )
-def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(layers, lost, beats):
-    assert _Difference(layers, lost).beats == beats
+def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(layers, lost, within, beats):
+    assert _Difference(layers, lost, within).beats == beats
 
 
 def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
@@ -110,11 +111,11 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     found = {"default settings": None, "first trial": outcome(3.0), "tuned": outcome(2.0), "broken": None}
     candidates = [Candidate(name, {}) for name in found]
     comparisons = []
-    best = _best(candidates, lambda candidate: found[candidate.name], comparisons)
+    best = _best(candidates, lambda candidate: found[candidate.name], 0.0, comparisons)
     assert best.name == "tuned"
     assert comparisons == [
         "first trial beats default settings",
         "tuned beats first trial: -1.00 ± 0.00 layers, +0.00 ± 0.00 points",
         "broken does not beat tuned",
     ]
-    assert _best(candidates[:1], lambda candidate: None, comparisons).name == "default settings"
+    assert _best(candidates[:1], lambda candidate: None, 0.0, comparisons).name == "default settings"

@@ -170,3 +170,22 @@ def test_defaults_depend_on_the_device_and_wrong_sizes_are_refused():
     for name in ("step_tokens", "window_tokens"):
         with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
             tiny_model(**{name: 0})
+
+
+def test_half_precision_on_a_cpu_sees_few_lengths_and_the_same_classes():
+    model, batch = tiny_model(layers=3), random_batch(40, length=30)
+    seen = set()
+    run = model.encoder.layer
+
+    def layer(number, hidden, context):
+        seen.add(hidden.shape[1])
+        return run(number, hidden, context)
+
+    model.encoder.layer = layer
+    plain = model.early_exit(batch)
+    assert any(length % 4 for length in seen)
+    seen.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.early_exit(batch)
+    assert all(length % 4 == 0 or length == batch["input_ids"].shape[1] for length in seen)
+    assert (half.probabilities.argmax(1) == plain.probabilities.argmax(1)).double().mean() > 0.9

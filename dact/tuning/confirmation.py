@@ -71,7 +71,8 @@ def confirm(
     """Fit the candidates under fresh seeds, and let the first stay unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
-    by more than one standard error of the paired difference over the validation examples. Candidates are fitted as the
+    by more than one standard error of the paired difference over the validation examples. What stays within the loss
+    that the promise allows, measured from the baseline, counts as the same loss. Candidates are fitted as the
     final model is, which takes over the fit of the winner. Frozen mode fits only two of them so: the first, and of the
     others the one that wins on the frozen states. Fits that an earlier call did are not repeated.
 
@@ -88,12 +89,14 @@ def confirm(
     default, *others = unique.values()
     if not others:
         return Verdict(default, f"{default.name}, which tuning chose as well")
+    promise = shared.recipe.promise
+    allowed = (promise.max_accuracy_loss if promise else None) or 0.0
     on_states = partial(_on_states, run, shared, progress)
     whole = on_states if keep_frozen else partial(_whole, run, shared, progress)
     comparisons: list[str] = []
     if not keep_frozen and shared.states is not None and len(others) > 1:
-        others = [_best(others, on_states, comparisons, " on frozen states")]
-    best = _best([default, *others], whole, comparisons)
+        others = [_best(others, on_states, allowed, comparisons, " on frozen states")]
+    best = _best([default, *others], whole, allowed, comparisons)
     return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
 
 
@@ -105,7 +108,9 @@ def whole_fits(recipe: Recipe, keep_frozen: bool) -> int:
 Measure = Callable[[Candidate], Outcome | None]  # None where the loss is not finite
 
 
-def _best(candidates: Sequence[Candidate], measure: Measure, comparisons: list[str], where: str = "") -> Candidate:
+def _best(
+    candidates: Sequence[Candidate], measure: Measure, allowed: float, comparisons: list[str], where: str = ""
+) -> Candidate:
     """Return the candidate that is left when each has challenged the best before it, and add what was compared."""
     best, *others = candidates
     found = measure(best)
@@ -113,7 +118,9 @@ def _best(candidates: Sequence[Candidate], measure: Measure, comparisons: list[s
         other = measure(candidate)
         text, wins = "", other is not None
         if found is not None and other is not None:
-            difference = _Difference(mean_and_error(other.exits - found.exits), mean_and_error(other.lost - found.lost))
+            within = other.lost.double().mean().item() <= allowed
+            layers, lost = mean_and_error(other.exits - found.exits), mean_and_error(other.lost - found.lost)
+            difference = _Difference(layers, lost, within)
             text, wins = f": {difference}", difference.beats
         comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {best.name}{where}{text}")
         if wins:
@@ -123,15 +130,19 @@ def _best(candidates: Sequence[Candidate], measure: Measure, comparisons: list[s
 
 @dataclass(frozen=True)
 class _Difference:
-    """Paired differences, second less first: mean and standard error of layers and of the loss of accuracy."""
+    """Paired differences, second less first: mean and standard error of layers and of the loss of accuracy.
+
+    `within` says whether the second loses no more than is allowed.
+    """
 
     layers: tuple[float, float]
     lost: tuple[float, float]
+    within: bool = False
 
     @property
     def beats(self) -> bool:
         (layers, layers_error), (lost, lost_error) = self.layers, self.lost
-        fewer = layers + layers_error < 0 and lost <= lost_error
+        fewer = layers + layers_error < 0 and (self.within or lost <= lost_error)
         return fewer or (lost + lost_error < 0 and layers <= layers_error)
 
     def __str__(self) -> str:
