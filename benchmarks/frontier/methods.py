@@ -13,6 +13,7 @@ KINDS = {
 }
 OPTIONS = {
     "exits": "DACT: exit_loss_weight 3 instead of 0.3",
+    "heavy": "DACT: exit_loss_weight 30, next to which the loss of a_N hardly moves encoder and classifiers",
     "anytime": "DACT: the exit loss is that of the accumulated answers a_n, which early exit returns, not of y_n",
     "free": "DACT: λ = 0, so that the confidence only weighs the exits",
     "detached": "DACT: encoder and classifiers learn from the exit loss alone, as in the multi-exit; a_N teaches the confidence",
@@ -26,7 +27,7 @@ OPTIONS = {
     "live": "the teacher answers in every step, on a view of the text with 10 % of its tokens masked",
     "unlabelled": "6,000 more training texts, without their classes: the teacher alone is their target",
 }
-DACT_ALONE = ("exits", "anytime", "free", "detached", "warm")
+DACT_ALONE = ("exits", "heavy", "anytime", "free", "detached", "warm")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from .methods import FULL, Method
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEAD = SubmodelConfig(num_layers=1, hidden_units=64)
 RATE, HEAD_RATE = 1e-4, 1e-3  # many heads in little time need a larger rate than the encoder
+EXIT_WEIGHTS = {"heavy": 30.0, "exits": 3.0, "detached": 1.0}  # by option; 0.3 without one
 LAMBDA, TEACHER_SHARE = 0.05, 0.5
 FOLDS = 3  # of the option `crossfit`
 NUM_UNLABELLED = 6_000
@@ -164,7 +165,7 @@ def make_model(setting: Setting, method: Method, mask_token: int | None = None) 
         method=method,
         mask_token=mask_token,
         lambda_reg=0.0 if "free" in method.options else LAMBDA,
-        exit_loss_weight=3.0 if "exits" in method.options else 1.0 if "detached" in method.options else 0.3,
+        exit_loss_weight=next((weight for name, weight in EXIT_WEIGHTS.items() if name in method.options), 0.3),
         **arguments,
     )
     if method.kind == "encoder":
