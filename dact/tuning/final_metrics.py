@@ -115,7 +115,7 @@ def _texts_per_second(
 ) -> float:
     """Return the speed of early exit with a halting rule over all batches; making the batches is not timed.
 
-    It is that of the faster of two passes: in the first one libraries prepare what they keep for shapes not seen before.
+    It is that of the faster of two passes: in the first one libraries prepare for shapes that they have not seen.
     """
     before, texts, seconds = model.halting, 0, [0.0, 0.0]
     model.halting = halting
