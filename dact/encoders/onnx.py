@@ -114,8 +114,8 @@ class _Graph:
             raise ValueError(f"{path} is corrupted: its content is not what dact.export wrote")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        # Each layer has threads of its own. Left to spin between two calls, they take the cores from the next layer: one
-        # text took 5 to 15 times as long on two cores.
+        # Each layer has threads of its own. Left to spin between two calls, they take the cores from the next layer:
+        # one text took 5 to 15 times as long on two cores.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._inputs = [entry.name for entry in self._session.get_inputs()]
