@@ -76,8 +76,10 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         where = f"{engine.log_dir / tag}"
         if not isinstance(cause, OSError) and isinstance(engine.storage, str):
             where += f", storage {describe_storage(engine.storage, engine.log_dir / tag)}"
+        # What cannot be opened says so itself, with its address.
+        reason = str(cause) if isinstance(cause, ConnectionError) and str(cause) else root_cause(cause)
         raise RuntimeError(
-            f"{where}: {root_cause(cause)}. What has finished is kept: fix this and run the same command again"
+            f"{where}: {reason.rstrip('.')}. What has finished is kept: fix this and run the same command again"
         ) from error
 
 
