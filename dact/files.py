@@ -64,6 +64,15 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def remove_partial(folder: Path) -> None:
+    """Remove the temporary files and folders that a killed process left under `folder`."""
+    for left_over in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
+        if left_over.is_dir():
+            shutil.rmtree(left_over, ignore_errors=True)
+        else:
+            left_over.unlink(missing_ok=True)
+
+
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # folders cannot be opened there

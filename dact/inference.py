@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def early_exit(
     batch = {name: entry for name, entry in batch.items() if isinstance(entry, Tensor)}  # nothing else has rows to pick
     if len(mask) == 0:
         raise ValueError("early exit needs at least one example, got a batch of 0")
-    step, window = budget(mask.device, step_tokens, window_tokens)
+    step, window = budget(mask.device, step_tokens or encoder.step_tokens, window_tokens)
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths = ((mask != 0) * positions).amax(dim=1).cpu().numpy()
     if mask.device.type == "cpu" and _in_half_precision(encoder):
@@ -126,7 +127,8 @@ def early_exit(
     unit = _Unit(classifier, confidence, halting)
     results = _Results(len(lengths), unit.num_layers, record)
     for rows in _cut(order, lengths[order], window):
-        groups = [_embed(encoder, batch, mask, run, lengths[run]) for run in _cut(rows, lengths[rows], step)]
+        runs = [*_cut(rows, lengths[rows], step)]
+        groups = [*encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)]
         _run_window(encoder, unit, groups, rows, results, step)
     return results.exits(mask.device)
 
@@ -210,7 +212,7 @@ def _run_window(
         step: Tokens of one step, padding included.
     """
     for n in range(1, unit.num_layers + 1):
-        states = [_run_layer(encoder, n, group) for group in groups]
+        states = [*encoder.for_each(partial(_run_layer, encoder, n), groups)]
         y, h = unit.ask(n, states[0] if len(states) == 1 else torch.cat(states))
         results.record(n, rows, y, h)
         if n == 1:

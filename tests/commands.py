@@ -2,8 +2,9 @@
 
 import os
 import subprocess
-import sys
 from pathlib import Path
+
+from tests import warm
 
 ROOT = Path(__file__).parent.parent
 FIT = ROOT / "configs" / "fit.yaml"
@@ -32,16 +33,8 @@ def environment(**more):
 
 def dact(*arguments, cwd, check=True, text=None, **variables):
     """Run the command, with `text` as its standard input; with `check`, it must succeed."""
-    done = subprocess.run(
-        [sys.executable, "-m", "dact", *map(str, arguments)],
-        cwd=cwd,
-        env=environment(**variables),
-        input=text,
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
+    process = warm.start("dact", arguments, cwd=cwd, env=environment(**variables))
+    output, errors = process.communicate(text, timeout=500)
     if check:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
+        assert process.returncode == 0, output + errors
+    return subprocess.CompletedProcess(arguments, process.returncode, output, errors)

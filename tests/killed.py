@@ -66,11 +66,15 @@ def keep_log(file):
     around(DACT, "on_train_epoch_start", note)
 
 
-if __name__ == "__main__":
-    plan = json.loads(sys.argv[1])
-    sys.argv = ["dact", *sys.argv[2:]]
+def run(plan, *words):
+    sys.argv = ["dact", *words]
+    plan = json.loads(plan)
     if "point" in plan:
         plant(plan["point"], plan["count"])
     if "log" in plan:
         keep_log(plan["log"])
     main()
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -7,7 +7,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,10 +20,11 @@ from dact import DACT, TextClassifier
 from dact.files import read_json
 from dact.tuning.stages import STAGES as ALL_STAGES
 from dact.tuning.studies import RETRY_OF, counts, is_interrupted
+from tests import warm
+from tests.commands import environment
 from tests.conftest import free_port
 from tests.killed import POINTS
 
-ROOT = Path(__file__).parent.parent
 STAGES = [stage.name for stage in ALL_STAGES]
 KILLS = 30
 
@@ -56,24 +56,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def default_signals():
-    # A shell ignores Ctrl-C in what it starts in the background, and this would be inherited.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-
-
 def start(folder, *options, plan=None, tag="run"):
     """Start ``dact tune`` in `folder`, with a fault in it if there is a plan."""
-    command = [sys.executable, "-m", *(["dact"] if plan is None else ["tests.killed", json.dumps(plan)])]
-    command += ["tune", "--config", "tune.yaml", "--run_tag", tag, *map(str, options)]
-    return subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        preexec_fn=default_signals,
-    )
+    words = ["tune", "--config", "tune.yaml", "--run_tag", tag, *options]
+    if plan is None:
+        return warm.start("dact", words, cwd=folder, env=environment(), merged=True)
+    return warm.start("tests.killed", [json.dumps(plan), *words], cwd=folder, env=environment(), merged=True)
 
 
 def finish(process, seconds=300):
@@ -167,7 +155,7 @@ def test_thirty_kills_lose_nothing(folder):
             plan = {"point": generator.choice(POINTS), "count": generator.randint(1, 25)}
         process = start(folder, *options, plan=plan)
         if how == "time":
-            time.sleep(generator.uniform(3, 10))
+            time.sleep(generator.uniform(0, 6))
             process.kill()
         elif how == "worker":
             # One worker dies and is replaced; then its parent dies, and no worker lives on.
@@ -177,7 +165,8 @@ def test_thirty_kills_lose_nothing(folder):
                 return process.poll() is None
 
             def workers(parent=parent):
-                return [child for child in parent.children() if "spawn_main" in " ".join(child.cmdline())]
+                servers = [child for child in parent.children() if "forkserver" in " ".join(child.cmdline())]
+                return [worker for server in servers for worker in server.children()]
 
             try:
                 wait_for(lambda workers=workers, running=running: len(workers()) == 2 or not running())

@@ -220,6 +220,19 @@ def test_an_exported_model_can_be_saved_elsewhere_copied_and_pickled(tmp_path):
         assert torch.equal(one.early_exit(batch).probabilities, expected)
 
 
+def test_steps_side_by_side_give_the_answers_of_one_after_the_other(tmp_path):
+    saved(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    model, batch = DACT.from_pretrained(tmp_path / "onnx"), random_batch(100)
+    model.step_tokens = 100
+    alone, alone_full = model.early_exit(batch), model.full_depth(batch)
+    torch.set_num_threads(3)  # steps of 100 tokens are more than a dozen at each layer
+    beside, beside_full = model.early_exit(batch), model.full_depth(batch)
+    torch.testing.assert_close(beside.probabilities, alone.probabilities)
+    torch.testing.assert_close(beside_full.h, alone_full.h)
+    assert torch.equal(beside.exit_layer, alone.exit_layer)
+
+
 def test_a_corrupted_or_missing_graph_is_refused_by_name(tmp_path):
     saved(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "onnx")

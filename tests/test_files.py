@@ -3,7 +3,16 @@
 import pytest
 import torch
 
-from dact.files import read_checkpoint, read_json, read_tensors, replacing, replacing_folder, write_json, write_tensors
+from dact.files import (
+    read_checkpoint,
+    read_json,
+    read_tensors,
+    remove_partial,
+    replacing,
+    replacing_folder,
+    write_json,
+    write_tensors,
+)
 
 
 def names(folder):
@@ -35,6 +44,14 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     with replacing_folder(tmp_path / "folder"):
         pass
     assert names(tmp_path) == ["a.json", "folder"]
+
+
+def test_a_folder_is_freed_of_what_a_killed_process_left(tmp_path):
+    for name in ("kept.json", ".answers.partial", "inner/.model.partial/weights", "inner/.model.old/weights"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    remove_partial(tmp_path)
+    assert names(tmp_path) == ["inner", "kept.json"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

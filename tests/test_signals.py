@@ -1,6 +1,5 @@
 """Signals: a stop that is never lost, and that comes between batches."""
 
-import os
 import signal
 import weakref
 
@@ -30,7 +29,7 @@ class Thing:
 @pytest.mark.usefixtures("_installed")
 def test_a_signal_inside_a_weakref_callback_is_not_lost(number, capsys):
     thing = Thing()
-    reference = weakref.ref(thing, lambda _: os.kill(os.getpid(), number))
+    reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
     del thing
     assert reference() is None
     assert signals.stop_requested()
@@ -41,9 +40,9 @@ def test_a_signal_inside_a_weakref_callback_is_not_lost(number, capsys):
 
 @pytest.mark.usefixtures("_installed")
 def test_a_second_signal_ends_work_that_has_no_batches():
-    os.kill(os.getpid(), signal.SIGTERM)
+    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
 
 
 @pytest.mark.usefixtures("_installed")
@@ -54,7 +53,7 @@ def test_a_fit_stops_at_the_next_batch():
     class Terminate(Callback):
         def on_train_batch_end(self, trainer, model, outputs, batch, index):
             seen.append(index)
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
 
     trainer = Trainer(
         max_epochs=1,
@@ -72,6 +71,6 @@ def test_a_fit_stops_at_the_next_batch():
 
 @pytest.mark.usefixtures("_installed")
 def test_a_new_start_forgets_an_old_signal():
-    os.kill(os.getpid(), signal.SIGINT)
+    signal.raise_signal(signal.SIGINT)
     signals.install()
     signals.check()

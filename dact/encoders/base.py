@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 Batch = Mapping[str, Tensor]
 Pooling = Literal["mean", "first"]
+Given = TypeVar("Given")
+Made = TypeVar("Made")
 MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
 
 
@@ -28,6 +30,7 @@ class LayeredEncoder(nn.Module, ABC):
     vocab_size: int | None = None  # number of token ids, None if unknown
     max_length: int | None = None  # longest input in tokens, None if there is no bound
     counts_columns: bool = False  # whether positions count from the first column, which padding on the left would shift
+    step_tokens: int | None = None  # tokens of one step of early exit, None for what suits PyTorch on the device
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
@@ -62,6 +65,14 @@ class LayeredEncoder(nn.Module, ABC):
     @abstractmethod
     def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         """Return what the submodels see after a layer (1-based): ``[batch, length, hidden]`` -> ``[batch, hidden]``."""
+
+    def for_each(self, function: Callable[[Given], Made], steps: Sequence[Given]) -> Iterable[Made]:
+        """Return what a function makes of each step of early exit, in their order.
+
+        By default one after the other, since PyTorch uses all cores in each of them. Override it where the steps run
+        faster side by side.
+        """
+        return map(function, steps)
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the pooled states of all layers, ``[batch, layers, hidden]``."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dact.encoders.base import Batch, LayeredEncoder
+from dact.encoders.base import Batch, Given, LayeredEncoder, Made
 from dact.files import replacing
 
 try:
@@ -28,8 +30,8 @@ class OnnxEncoder(LayeredEncoder):
     """An encoder whose embedding, layers and pooling are graphs that ONNX Runtime runs on the CPU.
 
     It keeps the contract of `LayeredEncoder`, so early exit, calibration and `TextClassifier` work as they do with
-    PyTorch. It has no parameters: training can reach the submodels alone. The graphs use as many threads as PyTorch
-    does when they are loaded.
+    PyTorch. It has no parameters: training can reach the submodels alone. Steps of early exit run side by side, as many
+    as PyTorch uses threads; each has one thread.
 
     Args:
         folder: Folder with the graphs.
@@ -85,6 +87,12 @@ class OnnxEncoder(LayeredEncoder):
     def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         return self._graphs[POOL](hidden=hidden, mask=mask.long())
 
+    def for_each(self, function: Callable[[Given], Made], steps: Sequence[Given]) -> Iterable[Made]:
+        threads = torch.get_num_threads()
+        if threads == 1 or len(steps) == 1:
+            return map(function, steps)
+        return _pool(threads).map(function, steps)
+
     def config(self) -> dict[str, Any]:
         return {
             "type": "OnnxEncoder",
@@ -103,6 +111,12 @@ class OnnxEncoder(LayeredEncoder):
                     shutil.copyfile(self.folder / name, partial)
 
 
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    """Return the threads that all encoders of the process share."""
+    return ThreadPoolExecutor(threads, thread_name_prefix="dact")
+
+
 class _Graph:
     """One graph of tensors by name to one tensor; it is copied and pickled by its path."""
 
@@ -113,10 +127,7 @@ class _Graph:
         if digest(path) != digests.get(name):
             raise ValueError(f"{path} is corrupted: its content is not what dact.export wrote")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        # Each layer has threads of its own. Left to spin between two calls, they take the cores from the next layer:
-        # one text took 5 to 15 times as long on two cores.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.intra_op_num_threads = 1  # the steps of early exit run side by side instead
         self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
         self._inputs = [entry.name for entry in self._session.get_inputs()]
         self._origin = path, digests

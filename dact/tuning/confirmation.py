@@ -22,7 +22,6 @@ from dact.tuning.fitting import History, NonFiniteLoss, seeded, without_collapse
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
-from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
 from dact.tuning.trial import fit_settings
 from dact.tuning.whole_fit import FRESH_SEED, WholeFit
@@ -65,23 +64,21 @@ class Verdict:
     text: str
 
 
-def confirm(
-    run: Run, shared: Prepared, candidates: Sequence[Candidate], progress: Progress, *, keep_frozen: bool
-) -> Verdict:
+def confirm(run: Run, shared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
     """Fit the candidates under fresh seeds, and let the first stay unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
     by more than one standard error of the paired difference over the validation examples. What stays within the loss
     that the promise allows, measured from the baseline, counts as the same loss. Candidates are fitted as the
     final model is, which takes over the fit of the winner. Frozen mode fits only two of them so: the first, and of the
-    others the one that wins on the frozen states. Fits that an earlier call did are not repeated.
+    others the one that wins on the frozen states; if the final model keeps the frozen encoder, these states decide
+    alone. Fits that an earlier call did are not repeated.
 
     Args:
         run: The run.
         shared: What its fits share.
         candidates: Candidates; the first are the defaults.
         progress: What the console shows.
-        keep_frozen: Whether the final model keeps the encoder of frozen mode. Then the frozen states decide alone.
     """
     unique: dict[str, Candidate] = {}
     for candidate in candidates:
@@ -92,17 +89,13 @@ def confirm(
     promise = shared.recipe.promise
     allowed = (promise.max_accuracy_loss if promise else None) or 0.0
     on_states = partial(_on_states, run, shared, progress)
+    keep_frozen = shared.recipe.final_training == "frozen"
     whole = on_states if keep_frozen else partial(_whole, run, shared, progress)
     comparisons: list[str] = []
     if not keep_frozen and shared.states is not None and len(others) > 1:
         others = [_best(others, on_states, allowed, comparisons, " on frozen states")]
     best = _best([default, *others], whole, allowed, comparisons)
     return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
-
-
-def whole_fits(recipe: Recipe, keep_frozen: bool) -> int:
-    """Return how many candidates are fitted as the final model, at most."""
-    return 0 if keep_frozen else 2 if recipe.encoder_training == "frozen" else 3
 
 
 Measure = Callable[[Candidate], Outcome | None]  # None where the loss is not finite

@@ -18,11 +18,11 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.calibration import Promise
-from dact.checks import check_choice, check_range
+from dact.checks import check_range
 from dact.factories import default_data, default_model
 from dact.model import DACT
 from dact.tuning import studies
-from dact.tuning.confirmation import Candidate, confirm, whole_fits
+from dact.tuning.confirmation import Candidate, confirm
 from dact.tuning.deadline import Deadline
 from dact.tuning.final import FinalFit
 from dact.tuning.fingerprints import digest
@@ -148,44 +148,32 @@ class TuningEngine:
     ) -> None:
         if time_out is not None:
             check_range("TuningEngine: time_out", time_out, "(0, inf]", "it is in minutes")
-        check_choice("TuningEngine: final_training", final_training, EncoderTraining)
-        if final_training == "frozen" and encoder_training != "frozen":
-            raise ValueError("TuningEngine: final_training='frozen' goes with encoder_training='frozen'")
         self.recipe = Recipe(
             output_dimension=output_dimension,
             model=model or partial(default_model, output_dimension),
             data=data or partial(default_data, seed=seed),
             trainer=trainer_arguments(trainer),
             encoder_training=encoder_training,
+            final_training=final_training,
             warm_up_epochs=warm_up_epochs,
             distillation=distillation,
             halting_tolerance=halting_tolerance,
             promise=promise,
             seed=seed,
+            compare_defaults=compare_defaults,
         )
-        callbacks = list(callbacks)
-        check_workers(
-            workers,
-            storage,
-            model=model,
-            data=data,
-            trainer=trainer,
-            sampler=sampler,
-            pruner=pruner,
-            callbacks=callbacks,
-        )
+        self.callbacks = list(callbacks)
+        sent = {"model": model, "data": data, "trainer": trainer, "sampler": sampler, "pruner": pruner}
+        check_workers(workers, storage, **sent, callbacks=self.callbacks)
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = trials_per_stage(n_trials)
         self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
         self.bounded = frozenset(search_space or ())
-        self.keep_frozen = final_training == "frozen"
         self.lambda_rule = LambdaRule(lambda_selection, max_loss_increase, max_layers)
         self.workers = workers
         self.storage = storage
         self.sampler = sampler or SeededSampler(seed)
         self.pruner = SameLengthPruner(pruner or LagPruner())
-        self.callbacks = callbacks
-        self.compare_defaults = compare_defaults
         self.log_dir = Path(log_dir)
         self.progress = Progress()
         self.worker_setup: Callable[[], None] | None = None
@@ -215,8 +203,7 @@ class TuningEngine:
         totals = zip(self.n_trials.values(), opened, strict=True)
         left = [max(0, n_trials - len(studies.finished(study))) for n_trials, study in totals]
         if any(left):
-            fits = self.compare_defaults + whole_fits(self.recipe, self.keep_frozen)
-            self.progress.announce(left, self.time_out, fits * self.recipe.epochs)
+            self.progress.announce(left, self.time_out, self.recipe.whole_fits * self.recipe.epochs)
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):
@@ -372,11 +359,8 @@ class TuningEngine:
         if prepared.recipe.note:
             self.progress.note(prepared.recipe.note)
         defaults, recommended = surveyed.untuned_settings()
-        candidates = [
-            Candidate("default settings", defaults),
-            Candidate("first trial", recommended),
-            Candidate("tuned", self._winners.settings()),
-        ]
+        settings = {"default settings": defaults, "first trial": recommended, "tuned": self._winners.settings()}
+        candidates = [Candidate(name, chosen) for name, chosen in settings.items()]
         with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):
-            verdict = confirm(run, prepared, candidates, self.progress, keep_frozen=self.keep_frozen)
-            return FinalFit(run, prepared, verdict, self.keep_frozen, self.compare_defaults, self.progress)()
+            verdict = confirm(run, prepared, candidates, self.progress)
+            return FinalFit(run, prepared, verdict, self.progress)()

@@ -42,16 +42,12 @@ class FinalFit:
         run: The run.
         shared: What its fits share.
         verdict: What the confirmation chose.
-        keep_frozen: Whether the encoder of frozen mode stays frozen.
-        compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         progress: What the console shows.
     """
 
     run: Run
     shared: Prepared
     verdict: Verdict
-    keep_frozen: bool
-    compare_defaults: bool
     progress: Progress
 
     @property
@@ -76,7 +72,7 @@ class FinalFit:
         data = self._measured_data()
         test = fingerprint_data(data.test_dataloader())
         settings = self.verdict.chosen.settings
-        fit = WholeFit(self.shared, folder, settings, self.keep_frozen)
+        fit = WholeFit(self.shared, folder, settings)
         promise = None if self.recipe.promise is None else asdict(self.recipe.promise)
         made_of = {"fit": fit.origin, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
         before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
@@ -93,7 +89,7 @@ class FinalFit:
         if not (metrics_path.is_file() and fit.checkpoint.is_file()):
             fit(f"the final fit of {self.run.tag!r}", self.progress)
             self._measure(folder, fit, data)
-        elif self.compare_defaults:
+        elif self.recipe.compare_defaults:
             self._measure_defaults(folder / "defaults", data)
         shutil.rmtree(old, ignore_errors=True)
         for checkpoints in (self.run.folder / FOLDER).glob("*/fit/checkpoints"):
@@ -155,7 +151,7 @@ class FinalFit:
             save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
         self._draw(folder, found, model.num_layers, against["validation"].entry["accuracy"])
         self._log(fit, found["validation"])
-        if self.compare_defaults:
+        if self.recipe.compare_defaults:
             self._measure_defaults(folder / "defaults", data, against)
         write_json(folder / "metrics.json", metrics)  # last: it says that all is done
 

@@ -52,6 +52,7 @@ class Recipe:
         data: Factory of datamodules.
         trainer: Arguments of the Trainer, from `trainer_arguments`.
         encoder_training: ``"finetune"`` or ``"frozen"``.
+        final_training: ``"finetune"`` or ``"frozen"``.
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
         distillation: Share of a teacher's probabilities in the training targets, in [0, 1]; None for that of the model
             factory, or for half if the factory has none and the data can carry them.
@@ -60,6 +61,7 @@ class Recipe:
         calibration_fraction: Share of the validation examples that is set aside for the promise; None for that of the
             data. See `resolved`.
         seed: Seed for data order, initialisation and samplers.
+        compare_defaults: Whether to fit and measure what the factories make without tuning as well.
         note: What the user should know about the promise, or an empty string.
 
     Raises:
@@ -71,11 +73,13 @@ class Recipe:
     data: Callable[..., LightningDataModule]
     trainer: Mapping[str, Any]
     encoder_training: EncoderTraining
+    final_training: EncoderTraining
     warm_up_epochs: int
     distillation: float | None
     halting_tolerance: float | None
     promise: Promise | None
     seed: int
+    compare_defaults: bool
     calibration_fraction: float | None = None
     note: str = ""
 
@@ -88,6 +92,9 @@ class Recipe:
                     "trial needs an instance of its own"
                 )
         check_choice("TuningEngine: encoder_training", self.encoder_training, EncoderTraining)
+        check_choice("TuningEngine: final_training", self.final_training, EncoderTraining)
+        if self.final_training == "frozen" and self.encoder_training != "frozen":
+            raise ValueError("TuningEngine: final_training='frozen' goes with encoder_training='frozen'")
         check_count("TuningEngine: warm_up_epochs", self.warm_up_epochs, least=0)
         if self.distillation is not None:
             check_range("TuningEngine: distillation", self.distillation, "[0, 1]", "it is a share of the targets")
@@ -96,6 +103,12 @@ class Recipe:
             if self.promise is not None and self.promise.dial == "halting_tolerance":
                 raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
         check_count("TuningEngine: seed", self.seed, least=0)
+
+    @property
+    def whole_fits(self) -> int:
+        """Largest number of fits of the whole model after the studies, one of which becomes the final model."""
+        candidates = 0 if self.final_training == "frozen" else 2 if self.encoder_training == "frozen" else 3
+        return candidates + self.compare_defaults
 
     @property
     def epochs(self) -> int:

@@ -27,13 +27,16 @@ class WholeFit:
         shared: What the fits of the run share.
         folder: Folder of the fit.
         settings: See `Winners.settings`. None fits what the factories make: no teacher, and no start from the baseline.
-        keep_frozen: Whether the encoder of frozen mode stays frozen.
     """
 
     shared: Prepared
     folder: Path
     settings: Mapping[str, Any] | None
-    keep_frozen: bool = False
+
+    @property
+    def keep_frozen(self) -> bool:
+        """Whether the encoder of frozen mode stays frozen."""
+        return self.settings is not None and self.shared.recipe.final_training == "frozen"
 
     @property
     def origin(self) -> dict[str, Any]:
