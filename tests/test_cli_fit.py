@@ -101,6 +101,7 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     assert "lightning_logs/tuned belongs to dact tune" in text
 
 
+@pytest.mark.slow
 def test_a_stopped_fit_leaves_its_best_model_and_the_command_that_resumes_it(tmp_path):
     words = ["fit", "--config", str(FIT), *SMALL, "--trainer.max_epochs", "500"]
     process = subprocess.Popen(

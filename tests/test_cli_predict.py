@@ -18,6 +18,7 @@ from dact.cli.stored import find_model
 from tests.commands import FIT, REVIEWS, SMALL, dact, environment
 
 
+@pytest.mark.slow
 def test_test_and_validate_measure_the_checkpoint(fitted):
     folder, run, _ = fitted
     for command in ("test", "validate"):
@@ -52,6 +53,7 @@ def test_predict_writes_one_row_per_input_in_their_order(fitted, ending):
     assert scores.tolist() == pytest.approx([prediction.score for prediction in expected], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dial", "careful"), [("halting_tolerance", "0.001"), ("halting_margin", "0.999")])
 def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, dial, careful):
     import shutil
@@ -82,6 +84,7 @@ def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, 
     assert "the fewest that can are" in failed.stderr
 
 
+@pytest.mark.slow
 def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(own):
     dact("fit", "--config", "config.yaml", cwd=own)
     lines = [b"text", b"the screen is great", b"", b"\xff\xfe", b'"a, ""b"""', b"   ", b"the screen is awful"]

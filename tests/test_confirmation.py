@@ -46,6 +46,7 @@ def fitted(monkeypatch):
     return folders
 
 
+@pytest.mark.slow
 def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winner(tmp_path, fitted, monkeypatch):
     def killed(*arguments, **options):
         raise KeyboardInterrupt
@@ -72,6 +73,7 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     assert len(fitted) == 3
 
 
+@pytest.mark.slow
 def test_defaults_are_measured_at_the_promise_of_the_run(tmp_path):
     from dact.calibration import Promise
 

@@ -4,9 +4,12 @@ import json
 import subprocess
 import sys
 
+import pytest
+
 from tests.commands import ROOT, environment
 
 
+@pytest.mark.slow
 def test_promises_are_kept_in_the_simulation_and_estimates_are_compared(tmp_path):
     command = [sys.executable, str(ROOT / "benchmarks" / "coverage.py"), "--texts", "2000", "--draws", "20"]
     done = subprocess.run(

@@ -82,6 +82,7 @@ def check_corruptions(path, read):
     return refused
 
 
+@pytest.mark.slow
 def test_damaged_checkpoints_never_give_a_wrong_model(run):
     path, batch = run / "final" / "checkpoints" / "best.ckpt", random_batch(vocab=42)
 
@@ -102,6 +103,7 @@ def test_damaged_models_never_give_a_wrong_model(run):
     assert check_corruptions(folder / "model.safetensors", read) > CORRUPTIONS * 0.9
 
 
+@pytest.mark.slow
 def test_damaged_warm_ups_never_serve(run):
     path = run / "features" / "encoder.safetensors"
 
@@ -215,6 +217,7 @@ def test_a_run_tag_never_leaves_the_log_folder(tmp_path, tag):
 # ------------------------------------------------------------------ the same again, and for long
 
 
+@pytest.mark.slow
 def test_two_runs_with_one_seed_give_the_same_weights(tmp_path):
     found = []
     for name in ("one", "two"):

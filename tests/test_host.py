@@ -125,6 +125,7 @@ def changes(code, folder, *arguments):
     return json.loads(done.stdout.rsplit("CHANGED", 1)[1])
 
 
+@pytest.mark.slow
 def test_importing_dact_changes_nothing(tmp_path):
     assert changes(IMPORTS, tmp_path) == {}
 

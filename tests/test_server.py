@@ -134,6 +134,7 @@ def same(got, expected):
     )
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_text_classifier(server, offline):
     texts = reviews(50)
     expected = offline(texts)

@@ -185,6 +185,7 @@ print(len(TextClassifier(Constant(), word_tokenizer(["good"]), batch_size=5)(["g
 """
 
 
+@pytest.mark.slow
 def test_a_bar_is_shown_on_a_terminal_alone():
     piped = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
     assert piped.stdout == "50 done\n"

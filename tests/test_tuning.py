@@ -572,6 +572,7 @@ def test_winners_of_one_run_do_not_enter_another(tmp_path):
         made.final_train("two")
 
 
+@pytest.mark.slow
 def test_trials_under_earlier_winners_are_ignored_and_kept(tmp_path):
     """The first study continues, and another trial wins: what came after it was measured with another architecture."""
     made = engine(tmp_path, n_trials=2)
@@ -644,6 +645,7 @@ class Slow(pl.Callback):
         time.sleep(self.seconds)
 
 
+@pytest.mark.slow
 def test_the_deadline_stops_a_trial_in_flight(tmp_path):
     trainer = {"max_epochs": 2, "accelerator": "cpu", "callbacks": [Slow()]}
     data = partial(small_data, batch_size=16)
@@ -769,6 +771,7 @@ def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
         engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
 
 
+@pytest.mark.slow
 def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
     options = {"encoder_training": "frozen", "warm_up_epochs": 1, "n_trials": 1, "compare_defaults": False}
     made = engine(tmp_path, final_training="frozen", **options)
@@ -913,6 +916,7 @@ def test_ones_own_text_keeps_its_class_names(tmp_path, mode):
     assert TextClassifier.from_pretrained(tmp_path / "run" / "final" / "model").class_names == ["minus", "none", "plus"]
 
 
+@pytest.mark.slow
 def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
     options = {"model": partial(small_model, class_weights=[1.0, 5.0, 1.0]), "promise": None}
     made = engine(tmp_path, n_trials=1, compare_defaults=False, **options)
@@ -925,6 +929,7 @@ def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
     assert (tmp_path / "run" / "final" / "defaults" / "metrics.json").is_file(), "asked for later, measured later"
 
 
+@pytest.mark.slow
 def test_another_promise_keeps_the_final_fit(tmp_path):
     space = {"num_epochs": {"choices": [1]}}
     options = {"n_trials": 1, "search_space": space, "compare_defaults": False}
@@ -944,6 +949,7 @@ def test_another_promise_keeps_the_final_fit(tmp_path):
     assert metrics["history"][0]["epoch"] == 0
 
 
+@pytest.mark.slow
 def test_the_final_fit_of_other_data_or_winners_is_not_taken_for_this_one(tmp_path):
     options = {"n_trials": 1, "search_space": {"num_epochs": {"choices": [1]}}, "compare_defaults": False}
     metrics, _ = engine(tmp_path, **options).run_pipeline("run")
@@ -968,6 +974,7 @@ class BreaksInTheFinalFit(DACT):
         return result
 
 
+@pytest.mark.slow
 def test_the_final_model_of_earlier_winners_stays_until_the_new_one_is_whole(tmp_path):
     kind = type("Broken", (BreaksInTheFinalFit,), {"flag": tmp_path / "break"})
     options = {
