@@ -39,7 +39,7 @@ model:
   learning_rate: 3.0e-3
 data:
   class_path: dact.data.CompositionalSentiment
-  init_args: {num_train: 200, num_val: 60, num_test: 60, max_depth: 3}
+  init_args: {num_train: 120, num_val: 60, num_test: 60, max_depth: 3}
 tuner:
   encoder_training: frozen
   warm_up_epochs: 2

@@ -83,11 +83,11 @@ def desk(tmp_path, monkeypatch):
     BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "encoder")
     rows = [
         f"the {noun} of order {number} {verb} {adjective},{label}"
-        for number in range(160)
+        for number in range(240)
         for noun in ("screen", "battery", "camera")
         for verb, adjective, label in (("is", "great", "good"), ("was", "poor", "bad"))
     ]
-    files = {"train": rows[:700], "test": rows[700:]}
+    files = {"train": rows[:1240], "test": rows[1240:]}
     for name, part in files.items():
         (tmp_path / f"{name}.csv").write_text("\n".join(["text,label", *part, ""]))
     (tmp_path / "new.csv").write_text("text\nthe screen is superb\nthe battery was awful\n")

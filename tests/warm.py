@@ -7,7 +7,7 @@ what the tests call. Whatever looks at imports, terminals or the start of a proc
 
 import atexit
 import functools
-import importlib
+import importlib.util
 import json
 import os
 import select
@@ -158,6 +158,9 @@ def become(request):
     os.chdir(request["cwd"])
     sys.path[0] = request["cwd"]
     sys.argv = [request["module"], *request["arguments"]]
+    # By which Lightning and multiprocessing start more processes of the command.
+    name = "dact.__main__" if request["module"] == "dact" else request["module"]
+    sys.modules["__main__"].__spec__ = importlib.util.find_spec(name)
     if request["module"] == "dact":
         from dact.__main__ import main
 
