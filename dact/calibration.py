@@ -86,7 +86,7 @@ class Promise:
     def examples_needed(self) -> int | None:
         """Return the fewest examples that can support this promise, if early exit makes no fault on them.
 
-        It is 2 for an estimate or a number of layers, and None for an allowance of 0, which the proof alone can keep.
+        It is 2 for an estimate or a number of layers, and None for an allowance of 0, which only the proof can keep.
         """
         if self.confidence is None or self.max_layers is not None:
             return 2

@@ -72,7 +72,7 @@ def write_card(folder: Path, model: Any, metrics: Metrics = None, repo_id: str |
 
 
 def is_written_by_dact(path: Path) -> bool:
-    """Return whether a model card may be replaced: dact wrote it, and nobody has made it their own."""
+    """Return whether a model card may be replaced: dact wrote it, and no user has claimed it."""
     return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 

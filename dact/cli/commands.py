@@ -107,7 +107,7 @@ class DACTCLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if subcommand != self.request.command:  # only the options of the command that runs are worth the time
+        if subcommand != self.request.command:  # adding options takes time, so only this command gets them
             return self.init_parser(**kwargs)
         if subcommand == "tune":
             parser = self.init_parser(**kwargs)
@@ -173,7 +173,7 @@ class DACTCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        if self.subcommand == "tune":  # tuning builds anew for every trial
+        if self.subcommand == "tune":  # tuning builds both for every trial
             return
         config = self.config[str(self.subcommand)]
         if self.subcommand in EVALUATING:

@@ -156,7 +156,7 @@ class TextDataModule(LightningDataModule, ABC):
             rank_zero_warn(
                 f"{len(cut) / examples:.0%} of the {split} texts are longer than max_length={self.max_length} tokens "
                 f"and are cut; max_length={needed} would keep {1 - CUT_SHARE:.0%} of them whole, if the encoder takes "
-                "so many"
+                "that many"
             )
 
     # ------------------------------------------------------------------ batches

@@ -74,7 +74,7 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
 
     Args:
         examples: Examples of a split.
-        tokenizer: Tokenizer that nobody else uses: the call changes its limits.
+        tokenizer: Tokenizer that is used only here: the call changes its limits.
         max_length: Number of tokens to which longer examples are cut.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The contract of a layered encoder. The DACT unit depends on it alone, never on a particular encoder."""
+"""The contract of a layered encoder. The DACT unit depends only on it, never on a particular encoder."""
 
 from __future__ import annotations
 

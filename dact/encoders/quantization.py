@@ -13,7 +13,7 @@ LEVELS = 127  # levels of a weight on either side of zero
 # Level of zero among the 256 of an activation, which the kernels want unsigned; that of GELU's output is lower.
 ZERO, ZERO_OF_GELU = 128, 32
 LEAST_GELU = -0.17  # GELU never falls below it
-OUTLIER = 8.0  # rows above so many times the median row of a matrix would spoil the scales of the others
+OUTLIER = 8.0  # rows this many times as large as the median row of a matrix would spoil the scales of the others
 
 
 def quantize(path: Path) -> None:

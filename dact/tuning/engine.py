@@ -64,8 +64,8 @@ class TuningEngine:
         output_dimension: Number of classes.
         time_out: Minutes for the three studies together, or None for no bound. The final fit is never cut short.
         model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what the trial chose.
-        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called likewise with overrides such
-            as ``batch_size``.
+        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the same way with
+            overrides such as ``batch_size``.
         trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the number. A trial runs on
             one device. dact uses its own logger, checkpoints and progress bars instead of those given here.
         n_trials: Total number of trials of each study, one number or one per study.

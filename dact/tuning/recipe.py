@@ -170,7 +170,7 @@ class Recipe:
         except ValueError:
             if asked_for:
                 raise
-            note = "the model leaves by a dial of its own: there is no promise about its margin"
+            note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
             return replace(self, promise=None, note=note)
         recipe, aside = self._setting_aside()
         needed = promise.examples_needed()
