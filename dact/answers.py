@@ -65,7 +65,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise TypeError(
-                f"a batch is a dict with 'labels' [batch], got a {type(batch).__name__}: let the data give dicts"
+                f"a batch is a dict with 'labels' [batch], got a {type(batch).__name__}: make the data yield dicts"
             )
         if "labels" not in batch:
             raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")

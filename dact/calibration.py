@@ -337,8 +337,8 @@ class _Evidence:
         if promise.max_layers is not None:
             train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
             return (
-                f"{name}={value:g} cannot be promised {how}: the fewest that can are {bound:.2f} of {self.layers}, at "
-                f"{promise.dial} {setting:g}. Promise that{train}, or give more examples"
+                f"{name}={value:g} cannot be promised {how}: the fewest layers that can be promised are {bound:.2f} of "
+                f"{self.layers}, at {promise.dial} {setting:g}. Promise that{train}, or give more examples"
             )
         lost, remedy = mean_and_error(self._values(exits))[0], "promise that, or train a better model"
         if lost < value:  # the bound tightens with the square root of the number of examples
@@ -429,7 +429,7 @@ def describe(found: Calibration, layers: int) -> str:
     ]
     if found.chose_checkpoint:
         lines.append(
-            "these examples chose the checkpoint, so that this is optimistic: set others aside with the data's "
+            "these examples chose the checkpoint, so this is optimistic: set others aside with the data's "
             "calibration_fraction or calibration_file"
         )
     return "\n".join(lines)

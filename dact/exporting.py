@@ -87,7 +87,7 @@ def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Exp
     model = DACT.from_pretrained(model_dir)
     encoder = model.encoder
     if isinstance(encoder, OnnxEncoder):
-        raise ValueError(f"export: {model_dir} was exported already: give the folder that the fit left")
+        raise ValueError(f"export: {model_dir} was exported already: give the folder of the fit")
     had_promise = model.calibration is not None
     model.end_calibration()
     with replacing_folder(output) as folder, torch.no_grad():

@@ -133,7 +133,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except Exception as error:  # the library raises many kinds
-        raise ValueError(f"{path} is corrupted or no safetensors file: {error}") from error
+        raise ValueError(f"{path} is corrupted or not a safetensors file: {error}") from error
     digest = metadata.pop(DIGEST, None)
     if digest is not None and digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is corrupted: its content does not have the digest that was stored with it")

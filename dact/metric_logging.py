@@ -70,7 +70,7 @@ class Evaluated(LightningModule):
         early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
         if (target == functional.IGNORED).any():
             raise ValueError(
-                f"a batch for {stage} has the label {functional.IGNORED}: only training takes what has none"
+                f"a batch for {stage} has the label {functional.IGNORED}: only training takes unlabelled examples"
             )
         ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
         loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost

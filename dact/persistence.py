@@ -217,7 +217,7 @@ def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
         f"{what} does not fit this model ({len(faults)} differences, such as {faults[0]}). Build the model with the "
         f"encoder, submodels and output_dimension ({model.output_dimension} here) that it was trained with, or use "
         "DACT.load_from_checkpoint, which reads them from the checkpoint (on the command line, give the config.yaml "
-        "that the fit left)"
+        "of the fit)"
     )
 
 

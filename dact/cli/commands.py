@@ -123,7 +123,7 @@ class DACTCLI(LightningCLI):
             else:
                 parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
         if subcommand in ("fit", "tune"):
-            text = "name of the run, and of its folder in lightning_logs; the same name again resumes the run"
+            text = "name of the run, and of its folder in lightning_logs; giving the same name again resumes the run"
             parser.add_argument("--run_tag", type=str, default="", help=text)
         else:
             _ignore(parser, "run_tag")
@@ -209,7 +209,7 @@ class DACTCLI(LightningCLI):
         self.datamodule = self.datamodule or self._get(self.config_init, "data")
         if self.datamodule is None:
             raise ValueError(
-                f"dact {self.subcommand} needs data: a file with a data: section by --config, or "
+                f"dact {self.subcommand} needs data: a file with a data: section, given by --config, or "
                 f"--data.{'predict' if self.subcommand == 'predict' else 'test'}_file"
             )
         self.trainer = self.instantiate_trainer()

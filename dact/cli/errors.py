@@ -85,7 +85,7 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
             except yaml.YAMLError as error:
                 mark = getattr(error, "problem_mark", None)
                 problem = getattr(error, "problem", error)
-                return f"{file}, line {mark.line + 1 if mark else 1}: no valid YAML: {problem}"
+                return f"{file}, line {mark.line + 1 if mark else 1}: not valid YAML: {problem}"
 
     def place(key: str, value: str | None = None) -> str:
         """Return the last file and line that hold a key, with that value if it is a plain one."""
@@ -115,7 +115,7 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
     if found := re.search(r"unrecognized arguments: --([^\s=]+)", text):
         return f"no option --{found[1]}. {_closest(found[1], options, '--')}"
     if found := re.search(r"arguments are required: (.+)", text):
-        return f"{re.sub(r'[a-z]+[.](?=model|data)', '', found[1])} must be given, best in a file by --config"
+        return f"{re.sub(r'[a-z]+[.](?=model|data)', '', found[1])} must be given, preferably in a file with --config"
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     keys = [index for index, line in enumerate(lines) if line.startswith("Parser key")]
     if not keys:

@@ -99,8 +99,8 @@ class EpochLines(Callback):
         )
         if (predicted > 0).sum() == 1:
             rank_zero_warn(
-                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned no "
-                "more than the largest class. Try more epochs, another learning_rate, class_weights: balanced, or "
+                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned "
+                "nothing but the largest class. Try more epochs, another learning_rate, class_weights: balanced, or "
                 "monitor: val_macro_f1"
             )
 

@@ -78,7 +78,7 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
         if now.get(section) != before.get(section):
             different = _first_difference(before.get(section), now.get(section), section)
             raise ValueError(
-                f"run {folder.name} was started with another {different}: give it as {stored} has it, or give another "
+                f"run {folder.name} was started with another {different}: use the value in {stored}, or give another "
                 "--run_tag"
             )
 

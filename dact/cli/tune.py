@@ -79,7 +79,7 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         # The message of a storage that cannot be opened already names its address.
         reason = str(cause) if isinstance(cause, ConnectionError) and str(cause) else root_cause(cause)
         raise RuntimeError(
-            f"{where}: {reason.rstrip('.')}. What has finished is kept: fix this and run the same command again"
+            f"{where}: {reason.rstrip('.')}. Finished work is kept: fix this and run the same command again"
         ) from error
 
 

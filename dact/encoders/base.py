@@ -132,7 +132,8 @@ def check_batch(batch: object) -> None:
     """Raise a ``TypeError`` if a batch is not a dict."""
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: let the data give dicts"
+            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: make the data yield "
+            "dicts"
         )
 
 

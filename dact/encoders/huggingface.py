@@ -354,7 +354,7 @@ def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrain
     described = read_json(folder / "config.json").get("encoder") or {}
     if described.get("type") != "HuggingFaceEncoder":
         raise ValueError(
-            f"the model of dact at pretrained={pretrained!r} has an encoder that is not of Hugging Face, but "
+            f"the model of dact at pretrained={pretrained!r} has an encoder that is not from Hugging Face, but "
             f"{described.get('type') or 'one of your own'}: load the whole model with DACT.from_pretrained"
         )
     config = _config_from(described["model"])

@@ -236,6 +236,6 @@ def check_validated(history: History, epochs: int) -> None:
     """Raise a ``ValueError`` if a fit of this number of epochs ran no validation."""
     if not history.epochs:
         raise ValueError(
-            f"no validation ran in {epochs} epochs, and a fit has no value without one: let the Trainer's "
-            "check_val_every_n_epoch and limit_val_batches allow for it"
+            f"no validation ran in {epochs} epochs, and a fit has no value without one: change the Trainer's "
+            "check_val_every_n_epoch or limit_val_batches"
         )

@@ -176,7 +176,7 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
                 return None  # such data cannot carry a teacher's probabilities
             raise ValueError(
                 f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} "
-                "does not give them: let it be a dact.data.base.TextDataModule"
+                "does not give them: derive it from dact.data.base.TextDataModule"
             )
         data.teacher_probabilities = probabilities
         return baseline.answers

@@ -308,7 +308,7 @@ def _one_device(trainer: Mapping[str, Any]) -> Any:
     if not one or trainer.get("num_nodes", 1) != 1:
         raise ValueError(
             f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
-            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several "
-            "trials side by side with workers"
+            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or one device by its number as [0], and run "
+            "several trials side by side with workers"
         )
     return devices
