@@ -1,4 +1,4 @@
-"""``python -m dact`` and the console script ``dact``: what needs no Lightning is answered before it is imported."""
+"""``python -m dact`` and the console script ``dact``, which print help without importing Lightning."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def _run_light(words: list[str]) -> None:
     else:
         parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
         parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-        parser.add_argument("--max_batch", type=int, default=64, help="most texts in a batch (default: %(default)s)")
+        parser.add_argument("--max_batch", type=int, default=64, help="most requests in a batch (default: %(default)s)")
         parser.add_argument(
             "--max_wait", type=float, default=0.002, help="seconds to wait for a fuller batch (default: %(default)s)"
         )

@@ -10,20 +10,20 @@ from typing_extensions import override
 
 
 def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> None:
-    """Check that data fits a model, before either does anything that takes time.
+    """Check that data fits a model, before any long work.
 
-    A model without class names takes over those of the data.
+    A model without class names takes those of the data.
 
     Args:
         model: A `dact.DACT`.
-        datamodule: Any datamodule, set up or not, or None. Whatever it does not know is not checked: ``tokenizer`` and
+        datamodule: Any datamodule, set up or not, or None. An attribute that it lacks is not checked: ``tokenizer`` and
             ``max_length`` against the encoder, ``class_names`` against the model's classes, ``teacher`` and
-            ``teacher_probabilities`` against its distillation.
+            ``teacher_probabilities`` against the model's distillation.
         training: Whether the model will be trained on the data, so that a teacher matters.
 
     Raises:
         ValueError: If the data has more token ids than the encoder, longer inputs, other classes, or a teacher for a
-            model that learns from none, or if it lacks a teacher.
+            model that learns from none, or if it lacks a teacher that the model needs.
     """
     model.encoder.check_tokens(getattr(datamodule, "tokenizer", None), getattr(datamodule, "max_length", None))
     check_classes(getattr(datamodule, "class_names", None), model.output_dimension)
@@ -37,7 +37,7 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
 
 
 def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
-    """Raise a ``ValueError`` if the data has more or fewer classes than the model; None may be any."""
+    """Raise a ``ValueError`` if the data has more or fewer classes than the model; None is not checked."""
     if names is not None and len(names) != output_dimension:
         raise ValueError(
             f"the data has {len(names)} classes ({', '.join(names)}), but the model has "
@@ -59,12 +59,12 @@ def check_same_classes(stored: Sequence[str], here: Sequence[str]) -> None:
     if list(stored) != list(here):
         raise ValueError(
             f"the checkpoint has the classes {', '.join(stored)}, in this order, but here they are {', '.join(here)}: "
-            f"give the data class_names={list(stored)}, or train anew"
+            f"give the data class_names={list(stored)}, or train again"
         )
 
 
 def _check_teacher(model: Any, datamodule: Any) -> None:
-    missing = object()  # other data may give a teacher in its own way
+    missing = object()  # other datamodules may provide a teacher in their own way
     given = [getattr(datamodule, name, missing) for name in ("teacher", "teacher_probabilities")]
     if model.needs_teacher and all(teacher is None for teacher in given):
         raise ValueError(

@@ -1,4 +1,4 @@
-"""What all layers say of labelled examples, and where each setting of a dial would let them leave."""
+"""The answers of all layers to labelled examples, and the exit layers that each setting of a dial gives."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ Dial = Literal["halting_tolerance", "halting_margin"]
 
 @dataclass(frozen=True)
 class LayerAnswers:
-    """What all layers say of labelled examples, on the CPU.
+    """The answers of all layers to labelled examples, on the CPU.
 
     Args:
         a: ``[examples, layers, classes]``, as `dact.functional.accumulate` returns it.
-        p: ``[examples, layers]``, likewise.
+        p: ``[examples, layers]``, from the same function.
         y: ``[examples, layers, classes]``, the layers' own classifications.
         target: Classes of the examples, int64 ``[examples]``.
-        depths: Depths of the examples where the data knows them, int64 ``[examples]``, else None.
+        depths: Depths of the examples if the data has them, int64 ``[examples]``, else None.
     """
 
     a: Tensor
@@ -51,7 +51,7 @@ class LayerAnswers:
 
 @torch.no_grad()
 def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
-    """Run all layers on labelled batches, in the precision of the surrounding ``torch.autocast``.
+    """Return the answers of all layers to labelled batches, in the precision of the surrounding ``torch.autocast``.
 
     Args:
         model: Model, on the device that it should use.
@@ -65,7 +65,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     for batch in batches:
         if not isinstance(batch, Mapping):
             raise TypeError(
-                f"a batch is a dict with 'labels' [batch], got a {type(batch).__name__}: let the data give dicts"
+                f"a batch is a dict with 'labels' [batch], got a {type(batch).__name__}: make the data yield dicts"
             )
         if "labels" not in batch:
             raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
@@ -87,22 +87,23 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
 def exits_by_setting(answers: LayerAnswers, halting: Halting, dial: Dial) -> Callable[[float], Tensor]:
     """Return a function from settings of a dial to exit layers, int64 ``[examples]``.
 
-    It gives what `LayerAnswers.exit_layers` gives, hundreds of times as fast: what no setting changes is computed once.
+    Its results are those of `LayerAnswers.exit_layers`, hundreds of times as fast, since everything that does not
+    depend on the setting is computed once.
 
     Args:
-        answers: What all layers say.
+        answers: Answers of all layers.
         halting: Halting rule, whose `dial` is replaced by the settings.
         dial: Name of the dial.
     """
-    # All that the two criteria look at is the first and the second class: [examples, layers, 2].
+    # The two criteria need only the first and the second class: [examples, layers, 2].
     a, y = answers.a.topk(2, dim=-1).values, functional.at_least_float32(answers.y).topk(2, dim=-1).values
     if dial == "halting_tolerance":
         return lambda tolerance: replace(halting, tolerance=tolerance).exit_layers(a, answers.p, y)
     latest = replace(halting, margin=1.0).exit_layers(a, answers.p, y)
     if halting.rule == "never":
         return lambda margin: latest
-    # An example leaves for its margin where the largest lead so far exceeds it: after as many layers as do not, and
-    # one.
+    # By the margin, an example leaves at the first layer where the largest lead so far exceeds it. That is one more
+    # than the number of layers where it does not.
     lead = (y[..., 0] - y[..., 1]).cummax(dim=1).values  # [examples, layers]
 
     def exits(margin: float) -> Tensor:
@@ -113,14 +114,14 @@ def exits_by_setting(answers: LayerAnswers, halting: Halting, dial: Dial) -> Cal
 
 @dataclass(frozen=True)
 class OperatingPoint:
-    """What one setting of a dial gives on labelled examples: an estimate, without a promise.
+    """Measurements of early exit at one setting of a dial: estimates, without a promise.
 
     Args:
         setting: Setting of the dial.
         accuracy: Accuracy of early exit, in [0, 1].
         mean_exit_layer: Mean exit layer, in [1, layers].
         agreement: Share of the examples that get the class of the model's own full depth.
-        accuracy_loss: Accuracy of the reference less that of early exit; the reference is the model's own full depth
+        accuracy_loss: Accuracy of the reference minus that of early exit; the reference is the model's own full depth
             unless a baseline was given.
         accuracy_loss_error: Standard error of that paired difference.
     """
@@ -141,10 +142,10 @@ def operating_points(
     dial: Dial = "halting_margin",
     baseline: Tensor | None = None,
 ) -> list[OperatingPoint]:
-    """Return what each setting of a dial gives, in the order of `settings`: a curve, or a table to choose from.
+    """Return the operating point of each setting of a dial, in the order of `settings`.
 
     Args:
-        answers: What all layers say of labelled examples.
+        answers: Answers of all layers to labelled examples.
         settings: Settings of the dial.
         halting: Halting rule, whose `dial` is replaced by the settings.
         dial: Name of the dial.
@@ -179,7 +180,7 @@ def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Return the mean of `values` ``[examples]`` (two or more) and its standard error.
 
-    Of paired differences these are an estimate and its error.
+    For paired differences, these are an estimate and its error.
 
     Example:
         >>> mean_and_error(torch.tensor([1.0, 0.0, 0.0, -1.0]))[0]

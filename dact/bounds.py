@@ -9,14 +9,14 @@ from torch import Tensor
 # Share of the error probability that the nuisance parameter of `difference_p_value` takes; the power hardly depends on
 # it.
 NUISANCE_SHARE = 1 / 20
-NUISANCE_POINTS = 24  # values of it that are tried; the p-value is smooth in it
+NUISANCE_POINTS = 24  # number of its values that are tried; the p-value is smooth in it
 LEFT_OUT = 1e-9
 
 
 def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
     """Return the one-sided Clopper–Pearson upper bound on a rate (Clopper & Pearson 1934).
 
-    It is the rate at which so few faults, or fewer, have the probability 1 - confidence.
+    It is the rate at which this number of faults, or fewer, has the probability 1 - confidence.
 
     Args:
         faults: Number of examples with a fault, in 0 … examples.
@@ -33,9 +33,9 @@ def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float
 
 
 def examples_for_rate(rate: float, confidence: float) -> int | None:
-    """Return the fewest examples whose `binomial_upper_bound` can be `rate`, without a single fault among them.
+    """Return the fewest examples whose `binomial_upper_bound` is at most `rate` if there is no fault among them.
 
-    That is log(1 - confidence) / log(1 - rate), rounded up; None for a rate of 0, which no number of examples shows.
+    That is log(1 - confidence) / log(1 - rate), rounded up; None for a rate of 0, which no number of examples can show.
 
     Example:
         >>> examples_for_rate(0.01, 0.95)
@@ -56,8 +56,8 @@ def difference_p_value(lost: int, gained: int, examples: int, difference: float,
     for the nuisance parameter*; for paired proportions Lloyd & Moldovan 2007).
 
     Args:
-        lost: Number of examples that the reference alone has right.
-        gained: Number of examples that the reference alone has wrong.
+        lost: Number of examples that only the reference classifies correctly.
+        gained: Number of examples that only the reference classifies wrongly.
         examples: Number of examples, 1 or more.
         difference: δ, in [0, 1].
         error: Error probability that the p-value will be compared with, in (0, 1).
@@ -74,7 +74,8 @@ def difference_p_value(lost: int, gained: int, examples: int, difference: float,
     if difference > most:  # a difference cannot exceed the share of discordant examples
         return spent
     discordant = np.linspace(difference, most, NUISANCE_POINTS)[:, None]
-    # The numbers of discordant examples that are summed leave out LEFT_OUT at either end, by Bernstein's inequality.
+    # The sum over the number of discordant examples leaves out a probability of at most LEFT_OUT at either end, by
+    # Bernstein's inequality.
     log = -math.log(LEFT_OUT)
     first, last = (
         examples * share + sign * (log / 3 + math.sqrt(log**2 / 9 + 2 * log * examples * share * (1 - share)))
@@ -91,11 +92,11 @@ def difference_p_value(lost: int, gained: int, examples: int, difference: float,
 
 
 def difference_upper_bound(lost: int, gained: int, examples: int, confidence: float) -> float:
-    """Return an upper bound on the expected paired difference (lost less gained), by inverting `difference_p_value`.
+    """Return an upper bound on the expected paired difference (lost minus gained), by inverting `difference_p_value`.
 
     Args:
-        lost: Number of examples that the reference alone has right.
-        gained: Number of examples that the reference alone has wrong.
+        lost: Number of examples that only the reference classifies correctly.
+        gained: Number of examples that only the reference classifies wrongly.
         examples: Number of examples, 1 or more.
         confidence: Probability with which the bound holds, in (0, 1).
 

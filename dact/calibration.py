@@ -1,4 +1,4 @@
-"""The dials: a halting margin, or tolerance, that keeps a promise with a stated confidence."""
+"""Calibration: find the halting margin, or tolerance, that keeps a promise with a stated confidence."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from dact.model import DACT
 from dact.persistence import HALTING, LEARNED, stored_config
 from dact.scores import fit_temperatures
 
-# The settings that are tried, from the most layers to the fewest; at the first of them a dial does nothing.
+# The settings that are tried, from the most layers to the fewest; at the first one a dial has no effect.
 SETTINGS: dict[str, tuple[float, ...]] = {
     "halting_tolerance": tuple(step / 100 for step in range(100)),
-    # Geometric towards 1, where a sure classifier has most of its examples, up to the last number below 1 in float32.
+    # Geometric towards 1, where a confident classifier has most examples, up to the last number below 1 in float32.
     "halting_margin": (
         1.0,
         1 - 2**-24,
@@ -38,7 +38,7 @@ SETTINGS: dict[str, tuple[float, ...]] = {
 
 @dataclass(frozen=True)
 class Promise:
-    """What early exit must keep, exactly one of the three.
+    """A bound that early exit must keep: exactly one of the first three arguments.
 
     Args:
         max_accuracy_loss: Largest loss of accuracy below this model's own full depth, or below a baseline, as a share:
@@ -46,8 +46,8 @@ class Promise:
         min_agreement: Smallest share of examples that get the class of this model's own full depth.
         max_layers: Largest mean exit layer.
         confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None asks for
-            an estimate: what is seen on the examples keeps it with one standard error to spare.
-        dial: Name of the setting that is moved to keep it.
+            an estimate: the measured value keeps the promise with one standard error to spare.
+        dial: Name of the setting that is moved to keep the promise.
 
     Raises:
         ValueError: If not exactly one is given, or a value is outside its range.
@@ -79,28 +79,28 @@ class Promise:
 
     @property
     def allowed(self) -> float:
-        """The most of what is bounded: lost accuracy, disagreement, or the mean exit layer."""
+        """The largest allowed value of the bounded quantity: lost accuracy, disagreement, or the mean exit layer."""
         most = 1 - self.min_agreement if self.min_agreement is not None else self.max_accuracy_loss
         return self.max_layers if most is None else most  # type: ignore[return-value]
 
     def examples_needed(self) -> int | None:
         """Return the fewest examples that can support this promise, if early exit makes no fault on them.
 
-        It is 2 for an estimate or a number of layers, and None for an allowance of 0, which the proof alone can keep.
+        It is 2 for an estimate or a number of layers, and None for an allowance of 0, which only the proof can keep.
         """
         if self.confidence is None or self.max_layers is not None:
             return 2
         return bounds.examples_for_rate(self.allowed, self.confidence)
 
     def check_layers(self, layers: int) -> None:
-        """Raise an error if every model of so many layers keeps this promise."""
+        """Raise an error if every model with this number of layers keeps the promise."""
         if self.max_layers is not None and self.max_layers >= layers:
             raise ValueError(
                 f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers. Promise fewer"
             )
 
     def check_halting(self, halting: Halting) -> None:
-        """Raise an error if `halting` has no dial to move, or its other dial leaves before full depth already."""
+        """Raise an error if `halting` has no dial to move, or if its other dial already lets examples leave early."""
         if halting.rule == "never":
             raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
         values = {"halting_tolerance": halting.tolerance, "halting_margin": halting.margin}
@@ -112,31 +112,31 @@ class Promise:
                 )
 
     def check_model(self, model: DACT) -> None:
-        """Raise an error if nothing can be calibrated on `model`, or nothing need be, before any layer runs."""
+        """Raise an error, before any layer runs, if `model` cannot be calibrated or keeps the promise anyway."""
         self.check_halting(model.exit_rule)
         self.check_layers(model.num_layers)
 
 
 @dataclass(frozen=True)
 class Calibration:
-    """A halting rule that keeps a promise, and what was seen of it.
+    """A halting rule that keeps a promise, and its measurements.
 
     Args:
         halting: Halting rule.
         halting_tolerance: Tolerance, in [0, 1).
         halting_margin: Margin, in [0, 1].
         promise: Promise that they keep, as plain data.
-        bound: What the chosen setting alone would be credited with at that confidence: the most accuracy that is lost,
-            the least agreement, or the most layers on average. (What the search for it guarantees is the promise.) For
-            an estimate, what was seen with one standard error added, or taken off an agreement.
-        examples: Number of examples that were asked.
+        bound: Bound at that confidence for the chosen setting taken alone: on the loss of accuracy, the agreement or
+            the mean exit layer. The search for the setting guarantees only the promise. For an estimate, the measured
+            value with one standard error added, or subtracted from an agreement.
+        examples: Number of examples that were measured.
         accuracy: Accuracy of early exit on them.
         full_depth_accuracy: Accuracy of this model's own full depth on them.
         agreement: Share of them that got the class of full depth.
         mean_exit_layer: Mean exit layer on them.
         baseline_accuracy: Accuracy of the baseline on them; None if the promise is against the model's own full depth.
         estimate: Whether this is an estimate, without a confidence.
-        chose_checkpoint: Whether the same examples chose the checkpoint, which makes a promise optimistic.
+        chose_checkpoint: Whether the same examples chose the checkpoint, which makes the promise optimistic.
     """
 
     halting: functional.HaltingRule
@@ -155,7 +155,7 @@ class Calibration:
 
     @property
     def exit_rule(self) -> Halting:
-        """The rule as one object, such as `LayerAnswers.exit_layers` takes it."""
+        """The rule as one object, as `LayerAnswers.exit_layers` takes it."""
         return Halting(self.halting, self.halting_tolerance, self.halting_margin)
 
 
@@ -173,39 +173,39 @@ def calibrate(
     r"""Set the `halting_margin` of `model`, or its `halting_tolerance`, so that it keeps a promise.
 
     For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0 (both keep the class of
-    full depth by proof), and the last one before the first that fails is taken: a fixed sequence of tests, each at the
-    full level, of which the probability of any false one is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995).
-    A setting passes if the one-sided Clopper–Pearson bound (1934) on the rate of examples that full depth has right and
-    early exit has wrong (no accuracy can be lost otherwise), or of examples whose class differs, is small enough.
-    Against a baseline it is the exact test of a paired difference in `dact.bounds.difference_p_value`. For `max_layers`
-    settings are tried from the other end, and the bound is the empirical Bernstein bound on the mean exit layer (Maurer
-    & Pontil 2009, theorem 4).
+    full depth by proof), and the last one before the first that fails is taken. This is a fixed sequence of tests, each
+    at the full level: the probability that any passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher
+    1995). A setting passes if the one-sided Clopper–Pearson bound (1934) is small enough. It bounds the rate of
+    examples that full depth has right and early exit has wrong (no accuracy can be lost otherwise), or of examples
+    whose class differs. Against a baseline it is the exact test of a paired difference in
+    `dact.bounds.difference_p_value`. For `max_layers` settings are tried from the other end, and the bound is the
+    empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4).
 
     Args:
-        model: Model that gets the setting and, as `calibration`, the record that this returns. An earlier promise ends
-            first; temperatures, if it has any, are fitted again.
-        data: Labelled examples that no training and no choice has seen: batches, or a datamodule, of which
-            ``calibration_dataloader()`` is taken or, if it has none to give, the validation examples. These chose the
-            checkpoint, which the record then says.
+        model: Model that gets the setting and, as `calibration`, the returned record. An earlier promise is dropped
+            first; temperatures, if the model has any, are fitted again.
+        data: Labelled examples that were used neither for training nor for any choice: batches, or a datamodule, of
+            which ``calibration_dataloader()`` is used or, if there is none, the validation examples. These chose the
+            checkpoint, and the record then says so.
         max_accuracy_loss: Largest loss of accuracy below this model's own full depth, as a share: 0.005 is half a
             point.
         min_agreement: Smallest share of examples that get the class of this model's own full depth, in [0, 1].
         max_layers: Largest mean exit layer.
         confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None asks for
-            an estimate instead: what is seen keeps the promise with one standard error to spare.
+            an estimate instead: the measured value keeps the promise with one standard error to spare.
         dial: Name of the dial that is moved. The margin mostly takes fewer layers for the same promise. The other dial
-            stays, and must be without effect for the first two promises: only then the sequence begins at full depth.
+            stays, and must have no effect for the first two promises: only then does the sequence begin at full depth.
         baseline: Classes of a reference on the same examples, int64 ``[examples]``, in their order: `max_accuracy_loss`
             is then the loss of accuracy below the reference. That takes many more examples than full depth of the same
             model, with which early exit mostly agrees.
 
     Returns:
-        The setting with its bound, and what was seen on the examples.
+        The setting with its bound, and the measurements on the examples.
 
     Raises:
         ValueError: If not exactly one promise is given, it cannot be kept (the message says which can), the examples
-            are too few for it (the message says how many it takes), or the other dial or ``halting="never"`` stands in
-            the way.
+            are too few for it (the message says how many it takes), or the other dial or ``halting="never"`` prevents
+            it.
 
     Example:
         >>> import torch
@@ -239,15 +239,15 @@ def choose_setting(
     baseline: Tensor | None = None,
     chose_checkpoint: bool = False,
 ) -> Calibration:
-    """Choose the setting that keeps a promise, as `calibrate` does, from what all layers say; no model is needed.
+    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of all layers, without a model.
 
     Args:
-        answers: What all layers say of labelled examples. Their exit layers at the setting are
+        answers: Answers of all layers to labelled examples. Their exit layers at the setting are
             ``answers.exit_layers(found.exit_rule)``.
         promise: Promise to keep.
         halting: Halting rule, whose ``promise.dial`` is replaced.
         baseline: As for `calibrate`.
-        chose_checkpoint: Whether the same examples chose the checkpoint; recorded, and without effect on the choice.
+        chose_checkpoint: Whether the same examples chose the checkpoint; it is recorded and does not change the choice.
 
     Raises:
         ValueError: As for `calibrate`.
@@ -297,7 +297,7 @@ def choose_setting(
 
 
 class _Evidence:
-    """What labelled examples say of a promise where they leave at given layers, int64 ``[examples]``."""
+    """Tests of a promise on labelled examples that leave at given layers, int64 ``[examples]``."""
 
     def __init__(self, promise: Promise, answers: LayerAnswers, baseline: Tensor | None) -> None:
         self.promise = promise
@@ -308,7 +308,7 @@ class _Evidence:
         self.reference = self.classes[:, -1] if baseline is None else baseline
 
     def keeps(self, exits: Tensor) -> bool:
-        """Decide whether the promise holds, with its confidence."""
+        """Return whether the promise holds with its confidence."""
         if self.baseline is not None and self.promise.confidence is not None:  # faster than the bound
             error = 1 - self.promise.confidence
             lost, gained = self._discordant(exits)
@@ -316,7 +316,7 @@ class _Evidence:
         return self.bound(exits) <= self.promise.allowed
 
     def bound(self, exits: Tensor) -> float:
-        """Return an upper bound on what the promise allows only so much of."""
+        """Return an upper bound on the quantity that the promise limits."""
         confidence, examples = self.promise.confidence, len(exits)
         if confidence is None:
             return sum(mean_and_error(self._values(exits)))
@@ -330,18 +330,18 @@ class _Evidence:
         return bounds.binomial_upper_bound(lost, examples, confidence)
 
     def refusal(self, exits: Tensor, setting: float) -> str:
-        """Say why the promise cannot be kept even at the first setting, and what can be done."""
+        """Return a message that says why even the first setting does not keep the promise, and what can be done."""
         promise, bound = self.promise, self.bound(exits)
         name, value = _promised(promise)
         how = "as an estimate" if promise.confidence is None else f"with confidence {promise.confidence:g}"
         if promise.max_layers is not None:
             train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
             return (
-                f"{name}={value:g} cannot be promised {how}: the fewest that can are {bound:.2f} of {self.layers}, at "
-                f"{promise.dial} {setting:g}. Promise that{train}, or give more examples"
+                f"{name}={value:g} cannot be promised {how}: the fewest layers that can be promised are {bound:.2f} of "
+                f"{self.layers}, at {promise.dial} {setting:g}. Promise that{train}, or give more examples"
             )
         lost, remedy = mean_and_error(self._values(exits))[0], "promise that, or train a better model"
-        if lost < value:  # the bound comes closer with the root of the number of examples
+        if lost < value:  # the bound tightens with the square root of the number of examples
             enough = len(exits) * ((bound - lost) / (value - lost)) ** 2
             remedy = f"promise that, or give about {float(f'{enough:.2g}'):.0f} examples"
         return (
@@ -351,7 +351,7 @@ class _Evidence:
         )
 
     def _values(self, exits: Tensor) -> Tensor:
-        """Per example what the promise bounds the mean of: exit layer, disagreement, or loss (1, 0 or -1)."""
+        """Return, per example, the value whose mean is bounded: exit layer, disagreement, or loss (1, 0 or -1)."""
         if self.promise.max_layers is not None:
             return exits
         early = functional.answer_at(self.classes, exits)
@@ -360,7 +360,7 @@ class _Evidence:
         return (self.reference == self.target).int() - (early == self.target).int()
 
     def _discordant(self, exits: Tensor) -> tuple[int, int]:
-        """Count the examples that the reference alone has right, and those that early exit alone has right."""
+        """Return how many examples only the reference has right, and how many only early exit has right."""
         loss = self._values(exits)
         return int((loss > 0).sum()), int((loss < 0).sum())
 
@@ -376,7 +376,7 @@ def calibration_batches(data: LightningDataModule | Iterable[Batch]) -> Iterable
 
 
 def examples_chose_checkpoint(data: LightningDataModule | Iterable[Batch]) -> bool:
-    """Return whether calibration falls back on validation examples; `data` is set up, and batches are as promised."""
+    """Return whether calibration uses validation examples of `data`, which is set up; given batches are trusted."""
     return isinstance(data, LightningDataModule) and _set_aside(data) is None
 
 
@@ -385,7 +385,7 @@ def _set_aside(data: LightningDataModule) -> Any:
 
 
 def store_in_checkpoint(path: Path, model: DACT) -> None:
-    """Write how `model` halts, and its calibration, into a checkpoint of it."""
+    """Write the halting settings of `model` and what was learned after its fit into a checkpoint of it."""
     checkpoint = read_checkpoint(path)
     known = (*HALTING, *LEARNED)
     stored_config(checkpoint).update({name: getattr(model, name) for name in known})
@@ -393,7 +393,7 @@ def store_in_checkpoint(path: Path, model: DACT) -> None:
 
 
 def describe(found: Calibration, layers: int) -> str:
-    """Return what a calibration found, in a few lines for a person.
+    """Return a calibration as a few lines of text.
 
     Args:
         found: Calibration.
@@ -401,7 +401,7 @@ def describe(found: Calibration, layers: int) -> str:
     """
     promise = Promise(**found.promise)
     name, value = _promised(promise)
-    setting = f"{promise.dial} {getattr(found, promise.dial):.8g}"  # 0.99999994 is a margin that does something
+    setting = f"{promise.dial} {getattr(found, promise.dial):.8g}"  # 0.99999994 is a margin that has an effect
     against = "this model's own full depth" if found.baseline_accuracy is None else "the baseline"
     bound = {
         "max_accuracy_loss": f"at most {100 * found.bound:.2f} points below {against}",
@@ -429,7 +429,7 @@ def describe(found: Calibration, layers: int) -> str:
     ]
     if found.chose_checkpoint:
         lines.append(
-            "these examples chose the checkpoint, so that this is optimistic: set others aside with the data's "
+            "these examples chose the checkpoint, so this is optimistic: set others aside with the data's "
             "calibration_fraction or calibration_file"
         )
     return "\n".join(lines)

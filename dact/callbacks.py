@@ -18,9 +18,9 @@ from dact.model import DACT
 
 
 class ExitPlots(Callback):
-    """Draw where examples leave, for TensorBoard, after each validation epoch.
+    """Draw the exit layers of examples for TensorBoard after each validation epoch.
 
-    There is a histogram of exit layers. If batches have an entry ``depth``, a figure shows it against the exit layer.
+    It draws a histogram of exit layers and, if batches have an entry ``depth``, a figure of depth against exit layer.
     """
 
     def __init__(self) -> None:

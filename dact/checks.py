@@ -1,4 +1,4 @@
-"""Checks of arguments. Each raises one line that says what was expected, what came, and the remedy."""
+"""Checks of arguments. Each error is one line that says what was expected, what was given, and the remedy."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def check_count(name: str, value: object, least: int = 1, most: int | None = Non
 
     Args:
         name: Name of the argument, with its class where that helps.
-        value: Value that came.
+        value: Value that was given.
         least: Smallest value allowed.
         most: Largest value allowed; no bound if None.
         hint: What the number means or what to do, appended to the message.
 
     Raises:
-        TypeError: If `value` is not an integer (a bool is none).
+        TypeError: If `value` is not an integer (a bool is not one).
         ValueError: If it is outside its range.
     """
     if not isinstance(value, Integral) or isinstance(value, bool):
@@ -41,7 +41,7 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
 
     Args:
         name: Name of the argument, with its class where that helps.
-        value: Value that came; NaN is in no interval.
+        value: Value that was given; NaN is in no interval.
         interval: Interval in mathematical notation: ``"[0, 1)"`` holds 0 and not 1, ``"(0, inf)"`` all finite numbers
             above 0, ``"(0, inf]"`` infinity as well.
         hint: What the number means or what to do, appended to the message.
@@ -81,7 +81,7 @@ def check_tolerance(tolerance: float) -> None:
         "halting_tolerance",
         tolerance,
         "[0, 1)",
-        "it is the most probability by which the returned class may end behind the final winner (0 keeps the "
+        "it is the largest probability by which the returned class may end behind the final winner (0 keeps the "
         "full-depth class)",
     )
 
@@ -92,8 +92,8 @@ def check_margin(margin: float) -> None:
         "halting_margin",
         margin,
         "[0, 1]",
-        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 lets "
-        "none leave for it)",
+        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 turns "
+        "it off)",
     )
 
 

@@ -56,7 +56,7 @@ class Export:
 
 
 def export(model_dir: str | Path, output: str | Path, quantize: Quantization | None = None) -> Export:
-    """Write a model folder whose encoder runs on ONNX Runtime, and say what was written.
+    """Write a model folder whose encoder runs on ONNX Runtime, and return what was written.
 
     The embedding, each layer and the pooling become graphs of any batch size and length, each compared with PyTorch
     before the folder appears. `DACT.from_pretrained` and `TextClassifier.from_pretrained` read the folder like any
@@ -65,9 +65,9 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
     Args:
         model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
         output: Folder to write. An earlier export there is replaced.
-        quantize: ``"int8"`` for weights of 8 bits, one scale per channel, and for activations that are quantised as
-            they come, one scale per token; float32 if left out. It is meant for processors with VNNI instructions;
-            others lose some accuracy.
+        quantize: ``"int8"`` for weights of 8 bits, with one scale per channel, and for activations that are quantised
+            at run time, with one scale per token; float32 if left out. It is meant for processors with VNNI
+            instructions; others lose some accuracy.
 
     Raises:
         ImportError: If ONNX Runtime or onnx is not installed.
@@ -87,7 +87,7 @@ def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Exp
     model = DACT.from_pretrained(model_dir)
     encoder = model.encoder
     if isinstance(encoder, OnnxEncoder):
-        raise ValueError(f"export: {model_dir} was exported already: give the folder that the fit left")
+        raise ValueError(f"export: {model_dir} was exported already: give the folder of the fit")
     had_promise = model.calibration is not None
     model.end_calibration()
     with replacing_folder(output) as folder, torch.no_grad():
@@ -114,7 +114,7 @@ def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Exp
 
 
 def _check_output(output: Path) -> None:
-    """Raise an error if a folder is there that no export wrote: it would be replaced."""
+    """Raise an error if `output` is something that no export wrote, since it would be replaced."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     config = read_json(output / CONFIG_NAME) if (output / CONFIG_NAME).is_file() else None
@@ -124,7 +124,7 @@ def _check_output(output: Path) -> None:
 
 
 class _Traced(nn.Module):
-    """One method of an encoder as a module, which is what can be traced."""
+    """One method of an encoder as a module, since only modules can be traced."""
 
     def __init__(self, encoder: LayeredEncoder, run: Callable[..., Tensor]) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> lis
 
 
 def _attend_plainly(encoder: LayeredEncoder) -> None:
-    """Let a Hugging Face model write its attention out: the fused one guards against cases that padding never makes."""
+    """Make a Hugging Face model use eager attention: the fused one guards against cases that never occur here."""
     model: Any = getattr(encoder, "model", None)
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")
@@ -172,7 +172,7 @@ def _attend_plainly(encoder: LayeredEncoder) -> None:
 
 def _write_graph(path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
     with warnings.catch_warnings():
-        # Warnings of the tracer and of the exporter's age; whether the graph is right is measured.
+        # The tracer warns, and the exporter is deprecated; the graph itself is compared with PyTorch.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Traced(encoder, run),
@@ -199,7 +199,7 @@ def _open(folder: Path, layers: list[str], encoder: LayeredEncoder) -> OnnxEncod
 
 
 def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[Tensor, Tensor]]:
-    """What PyTorch and each graph give for the same input, for batches of other sizes than the traced one."""
+    """Yield the outputs of PyTorch and of each graph for the same input, for batches of other sizes than traced."""
     generator = torch.Generator().manual_seed(0)
     longest = min(80, encoder.max_length or 80)
     for rows, length in ((3, min(17, longest)), (1, longest), (1, 1)):

@@ -1,6 +1,6 @@
-"""Factories that build the model and the data of a configuration file anew, with some arguments replaced.
+"""Factories that build the model and the data of a configuration file again, with some arguments replaced.
 
-They are classes that hold plain data, so that worker processes can have them.
+They hold only plain data, so that they can be sent to worker processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dact.submodels import SubmodelConfig
 
 
 class ModelFactory:
-    """``factory(**overrides)`` is a `DACT` of its own.
+    """A factory of models: ``factory(**overrides)`` returns a new `DACT`.
 
     Args:
         section: The ``model:`` section, as plain data.
@@ -34,7 +34,7 @@ class ModelFactory:
 
 
 class DataFactory:
-    """``factory(**overrides)`` is a datamodule of its own.
+    """A factory of data: ``factory(**overrides)`` returns a new datamodule.
 
     Args:
         section: The ``data:`` section, as plain data: ``class_path`` and ``init_args``.
@@ -53,7 +53,7 @@ class DataFactory:
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
-    """The small built-in encoder for the embedded data, as in configs/reviews.yaml."""
+    """Return a model with the small built-in encoder for the embedded data, as in configs/reviews.yaml."""
     from dact.encoders import TransformerEncoder
 
     encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
@@ -61,7 +61,7 @@ def default_model(output_dimension: int, **overrides: Any) -> DACT:
 
 
 def default_data(**overrides: Any) -> LightningDataModule:
-    """The embedded data, as in configs/reviews.yaml."""
+    """Return the embedded data, as in configs/reviews.yaml."""
     from dact.data import CompositionalSentiment
 
     return CompositionalSentiment(**{"max_depth": 3, **overrides})

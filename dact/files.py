@@ -22,12 +22,12 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from torch import Tensor
 from typing_extensions import override
 
-DIGEST = "sha256"  # metadata of a safetensors file: of its tensors and the rest of its metadata
+DIGEST = "sha256"  # key in the metadata of a safetensors file: digest of its tensors and its other metadata
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary file that replaces `path` at the end, or goes away if an exception leaves the block.
+    """Yield a temporary file that replaces `path` at the end, or is removed if an exception leaves the block.
 
     Only one process at a time may write to a path.
     """
@@ -45,7 +45,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder that replaces `folder` at the end; see `replacing`."""
+    """Yield a temporary folder that replaces `folder` at the end; see `replacing`."""
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -95,7 +95,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read what `write_json` wrote.
+    """Return what `write_json` wrote.
 
     Raises:
         ValueError: If the file is corrupted; the message names it.
@@ -118,12 +118,12 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Read the tensors and the metadata of a safetensors file.
+    """Return the tensors and the metadata of a safetensors file.
 
-    Files that other tools wrote or re-saved have no digest, and are read as they are.
+    Files that other tools wrote or re-saved have no digest, and are read without this check.
 
     Raises:
-        ValueError: If the file is corrupted: it cannot be parsed, or its digest is not that of its content. The message
+        ValueError: If the file is corrupted: it cannot be parsed, or its digest does not match its content. The message
             names the file.
     """
     from safetensors import safe_open
@@ -133,7 +133,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             metadata = dict(file.metadata() or {})
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except Exception as error:  # the library raises many kinds
-        raise ValueError(f"{path} is corrupted or no safetensors file: {error}") from error
+        raise ValueError(f"{path} is corrupted or not a safetensors file: {error}") from error
     digest = metadata.pop(DIGEST, None)
     if digest is not None and digest != _digest(tensors, metadata):
         raise ValueError(f"{path} is corrupted: its content does not have the digest that was stored with it")
@@ -150,13 +150,13 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint of the Trainer, under torch's weights-only loading: it cannot run code.
+    """Return a checkpoint of the Trainer, read under torch's weights-only loading: it cannot run code.
 
     Raises:
         ValueError: If it is corrupted or holds more than data; the message names the file.
     """
     try:
-        # torch reads the archive without a look at its checksums.
+        # torch reads the archive without checking its checksums.
         with zipfile.ZipFile(path) as archive:
             broken = archive.testzip()
         if broken is not None:
@@ -170,7 +170,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """Write checkpoints atomically and check them when they are read. A plugin for the Trainer.
+    """A plugin for the Trainer that writes checkpoints atomically and checks them when they are read.
 
     An address such as ``s3://…`` is left to Lightning.
     """
@@ -180,7 +180,7 @@ class DurableCheckpointIO(TorchCheckpointIO):
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        content = io.BytesIO()  # torch's own writing to a file does not tell a full disk from other faults
+        content = io.BytesIO()  # torch's own writer does not distinguish a full disk from other faults
         torch.save(checkpoint, content)
         with replacing(Path(path)) as partial:
             partial.write_bytes(content.getbuffer())

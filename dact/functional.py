@@ -27,21 +27,21 @@ from dact.checks import check_choice, check_margin, check_tolerance
 HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
 
-# Below this a probability no longer changes the task loss. It keeps 1 / a and the sums of it finite in float32
-# (whose largest number is 3e38), and is far under the smallest probability that a trained softmax gives (e^-69).
+# Below this a probability no longer changes the task loss. It keeps 1 / a and sums of it finite in float32 (whose
+# largest number is 3e38), and is far below the smallest probability that a trained softmax gives (e^-69).
 SMALLEST_PROBABILITY = 1e-30
-IGNORED = -100  # the label of an example without one
-WITHOUT_FLOAT64 = {"mps"}  # kinds of devices on which the halting rule cannot be computed; the CPU does it for them
+IGNORED = -100  # the label that means no label
+WITHOUT_FLOAT64 = {"mps"}  # kinds of devices for which the CPU computes the halting rule
 
 
 @dataclass(frozen=True)
 class Halting:
-    """The rule by which examples halt: what can be proved, and a margin next to it.
+    """The rule by which examples halt: a provable criterion, and a margin next to it.
 
     Args:
         rule: Halting rule, as for `can_halt`; ``"never"`` runs every layer, whatever the margin.
         tolerance: Tolerance of the rule in [0, 1), as for `can_halt`.
-        margin: Margin in [0, 1], as for `is_clear`; 1 leaves all to the rule.
+        margin: Margin in [0, 1], as for `is_clear`; 1 turns it off.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -65,7 +65,7 @@ class Halting:
         check_margin(self.margin)
 
     def halts(self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int) -> Tensor:
-        """Decide which examples leave after a layer; shapes are not checked.
+        """Return which examples leave after a layer; shapes are not checked.
 
         Args:
             a: a_n, ``[…, classes]``.
@@ -131,7 +131,7 @@ def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: If the shapes do not fit each other.
-        TypeError: If a tensor is not of floating point.
+        TypeError: If a tensor is not a floating-point tensor.
 
     Example:
         >>> y = torch.tensor([[[0.8, 0.2], [0.4, 0.6]]])
@@ -182,7 +182,7 @@ def can_halt(
         p: p_n, ``[batch]``, in [0, 1].
         remaining: d, number of layers that remain: one for all, or one per example (int64 ``[batch]``).
         rule: ``"exact"``, ``"paper"``, or ``"never"`` (run every layer).
-        tolerance: Most probability, in [0, 1), by which the returned class may end behind the final winner.
+        tolerance: Largest probability, in [0, 1), by which the returned class may end behind the final winner.
         num_layers: N, number of layers of the model, for the slack; `remaining` + 1 by default.
 
     Returns:
@@ -211,7 +211,7 @@ def can_halt(
 def _provable(
     a: Tensor, p: Tensor, remaining: int | Tensor, rule: HaltingRule, tolerance: float, num_layers: int | None
 ) -> Tensor:
-    """Return what `can_halt` does, without its checks, for a ``[…, classes]`` and p ``[…]``."""
+    """Return what `can_halt` returns, without its checks, for a ``[…, classes]`` and p ``[…]``."""
     if a.device.type in WITHOUT_FLOAT64:
         remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
         return _provable(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers).to(a.device)
@@ -230,14 +230,14 @@ def _provable(
 
 
 def _proves_nothing(p: Tensor, remaining: int | Tensor, tolerance: float) -> bool:
-    """Return whether p alone, on a CPU, rules a proof out for all examples: no lead a* - a_ru is above 1."""
+    """Return whether p alone rules out a proof for every example, since no lead a* - a_ru exceeds 1; CPU only."""
     if isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu:  # a GPU would have to wait for p
         return False
     return p.amin().item() >= 1 - ((1 - tolerance) / 2) ** (1 / remaining)
 
 
 def _lead(y: Tensor) -> Tensor:
-    """Return the first class's probability less the second's, ``[…]``, in float32 or more."""
+    """Return the probability of the first class minus that of the second, ``[…]``, in float32 or more."""
     first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
     return first - second
 
@@ -245,9 +245,9 @@ def _lead(y: Tensor) -> Tensor:
 def is_clear(y: Tensor, margin: float) -> Tensor:
     """Return whether a layer's own classification leads by more than `margin`: its first class over its second.
 
-    This is the second halting criterion, next to `can_halt`. It proves nothing about the layers that remain. For few
-    layers it picks better than a tolerance (benchmarks/README.md). As a measure of confidence for early exits: "softmax
-    response" in Schuster et al., *Confident Adaptive Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
+    This is the second halting criterion, next to `can_halt`. It proves nothing about the remaining layers. At few
+    layers it works better than a tolerance (benchmarks/README.md). As a measure of confidence for early exit it is the
+    "softmax response" of Schuster et al., *Confident Adaptive Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
 
     Args:
         y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32 or more.
@@ -276,7 +276,7 @@ def exit_layers(
     y: Tensor | None = None,
     margin: float = 1.0,
 ) -> Tensor:
-    """Return the first layer after which each example may halt, by `can_halt` or by `is_clear` (not if never).
+    """Return the first layer after which each example may halt: by `can_halt` or, unless never, by `is_clear`.
 
     Args:
         a: ``[batch, layers, classes]``, as `accumulate` returns it.
@@ -307,7 +307,7 @@ def exit_layers(
 
 
 def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
-    """Return a_n at each example's exit layer, which is what early exit answers.
+    """Return a_n at each example's exit layer: the answer of early exit.
 
     Args:
         a: ``[batch, layers, classes]``.
@@ -347,7 +347,7 @@ def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
 def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0) -> Tensor:
     r"""Mix labels with a teacher's probabilities: :math:`q = (1 - s)\, \text{onehot} + s\, t`.
 
-    An example labelled -100, which means no label, learns from its teacher alone: its share is 1. Without a teacher it
+    An example labelled -100, which means no label, learns only from its teacher: its share is 1. Without a teacher it
     has no target, and its row is all zeros.
 
     Args:
@@ -372,7 +372,7 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
     wrong = labels[~unknown & ((labels < 0) | (labels >= classes))]
     if len(wrong):
         raise ValueError(f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}")
-    # [batch, classes]; -100 fits no class, so that its row stays zero.
+    # [batch, classes]; -100 matches no class, so its row stays zero.
     target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
     if teacher is None or (share == 0 and not unknown.any()):
         return target
@@ -387,10 +387,10 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
 def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
     r"""Return the negative log-likelihood of answers that are probabilities, -log a[target], mean over the batch.
 
-    It is never a cross-entropy over a second softmax. Probabilities below 1e-30 count as 1e-30, so that values and
-    gradients stay finite. For targets q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`, the convention
-    of `torch.nn.functional.cross_entropy`; with a teacher's, distillation at temperature 1 (Hinton et al. 2015, arXiv
-    1503.02531).
+    There is no second softmax. Probabilities below 1e-30 count as 1e-30, so that values and gradients stay finite. For
+    targets q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`, the convention of
+    `torch.nn.functional.cross_entropy`. With a teacher's probabilities it is distillation at temperature 1 (Hinton et
+    al. 2015, arXiv 1503.02531).
 
     Args:
         a: ``[batch, classes]``, each row a probability vector; computed in float32 or more.

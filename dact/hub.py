@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
-# Data alone. What else a repository holds, such as pickles and code, stays there.
+# Only data is downloaded. Other files of a repository, such as pickles and code, are not.
 NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model"]
 
 
 class Publication(TypedDict, total=False):
-    """How a model is published. All of it may be left out.
+    """Options for publishing a model. Each of them may be left out.
 
     Args:
         token: Access token; the stored login if left out.
-        private: Whether a new repository is private; as the account has it if left out.
+        private: Whether a new repository is private; the default of the account if left out.
         revision: Branch to publish to, which is created if needed; ``main`` if left out.
         commit_message: Message of the commit.
         create_pr: Whether to open a pull request instead of changing the branch.
@@ -46,8 +46,8 @@ def local_folder(
 ) -> Path:
     """Return the folder that `name` stands for, downloaded from the Hub if it is the id of a repository.
 
-    A folder of that name comes first, as in transformers. Files in the cache are not downloaded again, and the cache
-    answers where the Hub cannot be reached. The environment variables of huggingface_hub hold, such as
+    An existing folder of that name takes precedence, as in transformers. Cached files are not downloaded again, and the
+    cache is used if the Hub cannot be reached. The environment variables of huggingface_hub apply, such as
     ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_ETAG_TIMEOUT``.
 
     Args:
@@ -55,10 +55,10 @@ def local_folder(
         revision: Branch, tag or commit on the Hub; ``main`` if left out.
         token: Access token; the stored login if left out. ``False`` sends none.
         cache_dir: Folder of the cache; that of huggingface_hub if left out.
-        local_files_only: Whether to look in the cache alone.
+        local_files_only: Whether to look only in the cache.
 
     Raises:
-        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has, with the reason.
+        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has; the message says why.
     """
     if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         return Path(name).expanduser()
@@ -88,7 +88,7 @@ def local_folder(
 def out_of_reach(pretrained: str) -> bool:
     """Return whether `pretrained` is a Hub id and the Hub does not answer in time.
 
-    The cache alone should then be asked: on a network that drops packets, transformers would wait without end.
+    Then only the cache should be used: on a network that drops packets, transformers would wait forever.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -105,13 +105,13 @@ def publish(save: Callable[..., None], repo_id: str, options: Publication) -> st
     Args:
         save: Function that writes the files into a folder, given as ``save(folder, repo_id=…)``.
         repo_id: Hub id ``"OWNER/NAME"``, or ``"NAME"`` for the account of the token.
-        options: How it is published.
+        options: Options of the publication.
 
     Returns:
         Address of the commit, or of the pull request.
 
     Raises:
-        OSError: If the Hub cannot be reached or refuses, with the reason.
+        OSError: If the Hub cannot be reached or refuses; the message says why.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
     from huggingface_hub.errors import HfHubHTTPError
@@ -146,9 +146,9 @@ def publish(save: Callable[..., None], repo_id: str, options: Publication) -> st
 
 
 def _ask(api: HfApi, repo_id: str, revision: str | None) -> Exception | None:
-    """Return what the Hub answers instead of a repository, None if it is there.
+    """Return the error with which the Hub answers a request for a repository, None if the repository is there.
 
-    With a time limit, unlike the other calls: on a network that drops packets they would wait without end.
+    Unlike the other calls, this one has a time limit: on a network that drops packets they would wait forever.
     """
     from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
 
@@ -170,7 +170,7 @@ def _has_own_card(api: HfApi, repo_id: str, revision: str | None, cache: Path) -
 
 
 def _reason(error: Exception) -> str:
-    """Return on one line why the Hub gives or takes nothing."""
+    """Return one line that says why a download or an upload failed."""
     from huggingface_hub import errors
 
     said = str(error).strip().splitlines() or [type(error).__name__]
@@ -182,9 +182,8 @@ def _reason(error: Exception) -> str:
         return "access to it is restricted: ask for it on its page, and log in with `hf auth login` or pass token="
     if isinstance(error, errors.RepositoryNotFoundError):
         return (
-            "there is no such repository, or this token may not see it: check the name, and log in with `hf auth "
-            "login` "
-            "or pass token="
+            "there is no such repository, or this token may not see it: check the name, and log in with "
+            "`hf auth login` or pass token="
         )
     if isinstance(error, errors.RevisionNotFoundError):
         return "the repository has no such revision"

@@ -1,10 +1,9 @@
 """Early exit that really skips the work, on batches that stay full.
 
 A window of examples goes through the encoder layer by layer. Within a window, examples of similar length form groups. A
-group is what enters a layer in one step. The submodels and the halting rule are asked once per layer for the whole
-window. After each layer, the examples that may halt leave. The remaining groups are cut to their longest example and
-merged with their neighbours until they are full again. So neither padding nor half-empty batches cost what early exit
-saves.
+group enters a layer in one step. The submodels and the halting rule run once per layer for the whole window. After each
+layer, the examples that may halt leave. The remaining groups are cut to their longest example and merged with their
+neighbours until they are full again. So neither padding nor half-empty batches cost what early exit saves.
 """
 
 from __future__ import annotations
@@ -24,15 +23,15 @@ from dact.encoders.base import Batch, LayeredEncoder
 from dact.functional import Halting, accumulate_step, at_least_float32
 from dact.submodels import Submodels
 
-# Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU small steps are fast
-# enough, and large ones waste time on padding. A GPU spends its time launching kernels unless a step is large.
 # In half precision on a CPU, oneDNN prepares each new shape for about a millisecond. Lengths that are multiples of this
 # make fewer shapes: 1.4 to 1.8 times as fast on VADER.
 HALF_PRECISION_UNIT = 4
+# Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU small steps are fast
+# enough, and large ones waste time on padding. A GPU spends its time launching kernels unless a step is large.
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
 
-Indices = npt.NDArray[np.int64]  # the host keeps who is where, which it learns anyway, in arrays of its own
+Indices = npt.NDArray[np.int64]  # the host tracks which example is where in NumPy arrays
 
 
 @dataclass(frozen=True)
@@ -99,13 +98,13 @@ def early_exit(
 
     Args:
         encoder: Encoder in eval mode.
-        classifier: f; its number of layers is the number of the encoder's layers to run.
-        confidence: g, of as many layers.
+        classifier: Classifier f; its number of layers is the number of encoder layers to run.
+        confidence: Confidence g, with as many layers.
         batch: Inputs of the encoder, for any number of examples in any order.
         halting: Rule by which examples leave.
-        step_tokens: Tokens that enter a layer in one step, padding included. A longer example enters alone. By default
-            it depends on the kind of device.
-        window_tokens: Tokens whose hidden states are held in memory at a time; 16 steps by default.
+        step_tokens: Number of tokens that enter a layer in one step, padding included. A longer example enters alone.
+            By default it depends on the kind of device.
+        window_tokens: Number of tokens whose hidden states are held in memory at a time; 16 steps by default.
         record: Whether to return y and h as well.
 
     Returns:
@@ -147,7 +146,7 @@ def budget(device: torch.device, step_tokens: int | None, window_tokens: int | N
 
 @dataclass(frozen=True)
 class _Unit:
-    """The DACT unit: what is asked of the pooled states of a layer."""
+    """The DACT unit: the submodels on the pooled states of a layer, and the halting rule."""
 
     classifier: Submodels
     confidence: Submodels
@@ -164,9 +163,9 @@ class _Unit:
 
 
 class _Results:
-    """What the examples of a batch get. Rows are those of the batch.
+    """The results of early exit, by the rows of the batch.
 
-    The last layer that an example enters decides: what it stores replaces what earlier layers stored.
+    Each layer overwrites the answers of the examples that enter it, so the last layer of an example decides.
     """
 
     def __init__(self, batch: int, num_layers: int, record: bool) -> None:
@@ -178,7 +177,7 @@ class _Results:
         self._h: Tensor | None = None
 
     def record(self, layer: int, rows: Indices, y: Tensor, h: Tensor) -> None:
-        """Keep y and h of the examples that entered a layer, if they are asked for."""
+        """Keep y and h of the examples that entered a layer, if they are to be recorded."""
         if not self._record:
             return
         if self._y is None or self._h is None:
@@ -205,11 +204,11 @@ def _run_window(
 
     Args:
         encoder: Encoder whose layers are run.
-        unit: What is asked after each layer.
+        unit: DACT unit that runs after each layer.
         groups: Examples of the window before layer 1, in the order of their lengths.
         rows: Row of each example in the batch, over all groups.
-        results: Where answers and exit layers are stored.
-        step: Tokens of one step, padding included.
+        results: Store of answers and exit layers.
+        step: Number of tokens of one step, padding included.
     """
     for n in range(1, unit.num_layers + 1):
         states = [*encoder.for_each(partial(_run_layer, encoder, n), groups)]
@@ -244,7 +243,7 @@ def _run_layer(encoder: LayeredEncoder, layer: int, group: _Group) -> Tensor:
 
 
 def _send(index: Indices, device: torch.device) -> Tensor:
-    """Return an index of the host on `device`, without waiting until it is there."""
+    """Return a copy of an index of the host on `device`, without waiting for the transfer."""
     return torch.from_numpy(index).to(device, non_blocking=True)
 
 
@@ -274,14 +273,14 @@ def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, l
 
 
 def _regroup(encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int) -> list[_Group]:
-    """Drop the examples that have left, and merge neighbouring groups as far as one step holds them.
+    """Return the groups without the examples that have left; neighbours that fit into one step are merged.
 
     Args:
         encoder: Encoder that made the contexts of the groups.
         groups: Groups in the order of their lengths.
         staying: Positions of the examples that stay, ascending, over all groups.
         index: The same on the device of the groups.
-        step: Tokens of one step, padding included.
+        step: Number of tokens of one step, padding included.
     """
     if len(groups) == 1:
         return [_shrink(encoder, _Part(groups[0], index, groups[0].lengths[staying]))]
@@ -303,7 +302,7 @@ def _regroup(encoder: LayeredEncoder, groups: list[_Group], staying: Indices, in
 
 @dataclass
 class _Part:
-    """What stays of a group."""
+    """The examples of a group that stay."""
 
     group: _Group
     rows: Tensor  # int64: the rows of the group that stay

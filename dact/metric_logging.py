@@ -1,4 +1,4 @@
-"""What validation and test measure, per loader, and how it is logged."""
+"""The metrics of validation and test, per loader, and their logging."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from dact.outputs import DACTOutput
 
 
 class Evaluated(LightningModule):
-    """The part of DACT that measures. Metrics of the first loader are ``val_loss`` and so on; those of further loaders
-    end in ``/dataloader_idx_1`` and so on."""
+    """The part of DACT that computes and logs metrics.
+
+    Metrics of the first loader are ``val_loss`` and so on; those of further loaders end in ``/dataloader_idx_1`` and so
+    on.
+    """
 
     output_dimension: int
     num_layers: int
@@ -35,8 +38,8 @@ class Evaluated(LightningModule):
             rank_zero_warn(warning)
 
     def make_metrics(self) -> None:
-        """Make the metrics; the constructor calls it when it knows classes and layers."""
-        # One set each: sanity checks and a test inside a fit must not add to what validation counts.
+        """Make the metrics; the constructor calls this when it knows classes and layers."""
+        # One set each: sanity checks and a test inside a fit must not add to the counts of validation.
         self.val_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
         self.test_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
         self.more_metrics = nn.ModuleDict()  # of further loaders, as they come
@@ -53,7 +56,7 @@ class Evaluated(LightningModule):
     def measure(
         self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
     ) -> dict[str, Tensor]:
-        """Update and log what evaluation measures: of all layers, and of early exit (by `full` if None).
+        """Update and log the metrics of full depth and of early exit, which is derived from `full` if `early` is None.
 
         Returns:
             The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch, layers]``, for
@@ -67,7 +70,7 @@ class Evaluated(LightningModule):
         early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
         if (target == functional.IGNORED).any():
             raise ValueError(
-                f"a batch for {stage} has the label {functional.IGNORED}: only training takes what has none"
+                f"a batch for {stage} has the label {functional.IGNORED}: only training takes unlabelled examples"
             )
         ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
         loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost
@@ -97,7 +100,7 @@ class Evaluated(LightningModule):
         }
 
     def _begin_evaluation(self, stage: str) -> None:
-        """Reset all metrics: Lightning resets scalars alone, to tensors that a fit cannot change after `validate`."""
+        """Reset all metrics: Lightning resets only scalars, and after `validate` to tensors that no fit can update."""
         for loader in self._loaders(stage):
             for metric in self._metrics_of(stage, loader)[1].values():
                 metric.reset()
@@ -109,7 +112,7 @@ class Evaluated(LightningModule):
             metric = self._metrics_of(stage, loader)[1]["layer_accuracy"]
             if loader and not metric.update_called:  # there are fewer loaders than before
                 continue
-            # (torchmetrics makes a scalar of a vector of one entry: an encoder of one layer.)
+            # torchmetrics turns a vector of one entry into a scalar: an encoder of one layer.
             values = enumerate(metric.compute().reshape(-1), start=1)
             names = {f"{stage}_layer_accuracy{_suffix(loader)}/{n}": value for n, value in values}
             self.log_dict(names, on_step=False, on_epoch=True, sync_dist=False, add_dataloader_idx=False)
@@ -131,7 +134,7 @@ class Evaluated(LightningModule):
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
-    """Return the labels of a batch, or raise a ``KeyError`` or ``TypeError`` that says what came."""
+    """Return the labels of a batch, or raise a ``KeyError`` or ``TypeError`` that says what the batch is."""
     check_batch(batch)
     if "labels" not in batch:
         raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
@@ -139,5 +142,5 @@ def labels_of(batch: Batch, stage: str) -> Tensor:
 
 
 def _suffix(loader: int) -> str:
-    """Return what tells the metrics of further loaders from those of the first, as Lightning does."""
+    """Return the suffix by which Lightning names the metrics of further loaders, empty for the first."""
     return f"/dataloader_idx_{loader}" if loader else ""

@@ -57,7 +57,7 @@ class MeanExitLayer(ExitHistogram):
 
 
 class LayerAccuracy(Metric):
-    """Measure the accuracy of a_n after each layer n: what an exit there would have answered.
+    """Measure the accuracy of a_n after each layer n, the answer of an exit there.
 
     Args:
         num_layers: Number of layers of the model, N.
@@ -86,8 +86,8 @@ SCALARS = ("loss", "task_loss", "ponder_cost", "agreement", "accuracy", "macro_f
 
 
 def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
-    """Return what one evaluation measures: `SCALARS`, ``exit_histogram`` and ``layer_accuracy``."""
-    # By default a mean leaves NaN out, which would hide a broken model.
+    """Return the metrics of one evaluation: `SCALARS`, ``exit_histogram`` and ``layer_accuracy``."""
+    # By default a mean ignores NaN, which would hide a broken model.
     means = {name: MeanMetric(nan_strategy="disable") for name in SCALARS[:4]}
     return nn.ModuleDict(
         {
@@ -102,10 +102,10 @@ def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
 
 
 def update_metrics(metrics: nn.ModuleDict, a: Tensor, answers: Tensor, exit_layer: Tensor, target: Tensor) -> None:
-    """Add a batch to all of `evaluation_metrics` that are no means.
+    """Add a batch to all of `evaluation_metrics` that are not plain means.
 
     Args:
-        metrics: What `evaluation_metrics` made.
+        metrics: Metrics from `evaluation_metrics`.
         a: Answers after each layer, ``[batch, layers, classes]``.
         answers: Answers of early exit, ``[batch, classes]``.
         exit_layer: Exit layers, int64 ``[batch]``.
@@ -123,7 +123,7 @@ def update_metrics(metrics: nn.ModuleDict, a: Tensor, answers: Tensor, exit_laye
 
 
 def collapse(mean_exit_layer: float, layers: int, lambda_reg: float, margin: float) -> str | None:
-    """Return what to say of a model that always leaves after the first or after the last layer, None of any other."""
+    """Return a warning for a model that always leaves after the first or after the last layer, None for any other."""
     if mean_exit_layer == 1.0:
         where, remedy = "the first layer", f"Try a smaller lambda_reg than {lambda_reg:g}"
         remedy += ", or a larger halting_margin" if margin < 1 else ""

@@ -39,8 +39,8 @@ class DACT(Evaluated):
     val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
 
     At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in float32. Half
-    precision rounds y and h, which may change the class of one example in some hundred. With several processes,
-    Lightning gives some validation and test examples twice: evaluate on one device for exact numbers.
+    precision rounds y and h, which may change the class of one example in a few hundred. With several processes,
+    Lightning repeats some validation and test examples: evaluate on one device for exact numbers.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -51,8 +51,8 @@ class DACT(Evaluated):
         lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0.
         ponder: The ponder cost ρ, ``"p"`` (mean of Σ p_n) or ``"h"`` (mean of Σ h_n).
         exit_loss_weight: Weight of the exit loss, 0 or more.
-        detach_exits: Whether encoder and classifier learn from the exit loss alone, as in a multi-exit, and the loss of
-            a_N and the ponder cost train the confidence only. The first layers then answer better.
+        detach_exits: Whether encoder and classifier learn only from the exit loss, as in a multi-exit model, while the
+            loss of a_N and the ponder cost train only the confidence. The first layers then answer better.
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
             the label. Training batches then carry ``teacher`` ``[batch, classes]``.
         share_submodels: Whether all layers share one pair of submodels instead of having one pair each.
@@ -60,24 +60,24 @@ class DACT(Evaluated):
             depth* means these layers. (Under DDP the parameters of the others never get a gradient: use the strategy
             ``"ddp_find_unused_parameters_true"``, or cut the encoder itself.)
         halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see `dact.functional.can_halt`.
-        halting_tolerance: In [0, 1): the class that the halting rule returns ends at most this much probability behind
-            the final winner.
-        halting_margin: In [0, 1]: an example also leaves where y_n puts its first class more than this probability
-            ahead of its second (see `dact.functional.is_clear`). A second dial: smaller means fewer layers; 1 leaves
-            all to the halting rule.
+        halting_tolerance: Largest probability, in [0, 1), by which the class that the halting rule returns may end
+            behind the final winner.
+        halting_margin: Lead, in [0, 1], of the first class of y_n over its second above which an example leaves as well
+            (see `dact.functional.is_clear`). It is the second dial: smaller means fewer layers; 1 leaves all to the
+            halting rule.
         class_weights: One weight per class for the training and validation losses.
         learning_rate: Peak learning rate of AdamW.
-        submodel_learning_rate: That of the two submodels; the same if left out.
-        weight_decay: Of AdamW, on matrices only (not on biases and norms).
+        submodel_learning_rate: Peak learning rate of the two submodels; `learning_rate` if left out.
+        weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
         warmup_fraction: Share of the optimizer steps over which the learning rate rises; it then falls to 0.
         class_names: Names of the classes; taken from the datamodule if left out.
-        step_tokens: For early exit: tokens that enter a layer at a time, padding included; by the kind of device if
-            left out.
-        window_tokens: For early exit: tokens whose hidden states are held at a time, the bound of memory; 16 steps if
-            left out.
+        step_tokens: Number of tokens, padding included, that enter a layer at a time in early exit; if left out, it
+            depends on the kind of device.
+        window_tokens: Number of tokens whose hidden states early exit holds at a time, which bounds its memory; 16
+            steps if left out.
 
     Raises:
-        TypeError: If the encoder is no `LayeredEncoder`.
+        TypeError: If the encoder is not a `LayeredEncoder`.
         ValueError: If a value is outside its range.
 
     Example:
@@ -149,7 +149,7 @@ class DACT(Evaluated):
         self.register_buffer("class_weights", weights, persistent=False)
         self.calibration: dict[str, Any] | None = None  # what dact.calibrate found
         self.temperatures: list[float] | None = None  # one per exit layer; they scale scores that are shown
-        self.provenance = model_card.Provenance()  # what the run that it was loaded from says, for its model card
+        self.provenance = model_card.Provenance()  # facts of the run that it was loaded from, for its model card
         self.steps_done = 0  # training steps so far, for the warm-up of λ
         self.total_steps = float("inf")  # all training steps; the Trainer knows them
 
@@ -166,23 +166,23 @@ class DACT(Evaluated):
     # ------------------------------------------------------------------ the DACT unit
 
     def forward(self, batch: Batch) -> DACTOutput:
-        """Run all layers, as training does. `batch` is a dict as Hugging Face has it; labels are not needed."""
+        """Run all layers, as training does. `batch` is a dict of Hugging Face's inputs; labels are not needed."""
         logits, h = self._submodels(batch)
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y, h)
         return DACTOutput(a[:, -1], self.exit_layers(a.detach(), p.detach(), y.detach()), y, h, p)
 
     def early_exit(self, batch: Batch) -> DACTOutput:
-        """Run each example only as deep as it needs, in eval mode whatever mode the model is in.
+        """Run each example only as deep as it needs, always in eval mode.
 
-        A large batch pays: examples of similar length go through the layers together, and those that are left are
-        regrouped. Neither the batch nor the order of its rows changes an answer.
+        Large batches are the fastest: examples of similar length go through the layers together, and the remaining
+        ones are regrouped. Neither the batch nor the order of its rows changes an answer.
         """
         exits = self._inference(batch, self.exit_rule)
         return DACTOutput(exits.answers, exits.layers)
 
     def full_depth(self, batch: Batch) -> DACTOutput:
-        """Return what `forward` does, by the code of `early_exit`: for large batches, without gradients or dropout."""
+        """Return what `forward` returns, by the code of `early_exit`: for large batches, in eval mode, no gradients."""
         exits = self._inference(batch, dataclasses.replace(self.exit_rule, rule="never"), record=True)
         assert exits.y is not None
         assert exits.h is not None
@@ -203,7 +203,7 @@ class DACT(Evaluated):
             )
 
     def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        """Return where this model leaves, int64 ``[batch]``, from what all layers say; see `functional.exit_layers`."""
+        """Return the exit layers of this model, int64 ``[batch]``, from a, p and y; see `functional.exit_layers`."""
         return self.exit_rule.exit_layers(a, p, y)
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -220,9 +220,9 @@ class DACT(Evaluated):
         return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
-        """Make plain fine-tuning of this model: all layers are run, and the last one alone answers and learns.
+        """Return this model, changed to plain fine-tuning: all layers run, and only the last one answers and learns.
 
-        Every confidence says 1 for ever, so that a_N = y_N. For baselines and teachers.
+        Every confidence stays at 1, so that a_N = y_N. This is for baselines and teachers.
         """
         for submodel in self.confidence:
             last = submodel[-1]  # type: ignore[index]
@@ -246,7 +246,7 @@ class DACT(Evaluated):
 
         Args:
             batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation, ``teacher``
-                ``[batch, classes]``. An example labelled -100 learns from its teacher alone, with the weight of any
+                ``[batch, classes]``. An example labelled -100 learns only from its teacher, with the weight of any
                 other; without a teacher it only adds to the ponder cost.
             lambda_reg: λ of this step. If left out, it rises from 0 to the model's own over the first `lambda_warmup`
                 of `total_steps`; the model counts in `steps_done` how often this method was called in train mode. (A
@@ -284,7 +284,7 @@ class DACT(Evaluated):
         return self.lambda_reg * min(1.0, self.steps_done / warmup)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.steps_done = self.trainer.global_step  # optimizer steps, right after a resume, too
+        self.steps_done = self.trainer.global_step  # optimizer steps, also after a resume
         loss = self.loss(batch).loss
         size = len(batch["labels"])
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
@@ -294,7 +294,7 @@ class DACT(Evaluated):
         return self.measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        # By the code that predicts, all layers as well as early exit.
+        # Both full depth and early exit are computed by the code that predicts.
         return self.measure("test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> DACTOutput:
@@ -318,7 +318,7 @@ class DACT(Evaluated):
         self.provenance = model_card.Provenance()
 
     def on_train_start(self) -> None:
-        # Known once per training, also one of Lightning's own search for a batch size or learning rate; infinite for an
+        # Set for each training, also those of Lightning's own search for a batch size or learning rate; infinite for an
         # endless fit, in which nothing warms up or decays.
         self.total_steps = self.trainer.estimated_stepping_batches
 
@@ -331,10 +331,10 @@ class DACT(Evaluated):
         return schedule(rates, self.weight_decay, self.warmup_fraction, self.trainer.estimated_stepping_batches)
 
     def end_calibration(self) -> None:
-        """Forget a calibration, and give its dial back the value that it had before."""
+        """Drop the calibration, and restore the value that its dial had before."""
         if self.calibration is not None:
             dial = self.calibration["promise"]["dial"]
-            if getattr(self, dial) == self.calibration[dial]:  # one that was moved since is the user's own
+            if getattr(self, dial) == self.calibration[dial]:  # a dial that was moved since is the user's own
                 setattr(self, dial, self.calibration["instead_of"])
             self.calibration = None
 
@@ -367,21 +367,21 @@ class DACT(Evaluated):
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> Self:
-        """Load a checkpoint, under torch's weights-only loading and without a look at `pretrained`.
+        """Return the model of a checkpoint, under torch's weights-only loading; `pretrained` weights are not read.
 
         Args:
-            checkpoint_path: What the Trainer's checkpointing wrote: a file, or an address such as ``s3://…``.
+            checkpoint_path: File that the Trainer's checkpointing wrote, or its address, such as ``s3://…``.
             map_location: As for `torch.load`.
-            weights_only: Never False: a checkpoint of dact holds data alone.
-            encoder: Needed only for an encoder of your own: one built as it was for training.
+            weights_only: Never False: a checkpoint of dact holds only data.
+            encoder: Encoder, built as it was for training; needed only for an encoder of your own.
             **overrides: Constructor arguments that replace those of the checkpoint, such as ``halting_tolerance=0.3``.
 
         Raises:
             FileNotFoundError: If there is no such file.
-            ValueError: If the file cannot be read, is no checkpoint of DACT, or does not fit.
+            ValueError: If the file cannot be read, is not a checkpoint of DACT, or does not fit.
         """
         if weights_only is False:
-            raise ValueError("weights_only=False would let a checkpoint run code; those of dact load without")
+            raise ValueError("weights_only=False would let a checkpoint run code; dact's checkpoints load without it")
         config, weights = persistence.read_checkpoint(checkpoint_path, map_location)
         if encoder is not None:
             overrides["encoder"] = encoder
@@ -393,13 +393,13 @@ class DACT(Evaluated):
 
         Args:
             directory: Folder to write to. A README.md there that was written by hand is kept.
-            metrics, repo_id: Content of metrics.json and Hub id for the card; see `dact.model_card.write_card`.
+            metrics, repo_id: Content of metrics.json, and Hub id, for the card; see `dact.model_card.write_card`.
         """
         persistence.write_folder(self, DACT, Path(directory))
         model_card.write_card(Path(directory), self, metrics, repo_id)
 
     def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]) -> str:
-        """Publish the model on the Hub in one commit; with its tokenizer, by `TextClassifier.push_to_hub`.
+        """Publish the model on the Hub in one commit; `TextClassifier.push_to_hub` publishes its tokenizer as well.
 
         Args:
             repo_id: Hub id ``"OWNER/NAME"`` of a repository, which is created if needed.
@@ -423,14 +423,14 @@ class DACT(Evaluated):
         local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
-        """Load what `save_pretrained` wrote or `push_to_hub` published. The model is in eval mode.
+        """Return the model, in eval mode, that `save_pretrained` wrote or `push_to_hub` published.
 
         Files that other tools re-saved load as well, such as weights in half precision, which are cast to float32.
 
         Args:
             directory: A folder with config.json and model.safetensors, or a Hub id ``"OWNER/NAME"``.
-            encoder: Needed only for an encoder of your own.
-            revision, token, cache_dir, local_files_only: For a Hub id; see `dact.hub.local_folder`.
+            encoder: Encoder; needed only for an encoder of your own.
+            revision, token, cache_dir, local_files_only: Options for a Hub id; see `dact.hub.local_folder`.
             **overrides: Constructor arguments that replace those of the folder, such as ``halting_tolerance=0.3``.
 
         Raises:

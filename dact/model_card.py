@@ -22,7 +22,7 @@ Metrics = Mapping[str, Any] | None  # content of metrics.json
 
 @dataclass(frozen=True)
 class Provenance:
-    """What the folder of a run says about its model.
+    """Facts about a model, from the folder of its run.
 
     Args:
         metrics: Content of its metrics.json, or None.
@@ -34,7 +34,7 @@ class Provenance:
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """Return what is known from the files next to the ``model/`` folder of a run; nothing for any other folder."""
+    """Return the facts in the files next to the ``model/`` folder of a run; none for any other folder."""
     if folder.name not in MODEL_FOLDERS:
         return Provenance()
     metrics = data = None
@@ -46,7 +46,7 @@ def read_provenance(folder: Path) -> Provenance:
 
 
 def _name_of_data(config: Any) -> str | None:
-    """Return the class of the data with the name of its training file. (Where the file lay is nobody's business.)"""
+    """Return the class of the data with the name of its training file, without the folder, which may be private."""
     section = config.get("data") if isinstance(config, dict) else None
     if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
         return None
@@ -72,7 +72,7 @@ def write_card(folder: Path, model: Any, metrics: Metrics = None, repo_id: str |
 
 
 def is_written_by_dact(path: Path) -> bool:
-    """Return whether a model card may be replaced: dact wrote it, and nobody has made it their own."""
+    """Return whether a model card may be replaced: dact wrote it, and no user has claimed it."""
     return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
@@ -156,7 +156,7 @@ def _halting(model: Any) -> str:
 
 
 def _promise(calibration: Mapping[str, Any], layers: int) -> str:
-    """Return what `dact.calibrate` found, in the words of its record."""
+    """Return the record of `dact.calibrate` as text."""
     promise = calibration["promise"]
     against = "the model's own full depth" if calibration.get("baseline_accuracy") is None else "the baseline"
     if promise.get("max_accuracy_loss") is not None:
@@ -174,15 +174,15 @@ def _promise(calibration: Mapping[str, Any], layers: int) -> str:
         f" Set on {calibration['examples']} examples: accuracy {100 * calibration['accuracy']:.2f} % (full depth "
         f"{100 * calibration['full_depth_accuracy']:.2f} %), {calibration['mean_exit_layer']:.2f} of {layers} layers."
     )
-    reused = " These examples also chose the checkpoint, so that this is optimistic."
+    reused = " These examples also chose the checkpoint, so this is optimistic."
     return first + seen + (reused if calibration.get("chose_checkpoint") else "")
 
 
 def _measurements(metrics: Mapping[str, Any], kind: str) -> list[str]:
-    """Return the tables of what was measured, as far as `metrics` has them, of a model with this kind of encoder."""
+    """Return the tables of the measurements that `metrics` has, for a model with this kind of encoder."""
     parts = []
     before = " before the export to ONNX Runtime" if kind == "OnnxEncoder" else ""
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a table that is not as ours are is left out
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a table of another shape is left out
         test, layers = metrics["test"], metrics["layers"]
         rows = [
             ("early exit", test["mean_exit_layer"], test),

@@ -39,13 +39,13 @@ def parameter_groups(
 def schedule(
     rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float, warmup_fraction: float, total: float
 ) -> Any:
-    """Return AdamW and its schedule as `LightningModule.configure_optimizers` may.
+    """Return AdamW and its schedule, in a form that `LightningModule.configure_optimizers` may return.
 
     Args:
         rates: Parameters, each with their peak learning rate.
         weight_decay: Weight decay of the matrices.
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
-        total: Number of optimizer steps; in an endless fit, which has ``inf``, the rates are constant.
+        total: Number of optimizer steps; ``inf`` for an endless fit, in which the rates are constant.
     """
     # foreach: the submodels are many small tensors, and on a CPU it is not the default.
     optimizer = torch.optim.AdamW(parameter_groups(rates, weight_decay), foreach=True)
@@ -58,8 +58,8 @@ def schedule(
 class WarmupThenDecay(LambdaLR):
     """A learning rate that rises linearly and then falls linearly to 0.
 
-    A parameter group that is added on the way, as Lightning's `BaseFinetuning` does when it unfreezes layers, starts at
-    the rate that it was given and falls with the others.
+    A parameter group that is added during the fit, as Lightning's `BaseFinetuning` does when it unfreezes layers,
+    starts at the rate that it was given and falls with the others.
 
     Args:
         optimizer: Optimizer whose groups hold their peak rates.

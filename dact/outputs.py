@@ -1,4 +1,4 @@
-"""What a model returns: its answers, and its training loss."""
+"""The outputs of a model: its answers, and its training loss."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DACTOutput:
-    """What DACT says about a batch.
+    """The answers of DACT to a batch.
 
     Args:
         probabilities: ``[batch, classes]``: a_N from `DACT.forward`, a_n at the exit layer from `DACT.early_exit`.
             The halting rule guarantees the class of a_N, not its probabilities; the margin guarantees neither.
-        exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`: that the halting
-            rule would have run).
+        exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`: the last one that the
+            halting rule would have run).
         layer_probabilities: y, ``[batch, layers, classes]``; from `DACT.forward` only.
         h: The confidence of each layer, ``[batch, layers]``; from `DACT.forward` only.
         p: The remaining share after each layer, ``[batch, layers]``; from `DACT.forward` only.
@@ -43,7 +43,7 @@ class Loss:
     Args:
         loss: ``task_loss + λ · ponder_cost + exit_loss_weight · exit_loss``; call ``backward()`` on it.
         task_loss: Negative log-likelihood of a_N, with the teacher's share in its targets.
-        exit_loss: Mean cross-entropy of the layers' own classifications, likewise.
+        exit_loss: Mean cross-entropy of the layers' own classifications, with the same targets.
         ponder_cost: ρ.
     """
 

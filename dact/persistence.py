@@ -1,4 +1,4 @@
-"""What a model leaves on disk: config.json, model.safetensors, and its entry in a checkpoint. Data, never code."""
+"""The files of a model: config.json, model.safetensors, and its entry in a checkpoint. They hold data, never code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from dact.submodels import SubmodelConfig, Submodels
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/1"
-HALTING = ("halting", "halting_tolerance", "halting_margin")  # what decides when an example halts
+HALTING = ("halting", "halting_tolerance", "halting_margin")  # attributes that decide when an example halts
 # Where a checkpoint holds `config_of`. LightningCLI reads "hyper_parameters" as its own and refuses other formats
 # there.
 CHECKPOINT_KEY = "dact"
@@ -35,17 +35,17 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def own_arguments(model: object, base: type) -> dict[str, Any] | None:
-    """Return what a subclass was called with; to be called in the constructor of `base` alone.
+    """Return the arguments that a subclass was called with. Only the constructor of `base` may call this.
 
-    Lightning's `save_hyperparameters` looks at the calling constructors in the same way.
+    Lightning's `save_hyperparameters` inspects the calling constructors in the same way.
 
     Args:
         model: The object under construction.
         base: `DACT`, whose arguments are stored with the model's attributes.
 
     Returns:
-        ``arguments``, the values of what only the subclass knows, and ``passed``, the names of arguments of `base` that
-        it takes. None for an object of `base` itself.
+        ``arguments``, the arguments that only the subclass has, and ``passed``, the names of the arguments of `base`
+        that it takes. None for an object of `base` itself.
     """
     frame, outermost = inspect.currentframe(), None
     frame = frame.f_back if frame else None
@@ -56,7 +56,7 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
     given, of_base = inspect.getargvalues(outermost), list(inspect.signature(base).parameters)
     flat = {name: given.locals[name] for name in given.args[1:] if name in given.locals}
     positional = given.locals[given.varargs] if given.varargs else ()
-    if positional and isinstance(positional[0], LayeredEncoder):  # handed on to `base`
+    if positional and isinstance(positional[0], LayeredEncoder):  # passed on to `base`
         flat |= dict(zip(of_base, positional, strict=False))
     flat |= given.locals[given.keywords] if given.keywords else {}
     own = {name: value for name, value in flat.items() if name not in of_base and _is_plain(value)}
@@ -66,7 +66,7 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
 def config_of(model: Any, base: type) -> dict[str, Any]:
     """Return plain data (strings, numbers, lists, dicts) from which `build` makes this model again.
 
-    An argument of a subclass that is no plain data is left out; who loads the model passes it.
+    An argument of a subclass that is not plain data is left out, and must be passed when the model is loaded.
     """
     config = {name: _plain(getattr(model, name)) for name in inspect.signature(base).parameters}
     config |= {name: getattr(model, name) for name in LEARNED}
@@ -95,9 +95,9 @@ def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Ma
     """Build a model with fresh weights as `config_of` described it.
 
     Args:
-        cls: The class of the model: `base` or a subclass of it, which gets its own arguments back.
+        cls: Class of the model: `base` or a subclass of it, which gets its own arguments back.
         base: `DACT`.
-        config: What `config_of` returned.
+        config: Result of `config_of`.
         overrides: Constructor arguments that replace entries of `config`.
 
     Raises:
@@ -156,16 +156,18 @@ def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_checkpoint(path: str | Path, map_location: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the description and the weights of a checkpoint of DACT, a file or an address.
+    """Return the description and the weights in a checkpoint of DACT, a file or an address.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read or is no checkpoint of DACT.
+        ValueError: If the file cannot be read or is not a checkpoint of DACT.
     """
     checkpoint = DurableCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
     config = stored_config(checkpoint)
     if "output_dimension" not in config or "state_dict" not in checkpoint:
-        raise ValueError(f"{path} is no checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}")
+        raise ValueError(
+            f"{path} is not a checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}"
+        )
     return config, checkpoint["state_dict"]
 
 
@@ -183,11 +185,11 @@ def load(
         ValueError: If names or shapes of the weights do not fit, or as for `build`.
     """
     if cls is base and "encoder" not in overrides:
-        # Without memory first: a description from elsewhere may ask for more than there is.
+        # First without memory, since a description from elsewhere may ask for more than there is.
         try:
             with torch.device("meta"):
                 skeleton = build(cls, base, config, overrides)
-        except RuntimeError as error:  # sizes whose product no number holds
+        except RuntimeError as error:  # the product of the sizes overflows
             raise ValueError(f"{where} describes a model that cannot be built: {str(error).splitlines()[0]}") from error
         check_weights(skeleton, weights, where)
     model = build(cls, base, config, overrides)
@@ -215,7 +217,7 @@ def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
         f"{what} does not fit this model ({len(faults)} differences, such as {faults[0]}). Build the model with the "
         f"encoder, submodels and output_dimension ({model.output_dimension} here) that it was trained with, or use "
         "DACT.load_from_checkpoint, which reads them from the checkpoint (on the command line, give the config.yaml "
-        "that the fit left)"
+        "of the fit)"
     )
 
 
@@ -223,13 +225,13 @@ def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
 
 
 def halts_as(model: Any, calibration: Mapping[str, Any], dial: Any) -> bool:
-    """Return whether `model` halts as the model of a calibration did, with `dial` as the value of the dial."""
+    """Return whether the halting settings of `model` are those of a calibration, with `dial` as the dial's value."""
     then = {name: calibration[name] for name in HALTING} | {calibration["promise"]["dial"]: dial}
     return then == {name: getattr(model, name) for name in HALTING}
 
 
 def _restore_learned(model: Any, learned: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Give a new model its temperatures and its calibration, unless an override moved what the latter is about."""
+    """Give a new model its temperatures, and its calibration unless an override changed the settings behind it."""
     model.temperatures = learned["temperatures"]
     calibration = learned["calibration"]
     if calibration is None:
@@ -242,10 +244,10 @@ def _restore_learned(model: Any, learned: Mapping[str, Any], overrides: Mapping[
 
 
 def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
-    """Give a model that was built apart the class names, temperatures and calibration of a checkpoint that it loads.
+    """Give a model the class names, temperatures and calibration of a checkpoint that it loads.
 
     Returns:
-        Why the calibration is ignored, None if it is not.
+        The reason why the calibration is ignored, None if it is not.
 
     Raises:
         ValueError: If weights or class names of the checkpoint are not those of the model.
@@ -287,7 +289,7 @@ def write_folder(model: Any, base: type, directory: Path) -> None:
 
 
 def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the configuration and the weights of a folder that `write_folder` wrote, or another tool re-saved.
+    """Return the configuration and the weights in a folder that `write_folder` wrote, or another tool re-saved.
 
     Raises:
         FileNotFoundError: If the folder or one of the two files is missing.
@@ -309,6 +311,6 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def encoder_with_files(config: Mapping[str, Any], directory: Path) -> LayeredEncoder | None:
-    """Return the encoder of a folder if it consists of files there and not of weights, None otherwise."""
+    """Return the encoder of a folder if it consists of files instead of weights, None otherwise."""
     described = config.get("encoder") or {}
     return encoders.from_config(described, directory) if described.get("type") == "OnnxEncoder" else None

@@ -1,4 +1,4 @@
-"""Scores that mean what they say: their calibration error, and one temperature per exit layer."""
+"""Calibrated scores: the expected calibration error, and one temperature per exit layer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ FOLDS = 5
 def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error, Σ (share of a bin) · |its accuracy - its mean score|, in [0, 1].
 
-    (Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, arXiv 1706.04599, with bins of equal width.)
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, arXiv 1706.04599, with bins of equal
+    width.
 
     Args:
         scores: Probability of the returned class, ``[examples]``, in [0, 1].
@@ -37,8 +38,7 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
 def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float]) -> Tensor:
     """Return probabilities q proportional to p^(1/T), T being the temperature of an example's exit layer.
 
-    The order of the classes stays as it is, apart from rounding: take the class from what is given, not from the
-    result.
+    The order of the classes stays as it is, apart from rounding: take the class from the input, not from the result.
 
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
@@ -54,14 +54,14 @@ def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[fl
 
 
 def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
-    """Fit one temperature per exit layer, by the negative log-likelihood of what early exit returns there.
+    """Return one temperature per exit layer, fitted by the negative log-likelihood of early exit there.
 
     A temperature is kept only where it helps: in five-fold cross-validation the mean gain must exceed its standard
-    error. Elsewhere it is 1, as for layers at which hardly any example leaves. (Temperature scaling: Guo et al. 2017,
-    arXiv 1706.04599.)
+    error. Elsewhere it is 1, as for layers at which hardly any example leaves. Source of temperature scaling: Guo et
+    al. 2017, arXiv 1706.04599.
 
     Args:
-        answers: What all layers say of labelled examples that no training has seen.
+        answers: Answers of all layers to labelled examples that were not used for training.
         exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
 
     Returns:
@@ -77,7 +77,7 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
 
 
 def _fit_temperature(log: Tensor, target: Tensor) -> float:
-    """The temperature for log-probabilities ``[examples, classes]``, or 1 where none helps."""
+    """Return the temperature for log-probabilities ``[examples, classes]``, or 1 if none helps."""
     if len(target) < 2 * FOLDS:
         return 1.0
     fold = torch.arange(len(target)) % FOLDS
@@ -102,5 +102,5 @@ def _best_temperature(log: Tensor, target: Tensor) -> float:
 
 
 def _losses(log: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """The negative log-likelihood of each example, ``[examples]``."""
+    """Return the negative log-likelihood of each example, ``[examples]``."""
     return torch.nn.functional.cross_entropy(log / temperature, target, reduction="none")

@@ -32,7 +32,7 @@ except ImportError as error:
 
 MOST_CHARACTERS = 100_000  # of a text; a pair counts as one
 MOST_BYTES = 1_000_000  # of a body
-MOST_TEXTS = 10_000  # of a request: what one client may keep the others waiting for
+MOST_TEXTS = 10_000  # of a request, since other clients wait for it
 SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold halves of a character, which no tokenizer takes
 Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # those that LitServe takes
 
@@ -52,7 +52,7 @@ class PredictRequest(BaseModel):
     @classmethod
     def _limit(cls, value: Any) -> Any:
         many = value if isinstance(value, list) else [value]
-        # No error of validation: its status is 422, and size has one of its own.
+        # Not a validation error, whose status is 422: size has a status of its own.
         if len(many) > MOST_TEXTS:
             raise HTTPException(413, f"at most {MOST_TEXTS} texts in a request, got {len(many)}")
         for text in many:
@@ -72,11 +72,11 @@ class PredictRequest(BaseModel):
                 if not part.strip():
                     raise ValueError(f"the text at position {position} is empty")
                 if SURROGATE.search(part):
-                    raise ValueError(f"the text at position {position} is no valid Unicode")
+                    raise ValueError(f"the text at position {position} is not valid Unicode")
         return self
 
     def all(self) -> list[Text]:
-        """The texts of the request, in their order."""
+        """Return the texts of the request, in their order."""
         return [self.text] if self.text is not None else self.texts or []
 
 
@@ -95,7 +95,7 @@ class PredictResponse(BaseModel):
 
 
 class _Loop(BatchedLoop):
-    """Batches that begin with the first request: LitServe's own loop asks for one a thousand times a second."""
+    """A loop that waits for the first request of a batch; LitServe's own polls a thousand times a second."""
 
     def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> tuple[list[Any], list[Any]]:
         """Return the requests to answer together, and those that waited for longer than the server's time-out."""
@@ -116,14 +116,14 @@ class _Loop(BatchedLoop):
 
 
 class _API(litserve.LitAPI):
-    """What LitServe asks for: a classifier in the process that `setup` runs in."""
+    """The API that LitServe runs: a classifier in the process that calls `setup`."""
 
     def __init__(self, model: str, max_batch: int, max_wait: float) -> None:
         super().__init__(max_batch_size=max_batch, batch_timeout=max_wait, loop=_Loop())
         self.model = model
 
     def setup(self, device: str) -> None:
-        # Ctrl-C reaches every process of the terminal. This one ends when the server has answered what it has taken.
+        # Ctrl-C reaches every process of the terminal. This one ends when the server has answered accepted requests.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.classifier = TextClassifier.from_pretrained(self.model)
         self.classifier.model.to(device)
@@ -142,7 +142,7 @@ class _API(litserve.LitAPI):
             if len(requests) == 1:
                 log.error("a request failed: %s", type(error).__name__)  # the message may quote the text
                 return [JSONResponse({"detail": "the text cannot be classified"}, 422)]
-            # One of them is at fault, and the others must not suffer for it.
+            # One of them is at fault: classify them one by one, so that the others are answered.
             return [answer for request in requests for answer in self.predict([request])]
 
     def unbatch(self, output: list[Any]) -> list[Any]:
@@ -170,7 +170,7 @@ def serve(
     max_batch: int = 64,
     max_wait: float = 0.002,
 ) -> None:
-    """Serve a model until SIGTERM or Ctrl-C, which answer what has been taken first. Blocks.
+    """Serve a model until SIGTERM or Ctrl-C. Requests that were accepted before are still answered. The call blocks.
 
     Routes: ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` (a pair of texts is a list of two) and answers
     ``{"predictions": [{"label", "score", "exit_layer"}, …]}``; ``GET /health`` says whether the model is loaded;
@@ -178,12 +178,12 @@ def serve(
     of over 100,000 characters, more than 10,000 texts or a body of over 1 MB gets 413. If the environment sets
     LIT_SERVER_API_KEY, requests must carry it in the header ``X-API-Key``. Texts are not logged.
 
-    To be called in the main thread of a program of its own: it starts processes, and takes over SIGTERM.
+    Call it in the main thread of a program of its own, since it starts processes and handles SIGTERM.
 
     Args:
-        model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` leave it.
-        host: Address to listen at, ``"127.0.0.1"``, ``"0.0.0.0"`` or ``"::"``; the first is seen by this machine alone.
-        port: Port to listen at, 1024 to 65535.
+        model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` write it.
+        host: Address to listen on, ``"127.0.0.1"``, ``"0.0.0.0"`` or ``"::"``; only this machine reaches the first.
+        port: Port to listen on, 1024 to 65535.
         max_batch: Largest number of requests that are classified together, 2 or more.
         max_wait: Seconds that a request may wait for others to join it, 0 or more.
 
@@ -211,10 +211,10 @@ def serve(
     before, main = set(multiprocessing.active_children()), os.getpid()
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() != main:  # a process of the server inherits this, and stops by itself
+        if os.getpid() != main:  # a process of the server inherits this handler, and stops by itself
             raise SystemExit(0)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise KeyboardInterrupt  # which LitServe takes as the wish for an orderly end
+        raise KeyboardInterrupt  # at which LitServe shuts down in order
 
     handler = signal.signal(signal.SIGTERM, stop)
     try:
@@ -232,7 +232,7 @@ def serve(
 
 
 def _inspect(model: str) -> tuple[dict[str, Any], str]:
-    """Load a model once to fail early; return what ``/info`` says of it and the kind of device that it runs on."""
+    """Load a model once to fail early; return the content of ``/info`` and the kind of device that it runs on."""
     classifier = TextClassifier.from_pretrained(model)
     fitted = classifier.model
     encoder: LayeredEncoder = fitted.encoder
@@ -249,11 +249,11 @@ def _inspect(model: str) -> tuple[dict[str, Any], str]:
 
 
 async def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
-    """Answer 422 without the input, which FastAPI would repeat and, where it is no valid Unicode, fail to."""
+    """Answer 422 without the input: FastAPI would repeat it, and fail if it is not valid Unicode."""
     faults: Sequence[Any] = getattr(error, "errors", list)()
     return JSONResponse({"detail": [{name: fault[name] for name in ("loc", "msg", "type")} for fault in faults]}, 422)
 
 
 async def _say_unreadable(request: Request, error: Exception) -> JSONResponse:
     """Answer 422 for a body that no parser can read, where FastAPI would answer 400 for some faults."""
-    return JSONResponse({"detail": "the body is no JSON"}, 422)
+    return JSONResponse({"detail": "the body is not JSON"}, 422)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a flag that is looked at between batches.
+"""Ctrl-C and SIGTERM as a flag that is checked between batches.
 
 Python drops an exception that a signal handler raises inside a finalizer or a weakref callback, so the handler only
 sets a flag. `check` turns the flag into a KeyboardInterrupt at a place where nothing is half done.
@@ -15,7 +15,7 @@ _requested = False
 
 
 def install() -> None:
-    """Let Ctrl-C and SIGTERM request a stop. For commands and worker processes, which own their process.
+    """Make Ctrl-C and SIGTERM request a stop. This is for commands and workers, which own their process.
 
     A SIGINT that this process ignores, as in the background of a shell, stays ignored. A second signal raises
     KeyboardInterrupt at once, for work that has no batches.

@@ -29,12 +29,12 @@ class SubmodelConfig:
     """The architecture of one submodel, classifier or confidence.
 
     Args:
-        num_layers: Hidden layers, 0 or more; 0 is a linear map.
-        hidden_units: The widest hidden layer, 1 or more.
+        num_layers: Number of hidden layers, 0 or more; 0 is a linear map.
+        hidden_units: Width of the widest hidden layer, 1 or more.
         dropout: Share of hidden units dropped in training, in [0, 1).
-        normalization: After each hidden linear map: ``"none"``, ``"batch"`` or ``"layer"``.
-        activation: ``"relu"``, ``"leaky_relu"``, ``"gelu"`` or ``"tanh"``.
-        layer_strategy: How widths run from input to output; see `hidden_widths` for an example of each.
+        normalization: Normalization after each hidden linear map: ``"none"``, ``"batch"`` or ``"layer"``.
+        activation: Activation: ``"relu"``, ``"leaky_relu"``, ``"gelu"`` or ``"tanh"``.
+        layer_strategy: Progression of the widths from input to output; see `hidden_widths` for an example of each.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -61,7 +61,7 @@ class SubmodelConfig:
         check_choice("SubmodelConfig: layer_strategy", self.layer_strategy, LayerStrategy)
 
     def hidden_widths(self) -> list[int]:
-        """Widths of the hidden layers from input to output; each step halves or doubles, never below 1.
+        """Return the widths of the hidden layers from input to output; each step halves or doubles, never below 1.
 
         With ``hidden_units=64`` and ``num_layers=4``:
 
@@ -80,7 +80,7 @@ class SubmodelConfig:
         return [max(1, self.hidden_units // 2**times) for times in halvings]
 
     def build(self, input_size: int, output_size: int) -> nn.Sequential:
-        """The module, from ``[batch, input_size]`` to ``[batch, output_size]``."""
+        """Return the module, from ``[batch, input_size]`` to ``[batch, output_size]``."""
         layers: list[nn.Module] = []
         for width in self.hidden_widths():
             layers.append(nn.Linear(input_size, width))
@@ -94,7 +94,7 @@ class SubmodelConfig:
 
 
 class _BatchNorm(nn.BatchNorm1d):
-    """Batch normalization that takes a batch of one example, which has no variance, by its running statistics."""
+    """Batch normalization that uses its running statistics for a batch of one example, which has no variance."""
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and len(input) == 1:
@@ -106,12 +106,12 @@ class Submodels(nn.ModuleList):
     """One submodel for each layer of the encoder, or one that all layers share.
 
     Args:
-        config: The architecture.
-        num_layers: N, the layers of the encoder.
+        config: Architecture of the submodels.
+        num_layers: N, the number of layers of the encoder.
         hidden_size: Width of a pooled state.
         output_size: Width of the submodel's output.
-        share: Use the same weights on every layer. Batch normalization then has one set of statistics, taken over the
-            states of all layers together.
+        share: Whether all layers use the same weights. Batch normalization then has one set of statistics, taken over
+            the states of all layers together.
     """
 
     def __init__(
@@ -126,19 +126,19 @@ class Submodels(nn.ModuleList):
         return self[(layer - 1) % len(self)]
 
     def forward(self, states: Tensor) -> Tensor:
-        """Ask every layer's submodel: ``[batch, layers, hidden]`` -> ``[batch, layers, output]``."""
+        """Apply the submodel of each layer: ``[batch, layers, hidden]`` -> ``[batch, layers, output]``."""
         if len(self) < self.num_layers:
-            # All layers at once: batch normalization then learns the statistics by which it normalizes in eval mode.
+            # All layers at once, so that batch normalization learns the statistics that it uses in eval mode.
             output: Tensor = self[0](states.flatten(0, 1))  # [batch * layers, output]
             return output.unflatten(0, states.shape[:2])
         return torch.stack([self.of_layer(n + 1)(states[:, n]) for n in range(self.num_layers)], dim=1)
 
 
 def start_undecided(confidence: Submodels) -> None:
-    """Let every confidence start at h = 0.5^(1/(N-1)), so that p_{N-1} = 0.5 whatever the depth.
+    """Start every confidence at h = 0.5^(1/(N-1)), so that p_{N-1} = 0.5 whatever the depth.
 
     The last linear map starts with zero weights and that logit as its bias, so that the value holds for every input.
-    (With N = 1 the confidence decides nothing, and starts at 0.5.)
+    With N = 1 the confidence decides nothing, and starts at 0.5.
     """
     start = 0.5 ** (1 / max(1, confidence.num_layers - 1))
     for submodel in confidence:

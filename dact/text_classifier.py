@@ -32,7 +32,7 @@ BAR_DELAY = 2.0  # seconds after which a progress bar appears
 
 
 class EarlyExitModel(Protocol):
-    """What `TextClassifier` needs of a model; `DACT` is one, whatever its encoder runs on."""
+    """The methods that `TextClassifier` needs of a model; `DACT` has them, whatever its encoder runs on."""
 
     class_names: list[str] | None
 
@@ -47,8 +47,8 @@ class Prediction:
 
     Args:
         label: Name of the class.
-        score: Probability of that class where early exit left, in [0, 1]. (The class is that of full depth at
-            tolerance 0 and margin 1; the probability is not.) A model with temperatures has it calibrated.
+        score: Probability of that class at the exit layer, in [0, 1]; calibrated if the model has temperatures. At
+            tolerance 0 and margin 1 the class is that of full depth, but the probability is not.
         exit_layer: Number of the last layer that was run, 1-based.
         probabilities: Probabilities of all classes, by their names.
     """
@@ -62,20 +62,20 @@ class Prediction:
 class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
-    It gives each text one class of two or more: no several labels at once, and no numbers. Calls from several threads
-    are safe, and it can be pickled for other processes and machines.
+    Each text gets exactly one class; several labels per text and regression are not supported. Calls from several
+    threads are safe, and it can be pickled for other processes and machines.
 
     Args:
-        model: Model to ask, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.
-        tokenizer: Its tokenizer, which is copied. Texts are cut to what tokenizer and encoder take.
+        model: Model, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.
+        tokenizer: Tokenizer of the model, which is copied. Texts are cut to the length that tokenizer and encoder take.
         batch_size: Number of texts that are classified together, 1 or more. More make early exit faster, up to about a
-            thousand on a CPU and some ten thousand on a GPU; no answer depends on it.
-        device: Device to run on, such as ``"cuda"``; where the model is if left out.
+            thousand on a CPU and ten thousand on a GPU; no answer depends on it.
+        device: Device to run on, such as ``"cuda"``; the device of the model if left out.
         dtype: Precision of the encoder and its heads, such as ``torch.bfloat16`` or ``"bfloat16"``, by
-            ``torch.autocast``; the weights stay as they are. Half precision may change a class here and there.
+            ``torch.autocast``; the weights stay as they are. Half precision may change the class of a few texts.
 
     Raises:
-        ValueError: If `batch_size` is below 1, or `dtype` is none that autocast knows.
+        ValueError: If `batch_size` is below 1, or `dtype` is not one of float32, bfloat16 and float16.
 
     Example:
         >>> from dact.data import CompositionalSentiment
@@ -127,18 +127,18 @@ class TextClassifier:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> TextClassifier:
-        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` leave it,
+        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` write it,
         or of a repository on the Hub.
 
         Args:
             directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.
             batch_size: As for `TextClassifier`.
             device: As for `TextClassifier`.
-            dtype: As for `TextClassifier`; the weights of the encoder that is loaded are held in it, too.
-            revision: As for `DACT.from_pretrained`, like the next three.
+            dtype: As for `TextClassifier`; the weights of the loaded encoder are held in it as well.
+            revision: Branch, tag or commit on the Hub.
             token: Access token.
             cache_dir: Folder of the cache.
-            local_files_only: Whether to look in the cache alone.
+            local_files_only: Whether to look only in the cache.
             **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
 
         Raises:
@@ -148,7 +148,7 @@ class TextClassifier:
             directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         model = DACT.from_pretrained(directory, **overrides)
-        if dtype is not None and "encoder" not in overrides:  # else autocast casts all weights anew in each call
+        if dtype is not None and "encoder" not in overrides:  # otherwise autocast casts all weights in each call
             model.encoder.to(_checked_dtype(dtype))
         tokenizer = load_tokenizer(str(directory.resolve()))
         return cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
@@ -179,7 +179,7 @@ class TextClassifier:
         """
         if isinstance(texts, str):
             raise TypeError("expected a sequence of texts, got one string: pass [text]")
-        # All of them before the first is classified.
+        # All texts are checked before the first is classified.
         checked = _checked(enumerate(texts))
         with _Bar(
             total=len(checked), unit="text", delay=BAR_DELAY, leave=False, disable=not sys.stderr.isatty()
@@ -191,7 +191,7 @@ class TextClassifier:
         return found
 
     def stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
-        """Yield likewise for any source of texts, however long, which is read no further than one batch ahead."""
+        """Yield one prediction per text from a source of any length, which is read at most one batch ahead."""
         if isinstance(texts, str):
             raise TypeError("expected a sequence of texts, got one string: pass [text]")
         source = enumerate(texts)
@@ -225,7 +225,7 @@ class _Bar(tqdm):  # type: ignore[misc]
 
 
 def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
-    """The texts, or pairs as tuples, of (position, entry): all of one kind."""
+    """Return the texts, or pairs as tuples, of (position, entry); raise an error unless all are of one kind."""
     found: list[Any] = []
     for row, entry in texts:
         parts = (entry,) if isinstance(entry, str) else entry
@@ -238,7 +238,7 @@ def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
                 raise ValueError(f"the text at position {row} is empty")
         found.append(entry if isinstance(entry, str) else tuple(parts))
         if isinstance(entry, str) != isinstance(found[0], str):
-            raise TypeError(f"expected texts or pairs alone, got both: {_kind(entry)} at position {row}")
+            raise TypeError(f"expected only texts or only pairs, got both: {_kind(entry)} at position {row}")
     return found
 
 

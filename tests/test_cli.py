@@ -107,7 +107,7 @@ def test_a_broken_file_is_named(own, dact_here):
     (own / "broken.yaml").write_text("trainer:\n  max_epochs: 1\n model: 2\n")
     status, text = dact_here("fit", "--config", "broken.yaml", cwd=own)
     assert status == 2
-    assert "broken.yaml, line 3: no valid YAML" in text
+    assert "broken.yaml, line 3: not valid YAML" in text
 
 
 def test_tune_asks_for_the_classes_before_its_first_trial(own, dact_here):

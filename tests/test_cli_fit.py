@@ -181,7 +181,7 @@ def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path):
         ("train_file", "trian_file", "line 8: TextClassificationData has no option 'trian_file'. Did you mean train_f"),
         ("max_length: 16", "max_length: many", "my.yaml, line 8: max_length: Expected a int. Got value: many"),
         ("max_epochs: 1", "max_epochs: one", "my.yaml, line 1: trainer.max_epochs:"),
-        ("data:", "\tdata:", "my.yaml, line 6: no valid YAML"),
+        ("data:", "\tdata:", "my.yaml, line 6: not valid YAML"),
     ],
 )  # fmt: skip
 def test_a_mistake_in_yaml_is_one_line_with_its_place_and_what_was_meant(own, dact_here, before, after, message):

@@ -81,7 +81,7 @@ def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, 
     )
     failed = dact("calibrate", *base, "--dial", dial, "--max_layers", "1", cwd=folder, check=False)
     assert failed.returncode == 1
-    assert "the fewest that can are" in failed.stderr
+    assert "the fewest layers that can be promised are" in failed.stderr
 
 
 @pytest.mark.slow
@@ -350,7 +350,7 @@ def test_a_datamodule_of_ones_own_works_with_every_command(tmp_path, dact_here):
     assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["own"], "failed fits leave no folder"
     status, text = dact_here("test", *stored, "--data.kind", "unlabelled", cwd=tmp_path)
     assert status == 1
-    assert "a batch for test has the label -100: only training takes what has none" in text
+    assert "a batch for test has the label -100: only training takes unlabelled examples" in text
 
 
 def test_a_batch_is_checked_for_shape_and_range():

@@ -309,7 +309,7 @@ def stopped_by(folder, moment, fault, *options):
     assert code == 1, output
     assert "Traceback" not in output, output
     line = output.strip().splitlines()[-1]
-    assert "What has finished is kept: fix this and run the same command again" in line, output
+    assert "Finished work is kept: fix this and run the same command again" in line, output
     return line
 
 

@@ -195,7 +195,7 @@ def test_an_encoder_starts_from_a_model_that_dact_trained(tmp_path, name):
     model = DACT(encoder=encoder_of(name)).eval()
     model.save_pretrained(tmp_path)
     if name == "built-in":
-        with pytest.raises(ValueError, match="has an encoder that is not of Hugging Face"):
+        with pytest.raises(ValueError, match="has an encoder that is not from Hugging Face"):
             HuggingFaceEncoder(str(tmp_path))
         return
     batch = random_batch(3, 9, vocab=100)

@@ -435,7 +435,7 @@ def test_broken_files_are_clear_errors(tmp_path):
     with pytest.raises(ValueError, match="does not describe a model of dact"):
         DACT.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00")
-    with pytest.raises(ValueError, match=r"model\.safetensors is corrupted or no safetensors file"):
+    with pytest.raises(ValueError, match=r"model\.safetensors is corrupted or not a safetensors file"):
         DACT.from_pretrained(tmp_path / "model")
 
 

@@ -1,1 +1,1 @@
-"""The command line; `dact.cli.commands` is where to begin."""
+"""The command line; start reading at `dact.cli.commands`."""

@@ -17,15 +17,15 @@ def check_batch(batch: Any, classes: int, *, labelled: bool, check_range: bool =
     """Raise an error unless a batch is one that `dact.DACT` can read.
 
     Args:
-        batch: What a dataloader yields.
+        batch: Batch from a dataloader.
         classes: Number of classes.
         labelled: Whether labels are needed.
         check_range: Whether to look at the values of the labels, which waits for a GPU.
 
     Raises:
-        TypeError: If it is no mapping of tensors.
+        TypeError: If it is not a mapping of tensors.
         KeyError: If labels are needed and missing.
-        ValueError: If the shapes differ, or a label is no class.
+        ValueError: If the shapes differ, or a label is not a class.
     """
     if not isinstance(batch, Mapping):
         size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""

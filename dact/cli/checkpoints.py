@@ -41,7 +41,7 @@ class BestAndLast(ModelCheckpoint):
         if trainer.fast_dev_run or self.dirpath is None:  # type: ignore[attr-defined]
             return
         last = Path(self.dirpath) / LAST
-        # Only where both files are replaced as a whole when they are written again, never overwritten in place.
+        # A link needs files that are replaced as a whole when they are written again, never overwritten in place.
         durable = isinstance(trainer.strategy.checkpoint_io, DurableCheckpointIO) and "://" not in str(last)
         if durable and self.best_model_score is not best_before:
             if trainer.is_global_zero:
@@ -52,7 +52,7 @@ class BestAndLast(ModelCheckpoint):
 
 
 def _link(source: Path, target: Path) -> None:
-    """Let `target` be a second name of `source`, or a copy where there are no hard links."""
+    """Make `target` a second name of `source`, or a copy where there are no hard links."""
     partial = target.with_name(f".{target.name}.partial")
     partial.unlink(missing_ok=True)
     try:

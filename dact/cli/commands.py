@@ -50,7 +50,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 class DACTTrainer(Trainer):
-    """The Trainer, with the commands that dact adds. (Their docstrings are the help of the command line.)"""
+    """The Trainer, with the commands that dact adds. Their docstrings are the help of the command line."""
 
     @staticmethod
     def calibrate(
@@ -78,7 +78,7 @@ class DACTTrainer(Trainer):
 
 
 class StoredModel(DACT):
-    """The model of a checkpoint or folder, as options see it: nothing is required."""
+    """The options of a model that is loaded from a checkpoint or folder: none is required."""
 
     def __init__(self, encoder: LayeredEncoder | None = None, **kwargs: Any) -> None:
         super().__init__(encoder, **kwargs)  # type: ignore[arg-type]
@@ -107,7 +107,7 @@ class DACTCLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if subcommand != self.request.command:  # only the options of the command that runs are worth the time
+        if subcommand != self.request.command:  # adding options takes time, so only this command gets them
             return self.init_parser(**kwargs)
         if subcommand == "tune":
             parser = self.init_parser(**kwargs)
@@ -117,13 +117,13 @@ class DACTCLI(LightningCLI):
             _ignore(parser, "ckpt_path", "weights_only")
         else:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` alone")
+            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` only")
             if subcommand == "calibrate":
                 _ignore(parser, "weights_only")
             else:
                 parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
         if subcommand in ("fit", "tune"):
-            text = "name of the run, and of its folder in lightning_logs; the same name again resumes the run"
+            text = "name of the run, and of its folder in lightning_logs; giving the same name again resumes the run"
             parser.add_argument("--run_tag", type=str, default="", help=text)
         else:
             _ignore(parser, "run_tag")
@@ -142,7 +142,7 @@ class DACTCLI(LightningCLI):
         evaluating = self.request.command in EVALUATING
         parser.add_lightning_class_args(self.trainer_class, "trainer")
         parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
-        # What is skipped is added below with one more kind of value.
+        # The skipped options are added below, each with one more type of value.
         parser.add_class_arguments(
             StoredModel if evaluating else DACT,
             "model",
@@ -173,7 +173,7 @@ class DACTCLI(LightningCLI):
 
     @override
     def instantiate_classes(self) -> None:
-        if self.subcommand == "tune":  # tuning builds anew for every trial
+        if self.subcommand == "tune":  # tuning builds both for every trial
             return
         config = self.config[str(self.subcommand)]
         if self.subcommand in EVALUATING:
@@ -182,7 +182,7 @@ class DACTCLI(LightningCLI):
         self._resume(config)
         self._complete_model(config)
         super().instantiate_classes()
-        self.datamodule = self._data or self.datamodule  # whose texts are tokenized already
+        self.datamodule = self._data or self.datamodule  # its texts are already tokenized
 
     def _build_stored(self, config: Namespace) -> None:
         """Build the model from a checkpoint or folder, and the data from the configuration."""
@@ -209,13 +209,13 @@ class DACTCLI(LightningCLI):
         self.datamodule = self.datamodule or self._get(self.config_init, "data")
         if self.datamodule is None:
             raise ValueError(
-                f"dact {self.subcommand} needs data: a file with a data: section by --config, or "
+                f"dact {self.subcommand} needs data: a file with a data: section, given by --config, or "
                 f"--data.{'predict' if self.subcommand == 'predict' else 'test'}_file"
             )
         self.trainer = self.instantiate_trainer()
 
     def _overrides(self) -> dict[str, Any]:
-        """Return the inference settings that the command line gives; those of the files are the checkpoint's too."""
+        """Return the inference settings on the command line; those in files belong to the fit, and are ignored."""
         words = self.request.model_words()
         if not words:
             return {}
@@ -223,7 +223,7 @@ class DACTCLI(LightningCLI):
         return {name: given[name] for name in AT_INFERENCE if name in given}
 
     def _complete_model(self, config: Namespace) -> None:
-        """Take the number of classes, and balanced class weights, from the training data."""
+        """Complete a configuration with the number of classes, and balanced class weights, of the training data."""
         asked = config.model.class_weights == "balanced"
         if not asked and config.model.output_dimension is not None:
             return
@@ -295,7 +295,7 @@ class DACTCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def _resume(self, config: Namespace) -> None:
-        """Let a fit with the tag of an earlier one resume it."""
+        """Configure a fit with the tag of an earlier one to resume it."""
         checkpoint = config.ckpt_path
         if checkpoint is not None and Path(checkpoint).is_dir():
             raise ValueError(
@@ -319,7 +319,7 @@ class DACTCLI(LightningCLI):
             config.ckpt_path = str(last)
 
     def fit(self, **arguments: Any) -> None:
-        """Fit; a run that fails before its first epoch leaves no folder, and one that is stopped leaves its model."""
+        """Fit. A run that fails before its first epoch leaves no folder; one that is stopped keeps its best model."""
         folder = Path(self.trainer.log_dir) if self.trainer.loggers and self.trainer.log_dir else None
         is_new = folder is not None and not folder.exists()
         try:
@@ -334,7 +334,7 @@ class DACTCLI(LightningCLI):
             raise
 
     def _stopped(self, folder: Path | None) -> None:
-        """Keep the best epoch so far as a model, and say how to resume."""
+        """Keep the best epoch so far as a model, print how to resume, and end the process."""
         checkpoint = self.trainer.checkpoint_callback
         last = Path(getattr(checkpoint, "dirpath", None) or "") / LAST
         if not isinstance(checkpoint, ModelCheckpoint) or not last.is_file():
@@ -377,7 +377,7 @@ class DACTCLI(LightningCLI):
 
 
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:
-    """Accept what the config.yaml of a fit holds, and this command has no use for."""
+    """Accept options that the config.yaml of a fit holds and this command ignores."""
     for name in names:
         parser.add_argument(f"--{name}", type=Any, default=None, help="read by other commands")
 
@@ -409,7 +409,7 @@ def run() -> DACTCLI:
 
 
 def main() -> None:
-    """Run the command line of this process; an error of use ends it with one line, not with a traceback."""
+    """Run the command line of this process; an error of use ends it with one line instead of a traceback."""
     with one_line_errors():
         try:
             run()

@@ -1,4 +1,4 @@
-"""Errors of use on one line, with the file, the line and the name that may have been meant."""
+"""Errors of use on one line, with the file, the line and a suggestion."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 USAGE_ERRORS = (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError, MisconfigurationException)
 PACKAGES = ("dact.data", "dact.encoders")  # whose classes a configuration may name without the package
-CUTOFF = 0.75  # how much alike a word and the one that was meant are
-# Lines of jsonargparse about a value that say nothing to its author.
+CUTOFF = 0.75  # similarity from which on a known word is suggested
+# Lines of jsonargparse about a value that do not help its author.
 NOISE = re.compile(
     r"Does not validate|Subtypes:|Errors:|Given value type:|Given value: \{|Expected a (path|<class 'NoneType'>)"
 )
@@ -41,7 +41,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 class OneLineParser(LightningArgumentParser):
-    """LightningCLI's parser, whose errors are one line that also says what may have been meant."""
+    """LightningCLI's parser, whose errors are one line with a suggestion."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the process with status 2; see `argparse.ArgumentParser.error`."""
@@ -58,7 +58,7 @@ def config_files(words: list[str]) -> list[Path]:
 
 
 def class_parameters(class_path: str) -> list[str] | None:
-    """Return the options of a class, or None if there is no such class or it takes any."""
+    """Return the options of a class, or None if there is no such class or it takes any option."""
     module, _, name = class_path.rpartition(".")
     for holder in [module] if module else PACKAGES:
         with contextlib.suppress(ImportError, AttributeError, ValueError, TypeError):
@@ -76,7 +76,7 @@ def _options(parser: Any) -> set[str]:
 
 
 def _explain(message: str, files: list[Path], options: set[str]) -> str:
-    """Return on one line what jsonargparse says: where the fault stands in a file, and what may have been meant."""
+    """Return an error of jsonargparse as one line, with its place in a file and a suggestion."""
     nodes = []
     for file in files:
         with contextlib.suppress(OSError):  # which jsonargparse reports itself
@@ -85,10 +85,10 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
             except yaml.YAMLError as error:
                 mark = getattr(error, "problem_mark", None)
                 problem = getattr(error, "problem", error)
-                return f"{file}, line {mark.line + 1 if mark else 1}: no valid YAML: {problem}"
+                return f"{file}, line {mark.line + 1 if mark else 1}: not valid YAML: {problem}"
 
     def place(key: str, value: str | None = None) -> str:
-        """Return the last file and line where a key stands, with that value if it is a plain one."""
+        """Return the last file and line that hold a key, with that value if it is a plain one."""
         for file, line, path, content in reversed(nodes):
             if path.endswith(key) and (value is None or content in (None, value)):
                 return f"{file}, line {line}: "
@@ -115,7 +115,7 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
     if found := re.search(r"unrecognized arguments: --([^\s=]+)", text):
         return f"no option --{found[1]}. {_closest(found[1], options, '--')}"
     if found := re.search(r"arguments are required: (.+)", text):
-        return f"{re.sub(r'[a-z]+[.](?=model|data)', '', found[1])} must be given, best in a file by --config"
+        return f"{re.sub(r'[a-z]+[.](?=model|data)', '', found[1])} must be given, preferably in a file with --config"
     lines = [line.strip().removeprefix("- ") for line in message.splitlines()]
     keys = [index for index, line in enumerate(lines) if line.startswith("Parser key")]
     if not keys:
@@ -135,7 +135,7 @@ def _closest(word: str, known: Iterable[str], prefix: str = "") -> str:
 
 
 def _nodes(node: Any, prefix: str = "") -> Iterator[tuple[int, str, str | None]]:
-    """Yield of each key its line, its dotted path without ``init_args``, and its value if that is a plain one."""
+    """Yield, for each key, its line, its dotted path without ``init_args``, and its value if that is a plain one."""
     for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
         path = prefix if key.value == "init_args" else f"{prefix}.{key.value}".removeprefix(".")
         yield key.start_mark.line + 1, path, value.value if isinstance(value, yaml.ScalarNode) else None

@@ -46,8 +46,8 @@ class PredictionData(LightningDataModule):
         batch_size: Number of texts that are read at a time.
 
     Attributes:
-        unusable: Why a row cannot be classified, by its number from 0, of the rows that have been read and not yet
-            been asked for.
+        unusable: Reasons why rows cannot be classified, by row number from 0, for rows that have been read and not yet
+            written.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -74,7 +74,7 @@ class PredictionData(LightningDataModule):
         self.unusable: dict[int, str] = {}
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield batches of usable texts with their ``row`` numbers, and note in `unusable` why the others are not."""
+        """Yield batches of usable texts with their ``row`` numbers, and record in `unusable` why others are not."""
         rank, processes = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
         if processes > 1 and self.predict_file == STANDARD_INPUT:
             raise ValueError(f"standard input has one reader, not {processes}: use one device, or give a file")
@@ -107,21 +107,21 @@ class _Stream(IterableDataset[Any]):
 
 
 class PredictionWriter(Callback):
-    """Write one row per input, in input order: label, the probability of each class, exit layer, and the reason of an
-    input that could not be classified.
+    """Write one row per input, in input order: label, the probability of each class, exit layer, and the reason why an
+    input could not be classified.
 
-    Label and probabilities are those of `TextClassifier`, by the temperatures of the model where it has them.
+    Label and probabilities are those of `TextClassifier`, scaled by the temperatures of the model if it has them.
 
     A batch may carry the numbers of its rows, from 0, as ``row`` ``[batch]``; otherwise rows are counted. A number that
-    no batch carries is a row without a label, whose reason the datamodule has in ``unusable``. Of several processes
-    each writes the rows that it classified, with their numbers, into a file of its own.
+    no batch carries is a row without a label, whose reason is in ``unusable`` of the datamodule. With several
+    processes, each writes the rows that it classified, with their numbers, to a file of its own.
 
     Args:
         path: csv, json lines or parquet by ending; ``-`` writes csv to standard output. The first of three processes
             writes to ``NAME-1-of-3.csv`` instead.
 
     Attributes:
-        path: Where this process writes.
+        path: File to which this process writes.
         labelled: Number of rows that it wrote with a label.
         unlabelled: Number of rows that it wrote without one.
 
@@ -191,7 +191,7 @@ class PredictionWriter(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Not in on_predict_end: a file in which nothing can be classified has no batch, but still rows to write.
+        # Not in on_predict_end: a file in which nothing can be classified gives no batch, but has rows to write.
         if stage == "predict":
             names, last = _class_names(pl_module), max(self._reasons_of(trainer), default=-1)
             self._write_rows(names, self._without_label(trainer, names, last + 1))
@@ -202,13 +202,13 @@ class PredictionWriter(Callback):
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
     def _without_label(self, trainer: Trainer, names: Sequence[str], end: int) -> list[Row]:
-        """Return the rows up to `end` that no batch of this process carried, of several processes those of its own."""
+        """Return the rows before `end` that no batch carried; with several processes, only those of this one."""
         numbers: Iterable[int] = range(self._next_row, end)
         if not numbers:
             return []
         reasons = self._reasons_of(trainer)
         if self._processes > 1:
-            # A stream notes the reasons of this process alone, data that holds all its examples those of all.
+            # A stream has only the reasons of this process; data that holds all its examples has those of all.
             is_stream = hasattr(trainer.datamodule, "unusable")  # type: ignore[attr-defined]
             mine = (number for number in numbers if is_stream or number % self._processes == self._rank)
             numbers = [number for number in mine if number in reasons]
@@ -218,7 +218,7 @@ class PredictionWriter(Callback):
         return [self._row(n, names, None, nothing, None, reasons.pop(n, "not in the data")) for n in found]
 
     def _reasons_of(self, trainer: Trainer) -> dict[int, str]:
-        """Return why rows cannot be classified, from `PredictionData` or from data that holds all its examples."""
+        """Return the reasons why rows cannot be classified, from `PredictionData` or data that holds all examples."""
         data = trainer.datamodule  # type: ignore[attr-defined]
         if hasattr(data, "unusable"):
             unusable: dict[int, str] = data.unusable
@@ -278,11 +278,11 @@ def _class_names(model: LightningModule) -> list[str]:
 
 @contextlib.contextmanager
 def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]], None]]:
-    """Yield a function that writes rows; the file is whole at the end, or not there after an exception."""
+    """Yield a function that writes rows. The file is complete at the end, and absent after an exception."""
     if path == STANDARD_OUTPUT:
         write = _csv_writer(sys.stdout, columns)
 
-        def write_and_flush(rows: list[Row]) -> None:  # for a reader that waits
+        def write_and_flush(rows: list[Row]) -> None:  # so that the reader of a pipe need not wait
             write(rows)
             sys.stdout.flush()
 

@@ -1,4 +1,4 @@
-"""Filters of the command line: what it shows is worth reading, once. Never for a library call."""
+"""Filters for messages of other libraries, for the command line. Library calls never use them."""
 
 from __future__ import annotations
 

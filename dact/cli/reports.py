@@ -1,4 +1,4 @@
-"""What a command says: a line per epoch, the end of a fit, and whether a promise holds on a test."""
+"""Console lines of the commands: one per epoch, the result of a fit, and whether a promise holds on a test."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ class Bar(RichProgressBar):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop_progress()  # before others say where the model is: they would write into the bar
+        self._stop_progress()  # before other callbacks print: they would write into the bar
 
 
 class EpochLines(Callback):
-    """Print the metrics of each epoch on one line, and at the end of a fit what its best epoch is worth.
+    """Print the metrics of each epoch on one line and, at the end of a fit, those of its best epoch.
 
-    Warn where all validation examples get one class.
+    Warn if all validation examples get one class.
 
     Args:
         monitor: Name of the metric by which the best epoch is chosen.
@@ -48,8 +48,8 @@ class EpochLines(Callback):
     def __init__(self, monitor: str = "val_loss", mode: str = "min") -> None:
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self._started = 0.0
-        self._labels: Tensor | None = None  # [classes], how many validation examples each class has
-        self._predicted: Tensor | None = None  # [classes], how many got it
+        self._labels: Tensor | None = None  # [classes], number of validation examples of each class
+        self._predicted: Tensor | None = None  # [classes], number of validation examples that got the class
         self._best: tuple[float, int, dict[str, float], Tensor, Tensor] | None = None
 
     @override
@@ -76,7 +76,7 @@ class EpochLines(Callback):
         values = [f"{_short(name)} {metrics[name]:.{digits}f}" for name, digits in SHOWN.items() if name in metrics]
         last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         seconds = time.monotonic() - self._started
-        # (Less than 80 characters.)
+        # Less than 80 characters.
         _say(trainer, f"epoch {trainer.current_epoch + 1}{last}: {' '.join(values)}, {seconds:.0f} s")
         if self.monitor in metrics and self._labels is not None and self._predicted is not None:
             score = self.sign * metrics[self.monitor]
@@ -99,14 +99,14 @@ class EpochLines(Callback):
         )
         if (predicted > 0).sum() == 1:
             rank_zero_warn(
-                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned no "
-                "more than the largest class. Try more epochs, another learning_rate, class_weights: balanced, or "
+                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned "
+                "nothing but the largest class. Try more epochs, another learning_rate, class_weights: balanced, or "
                 "monitor: val_macro_f1"
             )
 
 
 def _short(name: str) -> str:
-    """``val_accuracy`` -> ``accuracy``; the losses keep their stage."""
+    """Return the name of a metric without its stage, such as ``accuracy``; the losses keep their stage."""
     return name if name.endswith("loss") else name.removeprefix("val_").replace("exit_layer", "layers")
 
 
@@ -122,11 +122,11 @@ def _say(trainer: Trainer, text: str) -> None:
 
 
 def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], layers: int, counts: Tensor) -> str:
-    """Return whether a promise holds on test labels, with the standard error of what was measured.
+    """Return a line that says whether a promise holds on test labels, with the standard error of the measurement.
 
     Args:
-        calibration: What `DACT.calibration` holds.
-        metrics: The logged metrics of a test.
+        calibration: Content of `DACT.calibration`.
+        metrics: Logged metrics of a test.
         layers: Number of layers.
         counts: Number of test examples that left after each layer, ``[layers]``.
     """

@@ -1,4 +1,4 @@
-"""What the words of a command line ask for, before LightningCLI parses them."""
+"""The request that a command line makes, read and completed before LightningCLI parses it."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ OWN_FILES = "TextClassificationData"
 
 @dataclass
 class Request:
-    """A command, completed by what follows from the rest of it.
+    """A command line, completed with the options that follow from the others.
 
     Args:
         command: Name of the command.
         words: Words for LightningCLI's parser.
-        model: The stored model that ``--model`` names, as `find_model` found it, for a command that evaluates one.
-        sections: What the configuration files say, the later ones over the earlier ones.
-        given: The words as they were typed.
+        model: Stored model that ``--model`` names, as `find_model` found it, for a command that evaluates one.
+        sections: Content of the configuration files; later files override earlier ones.
+        given: Words as they were typed.
     """
 
     command: str
@@ -82,7 +82,7 @@ class Request:
         return node
 
     def model_words(self) -> list[str]:
-        """Return the command, and the words that give options of the model."""
+        """Return the words that give options of the model."""
         words: list[str] = []
         for index, word in enumerate(self.words):
             if word.startswith("--model.") and not word.startswith("--model.encoder"):
@@ -100,7 +100,7 @@ class Request:
         return shlex.join(["dact", *words, f"--{name}", value])
 
     def _take_model(self) -> None:
-        """Take a ``--model`` that is no file of options out of the words."""
+        """Remove ``--model`` from the words, unless it names a file of options, and find that model."""
         if self.command not in EVALUATING:
             return
         for index, word in enumerate(self.words):
@@ -121,8 +121,8 @@ class Request:
             return
 
     def _complete_words(self) -> None:
-        """Add the class of data for a person's own files, and its tokenizer, where they were not given."""
-        import dact.data  # whose classes can then be named without the package
+        """Add the data class for the user's own files, and its tokenizer, if they were not given."""
+        import dact.data  # so that its classes can be named without the package
 
         for name in dact.data.__all__:
             getattr(dact.data, name)
@@ -141,7 +141,7 @@ class Request:
                 self.words.append(f"--data.tokenizer={source}")
 
     def _tokenizer(self) -> str | None:
-        """Return where the tokenizer of the stored model is, or of the encoder to train."""
+        """Return the place of the tokenizer of the stored model, or of the encoder to train."""
         if self.command in EVALUATING:
             given = self.value("ckpt_path")
             path = self.model or (find_model(given) if given else None)
@@ -151,7 +151,7 @@ class Request:
         return pretrained if isinstance(pretrained, str) else None
 
     def predict_file(self, config: Any) -> Any:
-        """Return the data of a file to classify, read a batch at a time; None for other data and commands."""
+        """Return data for a file to classify, read a batch at a time; None for other data and commands."""
         data = config.get("data")
         if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
             return None
@@ -171,7 +171,7 @@ class Request:
         return PredictionData(arguments["predict_file"], tokenizer, max_length=length, **columns)
 
     def complete_data(self, config: Any, model: Any) -> None:
-        """Give data of a person's own files the classes and the length of the stored model."""
+        """Set the classes and the length of data from the user's own files to those of the stored model."""
         data = config.get("data")
         if data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
             return
@@ -184,7 +184,7 @@ class Request:
 
 
 def go_offline_without_hub(names: list[Any]) -> None:
-    """Keep Hugging Face's libraries from a minute of retries where the Hub cannot be reached."""
+    """Set Hugging Face's libraries offline if the Hub cannot be reached, which saves a minute of retries."""
     local = [name for name in names if isinstance(name, str) and (name.startswith("package:") or Path(name).exists())]
     if "HF_HUB_OFFLINE" in os.environ or getproxies() or not [n for n in names if n is not None and n not in local]:
         return
@@ -199,7 +199,7 @@ def go_offline_without_hub(names: list[Any]) -> None:
 
 
 def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
-    """Let the entries of `over` replace those of `base`, section by section; another class starts anew."""
+    """Replace entries of `base` by those of `over`, section by section; another class replaces its whole section."""
     for name, value in over.items():
         old = base.get(name)
         if isinstance(value, dict) and isinstance(old, dict):

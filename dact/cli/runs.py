@@ -1,4 +1,4 @@
-"""Runs of ``dact fit``: whose folder it is, whether a run may be resumed, and what follows from its training data."""
+"""Runs of ``dact fit``: the owner of a folder, checks before a run is resumed, and values from its training data."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
     """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of that class.
 
     Args:
-        data: Set up for fit.
+        data: Datamodule that is set up for fit.
         classes: Number of classes.
 
     Raises:
@@ -67,7 +67,7 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
 
     Args:
         folder: Folder of the run.
-        now: The configuration of a fit, as its config.yaml would have it.
+        now: Configuration of a fit, as its config.yaml would hold it.
 
     Raises:
         ValueError: If they differ; the message names the first entry that does.
@@ -78,7 +78,7 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
         if now.get(section) != before.get(section):
             different = _first_difference(before.get(section), now.get(section), section)
             raise ValueError(
-                f"run {folder.name} was started with another {different}: give it as {stored} has it, or give another "
+                f"run {folder.name} was started with another {different}: use the value in {stored}, or give another "
                 "--run_tag"
             )
 
@@ -102,7 +102,7 @@ def own_encoder(source: Path, config: Any) -> LayeredEncoder | None:
     """Return the encoder of a configuration if a stored model cannot rebuild its own, None otherwise.
 
     Args:
-        source: What `find_model` returned.
+        source: Path that `find_model` returned.
         config: The ``model.encoder`` section, or None.
     """
     with contextlib.suppress(ValueError):

@@ -1,4 +1,4 @@
-"""Where a fitted model is: a checkpoint, a model/ folder, the folder of a run that holds one, or the Hub."""
+"""Places of fitted models: a checkpoint, a model/ folder, the folder of a run that holds one, or the Hub."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from dact.model import CONFIG_NAME, DACT
 def hub_id(path: str | Path) -> tuple[str, str | None] | None:
     """Return the Hub id and the revision of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, None for a path.
 
-    Where the folder OWNER exists it is a path, so that a wrong name of a run is not looked for on the Hub.
+    If a folder OWNER exists, the string is a path: a mistyped run name is not looked up on the Hub.
     """
     name, _, revision = str(path).partition("@")
     if isinstance(path, Path) or Path(path).exists() or Path(name).parent.is_dir() or not HUB_ID.fullmatch(name):
@@ -30,9 +30,9 @@ def find_model(path: str | Path) -> Path:
     """Return the checkpoint file or model/ folder that `path` stands for.
 
     Args:
-        path: A ``.ckpt`` file, a folder with config.json, or the folder of a run: that of ``dact tune`` stands for its
-            ``final/model``, that of ``dact fit`` for its ``model``. Or a string as `hub_id` reads it, which stands for
-            the downloaded folder.
+        path: A ``.ckpt`` file, a folder with config.json, or the folder of a run, which stands for its ``final/model``
+            after ``dact tune`` and for its ``model`` after ``dact fit``. A string that `hub_id` accepts stands for the
+            downloaded folder.
 
     Raises:
         FileNotFoundError: If there is no model.
@@ -83,21 +83,21 @@ def find_tokenizer(path: Path) -> Path | None:
 def stored_max_length(folder: Path) -> int | None:
     """Return the number of tokens to which the tokenizer in `folder` cuts texts, or None if it has no limit."""
     length = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
-    return (
-        length if isinstance(length, int) and length < 1_000_000 else None
-    )  # Hugging Face's mark for no limit is 1e30
+    # Hugging Face's mark for no limit is 1e30.
+    return length if isinstance(length, int) and length < 1_000_000 else None
 
 
 def store_dial(source: Path, model: DACT, dial: str) -> list[str]:
-    """Store how a model halts where it came from, and in the checkpoint or folder next to it with the same weights.
+    """Store the halting settings of a model in its source, and in the checkpoint or folder next to it if that has the
+    same weights.
 
     Args:
-        source: What `find_model` returned.
-        model: The model of `source`, with other settings.
-        dial: Name of the setting that changed, for what is said.
+        source: Path that `find_model` returned.
+        model: Model of `source`, with other settings.
+        dial: Name of the setting that changed, for the returned lines.
 
     Returns:
-        A line for each path.
+        A line for the console for each path.
     """
     lines = []
     other = counterpart(source)

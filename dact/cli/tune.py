@@ -18,7 +18,7 @@ from dact.factories import DataFactory, ModelFactory
 
 
 def add_tuner_arguments(parser: LightningArgumentParser) -> None:
-    """Add the options of the engine, except those that have sections of their own."""
+    """Add the options of the engine to a parser, except those that have sections of their own."""
     from dact.tuning import TuningEngine
 
     elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed", "callbacks"}
@@ -30,9 +30,9 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
 
     Args:
         parser: Parser of the tune command.
-        config: What it parsed.
+        config: Configuration that it parsed.
         trainer_class: Class of the Trainer, for its arguments.
-        request: The command line, to say how to resume.
+        request: Command line, for the message that says how to resume.
 
     Raises:
         SystemExit: If the user stopped the command.
@@ -76,10 +76,10 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         where = f"{engine.log_dir / tag}"
         if not isinstance(cause, OSError) and isinstance(engine.storage, str):
             where += f", storage {describe_storage(engine.storage, engine.log_dir / tag)}"
-        # What cannot be opened says so itself, with its address.
+        # The message of a storage that cannot be opened already names its address.
         reason = str(cause) if isinstance(cause, ConnectionError) and str(cause) else root_cause(cause)
         raise RuntimeError(
-            f"{where}: {reason.rstrip('.')}. What has finished is kept: fix this and run the same command again"
+            f"{where}: {reason.rstrip('.')}. Finished work is kept: fix this and run the same command again"
         ) from error
 
 
@@ -90,13 +90,13 @@ def _seeded(section: dict[str, Any], seed: int) -> dict[str, Any]:
 
 
 def stopped_by_user(text: str = "", resume_with: str = "") -> int:
-    """Say that a command was stopped, and return its exit status."""
+    """Print that a command was stopped, and return its exit status."""
     print(f"\ndact: stopped{f' {text}' if text else f'; resume with: {resume_with}'}", file=sys.stderr)
     return 130
 
 
 def _quiet_studies() -> None:
-    """Keep Optuna's lines off the console, whose table shows what they say."""
+    """Keep Optuna's lines off the console, where the table shows the same."""
     import optuna
 
     quiet()
@@ -104,7 +104,7 @@ def _quiet_studies() -> None:
     show = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
-        """Leave it to the main thread to say that a disk or a storage failed: it meets the same error."""
+        """Show no error of a disk or a storage: the main thread meets the same error and reports it."""
         module = arguments.exc_type.__module__.partition(".")[0]
         if not issubclass(arguments.exc_type, OSError) and module not in ("optuna", "sqlalchemy"):
             show(arguments)

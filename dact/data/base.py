@@ -24,7 +24,7 @@ from dact.data.tokenizers import load_tokenizer, tokenizer_for
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-INFERENCE_BATCH = 1024  # examples that test and predict hand on at a time: early exit regroups within them
+INFERENCE_BATCH = 1024  # examples per batch of test and predict; early exit regroups within a batch
 VALIDATION_BLOCK = 64  # neighbours of similar length in validation
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 EVALUATING = (TrainerFn.VALIDATING, TrainerFn.TESTING)
@@ -32,28 +32,28 @@ CUT_SHARE = 0.01  # a larger share of texts that are cut deserves a warning
 
 
 class TextDataModule(LightningDataModule, ABC):
-    """A datamodule that tokenizes text, pads to the longest of a batch and makes batches of similar length.
+    """A datamodule that tokenizes text, makes batches of similar length, and pads each to its longest text.
 
-    A subclass gives `examples` and sets `class_names` there or before.
+    A subclass implements `examples`, and sets `class_names` there or before.
 
     Args:
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub id, a local folder
             or ``"package:NAME/PATH"``. If None, `suggest_tokenizer` must be called before `setup`.
         max_length: Number of tokens to which longer inputs are cut.
-        batch_size: Number of examples per batch in training and validation, 1 or more. Test and predict hand on 1,024
-            at a time, which early exit divides by itself.
+        batch_size: Number of examples per batch in training and validation, 1 or more. Batches of test and predict have
+            1,024 or more, which early exit divides by itself.
         num_workers: Number of processes that prepare batches; with 0 the training process does.
         seed: Seed for the order of training examples.
-        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`. No
-            text of theirs stays in validation, and none is in training.
-        teacher: A fine-tuned model to learn from: training batches carry its ``teacher`` ``[batch, classes]``, for the
-            `distillation` of `DACT`. A ``model/`` folder of dact, or a sequence-classification model: a Hub id, a local
-            folder, or ``"package:NAME/PATH"``.
+        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`. None
+            of their texts is in validation or training.
+        teacher: Fine-tuned model to learn from: training batches carry its probabilities as ``teacher``
+            ``[batch, classes]``, for the `distillation` of `DACT`. It is a ``model/`` folder of dact, or a
+            sequence-classification model: a Hub id, a local folder, or ``"package:NAME/PATH"``.
 
     Attributes:
         splits: The `Examples` of each split that is set up.
         teacher_probabilities: The ``teacher`` of training batches, ``[training examples, classes]``: set before
-            `train_dataloader`, or asked of `teacher` there.
+            `train_dataloader` is called, or computed there by `teacher`.
     """
 
     class_names: list[str] | None = None
@@ -92,14 +92,14 @@ class TextDataModule(LightningDataModule, ABC):
         """Return the examples of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
 
     def texts_of_training(self) -> Collection[bytes]:
-        """Return the keys of training texts that validation has as well: they are never set aside."""
+        """Return the keys of training texts that may be in validation as well; they are never set aside."""
         return ()
 
     # ------------------------------------------------------------------ the tokenizer
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of this data, loaded or copied when first asked for.
+        """The tokenizer of this data, loaded or copied on first access.
 
         Raises:
             ValueError: If none was given.
@@ -133,7 +133,7 @@ class TextDataModule(LightningDataModule, ABC):
                     self._warn_of_cuts(name, cut)
 
     def _parts(self, split: str) -> dict[str, Examples]:
-        """The examples of a split and, with those of validation, the examples that are set aside for calibration."""
+        """Return the examples of a split and, with those of validation, those that are set aside for calibration."""
         examples = self.examples(split)
         if split != "val" or not self.calibration_fraction:
             return {split: examples}
@@ -156,13 +156,13 @@ class TextDataModule(LightningDataModule, ABC):
             rank_zero_warn(
                 f"{len(cut) / examples:.0%} of the {split} texts are longer than max_length={self.max_length} tokens "
                 f"and are cut; max_length={needed} would keep {1 - CUT_SHARE:.0%} of them whole, if the encoder takes "
-                "so many"
+                "that many"
             )
 
     # ------------------------------------------------------------------ batches
 
     def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Make a batch of items of a split, padded on the right; see `dact.data.batching.collate`."""
+        """Return a batch of items of a split, padded on the right; see `dact.data.batching.collate`."""
         return collate(items, self._padding())
 
     def _padding(self) -> dict[str, int]:
@@ -178,7 +178,7 @@ class TextDataModule(LightningDataModule, ABC):
         if training:
             sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed)
         elif (trainer := self.trainer) is not None and trainer.world_size > 1 and trainer.state.fn in EVALUATING:
-            # Lightning's own gives some examples twice. (In a fit, all processes must take equally many steps.)
+            # Lightning's own sampler repeats some examples. In a fit it must: all processes take equally many steps.
             ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
             sampler = UnrepeatedDistributedSampler(items, **ranks, shuffle=False)
         return DataLoader(
@@ -187,7 +187,7 @@ class TextDataModule(LightningDataModule, ABC):
             if split in ("train", "val", "calibration")
             else max(self.batch_size, INFERENCE_BATCH),
             sampler=sampler,
-            # No method: processes that prepare batches get two numbers and the teacher, not the whole datamodule.
+            # Not a method: processes that prepare batches get two numbers and the teacher, not the whole datamodule.
             collate_fn=partial(
                 collate, padding=self._padding(), teacher=self.teacher_probabilities if training else None
             ),
@@ -196,13 +196,13 @@ class TextDataModule(LightningDataModule, ABC):
         )
 
     def train_dataloader(self) -> DataLoader[Any]:
-        """Return batches in training order; the teacher is asked when this is first called."""
+        """Return batches in training order; the teacher runs when this is first called."""
         if self.teacher is not None and self.teacher_probabilities is None and "train" in self.splits:
             self.teacher_probabilities = self._ask(self.teacher)
         return self._loader("train")
 
     def _ask(self, teacher: str) -> Tensor:
-        """The teacher's class probabilities of the training examples, ``[training examples, classes]``."""
+        """Return the teacher's class probabilities of the training examples, ``[training examples, classes]``."""
         train = self.splits["train"]
         assert self.class_names is not None
         return teacher_probabilities(
@@ -219,7 +219,7 @@ class TextDataModule(LightningDataModule, ABC):
         return self._loader("val")
 
     def calibration_dataloader(self) -> DataLoader[Any] | None:
-        """Return the examples that no training and no choice saw, or None if none are set aside."""
+        """Return the examples that are used for no training and no choice, or None if none are set aside."""
         return self._loader("calibration") if self.calibration_fraction else None
 
     def test_dataloader(self) -> DataLoader[Any]:

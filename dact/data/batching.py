@@ -32,7 +32,7 @@ class Encoded(Dataset[dict[str, Any]]):
     the data has them. The attention mask is made with the batch.
 
     Args:
-        tokens: ``input_ids`` (int32) and what else the tokenizer gives per token, such as ``token_type_ids`` (int8),
+        tokens: ``input_ids`` (int32) and the tokenizer's other values per token, such as ``token_type_ids`` (int8),
             each ``[tokens of all examples]``.
         offsets: int64 ``[examples + 1]``; example i has the tokens from ``offsets[i]`` to ``offsets[i + 1]``.
         columns: ``row``, ``labels`` and ``depth``, each int64 ``[examples]``.
@@ -73,12 +73,12 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
     """Tokenize the usable examples.
 
     Args:
-        examples: The examples of a split.
-        tokenizer: A tokenizer of one's own: its limits are changed by the call.
+        examples: Examples of a split.
+        tokenizer: Tokenizer that is used only here: the call changes its limits.
         max_length: Number of tokens to which longer examples are cut.
 
     Returns:
-        The token ids, and the number of tokens of each example that was cut, before it was.
+        The token ids and, for each example that was cut, its number of tokens before the cut.
     """
     rows: Sequence[int] = range(len(examples))
     if examples.reasons is not None:
@@ -110,7 +110,7 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
 
 
 def _portions(examples: Examples, characters: int = 1_000_000) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows of about so many characters: a tokenizer holds far more than the text that it is given."""
+    """Yield ranges of rows of about `characters` characters, since a tokenizer needs far more memory than its text."""
     start, size = 0, 0
     for row, text in enumerate(examples.texts):
         size += len(text) + (0 if examples.pairs is None else len(examples.pairs[row]))
@@ -127,7 +127,7 @@ def length_that_keeps(share: float, examples: int, cut: Sequence[int]) -> int:
     Args:
         share: Share of the examples, in (0, 1).
         examples: Number of examples.
-        cut: Number of tokens of those that are cut today: more than ``(1 - share) * examples`` of them.
+        cut: Numbers of tokens of the examples that are cut now: more than ``(1 - share) * examples`` of them.
     """
     return sorted(cut, reverse=True)[int((1 - share) * examples)]
 
@@ -135,12 +135,12 @@ def length_that_keeps(share: float, examples: int, cut: Sequence[int]) -> int:
 def collate(
     items: Sequence[Mapping[str, Any]], padding: Mapping[str, int], teacher: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Make a batch of items, padded on the right to the longest of them.
+    """Return a batch of items, padded on the right to the longest of them.
 
     Args:
         items: Examples of `Encoded`.
-        padding: The value that pads each token array; 0 for those that are not named.
-        teacher: Class probabilities ``[training examples, classes]`` of which the batch carries its rows.
+        padding: Value that pads each token array; 0 for those that are not named.
+        teacher: Class probabilities ``[training examples, classes]``, of which the batch gets its rows.
 
     Returns:
         ``input_ids``, ``attention_mask`` and other token arrays ``[batch, length]``, ``row``, ``labels`` and ``depth``
@@ -164,7 +164,7 @@ class LengthGroupedSampler(Sampler[int]):
     """A random order in which the examples of a batch have similar lengths, so that little padding is computed.
 
     The examples are shuffled, sorted by length within groups of 50 batches, and the batches are shuffled. The order
-    depends on the seed and the epoch alone, so that a resumed run continues as it would have.
+    depends only on the seed and the epoch, so that a resumed run continues as if it had never stopped.
 
     Args:
         lengths: Number of tokens of each example.

@@ -44,13 +44,13 @@ class Review:
 
 
 def modify(grade: int, modifier: str) -> int:
-    """Return the grade (0, 1 or 2) that `modifier` makes of `grade`."""
+    """Return the grade (0, 1 or 2) into which `modifier` changes `grade`."""
     low, high = MODIFIERS[modifier]
     return {low: high, high: low}.get(grade, grade)
 
 
 def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
-    """Draw a clause and its grade. Modifiers apply from the adjective outwards; words of emphasis change nothing."""
+    """Draw a clause and its grade. Modifiers apply from the adjective outwards; emphasis words change nothing."""
     grade = generator.randrange(3)
     words = [generator.choice(GRADES[grade])]
     for step in range(modifiers + 1):
@@ -64,8 +64,10 @@ def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
 
 
 def split_of(text: str) -> str:
-    """Return the split to which a text belongs: of all texts, 80 % may be in training only, and 10 % each
-    in validation and test only."""
+    """Return the split to which a text belongs.
+
+    Of all texts, 80 % may be in training only, and 10 % each in validation and test only.
+    """
     share = zlib.crc32(text.encode()) % 100
     return next(split for split, shares in TEXT_SHARES.items() if share in shares)
 
@@ -96,7 +98,7 @@ def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
 
 
 def _vocabulary() -> list[str]:
-    """All words of the generator."""
+    """Return all words of the generator."""
     phrases = [*NOUNS, *MODIFIERS, *EMPHASIS, *REMARKS, *CONCESSIONS, *sum(GRADES, ()), "the is . ,"]
     return [word for phrase in phrases for word in phrase.split() if not word.startswith("{")]
 
@@ -106,9 +108,8 @@ class CompositionalSentiment(TextDataModule):
 
     The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps whose order matters:
     "ironically" exchanges good and bad, "modestly" good and average, "charitably" bad and average, applied from the
-    adjective outwards; in a concession the main clause counts. Words of emphasis and remarks change nothing. Deep
-    reviews need several layers: see benchmarks/README.md. No text is in two splits. Batches have the ``depth`` of each
-    example.
+    adjective outwards; in a concession the main clause counts. Emphasis words and remarks change nothing. Deep reviews
+    need several layers: see benchmarks/README.md. No text is in two splits. Batches have the ``depth`` of each example.
 
     Args:
         num_train: Number of training reviews.
@@ -161,7 +162,7 @@ class CompositionalSentiment(TextDataModule):
 
     def examples(self, split: str) -> Examples:
         home = "test" if split == "predict" else split
-        # A string seeds through its hash of bytes: splits are independent draws, the same on every machine.
+        # A string is hashed into a seed: splits are independent draws, the same on every machine.
         generator = random.Random(f"{self.seed}/{home}")
         reviews = [
             generate_review(generator, self.max_depth, accept=lambda text: split_of(text) == home)

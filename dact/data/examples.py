@@ -10,7 +10,7 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-UNLABELLED = -100  # the label of an example that only a teacher labels: what torch's losses ignore
+UNLABELLED = -100  # the label of an example that only a teacher labels; torch's losses ignore it
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,10 @@ class Examples:
 
     Args:
         texts: One string per example.
-        pairs: The second text of each example, for text pairs.
-        labels: The class of each example, 0 … classes - 1, or -100 if only a teacher labels it; None for prediction.
+        pairs: Second text of each example, for text pairs.
+        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; None for prediction.
         depths: Number of steps that compose each example, if the data knows it.
-        reasons: Why an example cannot be used, None if it can; only prediction has such examples.
+        reasons: Reason why an example cannot be used, None if it can; only prediction has such examples.
     """
 
     texts: list[str]
@@ -68,7 +68,7 @@ def text_key(*texts: str) -> bytes:
 
 
 def share_of_copies(keys: Sequence[bytes]) -> float:
-    """Return the share of examples whose text stands in an earlier example, in [0, 1]."""
+    """Return the share of examples that repeat the text of an earlier example, in [0, 1]."""
     return 1 - len(set(keys)) / max(1, len(keys))
 
 
@@ -82,7 +82,7 @@ def stratified_split(
     """Divide rows in two, each class in the same proportion, with the copies of a text on one side.
 
     Args:
-        labels: The class of each row. Copies of a text count for the class of the first of them.
+        labels: Class of each row. Copies of a text count for the class of the first of them.
         fraction: Share of the rows to set aside, in (0, 1). Of each class with two distinct texts or more, at least
             one is set aside and at least one is kept; a class with a single text is kept.
         seed: Seed for the draw.
@@ -105,7 +105,7 @@ def stratified_split(
     for label in sorted(classes):
         texts = classes[label]
         seen += sum(map(len, texts))
-        room = round(fraction * seen) - len(aside)  # so that what one class cannot give evenly comes from the next
+        room = round(fraction * seen) - len(aside)  # the next class makes up for what this one cannot give
         candidates = [rows for rows in texts if keys is None or keys[rows[0]] not in stay]
         most = min(len(candidates), len(texts) - 1)
         chosen = 0

@@ -35,7 +35,7 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
 
 
 def reading_of(labels: Sequence[Any], class_names: Sequence[str], source: str) -> Reading:
-    """Tell whether integer labels name classes or count them from 0, by the labels of one file.
+    """Return whether integer labels are names or positions of classes, as the labels of one file show.
 
     Raises:
         ValueError: If both are possible and mean different classes.
@@ -60,8 +60,8 @@ def to_classes(labels: Sequence[Any], class_names: Sequence[str], reading: Readi
     """Return each label as a class, 0 … classes - 1.
 
     Args:
-        labels: Strings or integers, as they stand in the file.
-        class_names: The classes in their order.
+        labels: Strings or integers, as they are in the file.
+        class_names: Names of the classes, in their order.
         reading: Whether integer labels are names or positions, where all labels are integers.
         source: Name of the file for messages.
 

@@ -1,4 +1,4 @@
-"""Rows of a file or of standard input, one after another: what is held in memory does not grow with the input."""
+"""Rows of a file or of standard input, one after another: the memory needed does not grow with the input."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def _json(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
         records = json.load(file) if start == "[" else (json.loads(line) for line in file if line.strip())
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict):
-                raise _Fault(f"{path}: row {number} is no object with columns")
+                raise _Fault(f"{path}: row {number} is not an object with columns")
             if number == 1:
                 _check_columns(path, columns, list(record))
             yield [record.get(name) for name in columns]

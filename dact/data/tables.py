@@ -39,11 +39,11 @@ def check_exists(path: str | Path, remedy: str = "") -> None:
 
 
 def read_table(path: str | Path, text_column: str = "text") -> tuple[dict[str, list[Any]], bool]:
-    """Read all columns. In csv and tsv every value is a string, and none is taken for a missing value.
+    """Read all columns. In csv and tsv every value is a string, and no string stands for a missing value.
 
     Args:
-        path: A file; ``"-"`` for standard input, one text a line; or ``"dataset:NAME#SPLIT"``, a split of what
-            `datasets.load_dataset` finds under a name on the Hub or in a folder, whose class labels become their names.
+        path: A file; ``"-"`` for standard input, one text a line; or ``"dataset:NAME#SPLIT"``, a split of the data set
+            that `datasets.load_dataset` finds under a name on the Hub or in a folder. Its class labels become names.
         text_column: Name of the column of txt files and standard input.
 
     Returns:
@@ -65,7 +65,7 @@ def read_table(path: str | Path, text_column: str = "text") -> tuple[dict[str, l
 
 
 def read_lines(path: str | Path) -> Iterator[tuple[str, bool]]:
-    """Yield each line of a txt file, or of standard input for ``"-"``, and whether it is UTF-8. Holds one line.
+    """Yield each line of a txt file, or of standard input for ``"-"``, and whether it is UTF-8. Only one is in memory.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -82,7 +82,7 @@ def read_lines(path: str | Path) -> Iterator[tuple[str, bool]]:
 
 
 def _read_dataset(address: str) -> dict[str, list[Any]]:
-    """The columns of ``dataset:NAME#SPLIT``."""
+    """Return the columns of ``dataset:NAME#SPLIT``."""
     name, _, split = address.removeprefix(DATASET).partition("#")
     if not name or not split:
         raise ValueError(f"{address!r}: expected 'dataset:NAME#SPLIT', such as 'dataset:stanfordnlp/imdb#train'")
@@ -110,7 +110,7 @@ def _read_file(path: Path) -> tuple[dict[str, list[Any]], bool]:
             table = _read(source, ending, folder)
         except Exception as error:  # pandas, pyarrow and datasets raise many kinds
             cause = error.__cause__ or error
-            if _is_without_rows(path, ending, cause):  # each library has something else to say about such a file
+            if _is_without_rows(path, ending, cause):  # each library has another message for such a file
                 raise ValueError(f"{path} has no rows") from None
             raise ValueError(f"{path} cannot be read as {ending[1:]}: {cause}") from error
         if len(table) == 0:
@@ -119,7 +119,7 @@ def _read_file(path: Path) -> tuple[dict[str, list[Any]], bool]:
 
 
 def _is_without_rows(path: Path, ending: str, cause: BaseException) -> bool:
-    """Whether a file cannot be read because there is nothing in it but a header."""
+    """Return whether a file cannot be read because there is nothing in it but a header."""
     if ending == ".parquet":
         return "BatchSize must be greater than 0" in str(cause)
     lines = sum(1 for line in path.read_bytes().splitlines() if line.strip())
@@ -180,7 +180,7 @@ def _is_utf8(path: Path) -> bool:
 
 
 def _replace_invalid(path: Path, folder: Path) -> Path:
-    """Copy a text file with the replacement character in place of what is not UTF-8."""
+    """Return a copy of a text file that has the replacement character instead of what is not UTF-8."""
     copy = folder / path.name
     with path.open(encoding="utf-8", errors="replace", newline="") as source:
         with copy.open("w", encoding="utf-8", newline="") as target:
@@ -191,7 +191,7 @@ def _replace_invalid(path: Path, folder: Path) -> Path:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the library's progress bars and messages off the console for a while."""
+    """Keep the library's progress bars and messages off the console during the block."""
     bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)

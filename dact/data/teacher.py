@@ -1,4 +1,4 @@
-"""The class probabilities of a teacher for training examples: what distillation learns from."""
+"""The class probabilities of a teacher for training examples, from which distillation learns."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def teacher_probabilities(
     Args:
         teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub id, a local folder,
             or ``"package:NAME/PATH"``.
-        tokenizer: The tokenizer of the teacher, which pads on the right.
+        tokenizer: Tokenizer of the teacher, which pads on the right.
         texts: One string per example.
-        pairs: The second texts, for text pairs.
-        class_names: The classes of the data.
+        pairs: Second texts, for text pairs.
+        class_names: Classes of the data.
         max_length: Number of tokens to which longer inputs are cut.
         device: Device on which the teacher runs.
 
@@ -71,7 +71,7 @@ def teacher_probabilities(
 
 
 def _load(teacher: str) -> tuple[Any, list[str]]:
-    """The model and the names of its classes."""
+    """Return the model and the names of its classes."""
     source = resolve_pretrained(teacher)
     config = Path(source) / CONFIG_NAME
     if config.is_file() and read_json(config).get("format") == FORMAT:
@@ -83,17 +83,17 @@ def _load(teacher: str) -> tuple[Any, list[str]]:
 
 
 def _longest_input(model: Any) -> int | None:
-    """The largest number of tokens that the teacher takes, None if there is no such bound."""
+    """Return the largest number of tokens that the teacher takes, None if there is no such bound."""
     from dact.encoders.huggingface import longest_input
 
     return model.encoder.max_length if isinstance(model, DACT) else longest_input(model)
 
 
 def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> None:
-    """Accept the same names in any order, and names that say nothing, such as LABEL_0; raise a ValueError otherwise."""
+    """Raise a ValueError unless the names are the same, in any order, or say nothing, such as LABEL_0."""
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))
     if len(names) != len(class_names) or not (nameless or set(names) == set(class_names)):
         raise ValueError(
             f"the teacher {teacher!r} has the classes {', '.join(names)}, but the data has {', '.join(class_names)}: "
-            "take a teacher that was trained for these classes"
+            "use a teacher that was trained for these classes"
         )

@@ -34,38 +34,38 @@ class TextClassificationData(TextDataModule):
     """Your own labelled text, from files.
 
     A file is csv, tsv, json lines or parquet, by its ending, or txt with one text a line where no label is needed.
-    ``"dataset:NAME#SPLIT"`` stands for a split of what `datasets.load_dataset` finds under a name on the Hub or in a
-    folder, and ``"-"`` as predict_file for standard input, one text a line. Labels are strings or integers from 0;
-    strings are sorted into classes. Texts that differ only in case and blanks are copies of each other: a division of
-    a file keeps them on one side, and copies between given files are counted in a warning.
+    ``"dataset:NAME#SPLIT"`` stands for a split of the data set that `datasets.load_dataset` finds under a name on the
+    Hub or in a folder, and ``"-"`` as predict_file for standard input, one text a line. Labels are strings or integers
+    from 0; the classes are the sorted strings. Texts that differ only in case and blanks are copies of each other: a
+    division of a file keeps them on one side, and a warning counts copies between given files.
 
     Args:
         train_file: Training examples.
         val_file: Validation examples; a stratified part of the training file if left out.
         test_file: Test examples.
-        predict_file: Texts to classify; needs no label column.
+        predict_file: Texts to classify; no label column is needed.
         unlabelled_file: Texts without labels that only a teacher labels. In training batches their ``labels`` are -100.
             Copies of validation and calibration texts are left out.
-        calibration_file: Examples for `dact.calibrate`, in place of a `calibration_fraction`.
+        calibration_file: Examples for `dact.calibrate`, instead of a `calibration_fraction`.
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub id, a local folder
             or ``"package:NAME/PATH"``. If None, `suggest_tokenizer` must be called before `setup`.
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
         label_column: Name of the column with the label.
-        class_names: The classes in their order, if the training file does not tell. Labels are these names, or their
-            positions from 0.
+        class_names: Names of the classes in their order, if the training file does not determine them. Labels are these
+            names, or their positions from 0.
         integer_labels: Whether integer labels are names or positions of `class_names`. By default the training file
-            tells, and labels that fit both are refused.
+            decides, and labels that fit both are refused.
         max_length: Number of tokens to which longer inputs are cut.
         batch_size: Number of examples per batch.
         val_fraction: Share of the training file for validation, in (0, 1), if there is no val_file.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`.
         num_workers: Number of processes that prepare batches.
         seed: Seed for the divisions and for the order of training examples.
-        teacher: A fine-tuned model to learn from; see `TextDataModule`.
+        teacher: Fine-tuned model to learn from; see `TextDataModule`.
 
     Raises:
-        FileNotFoundError, ValueError: In `setup`, with the file and the rows or columns at fault.
+        FileNotFoundError, ValueError: In `setup`; the message names the file and the rows or columns at fault.
 
     Example:
         >>> TextClassificationData("train.csv", tokenizer="google-bert/bert-base-uncased", val_fraction=1.5)
@@ -136,7 +136,7 @@ class TextClassificationData(TextDataModule):
 
     def setup(self, stage: str) -> None:
         test = self.files["test"]
-        if stage == "fit" and test is not None:  # or it would be missed after the fit
+        if stage == "fit" and test is not None:  # otherwise its absence would show only after the fit
             check_exists(test, "name the right test_file, or leave it out")
         before = set(self.splits)
         super().setup(stage)
@@ -152,8 +152,8 @@ class TextClassificationData(TextDataModule):
         share = sum(key in trained for key in keys) / len(keys)
         if share > COPIES_SHARE:
             rank_zero_warn(
-                f"{share:.0%} of the {split} texts are in the training data as well, so what is measured on them is "
-                f"too good: leave them out of the training file or of the {split} file"
+                f"{share:.0%} of the {split} texts are in the training data as well, so their metrics are too "
+                f"optimistic: leave them out of the training file or of the {split} file"
             )
 
     # ------------------------------------------------------------------ splits
@@ -161,7 +161,7 @@ class TextClassificationData(TextDataModule):
     def examples(self, split: str) -> Examples:
         if split not in self._read:
             if self.class_names is None and split not in ("train", "predict"):
-                self.examples("train")  # the training file tells the classes
+                self.examples("train")  # the training file determines the classes
             if split == "predict":
                 self._read[split] = self._texts(split)
             elif split == "train" or (split == "val" and self.files["val"] is None):
@@ -180,7 +180,7 @@ class TextClassificationData(TextDataModule):
             self._read["train"] = self._with_unlabelled(train)
 
     def _with_unlabelled(self, train: Examples) -> Examples:
-        """The training examples, followed by the texts that only a teacher labels."""
+        """Return the training examples, followed by the texts that only a teacher labels."""
         more = self._texts("unlabelled")
         assert more.reasons is not None
         usable = [row for row, reason in enumerate(more.reasons) if reason is None]
@@ -257,7 +257,7 @@ class TextClassificationData(TextDataModule):
         return [self.text_column] + ([] if self.text_pair_column is None else [self.text_pair_column])
 
     def _columns(self, split: str, names: list[str]) -> tuple[dict[str, list[Any]], list[str | None]]:
-        """The columns of a file, and why the texts of each row cannot be used, None if they can."""
+        """Return the columns of a file, and the reason why the texts of each row cannot be used, None if they can."""
         file = self._file(split)
         table, valid = read_table(file, self.text_column)
         for name in names:
@@ -276,7 +276,7 @@ class TextClassificationData(TextDataModule):
         file = self._file(split)
         columns = [*self._text_columns, self.label_column]
         table, reasons = self._columns(split, columns)
-        # A row without anything is a blank line, as csv files have them at their end.
+        # An empty row is a blank line, as csv files may have at their end.
         kept = [row for row in range(len(reasons)) if any(table[name][row] not in (None, "") for name in columns)]
         table = {name: [table[name][row] for row in kept] for name in columns}
         reasons = [reasons[row] for row in kept]
@@ -303,7 +303,7 @@ class TextClassificationData(TextDataModule):
         return Examples(table[self.text_column], pairs, labels)
 
     def _classes(self, split: str, labels: list[Any]) -> list[int]:
-        """Each label of a file as a class; the training file tells the classes and what integer labels mean."""
+        """Return each label of a file as a class; the training file decides on classes and integer labels."""
         file = self._file(split)
         if self.class_names is None:
             self.class_names = learn_class_names(labels, file)
@@ -321,7 +321,7 @@ class TextClassificationData(TextDataModule):
         return to_classes(labels, self.class_names, self._reading, file)
 
     def _texts(self, split: str) -> Examples:
-        """The texts of a file without labels, each with the reason why it cannot be used or None."""
+        """Return the texts of a file without labels, each with the reason why it cannot be used or None."""
         table, reasons = self._columns(split, self._text_columns)
         pairs = None if self.text_pair_column is None else table[self.text_pair_column]
         return Examples(table[self.text_column], pairs, reasons=reasons)

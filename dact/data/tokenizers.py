@@ -1,4 +1,4 @@
-"""Tokenizers: loaded from where models live, copied from the caller, or made of a list of words."""
+"""Tokenizers: loaded like models, copied from the caller, or made of a list of words."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from dact.hub import out_of_reach
 
 
 def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """Load a tokenizer; it pads on the right, since absolute positions count from the left.
+    """Return a loaded tokenizer. It pads on the right, since absolute positions count from the left.
 
     Args:
         pretrained: A Hub id, a local folder or ``"package:NAME/PATH"``.
         what: Word for the tokenizer in the error message.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is no tokenizer.
     """
     try:
         source = resolve_pretrained(pretrained)
@@ -33,7 +33,7 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
 
 
 def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that cuts texts to `max_length` tokens and pads on the right, also after it was saved.
+    """Return a tokenizer that cuts texts to `max_length` tokens and pads on the right, even after it is saved.
 
     Args:
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from.
@@ -46,7 +46,7 @@ def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> 
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Make a tokenizer that knows `words` in lower case; other words become ``[UNK]``, and ``[CLS]`` comes first."""
+    """Return a tokenizer that knows `words` in lower case; other words become ``[UNK]``, and ``[CLS]`` comes first."""
     special = ["[PAD]", "[UNK]", "[CLS]"]
     vocabulary = {word: index for index, word in enumerate([*special, *sorted(set(words))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

@@ -22,7 +22,7 @@ CLASS_NAMES = ["negative", "neutral", "positive"]
 DIVISION = ("train", "val", "test")
 REQUIREMENT = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-CORPORA = {  # and what their files are called
+CORPORA = {  # names of the corpora, and of their files
     "tweets": "tweets",
     "film": "movieReviewSnippets",
     "product": "amazonReviewSnippets",
@@ -33,11 +33,12 @@ CORPORA = {  # and what their files are called
 class VaderSentiment(TextDataModule):
     """The four human-rated corpora of VADER: tweets, film and product reviews, newspaper editorials.
 
-    23,703 texts with a mean rating in [-4, 4] by ten raters: below -0.5 is negative, above 0.5 positive, between them
-    neutral. Credit: C. J. Hutto and E. Gilbert, *VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-    Social Media Text*, ICWSM 2014 (MIT licence). The source distribution of the package vaderSentiment 3.3.2 (2.4 MB)
-    is fetched once with pip and verified by its checksum. Each corpus is divided by itself: three quarters for
-    training, an eighth for validation and an eighth for the test, with the copies of a text in one split.
+    They have 23,703 texts, each with the mean rating of ten raters in [-4, 4]: below -0.5 is negative, above 0.5
+    positive, between them neutral. Credit: C. J. Hutto and E. Gilbert, *VADER: A Parsimonious Rule-based Model for
+    Sentiment Analysis of Social Media Text*, ICWSM 2014 (MIT licence). The source distribution of the package
+    vaderSentiment 3.3.2 (2.4 MB) is fetched once with pip and verified by its checksum. Each corpus is divided by
+    itself: three quarters for training, an eighth for validation and an eighth for the test, with the copies of a text
+    in one split.
 
     Args:
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub id, a local folder
@@ -45,18 +46,18 @@ class VaderSentiment(TextDataModule):
         corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and ``"newspaper"``; all of
             them if left out. The division of a corpus does not depend on the choice.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
-        num_train: Number of training texts to use (a stratified part), to see how a small data set does.
+        num_train: Number of training texts to use, a stratified part, to study small data sets.
         max_length: Number of tokens to which longer texts are cut.
         batch_size: Number of examples per batch.
         num_workers: Number of processes that prepare batches.
         seed: Seed for the order in training and, unless `split` is given, for the division.
-        split: Number of the division, 0 or more; that of the seed if left out.
+        split: Number of the division, 0 or more; `seed` if left out.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`.
-        teacher: A fine-tuned model to learn from; see `dact.data.base.TextDataModule`.
+        teacher: Fine-tuned model to learn from; see `dact.data.base.TextDataModule`.
 
     Raises:
-        ConnectionError: In `prepare_data`, if the texts are not there and cannot be fetched.
-        ValueError: If a corpus is unknown, or if what was fetched is not what was expected.
+        ConnectionError: In `prepare_data`, if the texts are not in the cache and cannot be fetched.
+        ValueError: If a corpus is unknown, or if the archive is not the expected one.
 
     Example:
         >>> VaderSentiment(corpora=["tweets", "books"])
@@ -133,7 +134,7 @@ def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[st
     A text that several corpora have goes to the same split in all of them: that of the first corpus.
 
     Args:
-        whole: The examples of every corpus.
+        whole: Examples of every corpus.
         number: Number of the division.
     """
     home: dict[bytes, str] = {}

@@ -31,8 +31,8 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
     """Build the encoder that `LayeredEncoder.config` described, with fresh weights.
 
     Args:
-        config: The description.
-        folder: Folder of the model, where the graphs of an exported encoder lie.
+        config: Description of the encoder.
+        folder: Folder of the model, which holds the graphs of an exported encoder.
 
     Raises:
         ValueError: If the description is missing or names no built-in encoder.

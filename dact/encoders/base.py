@@ -1,4 +1,4 @@
-"""The contract of a layered encoder. The DACT unit depends on it alone, never on a particular encoder."""
+"""The contract of a layered encoder. The DACT unit depends only on it, never on a particular encoder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayeredEncoder(nn.Module, ABC):
 
     A subclass sets `num_layers` and `hidden_size` and implements three methods: `embed`, `layer` and `pool`. Override
     `context` if the layers share more than the hidden state, `forward` if one ordinary forward pass is faster than a
-    loop, and `config` if a checkpoint shall rebuild the encoder by itself.
+    loop, and `config` if a checkpoint should be able to rebuild the encoder.
     """
 
     num_layers: int
@@ -30,7 +30,7 @@ class LayeredEncoder(nn.Module, ABC):
     vocab_size: int | None = None  # number of token ids, None if unknown
     max_length: int | None = None  # longest input in tokens, None if there is no bound
     counts_columns: bool = False  # whether positions count from the first column, which padding on the left would shift
-    step_tokens: int | None = None  # tokens of one step of early exit, None for what suits PyTorch on the device
+    step_tokens: int | None = None  # tokens of one step of early exit, None for PyTorch's default on the device
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
@@ -48,7 +48,7 @@ class LayeredEncoder(nn.Module, ABC):
     def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
         """Return the context of the examples that remain after others have left.
 
-        By default `context` is asked again. Override it where picking the rows of the old context costs less.
+        By default `context` is called again. Override it if picking the rows of the old context costs less.
 
         Args:
             context: Context of all examples, as `context` returned it.
@@ -64,13 +64,13 @@ class LayeredEncoder(nn.Module, ABC):
 
     @abstractmethod
     def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return what the submodels see after a layer (1-based): ``[batch, length, hidden]`` -> ``[batch, hidden]``."""
+        """Return the pooled state after a layer (1-based): ``[batch, length, hidden]`` -> ``[batch, hidden]``."""
 
     def for_each(self, function: Callable[[Given], Made], steps: Sequence[Given]) -> Iterable[Made]:
-        """Return what a function makes of each step of early exit, in their order.
+        """Return the results of a function for all steps of early exit, in their order.
 
-        By default one after the other, since PyTorch uses all cores in each of them. Override it where the steps run
-        faster side by side.
+        By default the steps run one after the other, since PyTorch uses all cores in each of them. Override it if they
+        run faster side by side.
         """
         return map(function, steps)
 
@@ -103,7 +103,7 @@ class LayeredEncoder(nn.Module, ABC):
         return mask
 
     def check_tokens(self, tokenizer: Any, max_length: int | None) -> None:
-        """Raise a ``ValueError`` if data of this tokenizer and length, None if unknown, does not fit the encoder."""
+        """Raise a ``ValueError`` if this tokenizer or length of the data, None if unknown, does not fit the encoder."""
         if tokenizer is not None and self.vocab_size is not None and len(tokenizer) > self.vocab_size:
             raise ValueError(
                 f"the tokenizer has {len(tokenizer)} token ids, but the encoder only {self.vocab_size}: give both the "
@@ -116,7 +116,7 @@ class LayeredEncoder(nn.Module, ABC):
             )
 
     def config(self) -> dict[str, Any] | None:
-        """Return plain data from which `dact.encoders.from_config` builds this encoder, or None if it cannot."""
+        """Return plain data from which `dact.encoders.from_config` builds this encoder, None if that is impossible."""
         return None
 
     def save_files(self, folder: Path) -> None:
@@ -129,10 +129,11 @@ def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 
 
 def check_batch(batch: object) -> None:
-    """Raise a ``TypeError`` if a batch is no dict."""
+    """Raise a ``TypeError`` if a batch is not a dict."""
     if not isinstance(batch, Mapping):
         raise TypeError(
-            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: let the data give dicts"
+            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: make the data yield "
+            "dicts"
         )
 
 
@@ -140,7 +141,7 @@ def attention_mask(batch: Batch) -> Tensor:
     """Return the batch's ``attention_mask`` ``[batch, length]``, as Hugging Face has it: all ones if it is absent.
 
     Raises:
-        TypeError: If the batch is no dict.
+        TypeError: If the batch is not a dict.
         KeyError: If the batch has no ``input_ids``.
         ValueError: If the mask does not fit the ids, or a row is all padding.
     """
@@ -162,7 +163,7 @@ def attention_mask(batch: Batch) -> Tensor:
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
-    """Pool tokens: their mean under the mask, or the first of them.
+    """Return the mean of the tokens under the mask, or the first token.
 
     Args:
         hidden: ``[batch, length, hidden]``.
@@ -173,7 +174,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
         ``[batch, hidden]``.
     """
     if pooling == "first":
-        first = mask.int().argmax(dim=1)  # [batch]: 0 unless padding stands on the left
+        first = mask.int().argmax(dim=1)  # [batch]: 0 unless padding is on the left
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
     weights = mask.to(hidden.dtype)
     # [batch, 1, length] @ [batch, length, hidden] -> [batch, hidden]

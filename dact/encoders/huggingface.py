@@ -41,7 +41,7 @@ def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
 
 
 def _is_matrix(bias: Any) -> bool:
-    """Return whether a bias is ``[batch, 1, length, length]``, as it is unless a foreign attention makes its own."""
+    """Return whether a bias is ``[batch, 1, length, length]``, the usual shape; foreign attention may make others."""
     return isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[-1] == bias.shape[-2]
 
 
@@ -155,12 +155,11 @@ class HuggingFaceEncoder(LayeredEncoder):
     """A pretrained encoder of the transformers library.
 
     Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights are loaded in
-        float32
-    whatever their type in the checkpoint. A head for another task is ignored, which is logged.
+    float32 whatever their type in the checkpoint. A head for another task is ignored, which is logged.
 
     Args:
-        pretrained: Hub id, local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package). From the
-            ``model/`` folder of a fit of dact, the encoder is loaded.
+        pretrained: Hub id, local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package). From a
+            ``model/`` folder that dact wrote, only the encoder is loaded.
         pooling: ``"mean"`` of the tokens or the ``"first"`` token. In the early layers of a sentence encoder, the first
             token says little about the text.
         num_layers: Number of layers to keep, counted from the first; all by default.
@@ -182,7 +181,7 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, *, pooling: Pooling = "mean") -> HuggingFaceEncoder:
-        """Wrap a model that is in memory already."""
+        """Return an encoder around a model that is already in memory."""
         encoder = cls.__new__(cls)
         LayeredEncoder.__init__(encoder)
         encoder._adopt(model, pooling)
@@ -225,7 +224,7 @@ class HuggingFaceEncoder(LayeredEncoder):
         if self._family.context is not _attention_bias or not (context is None or _is_matrix(context)):
             return self.context(hidden, mask)
         length = hidden.shape[1]
-        # None says that no position was hidden, so none is among fewer.
+        # None means that no position is masked, which holds for some of the rows as well.
         return None if context is None else context[..., :length, :length].index_select(0, rows)
 
     def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
@@ -249,7 +248,7 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     def config(self) -> dict[str, Any]:
         model = json.loads(self.model.config.to_json_string(use_diff=False))
-        for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):  # how it was loaded
+        for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):  # these say how it was loaded
             model.pop(name, None)
         return {"type": "HuggingFaceEncoder", "pooling": self.pooling, "model": model}
 
@@ -351,11 +350,11 @@ def _is_of_dact(folder: Path) -> bool:
 
 
 def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrainedModel:
-    """Load the encoder of a model that dact saved."""
+    """Return the encoder of a model that dact saved."""
     described = read_json(folder / "config.json").get("encoder") or {}
     if described.get("type") != "HuggingFaceEncoder":
         raise ValueError(
-            f"the model of dact at pretrained={pretrained!r} has an encoder that is not of Hugging Face, but "
+            f"the model of dact at pretrained={pretrained!r} has an encoder that is not from Hugging Face, but "
             f"{described.get('type') or 'one of your own'}: load the whole model with DACT.from_pretrained"
         )
     config = _config_from(described["model"])
@@ -372,7 +371,7 @@ def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrain
 
 
 def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
-    """Load a fine-tuned sequence-classification model and the names of its classes, in the order of its outputs.
+    """Return a fine-tuned sequence-classification model and the names of its classes, in the order of its outputs.
 
     Raises:
         ValueError: If there is no such model, or it lacks weights of its classifier.
@@ -402,7 +401,7 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
 
 
 def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: str) -> None:
-    """Let `config` describe the first `num_layers` layers."""
+    """Change `config` to describe only the first `num_layers` layers."""
     available = config.num_hidden_layers
     if num_layers is None:
         return

@@ -1,4 +1,4 @@
-"""Layers as ONNX Runtime graphs: the encoder of a folder that `dact.export` wrote."""
+"""OnnxEncoder: the encoder of a folder that `dact.export` wrote, with its layers as ONNX Runtime graphs."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class OnnxEncoder(LayeredEncoder):
     """An encoder whose embedding, layers and pooling are graphs that ONNX Runtime runs on the CPU.
 
     It keeps the contract of `LayeredEncoder`, so early exit, calibration and `TextClassifier` work as they do with
-    PyTorch. It has no parameters: training can reach the submodels alone. Steps of early exit run side by side, as many
-    as PyTorch uses threads; each has one thread.
+    PyTorch. It has no parameters: only the submodels can be trained. Steps of early exit run side by side, each in one
+    thread, as many at a time as PyTorch uses threads.
 
     Args:
         folder: Folder with the graphs.
@@ -41,7 +41,7 @@ class OnnxEncoder(LayeredEncoder):
         vocab_size: Number of token ids, None if unknown.
         max_length: Longest input in tokens, None if there is no bound.
         digests: SHA-256 of each file, in hexadecimal.
-        counts_columns: Whether positions count from the first column, so that padding must stand on the right.
+        counts_columns: Whether positions count from the first column, so that padding must be on the right.
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
@@ -118,7 +118,7 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 class _Graph:
-    """One graph of tensors by name to one tensor; it is copied and pickled by its path."""
+    """One graph, from tensors by name to one tensor. Copies and pickles hold only its path."""
 
     def __init__(self, path: Path, digests: Mapping[str, str]) -> None:
         name = path.name
@@ -142,6 +142,6 @@ class _Graph:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal."""
+    """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

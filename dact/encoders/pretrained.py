@@ -9,7 +9,7 @@ PREFIX = "package:"
 
 
 def resolve_pretrained(pretrained: str) -> str:
-    """Return the Hub id or the folder for which `pretrained` stands.
+    """Return the Hub id or the folder that `pretrained` stands for.
 
     Args:
         pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"``, a folder inside an installed package.

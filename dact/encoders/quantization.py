@@ -9,21 +9,21 @@ import numpy as np
 
 from dact.files import replacing
 
-LEVELS = 127  # of a weight, on either side of zero
-# Zero among the 256 levels of an activation, which is unsigned, as the kernels want it; that of GELU's output is lower.
+LEVELS = 127  # levels of a weight on either side of zero
+# Level of zero among the 256 of an activation, which the kernels want unsigned; that of GELU's output is lower.
 ZERO, ZERO_OF_GELU = 128, 32
-LEAST_GELU = -0.17  # GELU is never below
-OUTLIER = 8.0  # times the median row of a matrix: such rows would spoil the scales of the others
+LEAST_GELU = -0.17  # GELU never falls below it
+OUTLIER = 8.0  # rows this many times as large as the median row of a matrix would spoil the scales of the others
 
 
 def quantize(path: Path) -> None:
     """Replace a graph by one that multiplies integers of 8 bits.
 
-    Weights have a scale per output channel. The inputs of a matrix have one per token, computed as they come: some
-    tokens, such as BERT's first, hold values ten times as large as all others (Sun et al. 2024, arXiv 2402.17762),
-    and one scale for all tokens, as in ONNX Runtime's own dynamic quantisation, would leave the others few levels.
-    Such values come from single rows of a matrix with large weights: these rows stay in float32.
-    Embeddings are looked up in 16 bits, which is as fast as 8 and more accurate.
+    Weights have a scale per output channel. The inputs of a matrix have one per token, computed at run time: some
+    tokens, such as BERT's first, hold values ten times as large as all others (Sun et al. 2024, arXiv 2402.17762), and
+    one scale for all tokens, as in ONNX Runtime's own dynamic quantisation, would leave the others few levels. Such
+    values come from single rows of a matrix with large weights: these rows stay in float32. Embeddings are looked up
+    in 16 bits, which is as fast as 8 bits and more accurate.
     """
     import onnx
 
@@ -46,7 +46,9 @@ class _Rewriting:
         self.constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
         self.nodes: list[Any] = []
         self.makers = {name: node for node in graph.node for name in node.output}
-        self.inputs: dict[str, tuple[str, str, str]] = {}  # of a matrix: values in 8 bits, their scales and their zero
+        self.inputs: dict[
+            str, tuple[str, str, str]
+        ] = {}  # by tensor: its values in 8 bits, their scales and their zero
 
     def run(self) -> None:
         from onnx import numpy_helper
@@ -126,13 +128,13 @@ class _Rewriting:
         flat_scales = self._node("Reshape", scales, self._constant("dact.flat", np.array([-1])))
         zero = self._constant(f"dact.zero_{level}", np.uint8(level))
         zeros = self._node("Expand", zero, self._node("Shape", flat_scales))
-        # Only the tokens have scales of their own, so that all axes but the last become one.
+        # Scales are per token, so all axes but the last are flattened into one.
         flat = self._node("Reshape", x, self._constant(f"dact.rows_{width}", np.array([-1, width])))
         tokens = self._node("QuantizeLinear", flat, flat_scales, zeros, axis=0)
         return self._node("Reshape", tokens, self._node("Shape", x)), scales, zero
 
     def _look_up(self, table: str, rows: str, output: str) -> None:
-        """Write the rows of a table of 16 bits as numbers of 32."""
+        """Write a look-up in a table of 16 bits, whose result has 32 bits."""
         half = self._constant(f"{table}.half", self.constants[table].astype(np.float16))
         self._node("Cast", self._node("Gather", half, rows), to=1, output=output)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dact.checks import check_choice, check_count, check_range
 from dact.encoders.base import MOST_LAYERS, Batch, LayeredEncoder, Pooling, pool_tokens
 
-# Added to the attention logits where a head must not look. It is finite, so that a row of padding gives numbers and not
-# NaN, and it fits into float16.
+# Added to the attention logits where a head must not look. It is finite, so that a row of padding does not give NaN,
+# and it fits into float16.
 HIDDEN_FROM_VIEW = -1e4
 
 
@@ -132,7 +132,7 @@ class TransformerEncoder(LayeredEncoder):
 class _Layer(nn.Module):
     """Attention with a bias, then a feed-forward part. Each follows a norm and is added to its input.
 
-    PyTorch's own layer does not serve: in eval mode its fast path ignores a bias of one matrix per head.
+    PyTorch's own layer cannot be used: in eval mode its fast path ignores a bias of one matrix per head.
     """
 
     def __init__(self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float) -> None:

@@ -22,7 +22,7 @@ from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 
-MIN_STEPS = 300  # below which a pretrained encoder has not learned its task
+MIN_STEPS = 300  # optimizer steps below which a pretrained encoder has not learned its task
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Baseline:
 
     @property
     def answers(self) -> Path:
-        """File of its answers to the training and validation examples."""
+        """The file of its answers to the training and validation examples."""
         return self.folder / "answers.safetensors"
 
     def load(self, model: DACT) -> DACT:
-        """Load the baseline's weights into a model of the factory that was made to run at full depth."""
+        """Load the baseline's weights into a model of the factory that runs at full depth, and return the model."""
         model.load_state_dict(read_tensors(self.folder / "model" / WEIGHTS_NAME)[0])
         return model
 
@@ -58,32 +58,33 @@ class Baseline:
         """Return which validation examples it classifies correctly, bool ``[examples]``.
 
         Args:
-            target: Classes of the validation examples in their order, int64 ``[examples]``, or of the first of them.
+            target: Classes of the validation examples in their order, int64 ``[examples]``; the last ones may be
+                missing.
 
         Returns:
-            None if the baseline saw the examples in another order.
+            The flags, or None if the baseline saw the examples in another order.
         """
         answers = read_tensors(self.answers)[0]
         seen, classes = answers["targets"][: len(target)], answers["classes"][: len(target)]
         return classes == target if torch.equal(seen, target) else None
 
     def origin(self) -> str | None:
-        """Return the digest of what it was made of; None if it is not there."""
+        """Return the digest of the inputs of its fit; None if there is no finished baseline."""
         return read_tensors(self.answers)[1].get("origin") if self.answers.is_file() else None
 
 
 def fit_baseline(
     recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> Baseline:
-    """Fine-tune a model at full depth and keep its best epoch and its answers, or take what an earlier call left.
+    """Fine-tune a model at full depth and keep its best epoch and its answers, or return what an earlier call made.
 
     Args:
-        recipe: What fits of the run are made of.
+        recipe: Recipe of the run.
         folder: Folder ``baseline`` of the run.
-        model: Model of the factory, which is used up.
+        model: Model of the factory, which must not be used afterwards.
         data: Datamodule that is set up for a fit.
         origin: Digest of model, data and settings.
-        progress: What the console shows.
+        progress: Console of the run.
 
     Raises:
         NonFiniteLoss: If the loss is not finite.
@@ -112,21 +113,21 @@ def fit_baseline(
         save_with_tokenizer(model.cpu(), data, partial)
     with progress.stage("answers of the baseline"), recipe.precision():
         answers = _ask(model.eval().to(recipe.device), data)
-    write_tensors(baseline.answers, answers, {"origin": origin})  # last: it says that all is done
+    write_tensors(baseline.answers, answers, {"origin": origin})  # last, since it marks the baseline as done
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
     return baseline
 
 
 def _epochs(recipe: Recipe, data: Any) -> int:
-    """Return the epochs of the baseline: on little data up to twice as many, for validation to choose from."""
+    """Return the number of epochs of the baseline: on little data up to twice the usual, of which the best is kept."""
     steps = max(1, len(data.train_dataloader()))
     return min(max(recipe.epochs, -(-MIN_STEPS // steps)), 2 * recipe.epochs)
 
 
 @torch.no_grad()
 def _ask(model: DACT, data: Any) -> dict[str, Tensor]:
-    """Return a model's probabilities of the training examples in their order, and its classes of validation."""
+    """Return a model's probabilities of the training examples, in their order, and its validation classes."""
     rows, probabilities, found = [], [], {}
     for batch in data.train_dataloader():
         signals.check()

@@ -1,7 +1,8 @@
 """The confirmation: the winners against the defaults under fresh seeds, before the final model is measured.
 
 Of the runs of hyperparameter optimisation that improve on validation data, one in ten ends worse than the default
-(arXiv 2506.19540): the best of many trials owes part of its lead to luck. So the defaults stay unless they are beaten.
+(arXiv 2506.19540): the best of many trials owes part of its lead to luck. So the defaults stay unless something beats
+them.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ class Candidate:
     settings: dict[str, Any]
 
     def folder(self, run: Run) -> Path:
-        """Return the folder of what the confirmation keeps of it."""
+        """Return its folder in the confirmation."""
         return run.folder / FOLDER / self.name.replace(" ", "_")
 
     def fit(self, run: Run, shared: Prepared) -> WholeFit:
-        """Return its fit as that of the final model."""
+        """Return its fit, done as the final fit is."""
         return WholeFit(shared, self.folder(run) / "fit", self.settings)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the confirmation found.
+    """The result of the confirmation.
 
     Args:
-        chosen: The candidate that the final fit takes.
-        text: Which won, and by how much.
+        chosen: Candidate that the final model gets.
+        text: Text that says which candidate won, and by how much.
     """
 
     chosen: Candidate
@@ -65,20 +66,20 @@ class Verdict:
 
 
 def confirm(run: Run, shared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
-    """Fit the candidates under fresh seeds, and let the first stay unless another one beats it.
+    """Fit the candidates under fresh seeds, and choose the first unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
-    by more than one standard error of the paired difference over the validation examples. What stays within the loss
-    that the promise allows, measured from the baseline, counts as the same loss. Candidates are fitted as the
-    final model is, which takes over the fit of the winner. Frozen mode fits only two of them so: the first, and of the
-    others the one that wins on the frozen states; if the final model keeps the frozen encoder, these states decide
-    alone. Fits that an earlier call did are not repeated.
+    by more than one standard error of the paired difference over the validation examples. A loss within what the
+    promise allows, measured from the baseline, counts as the same loss. Candidates are fitted like the final model,
+    which reuses the fit of the winner. Frozen mode fits only two of them in this way: the first, and that of the others
+    which wins on the frozen states. If the final model keeps the frozen encoder, only these states decide. Fits of an
+    earlier call are not repeated.
 
     Args:
         run: The run.
-        shared: What its fits share.
-        candidates: Candidates; the first are the defaults.
-        progress: What the console shows.
+        shared: Shared inputs of its fits.
+        candidates: Candidates, beginning with the defaults.
+        progress: Console of the run.
     """
     unique: dict[str, Candidate] = {}
     for candidate in candidates:
@@ -104,7 +105,7 @@ Measure = Callable[[Candidate], Outcome | None]  # None where the loss is not fi
 def _best(
     candidates: Sequence[Candidate], measure: Measure, allowed: float, comparisons: list[str], where: str = ""
 ) -> Candidate:
-    """Return the candidate that is left when each has challenged the best before it, and add what was compared."""
+    """Compare each candidate with the best before it, append the comparisons as text, and return the last winner."""
     best, *others = candidates
     found = measure(best)
     for candidate in others:
@@ -123,9 +124,12 @@ def _best(
 
 @dataclass(frozen=True)
 class _Difference:
-    """Paired differences, second less first: mean and standard error of layers and of the loss of accuracy.
+    """Paired differences of two candidates, second minus first.
 
-    `within` says whether the second loses no more than is allowed.
+    Args:
+        layers: Mean and standard error of the difference in layers.
+        lost: Mean and standard error of the difference in the loss of accuracy.
+        within: Whether the second loses no more than is allowed.
     """
 
     layers: tuple[float, float]
@@ -146,7 +150,7 @@ class _Difference:
 
 
 def _whole(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
-    """Return the outcome of a candidate's fit as that of the final model."""
+    """Return the outcome of a candidate that is fitted like the final model."""
     fit, recipe = candidate.fit(run, shared), shared.recipe
     path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.origin)
     known = path.is_file() and read_tensors(path)[1].get("origin") == origin
@@ -159,12 +163,12 @@ def _whole(run: Run, shared: Prepared, progress: Progress, candidate: Candidate)
         if not known:
             _log(run, candidate, found, right)
     if not known:
-        write_tensors(path, stored, {"origin": origin})  # kept, since the final model takes the fit itself away
+        write_tensors(path, stored, {"origin": origin})  # kept, since the final model may take over the fit itself
     return found
 
 
 def _fit_and_ask(fit: WholeFit, candidate: Candidate, progress: Progress) -> dict[str, Tensor]:
-    """Return what all layers of a candidate's fit say of the studies' validation examples; nothing if it broke."""
+    """Fit a candidate, and return all its layers' answers to the validation examples; empty if the fit broke."""
     try:
         with without_collapse_warning():
             fit(f"confirmation of the {candidate.name}", progress)
@@ -181,7 +185,7 @@ def _fit_and_ask(fit: WholeFit, candidate: Candidate, progress: Progress) -> dic
 
 
 def _on_states(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
-    """Return the mean outcome of a candidate's fits on the states of frozen mode."""
+    """Return the mean outcome of a candidate over several fits on the states of frozen mode."""
     recipe = shared.recipe
     seeds = [recipe.seed + FRESH_SEED + number for number in range(SEEDS)]
     folder = candidate.folder(run)
@@ -205,12 +209,14 @@ def _on_states(run: Run, shared: Prepared, progress: Progress, candidate: Candid
     mean = mean_outcome(outcomes)
     mean.save(folder)
     _log(run, candidate, mean, right)
-    write_json(record, {"origin": origin, "broken": False, "settings": candidate.settings})  # last: it is all there
+    write_json(
+        record, {"origin": origin, "broken": False, "settings": candidate.settings}
+    )  # last, since it marks the fits as done
     return mean
 
 
 def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None) -> None:
-    """Let TensorBoard show the candidate as it shows trials; see `outcome_of` for `right`."""
+    """Log the candidate to TensorBoard as trials are logged; see `outcome_of` for `right`."""
     accuracy = (1.0 if right is None else right.double().mean().item()) - mean.lost.double().mean().item()
     metrics = {"val_task_loss": mean.loss, "val_accuracy": accuracy, "val_exit_layer": mean.layers}
     folder = candidate.folder(run)

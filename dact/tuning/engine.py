@@ -56,7 +56,7 @@ class TuningEngine:
     The *confirmation* fits the winners and the default settings again under fresh seeds; the defaults stay unless they
     are beaten. The final fit, its promise and its measurements come last.
 
-    All objectives are read on one validation split, at the epoch of the lowest val_loss. All files are written to
+    All objectives are measured on one validation split, at the epoch of the lowest val_loss. All files are written to
     ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier study finds a new winner, later studies
     start over; their old trials are kept under another name and ignored.
 
@@ -64,33 +64,33 @@ class TuningEngine:
         output_dimension: Number of classes.
         time_out: Minutes for the three studies together, or None for no bound. The final fit is never cut short.
         model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what the trial chose.
-        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called likewise with overrides such
-            as ``batch_size``.
+        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the same way with
+            overrides such as ``batch_size``.
         trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the number. A trial runs on
             one device. dact uses its own logger, checkpoints and progress bars instead of those given here.
         n_trials: Total number of trials of each study, one number or one per study.
-        search_space: Changes of the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
+        search_space: Changes to the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
         encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the states of all
             layers once and trains the submodels on them.
         warm_up_epochs: With ``"frozen"``: number of epochs in which the encoder is fine-tuned with all exits, on a part
-            of the training examples, before its states are computed; 0 takes the encoder as it is.
+            of the training examples, before its states are computed; 0 uses the encoder as it is.
         final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"``
             keeps the encoder of frozen mode.
         lambda_selection: Rule that chooses λ from the third study; see `dact.tuning.selection.select_lambda`. By
             default ``"promise"`` if the promise is one of `max_accuracy_loss`, else ``"one_standard_error"``.
         max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best, 0 or more.
         max_layers: For ``"max_layers"``: budget of layers, 1 or more.
-        workers: Number of processes that run trials of one study side by side; on a machine of several GPUs each takes
+        workers: Number of processes that run trials of one study side by side; on a machine with several GPUs each uses
             one of its own.
         storage: Address of an Optuna storage, or a storage; an sqlite file if left out.
         sampler: Sampler of the first two studies; TPE if left out.
         pruner: Pruner of the first two studies; it sees only trials of the same planned length.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
         halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if left out.
-        promise: What early exit of the tuned model must keep, and with which confidence; by default at most one point
-            of accuracy below the model's own full depth, with 95 % confidence. Its dial is calibrated on half of the
-            validation examples, which no study sees; see `dact.calibrate`. If these are too few for the default
-            promise, an estimate sets the dial. With None, the class is provably that of full depth.
+        promise: Promise that early exit of the tuned model must keep; by default at most one point of accuracy below
+            the model's own full depth, with 95 % confidence. Its dial is calibrated on half of the validation examples,
+            which no study sees; see `dact.calibrate`. If these are too few for the default promise, an estimate sets
+            the dial. With None, the class is provably that of full depth.
         distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; by default
             half, if the data can carry them. The teacher is the baseline, unless the data has one of its own.
         compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
@@ -101,7 +101,7 @@ class TuningEngine:
         classifier_config, confidence_config, external_config, lambda_reg: Winners of the current run, or None.
         time_out: Seconds for the three studies together, or None.
         spaces: Dimension of each parameter, by stage.
-        progress: What the console shows.
+        progress: Console of the run.
         worker_setup: Function that each worker process calls first, or None.
 
     Raises:
@@ -182,7 +182,7 @@ class TuningEngine:
 
     @cached_property
     def run_tag(self) -> str:
-        """The tag of runs that name none: a time stamp drawn once per engine."""
+        """The tag of runs without a name: a time stamp, taken once per engine."""
         return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     # ------------------------------------------------------------------ the methods
@@ -212,7 +212,7 @@ class TuningEngine:
 
     @isolate_rng()
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
-        """Study the architectures of the submodels and save the best.
+        """Run the study of the submodels' architectures, and save its winner.
 
         Returns:
             classifier_config and confidence_config, which ``SubmodelConfig(**config)`` accepts.
@@ -224,7 +224,7 @@ class TuningEngine:
 
     @isolate_rng()
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
-        """Study the training parameters and save the best.
+        """Run the study of the training parameters, and save its winner.
 
         Returns:
             external_config: arguments of the model and the data by name, and num_epochs.
@@ -235,7 +235,7 @@ class TuningEngine:
 
     @isolate_rng()
     def lambda_reg_study(self, run_tag: str = "") -> float:
-        """Study λ with two objectives, save the winner and return it."""
+        """Run the study of λ, which has two objectives, save its winner and return it."""
         winners = self._tune_one(LAMBDA_REG, run_tag)
         assert winners.lambda_reg is not None
         return winners.lambda_reg
@@ -258,7 +258,7 @@ class TuningEngine:
 
     @isolate_rng()
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
-        """Fit with all winners, keep the best epoch, and measure it.
+        """Confirm the winners, do the final fit, and measure the model of its best epoch.
 
         Returns:
             The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint` reads.
@@ -277,7 +277,7 @@ class TuningEngine:
     # ------------------------------------------------------------------ the steps of a run
 
     def _begin(self, run_tag: str) -> Run:
-        """Turn to a run: what another run under this engine has chosen is not carried over."""
+        """Make a run the current one of this engine, with the winners that are on disk, and return it."""
         run = Run(run_tag or self.run_tag, self.log_dir)
         if run != self._run:
             self._run, self._prepared = run, None
@@ -285,7 +285,7 @@ class TuningEngine:
         return run
 
     def _take(self, winners: Winners) -> Winners:
-        """Keep winners as attributes."""
+        """Set winners as attributes of the engine, and return them."""
         self._winners = winners
         for name in WINNERS:
             setattr(self, name, getattr(winners, name))
@@ -307,14 +307,14 @@ class TuningEngine:
             return study
 
     def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
-        """Run one study in the time of all."""
+        """Run one study, which may take the time of all three."""
         run = self._begin(run_tag)
         surveyed = self._survey()
         study = self._open(stage, run, surveyed)
         return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out))
 
     def _tune(self, stage: Stage, run: Run, prepared: Prepared, study: Study, deadline: Deadline) -> Winners:
-        """Run what is left of a study, and save its winner."""
+        """Run the remaining trials of a study, save its winner, and return the winners so far."""
         before = self._winners.before(stage)
         with run.locked():
             study, outdated = studies.start_under(study, digest(before.settings()))
@@ -324,7 +324,7 @@ class TuningEngine:
             self.progress.note(f"study {stage.name}: {outdated} trials ran under other winners and are ignored")
         n_trials = self.n_trials[stage.name]
         if len(studies.finished(study)) < n_trials:
-            shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of fewer trials
+            shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials
             objective = Objective(stage, run, prepared, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
             job = StudyJob(objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, self.worker_setup)
@@ -334,7 +334,7 @@ class TuningEngine:
         return self._conclude(stage, run, prepared, study)
 
     def _conclude(self, stage: Stage, run: Run, prepared: Prepared, study: Study) -> Winners:
-        """Pick the winner of a study, save it, and draw the study's pictures."""
+        """Pick the winner of a study, save it, draw the study's pictures, and return the winners so far."""
         trials = studies.completed(study)
         outcomes = [Outcome.read(run.trial_folder(stage, trial.number)) for trial in trials]
         promise = prepared.recipe.promise
@@ -342,20 +342,20 @@ class TuningEngine:
         chosen = stage.pick(trials, outcomes, partial(self.lambda_rule.select, allowed=allowed))
         with run.locked():
             if run.save(stage.parse(chosen.params)):
-                shutil.rmtree(run.pictures(stage), ignore_errors=True)  # of another choice
+                shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show another winner
             if not run.pictures(stage).is_dir():
                 draw_study(run.pictures(stage), study, trials, chosen, prepared.spaces)
         self.progress.concluded(stage.name, study)
         return self._take(run.winners())
 
     def _objective(self, stage: Stage) -> Objective:
-        """Return the objective of a stage, for a study of the user's own."""
+        """Return the objective of a stage, for an Optuna study of the user's own."""
         run = self._run or self._begin("")
         prepared = self._prepared or self._prepare(run, self._survey())
         return Objective(stage, run, prepared, self._winners.before(stage), Deadline())
 
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
-        """Confirm the winners, fit with what stays, and measure it."""
+        """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""
         if prepared.recipe.note:
             self.progress.note(prepared.recipe.note)
         defaults, recommended = surveyed.untuned_settings()

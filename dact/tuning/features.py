@@ -30,7 +30,7 @@ MADE_OF = "made_of.json"
 
 @torch.no_grad()
 def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, fingerprint: str) -> None:
-    """Write the pooled states of every example, with one batch at a time in memory.
+    """Write the pooled states of every example, with only one batch at a time in memory.
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data
     has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is
@@ -71,14 +71,14 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
             raise ValueError(
                 f"frozen mode needs every example once, but the {folder.name} loader gives "
                 f"{'more' if given > examples else given} of its {examples}: leave out drop_last and samplers that "
-                "repeat or skip, or take encoder_training=finetune"
+                "repeat or skip, or use encoder_training=finetune"
             )
         files = {name: writer.digest.hexdigest() for name, writer in writers.items()}
         write_json(partial / MADE_OF, {"fingerprint": fingerprint, "files": files})
 
 
 class _RowWriter:
-    """A ``.npy`` file that grows by rows. It is not memory-mapped: there a full disk is a crash instead of an error."""
+    """A ``.npy`` file that grows by rows. It is not memory-mapped: a full disk would then crash the process."""
 
     def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
         self.dtype, self.digest = np.dtype(dtype), hashlib.sha256()
@@ -132,7 +132,7 @@ class Features:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        # Copy-on-write: torch wants memory that it could write to, and the files stay as they are.
+        # Copy-on-write: torch needs writable memory, and the files must not change.
         self.arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in read_json(folder / MADE_OF)["files"]
         }
@@ -154,7 +154,7 @@ class _Batches(Sampler[list[int]]):
         self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the number of the epoch, which the Trainer sets at its start."""
+        """Set the number of the epoch; the Trainer calls this at the start of each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:

@@ -40,9 +40,9 @@ class FinalFit:
 
     Args:
         run: The run.
-        shared: What its fits share.
-        verdict: What the confirmation chose.
-        progress: What the console shows.
+        shared: Shared inputs of its fits.
+        verdict: Result of the confirmation.
+        progress: Console of the run.
     """
 
     run: Run
@@ -52,14 +52,14 @@ class FinalFit:
 
     @property
     def recipe(self) -> Recipe:
-        """What fits of the run are made of."""
+        """The recipe of the run."""
         return self.shared.recipe
 
     def __call__(self) -> tuple[str, str]:
-        """Fit, measure and write ``<run>/final`` as far as it is not done. One process at a time.
+        """Fit, measure and write ``<run>/final``, except for what is already done. The caller holds the run's lock.
 
-        A fit that the confirmation has done is taken over. The final model of earlier winners stays as ``final.old``
-        until the new one is whole.
+        A fit that the confirmation has finished is reused. The final model of earlier winners stays as ``final.old``
+        until the new one is complete.
 
         Returns:
             The paths of metrics.json and of the best checkpoint.
@@ -98,7 +98,7 @@ class FinalFit:
         return str(metrics_path), str(fit.checkpoint)
 
     def _config(self, fit: WholeFit) -> dict[str, Any]:
-        """Return the configuration of the final fit: a whole file where the factories come from one."""
+        """Return the configuration of the final fit: a complete file if the factories come from one."""
         model, data = (getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data))
         chosen = dict(fit.settings or {})
         if model is None or data is None:
@@ -116,7 +116,7 @@ class FinalFit:
         }
 
     def _measure(self, folder: Path, fit: WholeFit, data: LightningDataModule) -> None:
-        """Write metrics.json, pictures and the model/ folder. The test split is looked at here, once."""
+        """Write metrics.json, pictures and the model/ folder. Only here, once, is the test split used."""
         model, baseline = fit.model(), self._baseline()
         before = (model.calibration, model.temperatures)
         note = self._set_dial(model, data)
@@ -153,17 +153,17 @@ class FinalFit:
         self._log(fit, found["validation"])
         if self.recipe.compare_defaults:
             self._measure_defaults(folder / "defaults", data, against)
-        write_json(folder / "metrics.json", metrics)  # last: it says that all is done
+        write_json(folder / "metrics.json", metrics)  # last, since it marks everything as done
 
     def _set_dial(self, model: DACT, data: LightningDataModule) -> str:
-        """Let a model keep the promise of the run, and return what there is to say of it."""
+        """Set the dial of a model for the promise of the run, and return a text about the result, or an empty one."""
         promise = self.recipe.promise
         if promise is None or (promise.max_layers or 0) >= model.num_layers:
             model.end_calibration()  # of a promise that is no longer asked for
             return (
                 ""
                 if promise is None
-                else f"max_layers={promise.max_layers:g} holds at every margin: the model has fewer"
+                else f"max_layers={promise.max_layers:g} holds at every margin: the model has {model.num_layers} layers"
             )
         with self.recipe.precision():
             return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
@@ -179,7 +179,7 @@ class FinalFit:
         }
 
     def _log(self, fit: WholeFit, validation: Evaluation) -> None:
-        """Let TensorBoard show a fit as it shows trials, as it is worth at its dial."""
+        """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its dial."""
         metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
         metrics |= {"val_loss": fit.best["val_loss"], "val_exit_layer": validation.entry["mean_exit_layer"]}
         name = str(fit.folder.relative_to(self.run.folder))
@@ -209,12 +209,12 @@ class FinalFit:
     def _measure_defaults(
         self, folder: Path, data: LightningDataModule, against: Mapping[str, Evaluation] | None = None
     ) -> None:
-        """Fit what the factories make without tuning, and measure it under the promise of the run.
+        """Fit the untuned defaults of the factories, and measure them under the promise of the run.
 
         Args:
             folder: Folder of the fit.
             data: Data to measure on.
-            against: What the baseline is worth; measured if left out.
+            against: Measurements of the baseline; taken here if left out.
         """
         fit = WholeFit(self.shared, folder, None)
         if (folder / "metrics.json").is_file():
@@ -241,7 +241,7 @@ class FinalFit:
         shutil.rmtree(fit.checkpoint.parent)
 
     def _measured_data(self) -> LightningDataModule:
-        data = self.recipe.make_data(batch_size=MEASURED_BATCH)  # not the winner's size: times would not compare
+        data = self.recipe.make_data(batch_size=MEASURED_BATCH)  # not the winner's size, so that times are comparable
         data.prepare_data()
         for stage in ("fit", "test"):
             data.setup(stage)
@@ -258,7 +258,7 @@ def _entries(found: Mapping[str, Evaluation], against: Mapping[str, Evaluation])
 
 
 def _set_aside(folder: Path, old: Path) -> None:
-    """Keep a whole final fit of earlier winners as `old`; a later call must not resume from its checkpoints."""
+    """Keep a complete final fit of earlier winners as `old`, since no later call may resume from its checkpoints."""
     if (folder / "metrics.json").is_file():
         shutil.rmtree(old, ignore_errors=True)
         os.replace(folder, old)

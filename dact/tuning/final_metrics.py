@@ -1,4 +1,4 @@
-"""The entries of metrics.json: what early exit and full depth of a model are worth on a split."""
+"""The entries of metrics.json: measurements of early exit and of full depth on a split."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Evaluation:
         tolerance_curve: One record per tolerance, at margin 1.
         margin_curve: One record per margin, at tolerance 0.
         answers: Answers of all layers to the examples.
-        exit_layers: int64 ``[examples]``, 1-based.
-        right: Whether early exit is right, bool ``[examples]``.
+        exit_layers: Exit layers, int64 ``[examples]``, 1-based.
+        right: Whether the class of early exit is correct, bool ``[examples]``.
     """
 
     entry: dict[str, Any]
@@ -52,12 +52,12 @@ def evaluate(
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
     timed: bool = True,
 ) -> Evaluation:
-    """Measure early exit next to full depth, by the same code.
+    """Return measurements of early exit and of full depth, by the same code.
 
     Args:
         model: Model in eval mode, on the device that it should use.
         loader: Labelled batches.
-        precision: Function that gives the context of the Trainer's precision.
+        precision: Function that returns the context of the Trainer's precision.
         timed: Whether to measure texts per second as well, which takes four more passes.
     """
     with precision():
@@ -115,7 +115,7 @@ def _texts_per_second(
 ) -> float:
     """Return the speed of early exit with a halting rule over all batches; making the batches is not timed.
 
-    It is that of the faster of two passes: in the first one libraries prepare for shapes that they have not seen.
+    The faster of two passes counts: in the first one, libraries prepare for new shapes.
     """
     before, texts, seconds = model.halting, 0, [0.0, 0.0]
     model.halting = halting

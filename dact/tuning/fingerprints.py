@@ -1,4 +1,4 @@
-"""Digests of what a run is made of: data, encoders and teachers."""
+"""Digests of the inputs of a run: data, encoders and teachers."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fingerprint_data(loader: DataLoader[Any]) -> str:
         )
     for row in range(len(examples)):
         item = examples[row]
-        if not isinstance(item, Mapping):  # the batches that the loader makes are
+        if not isinstance(item, Mapping):  # but the loader's batches are mappings
             item = loader.collate_fn([item])
         if "input_ids" not in item:
             raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")

@@ -46,7 +46,7 @@ class History(Callback):
 
     Attributes:
         epochs: One record per validation.
-        answers: What all layers said of the validation examples in the epoch of the lowest val_loss, or None.
+        answers: Answers of all layers to the validation examples in the epoch of the lowest val_loss, or None.
 
     Raises:
         NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
@@ -94,7 +94,7 @@ class History(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now are the metrics of training those of this epoch; its validation came before.
+        # Only now do the training metrics belong to this epoch; its validation came before.
         if self.epochs and self.epochs[-1]["epoch"] == trainer.current_epoch:
             metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
             self.epochs[-1] |= {name: value for name, value in metrics.items() if not _of_validation(name)}
@@ -115,7 +115,7 @@ def _of_validation(name: str) -> bool:
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Run what is inside with all random generators seeded, and give the caller's generators and variables back."""
+    """Seed all random generators for the block, and restore the caller's generators and variables at its end."""
     kept = {name: os.environ.get(name) for name in SEED_VARIABLES}
     with isolate_rng():
         seed_everything(seed, workers=True, verbose=False)
@@ -130,10 +130,10 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
-    """Return a fresh Trainer: the user's arguments under dact's, with callbacks copied so that no two fits share them.
+    """Return a fresh Trainer with the user's arguments, which dact's replace, and copies of the user's callbacks.
 
-    dact shows progress, keeps checkpoints and logs by itself: progress bars and checkpoint callbacks are left out, and
-    callbacks that need a logger where there is none.
+    dact shows progress, keeps checkpoints and logs by itself. So progress bars and checkpoint callbacks are left out,
+    and without a logger the callbacks that need one.
     """
     given = {**arguments}
     left_out: tuple[type, ...] = (Checkpoint, ProgressBar)
@@ -156,7 +156,7 @@ def as_list(value: Any) -> list[Any]:
 
 
 def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None) -> None:
-    """Call `Trainer.fit`, from which Ctrl-C comes out as KeyboardInterrupt (Lightning turns it into SystemExit)."""
+    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C, which Lightning turns into SystemExit."""
     try:
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:
@@ -165,7 +165,7 @@ def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str
 
 @contextlib.contextmanager
 def without_collapse_warning() -> Iterator[None]:
-    """Leave out the warning of a collapsed depth: a study tries extremes on purpose."""
+    """Suppress the warning about a collapsed depth: a study tries extremes on purpose."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="the depth has collapsed.*")
         yield
@@ -187,8 +187,8 @@ def resumable_fit(
 
     Args:
         arguments: Arguments of the Trainer.
-        model: Model of this fit alone.
-        data: Datamodule of this fit alone.
+        model: Model that only this fit uses.
+        data: Datamodule that only this fit uses.
         checkpoints: Folder of ``last.ckpt`` and, with `keep_best`, ``best.ckpt``.
         what: Name of the fit in errors.
         epochs: Number of epochs.
@@ -219,7 +219,7 @@ def resumable_fit(
     except NonFiniteLoss as error:
         raise NonFiniteLoss(
             f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower that of the model or "
-            "learning_rate's high in search_space, or take precision 32-true, under another run_tag"
+            "learning_rate's high in search_space, or use precision 32-true, under another run_tag"
         ) from error
     check_validated(history, epochs)
     if logger is not None:
@@ -233,9 +233,9 @@ def checkpoints_of(folder: Path, origin: str) -> Path:
 
 
 def check_validated(history: History, epochs: int) -> None:
-    """Raise a ``ValueError`` if a fit of so many epochs ran no validation."""
+    """Raise a ``ValueError`` if a fit of this number of epochs ran no validation."""
     if not history.epochs:
         raise ValueError(
-            f"no validation ran in {epochs} epochs, and a fit has no value without one: let the Trainer's "
-            "check_val_every_n_epoch and limit_val_batches allow for it"
+            f"no validation ran in {epochs} epochs, and a fit has no value without one: change the Trainer's "
+            "check_val_every_n_epoch or limit_val_batches"
         )

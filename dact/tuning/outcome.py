@@ -49,7 +49,7 @@ class Outcome:
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
-        """Return what `save` wrote, or None if there is nothing.
+        """Return what `save` wrote, or None if the file is missing.
 
         Raises:
             ValueError: If it is corrupted.
@@ -71,7 +71,7 @@ def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, righ
         answers: Answers of all layers to the examples.
         model: The model, for its halting rule and class weights.
         promise: Promise that sets the dial, by estimate; None for the model's own rule.
-        right: Whether the baseline is right on each example, bool ``[examples]``; None if that is unknown.
+        right: Whether the baseline classifies each example correctly, bool ``[examples]``; None if that is unknown.
     """
     target = answers.target
     exits = answers.exit_layers(_rule(answers, model, promise))
@@ -88,5 +88,5 @@ def _rule(answers: LayerAnswers, model: DACT, promise: Promise | None) -> Haltin
         return model.exit_rule
     try:
         return choose_setting(answers, replace(promise, confidence=None), model.exit_rule).exit_rule
-    except ValueError:  # no setting keeps it: then the model leaves as it is
+    except ValueError:  # no setting keeps it: the model's own rule decides
         return model.exit_rule

@@ -47,7 +47,7 @@ def draw_study(
         exits = [
             (trial.params["lambda_reg"], trial.user_attrs[EXIT_HISTOGRAM])
             for trial in completed
-            if EXIT_HISTOGRAM in trial.user_attrs  # a trial that somebody added has none
+            if EXIT_HISTOGRAM in trial.user_attrs  # a trial that was added by hand has none
         ]
         if exits:
             figures["exit histogram"] = exits_picture(exits, chosen.params["lambda_reg"])
@@ -135,7 +135,7 @@ def dials_picture(
         tolerances: One record per tolerance.
         margins: One record per margin.
         layers: Number of layers of the model.
-        own: Mean exit layer and accuracy of the model as its dials are set.
+        own: Mean exit layer and accuracy of the model at the setting of its dials.
         baseline: Accuracy of the baseline.
     """
     figure, _ = plots.new_figure(height=5)
@@ -148,7 +148,7 @@ def dials_picture(
             (line,) = axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
             written = float("inf")
             for point, place in zip(curve, places, strict=True):
-                # From most layers to fewest; labels must not lie on each other.
+                # From most layers to fewest; labels must not overlap.
                 if written - place[0] > 0.05 * (max(depths) - min(depths)):
                     written = place[0]
                     axes.annotate(
@@ -179,7 +179,7 @@ def exit_picture(entry: Mapping[str, Any]) -> Any:
 
 
 def exits_picture(trials: Sequence[tuple[float, Sequence[int]]], chosen: float) -> Any:
-    """Draw where validation examples leave, for each λ that was tried.
+    """Draw the shares of validation examples that leave after each layer, for each λ that was tried.
 
     Args:
         trials: λ and exit histogram of each trial.

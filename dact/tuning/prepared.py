@@ -1,4 +1,4 @@
-"""What the fits of a run share: the baseline, and in frozen mode an encoder and its states, each made once."""
+"""The shared inputs of a run's fits: the baseline and, in frozen mode, an encoder and its states, each made once."""
 
 from __future__ import annotations
 
@@ -27,25 +27,25 @@ from dact.tuning.run import Run
 from dact.tuning.space import Spaces
 from dact.tuning.survey import Surveyed
 
-HELD_OUT = 0.4  # share of the training examples that the encoder of frozen mode does not see: submodels learn on them
+HELD_OUT = 0.4  # share of the training examples on which the submodels learn in frozen mode, and not the encoder
 ENCODER = "encoder.safetensors"  # weights of frozen mode's encoder, next to its states
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all fits of a run share. It is small to send to another process, which reads the files when it needs them.
+    """The shared inputs of all fits of a run. It is small to send to another process, which reads the files on demand.
 
     Args:
-        recipe: What fits of the run are made of.
-        identity: See `Recipe.identity`.
+        recipe: Recipe of the run.
+        identity: Settings that all trials have in common; see `Recipe.identity`.
         spaces: Dimension of each parameter, by stage.
         initial: Settings of trials until a study has chosen others.
-        class_names: Names of the classes, where the data has them.
-        baseline: The baseline.
+        class_names: Names of the classes, if the data has them.
+        baseline: Baseline of the run.
         teacher: File with a teacher's probabilities of the training examples, or None.
-        learning: Arguments of models that learn from the teacher, or have none to learn from.
+        learning: Arguments of all models that set their distillation, if it is not that of the factory.
         states: Folder with the states of frozen mode, or None.
-        batch_size: Number of examples per training batch of frozen mode where no trial chooses it.
+        batch_size: Number of examples per training batch of frozen mode if no trial chooses it.
     """
 
     recipe: Recipe
@@ -70,7 +70,7 @@ class Prepared:
         Args:
             settings: Arguments of both as plain values; see `Winners.settings`.
             seed: Seed for the order of states in frozen mode; that of the recipe if left out.
-            whole: Whether the encoder learns as well, in frozen mode too, from the baseline's weights on.
+            whole: Whether the encoder is trained too, even in frozen mode, starting from the baseline's weights.
         """
         chosen = dict(settings)
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
@@ -84,7 +84,7 @@ class Prepared:
         return model, self.make_data(**size)
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
-        """Return a new datamodule, whose training batches carry the teacher's probabilities if there is a teacher."""
+        """Return a new datamodule. If there is a teacher, its training batches carry the teacher's probabilities."""
         data = self.recipe.make_data(**overrides)
         if self.teacher is not None:
             data.teacher_probabilities = self._probabilities  # type: ignore[attr-defined]
@@ -92,7 +92,7 @@ class Prepared:
 
     def _on_states(self, chosen: dict[str, Any]) -> DACT:
         """Return a model with new submodels on the frozen encoder."""
-        if type(self._base) is DACT:  # no encoder is built for nothing
+        if type(self._base) is DACT:  # without building another encoder
             overrides = {"encoder": self._base.encoder, **self.recipe.overrides({**self.learning, **chosen})}
             return DACT.from_config(self._base.config(), **overrides)
         # A class of the user's may have more arguments than a configuration knows.
@@ -123,24 +123,24 @@ class Prepared:
 
 
 def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
-    """Train and compute what all fits share, or take what an earlier call left. One process does it at a time.
+    """Make the shared inputs of all fits, or reuse those of an earlier call. Only one process at a time does it.
 
     Args:
         run: The run.
-        surveyed: Result of the survey; its model and data are used up.
-        progress: What the console shows.
+        surveyed: Result of the survey; its model and data must not be used afterwards.
+        progress: Console of the run.
 
     Raises:
         NonFiniteLoss: If the loss of the baseline or of frozen mode's encoder is not finite.
-        ValueError: If a file that an earlier call left is corrupted, or the data cannot carry a teacher's
-            probabilities.
+        ValueError: If a file of an earlier call is corrupted, or the data cannot carry a teacher's probabilities.
     """
     recipe, data = surveyed.recipe, surveyed.data
     distillation = surveyed.model.distillation
     states, batch_size = None, 0
     with run.locked(lambda: progress.stage("waiting for another process, which prepares the run")):
-        after = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
-        origin = digest({name: value for name, value in surveyed.identity.items() if name not in after})
+        # Settings that do not change the baseline.
+        later = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
+        origin = digest({name: value for name, value in surveyed.identity.items() if name not in later})
         baseline = fit_baseline(recipe, run.folder / "baseline", surveyed.model, data, origin, progress)
         teacher = _teach(run.folder / "teacher", surveyed, baseline)
         share = (distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
@@ -164,7 +164,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
 
 
 def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
-    """Return the file with the teacher's probabilities: the baseline's, or those of a teacher that the data names."""
+    """Return the file with the probabilities of the teacher: the baseline, or a teacher that the data names."""
     data: Any = surveyed.data
     asked_for = surveyed.recipe.distillation
     if asked_for == 0:
@@ -173,10 +173,10 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
         probabilities = baseline.probabilities()
         if probabilities is None or not hasattr(data, "teacher_probabilities"):
             if asked_for is None:
-                return None  # such data cannot carry what a teacher says
+                return None  # such data cannot carry a teacher's probabilities
             raise ValueError(
                 f"TuningEngine: distillation needs 'row' and 'teacher' in training batches, but {type(data).__name__} "
-                "does not give them: let it be a dact.data.base.TextDataModule"
+                "does not give them: derive it from dact.data.base.TextDataModule"
             )
         data.teacher_probabilities = probabilities
         return baseline.answers
@@ -186,7 +186,7 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
         data.teacher_probabilities = read_tensors(path)[0]["probabilities"]
     else:
         data.teacher = surveyed.teacher
-        data.train_dataloader()  # which asks the teacher
+        data.train_dataloader()  # which runs the teacher
         write_tensors(path, {"probabilities": data.teacher_probabilities}, {"origin": origin})
     return path
 
@@ -197,8 +197,8 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
 def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progress: Progress) -> int:
     """Write the states of frozen mode and its encoder's weights, and return the batch size of the data.
 
-    Submodels must learn on states of texts that the encoder has not learned by heart: at inference it has not, either.
-    So the encoder learns on one part of the training examples, and the submodels on the other.
+    Submodels must learn on states of texts that the encoder was not trained on, as at inference. So the encoder learns
+    on one part of the training examples, and the submodels on the other.
     """
     recipe, data = surveyed.recipe, surveyed.data
     taught_by = fingerprint_tensor(getattr(data, "teacher_probabilities", None))
@@ -224,10 +224,10 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
 def _warm_up(
     folder: Path, recipe: Recipe, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> None:
-    """Let the model's encoder learn, or load the weights that an earlier call left."""
+    """Warm up the model's encoder, or load the weights that an earlier call wrote."""
     encoder = folder / ENCODER
     if not encoder.is_file() or read_tensors(encoder)[1].get("origin") != origin:
-        model.lambda_reg = 0.0  # no price for layers: here the encoder learns, and nothing else stays
+        model.lambda_reg = 0.0  # layers are free, since only the encoder of this fit is kept
         checkpoints, epochs = checkpoints_of(folder, origin), recipe.warm_up_epochs
         what = "encoder of the studies"
         with seeded(recipe.seed), progress.fit(f"{what}, {epochs} epochs") as bar, without_collapse_warning():

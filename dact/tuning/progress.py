@@ -1,4 +1,4 @@
-"""What the console shows of a tuning run: one live table per study, bars for fits, and a summary."""
+"""The console of a tuning run: one live table per study, progress bars for fits, and a summary."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Progress:
         self._study: Study | None = None
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = Deadline()
-        self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of fits of everything
+        self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of fits of the whole model
         self._studies: dict[str, Study] = {}
 
     @contextlib.contextmanager
@@ -64,7 +64,7 @@ class Progress:
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """Show that something other than a study is under way."""
+        """Show that a step other than a study or a fit is under way."""
         start = time.monotonic()
         with self.console.status(f"{what} …"):
             yield
@@ -72,7 +72,7 @@ class Progress:
 
     @contextlib.contextmanager
     def fit(self, what: str) -> Iterator[Callback]:
-        """Show how far a fit is, by the callback that this gives."""
+        """Show the progress of a fit, and yield the callback that reports it."""
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Bars(*columns, console=self.console, transient=True) as bars:
@@ -83,7 +83,7 @@ class Progress:
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
     def announce(self, trials: Sequence[int], time_out: float | None, epochs_after: int) -> None:
-        """Say what the run will do; how long it takes is shown from the first trial on.
+        """Print what the run will do. The time left is shown from the first trial on.
 
         Args:
             trials: Number of trials of each study.
@@ -95,9 +95,7 @@ class Progress:
             f"{' + '.join(map(str, trials))} trials, then the final fit; the time left is shown from the first trial on"
         )
         if time_out is not None:
-            text += (
-                f". The studies end after {format_seconds(time_out)}; what they share and the final fit are not bounded"
-            )
+            text += f". The studies end after {format_seconds(time_out)}; preparation and final fit are not bounded"
         self.console.print(text)
 
     def concluded(self, stage: str, study: Study) -> None:
@@ -109,7 +107,7 @@ class Progress:
         self.console.print(text, soft_wrap=True)
 
     def refresh(self, *_: object) -> None:
-        """Draw the table anew; takes what Optuna gives to a callback."""
+        """Redraw the table. The arguments are those of an Optuna callback."""
         if self._live is not None:
             self._live.update(self._table())
 
@@ -152,11 +150,11 @@ class Progress:
         return ", ".join(parts)
 
     def summary(self, folder: Path, verdict: str) -> None:
-        """Show what the final model is worth, how it compares, and where everything is, on one screen.
+        """Show the results of the final model, comparisons, and where everything is, on one screen.
 
         Args:
             folder: Folder of the final fit.
-            verdict: What the confirmation found.
+            verdict: Text of the confirmation's verdict.
         """
         show_summary(self.console, folder, verdict, list(self._studies.values()))
 
@@ -165,7 +163,7 @@ class _FitProgress(Callback):
     """Advance a progress bar by the batches of a fit."""
 
     def __init__(self, bars: Bars, task: TaskID) -> None:
-        self.bars, self.task, self.epochs = bars, task, 0  # epochs that this call has trained
+        self.bars, self.task, self.epochs = bars, task, 0  # epochs: number that this call has trained
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -191,7 +189,7 @@ def _best(study: Study) -> list[FrozenTrial]:
 
 
 def _differing(trials: Sequence[FrozenTrial]) -> list[str]:
-    """Return the parameters in which trials differ, all of them where there is one trial."""
+    """Return the parameters in which trials differ, or all of them if there is one trial."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.params))
     if sum(bool(trial.params) for trial in trials) < 2:
         return names
@@ -199,7 +197,7 @@ def _differing(trials: Sequence[FrozenTrial]) -> list[str]:
 
 
 def _fitting(trials: Sequence[FrozenTrial], width: int) -> list[str]:
-    """Return the parameters in which trials differ, as many as there is room for."""
+    """Return the parameters in which trials differ, as many as fit into `width`."""
     chosen = []
     for name in _differing(trials):
         width -= _width(name, trials) + 2
@@ -210,7 +208,7 @@ def _fitting(trials: Sequence[FrozenTrial], width: int) -> list[str]:
 
 
 def _head(name: str) -> str:
-    """Return the name of a parameter as the head of a narrow column, of which each line is a word."""
+    """Return the name of a parameter as the head of a narrow column, with one word per line."""
     for long, short_form in (("classifier", "cls"), ("confidence", "conf"), ("submodel_learning_rate", "head_rate")):
         name = name.replace(long, short_form)
     return name.replace("num_", "").replace("_", " ")

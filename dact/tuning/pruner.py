@@ -1,4 +1,4 @@
-"""Pruning of the first two studies: adapters for Optuna around a decision that is a pure function."""
+"""Pruning of the first two studies: a decision as a pure function, and its adapters for Optuna."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def lags(losses: Sequence[float], others: Sequence[Sequence[float]], min_finishe
 
     At each epoch every finished trial has a best loss so far. The better half of these spans the range from the best to
     the median. A trial lags if its own best loss exceeds the median by more than that span and by more than a tenth of
-    the median, which is the noise of one epoch. So no trial is stopped if all are good, and the bad half is if there is
-    one.
+    the median, which is the noise of one epoch. So no trial is stopped if all are good. If half of them are bad, the
+    bad ones are stopped.
 
     Args:
         losses: Losses of the trial, one per validation so far.
@@ -75,7 +75,7 @@ class SameLengthPruner(BasePruner):
 
 
 class _SameLength:
-    """A study in which only trials of one planned length exist."""
+    """A view of a study that has only the trials of one planned length."""
 
     def __init__(self, study: Study, planned: int | None) -> None:
         self._study, self._planned = study, planned
@@ -89,7 +89,7 @@ class _SameLength:
 
 
 class EveryValidation:
-    """A trial that numbers its reports itself.
+    """A trial that numbers its own reports.
 
     Optuna's Lightning callback reports under the number of the epoch, and Optuna ignores a second report under the same
     number: with several validations per epoch only the first would count.

@@ -20,14 +20,12 @@ from dact.tuning.fitting import as_list, make_trainer
 EncoderTraining = Literal["finetune", "frozen"]
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
 DISTILLATION = 0.5  # share of the teacher in the targets
-CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies where a promise is to be kept
+CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 100  # examples below which none are set aside for an estimate
 LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
-HEAD_RATE, HEAD_RATE_FACTOR = (
-    1e-3,
-    10,
-)  # the submodels' rate in the first trial: a multiple of the encoder's, up to this
-COMPARED = (  # arguments of the Trainer under which the values of trials compare only with their like
+HEAD_RATE_FACTOR = 10  # the submodels' rate in the first trial is this multiple of the encoder's …
+HEAD_RATE = 1e-3  # … but at most this
+COMPARED = (  # arguments of the Trainer that must be equal for the values of trials to be comparable
     "precision",
     "accumulate_grad_batches",
     "gradient_clip_val",
@@ -57,12 +55,12 @@ class Recipe:
         distillation: Share of a teacher's probabilities in the training targets, in [0, 1]; None for that of the model
             factory, or for half if the factory has none and the data can carry them.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
-        promise: What early exit of the final model must keep, or None.
+        promise: Promise that early exit of the final model must keep, or None.
         calibration_fraction: Share of the validation examples that is set aside for the promise; None for that of the
             data. See `resolved`.
         seed: Seed for data order, initialisation and samplers.
-        compare_defaults: Whether to fit and measure what the factories make without tuning as well.
-        note: What the user should know about the promise, or an empty string.
+        compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
+        note: Text about the promise for the user, or an empty string.
 
     Raises:
         TypeError, ValueError: If an argument is not as described.
@@ -112,7 +110,7 @@ class Recipe:
 
     @property
     def epochs(self) -> int:
-        """Number of epochs where no study chooses it."""
+        """Number of epochs if no study chooses it."""
         return int(self.trainer["max_epochs"])
 
     def make_model(self, **settings: Any) -> DACT:
@@ -134,7 +132,7 @@ class Recipe:
         return model
 
     def overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `settings` as arguments of a model, next to those of all models of the run."""
+        """Return `settings` as arguments of a model, together with those that all models of the run have."""
         overrides: dict[str, Any] = {}
         if self.halting_tolerance is not None:
             overrides["halting_tolerance"] = self.halting_tolerance
@@ -172,7 +170,7 @@ class Recipe:
         except ValueError:
             if asked_for:
                 raise
-            note = "the model leaves by a dial of its own: there is no promise about its margin"
+            note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
             return replace(self, promise=None, note=note)
         recipe, aside = self._setting_aside()
         needed = promise.examples_needed()
@@ -204,7 +202,7 @@ class Recipe:
         try:
             data.setup("validate")
             loader = data.calibration_dataloader()
-        except ValueError:  # there are too few to divide
+        except ValueError:  # too few examples to divide
             return self, 0
         return recipe, 0 if loader is None else len(loader.dataset)
 
@@ -239,7 +237,7 @@ class Recipe:
         return {"submodels": [submodels], "training": [recommended, defaults], "lambda_reg": price}
 
     def for_worker(self, worker: int, gpus: int) -> Recipe:
-        """Return the recipe of one worker process: on a machine of several GPUs each takes one of its own, in turn.
+        """Return the recipe of one worker process: on a machine with several GPUs, the workers use them in turn.
 
         Args:
             worker: Number of the worker, from 0.
@@ -266,7 +264,7 @@ class Recipe:
         Args:
             model: Digest of the factory's model.
             data: Digest of the training and validation examples.
-            teacher: A teacher that the data names, or None.
+            teacher: Teacher that the data names, or None.
         """
         identity: dict[str, Any] = {
             "promise": None if self.promise is None else asdict(self.promise),
@@ -294,7 +292,7 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the arguments of a Trainer, with dact's defaults where the user gives none.
 
     Raises:
-        ValueError: If they ask for more than one device.
+        ValueError: If the user's arguments ask for more than one device.
     """
     trainer = {"max_epochs": 4, "gradient_clip_val": 1.0, **(given or {})}
     return {**trainer, "devices": _one_device(trainer)}
@@ -310,7 +308,7 @@ def _one_device(trainer: Mapping[str, Any]) -> Any:
     if not one or trainer.get("num_nodes", 1) != 1:
         raise ValueError(
             f"TuningEngine: a trial runs on one device of one node, got devices={devices!r} and "
-            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or the number of one as [0], and run several "
-            "trials side by side with workers"
+            f"num_nodes={trainer.get('num_nodes', 1)}: give devices=1, or one device by its number as [0], and run "
+            "several trials side by side with workers"
         )
     return devices

@@ -73,7 +73,7 @@ class Run:
         log_dir: Folder that holds all runs.
 
     Raises:
-        ValueError: If the tag could lead out of the log folder.
+        ValueError: If the tag is not a plain name, and could lead out of the log folder.
     """
 
     tag: str
@@ -109,7 +109,7 @@ class Run:
         return self.folder / stage.name / "study"
 
     def set_aside(self, stage: Stage) -> None:
-        """Rename the folder of a stage whose trials ran under other winners; new trials are numbered from 0."""
+        """Rename the folder of a stage whose trials ran under other winners, since new trials start again at 0."""
         folder = self.folder / stage.name
         number = next(n for n in itertools.count(1) if not folder.with_name(f"{stage.name}.outdated_{n}").exists())
         if folder.is_dir():
@@ -122,7 +122,7 @@ class Run:
         The operating system releases the lock when its holder dies. Do not nest.
 
         Args:
-            waiting: Function that makes a context, such as a status line, for the time of waiting for the lock.
+            waiting: Function that returns a context, such as a status line, which is entered while waiting.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", poll_interval=0.05)

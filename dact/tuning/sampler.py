@@ -18,10 +18,10 @@ PATIENCE = 5.0  # seconds to wait for the λ of a trial that another process has
 
 
 class SeededSampler(BaseSampler):
-    """Sample with TPE, seeded anew for each trial from its number.
+    """Sample with TPE, seeded for each trial from the trial's number.
 
-    So a resumed study proposes what it would have proposed, processes that share a study never draw alike, and
-    neighbouring seeds have nothing in common.
+    So a resumed study proposes what it would have proposed without the stop, processes that share a study never draw
+    the same, and neighbouring seeds have nothing in common.
 
     Args:
         seed: Seed of the run.

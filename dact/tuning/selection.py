@@ -1,4 +1,4 @@
-"""Which λ to take from the two-objective study, and which λ to try next."""
+"""The choice of λ in the two-objective study: which one wins, and which one to try next."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from dact.checks import check_choice, check_range
 from dact.tuning.outcome import Outcome
 
 LambdaSelection = Literal["promise", "one_standard_error", "max_loss_increase", "knee", "max_layers"]
-NOISE_FLOOR = 0.01  # nats: a smaller rise of the task loss is no rise
+NOISE_FLOOR = 0.01  # nats; a smaller rise of the task loss does not count
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class LambdaRule:
             raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
 
     def select(self, points: Sequence[Point], allowed: float | None) -> Point:
-        """Return the point of the rule; `allowed` is the largest loss of accuracy, or None."""
+        """Return the point that the rule chooses; `allowed` is the largest loss of accuracy, or None."""
         name = self.name or ("one_standard_error" if allowed is None else "promise")
         return select_lambda(
             points, name, allowed=allowed, max_loss_increase=self.max_loss_increase, max_layers=self.max_layers
@@ -94,8 +94,8 @@ def select_lambda(
 
     Args:
         points: All finished trials, at least one.
-        rule: ``"promise"``: the fewest layers whose paired loss of accuracy is within `allowed` by estimate plus one
-            standard error; if none is, or none knows, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
+        rule: ``"promise"``: the fewest layers whose paired loss of accuracy plus its standard error is within
+            `allowed`; if there are none, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
             layers whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
             Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers
             whose loss is within a share of the best loss. ``"knee"``: the point of the front farthest below the chord
@@ -103,8 +103,8 @@ def select_lambda(
             Haystack*); with fewer than three points, as ``"max_loss_increase"``. ``"max_layers"``: the best loss within
             a budget of layers.
         allowed: For ``"promise"``: largest loss of accuracy, as a share.
-        max_loss_increase: That share, 0 or more.
-        max_layers: That budget.
+        max_loss_increase: For ``"max_loss_increase"``: share of the best loss, 0 or more.
+        max_layers: For ``"max_layers"``: budget of layers.
 
     Raises:
         ValueError: If there is no point, or none within the budget.
@@ -153,24 +153,24 @@ def _error(point: Point, best: Point) -> float:
 
 
 def _distance_below_chord(point: Point, first: Point, last: Point) -> float:
-    """Proportional to the distance from the chord between the ends of the front, which scale to (0, 1) and (1, 0)."""
+    """Return a number proportional to the distance below the chord between the ends of the front, (0, 1) and (1, 0)."""
     x = (point.layers - first.layers) / (last.layers - first.layers)
     y = (point.loss - last.loss) / (first.loss - last.loss)
     return 1 - x - y
 
 
 def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: float, log: bool = True) -> float:
-    """Return where the curve of layers over λ bends: the middle of the interval that hides the largest change.
+    """Return where the curve of layers over λ bends: the middle of the interval with the largest change.
 
-    The curve is flat at both ends, where every example uses all layers or one; trials there tell nothing. So the first
-    two trials take the ends, and each further one halves the interval with the largest change of the mean exit layer,
-    weighed by its width.
+    The curve is flat at both ends, where every example uses all layers or one, and trials there tell nothing. So the
+    first two trials take the ends, and each further one halves the interval with the largest change of the mean exit
+    layer, weighted by its width.
 
     Args:
         tried: λ and mean exit layer of earlier trials; None while a trial is running or where it failed.
         low: Lower end of λ, above 0 on a log scale.
         high: Upper end of λ.
-        log: Halve on a log scale.
+        log: Whether to halve on a log scale.
 
     Returns:
         The next λ in [low, high].

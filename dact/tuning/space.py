@@ -1,4 +1,4 @@
-"""What the studies search: typed dimensions, their defaults, and how a user narrows or replaces them."""
+"""The search spaces of the studies: typed dimensions, their defaults, and the user's changes to them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Dimension:
         type: ``"float"``, ``"int"`` or ``"categorical"``.
         low: Smallest value, for numbers.
         high: Largest value, for numbers.
-        log: Draw on a log scale, for numbers above 0.
-        step: Distance of the values, for numbers; not with `log`.
-        choices: The values of a categorical dimension.
+        log: Whether to draw on a log scale, for numbers above 0.
+        step: Distance between values, for numbers; not with `log`.
+        choices: Values of a categorical dimension.
 
     Raises:
         TypeError: If a bound is of the wrong type.
@@ -134,7 +134,7 @@ def build_spaces(changes: Mapping[str, Any] | None, *, frozen: bool = False) -> 
     """Return the spaces of the three stages, with the user's changes.
 
     Args:
-        changes: From a parameter's name to a `Dimension` or to entries of one. Entries without ``type`` narrow the
+        changes: Changes by parameter name, each a `Dimension` or entries of one. Entries without ``type`` narrow the
             default, such as ``{"high": 0.1}``; with ``type`` they replace it. Naming one of `MORE_DIMENSIONS` adds it.
         frozen: Whether only the submodels learn in trials.
 
@@ -176,17 +176,17 @@ Starts = Mapping[str, Sequence[Mapping[str, Any]]]
 def complete_spaces(
     spaces: Spaces, layers: int, starts: Starts, bounded: Collection[str] = ()
 ) -> tuple[Spaces, dict[str, list[dict[str, Any]]]]:
-    """Return spaces for an encoder of so many layers, widened to hold the parameters that the studies start from.
+    """Return spaces for an encoder of this number of layers, widened to hold the parameters of the first trials.
 
     Args:
-        spaces: What `build_spaces` returned.
+        spaces: Spaces from `build_spaces`.
         layers: Number of the encoder's layers.
-        starts: By stage, the parameters of its first trials.
-        bounded: Names of the parameters whose bounds the user gave: they hold, and a start outside is left to the
-            sampler.
+        starts: Parameters of the first trials, by stage.
+        bounded: Names of the parameters whose bounds the user gave. They are not widened; the sampler draws the
+            parameter of a first trial that lies outside.
 
     Returns:
-        The spaces, and the starts without parameters that no study searches.
+        The spaces, and the first trials without parameters that no study searches.
 
     Raises:
         ValueError: If the search space allows no number of layers that the encoder has.

@@ -1,4 +1,4 @@
-"""The three stages as data: what a trial's parameters mean, what a trial is worth, and which trial wins."""
+"""The three stages as data: what a trial's parameters mean, what its value is, and which trial wins."""
 
 from __future__ import annotations
 

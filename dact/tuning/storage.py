@@ -1,4 +1,4 @@
-"""The storage of a run's studies: how it is opened, and how its errors are told from those of a trial."""
+"""The storage of a run's studies: how it is opened, and how its errors differ from those of a trial."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def environment_error(error: BaseException | None) -> BaseException | None:
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
-    """Return an error and all its causes and contexts. Some libraries close the chain to a ring."""
+    """Return an error and all its causes and contexts. In some libraries the chain has a cycle."""
     found: list[BaseException] = []
     waiting = [error]
     while waiting:
@@ -76,14 +76,14 @@ def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage
         url = URL.create("sqlite", database=str(folder / "studies.db")) if address is None else make_url(address)
     except ArgumentError as error:
         raise _cannot_be_opened(where, error) from error
-    if url.drivername in ("postgres", "postgresql"):  # which driver that means depends on the version of SQLAlchemy
+    if url.drivername in ("postgres", "postgresql"):  # the default driver depends on the version of SQLAlchemy
         url = url.set(drivername="postgresql+psycopg")
     sqlite = url.drivername.startswith("sqlite")
     if sqlite and url.database:
         _check_sqlite(Path(url.database))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, which we chose
+            warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, used on purpose
             return RDBStorage(
                 url.render_as_string(hide_password=False),
                 engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
@@ -110,7 +110,7 @@ def _check_sqlite(file: Path) -> None:
             verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
         finally:
             connection.close()
-    except sqlite3.OperationalError as error:  # not a fault of its content: a lock, a full disk, missing rights
+    except sqlite3.OperationalError as error:  # its content may be fine: a lock, a full disk, missing rights
         raise ConnectionError(f"{file} cannot be read: {error}") from error
     except sqlite3.DatabaseError as error:
         verdict = str(error)
@@ -120,7 +120,7 @@ def _check_sqlite(file: Path) -> None:
 
 def corrupted(where: str, what: object) -> ValueError:
     """Return the error for a storage whose content cannot be right."""
-    return ValueError(f"{where} is corrupted ({what}): restore a sound copy, or start anew under another run_tag")
+    return ValueError(f"{where} is corrupted ({what}): restore an intact copy, or start again under another run_tag")
 
 
 def is_unreachable(error: BaseException | None) -> bool:

@@ -33,14 +33,14 @@ DEATHS = "deaths"  # user attribute: how often the process of an earlier trial w
 EXIT_HISTOGRAM = "exit_histogram"  # user attribute: number of validation examples that left after each layer
 INTERRUPTED = "interrupted"  # user attribute of a trial that was stopped from outside
 OWNER = "owner"  # user attribute: host, process id and start of the process that runs a trial
-RETRY_OF = "retry_of"  # user attribute: number of the interrupted trial whose parameters run again
-SETTING = "setting"  # user attribute of a study: what its trials have in common
+RETRY_OF = "retry_of"  # user attribute: number of the interrupted trial whose parameters are tried again
+SETTING = "setting"  # user attribute of a study: settings that its trials have in common
 UNDER = "under"  # user attribute of a study: digest of the winners of the studies before it
-MAX_DEATHS = 3  # parameters whose process died so often are not run again
-HOPELESS = 5  # after so many failed trials and no other, a study ends
-POLL = 0.5  # seconds between two looks at what other processes do
-QUIET = 3  # looks in a row without a running trial after which a late process leaves the study
-NAMELESS = 10.0  # seconds after which a running trial that names no process has lost it
+MAX_DEATHS = 3  # parameters whose process died this often are not tried again
+HOPELESS = 5  # number of failed trials, with no other outcome, after which a study ends
+POLL = 0.5  # seconds between two checks of what other processes do
+QUIET = 3  # checks in a row without a running trial after which a process leaves a study past its deadline
+NAMELESS = 10.0  # seconds after which a running trial without an owner is taken for dead
 
 
 class TrialFailed(RuntimeError):
@@ -62,7 +62,7 @@ def open_study(
     Args:
         run: The run.
         stage: The stage.
-        setting: What all trials of the study have in common, as plain data.
+        setting: Settings that all trials of the study have in common, as plain data.
         address: Address of the storage, or a storage; None for the run's own file.
         pruner: Pruner, for a study of one objective.
 
@@ -97,7 +97,7 @@ def open_study(
     if different:
         raise ValueError(
             f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not "
-            f"compare. Take another run_tag, or the {different[0]} of then"
+            f"compare. Use another run_tag, or the {different[0]} of that time"
         )
     return study
 
@@ -109,13 +109,13 @@ def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
         study: The study.
         first_trials: Parameters of its first trials.
     """
-    if len(study.get_trials(deepcopy=False)) < len(first_trials):  # some are there if a kill came between two of them
+    if len(study.get_trials(deepcopy=False)) < len(first_trials):  # some exist if a kill came between two of them
         for params in first_trials:
             study.enqueue_trial(dict(params), skip_if_exists=True)
 
 
 def start_under(study: Study, under: str) -> tuple[Study, int]:
-    """Let a study count only trials that ran under the current winners of the studies before it.
+    """Return a study whose trials all ran under the current winners of the studies before it.
 
     A study that ran under other winners is kept under another name, and a new one takes its place. The caller holds the
     lock of the run.
@@ -125,7 +125,7 @@ def start_under(study: Study, under: str) -> tuple[Study, int]:
         under: Digest of the winners of the studies before it.
 
     Returns:
-        The study to continue, and the number of trials that no longer count.
+        The study to continue, and the number of trials that are ignored from now on.
     """
     trials = study.get_trials(deepcopy=False)
     if study.user_attrs.get(UNDER) is None and not any(trial.user_attrs.get(UNDER, under) != under for trial in trials):
@@ -155,14 +155,14 @@ def start_under(study: Study, under: str) -> tuple[Study, int]:
 
 
 def is_interrupted(trial: FrozenTrial) -> bool:
-    """Return whether a trial was stopped from outside, or its process died; its parameters are then tried again."""
+    """Return whether a trial was stopped from outside or its process died, so that its parameters are tried again."""
     if trial.state != TrialState.FAIL or CAUSE in trial.user_attrs:
         return False
     return INTERRUPTED in trial.user_attrs or trial.user_attrs.get(DEATHS, 0) + 1 < MAX_DEATHS
 
 
 def counts(trial: FrozenTrial) -> bool:
-    """Return whether a trial has ended, and not by an interruption."""
+    """Return whether a trial has ended and was not interrupted."""
     return trial.state.is_finished() and not is_interrupted(trial)
 
 
@@ -201,15 +201,15 @@ def _cause(trial: FrozenTrial) -> str:
 
 
 def owner() -> list[Any]:
-    """Return host, number and start of this process, by which others can tell whether it is alive."""
+    """Return host, id and start time of this process, by which others can tell whether it is alive."""
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
 
 
 def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list[FrozenTrial]:
     """Fail running trials whose process on this host is gone, and queue interrupted parameters again.
 
-    For trials of other hosts, Optuna's heartbeats tell after a grace period. On this host a command that is restarted
-    right after a crash need not wait for it.
+    Dead trials of other hosts are found by Optuna's heartbeats, after a grace period. On this host, a command that is
+    restarted right after a crash need not wait for it.
 
     Args:
         study: The study.
@@ -241,7 +241,7 @@ def retry(study: Study, trial: FrozenTrial) -> None:
         return
     if any(other.user_attrs.get(RETRY_OF) == trial.number for other in study.get_trials(deepcopy=False)):
         return
-    # One that died before it had drawn all of its parameters still owes those that it was queued with.
+    # A trial that died before it drew all of its parameters must keep those that it was queued with.
     params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
     deaths = trial.user_attrs.get(DEATHS, 0) + (INTERRUPTED not in trial.user_attrs)
     study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, DEATHS: deaths})
@@ -260,12 +260,12 @@ def _has_died(trial: FrozenTrial) -> bool:
         return time.time() - trial.datetime_start.timestamp() > NAMELESS
     host, process, started = trial.user_attrs[OWNER]
     if host != socket.gethostname():
-        return False  # its heartbeat tells
+        return False  # its heartbeat decides
     if process == os.getpid():
-        return True  # this process runs one trial at a time, and is here
+        return True  # this process runs one trial at a time, and now none
     try:
         found = psutil.Process(process)
-        # A number is used again in time. (The start is told from the clock, which may be set meanwhile.)
+        # Process ids are reused. Start times are compared loosely, since the clock may have been set meanwhile.
         return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - started) > 10
     except psutil.NoSuchProcess:
         return True
@@ -290,8 +290,8 @@ def run_trials(
     """Run trials until the study has `n_trials` of them, possibly next to other processes that do the same.
 
     Before each trial a process counts those that have ended or are running, so that the total exceeds `n_trials` by at
-    most the number of processes less one. A process returns only when no trial is running any more, after a deadline as
-    well, so that all processes see the same winner.
+    most the number of processes minus one. A process returns only when no trial is running any more, even after a
+    deadline, so that all processes see the same winner.
 
     Args:
         study: The study, with its sampler and pruner.
@@ -310,11 +310,11 @@ def run_trials(
         for orphan in sweep(study, lock):
             orphaned(orphan)
 
-    quiet = 0  # looks in a row at which nothing was running
+    quiet = 0  # checks in a row at which nothing was running
     sweep_now()
     while True:
         signals.check()
-        # One look: a trial that ends between two would be missing from both.
+        # One query: a trial that ends between two would be missing from both.
         trials = study.get_trials(deepcopy=False)
         done = [trial for trial in trials if counts(trial)]
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
@@ -346,6 +346,6 @@ def run_trials(
         except (UpdateFinishedTrialError, ValueError):
             if not (started and _was_ended_by_others(study, started[0])):
                 raise  # from a sampler or a callback
-            continue  # they took this process for dead; Optuna refuses to tell a finished trial
+            continue  # another process took this one for dead; Optuna refuses to finish a trial twice
         if study._stop_flag:  # a callback called Optuna's study.stop()
             return

@@ -1,4 +1,4 @@
-"""The last screen of a tuning run: what the final model is worth, how it compares, and where everything is."""
+"""The last screen of a tuning run: the results of the final model, comparisons, and where everything is."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
     Args:
         console: Console to print to.
         folder: Folder of the final fit.
-        verdict: What the confirmation found.
-        studies: The studies of the run, as far as they are known.
+        verdict: Text of the confirmation's verdict.
+        studies: Studies of the run that this process has concluded.
     """
     metrics = read_json(folder / "metrics.json")
     console.print(f"{headline(metrics)}. The model is in {folder / 'model'}\n")
@@ -46,14 +46,14 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
 
 
 def _collapse(mean: float, layers: int) -> str:
-    """Return how the depth has collapsed and what to do, an empty string where it has not."""
+    """Return how the depth has collapsed and what to do, an empty string if it has not."""
     if mean == 1:
         return "one layer. If that costs accuracy, try a smaller lambda_reg"
     return f"all {layers} layers. Try a larger lambda_reg, or a promise that allows more" if mean == layers else ""
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
-    """Return the sentence that a person wants, from the content of metrics.json."""
+    """Return the main result in one sentence, from the content of metrics.json."""
     test, baseline = metrics["test"], metrics["baseline"]
     text = f"{100 * test['accuracy']:.2f} % accuracy on test"
     if "difference_to_baseline" in test:
@@ -105,7 +105,7 @@ def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
 
 
 def _operating_points(metrics: Mapping[str, Any]) -> Table:
-    """Return what other margins would give on validation data: estimates, next to the setting of the run."""
+    """Return the table of what other margins would give on validation data: estimates, next to the run's setting."""
     entry, baseline = metrics["validation"], metrics["baseline"]["validation"]
     own = {
         "margin": metrics["halting_margin"],
@@ -126,7 +126,7 @@ def _operating_points(metrics: Mapping[str, Any]) -> Table:
 
 
 def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, Any]]:
-    """Return at most so many points of a curve that differ in their layers."""
+    """Return about `most` points of a curve that differ in their layers."""
     depths = [point["mean_exit_layer"] for point in points]
     chosen: list[Mapping[str, Any]] = []
     for point in points:
@@ -152,9 +152,9 @@ def _plain_table(first: str, *others: str) -> Table:
 
 
 def pruning_text(studies: Sequence[Study]) -> str:
-    """Return what pruning saved, or an empty string where no study prunes.
+    """Return a text about what pruning saved, or an empty string if no study prunes.
 
-    What a pruned trial would have taken is told from its pace and the number of epochs that it was planned with.
+    The full time of a pruned trial is estimated from its pace and its planned number of epochs.
     """
     ended = [trial for study in studies if len(study.directions) == 1 for trial in finished(study)]
     if not ended:

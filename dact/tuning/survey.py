@@ -1,4 +1,4 @@
-"""The survey before a run: what the factories make, whether it can serve, and what all trials have in common."""
+"""The survey before a run: one model and one datamodule, their checks, and what all trials have in common."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Surveyed:
     """A model and a datamodule of the factories, and what all trials of the run have in common.
 
     Args:
-        recipe: What fits of the run are made of; its promise is one that model and data can keep.
+        recipe: Recipe of the run; its promise is one that model and data can keep.
         model: Untrained model.
         data: Datamodule, set up for a fit.
         teacher: Teacher that the data names, or None.
-        identity: See `Recipe.identity`.
+        identity: Settings that all trials have in common; see `Recipe.identity`.
         spaces: Dimension of each parameter, by stage.
         first_trials: Parameters of the first trials, by stage.
         initial: Settings of trials until a study has chosen others.
@@ -52,13 +52,13 @@ class Surveyed:
 
 
 def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, measured: bool = False) -> Surveyed:
-    """Build one model and one datamodule, and check that they can serve the run.
+    """Build one model and one datamodule, and check that they fit the run.
 
     Args:
-        recipe: What fits of the run are made of.
-        spaces: What `build_spaces` returned.
+        recipe: Recipe of the run.
+        spaces: Spaces from `build_spaces`.
         bounded: Names of the parameters whose bounds the user gave; see `complete_spaces`.
-        measured: Whether the run will measure a final model, which takes a test split.
+        measured: Whether the run will measure a final model, which needs a test split.
 
     Raises:
         ValueError: If classes, promise or search space do not fit model and data.
@@ -68,15 +68,15 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
         recipe = recipe.resolved(model)
         data: Any = recipe.make_data()
     if measured:
-        recipe.make_data(batch_size=1)  # what trials and measurements will ask for
+        recipe.make_data(batch_size=1)  # fails early if the factory takes no batch_size
     teacher = getattr(data, "teacher", None)
     if teacher is not None:
-        data.teacher = None  # asked once, in `prepare`
+        data.teacher = None  # it runs once, in `prepare`
     data.prepare_data()
     data.setup("fit")
     if measured:
         data.setup("test")
-        fingerprint_data(data.test_dataloader())  # which refuses what cannot be measured
+        fingerprint_data(data.test_dataloader())  # fails early if it cannot be measured
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
     examples = fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
     identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)

@@ -21,7 +21,7 @@ METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
 
 @contextlib.contextmanager
 def writer(folder: Path) -> Iterator[SummaryWriter]:
-    """Give a TensorBoard writer for `folder`, closed at the end."""
+    """Yield a TensorBoard writer for `folder`, which is closed at the end."""
     from torch.utils.tensorboard import SummaryWriter
 
     made = SummaryWriter(str(folder))
@@ -53,7 +53,7 @@ def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: 
 
 
 def log_fit(folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, float], name: str) -> None:
-    """Show a fit that is done as trials are shown.
+    """Log a finished fit as trials are logged.
 
     Args:
         folder: Folder of the fit.
@@ -67,9 +67,9 @@ def log_fit(folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, f
 
 
 def log_experiment(writer: SummaryWriter, parameters: Mapping[str, Dimension]) -> None:
-    """Tell the HParams tab which parameters and metrics there are.
+    """Write the record that tells the HParams tab which parameters and metrics there are.
 
-    It takes the first such record below its folder for all runs there, so every record names those of all studies.
+    The tab uses the first such record below its folder for all runs there, so every record names those of all studies.
     """
     from tensorboard.plugins.hparams import summary_v2
 
@@ -79,7 +79,7 @@ def log_experiment(writer: SummaryWriter, parameters: Mapping[str, Dimension]) -
 
 
 def _domain(dimension: Dimension) -> Any:
-    """The range as the tab's filters need it."""
+    """Return the range as the tab's filters need it."""
     from tensorboard.plugins.hparams import summary_v2
 
     if dimension.choices is not None:  # which must be of one type

@@ -37,8 +37,8 @@ from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
 from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
 
-HEAD_EPOCHS = 7  # epochs of the submodels on frozen states for one of the final fit: in fewer they have not learned
-REPEATS = 3  # fits of a trial of the third study in frozen mode, where one takes seconds; they differ by their seed
+HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned
+REPEATS = 3  # fits per trial of the third study in frozen mode, where one takes seconds; they differ by their seed
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class Objective:
     Args:
         stage: The stage.
         run: The run.
-        prepared: What all trials share.
-        winners: Winners of the studies before.
-        deadline: Deadline at which a trial in flight is stopped.
+        prepared: Shared inputs of all trials.
+        winners: Winners of the earlier studies.
+        deadline: Deadline at which a running trial is stopped.
     """
 
     stage: Stage
@@ -64,7 +64,7 @@ class Objective:
 
         Raises:
             TrialPruned: If the study stopped it, or its loss is not finite.
-            TrialFailed: If it has no value for a reason of its own, such as a lack of memory.
+            TrialFailed: If it has no value for a reason of its own, such as running out of memory.
             TrialInterrupted: If the deadline stopped it.
         """
         trial.set_user_attr(OWNER, owner())
@@ -76,7 +76,7 @@ class Objective:
             return self.stage.read(self._train(trial, settings))
 
     def _train(self, trial: BaseTrial, settings: Mapping[str, Any]) -> dict[str, float]:
-        """Return the metrics of the best epoch, those of early exit at the margin that the promise would set."""
+        """Return the metrics of the best epoch; in the third study, early exit has the margin of the promise."""
         recipe = self.prepared.recipe
         trial.set_user_attr(PLANNED_EPOCHS, settings.get("num_epochs", recipe.epochs))
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
@@ -122,8 +122,8 @@ def fit_settings(
     """Fit a new model without checkpoints, as trials and their confirmation do.
 
     Args:
-        prepared: What all fits share.
-        settings: See `Winners.settings`.
+        prepared: Shared inputs of all fits.
+        settings: Arguments of model and data; see `Winners.settings`.
         seed: Seed for the order of frozen states; the caller seeds the random generators.
         history: Callback that records the fit.
         callbacks: Further callbacks.
@@ -168,7 +168,7 @@ def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoar
 
 @contextlib.contextmanager
 def _recorded_cause(trial: BaseTrial) -> Iterator[None]:
-    """Record in a trial why it ended early, and raise what `Objective` promises."""
+    """Record in a trial why it ended early, and raise the exceptions that `Objective` documents."""
     try:
         yield
     except TrialPruned as reason:
@@ -184,10 +184,10 @@ def _recorded_cause(trial: BaseTrial) -> Iterator[None]:
         trial.set_user_attr(INTERRUPTED, True)
         raise
     except UpdateFinishedTrialError:
-        raise  # others took this process for dead
+        raise  # another process took this one for dead
     except Exception as error:
         if environment_error(error) is not None:
-            with contextlib.suppress(Exception):  # the storage may be what cannot be reached
+            with contextlib.suppress(Exception):  # the storage may be out of reach
                 trial.set_user_attr(INTERRUPTED, True)
             raise
         cause = f"{type(error).__name__}: {error}".split("\n")[0]

@@ -1,4 +1,4 @@
-"""A fit that keeps its model: of a candidate for the final model, of the final model, and of the defaults."""
+"""A fit of the whole model that keeps its checkpoints: of a candidate, of the final model, or of the defaults."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from dact.tuning.fitting import MONITOR, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
-FRESH_SEED = 1000  # added to the run's own: far from the seeds of the studies
-MADE_OF = "made_of.json"  # what a fit was made of; another one replaces it
+FRESH_SEED = 1000  # added to the seed of the run: far from the seeds of the studies
+MADE_OF = "made_of.json"  # inputs of a fit; a fit with other inputs replaces it
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class WholeFit:
     """A fit with checkpoints in a folder of its own, which resumes after a kill.
 
     Args:
-        shared: What the fits of the run share.
+        shared: Shared inputs of the run's fits.
         folder: Folder of the fit.
-        settings: See `Winners.settings`. None fits what the factories make: no teacher, and no start from the baseline.
+        settings: Arguments of model and data; see `Winners.settings`. None stands for the untuned defaults of the
+            factories, which have no teacher and do not start from the baseline.
     """
 
     shared: Prepared
@@ -40,19 +41,20 @@ class WholeFit:
 
     @property
     def origin(self) -> dict[str, Any]:
-        """What it is made of, as plain data."""
-        # The dial is set after the fit; of the promise, the fit knows which examples it may see.
+        """The inputs of the fit, as plain data."""
+        # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
+        # calibration_fraction says.
         setting = {n: v for n, v in self.shared.identity.items() if n not in ("halting_tolerance", "promise")}
         return {"settings": self.settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
 
     @property
     def seed(self) -> int:
-        """Seed of the fit: a fresh one, except for the defaults."""
+        """The seed of the fit: a fresh one, except for the defaults."""
         return self.shared.recipe.seed + (0 if self.settings is None else FRESH_SEED)
 
     @property
     def checkpoint(self) -> Path:
-        """Checkpoint of the best epoch."""
+        """The checkpoint of the best epoch."""
         return self.folder / "checkpoints" / "best.ckpt"
 
     @property
@@ -75,16 +77,16 @@ class WholeFit:
         return read_json(path).get("fit") if path.is_file() else None
 
     def __call__(self, what: str, progress: Progress) -> None:
-        """Fit, keep the best epoch, and resume from the last one that an earlier call kept.
+        """Fit and keep the best epoch; resume from the last epoch of an earlier call.
 
         Args:
             what: Name of the fit, for progress and errors.
-            progress: What the console shows.
+            progress: Console of the run.
 
         Raises:
             NonFiniteLoss: If its loss is not finite; the message says what to change.
         """
-        last = self.folder / "checkpoints" / "last.ckpt"  # of use only to a fit that is not done
+        last = self.folder / "checkpoints" / "last.ckpt"  # needed only by a fit that is not done
         if self.is_done:
             last.unlink(missing_ok=True)  # a kill may have come just before
             return

@@ -1,4 +1,4 @@
-"""Running a study to its end, in this process or in several."""
+"""The processes of a study: this one, or several workers."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ PATIENCE = 8.0  # seconds that a stopped worker has to end its trial
 
 @dataclass(frozen=True)
 class StudyJob:
-    """What a process needs to run trials of a study.
+    """Everything that a process needs to run trials of a study.
 
     Args:
-        objective: The objective.
+        objective: Objective of the study.
         n_trials: Total number of trials.
         storage: Address of the storage, or a storage, or None for the run's own file.
-        sampler: Sampler.
-        pruner: Pruner, or None.
+        sampler: Sampler of the study.
+        pruner: Pruner of the study, or None.
         callbacks: Optuna callbacks, called after each trial.
         setup: Function that a worker process calls first, such as one that installs log filters, or None.
     """
@@ -69,7 +69,7 @@ class StudyJob:
             self.sampler.reseed_rng()  # a seeded one would propose the points of another process again
 
         def close_session(trial: FrozenTrial) -> None:
-            """Log in TensorBoard that a trial whose process died is no longer running, and clear what it left half."""
+            """Log to TensorBoard that a trial whose process died has ended, and remove its unfinished files."""
             folder = objective.run.trial_folder(objective.stage, trial.number)
             if folder.is_dir():
                 remove_partial(folder)
@@ -89,12 +89,12 @@ class StudyJob:
 
 
 def check_workers(workers: int, storage: str | BaseStorage | None, **sent: Any) -> None:
-    """Check that so many processes can share a run.
+    """Check that this number of processes can share a run.
 
     Args:
         workers: Number of processes.
         storage: Storage of the studies.
-        **sent: What worker processes are sent, by the names of the arguments.
+        **sent: Objects that worker processes are sent, by the names of the engine's arguments.
 
     Raises:
         TypeError: If something cannot be sent to another process.
@@ -122,13 +122,13 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
     """Run a study to its end, in this process or in several; a worker process that dies is replaced.
 
     Args:
-        job: The study to run.
+        job: Job of the study.
         study: The same study, opened in this process.
         workers: Number of processes.
-        refresh: Function that draws the state of the study again; it takes what Optuna gives to a callback.
+        refresh: Function that redraws the state of the study; it accepts the arguments of an Optuna callback.
 
     Raises:
-        RuntimeError: If a worker ended with an error, which the message holds, or if workers keep dying.
+        RuntimeError: If a worker ended with an error, whose message it has, or if workers keep dying.
         RunStopped: If a disk or the storage failed.
     """
     if workers == 1:
@@ -169,7 +169,7 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
                 processes += [start() for _ in range(died)]
     finally:
         _stop(processes)
-        if processes:  # whoever was stopped between two steps of a trial leaves none that says it is running
+        if processes:  # a stopped worker may leave a trial that is still marked as running
             try:
                 sweep(study, job.objective.run.locked)
             except Exception as error:
@@ -178,10 +178,10 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
 
 
 def _context() -> ForkServerContext | SpawnContext:
-    """Return how workers are started: on Linux as forks of a process that has imported this module and done nothing.
+    """Return the context that starts workers: on Linux as forks of a server process that has only imported this module.
 
-    A fresh interpreter would spend seconds on its imports, for each worker of each study. That process has no threads
-    and no GPU. Elsewhere a fork is not safe.
+    A fresh interpreter would spend seconds on its imports, for each worker of each study. The server process has no
+    threads and uses no GPU. On other systems a fork is not safe.
     """
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
