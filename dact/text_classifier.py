@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dact import hub
 from dact.checks import check_count
-from dact.data.tokenizers import load_tokenizer, tokenizer_for
+from dact.data.tokenizers import load_tokenizer, tokenize, tokenizer_for
 from dact.encoders.base import Batch
 from dact.model import DACT, DACTOutput
 from dact.model_card import Metrics
@@ -201,7 +201,7 @@ class TextClassifier:
     def _classify(self, texts: list[Text]) -> list[Prediction]:
         with self._tokenizing:
             cut = self.tokenizer.model_max_length < NO_LIMIT
-            encoding = self.tokenizer(texts, truncation=cut, padding=True, return_tensors="pt")
+            encoding = tokenize(self.tokenizer, texts, truncation=cut)
         half = self.dtype is not None and self.dtype != torch.float32
         precision = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
         with precision:

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
+from dact.data.tokenizers import tokenize
 from dact.files import replacing
 from dact.model import DACT, DACTOutput
 from dact.scores import temper
@@ -88,9 +89,7 @@ class PredictionData(LightningDataModule):
             if not usable:
                 continue
             texts = [list(column) for column in zip(*(texts for _, texts in usable), strict=True)]
-            encoding = self.tokenizer(
-                *texts, truncation=True, max_length=self.max_length, padding=True, return_tensors="pt"
-            )
+            encoding = tokenize(self.tokenizer, *texts, truncation=True, max_length=self.max_length)
             yield {**encoding, "row": torch.tensor([row for row, _ in usable])}
 
     @override

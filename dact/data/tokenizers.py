@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from itertools import chain
+from typing import Any
 
+import numpy as np
+import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from dact.encoders.pretrained import resolve_pretrained
@@ -43,6 +48,28 @@ def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> 
     own.model_max_length = max_length
     own.padding_side = "right"
     return own
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any) -> dict[str, Tensor]:
+    """Return token ids and what belongs to them, padded on the right: int64 ``[texts, tokens]`` by name.
+
+    It is what ``padding=True, return_tensors="pt"`` gives, in half the time: transformers pads and converts lists.
+
+    Args:
+        tokenizer: Tokenizer.
+        *texts: Texts or pairs of texts; or first and second texts.
+        **options: Other arguments of the tokenizer, such as ``truncation``.
+    """
+    encoding = tokenizer(*texts, return_attention_mask=False, **options)
+    lengths = np.fromiter(map(len, encoding["input_ids"]), np.int64)
+    mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    tensors = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
+    for name, examples in encoding.items():
+        values = np.full(mask.shape, padding.get(name) or 0, np.int64)
+        values[mask] = np.fromiter(chain.from_iterable(examples), np.int64, lengths.sum())
+        tensors[name] = torch.from_numpy(values)
+    return tensors
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

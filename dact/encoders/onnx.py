@@ -48,6 +48,8 @@ class OnnxEncoder(LayeredEncoder):
         ValueError: If a graph is missing or corrupted.
     """
 
+    step_tokens = 1024  # enough for one thread; larger steps have more padding and leave a thread idle at the end
+
     def __init__(
         self,
         folder: str | Path,
