@@ -117,7 +117,8 @@ def early_exit(
     batch = {name: entry for name, entry in batch.items() if isinstance(entry, Tensor)}  # nothing else has rows to pick
     if len(mask) == 0:
         raise ValueError("early exit needs at least one example, got a batch of 0")
-    step, window = budget(mask.device, step_tokens or encoder.step_tokens, window_tokens)
+    step, window = budget(mask.device, step_tokens, window_tokens)
+    step = step_tokens or encoder.step_tokens or step
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths = ((mask != 0) * positions).amax(dim=1).cpu().numpy()
     if mask.device.type == "cpu" and _in_half_precision(encoder):
