@@ -325,6 +325,16 @@ def test_objectives_serve_a_study_of_ones_own(tmp_path, mode):
     assert 1 <= layers <= 3
 
 
+def test_a_study_of_ones_own_leaves_the_trials_of_the_run_as_they_are(tmp_path):
+    made = engine(tmp_path, n_trials=1)
+    made.lambda_reg_study("run")
+    run = tmp_path / "run"
+    before = {path: path.read_bytes() for path in (run / "lambda_reg").rglob("*") if path.is_file()}
+    made.lambda_objective(optuna.trial.FixedTrial({"lambda_reg": 0.3}, number=0))
+    assert {path: path.read_bytes() for path in (run / "lambda_reg").rglob("*") if path.is_file()} == before
+    assert list((run / "own" / "lambda_reg" / "trial_0000").glob("events*"))
+
+
 def test_lambda_never_enters_the_task_loss(tmp_path):
     model = partial(small_model, lambda_warmup=0.0, exit_loss_weight=0.0, learning_rate=1e-12)
     made = engine(tmp_path, model=model, promise=None)

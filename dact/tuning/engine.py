@@ -352,7 +352,7 @@ class TuningEngine:
         """Return the objective of a stage, for an Optuna study of the user's own."""
         run = self._run or self._begin("")
         prepared = self._prepared or self._prepare(run, self._survey())
-        return Objective(stage, run, prepared, self._winners.before(stage), Deadline())
+        return Objective(stage, run, prepared, self._winners.before(stage), Deadline(), own=True)
 
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
         """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""

@@ -100,9 +100,9 @@ class Run:
         """Return the name of a stage's study."""
         return f"{self.tag}/{stage.name}"
 
-    def trial_folder(self, stage: Stage, number: int) -> Path:
-        """Return the folder in which a trial logs."""
-        return self.folder / stage.name / f"trial_{number:04d}"
+    def trial_folder(self, stage: Stage, number: int, *, own: bool = False) -> Path:
+        """Return the folder in which a trial logs; `own` is for those of a study of the user's own."""
+        return self.folder / ("own" if own else "") / stage.name / f"trial_{number:04d}"
 
     def pictures(self, stage: Stage) -> Path:
         """Return the folder of a study's pictures."""

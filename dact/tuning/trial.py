@@ -51,6 +51,7 @@ class Objective:
         prepared: Shared inputs of all trials.
         winners: Winners of the earlier studies.
         deadline: Deadline at which a running trial is stopped.
+        own: Whether the trials are those of a study of the user's own, which must not replace files of the run's.
     """
 
     stage: Stage
@@ -58,6 +59,7 @@ class Objective:
     prepared: Prepared
     winners: Winners
     deadline: Deadline
+    own: bool = False
 
     def __call__(self, trial: BaseTrial) -> Any:
         """Train with the parameters that `trial` suggests, and return its value or values at the best epoch.
@@ -153,7 +155,7 @@ def fit_settings(
 @contextlib.contextmanager
 def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
     """Log a trial to TensorBoard: its parameters, the metrics that the block fills in, and its status."""
-    folder = objective.run.trial_folder(objective.stage, trial.number)
+    folder = objective.run.trial_folder(objective.stage, trial.number, own=objective.own)
     logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
     tensorboard.log_parameters(logger.experiment, trial.params, f"{objective.stage.name}/{folder.name}")
     metrics: dict[str, float] = {}
