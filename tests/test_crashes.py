@@ -19,7 +19,7 @@ import yaml
 from dact import DACT, TextClassifier
 from dact.files import read_json
 from dact.tuning.stages import STAGES as ALL_STAGES
-from dact.tuning.studies import RETRY_OF, counts, is_interrupted
+from dact.tuning.studies import RETRY_OF, is_counted, is_interrupted
 from tests import warm
 from tests.commands import environment
 from tests.conftest import free_port
@@ -102,7 +102,7 @@ def check_whole(folder, totals, tag="run", storage=None, extra=0):
         trials = trials_of(folder, stage, tag, storage)
         assert [trial.number for trial in trials] == list(range(len(trials)))
         assert all(trial.state.is_finished() for trial in trials), [(t.number, t.state.name) for t in trials]
-        assert total <= sum(map(counts, trials)) <= total + extra
+        assert total <= sum(map(is_counted, trials)) <= total + extra
         again = [trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs]
         assert len(set(again)) == len(again)
         assert all(is_interrupted(trials[number]) for number in again)

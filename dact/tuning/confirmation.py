@@ -47,9 +47,9 @@ class Candidate:
         """Return its folder in the confirmation."""
         return run.folder / FOLDER / self.name.replace(" ", "_")
 
-    def fit(self, run: Run, shared: Prepared) -> WholeFit:
+    def fit(self, run: Run, prepared: Prepared) -> WholeFit:
         """Return its fit, done as the final fit is."""
-        return WholeFit(shared, self.folder(run) / "fit", self.settings)
+        return WholeFit(prepared, self.folder(run) / "fit", self.settings)
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Verdict:
     text: str
 
 
-def confirm(run: Run, shared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
+def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
     """Fit the candidates under fresh seeds, and choose the first unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
@@ -77,7 +77,7 @@ def confirm(run: Run, shared: Prepared, candidates: Sequence[Candidate], progres
 
     Args:
         run: The run.
-        shared: Shared inputs of its fits.
+        prepared: Shared inputs of its fits.
         candidates: Candidates, beginning with the defaults.
         progress: Console of the run.
     """
@@ -87,13 +87,13 @@ def confirm(run: Run, shared: Prepared, candidates: Sequence[Candidate], progres
     default, *others = unique.values()
     if not others:
         return Verdict(default, f"{default.name}, which tuning chose as well")
-    promise = shared.recipe.promise
+    promise = prepared.recipe.promise
     allowed = (promise.max_accuracy_loss if promise else None) or 0.0
-    on_states = partial(_on_states, run, shared, progress)
-    keep_frozen = shared.recipe.final_training == "frozen"
-    whole = on_states if keep_frozen else partial(_whole, run, shared, progress)
+    on_states = partial(_on_states, run, prepared, progress)
+    keep_frozen = prepared.recipe.final_training == "frozen"
+    whole = on_states if keep_frozen else partial(_whole, run, prepared, progress)
     comparisons: list[str] = []
-    if not keep_frozen and shared.states is not None and len(others) > 1:
+    if not keep_frozen and prepared.states is not None and len(others) > 1:
         others = [_best(others, on_states, allowed, comparisons, " on frozen states")]
     best = _best([default, *others], whole, allowed, comparisons)
     return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
@@ -149,16 +149,16 @@ class _Difference:
         )
 
 
-def _whole(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
+def _whole(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
     """Return the outcome of a candidate that is fitted like the final model."""
-    fit, recipe = candidate.fit(run, shared), shared.recipe
+    fit, recipe = candidate.fit(run, prepared), prepared.recipe
     path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.origin)
     known = path.is_file() and read_tensors(path)[1].get("origin") == origin
     stored = read_tensors(path)[0] if known else _fit_and_ask(fit, candidate, progress)
     found = None
     if stored:
         answers = LayerAnswers(**stored)
-        right = shared.baseline.right(answers.target)
+        right = prepared.baseline.right(answers.target)
         found = outcome_of(answers, recipe.make_model(), recipe.promise, right)
         if not known:
             _log(run, candidate, found, right)
@@ -175,7 +175,7 @@ def _fit_and_ask(fit: WholeFit, candidate: Candidate, progress: Progress) -> dic
     except NonFiniteLoss as error:
         progress.note(str(error))
         return {}
-    recipe = fit.shared.recipe
+    recipe = fit.prepared.recipe
     data = recipe.make_data()
     data.prepare_data()
     data.setup("validate")
@@ -184,12 +184,12 @@ def _fit_and_ask(fit: WholeFit, candidate: Candidate, progress: Progress) -> dic
     return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}
 
 
-def _on_states(run: Run, shared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
+def _on_states(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
     """Return the mean outcome of a candidate over several fits on the states of frozen mode."""
-    recipe = shared.recipe
+    recipe = prepared.recipe
     seeds = [recipe.seed + FRESH_SEED + number for number in range(SEEDS)]
     folder = candidate.folder(run)
-    origin = digest([candidate.settings, shared.identity, seeds])
+    origin = digest([candidate.settings, prepared.identity, seeds])
     record = folder / "outcome.json"
     if record.is_file() and read_json(record)["origin"] == origin:
         return None if read_json(record)["broken"] else Outcome.read(folder)
@@ -199,9 +199,9 @@ def _on_states(run: Run, shared: Prepared, progress: Progress, candidate: Candid
             for seed in seeds:
                 history = History()
                 with seeded(seed):
-                    model = fit_settings(shared, candidate.settings, seed, history)
+                    model = fit_settings(prepared, candidate.settings, seed, history)
                 assert history.answers is not None
-                right = shared.baseline.right(history.answers.target)
+                right = prepared.baseline.right(history.answers.target)
                 outcomes.append(outcome_of(history.answers, model, recipe.promise, right))
     except NonFiniteLoss:
         write_json(record, {"origin": origin, "broken": True})

@@ -317,7 +317,7 @@ class TuningEngine:
         """Run the remaining trials of a study, save its winner, and return the winners so far."""
         before = self._winners.before(stage)
         with run.locked():
-            study, outdated = studies.start_under(study, digest(before.settings()))
+            study, outdated = studies.archive_if_outdated(study, digest(before.settings()))
             if outdated:
                 run.set_aside(stage)
         if outdated:

@@ -40,20 +40,20 @@ class FinalFit:
 
     Args:
         run: The run.
-        shared: Shared inputs of its fits.
+        prepared: Shared inputs of its fits.
         verdict: Result of the confirmation.
         progress: Console of the run.
     """
 
     run: Run
-    shared: Prepared
+    prepared: Prepared
     verdict: Verdict
     progress: Progress
 
     @property
     def recipe(self) -> Recipe:
         """The recipe of the run."""
-        return self.shared.recipe
+        return self.prepared.recipe
 
     def __call__(self) -> tuple[str, str]:
         """Fit, measure and write ``<run>/final``, except for what is already done. The caller holds the run's lock.
@@ -72,13 +72,13 @@ class FinalFit:
         data = self._measured_data()
         test = fingerprint_data(data.test_dataloader())
         settings = self.verdict.chosen.settings
-        fit = WholeFit(self.shared, folder, settings)
+        fit = WholeFit(self.prepared, folder, settings)
         promise = None if self.recipe.promise is None else asdict(self.recipe.promise)
         made_of = {"fit": fit.origin, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
         before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
         if before.get("fit") != fit.origin:
             _set_aside(folder, old)
-            confirmed = self.verdict.chosen.fit(self.run, self.shared)
+            confirmed = self.verdict.chosen.fit(self.run, self.prepared)
             if confirmed.is_done and confirmed.origin == fit.origin:
                 os.replace(confirmed.folder, folder)
         if before != made_of:
@@ -106,7 +106,7 @@ class FinalFit:
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
         plain = {n: value for n, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))}
-        arguments = self.recipe.overrides({**self.shared.learning, **chosen})
+        arguments = self.recipe.overrides({**self.prepared.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         return {
             "seed_everything": fit.seed,
@@ -169,7 +169,7 @@ class FinalFit:
             return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
 
     def _baseline(self) -> DACT:
-        return self.shared.baseline.load(self.recipe.make_model().at_full_depth()).eval().to(self.recipe.device)
+        return self.prepared.baseline.load(self.recipe.make_model().at_full_depth()).eval().to(self.recipe.device)
 
     def _evaluate(self, model: DACT, data: LightningDataModule, *, timed: bool = True) -> dict[str, Evaluation]:
         loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
@@ -216,7 +216,7 @@ class FinalFit:
             data: Data to measure on.
             against: Measurements of the baseline; taken here if left out.
         """
-        fit = WholeFit(self.shared, folder, None)
+        fit = WholeFit(self.prepared, folder, None)
         if (folder / "metrics.json").is_file():
             return
         try:

@@ -114,7 +114,7 @@ def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
             study.enqueue_trial(dict(params), skip_if_exists=True)
 
 
-def start_under(study: Study, under: str) -> tuple[Study, int]:
+def archive_if_outdated(study: Study, under: str) -> tuple[Study, int]:
     """Return a study whose trials all ran under the current winners of the studies before it.
 
     A study that ran under other winners is kept under another name, and a new one takes its place. The caller holds the
@@ -148,7 +148,7 @@ def start_under(study: Study, under: str) -> tuple[Study, int]:
     for trial in trials[:2]:  # the first trials are the same
         if "fixed_params" in trial.system_attrs and RETRY_OF not in trial.user_attrs:
             study.enqueue_trial(trial.system_attrs["fixed_params"], skip_if_exists=True)
-    return study, sum(counts(trial) for trial in trials)
+    return study, sum(is_counted(trial) for trial in trials)
 
 
 # ---------------------------------------------------------------------- what is done and what is left
@@ -161,14 +161,14 @@ def is_interrupted(trial: FrozenTrial) -> bool:
     return INTERRUPTED in trial.user_attrs or trial.user_attrs.get(DEATHS, 0) + 1 < MAX_DEATHS
 
 
-def counts(trial: FrozenTrial) -> bool:
+def is_counted(trial: FrozenTrial) -> bool:
     """Return whether a trial has ended and was not interrupted."""
     return trial.state.is_finished() and not is_interrupted(trial)
 
 
 def finished(study: Study) -> list[FrozenTrial]:
     """Return the trials that count: completed, pruned, or failed by their own fault."""
-    return [trial for trial in study.get_trials(deepcopy=False) if counts(trial)]
+    return [trial for trial in study.get_trials(deepcopy=False) if is_counted(trial)]
 
 
 def completed(study: Study) -> list[FrozenTrial]:
@@ -316,7 +316,7 @@ def run_trials(
         signals.check()
         # One query: a trial that ends between two would be missing from both.
         trials = study.get_trials(deepcopy=False)
-        done = [trial for trial in trials if counts(trial)]
+        done = [trial for trial in trials if is_counted(trial)]
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         quiet = 0 if running else quiet + 1
         hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)

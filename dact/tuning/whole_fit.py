@@ -24,33 +24,33 @@ class WholeFit:
     """A fit with checkpoints in a folder of its own, which resumes after a kill.
 
     Args:
-        shared: Shared inputs of the run's fits.
+        prepared: Shared inputs of the run's fits.
         folder: Folder of the fit.
         settings: Arguments of model and data; see `Winners.settings`. None stands for the untuned defaults of the
             factories, which have no teacher and do not start from the baseline.
     """
 
-    shared: Prepared
+    prepared: Prepared
     folder: Path
     settings: Mapping[str, Any] | None
 
     @property
     def keep_frozen(self) -> bool:
         """Whether the encoder of frozen mode stays frozen."""
-        return self.settings is not None and self.shared.recipe.final_training == "frozen"
+        return self.settings is not None and self.prepared.recipe.final_training == "frozen"
 
     @property
     def origin(self) -> dict[str, Any]:
         """The inputs of the fit, as plain data."""
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
-        setting = {n: v for n, v in self.shared.identity.items() if n not in ("halting_tolerance", "promise")}
+        setting = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
         return {"settings": self.settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
 
     @property
     def seed(self) -> int:
         """The seed of the fit: a fresh one, except for the defaults."""
-        return self.shared.recipe.seed + (0 if self.settings is None else FRESH_SEED)
+        return self.prepared.recipe.seed + (0 if self.settings is None else FRESH_SEED)
 
     @property
     def checkpoint(self) -> Path:
@@ -93,13 +93,13 @@ class WholeFit:
         if self._made_of() != self.origin or (self.folder / "history.json").is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
             write_json(self.folder / MADE_OF, {"fit": self.origin})
-        recipe, chosen = self.shared.recipe, dict(self.settings or {})
+        recipe, chosen = self.prepared.recipe, dict(self.settings or {})
         epochs = chosen.pop("num_epochs", recipe.epochs)
         with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
             if self.settings is None:
                 model, data = recipe.model(), recipe.make_data()
             else:
-                model, data = self.shared.build(chosen, whole=not self.keep_frozen)
+                model, data = self.prepared.build(chosen, whole=not self.keep_frozen)
             history = resumable_fit(
                 recipe.trainer,
                 model,
@@ -116,8 +116,8 @@ class WholeFit:
 
     def model(self) -> DACT:
         """Return the model of the best epoch, on the device that it should use."""
-        made = self.shared.recipe.make_model()
+        made = self.prepared.recipe.make_model()
         # An encoder of the user's own, which no checkpoint can rebuild.
         given = made.encoder if made.encoder.config() is None else None
         model = type(made).load_from_checkpoint(self.checkpoint, encoder=given).eval()
-        return model.to(self.shared.recipe.device)
+        return model.to(self.prepared.recipe.device)
