@@ -68,25 +68,10 @@ class FinalFit:
             NonFiniteLoss: If the loss of the fit is not finite.
         """
         folder, old = self.run.final, self.run.folder / "final.old"
-        metrics_path = folder / "metrics.json"
-        data = self._measured_data()
-        test = fingerprint_data(data.test_dataloader())
-        settings = self.verdict.chosen.settings
-        fit = WholeFit(self.prepared, folder, settings)
-        promise = None if self.recipe.promise is None else asdict(self.recipe.promise)
-        made_of = {"fit": fit.origin, "test": test, "promise": promise, "tolerance": self.recipe.halting_tolerance}
-        before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
-        if before.get("fit") != fit.origin:
-            _set_aside(folder, old)
-            confirmed = self.verdict.chosen.fit(self.run, self.prepared)
-            if confirmed.is_done and confirmed.origin == fit.origin:
-                os.replace(confirmed.folder, folder)
-        if before != made_of:
-            metrics_path.unlink(missing_ok=True)  # another promise or test split measures the same fit again
-            shutil.rmtree(folder / "defaults", ignore_errors=True)
-            write_text(folder / "config.yaml", yaml.safe_dump(self._config(fit), sort_keys=False))
-            write_json(folder / MADE_OF, made_of)
-        if not (metrics_path.is_file() and fit.checkpoint.is_file()):
+        data, metrics = self._measured_data(), folder / "metrics.json"
+        fit = WholeFit(self.prepared, folder, self.verdict.chosen.settings)
+        self._make_room(fit, old, fingerprint_data(data.test_dataloader()))
+        if not (metrics.is_file() and fit.checkpoint.is_file()):
             fit(f"the final fit of {self.run.tag!r}", self.progress)
             self._measure(folder, fit, data)
         elif self.recipe.compare_defaults:
@@ -95,7 +80,30 @@ class FinalFit:
         for checkpoints in (self.run.folder / FOLDER).glob("*/fit/checkpoints"):
             shutil.rmtree(checkpoints)  # of those that lost
         self.progress.summary(folder, self.verdict.text)
-        return str(metrics_path), str(fit.checkpoint)
+        return str(metrics), str(fit.checkpoint)
+
+    def _make_room(self, fit: WholeFit, old: Path, test: str) -> None:
+        """Remove from ``<run>/final`` what does not belong to a fit, and put there what the confirmation did of it.
+
+        Args:
+            fit: The final fit.
+            old: Where an earlier final model goes.
+            test: Fingerprint of the test examples.
+        """
+        folder, recipe = fit.folder, self.recipe
+        promise = None if recipe.promise is None else asdict(recipe.promise)
+        made_of = {"fit": fit.origin, "test": test, "promise": promise, "tolerance": recipe.halting_tolerance}
+        before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
+        if before.get("fit") != fit.origin:
+            _set_aside(folder, old)
+            confirmed = self.verdict.chosen.fit(self.run, self.prepared)
+            if confirmed.is_done and confirmed.origin == fit.origin:
+                os.replace(confirmed.folder, folder)
+        if before != made_of:
+            (folder / "metrics.json").unlink(missing_ok=True)  # another promise or test split measures the fit again
+            shutil.rmtree(folder / "defaults", ignore_errors=True)
+            write_text(folder / "config.yaml", yaml.safe_dump(self._config(fit), sort_keys=False))
+            write_json(folder / MADE_OF, made_of)
 
     def _config(self, fit: WholeFit) -> dict[str, Any]:
         """Return the configuration of the final fit: a complete file if the factories come from one."""
