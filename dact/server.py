@@ -8,6 +8,7 @@ import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -209,14 +210,22 @@ def serve(
     server.app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     server.app.add_exception_handler(400, _say_unreadable)
     before, main = set(multiprocessing.active_children()), os.getpid()
+    stopped = threading.Event()
+
+    def is_news(record: logging.LogRecord) -> bool:
+        # LitServe's monitor may look once more when the manager process of LitServe is gone, and logs that.
+        return not (stopped.is_set() and record.msg == "Monitoring worker crashed")
 
     def stop(number: int, frame: object) -> None:
         if os.getpid() != main:  # a process of the server inherits this handler, and stops by itself
             raise SystemExit(0)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        stopped.set()
         raise KeyboardInterrupt  # at which LitServe shuts down in order
 
     handler = signal.signal(signal.SIGTERM, stop)
+    logger = logging.getLogger("litserve.server")
+    logger.addFilter(is_news)
     try:
         server.run(
             host=host, port=port, num_api_servers=1, generate_client_file=False, access_log=False, log_level="warning"
@@ -229,6 +238,7 @@ def serve(
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         signal.signal(signal.SIGTERM, handler)
+        logger.removeFilter(is_news)
 
 
 def _inspect(model: str) -> tuple[dict[str, Any], str]:
