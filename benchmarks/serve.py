@@ -1,6 +1,6 @@
 """What a server gains by early exit: throughput and latency of ``dact serve`` at three loads, beside halting never.
 
-    python benchmarks/serve.py --model lightning_logs/benchmark_export/dact-int8
+    python benchmarks/serve.py --model DIR                                 # a folder of `dact export`
     python benchmarks/serve.py --model DIR --clients 1 4 --seconds 2        # whether it works
 
 Two servers of the same model run, one as it is and one with ``halting: never``. They take turns under each load, that of
