@@ -264,7 +264,7 @@ def test_a_stopped_command_ends_soon_and_resumes(folder, kind, workers, moment):
     began = time.monotonic()
     process.send_signal(getattr(signal, kind))
     code, output = finish(process, 60)
-    assert time.monotonic() - began < 30  # two seconds on an idle machine
+    assert time.monotonic() - began < 10
     assert code == 130, output
     assert "resume with: dact tune --config tune.yaml" in output
     assert "Traceback" not in output

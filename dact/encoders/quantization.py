@@ -46,9 +46,8 @@ class _Rewriting:
         self.constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
         self.nodes: list[Any] = []
         self.makers = {name: node for node in graph.node for name in node.output}
-        self.inputs: dict[
-            str, tuple[str, str, str]
-        ] = {}  # by tensor: its values in 8 bits, their scales and their zero
+        # By tensor: its values in 8 bits, their scales and their zero.
+        self.inputs: dict[str, tuple[str, str, str]] = {}
 
     def run(self) -> None:
         from onnx import numpy_helper
