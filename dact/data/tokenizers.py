@@ -53,7 +53,7 @@ def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> 
 def tokenize(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any) -> dict[str, Tensor]:
     """Return token ids and what belongs to them, padded on the right: int64 ``[texts, tokens]`` by name.
 
-    It is what ``padding=True, return_tensors="pt"`` gives, without the nested lists that transformers pads and converts.
+    It is what ``padding=True, return_tensors="pt"`` gives, without the nested lists that transformers makes.
 
     Args:
         tokenizer: Tokenizer.
