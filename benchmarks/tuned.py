@@ -126,7 +126,7 @@ class Setting:
         checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
         data = self.data(config["data"], teacher)
         with without_collapse_warning():
-            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best=True)
+            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best="val_loss")
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
         return model.cpu().eval()
 

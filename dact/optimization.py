@@ -47,8 +47,12 @@ def schedule(
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
         total: Number of optimizer steps; ``inf`` for an endless fit, in which the rates are constant.
     """
-    # foreach: the submodels are many small tensors, and on a CPU it is not the default.
-    optimizer = torch.optim.AdamW(parameter_groups(rates, weight_decay), foreach=True)
+    groups = parameter_groups(rates, weight_decay)
+    # One kernel for all tensors. On a CPU it is not the default, and several times as fast.
+    fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
+    optimizer = torch.optim.AdamW(groups, fused=fused)
+    # Lightning clips no gradients that an optimizer unscales by itself; without this flag, Lightning unscales them.
+    optimizer._step_supports_amp_scaling = False
     if total == float("inf"):
         return optimizer
     scheduler = WarmupThenDecay(optimizer, warmup_fraction * total, total)

@@ -183,17 +183,6 @@ def start_from(model: nn.Module, path: Path, parts: tuple[str, ...]) -> None:
     model.load_state_dict({name: weights[name] for name in own}, strict=False)
 
 
-class FusedSteps(pl.Callback):
-    """Let AdamW take its steps in one kernel, which a CPU is quicker at.
-
-    (Lightning does not clip the gradients of an optimizer that was made so, but of one that becomes so it does.)
-    """
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        for group in trainer.optimizers[0].param_groups:
-            group["foreach"], group["fused"] = False, True
-
-
 def fit(model: DACT, data: TextDataModule, epochs: int, precision: str) -> None:
     trainer = pl.Trainer(
         max_epochs=epochs,
@@ -206,6 +195,5 @@ def fit(model: DACT, data: TextDataModule, epochs: int, precision: str) -> None:
         gradient_clip_val=1.0,
         num_sanity_val_steps=0,
         limit_val_batches=0,
-        callbacks=[FusedSteps()],
     )
     trainer.fit(model, datamodule=data)

@@ -10,7 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -33,7 +33,7 @@ from dact.functional import accumulate
 from dact.model import DACT
 from dact.signals import StopOnSignal
 
-MONITOR = "val_loss"
+MONITOR: Literal["val_loss"] = "val_loss"
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
@@ -181,7 +181,7 @@ def resumable_fit(
     epochs: int,
     callbacks: Sequence[Callback] = (),
     log: Path | None = None,
-    keep_best: bool = False,
+    keep_best: Literal["val_loss", "val_accuracy"] | None = None,
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
@@ -194,7 +194,7 @@ def resumable_fit(
         epochs: Number of epochs.
         callbacks: Further callbacks.
         log: Folder of a TensorBoard log, or None.
-        keep_best: Whether to keep the weights of the epoch with the lowest val_loss as well.
+        keep_best: Metric whose best epoch is kept as well, or None.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
@@ -204,9 +204,14 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written. The best has no
     # optimizer: a fit resumes from the last epoch.
     kept = [ModelCheckpoint(checkpoints, "last", enable_version_counter=False)]
-    if keep_best:
+    if keep_best is not None:
         best = ModelCheckpoint(
-            checkpoints, "best", monitor=MONITOR, save_weights_only=True, enable_version_counter=False
+            checkpoints,
+            "best",
+            monitor=keep_best,
+            mode="min" if keep_best == MONITOR else "max",
+            save_weights_only=True,
+            enable_version_counter=False,
         )
         kept.insert(0, best)
     history, last = History(), checkpoints / "last.ckpt"
