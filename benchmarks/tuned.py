@@ -13,7 +13,7 @@ the promise that the run made, its dial set on the same calibration examples:
     defaults    what the configuration makes without tuning
     encoder     a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
     multi-exit  a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
-The two peers start from the baseline's weights, have its probabilities as half of their targets, and the rates, epochs
+The two peers start from the teacher's weights, have its probabilities as half of their targets, and the rates, epochs
 and heads of the tuned model. The best epoch is chosen on validation data, and the test split is evaluated once. Errors are
 standard errors of paired differences over the texts. Each run leaves a file in results/tuned/: a stopped call goes on.
 """
@@ -45,9 +45,9 @@ from dact.answers import mean_and_error
 from dact.cli.quiet import quiet
 from dact.encoders.base import Batch
 from dact.factories import DataFactory, ModelFactory
-from dact.files import read_checkpoint, read_tensors
+from dact.files import read_checkpoint
 from dact.outputs import Loss
-from dact.persistence import WEIGHTS_NAME
+from dact.tuning.baseline import Baseline
 from dact.tuning.final_metrics import evaluate
 from dact.tuning.fitting import make_trainer, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.recipe import CALIBRATION_SHARE, DISTILLATION
@@ -111,22 +111,21 @@ class Setting:
 
     def peer(self, kind: type[DACT], layers: int) -> DACT:
         """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
-        baseline = self.folder / "baseline"
-        weights = read_tensors(baseline / "model" / WEIGHTS_NAME)[0]
+        baseline = Baseline(self.folder / "baseline")
+        weights = baseline.encoder()
         with seeded(self.seed):
             dact = ModelFactory(self.final["model"])(num_layers=layers)
             model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
-            model.encoder.load_state_dict({name: weights[f"encoder.{name}"] for name in model.encoder.state_dict()})
+            model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
             model.distillation = DISTILLATION
-            teacher = read_tensors(baseline / "answers.safetensors")[0]["probabilities"]
-            return self._fit(f"{kind.__name__}-{layers}", model, self.final, teacher)
+            return self._fit(f"{kind.__name__}-{layers}", model, self.final, baseline.probabilities())
 
     def _fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
         """Return the model of the best epoch, in eval mode."""
         checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
         data = self.data(config["data"], teacher)
         with without_collapse_warning():
-            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best="val_loss")
+            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep={"best": "val_loss"})
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
         return model.cpu().eval()
 

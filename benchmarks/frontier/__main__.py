@@ -74,6 +74,8 @@ def run(shop: Workshop, method: Method, seed: int) -> None:
     if "averaged" in method.options:
         for other_seed in range(NUM_TEACHERS):
             run(shop, Method("baseline", FULL), other_seed)
+    if "stronger" in method.options:
+        run(shop.of_all_texts, Method("baseline", FULL), seed)
     if not shop.is_done(method, seed):
         print(f"{shop.setting}: {method}, seed {seed}", flush=True)
         shop.train(method, seed)

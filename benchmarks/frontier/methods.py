@@ -24,6 +24,7 @@ OPTIONS = {
     "warm": "DACT: starts from all weights of the multi-exit of as many layers",
     "averaged": "the teacher is the mean of the baselines of three seeds",
     "crossfit": "the teacher's answer to a text comes from a baseline that has not seen it (three folds)",
+    "stronger": "the teacher is the baseline of all VADER texts, which has up to ten times the labels",
     "live": "the teacher answers in every step, on a view of the text with 10 % of its tokens masked",
     "unlabelled": "6,000 more training texts, without their classes: the teacher alone is their target",
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +47,11 @@ class Workshop:
     precision: str = "bf16-mixed"
     keep_models: bool = False
 
+    @property
+    def of_all_texts(self) -> Workshop:
+        """The workshop of all VADER texts, whose divisions hold those of their parts."""
+        return replace(self, setting=Setting("vader", self.setting.split, epochs=2, batch_size=64))
+
     def home(self, method: Method, seed: int) -> Path:
         return self.cache / str(self.setting) / f"{method}.{seed}"
 
@@ -89,6 +94,8 @@ class Workshop:
         """The targets of the training texts ``[texts, classes]``, in their order."""
         if "crossfit" in method.options:
             return self._kept(f"crossfit.{seed}", lambda: self._cross_fitted(seed, data))
+        if "stronger" in method.options:
+            return self._kept(f"stronger.{seed}", lambda: self._taught(self.of_all_texts._baseline(seed), data))
         seeds = range(NUM_TEACHERS) if "averaged" in method.options else [seed]
         name = "unlabelled" if "unlabelled" in method.options else "labelled"
         return torch.stack(

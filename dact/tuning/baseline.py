@@ -1,8 +1,13 @@
-"""The baseline of a run: the encoder, fine-tuned once at full depth. Every fit learns from it and starts from it."""
+"""The baseline of a run: the encoder, fine-tuned once at full depth. Every fit learns from it and starts from it.
+
+Two epochs of that fit are kept. The most accurate one is what results are compared with. The one of the lowest loss is
+the teacher and the starting point: later epochs know the training examples by heart, and so teach little about them.
+"""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +42,7 @@ class Baseline:
 
     @property
     def answers(self) -> Path:
-        """The file of its answers to the training and validation examples."""
+        """The file of the teacher's answers to the training examples and the baseline's to the validation examples."""
         return self.folder / "answers.safetensors"
 
     def load(self, model: DACT) -> DACT:
@@ -45,13 +50,19 @@ class Baseline:
         model.load_state_dict(read_tensors(self.folder / "model" / WEIGHTS_NAME)[0])
         return model
 
+    @property
+    def teacher(self) -> Path:
+        """The file of the weights of the teacher's encoder."""
+        return self.folder / "teacher.safetensors"
+
     def encoder(self) -> dict[str, Tensor]:
-        """Return the weights of its encoder."""
-        weights = read_tensors(self.folder / "model" / WEIGHTS_NAME)[0]
-        return {name.removeprefix("encoder."): value for name, value in weights.items() if name.startswith("encoder.")}
+        """Return the weights of the teacher's encoder."""
+        if not self.teacher.is_file():  # of an older run, whose teacher is the baseline itself
+            return _of_encoder(read_tensors(self.folder / "model" / WEIGHTS_NAME)[0])
+        return read_tensors(self.teacher)[0]
 
     def probabilities(self) -> Tensor | None:
-        """Return its probabilities of the training examples ``[examples, classes]``; None if they have no ``row``."""
+        """Return the teacher's probabilities of the training examples ``[examples, classes]``; None without ``row``."""
         return read_tensors(self.answers)[0].get("probabilities")
 
     def right(self, target: Tensor) -> Tensor | None:
@@ -76,7 +87,7 @@ class Baseline:
 def fit_baseline(
     recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> Baseline:
-    """Fine-tune a model at full depth and keep its best epoch and its answers, or return what an earlier call made.
+    """Fine-tune a model at full depth and keep its best epochs and their answers, or return what an earlier call made.
 
     Args:
         recipe: Recipe of the run.
@@ -92,7 +103,8 @@ def fit_baseline(
     baseline = Baseline(folder)
     if baseline.origin() == origin:
         return baseline
-    model, epochs, checkpoints = model.at_full_depth(), _epochs(recipe, data), checkpoints_of(folder, origin)
+    model, epochs = model.at_full_depth(), _epochs(recipe, data)
+    checkpoints = checkpoints_of(folder, f"{origin}/teacher")
     with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epochs") as bar:
         history = resumable_fit(
             recipe.trainer,
@@ -103,19 +115,21 @@ def fit_baseline(
             epochs=epochs,
             callbacks=[bar],
             log=folder,
-            # A rate that falls to 0 makes the later epochs the more accurate ones, though they become too sure of
-            # themselves: by val_loss, an epoch with 1 to 2 points less would be kept.
-            keep_best="val_accuracy",
+            keep={"best": "val_accuracy", "teacher": "val_loss"},
         )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     best = max(history.epochs, key=lambda epoch: epoch["val_accuracy"])
     tensorboard.log_fit(folder, parameters, best, folder.name)
-    model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
     model.class_names = model.class_names or getattr(data, "class_names", None)
+    answers: dict[str, Tensor] = {}
+    with progress.stage("answers of the baseline"), recipe.precision():
+        model.load_state_dict(read_checkpoint(checkpoints / "teacher.ckpt")["state_dict"])
+        write_tensors(baseline.teacher, _of_encoder(model.state_dict()))
+        answers |= _probabilities(model.eval().to(recipe.device), data)
+        model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
+        answers |= _classes(model, data)
     with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial)
-    with progress.stage("answers of the baseline"), recipe.precision():
-        answers = _ask(model.eval().to(recipe.device), data)
     write_tensors(baseline.answers, answers, {"origin": origin})  # last, since it marks the baseline as done
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
@@ -128,20 +142,30 @@ def _epochs(recipe: Recipe, data: Any) -> int:
     return min(max(recipe.epochs, -(-MIN_STEPS // steps)), 2 * recipe.epochs)
 
 
+def _of_encoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    prefix = "encoder."
+    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+
+
 @torch.no_grad()
-def _ask(model: DACT, data: Any) -> dict[str, Tensor]:
-    """Return a model's probabilities of the training examples, in their order, and its validation classes."""
-    rows, probabilities, found = [], [], {}
+def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
+    """Return the ``probabilities`` of the training examples, in their order; nothing if these have no ``row``."""
+    rows, probabilities = [], []
     for batch in data.train_dataloader():
         signals.check()
         if "row" not in batch:
-            break
+            return {}
         rows.append(batch["row"])
         probabilities.append(model(move(batch, model.device)).probabilities.float().cpu())
-    if rows:
-        found["probabilities"] = torch.cat(probabilities)[torch.cat(rows).argsort()]
+    return {"probabilities": torch.cat(probabilities)[torch.cat(rows).argsort()]}
+
+
+@torch.no_grad()
+def _classes(model: DACT, data: Any) -> dict[str, Tensor]:
+    """Return the ``classes`` of the validation examples, and their ``targets``."""
     classes, targets = [], []
     for batch in data.val_dataloader():
+        signals.check()
         classes.append(model(move(batch, model.device)).probabilities.argmax(1).cpu())
         targets.append(batch["labels"].cpu())
-    return {**found, "classes": torch.cat(classes), "targets": torch.cat(targets)}
+    return {"classes": torch.cat(classes), "targets": torch.cat(targets)}

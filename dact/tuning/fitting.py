@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -34,6 +35,7 @@ from dact.model import DACT
 from dact.signals import StopOnSignal
 
 MONITOR: Literal["val_loss"] = "val_loss"
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
@@ -181,7 +183,7 @@ def resumable_fit(
     epochs: int,
     callbacks: Sequence[Callback] = (),
     log: Path | None = None,
-    keep_best: Literal["val_loss", "val_accuracy"] | None = None,
+    keep: Mapping[str, Literal["val_loss", "val_accuracy"]] = NOTHING,
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
@@ -189,12 +191,12 @@ def resumable_fit(
         arguments: Arguments of the Trainer.
         model: Model that only this fit uses.
         data: Datamodule that only this fit uses.
-        checkpoints: Folder of ``last.ckpt`` and, with `keep_best`, ``best.ckpt``.
+        checkpoints: Folder of ``last.ckpt`` and the checkpoints that `keep` names.
         what: Name of the fit in errors.
         epochs: Number of epochs.
         callbacks: Further callbacks.
         log: Folder of a TensorBoard log, or None.
-        keep_best: Metric whose best epoch is kept as well, or None.
+        keep: Names of further checkpoints, without ``.ckpt``, each with the metric whose best epoch it has.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
@@ -204,12 +206,12 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written. The best has no
     # optimizer: a fit resumes from the last epoch.
     kept = [ModelCheckpoint(checkpoints, "last", enable_version_counter=False)]
-    if keep_best is not None:
+    for name, metric in keep.items():
         best = ModelCheckpoint(
             checkpoints,
-            "best",
-            monitor=keep_best,
-            mode="min" if keep_best == MONITOR else "max",
+            name,
+            monitor=metric,
+            mode="min" if metric == MONITOR else "max",
             save_weights_only=True,
             enable_version_counter=False,
         )

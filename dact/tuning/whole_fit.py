@@ -109,7 +109,7 @@ class WholeFit:
                 epochs=epochs,
                 callbacks=[bar],
                 log=self.folder,
-                keep_best=MONITOR,
+                keep={"best": MONITOR},
             )
         write_json(self.folder / "history.json", history.epochs)
         last.unlink()
