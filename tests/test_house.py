@@ -24,7 +24,7 @@ LAYERS = [
     {"calibration"},
     {"text_classifier"},
     {"exporting", "server"},
-    {"tuning/space", "tuning/fingerprints", "tuning/pruner", "tuning/fitting", "tuning/deadline", "tuning/outcome"},
+    {"tuning/space", "tuning/digests", "tuning/pruner", "tuning/fitting", "tuning/deadline", "tuning/outcome"},
     {"tuning/selection", "tuning/tensorboard", "tuning/storage"},
     {"tuning/stages", "tuning/sampler"},
     {"tuning/run", "tuning/recipe", "tuning/features", "tuning/final_metrics"},

@@ -18,7 +18,7 @@ from torch import Tensor
 from dact.answers import LayerAnswers, layer_answers, mean_and_error
 from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.tuning import tensorboard
-from dact.tuning.fingerprints import digest
+from dact.tuning.digests import digest
 from dact.tuning.fitting import History, NonFiniteLoss, seeded, without_collapse_warning
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
@@ -152,7 +152,7 @@ class _Difference:
 def _whole(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
     """Return the outcome of a candidate that is fitted like the final model."""
     fit, recipe = candidate.fit(run, prepared), prepared.recipe
-    path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.origin)
+    path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.identity)
     known = path.is_file() and read_tensors(path)[1].get("origin") == origin
     stored = read_tensors(path)[0] if known else _fit_and_ask(fit, candidate, progress)
     found = None

@@ -22,8 +22,8 @@ from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
 from dact.tuning.confirmation import FOLDER, Verdict, flat
+from dact.tuning.digests import data_digest
 from dact.tuning.final_metrics import Evaluation, evaluate
-from dact.tuning.fingerprints import fingerprint_data
 from dact.tuning.fitting import NonFiniteLoss, without_collapse_warning
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
@@ -70,7 +70,7 @@ class FinalFit:
         folder, old = self.run.final, self.run.folder / "final.old"
         data, metrics = self._measured_data(), folder / "metrics.json"
         fit = WholeFit(self.prepared, folder, self.verdict.chosen.settings)
-        self._make_room(fit, old, fingerprint_data(data.test_dataloader()))
+        self._make_room(fit, old, data_digest(data.test_dataloader()))
         if not (metrics.is_file() and fit.checkpoint.is_file()):
             fit(f"the final fit of {self.run.tag!r}", self.progress)
             self._measure(folder, fit, data)
@@ -88,16 +88,16 @@ class FinalFit:
         Args:
             fit: The final fit.
             old: Where an earlier final model goes.
-            test: Fingerprint of the test examples.
+            test: Digest of the test examples.
         """
         folder, recipe = fit.folder, self.recipe
         promise = None if recipe.promise is None else asdict(recipe.promise)
-        made_of = {"fit": fit.origin, "test": test, "promise": promise, "tolerance": recipe.halting_tolerance}
+        made_of = {"fit": fit.identity, "test": test, "promise": promise, "tolerance": recipe.halting_tolerance}
         before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
-        if before.get("fit") != fit.origin:
+        if before.get("fit") != fit.identity:
             _set_aside(folder, old)
             confirmed = self.verdict.chosen.fit(self.run, self.prepared)
-            if confirmed.is_done and confirmed.origin == fit.origin:
+            if confirmed.is_done and confirmed.identity == fit.identity:
                 os.replace(confirmed.folder, folder)
         if before != made_of:
             (folder / "metrics.json").unlink(missing_ok=True)  # another promise or test split measures the fit again

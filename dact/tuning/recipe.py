@@ -14,7 +14,7 @@ from dact.calibration import Promise
 from dact.checks import check_choice, check_count, check_range, check_tolerance
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
-from dact.tuning.fingerprints import fingerprint_pretrained
+from dact.tuning.digests import pretrained_digest
 from dact.tuning.fitting import as_list, make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
@@ -282,7 +282,7 @@ class Recipe:
         if callbacks:
             identity["callbacks"] = callbacks
         if teacher is not None:
-            identity["teacher"] = fingerprint_pretrained(teacher)
+            identity["teacher"] = pretrained_digest(teacher)
         if self.encoder_training == "frozen":
             identity["warm_up_epochs"] = self.warm_up_epochs
         return identity

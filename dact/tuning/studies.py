@@ -34,8 +34,8 @@ EXIT_HISTOGRAM = "exit_histogram"  # user attribute: number of validation exampl
 INTERRUPTED = "interrupted"  # user attribute of a trial that was stopped from outside
 OWNER = "owner"  # user attribute: host, process id and start of the process that runs a trial
 RETRY_OF = "retry_of"  # user attribute: number of the interrupted trial whose parameters are tried again
-SETTING = "setting"  # user attribute of a study: settings that its trials have in common
-UNDER = "under"  # user attribute of a study: digest of the winners of the studies before it
+IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
+ORIGIN = "under"  # user attribute of a study: digest of the winners of the studies before it
 MAX_DEATHS = 3  # parameters whose process died this often are not tried again
 HOPELESS = 5  # number of failed trials, with no other outcome, after which a study ends
 POLL = 0.5  # seconds between two checks of what other processes do
@@ -55,20 +55,20 @@ class TrialInterrupted(Exception):
 
 
 def open_study(
-    run: Run, stage: Stage, setting: Mapping[str, Any], address: str | BaseStorage | None, pruner: BasePruner | None
+    run: Run, stage: Stage, identity: Mapping[str, Any], address: str | BaseStorage | None, pruner: BasePruner | None
 ) -> Study:
     """Create or load a study, and check that its trials are comparable. The caller holds the lock of the run.
 
     Args:
         run: The run.
         stage: The stage.
-        setting: Settings that all trials of the study have in common, as plain data.
+        identity: Settings that all trials of the study have in common, as plain data.
         address: Address of the storage, or a storage; None for the run's own file.
         pruner: Pruner, for a study of one objective.
 
     Raises:
         ConnectionError: If the storage cannot be reached.
-        ValueError: If the study was made with another setting, or is corrupted.
+        ValueError: If the study was made with another identity, or is corrupted.
     """
     name, where = run.study_name(stage), describe_storage(address, run.folder)
     storage = open_storage(address, run.folder)
@@ -80,7 +80,7 @@ def open_study(
             pruner=pruner,
             load_if_exists=True,
         )
-        stored = study.user_attrs.get(SETTING)
+        stored = study.user_attrs.get(IDENTITY)
         trials = study.get_trials(deepcopy=False)
         directions = tuple(direction.name.lower() for direction in study.directions)
     except Exception as error:
@@ -90,10 +90,10 @@ def open_study(
     if directions != stage.directions:
         raise corrupted(where, f"the objectives of {name}")
     if stored is None and not trials:
-        study.set_user_attr(SETTING, dict(setting))
+        study.set_user_attr(IDENTITY, dict(identity))
         return study
     stored = stored if isinstance(stored, Mapping) else {}
-    different = [key for key in sorted({*setting, *stored}) if stored.get(key) != setting.get(key)]
+    different = [key for key in sorted({*identity, *stored}) if stored.get(key) != identity.get(key)]
     if different:
         raise ValueError(
             f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not "
@@ -114,7 +114,7 @@ def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
             study.enqueue_trial(dict(params), skip_if_exists=True)
 
 
-def archive_if_outdated(study: Study, under: str) -> tuple[Study, int]:
+def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
     """Return a study whose trials all ran under the current winners of the studies before it.
 
     A study that ran under other winners is kept under another name, and a new one takes its place. The caller holds the
@@ -122,29 +122,27 @@ def archive_if_outdated(study: Study, under: str) -> tuple[Study, int]:
 
     Args:
         study: The study.
-        under: Digest of the winners of the studies before it.
+        origin: Digest of the winners of the studies before it.
 
     Returns:
         The study to continue, and the number of trials that are ignored from now on.
     """
+    if study.user_attrs.get(ORIGIN, origin) == origin:
+        study.set_user_attr(ORIGIN, origin)
+        return study, 0
     trials = study.get_trials(deepcopy=False)
-    if study.user_attrs.get(UNDER) is None and not any(trial.user_attrs.get(UNDER, under) != under for trial in trials):
-        study.set_user_attr(UNDER, under)
-        return study, 0
-    if study.user_attrs.get(UNDER) == under:
-        return study, 0
     storage, name, pruner = study._storage, study.study_name, study.pruner
     known = {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}
     number = next(number for number in range(1, len(known) + 2) if f"{name}/outdated_{number}" not in known)
-    setting, directions = study.user_attrs.get(SETTING), study.directions
+    identity, directions = study.user_attrs.get(IDENTITY), study.directions
     if trials:
         optuna.copy_study(
             from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=f"{name}/outdated_{number}"
         )
     optuna.delete_study(study_name=name, storage=storage)
     study = optuna.create_study(study_name=name, storage=storage, directions=directions, pruner=pruner)
-    study.set_user_attr(SETTING, setting)
-    study.set_user_attr(UNDER, under)
+    study.set_user_attr(IDENTITY, identity)
+    study.set_user_attr(ORIGIN, origin)
     for trial in trials[:2]:  # the first trials are the same
         if "fixed_params" in trial.system_attrs and RETRY_OF not in trial.user_attrs:
             study.enqueue_trial(trial.system_attrs["fixed_params"], skip_if_exists=True)

@@ -10,7 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from dact.agreement import check_classes
 from dact.model import DACT
-from dact.tuning.fingerprints import digest, fingerprint_data, fingerprint_encoder
+from dact.tuning.digests import data_digest, digest, encoder_digest
 from dact.tuning.fitting import seeded
 from dact.tuning.recipe import Recipe
 from dact.tuning.run import Winners
@@ -76,10 +76,10 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     data.setup("fit")
     if measured:
         data.setup("test")
-        fingerprint_data(data.test_dataloader())  # fails early if it cannot be measured
+        data_digest(data.test_dataloader())  # fails early if it cannot be measured
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
-    examples = fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
-    identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)
+    examples = data_digest(data.train_dataloader()) + data_digest(data.val_dataloader())
+    identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, teacher)
     first_trials = recipe.first_trials(model, data)
     recommended = first_trials[TRAINING.name][0]
     initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}

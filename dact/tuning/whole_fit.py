@@ -10,7 +10,7 @@ from typing import Any
 
 from dact.files import read_json, write_json
 from dact.model import DACT
-from dact.tuning.fingerprints import digest
+from dact.tuning.digests import digest
 from dact.tuning.fitting import MONITOR, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
@@ -40,12 +40,12 @@ class WholeFit:
         return self.settings is not None and self.prepared.recipe.final_training == "frozen"
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """The inputs of the fit, as plain data."""
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
-        setting = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        return {"settings": self.settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
+        shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
+        return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen}
 
     @property
     def seed(self) -> int:
@@ -70,7 +70,9 @@ class WholeFit:
     @property
     def is_done(self) -> bool:
         """Whether an earlier call has finished it."""
-        return (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self._made_of() == self.origin
+        return (
+            (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self._made_of() == self.identity
+        )
 
     def _made_of(self) -> Any:
         path = self.folder / MADE_OF
@@ -90,9 +92,9 @@ class WholeFit:
         if self.is_done:
             last.unlink(missing_ok=True)  # a kill may have come just before
             return
-        if self._made_of() != self.origin or (self.folder / "history.json").is_file():
+        if self._made_of() != self.identity or (self.folder / "history.json").is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
-            write_json(self.folder / MADE_OF, {"fit": self.origin})
+            write_json(self.folder / MADE_OF, {"fit": self.identity})
         recipe, chosen = self.prepared.recipe, dict(self.settings or {})
         epochs = chosen.pop("num_epochs", recipe.epochs)
         with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
