@@ -229,7 +229,7 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     again.final_train("run")
     assert stored.stat().st_mtime_ns == before
     prepared = again._prepared
-    started, data = prepared.build({}, whole=True)
+    started, data = prepared.build({}, unfreeze=True)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     weights = prepared.baseline.encoder()

@@ -33,7 +33,7 @@ LAYERS = [
     {"tuning/progress", "tuning/pictures"},
     {"tuning/baseline"},
     {"tuning/prepared"},
-    {"tuning/trial", "tuning/whole_fit"},
+    {"tuning/trial", "tuning/checkpointed_fit"},
     {"tuning/workers", "tuning/confirmation"},
     {"tuning/final"},
     {"tuning/engine"},

@@ -203,7 +203,7 @@ class TuningEngine:
         totals = zip(self.n_trials.values(), opened, strict=True)
         left = [max(0, n_trials - len(studies.finished(study))) for n_trials, study in totals]
         if any(left):
-            self.progress.announce(left, self.time_out, self.recipe.whole_fits * self.recipe.epochs)
+            self.progress.announce(left, self.time_out, self.recipe.finetunings * self.recipe.epochs)
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):

@@ -63,18 +63,18 @@ class Prepared:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def build(
-        self, settings: Mapping[str, Any], *, seed: int | None = None, whole: bool = False
+        self, settings: Mapping[str, Any], *, seed: int | None = None, unfreeze: bool = False
     ) -> tuple[DACT, LightningDataModule]:
         """Return a new model and a new datamodule.
 
         Args:
             settings: Arguments of both as plain values; see `Winners.settings`.
             seed: Seed for the order of states in frozen mode; that of the recipe if left out.
-            whole: Whether the encoder is trained too, even in frozen mode, starting from the baseline's weights.
+            unfreeze: Whether the encoder is trained even in frozen mode, starting from the baseline's weights.
         """
         chosen = dict(settings)
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
-        if self.states is not None and not whole:
+        if self.states is not None and not unfreeze:
             train, val = self._features
             seed = self.recipe.seed if seed is None else seed
             data = FeaturesData(train, val, **{"batch_size": self.batch_size, **size}, seed=seed)
@@ -247,12 +247,12 @@ def _divide(examples: int, seed: int | None) -> tuple[list[int], list[int]]:
     return sorted(order[held:].tolist()), sorted(order[:held].tolist())
 
 
-def _loader(whole: DataLoader[Any], rows: list[int], batch_size: int, seed: int | None) -> DataLoader[Any]:
+def _loader(loader: DataLoader[Any], rows: list[int], batch_size: int, seed: int | None) -> DataLoader[Any]:
     """Return a loader over some rows of another loader's examples, in their order or, with a seed, shuffled."""
-    lengths = getattr(whole.dataset, "lengths", None)
+    lengths = getattr(loader.dataset, "lengths", None)
     sampler = None
     if seed is not None:
         lengths = [0] * len(rows) if lengths is None else [int(lengths[row]) for row in rows]
         sampler = LengthGroupedSampler(lengths, batch_size, seed)
-    examples: Any = Subset(whole.dataset, rows)
-    return DataLoader(examples, batch_size=batch_size, sampler=sampler, collate_fn=whole.collate_fn)
+    examples: Any = Subset(loader.dataset, rows)
+    return DataLoader(examples, batch_size=batch_size, sampler=sampler, collate_fn=loader.collate_fn)

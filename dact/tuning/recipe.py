@@ -103,8 +103,8 @@ class Recipe:
         check_count("TuningEngine: seed", self.seed, least=0)
 
     @property
-    def whole_fits(self) -> int:
-        """Largest number of fits of the whole model after the studies, one of which becomes the final model."""
+    def finetunings(self) -> int:
+        """Largest number of fits after the studies that train the encoder, one of which becomes the final model."""
         candidates = 0 if self.final_training == "frozen" else 2 if self.encoder_training == "frozen" else 3
         return candidates + self.compare_defaults
 

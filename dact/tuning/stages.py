@@ -48,8 +48,8 @@ class Stage:
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
     """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one for all or each."""
     numbers = [n_trials] * len(STAGES) if isinstance(n_trials, int) else list(n_trials)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
-    if len(numbers) != len(STAGES) or not whole:
+    valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+    if len(numbers) != len(STAGES) or not valid:
         raise ValueError(f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}")
     return dict(zip((stage.name for stage in STAGES), numbers, strict=True))
 
