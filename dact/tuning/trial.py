@@ -29,13 +29,14 @@ from dact.tuning.fitting import (
     seeded,
     without_collapse_warning,
 )
-from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.outcome import EXIT_HISTOGRAM, Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation
+from dact.tuning.retries import CAUSE, INTERRUPTED, OWNER, owner
 from dact.tuning.run import Run, Winners
 from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
-from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
+from dact.tuning.trial_loop import TrialFailed, TrialInterrupted
 
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned
 REPEATS = 3  # fits per trial of the third study in frozen mode, where one takes seconds; they differ by their seed
