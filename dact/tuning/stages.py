@@ -30,6 +30,9 @@ class Stage:
         parse: Function from the parameters of a trial to the winners they stand for, by name.
         read: Function from the metrics of a trial's best epoch to its value or values.
         pick: Function from the completed trials, their outcomes and the rule that chooses λ to the winner.
+        early_exit: Whether the value is that of early exit, at the margin that the promise would set. Such trials keep
+            their `Outcome`.
+        repeats: Number of fits per trial on frozen states, where one takes seconds; they differ by their seed.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Stage:
     parse: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Callable[[Mapping[str, float]], Any]
     pick: Callable[[Sequence[FrozenTrial], Outcomes, Select], FrozenTrial]
+    early_exit: bool = False
+    repeats: int = 1
 
     @property
     def prunes(self) -> bool:
@@ -97,5 +102,14 @@ def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select)
 
 SUBMODELS = Stage("submodels", "joint_tune_study", ("minimize",), _submodels, _validation_loss, _lowest_value)
 TRAINING = Stage("training", "train_tune_study", ("minimize",), _training, _validation_loss, _lowest_value)
-LAMBDA_REG = Stage("lambda_reg", "lambda_reg_study", ("minimize", "minimize"), _lambda_reg, _loss_and_layers, _selected)
+LAMBDA_REG = Stage(
+    "lambda_reg",
+    "lambda_reg_study",
+    ("minimize", "minimize"),
+    _lambda_reg,
+    _loss_and_layers,
+    _selected,
+    early_exit=True,
+    repeats=3,
+)
 STAGES = (SUBMODELS, TRAINING, LAMBDA_REG)
