@@ -12,8 +12,8 @@ PACKAGE = ROOT / "dact"
 # From the bottom upwards: a file imports only from layers below its own. A name with a slash is a file of a package;
 # files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
 LAYERS = [
-    {"checks", "files", "plots", "signals", "bounds"},
-    {"functional", "metrics", "agreement", "optimization", "outputs", "model_card"},
+    {"checks", "files", "plots", "signals", "bounds", "agreement"},
+    {"functional", "metrics", "optimization", "outputs", "model_card"},
     {"hub"},
     {"submodels", "encoders"},
     {"inference", "persistence", "arguments", "metric_logging"},

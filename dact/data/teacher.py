@@ -9,6 +9,7 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from dact.agreement import names_of_classes
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json
 from dact.model import CONFIG_NAME, DACT, FORMAT
@@ -76,7 +77,7 @@ def _load(teacher: str) -> tuple[Any, list[str]]:
     config = Path(source) / CONFIG_NAME
     if config.is_file() and read_json(config).get("format") == FORMAT:
         model = DACT.from_pretrained(source)
-        return model, model.class_names or [str(label) for label in range(model.output_dimension)]
+        return model, names_of_classes(model)
     from dact.encoders.huggingface import load_sequence_classifier
 
     return load_sequence_classifier(teacher)
