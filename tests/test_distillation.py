@@ -9,12 +9,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 from dact import DACT, TuningEngine, functional
 from dact.data import CompositionalSentiment, TextClassificationData
-from dact.data.tables import write_table
 from dact.data.teacher import _longest_input
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from tests import references
 from tests.conftest import random_batch, tiny_model
+from tests.tables import write_table
 
 
 def test_the_loss_is_that_of_its_formula():

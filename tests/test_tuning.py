@@ -24,7 +24,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
 from dact.calibration import Promise
 from dact.data import CompositionalSentiment, TextClassificationData
-from dact.data.tables import write_table
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
@@ -32,6 +31,7 @@ from dact.tuning.features import Features, FeaturesData, check_features, compute
 from dact.tuning.retries import CAUSE, is_interrupted
 from dact.tuning.stages import STAGES as ALL_STAGES
 from tests.conftest import free_port, tiny_model
+from tests.tables import write_table
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 STAGES = [stage.name for stage in ALL_STAGES]

@@ -70,7 +70,9 @@ class PredictionData(LightningDataModule):
         check_readable(predict_file)
         self.predict_file = predict_file
         self.tokenizer = tokenizer
-        self.columns = [text_column] if text_pair_column is None else [text_column, text_pair_column]
+        self.columns = {text_column: "text_column"}
+        if text_pair_column is not None:
+            self.columns[text_pair_column] = "text_pair_column"
         self.max_length = max_length
         self.batch_size = batch_size
         self.unusable: dict[int, str] = {}
