@@ -68,9 +68,9 @@ class Evaluated(LightningModule):
         assert full.p is not None
         a, _ = functional.accumulate(full.layer_probabilities, full.h)
         early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
-        if (target == functional.IGNORED).any():
+        if (target == functional.UNLABELLED).any():
             raise ValueError(
-                f"a batch for {stage} has the label {functional.IGNORED}: only training takes unlabelled examples"
+                f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes unlabelled examples"
             )
         ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
         loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost

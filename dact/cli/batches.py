@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-UNLABELLED = -100  # the label of a training example that only a teacher labels
+from dact.functional import UNLABELLED
+
 EXPECTED = "a dict with input_ids [batch, length], attention_mask of the same shape and labels [batch]"
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 
 from dact.checks import check_range
 from dact.data.base import TextDataModule
-from dact.data.examples import UNLABELLED, Examples, join, share_of_copies, stratified_split
+from dact.data.examples import Examples, join, share_of_copies, stratified_split
 from dact.data.labels import (
     Reading,
     absent_classes,
@@ -23,6 +23,7 @@ from dact.data.labels import (
 )
 from dact.data.rows import check_readable, printable, text_fault
 from dact.data.tables import DATASET, read_columns
+from dact.functional import UNLABELLED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
