@@ -48,7 +48,7 @@ from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint, read_tensors
 from dact.outputs import Loss
 from dact.persistence import WEIGHTS_NAME
-from dact.tuning.final_metrics import evaluate
+from dact.tuning.evaluation import evaluate
 from dact.tuning.fitting import make_trainer, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.recipe import DISTILLATION
 from dact.tuning.survey import CALIBRATION_SHARE

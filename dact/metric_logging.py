@@ -15,7 +15,7 @@ from dact.metrics import SCALARS, collapse, evaluation_metrics, update_metrics
 from dact.outputs import DACTOutput
 
 
-class Evaluated(LightningModule):
+class MetricLogging(LightningModule):
     """The part of DACT that computes and logs metrics.
 
     Metrics of the first loader are ``val_loss`` and so on; those of further loaders end in ``/dataloader_idx_1`` and so

@@ -27,7 +27,7 @@ LAYERS = [
     {"tuning/space", "tuning/digests", "tuning/pruner", "tuning/fitting", "tuning/deadline", "tuning/outcome"},
     {"tuning/selection", "tuning/tensorboard", "tuning/storage", "tuning/retries"},
     {"tuning/stages", "tuning/sampler"},
-    {"tuning/run", "tuning/recipe", "tuning/features", "tuning/final_metrics"},
+    {"tuning/run", "tuning/recipe", "tuning/features", "tuning/evaluation"},
     {"tuning/studies", "tuning/survey", "tuning/trial_loop"},
     {"tuning/summary"},
     {"tuning/progress", "tuning/pictures"},

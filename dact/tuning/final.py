@@ -24,7 +24,7 @@ from dact.tuning import pictures, tensorboard
 from dact.tuning.checkpointed_fit import CheckpointedFit
 from dact.tuning.confirmation import FOLDER, Verdict, flat
 from dact.tuning.digests import data_digest
-from dact.tuning.final_metrics import Evaluation, evaluate
+from dact.tuning.evaluation import Evaluation, evaluate
 from dact.tuning.fitting import NonFiniteLoss, without_collapse_warning
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
