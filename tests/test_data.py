@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pandas as pd
@@ -354,6 +355,13 @@ def test_blanks_around_labels_do_not_count(tmp_path):
 def test_a_file_without_rows_says_so(tmp_path, ending):
     with pytest.raises(ValueError, match="has no rows"):
         read_columns(str(write(tmp_path, ending, rows=[])), {"text": "text_column"})
+
+
+def test_a_file_may_be_a_path(tmp_path):
+    module = data(Path(write(tmp_path, "csv")), val_fraction=0.25, test_file=Path(write(tmp_path, "jsonl")))
+    module.setup("fit")
+    module.setup("test")
+    assert len(module.splits["test"]) == len(ROWS)
 
 
 def test_without_a_training_file_the_classes_may_be_named(tmp_path):

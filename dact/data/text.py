@@ -114,7 +114,7 @@ class TextClassificationData(TextDataModule):
             )
         if calibration_file is not None and calibration_fraction:
             raise ValueError("TextClassificationData: give a calibration_file or a calibration_fraction, not both")
-        self.files = {
+        files = {
             "train": train_file,
             "val": val_file,
             "test": test_file,
@@ -122,6 +122,7 @@ class TextClassificationData(TextDataModule):
             "unlabelled": unlabelled_file,
             "calibration": calibration_file,
         }
+        self.files = {split: file and str(file) for split, file in files.items()}  # a Path is welcome
         self.text_column = text_column
         self.text_pair_column = text_pair_column
         self.label_column = label_column
