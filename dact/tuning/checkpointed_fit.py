@@ -22,6 +22,8 @@ FRESH_SEED = 1000  # added to the seed of the run: far from the seeds of the stu
 class CheckpointedFit:
     """A fit with checkpoints in a folder of its own, which resumes after a kill.
 
+    Its ``made_of.json`` says what it was made of; only this class reads and writes that file.
+
     Args:
         prepared: Shared inputs of the run's fits.
         folder: Folder of the fit.
