@@ -48,9 +48,10 @@ from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint
 from dact.outputs import Loss
 from dact.tuning.baseline import Baseline
-from dact.tuning.final_metrics import evaluate
+from dact.tuning.evaluation import evaluate
 from dact.tuning.fitting import make_trainer, resumable_fit, seeded, without_collapse_warning
-from dact.tuning.recipe import CALIBRATION_SHARE, DISTILLATION
+from dact.tuning.recipe import DISTILLATION
+from dact.tuning.survey import CALIBRATION_SHARE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "tuned"

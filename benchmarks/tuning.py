@@ -29,12 +29,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import optuna
+import pandas as pd
 import torch
 
 from dact import DACT, TuningEngine
 from dact.cli.quiet import quiet
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
-from dact.data.tables import write_table
 from dact.encoders import HuggingFaceEncoder
 from dact.factories import default_model
 from dact.tuning.features import compute_features
@@ -127,7 +127,7 @@ def memory(arguments: argparse.Namespace) -> dict[str, float]:
         for count in (64, 64, most):  # twice, since the first pass also fills the caches of the libraries
             file = Path(folder, f"{count}.csv")
             longest = sorted(texts, key=len)[-count:] if count == 64 else texts
-            write_table(file, {"text": longest, "label": [row % 3 for row in range(count)]})
+            pd.DataFrame({"text": longest, "label": [row % 3 for row in range(count)]}).to_csv(file, index=False)
             data = TextClassificationData(str(file), str(file), tokenizer=MINILM, batch_size=64)
             data.setup("fit")
             states = Path(folder, "states")
@@ -202,7 +202,7 @@ def workers(arguments: argparse.Namespace) -> dict[str, float]:
         train = vader.splits["train"]
         texts = 2000 if arguments.texts is None else arguments.texts
         file = Path(folder, "train.csv")
-        write_table(file, {"text": train.texts[:texts], "label": [int(label) for label in train.labels[:texts]]})
+        pd.DataFrame({"text": train.texts[:texts], "label": train.labels[:texts]}).to_csv(file, index=False)
         data = partial(TextClassificationData, str(file), tokenizer=MINILM)
         for count, trials in ((1, 2 * arguments.rounds), (arguments.workers, arguments.workers * arguments.rounds)):
             for number in (1, 1 + trials):

@@ -63,6 +63,11 @@ def check_same_classes(stored: Sequence[str], here: Sequence[str]) -> None:
         )
 
 
+def names_of_classes(model: Any) -> list[str]:
+    """Return the class names of a model; if it has none, the numbers of its classes."""
+    return model.class_names or [str(label) for label in range(model.output_dimension)]
+
+
 def _check_teacher(model: Any, datamodule: Any) -> None:
     missing = object()  # other datamodules may provide a teacher in their own way
     given = [getattr(datamodule, name, missing) for name in ("teacher", "teacher_probabilities")]

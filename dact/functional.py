@@ -30,7 +30,7 @@ PonderKind = Literal["p", "h"]
 # Below this a probability no longer changes the task loss. It keeps 1 / a and sums of it finite in float32 (whose
 # largest number is 3e38), and is far below the smallest probability that a trained softmax gives (e^-69).
 SMALLEST_PROBABILITY = 1e-30
-IGNORED = -100  # the label that means no label
+UNLABELLED = -100  # the label of an example that only a teacher labels
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices for which the CPU computes the halting rule
 
 
@@ -368,7 +368,7 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
     """
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(f"labels must be integers of the shape [batch], got {labels.dtype} {list(labels.shape)}")
-    unknown = labels == IGNORED
+    unknown = labels == UNLABELLED
     wrong = labels[~unknown & ((labels < 0) | (labels >= classes))]
     if len(wrong):
         raise ValueError(f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}")

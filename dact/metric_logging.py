@@ -15,7 +15,7 @@ from dact.metrics import SCALARS, collapse, evaluation_metrics, update_metrics
 from dact.outputs import DACTOutput
 
 
-class Evaluated(LightningModule):
+class MetricLogging(LightningModule):
     """The part of DACT that computes and logs metrics.
 
     Metrics of the first loader are ``val_loss`` and so on; those of further loaders end in ``/dataloader_idx_1`` and so
@@ -68,9 +68,9 @@ class Evaluated(LightningModule):
         assert full.p is not None
         a, _ = functional.accumulate(full.layer_probabilities, full.h)
         early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
-        if (target == functional.IGNORED).any():
+        if (target == functional.UNLABELLED).any():
             raise ValueError(
-                f"a batch for {stage} has the label {functional.IGNORED}: only training takes unlabelled examples"
+                f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes unlabelled examples"
             )
         ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
         loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost

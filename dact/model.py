@@ -19,7 +19,7 @@ from dact.agreement import check_classes as check_classes
 from dact.arguments import OfRule, check_arguments
 from dact.encoders.base import Batch, LayeredEncoder
 from dact.functional import Halting, HaltingRule, PonderKind
-from dact.metric_logging import Evaluated, labels_of
+from dact.metric_logging import MetricLogging, labels_of
 from dact.model_card import Metrics
 from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
@@ -30,7 +30,7 @@ from dact.persistence import HALTING as HALTING
 from dact.submodels import SubmodelConfig, Submodels, start_undecided
 
 
-class DACT(Evaluated):
+class DACT(MetricLogging):
     r"""A classifier that spends only as many layers of its encoder as each example needs.
 
     Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times the mean

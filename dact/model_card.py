@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dact.agreement import names_of_classes
 from dact.files import write_text
 
 CARD_NAME = "README.md"
@@ -106,7 +107,7 @@ def _facts(model: Any, data: str | None) -> str:
     family = (described.get("model") or {}).get("model_type")
     pooling = f", {described['pooling']} pooling" if "pooling" in described else ""
     encoder = f"`{_kind(model)}`" + (f" ({family})" if family else "")
-    names = model.class_names or [str(label) for label in range(model.output_dimension)]
+    names = names_of_classes(model)
     more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
     lines = [
         f"- Encoder: {encoder}, {model.num_layers} layers of hidden size {model.encoder.hidden_size}{pooling}",

@@ -12,7 +12,6 @@ from torchmetrics.functional.classification import binary_calibration_error
 from dact import functional
 from dact.answers import LayerAnswers
 
-SMALLEST_PROBABILITY = 1e-30  # smaller ones count as this, so that their logarithm is finite
 LARGEST_TEMPERATURE = 8.0  # and 1/8 is the smallest
 FOLDS = 5
 
@@ -48,7 +47,7 @@ def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[fl
     Returns:
         ``[batch, classes]``, in float32 or more.
     """
-    log = functional.at_least_float32(probabilities).clamp_min(SMALLEST_PROBABILITY).log()
+    log = functional.at_least_float32(probabilities).clamp_min(functional.SMALLEST_PROBABILITY).log()
     factors = 1 / torch.tensor(temperatures, dtype=log.dtype, device=log.device)
     return (log * factors[exit_layers - 1].unsqueeze(1)).softmax(dim=1)
 
@@ -71,7 +70,7 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     temperatures = []
     for layer in range(1, answers.num_layers + 1):
         here = exits == layer
-        log = given[here].double().clamp_min(SMALLEST_PROBABILITY).log()
+        log = given[here].double().clamp_min(functional.SMALLEST_PROBABILITY).log()
         temperatures.append(_fit_temperature(log, answers.target[here]))
     return temperatures
 

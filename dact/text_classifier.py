@@ -16,6 +16,7 @@ import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dact import hub
+from dact.agreement import names_of_classes
 from dact.checks import check_count
 from dact.data.tokenizers import load_tokenizer, tokenize, tokenizer_for
 from dact.encoders.base import Batch
@@ -104,7 +105,7 @@ class TextClassifier:
         self.batch_size = batch_size
         longest = getattr(getattr(model, "encoder", None), "max_length", None) or tokenizer.model_max_length
         self.tokenizer = tokenizer_for(tokenizer, min(tokenizer.model_max_length, longest))
-        self.class_names = model.class_names or [str(label) for label in range(self.model.output_dimension)]
+        self.class_names = names_of_classes(model)
         self._tokenizing = threading.Lock()  # a fast tokenizer refuses a second thread ("Already borrowed")
 
     def __getstate__(self) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from dact.bounds import binomial_upper_bound, difference_p_value, difference_upp
 from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
+from dact.tuning.survey import resolve_promise
 from tests import references
 from tests.conftest import random_batch, tiny_model
 
@@ -458,7 +459,7 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path, mode):
         search_space={"num_epochs": {"choices": [1]}},
         log_dir=tmp_path,
     )
-    recipe = engine.recipe.resolved(engine.recipe.make_model())
+    recipe = resolve_promise(engine.recipe, engine.recipe.make_model())
     data = recipe.make_data()
     data.setup("fit")
     seen, kept = (set(data.splits[name].texts) for name in ("val", "calibration"))
@@ -488,7 +489,7 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
     with pytest.raises(
         ValueError, match="it takes 2 examples that no study sees, and LightningDataModule sets 0 aside"
     ):
-        engine.recipe.resolved(small_model())
+        resolve_promise(engine.recipe, small_model())
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2, dial="halting_tolerance"), halting_tolerance=0.1)
     engine = TuningEngine(
@@ -498,7 +499,7 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
         trainer={"accelerator": "cpu"},
     )
     with pytest.raises(ValueError, match="from full depth on, but the model has halting_tolerance=0.2: set it to 0"):
-        engine.recipe.resolved(engine.recipe.make_model())
+        resolve_promise(engine.recipe, engine.recipe.make_model())
 
 
 def test_another_dial_ends_the_promise_of_the_first():
@@ -544,4 +545,4 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
 def test_the_engine_refuses_a_promise_of_nothing_before_its_first_trial(tmp_path):
     engine = TuningEngine(promise=Promise(max_layers=6), log_dir=tmp_path, trainer={"accelerator": "cpu"})
     with pytest.raises(ValueError, match="max_layers=6 promises nothing: the model has 6 layers"):
-        engine.recipe.resolved(engine.recipe.make_model())
+        resolve_promise(engine.recipe, engine.recipe.make_model())

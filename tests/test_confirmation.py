@@ -11,7 +11,7 @@ import torch
 from dact import DACT, TuningEngine
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
-from dact.tuning import final, whole_fit
+from dact.tuning import checkpointed_fit, final
 from dact.tuning.confirmation import Candidate, _best, _Difference
 from dact.tuning.outcome import Outcome
 
@@ -39,10 +39,10 @@ def fitted(monkeypatch):
 
     def recorded(arguments, model, data, checkpoints, **options):
         folders.append(checkpoints.parent)
-        return whole_fit_resumable(arguments, model, data, checkpoints, **options)
+        return resumable_fit(arguments, model, data, checkpoints, **options)
 
-    whole_fit_resumable = whole_fit.resumable_fit
-    monkeypatch.setattr(whole_fit, "resumable_fit", recorded)
+    resumable_fit = checkpointed_fit.resumable_fit
+    monkeypatch.setattr(checkpointed_fit, "resumable_fit", recorded)
     return folders
 
 

@@ -18,8 +18,8 @@ import yaml
 
 from dact import DACT, TextClassifier
 from dact.files import read_json
+from dact.tuning.retries import RETRY_OF, is_counted, is_interrupted
 from dact.tuning.stages import STAGES as ALL_STAGES
-from dact.tuning.studies import RETRY_OF, is_counted, is_interrupted
 from tests import warm
 from tests.commands import environment
 from tests.conftest import free_port

@@ -3,6 +3,7 @@
 import json
 import random
 from collections import Counter
+from pathlib import Path
 
 import hypothesis.strategies as st
 import pandas as pd
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, compositional, vader
 from dact.data.batching import LengthGroupedSampler
 from dact.data.examples import text_key
-from dact.data.tables import read_table, write_table
+from dact.data.tables import read_columns
 from dact.data.tokenizers import load_tokenizer, word_tokenizer
+from tests.tables import write_table
 
 ROWS = [("good, really", "pos"), ('a "quoted" word', "neg"), ("NA", "pos"), ("so so\nlines", "neu"), ("12", "neg")] * 8
 ROWS += [("fine", "neu"), ("naïve 🙂 עברית", "pos")] * 4
@@ -136,14 +138,12 @@ def test_validation_needs_little_padding_and_has_one_order_whatever_the_batch_si
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_tables_are_written_whole_and_read_back(tmp_path, ending):
+def test_tables_are_read_as_they_were_written(tmp_path, ending):
     columns = {"label": ["a", None], "score": [0.5, None], "exit_layer": [3, None], "reason": [None, 'no "text", 🙂']}
-    write_table(tmp_path / "deep" / f"x.{ending}", columns)
-    table, valid = read_table(tmp_path / "deep" / f"x.{ending}")
-    assert valid
+    write_table(tmp_path / f"x.{ending}", columns)
+    table = read_columns(str(tmp_path / f"x.{ending}"), dict.fromkeys(columns, "text_column"))
     assert list(table) == list(columns)
     assert table["reason"][1] == 'no "text", 🙂'
-    assert [path.name for path in (tmp_path / "deep").iterdir()] == [f"x.{ending}"]
 
 
 # ------------------------------------------------------------------ what is refused
@@ -354,7 +354,14 @@ def test_blanks_around_labels_do_not_count(tmp_path):
 @pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl", "parquet"])
 def test_a_file_without_rows_says_so(tmp_path, ending):
     with pytest.raises(ValueError, match="has no rows"):
-        read_table(write(tmp_path, ending, rows=[]))
+        read_columns(str(write(tmp_path, ending, rows=[])), {"text": "text_column"})
+
+
+def test_a_file_may_be_a_path(tmp_path):
+    module = data(Path(write(tmp_path, "csv")), val_fraction=0.25, test_file=Path(write(tmp_path, "jsonl")))
+    module.setup("fit")
+    module.setup("test")
+    assert len(module.splits["test"]) == len(ROWS)
 
 
 def test_without_a_training_file_the_classes_may_be_named(tmp_path):

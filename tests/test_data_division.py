@@ -11,8 +11,8 @@ from hypothesis import given
 
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, vader
 from dact.data.examples import Examples, stratified_split, text_key
-from dact.data.tables import write_table
 from dact.data.tokenizers import word_tokenizer
+from tests.tables import write_table
 
 WORDS = [f"word{number}" for number in range(60)]
 

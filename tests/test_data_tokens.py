@@ -15,8 +15,10 @@ from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 from dact.data import TextClassificationData
 from dact.data.batching import collate, encode, length_that_keeps
 from dact.data.examples import Examples
-from dact.data.tables import read_lines, read_table, write_table
+from dact.data.rows import read_rows
+from dact.data.tables import read_columns
 from dact.data.tokenizers import tokenize, word_tokenizer
+from tests.tables import write_table
 
 WORDS = [f"word{number}" for number in range(60)]
 
@@ -208,12 +210,12 @@ def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
 
 def test_lines_are_read_one_at_a_time(tmp_path):
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
-    lines = read_lines(tmp_path / "texts.txt")
-    assert next(lines) == ("one", True)
-    assert list(lines) == [("two", True)]
+    lines = read_rows(str(tmp_path / "texts.txt"), {"text": "text_column"})
+    assert next(lines) == ["one"]
+    assert list(lines) == [["two"]]
     (tmp_path / "empty.txt").write_text("")
     with pytest.raises(ValueError, match=r"empty\.txt has no rows"):
-        read_table(tmp_path / "empty.txt")
+        read_columns(str(tmp_path / "empty.txt"), {"text": "text_column"})
 
 
 def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
@@ -235,6 +237,6 @@ def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
     assert module.splits["test"].texts == WORDS[40:]
     assert module.splits["test"].labels == [0, 1] * 10
     with pytest.raises(ValueError, match=r"expected 'dataset:NAME#SPLIT'"):
-        read_table(f"dataset:{folder}")
+        read_columns(f"dataset:{folder}", {})
     with pytest.raises(ValueError, match=r"cannot be loaded by datasets.load_dataset: .*other"):
-        read_table(f"dataset:{folder}#other")
+        read_columns(f"dataset:{folder}#other", {})

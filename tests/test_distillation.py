@@ -9,12 +9,12 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 from dact import DACT, TuningEngine, functional
 from dact.data import CompositionalSentiment, TextClassificationData
-from dact.data.tables import write_table
 from dact.data.teacher import _longest_input
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from tests import references
 from tests.conftest import random_batch, tiny_model
+from tests.tables import write_table
 
 
 def test_the_loss_is_that_of_its_formula():
@@ -229,7 +229,7 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     again.final_train("run")
     assert stored.stat().st_mtime_ns == before
     prepared = again._prepared
-    started, data = prepared.build({}, whole=True)
+    started, data = prepared.build({}, unfreeze=True)
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     weights = prepared.baseline.encoder()

@@ -8,9 +8,10 @@ from benchmarks.frontier.learners import Learner
 from benchmarks.frontier.methods import Method
 from dact import DACT, functional
 from dact.data import vader
-from dact.data.examples import UNLABELLED, Examples
+from dact.data.examples import Examples
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
+from dact.functional import UNLABELLED
 
 
 def answers(texts=200, layers=4, seed=0):

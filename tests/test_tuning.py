@@ -24,14 +24,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
 from dact.calibration import Promise
 from dact.data import CompositionalSentiment, TextClassificationData
-from dact.data.tables import write_table
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.features import Features, FeaturesData, check_features, compute_features
+from dact.tuning.retries import CAUSE, is_interrupted
 from dact.tuning.stages import STAGES as ALL_STAGES
-from dact.tuning.studies import CAUSE, is_interrupted
 from tests.conftest import free_port, tiny_model
+from tests.tables import write_table
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 STAGES = [stage.name for stage in ALL_STAGES]

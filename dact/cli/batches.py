@@ -9,7 +9,8 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from typing_extensions import override
 
-UNLABELLED = -100  # the label of a training example that only a teacher labels
+from dact.functional import UNLABELLED
+
 EXPECTED = "a dict with input_ids [batch, length], attention_mask of the same shape and labels [batch]"
 
 
@@ -66,20 +67,12 @@ class CheckBatches(Callback):
         )
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        self._check(pl_module, batch, batch_idx, labelled=True)
-
-    @override
     def on_validation_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         self._check(pl_module, batch, batch_idx, labelled=True)
 
-    @override
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, *args: Any
-    ) -> None:
-        self._check(pl_module, batch, batch_idx, labelled=True)
+    on_train_batch_start = on_test_batch_start = on_validation_batch_start
 
     @override
     def on_predict_batch_start(

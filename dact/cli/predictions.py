@@ -22,10 +22,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from dact.agreement import names_of_classes
 from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
 from dact.data.tokenizers import tokenize
 from dact.files import replacing
-from dact.model import DACT, DACTOutput
+from dact.model import DACTOutput
 from dact.scores import temper
 
 WRITABLE = (".csv", ".jsonl", ".parquet")
@@ -69,7 +70,9 @@ class PredictionData(LightningDataModule):
         check_readable(predict_file)
         self.predict_file = predict_file
         self.tokenizer = tokenizer
-        self.columns = [text_column] if text_pair_column is None else [text_column, text_pair_column]
+        self.columns = {text_column: "text_column"}
+        if text_pair_column is not None:
+            self.columns[text_pair_column] = "text_pair_column"
         self.max_length = max_length
         self.batch_size = batch_size
         self.unusable: dict[int, str] = {}
@@ -162,7 +165,7 @@ class PredictionWriter(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         assert isinstance(outputs, DACTOutput)
-        names, count = _class_names(pl_module), len(outputs.exit_layer)
+        names, count = names_of_classes(pl_module), len(outputs.exit_layer)
         numbered = isinstance(batch, Mapping) and "row" in batch
         if self._processes > 1 and not numbered:
             raise ValueError(
@@ -192,7 +195,7 @@ class PredictionWriter(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not in on_predict_end: a file in which nothing can be classified gives no batch, but has rows to write.
         if stage == "predict":
-            names, last = _class_names(pl_module), max(self._reasons_of(trainer), default=-1)
+            names, last = names_of_classes(pl_module), max(self._reasons_of(trainer), default=-1)
             self._write_rows(names, self._without_label(trainer, names, last + 1))
             self._open.close()
 
@@ -268,11 +271,6 @@ def check_writable(path: str | Path) -> None:
         tempfile.TemporaryFile(dir=above).close()
     except OSError as error:
         raise PermissionError(f"{path} cannot be written: {above}: {error.strerror}") from error
-
-
-def _class_names(model: LightningModule) -> list[str]:
-    assert isinstance(model, DACT)
-    return model.class_names or [str(label) for label in range(model.output_dimension)]
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 from torch import Tensor
 from typing_extensions import override
 
+from dact.agreement import names_of_classes
 from dact.model import DACT
 
 SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}  # metrics of an epoch, and decimals
@@ -88,7 +89,7 @@ class EpochLines(Callback):
         if self._best is None or not isinstance(pl_module, DACT):
             return
         _, epoch, metrics, labels, predicted = self._best
-        names = pl_module.class_names or [str(label) for label in range(len(labels))]
+        names = names_of_classes(pl_module)
         largest = int(labels.argmax())
         share = 100 * labels[largest].item() / max(1, int(labels.sum()))
         _say(

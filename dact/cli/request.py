@@ -60,13 +60,7 @@ class Request:
 
     def gives(self, option: str) -> bool:
         """Return whether the command line or a file gives an option, such as ``model.output_dimension``."""
-        if any(word == f"--{option}" or word.startswith(f"--{option}=") for word in self.words):
-            return True
-        node: Any = self.sections
-        for name in option.split("."):
-            node = node.get("init_args", node) if isinstance(node, dict) and name not in node else node
-            node = node.get(name) if isinstance(node, dict) else None
-        return node is not None
+        return f"--{option}" in self.words or self.value(option) is not None
 
     def value(self, option: str) -> Any:
         """Return the value of an option as it was given, or None."""

@@ -10,8 +10,6 @@ from collections.abc import Collection, Hashable, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-UNLABELLED = -100  # the label of an example that only a teacher labels; torch's losses ignore it
-
 
 @dataclass(frozen=True)
 class Examples:

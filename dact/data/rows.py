@@ -6,18 +6,21 @@ import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 STANDARD_INPUT = "-"
-REPLACEMENT = "\N{REPLACEMENT CHARACTER}"  # stands where bytes were not UTF-8
 CHUNK = 4096  # rows that a reader holds at a time
 
 
-def check_readable(path: str) -> None:
+def check_readable(path: str, remedy: str = "") -> None:
     """Raise an error unless `path` is ``-`` or a file of a known kind.
+
+    Args:
+        path: The path.
+        remedy: What to do if there is no such file, for the message.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -25,19 +28,22 @@ def check_readable(path: str) -> None:
     """
     if path == STANDARD_INPUT:
         return
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
     if (ending := Path(path).suffix.lower()) not in READABLE:
         raise ValueError(f"{path}: unknown ending {ending!r}, expected one of {', '.join(READABLE)}")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}" + (f": {remedy}" if remedy else ""))
 
 
-def read_rows(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
+def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     """Yield the values of `columns` of each row, in their order.
+
+    In csv and tsv every value is a string, and no string stands for a missing value. A byte that is not UTF-8 becomes a
+    lone surrogate.
 
     Args:
         path: csv, tsv, json lines, parquet or txt by ending, or ``-`` for standard input. txt and standard input have
             one text a line, and no columns.
-        columns: Names of the columns.
+        columns: The option that names each column, such as ``text_column``, by the name of the column.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -59,50 +65,62 @@ def read_rows(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
         raise ValueError(f"{'standard input' if path == STANDARD_INPUT else path} has no rows")
 
 
-def text_fault(texts: Sequence[Any], replaced: bool = False) -> str | None:
-    """Return why the texts of a row cannot be used, or None.
-
-    Args:
-        texts: The text of the row, or both texts of a pair.
-        replaced: Whether a replacement character stands for bytes that are not UTF-8.
-    """
+def text_fault(texts: Sequence[Any]) -> str | None:
+    """Return why the text or the two texts of a row cannot be used, or None."""
     for text in texts:
         if not isinstance(text, str):
             return "no text" if text is None else f"not a string: {str(text)[:40]!r}"
         if not text.strip():
             return "empty text"
-        if replaced and REPLACEMENT in text:
-            return "not valid UTF-8"
-        try:
-            text.encode()
-        except UnicodeEncodeError:  # a byte that is not UTF-8 is read as a lone surrogate
+        if not _is_utf8(text):
             return "not valid UTF-8"
     return None
+
+
+def printable(value: Any) -> Any:
+    """Return a value of a row, a string with the replacement character instead of what is not UTF-8."""
+    if not isinstance(value, str) or _is_utf8(value):
+        return value
+    return value.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class _Fault(ValueError):
     """An error whose message already names the file."""
 
 
-def _check_columns(path: str, columns: Sequence[str], present: Sequence[Any]) -> None:
-    for name in columns:
+def check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any]) -> None:
+    """Raise a ``ValueError`` that names the option to set if a column is not `present`; see `read_rows`."""
+    for name, option in columns.items():
         if name not in present:
             single = len(present) == 1 and path.lower().endswith((".csv", ".tsv"))
             hint = " (csv has commas between its columns, tsv tabs)" if single else ""
-            option = "text_column" if name == columns[0] else "text_pair_column"
             raise _Fault(f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}{hint}: set {option}")
 
 
-def _lines(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
+def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     if len(columns) > 1:
-        raise _Fault(f"{path} has one text a line, and no column {columns[1]!r}: give text pairs as csv or json lines")
+        raise _Fault(f"{path} has one text a line, and no column {list(columns)[1]!r}: give csv or json lines instead")
     source = sys.stdin.buffer if path == STANDARD_INPUT else Path(path).open("rb")  # noqa: SIM115
-    with io.TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape", newline=None) as file:
+    file = io.TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape", newline=None)
+    try:
         for line in file:
             yield [line.removesuffix("\n")]
+    finally:
+        if path == STANDARD_INPUT:
+            file.detach()  # standard input belongs to the caller
+        else:
+            file.close()
 
 
-def _csv(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
+def _csv(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     import pandas as pd  # type: ignore[import-untyped]
 
     tabs = path.lower().endswith(".tsv")
@@ -123,11 +141,11 @@ def _csv(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
         return
     with frames:
         for frame in frames:
-            _check_columns(path, columns, list(frame.columns))
+            check_columns(path, columns, list(frame.columns))
             yield from ([*row] for row in zip(*(frame[name] for name in columns), strict=True))
 
 
-def _json(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
+def _json(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape") as file:
         start = file.read(1)
         file.seek(0)
@@ -136,14 +154,14 @@ def _json(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
             if not isinstance(record, dict):
                 raise _Fault(f"{path}: row {number} is not an object with columns")
             if number == 1:
-                _check_columns(path, columns, list(record))
+                check_columns(path, columns, list(record))
             yield [record.get(name) for name in columns]
 
 
-def _parquet(path: str, columns: Sequence[str]) -> Iterator[list[Any]]:
+def _parquet(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
     with ParquetFile(path) as file:
-        _check_columns(path, columns, file.schema_arrow.names)
+        check_columns(path, columns, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=CHUNK, columns=list(columns)):
             yield from ([*row] for row in zip(*(batch.column(name).to_pylist() for name in columns), strict=True))

@@ -9,6 +9,9 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from dact.agreement import names_of_classes
+from dact.data.tokenizers import tokenize
+from dact.encoders.base import move
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json
 from dact.model import CONFIG_NAME, DACT, FORMAT
@@ -51,18 +54,12 @@ def teacher_probabilities(
     # Texts of similar length go together, so that little padding is computed.
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
     answers = torch.empty(len(texts), len(class_names))
+    columns = [texts] if pairs is None else [texts, pairs]
     starts = range(0, len(order), 64)
     for start in track(starts, description=f"The teacher on {len(order):,} texts", transient=True):
         rows = order[start : start + 64]
-        second = None if pairs is None else [pairs[row] for row in rows]
-        batch = tokenizer(
-            [texts[row] for row in rows],
-            second,
-            truncation=True,
-            max_length=max_length,
-            padding=True,
-            return_tensors="pt",
-        ).to(device)
+        chosen = ([column[row] for row in rows] for column in columns)
+        batch = move(tokenize(tokenizer, *chosen, truncation=True, max_length=max_length), device)
         answers[rows] = (
             model(batch).probabilities if isinstance(model, DACT) else model(**batch).logits.softmax(-1)
         ).cpu()
@@ -76,7 +73,7 @@ def _load(teacher: str) -> tuple[Any, list[str]]:
     config = Path(source) / CONFIG_NAME
     if config.is_file() and read_json(config).get("format") == FORMAT:
         model = DACT.from_pretrained(source)
-        return model, model.class_names or [str(label) for label in range(model.output_dimension)]
+        return model, names_of_classes(model)
     from dact.encoders.huggingface import load_sequence_classifier
 
     return load_sequence_classifier(teacher)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
 from dact.checks import check_range
 from dact.data.base import TextDataModule
-from dact.data.examples import UNLABELLED, Examples, join, share_of_copies, stratified_split
+from dact.data.examples import Examples, join, share_of_copies, stratified_split
 from dact.data.labels import (
     Reading,
     absent_classes,
@@ -21,8 +21,9 @@ from dact.data.labels import (
     reading_of,
     to_classes,
 )
-from dact.data.rows import text_fault
-from dact.data.tables import check_exists, read_table
+from dact.data.rows import check_readable, printable, text_fault
+from dact.data.tables import DATASET, read_columns
+from dact.functional import UNLABELLED
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,7 +114,7 @@ class TextClassificationData(TextDataModule):
             )
         if calibration_file is not None and calibration_fraction:
             raise ValueError("TextClassificationData: give a calibration_file or a calibration_fraction, not both")
-        self.files = {
+        files = {
             "train": train_file,
             "val": val_file,
             "test": test_file,
@@ -121,6 +122,7 @@ class TextClassificationData(TextDataModule):
             "unlabelled": unlabelled_file,
             "calibration": calibration_file,
         }
+        self.files = {split: file and str(file) for split, file in files.items()}  # a Path is welcome
         self.text_column = text_column
         self.text_pair_column = text_pair_column
         self.label_column = label_column
@@ -136,8 +138,8 @@ class TextClassificationData(TextDataModule):
 
     def setup(self, stage: str) -> None:
         test = self.files["test"]
-        if stage == "fit" and test is not None:  # otherwise its absence would show only after the fit
-            check_exists(test, "name the right test_file, or leave it out")
+        if stage == "fit" and test is not None and not test.startswith(DATASET):  # or it would show only after the fit
+            check_readable(test, "name the right test_file, or leave it out")
         before = set(self.splits)
         super().setup(stage)
         for split in ("val", "calibration", "test"):
@@ -253,28 +255,19 @@ class TextClassificationData(TextDataModule):
         return file
 
     @property
-    def _text_columns(self) -> list[str]:
-        return [self.text_column] + ([] if self.text_pair_column is None else [self.text_pair_column])
+    def _text_columns(self) -> dict[str, str]:
+        pair = {} if self.text_pair_column is None else {self.text_pair_column: "text_pair_column"}
+        return {self.text_column: "text_column", **pair}
 
-    def _columns(self, split: str, names: list[str]) -> tuple[dict[str, list[Any]], list[str | None]]:
-        """Return the columns of a file, and the reason why the texts of each row cannot be used, None if they can."""
-        file = self._file(split)
-        table, valid = read_table(file, self.text_column)
-        for name in names:
-            if name not in table:
-                single = len(table) == 1 and file.lower().endswith((".csv", ".tsv"))
-                hint = " (csv has commas between its columns, tsv tabs)" if single else ""
-                option = {self.text_column: "text_column", self.text_pair_column: "text_pair_column"}.get(name)
-                raise ValueError(
-                    f"{file} has no column {name!r}; it has {', '.join(map(repr, table))}{hint}: set "
-                    f"{option or 'label_column'}"
-                )
-        texts = zip(*(table[name] for name in self._text_columns), strict=True)
-        return {name: table[name] for name in names}, [text_fault(row, replaced=not valid) for row in texts]
+    def _columns(self, split: str, columns: Mapping[str, str]) -> tuple[dict[str, list[Any]], list[str | None]]:
+        """Return columns of a file, and the reason why the texts of each row cannot be used, None if they can."""
+        table = read_columns(self._file(split), columns)
+        reasons = [text_fault(texts) for texts in zip(*(table[name] for name in self._text_columns), strict=True)]
+        return {name: list(map(printable, values)) for name, values in table.items()}, reasons
 
     def _labelled(self, split: str) -> Examples:
         file = self._file(split)
-        columns = [*self._text_columns, self.label_column]
+        columns = {**self._text_columns, self.label_column: "label_column"}
         table, reasons = self._columns(split, columns)
         # An empty row is a blank line, as csv files may have at their end.
         kept = [row for row in range(len(reasons)) if any(table[name][row] not in (None, "") for name in columns)]

@@ -18,14 +18,14 @@ from torch import Tensor
 from dact.answers import LayerAnswers, layer_answers, mean_and_error
 from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.tuning import tensorboard
-from dact.tuning.fingerprints import digest
+from dact.tuning.checkpointed_fit import FRESH_SEED, CheckpointedFit
+from dact.tuning.digests import digest
 from dact.tuning.fitting import History, NonFiniteLoss, seeded, without_collapse_warning
 from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.run import Run
 from dact.tuning.trial import fit_settings
-from dact.tuning.whole_fit import FRESH_SEED, WholeFit
 
 FOLDER = "confirmation"
 SEEDS = 3  # fits of each candidate on frozen states
@@ -47,9 +47,9 @@ class Candidate:
         """Return its folder in the confirmation."""
         return run.folder / FOLDER / self.name.replace(" ", "_")
 
-    def fit(self, run: Run, prepared: Prepared) -> WholeFit:
+    def fit(self, run: Run, prepared: Prepared) -> CheckpointedFit:
         """Return its fit, done as the final fit is."""
-        return WholeFit(prepared, self.folder(run) / "fit", self.settings)
+        return CheckpointedFit(prepared, self.folder(run) / "fit", self.settings)
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,11 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     allowed = (promise.max_accuracy_loss if promise else None) or 0.0
     on_states = partial(_on_states, run, prepared, progress)
     keep_frozen = prepared.recipe.final_training == "frozen"
-    whole = on_states if keep_frozen else partial(_whole, run, prepared, progress)
+    as_final = on_states if keep_frozen else partial(_as_final, run, prepared, progress)
     comparisons: list[str] = []
     if not keep_frozen and prepared.states is not None and len(others) > 1:
         others = [_best(others, on_states, allowed, comparisons, " on frozen states")]
-    best = _best([default, *others], whole, allowed, comparisons)
+    best = _best([default, *others], as_final, allowed, comparisons)
     return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
 
 
@@ -149,10 +149,10 @@ class _Difference:
         )
 
 
-def _whole(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
+def _as_final(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
     """Return the outcome of a candidate that is fitted like the final model."""
     fit, recipe = candidate.fit(run, prepared), prepared.recipe
-    path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.origin)
+    path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.identity)
     known = path.is_file() and read_tensors(path)[1].get("origin") == origin
     stored = read_tensors(path)[0] if known else _fit_and_ask(fit, candidate, progress)
     found = None
@@ -167,7 +167,7 @@ def _whole(run: Run, prepared: Prepared, progress: Progress, candidate: Candidat
     return found
 
 
-def _fit_and_ask(fit: WholeFit, candidate: Candidate, progress: Progress) -> dict[str, Tensor]:
+def _fit_and_ask(fit: CheckpointedFit, candidate: Candidate, progress: Progress) -> dict[str, Tensor]:
     """Fit a candidate, and return all its layers' answers to the validation examples; empty if the fit broke."""
     try:
         with without_collapse_warning():

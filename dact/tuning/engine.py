@@ -24,8 +24,8 @@ from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm
 from dact.tuning.deadline import Deadline
+from dact.tuning.digests import digest
 from dact.tuning.final import FinalFit
-from dact.tuning.fingerprints import digest
 from dact.tuning.outcome import Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.prepared import Prepared, prepare
@@ -203,7 +203,7 @@ class TuningEngine:
         totals = zip(self.n_trials.values(), opened, strict=True)
         left = [max(0, n_trials - len(studies.finished(study))) for n_trials, study in totals]
         if any(left):
-            self.progress.announce(left, self.time_out, self.recipe.whole_fits * self.recipe.epochs)
+            self.progress.announce(left, self.time_out, self.recipe.finetunings * self.recipe.epochs)
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):
@@ -300,9 +300,9 @@ class TuningEngine:
 
     def _open(self, stage: Stage, run: Run, surveyed: Surveyed) -> Study:
         """Open a study and queue its first trials."""
-        setting = {"search space": describe(surveyed.spaces[stage.name]), **surveyed.identity}
+        identity = {"search space": describe(surveyed.spaces[stage.name]), **surveyed.identity}
         with run.locked(lambda: self.progress.stage("waiting for another process, which opens the studies")):
-            study = studies.open_study(run, stage, setting, self.storage, self.pruner if stage.prunes else None)
+            study = studies.open_study(run, stage, identity, self.storage, self.pruner if stage.prunes else None)
             studies.start_with(study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]])
             return study
 

@@ -29,23 +29,23 @@ MADE_OF = "made_of.json"
 
 
 @torch.no_grad()
-def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, fingerprint: str) -> None:
+def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, origin: str) -> None:
     """Write the pooled states of every example, with only one batch at a time in memory.
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data
     has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is
-    computed if `folder` holds intact files with this fingerprint.
+    computed if `folder` holds intact files of this origin.
 
     Args:
         encoder: Encoder in eval mode, on the device that it should use.
         loader: Loader that gives every example once.
         folder: Destination; written whole or not at all.
-        fingerprint: Digest of the encoder and the data.
+        origin: Digest of the encoder and the data.
 
     Raises:
         ValueError: If the files are corrupted, or the loader does not give every example once.
     """
-    if check_features(folder, fingerprint):
+    if check_features(folder, origin):
         return
     device = next(encoder.parameters()).device
     examples = len(loader.dataset)  # type: ignore[arg-type]
@@ -74,7 +74,7 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
                 "repeat or skip, or use encoder_training=finetune"
             )
         files = {name: writer.digest.hexdigest() for name, writer in writers.items()}
-        write_json(partial / MADE_OF, {"fingerprint": fingerprint, "files": files})
+        write_json(partial / MADE_OF, {"fingerprint": origin, "files": files})
 
 
 class _RowWriter:
@@ -98,8 +98,8 @@ class _RowWriter:
         self.file.close()
 
 
-def check_features(folder: Path, fingerprint: str) -> bool:
-    """Return whether `folder` holds features with this fingerprint, unchanged since they were written.
+def check_features(folder: Path, origin: str) -> bool:
+    """Return whether `folder` holds features of this origin, unchanged since they were written.
 
     Raises:
         ValueError: If the files are corrupted; the message names the folder.
@@ -108,7 +108,7 @@ def check_features(folder: Path, fingerprint: str) -> bool:
         return False
     try:
         made_of = read_json(folder / MADE_OF)
-        if made_of["fingerprint"] != fingerprint:
+        if made_of["fingerprint"] != origin:
             return False
         for name, expected in made_of["files"].items():
             array = np.load(folder / f"{name}.npy", mmap_mode="r")

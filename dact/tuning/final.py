@@ -16,20 +16,20 @@ from dact import plots
 from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe, store_in_checkpoint
 from dact.callbacks import save_with_tokenizer
-from dact.files import read_json, replacing, replacing_folder, write_json, write_text
+from dact.files import replacing, replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
+from dact.tuning.checkpointed_fit import CheckpointedFit
 from dact.tuning.confirmation import FOLDER, Verdict, flat
-from dact.tuning.final_metrics import Evaluation, evaluate
-from dact.tuning.fingerprints import fingerprint_data
+from dact.tuning.digests import data_digest
+from dact.tuning.evaluation import Evaluation, evaluate
 from dact.tuning.fitting import NonFiniteLoss, without_collapse_warning
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
-from dact.tuning.whole_fit import MADE_OF, WholeFit
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
 
@@ -69,8 +69,8 @@ class FinalFit:
         """
         folder, old = self.run.final, self.run.folder / "final.old"
         data, metrics = self._measured_data(), folder / "metrics.json"
-        fit = WholeFit(self.prepared, folder, self.verdict.chosen.settings)
-        self._make_room(fit, old, fingerprint_data(data.test_dataloader()))
+        fit = CheckpointedFit(self.prepared, folder, self.verdict.chosen.settings)
+        self._make_room(fit, old, data_digest(data.test_dataloader()))
         if not (metrics.is_file() and fit.checkpoint.is_file()):
             fit(f"the final fit of {self.run.tag!r}", self.progress)
             self._measure(folder, fit, data)
@@ -82,30 +82,29 @@ class FinalFit:
         self.progress.summary(folder, self.verdict.text)
         return str(metrics), str(fit.checkpoint)
 
-    def _make_room(self, fit: WholeFit, old: Path, test: str) -> None:
+    def _make_room(self, fit: CheckpointedFit, old: Path, test: str) -> None:
         """Remove from ``<run>/final`` what does not belong to a fit, and put there what the confirmation did of it.
 
         Args:
             fit: The final fit.
             old: Where an earlier final model goes.
-            test: Fingerprint of the test examples.
+            test: Digest of the test examples.
         """
         folder, recipe = fit.folder, self.recipe
         promise = None if recipe.promise is None else asdict(recipe.promise)
-        made_of = {"fit": fit.origin, "test": test, "promise": promise, "tolerance": recipe.halting_tolerance}
-        before = read_json(folder / MADE_OF) if (folder / MADE_OF).is_file() else {}
-        if before.get("fit") != fit.origin:
+        measurement = {"test": test, "promise": promise, "tolerance": recipe.halting_tolerance}
+        if not fit.is_begun:
             _set_aside(folder, old)
             confirmed = self.verdict.chosen.fit(self.run, self.prepared)
-            if confirmed.is_done and confirmed.origin == fit.origin:
+            if confirmed.is_done:
                 os.replace(confirmed.folder, folder)
-        if before != made_of:
+        if fit.made_of() != {"fit": fit.identity, **measurement}:
             (folder / "metrics.json").unlink(missing_ok=True)  # another promise or test split measures the fit again
             shutil.rmtree(folder / "defaults", ignore_errors=True)
             write_text(folder / "config.yaml", yaml.safe_dump(self._config(fit), sort_keys=False))
-            write_json(folder / MADE_OF, made_of)
+            fit.record(**measurement)
 
-    def _config(self, fit: WholeFit) -> dict[str, Any]:
+    def _config(self, fit: CheckpointedFit) -> dict[str, Any]:
         """Return the configuration of the final fit: a complete file if the factories come from one."""
         model, data = (getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data))
         chosen = dict(fit.settings or {})
@@ -123,7 +122,7 @@ class FinalFit:
             "data": {**data, "init_args": {**(data.get("init_args") or {}), **size}},
         }
 
-    def _measure(self, folder: Path, fit: WholeFit, data: LightningDataModule) -> None:
+    def _measure(self, folder: Path, fit: CheckpointedFit, data: LightningDataModule) -> None:
         """Write metrics.json, pictures and the model/ folder. Only here, once, is the test split used."""
         model, baseline = fit.model(), self._baseline()
         before = (model.calibration, model.temperatures)
@@ -186,7 +185,7 @@ class FinalFit:
             for name, loader in loaders.items()
         }
 
-    def _log(self, fit: WholeFit, validation: Evaluation) -> None:
+    def _log(self, fit: CheckpointedFit, validation: Evaluation) -> None:
         """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its dial."""
         metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
         metrics |= {"val_loss": fit.best["val_loss"], "val_exit_layer": validation.entry["mean_exit_layer"]}
@@ -224,7 +223,7 @@ class FinalFit:
             data: Data to measure on.
             against: Measurements of the baseline; taken here if left out.
         """
-        fit = WholeFit(self.prepared, folder, None)
+        fit = CheckpointedFit(self.prepared, folder, None)
         if (folder / "metrics.json").is_file():
             return
         try:

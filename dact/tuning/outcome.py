@@ -16,6 +16,7 @@ from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
 from dact.model import DACT
 
 FILE = "validation.safetensors"
+EXIT_HISTOGRAM = "exit_histogram"  # user attribute of a trial: number of examples that left after each layer
 
 
 @dataclass(frozen=True, eq=False)

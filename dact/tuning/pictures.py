@@ -14,9 +14,9 @@ from optuna.trial import FrozenTrial
 from dact import plots
 from dact.files import replacing_folder
 from dact.tuning import tensorboard
+from dact.tuning.outcome import EXIT_HISTOGRAM
 from dact.tuning.selection import Point, pareto_front
 from dact.tuning.space import Dimension
-from dact.tuning.studies import EXIT_HISTOGRAM
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

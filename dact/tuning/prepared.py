@@ -18,8 +18,8 @@ from dact.data.batching import LengthGroupedSampler
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
 from dact.tuning.baseline import Baseline, fit_baseline
+from dact.tuning.digests import digest, encoder_digest, pretrained_digest, tensor_digest
 from dact.tuning.features import Features, FeaturesData, LoaderData, compute_features
-from dact.tuning.fingerprints import digest, fingerprint_encoder, fingerprint_pretrained, fingerprint_tensor
 from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded, without_collapse_warning
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
@@ -63,18 +63,18 @@ class Prepared:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     def build(
-        self, settings: Mapping[str, Any], *, seed: int | None = None, whole: bool = False
+        self, settings: Mapping[str, Any], *, seed: int | None = None, unfreeze: bool = False
     ) -> tuple[DACT, LightningDataModule]:
         """Return a new model and a new datamodule.
 
         Args:
             settings: Arguments of both as plain values; see `Winners.settings`.
             seed: Seed for the order of states in frozen mode; that of the recipe if left out.
-            whole: Whether the encoder is trained too, even in frozen mode, starting from the baseline's weights.
+            unfreeze: Whether the encoder is trained even in frozen mode, starting from the baseline's weights.
         """
         chosen = dict(settings)
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
-        if self.states is not None and not whole:
+        if self.states is not None and not unfreeze:
             train, val = self._features
             seed = self.recipe.seed if seed is None else seed
             data = FeaturesData(train, val, **{"batch_size": self.batch_size, **size}, seed=seed)
@@ -181,7 +181,7 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
         data.teacher_probabilities = probabilities
         return baseline.answers
     path = folder / "probabilities.safetensors"
-    origin = f"{surveyed.identity['data']}/{fingerprint_pretrained(surveyed.teacher)}"
+    origin = f"{surveyed.identity['data']}/{pretrained_digest(surveyed.teacher)}"
     if path.is_file() and read_tensors(path)[1].get("origin") == origin:
         data.teacher_probabilities = read_tensors(path)[0]["probabilities"]
     else:
@@ -201,7 +201,7 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
     on one part of the training examples, and the submodels on the other.
     """
     recipe, data = surveyed.recipe, surveyed.data
-    taught_by = fingerprint_tensor(getattr(data, "teacher_probabilities", None))
+    taught_by = tensor_digest(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
         recommended = {name: surveyed.initial[name] for name in ("submodel_learning_rate", "detach_exits")}
         model = recipe.make_model(**{**learning, **recommended})
@@ -209,15 +209,15 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
     batch_size: int = next(iter(train))["labels"].shape[0]
     seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)
     if recipe.warm_up_epochs:
-        made_of = [fingerprint_encoder(model.encoder), surveyed.identity["data"], recipe.warm_up_epochs, recipe.seed]
-        origin = f"{digest(made_of)}/{taught_by}/{HELD_OUT}"
+        inputs = [encoder_digest(model.encoder), surveyed.identity["data"], recipe.warm_up_epochs, recipe.seed]
+        origin = f"{digest(inputs)}/{taught_by}/{HELD_OUT}"
         part = LoaderData(_loader(train, seen, batch_size, recipe.seed), val)
         _warm_up(folder, recipe, model, part, origin, progress)
     model.encoder.eval().requires_grad_(False)
-    fingerprint = f"{fingerprint_encoder(model.encoder)}/{surveyed.identity['data']}/{taught_by}/{len(held)}"
+    origin = f"{encoder_digest(model.encoder)}/{surveyed.identity['data']}/{taught_by}/{len(held)}"
     model.to(recipe.device)
-    compute_features(model.encoder, _loader(train, held, batch_size, None), folder / "train", fingerprint)
-    compute_features(model.encoder, val, folder / "val", fingerprint)
+    compute_features(model.encoder, _loader(train, held, batch_size, None), folder / "train", origin)
+    compute_features(model.encoder, val, folder / "val", origin)
     return batch_size
 
 
@@ -247,12 +247,12 @@ def _divide(examples: int, seed: int | None) -> tuple[list[int], list[int]]:
     return sorted(order[held:].tolist()), sorted(order[:held].tolist())
 
 
-def _loader(whole: DataLoader[Any], rows: list[int], batch_size: int, seed: int | None) -> DataLoader[Any]:
+def _loader(loader: DataLoader[Any], rows: list[int], batch_size: int, seed: int | None) -> DataLoader[Any]:
     """Return a loader over some rows of another loader's examples, in their order or, with a seed, shuffled."""
-    lengths = getattr(whole.dataset, "lengths", None)
+    lengths = getattr(loader.dataset, "lengths", None)
     sampler = None
     if seed is not None:
         lengths = [0] * len(rows) if lengths is None else [int(lengths[row]) for row in rows]
         sampler = LengthGroupedSampler(lengths, batch_size, seed)
-    examples: Any = Subset(whole.dataset, rows)
-    return DataLoader(examples, batch_size=batch_size, sampler=sampler, collate_fn=whole.collate_fn)
+    examples: Any = Subset(loader.dataset, rows)
+    return DataLoader(examples, batch_size=batch_size, sampler=sampler, collate_fn=loader.collate_fn)

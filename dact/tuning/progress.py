@@ -36,7 +36,7 @@ class Progress:
         self._study: Study | None = None
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = Deadline()
-        self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of fits of the whole model
+        self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of the fits after the studies
         self._studies: dict[str, Study] = {}
 
     @contextlib.contextmanager

@@ -14,17 +14,12 @@ from dact.calibration import Promise
 from dact.checks import check_choice, check_count, check_range, check_tolerance
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
-from dact.tuning.fingerprints import fingerprint_pretrained
+from dact.tuning.digests import pretrained_digest
 from dact.tuning.fitting import as_list, make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
 DISTILLATION = 0.5  # share of the teacher in the targets
-CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
-FEWEST_ASIDE = 100  # examples below which none are set aside for an estimate
-LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
-HEAD_RATE_FACTOR = 10  # the submodels' rate in the first trial is this multiple of the encoder's …
-HEAD_RATE = 1e-3  # … but at most this
 COMPARED = (  # arguments of the Trainer that must be equal for the values of trials to be comparable
     "precision",
     "accumulate_grad_batches",
@@ -57,7 +52,7 @@ class Recipe:
         halting_tolerance: Tolerance of all models, or None for that of the factory.
         promise: Promise that early exit of the final model must keep, or None.
         calibration_fraction: Share of the validation examples that is set aside for the promise; None for that of the
-            data. See `resolved`.
+            data.
         seed: Seed for data order, initialisation and samplers.
         compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
         note: Text about the promise for the user, or an empty string.
@@ -103,8 +98,8 @@ class Recipe:
         check_count("TuningEngine: seed", self.seed, least=0)
 
     @property
-    def whole_fits(self) -> int:
-        """Largest number of fits of the whole model after the studies, one of which becomes the final model."""
+    def finetunings(self) -> int:
+        """Largest number of fits after the studies that train the encoder, one of which becomes the final model."""
         candidates = 0 if self.final_training == "frozen" else 2 if self.encoder_training == "frozen" else 3
         return candidates + self.compare_defaults
 
@@ -143,98 +138,11 @@ class Recipe:
         return overrides
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
-        """Return a datamodule of the factory, which sets examples aside for calibration as `resolved` decided."""
+        """Return a datamodule of the factory, which sets `calibration_fraction` of its examples aside."""
         data = self.data(**overrides)
         if self.calibration_fraction is not None:
             data.calibration_fraction = self.calibration_fraction  # type: ignore[attr-defined]
         return data
-
-    def resolved(self, model: DACT) -> Recipe:
-        """Return the recipe with a promise that model and data can keep.
-
-        A promise that the user gave must be kept with its confidence. The default promise becomes an estimate if the
-        data cannot set enough examples aside, and is dropped if the model has a halting rule without its dial.
-
-        Args:
-            model: A model of the factory.
-
-        Raises:
-            ValueError: If a promise that the user gave cannot be kept.
-        """
-        promise = self.promise
-        if promise is None:
-            return self
-        asked_for = promise != DEFAULT_PROMISE
-        try:
-            promise.check_model(model)
-        except ValueError:
-            if asked_for:
-                raise
-            note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
-            return replace(self, promise=None, note=note)
-        recipe, aside = self._setting_aside()
-        needed = promise.examples_needed()
-        if promise.confidence is None or (aside and (needed is None or aside >= needed)):
-            return recipe
-        kind = type(self.data()).__name__
-        why = f"it takes {needed} examples that no study sees, and {kind} sets {aside} aside"
-        if asked_for:
-            raise ValueError(
-                f"TuningEngine: the promise cannot be kept: {why}. Give the data more validation examples or a "
-                "calibration_dataloader, promise less, or ask for an estimate (confidence: null)"
-            )
-        note = f"the margin will be set by an estimate, not by a promise: {why}"
-        estimate = replace(promise, confidence=None)
-        # A few examples that no study sees are still better than those that choose the checkpoint.
-        return replace(recipe if aside >= FEWEST_ASIDE else self, promise=estimate, note=note)
-
-    def _setting_aside(self) -> tuple[Recipe, int]:
-        """Return the recipe with examples set aside, if the data can do so, and the number of these examples."""
-        data = self.data()
-        given = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", None)
-        recipe = self
-        if not given and hasattr(data, "calibration_fraction"):
-            recipe = replace(self, calibration_fraction=CALIBRATION_SHARE)
-            data = recipe.make_data()
-        if not hasattr(data, "calibration_dataloader"):
-            return self, 0
-        data.prepare_data()
-        try:
-            data.setup("validate")
-            loader = data.calibration_dataloader()
-        except ValueError:  # too few examples to divide
-            return self, 0
-        return recipe, 0 if loader is None else len(loader.dataset)
-
-    def first_trials(self, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
-        """Return the parameters of the first trials, by stage: recommended ones, and the factories' defaults."""
-        submodels = {
-            f"{prefix}_{name}": value
-            for prefix, config in (("classifier", model.classifier.config), ("confidence", model.confidence.config))
-            for name, value in asdict(config).items()
-        }
-        rate = model.learning_rate
-        defaults = {
-            "batch_size": getattr(data, "batch_size", None),
-            "learning_rate": rate,
-            "submodel_learning_rate": model.submodel_learning_rate or rate,
-            "num_epochs": self.epochs,
-            "exit_loss_weight": model.exit_loss_weight,
-            "detach_exits": model.detach_exits,
-            "weight_decay": model.weight_decay,
-            "warmup_fraction": model.warmup_fraction,
-            "num_layers": model.num_layers,
-        }
-        defaults = {name: value for name, value in defaults.items() if value is not None}
-        recommended = {
-            **defaults,
-            "submodel_learning_rate": model.submodel_learning_rate
-            or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
-            "detach_exits": model.exit_loss_weight > 0,
-            "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
-        }
-        price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
-        return {"submodels": [submodels], "training": [recommended, defaults], "lambda_reg": price}
 
     def for_worker(self, worker: int, gpus: int) -> Recipe:
         """Return the recipe of one worker process: on a machine with several GPUs, the workers use them in turn.
@@ -282,7 +190,7 @@ class Recipe:
         if callbacks:
             identity["callbacks"] = callbacks
         if teacher is not None:
-            identity["teacher"] = fingerprint_pretrained(teacher)
+            identity["teacher"] = pretrained_digest(teacher)
         if self.encoder_training == "frozen":
             identity["warm_up_epochs"] = self.warm_up_epochs
         return identity

@@ -30,6 +30,9 @@ class Stage:
         parse: Function from the parameters of a trial to the winners they stand for, by name.
         read: Function from the metrics of a trial's best epoch to its value or values.
         pick: Function from the completed trials, their outcomes and the rule that chooses λ to the winner.
+        early_exit: Whether the value is that of early exit, at the margin that the promise would set. Such trials keep
+            their `Outcome`.
+        repeats: Number of fits per trial on frozen states, where one takes seconds; they differ by their seed.
     """
 
     name: str
@@ -38,6 +41,8 @@ class Stage:
     parse: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Callable[[Mapping[str, float]], Any]
     pick: Callable[[Sequence[FrozenTrial], Outcomes, Select], FrozenTrial]
+    early_exit: bool = False
+    repeats: int = 1
 
     @property
     def prunes(self) -> bool:
@@ -48,8 +53,8 @@ class Stage:
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
     """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one for all or each."""
     numbers = [n_trials] * len(STAGES) if isinstance(n_trials, int) else list(n_trials)
-    whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
-    if len(numbers) != len(STAGES) or not whole:
+    valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
+    if len(numbers) != len(STAGES) or not valid:
         raise ValueError(f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}")
     return dict(zip((stage.name for stage in STAGES), numbers, strict=True))
 
@@ -97,5 +102,14 @@ def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select)
 
 SUBMODELS = Stage("submodels", "joint_tune_study", ("minimize",), _submodels, _validation_loss, _lowest_value)
 TRAINING = Stage("training", "train_tune_study", ("minimize",), _training, _validation_loss, _lowest_value)
-LAMBDA_REG = Stage("lambda_reg", "lambda_reg_study", ("minimize", "minimize"), _lambda_reg, _loss_and_layers, _selected)
+LAMBDA_REG = Stage(
+    "lambda_reg",
+    "lambda_reg_study",
+    ("minimize", "minimize"),
+    _lambda_reg,
+    _loss_and_layers,
+    _selected,
+    early_exit=True,
+    repeats=3,
+)
 STAGES = (SUBMODELS, TRAINING, LAMBDA_REG)

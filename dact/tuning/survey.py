@@ -1,21 +1,27 @@
-"""The survey before a run: one model and one datamodule, their checks, and what all trials have in common."""
+"""The survey before a run: one model and one datamodule, their checks, their promise, and the first trials."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
 
 from dact.agreement import check_classes
 from dact.model import DACT
-from dact.tuning.fingerprints import digest, fingerprint_data, fingerprint_encoder
+from dact.tuning.digests import data_digest, digest, encoder_digest
 from dact.tuning.fitting import seeded
-from dact.tuning.recipe import Recipe
+from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
 from dact.tuning.space import Spaces, Starts, complete_spaces
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
+
+CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
+FEWEST_ASIDE = 100  # examples below which none are set aside for an estimate
+LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
+HEAD_RATE_FACTOR = 10  # the submodels' rate in the first trial is this multiple of the encoder's …
+HEAD_RATE = 1e-3  # … but at most this
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     """
     with seeded(recipe.seed):
         model = recipe.make_model()
-        recipe = recipe.resolved(model)
+        recipe = resolve_promise(recipe, model)
         data: Any = recipe.make_data()
     if measured:
         recipe.make_data(batch_size=1)  # fails early if the factory takes no batch_size
@@ -76,12 +82,101 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     data.setup("fit")
     if measured:
         data.setup("test")
-        fingerprint_data(data.test_dataloader())  # fails early if it cannot be measured
+        data_digest(data.test_dataloader())  # fails early if it cannot be measured
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
-    examples = fingerprint_data(data.train_dataloader()) + fingerprint_data(data.val_dataloader())
-    identity = recipe.identity(digest([model.config(), fingerprint_encoder(model.encoder)]), examples, teacher)
-    first_trials = recipe.first_trials(model, data)
+    examples = data_digest(data.train_dataloader()) + data_digest(data.val_dataloader())
+    identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, teacher)
+    first_trials = _first_trials(recipe, model, data)
     recommended = first_trials[TRAINING.name][0]
     initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
     spaces, first_trials = complete_spaces(spaces, model.num_layers, first_trials, bounded)
     return Surveyed(recipe, model, data, teacher, identity, spaces, first_trials, initial)
+
+
+def resolve_promise(given: Recipe, model: DACT) -> Recipe:
+    """Return the recipe with a promise that model and data can keep.
+
+    A promise that the user gave must be kept with its confidence. The default promise becomes an estimate if the data
+    cannot set enough examples aside, and is dropped if the model has a halting rule without its dial.
+
+    Args:
+        given: Recipe of the user.
+        model: A model of the factory.
+
+    Raises:
+        ValueError: If a promise that the user gave cannot be kept.
+    """
+    promise = given.promise
+    if promise is None:
+        return given
+    asked_for = promise != DEFAULT_PROMISE
+    try:
+        promise.check_model(model)
+    except ValueError:
+        if asked_for:
+            raise
+        note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
+        return replace(given, promise=None, note=note)
+    recipe, aside = _setting_aside(given)
+    needed = promise.examples_needed()
+    if promise.confidence is None or (aside and (needed is None or aside >= needed)):
+        return recipe
+    kind = type(given.data()).__name__
+    why = f"it takes {needed} examples that no study sees, and {kind} sets {aside} aside"
+    if asked_for:
+        raise ValueError(
+            f"TuningEngine: the promise cannot be kept: {why}. Give the data more validation examples or a "
+            "calibration_dataloader, promise less, or ask for an estimate (confidence: null)"
+        )
+    note = f"the margin will be set by an estimate, not by a promise: {why}"
+    estimate = replace(promise, confidence=None)
+    # A few examples that no study sees are still better than those that choose the checkpoint.
+    return replace(recipe if aside >= FEWEST_ASIDE else given, promise=estimate, note=note)
+
+
+def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
+    """Return the recipe with examples set aside, if the data can do so, and the number of these examples."""
+    recipe, data = given, given.data()
+    has_own = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", None)
+    if not has_own and hasattr(data, "calibration_fraction"):
+        recipe = replace(given, calibration_fraction=CALIBRATION_SHARE)
+        data = recipe.make_data()
+    if not hasattr(data, "calibration_dataloader"):
+        return given, 0
+    data.prepare_data()
+    try:
+        data.setup("validate")
+        loader = data.calibration_dataloader()
+    except ValueError:  # too few examples to divide
+        return given, 0
+    return recipe, 0 if loader is None else len(loader.dataset)
+
+
+def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
+    """Return the parameters of the first trials, by stage: recommended ones, and the factories' defaults."""
+    submodels = {
+        f"{prefix}_{name}": value
+        for prefix, config in (("classifier", model.classifier.config), ("confidence", model.confidence.config))
+        for name, value in asdict(config).items()
+    }
+    rate = model.learning_rate
+    defaults = {
+        "batch_size": getattr(data, "batch_size", None),
+        "learning_rate": rate,
+        "submodel_learning_rate": model.submodel_learning_rate or rate,
+        "num_epochs": recipe.epochs,
+        "exit_loss_weight": model.exit_loss_weight,
+        "detach_exits": model.detach_exits,
+        "weight_decay": model.weight_decay,
+        "warmup_fraction": model.warmup_fraction,
+        "num_layers": model.num_layers,
+    }
+    defaults = {name: value for name, value in defaults.items() if value is not None}
+    recommended = {
+        **defaults,
+        "submodel_learning_rate": model.submodel_learning_rate or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
+        "detach_exits": model.exit_loss_weight > 0,
+        "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
+    }
+    price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
+    return {"submodels": [submodels], "training": [recommended, defaults], "lambda_reg": price}

@@ -29,16 +29,16 @@ from dact.tuning.fitting import (
     seeded,
     without_collapse_warning,
 )
-from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.outcome import EXIT_HISTOGRAM, Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation
+from dact.tuning.retries import CAUSE, INTERRUPTED, OWNER, owner
 from dact.tuning.run import Run, Winners
 from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
-from dact.tuning.studies import CAUSE, EXIT_HISTOGRAM, INTERRUPTED, OWNER, TrialFailed, TrialInterrupted, owner
+from dact.tuning.trial_loop import TrialFailed, TrialInterrupted
 
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned
-REPEATS = 3  # fits per trial of the third study in frozen mode, where one takes seconds; they differ by their seed
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class Objective:
             return self.stage.read(self._train(trial, settings))
 
     def _train(self, trial: BaseTrial, settings: Mapping[str, Any]) -> dict[str, float]:
-        """Return the metrics of the best epoch; in the third study, early exit has the margin of the promise."""
+        """Return the metrics of the best epoch, or of early exit if the stage is about it."""
         recipe = self.prepared.recipe
         trial.set_user_attr(PLANNED_EPOCHS, settings.get("num_epochs", recipe.epochs))
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
             counted: Any = EveryValidation(trial)
             callbacks.append(PyTorchLightningPruningCallback(counted, monitor=MONITOR))
-        repeats = REPEATS if recipe.encoder_training == "frozen" and not self.stage.prunes else 1
+        repeats = self.stage.repeats if recipe.encoder_training == "frozen" else 1
         outcomes = []
         with _logged(self, trial) as (logger, metrics):
             for repeat in range(repeats):
@@ -95,7 +95,7 @@ class Objective:
                         self.prepared, settings, seed, history, callbacks, logger if not repeat else False
                     )
                 metrics |= {} if repeat else history.best
-                if not self.stage.prunes:
+                if self.stage.early_exit:
                     outcomes.append(self._outcome(history, model))
             if outcomes:
                 mean = mean_outcome(outcomes)

@@ -25,9 +25,11 @@ from dact import signals
 from dact.checks import check_count
 from dact.files import remove_partial
 from dact.tuning import tensorboard
+from dact.tuning.retries import MAX_DEATHS, sweep
 from dact.tuning.storage import RunStopped, environment_error, open_storage, root_cause
-from dact.tuning.studies import MAX_DEATHS, POLL, finished, run_trials, sweep
+from dact.tuning.studies import finished
 from dact.tuning.trial import Objective
+from dact.tuning.trial_loop import POLL, run_trials
 
 PATIENCE = 8.0  # seconds that a stopped worker has to end its trial
 

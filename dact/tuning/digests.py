@@ -1,4 +1,8 @@
-"""Digests of the inputs of a run: data, encoders and teachers."""
+"""Digests of the inputs of a run: data, encoders and teachers.
+
+An *identity* is plain data that must be equal for trials or fits to be comparable. An *origin* is the digest of all
+inputs of a result, which is stored with it: a result of another origin is made again.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +25,7 @@ def digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def fingerprint_data(loader: DataLoader[Any]) -> str:
+def data_digest(loader: DataLoader[Any]) -> str:
     """Return a digest of the token ids and labels of all examples.
 
     Raises:
@@ -49,7 +53,7 @@ def _plain(value: Any) -> Any:
     return value.tolist()
 
 
-def fingerprint_pretrained(pretrained: str) -> str:
+def pretrained_digest(pretrained: str) -> str:
     """Return a digest of the files of a local model folder, or of the name of a model on the Hub."""
     folder = Path(resolve_pretrained(pretrained))
     found = hashlib.sha256(pretrained.encode())
@@ -60,12 +64,12 @@ def fingerprint_pretrained(pretrained: str) -> str:
     return found.hexdigest()
 
 
-def fingerprint_tensor(tensor: Tensor | None) -> str:
+def tensor_digest(tensor: Tensor | None) -> str:
     """Return a digest of a tensor's values, or an empty string for None."""
     return "" if tensor is None else hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
 
 
-def fingerprint_encoder(encoder: LayeredEncoder) -> str:
+def encoder_digest(encoder: LayeredEncoder) -> str:
     """Return a digest of an encoder's configuration and weights."""
     found = hashlib.sha256(json.dumps(encoder.config(), sort_keys=True, default=str).encode())
     for name, tensor in encoder.state_dict().items():

@@ -1,4 +1,4 @@
-"""A fit of the whole model that keeps its checkpoints: of a candidate, of the final model, or of the defaults."""
+"""A fit that keeps its checkpoints: of a candidate, of the final model, or of the defaults."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from typing import Any
 
 from dact.files import read_json, write_json
 from dact.model import DACT
-from dact.tuning.fingerprints import digest
+from dact.tuning.digests import digest
 from dact.tuning.fitting import MONITOR, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
 FRESH_SEED = 1000  # added to the seed of the run: far from the seeds of the studies
-MADE_OF = "made_of.json"  # inputs of a fit; a fit with other inputs replaces it
 
 
 @dataclass(frozen=True)
-class WholeFit:
+class CheckpointedFit:
     """A fit with checkpoints in a folder of its own, which resumes after a kill.
+
+    Its ``made_of.json`` says what it was made of; only this class reads and writes that file.
 
     Args:
         prepared: Shared inputs of the run's fits.
@@ -40,12 +41,12 @@ class WholeFit:
         return self.settings is not None and self.prepared.recipe.final_training == "frozen"
 
     @property
-    def origin(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
         """The inputs of the fit, as plain data."""
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
-        setting = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        return {"settings": self.settings, "setting": digest(setting), "keep_frozen": self.keep_frozen}
+        shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
+        return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen}
 
     @property
     def seed(self) -> int:
@@ -70,11 +71,21 @@ class WholeFit:
     @property
     def is_done(self) -> bool:
         """Whether an earlier call has finished it."""
-        return (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self._made_of() == self.origin
+        return (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self.is_begun
 
-    def _made_of(self) -> Any:
-        path = self.folder / MADE_OF
-        return read_json(path).get("fit") if path.is_file() else None
+    @property
+    def is_begun(self) -> bool:
+        """Whether the folder belongs to a fit of these inputs, finished or not."""
+        return self.made_of().get("fit") == self.identity
+
+    def made_of(self) -> dict[str, Any]:
+        """Return the content of ``made_of.json``, which `record` wrote; empty if there is none."""
+        path = self.folder / "made_of.json"
+        return read_json(path) if path.is_file() else {}
+
+    def record(self, **measurement: Any) -> None:
+        """Write ``made_of.json``: the identity of the fit and, by name, the inputs of the fit's measurement."""
+        write_json(self.folder / "made_of.json", {"fit": self.identity, **measurement})
 
     def __call__(self, what: str, progress: Progress) -> None:
         """Fit and keep the best epoch; resume from the last epoch of an earlier call.
@@ -90,16 +101,16 @@ class WholeFit:
         if self.is_done:
             last.unlink(missing_ok=True)  # a kill may have come just before
             return
-        if self._made_of() != self.origin or (self.folder / "history.json").is_file():
+        if not self.is_begun or (self.folder / "history.json").is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
-            write_json(self.folder / MADE_OF, {"fit": self.origin})
+            self.record()
         recipe, chosen = self.prepared.recipe, dict(self.settings or {})
         epochs = chosen.pop("num_epochs", recipe.epochs)
         with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
             if self.settings is None:
                 model, data = recipe.model(), recipe.make_data()
             else:
-                model, data = self.prepared.build(chosen, whole=not self.keep_frozen)
+                model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
             history = resumable_fit(
                 recipe.trainer,
                 model,

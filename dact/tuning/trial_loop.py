@@ -1,0 +1,107 @@
+"""The loop that runs the trials of a study.
+
+Any number of processes, on this host or others, may run the trials of one study. They share it by Optuna's own means:
+the storage, its heartbeats, and a count of the trials before each new one.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.study import Study
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from dact import signals
+from dact.tuning.deadline import Deadline
+from dact.tuning.retries import is_counted, sweep, was_ended_by_others
+
+HOPELESS = 5  # number of failed trials, with no other outcome, after which a study ends
+POLL = 0.5  # seconds between two checks of what other processes do
+QUIET = 3  # checks in a row without a running trial after which a process leaves a study past its deadline
+
+
+class TrialFailed(RuntimeError):
+    """A trial has no value, for the cause in the message; the study continues."""
+
+
+class TrialInterrupted(Exception):
+    """A trial was stopped from outside; its parameters are tried again later."""
+
+
+def run_trials(
+    study: Study,
+    objective: Callable[[Trial], Any],
+    n_trials: int,
+    lock: Callable[[], AbstractContextManager[Any]],
+    *,
+    deadline: Deadline | None = None,
+    idle: Callable[[], None] = lambda: None,
+    callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
+    orphaned: Callable[[FrozenTrial], None] = lambda trial: None,
+) -> None:
+    """Run trials until the study has `n_trials` of them, possibly next to other processes that do the same.
+
+    Before each trial a process counts those that have ended or are running, so that the total exceeds `n_trials` by at
+    most the number of processes minus one. A process returns only when no trial is running any more, even after a
+    deadline, so that all processes see the same winner.
+
+    Args:
+        study: The study, with its sampler and pruner.
+        objective: Objective. It raises `TrialFailed` if a trial has no value, and `TrialInterrupted` if its parameters
+            should be tried again; any other exception, except that of a pruned trial, ends the run.
+        n_trials: Total number of trials; see `finished`.
+        lock: The lock of the run.
+        deadline: Deadline after which no trial starts.
+        idle: Function that is called while other processes run the last trials.
+        callbacks: Optuna callbacks, called after each trial of this process.
+        orphaned: Function that is called with each trial whose process is gone.
+    """
+    deadline = deadline or Deadline()
+
+    def sweep_now() -> None:
+        for orphan in sweep(study, lock):
+            orphaned(orphan)
+
+    quiet = 0  # checks in a row at which nothing was running
+    sweep_now()
+    while True:
+        signals.check()
+        # One query: a trial that ends between two would be missing from both.
+        trials = study.get_trials(deepcopy=False)
+        done = [trial for trial in trials if is_counted(trial)]
+        running = sum(trial.state == TrialState.RUNNING for trial in trials)
+        quiet = 0 if running else quiet + 1
+        hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
+        late = deadline.left == 0
+        if (len(done) >= n_trials and not running) or hopeless or (late and quiet >= QUIET):
+            return
+        if late or len(done) + running >= n_trials:
+            if running:
+                sweep_now()
+            idle()
+            time.sleep(POLL if running else POLL / QUIET)
+            continue
+        started: list[int] = []
+
+        def tracked(trial: Trial, started: list[int] = started) -> Any:
+            started.append(trial.number)
+            return objective(trial)
+
+        try:
+            study.optimize(
+                tracked,
+                n_trials=1,
+                catch=(TrialFailed, TrialInterrupted),
+                callbacks=list(callbacks),
+                gc_after_trial=True,  # a Trainer and its model refer to each other
+            )
+        except (UpdateFinishedTrialError, ValueError):
+            if not (started and was_ended_by_others(study, started[0])):
+                raise  # from a sampler or a callback
+            continue  # another process took this one for dead; Optuna refuses to finish a trial twice
+        if study._stop_flag:  # a callback called Optuna's study.stop()
+            return
