@@ -62,7 +62,7 @@ DATA_SETS = {  # configuration and overrides
     **{name: ["quickstart.yaml", "--data.corpora", f"[{name}]", "--data.num_train", "null"] for name in CORPORA},
     "reviews": ["reviews.yaml"],
     "vader": ["vader.yaml", "--trainer.precision", "bf16-mixed"],
-    "tiny": ["reviews.yaml", *["--data.num_train", "1000", "--tuner.n_trials", "2", "--tuner.warm_up_epochs", "1"]],
+    "tiny": ["reviews.yaml", *["--data.num_train", "400", "--tuner.n_trials", "2", "--tuner.warm_up_epochs", "1"]],
 }
 MEASURED_BATCH = 1024  # texts that early exit gets at a time
 ROUNDS = 3  # in which the models take turns on the clock
@@ -126,7 +126,7 @@ class Setting:
         checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
         data = self.data(config["data"], teacher)
         with without_collapse_warning():
-            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep={"best": "val_loss"})
+            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best="best")
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
         return model.cpu().eval()
 

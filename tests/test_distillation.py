@@ -240,6 +240,40 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))
 
 
+EPOCHS = []
+
+
+class Record(pl.Callback):
+    def on_validation_end(self, trainer, pl_module):
+        weights = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
+        EPOCHS.append((float(trainer.callback_metrics["val_loss"]), weights))
+
+
+def test_the_baseline_is_its_last_epoch_and_its_teacher_the_one_of_the_lowest_loss(tmp_path):
+    EPOCHS.clear()
+    engine = TuningEngine(
+        model=lambda **overrides: DACT(encoder=TransformerEncoder(42, 2, 32, 2), learning_rate=1e-2, **overrides),
+        data=partial(CompositionalSentiment, num_train=64, num_val=100, num_test=10, max_depth=3),
+        trainer={"max_epochs": 12, "accelerator": "cpu", "callbacks": [Record()]},
+        log_dir=tmp_path,
+    )
+    engine.progress.console.quiet = True
+    prepared = engine._prepare(engine._begin("run"), engine._survey())
+    last, (_, lowest) = EPOCHS[-1][1], min(EPOCHS, key=lambda epoch: epoch[0])
+    assert last is not lowest, "on so few examples the loss rises again"
+    baseline, encoder = prepared.baseline.load(prepared.recipe.make_model()).state_dict(), prepared.baseline.encoder()
+    assert all(torch.equal(baseline[name], weight) for name, weight in last.items())
+    assert all(torch.equal(weight, lowest[f"encoder.{name}"]) for name, weight in encoder.items())
+    teacher = prepared.recipe.make_model().at_full_depth()
+    teacher.load_state_dict(lowest)
+    data = prepared.recipe.make_data()
+    data.setup("fit")
+    batch = next(iter(data.train_dataloader()))
+    with torch.no_grad():
+        expected = teacher.eval()(batch).probabilities
+    torch.testing.assert_close(prepared.baseline.probabilities()[batch["row"]], expected)
+
+
 def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_is_named():
     teacher = tiny_model(class_names=["a", "b", "c"])
     teacher.encoder.max_length = 4

@@ -1,7 +1,8 @@
 """The baseline of a run: the encoder, fine-tuned once at full depth. Every fit learns from it and starts from it.
 
-Two epochs of that fit are kept. The most accurate one is what results are compared with. The one of the lowest loss is
-the teacher and the starting point: later epochs know the training examples by heart, and so teach little about them.
+Two epochs of that fit are kept. The last one, where the learning rate has fallen to 0, is what results are compared
+with. It is the most accurate one or close to it, and owes nothing to a choice on the validation examples. The epoch of
+the lowest loss is the teacher and the starting point: later ones know the training examples by heart, and teach less.
 """
 
 from __future__ import annotations
@@ -87,7 +88,7 @@ class Baseline:
 def fit_baseline(
     recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> Baseline:
-    """Fine-tune a model at full depth and keep its best epochs and their answers, or return what an earlier call made.
+    """Fine-tune a model at full depth and keeps and their answers, or return what an earlier call made.
 
     Args:
         recipe: Recipe of the run.
@@ -115,18 +116,17 @@ def fit_baseline(
             epochs=epochs,
             callbacks=[bar],
             log=folder,
-            keep={"best": "val_accuracy", "teacher": "val_loss"},
+            keep_best="teacher",
         )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
-    best = max(history.epochs, key=lambda epoch: epoch["val_accuracy"])
-    tensorboard.log_fit(folder, parameters, best, folder.name)
+    tensorboard.log_fit(folder, parameters, history.epochs[-1], folder.name)
     model.class_names = model.class_names or getattr(data, "class_names", None)
     answers: dict[str, Tensor] = {}
     with progress.stage("answers of the baseline"), recipe.precision():
         model.load_state_dict(read_checkpoint(checkpoints / "teacher.ckpt")["state_dict"])
         write_tensors(baseline.teacher, _of_encoder(model.state_dict()))
         answers |= _probabilities(model.eval().to(recipe.device), data)
-        model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
+        model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
         answers |= _classes(model, data)
     with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial)
@@ -137,7 +137,7 @@ def fit_baseline(
 
 
 def _epochs(recipe: Recipe, data: Any) -> int:
-    """Return the number of epochs of the baseline: on little data up to twice the usual, of which the best is kept."""
+    """Return the number of epochs of the baseline: on little data up to twice the usual."""
     steps = max(1, len(data.train_dataloader()))
     return min(max(recipe.epochs, -(-MIN_STEPS // steps)), 2 * recipe.epochs)
 

@@ -120,7 +120,7 @@ class CheckpointedFit:
                 epochs=epochs,
                 callbacks=[bar],
                 log=self.folder,
-                keep={"best": MONITOR},
+                keep_best="best",
             )
         write_json(self.folder / "history.json", history.epochs)
         last.unlink()

@@ -45,9 +45,9 @@ from dact.tuning.workers import StudyJob, check_workers, run_study
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
-    A run begins with the *baseline*: the encoder, fine-tuned at full depth. It is the teacher and the starting point of
-    every trial, and the reference of every comparison. Three studies follow. Each begins with recommended settings and
-    with the defaults of the factories:
+    A run begins with the *baseline*: the encoder, fine-tuned at full depth. Its last epoch is the reference of every
+    comparison, and its epoch of the lowest loss is the teacher and the starting point of every trial. Three studies
+    follow. Each begins with recommended settings and with the defaults of the factories:
 
     1. ``submodels``: the architectures of classifier and confidence.
     2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, and how many layers are kept.

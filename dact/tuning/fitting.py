@@ -10,8 +10,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
@@ -34,8 +33,7 @@ from dact.functional import accumulate
 from dact.model import DACT
 from dact.signals import StopOnSignal
 
-MONITOR: Literal["val_loss"] = "val_loss"
-NOTHING: Mapping[str, Any] = MappingProxyType({})
+MONITOR = "val_loss"
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
@@ -183,7 +181,7 @@ def resumable_fit(
     epochs: int,
     callbacks: Sequence[Callback] = (),
     log: Path | None = None,
-    keep: Mapping[str, Literal["val_loss", "val_accuracy"]] = NOTHING,
+    keep_best: str | None = None,
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
@@ -191,12 +189,12 @@ def resumable_fit(
         arguments: Arguments of the Trainer.
         model: Model that only this fit uses.
         data: Datamodule that only this fit uses.
-        checkpoints: Folder of ``last.ckpt`` and the checkpoints that `keep` names.
+        checkpoints: Folder of ``last.ckpt`` and the checkpoint that `keep_best` names.
         what: Name of the fit in errors.
         epochs: Number of epochs.
         callbacks: Further callbacks.
         log: Folder of a TensorBoard log, or None.
-        keep: Names of further checkpoints, without ``.ckpt``, each with the metric whose best epoch it has.
+        keep_best: Name of a checkpoint, without ``.ckpt``, of the epoch with the lowest val_loss; None for no such one.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
@@ -206,14 +204,9 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written. The best has no
     # optimizer: a fit resumes from the last epoch.
     kept = [ModelCheckpoint(checkpoints, "last", enable_version_counter=False)]
-    for name, metric in keep.items():
+    if keep_best is not None:
         best = ModelCheckpoint(
-            checkpoints,
-            name,
-            monitor=metric,
-            mode="min" if metric == MONITOR else "max",
-            save_weights_only=True,
-            enable_version_counter=False,
+            checkpoints, keep_best, monitor=MONITOR, save_weights_only=True, enable_version_counter=False
         )
         kept.insert(0, best)
     history, last = History(), checkpoints / "last.ckpt"
