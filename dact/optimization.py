@@ -48,9 +48,9 @@ def schedule(
         total: Number of optimizer steps; ``inf`` for an endless fit, in which the rates are constant.
     """
     groups = parameter_groups(rates, weight_decay)
-    # One kernel for all tensors. On a CPU it is not the default, and several times as fast.
+    # One kernel for all tensors. On a CPU it is not the default, and several times as fast. Other devices may lack it.
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
-    optimizer = torch.optim.AdamW(groups, fused=fused)
+    optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused)
     # Lightning clips no gradients that an optimizer unscales by itself; without this flag, Lightning unscales them.
     optimizer._step_supports_amp_scaling = False
     if total == float("inf"):

@@ -88,7 +88,7 @@ class Baseline:
 def fit_baseline(
     recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> Baseline:
-    """Fine-tune a model at full depth and keeps and their answers, or return what an earlier call made.
+    """Fine-tune a model at full depth, keep two epochs and their answers, or return what an earlier call made.
 
     Args:
         recipe: Recipe of the run.

@@ -70,7 +70,7 @@ class Prepared:
         Args:
             settings: Arguments of both as plain values; see `Winners.settings`.
             seed: Seed for the order of states in frozen mode; that of the recipe if left out.
-            unfreeze: Whether the encoder is trained even in frozen mode, starting from the baseline's weights.
+            unfreeze: Whether the encoder is trained even in frozen mode, starting from the teacher's weights.
         """
         chosen = dict(settings)
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
@@ -164,7 +164,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
 
 
 def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
-    """Return the file with the probabilities of the teacher: the baseline, or a teacher that the data names."""
+    """Return the file with the probabilities of the teacher: that of the baseline, or one that the data names."""
     data: Any = surveyed.data
     asked_for = surveyed.recipe.distillation
     if asked_for == 0:

@@ -93,8 +93,10 @@ def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
     Returns:
         The study to continue, and the number of trials that are ignored from now on.
     """
-    if study.user_attrs.get(ORIGIN, origin) == origin:
+    stored = study.user_attrs.get(ORIGIN)
+    if stored is None:
         study.set_user_attr(ORIGIN, origin)
+    if stored in (None, origin):
         return study, 0
     trials = study.get_trials(deepcopy=False)
     storage, name, pruner = study._storage, study.study_name, study.pruner
