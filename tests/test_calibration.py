@@ -349,45 +349,20 @@ def test_a_promise_can_be_made_against_a_baseline():
 @pytest.mark.slow
 def test_a_baseline_promise_is_kept_as_often_as_it_says():
     generator = torch.Generator().manual_seed(6)
-    population = synthetic(50_000, generator)
+    population = synthetic(20_000, generator)
     other = answers_for(population.target, generator, quality=4.2).a[:, -1].argmax(1)
     promise = Promise(max_accuracy_loss=0.04, confidence=0.9)
     broken, given = 0, 0
-    for _ in range(200):
-        rows = torch.randint(50_000, (1000,), generator=generator)
+    for _ in range(100):
+        rows = torch.randint(20_000, (1000,), generator=generator)
         try:
             found = choose_setting(population.take(rows), promise, baseline=other[rows])
         except ValueError:
             continue  # none can be given
         given += 1
         broken += truth(population, found.exit_rule, other).accuracy_loss > 0.04
-    assert broken <= 33, "a tenth of 200, and three standard deviations"
-    assert given > 50
-
-
-@pytest.mark.slow
-def test_promises_hold_after_choices_on_other_examples():
-    """Choose among 12 models and their λ on some examples, promise on others, and ask the whole population."""
-    generator = torch.Generator().manual_seed(0)
-    target = torch.randint(3, (40_000,), generator=generator)
-    models = [answers_for(target, generator, quality=3.5 + 0.05 * number) for number in range(12)]
-    promise, broken, moved = Promise(max_accuracy_loss=0.02), 0, 0
-    for _ in range(1000):
-        rows = torch.randperm(len(target), generator=generator)[:1000]
-        choosing, own = rows[:400], rows[400:]
-        tried = [choose_setting(one.take(choosing), Promise(max_accuracy_loss=0.02, confidence=None)) for one in models]
-        # The fewest layers among the models that are at most a point below the most accurate one.
-        best = max(found.accuracy for found in tried)
-        number = min(
-            (number for number in range(12) if tried[number].accuracy >= best - 0.01),
-            key=lambda number: tried[number].mean_exit_layer,
-        )
-        model = models[number]
-        found = choose_setting(model.take(own), promise)
-        moved += found.halting_margin < 1
-        broken += truth(model, found.exit_rule).accuracy_loss > 0.02
-    assert broken <= 65, "at least 93.5 % are kept"
-    assert moved > 900
+    assert broken <= 19, "a tenth of 100, and three standard deviations"
+    assert given > 25
 
 
 def test_operating_points_are_what_each_setting_gives():

@@ -178,7 +178,7 @@ def test_real_text_on_the_packaged_encoder(tmp_path):
     dact("predict", "--config", VADER, *small, *limits, *checkpoint, "--output", "out.csv", cwd=tmp_path)
     frame = pd.read_csv(tmp_path / "out.csv")
     assert len(frame) == frame["label"].notna().sum() == 525
-    trials = ["--tuner.n_trials", "2", "--tuner.warm_up_epochs", "1", "--run_tag", "real"]
+    trials = ["--tuner.n_trials", "1", "--tuner.warm_up_epochs", "1", "--run_tag", "real"]
     trials += ["--tuner.compare_defaults", "false"]
     done = dact("tune", "--config", QUICKSTART, *small, *limits, *trials, cwd=tmp_path)
     assert "points against the baseline of 6 layers" in done.stdout
@@ -188,13 +188,13 @@ def test_real_text_on_the_packaged_encoder(tmp_path):
 @pytest.mark.slow
 def test_tuning_has_a_quiet_console(tmp_path):
     small = ["--data.num_train", "400", "--data.num_val", "60", "--data.num_test", "60", "--trainer.accelerator", "cpu"]
-    small += ["--tuner.n_trials", "3", "--tuner.warm_up_epochs", "1", "--run_tag", "quick"]
+    small += ["--tuner.n_trials", "1", "--tuner.warm_up_epochs", "1", "--run_tag", "quick", "--trainer.max_epochs", "1"]
     done = dact("tune", "--config", GENERATED, *small, cwd=tmp_path)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
     text = "\n".join(lines)
     for noise in ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "experimental", "[I ", "[W "):
         assert noise not in text, text
-    for words in ("study submodels: 3 of 3 trials", "study training", "study lambda_reg", "macro F1", "texts/s"):
+    for words in ("study submodels: 1 of 1 trials", "study training", "study lambda_reg", "macro F1", "texts/s"):
         assert words in text
     assert "tensorboard --logdir lightning_logs/quick" in text
     (tmp_path / "bad.yaml").write_text(GENERATED.read_text().replace("n_trials: 12", "n_trials: 0"))

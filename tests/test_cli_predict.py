@@ -251,16 +251,16 @@ def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_
     assert both["label"].fillna("").tolist() == alone["label"].fillna("").tolist()
     assert both["exit_layer"].tolist() == pytest.approx(alone["exit_layer"].tolist(), nan_ok=True)
     (folder / "odd.csv").write_text("text,label\n" + "".join(REVIEWS.splitlines(True)[:27]))
-    for words in (["test", *model, "--data.test_file", "odd.csv"], ["validate", *model, "--data.val_file", "odd.csv"]):
-        one = dact(*words, cwd=folder)
-        done = dact(*words, *TWO, cwd=folder)
-        assert "DistributedSampler" not in done.stdout + done.stderr
-        alone, both = (
-            {name: float(value) for name, value in re.findall(r"(\w+_\w+\S*) +│ +([\d.]+)", table)}
-            for table in (one.stdout, done.stdout)
-        )
-        assert len(alone) > 8
-        assert both == pytest.approx(alone, rel=1e-5)
+    words = ["test", *model, "--data.test_file", "odd.csv"]
+    one = dact(*words, cwd=folder)
+    done = dact(*words, *TWO, cwd=folder)
+    assert "DistributedSampler" not in done.stdout + done.stderr
+    alone, both = (
+        {name: float(value) for name, value in re.findall(r"(\w+_\w+\S*) +│ +([\d.]+)", table)}
+        for table in (one.stdout, done.stdout)
+    )
+    assert len(alone) > 8
+    assert both == pytest.approx(alone, rel=1e-5)
 
 
 @pytest.mark.slow

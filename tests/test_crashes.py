@@ -30,7 +30,7 @@ KILLS = 30
 
 CONFIG = """
 seed_everything: 0
-trainer: {max_epochs: 2, accelerator: cpu}
+trainer: {max_epochs: 1, accelerator: cpu}
 model:
   encoder:
     class_path: dact.encoders.TransformerEncoder
@@ -46,7 +46,7 @@ tuner:
   n_trials: 3
   search_space:
     batch_size: {choices: [32, 64]}
-    num_epochs: {choices: [2, 3]}
+    num_epochs: {choices: [1, 2]}
 """
 
 
@@ -117,7 +117,7 @@ def check_whole(folder, totals, tag="run", storage=None, extra=0):
     for name in ("classifier_config", "confidence_config", "external_config", "lambda_reg"):
         assert yaml.safe_load((run / f"{name}.yaml").read_text())
     metrics = read_json(run / "final" / "metrics.json")
-    epochs = read_json(run / "final" / "made_of.json")["fit"]["settings"].get("num_epochs", 2)
+    epochs = read_json(run / "final" / "made_of.json")["fit"]["settings"].get("num_epochs", 1)
     assert [record["epoch"] for record in metrics["history"]] == list(range(epochs))
     DACT.load_from_checkpoint(run / "final" / "checkpoints" / "best.ckpt")
     assert not (run / "final" / "checkpoints" / "last.ckpt").exists(), "of use only to a fit that is not done"

@@ -19,7 +19,7 @@ from tests.conftest import tiny_model
 
 pytest.importorskip("ray")
 
-FILES, ROWS = 30, 50
+FILES, ROWS = 16, 50
 # The second lets all of its servers listen on 127.0.0.1 alone, as on a Mac.
 ALONE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # A cluster of this machine alone, in which a file takes a worker a second; then the script as a person starts it.
