@@ -42,7 +42,7 @@ STAND_INS = {
 INSTALLS = ("pip ", "python3 -m venv", ". activate")  # which .ci/run does
 TESTED_ELSEWHERE = ("python examples/ray_predict.py",)  # in test_ray.py, on a cluster
 SERVERS = ("dact serve", "tensorboard", "optuna-dashboard")
-QUICK = "--trainer.max_epochs 1 --trainer.accelerator cpu"
+QUICK = "--trainer.max_epochs 1 --trainer.limit_train_batches 8 --trainer.accelerator cpu"
 QUICK_TUNE = f"{QUICK} --tuner.n_trials 1 --tuner.compare_defaults false"
 
 
