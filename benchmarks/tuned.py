@@ -57,13 +57,13 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "tuned"
 SENTENCES = ROOT / "tests" / "data" / "sentences.tsv"
 CORPORA = ("tweets", "film", "product", "newspaper")
+TINY = ["--trainer.max_epochs", "1", "--tuner.n_trials", "1", "--tuner.warm_up_epochs", "1"]
 DATA_SETS = {  # configuration and overrides
     "vader2000": ["quickstart.yaml"],
     **{name: ["quickstart.yaml", "--data.corpora", f"[{name}]", "--data.num_train", "null"] for name in CORPORA},
     "reviews": ["reviews.yaml"],
     "vader": ["vader.yaml", "--trainer.precision", "bf16-mixed"],
-    "tiny": ["reviews.yaml", *"--data.num_train 400 --data.num_val 640 --data.num_test 200 --trainer.max_epochs 1".split()]
-    + "--tuner.n_trials 1 --tuner.warm_up_epochs 1".split(),
+    "tiny": ["reviews.yaml", *["--data.num_train", "400", "--data.num_val", "640", "--data.num_test", "200"], *TINY],
 }
 MEASURED_BATCH = 1024  # texts that early exit gets at a time
 ROUNDS = 3  # in which the models take turns on the clock

@@ -1,6 +1,7 @@
 """The dial: its bounds, what it promises, and where it is stored."""
 
 import json
+from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dact.bounds import binomial_upper_bound, difference_p_value, difference_upp
 from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
+from dact.tuning.outcome import outcome_of
 from dact.tuning.survey import resolve_promise
 from tests import references
 from tests.conftest import random_batch, tiny_model
@@ -363,6 +365,18 @@ def test_a_baseline_promise_is_kept_as_often_as_it_says():
         broken += truth(population, found.exit_rule, other).accuracy_loss > 0.04
     assert broken <= 19, "a tenth of 100, and three standard deviations"
     assert given > 25
+
+
+@pytest.mark.parametrize(("examples", "confidence"), [(1000, 0.95), (200, None)])
+def test_candidates_are_measured_at_the_margin_that_the_final_model_would_get(examples, confidence):
+    """By the promise itself, and by an estimate only where the examples are too few for its confidence."""
+    answers, model = synthetic(examples, torch.Generator().manual_seed(3)), tiny_model(layers=5)
+    promise = Promise(max_accuracy_loss=0.01)
+    expected = choose_setting(answers, replace(promise, confidence=confidence)).exit_rule
+    assert 0 < expected.margin < 1
+    found = outcome_of(answers, model, promise, None)
+    assert torch.equal(found.exits, answers.exit_layers(expected).float())
+    assert torch.equal(outcome_of(answers, model, None, None).exits, answers.exit_layers(model.exit_rule).float())
 
 
 def test_operating_points_are_what_each_setting_gives():

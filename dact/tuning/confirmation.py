@@ -21,7 +21,7 @@ from dact.tuning import tensorboard
 from dact.tuning.checkpointed_fit import FRESH_SEED, CheckpointedFit
 from dact.tuning.digests import digest
 from dact.tuning.fitting import History, NonFiniteLoss, seeded, without_collapse_warning
-from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.outcome import MEASURE, Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.run import Run
@@ -189,7 +189,7 @@ def _on_states(run: Run, prepared: Prepared, progress: Progress, candidate: Cand
     recipe = prepared.recipe
     seeds = [recipe.seed + FRESH_SEED + number for number in range(SEEDS)]
     folder = candidate.folder(run)
-    origin = digest([candidate.settings, prepared.identity, seeds])
+    origin = digest([candidate.settings, prepared.identity, seeds, MEASURE])
     record = folder / "outcome.json"
     if record.is_file() and read_json(record)["origin"] == origin:
         return None if read_json(record)["broken"] else Outcome.read(folder)

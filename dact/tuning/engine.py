@@ -26,7 +26,7 @@ from dact.tuning.confirmation import Candidate, confirm
 from dact.tuning.deadline import Deadline
 from dact.tuning.digests import digest
 from dact.tuning.final import FinalFit
-from dact.tuning.outcome import Outcome
+from dact.tuning.outcome import MEASURE, Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.prepared import Prepared, prepare
 from dact.tuning.progress import Progress
@@ -317,11 +317,13 @@ class TuningEngine:
         """Run the remaining trials of a study, save its winner, and return the winners so far."""
         before = self._winners.before(stage)
         with run.locked():
-            study, outdated = studies.archive_if_outdated(study, digest(before.settings()))
+            origin = digest([before.settings(), MEASURE] if stage.early_exit else before.settings())
+            study, outdated = studies.archive_if_outdated(study, origin)
             if outdated:
                 run.set_aside(stage)
         if outdated:
-            self.progress.note(f"study {stage.name}: {outdated} trials ran under other winners and are ignored")
+            why = "ran under other winners, or were measured otherwise, and are ignored"
+            self.progress.note(f"study {stage.name}: {outdated} trials {why}")
         n_trials = self.n_trials[stage.name]
         if len(studies.finished(study)) < n_trials:
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
 from dact.model import DACT
 
 FILE = "validation.safetensors"
+MEASURE = 2  # version of `outcome_of`: outcomes of an earlier one do not compare
 EXIT_HISTOGRAM = "exit_histogram"  # user attribute of a trial: number of examples that left after each layer
 
 
@@ -71,7 +73,8 @@ def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, righ
     Args:
         answers: Answers of all layers to the examples.
         model: The model, for its halting rule and class weights.
-        promise: Promise that sets the dial, by estimate; None for the model's own rule.
+        promise: Promise that sets the dial, as in the final model; by estimate if these are too few examples for its
+            confidence. None for the model's own rule.
         right: Whether the baseline classifies each example correctly, bool ``[examples]``; None if that is unknown.
     """
     target = answers.target
@@ -85,9 +88,7 @@ def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, righ
 
 
 def _rule(answers: LayerAnswers, model: DACT, promise: Promise | None) -> Halting:
-    if promise is None:
-        return model.exit_rule
-    try:
-        return choose_setting(answers, replace(promise, confidence=None), model.exit_rule).exit_rule
-    except ValueError:  # no setting keeps it: the model's own rule decides
-        return model.exit_rule
+    for tried in () if promise is None else (promise, replace(promise, confidence=None)):
+        with contextlib.suppress(ValueError):  # too few examples, or no setting keeps it
+            return choose_setting(answers, tried, model.exit_rule).exit_rule
+    return model.exit_rule

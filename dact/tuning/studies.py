@@ -17,7 +17,7 @@ from dact.tuning.stages import Stage
 from dact.tuning.storage import corrupted, describe_storage, is_unreachable, open_storage, root_cause
 
 IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
-ORIGIN = "under"  # user attribute of a study: digest of the winners of the studies before it
+ORIGIN = "under"  # user attribute of a study: see `archive_if_outdated`
 
 
 def open_study(
@@ -88,7 +88,7 @@ def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
 
     Args:
         study: The study.
-        origin: Digest of the winners of the studies before it.
+        origin: Digest of the winners of the studies before it, and of how its trials are measured.
 
     Returns:
         The study to continue, and the number of trials that are ignored from now on.
