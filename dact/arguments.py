@@ -6,7 +6,14 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
-from dact.checks import check_choice, check_count, check_one_per_class, check_range
+from dact.checks import (
+    check_choice,
+    check_class_names,
+    check_class_weights,
+    check_count,
+    check_one_per_class,
+    check_range,
+)
 from dact.encoders.base import LayeredEncoder
 from dact.functional import PonderKind
 
@@ -55,3 +62,5 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             check_count(f"DACT: {name}", given[name], hint="it counts tokens")
     for name in ("class_weights", "class_names"):
         check_one_per_class(f"DACT: {name}", given[name], classes)
+    check_class_weights("DACT: class_weights", given["class_weights"])
+    check_class_names("DACT: class_names", given["class_names"])

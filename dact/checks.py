@@ -69,6 +69,18 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
         raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
 
 
+def check_class_names(name: str, value: Sequence[str] | None) -> None:
+    """Raise a ``ValueError`` unless `value` is None or has distinct names."""
+    if value is not None and len(set(value)) < len(value):
+        raise ValueError(f"{name} must be distinct, got {', '.join(value)}")
+
+
+def check_class_weights(name: str, value: Sequence[float] | None) -> None:
+    """Raise a ``ValueError`` unless `value` is None or has finite weights of 0 or more, one of them above 0."""
+    if value is not None and not (all(math.isfinite(weight) and weight >= 0 for weight in value) and any(value)):
+        raise ValueError(f"{name} must be finite and 0 or more, one of them above 0, got {[*value]}")
+
+
 def check_one_per_class(name: str, value: Sequence[Any] | None, classes: int) -> None:
     """Raise a ``ValueError`` unless `value` is None or has one entry per class."""
     if value is not None and len(value) != classes:

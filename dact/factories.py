@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from dact.model import DACT
@@ -47,7 +47,15 @@ class DataFactory:
         arguments = {**(self.section.get("init_args") or {}), **overrides}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_subclass_arguments(LightningDataModule, "data")
-        config = parser.parse_object({"data": {"class_path": self.section["class_path"], "init_args": arguments}})
+        path = self.section["class_path"]
+        try:
+            config = parser.parse_object({"data": {"class_path": path, "init_args": arguments}})
+        except ArgumentError as error:
+            if not overrides:
+                raise
+            raise ValueError(
+                f"{path} must take {', '.join(overrides)}, which dact tune sets: add that argument"
+            ) from error
         data: LightningDataModule = parser.instantiate_classes(config).data
         return data
 

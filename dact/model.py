@@ -40,7 +40,7 @@ class DACT(MetricLogging):
 
     At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in float32. Half
     precision rounds y and h, which may change the class of one example in a few hundred. With several processes,
-    Lightning repeats some validation and test examples: evaluate on one device for exact numbers.
+    Lightning repeats some validation examples in a fit and, of data of your own, in a test: use one for exact numbers.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.

@@ -15,7 +15,8 @@ from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
 from dact.answers import exits_by_setting, operating_points
 from dact.bounds import binomial_upper_bound, difference_p_value, difference_upper_bound, mean_upper_bound
 from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
-from dact.data import CompositionalSentiment
+from dact.data import CompositionalSentiment, TextClassificationData
+from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.tuning.outcome import outcome_of
 from dact.tuning.survey import resolve_promise
@@ -478,6 +479,13 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
     with pytest.raises(
         ValueError, match="it takes 2 examples that no study sees, and LightningDataModule sets 0 aside"
     ):
+        resolve_promise(engine.recipe, small_model())
+    engine = TuningEngine(data=partial(SetAsideData, 3), promise=Promise(max_layers=2), log_dir=tmp_path)
+    assert resolve_promise(engine.recipe, small_model()) == engine.recipe, "batches in a list are counted as well"
+    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(90)))
+    own = partial(TextClassificationData, str(tmp_path / "train.csv"), tokenizer=word_tokenizer(["text"]))
+    engine = TuningEngine(2, data=partial(own, label_column="stars"), promise=Promise(min_agreement=0.9))
+    with pytest.raises(ValueError, match="has no column 'stars'"):
         resolve_promise(engine.recipe, small_model())
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2, dial="halting_tolerance"), halting_tolerance=0.1)

@@ -87,6 +87,9 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     status, text = dact_here(*words, "--trainer.max_epochs", "3", "--model.learning_rate", "0.1", cwd=tmp_path)
     assert status == 1
     assert "was started with another model.learning_rate (0.002 instead of 0.1)" in text
+    status, text = dact_here(*words, "--trainer.max_epochs", "3", "--monitor", "val_accuracy", cwd=tmp_path)
+    assert status == 1
+    assert "was started with another monitor ('val_loss' instead of 'val_accuracy')" in text
     status, text = dact_here(*words, "--trainer.max_epochs", "3", cwd=tmp_path)
     assert status == 0, text
     assert "resuming lightning_logs/first after epoch 2" in text
@@ -235,3 +238,10 @@ def test_an_unknown_hub_name_is_one_line_soon_without_a_network(own):
     assert "dact: error: no tokenizer at 'nobody/nothing'" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert time.monotonic() - started < 55, "the libraries' own retries take a minute"
+
+
+def test_texts_without_labels_are_refused_without_a_teacher(own, dact_here):
+    (own / "more.txt").write_text("screen 3 is fine\n")
+    status, text = dact_here("fit", "--config", "config.yaml", "--data.unlabelled_file", "more.txt", cwd=own)
+    assert status == 1
+    assert "texts without labels need a teacher: give data.teacher" in text

@@ -202,6 +202,35 @@ def test_test_without_yaml_measures_own_files(run_of_two_files):
     assert [path.name for path in (run_of_two_files / "lightning_logs").iterdir()] == ["first"]
 
 
+def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_of_two_files, tmp_path, dact_here):
+    """As `dact tune` makes it. A file of calibration examples is all that calibration needs, and chose no checkpoint."""
+    folder = tmp_path / "copy"
+    shutil.copytree(run_of_two_files, folder)
+    words = ["--config", "my.yaml", "--config", "fewer.yaml", "--model.num_layers", "2", "--run_tag", "cut"]
+    status, text = dact_here("fit", *words, cwd=folder)
+    assert status == 0, text
+    assert re.search("best epoch 1: .* of 2 layers", text)
+    model = ["--model", "lightning_logs/cut"]
+    words = ["calibrate", *model, "--data.calibration_file", "train.csv", "--max_accuracy_loss", "0.5"]
+    for confidence, kind in (("0.95", "keeps max_accuracy_loss=0.5"), ("null", "is an estimate")):
+        status, text = dact_here(*words, "--confidence", confidence, cwd=folder)
+        assert status == 0, text
+        assert kind in text
+        assert "of 2\n" in text
+        assert "chose the checkpoint" not in text
+    status, text = dact_here("test", *model, "--data.test_file", "train.csv", cwd=folder)
+    assert status == 0, text
+    assert re.search(r"^estimate of halting_margin .* on these 40 examples$", text, re.MULTILINE)
+    for command, option in (("validate", "val_file"), ("calibrate", "val_file"), ("test", "test_file")):
+        status, text = dact_here(command, *model, cwd=folder)
+        assert status == 1
+        assert f"given by --config, or --data.{option}" in text
+    TextClassifier.from_pretrained(folder / "lightning_logs/cut/model").model.save_pretrained(folder / "bare")
+    status, text = dact_here("predict", "--model", "bare", "--data.predict_file", "train.csv", cwd=folder)
+    assert status == 1
+    assert "no tokenizer is stored with bare: give --data.tokenizer" in text
+
+
 def test_where_predictions_go_is_checked_before_anything_else(run_of_two_files, dact_here):
     folder = run_of_two_files
     (folder / "folder.csv").mkdir(exist_ok=True)

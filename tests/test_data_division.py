@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 
+from dact.cli.runs import balanced_weights
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, vader
 from dact.data.examples import Examples, stratified_split, text_key
 from dact.data.tokenizers import word_tokenizer
@@ -180,6 +181,25 @@ def test_where_strings_are_learned_integers_are_no_labels(tmp_path):
         module.setup("test")
 
 
+def test_labels_that_count_from_elsewhere_say_how_to_name_the_classes(tmp_path):
+    with pytest.raises(ValueError, match=r"outside the classes: '-1'.* 0, 1. Give other classes by class_names"):
+        data(write(tmp_path, "train", WORDS, ["-1", "1"] * 30)).setup("fit")
+    named = data(write(tmp_path, "train", WORDS, ["-1", "1"] * 30), class_names=["-1", "1"])
+    named.setup("fit")
+    with pytest.raises(ValueError, match="class_names must be distinct, got bad, bad"):
+        data(class_names=["bad", "bad"])
+
+
+@pytest.mark.parametrize(("ending", "mark", "what"), [("csv", ",", "commas"), ("tsv", "\t", "tabs")])
+def test_rows_with_more_values_than_columns_are_refused(tmp_path, ending, mark, what):
+    path = tmp_path / f"train.{ending}"
+    path.write_text(f"text{mark}label\n" + f"good{mark} a nice film{mark}pos\nbad{mark} an awful film{mark}neg\n" * 20)
+    with pytest.raises(
+        ValueError, match=f"row 1 has 3 values, and the header has 2 columns: put texts that hold {what}"
+    ):
+        data(str(path)).setup("fit")
+
+
 # ------------------------------------------------------------------ texts without labels
 
 
@@ -197,6 +217,7 @@ def test_texts_without_labels_are_for_a_teacher_alone(tmp_path):
     assert set(labels[count:]) == {-100}
     assert not texts_of(module, "train") & texts_of(module, "val", "calibration")
     assert set(WORDS[40:]) | {"something"} <= set(texts[count:])
+    assert balanced_weights(module, 2) == [1.0, 1.0]
     module.teacher_probabilities = torch.rand(len(texts), 2)
     assert not module.needs_teacher
     seen = 0

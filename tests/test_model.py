@@ -474,6 +474,9 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
         ({"lambda_warmup": 1.5}, ValueError, "lambda_warmup.*got 1.5"),
         ({"class_weights": [1.0]}, ValueError, r"one entry per class \(3\), got 1"),
         ({"class_names": ["a"]}, ValueError, r"one entry per class \(3\), got 1"),
+        ({"class_names": ["a", "b", "a"]}, ValueError, "class_names must be distinct, got a, b, a"),
+        ({"class_weights": [1.0, -1.0, 1.0]}, ValueError, "class_weights must be finite and 0 or more"),
+        ({"class_weights": [0.0, 0.0, 0.0]}, ValueError, "one of them above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, kind, message):

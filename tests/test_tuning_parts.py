@@ -16,9 +16,11 @@ import psutil
 import pytest
 import torch
 from hypothesis import given, settings
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from optuna.trial import TrialState
 
+from dact.factories import DataFactory
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, retries, studies, tensorboard
 from dact.tuning.fitting import make_trainer
@@ -620,3 +622,14 @@ def test_stages_are_data():
     assert [stage.prunes for stage in STAGES] == [True, True, False]
     assert LAMBDA_REG.read({"val_task_loss": 0.5, "val_exit_layer": 2.0, "val_loss": 9.0}) == (0.5, 2.0)
     assert all(hasattr(TuningEngine, stage.method) for stage in STAGES)
+
+
+def test_what_no_run_can_do_is_refused_before_any_work():
+    with pytest.raises(ValueError, match="max_epochs of the Trainer must be 1 or more, got 0"):
+        TuningEngine(trainer={"max_epochs": 0})
+    with pytest.raises(ValueError, match="fast_dev_run writes no checkpoints"):
+        TuningEngine(trainer={"fast_dev_run": True})
+    made = DataFactory({"class_path": "tests.foreign.MyData", "init_args": {}})
+    assert isinstance(made(), LightningDataModule)
+    with pytest.raises(ValueError, match=r"tests.foreign.MyData must take batch_size, which dact tune sets"):
+        made(batch_size=4)

@@ -37,6 +37,7 @@ from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
+FILE_OF = {"predict": "predict_file", "test": "test_file"}  # option with the file of a command; else val_file
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
 
 
@@ -58,7 +59,7 @@ class DACTTrainer(Trainer):
         max_accuracy_loss: float | None = None,
         min_agreement: float | None = None,
         max_layers: float | None = None,
-        confidence: float = 0.95,
+        confidence: float | None = 0.95,
         dial: Dial = "halting_margin",
     ) -> None:
         """Find the halting margin, or tolerance, that keeps a promise, and store it with the model.
@@ -68,7 +69,8 @@ class DACTTrainer(Trainer):
             max_accuracy_loss: Largest loss of accuracy against this model's own full depth: 0.005 is half a point.
             min_agreement: Smallest share of examples that get the class of full depth, in [0, 1].
             max_layers: Largest mean number of layers.
-            confidence: Probability with which the promise holds for new examples of the same kind.
+            confidence: Probability with which the promise holds for new examples of the same kind; null asks for an
+                estimate instead.
             dial: Setting to find. The margin mostly takes fewer layers.
         """
 
@@ -210,7 +212,7 @@ class DACTCLI(LightningCLI):
         if self.datamodule is None:
             raise ValueError(
                 f"dact {self.subcommand} needs data: a file with a data: section, given by --config, or "
-                f"--data.{'predict' if self.subcommand == 'predict' else 'test'}_file"
+                f"--data.{FILE_OF.get(str(self.subcommand), 'val_file')}"
             )
         self.trainer = self.instantiate_trainer()
 
@@ -319,6 +321,11 @@ class DACTCLI(LightningCLI):
             config.ckpt_path = str(last)
 
     def fit(self, **arguments: Any) -> None:
+        if getattr(self.datamodule, "needs_teacher", False):
+            raise ValueError(
+                "texts without labels need a teacher: give data.teacher, and the model a distillation above 0, or leave "
+                "the unlabelled_file out"
+            )
         """Fit. A run that fails before its first epoch leaves no folder; one that is stopped keeps its best model."""
         folder = Path(self.trainer.log_dir) if self.trainer.loggers and self.trainer.log_dir else None
         is_new = folder is not None and not folder.exists()
@@ -358,7 +365,7 @@ class DACTCLI(LightningCLI):
         if self.model.calibration is not None and self.trainer.is_global_zero:
             metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
             counts = self.model.exit_histogram.cpu()
-            print(promise_line(self.model.calibration, metrics, self.model.encoder.num_layers, counts))
+            print(promise_line(self.model.calibration, metrics, self.model.num_layers, counts))
 
     def calibrate(self, promise: Promise) -> None:
         """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
@@ -370,7 +377,7 @@ class DACTCLI(LightningCLI):
             found = calibrate(measured, self.datamodule, **asdict(promise))
         setattr(model, promise.dial, getattr(measured, promise.dial))
         model.calibration = measured.calibration
-        print(describe(found, model.encoder.num_layers))
+        print(describe(found, model.num_layers))
         for line in store_dial(self.source, model, promise.dial):
             print(line)
         print(f"{promise.dial} was {before:.8g}, and is {getattr(model, promise.dial):.8g}")

@@ -96,7 +96,7 @@ class EpochLines(Callback):
             trainer,
             f"best epoch {epoch}: accuracy {100 * metrics['val_accuracy']:.2f} % where {names[largest]!r}, the largest "
             f"class, is {share:.2f} %, macro F1 {metrics['val_macro_f1']:.3f}, "
-            f"{metrics['val_exit_layer']:.2f} of {pl_module.encoder.num_layers} layers",
+            f"{metrics['val_exit_layer']:.2f} of {pl_module.num_layers} layers",
         )
         if (predicted > 0).sum() == 1:
             rank_zero_warn(

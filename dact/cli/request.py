@@ -157,6 +157,8 @@ class Request:
             raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
         if str(arguments["predict_file"]).startswith(DATASET):
             return None
+        if arguments["tokenizer"] is None:
+            raise ValueError(f"no tokenizer is stored with {self.model}: give --data.tokenizer, that of the encoder")
         folder = Path(str(arguments["tokenizer"]))
         stored = stored_max_length(folder) if (folder / "tokenizer_config.json").is_file() else None
         length = arguments["max_length"] if self.gives("data.max_length") or stored is None else stored

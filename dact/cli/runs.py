@@ -13,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from dact.cli.stored import load_model
 from dact.encoders import LayeredEncoder
+from dact.functional import UNLABELLED
 
 RUNS = "lightning_logs"
 
@@ -54,7 +55,8 @@ def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
     labels = getattr(getattr(data, "splits", {}).get("train"), "labels", None)
     if labels is None:
         labels = torch.cat([batch["labels"].cpu() for batch in data.train_dataloader()])
-    counts = torch.bincount(torch.as_tensor(labels), minlength=classes).double()
+    labels = torch.as_tensor(labels)
+    counts = torch.bincount(labels[labels != UNLABELLED], minlength=classes).double()
     if (counts == 0).any():
         raise ValueError(
             f"class_weights: balanced needs training examples of every class, but there are {counts.long().tolist()}"
@@ -63,7 +65,7 @@ def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
 
 
 def check_same_run(folder: Path, now: dict[str, Any]) -> None:
-    """Raise an error if a run was started with another model or other data.
+    """Raise an error if a run was started with other options of model or data, or another monitor.
 
     Args:
         folder: Folder of the run.
@@ -74,7 +76,7 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
     """
     stored = folder / "config.yaml"
     before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else now
-    for section in ("model", "data", "optimizer", "lr_scheduler"):
+    for section in ("model", "data", "optimizer", "lr_scheduler", "monitor"):
         if now.get(section) != before.get(section):
             different = _first_difference(before.get(section), now.get(section), section)
             raise ValueError(

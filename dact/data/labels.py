@@ -77,6 +77,7 @@ def to_classes(labels: Sequence[Any], class_names: Sequence[str], reading: Readi
             f"{source}: {name_rows(outside)} with a label outside the classes: {labels[outside[0]]!r}. "
             f"The {len(class_names)} classes are {', '.join(class_names)}"
             + (", counted from 0 in this file" if positions else "")
+            + ". Give other classes by class_names, in their order"
         )
     return [by_name[str(label).strip()] for label in labels]
 

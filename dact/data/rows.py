@@ -142,6 +142,12 @@ def _csv(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     with frames:
         for frame in frames:
             check_columns(path, columns, list(frame.columns))
+            if not isinstance(frame.index, pd.RangeIndex):  # pandas took the first values of each row for its name
+                header = len(frame.columns)
+                raise _Fault(
+                    f"{path}: row 1 has {header + frame.index.nlevels} values, and the header has {header} columns: put "
+                    f"texts that hold {'tabs' if tabs else 'commas'} in quotation marks, or name every column"
+                )
             yield from ([*row] for row in zip(*(frame[name] for name in columns), strict=True))
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from dact.checks import check_range
+from dact.checks import check_class_names, check_range
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, join, share_of_copies, stratified_split
 from dact.data.labels import (
@@ -128,6 +128,7 @@ class TextClassificationData(TextDataModule):
         self.label_column = label_column
         self.val_fraction = val_fraction
         self.class_names = None if class_names is None else [str(name) for name in class_names]
+        check_class_names(f"{type(self).__name__}: class_names", self.class_names)
         self._reading = integer_labels
         self._read: dict[str, Examples] = {}
 
@@ -203,7 +204,9 @@ class TextClassificationData(TextDataModule):
 
     def _parts(self, split: str) -> dict[str, Examples]:
         if split == "val" and self.files["calibration"] is not None:
-            return {"val": self.examples("val"), "calibration": self.examples("calibration")}
+            # For calibration alone, of a model that is fitted, a calibration_file is enough.
+            needed = ["val", "calibration"] if self.files["train"] or self.files["val"] else ["calibration"]
+            return {name: self.examples(name) for name in needed}
         return super()._parts(split)
 
     def texts_of_training(self) -> Collection[bytes]:
@@ -250,7 +253,8 @@ class TextClassificationData(TextDataModule):
     def _file(self, split: str) -> str:
         file = self.files[split]
         if file is None:
-            more = " (or class_names, for the classes in their order)" if split == "train" else ""
+            unknown = split == "train" and self.class_names is None
+            more = " (or class_names, for the classes in their order)" if unknown else ""
             raise ValueError(f"TextClassificationData: no {split}_file was given, and this command needs one{more}")
         return file
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import shutil
 from collections.abc import Mapping
@@ -105,7 +106,10 @@ class FinalFit:
             fit.record(**measurement)
 
     def _config(self, fit: CheckpointedFit) -> dict[str, Any]:
-        """Return the configuration of the final fit: a complete file if the factories come from one."""
+        """Return the configuration of the final fit: a complete file if the factories come from one.
+
+        Data that can name a teacher names the baseline's model; other data leaves ``dact fit`` without a teacher.
+        """
         model, data = (getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data))
         chosen = dict(fit.settings or {})
         if model is None or data is None:
@@ -115,11 +119,19 @@ class FinalFit:
         plain = {n: value for n, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))}
         arguments = self.recipe.overrides({**self.prepared.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
+        given = {**(data.get("init_args") or {}), **size}
+        if self.recipe.calibration_fraction is not None:
+            given["calibration_fraction"] = self.recipe.calibration_fraction
+        if self.prepared.teacher is not None and given.get("teacher") is None:
+            if "teacher" in inspect.signature(type(self.recipe.make_data()).__init__).parameters:
+                given["teacher"] = str(self.run.folder / "baseline" / "model")
+            else:
+                overrides["distillation"] = 0.0
         return {
             "seed_everything": fit.seed,
             "trainer": {**plain, "max_epochs": epochs},
             "model": {**model, **overrides},
-            "data": {**data, "init_args": {**(data.get("init_args") or {}), **size}},
+            "data": {**data, "init_args": given},
         }
 
     def _measure(self, folder: Path, fit: CheckpointedFit, data: LightningDataModule) -> None:

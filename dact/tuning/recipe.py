@@ -200,9 +200,15 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the arguments of a Trainer, with dact's defaults where the user gives none.
 
     Raises:
-        ValueError: If the user's arguments ask for more than one device.
+        TypeError, ValueError: If the user's arguments ask for more than one device, no epoch, or fast_dev_run.
     """
     trainer = {"max_epochs": 4, "gradient_clip_val": 1.0, **(given or {})}
+    check_count("TuningEngine: max_epochs of the Trainer", trainer["max_epochs"])
+    if trainer.get("fast_dev_run"):
+        raise ValueError(
+            "TuningEngine: fast_dev_run writes no checkpoints, which a run needs. For a short run give n_trials=1, "
+            "max_epochs=1 and limit_train_batches"
+        )
     return {**trainer, "devices": _one_device(trainer)}
 
 

@@ -127,7 +127,7 @@ def select_lambda(
         if not within:
             raise ValueError(
                 f"no trial uses at most {max_layers:g} layers; the fewest are {front[0].layers:.2f}: raise max_layers, "
-                "or the upper end of lambda_reg in search_space"
+                "or, under another run_tag, the upper end of lambda_reg in search_space"
             )
         return within[-1]
     if rule == "knee" and len(front) >= 3:

@@ -135,7 +135,7 @@ def completed(study: Study) -> list[FrozenTrial]:
     if not others:
         raise RuntimeError(
             f"{study.study_name}: time_out ended the study before any trial finished; raise time_out, or train for "
-            "fewer epochs"
+            "fewer epochs under another run_tag"
         )
     raise RuntimeError(
         f"{study.study_name}: none of its {len(others)} trials finished. The first cause: trial {others[0].number}: "

@@ -84,6 +84,10 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
         data.setup("test")
         data_digest(data.test_dataloader())  # fails early if it cannot be measured
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
+    if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
+        raise ValueError(
+            "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
+        )
     examples = data_digest(data.train_dataloader()) + data_digest(data.val_dataloader())
     identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, teacher)
     first_trials = _first_trials(recipe, model, data)
@@ -122,7 +126,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     if promise.confidence is None or (aside and (needed is None or aside >= needed)):
         return recipe
     kind = type(given.data()).__name__
-    why = f"it takes {needed} examples that no study sees, and {kind} sets {aside} aside"
+    why = f"it takes {needed or 'one or more'} examples that no study sees, and {kind} sets {aside} aside"
     if asked_for:
         raise ValueError(
             f"TuningEngine: the promise cannot be kept: {why}. Give the data more validation examples or a "
@@ -147,9 +151,15 @@ def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
     try:
         data.setup("validate")
         loader = data.calibration_dataloader()
-    except ValueError:  # too few examples to divide
+    except ValueError:  # too few examples to divide, unless the data as it was given has the same fault
+        as_given = given.data()
+        as_given.prepare_data()
+        as_given.setup("validate")
         return given, 0
-    return recipe, 0 if loader is None else len(loader.dataset)
+    if loader is None:
+        return recipe, 0
+    dataset = getattr(loader, "dataset", None)
+    return recipe, sum(len(batch["labels"]) for batch in loader) if dataset is None else len(dataset)
 
 
 def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
