@@ -145,8 +145,8 @@ def _csv(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
             if not isinstance(frame.index, pd.RangeIndex):  # pandas took the first values of each row for its name
                 header = len(frame.columns)
                 raise _Fault(
-                    f"{path}: row 1 has {header + frame.index.nlevels} values, and the header has {header} columns: put "
-                    f"texts that hold {'tabs' if tabs else 'commas'} in quotation marks, or name every column"
+                    f"{path}: row 1 has {header + frame.index.nlevels} values, and the header has {header} columns: "
+                    f"put texts that hold {'tabs' if tabs else 'commas'} in quotation marks, or name every column"
                 )
             yield from ([*row] for row in zip(*(frame[name] for name in columns), strict=True))
 
