@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from difflib import get_close_matches
 from typing import NoReturn
@@ -53,6 +54,7 @@ def main() -> None:
     elif LIGHTNING.keys() & set(words):
         from dact.cli.commands import main as run_lightning
 
+        gc.freeze()  # what is imported lives as long as the process: collections and the exit need not visit it
         run_lightning()
     else:
         meant = get_close_matches(words[0], [*LIGHTNING, *LIGHT], n=1)

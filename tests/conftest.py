@@ -1,3 +1,4 @@
+import gc
 import os
 import shutil
 import socket
@@ -18,6 +19,8 @@ from dact import DACT, SubmodelConfig  # noqa: E402
 from dact.__main__ import main  # noqa: E402
 from dact.encoders import TransformerEncoder  # noqa: E402
 from tests.commands import FIT, OWN, REVIEWS, SMALL, dact  # noqa: E402
+
+gc.freeze()  # the collection after each trial need not visit what is imported
 
 
 @pytest.fixture(autouse=True)

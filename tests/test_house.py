@@ -35,7 +35,7 @@ LAYERS = [
     {"tuning/prepared"},
     {"tuning/trial", "tuning/checkpointed_fit"},
     {"tuning/workers", "tuning/confirmation"},
-    {"tuning/final"},
+    {"tuning/final", "tuning/fork_server"},
     {"tuning/engine"},
     {"tuning"},
     {"cli/quiet", "cli/batches", "cli/checkpoints", "cli/predictions", "cli/stored"},

@@ -7,6 +7,7 @@ what the tests call. Whatever looks at imports, terminals or the start of a proc
 
 import atexit
 import functools
+import gc
 import importlib.util
 import json
 import os
@@ -174,4 +175,5 @@ def become(request):
 if __name__ == "__main__":
     for module in ("dact.cli.commands", "dact.tuning.engine", "transformers.models.bert.modeling_bert", "tests.killed"):
         importlib.import_module(module)
+    gc.freeze()  # a collection in a forked process would copy the memory of everything that is imported
     become(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -180,7 +180,7 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
 
 
 def _context() -> ForkServerContext | SpawnContext:
-    """Return the context that starts workers: on Linux as forks of a server process that has only imported this module.
+    """Return the context that starts workers: on Linux as forks of a server process that has only imported modules.
 
     A fresh interpreter would spend seconds on its imports, for each worker of each study. The server process has no
     threads and uses no GPU. On other systems a fork is not safe.
@@ -188,7 +188,7 @@ def _context() -> ForkServerContext | SpawnContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
+    context.set_forkserver_preload(["dact.tuning.fork_server"])
     return context
 
 
