@@ -1,8 +1,8 @@
-"""What DACT costs: a training step beside plain fine-tuning, a step of its optimizer, and the import.
+"""What DACT costs: a training step beside plain fine-tuning, a step of its optimizer, the import, and a command's end.
 
     python benchmarks/cost.py
 
-Both sides take turns in one process (the steps) or in fresh processes (the import); the ratio of medians is what counts.
+Both sides take turns in one process (the steps) or in fresh processes (the others); the ratio of medians is what counts.
 """
 
 from __future__ import annotations
@@ -94,6 +94,18 @@ def imports(rounds: int) -> dict[str, float]:
     return medians_in_turn({name: start(line) for name, line in sides.items()}, rounds)
 
 
+def ends(rounds: int) -> dict[str, float]:
+    """The end of a process that has imported the command line: plainly, and after `gc.freeze`, as a command does."""
+    begin = "import gc, time, transformers; from dact.cli import commands; "
+    show = "print(time.clock_gettime(time.CLOCK_MONOTONIC), flush=True)"
+    seconds: dict[str, list[float]] = {"plain": [], "dact": []}
+    for _ in range(rounds):
+        for name, freeze in (("plain", ""), ("dact", "gc.freeze(); ")):
+            done = subprocess.run([sys.executable, "-c", begin + freeze + show], check=True, stdout=subprocess.PIPE)
+            seconds[name].append(time.clock_gettime(time.CLOCK_MONOTONIC) - float(done.stdout))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
@@ -103,8 +115,9 @@ def main() -> None:
     results = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     results |= {"training step, s": training_step(arguments.steps)}
     results |= {"optimizer step, s": optimizer_step(arguments.steps), "import, s": imports(arguments.imports)}
+    results |= {"end of a command, s": ends(arguments.imports)}
     print("| | baseline, s | dact, s | ratio |\n|---|---|---|---|")
-    for name in ("training step, s", "optimizer step, s", "import, s"):
+    for name in ("training step, s", "optimizer step, s", "import, s", "end of a command, s"):
         baseline, own = results[name].values()
         results[f"{name} ratio"] = own / baseline
         print(f"| {name.removesuffix(', s')} | {baseline:.3f} | {own:.3f} | {own / baseline:.2f} |")

@@ -624,6 +624,26 @@ def test_stages_are_data():
     assert all(hasattr(TuningEngine, stage.method) for stage in STAGES)
 
 
+def test_the_last_trial_of_a_study_is_the_retry_of_one_that_another_process_lost(tmp_path):
+    """A process that looks between the loss of a trial and its return to the queue waits, and draws no new one."""
+    study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'studies.db'}")
+
+    def objective(trial):
+        value = trial.suggest_float("x", 0, 1)
+        if trial.number == 0:
+            other = study.ask()
+            other.suggest_float("x", 0, 1)
+            other.set_user_attr(INTERRUPTED, True)
+            study.tell(other, state=TrialState.FAIL)
+        return value
+
+    run_trials(study, objective, 2, lock_of(tmp_path))
+    lost, last = study.trials[1:]
+    assert last.user_attrs[RETRY_OF] == lost.number
+    assert last.params == lost.params
+    assert last.state == TrialState.COMPLETE
+
+
 def test_what_no_run_can_do_is_refused_before_any_work():
     with pytest.raises(ValueError, match="max_epochs of the Trainer must be 1 or more, got 0"):
         TuningEngine(trainer={"max_epochs": 0})

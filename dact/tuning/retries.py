@@ -6,7 +6,7 @@ import os
 import socket
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -35,6 +35,12 @@ def is_interrupted(trial: FrozenTrial) -> bool:
 def is_counted(trial: FrozenTrial) -> bool:
     """Return whether a trial has ended and was not interrupted."""
     return trial.state.is_finished() and not is_interrupted(trial)
+
+
+def retries_due(trials: Sequence[FrozenTrial]) -> int:
+    """Return the number of interrupted trials whose parameters are not queued again yet; `sweep` does that."""
+    queued = {trial.user_attrs.get(RETRY_OF) for trial in trials}
+    return sum(is_interrupted(trial) and trial.number not in queued for trial in trials)
 
 
 def owner() -> list[Any]:

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dact import signals
 from dact.tuning.deadline import Deadline
-from dact.tuning.retries import is_counted, sweep, was_ended_by_others
+from dact.tuning.retries import is_counted, retries_due, sweep, was_ended_by_others
 
 HOPELESS = 5  # number of failed trials, with no other outcome, after which a study ends
 POLL = 0.5  # seconds between two checks of what other processes do
@@ -79,8 +79,9 @@ def run_trials(
         late = deadline.left == 0
         if (len(done) >= n_trials and not running) or hopeless or (late and quiet >= QUIET):
             return
-        if late or len(done) + running >= n_trials:
-            if running:
+        due = retries_due(trials)  # another process may be about to queue them
+        if late or len(done) + running + due >= n_trials:
+            if running or due:
                 sweep_now()
             idle()
             time.sleep(POLL if running else POLL / QUIET)
