@@ -321,12 +321,12 @@ class DACTCLI(LightningCLI):
             config.ckpt_path = str(last)
 
     def fit(self, **arguments: Any) -> None:
+        """Fit. A run that fails before its first epoch leaves no folder; one that is stopped keeps its best model."""
         if getattr(self.datamodule, "needs_teacher", False):
             raise ValueError(
                 "texts without labels need a teacher: give data.teacher, and the model a distillation above 0, or "
                 "leave the unlabelled_file out"
             )
-        """Fit. A run that fails before its first epoch leaves no folder; one that is stopped keeps its best model."""
         folder = Path(self.trainer.log_dir) if self.trainer.loggers and self.trainer.log_dir else None
         is_new = folder is not None and not folder.exists()
         try:
