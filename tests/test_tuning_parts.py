@@ -605,6 +605,20 @@ def test_a_process_whose_trial_was_taken_away_continues_with_the_next(tmp_path):
     assert len(studies.finished(opened(tmp_path))) == 2
 
 
+def test_a_process_whose_trial_was_completed_by_another_continues_with_the_next(tmp_path):
+    study = opened(tmp_path)
+
+    def objective(trial):
+        value = trial.suggest_float("x", 0, 1)
+        if trial.number == 0:
+            optuna.load_study(study_name=study.study_name, storage=study._storage).tell(0, 0.5)
+        return value
+
+    run_trials(study, objective, 2, lock_of(tmp_path))
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
+    assert study.trials[0].value == 0.5
+
+
 def test_each_stage_picks_its_winner():
     space = {"lambda_reg": optuna.distributions.FloatDistribution(0.0, 1.0)}
     curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]

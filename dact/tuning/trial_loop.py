@@ -100,9 +100,12 @@ def run_trials(
                 callbacks=list(callbacks),
                 gc_after_trial=True,  # a Trainer and its model refer to each other
             )
-        except (UpdateFinishedTrialError, ValueError):
-            if not (started and was_ended_by_others(study, started[0])):
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # Optuna refuses to finish a trial twice: another process took this one for dead or, since SQLite does not
+            # lock what it reads, took the same trial from the queue and completed it.
+            told = str(error).startswith("Cannot tell a ")
+            if not (started and (told or was_ended_by_others(study, started[0]))):
                 raise  # from a sampler or a callback
-            continue  # another process took this one for dead; Optuna refuses to finish a trial twice
+            continue
         if study._stop_flag:  # a callback called Optuna's study.stop()
             return
