@@ -148,13 +148,16 @@ def ended_trials(folder):
 def test_thirty_kills_lose_nothing(folder):
     generator = random.Random(0)
     database = folder / "lightning_logs" / "run" / "studies.db"
-    kills, total, seen, points = 0, 3, set(), set()
+    ways = [*POINTS, "time", "worker"]
+    generator.shuffle(ways)
+    kills, total, seen = 0, 3, set()
     while kills < KILLS:
-        how = generator.choice(["point", "point", "point", "time", "worker"])
+        how = ways[kills % len(ways)]  # until it has killed: each way kills as often as any other
         options = ["--tuner.n_trials", total, "--tuner.workers", 2 if how == "worker" else 1]
         plan = None
-        if how == "point":
-            plan = {"point": generator.choice(POINTS), "count": generator.randint(1, 15)}
+        if how in POINTS:
+            # A run of one more trial per study has few of some events; one that reaches its end makes the next longer.
+            plan = {"point": how, "count": generator.randint(1, 3 if how in ("replace", "ask", "tell") else 15)}
         process = start(folder, *options, plan=plan)
         if how == "time":
             time.sleep(generator.uniform(0, 4))
@@ -186,7 +189,6 @@ def test_thirty_kills_lose_nothing(folder):
         assert code in (0, -signal.SIGKILL), output
         if code:
             kills += 1
-            points.add(plan["point"] if plan else how)
         else:
             total += 1
         if database.exists() and database.stat().st_size:
@@ -196,7 +198,6 @@ def test_thirty_kills_lose_nothing(folder):
     tune(folder, "--tuner.n_trials", total)
     check_whole(folder, [total] * 3, extra=1)
     assert seen <= ended_trials(folder)
-    assert len(points) >= 7, points
 
 
 @pytest.mark.slow
