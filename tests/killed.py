@@ -12,6 +12,7 @@ from pathlib import Path
 
 import sqlalchemy
 from optuna import Study
+from optuna.study import _optimize
 from sqlalchemy.engine import Engine
 
 from dact import DACT
@@ -52,8 +53,10 @@ def plant(point, count):
         around(os, point, fault, fault)
     elif point == "commit":
         sqlalchemy.event.listen(Engine, "commit", fault)
-    elif point in ("ask", "tell"):
-        around(Study, "ask", None, fault) if point == "ask" else around(Study, "tell", fault, fault)
+    elif point == "ask":
+        around(Study, "ask", None, fault)
+    elif point == "tell":
+        around(_optimize, "_tell_with_warning", fault, fault)
     else:
         around(DACT, "training_step" if point == "train" else "validation_step", fault)
 

@@ -21,6 +21,20 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+IMPORTED = (  # the commands, and what they and their libraries import when it is needed
+    "dact.cli.commands",
+    "dact.tuning.engine",
+    "tests.killed",
+    "alembic.command",
+    "optuna.importance._fanova",
+    "optuna.storages._rdb.models",
+    "optuna.visualization.matplotlib",
+    "pandas",
+    "sklearn.ensemble",
+    "tensorboard.plugins.hparams.summary_v2",
+    "torch.utils.tensorboard",
+    "transformers.models.bert.modeling_bert",
+)
 
 
 class Process:
@@ -173,7 +187,7 @@ def become(request):
 
 
 if __name__ == "__main__":
-    for module in ("dact.cli.commands", "dact.tuning.engine", "transformers.models.bert.modeling_bert", "tests.killed"):
+    for module in IMPORTED:
         importlib.import_module(module)
     gc.freeze()  # a collection in a forked process would copy the memory of everything that is imported
     become(serve(socket.socket(fileno=int(sys.argv[1]))))

@@ -17,7 +17,7 @@ from dact import plots
 from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe, store_in_checkpoint
 from dact.callbacks import save_with_tokenizer
-from dact.files import replacing, replacing_folder, write_json, write_text
+from dact.files import replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
@@ -217,10 +217,7 @@ class FinalFit:
                 test.answers.depths, test.exit_layers, layers
             )
         with tensorboard.writer(folder) as writer:
-            for name, figure in figures.items():
-                with replacing(folder / f"{name.replace(' ', '_')}.png") as picture:
-                    figure.savefig(picture, format="png")
-                writer.add_figure(name, figure)
+            tensorboard.log_figures(writer, figures, folder)
             for step, point in enumerate(validation.margin_curve):
                 for name in ("accuracy", "mean_exit_layer", "agreement"):
                     writer.add_scalar(f"operating points by margin/{name}", point[name], step)

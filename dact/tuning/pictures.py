@@ -55,10 +55,7 @@ def draw_study(
         with tensorboard.writer(partial_folder) as writer:
             dimensions = {name: dimension for space in spaces.values() for name, dimension in space.items()}
             tensorboard.log_experiment(writer, dimensions)
-            for name, figure in figures.items():
-                writer.add_figure(name, figure, close=False)
-        for name, figure in figures.items():
-            figure.savefig(partial_folder / f"{name.replace(' ', '_')}.png")
+            tensorboard.log_figures(writer, figures, partial_folder)
 
 
 def study_pictures(study: Study, completed: int) -> dict[str, Figure]:

@@ -11,9 +11,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dact.files import replacing
 from dact.tuning.space import Dimension
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
@@ -76,6 +78,19 @@ def log_experiment(writer: SummaryWriter, parameters: Mapping[str, Dimension]) -
     hparams = [summary_v2.HParam(name, _domain(dimension)) for name, dimension in parameters.items()]
     metrics = [summary_v2.Metric(f"best/{name}", display_name=name) for name in METRICS]
     _write(writer, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
+
+
+def log_figures(writer: SummaryWriter, figures: Mapping[str, Figure], folder: Path) -> None:
+    """Write figures as pictures in TensorBoard, and as PNG files of a folder. Each is drawn once."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for name, figure in figures.items():
+        with replacing(folder / f"{name.replace(' ', '_')}.png") as file:
+            figure.savefig(file, format="png")
+            drawn = file.read_bytes()
+        width, height = figure.canvas.get_width_height()
+        image = Summary.Image(width=width, height=height, colorspace=4, encoded_image_string=drawn)
+        _write(writer, Summary(value=[Summary.Value(tag=name, image=image)]))
 
 
 def _domain(dimension: Dimension) -> Any:
