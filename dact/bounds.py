@@ -131,3 +131,13 @@ def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
     n = len(values)
     spread = (2 * values.var().item() * log / n) ** 0.5 + 7 * (layers - 1) * log / (3 * (n - 1))
     return min(float(layers), values.mean().item() + spread)
+
+
+def examples_for_mean(most: float, layers: int, confidence: float) -> int:
+    """Return the fewest examples whose `mean_upper_bound` is at most `most` if all of them leave after the first layer.
+
+    Example:
+        >>> examples_for_mean(2.0, 6, 0.95)
+        45
+    """
+    return 1 + math.ceil(7 * (layers - 1) * math.log(2 / (1 - confidence)) / (3 * max(most - 1, 1e-9)))

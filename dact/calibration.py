@@ -83,13 +83,16 @@ class Promise:
         most = 1 - self.min_agreement if self.min_agreement is not None else self.max_accuracy_loss
         return self.max_layers if most is None else most  # type: ignore[return-value]
 
-    def examples_needed(self) -> int | None:
+    def examples_needed(self, layers: int | None = None) -> int | None:
         """Return the fewest examples that can support this promise, if early exit makes no fault on them.
 
-        It is 2 for an estimate or a number of layers, and None for an allowance of 0, which only the proof can keep.
+        It is 2 for an estimate, and None for an allowance of 0, which only the proof can keep. For a number of layers
+        it depends on the `layers` of the model, if all examples leave after the first one; without these it is 2.
         """
-        if self.confidence is None or self.max_layers is not None:
+        if self.confidence is None or (self.max_layers is not None and layers is None):
             return 2
+        if self.max_layers is not None and layers is not None:
+            return bounds.examples_for_mean(self.max_layers, layers, self.confidence)
         return bounds.examples_for_rate(self.allowed, self.confidence)
 
     def check_layers(self, layers: int) -> None:

@@ -477,10 +477,10 @@ def whole_validation():
 def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
     engine = TuningEngine(data=pl.LightningDataModule, promise=Promise(max_layers=2), log_dir=tmp_path)
     with pytest.raises(
-        ValueError, match="it takes 2 examples that no study sees, and LightningDataModule sets 0 aside"
+        ValueError, match="it takes 19 examples that no study sees, and LightningDataModule sets 0 aside"
     ):
         resolve_promise(engine.recipe, small_model())
-    engine = TuningEngine(data=partial(SetAsideData, 3), promise=Promise(max_layers=2), log_dir=tmp_path)
+    engine = TuningEngine(data=partial(SetAsideData, 19), promise=Promise(max_layers=2), log_dir=tmp_path)
     assert resolve_promise(engine.recipe, small_model()) == engine.recipe, "batches in a list are counted as well"
     (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(90)))
     own = partial(TextClassificationData, str(tmp_path / "train.csv"), tokenizer=word_tokenizer(["text"]))

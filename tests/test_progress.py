@@ -36,7 +36,13 @@ def metrics(**changes):
         for step, margin in enumerate((1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))
     ]
     found = {"test": entry, "validation": entry, "baseline": {"layers": 6, "test": baseline, "validation": baseline}}
-    found |= {"layers": 4, "halting_margin": 0.83, "margin_curve": curve, "calibration": {"promise": dict(PROMISE)}}
+    found |= {
+        "layers": 4,
+        "halting_tolerance": 0.0,
+        "halting_margin": 0.83,
+        "margin_curve": curve,
+        "calibration": {"promise": dict(PROMISE)},
+    }
     return {**found, **changes}
 
 
@@ -51,6 +57,8 @@ def test_the_summary_begins_with_what_a_person_wants_to_know():
     found["calibration"]["promise"] |= {"max_accuracy_loss": None, "max_layers": 2.5}
     assert headline(found).endswith("by the estimate of at most 2.5 layers")
     del found["calibration"]
+    assert headline(found).endswith("at tolerance 0 and margin 0.83, without a promise")
+    found["halting_margin"] = 1.0
     assert headline(found).endswith("with the class of its own full depth by proof")
 
 

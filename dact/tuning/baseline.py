@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from dact import signals
 from dact.callbacks import save_with_tokenizer
@@ -28,6 +30,7 @@ from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 
+DEFAULT_BATCH = 32  # examples per batch of the teacher's answers, for a loader that makes batches of its own
 MIN_STEPS = 300  # optimizer steps below which a pretrained encoder has not learned its task
 
 
@@ -58,8 +61,6 @@ class Baseline:
 
     def encoder(self) -> dict[str, Tensor]:
         """Return the weights of the teacher's encoder."""
-        if not self.teacher.is_file():  # of an older run, whose teacher is the baseline itself
-            return _of_encoder(read_tensors(self.folder / "model" / WEIGHTS_NAME)[0])
         return read_tensors(self.teacher)[0]
 
     def probabilities(self) -> Tensor | None:
@@ -82,7 +83,8 @@ class Baseline:
 
     def origin(self) -> str | None:
         """Return the digest of the inputs of its fit; None if there is no finished baseline."""
-        return read_tensors(self.answers)[1].get("origin") if self.answers.is_file() else None
+        there = self.answers.is_file() and self.teacher.is_file()
+        return read_tensors(self.answers)[1].get("origin") if there else None
 
 
 def fit_baseline(
@@ -150,14 +152,19 @@ def _of_encoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 @torch.no_grad()
 def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
     """Return the ``probabilities`` of the training examples, in their order; nothing if these have no ``row``."""
-    rows, probabilities = [], []
-    for batch in data.train_dataloader():
+    train = data.train_dataloader()
+    # Each example once, which the loader's own sampler may not give; those of similar length together.
+    lengths = getattr(train.dataset, "lengths", None)
+    order = range(len(train.dataset)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
+    size = train.batch_size or DEFAULT_BATCH
+    loader = DataLoader(train.dataset, batch_size=size, sampler=order, collate_fn=train.collate_fn)
+    probabilities = torch.zeros(len(train.dataset), model.output_dimension)
+    for batch in loader:
         signals.check()
         if "row" not in batch:
             return {}
-        rows.append(batch["row"])
-        probabilities.append(model(move(batch, model.device)).probabilities.float().cpu())
-    return {"probabilities": torch.cat(probabilities)[torch.cat(rows).argsort()]}
+        probabilities[batch["row"]] = model(move(batch, model.device)).probabilities.float().cpu()
+    return {"probabilities": probabilities}
 
 
 @torch.no_grad()

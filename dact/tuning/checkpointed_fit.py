@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from dact.files import read_json, write_json
+from dact.files import read_checkpoint, read_json, write_json
 from dact.model import DACT
+from dact.persistence import adopt
 from dact.tuning.digests import digest
-from dact.tuning.fitting import MONITOR, resumable_fit, seeded
+from dact.tuning.fitting import HEAD_EPOCHS, MONITOR, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
@@ -28,7 +29,7 @@ class CheckpointedFit:
         prepared: Shared inputs of the run's fits.
         folder: Folder of the fit.
         settings: Arguments of model and data; see `Winners.settings`. None stands for the untuned defaults of the
-            factories, which have no teacher and do not start from the baseline.
+            factories, which do not start from the baseline, and have no teacher unless the factories give them one.
     """
 
     prepared: Prepared
@@ -46,7 +47,8 @@ class CheckpointedFit:
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
         shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen}
+        frozen = {"head_epochs": HEAD_EPOCHS} if self.keep_frozen else {}
+        return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen, **frozen}
 
     @property
     def seed(self) -> int:
@@ -101,14 +103,17 @@ class CheckpointedFit:
         if self.is_done:
             last.unlink(missing_ok=True)  # a kill may have come just before
             return
-        if not self.is_begun or (self.folder / "history.json").is_file():
+        if not self.is_begun:
             shutil.rmtree(self.folder, ignore_errors=True)
             self.record()
+        if (self.folder / "history.json").is_file():  # of a fit whose checkpoint is gone
+            shutil.rmtree(self.checkpoint.parent, ignore_errors=True)
+            (self.folder / "history.json").unlink()
         recipe, chosen = self.prepared.recipe, dict(self.settings or {})
-        epochs = chosen.pop("num_epochs", recipe.epochs)
+        epochs = chosen.pop("num_epochs", recipe.epochs) * (HEAD_EPOCHS if self.keep_frozen else 1)
         with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
             if self.settings is None:
-                model, data = recipe.model(), recipe.make_data()
+                model, data = recipe.untuned()
             else:
                 model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
             history = resumable_fit(
@@ -127,8 +132,14 @@ class CheckpointedFit:
 
     def model(self) -> DACT:
         """Return the model of the best epoch, on the device that it should use."""
-        made = self.prepared.recipe.make_model()
-        # An encoder of the user's own, which no checkpoint can rebuild.
-        given = made.encoder if made.encoder.config() is None else None
-        model = type(made).load_from_checkpoint(self.checkpoint, encoder=given).eval()
-        return model.to(self.prepared.recipe.device)
+        recipe, chosen = self.prepared.recipe, self.settings
+        if chosen is None:
+            model, _ = recipe.untuned()
+        else:
+            chosen = {name: value for name, value in chosen.items() if name not in ("batch_size", "num_epochs")}
+            # By the factory: a class or an encoder of the user's own may hold what no checkpoint can rebuild.
+            model = recipe.make_model(**self.prepared.learning, **chosen)
+        checkpoint = read_checkpoint(self.checkpoint)
+        adopt(model, checkpoint)
+        model.load_state_dict(checkpoint["state_dict"])
+        return model.eval().to(recipe.device)

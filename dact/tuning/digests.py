@@ -22,7 +22,7 @@ from dact.encoders.pretrained import resolve_pretrained
 
 def digest(content: Any) -> str:
     """Return a digest of plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def data_digest(loader: DataLoader[Any]) -> str:

@@ -32,6 +32,7 @@ from dact.tuning.prepared import Prepared, prepare
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import LagPruner, SameLengthPruner
 from dact.tuning.recipe import DEFAULT_PROMISE, EncoderTraining, Recipe, trainer_arguments
+from dact.tuning.retries import unwatched
 from dact.tuning.run import WINNERS, Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import LambdaRule, LambdaSelection
@@ -304,7 +305,8 @@ class TuningEngine:
         with run.locked(lambda: self.progress.stage("waiting for another process, which opens the studies")):
             study = studies.open_study(run, stage, identity, self.storage, self.pruner if stage.prunes else None)
             studies.start_with(study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]])
-            return study
+        self.progress.waits_for(stage.name, unwatched(study))
+        return study
 
     def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
         """Run one study, which may take the time of all three."""

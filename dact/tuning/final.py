@@ -71,7 +71,7 @@ class FinalFit:
         folder, old = self.run.final, self.run.folder / "final.old"
         data, metrics = self._measured_data(), folder / "metrics.json"
         fit = CheckpointedFit(self.prepared, folder, self.verdict.chosen.settings)
-        self._make_room(fit, old, data_digest(data.test_dataloader()))
+        self._make_room(fit, old, data)
         if not (metrics.is_file() and fit.checkpoint.is_file()):
             fit(f"the final fit of {self.run.tag!r}", self.progress)
             self._measure(folder, fit, data)
@@ -83,17 +83,23 @@ class FinalFit:
         self.progress.summary(folder, self.verdict.text)
         return str(metrics), str(fit.checkpoint)
 
-    def _make_room(self, fit: CheckpointedFit, old: Path, test: str) -> None:
+    def _make_room(self, fit: CheckpointedFit, old: Path, data: LightningDataModule) -> None:
         """Remove from ``<run>/final`` what does not belong to a fit, and put there what the confirmation did of it.
 
         Args:
             fit: The final fit.
             old: Where an earlier final model goes.
-            test: Digest of the test examples.
+            data: Data to measure on.
         """
         folder, recipe = fit.folder, self.recipe
         promise = None if recipe.promise is None else asdict(recipe.promise)
-        measurement = {"test": test, "promise": promise, "tolerance": recipe.halting_tolerance}
+        aside: Any = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else None
+        measurement = {
+            "test": data_digest(data.test_dataloader()),
+            "calibration": data_digest(aside) if promise and hasattr(aside, "dataset") else None,
+            "promise": promise,
+            "tolerance": recipe.halting_tolerance,
+        }
         if not fit.is_begun:
             _set_aside(folder, old)
             confirmed = self.verdict.chosen.fit(self.run, self.prepared)

@@ -108,7 +108,7 @@ def pareto_picture(points: list[Point], chosen: Point) -> Any:
         [point.layers for point in points],
         [point.loss for point in points],
         c=[point.lambda_reg for point in points],
-        norm="log",
+        norm="log" if all(point.lambda_reg > 0 for point in points) else "linear",
         label="trials",
     )
     axes.plot([point.layers for point in front], [point.loss for point in front], "-", alpha=0.5, label="Pareto front")

@@ -20,6 +20,7 @@ from rich.table import Table
 from typing_extensions import override
 
 from dact.tuning.deadline import Deadline
+from dact.tuning.retries import OWNER
 from dact.tuning.studies import finished
 from dact.tuning.summary import show_summary
 
@@ -102,6 +103,15 @@ class Progress:
         """Remember a study that is done, for the summary."""
         self._studies[stage] = study
 
+    def waits_for(self, stage: str, trials: Sequence[FrozenTrial]) -> None:
+        """Say what to do about trials whose end would not show; see `dact.tuning.retries.unwatched`."""
+        for trial in trials:
+            self.note(
+                f"study {stage}: waits for trial {trial.number}, which runs on {trial.user_attrs[OWNER][0]}, since the "
+                "storage has no heartbeats. If that process is gone, end the trial by Optuna's "
+                f"study.tell({trial.number}, state=TrialState.FAIL)"
+            )
+
     def note(self, text: str) -> None:
         """Print a line."""
         self.console.print(text, soft_wrap=True)
@@ -156,7 +166,12 @@ class Progress:
             folder: Folder of the final fit.
             verdict: Text of the confirmation's verdict.
         """
-        show_summary(self.console, folder, verdict, list(self._studies.values()))
+        show_summary(
+            self.console,
+            folder,
+            verdict,
+            [study for study in self._studies.values() if study.study_name.startswith(f"{folder.parent.name}/")],
+        )
 
 
 class _FitProgress(Callback):

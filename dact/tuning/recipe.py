@@ -137,6 +137,15 @@ class Recipe:
                 overrides[name] = SubmodelConfig(**overrides[name])
         return overrides
 
+    def untuned(self) -> tuple[DACT, LightningDataModule]:
+        """Return model and data of the factories as they are; without a teacher if only one of them asks for it."""
+        model, data = self.model(), self.make_data()
+        if not (model.needs_teacher and getattr(data, "teacher", None) is not None):
+            model.distillation = 0.0
+            if hasattr(data, "teacher"):
+                data.teacher = None
+        return model, data
+
     def make_data(self, **overrides: Any) -> LightningDataModule:
         """Return a datamodule of the factory, which sets `calibration_fraction` of its examples aside."""
         data = self.data(**overrides)
@@ -166,12 +175,13 @@ class Recipe:
         """Return the context of the Trainer's precision, for computations outside a Trainer."""
         return make_trainer(self.trainer, enable_checkpointing=False).precision_plugin.forward_context()
 
-    def identity(self, model: str, data: str, teacher: str | None) -> dict[str, Any]:
+    def identity(self, model: str, data: str, batch_size: Any, teacher: str | None) -> dict[str, Any]:
         """Return what all trials of a run have in common, as plain data. Only trials of equal identity are comparable.
 
         Args:
             model: Digest of the factory's model.
             data: Digest of the training and validation examples.
+            batch_size: Number of examples per batch in the data of the factory; None if the data does not say it.
             teacher: Teacher that the data names, or None.
         """
         identity: dict[str, Any] = {
@@ -184,6 +194,7 @@ class Recipe:
             "distillation": self.distillation,
             "halting_tolerance": self.halting_tolerance,
             "max_epochs": self.epochs,
+            "batch_size": batch_size,
             "seed": self.seed,
         }
         callbacks = sorted(type(callback).__qualname__ for callback in as_list(self.trainer.get("callbacks")))

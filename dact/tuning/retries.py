@@ -13,6 +13,7 @@ from typing import Any
 import optuna
 import psutil
 from optuna.exceptions import ExperimentalWarning, UpdateFinishedTrialError
+from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
@@ -76,6 +77,15 @@ def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list
         for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
             _retry(study, trial)
     return orphans
+
+
+def unwatched(study: Study) -> list[FrozenTrial]:
+    """Return the running trials of other hosts, if the storage has no heartbeats by which their end would show."""
+    if is_heartbeat_enabled(study._storage):
+        return []
+    here = socket.gethostname()
+    running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+    return [trial for trial in running if trial.user_attrs.get(OWNER, [here])[0] != here]
 
 
 def _retry(study: Study, trial: FrozenTrial) -> None:

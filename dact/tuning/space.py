@@ -76,6 +76,21 @@ class Dimension:
             step = None
         return replace(self, low=low, high=high, step=step, log=self.log and low > 0)
 
+    def nearest(self, value: Any) -> Any:
+        """Return the value of the dimension that is nearest to `value`: of choices without it, the first."""
+        if self.type == "categorical":
+            assert self.choices is not None
+            return value if value in self.choices else self.choices[0]
+        assert self.low is not None
+        assert self.high is not None
+        if self.holding(value) == self:
+            return value
+        inside = min(max(value, self.low), self.high)
+        if self.step is None:
+            return inside
+        steps = min(round((inside - self.low) / self.step), math.floor((self.high - self.low) / self.step))
+        return self.low + steps * self.step
+
     def suggest(self, trial: BaseTrial, name: str) -> Any:
         """Return the value of `name` that `trial` chooses."""
         if self.type == "categorical":
@@ -147,6 +162,8 @@ def build_spaces(changes: Mapping[str, Any] | None, *, frozen: bool = False) -> 
     home = {name: stage for stage, space in known.items() for name in space}
     if frozen:
         del spaces["training"][FROZEN_RATE]
+    if not isinstance(changes or {}, Mapping):
+        raise TypeError(f"search_space: expected a mapping from parameters to their changes, got {changes!r}")
     for name, change in (changes or {}).items():
         if name not in home:
             raise ValueError(f"search_space: unknown parameter {name!r}; the parameters are {', '.join(home)}")

@@ -52,7 +52,7 @@ class Stage:
 
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
     """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one for all or each."""
-    numbers = [n_trials] * len(STAGES) if isinstance(n_trials, int) else list(n_trials)
+    numbers = list(n_trials) if isinstance(n_trials, Sequence) else [n_trials] * len(STAGES)
     valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
     if len(numbers) != len(STAGES) or not valid:
         raise ValueError(f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}")
@@ -72,7 +72,7 @@ def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
 def _training(params: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(params)
     if settings.get("exit_loss_weight") == 0:
-        settings.pop("detach_exits", None)  # detached from the rest, encoder and classifier would learn nothing
+        settings["detach_exits"] = False  # detached from the rest, encoder and classifier would learn nothing
     return {"external_config": settings}
 
 

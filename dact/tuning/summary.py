@@ -62,7 +62,10 @@ def headline(metrics: Mapping[str, Any]) -> str:
     text += f", at {test['mean_exit_layer']:.2f} layers and {speed:.1f} times its speed"
     calibration = metrics.get("calibration")
     if calibration is None:
-        return f"{text}, with the class of its own full depth by proof"
+        tolerance, margin = metrics["halting_tolerance"], metrics["halting_margin"]
+        if tolerance == 0 and margin == 1:
+            return f"{text}, with the class of its own full depth by proof"
+        return f"{text}, at tolerance {tolerance:g} and margin {margin:g}, without a promise"
     promise = calibration["promise"]
     kept = next(
         meaning.format(value)

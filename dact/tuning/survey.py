@@ -14,7 +14,7 @@ from dact.tuning.digests import data_digest, digest, encoder_digest
 from dact.tuning.fitting import seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
-from dact.tuning.space import Spaces, Starts, complete_spaces
+from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
@@ -89,12 +89,28 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
             "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
         )
     examples = data_digest(data.train_dataloader()) + data_digest(data.val_dataloader())
-    identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, teacher)
+    size = getattr(data, "batch_size", None)
+    identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, size, teacher)
     first_trials = _first_trials(recipe, model, data)
     recommended = first_trials[TRAINING.name][0]
+    training = spaces[TRAINING.name]
+    _check_limit(recipe.trainer.get("limit_val_batches"), training.get("batch_size"))
+    for name in {*bounded} & training.keys() & recommended.keys():
+        recommended[name] = training[name].nearest(recommended[name])
     initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
     spaces, first_trials = complete_spaces(spaces, model.num_layers, first_trials, bounded)
     return Surveyed(recipe, model, data, teacher, identity, spaces, first_trials, initial)
+
+
+def _check_limit(limit: float | None, batch_size: Dimension | None) -> None:
+    """Raise a ``ValueError`` if the Trainer validates on a number of batches while trials differ in their size."""
+    all_batches = limit is None or (isinstance(limit, float) and limit == 1)
+    if not all_batches and batch_size is not None and batch_size.choices is not None and len(batch_size.choices) > 1:
+        raise ValueError(
+            f"TuningEngine: limit_val_batches={limit} counts batches, and the trials try several batch_size, so that "
+            "they would be compared on different examples: leave limit_val_batches out, or give one size in "
+            f"search_space: {{batch_size: {{choices: [{batch_size.choices[0]}]}}}}"
+        )
 
 
 def resolve_promise(given: Recipe, model: DACT) -> Recipe:
@@ -122,7 +138,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
         note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
         return replace(given, promise=None, note=note)
     recipe, aside = _setting_aside(given)
-    needed = promise.examples_needed()
+    needed = promise.examples_needed(model.num_layers)
     if promise.confidence is None or (aside and (needed is None or aside >= needed)):
         return recipe
     kind = type(given.data()).__name__

@@ -20,6 +20,7 @@ from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.fitting import (
+    HEAD_EPOCHS,
     MONITOR,
     History,
     NonFiniteLoss,
@@ -37,8 +38,6 @@ from dact.tuning.run import Run, Winners
 from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
 from dact.tuning.trial_loop import TrialFailed, TrialInterrupted
-
-HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""What factories, data and options may be in a run: each is used as it says, or refused before any work."""
+
+import datetime
+import socket
+from functools import partial
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+from rich.console import Console
+from torch.utils.data import DataLoader, WeightedRandomSampler
+
+from dact import DACT, TuningEngine
+from dact.bounds import mean_upper_bound
+from dact.calibration import Promise
+from dact.data import CompositionalSentiment
+from dact.encoders import TransformerEncoder
+from dact.files import read_json
+from dact.tuning.baseline import _probabilities
+from dact.tuning.digests import digest
+from dact.tuning.pictures import pareto_picture
+from dact.tuning.retries import OWNER, unwatched
+from dact.tuning.selection import Point
+from dact.tuning.space import Dimension
+from dact.tuning.stages import TRAINING
+from tests.test_tuning import engine, small_data, small_model
+
+
+def quick(folder, **options):
+    return engine(folder, **{"n_trials": 1, "trainer": {"max_epochs": 1, "accelerator": "cpu"}, **options})
+
+
+@pytest.mark.parametrize("side", ["model", "data"])
+def test_a_teacher_that_only_one_factory_asks_for_is_none_for_the_untuned_defaults(tmp_path, side):
+    if side == "model":
+        options = {"model": partial(small_model, distillation=0.5)}
+    else:
+        folder = tmp_path / "teacher"
+        made = small_data()
+        made.setup("fit")
+        teacher = small_model()
+        teacher.class_names = made.class_names
+        teacher.save_pretrained(folder)
+        made.tokenizer.save_pretrained(folder)
+
+        def with_teacher(**overrides):
+            data = small_data(**overrides)
+            data.teacher = str(folder)
+            return data
+
+        options = {"data": with_teacher}
+    metrics, _ = quick(tmp_path, **options).run_pipeline("run")
+    assert read_json(Path(metrics))["confirmation"]
+    assert read_json(Path(metrics).parent / "defaults" / "metrics.json")["test"]["accuracy"] > 0
+
+
+def test_a_frozen_final_model_trains_as_long_as_the_trials_did(tmp_path):
+    options = {"encoder_training": "frozen", "final_training": "frozen", "warm_up_epochs": 1, "compare_defaults": False}
+    made = quick(tmp_path, search_space={"num_epochs": {"choices": [1]}}, **options)
+    metrics, _ = made.run_pipeline("run")
+    frozen = tmp_path / "run" / "submodels" / "trial_0000"
+    events = next(frozen.glob("events*"))
+    assert events.is_file()
+    study = optuna.load_study(study_name="run/submodels", storage=f"sqlite:///{tmp_path / 'run' / 'studies.db'}")
+    epochs = max(study.trials[0].intermediate_values) + 1
+    assert len(read_json(Path(metrics))["history"]) == epochs == 7
+
+
+def test_other_examples_for_the_promise_set_it_anew(tmp_path):
+    class Own(CompositionalSentiment):
+        aside = 1
+
+        def calibration_dataloader(self):
+            loader = super().val_dataloader()
+            return DataLoader(
+                torch.utils.data.Subset(loader.dataset, range(0, len(loader.dataset), Own.aside)),
+                32,
+                collate_fn=loader.collate_fn,
+            )
+
+    data = partial(Own, num_train=120, num_val=60, num_test=60)
+    promise = Promise(max_accuracy_loss=0.2, confidence=0.5)
+    metrics, _ = quick(tmp_path, data=data, promise=promise, compare_defaults=False).run_pipeline("run")
+    assert read_json(Path(metrics))["calibration"]["examples"] == 30
+    Own.aside = 2
+    again = quick(tmp_path, data=data, promise=promise, compare_defaults=False)
+    assert read_json(Path(again.final_train("run")[0]))["calibration"]["examples"] == 15
+
+
+def test_another_batch_size_of_the_data_is_refused_under_the_same_tag(tmp_path):
+    made = quick(tmp_path, data=partial(small_data, batch_size=64))
+    made.joint_tune_study("run")
+    with pytest.raises(ValueError, match="was made with another batch_size"):
+        quick(tmp_path, data=partial(small_data, batch_size=32)).joint_tune_study("run")
+
+
+def test_a_trial_without_an_exit_loss_has_no_detached_exits():
+    parsed = TRAINING.parse({"exit_loss_weight": 0.0, "detach_exits": True})["external_config"]
+    small_model(**{**{"detach_exits": True}, **parsed})
+    assert not parsed["detach_exits"]
+
+
+def test_a_teacher_answers_for_every_training_example_whatever_the_order_of_training():
+    class Weighted(CompositionalSentiment):
+        def train_dataloader(self):
+            loader = super().train_dataloader()
+            sampler = WeightedRandomSampler([1.0] * 60 + [0.0] * 60, 90)
+            return DataLoader(loader.dataset, 32, sampler=sampler, collate_fn=loader.collate_fn)
+
+    model = small_model().eval()
+    found = []
+    for kind in (CompositionalSentiment, Weighted):
+        data = kind(num_train=120, num_val=60, num_test=60)
+        data.setup("fit")
+        found.append(_probabilities(model, data)["probabilities"])
+    torch.testing.assert_close(*found)
+    assert found[0].sum(1).sub(1).abs().max() < 1e-5
+
+
+def test_trials_are_never_compared_on_different_examples(tmp_path):
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 1}
+    with pytest.raises(ValueError, match=r"limit_val_batches=1 counts batches.*choices: \[32\]"):
+        engine(tmp_path, trainer=trainer).joint_tune_study("run")
+    engine(tmp_path, trainer=trainer, n_trials=1, search_space={"batch_size": {"choices": [32]}}).joint_tune_study("a")
+
+
+def test_a_narrowed_search_space_holds_for_what_no_study_has_chosen_yet(tmp_path):
+    space = {
+        "num_layers": {"type": "int", "low": 3, "high": 3},
+        "detach_exits": {"choices": [False]},
+        "submodel_learning_rate": {"high": 1e-3},
+    }
+    made = engine(tmp_path, search_space=space)
+    surveyed = made._survey()
+    assert surveyed.initial == {"num_layers": 3, "detach_exits": False, "submodel_learning_rate": 1e-3}
+    _, recommended = surveyed.untuned_settings()
+    assert surveyed.initial.items() <= recommended.items()
+
+
+@pytest.mark.parametrize(
+    ("dimension", "value", "nearest"),
+    [
+        (Dimension("float", 0.1, 1.0), 3.0, 1.0),
+        (Dimension("float", 0.1, 1.0), 0.5, 0.5),
+        (Dimension("float", 0.0, 0.25, step=0.1), 0.24, 0.2),
+        (Dimension("int", 2, 6), 1, 2),
+        (Dimension("int", 2, 7, step=2), 9, 6),
+        (Dimension("categorical", choices=["a", "b"]), "c", "a"),
+        (Dimension("categorical", choices=["a", "b"]), "b", "b"),
+    ],
+)
+def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, nearest):
+    assert dimension.nearest(value) == pytest.approx(nearest) if isinstance(nearest, float) else nearest
+    assert dimension.holding(dimension.nearest(value)) == dimension
+
+
+class Own(DACT):
+    """A model of somebody's own, with an argument that no checkpoint holds."""
+
+    def __init__(self, loss_fn, **arguments):
+        super().__init__(**arguments)
+        self.loss_fn = loss_fn
+
+
+def test_a_class_with_an_argument_that_is_no_plain_data_is_tuned(tmp_path):
+    def factory(**overrides):
+        return Own(abs, encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
+
+    metrics, _ = quick(tmp_path, model=factory, compare_defaults=False).run_pipeline("run")
+    assert read_json(Path(metrics))["layers"] in (2, 3)
+
+
+def test_a_number_of_layers_that_too_few_examples_can_promise_is_refused_before_any_trial(tmp_path):
+    needed = Promise(max_layers=1.2).examples_needed(3)
+    exits = torch.ones(needed, dtype=torch.long)
+    assert mean_upper_bound(exits, 3, 0.95) <= 1.2 < mean_upper_bound(exits[1:], 3, 0.95)
+    with pytest.raises(ValueError, match=f"it takes {needed} examples that no study sees, and .* sets 30 aside"):
+        engine(tmp_path, promise=Promise(max_layers=1.2)).joint_tune_study("run")
+
+
+def test_a_price_of_nothing_is_drawn():
+    points = [Point(0.0, 1.0, 2.0), Point(0.0, 0.9, 3.0)]
+    pareto_picture(points, points[0]).canvas.draw()
+
+
+def test_durations_and_wrong_kinds_of_options_are_understood(tmp_path):
+    made = engine(tmp_path, trainer={"max_epochs": 1, "max_time": datetime.timedelta(hours=1), "accelerator": "cpu"})
+    assert digest(made._survey().identity)
+    for options, message in (({"n_trials": 2.5}, "got 2.5"), ({"search_space": ["a"]}, "expected a mapping")):
+        with pytest.raises((TypeError, ValueError), match=message):
+            TuningEngine(log_dir=tmp_path, **options)
+
+
+def test_a_final_fit_whose_checkpoint_is_gone_is_made_again_whole(tmp_path):
+    made = quick(tmp_path, compare_defaults=False)
+    _, checkpoint = made.run_pipeline("run")
+    final = tmp_path / "run" / "final"
+    before = {path.name for path in final.iterdir()}
+    Path(checkpoint).unlink()
+    made.final_train("run")
+    assert Path(checkpoint).is_file()
+    assert {path.name for path in final.iterdir()} >= {name for name in before if not name.startswith("events")}
+
+
+def test_a_trial_of_another_host_without_heartbeats_is_named(tmp_path):
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
+    study = optuna.create_study(storage=storage)
+    trial = study.ask()
+    trial.set_user_attr(OWNER, ["elsewhere", 1, 0.0])
+    mine = study.ask()
+    mine.set_user_attr(OWNER, [socket.gethostname(), 1, 0.0])
+    assert [found.number for found in unwatched(study)] == [trial.number]
+    made = engine(tmp_path)
+    made.progress.console = Console(record=True, width=300, quiet=False)
+    made.progress.waits_for("training", unwatched(study))
+    assert "trial 0, which runs on elsewhere" in made.progress.console.export_text()
+    study.tell(0, state=TrialState.FAIL)
+    assert not unwatched(study)
