@@ -46,11 +46,13 @@ def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
 
 
 def check_class_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:
-    """Raise a ``ValueError`` if both have the same class names in another order: every answer would be wrong."""
-    if sorted(of_model) == sorted(of_data) and list(of_model) != list(of_data):
+    """Raise a ``ValueError`` unless both have the same class names in the same order: answers would be wrong."""
+    if list(of_model) != list(of_data):
+        same = sorted(of_model) == sorted(of_data)
+        other = "" if same else ", or load the model with class_names=None, so that it takes those of the data"
         raise ValueError(
             f"the model has the classes {', '.join(of_model)}, in this order, but those of the data are "
-            f"{', '.join(of_data)}: give the data class_names={list(of_model)}"
+            f"{', '.join(of_data)}: give the data class_names={list(of_model)}{other}"
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from dact import functional
 from dact.encoders.base import Batch, move
 from dact.functional import Halting
+from dact.metric_logging import labels_of
 from dact.model import DACT
 
 Dial = Literal["halting_tolerance", "halting_margin"]
@@ -59,21 +60,20 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
 
     Raises:
         TypeError: If a batch is not a dict.
-        ValueError: If a batch has no labels, or there are fewer than two examples.
+        KeyError: If a batch has no labels.
+        ValueError: If a label is no class of the model, or there are fewer than two examples.
     """
     parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
     for batch in batches:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"a batch is a dict with 'labels' [batch], got a {type(batch).__name__}: make the data yield dicts"
-            )
-        if "labels" not in batch:
-            raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
+        target = labels_of(batch, "measuring")
+        functional.soft_targets(target, model.output_dimension)  # checks them
+        if (target == functional.UNLABELLED).any():
+            raise ValueError(f"a label is {functional.UNLABELLED}: what is measured on needs its labels")
         output = model.full_depth(move(batch, model.device))
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)
-        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": batch["labels"]}
+        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target}
         if "depth" in batch:
             found["depths"] = batch["depth"]
         for name, tensor in found.items():

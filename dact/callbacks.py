@@ -77,7 +77,7 @@ class SavePretrained(Callback):
         ):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        model = DACT.load_from_checkpoint(best, encoder=_own(pl_module)) if best else pl_module
+        model = type(pl_module).load_from_checkpoint(best, encoder=_own(pl_module)) if best else pl_module
         folder = Path(directory) / "model"
         save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
         rank_zero_info(f"The model is in {folder}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, digest
 from dact.encoders.quantization import quantize as quantize_graph
 from dact.files import read_json, replacing_folder
 from dact.model import DACT
+from dact.model_card import CARD_NAME, is_written_by_dact
 from dact.persistence import CONFIG_NAME
 
 Quantization = Literal["int8"]
@@ -107,6 +109,9 @@ def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Exp
             quantized_difference = max(_root_mean_square(*pair) for pair in _outputs(encoder, exported))
         size = sum(path.stat().st_size for path in folder.iterdir())
         model.encoder = exported
+        card = output / CARD_NAME
+        if card.is_file() and not is_written_by_dact(card):
+            shutil.copy(card, folder)  # which saving keeps
         model.save_pretrained(folder)
         if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
             load_tokenizer(str(model_dir.resolve())).save_pretrained(folder)
@@ -121,6 +126,12 @@ def _check_output(output: Path) -> None:
     encoder = config.get("encoder") if isinstance(config, dict) else None
     if not isinstance(encoder, dict) or encoder.get("type") != "OnnxEncoder":
         raise ValueError(f"export: {output} exists and was not written by dact export: give another folder")
+    folders = sorted(path.name for path in output.iterdir() if path.is_dir())
+    if folders:
+        raise ValueError(
+            f"export: {output} holds {', '.join(folders)}, which no export wrote, and would be replaced: give another "
+            "folder"
+        )
 
 
 class _Traced(nn.Module):

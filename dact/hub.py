@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
 # Only data is downloaded. Other files of a repository, such as pickles and code, are not.
-NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model"]
+NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model", "*.codes"]
 
 
 class Publication(TypedDict, total=False):

@@ -270,7 +270,8 @@ def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, l
         cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
         return cut if index is None else cut.index_select(0, index)
 
-    return _Group(encoder.embed({name: pick(tensor) for name, tensor in batch.items()}), pick(mask), lengths)
+    rowwise = {name: tensor for name, tensor in batch.items() if tensor.dim() and len(tensor) == len(mask)}
+    return _Group(encoder.embed({name: pick(tensor) for name, tensor in rowwise.items()}), pick(mask), lengths)
 
 
 def _regroup(encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int) -> list[_Group]:

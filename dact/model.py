@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from dact import functional, hub, inference, model_card, persistence
 from dact.agreement import Agreement
-from dact.agreement import check_classes as check_classes
 from dact.arguments import OfRule, check_arguments
 from dact.encoders.base import Batch, LayeredEncoder
 from dact.functional import Halting, HaltingRule, PonderKind
@@ -24,9 +23,6 @@ from dact.model_card import Metrics
 from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
 from dact.outputs import Loss as Loss
-from dact.persistence import CONFIG_NAME as CONFIG_NAME
-from dact.persistence import FORMAT as FORMAT
-from dact.persistence import HALTING as HALTING
 from dact.submodels import SubmodelConfig, Submodels, start_undecided
 
 

@@ -16,7 +16,7 @@ from queue import Empty
 from typing import Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, model_validator
 
 from dact.checks import check_choice, check_count, check_range
 from dact.encoders.base import LayeredEncoder
@@ -51,8 +51,8 @@ class PredictRequest(BaseModel):
 
     @field_validator("text", "texts", mode="before")
     @classmethod
-    def _limit(cls, value: Any) -> Any:
-        many = value if isinstance(value, list) else [value]
+    def _limit(cls, value: Any, field: ValidationInfo) -> Any:
+        many = value if isinstance(value, list) and field.field_name == "texts" else [value]
         # Not a validation error, whose status is 422: size has a status of its own.
         if len(many) > MOST_TEXTS:
             raise HTTPException(413, f"at most {MOST_TEXTS} texts in a request, got {len(many)}")

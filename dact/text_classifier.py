@@ -18,6 +18,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dact import hub
 from dact.agreement import names_of_classes
 from dact.checks import check_count
+from dact.data.rows import is_utf8
 from dact.data.tokenizers import load_tokenizer, tokenize, tokenizer_for
 from dact.encoders.base import Batch
 from dact.model import DACT, DACTOutput
@@ -237,6 +238,8 @@ def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
                 raise TypeError(f"expected strings, got {type(part).__name__} at position {row}")
             if not part.strip():
                 raise ValueError(f"the text at position {row} is empty")
+            if not is_utf8(part):
+                raise ValueError(f"the text at position {row} is not valid Unicode: it has half of a surrogate pair")
         found.append(entry if isinstance(entry, str) else tuple(parts))
         if isinstance(entry, str) != isinstance(found[0], str):
             raise TypeError(f"expected only texts or only pairs, got both: {_kind(entry)} at position {row}")

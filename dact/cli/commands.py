@@ -29,8 +29,8 @@ from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
 from dact.cli.request import COMMANDS, EVALUATING, Request
-from dact.cli.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, own_encoder
-from dact.cli.stored import find_model, load_model, store_dial
+from dact.cli.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, stored_model
+from dact.cli.stored import find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
@@ -197,9 +197,9 @@ class DACTCLI(LightningCLI):
             )
         self.source = self.request.model or find_model(config.ckpt_path)
         overrides = self._overrides()
-        self.model = load_model(self.source, own_encoder(self.source, config.model.get("encoder")), **overrides)
+        self.model = stored_model(self.source, config.model.get("encoder"), **overrides)
         config.ckpt_path = config.optimizer = config.lr_scheduler = None
-        file = self.request.predict_file(config)
+        file = self.request.predict_file(config, self.model)
         if file is not None:
             self.datamodule = file
             config.data = None
@@ -222,6 +222,12 @@ class DACTCLI(LightningCLI):
         if not words:
             return {}
         given = self._parser(self.subcommand).parse_args(words, defaults=False).get("model") or {}
+        for name in vars(given):
+            if name not in AT_INFERENCE:
+                raise ValueError(
+                    f"dact {self.subcommand} evaluates a stored model as it is: leave --model.{name} out (of the "
+                    f"model only {', '.join(AT_INFERENCE)} can be set)"
+                )
         return {name: given[name] for name in AT_INFERENCE if name in given}
 
     def _complete_model(self, config: Namespace) -> None:
@@ -376,7 +382,7 @@ class DACTCLI(LightningCLI):
         with plugin.forward_context():
             found = calibrate(measured, self.datamodule, **asdict(promise))
         setattr(model, promise.dial, getattr(measured, promise.dial))
-        model.calibration = measured.calibration
+        model.calibration, model.temperatures = measured.calibration, measured.temperatures
         print(describe(found, model.num_layers))
         for line in store_dial(self.source, model, promise.dial):
             print(line)

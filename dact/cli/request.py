@@ -14,12 +14,14 @@ from urllib.request import getproxies
 import yaml
 
 from dact.cli.errors import class_parameters, config_files
-from dact.cli.predictions import PredictionData, check_writable
+from dact.cli.predictions import BATCH, PredictionData, check_writable
 from dact.cli.stored import find_model, find_tokenizer, hub_id, stored_max_length
+from dact.encoders.pretrained import resolve_pretrained
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 COMMANDS = ("fit", *EVALUATING, "tune")
 OWN_FILES = "TextClassificationData"
+NO_LIMIT = 1_000_000  # tokens; nothing is cut
 
 
 @dataclass
@@ -48,6 +50,8 @@ class Request:
         for file in config_files(words):
             try:
                 content = yaml.safe_load(file.read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file} is not a text file in UTF-8: save it as one") from error
             except (OSError, yaml.YAMLError):
                 continue  # the parser reports it
             _merge(request.sections, content if isinstance(content, dict) else {})
@@ -60,14 +64,16 @@ class Request:
 
     def gives(self, option: str) -> bool:
         """Return whether the command line or a file gives an option, such as ``model.output_dimension``."""
-        return f"--{option}" in self.words or self.value(option) is not None
+        return f"--{option}" in map(_short, self.words) or self.value(option) is not None
 
     def value(self, option: str) -> Any:
         """Return the value of an option as it was given, or None."""
         for index, word in reversed(list(enumerate(self.words))):
-            if word.startswith(f"--{option}="):
+            if _short(word) != f"--{option}":
+                continue
+            if "=" in word:
                 return word.split("=", 1)[1]
-            if word == f"--{option}" and index + 1 < len(self.words):
+            if index + 1 < len(self.words):
                 return self.words[index + 1]
         node: Any = self.sections
         for name in option.split("."):
@@ -97,6 +103,8 @@ class Request:
         """Remove ``--model`` from the words, unless it names a file of options, and find that model."""
         if self.command not in EVALUATING:
             return
+        if self.command == "calibrate":
+            _refuse_hub(self.value("ckpt_path"), "ckpt_path")
         for index, word in enumerate(self.words):
             flag, equals, value = word.partition("=")
             if flag != "--model":
@@ -105,11 +113,10 @@ class Request:
             value = value if equals else "".join(self.words[index + 1 : index + 2])
             if value.endswith((".yaml", ".yml", ".json")):
                 continue
-            if self.command == "calibrate" and hub_id(value):
-                raise ValueError(
-                    f"dact calibrate writes to the model: download it first, by `hf download {value.partition('@')[0]} "
-                    "--local-dir FOLDER`, and give --model FOLDER"
-                )
+            if not value:
+                raise ValueError("--model needs a value: a model/ folder, the folder of a run, or a Hub id")
+            if self.command == "calibrate":
+                _refuse_hub(value, "model")
             self.model = find_model(value)
             del self.words[index : index + count]
             return
@@ -144,7 +151,7 @@ class Request:
         pretrained = self.value("model.encoder.pretrained")
         return pretrained if isinstance(pretrained, str) else None
 
-    def predict_file(self, config: Any) -> Any:
+    def predict_file(self, config: Any, model: Any) -> Any:
         """Return data for a file to classify, read a batch at a time; None for other data and commands."""
         data = config.get("data")
         if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
@@ -158,13 +165,11 @@ class Request:
         if str(arguments["predict_file"]).startswith(DATASET):
             return None
         if arguments["tokenizer"] is None:
-            raise ValueError(f"no tokenizer is stored with {self.model}: give --data.tokenizer, that of the encoder")
-        folder = Path(str(arguments["tokenizer"]))
-        stored = stored_max_length(folder) if (folder / "tokenizer_config.json").is_file() else None
-        length = arguments["max_length"] if self.gives("data.max_length") or stored is None else stored
+            raise ValueError("no tokenizer is stored with the model: give --data.tokenizer, that of the encoder")
         columns = {name: arguments[name] for name in ("text_column", "text_pair_column")}
-        tokenizer = load_tokenizer(str(arguments["tokenizer"]))
-        return PredictionData(arguments["predict_file"], tokenizer, max_length=length, **columns)
+        tokenizer, size = load_tokenizer(str(arguments["tokenizer"])), max(arguments["batch_size"], BATCH)
+        length = self._max_length(arguments, model)
+        return PredictionData(arguments["predict_file"], tokenizer, max_length=length, batch_size=size, **columns)
 
     def complete_data(self, config: Any, model: Any) -> None:
         """Set the classes and the length of data from the user's own files to those of the stored model."""
@@ -174,9 +179,28 @@ class Request:
         arguments = data["init_args"]
         if arguments.get("class_names") is None and model.class_names is not None:
             arguments["class_names"] = list(model.class_names)
-        folder = Path(str(arguments["tokenizer"]))
-        if not self.gives("data.max_length") and (folder / "tokenizer_config.json").is_file():
-            arguments["max_length"] = stored_max_length(folder) or arguments["max_length"]
+        arguments["max_length"] = self._max_length(arguments, model)
+
+    def _max_length(self, arguments: Any, model: Any) -> int:
+        """Return how many tokens are kept: as given, or, as by `TextClassifier`, what tokenizer and encoder take."""
+        if self.gives("data.max_length"):
+            return int(arguments["max_length"])
+        folder = Path(resolve_pretrained(str(arguments["tokenizer"])))
+        stored = stored_max_length(folder) if (folder / "tokenizer_config.json").is_file() else None
+        return min(stored or NO_LIMIT, model.encoder.max_length or NO_LIMIT)
+
+
+def _short(word: str) -> str:
+    """Return the name of an option without its value, and without the ``init_args`` that may be left out."""
+    return word.partition("=")[0].replace(".init_args.", ".")
+
+
+def _refuse_hub(model: Any, option: str) -> None:
+    if isinstance(model, str) and hub_id(model):
+        raise ValueError(
+            f"dact calibrate writes to the model: download it first, by `hf download {model.partition('@')[0]} "
+            f"--local-dir FOLDER`, and give --{option} FOLDER"
+        )
 
 
 def go_offline_without_hub(names: list[Any]) -> None:

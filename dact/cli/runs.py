@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from dact.cli.stored import load_model
 from dact.encoders import LayeredEncoder
 from dact.functional import UNLABELLED
+from dact.model import DACT
 
 RUNS = "lightning_logs"
 
@@ -100,19 +100,22 @@ def _first_difference(before: Any, now: Any, path: str) -> str:
     return f"{path} ({before!r} instead of {now!r})"
 
 
-def own_encoder(source: Path, config: Any) -> LayeredEncoder | None:
-    """Return the encoder of a configuration if a stored model cannot rebuild its own, None otherwise.
+def stored_model(source: Path, encoder: Any, **overrides: Any) -> DACT:
+    """Return a stored model; if it cannot rebuild its own encoder, with that of a configuration.
 
     Args:
         source: Path that `find_model` returned.
-        config: The ``model.encoder`` section, or None.
+        encoder: The ``model.encoder`` section of the configuration, or None.
+        **overrides: Arguments of the model that replace those of the source.
     """
-    with contextlib.suppress(ValueError):
-        load_model(source)
-        return None
-    if config is None:
-        return None  # loading the model again says what is wrong
-    builder = LightningArgumentParser(exit_on_error=False)
-    builder.add_subclass_arguments(LayeredEncoder, "encoder")
-    found: LayeredEncoder = builder.instantiate_classes(builder.parse_object({"encoder": config})).encoder
-    return found if found.config() is None else None
+    try:
+        return load_model(source, **overrides)
+    except ValueError:
+        if encoder is None:
+            raise
+        builder = LightningArgumentParser(exit_on_error=False)
+        builder.add_subclass_arguments(LayeredEncoder, "encoder")
+        own: LayeredEncoder = builder.instantiate_classes(builder.parse_object({"encoder": encoder})).encoder
+        if own.config() is not None:
+            raise
+    return load_model(source, own, **overrides)

@@ -12,7 +12,8 @@ import torch
 from dact.calibration import store_in_checkpoint
 from dact.encoders import LayeredEncoder
 from dact.hub import HUB_ID, local_folder
-from dact.model import CONFIG_NAME, DACT
+from dact.model import DACT
+from dact.persistence import CONFIG_NAME
 
 
 def hub_id(path: str | Path) -> tuple[str, str | None] | None:

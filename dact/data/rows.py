@@ -72,19 +72,20 @@ def text_fault(texts: Sequence[Any]) -> str | None:
             return "no text" if text is None else f"not a string: {str(text)[:40]!r}"
         if not text.strip():
             return "empty text"
-        if not _is_utf8(text):
+        if not is_utf8(text):
             return "not valid UTF-8"
     return None
 
 
 def printable(value: Any) -> Any:
     """Return a value of a row, a string with the replacement character instead of what is not UTF-8."""
-    if not isinstance(value, str) or _is_utf8(value):
+    if not isinstance(value, str) or is_utf8(value):
         return value
     return value.encode("utf-16", errors="surrogatepass").decode("utf-16", errors="replace")
 
 
-def _is_utf8(text: str) -> bool:
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be encoded: a lone surrogate, as from broken escapes, cannot."""
     try:
         text.encode()
     except UnicodeEncodeError:

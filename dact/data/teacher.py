@@ -14,7 +14,8 @@ from dact.data.tokenizers import tokenize
 from dact.encoders.base import move
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json
-from dact.model import CONFIG_NAME, DACT, FORMAT
+from dact.model import DACT
+from dact.persistence import CONFIG_NAME, FORMAT
 
 
 @torch.no_grad()

@@ -29,11 +29,13 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
     """
     try:
         source = resolve_pretrained(pretrained)
-        return AutoTokenizer.from_pretrained(source, padding_side="right", local_files_only=out_of_reach(source))
-    except (OSError, ValueError) as error:
+        return AutoTokenizer.from_pretrained(
+            source, padding_side="right", trust_remote_code=False, local_files_only=out_of_reach(source)
+        )
+    except Exception as error:  # the libraries raise many kinds
         raise ValueError(
             f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "
-            f"or 'package:NAME/PATH'. The library says: {' '.join(str(error).split())[:200]}"
+            f"or 'package:NAME/PATH'. The library says: {' '.join(str(error).split())[:200] or type(error).__name__}"
         ) from error
 
 

@@ -181,7 +181,10 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def from_model(cls, model: PreTrainedModel, *, pooling: Pooling = "mean") -> HuggingFaceEncoder:
-        """Return an encoder around a model that is already in memory."""
+        """Return an encoder around a model that is already in memory.
+
+        The encoder takes it over: it is put into train mode, and loses its pooler. Give a copy to keep it as it is.
+        """
         encoder = cls.__new__(cls)
         LayeredEncoder.__init__(encoder)
         encoder._adopt(model, pooling)
@@ -384,6 +387,7 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
                 dtype=torch.float32,
                 use_safetensors=True,
                 output_loading_info=True,
+                trust_remote_code=False,
                 local_files_only=out_of_reach(source),
             )
     except Exception as error:  # the library raises many kinds

@@ -75,10 +75,10 @@ class OnnxEncoder(LayeredEncoder):
         }
 
     def embed(self, batch: Batch) -> Tensor:
-        ids = batch["input_ids"]
+        ids = batch["input_ids"].long()
         # Hugging Face's own default for absent token types is zeros.
         types = batch.get("token_type_ids", torch.zeros_like(ids))
-        return self._graphs[EMBED](input_ids=ids, token_type_ids=types, attention_mask=self.mask(batch).long())
+        return self._graphs[EMBED](input_ids=ids, token_type_ids=types.long(), attention_mask=self.mask(batch).long())
 
     def context(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return mask.long()
