@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from dact import functional
-from dact.encoders.base import Batch, move
+from dact.encoders.base import Batch, check_batch, move
 from dact.functional import Halting
-from dact.metric_logging import labels_of
 from dact.model import DACT
 
 Dial = Literal["halting_tolerance", "halting_margin"]
@@ -60,12 +59,14 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
 
     Raises:
         TypeError: If a batch is not a dict.
-        KeyError: If a batch has no labels.
-        ValueError: If a label is no class of the model, or there are fewer than two examples.
+        ValueError: If a batch has no labels, a label is no class of the model, or there are fewer than two examples.
     """
     parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
     for batch in batches:
-        target = labels_of(batch, "measuring")
+        check_batch(batch)
+        if "labels" not in batch:
+            raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
+        target = batch["labels"]
         functional.soft_targets(target, model.output_dimension)  # checks them
         if (target == functional.UNLABELLED).any():
             raise ValueError(f"a label is {functional.UNLABELLED}: what is measured on needs its labels")

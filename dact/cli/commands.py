@@ -221,7 +221,7 @@ class DACTCLI(LightningCLI):
         words = self.request.model_words()
         if not words:
             return {}
-        given = self._parser(self.subcommand).parse_args(words, defaults=False).get("model") or {}
+        given = self._parser(self.subcommand).parse_args(words, defaults=False).model
         for name in vars(given):
             if name not in AT_INFERENCE:
                 raise ValueError(

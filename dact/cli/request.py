@@ -165,7 +165,8 @@ class Request:
         if str(arguments["predict_file"]).startswith(DATASET):
             return None
         if arguments["tokenizer"] is None:
-            raise ValueError("no tokenizer is stored with the model: give --data.tokenizer, that of the encoder")
+            source = self.model or self.value("ckpt_path")
+            raise ValueError(f"no tokenizer is stored with {source}: give --data.tokenizer, that of the encoder")
         columns = {name: arguments[name] for name in ("text_column", "text_pair_column")}
         tokenizer, size = load_tokenizer(str(arguments["tokenizer"])), max(arguments["batch_size"], BATCH)
         length = self._max_length(arguments, model)
