@@ -7,6 +7,7 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -103,7 +104,7 @@ def test_a_promise_is_kept_as_often_as_it_says(promised, dial):
     generator = torch.Generator().manual_seed(0)
     population = synthetic(40_000, generator)
     broken, moved = 0, 0
-    for _ in range(400):
+    for _ in range(200):
         rows = torch.randint(len(population.target), (600,), generator=generator)
         found = choose_setting(population.take(rows), promise)
         moved += (found.halting_tolerance, found.halting_margin) != (0.0, 1.0)
@@ -112,8 +113,8 @@ def test_a_promise_is_kept_as_often_as_it_says(promised, dial):
             broken += point.accuracy_loss > promise.max_accuracy_loss
         else:
             broken += point.agreement < promise.min_agreement
-    assert broken <= 58, "a tenth of 400, and three standard deviations"
-    assert moved > 360, "the dial moves"
+    assert broken <= 32, "a tenth of 200, and three standard deviations"
+    assert moved > 180, "the dial moves"
 
 
 @pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
@@ -435,14 +436,13 @@ def small_model(**overrides):
     return DACT(encoder=TransformerEncoder(42, 3, 16, 2), **{"learning_rate": 3e-3, **overrides})
 
 
-@pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path, mode):
+def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path):
     engine = TuningEngine(
         model=small_model,
         data=small_data,
         trainer={"max_epochs": 1, "accelerator": "cpu"},
         n_trials=1,
-        encoder_training=mode,
+        encoder_training="frozen",
         warm_up_epochs=1,
         promise=Promise(min_agreement=0.9),
         compare_defaults=False,
@@ -458,6 +458,7 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path, mode):
     assert seen
     assert kept
     metrics_path, model_path = engine.run_pipeline("run")
+    assert len(np.load(tmp_path / "run" / "features" / "val" / "labels.npy")) == 200, "what the trials measured on"
     metrics = json.loads(Path(metrics_path).read_text())
     assert sum(metrics["validation"]["exit_histogram"]) == 200
     found = metrics["calibration"]

@@ -18,23 +18,36 @@ from dact.cli.stored import find_model
 from tests.commands import FIT, REVIEWS, SMALL, dact, environment
 
 
+@pytest.fixture
+def succeed(dact_here, monkeypatch):
+    """Run a command that must succeed in this process: what it printed."""
+    monkeypatch.setenv("COLUMNS", "120")
+
+    def call(*arguments, cwd):
+        status, text = dact_here(*arguments, cwd=cwd)
+        assert status == 0, text
+        return text
+
+    return call
+
+
 @pytest.mark.slow
-def test_test_and_validate_measure_the_checkpoint(fitted):
+def test_test_and_validate_measure_the_checkpoint(fitted, succeed):
     folder, run, _ = fitted
     for command in ("test", "validate"):
         arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt"]
-        done = dact(command, *arguments, "--trainer.logger", "false", cwd=folder)
+        text = succeed(command, *arguments, "--trainer.logger", "false", cwd=folder)
         stage = "test" if command == "test" else "val"
         for name in ("accuracy", "exit_layer", "agreement", "macro_f1", "task_loss", "layer_accuracy/3"):
-            assert f"{stage}_{name}" in done.stdout
+            assert f"{stage}_{name}" in text
 
 
 @pytest.mark.parametrize("ending", ["csv", "jsonl", "parquet"])
-def test_predict_writes_one_row_per_input_in_their_order(fitted, ending):
+def test_predict_writes_one_row_per_input_in_their_order(fitted, succeed, ending):
     folder, run, _ = fitted
     output = folder / f"out.{ending}"
     arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--output", output]
-    dact("predict", *arguments, "--trainer.logger", "false", cwd=folder)
+    succeed("predict", *arguments, "--trainer.logger", "false", cwd=folder)
     if ending == "csv":
         frame = pd.read_csv(output)
     else:
@@ -55,51 +68,47 @@ def test_predict_writes_one_row_per_input_in_their_order(fitted, ending):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("dial", "careful"), [("halting_tolerance", "0.001"), ("halting_margin", "0.999")])
-def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, dial, careful):
-    import shutil
-
+def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, dact_here, succeed, dial, careful):
     folder, run, _ = fitted
     shutil.copytree(run, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     base = ["--config", FIT, *SMALL, "--ckpt_path", checkpoint]
-    done = dact("calibrate", *base, "--dial", dial, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder)
-    assert "keeps max_layers=2.9 with confidence 0.5: taken alone, at most" in done.stdout
-    assert "mean exit layer" in done.stdout
+    text = succeed("calibrate", *base, "--dial", dial, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder)
+    assert "keeps max_layers=2.9 with confidence 0.5: taken alone, at most" in text
+    assert "mean exit layer" in text
+    assert f"wrote {dial}" in text
     stored = TextClassifier.from_pretrained(tmp_path / "run" / "model").model
     assert 0 < getattr(stored, dial) < 1
     assert stored.calibration["promise"]["max_layers"] == 2.9
     outputs = []
     for more in ([], [f"--model.{dial}", careful]):
         output = tmp_path / "out.csv"
-        dact("predict", *base, "--output", output, "--trainer.logger", "false", *more, cwd=folder)
+        succeed("predict", *base, "--output", output, "--trainer.logger", "false", *more, cwd=folder)
         outputs.append(pd.read_csv(output)["exit_layer"].mean())
     assert outputs[0] < outputs[1], "the calibrated setting counts unless another one is given"
-    assert f"wrote {dial}" in done.stdout
-    done = dact("test", *base, cwd=folder)
-    assert re.search(
-        rf"^promise of {dial} [\d.]+: at most 2.9 layers. Here it is .*standard error", done.stdout, re.MULTILINE
-    )
-    failed = dact("calibrate", *base, "--dial", dial, "--max_layers", "1", cwd=folder, check=False)
-    assert failed.returncode == 1
-    assert "the fewest layers that can be promised are" in failed.stderr
+    text = succeed("test", *base, cwd=folder)
+    assert re.search(rf"^promise of {dial} [\d.]+: at most 2.9 layers. Here it is .*standard error", text, re.MULTILINE)
+    status, text = dact_here("calibrate", *base, "--dial", dial, "--max_layers", "1", cwd=folder)
+    assert status == 1
+    assert "the fewest layers that can be promised are" in text
 
 
 @pytest.mark.slow
-def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(own):
-    dact("fit", "--config", "config.yaml", cwd=own)
+def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(own, succeed):
+    succeed("fit", "--config", "config.yaml", cwd=own)
     lines = [b"text", b"the screen is great", b"", b"\xff\xfe", b'"a, ""b"""', b"   ", b"the screen is awful"]
     (own / "new.csv").write_bytes(b"\n".join(lines) + b"\n")
     checkpoint = "lightning_logs/version_0/checkpoints/best.ckpt"
     arguments = ["--config", "config.yaml", "--ckpt_path", checkpoint, "--data.predict_file", "new.csv"]
     # Only the file to predict is needed.
     (own / "train.csv").unlink()
-    dact("predict", *arguments, "--output", "out.csv", cwd=own)
+    succeed("predict", *arguments, "--output", "out.csv", cwd=own)
     rows = list(csv.DictReader((own / "out.csv").open()))
     assert [row["reason"] for row in rows] == ["", "empty text", "not valid UTF-8", "", "empty text", ""]
     assert all((row["label"] in ("yes", "no")) == (row["reason"] == "") for row in rows)
     # A file in which nothing can be classified still gets its rows.
     (own / "new.csv").write_bytes(b"text\n \n\n")
-    dact("predict", *arguments, "--output", "none.jsonl", cwd=own)
+    succeed("predict", *arguments, "--output", "none.jsonl", cwd=own)
     rows = [json.loads(line) for line in (own / "none.jsonl").read_text().splitlines()]
     assert [row["reason"] for row in rows] == ["empty text"] * 2
 
@@ -262,7 +271,7 @@ TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.stra
 
 
 @pytest.mark.slow
-def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_of_two_files, dact_here):
+def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_of_two_files, dact_here, succeed):
     folder, model = run_of_two_files, ["--model", "lightning_logs/first"]
     texts = [f"the screen is {('great', 'awful', 'poor')[n % 3]} {n}" for n in range(2501)]
     texts[1030] = ""
@@ -281,12 +290,12 @@ def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_
     assert both["exit_layer"].tolist() == pytest.approx(alone["exit_layer"].tolist(), nan_ok=True)
     (folder / "odd.csv").write_text("text,label\n" + "".join(REVIEWS.splitlines(True)[:27]))
     words = ["test", *model, "--data.test_file", "odd.csv"]
-    one = dact(*words, cwd=folder)
+    one = succeed(*words, cwd=folder)
     done = dact(*words, *TWO, cwd=folder)
     assert "DistributedSampler" not in done.stdout + done.stderr
     alone, both = (
         {name: float(value) for name, value in re.findall(r"(\w+_\w+\S*) +│ +([\d.]+)", table)}
-        for table in (one.stdout, done.stdout)
+        for table in (one, done.stdout)
     )
     assert len(alone) > 8
     assert both == pytest.approx(alone, rel=1e-5)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dact import DACT, TuningEngine
+from dact.calibration import Promise
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.tuning import checkpointed_fit, final
@@ -51,36 +52,30 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
-    run = tmp_path / "run"
+    run, promise = tmp_path / "run", Promise(max_layers=2.2, confidence=None)
     with monkeypatch.context() as patched:
         patched.setattr(final, "evaluate", killed)  # after the fits, while the final model is measured
         with pytest.raises(KeyboardInterrupt):
-            engine(tmp_path).run_pipeline("run")
+            engine(tmp_path, promise=promise).run_pipeline("run")
     confirmed = [str(folder.relative_to(run)) for folder in fitted]
     assert confirmed[0] == "confirmation/default_settings/fit"
     assert confirmed[1:] in (["confirmation/first_trial/fit"], ["confirmation/tuned/fit"])
 
-    metrics, checkpoint = engine(tmp_path).run_pipeline("run")
+    metrics, checkpoint = engine(tmp_path, promise=promise).run_pipeline("run")
     assert [str(folder.relative_to(run)) for folder in fitted[2:]] == ["final/defaults"], "nothing is fitted twice"
     assert [path.relative_to(run) for path in run.rglob("*.ckpt")] == [Path("final", "checkpoints", "best.ckpt")]
     chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
     assert DACT.load_from_checkpoint(checkpoint).num_layers == chosen["num_layers"]
-    text = json.loads(Path(metrics).read_text())["confirmation"]
+    found = json.loads(Path(metrics).read_text())
+    text = found["confirmation"]
     assert text.split(" (")[0] in ("default settings", "first trial", "tuned")
     assert "default settings" in text
 
-    engine(tmp_path).final_train("run")
+    engine(tmp_path, promise=promise).final_train("run")
     assert len(fitted) == 3
 
-
-@pytest.mark.slow
-def test_defaults_are_measured_at_the_promise_of_the_run(tmp_path):
-    from dact.calibration import Promise
-
-    promise = Promise(max_layers=2.2, confidence=None)
-    metrics, _ = engine(tmp_path, promise=promise).run_pipeline("run")
-    found = json.loads(Path(metrics).read_text())
-    defaults = json.loads((tmp_path / "run" / "final" / "defaults" / "metrics.json").read_text())
+    # The defaults are measured at the promise of the run.
+    defaults = json.loads((run / "final" / "defaults" / "metrics.json").read_text())
     assert defaults["calibration"]["promise"] == found["calibration"]["promise"]
     assert defaults["halting_margin"] == defaults["calibration"]["halting_margin"] < 1
     assert defaults["validation"]["mean_exit_layer"] <= 2.2

@@ -1,6 +1,5 @@
 """Files that were damaged or come from elsewhere: a clear error that names them, never code, never a wrong result."""
 
-import json
 import pickletools
 import random
 import sqlite3
@@ -8,7 +7,6 @@ import zipfile
 from functools import partial
 from pathlib import Path
 
-import optuna
 import pytest
 import torch
 import yaml
@@ -106,11 +104,11 @@ def test_damaged_models_never_give_a_wrong_model(run):
 @pytest.mark.slow
 def test_damaged_warm_ups_never_serve(run):
     path = run / "features" / "encoder.safetensors"
+    made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
+    begun, surveyed = made._begin("run"), made._survey()
 
     def read():
-        made = engine(run.parent, encoder_training="frozen", warm_up_epochs=1)
-        made._begin("run")
-        model, _ = made._objective(STAGES[0]).prepared.build({})
+        model, _ = made._prepare(begun, surveyed).build({})
         return {name: tensor.tolist() for name, tensor in model.encoder.state_dict().items()}
 
     check_corruptions(path, read)
@@ -214,24 +212,7 @@ def test_a_run_tag_never_leaves_the_log_folder(tmp_path, tag):
     assert not (tmp_path / "logs").exists() or not list((tmp_path / "logs").iterdir())
 
 
-# ------------------------------------------------------------------ the same again, and for long
-
-
-@pytest.mark.slow
-def test_two_runs_with_one_seed_give_the_same_weights(tmp_path):
-    found = []
-    for name in ("one", "two"):
-        made = engine(tmp_path / name, n_trials=2, compare_defaults=False)
-        made.run_pipeline("run")
-        storage = f"sqlite:///{tmp_path / name / 'run' / 'studies.db'}"
-        trials = [
-            (trial.params, trial.values)
-            for stage in STAGES
-            for trial in optuna.load_study(study_name=f"run/{stage.name}", storage=storage).trials
-        ]
-        model = tmp_path / name / "run" / "final" / "model" / "model.safetensors"
-        found.append((json.dumps(trials), model.read_bytes()))
-    assert found[0] == found[1]
+# ------------------------------------------------------------------ for long
 
 
 @pytest.mark.slow
@@ -250,16 +231,16 @@ def test_many_trials_leave_nothing_behind(tmp_path):
         }
 
     def watch(study, trial):
-        if trial.number in (20, 49):
+        if trial.number in (12, 31):
             readings[trial.number] = usage()
 
-    engine(tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=50, callbacks=[watch]).joint_tune_study(
+    engine(tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=32, callbacks=[watch]).joint_tune_study(
         "run"
     )
-    early, late = readings[20], readings[49]
-    assert late["memory"] - early["memory"] < 29
+    early, late = readings[12], readings[31]
+    assert late["memory"] - early["memory"] < 19
     assert late["files"] <= early["files"] + 5
     assert late["threads"] <= early["threads"] + 2
     assert late["processes"] == early["processes"]
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
-    assert size < 50 * 100_000
+    assert size < 32 * 100_000

@@ -18,7 +18,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from dact.data.tokenizers import word_tokenizer
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, dact, environment
 from tests.conftest import free_port
 from tests.hub_server import TOKEN
 from tests.test_hub import hub  # noqa: F401 (a fixture)
@@ -42,8 +42,8 @@ STAND_INS = {
 INSTALLS = ("pip ", "python3 -m venv", ". activate")  # which .ci/run does
 TESTED_ELSEWHERE = ("python examples/ray_predict.py",)  # in test_ray.py, on a cluster
 SERVERS = ("dact serve", "tensorboard", "optuna-dashboard")
-QUICK = "--trainer.max_epochs 1 --trainer.limit_train_batches 8 --trainer.accelerator cpu"
-QUICK_TUNE = f"{QUICK} --tuner.n_trials 1 --tuner.compare_defaults false"
+QUICK = "--trainer.max_epochs 1 --trainer.limit_train_batches 2 --trainer.accelerator cpu"
+QUICK_TUNE = f"{QUICK} --tuner.n_trials 1 --tuner.warm_up_epochs 1 --tuner.compare_defaults false"
 
 
 @dataclass(frozen=True)
@@ -140,12 +140,20 @@ class Reader:
             command += f" {QUICK}"
         if command.startswith("dact ") and not re.search(r"[|&>]", command):
             status, output = self.call(*shlex.split(command)[1:], cwd=self.folder)
+        elif piped := re.fullmatch(r"([^|&>]+) \| (dact [^|&>]+)", command):
+            text = self.shell(piped[1])
+            assert not text.returncode, f"{self.page.name}: {command}\n{text.stderr}"
+            done = dact(*shlex.split(piped[2])[1:], cwd=self.folder, check=False, text=text.stdout)
+            status, output = done.returncode, done.stdout + done.stderr
         else:
-            done = subprocess.run(
-                ["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=300, check=False
-            )
+            done = self.shell(command)
             status, output = done.returncode, done.stdout + done.stderr
         assert not status, f"{self.page.name}: {command}\n{output}"
+
+    def shell(self, command):
+        return subprocess.run(
+            ["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=300, check=False
+        )
 
     def start(self, command):
         """Start a server at a free port, and wait until it listens."""

@@ -47,7 +47,7 @@ def config_of(name):
 
 def encoder_of(name, **arguments):
     if name == "built-in":
-        return TransformerEncoder(100, LAYERS, 32, 4).eval()
+        return TransformerEncoder(100, LAYERS, 32, 4, **arguments).eval()
     return HuggingFaceEncoder.from_model(AutoModel.from_config(config_of(name)), **arguments).eval()
 
 

@@ -4,11 +4,12 @@ import importlib.util
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.commands import ROOT, environment
+from tests.commands import ROOT, dact
 from tests.conftest import random_batch, tiny_model
 
 
@@ -79,16 +80,17 @@ def test_the_goals_are_said_to_be_met_or_missed(tuned):
 
 
 @pytest.mark.slow
-def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tmp_path):
-    command = [sys.executable, str(ROOT / "benchmarks" / "tuned.py"), "tiny", "--results", str(tmp_path / "results")]
-    done = subprocess.run(
-        [*command, "--log_dir", str(tmp_path)],
-        env=environment(PYTHONPATH=str(ROOT)),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tuned, tmp_path, monkeypatch, capsys):
+    def run_command(command, **_):
+        assert command[:3] == [sys.executable, "-m", "dact"]
+        return dact(*command[3:], cwd=tmp_path)
+
+    # The script as a process of its own is in test_sentences.py.
+    monkeypatch.setattr(tuned, "subprocess", SimpleNamespace(run=run_command, PIPE=subprocess.PIPE))
+    words = ["tiny", "--results", str(tmp_path / "results"), "--log_dir", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", ["tuned.py", *words])
+    tuned.main()
+    printed = capsys.readouterr().out
     run = json.loads((tmp_path / "results" / "tiny-0.json").read_text())
     metrics = json.loads((tmp_path / "tiny-0" / "final" / "metrics.json").read_text())
     models = run["models"]
@@ -99,4 +101,4 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tmp_p
     assert models["tuned"]["mean_exit_layer"] == pytest.approx(metrics["test"]["mean_exit_layer"])
     assert models["encoder"]["layers"] - 1 < metrics["validation"]["mean_exit_layer"] <= models["encoder"]["layers"]
     assert models["multi-exit"]["layers"] == metrics["layers"]
-    assert "| tiny, 1 seed | baseline |" in done.stdout
+    assert "| tiny, 1 seed | baseline |" in printed
