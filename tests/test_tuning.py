@@ -245,7 +245,9 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
     assert "best/val_accuracy" in {info["name"]["tag"] for info in experiment["metricInfos"]}
     states = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"]
     question = {"experimentName": "", "allowedStatuses": states, "colParams": [], "startIndex": 0, "sliceSize": 100}
-    groups = {group["name"]: group for group in served("hparams/session_groups", question)["sessionGroups"]}
+    found = served("hparams/session_groups", question)["sessionGroups"]
+    assert all(group["name"].startswith("run/") for group in found), "trials of several runs are different trials"
+    groups = {group["name"].removeprefix("run/"): group for group in found}
     trials = {
         f"{stage}/trial_{trial.number:04d}": trial for stage in STAGES for trial in study_of(run.parent, stage).trials
     }

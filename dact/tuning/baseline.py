@@ -121,7 +121,7 @@ def fit_baseline(
             keep_best="teacher",
         )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
-    tensorboard.log_fit(folder, parameters, history.epochs[-1], folder.name)
+    tensorboard.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")
     model.class_names = model.class_names or getattr(data, "class_names", None)
     answers: dict[str, Tensor] = {}
     with progress.stage("answers of the baseline"), recipe.precision():

@@ -220,7 +220,7 @@ def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None) ->
     accuracy = (1.0 if right is None else right.double().mean().item()) - mean.lost.double().mean().item()
     metrics = {"val_task_loss": mean.loss, "val_accuracy": accuracy, "val_exit_layer": mean.layers}
     folder = candidate.folder(run)
-    tensorboard.log_fit(folder, flat(candidate.settings), metrics, f"{FOLDER}/{folder.name}")
+    tensorboard.log_fit(folder, flat(candidate.settings), metrics, f"{run.tag}/{FOLDER}/{folder.name}")
 
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:

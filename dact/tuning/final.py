@@ -207,7 +207,7 @@ class FinalFit:
         """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its dial."""
         metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
         metrics |= {"val_loss": fit.best["val_loss"], "val_exit_layer": validation.entry["mean_exit_layer"]}
-        name = str(fit.folder.relative_to(self.run.folder))
+        name = f"{self.run.tag}/{fit.folder.relative_to(self.run.folder)}"
         tensorboard.log_fit(fit.folder, flat(fit.settings or {}), metrics, name)
 
     def _draw(self, folder: Path, found: Mapping[str, Evaluation], layers: int, baseline: float) -> None:

@@ -156,7 +156,8 @@ def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoar
     """Log a trial to TensorBoard: its parameters, the metrics that the block fills in, and its status."""
     folder = objective.run.trial_folder(objective.stage, trial.number, own=objective.own)
     logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
-    tensorboard.log_parameters(logger.experiment, trial.params, f"{objective.stage.name}/{folder.name}")
+    name = f"{objective.run.tag}/{objective.stage.name}/{folder.name}"
+    tensorboard.log_parameters(logger.experiment, trial.params, name)
     metrics: dict[str, float] = {}
     succeeded = False
     try:
