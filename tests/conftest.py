@@ -5,8 +5,21 @@ import socket
 import sys
 
 import hypothesis
+import psutil
 import pytest
 import torch
+
+
+def _memory_takes_files(folder="/dev/shm"):
+    """Whether there is room in memory for the files of tests, and scripts among them could be run."""
+    if not os.path.isdir(folder) or os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return False
+    return shutil.disk_usage(folder).free > 4 * 2**30 and psutil.virtual_memory().available > 6 * 2**30
+
+
+# Files of tests need no disk that outlives a loss of power, on which each sync takes milliseconds.
+if "PYTEST_DEBUG_TEMPROOT" not in os.environ and _memory_takes_files():
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = "/dev/shm"
 
 # Nothing here may reach for a hub: a test that tries fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
