@@ -1,4 +1,5 @@
 import gc
+import multiprocessing
 import os
 import shutil
 import socket
@@ -106,6 +107,16 @@ def random_batch(batch=16, length=12, vocab=50, labels=3, seed=0):
     ids = torch.randint(3, vocab, (batch, length), generator=generator) * mask
     target = torch.randint(0, labels, (batch,), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": target}
+
+
+def forked(module):
+    """A context of processes that share one import of `module`, instead of one each.
+
+    A process has one such server, which starts with the first use: that of a study with workers may be it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dact.tuning.fork_server", module])
+    return context
 
 
 def free_port():
