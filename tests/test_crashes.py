@@ -426,10 +426,18 @@ def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(fol
     plan = {"log": str(log)}
     processes = [start(folder, *options, plan=plan) for _ in range(4)]
     run = folder / "lightning_logs" / "run"
-    wait_for((run / "submodels" / "trial_0005").exists)  # trials 2 to 5 can be one of each process
-    processes.pop(1).kill()
-    wait_for((run / "training" / "trial_0003").exists)
-    processes.pop(2).kill()
+
+    def kill_who_began_last(stage, moment):
+        """Once there is this trial, kill the process that has begun the newest one."""
+        wait_for((run / stage / moment).exists)
+        trials = trials_of(folder, stage, storage=postgres.address)
+        begun = [trial.user_attrs["owner"][1] for trial in reversed(trials) if "owner" in trial.user_attrs]
+        victim = next(process for pid in begun for process in processes if process.pid == pid)
+        victim.kill()
+        processes.remove(victim)
+
+    kill_who_began_last("submodels", "trial_0005")
+    kill_who_began_last("training", "trial_0003")
     outputs = [finish(process, 600) for process in processes]
     assert [code for code, _ in outputs] == [0, 0], outputs
     metrics = check_whole(folder, [5] * 3, storage=postgres.address, extra=3)
