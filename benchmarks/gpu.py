@@ -12,16 +12,14 @@ import sys
 import tempfile
 import time
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import lightning.pytorch as pl
 import torch
 
-from dact import TuningEngine
-from dact.data import CompositionalSentiment
-from dact.encoders import TransformerEncoder
-from dact.model import DACT
+if TYPE_CHECKING:
+    from dact.model import DACT
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu.json"
@@ -32,7 +30,7 @@ def commands(dry: bool, folder: Path) -> dict[str, list[str]]:
     speed = [str(HERE / "speed.py"), "shapes", "--results", str(folder / "shapes.json")]
     if dry:
         speed += ["--shapes", "tiny", "--examples", "8", "--rounds", "1", "--step_tokens", "256", "512"]
-        trials = ["--workers", "1", "2", "--trials", "1", "--num_train", "64"]
+        trials = ["--workers", "2", "--trials", "1", "--num_train", "64"]
     else:
         steps = [str(2**power) for power in range(13, 19)]  # 8,192 … 262,144
         speed += ["--precision", "bf16-mixed", "--examples", "1024", "--rounds", "3", "--step_tokens", *steps]
@@ -45,11 +43,17 @@ def commands(dry: bool, folder: Path) -> dict[str, list[str]]:
 
 
 def model(num_tokens: int, layers: int = 6, **overrides: Any) -> DACT:
+    from dact.encoders import TransformerEncoder
+    from dact.model import DACT
+
     return DACT(encoder=TransformerEncoder(num_tokens, layers, 64, 4), **{"learning_rate": 2e-3, **overrides})
 
 
 def trials_per_minute(arguments: argparse.Namespace) -> dict[str, float]:
     """Trials per minute of a study on generated reviews, from its start to its end, by the number of workers."""
+    from dact import TuningEngine
+    from dact.data import CompositionalSentiment
+
     rates = {}
     data = partial(CompositionalSentiment, num_train=arguments.num_train, num_val=200, num_test=100)
     with tempfile.TemporaryDirectory() as folder:
@@ -107,7 +111,7 @@ def main() -> None:
         "dry": arguments.dry,
         "python": sys.version.split()[0],
         "torch": torch.__version__,
-        "lightning": pl.__version__,
+        "lightning": version("lightning"),
     }
     with tempfile.TemporaryDirectory() as folder:
         for name, command in commands(arguments.dry, Path(folder)).items():

@@ -1,12 +1,26 @@
 import gc
+import multiprocessing
 import os
 import shutil
 import socket
 import sys
 
 import hypothesis
+import psutil
 import pytest
 import torch
+
+
+def _memory_takes_files(folder="/dev/shm"):
+    """Whether there is room in memory for the files of tests, and scripts among them could be run."""
+    if not os.path.isdir(folder) or os.statvfs(folder).f_flag & os.ST_NOEXEC:
+        return False
+    return shutil.disk_usage(folder).free > 4 * 2**30 and psutil.virtual_memory().available > 6 * 2**30
+
+
+# Files of tests need no disk that outlives a loss of power, on which each sync takes milliseconds.
+if "PYTEST_DEBUG_TEMPROOT" not in os.environ and _memory_takes_files():
+    os.environ["PYTEST_DEBUG_TEMPROOT"] = "/dev/shm"
 
 # Nothing here may reach for a hub: a test that tries fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -93,6 +107,16 @@ def random_batch(batch=16, length=12, vocab=50, labels=3, seed=0):
     ids = torch.randint(3, vocab, (batch, length), generator=generator) * mask
     target = torch.randint(0, labels, (batch,), generator=generator)
     return {"input_ids": ids, "attention_mask": mask, "labels": target}
+
+
+def forked(module):
+    """A context of processes that share one import of `module`, instead of one each.
+
+    A process has one such server, which starts with the first use: that of a study with workers may be it.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["dact.tuning.fork_server", module])
+    return context
 
 
 def free_port():

@@ -1,11 +1,13 @@
-"""The dact command with a fault planted in it, for the tests of crashes: ``python -m tests.killed PLAN tune …``.
+"""The dact command with a fault planted in it, or watched: ``python -m tests.killed PLAN COMMAND …``.
 
 PLAN is JSON: ``point`` and ``count`` say at which event, and at the how-manieth of its kind, the process kills itself;
-``log`` names a file that gets a line for each epoch of training, with the folder that the fit logs to, the epoch, and how many epochs are planned.
+``log`` names a file that gets a line for each epoch of training, with the folder that the fit logs to, the epoch, and how many epochs are planned;
+``peak`` asks for a last line with the most memory that the process held, in MiB.
 """
 
 import json
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -77,6 +79,8 @@ def run(plan, *words):
     if "log" in plan:
         keep_log(plan["log"])
     main()
+    if plan.get("peak"):
+        print("PEAK", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 
 
 if __name__ == "__main__":

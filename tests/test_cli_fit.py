@@ -1,7 +1,6 @@
 """``dact fit``: its name, its checkpoints, how it is stopped and resumed, and what it says; and the errors of YAML."""
 
 import io
-import os
 import re
 import shlex
 import signal
@@ -19,6 +18,7 @@ from dact import DACT
 from dact.cli.checkpoints import BestAndLast
 from dact.cli.reports import Bar
 from dact.files import DurableCheckpointIO
+from tests import warm
 from tests.commands import FIT, OWN, ROOT, SMALL, dact, environment
 from tests.conftest import random_batch, tiny_model
 
@@ -107,21 +107,12 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
 @pytest.mark.slow
 def test_a_stopped_fit_leaves_its_best_model_and_the_command_that_resumes_it(tmp_path):
     words = ["fit", "--config", str(FIT), *SMALL, "--trainer.max_epochs", "500"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dact", *words],
-        cwd=tmp_path,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        # A test runner in the background of a shell ignores the signal, and its children would too.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
+    process = warm.start("dact", words, cwd=tmp_path, env=environment())
     run = tmp_path / "lightning_logs" / "version_0"
     end = time.monotonic() + 200
     while not (run / "checkpoints" / "last.ckpt").is_file() and time.monotonic() < end:
         time.sleep(0.1)
-    os.kill(process.pid, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert "Traceback" not in errors

@@ -4,8 +4,6 @@ import csv
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pandas as pd
 import pytest
@@ -15,6 +13,7 @@ from dact import DACT, TextClassifier
 from dact.cli.batches import check_batch
 from dact.cli.reports import promise_line
 from dact.cli.stored import find_model
+from tests import warm
 from tests.commands import FIT, REVIEWS, SMALL, dact, environment
 
 
@@ -185,15 +184,7 @@ def test_a_setting_on_the_command_line_replaces_that_of_the_stored_model(run_of_
 
 def test_rows_of_standard_input_are_answered_before_it_ends(run_of_two_files):
     words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "-", "--output", "-"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dact", *words],
-        cwd=run_of_two_files,
-        env=environment(),
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = warm.start("dact", words, cwd=run_of_two_files, env=environment())
     process.stdin.write("the screen is great\n" * 4000)
     process.stdin.flush()
     answers = [process.stdout.readline() for _ in range(1025)]  # with the header
@@ -288,6 +279,7 @@ def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_
     alone = pd.read_csv(folder / "one.csv")
     assert both["label"].fillna("").tolist() == alone["label"].fillna("").tolist()
     assert both["exit_layer"].tolist() == pytest.approx(alone["exit_layer"].tolist(), nan_ok=True)
+    assert both["reason"].fillna("").tolist() == ["" if text else "empty text" for text in texts]
     (folder / "odd.csv").write_text("text,label\n" + "".join(REVIEWS.splitlines(True)[:27]))
     words = ["test", *model, "--data.test_file", "odd.csv"]
     one = succeed(*words, cwd=folder)
@@ -303,21 +295,19 @@ def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_
 
 @pytest.mark.slow
 def test_the_memory_of_predict_does_not_grow_with_the_file(run_of_two_files):
-    program = "import resource; from dact.cli.commands import main; main(); "
-    program += "print('PEAK', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)"
     peaks = []
-    for rows in (20_000, 120_000):
+    for rows in (5_000, 105_000):
         lines = "".join(f"the screen is great {n}\n" for n in range(rows))
         (run_of_two_files / "large.csv").write_text("text\n" + lines)
         words = ["--model", "lightning_logs/first", "--data.predict_file", "large.csv", "--output", "large.parquet"]
-        done = subprocess.run(
-            [sys.executable, "-c", program, "predict", *words],
-            cwd=run_of_two_files, env=environment(), capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        assert f"{rows} predictions" in done.stderr
-        peaks.append(int(done.stdout.split("PEAK")[1]))
+        plan = json.dumps({"peak": True})
+        process = warm.start("tests.killed", [plan, "predict", *words], cwd=run_of_two_files, env=environment())
+        said, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+        assert f"{rows} predictions" in errors
+        peaks.append(int(said.split("PEAK")[1]))
     # MiB; 100,000 dicts of five entries alone would take more.
-    assert peaks[1] - peaks[0] < 30, peaks
+    assert peaks[1] - peaks[0] < 15, peaks
 
 
 MINE = """

@@ -48,6 +48,8 @@ tuner:
     batch_size: {choices: [32, 64]}
     num_epochs: {choices: [1, 2]}
 """
+# What a test does not look at: the comparison with default settings, and fits of more than an epoch.
+SHORT = ["--tuner.compare_defaults", "false", "--tuner.search_space.num_epochs", "{choices: [1]}"]
 
 
 @pytest.fixture
@@ -131,7 +133,7 @@ def check_whole(folder, totals, tag="run", storage=None, extra=0):
 def ended_trials(folder):
     """What all trials that ended have found, also those of studies that ran under earlier winners, in any order."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = f"sqlite:///{folder / 'lightning_logs' / 'run' / 'studies.db'}"
+    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'lightning_logs' / 'run' / 'studies.db'}")
     return {
         json.dumps([name.split("/")[1], trial.state.name, trial.params, trial.values], sort_keys=True)
         for name in optuna.get_all_study_names(storage)
@@ -203,9 +205,10 @@ def test_thirty_kills_lose_nothing(folder):
 @pytest.mark.slow
 def test_a_killed_fit_of_a_candidate_for_the_final_model_resumes_with_its_epoch(folder):
     log = folder / "epochs.log"
-    options = ["--tuner.n_trials", 1, "--trainer.max_epochs", 6, "--tuner.search_space.num_epochs", "{choices: [6]}"]
+    options = ["--tuner.n_trials", 1, "--trainer.max_epochs", 8, "--tuner.search_space.num_epochs", "{choices: [8]}"]
+    options += ["--tuner.encoder_training", "finetune", "--tuner.compare_defaults", "false"]
     plan = {"log": str(log)}
-    process = start(folder, *options, "--tuner.compare_defaults", "false", plan=plan)
+    process = start(folder, *options, plan=plan)
     final = folder / "lightning_logs" / "run" / "final"
 
     def epochs():
@@ -217,32 +220,36 @@ def test_a_killed_fit_of_a_candidate_for_the_final_model_resumes_with_its_epoch(
     process.wait()
     before = epochs()
     assert not (final / "metrics.json").exists()
-    tune(folder, *options, "--tuner.compare_defaults", "false", plan=plan)
+    tune(folder, *options, plan=plan)
     after = epochs()[len(before) :]
     assert after[0] in (before[-1], before[-1] + 1)
     assert after[0] >= 3
-    assert after[-1] == 5
+    assert after[-1] == 7
     check_whole(folder, [1] * 3)
 
 
 @pytest.mark.slow
 def test_a_killed_warm_up_resumes_with_its_epoch(folder):
     log = folder / "epochs.log"
-    options, plan = ["--tuner.n_trials", 1, "--tuner.warm_up_epochs", 6], {"log": str(log)}
+    options, plan = ["--tuner.n_trials", 1, "--tuner.warm_up_epochs", 10], {"log": str(log)}
     process = start(folder, *options, plan=plan)
 
     def epochs():
         lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-        return [int(epoch) for _, epoch, planned in lines if planned == "6"]
+        return [int(epoch) for _, epoch, planned in lines if planned == "10"]
 
     wait_for(lambda: len(epochs()) >= 4, process)
     process.kill()
     process.wait()
     before = epochs()
-    tune(folder, *options, plan=plan)
+    process = start(folder, *options, plan=plan)
+    # What comes after the warm-up is not looked at here.
+    wait_for((folder / "lightning_logs" / "run" / "features" / "val").exists, process)
+    process.kill()
+    process.wait()
     after = epochs()[len(before) :]
     assert after[0] in (before[-1], before[-1] + 1)
-    assert after[-1] == 5
+    assert after[-1] == 9
 
 
 # ------------------------------------------------------------------ stops
@@ -250,29 +257,35 @@ def test_a_killed_warm_up_resumes_with_its_epoch(folder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("kind", "workers", "moment"),
+    ("workers", "stops"),
     [
-        ("SIGINT", 1, "submodels/trial_0002"),
-        ("SIGTERM", 1, "training/trial_0001"),
-        ("SIGINT", 2, "submodels/trial_0001"),
-        ("SIGTERM", 2, "training/trial_0001"),
-        ("SIGINT", 1, "confirmation/default_settings/fit/checkpoints"),
-        ("SIGTERM", 1, "confirmation/default_settings/fit/checkpoints"),
+        (
+            1,
+            [
+                ("SIGINT", "submodels/trial_0002"),
+                ("SIGTERM", "training/trial_0001"),
+                ("SIGINT", "lambda_reg/trial_0001"),
+                ("SIGTERM", "confirmation/default_settings/fit/checkpoints"),
+            ],
+        ),
+        (2, [("SIGINT", "submodels/trial_0001"), ("SIGTERM", "training/trial_0001")]),
     ],
 )
-def test_a_stopped_command_ends_soon_and_resumes(folder, kind, workers, moment):
-    options = ["--tuner.workers", workers]
-    process = start(folder, *options)
-    wait_for((folder / "lightning_logs" / "run" / moment).exists, process)
-    began = time.monotonic()
-    process.send_signal(getattr(signal, kind))
-    code, output = finish(process, 60)
-    assert time.monotonic() - began < 10
-    assert code == 130, output
-    assert "resume with: dact tune --config tune.yaml" in output
-    assert "Traceback" not in output
-    for stage in STAGES:
-        assert all(trial.state.name != "RUNNING" for trial in trials_of(folder, stage))
+def test_a_stopped_command_ends_soon_and_resumes(folder, workers, stops):
+    """Each start takes up what the stop before has left."""
+    options = ["--tuner.workers", workers, *SHORT]
+    for kind, moment in stops:
+        process = start(folder, *options)
+        wait_for((folder / "lightning_logs" / "run" / moment).exists, process)
+        began = time.monotonic()
+        process.send_signal(getattr(signal, kind))
+        code, output = finish(process, 60)
+        assert time.monotonic() - began < 10
+        assert code == 130, output
+        assert "resume with: dact tune --config tune.yaml" in output
+        assert "Traceback" not in output
+        for stage in STAGES:
+            assert all(trial.state.name != "RUNNING" for trial in trials_of(folder, stage))
     tune(folder, *options)
     check_whole(folder, [3] * 3, extra=workers - 1)
 
@@ -317,35 +330,30 @@ def stopped_by(folder, moment, fault, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "moment", ["submodels/trial_0001", "lambda_reg/trial_0000", "confirmation/default_settings/fit/checkpoints"]
-)
-def test_a_full_disk_is_one_clear_error_and_the_run_resumes(small_disk, moment):
+def test_a_full_disk_and_a_read_only_folder_are_one_clear_error_each_and_the_run_resumes(small_disk):
     disk = small_disk / "lightning_logs"
-    line = stopped_by(small_disk, moment, lambda: fill(disk))
-    assert "lightning_logs/run" in line
-    assert "No space left" in line or "full" in line
-    (disk / "filler").unlink()
-    tune(small_disk)
-    check_whole(small_disk, [3] * 3)
 
-
-@pytest.mark.slow
-def test_a_read_only_folder_is_one_clear_error_and_the_run_resumes(small_disk):
-    disk = small_disk / "lightning_logs"
+    def run_out_of_space(moment):
+        line = stopped_by(small_disk, moment, lambda: fill(disk), *SHORT)
+        assert "lightning_logs/run" in line
+        assert "No space left" in line or "full" in line
+        (disk / "filler").unlink()
 
     def make_read_only():
         subprocess.run(["mount", "--bind", disk, disk], check=True)  # (on itself, since files are open for writing)
         subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
 
-    line = stopped_by(small_disk, "training/trial_0001", make_read_only)
+    run_out_of_space("submodels/trial_0001")
+    line = stopped_by(small_disk, "training/trial_0001", make_read_only, *SHORT)
     assert "lightning_logs/run" in line
-    code, output = finish(start(small_disk))
+    code, output = finish(start(small_disk, *SHORT))
     assert code == 1
     assert "Traceback" not in output
     assert "lightning_logs/run" in output.strip().splitlines()[-1]
     subprocess.run(["umount", "-l", disk], check=True)
-    tune(small_disk)
+    run_out_of_space("lambda_reg/trial_0000")
+    run_out_of_space("confirmation/default_settings/fit/checkpoints")
+    tune(small_disk, *SHORT)
     check_whole(small_disk, [3] * 3)
 
 
@@ -398,38 +406,10 @@ def postgres():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_four_processes_share_one_run_over_postgresql(folder, postgres):
+def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(folder, postgres):
     log = folder / "epochs.log"
-    options = ["--tuner.storage", postgres.address, "--tuner.n_trials", 8]
-    plan = {"log": str(log)}
-    processes = [start(folder, *options, plan=plan) for _ in range(4)]
-    run = folder / "lightning_logs" / "run"
-    wait_for((run / "submodels" / "trial_0003").exists)
-    processes.pop(1).kill()
-    wait_for((run / "training" / "trial_0003").exists)
-    processes.pop(2).kill()
-    outputs = [finish(process, 600) for process in processes]
-    assert [code for code, _ in outputs] == [0, 0], outputs
-    metrics = check_whole(folder, [8] * 3, storage=postgres.address, extra=3)
-    owners = {tuple(t.user_attrs["owner"]) for s in STAGES for t in trials_of(folder, s, storage=postgres.address)}
-    assert len(owners) >= 3
-    lines = [line for line in log.read_text().splitlines() if line.split()[0].endswith("/fit")]
-    assert len(lines) == len(set(lines)) >= len(metrics["history"]), "exactly one fitted each candidate"
-    # And where the one that makes the final model is killed, the command makes it when it is started again.
-    shutil.rmtree(run / "final")
-    process = start(folder, *options, plan=plan)
-    wait_for((run / "final" / "checkpoints" / "last.ckpt").exists, process)
-    process.kill()
-    process.wait()
-    assert not (run / "final" / "metrics.json").exists()
-    tune(folder, *options)
-    check_whole(folder, [8] * 3, storage=postgres.address, extra=3)
-
-
-@pytest.mark.slow
-def test_a_lost_storage_is_one_clear_error_and_the_run_resumes(folder, postgres):
-    options = ["--tuner.storage", postgres.address]
-    line = stopped_by(folder, "training/trial_0001", postgres.stop, *options)
+    options = ["--tuner.storage", postgres.address, "--tuner.n_trials", 5]
+    line = stopped_by(folder, "submodels/trial_0001", postgres.stop, *options)
     assert f"127.0.0.1:{postgres.port}" in line
     assert "secret" not in line
     code, output = finish(start(folder, *options))
@@ -437,5 +417,40 @@ def test_a_lost_storage_is_one_clear_error_and_the_run_resumes(folder, postgres)
     assert "cannot be opened" in output.strip().splitlines()[-1]
     assert "Traceback" not in output
     postgres.start()
+
+    def owners():
+        trials = [trial for stage in STAGES for trial in trials_of(folder, stage, storage=postgres.address)]
+        return {tuple(trial.user_attrs["owner"]) for trial in trials if "owner" in trial.user_attrs}
+
+    alone = owners()
+    plan = {"log": str(log)}
+    processes = [start(folder, *options, plan=plan) for _ in range(4)]
+    run = folder / "lightning_logs" / "run"
+
+    def kill_who_began_last(stage, moment):
+        """Once there is this trial, kill the process that has begun the newest one."""
+        wait_for((run / stage / moment).exists)
+        trials = trials_of(folder, stage, storage=postgres.address)
+        begun = [trial.user_attrs["owner"][1] for trial in reversed(trials) if "owner" in trial.user_attrs]
+        victim = next(process for pid in begun for process in processes if process.pid == pid)
+        victim.kill()
+        processes.remove(victim)
+
+    kill_who_began_last("submodels", "trial_0005")
+    kill_who_began_last("training", "trial_0003")
+    outputs = [finish(process, 600) for process in processes]
+    assert [code for code, _ in outputs] == [0, 0], outputs
+    metrics = check_whole(folder, [5] * 3, storage=postgres.address, extra=3)
+    assert len(owners() - alone) >= 3
+    lines = [line for line in log.read_text().splitlines() if line.split()[0].endswith("/fit")]
+    assert len(lines) == len(set(lines)) >= len(metrics["history"]), "exactly one fitted each candidate"
+    # And where the one that makes the final model is killed, the command makes it when it is started again.
+    shutil.rmtree(run / "final")
+    log.unlink()
+    process = start(folder, *options, plan=plan)
+    wait_for(lambda: log.exists() and log.read_text().partition(" ")[0].endswith("run/final"), process)
+    process.kill()
+    process.wait()
+    assert not (run / "final" / "metrics.json").exists()
     tune(folder, *options)
-    check_whole(folder, [3] * 3, storage=postgres.address)
+    check_whole(folder, [5] * 3, storage=postgres.address, extra=3)

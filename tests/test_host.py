@@ -1,6 +1,7 @@
 """A program that uses dact as a library finds itself as it was: nothing of it is muted, seeded or reset."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -48,6 +49,14 @@ def changed(before, after):
     return found
 """
 
+IMPORTS = """
+before = snapshot()
+import dact, dact.data, dact.encoders, dact.tuning
+from dact import DACT, TuningEngine, TextClassifier, calibrate
+from dact.encoders import HuggingFaceEncoder
+found["imports"] = changed(before, snapshot())
+"""
+
 MODEL = """
 from functools import partial
 from dact import DACT, TuningEngine
@@ -61,14 +70,6 @@ data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
 quiet = {"accelerator": "cpu", "enable_progress_bar": False}
 """
 
-IMPORTS = """
-before = snapshot()
-import dact, dact.data, dact.encoders, dact.tuning
-from dact import DACT, TuningEngine, TextClassifier, calibrate
-from dact.encoders import HuggingFaceEncoder
-after = snapshot()
-"""
-
 FIT = """
 data().setup("fit")
 trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **quiet)
@@ -79,15 +80,17 @@ trainer.validate(built, loaded)
 after = snapshot()
 for name in ("python's generator", "numpy's generator", "torch's generator"):  # training draws from them
     before[name] = after[name]
+found["fit"] = changed(before, after)
 """
 
 TUNE = """
 space = {"batch_size": {"choices": [32, 64]}, "num_epochs": {"choices": [1, 2]}}
-before = snapshot()
-engine = TuningEngine(model=model, data=data, n_trials=1, search_space=space, log_dir="logs",
-                      trainer={"max_epochs": 1, **quiet}, encoder_training=sys.argv[1])
-engine.run_pipeline("run")
-after = snapshot()
+for mode in ("frozen", "finetune"):
+    before = snapshot()
+    engine = TuningEngine(model=model, data=data, n_trials=1, search_space=space, log_dir=mode, warm_up_epochs=1,
+                          trainer={"max_epochs": 1, **quiet}, encoder_training=mode)
+    engine.run_pipeline("run")
+    found[mode] = changed(before, snapshot())
 """
 
 TOKENIZER = """
@@ -112,43 +115,55 @@ load(tokenizer)
 after = {**snapshot(), **{name: getattr(tokenizer, name) for name in lengths}}
 for name in ("python's generator", "numpy's generator", "torch's generator"):  # a shuffle draws from them
     before[name] = after[name]
+found["tokenizer"] = changed(before, after)
 """
 
 
-def changes(code, folder, *arguments):
-    """Return what a program with this code finds changed."""
-    program = f"{HEAD}\n{code}\nprint('CHANGED' + json.dumps(changed(before, after), default=str))"
+def changes(code, folder):
+    """Return what a program with this code finds changed, by the name of what it did."""
+    program = f"{HEAD}\nfound = {{}}\n{code}\nprint('CHANGED' + json.dumps(found, default=str))"
+    # A number of threads that changes must show, so all of them are used; but they need not spin while they wait.
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    env.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=folder, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", program], cwd=folder, env=env, capture_output=True, text=True, timeout=500
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.rsplit("CHANGED", 1)[1])
 
 
-@pytest.mark.slow
-def test_importing_dact_changes_nothing(tmp_path):
-    assert changes(IMPORTS, tmp_path) == {}
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """What the imports and a pipeline of `TuningEngine` in each mode changed."""
+    return changes(IMPORTS + MODEL + TUNE, tmp_path_factory.mktemp("tuned"))
 
 
-def test_a_fit_changes_nothing(tmp_path):
-    assert changes(MODEL + FIT, tmp_path) == {}
-
-
-@pytest.fixture(scope="module", params=["finetune", "frozen"])
-def tuned(request, tmp_path_factory):
-    """What a pipeline of `TuningEngine` changed."""
-    return changes(MODEL + TUNE, tmp_path_factory.mktemp(request.param), request.param)
+@pytest.fixture(scope="module")
+def fitted_here(tmp_path_factory):
+    """What a fit and data of one's own changed."""
+    return changes(MODEL + FIT + TOKENIZER, tmp_path_factory.mktemp("fitted"))
 
 
 @pytest.mark.slow
-def test_tuning_changes_nothing(tuned):
-    assert {name: what for name, what in tuned.items() if name != "torch's generator"} == {}
+def test_importing_dact_changes_nothing(tuned):
+    assert tuned["imports"] == {}
+
+
+def test_a_fit_changes_nothing(fitted_here):
+    assert fitted_here["fit"] == {}
 
 
 @pytest.mark.slow
-def test_tuning_leaves_torchs_generator_alone(tuned):
-    assert "torch's generator" not in tuned
+@pytest.mark.parametrize("mode", ["frozen", "finetune"])
+def test_tuning_changes_nothing(tuned, mode):
+    assert {name: what for name, what in tuned[mode].items() if name != "torch's generator"} == {}
 
 
-def test_data_leaves_the_tokenizer_of_its_caller_alone(tmp_path):
-    assert changes(MODEL + TOKENIZER, tmp_path) == {}
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["frozen", "finetune"])
+def test_tuning_leaves_torchs_generator_alone(tuned, mode):
+    assert "torch's generator" not in tuned[mode]
+
+
+def test_data_leaves_the_tokenizer_of_its_caller_alone(fitted_here):
+    assert fitted_here["tokenizer"] == {}

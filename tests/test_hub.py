@@ -236,9 +236,8 @@ def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
             capture_output=True, text=True, timeout=200, check=True,
         ).stdout.strip()  # fmt: skip
 
-    run(publish, HF_HUB_OFFLINE="0")
     label = classifier(["not bad"])[0].label
-    assert run(use, HF_HUB_OFFLINE="0") == label
+    assert run(f"{publish}\n{use}", HF_HUB_OFFLINE="0") == label
     assert run(use, HF_HUB_OFFLINE="1") == label
 
 

@@ -19,7 +19,7 @@ from dact.callbacks import SavePretrained
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
 from dact.files import DurableCheckpointIO
 from tests import references
-from tests.conftest import random_batch, scatter_exits, tiny_model
+from tests.conftest import forked, free_port, random_batch, scatter_exits, tiny_model
 from tests.test_encoders import config_of
 
 
@@ -261,12 +261,7 @@ def _two_processes(rank, port, folder):
 
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path):
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
+    context, port = forked(__name__), free_port()
     processes = [context.Process(target=_two_processes, args=(rank, port, str(tmp_path))) for rank in range(2)]
     for process in processes:
         process.start()
@@ -853,8 +848,9 @@ def test_every_command_of_a_foreign_cli_takes_the_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_main_py_of_ones_own_fits_and_resumes(tmp_path):
+def test_a_main_py_of_ones_own_fits_and_resumes(tmp_path, monkeypatch):
     import os
+    import runpy
     import subprocess
     import sys
 
@@ -863,15 +859,17 @@ def test_a_main_py_of_ones_own_fits_and_resumes(tmp_path):
     (tmp_path / "my.yaml").write_text(yaml.safe_dump(SETTINGS))
     settings = ["--config", str(tmp_path / "my.yaml"), "--trainer.default_root_dir", str(tmp_path)]
     root = Path(__file__).parent.parent
-    for number, (command, *more) in enumerate(COMMANDS[::3]):
-        fit = tmp_path / "lightning_logs" / "version_0"
-        at = ["--ckpt_path", str(fit / "checkpoints" / "epoch=0-step=4.ckpt")] if number else []
-        done = subprocess.run(
-            [sys.executable, "-m", "tests.foreign", command, *settings, *at, *more],
-
-            cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
+    fit = tmp_path / "lightning_logs" / "version_0"
+    (command, *more), (again, *with_more) = COMMANDS[::3]
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.foreign", command, *settings, *more],
+        cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    at = ["--ckpt_path", str(fit / "checkpoints" / "epoch=0-step=4.ckpt")]
+    monkeypatch.setattr(sys, "argv", ["foreign.py", again, *settings, *at, *with_more])
+    runpy.run_module("tests.foreign", run_name="__main__")
+    assert (fit.with_name("version_1") / "checkpoints" / "epoch=1-step=8.ckpt").exists()
     known = yaml.safe_load((fit / "hparams.yaml").read_text())
     assert known["lambda_reg"] == 0.125
 

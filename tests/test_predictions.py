@@ -11,7 +11,7 @@ from dact import TextClassifier
 from dact.cli.predictions import PredictionData, PredictionWriter
 from dact.data import TextClassificationData
 from dact.data.tokenizers import word_tokenizer
-from tests.conftest import free_port, tiny_model
+from tests.conftest import forked, free_port, tiny_model
 
 WORDS = ["good", "bad", "film", "very", "not", "the"]
 TEXTS = [" ".join(WORDS[(row + step) % 6] for step in range(row % 7 + 1)) for row in range(50)]
@@ -44,27 +44,24 @@ def test_a_file_has_the_labels_and_the_tempered_scores_of_the_classifier(tmp_pat
         assert frame[f"probability_{name}"].tolist() == pytest.approx(scores, abs=1e-5)
 
 
-def _process(rank, port, folder, kind, output):
+def _process(rank, port, folder, output):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
     file = f"{folder}/new.csv"
-    if kind == "stream":
-        data = PredictionData(file, word_tokenizer(WORDS), batch_size=8)
-    else:
-        data = TextClassificationData(predict_file=file, tokenizer=word_tokenizer(WORDS), batch_size=8, max_length=16)
+    data = TextClassificationData(predict_file=file, tokenizer=word_tokenizer(WORDS), batch_size=8, max_length=16)
     writer = PredictionWriter(f"{folder}/{output}")
     predict(writer, data, devices=2, strategy="ddp")
     assert writer.path == f"{folder}/out-{rank + 1}-of-2.parquet"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["stream", "examples"])
-def test_two_processes_write_a_file_each_and_every_row_once(kind, tmp_path):
+def test_two_processes_write_a_file_each_and_every_row_once(tmp_path):
+    """Of a datamodule; test_cli_predict.py has the same of `PredictionData`, through the command."""
     pd.DataFrame({"text": TEXTS}).to_csv(tmp_path / "new.csv", index=False)
-    context, port = torch.multiprocessing.get_context("spawn"), free_port()
-    arguments = [(rank, port, str(tmp_path), kind, "out.parquet") for rank in range(2)]
+    context, port = forked(__name__), free_port()
+    arguments = [(rank, port, str(tmp_path), "out.parquet") for rank in range(2)]
     processes = [context.Process(target=_process, args=each) for each in arguments]
     for process in processes:
         process.start()

@@ -1,12 +1,12 @@
 """TextClassifier: whatever a program hands in, from however many threads."""
 
+import contextlib
 import copy
 import fcntl
 import os
 import pickle
 import pty
 import struct
-import subprocess
 import sys
 import termios
 import threading
@@ -151,58 +151,46 @@ def test_scores_have_the_temperature_of_their_exit_layer(classifier):
         assert (after.score < before.score) == (temperature > 1) or temperature == 1
 
 
+class Constant:
+    """The same answer for every text."""
+
+    class_names = ("no", "yes")
+
+    def eval(self):
+        return self
+
+    def early_exit(self, batch):
+        rows = len(batch["input_ids"])
+        return DACTOutput(torch.tensor([[0.25, 0.75]]).repeat(rows, 1), torch.ones(rows, dtype=torch.long))
+
+
 def test_any_model_with_early_exit_and_class_names_serves(tokenizer):
-    class Constant:
-        class_names = ("no", "yes")
-
-        def eval(self):
-            return self
-
-        def early_exit(self, batch):
-            rows = len(batch["input_ids"])
-            return DACTOutput(torch.tensor([[0.25, 0.75]]).repeat(rows, 1), torch.ones(rows, dtype=torch.long))
-
     found = TextClassifier(Constant(), tokenizer)(["good", "bad film"])
     assert [(one.label, one.score, one.exit_layer) for one in found] == [("yes", 0.75, 1)] * 2
     assert found[0].probabilities == {"no": 0.25, "yes": 0.75}
 
 
-LONG = """
-import torch
-from dact import DACTOutput, TextClassifier, text_classifier
-from dact.data.tokenizers import word_tokenizer
+def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch):
+    assert text_classifier.BAR_DELAY >= 1, "short calls show none"
+    monkeypatch.setattr(text_classifier, "BAR_DELAY", 0.0)
+    classifier = TextClassifier(Constant(), word_tokenizer(["good"]), batch_size=5)
 
-text_classifier.BAR_DELAY = 0.0
+    def shown(read, write):
+        """What 50 texts show where `write` is standard error."""
+        with open(write, "w") as errors, monkeypatch.context() as patch:
+            patch.setattr(sys, "stderr", errors)
+            assert len(classifier(["good"] * 50)) == 50
+        text = b""
+        with contextlib.suppress(OSError):  # of a terminal whose other end is closed
+            while chunk := os.read(read, 4096):
+                text += chunk
+        os.close(read)
+        return text
 
-class Constant:
-    class_names = ["no", "yes"]
-    eval = lambda self: self
-    def early_exit(self, batch):
-        rows = len(batch["input_ids"])
-        return DACTOutput(torch.tensor([[0.25, 0.75]]).repeat(rows, 1), torch.ones(rows, dtype=torch.long))
-
-print(len(TextClassifier(Constant(), word_tokenizer(["good"]), batch_size=5)(["good"] * 50)), "done")
-"""
-
-
-@pytest.mark.slow
-def test_a_bar_is_shown_on_a_terminal_alone():
-    piped = subprocess.run([sys.executable, "-c", LONG], capture_output=True, text=True, check=True)
-    assert piped.stdout == "50 done\n"
-    assert "text/s" not in piped.stderr
+    assert shown(*os.pipe()) == b""
     master, slave = pty.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    process = subprocess.Popen([sys.executable, "-c", LONG], stdout=subprocess.PIPE, stderr=slave)
-    os.close(slave)
-    shown = b""
-    try:
-        while chunk := os.read(master, 4096):
-            shown += chunk
-    except OSError:  # the other end is closed
-        pass
-    assert process.communicate()[0] == b"50 done\n"
-    assert b"/50 [" in shown
-    assert text_classifier.BAR_DELAY >= 1, "short calls show none"
+    assert b"/50 [" in shown(master, slave)
 
 
 def test_a_folder_gives_a_classifier_that_knows_its_settings(classifier, tokenizer, tmp_path):
