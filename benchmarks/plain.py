@@ -67,7 +67,8 @@ def plain(data: VaderSentiment, epochs: int) -> Tensor:
     optimizer = torch.optim.AdamW(model.parameters(), RATE, weight_decay=DECAY)
     steps = epochs * len(train)
     schedule = get_linear_schedule_with_warmup(optimizer, int(WARM_UP * steps), steps)
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        train.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
         model.train()
         for batch in train:
             nn.functional.cross_entropy(model(batch), batch["labels"]).backward()

@@ -194,6 +194,7 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
     data.prepare_data()
     assert len(frame) == frame["label"].notna().sum() == len(data.examples("test")) > 60
     trials = ["--tuner.n_trials", "1", "--tuner.warm_up_epochs", "1", "--run_tag", "real"]
+    trials += ["--tuner.search_space.batch_size", "{choices: [16]}"]  # batches are limited, so their size must be one
     text = command("tune", "--config", QUICKSTART, *trials, "--tuner.compare_defaults", "false")
     assert "points against the baseline of 6 layers" in text
     assert (tmp_path / "lightning_logs/real/final/model/tokenizer.json").is_file()
