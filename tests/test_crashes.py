@@ -103,7 +103,7 @@ def check_whole(folder, totals, tag="run", storage=None, extra=0):
     for stage, total in zip(STAGES, totals, strict=True):
         trials = trials_of(folder, stage, tag, storage)
         assert [trial.number for trial in trials] == list(range(len(trials)))
-        assert all(trial.state.is_finished() for trial in trials), [(t.number, t.state.name) for t in trials]
+        assert not [(stage, t.number, t.state.name) for t in trials if not t.state.is_finished()]
         assert total <= sum(map(is_counted, trials)) <= total + extra
         again = [trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs]
         assert len(set(again)) == len(again)
@@ -408,7 +408,7 @@ def postgres():
 @pytest.mark.timeout(900)
 def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(folder, postgres):
     log = folder / "epochs.log"
-    options = ["--tuner.storage", postgres.address, "--tuner.n_trials", 5]
+    options = ["--tuner.storage", postgres.address, "--tuner.n_trials", 8]
     line = stopped_by(folder, "submodels/trial_0001", postgres.stop, *options)
     assert f"127.0.0.1:{postgres.port}" in line
     assert "secret" not in line
@@ -440,7 +440,7 @@ def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(fol
     kill_who_began_last("training", "trial_0003")
     outputs = [finish(process, 600) for process in processes]
     assert [code for code, _ in outputs] == [0, 0], outputs
-    metrics = check_whole(folder, [5] * 3, storage=postgres.address, extra=3)
+    metrics = check_whole(folder, [8] * 3, storage=postgres.address, extra=3)
     assert len(owners() - alone) >= 3
     lines = [line for line in log.read_text().splitlines() if line.split()[0].endswith("/fit")]
     assert len(lines) == len(set(lines)) >= len(metrics["history"]), "exactly one fitted each candidate"
@@ -453,4 +453,4 @@ def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(fol
     process.wait()
     assert not (run / "final" / "metrics.json").exists()
     tune(folder, *options)
-    check_whole(folder, [5] * 3, storage=postgres.address, extra=3)
+    check_whole(folder, [8] * 3, storage=postgres.address, extra=3)
