@@ -15,6 +15,7 @@ import optuna
 import psutil
 import pytest
 import yaml
+from optuna.trial import TrialState
 
 from dact import DACT, TextClassifier
 from dact.files import read_json
@@ -103,7 +104,11 @@ def check_whole(folder, totals, tag="run", storage=None, extra=0):
     for stage, total in zip(STAGES, totals, strict=True):
         trials = trials_of(folder, stage, tag, storage)
         assert [trial.number for trial in trials] == list(range(len(trials)))
-        assert not [(stage, t.number, t.state.name) for t in trials if not t.state.is_finished()]
+        left = [trial for trial in trials if not trial.state.is_finished()]
+        if extra:
+            # Processes that begin the last trials at once may leave no room for a retry, which stays in the queue.
+            left = [trial for trial in left if trial.state != TrialState.WAITING or RETRY_OF not in trial.user_attrs]
+        assert not [(stage, trial.number, trial.state.name) for trial in left]
         assert total <= sum(map(is_counted, trials)) <= total + extra
         again = [trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs]
         assert len(set(again)) == len(again)
