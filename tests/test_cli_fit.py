@@ -9,6 +9,7 @@ import sys
 import time
 
 import pytest
+import rich
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -147,7 +148,8 @@ def test_a_fit_may_choose_by_macro_f1_and_balance_its_classes(own, dact_here):
     assert "where 'no', the largest class, is 90.00 %, macro F1" in text
 
 
-def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path):
+def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path, monkeypatch):
+    monkeypatch.setattr(rich, "_console", None)  # Lightning's bar changes the console of the whole process
     screen, bars = io.StringIO(), []
 
     class LastWords(Callback):

@@ -34,7 +34,7 @@ def writer(folder: Path) -> Iterator[SummaryWriter]:
 
 
 def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: str) -> None:
-    """Open the session of a trial. Sessions of one name are one trial to the tab, so a name begins with the run's tag."""
+    """Open the session of a trial. The tab takes sessions of one name for one trial, so names begin with the tag."""
     from tensorboard.plugins.hparams import summary_v2
 
     _write(writer, summary_v2.hparams_pb(dict(parameters), trial_id=name))
