@@ -181,7 +181,7 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
 
     monkeypatch.setattr(vader, "read_archive", an_eighth)
     monkeypatch.setenv("COLUMNS", "120")
-    small = ["--data.num_train", "96", "--data.batch_size", "16", "--trainer.max_epochs", "1"]
+    small = ["--data.num_train", "48", "--data.batch_size", "16", "--trainer.max_epochs", "1"]
     small += ["--trainer.accelerator", "cpu", "--data.corpora", "[tweets]"]
     limits = ["--trainer.limit_val_batches", "3", "--trainer.limit_test_batches", "1"]
     limits += ["--trainer.limit_predict_batches", "1"]

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import multiprocessing
 import random
 import shutil
 import subprocess
@@ -1038,9 +1039,15 @@ def test_the_final_model_of_earlier_winners_stays_until_the_new_one_is_whole(tmp
 
 
 @pytest.mark.slow
+def note_start_method(file):
+    file.write_text(multiprocessing.get_start_method())
+
+
 def test_workers_may_load_data_with_processes_of_their_own(tmp_path):
     space = {"num_epochs": {"choices": [1]}, "batch_size": {"choices": [16]}}
-    data = partial(own_data, tmp_path, num_workers=1)
+    data, noted = partial(own_data, tmp_path, num_workers=1), tmp_path / "method"
     made = engine(tmp_path, model=own_model, data=data, workers=2, n_trials=2, search_space=space)
+    made.worker_setup = partial(note_start_method, noted)
     made.joint_tune_study("run")
     assert [trial.state.name for trial in study_of(tmp_path, "submodels").trials] == ["COMPLETE", "COMPLETE"]
+    assert noted.read_text() == multiprocessing.get_start_method(), "as in the parent, where a fork imports nothing"

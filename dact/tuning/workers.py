@@ -138,13 +138,14 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
         return
     context = _context()
     errors = context.SimpleQueue()
+    method = multiprocessing.get_start_method()
     threads = max(1, torch.get_num_threads() // workers)
     started = 0
 
     def start() -> BaseProcess:
         nonlocal started
         # Not a daemon: the data may have processes of its own.
-        process = context.Process(target=_run_worker, args=(job.for_worker(started), threads, errors))
+        process = context.Process(target=_run_worker, args=(job.for_worker(started), threads, method, errors))
         process.start()
         started += 1
         return process
@@ -203,9 +204,11 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _run_worker(job: StudyJob, threads: int, errors: Any) -> None:
+def _run_worker(job: StudyJob, threads: int, method: str, errors: Any) -> None:
     """Run trials until the study is done, as the main function of a worker process."""
     signals.install()
+    # Processes that the data starts here start as they would in the parent, not as this worker did.
+    multiprocessing.set_start_method(method, force=True)
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if job.setup is not None:
         job.setup()
