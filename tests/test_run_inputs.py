@@ -206,6 +206,15 @@ def test_a_final_fit_whose_checkpoint_is_gone_is_made_again_whole(tmp_path):
     assert {path.name for path in final.iterdir()} >= {name for name in before if not name.startswith("events")}
 
 
+def test_a_finished_study_leaves_no_unfinished_file_of_a_trial_that_died(tmp_path):
+    made = quick(tmp_path)
+    made.joint_tune_study("run")
+    left = tmp_path / "run" / "submodels" / "trial_0000" / ".validation.safetensors.partial"
+    left.write_bytes(b"half")
+    made.joint_tune_study("run")
+    assert not left.exists()
+
+
 def test_a_trial_of_another_host_without_heartbeats_is_named(tmp_path):
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal.log")))
     study = optuna.create_study(storage=storage)

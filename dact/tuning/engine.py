@@ -20,6 +20,7 @@ from optuna.trial import BaseTrial, FrozenTrial
 from dact.calibration import Promise
 from dact.checks import check_range
 from dact.factories import default_data, default_model
+from dact.files import remove_partial
 from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm
@@ -345,6 +346,7 @@ class TuningEngine:
         allowed = None if promise is None else promise.max_accuracy_loss
         chosen = stage.pick(trials, outcomes, partial(self.lambda_rule.select, allowed=allowed))
         with run.locked():
+            remove_partial(run.pictures(stage).parent)  # of trials whose process died; none is running any more
             if run.save(stage.parse(chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show another winner
             if not run.pictures(stage).is_dir():
