@@ -158,11 +158,10 @@ def test_every_command_reads_the_configuration_that_a_fit_left(fitted, dact_here
 
 @pytest.mark.slow
 def test_the_configuration_of_a_fit_learns(tmp_path):
-    small = ["--trainer.accelerator", "cpu", "--trainer.max_epochs", "4", "--data.num_val", "1000"]
-    done = dact("fit", "--config", FIT, *small, cwd=tmp_path)
+    done = dact("fit", "--config", FIT, "--trainer.accelerator", "cpu", cwd=tmp_path)
     run = tmp_path / "lightning_logs" / "version_0"
     events = EventAccumulator(str(run)).Reload()
-    assert events.Scalars("val_accuracy")[-1].value > 0.817
+    assert events.Scalars("val_accuracy")[-1].value > 0.88
     assert 1.5 < events.Scalars("val_exit_layer")[-1].value < 4
     assert "collapsed" not in done.stdout + done.stderr
 
