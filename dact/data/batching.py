@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from dact.data.examples import Examples
+from dact.data.tokenizers import portions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -86,19 +87,19 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
         examples = examples.take(rows)
     tokens = {"input_ids": array("i")}
     lengths, cut = [0], []
-    for start, end in _portions(examples):
-        texts = examples.texts[start:end]
-        pairs = None if examples.pairs is None else examples.pairs[start:end]
-        encoding = tokenizer(texts, pairs, truncation=True, max_length=max_length, return_attention_mask=False)
-        for name, portion in encoding.items():
+    given = [examples.texts] if examples.pairs is None else [examples.texts, examples.pairs]
+    for portion in portions(*given):
+        texts = [column[portion] for column in given]
+        encoding = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
+        for name, found in encoding.items():
             values = tokens.setdefault(name, array("b" if name == "token_type_ids" else "i"))
-            for example in portion:
+            for example in found:
                 values.extend(example)
         lengths += map(len, encoding["input_ids"])
         full = [row for row, ids in enumerate(encoding["input_ids"]) if len(ids) == max_length]
         if full:  # only the whole text tells whether it was cut, and by how much
-            second = None if pairs is None else [pairs[row] for row in full]
-            whole = tokenizer([texts[row] for row in full], second, return_attention_mask=False, verbose=False)
+            again = [[column[row] for row in full] for column in texts]
+            whole = tokenizer(*again, return_attention_mask=False, verbose=False)
             cut += [len(ids) for ids in whole["input_ids"] if len(ids) > max_length]
     columns = {"row": rows, "labels": examples.labels, "depth": examples.depths}
     encoded = Encoded(
@@ -107,18 +108,6 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
         {name: np.asarray(values, dtype=np.int64) for name, values in columns.items() if values is not None},
     )
     return encoded, cut
-
-
-def _portions(examples: Examples, characters: int = 1_000_000) -> Iterator[tuple[int, int]]:
-    """Yield ranges of rows of about `characters` characters, since a tokenizer needs far more memory than its text."""
-    start, size = 0, 0
-    for row, text in enumerate(examples.texts):
-        size += len(text) + (0 if examples.pairs is None else len(examples.pairs[row]))
-        if size >= characters:
-            yield start, row + 1
-            start, size = row + 1, 0
-    if start < len(examples):
-        yield start, len(examples)
 
 
 def length_that_keeps(share: float, examples: int, cut: Sequence[int]) -> int:

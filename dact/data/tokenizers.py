@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
 
@@ -62,7 +62,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **option
         *texts: Texts or pairs of texts; or first and second texts.
         **options: Other arguments of the tokenizer, such as ``truncation``.
     """
-    encoding = tokenizer(*texts, return_attention_mask=False, **options)
+    encoding: dict[str, list[Any]] = {"input_ids": []}
+    for rows in portions(*texts):
+        part = tokenizer(*(column[rows] for column in texts), return_attention_mask=False, **options)
+        for name, examples in part.items():
+            encoding.setdefault(name, []).extend(examples)
     lengths = np.fromiter(map(len, encoding["input_ids"]), np.int64)
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
@@ -72,6 +76,23 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **option
         values[mask] = np.fromiter(chain.from_iterable(examples), np.int64, lengths.sum())
         tensors[name] = torch.from_numpy(values)
     return tensors
+
+
+def portions(*texts: Sequence[Any], characters: int = 1_000_000) -> Iterator[slice]:
+    """Yield slices of rows with about `characters` characters, since a tokenizer needs far more memory than its texts.
+
+    Args:
+        *texts: Texts or pairs of texts; or first and second texts.
+        characters: Number of characters after which a new slice begins.
+    """
+    start, size = 0, 0
+    for row, parts in enumerate(zip(*texts, strict=True)):
+        size += sum(len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts)
+        if size >= characters:
+            yield slice(start, row + 1)
+            start, size = row + 1, 0
+    if start < len(texts[0]):
+        yield slice(start, len(texts[0]))
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
