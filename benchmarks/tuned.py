@@ -49,7 +49,7 @@ from dact.files import read_checkpoint
 from dact.outputs import Loss
 from dact.tuning.baseline import Baseline
 from dact.tuning.evaluation import evaluate
-from dact.tuning.fitting import make_trainer, resumable_fit, seeded, without_collapse_warning
+from dact.tuning.fitting import make_trainer, resumable_fit, seeded
 from dact.tuning.recipe import DISTILLATION
 from dact.tuning.survey import CALIBRATION_SHARE
 
@@ -126,8 +126,7 @@ class Setting:
         """Return the model of the best epoch, in eval mode."""
         checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
         data = self.data(config["data"], teacher)
-        with without_collapse_warning():
-            resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best="best")
+        resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best="best")
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
         return model.cpu().eval()
 

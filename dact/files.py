@@ -106,6 +106,12 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is corrupted: {error}") from error
 
 
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically, with a digest of its content."""
     from safetensors.torch import save

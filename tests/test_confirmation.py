@@ -13,7 +13,7 @@ from dact.calibration import Promise
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.tuning import checkpointed_fit, final
-from dact.tuning.confirmation import Candidate, _best, _Difference
+from dact.tuning.confirmation import Candidate, _beats, _best
 from dact.tuning.outcome import Outcome
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -38,9 +38,9 @@ def fitted(monkeypatch):
     """The folders in which everything was fitted, in their order."""
     folders = []
 
-    def recorded(arguments, model, data, checkpoints, **options):
+    def recorded(arguments, model, data, checkpoints, *callbacks, **options):
         folders.append(checkpoints.parent)
-        return resumable_fit(arguments, model, data, checkpoints, **options)
+        return resumable_fit(arguments, model, data, checkpoints, *callbacks, **options)
 
     resumable_fit = checkpointed_fit.resumable_fit
     monkeypatch.setattr(checkpointed_fit, "resumable_fit", recorded)
@@ -97,7 +97,7 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     ],
 )
 def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(layers, lost, within, beats):
-    assert _Difference(layers, lost, within).beats == beats
+    assert _beats(layers, lost, within) == beats
 
 
 def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():

@@ -24,7 +24,7 @@ LAYERS = [
     {"calibration"},
     {"text_classifier"},
     {"exporting", "server"},
-    {"tuning/space", "tuning/digests", "tuning/pruner", "tuning/fitting", "tuning/deadline", "tuning/outcome"},
+    {"tuning/space", "tuning/digests", "tuning/pruner", "tuning/fitting", "tuning/outcome"},
     {"tuning/selection", "tuning/tensorboard", "tuning/storage", "tuning/retries"},
     {"tuning/stages", "tuning/sampler"},
     {"tuning/run", "tuning/recipe", "tuning/features", "tuning/evaluation"},

@@ -10,7 +10,7 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from dact.tuning.deadline import Deadline
+from dact.tuning.fitting import Deadline
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import PLANNED_EPOCHS
 from dact.tuning.summary import headline, pruning_text, show_summary

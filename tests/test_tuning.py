@@ -28,8 +28,8 @@ from dact.calibration import Promise
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
-from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.features import Features, FeaturesData, check_features, compute_features
+from dact.tuning.fitting import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.retries import CAUSE, is_interrupted
 from dact.tuning.stages import STAGES as ALL_STAGES
 from tests.conftest import free_port, tiny_model

@@ -29,7 +29,7 @@ from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameL
 from dact.tuning.retries import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
 from dact.tuning.run import Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
-from dact.tuning.selection import LambdaRule, Point, next_lambda, pareto_front, select_lambda
+from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
 from dact.tuning.storage import open_storage
@@ -624,10 +624,10 @@ def test_each_stage_picks_its_winner():
     curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]
     both = [optuna.create_trial(params={"lambda_reg": x}, distributions=space, values=[*xs]) for x, *xs in curve]
     one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
-    select = partial(LambdaRule().select, allowed=None)
+    select = select_lambda
     assert [stage.pick(one, [None] * 3, select) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
     assert LAMBDA_REG.pick(both, [None] * 3, select) == both[1], "by default within one standard error, or 0.01"
-    select = partial(LambdaRule("max_layers", max_layers=1.5).select, allowed=None)
+    select = partial(select_lambda, rule="max_layers", max_layers=1.5)
     assert LAMBDA_REG.pick(both, [None] * 3, select) == both[2]
 
 

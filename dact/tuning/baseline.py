@@ -8,7 +8,6 @@ the lowest loss is the teacher and the starting point: later ones know the train
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from dact import signals
+from dact.answers import layer_answers
 from dact.callbacks import save_with_tokenizer
 from dact.encoders.base import move
 from dact.files import read_checkpoint, read_tensors, replacing_folder, write_tensors
@@ -109,27 +109,19 @@ def fit_baseline(
     model, epochs = model.at_full_depth(), _epochs(recipe, data)
     checkpoints = checkpoints_of(folder, f"{origin}/teacher")
     with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epochs") as bar:
-        history = resumable_fit(
-            recipe.trainer,
-            model,
-            data,
-            checkpoints,
-            what="the baseline",
-            epochs=epochs,
-            callbacks=[bar],
-            log=folder,
-            keep_best="teacher",
-        )
+        settings: dict[str, Any] = {"what": "the baseline", "epochs": epochs, "log": folder, "keep_best": "teacher"}
+        history = resumable_fit(recipe.trainer, model, data, checkpoints, bar, **settings)
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     tensorboard.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")
     model.class_names = model.class_names or getattr(data, "class_names", None)
     answers: dict[str, Tensor] = {}
     with progress.stage("answers of the baseline"), recipe.precision():
         model.load_state_dict(read_checkpoint(checkpoints / "teacher.ckpt")["state_dict"])
-        write_tensors(baseline.teacher, _of_encoder(model.state_dict()))
+        write_tensors(baseline.teacher, model.encoder.state_dict())
         answers |= _probabilities(model.eval().to(recipe.device), data)
         model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
-        answers |= _classes(model, data)
+        found = layer_answers(model, data.val_dataloader())
+        answers |= {"classes": found.a[:, -1].argmax(1), "targets": found.target}
     with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial)
     write_tensors(baseline.answers, answers, {"origin": origin})  # last, since it marks the baseline as done
@@ -142,11 +134,6 @@ def _epochs(recipe: Recipe, data: Any) -> int:
     """Return the number of epochs of the baseline: on little data up to twice the usual."""
     steps = max(1, len(data.train_dataloader()))
     return min(max(recipe.epochs, -(-MIN_STEPS // steps)), 2 * recipe.epochs)
-
-
-def _of_encoder(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    prefix = "encoder."
-    return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
 
 
 @torch.no_grad()
@@ -165,14 +152,3 @@ def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
             return {}
         probabilities[batch["row"]] = model(move(batch, model.device)).probabilities.float().cpu()
     return {"probabilities": probabilities}
-
-
-@torch.no_grad()
-def _classes(model: DACT, data: Any) -> dict[str, Tensor]:
-    """Return the ``classes`` of the validation examples, and their ``targets``."""
-    classes, targets = [], []
-    for batch in data.val_dataloader():
-        signals.check()
-        classes.append(model(move(batch, model.device)).probabilities.argmax(1).cpu())
-        targets.append(batch["labels"].cpu())
-    return {"classes": torch.cat(classes), "targets": torch.cat(targets)}

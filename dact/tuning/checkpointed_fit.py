@@ -12,7 +12,7 @@ from dact.files import read_checkpoint, read_json, write_json
 from dact.model import DACT
 from dact.persistence import adopt
 from dact.tuning.digests import digest
-from dact.tuning.fitting import HEAD_EPOCHS, MONITOR, resumable_fit, seeded
+from dact.tuning.fitting import HEAD_EPOCHS, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
@@ -66,11 +66,6 @@ class CheckpointedFit:
         return read_json(self.folder / "history.json")
 
     @property
-    def best(self) -> dict[str, float]:
-        """The metrics of the epoch of the lowest val_loss."""
-        return min(self.history, key=lambda epoch: epoch[MONITOR])
-
-    @property
     def is_done(self) -> bool:
         """Whether an earlier call has finished it."""
         return (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self.is_begun
@@ -116,17 +111,8 @@ class CheckpointedFit:
                 model, data = recipe.untuned()
             else:
                 model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
-            history = resumable_fit(
-                recipe.trainer,
-                model,
-                data,
-                self.folder / "checkpoints",
-                what=what,
-                epochs=epochs,
-                callbacks=[bar],
-                log=self.folder,
-                keep_best="best",
-            )
+            settings: dict[str, Any] = {"what": what, "epochs": epochs, "log": self.folder, "keep_best": "best"}
+            history = resumable_fit(recipe.trainer, model, data, last.parent, bar, **settings)
         write_json(self.folder / "history.json", history.epochs)
         last.unlink()
 

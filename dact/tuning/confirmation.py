@@ -20,7 +20,7 @@ from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.tuning import tensorboard
 from dact.tuning.checkpointed_fit import FRESH_SEED, CheckpointedFit
 from dact.tuning.digests import digest
-from dact.tuning.fitting import History, NonFiniteLoss, seeded, without_collapse_warning
+from dact.tuning.fitting import NonFiniteLoss
 from dact.tuning.outcome import MEASURE, Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
@@ -114,39 +114,24 @@ def _best(
         if found is not None and other is not None:
             within = other.lost.double().mean().item() <= allowed
             layers, lost = mean_and_error(other.exits - found.exits), mean_and_error(other.lost - found.lost)
-            difference = _Difference(layers, lost, within)
-            text, wins = f": {difference}", difference.beats
+            wins = _beats(layers, lost, within)
+            text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
         comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {best.name}{where}{text}")
         if wins:
             best, found = candidate, other
     return best
 
 
-@dataclass(frozen=True)
-class _Difference:
-    """Paired differences of two candidates, second minus first.
+def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool) -> bool:
+    """Return whether the second of two candidates beats the first.
 
     Args:
-        layers: Mean and standard error of the difference in layers.
-        lost: Mean and standard error of the difference in the loss of accuracy.
+        layers: Mean and standard error of the paired difference in layers, second minus first.
+        lost: The same of the loss of accuracy.
         within: Whether the second loses no more than is allowed.
     """
-
-    layers: tuple[float, float]
-    lost: tuple[float, float]
-    within: bool = False
-
-    @property
-    def beats(self) -> bool:
-        (layers, layers_error), (lost, lost_error) = self.layers, self.lost
-        fewer = layers + layers_error < 0 and (self.within or lost <= lost_error)
-        return fewer or (lost + lost_error < 0 and layers <= layers_error)
-
-    def __str__(self) -> str:
-        return (
-            f"{self.layers[0]:+.2f} ± {self.layers[1]:.2f} layers, {0 - 100 * self.lost[0]:+.2f} ± "
-            f"{100 * self.lost[1]:.2f} points"
-        )
+    fewer = sum(layers) < 0 and (within or lost[0] <= lost[1])
+    return fewer or (sum(lost) < 0 and layers[0] <= layers[1])
 
 
 def _as_final(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
@@ -170,17 +155,13 @@ def _as_final(run: Run, prepared: Prepared, progress: Progress, candidate: Candi
 def _fit_and_ask(fit: CheckpointedFit, candidate: Candidate, progress: Progress) -> dict[str, Tensor]:
     """Fit a candidate, and return all its layers' answers to the validation examples; empty if the fit broke."""
     try:
-        with without_collapse_warning():
-            fit(f"confirmation of the {candidate.name}", progress)
+        fit(f"confirmation of the {candidate.name}", progress)
     except NonFiniteLoss as error:
         progress.note(str(error))
         return {}
     recipe = fit.prepared.recipe
-    data = recipe.make_data()
-    data.prepare_data()
-    data.setup("validate")
     with recipe.precision():
-        answers = layer_answers(fit.model(), data.val_dataloader())
+        answers = layer_answers(fit.model(), recipe.data_for("validate").val_dataloader())
     return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}
 
 
@@ -197,18 +178,15 @@ def _on_states(run: Run, prepared: Prepared, progress: Progress, candidate: Cand
     try:
         with progress.stage(f"{candidate.name} on frozen states, under fresh seeds"):
             for seed in seeds:
-                history = History()
-                with seeded(seed):
-                    model = fit_settings(prepared, candidate.settings, seed, history)
-                assert history.answers is not None
-                right = prepared.baseline.right(history.answers.target)
-                outcomes.append(outcome_of(history.answers, model, recipe.promise, right))
+                fit = fit_settings(prepared, candidate.settings, seed)
+                outcomes.append(fit.outcome(prepared))
     except NonFiniteLoss:
         write_json(record, {"origin": origin, "broken": True})
         return None
     mean = mean_outcome(outcomes)
     mean.save(folder)
-    _log(run, candidate, mean, right)
+    answers = fit.history.answers
+    _log(run, candidate, mean, None if answers is None else prepared.baseline.right(answers.target))
     write_json(
         record, {"origin": origin, "broken": False, "settings": candidate.settings}
     )  # last, since it marks the fits as done

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from dact.encoders import LayeredEncoder
 from dact.encoders.pretrained import resolve_pretrained
+from dact.files import file_digest
 
 
 def digest(content: Any) -> str:
@@ -45,12 +47,8 @@ def data_digest(loader: DataLoader[Any]) -> str:
             item = loader.collate_fn([item])
         if "input_ids" not in item:
             raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")
-        found.update(json.dumps([item["input_ids"], item.get("labels")], default=_plain).encode())
+        found.update(json.dumps([item["input_ids"], item.get("labels")], default=methodcaller("tolist")).encode())
     return found.hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist()
 
 
 def pretrained_digest(pretrained: str) -> str:
@@ -59,8 +57,7 @@ def pretrained_digest(pretrained: str) -> str:
     found = hashlib.sha256(pretrained.encode())
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
         if path.suffix in (".safetensors", ".bin", ".json"):
-            with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+            found.update(bytes.fromhex(file_digest(path)))
     return found.hexdigest()
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import optuna
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -24,9 +23,9 @@ from dact.files import remove_partial
 from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm
-from dact.tuning.deadline import Deadline
 from dact.tuning.digests import digest
 from dact.tuning.final import FinalFit
+from dact.tuning.fitting import Deadline, isolated
 from dact.tuning.outcome import MEASURE, Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.prepared import Prepared, prepare
@@ -36,9 +35,10 @@ from dact.tuning.recipe import DEFAULT_PROMISE, EncoderTraining, Recipe, trainer
 from dact.tuning.retries import unwatched
 from dact.tuning.run import WINNERS, Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
-from dact.tuning.selection import LambdaRule, LambdaSelection
+from dact.tuning.selection import LambdaSelection, check_rule, select_lambda
 from dact.tuning.space import build_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, trials_per_stage
+from dact.tuning.summary import show_summary
 from dact.tuning.survey import Surveyed, survey
 from dact.tuning.trial import Objective
 from dact.tuning.workers import StudyJob, check_workers, run_study
@@ -171,7 +171,10 @@ class TuningEngine:
         self.n_trials = trials_per_stage(n_trials)
         self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
         self.bounded = frozenset(search_space or ())
-        self.lambda_rule = LambdaRule(lambda_selection, max_loss_increase, max_layers)
+        check_rule(lambda_selection, max_loss_increase, max_layers)
+        self.select = partial(
+            select_lambda, rule=lambda_selection, max_loss_increase=max_loss_increase, max_layers=max_layers
+        )
         self.workers = workers
         self.storage = storage
         self.sampler = sampler or SeededSampler(seed)
@@ -181,6 +184,7 @@ class TuningEngine:
         self.worker_setup: Callable[[], None] | None = None
         self._run: Run | None = None
         self._prepared: Prepared | None = None
+        self._concluded: dict[str, Study] = {}
 
     @cached_property
     def run_tag(self) -> str:
@@ -189,7 +193,7 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ the methods
 
-    @isolate_rng()
+    @isolated()
     def run_pipeline(self, run_tag: str = "") -> tuple[str, str]:
         """Run the three studies and the final fit.
 
@@ -209,10 +213,10 @@ class TuningEngine:
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):
-            self._tune(stage, run, prepared, study, end.share(stages_left))
+            self._tune(stage, run, prepared, study, Deadline(end.left / stages_left))
         return self._finish(run, prepared, surveyed)
 
-    @isolate_rng()
+    @isolated()
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the study of the submodels' architectures, and save its winner.
 
@@ -220,11 +224,10 @@ class TuningEngine:
             classifier_config and confidence_config, which ``SubmodelConfig(**config)`` accepts.
         """
         winners = self._tune_one(SUBMODELS, run_tag)
-        assert winners.classifier_config is not None
-        assert winners.confidence_config is not None
+        assert winners.classifier_config is not None and winners.confidence_config is not None
         return winners.classifier_config, winners.confidence_config
 
-    @isolate_rng()
+    @isolated()
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
         """Run the study of the training parameters, and save its winner.
 
@@ -235,30 +238,30 @@ class TuningEngine:
         assert winners.external_config is not None
         return winners.external_config
 
-    @isolate_rng()
+    @isolated()
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Run the study of λ, which has two objectives, save its winner and return it."""
         winners = self._tune_one(LAMBDA_REG, run_tag)
         assert winners.lambda_reg is not None
         return winners.lambda_reg
 
-    @isolate_rng()
+    @isolated()
     def submodel_objective(self, trial: BaseTrial) -> float:
         """Train with the submodels that `trial` suggests; return the validation loss at its best epoch."""
         return float(self._objective(SUBMODELS)(trial))
 
-    @isolate_rng()
+    @isolated()
     def train_tune_objective(self, trial: BaseTrial) -> float:
         """Train with the training parameters that `trial` suggests; return the validation loss at its best epoch."""
         return float(self._objective(TRAINING)(trial))
 
-    @isolate_rng()
+    @isolated()
     def lambda_objective(self, trial: BaseTrial) -> tuple[float, float]:
         """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer under early exit."""
         loss, layers = self._objective(LAMBDA_REG)(trial)
         return loss, layers
 
-    @isolate_rng()
+    @isolated()
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
         """Confirm the winners, do the final fit, and measure the model of its best epoch.
 
@@ -282,7 +285,7 @@ class TuningEngine:
         """Make a run the current one of this engine, with the winners that are on disk, and return it."""
         run = Run(run_tag or self.run_tag, self.log_dir)
         if run != self._run:
-            self._run, self._prepared = run, None
+            self._run, self._prepared, self._concluded = run, None, {}
         self._take(run.winners())
         return run
 
@@ -344,14 +347,14 @@ class TuningEngine:
         outcomes = [Outcome.read(run.trial_folder(stage, trial.number)) for trial in trials]
         promise = prepared.recipe.promise
         allowed = None if promise is None else promise.max_accuracy_loss
-        chosen = stage.pick(trials, outcomes, partial(self.lambda_rule.select, allowed=allowed))
+        chosen = stage.pick(trials, outcomes, partial(self.select, allowed=allowed))
         with run.locked():
             remove_partial(run.pictures(stage).parent)  # of trials whose process died; none is running any more
             if run.save(stage.parse(chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show another winner
             if not run.pictures(stage).is_dir():
                 draw_study(run.pictures(stage), study, trials, chosen, prepared.spaces)
-        self.progress.concluded(stage.name, study)
+        self._concluded[stage.name] = study
         return self._take(run.winners())
 
     def _objective(self, stage: Stage) -> Objective:
@@ -369,4 +372,6 @@ class TuningEngine:
         candidates = [Candidate(name, chosen) for name, chosen in settings.items()]
         with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):
             verdict = confirm(run, prepared, candidates, self.progress)
-            return FinalFit(run, prepared, verdict, self.progress)()
+            paths = FinalFit(run, prepared, verdict, self.progress)()
+        show_summary(self.progress.console, run.final, verdict.text, list(self._concluded.values()))
+        return paths

@@ -30,16 +30,12 @@ class Evaluation:
 
     Args:
         entry: Entry of metrics.json.
-        tolerance_curve: One record per tolerance, at margin 1.
-        margin_curve: One record per margin, at tolerance 0.
         answers: Answers of all layers to the examples.
         exit_layers: Exit layers, int64 ``[examples]``, 1-based.
         right: Whether the class of early exit is correct, bool ``[examples]``.
     """
 
     entry: dict[str, Any]
-    tolerance_curve: list[dict[str, float]]
-    margin_curve: list[dict[str, float]]
     answers: LayerAnswers
     exit_layers: Tensor
     right: Tensor
@@ -81,21 +77,15 @@ def evaluate(
     scores = early if model.temperatures is None else temper(early, exits, model.temperatures)
     entry["calibration_error"] = expected_calibration_error(scores.max(1).values, right)
 
-    def curve(dial: Dial, settings: Sequence[float]) -> list[dict[str, float]]:
-        other = replace(model.exit_rule, tolerance=0.0, margin=1.0)
-        return [
-            {
-                dial.removeprefix("halting_"): point.setting,
-                "accuracy": point.accuracy,
-                "mean_exit_layer": point.mean_exit_layer,
-                "agreement": point.agreement,
-            }
-            for point in operating_points(answers, settings, other, dial=dial)
-        ]
+    return Evaluation(entry, answers, exits, right)
 
-    return Evaluation(
-        entry, curve("halting_tolerance", TOLERANCES), curve("halting_margin", MARGINS), answers, exits, right
-    )
+
+def dial_curve(model: DACT, answers: LayerAnswers, dial: Dial, settings: Sequence[float]) -> list[dict[str, float]]:
+    """Return one record per setting of a dial, with the other dial at full depth."""
+    points = operating_points(answers, settings, replace(model.exit_rule, tolerance=0.0, margin=1.0), dial=dial)
+    kept = ("accuracy", "mean_exit_layer", "agreement")
+    name = dial.removeprefix("halting_")
+    return [{name: point.setting, **{key: getattr(point, key) for key in kept}} for point in points]
 
 
 def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:

@@ -6,8 +6,6 @@ digest of each file.
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,15 +15,18 @@ import torch
 from lightning.pytorch import LightningDataModule
 from rich.progress import track
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset
 
 from dact import signals
+from dact.data.batching import LengthGroupedSampler
 from dact.encoders import LayeredEncoder
 from dact.encoders.base import move
-from dact.files import read_json, replacing_folder, write_json
+from dact.files import file_digest, read_json, replacing_folder, write_json
 
-DTYPES = {"states": np.float32, "labels": np.int64, "depth": np.int64, "teacher": np.float32}
+SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
+DTYPES: dict[str, np.dtype[Any]] = {"states": SINGLE, "labels": WHOLE, "depth": WHOLE, "teacher": SINGLE}
 MADE_OF = "made_of.json"
+VALIDATION_BATCH = 1024
 
 
 @torch.no_grad()
@@ -55,47 +56,29 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
     given = 0
     with replacing_folder(folder) as partial:
         with ExitStack() as stack:
-            writers = {
-                name: stack.enter_context(_RowWriter(partial / f"{name}.npy", shape, DTYPES[name]))
-                for name, shape in shapes.items()
-            }
+            # Not memory-mapped: a full disk would then crash the process.
+            files = {name: stack.enter_context((partial / f"{name}.npy").open("wb")) for name in shapes}
+            for name, file in files.items():
+                descr = np.lib.format.dtype_to_descr(DTYPES[name])
+                header = {"descr": descr, "fortran_order": False, "shape": shapes[name]}
+                np.lib.format.write_array_header_1_0(file, header)
             for batch in track(loader, description=f"Layer states of {examples:,} {folder.name} texts", transient=True):
                 signals.check()
                 states = encoder(move(batch, device)).float().cpu()
                 given += len(states)
                 if given > examples:
                     break
-                for name, writer in writers.items():
-                    writer.write(states if name == "states" else batch[name])
+                for name, file in files.items():
+                    rows = states if name == "states" else batch[name]
+                    file.write(rows.numpy().astype(DTYPES[name]).tobytes())
         if given != examples:
             raise ValueError(
                 f"frozen mode needs every example once, but the {folder.name} loader gives "
                 f"{'more' if given > examples else given} of its {examples}: leave out drop_last and samplers that "
                 "repeat or skip, or use encoder_training=finetune"
             )
-        files = {name: writer.digest.hexdigest() for name, writer in writers.items()}
-        write_json(partial / MADE_OF, {"fingerprint": origin, "files": files})
-
-
-class _RowWriter:
-    """A ``.npy`` file that grows by rows. It is not memory-mapped: a full disk would then crash the process."""
-
-    def __init__(self, path: Path, shape: tuple[int, ...], dtype: Any) -> None:
-        self.dtype, self.digest = np.dtype(dtype), hashlib.sha256()
-        self.file = path.open("wb")
-        header = {"descr": np.lib.format.dtype_to_descr(self.dtype), "fortran_order": False, "shape": shape}
-        np.lib.format.write_array_header_1_0(self.file, header)
-
-    def write(self, rows: Tensor) -> None:
-        content = rows.numpy().astype(self.dtype).tobytes()
-        self.file.write(content)
-        self.digest.update(content)
-
-    def __enter__(self) -> _RowWriter:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
+        written = {name: file_digest(partial / f"{name}.npy") for name in files}
+        write_json(partial / MADE_OF, {"origin": origin, "files": written})
 
 
 def check_features(folder: Path, origin: str) -> bool:
@@ -108,64 +91,35 @@ def check_features(folder: Path, origin: str) -> bool:
         return False
     try:
         made_of = read_json(folder / MADE_OF)
-        if made_of["fingerprint"] != origin:
+        if made_of.get("origin") != origin:
             return False
         for name, expected in made_of["files"].items():
-            array = np.load(folder / f"{name}.npy", mmap_mode="r")
-            found = hashlib.sha256()
-            rows = max(1, (1 << 24) // max(1, array[:1].nbytes))
-            for start in range(0, len(array), rows):
-                found.update(np.ascontiguousarray(array[start : start + rows]).data)
-            if found.hexdigest() != expected:
+            if file_digest(folder / f"{name}.npy") != expected:
                 raise ValueError(f"{name}.npy is not what was written")
-    except Exception as error:  # a broken header raises many kinds
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{folder} is corrupted ({error}): delete it, and it will be computed again") from error
     return True
 
 
-class Features:
-    """The memory-mapped arrays of a split; indexing with row numbers reads a batch.
+class Features(Dataset[dict[str, Tensor]]):
+    """The memory-mapped arrays of a split, which a loader reads by batches.
 
     Args:
         folder: Folder that `compute_features` wrote.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
         # Copy-on-write: torch needs writable memory, and the files must not change.
         self.arrays = {
             name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in read_json(folder / MADE_OF)["files"]
         }
 
-    def __reduce__(self) -> Any:
-        return Features, (self.folder,)
-
     def __len__(self) -> int:
         return len(self.arrays["states"])
 
-    def __getitem__(self, rows: list[int]) -> dict[str, Tensor]:
+    def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
+        """Return the batch of these rows, which torch's loaders ask for as a whole."""
         return {name: torch.from_numpy(np.asarray(array[rows])) for name, array in self.arrays.items()}
-
-
-class _Batches(Sampler[list[int]]):
-    """Batches of rows, in order or shuffled by seed and epoch, so that a resumed fit sees the order of its epoch."""
-
-    def __init__(self, rows: int, batch_size: int, seed: int | None) -> None:
-        self.rows, self.batch_size, self.seed, self.epoch = rows, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the number of the epoch; the Trainer calls this at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return -(-self.rows // self.batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = np.arange(self.rows)
-        if self.seed is not None:
-            np.random.default_rng([self.seed, self.epoch]).shuffle(order)
-        for start in range(0, self.rows, self.batch_size):
-            yield order[start : start + self.batch_size].tolist()
 
 
 class LoaderData(LightningDataModule):
@@ -198,11 +152,9 @@ class FeaturesData(LoaderData):
     """
 
     def __init__(self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0) -> None:
-        super().__init__(
-            _loader(train, _Batches(len(train), batch_size, seed)), _loader(val, _Batches(len(val), 1024, None))
-        )
+        order = LengthGroupedSampler([0] * len(train), batch_size, seed)  # a resumed fit sees the order of its epoch
+        super().__init__(_loader(train, batch_size, order), _loader(val, VALIDATION_BATCH))
 
 
-def _loader(features: Features, batches: _Batches) -> DataLoader[Any]:
-    # The sampler hands whole batches of rows to the features, which read them at once.
-    return DataLoader(features, sampler=batches, batch_size=None)  # type: ignore[arg-type]
+def _loader(features: Features, batch_size: int, order: LengthGroupedSampler | None = None) -> DataLoader[Any]:
+    return DataLoader(features, batch_size, sampler=order, collate_fn=lambda batch: batch)

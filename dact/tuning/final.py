@@ -25,8 +25,8 @@ from dact.tuning import pictures, tensorboard
 from dact.tuning.checkpointed_fit import CheckpointedFit
 from dact.tuning.confirmation import FOLDER, Verdict, flat
 from dact.tuning.digests import data_digest
-from dact.tuning.evaluation import Evaluation, evaluate
-from dact.tuning.fitting import NonFiniteLoss, without_collapse_warning
+from dact.tuning.evaluation import MARGINS, TOLERANCES, Evaluation, dial_curve, evaluate
+from dact.tuning.fitting import NonFiniteLoss
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
@@ -69,7 +69,9 @@ class FinalFit:
             NonFiniteLoss: If the loss of the fit is not finite.
         """
         folder, old = self.run.final, self.run.folder / "final.old"
-        data, metrics = self._measured_data(), folder / "metrics.json"
+        # Not the winner's batch size, so that times are comparable.
+        data = self.recipe.data_for("fit", "test", batch_size=MEASURED_BATCH)
+        metrics = folder / "metrics.json"
         fit = CheckpointedFit(self.prepared, folder, self.verdict.chosen.settings)
         self._make_room(fit, old, data)
         if not (metrics.is_file() and fit.checkpoint.is_file()):
@@ -80,17 +82,10 @@ class FinalFit:
         shutil.rmtree(old, ignore_errors=True)
         for checkpoints in (self.run.folder / FOLDER).glob("*/fit/checkpoints"):
             shutil.rmtree(checkpoints)  # of those that lost
-        self.progress.summary(folder, self.verdict.text)
         return str(metrics), str(fit.checkpoint)
 
     def _make_room(self, fit: CheckpointedFit, old: Path, data: LightningDataModule) -> None:
-        """Remove from ``<run>/final`` what does not belong to a fit, and put there what the confirmation did of it.
-
-        Args:
-            fit: The final fit.
-            old: Where an earlier final model goes.
-            data: Data to measure on.
-        """
+        """Remove from ``<run>/final`` what does not belong to a fit, and put there what the confirmation did of it."""
         folder, recipe = fit.folder, self.recipe
         promise = None if recipe.promise is None else asdict(recipe.promise)
         aside: Any = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else None
@@ -101,7 +96,10 @@ class FinalFit:
             "tolerance": recipe.halting_tolerance,
         }
         if not fit.is_begun:
-            _set_aside(folder, old)
+            if (folder / "metrics.json").is_file():  # an earlier final model stays until the new one is complete
+                shutil.rmtree(old, ignore_errors=True)
+                os.replace(folder, old)
+            shutil.rmtree(folder, ignore_errors=True)
             confirmed = self.verdict.chosen.fit(self.run, self.prepared)
             if confirmed.is_done:
                 os.replace(confirmed.folder, folder)
@@ -155,14 +153,16 @@ class FinalFit:
         with self.progress.stage("measuring the final model and the baseline"):
             found, against = self._evaluate(model, data), self._evaluate(baseline, data)
         kept = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
+        tolerances = dial_curve(model, found["validation"].answers, "halting_tolerance", TOLERANCES)
+        margins = dial_curve(model, found["validation"].answers, "halting_margin", MARGINS)
         metrics = {
             **_entries(found, against),
             "baseline": {
                 "layers": baseline.num_layers,
                 **{name: {key: entry.entry[key] for key in kept} for name, entry in against.items()},
             },
-            "tolerance_curve": found["validation"].tolerance_curve,
-            "margin_curve": found["validation"].margin_curve,
+            "tolerance_curve": tolerances,
+            "margin_curve": margins,
             "history": fit.history,
             "lambda_reg": model.lambda_reg,
             "halting_tolerance": model.halting_tolerance,
@@ -174,7 +174,7 @@ class FinalFit:
             metrics["calibration"] = model.calibration
         with replacing_folder(folder / "model") as partial:
             save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
-        self._draw(folder, found, model.num_layers, against["validation"].entry["accuracy"])
+        self._draw(folder, found, metrics)
         self._log(fit, found["validation"])
         if self.recipe.compare_defaults:
             self._measure_defaults(folder / "defaults", data, against)
@@ -206,16 +206,19 @@ class FinalFit:
     def _log(self, fit: CheckpointedFit, validation: Evaluation) -> None:
         """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its dial."""
         metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
-        metrics |= {"val_loss": fit.best["val_loss"], "val_exit_layer": validation.entry["mean_exit_layer"]}
+        metrics |= {
+            "val_loss": min(epoch["val_loss"] for epoch in fit.history),
+            "val_exit_layer": validation.entry["mean_exit_layer"],
+        }
         name = f"{self.run.tag}/{fit.folder.relative_to(self.run.folder)}"
         tensorboard.log_fit(fit.folder, flat(fit.settings or {}), metrics, name)
 
-    def _draw(self, folder: Path, found: Mapping[str, Evaluation], layers: int, baseline: float) -> None:
-        validation, test = found["validation"], found["test"]
-        own = validation.entry["mean_exit_layer"], validation.entry["accuracy"]
-        tolerances, margins = validation.tolerance_curve, validation.margin_curve
+    def _draw(self, folder: Path, found: Mapping[str, Evaluation], metrics: Mapping[str, Any]) -> None:
+        validation, test, layers = found["validation"].entry, found["test"], metrics["layers"]
+        own, baseline = (validation["mean_exit_layer"], validation["accuracy"]), metrics["baseline"]["validation"]
+        curves = metrics["tolerance_curve"], metrics["margin_curve"]
         figures = {
-            "dials": pictures.dials_picture(tolerances, margins, layers, own, baseline),
+            "dials": pictures.dials_picture(*curves, layers, own, baseline["accuracy"]),
             "exit histogram": pictures.exit_picture(test.entry),
         }
         if test.answers.depths is not None:
@@ -224,26 +227,19 @@ class FinalFit:
             )
         with tensorboard.writer(folder) as writer:
             tensorboard.log_figures(writer, figures, folder)
-            for step, point in enumerate(validation.margin_curve):
+            for step, point in enumerate(metrics["margin_curve"]):
                 for name in ("accuracy", "mean_exit_layer", "agreement"):
                     writer.add_scalar(f"operating points by margin/{name}", point[name], step)
 
     def _measure_defaults(
         self, folder: Path, data: LightningDataModule, against: Mapping[str, Evaluation] | None = None
     ) -> None:
-        """Fit the untuned defaults of the factories, and measure them under the promise of the run.
-
-        Args:
-            folder: Folder of the fit.
-            data: Data to measure on.
-            against: Measurements of the baseline; taken here if left out.
-        """
+        """Fit the untuned defaults of the factories, and measure them under the promise of the run."""
         fit = CheckpointedFit(self.prepared, folder, None)
         if (folder / "metrics.json").is_file():
             return
         try:
-            with without_collapse_warning():
-                fit("the fit of the defaults", self.progress)
+            fit("the fit of the defaults", self.progress)
         except NonFiniteLoss as error:
             self.progress.note(f"the defaults are not in the table: {error}")
             return
@@ -262,13 +258,6 @@ class FinalFit:
         write_json(folder / "metrics.json", entries)
         shutil.rmtree(fit.checkpoint.parent)
 
-    def _measured_data(self) -> LightningDataModule:
-        data = self.recipe.make_data(batch_size=MEASURED_BATCH)  # not the winner's size, so that times are comparable
-        data.prepare_data()
-        for stage in ("fit", "test"):
-            data.setup(stage)
-        return data
-
 
 def _entries(found: Mapping[str, Evaluation], against: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
     """Return the entries of a model, each with its paired difference to the baseline."""
@@ -277,12 +266,3 @@ def _entries(found: Mapping[str, Evaluation], against: Mapping[str, Evaluation])
             mean, error = mean_and_error(evaluation.right.double() - against[name].right.double())
             evaluation.entry["difference_to_baseline"] = {"accuracy": mean, "standard_error": error}
     return {name: evaluation.entry for name, evaluation in found.items()}
-
-
-def _set_aside(folder: Path, old: Path) -> None:
-    """Keep a complete final fit of earlier winners as `old`, since no later call may resume from its checkpoints."""
-    if (folder / "metrics.json").is_file():
-        shutil.rmtree(old, ignore_errors=True)
-        os.replace(folder, old)
-    else:
-        shutil.rmtree(folder, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""A fit: a fresh Trainer, the record of its epochs, and how it resumes."""
+"""A fit: a fresh Trainer, the record of its epochs, its deadline, and how it resumes."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ import copy
 import hashlib
 import math
 import os
+import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned
+GRACE = 10.0  # seconds that a validation may go on after a deadline
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
 
@@ -52,6 +54,7 @@ class History(Callback):
     Raises:
         NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
         KeyError: From the fit, if the model logs no val_loss.
+        ValueError: From the fit, if no validation ran.
     """
 
     def __init__(self) -> None:
@@ -100,6 +103,14 @@ class History(Callback):
             metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
             self.epochs[-1] |= {name: value for name, value in metrics.items() if not _of_validation(name)}
 
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self.epochs:
+            raise ValueError(
+                f"no validation ran in {trainer.max_epochs} epochs, and a fit has no value without one: change the "
+                "Trainer's check_val_every_n_epoch or limit_val_batches"
+            )
+
     @property
     def _best(self) -> int:
         return min(range(len(self.epochs)), key=lambda index: self.epochs[index][MONITOR])
@@ -110,15 +121,76 @@ class History(Callback):
         return self.epochs[self._best]
 
 
+class TimeIsUp(Exception):
+    """The deadline of a study passed in the middle of a trial, whose parameters are tried again later."""
+
+    def __init__(self) -> None:
+        super().__init__("time_out ended the study in the middle of this trial")
+
+
+class Deadline:
+    """The moment at which the studies end.
+
+    Args:
+        seconds: Seconds from now, or None for no end.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        # All processes of a machine share the monotonic clock, so workers may be sent a deadline.
+        self.end = math.inf if seconds is None else time.monotonic() + seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds that are left, 0 or more; infinite if there is no end."""
+        return max(0.0, self.end - time.monotonic())
+
+
+class StopAtDeadline(Callback):
+    """Stop a fit at a deadline: before the next batch of training, or within a long validation.
+
+    Args:
+        deadline: The deadline, which a validation may pass by `GRACE` seconds.
+
+    Raises:
+        TimeIsUp: From the fit, if training was not complete.
+    """
+
+    def __init__(self, deadline: Deadline) -> None:
+        self.deadline = deadline
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+        if self.deadline.left == 0:
+            raise TimeIsUp
+
+    @override
+    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
+        if time.monotonic() >= self.deadline.end + GRACE:
+            raise TimeIsUp
+
+
 def _of_validation(name: str) -> bool:
     return name.startswith("val_")
+
+
+@contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Restore the caller's random generators at the end of the block, also after an exception."""
+    failed: BaseException | None = None
+    with isolate_rng():  # by itself, it restores them only after a block that succeeds
+        try:
+            yield
+        except BaseException as error:
+            failed = error
+    if failed is not None:
+        raise failed
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed all random generators for the block, and restore the caller's generators and variables at its end."""
     kept = {name: os.environ.get(name) for name in SEED_VARIABLES}
-    with isolate_rng():
+    with isolated():
         seed_everything(seed, workers=True, verbose=False)
         try:
             yield
@@ -157,19 +229,16 @@ def as_list(value: Any) -> list[Any]:
 
 
 def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None) -> None:
-    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C, which Lightning turns into SystemExit."""
+    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C, which Lightning turns into SystemExit.
+
+    It does not warn of a collapsed depth: studies try extremes on purpose, and the summary says it of the final model.
+    """
     try:
-        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="the depth has collapsed.*")
+            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:
         raise KeyboardInterrupt from error
-
-
-@contextlib.contextmanager
-def without_collapse_warning() -> Iterator[None]:
-    """Suppress the warning about a collapsed depth: a study tries extremes on purpose."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="the depth has collapsed.*")
-        yield
 
 
 def resumable_fit(
@@ -177,10 +246,9 @@ def resumable_fit(
     model: DACT,
     data: LightningDataModule,
     checkpoints: Path,
-    *,
+    *callbacks: Callback,
     what: str = "the fit",
     epochs: int,
-    callbacks: Sequence[Callback] = (),
     log: Path | None = None,
     keep_best: str | None = None,
 ) -> History:
@@ -191,9 +259,9 @@ def resumable_fit(
         model: Model that only this fit uses.
         data: Datamodule that only this fit uses.
         checkpoints: Folder of ``last.ckpt`` and the checkpoint that `keep_best` names.
+        *callbacks: Further callbacks.
         what: Name of the fit in errors.
         epochs: Number of epochs.
-        callbacks: Further callbacks.
         log: Folder of a TensorBoard log, or None.
         keep_best: Name of a checkpoint, without ``.ckpt``, of the epoch with the lowest val_loss; None for no such one.
 
@@ -211,9 +279,9 @@ def resumable_fit(
         )
         kept.insert(0, best)
     history, last = History(), checkpoints / "last.ckpt"
-    callbacks = [history, *callbacks, *kept]
+    every = [history, *callbacks, *kept]
     trainer = make_trainer(
-        arguments, max_epochs=epochs, logger=logger or False, callbacks=callbacks, enable_checkpointing=True
+        arguments, max_epochs=epochs, logger=logger or False, callbacks=every, enable_checkpointing=True
     )
     try:
         fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
@@ -222,7 +290,6 @@ def resumable_fit(
             f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower that of the model or "
             "learning_rate's high in search_space, or use precision 32-true, under another run_tag"
         ) from error
-    check_validated(history, epochs)
     if logger is not None:
         logger.finalize("success")
     return history
@@ -231,12 +298,3 @@ def resumable_fit(
 def checkpoints_of(folder: Path, origin: str) -> Path:
     """Return the folder of an unfinished fit's checkpoints, from which a fit of another origin does not resume."""
     return folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"
-
-
-def check_validated(history: History, epochs: int) -> None:
-    """Raise a ``ValueError`` if a fit of this number of epochs ran no validation."""
-    if not history.epochs:
-        raise ValueError(
-            f"no validation ran in {epochs} epochs, and a fit has no value without one: change the Trainer's "
-            "check_val_every_n_epoch or limit_val_batches"
-        )

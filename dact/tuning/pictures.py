@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,36 +67,24 @@ def study_pictures(study: Study, completed: int) -> dict[str, Figure]:
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
-    drawings: dict[str, Callable[[], Any]] = {}
-    if len(study.directions) == 1:
-        drawings["optimization history"] = partial(draw.plot_optimization_history, study)
-        if completed >= FEWEST_FOR_IMPORTANCES:
-            drawings["parameter importances"] = partial(draw.plot_param_importances, study)
-    else:
-        for index, name in enumerate(("task loss", "exit layer")):
-            drawings[f"history of the {name}"] = partial(
-                draw.plot_optimization_history, study, target=partial(_objective, index), target_name=name
-            )
-    figures = {}
+    names = ["validation loss"] if len(study.directions) == 1 else ["task loss", "exit layer"]
+    figures: dict[str, Any] = {}
     # Optuna sets a style for the whole process and warns that its pictures are experimental.
     with pyplot.style.context("default"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        for name, make in drawings.items():
-            axes = make()
-            if "history" in name:
-                axes.set(title=name, xlabel="trial")
-                if len(study.directions) == 1:
-                    axes.set_ylabel("validation loss")
-                axes.xaxis.get_major_locator().set_params(integer=True)
-            figures[name] = axes.get_figure()
-            figures[name].set_layout_engine("constrained")
-            pyplot.close(figures[name])
+        for index, name in enumerate(names):
+            title = "optimization history" if len(names) == 1 else f"history of the {name}"
+            value: Any = None if len(names) == 1 else lambda trial, index=index: trial.values[index]
+            axes: Any = draw.plot_optimization_history(study, target=value, target_name=name)
+            axes.set(title=title, xlabel="trial", ylabel=name)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+            figures[title] = axes.get_figure()
+        if len(names) == 1 and completed >= FEWEST_FOR_IMPORTANCES:
+            figures["parameter importances"] = draw.plot_param_importances(study).get_figure()
+        for figure in figures.values():
+            figure.set_layout_engine("constrained")
+            pyplot.close(figure)
     return figures
-
-
-def _objective(index: int, trial: FrozenTrial) -> float:
-    value: float = trial.values[index]
-    return value
 
 
 def pareto_picture(points: list[Point], chosen: Point) -> Any:

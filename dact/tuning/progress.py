@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import time
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import LambdaCallback
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, TaskID, TaskProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.table import Table
-from typing_extensions import override
 
-from dact.tuning.deadline import Deadline
+from dact.tuning.fitting import Deadline
 from dact.tuning.retries import OWNER
 from dact.tuning.studies import finished
-from dact.tuning.summary import show_summary
 
 ROWS = 12  # trials in sight
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
@@ -38,7 +37,6 @@ class Progress:
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = Deadline()
         self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of the fits after the studies
-        self._studies: dict[str, Study] = {}
 
     @contextlib.contextmanager
     def study(self, stage: str, study: Study, total: int, later: int, deadline: Deadline) -> Iterator[None]:
@@ -77,10 +75,17 @@ class Progress:
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Bars(*columns, console=self.console, transient=True) as bars:
-            shown = _FitProgress(bars, bars.add_task(what, total=None))
-            yield shown
+            task, epochs = bars.add_task(what, total=None), itertools.count()
+
+            def begin(trainer: Trainer, _: object) -> None:
+                batches = int(trainer.num_training_batches)
+                total = (trainer.max_epochs or 1) * batches
+                bars.update(task, total=total, completed=trainer.current_epoch * batches)
+                next(epochs)
+
+            yield LambdaCallback(on_train_epoch_start=begin, on_train_batch_end=lambda *_: bars.advance(task))
         seconds = time.monotonic() - start
-        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, shown.epochs)  # that of the baseline
+        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, next(epochs))  # that of the baseline
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
     def announce(self, trials: Sequence[int], time_out: float | None, epochs_after: int) -> None:
@@ -98,10 +103,6 @@ class Progress:
         if time_out is not None:
             text += f". The studies end after {format_seconds(time_out)}; preparation and final fit are not bounded"
         self.console.print(text)
-
-    def concluded(self, stage: str, study: Study) -> None:
-        """Remember a study that is done, for the summary."""
-        self._studies[stage] = study
 
     def waits_for(self, stage: str, trials: Sequence[FrozenTrial]) -> None:
         """Say what to do about trials whose end would not show; see `dact.tuning.retries.unwatched`."""
@@ -127,7 +128,7 @@ class Progress:
         ended = finished(self._study)
         single = len(self._study.directions) == 1
         heads = ["val loss"] if single else ["task loss", "exit layer"]
-        best = {trial.number for trial in _best(self._study)}
+        best = {trial.number for trial in self._study.best_trials}
         columns = [("trial", 5), ("state", 8), *((head, 6) for head in heads)]
         names = _fitting(trials, self.console.width - 2 - sum(width + 2 for _, width in columns))
         columns += [(_head(name), _width(name, trials)) for name in names]
@@ -145,7 +146,7 @@ class Progress:
 
     def _caption(self, ended: list[FrozenTrial], single: bool) -> str:
         assert self._study is not None
-        parts, best = [], _best(self._study)
+        parts, best = [], self._study.best_trials
         if best and single:
             parts.append(f"best so far {best[0].values[0]:.4f} (trial {best[0].number})")
         elif best:
@@ -159,66 +160,17 @@ class Progress:
             parts.append(f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}")
         return ", ".join(parts)
 
-    def summary(self, folder: Path, verdict: str) -> None:
-        """Show the results of the final model, comparisons, and where everything is, on one screen.
-
-        Args:
-            folder: Folder of the final fit.
-            verdict: Text of the confirmation's verdict.
-        """
-        show_summary(
-            self.console,
-            folder,
-            verdict,
-            [study for study in self._studies.values() if study.study_name.startswith(f"{folder.parent.name}/")],
-        )
-
-
-class _FitProgress(Callback):
-    """Advance a progress bar by the batches of a fit."""
-
-    def __init__(self, bars: Bars, task: TaskID) -> None:
-        self.bars, self.task, self.epochs = bars, task, 0  # epochs: number that this call has trained
-
-    @override
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        batches = int(trainer.num_training_batches)
-        epochs = trainer.max_epochs or 1
-        self.bars.update(self.task, total=epochs * batches, completed=trainer.current_epoch * batches)
-
-    @override
-    def on_train_batch_end(self, *args: Any) -> None:
-        self.bars.advance(self.task)
-
-    @override
-    def on_train_epoch_end(self, *args: Any) -> None:
-        self.epochs += 1
-
-
-def _best(study: Study) -> list[FrozenTrial]:
-    """Return the best trial, or those on the Pareto front."""
-    complete = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    if len(study.directions) == 1:
-        return [min(complete, key=lambda trial: trial.values[0])] if complete else []
-    return study.best_trials
-
-
-def _differing(trials: Sequence[FrozenTrial]) -> list[str]:
-    """Return the parameters in which trials differ, or all of them if there is one trial."""
-    names = list(dict.fromkeys(name for trial in trials for name in trial.params))
-    if sum(bool(trial.params) for trial in trials) < 2:
-        return names
-    return [name for name in names if len({str(trial.params[name]) for trial in trials if name in trial.params}) > 1]
-
 
 def _fitting(trials: Sequence[FrozenTrial], width: int) -> list[str]:
-    """Return the parameters in which trials differ, as many as fit into `width`."""
+    """Return the parameters in which trials differ, or those of a single one, as many as fit into `width`."""
+    single = sum(bool(trial.params) for trial in trials) < 2
     chosen = []
-    for name in _differing(trials):
-        width -= _width(name, trials) + 2
-        if width < 0:
-            break
-        chosen.append(name)
+    for name in dict.fromkeys(name for trial in trials for name in trial.params):
+        if single or len({str(trial.params[name]) for trial in trials if name in trial.params}) > 1:
+            width -= _width(name, trials) + 2
+            if width < 0:
+                break
+            chosen.append(name)
     return chosen
 
 

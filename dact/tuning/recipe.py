@@ -153,6 +153,14 @@ class Recipe:
             data.calibration_fraction = self.calibration_fraction  # type: ignore[attr-defined]
         return data
 
+    def data_for(self, *stages: str, **overrides: Any) -> LightningDataModule:
+        """Return a datamodule of the factory that is set up for these stages."""
+        data = self.make_data(**overrides)
+        data.prepare_data()
+        for stage in stages:
+            data.setup(stage)
+        return data
+
     def for_worker(self, worker: int, gpus: int) -> Recipe:
         """Return the recipe of one worker process: on a machine with several GPUs, the workers use them in turn.
 
@@ -160,10 +168,8 @@ class Recipe:
             worker: Number of the worker, from 0.
             gpus: Number of GPUs of this machine.
         """
-        free = self.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda") and self.trainer["devices"] in (
-            1,
-            "1",
-        )
+        accelerator, devices = self.trainer.get("accelerator", "auto"), self.trainer["devices"]
+        free = accelerator in ("auto", "gpu", "cuda") and devices in (1, "1")
         return replace(self, trainer={**self.trainer, "devices": [worker % gpus]}) if free and gpus > 1 else self
 
     @property

@@ -38,10 +38,10 @@ def is_counted(trial: FrozenTrial) -> bool:
     return trial.state.is_finished() and not is_interrupted(trial)
 
 
-def retries_due(trials: Sequence[FrozenTrial]) -> int:
-    """Return the number of interrupted trials whose parameters are not queued again yet; `sweep` does that."""
+def retries_due(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """Return the interrupted trials whose parameters are not queued again yet; `sweep` does that."""
     queued = {trial.user_attrs.get(RETRY_OF) for trial in trials}
-    return sum(is_interrupted(trial) and trial.number not in queued for trial in trials)
+    return [trial for trial in trials if is_interrupted(trial) and trial.number not in queued]
 
 
 def owner() -> list[Any]:
@@ -74,8 +74,11 @@ def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list
                 except (UpdateFinishedTrialError, ValueError):
                     continue  # it has just ended
                 orphans.append(trial)
-        for trial in study.get_trials(deepcopy=False, states=(TrialState.FAIL,)):
-            _retry(study, trial)
+        for trial in retries_due(study.get_trials(deepcopy=False)):
+            # A trial that died before it drew all of its parameters must keep those that it was queued with.
+            params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
+            deaths = trial.user_attrs.get(DEATHS, 0) + (INTERRUPTED not in trial.user_attrs)
+            study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, DEATHS: deaths})
     return orphans
 
 
@@ -86,18 +89,6 @@ def unwatched(study: Study) -> list[FrozenTrial]:
     here = socket.gethostname()
     running = study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return [trial for trial in running if trial.user_attrs.get(OWNER, [here])[0] != here]
-
-
-def _retry(study: Study, trial: FrozenTrial) -> None:
-    """Queue the parameters of an interrupted trial again, once. The caller holds the lock of the run."""
-    if not is_interrupted(trial):
-        return
-    if any(other.user_attrs.get(RETRY_OF) == trial.number for other in study.get_trials(deepcopy=False)):
-        return
-    # A trial that died before it drew all of its parameters must keep those that it was queued with.
-    params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-    deaths = trial.user_attrs.get(DEATHS, 0) + (INTERRUPTED not in trial.user_attrs)
-    study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, DEATHS: deaths})
 
 
 def was_ended_by_others(study: Study, number: int) -> bool:

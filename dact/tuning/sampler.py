@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from typing import Any
 
 import numpy as np
 from optuna.distributions import BaseDistribution, FloatDistribution
-from optuna.samplers import BaseSampler, TPESampler
+from optuna.samplers import RandomSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from typing_extensions import override
 
 from dact.tuning.selection import next_lambda
 
+STARTUP_TRIALS = 5  # random trials before TPE takes over
 PATIENCE = 5.0  # seconds to wait for the λ of a trial that another process has just taken
 
 
-class SeededSampler(BaseSampler):
+class SeededSampler(TPESampler):
     """Sample with TPE, seeded for each trial from the trial's number.
 
     So a resumed study proposes what it would have proposed without the stop, processes that share a study never draw
@@ -25,48 +25,24 @@ class SeededSampler(BaseSampler):
 
     Args:
         seed: Seed of the run.
-        n_startup_trials: Number of random trials before TPE takes over.
     """
 
-    def __init__(self, seed: int, n_startup_trials: int = 5) -> None:
-        self.seed, self.n_startup_trials = seed, n_startup_trials
-        self._tpe = TPESampler()
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.seed = seed
 
     @override
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+    def before_trial(self, study: Study, trial: FrozenTrial) -> None:
         seed = np.random.SeedSequence([self.seed, trial.number]).generate_state(1)[0]
-        self._tpe = TPESampler(seed=int(seed), n_startup_trials=self.n_startup_trials)
-        return self._tpe.infer_relative_search_space(study, trial)
-
-    @override
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return self._tpe.sample_relative(study, trial, search_space)
-
-    @override
-    def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
-    ) -> Any:
-        return self._tpe.sample_independent(study, trial, param_name, param_distribution)
+        super().__init__(seed=int(seed), n_startup_trials=STARTUP_TRIALS)
 
 
-class CurveSampler(BaseSampler):
+class CurveSampler(RandomSampler):
     """Draw lambda_reg where the mean exit layer changes most; see `dact.tuning.selection.next_lambda`.
 
     Nothing is drawn at random: the same trials lead to the same next one. Processes that share a study take turns in
     the order of their trial numbers, so that no two draw the same λ.
     """
-
-    @override
-    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {}
-
-    @override
-    def sample_relative(
-        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
-    ) -> dict[str, Any]:
-        return {}
 
     @override
     def sample_independent(

@@ -36,38 +36,15 @@ class Point:
     outcome: Outcome | None = None
 
 
-@dataclass(frozen=True)
-class LambdaRule:
-    """The rule that chooses λ, with its bounds; see `select_lambda`.
-
-    Args:
-        name: Name of the rule; None for ``"promise"`` if a loss of accuracy is allowed, else ``"one_standard_error"``.
-        max_loss_increase: For ``"max_loss_increase"``: share of the best loss, 0 or more.
-        max_layers: For ``"max_layers"``: budget of layers, 1 or more.
-
-    Raises:
-        ValueError: If an argument is not as described.
-    """
-
-    name: LambdaSelection | None = None
-    max_loss_increase: float = 0.02
-    max_layers: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.name is not None:
-            check_choice("TuningEngine: lambda_selection", self.name, LambdaSelection)
-        check_range("TuningEngine: max_loss_increase", self.max_loss_increase, "[0, inf)")
-        if self.max_layers is not None:
-            check_range("TuningEngine: max_layers", self.max_layers, "[1, inf)")
-        elif self.name == "max_layers":
-            raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
-
-    def select(self, points: Sequence[Point], allowed: float | None) -> Point:
-        """Return the point that the rule chooses; `allowed` is the largest loss of accuracy, or None."""
-        name = self.name or ("one_standard_error" if allowed is None else "promise")
-        return select_lambda(
-            points, name, allowed=allowed, max_loss_increase=self.max_loss_increase, max_layers=self.max_layers
-        )
+def check_rule(rule: LambdaSelection | None, max_loss_increase: float, max_layers: float | None) -> None:
+    """Raise a ``ValueError`` if these are no arguments of `select_lambda`."""
+    if rule is not None:
+        check_choice("TuningEngine: lambda_selection", rule, LambdaSelection)
+    check_range("TuningEngine: max_loss_increase", max_loss_increase, "[0, inf)")
+    if max_layers is not None:
+        check_range("TuningEngine: max_layers", max_layers, "[1, inf)")
+    elif rule == "max_layers":
+        raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -84,7 +61,7 @@ def pareto_front(points: Sequence[Point]) -> list[Point]:
 
 def select_lambda(
     points: Sequence[Point],
-    rule: LambdaSelection = "one_standard_error",
+    rule: LambdaSelection | None = None,
     *,
     allowed: float | None = None,
     max_loss_increase: float = 0.02,
@@ -102,6 +79,7 @@ def select_lambda(
             between its ends, both objectives scaled to [0, 1] (after Satopää et al. 2011, *Finding a Kneedle in a
             Haystack*); with fewer than three points, as ``"max_loss_increase"``. ``"max_layers"``: the best loss within
             a budget of layers.
+            By default ``"promise"`` if `allowed` is given, else ``"one_standard_error"``.
         allowed: For ``"promise"``: largest loss of accuracy, as a share.
         max_loss_increase: For ``"max_loss_increase"``: share of the best loss, 0 or more.
         max_layers: For ``"max_layers"``: budget of layers.
@@ -112,6 +90,7 @@ def select_lambda(
     if not points:
         raise ValueError("select_lambda needs at least one finished trial")
     front = pareto_front(points)
+    rule = rule or ("one_standard_error" if allowed is None else "promise")
     if rule == "promise":
         kept = [point for point in points if allowed is not None and _most_lost(point) <= allowed]
         if kept:

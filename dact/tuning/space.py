@@ -55,8 +55,7 @@ class Dimension:
             whole = isinstance(value, int) or (isinstance(value, float) and self.type == "float")
             if isinstance(value, bool) or not whole or not math.isfinite(value):
                 raise TypeError(f"{name} must be {'an integer' if self.type == 'int' else 'a number'}, got {value!r}")
-        assert self.low is not None
-        assert self.high is not None
+        assert self.low is not None and self.high is not None
         if self.low > self.high:
             raise ValueError(f"the range is empty: low={self.low} is above high={self.high}")
         if self.log and (self.low <= 0 or self.step is not None):
@@ -69,8 +68,7 @@ class Dimension:
         if self.type == "categorical":
             assert self.choices is not None
             return self if value in self.choices else replace(self, choices=[*self.choices, value])
-        assert self.low is not None
-        assert self.high is not None
+        assert self.low is not None and self.high is not None
         low, high, step = min(self.low, value), max(self.high, value), self.step
         if step is not None and not math.isclose(round((value - low) / step) * step, value - low, abs_tol=1e-9):
             step = None
@@ -81,8 +79,7 @@ class Dimension:
         if self.type == "categorical":
             assert self.choices is not None
             return value if value in self.choices else self.choices[0]
-        assert self.low is not None
-        assert self.high is not None
+        assert self.low is not None and self.high is not None
         if self.holding(value) == self:
             return value
         inside = min(max(value, self.low), self.high)
@@ -96,34 +93,24 @@ class Dimension:
         if self.type == "categorical":
             assert self.choices is not None
             return trial.suggest_categorical(name, list(self.choices))
-        assert self.low is not None
-        assert self.high is not None
+        assert self.low is not None and self.high is not None
         if self.type == "int":
             return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
 
 
-def _submodel(prefix: str) -> dict[str, Dimension]:
-    return {
-        f"{prefix}_num_layers": Dimension("int", 0, 2),
-        f"{prefix}_hidden_units": Dimension("categorical", choices=[32, 64, 128, 256]),
-        f"{prefix}_dropout": Dimension("float", 0.0, 0.4, step=0.1),
-    }
-
-
-def _submodel_details(prefix: str) -> dict[str, Dimension]:
-    return {
-        f"{prefix}_normalization": Dimension("categorical", choices=["none", "batch", "layer"]),
-        f"{prefix}_activation": Dimension("categorical", choices=["relu", "leaky_relu", "gelu", "tanh"]),
-        f"{prefix}_layer_strategy": Dimension(
-            "categorical", choices=["constant", "pyramidal", "inverted_pyramidal", "bow_tie"]
-        ),
-    }
+def _of_both(**dimensions: Dimension) -> dict[str, Dimension]:
+    """Return the dimensions of the classifier's and the confidence's architecture."""
+    return {f"{prefix}_{name}": one for prefix in ("classifier", "confidence") for name, one in dimensions.items()}
 
 
 # Few dimensions, so that few trials can tell; `MORE_DIMENSIONS` are searched where the search space names them.
 DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
-    "submodels": {**_submodel("classifier"), **_submodel("confidence")},
+    "submodels": _of_both(
+        num_layers=Dimension("int", 0, 2),
+        hidden_units=Dimension("categorical", choices=[32, 64, 128, 256]),
+        dropout=Dimension("float", 0.0, 0.4, step=0.1),
+    ),
     "training": {
         "batch_size": Dimension("categorical", choices=[32, 64]),
         "learning_rate": Dimension("float", 2e-5, 2e-3, log=True),
@@ -135,7 +122,11 @@ DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
     "lambda_reg": {"lambda_reg": Dimension("float", 1e-3, 1.0, log=True)},
 }
 MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
-    "submodels": {**_submodel_details("classifier"), **_submodel_details("confidence")},
+    "submodels": _of_both(
+        normalization=Dimension("categorical", choices=["none", "batch", "layer"]),
+        activation=Dimension("categorical", choices=["relu", "leaky_relu", "gelu", "tanh"]),
+        layer_strategy=Dimension("categorical", choices=["constant", "pyramidal", "inverted_pyramidal", "bow_tie"]),
+    ),
     "training": {
         "weight_decay": Dimension("float", 1e-4, 1e-1, log=True),
         "warmup_fraction": Dimension("float", 0.0, 0.3, step=0.05),
@@ -213,8 +204,7 @@ def complete_spaces(
     if "num_layers" in training:
         given = training["num_layers"]
         if given.type == "int":
-            assert given.low is not None
-            assert given.high is not None
+            assert given.low is not None and given.high is not None
             if given.low > layers:
                 raise ValueError(
                     f"search_space: num_layers: low={given.low} is above the {layers} layers of the encoder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
@@ -13,7 +14,6 @@ from dact.submodels import SubmodelConfig
 from dact.tuning.outcome import Outcome
 from dact.tuning.selection import Point
 
-Direction = Literal["minimize", "maximize"]
 Outcomes = Sequence[Outcome | None]  # of the trials, where they have one
 Select = Callable[[Sequence[Point]], Point]  # the rule that chooses λ
 SUBMODEL_FIELDS = tuple(field.name for field in dataclasses.fields(SubmodelConfig))
@@ -37,7 +37,7 @@ class Stage:
 
     name: str
     method: str
-    directions: tuple[Direction, ...]
+    directions: tuple[Literal["minimize", "maximize"], ...]
     parse: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Callable[[Mapping[str, float]], Any]
     pick: Callable[[Sequence[FrozenTrial], Outcomes, Select], FrozenTrial]
@@ -80,14 +80,6 @@ def _lambda_reg(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"lambda_reg": params["lambda_reg"]}
 
 
-def _validation_loss(metrics: Mapping[str, float]) -> float:
-    return metrics["val_loss"]
-
-
-def _loss_and_layers(metrics: Mapping[str, float]) -> tuple[float, float]:
-    return metrics["val_task_loss"], metrics["val_exit_layer"]
-
-
 def _lowest_value(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
     return min(trials, key=lambda trial: trial.values[0])
 
@@ -100,14 +92,14 @@ def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select)
     return trials[points.index(select(points))]
 
 
-SUBMODELS = Stage("submodels", "joint_tune_study", ("minimize",), _submodels, _validation_loss, _lowest_value)
-TRAINING = Stage("training", "train_tune_study", ("minimize",), _training, _validation_loss, _lowest_value)
+SUBMODELS = Stage("submodels", "joint_tune_study", ("minimize",), _submodels, itemgetter("val_loss"), _lowest_value)
+TRAINING = Stage("training", "train_tune_study", ("minimize",), _training, itemgetter("val_loss"), _lowest_value)
 LAMBDA_REG = Stage(
     "lambda_reg",
     "lambda_reg_study",
     ("minimize", "minimize"),
     _lambda_reg,
-    _loss_and_layers,
+    itemgetter("val_task_loss", "val_exit_layer"),
     _selected,
     early_exit=True,
     repeats=3,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import sqlite3
 import warnings
@@ -105,11 +106,8 @@ def _check_sqlite(file: Path) -> None:
     if not file.is_file() or file.stat().st_size == 0:
         return
     try:
-        connection = sqlite3.connect(file, timeout=60)
-        try:
+        with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
             verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
-        finally:
-            connection.close()
     except sqlite3.OperationalError as error:  # its content may be fine: a lock, a full disk, missing rights
         raise ConnectionError(f"{file} cannot be read: {error}") from error
     except sqlite3.DatabaseError as error:

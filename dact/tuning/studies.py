@@ -40,11 +40,7 @@ def open_study(
     storage = open_storage(address, run.folder)
     try:
         study = optuna.create_study(
-            study_name=name,
-            storage=storage,
-            directions=list(stage.directions),
-            pruner=pruner,
-            load_if_exists=True,
+            study_name=name, storage=storage, directions=stage.directions, pruner=pruner, load_if_exists=True
         )
         stored = study.user_attrs.get(IDENTITY)
         trials = study.get_trials(deepcopy=False)

@@ -110,11 +110,7 @@ def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
 def _operating_points(metrics: Mapping[str, Any]) -> Table:
     """Return the table of what other margins would give on validation data: estimates, next to the run's setting."""
     entry, baseline = metrics["validation"], metrics["baseline"]["validation"]
-    own = {
-        "margin": metrics["halting_margin"],
-        "accuracy": entry["accuracy"],
-        "mean_exit_layer": entry["mean_exit_layer"],
-    }
+    own = {**entry, "margin": metrics["halting_margin"]}
     promise = (metrics.get("calibration") or {}).get("promise", {"confidence": None})
     mark = "set by an estimate" if promise["confidence"] is None else "promised"
     table = _plain_table("margin", "accuracy", "to baseline", "layers", "texts/s", "estimates: validation")

@@ -6,8 +6,7 @@ the plugin are written here, through its public summaries.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +20,11 @@ if TYPE_CHECKING:
 METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
 
 
-@contextlib.contextmanager
-def writer(folder: Path) -> Iterator[SummaryWriter]:
-    """Yield a TensorBoard writer for `folder`, which is closed at the end."""
+def writer(folder: Path) -> SummaryWriter:
+    """Return a TensorBoard writer for `folder`, to be used in a ``with`` block."""
     from torch.utils.tensorboard import SummaryWriter
 
-    made = SummaryWriter(str(folder))
-    try:
-        yield made
-    finally:
-        made.close()
+    return SummaryWriter(str(folder))
 
 
 def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: str) -> None:
@@ -101,8 +95,7 @@ def _domain(dimension: Dimension) -> Any:
         kinds = {type(choice) for choice in dimension.choices}
         alike: Any = None if len(kinds) == 1 else float if kinds == {int, float} else str
         return summary_v2.Discrete([choice if alike is None else alike(choice) for choice in dimension.choices])
-    assert dimension.low is not None
-    assert dimension.high is not None
+    assert dimension.low is not None and dimension.high is not None
     if dimension.type == "int":
         return summary_v2.IntInterval(int(dimension.low), int(dimension.high))
     return summary_v2.RealInterval(float(dimension.low), float(dimension.high))

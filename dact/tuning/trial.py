@@ -18,17 +18,17 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from dact.model import DACT
 from dact.tuning import tensorboard
-from dact.tuning.deadline import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.fitting import (
     HEAD_EPOCHS,
     MONITOR,
+    Deadline,
     History,
     NonFiniteLoss,
-    check_validated,
+    StopAtDeadline,
+    TimeIsUp,
     fit,
     make_trainer,
     seeded,
-    without_collapse_warning,
 )
 from dact.tuning.outcome import EXIT_HISTOGRAM, Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
@@ -37,7 +37,7 @@ from dact.tuning.retries import CAUSE, INTERRUPTED, OWNER, owner
 from dact.tuning.run import Run, Winners
 from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
-from dact.tuning.trial_loop import TrialFailed, TrialInterrupted
+from dact.tuning.trial_loop import TrialFailed
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Objective:
         Raises:
             TrialPruned: If the study stopped it, or its loss is not finite.
             TrialFailed: If it has no value for a reason of its own, such as running out of memory.
-            TrialInterrupted: If the deadline stopped it.
+            TimeIsUp: If the deadline stopped it.
         """
         trial.set_user_attr(OWNER, owner())
         space = self.prepared.spaces[self.stage.name]
@@ -88,67 +88,63 @@ class Objective:
         outcomes = []
         with _logged(self, trial) as (logger, metrics):
             for repeat in range(repeats):
-                seed, history = recipe.seed + repeat, History()
-                with seeded(seed):
-                    model = fit_settings(
-                        self.prepared, settings, seed, history, callbacks, logger if not repeat else False
-                    )
-                metrics |= {} if repeat else history.best
+                found = fit_settings(self.prepared, settings, recipe.seed + repeat, callbacks, not repeat and logger)
+                metrics |= {} if repeat else found.history.best
                 if self.stage.early_exit:
-                    outcomes.append(self._outcome(history, model))
+                    outcomes.append(found.outcome(self.prepared))
             if outcomes:
                 mean = mean_outcome(outcomes)
                 mean.save(Path(logger.log_dir))
                 metrics |= {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
                 layers = torch.cat([outcome.exits for outcome in outcomes]).long()
-                histogram = torch.bincount(layers - 1, minlength=model.num_layers).tolist()
+                histogram = torch.bincount(layers - 1, minlength=found.model.num_layers).tolist()
                 trial.set_user_attr(EXIT_HISTOGRAM, histogram)
         return metrics
 
-    def _outcome(self, history: History, model: DACT) -> Outcome:
-        assert history.answers is not None
-        recipe = self.prepared.recipe
-        right = self.prepared.baseline.right(history.answers.target)
-        return outcome_of(history.answers, model, recipe.promise, right)
+
+@dataclass(frozen=True)
+class Fit:
+    """A fit without checkpoints.
+
+    Args:
+        model: Model of the last epoch.
+        history: Record of all epochs.
+    """
+
+    model: DACT
+    history: History
+
+    def outcome(self, prepared: Prepared) -> Outcome:
+        """Return the outcome of early exit on the validation examples, at the epoch of the lowest val_loss."""
+        assert self.history.answers is not None
+        right = prepared.baseline.right(self.history.answers.target)
+        return outcome_of(self.history.answers, self.model, prepared.recipe.promise, right)
 
 
 def fit_settings(
-    prepared: Prepared,
-    settings: Mapping[str, Any],
-    seed: int,
-    history: History,
-    callbacks: Sequence[Callback] = (),
-    logger: Any = False,
-) -> DACT:
+    prepared: Prepared, settings: Mapping[str, Any], seed: int, callbacks: Sequence[Callback] = (), logger: Any = False
+) -> Fit:
     """Fit a new model without checkpoints, as trials and their confirmation do.
 
     Args:
         prepared: Shared inputs of all fits.
         settings: Arguments of model and data; see `Winners.settings`.
-        seed: Seed for the order of frozen states; the caller seeds the random generators.
-        history: Callback that records the fit.
+        seed: Seed of the fit.
         callbacks: Further callbacks.
         logger: Logger of the Trainer.
 
     Raises:
+        NonFiniteLoss: If val_loss is NaN or infinite.
         ValueError: If no validation ran.
     """
-    settings = dict(settings)
-    epochs = settings.pop("num_epochs", prepared.recipe.epochs)
-    if prepared.states is not None:
-        epochs *= HEAD_EPOCHS
-    model, data = prepared.build(settings, seed=seed)
-    trainer = make_trainer(
-        prepared.recipe.trainer,
-        max_epochs=epochs,
-        logger=logger,
-        callbacks=[history, *callbacks],
-        enable_checkpointing=False,
-    )
-    with without_collapse_warning():
+    settings, history = dict(settings), History()
+    epochs = settings.pop("num_epochs", prepared.recipe.epochs) * (1 if prepared.states is None else HEAD_EPOCHS)
+    given, every = prepared.recipe.trainer, [history, *callbacks]
+    with seeded(seed):
+        model, data = prepared.build(settings, seed=seed)
+        trainer = make_trainer(given, max_epochs=epochs, logger=logger, callbacks=every, enable_checkpointing=False)
         fit(trainer, model, data)
-    check_validated(history, epochs)
-    return model
+    return Fit(model, history)
 
 
 @contextlib.contextmanager
@@ -179,10 +175,7 @@ def _recorded_cause(trial: BaseTrial) -> Iterator[None]:
     except NonFiniteLoss as reason:
         trial.set_user_attr(CAUSE, str(reason))
         raise TrialPruned(str(reason)) from reason
-    except TimeIsUp as error:
-        trial.set_user_attr(INTERRUPTED, True)
-        raise TrialInterrupted("time_out ended the study in the middle of this trial") from error
-    except KeyboardInterrupt:
+    except (TimeIsUp, KeyboardInterrupt):
         trial.set_user_attr(INTERRUPTED, True)
         raise
     except UpdateFinishedTrialError:

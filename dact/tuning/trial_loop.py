@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dact import signals
-from dact.tuning.deadline import Deadline
+from dact.tuning.fitting import Deadline, TimeIsUp
 from dact.tuning.retries import is_counted, retries_due, sweep, was_ended_by_others
 
 HOPELESS = 5  # number of failed trials, with no other outcome, after which a study ends
@@ -26,10 +26,6 @@ QUIET = 3  # checks in a row without a running trial after which a process leave
 
 class TrialFailed(RuntimeError):
     """A trial has no value, for the cause in the message; the study continues."""
-
-
-class TrialInterrupted(Exception):
-    """A trial was stopped from outside; its parameters are tried again later."""
 
 
 def run_trials(
@@ -51,8 +47,8 @@ def run_trials(
 
     Args:
         study: The study, with its sampler and pruner.
-        objective: Objective. It raises `TrialFailed` if a trial has no value, and `TrialInterrupted` if its parameters
-            should be tried again; any other exception, except that of a pruned trial, ends the run.
+        objective: Objective. It raises `TrialFailed` if a trial has no value, and `TimeIsUp` if its parameters should
+            be tried again; any other exception, except that of a pruned trial, ends the run.
         n_trials: Total number of trials; see `finished`.
         lock: The lock of the run.
         deadline: Deadline after which no trial starts.
@@ -79,7 +75,7 @@ def run_trials(
         late = deadline.left == 0
         if (len(done) >= n_trials and not running) or hopeless or (late and quiet >= QUIET):
             return
-        due = retries_due(trials)  # another process may be about to queue them
+        due = len(retries_due(trials))  # another process may be about to queue them
         if late or len(done) + running + due >= n_trials:
             if running or due:
                 sweep_now()
@@ -96,7 +92,7 @@ def run_trials(
             study.optimize(
                 tracked,
                 n_trials=1,
-                catch=(TrialFailed, TrialInterrupted),
+                catch=(TrialFailed, TimeIsUp),
                 callbacks=list(callbacks),
                 gc_after_trial=True,  # a Trainer and its model refer to each other
             )
