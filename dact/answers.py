@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dact import functional
+from dact import functional, signals
 from dact.encoders.base import Batch, check_batch, move
 from dact.functional import Halting
 from dact.model import DACT
@@ -63,6 +63,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     """
     parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
     for batch in batches:
+        signals.check()
         check_batch(batch)
         if "labels" not in batch:
             raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")

@@ -160,8 +160,9 @@ def _fit_and_ask(fit: CheckpointedFit, candidate: Candidate, progress: Progress)
         progress.note(str(error))
         return {}
     recipe = fit.prepared.recipe
+    data = recipe.data_for("validate")
     with recipe.precision():
-        answers = layer_answers(fit.model(), recipe.data_for("validate").val_dataloader())
+        answers = layer_answers(fit.model(), data.val_dataloader())
     return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}
 
 

@@ -285,7 +285,7 @@ class TuningEngine:
         """Make a run the current one of this engine, with the winners that are on disk, and return it."""
         run = Run(run_tag or self.run_tag, self.log_dir)
         if run != self._run:
-            self._run, self._prepared, self._concluded = run, None, {}
+            self._run, self._prepared = run, None
         self._take(run.winners())
         return run
 
@@ -354,7 +354,7 @@ class TuningEngine:
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show another winner
             if not run.pictures(stage).is_dir():
                 draw_study(run.pictures(stage), study, trials, chosen, prepared.spaces)
-        self._concluded[stage.name] = study
+        self._concluded[study.study_name] = study
         return self._take(run.winners())
 
     def _objective(self, stage: Stage) -> Objective:
@@ -373,5 +373,6 @@ class TuningEngine:
         with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):
             verdict = confirm(run, prepared, candidates, self.progress)
             paths = FinalFit(run, prepared, verdict, self.progress)()
-        show_summary(self.progress.console, run.final, verdict.text, list(self._concluded.values()))
-        return paths
+            concluded = [study for name, study in self._concluded.items() if name.startswith(f"{run.tag}/")]
+            show_summary(self.progress.console, run.final, verdict.text, concluded)
+            return paths

@@ -11,7 +11,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from optuna.study import Study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -128,7 +128,7 @@ class Progress:
         ended = finished(self._study)
         single = len(self._study.directions) == 1
         heads = ["val loss"] if single else ["task loss", "exit layer"]
-        best = {trial.number for trial in self._study.best_trials}
+        best = _best(trials, self._study)
         columns = [("trial", 5), ("state", 8), *((head, 6) for head in heads)]
         names = _fitting(trials, self.console.width - 2 - sum(width + 2 for _, width in columns))
         columns += [(_head(name), _width(name, trials)) for name in names]
@@ -139,14 +139,13 @@ class Progress:
             values = [f"{value:.4f}" for value in trial.values] if trial.values else [""] * len(heads)
             state = f"[{COLOURS[trial.state.name]}]{trial.state.name.lower()}[/]"
             parameters = [short(trial.params[name]) if name in trial.params else "" for name in names]
-            style = "bold" if trial.number in best else ""
+            style = "bold" if any(trial.number == one.number for one in best) else ""
             table.add_row(str(trial.number), state, *values, *parameters, style=style)
         title = f"study {self._stage}: {len(ended)} of {self._total} trials"
-        return Group(title, table, self._caption(ended, single))
+        return Group(title, table, self._caption(ended, best, single))
 
-    def _caption(self, ended: list[FrozenTrial], single: bool) -> str:
-        assert self._study is not None
-        parts, best = [], self._study.best_trials
+    def _caption(self, ended: list[FrozenTrial], best: list[FrozenTrial], single: bool) -> str:
+        parts = []
         if best and single:
             parts.append(f"best so far {best[0].values[0]:.4f} (trial {best[0].number})")
         elif best:
@@ -159,6 +158,14 @@ class Progress:
             left += self._epochs_after * self._seconds_per_epoch
             parts.append(f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}")
         return ", ".join(parts)
+
+
+def _best(trials: Sequence[FrozenTrial], study: Study) -> list[FrozenTrial]:
+    """Return the best of a study's trials, or those on the Pareto front."""
+    if len(study.directions) > 1:
+        return study.best_trials
+    complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    return [min(complete, key=lambda trial: trial.values[0])] if complete else []
 
 
 def _fitting(trials: Sequence[FrozenTrial], width: int) -> list[str]:
