@@ -63,6 +63,7 @@ class MetricLogging(LightningModule):
             callbacks.
         """
         target = labels_of(batch, stage)
+        soft = functional.soft_targets(target, self.output_dimension)
         assert full.layer_probabilities is not None
         assert full.h is not None
         assert full.p is not None
@@ -73,8 +74,8 @@ class MetricLogging(LightningModule):
                 f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes unlabelled examples"
             )
         ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
-        loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost
-        task_loss = functional.task_loss(early.probabilities, target, self.class_weights)
+        loss = functional.task_loss(a[:, -1], soft, self.class_weights) + self.lambda_reg * ponder_cost
+        task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
         agreement = (early.probabilities.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
 
         attribute, metrics = self._metrics_of(stage, loader)

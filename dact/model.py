@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dact import functional, hub, inference, model_card, persistence
 from dact.agreement import Agreement
 from dact.arguments import OfRule, check_arguments
-from dact.encoders.base import Batch, LayeredEncoder
+from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metric_logging import MetricLogging, labels_of
 from dact.model_card import Metrics
@@ -204,6 +204,7 @@ class DACT(MetricLogging):
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32 or more."""
+        check_batch(batch)
         if "states" in batch:  # computed before: training of the submodels alone
             states = batch["states"][:, : self.num_layers]
         elif self.num_layers == self.encoder.num_layers:

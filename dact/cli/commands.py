@@ -22,7 +22,6 @@ from typing_extensions import override
 from dact import signals
 from dact.calibration import Dial, Promise, calibrate, describe
 from dact.callbacks import ExitPlots, SavePretrained
-from dact.cli.batches import CheckBatches
 from dact.cli.checkpoints import LAST, BestAndLast
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import PredictionWriter
@@ -256,7 +255,7 @@ class DACTCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        added: list[Callback] = [signals.StopOnSignal(), CheckBatches()]
+        added: list[Callback] = [signals.StopOnSignal()]
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             to_output = self.subcommand == "predict" and self._get(self.config, "output") == "-"
             if (sys.stderr if to_output else sys.stdout).isatty() or config.get("enable_progress_bar"):
