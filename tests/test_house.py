@@ -38,7 +38,7 @@ LAYERS = [
     {"tuning/final", "tuning/fork_server"},
     {"tuning/engine"},
     {"tuning"},
-    {"cli/quiet", "cli/checkpoints", "cli/predictions", "cli/stored"},
+    {"cli/quiet", "cli/predictions", "cli/stored"},
     {"cli/reports", "cli/runs", "cli/errors"},
     {"cli/request"},
     {"cli/tune"},
