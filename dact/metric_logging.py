@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dact import functional
 from dact.encoders.base import Batch, check_batch
 from dact.functional import Halting, PonderKind
-from dact.metrics import SCALARS, collapse, evaluation_metrics, update_metrics
+from dact.metrics import SCALARS, collapse, evaluation_metrics
 from dact.outputs import DACTOutput
 
 
@@ -82,7 +82,11 @@ class MetricLogging(LightningModule):
         for name, value in zip(SCALARS[:4], (loss, task_loss, ponder_cost, agreement), strict=True):
             # One value per example: without its NaN check, torchmetrics takes no weights.
             metrics[name].update(value.expand(len(target)))
-        update_metrics(metrics, a, early.probabilities, early.exit_layer, target)
+        metrics["exit_layer"].update(early.exit_layer.float())
+        metrics["exit_histogram"].update(early.exit_layer)
+        metrics["layer_accuracy"].update(a, target)
+        for name in ("accuracy", "macro_f1"):
+            metrics[name].update(early.probabilities, target)
         for name in SCALARS:
             self.log(
                 f"{stage}_{name}{_suffix(loader)}",
