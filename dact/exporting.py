@@ -149,7 +149,9 @@ class _Traced(nn.Module):
 
 def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> list[str]:
     """Write the graphs of the first layers of an encoder, and return the file names of these layers."""
-    _attend_plainly(encoder)
+    model: Any = getattr(encoder, "model", None)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")  # the fused one guards against cases that never occur here
     ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
 
     def embed(input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
@@ -172,13 +174,6 @@ def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> lis
     # One graph serves all layers: the norm before it, where there is one, is the same for all.
     _write_graph(folder / POOL, encoder, lambda h, m: encoder.pool(1, h, m), states)
     return layers
-
-
-def _attend_plainly(encoder: LayeredEncoder) -> None:
-    """Make a Hugging Face model use eager attention: the fused one guards against cases that never occur here."""
-    model: Any = getattr(encoder, "model", None)
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")
 
 
 def _write_graph(path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 
 from dact.checks import check_class_names, check_range
 from dact.data.base import TextDataModule
-from dact.data.examples import Examples, join, share_of_copies, stratified_split
+from dact.data.examples import Examples, join, stratified_split
 from dact.data.labels import (
     Reading,
     absent_classes,
@@ -236,7 +236,7 @@ class TextClassificationData(TextDataModule):
                 f"{file}: no class has two distinct texts, so no example is left for validation: add examples or give "
                 "a val_file"
             )
-        if (share := share_of_copies(keys)) > COPIES_SHARE:
+        if (share := 1 - len(set(keys)) / len(keys)) > COPIES_SHARE:
             rank_zero_warn(
                 f"{file}: {share:.0%} of the examples are copies of another one; training and validation never share a "
                 "text"
