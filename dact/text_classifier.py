@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Unpack
+from typing import Any, Protocol, Unpack
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -19,14 +19,11 @@ from dact import hub
 from dact.agreement import names_of_classes
 from dact.checks import check_count
 from dact.data.rows import is_utf8
-from dact.data.tokenizers import load_tokenizer, tokenize, tokenizer_for
+from dact.data.tokenizers import PreTrainedTokenizerBase, load_tokenizer, tokenize, tokenizer_for
 from dact.encoders.base import Batch
 from dact.model import DACT, DACTOutput
 from dact.model_card import Metrics
 from dact.scores import temper
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Text = str | tuple[str, str] | list[str]
 NO_LIMIT = 10**20  # a tokenizer's `model_max_length` above it means none

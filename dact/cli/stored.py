@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from dact.calibration import store_in_checkpoint
 from dact.encoders import LayeredEncoder
@@ -41,8 +42,6 @@ def find_model(path: str | Path) -> Path:
     if isinstance(path, str) and (found := hub_id(path)):
         name, revision = found
         if not sys.stderr.isatty():
-            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
             disable_progress_bars()
         return local_folder(name, revision=revision)
     path = Path(path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -19,10 +19,7 @@ from dact.checks import check_count, check_range
 from dact.data.batching import Encoded, LengthGroupedSampler, collate, encode, length_that_keeps
 from dact.data.examples import Examples, stratified_split
 from dact.data.teacher import teacher_probabilities
-from dact.data.tokenizers import load_tokenizer, tokenizer_for
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dact.data.tokenizers import PreTrainedTokenizerBase, load_tokenizer, tokenizer_for
 
 INFERENCE_BATCH = 1024  # examples per batch of test and predict; early exit regroups within a batch
 VALIDATION_BLOCK = 64  # neighbours of similar length in validation

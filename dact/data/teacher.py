@@ -12,6 +12,7 @@ from torch import Tensor
 from dact.agreement import names_of_classes
 from dact.data.tokenizers import tokenize
 from dact.encoders.base import move
+from dact.encoders.huggingface import load_sequence_classifier, longest_input
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json
 from dact.model import DACT
@@ -75,15 +76,11 @@ def _load(teacher: str) -> tuple[Any, list[str]]:
     if config.is_file() and read_json(config).get("format") == FORMAT:
         model = DACT.from_pretrained(source)
         return model, names_of_classes(model)
-    from dact.encoders.huggingface import load_sequence_classifier
-
     return load_sequence_classifier(teacher)
 
 
 def _longest_input(model: Any) -> int | None:
     """Return the largest number of tokens that the teacher takes, None if there is no such bound."""
-    from dact.encoders.huggingface import longest_input
-
     return model.encoder.max_length if isinstance(model, DACT) else longest_input(model)
 
 

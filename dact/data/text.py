@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
@@ -23,10 +23,8 @@ from dact.data.labels import (
 )
 from dact.data.rows import check_readable, printable, text_fault
 from dact.data.tables import DATASET, read_columns
+from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COPIES_SHARE = 0.01  # a larger share of copies deserves a warning
 

@@ -10,13 +10,10 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, join, stratified_split
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dact.data.tokenizers import PreTrainedTokenizerBase
 
 CLASS_NAMES = ["negative", "neutral", "positive"]
 DIVISION = ("train", "val", "test")
