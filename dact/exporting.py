@@ -153,16 +153,9 @@ def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> lis
     if hasattr(model, "set_attn_implementation"):
         model.set_attn_implementation("eager")  # the fused one guards against cases that never occur here
     ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-
-    def embed(input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return encoder.embed(
-            {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": attention_mask}
-        )
-
     inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
-    hidden = embed(**inputs)
-    states = {"hidden": hidden, "mask": mask}
-    _write_graph(folder / EMBED, encoder, embed, inputs)
+    states = {"hidden": encoder.embed(inputs), "mask": mask}
+    _write_graph(folder / EMBED, encoder, lambda *given: encoder.embed(dict(zip(inputs, given, strict=True))), inputs)
     names: dict[str, str] = {}  # layers that share their weights give the same graph
     layers = []
     for n in range(1, num_layers + 1):

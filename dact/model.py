@@ -149,13 +149,9 @@ class DACT(MetricLogging):
         self.steps_done = 0  # training steps so far, for the warm-up of λ
         self.total_steps = float("inf")  # all training steps; the Trainer knows them
 
-        sizes: dict[str, Any] = {
-            "num_layers": self.num_layers,
-            "hidden_size": encoder.hidden_size,
-            "share": share_submodels,
-        }
-        self.classifier = Submodels(classifier, output_size=output_dimension, **sizes)
-        self.confidence = Submodels(confidence, output_size=1, **sizes)
+        make = partial(Submodels, num_layers=self.num_layers, hidden_size=encoder.hidden_size, share=share_submodels)
+        self.classifier = make(classifier, output_size=output_dimension)
+        self.confidence = make(confidence, output_size=1)
         start_undecided(self.confidence)
         self.make_metrics()
 

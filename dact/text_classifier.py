@@ -205,10 +205,8 @@ class TextClassifier:
         precision = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
         with precision:
             output = self.model.early_exit({name: value.to(self.device) for name, value in encoding.items()})
-        labels, probabilities = output.probabilities.argmax(dim=1), output.probabilities
-        temperatures = getattr(self.model, "temperatures", None)
-        if temperatures is not None:
-            probabilities = temper(probabilities, output.exit_layer, temperatures)
+        labels = output.probabilities.argmax(dim=1)
+        probabilities = temper(output.probabilities, output.exit_layer, getattr(self.model, "temperatures", None))
         return [
             Prediction(self.class_names[label], row[label], exit_layer, dict(zip(self.class_names, row, strict=True)))
             for label, row, exit_layer in zip(

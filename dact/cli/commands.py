@@ -97,12 +97,8 @@ class DACTCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         commands = LightningCLI.subcommands()
-        return {
-            **commands,
-            "predict": commands["predict"] | {"return_predictions"},
-            "calibrate": set(),
-            "tune": set(),
-        }
+        predict = commands["predict"] | {"return_predictions"}
+        return {**commands, "predict": predict, "calibrate": set(), "tune": set()}
 
     # ------------------------------------------------------------------ options
 

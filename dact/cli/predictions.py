@@ -174,10 +174,8 @@ class PredictionWriter(Callback):
             )
         numbers = batch["row"].tolist() if numbered else list(range(self._next_row, self._next_row + count))
         labels = outputs.probabilities.argmax(dim=1).tolist()
-        probabilities = outputs.probabilities.float()
-        temperatures = getattr(pl_module, "temperatures", None)
-        if temperatures is not None:
-            probabilities = temper(probabilities, outputs.exit_layer, temperatures)
+        temperatures: Any = getattr(pl_module, "temperatures", None)
+        probabilities = temper(outputs.probabilities.float(), outputs.exit_layer, temperatures)
         classified = zip(numbers, labels, probabilities.tolist(), outputs.exit_layer.tolist(), strict=True)
         rows: list[Row] = []
         for number, label, vector, exit_layer in sorted(classified):

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from dact.checks import check_class_names, check_range
+from dact.checks import check_choice, check_class_names, check_range
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, join, stratified_split
 from dact.data.labels import (
@@ -106,10 +106,8 @@ class TextClassificationData(TextDataModule):
             teacher=teacher,
         )
         check_range("TextClassificationData: val_fraction", val_fraction, "(0, 1)")
-        if integer_labels not in (None, "names", "positions"):
-            raise ValueError(
-                f"TextClassificationData: integer_labels must be 'names', 'positions' or None, got {integer_labels!r}"
-            )
+        if integer_labels is not None:
+            check_choice("TextClassificationData: integer_labels", integer_labels, Reading)
         if calibration_file is not None and calibration_fraction:
             raise ValueError("TextClassificationData: give a calibration_file or a calibration_fraction, not both")
         files = {
