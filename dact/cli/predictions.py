@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from dact.agreement import names_of_classes
@@ -96,15 +95,7 @@ class PredictionData(LightningDataModule):
             yield {**encoding, "row": torch.tensor([row for row, _ in usable])}
 
     @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(_Stream(self.batches), batch_size=None)
-
-
-class _Stream(IterableDataset[Any]):
-    def __init__(self, batches: Callable[[], Iterator[dict[str, Tensor]]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def predict_dataloader(self) -> Iterator[dict[str, Tensor]]:
         return self.batches()
 
 
@@ -139,13 +130,19 @@ class PredictionWriter(Callback):
         self.labelled = self.unlabelled = 0
         self._next_row = 0
         self._rank, self._processes = 0, 1
-        self._reasons: dict[int, str] | None = None  # of data that holds all its examples
+        self._is_stream = False
+        self._reasons: dict[int, str] = {}  # by row; a stream adds to them while it is read
         self._open = contextlib.ExitStack()
         self._write: Callable[[list[Row]], None] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._rank, self._processes = trainer.global_rank, trainer.world_size
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        self._is_stream = hasattr(data, "unusable")
+        known = getattr(getattr(data, "splits", {}).get("predict"), "reasons", None) or []
+        in_memory = {row: reason for row, reason in enumerate(known) if reason is not None}
+        self._reasons = data.unusable if self._is_stream else in_memory
         if self._processes == 1 or stage != "predict":
             return
         if self.path == STANDARD_OUTPUT:
@@ -183,7 +180,7 @@ class PredictionWriter(Callback):
                 raise ValueError(
                     f"row {number} comes after a later one: batches to predict must be in the order of rows"
                 )
-            rows += self._without_label(trainer, names, number)
+            rows += self._without_label(names, number)
             self.labelled += 1
             self._next_row = number + 1
             rows.append(self._row(number, names, names[label], vector, exit_layer))
@@ -193,40 +190,25 @@ class PredictionWriter(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not in on_predict_end: a file in which nothing can be classified gives no batch, but has rows to write.
         if stage == "predict":
-            names, last = names_of_classes(pl_module), max(self._reasons_of(trainer), default=-1)
-            self._write_rows(names, self._without_label(trainer, names, last + 1))
+            names, last = names_of_classes(pl_module), max(self._reasons, default=-1)
+            self._write_rows(names, self._without_label(names, last + 1))
             self._open.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
-    def _without_label(self, trainer: Trainer, names: Sequence[str], end: int) -> list[Row]:
+    def _without_label(self, names: Sequence[str], end: int) -> list[Row]:
         """Return the rows before `end` that no batch carried; with several processes, only those of this one."""
         numbers: Iterable[int] = range(self._next_row, end)
-        if not numbers:
-            return []
-        reasons = self._reasons_of(trainer)
         if self._processes > 1:
             # A stream has only the reasons of this process; data that holds all its examples has those of all.
-            is_stream = hasattr(trainer.datamodule, "unusable")  # type: ignore[attr-defined]
-            mine = (number for number in numbers if is_stream or number % self._processes == self._rank)
-            numbers = [number for number in mine if number in reasons]
+            mine = (number for number in numbers if self._is_stream or number % self._processes == self._rank)
+            numbers = [number for number in mine if number in self._reasons]
         found = list(numbers)
         self.unlabelled += len(found)
         nothing = [None] * len(names)
-        return [self._row(n, names, None, nothing, None, reasons.pop(n, "not in the data")) for n in found]
-
-    def _reasons_of(self, trainer: Trainer) -> dict[int, str]:
-        """Return the reasons why rows cannot be classified, from `PredictionData` or data that holds all examples."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "unusable"):
-            unusable: dict[int, str] = data.unusable
-            return unusable
-        if self._reasons is None:
-            known = getattr(getattr(data, "splits", {}).get("predict"), "reasons", None) or []
-            self._reasons = {row: reason for row, reason in enumerate(known) if reason is not None}
-        return self._reasons
+        return [self._row(n, names, None, nothing, None, self._reasons.pop(n, "not in the data")) for n in found]
 
     def _row(
         self,
