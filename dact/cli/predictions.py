@@ -138,7 +138,7 @@ class PredictionWriter(Callback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._rank, self._processes = trainer.global_rank, trainer.world_size
-        data = trainer.datamodule  # type: ignore[attr-defined]
+        data: Any = getattr(trainer, "datamodule", None)
         self._is_stream = hasattr(data, "unusable")
         known = getattr(getattr(data, "splits", {}).get("predict"), "reasons", None) or []
         in_memory = {row: reason for row, reason in enumerate(known) if reason is not None}
