@@ -190,11 +190,8 @@ def _run_window(
     """Run the groups of a window until all of its examples have left.
 
     Args:
-        encoder: Encoder whose layers are run.
-        unit: DACT unit that runs after each layer.
         groups: Examples of the window before layer 1, in the order of their lengths.
         rows: Row of each example in the batch, over all groups.
-        results: Store of answers and exit layers.
         step: Number of tokens of one step, padding included.
     """
     for n in range(1, unit.num_layers + 1):
@@ -264,7 +261,6 @@ def _regroup(encoder: LayeredEncoder, groups: list[_Group], staying: Indices, in
     """Return the groups without the examples that have left; neighbours that fit into one step are merged.
 
     Args:
-        encoder: Encoder that made the contexts of the groups.
         groups: Groups in the order of their lengths.
         staying: Positions of the examples that stay, ascending, over all groups.
         index: The same on the device of the groups.

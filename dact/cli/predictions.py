@@ -40,19 +40,12 @@ class PredictionData(LightningDataModule):
     Args:
         predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with
             one text a line.
-        tokenizer: A Hugging Face tokenizer.
-        text_column: Name of the column with the text.
-        text_pair_column: Name of the column with a second text, for text pairs.
-        max_length: Number of tokens to which longer inputs are cut.
+        tokenizer, text_column, text_pair_column, max_length: As for `dact.data.TextClassificationData`.
         batch_size: Number of texts that are read at a time.
 
     Attributes:
         unusable: Reasons why rows cannot be classified, by row number from 0, for rows that have been read and not yet
             written.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If its ending is unknown, and while reading as `dact.data.rows.read_rows`.
     """
 
     def __init__(
@@ -115,13 +108,7 @@ class PredictionWriter(Callback):
 
     Attributes:
         path: File to which this process writes.
-        labelled: Number of rows that it wrote with a label.
-        unlabelled: Number of rows that it wrote without one.
-
-    Raises:
-        ValueError: If the ending is unknown; and with several processes, if they should write to standard output, or a
-            batch has no ``row``.
-        OSError: If nothing can be written there.
+        labelled, unlabelled: Numbers of rows that it wrote with and without a label.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -231,12 +218,7 @@ class PredictionWriter(Callback):
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise an error unless predictions can be written to `path`.
-
-    Raises:
-        ValueError: If the ending is unknown.
-        OSError: If it is a folder, or lies in a folder that cannot be written to.
-    """
+    """Raise an error unless predictions can be written to `path`."""
     if str(path) == STANDARD_OUTPUT:
         return
     path = Path(path)
