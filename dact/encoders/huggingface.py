@@ -127,15 +127,10 @@ FAMILIES: dict[str, _Family] = {
         inputs=("input_ids",),
     ),
     "deberta-v2": _Family(
-        layer=_deberta_layer,
-        context=_deberta_context,
-        inputs=("input_ids", "token_type_ids", "attention_mask"),
+        layer=_deberta_layer, context=_deberta_context, inputs=("input_ids", "token_type_ids", "attention_mask")
     ),
     "modernbert": _Family(
-        layer=_modernbert_layer,
-        context=_modernbert_context,
-        inputs=("input_ids",),
-        norm=lambda model: model.final_norm,
+        layer=_modernbert_layer, context=_modernbert_context, inputs=("input_ids",), norm=lambda model: model.final_norm
     ),
 }
 
