@@ -74,8 +74,8 @@ class Promise:
                 raise ValueError(f"{name} is a share, in [0, 1], got {value}: {meant}")
         if self.max_layers is not None:
             check_range("max_layers", self.max_layers, "[1, inf]")
-        if self.confidence is not None:
-            check_range("confidence", self.confidence, "(0, 1)", "it is a probability, or None for an estimate")
+        if self.confidence is not None and not 0 < self.confidence < 1:
+            raise ValueError(f"confidence is a probability, in (0, 1), or None for an estimate, got {self.confidence}")
 
     @property
     def allowed(self) -> float:
