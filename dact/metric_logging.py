@@ -139,11 +139,14 @@ class MetricLogging(LightningModule):
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
-    """Return the labels of a batch, or raise a ``KeyError`` or ``TypeError`` that says what the batch is."""
+    """Return the labels of a batch, or raise an error that says what the batch is."""
     check_batch(batch)
-    if "labels" not in batch:
-        raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
-    return batch["labels"]
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, Tensor):
+        raise KeyError(f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}")
+    if isinstance(ids, Tensor) and labels.dim() and len(labels) != len(ids):
+        raise ValueError(f"labels must be one integer per example, [{len(ids)}], got {list(labels.shape)}")
+    return labels
 
 
 def _suffix(loader: int) -> str:

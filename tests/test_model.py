@@ -515,9 +515,13 @@ def test_what_else_a_batch_carries_is_left_alone():
     with pytest.raises(TypeError, match="a batch is a dict .* got a Tensor"):
         model(batch["input_ids"])
     for step in (model.validation_step, model.test_step):
-        with pytest.raises(KeyError, match="needs 'labels' .batch., got the keys"):
+        with pytest.raises(KeyError, match="needs 'labels' .batch., a tensor, got the keys"):
             step({"input_ids": batch["input_ids"]}, 0)
+        with pytest.raises(ValueError, match=r"labels must be one integer per example, .20., got .8."):
+            step({**batch, "labels": batch["labels"][:8]}, 0)
     for call in (model, model.early_exit):
+        with pytest.raises(KeyError, match="needs 'input_ids' .batch, length., a tensor"):
+            call({**batch, "input_ids": batch["input_ids"].tolist()})
         with pytest.raises(ValueError, match=r"input_ids must have the shape \[batch, length\], got \[20\]"):
             call({"input_ids": batch["input_ids"][:, 0]})
 

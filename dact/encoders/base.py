@@ -147,9 +147,9 @@ def attention_mask(batch: Batch) -> Tensor:
         ValueError: If the ids or the mask have another shape, or a row is all padding.
     """
     check_batch(batch)
-    if "input_ids" not in batch:
-        raise KeyError(f"a batch needs 'input_ids' [batch, length], got the keys {sorted(batch)}")
-    ids = batch["input_ids"]
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise KeyError(f"a batch needs 'input_ids' [batch, length], a tensor, got the keys {sorted(batch)}")
     if ids.dim() != 2:
         raise ValueError(f"input_ids must have the shape [batch, length], got {list(ids.shape)}")
     mask = batch.get("attention_mask")
