@@ -56,15 +56,6 @@ def check_class_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:
         )
 
 
-def check_same_classes(stored: Sequence[str], here: Sequence[str]) -> None:
-    """Raise a ``ValueError`` unless the classes of a checkpoint are those of the model that loads it."""
-    if list(stored) != list(here):
-        raise ValueError(
-            f"the checkpoint has the classes {', '.join(stored)}, in this order, but here they are {', '.join(here)}: "
-            f"give the data class_names={list(stored)}, or train again"
-        )
-
-
 def names_of_classes(model: Any) -> list[str]:
     """Return the class names of a model; if it has none, the numbers of its classes."""
     return model.class_names or [str(label) for label in range(model.output_dimension)]

@@ -3,17 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
-from dact.checks import (
-    check_choice,
-    check_class_names,
-    check_class_weights,
-    check_count,
-    check_one_per_class,
-    check_range,
-)
+from dact.checks import check_choice, check_class_names, check_count, check_range
 from dact.encoders.base import LayeredEncoder
 from dact.functional import PonderKind
 
@@ -61,6 +55,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         if given[name] is not None:
             check_count(f"DACT: {name}", given[name], hint="it counts tokens")
     for name in ("class_weights", "class_names"):
-        check_one_per_class(f"DACT: {name}", given[name], classes)
-    check_class_weights("DACT: class_weights", given["class_weights"])
+        value = given[name]
+        if value is not None and len(value) != classes:
+            raise ValueError(f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}")
+    weights = given["class_weights"]
+    if weights is not None and not (all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights)):
+        raise ValueError(f"DACT: class_weights must be finite and 0 or more, one of them above 0, got {[*weights]}")
     check_class_names("DACT: class_names", given["class_names"])

@@ -15,7 +15,7 @@ from dact.answers import Dial as Dial
 from dact.answers import LayerAnswers as LayerAnswers
 from dact.answers import check_baseline, exits_by_setting, mean_and_error, share
 from dact.answers import layer_answers as layer_answers
-from dact.checks import check_choice
+from dact.checks import check_choice, check_range
 from dact.encoders.base import Batch
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import Halting
@@ -72,8 +72,8 @@ class Promise:
             if value is not None and not 0 <= value <= 1:
                 meant = "0.005 is half a point" if name == "max_accuracy_loss" else "0.95 is 95 %"
                 raise ValueError(f"{name} is a share, in [0, 1], got {value}: {meant}")
-        if self.max_layers is not None and not self.max_layers >= 1:
-            raise ValueError(f"max_layers must be 1 or more, got {self.max_layers}")
+        if self.max_layers is not None:
+            check_range("max_layers", self.max_layers, "[1, inf]")
         if self.confidence is not None and not 0 < self.confidence < 1:
             raise ValueError(f"confidence is a probability, in (0, 1), or None for an estimate, got {self.confidence}")
 
@@ -95,15 +95,11 @@ class Promise:
             return bounds.examples_for_mean(self.max_layers, layers, self.confidence)
         return bounds.examples_for_rate(self.allowed, self.confidence)
 
-    def check_layers(self, layers: int) -> None:
-        """Raise an error if every model with this number of layers keeps the promise."""
-        if self.max_layers is not None and self.max_layers >= layers:
-            raise ValueError(
-                f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers. Promise fewer"
-            )
+    def check(self, halting: Halting, layers: int) -> None:
+        """Raise an error if a model of this rule and number of layers cannot be calibrated or keeps the promise anyway.
 
-    def check_halting(self, halting: Halting) -> None:
-        """Raise an error if `halting` has no dial to move, or if its other dial already lets examples leave early."""
+        The rule must have a dial to move, and its other dial must not let examples leave early already.
+        """
         if halting.rule == "never":
             raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
         values = {"halting_tolerance": halting.tolerance, "halting_margin": halting.margin}
@@ -113,11 +109,10 @@ class Promise:
                     f"{self.dial} is calibrated from full depth on, but the model has {name}={values[name]:g}: set "
                     f"it to {SETTINGS[name][0]:g}, or calibrate it instead (dial: {name})"
                 )
-
-    def check_model(self, model: DACT) -> None:
-        """Raise an error, before any layer runs, if `model` cannot be calibrated or keeps the promise anyway."""
-        self.check_halting(model.exit_rule)
-        self.check_layers(model.num_layers)
+        if self.max_layers is not None and self.max_layers >= layers:
+            raise ValueError(
+                f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers. Promise fewer"
+            )
 
 
 @dataclass(frozen=True)
@@ -221,12 +216,10 @@ def calibrate(
     """
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
     model.end_calibration()
-    promise.check_model(model)
-    batches = calibration_batches(data)
+    promise.check(model.exit_rule, model.num_layers)  # before any layer runs
+    batches, chose_checkpoint = _examples(data)
     answers = layer_answers(model, batches)
-    found = choose_setting(
-        answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=examples_chose_checkpoint(data)
-    )
+    found = choose_setting(answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=chose_checkpoint)
     model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
     setattr(model, dial, getattr(found, dial))
     if model.temperatures is not None:
@@ -255,8 +248,7 @@ def choose_setting(
     Raises:
         ValueError: As for `calibrate`.
     """
-    promise.check_halting(halting)
-    promise.check_layers(answers.num_layers)
+    promise.check(halting, answers.num_layers)
     if baseline is not None:
         if promise.max_accuracy_loss is None:
             raise ValueError("a baseline goes with max_accuracy_loss: leave it out for other promises")
@@ -368,23 +360,14 @@ class _Evidence:
         return int((loss > 0).sum()), int((loss < 0).sum())
 
 
-def calibration_batches(data: LightningDataModule | Iterable[Batch]) -> Iterable[Batch]:
-    """Return the batches to calibrate on; see `calibrate`."""
+def _examples(data: LightningDataModule | Iterable[Batch]) -> tuple[Iterable[Batch], bool]:
+    """Return the batches to calibrate on, and whether they chose the checkpoint; given batches are trusted."""
     if not isinstance(data, LightningDataModule):
-        return data
+        return data, False
     data.prepare_data()
     data.setup("validate")
-    set_aside = _set_aside(data)
-    return data.val_dataloader() if set_aside is None else set_aside  # type: ignore[no-any-return]
-
-
-def examples_chose_checkpoint(data: LightningDataModule | Iterable[Batch]) -> bool:
-    """Return whether calibration uses validation examples of `data`, which is set up; given batches are trusted."""
-    return isinstance(data, LightningDataModule) and _set_aside(data) is None
-
-
-def _set_aside(data: LightningDataModule) -> Any:
-    return getattr(data, "calibration_dataloader", lambda: None)()
+    set_aside = getattr(data, "calibration_dataloader", lambda: None)()
+    return (data.val_dataloader(), True) if set_aside is None else (set_aside, False)
 
 
 def store_in_checkpoint(path: Path, model: DACT) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -41,8 +42,8 @@ class ExitPlots(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writer = _tensorboard(trainer)
-        if writer is None or trainer.sanity_checking or not isinstance(pl_module, DACT):
+        writer = next((log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)), None)
+        if writer is None or not trainer.is_global_zero or trainer.sanity_checking or not isinstance(pl_module, DACT):
             return
         counts = pl_module.exit_histogram.cpu()
         layers = torch.arange(1, len(counts) + 1).repeat_interleave(counts)
@@ -51,13 +52,6 @@ class ExitPlots(Callback):
         if self._depths:
             figure = plots.depth_against_exit(torch.cat(self._depths), torch.cat(self._exits), len(counts))
             writer.add_figure("depth against exit layer", figure, trainer.current_epoch, close=True)
-
-
-def _tensorboard(trainer: Trainer) -> Any:
-    """Return the first TensorBoard writer of a trainer, None on other processes than the first."""
-    if not trainer.is_global_zero:
-        return None
-    return next((logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)), None)
 
 
 class SavePretrained(Callback):
@@ -77,7 +71,11 @@ class SavePretrained(Callback):
         ):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
-        model = type(pl_module).load_from_checkpoint(best, encoder=_own(pl_module)) if best else pl_module
+        model = pl_module
+        if best:
+            # An encoder of one's own, which the checkpoint cannot rebuild.
+            encoder = copy.deepcopy(pl_module.encoder) if pl_module.encoder.config() is None else None
+            model = type(pl_module).load_from_checkpoint(best, encoder=encoder)
         folder = Path(directory) / "model"
         save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
         rank_zero_info(f"The model is in {folder}")
@@ -105,10 +103,3 @@ def _fit_folder(trainer: Trainer) -> str | None:
     if checkpoints is not None and "://" not in str(checkpoints) and Path(checkpoints).name == "checkpoints":
         return str(Path(checkpoints).parent)
     return trainer.log_dir
-
-
-def _own(model: DACT) -> Any:
-    """Return a copy of an encoder that the checkpoint cannot rebuild, None for dact's own."""
-    import copy
-
-    return copy.deepcopy(model.encoder) if model.encoder.config() is None else None

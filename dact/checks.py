@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import Any, get_args
+from typing import get_args
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -73,18 +73,6 @@ def check_class_names(name: str, value: Sequence[str] | None) -> None:
     """Raise a ``ValueError`` unless `value` is None or has distinct names."""
     if value is not None and len(set(value)) < len(value):
         raise ValueError(f"{name} must be distinct, got {', '.join(value)}")
-
-
-def check_class_weights(name: str, value: Sequence[float] | None) -> None:
-    """Raise a ``ValueError`` unless `value` is None or has finite weights of 0 or more, one of them above 0."""
-    if value is not None and not (all(math.isfinite(weight) and weight >= 0 for weight in value) and any(value)):
-        raise ValueError(f"{name} must be finite and 0 or more, one of them above 0, got {[*value]}")
-
-
-def check_one_per_class(name: str, value: Sequence[Any] | None, classes: int) -> None:
-    """Raise a ``ValueError`` unless `value` is None or has one entry per class."""
-    if value is not None and len(value) != classes:
-        raise ValueError(f"{name} must have one entry per class ({classes}), got {len(value)}: {value}")
 
 
 def check_tolerance(tolerance: float) -> None:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from dact.checks import check_choice
 from dact.data.tokenizers import load_tokenizer
 from dact.encoders.base import LayeredEncoder
-from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, digest
+from dact.encoders.onnx import EMBED, POOL, OnnxEncoder
 from dact.encoders.quantization import quantize as quantize_graph
-from dact.files import read_json, replacing_folder
+from dact.files import file_digest, read_json, replacing_folder
 from dact.model import DACT
 from dact.model_card import CARD_NAME, is_written_by_dact
 from dact.persistence import CONFIG_NAME
@@ -149,36 +149,24 @@ class _Traced(nn.Module):
 
 def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> list[str]:
     """Write the graphs of the first layers of an encoder, and return the file names of these layers."""
-    _attend_plainly(encoder)
+    model: Any = getattr(encoder, "model", None)
+    if hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")  # the fused one guards against cases that never occur here
     ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-
-    def embed(input_ids: Tensor, token_type_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        return encoder.embed(
-            {"input_ids": input_ids, "token_type_ids": token_type_ids, "attention_mask": attention_mask}
-        )
-
     inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
-    hidden = embed(**inputs)
-    states = {"hidden": hidden, "mask": mask}
-    _write_graph(folder / EMBED, encoder, embed, inputs)
+    states = {"hidden": encoder.embed(inputs), "mask": mask}
+    _write_graph(folder / EMBED, encoder, lambda *given: encoder.embed(dict(zip(inputs, given, strict=True))), inputs)
     names: dict[str, str] = {}  # layers that share their weights give the same graph
     layers = []
     for n in range(1, num_layers + 1):
         path = folder / f"layer_{n}.onnx"
         _write_graph(path, encoder, lambda h, m, n=n: encoder.layer(n, h, encoder.context(h, m)), states)
-        layers.append(names.setdefault(digest(path), path.name))
+        layers.append(names.setdefault(file_digest(path), path.name))
         if layers[-1] != path.name:
             path.unlink()
     # One graph serves all layers: the norm before it, where there is one, is the same for all.
     _write_graph(folder / POOL, encoder, lambda h, m: encoder.pool(1, h, m), states)
     return layers
-
-
-def _attend_plainly(encoder: LayeredEncoder) -> None:
-    """Make a Hugging Face model use eager attention: the fused one guards against cases that never occur here."""
-    model: Any = getattr(encoder, "model", None)
-    if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")
 
 
 def _write_graph(path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
@@ -205,7 +193,7 @@ def _open(folder: Path, layers: list[str], encoder: LayeredEncoder) -> OnnxEncod
         vocab_size=encoder.vocab_size,
         max_length=encoder.max_length,
         counts_columns=encoder.counts_columns,
-        digests={path.name: digest(path) for path in sorted(folder.iterdir())},
+        digests={path.name: file_digest(path) for path in sorted(folder.iterdir())},
     )
 
 

@@ -11,6 +11,8 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
+from dact.data import CompositionalSentiment
+from dact.encoders import TransformerEncoder
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 
@@ -62,14 +64,10 @@ class DataFactory:
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
     """Return a model with the small built-in encoder for the embedded data, as in configs/reviews.yaml."""
-    from dact.encoders import TransformerEncoder
-
     encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
     return DACT(encoder=encoder, output_dimension=output_dimension, **{"learning_rate": 2e-3, **overrides})
 
 
 def default_data(**overrides: Any) -> LightningDataModule:
     """Return the embedded data, as in configs/reviews.yaml."""
-    from dact.data import CompositionalSentiment
-
     return CompositionalSentiment(**{"max_depth": 3, **overrides})

@@ -19,6 +19,8 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
@@ -114,8 +116,6 @@ def file_digest(path: Path) -> str:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write a safetensors file atomically, with a digest of its content."""
-    from safetensors.torch import save
-
     # (Tensors that share memory are refused by the format, so each is a copy.)
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     notes = dict(metadata or {})
@@ -132,8 +132,6 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ValueError: If the file is corrupted: it cannot be parsed, or its digest does not match its content. The message
             names the file.
     """
-    from safetensors import safe_open
-
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})

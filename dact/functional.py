@@ -281,8 +281,7 @@ def exit_layers(
     Args:
         a: ``[batch, layers, classes]``, as `accumulate` returns it.
         p: ``[batch, layers]``, as `accumulate` returns it.
-        rule: As for `can_halt`.
-        tolerance: As for `can_halt`.
+        rule, tolerance: As for `can_halt`.
         y: Classifications of the layers, ``[batch, layers, classes]``; needed for a margin below 1.
         margin: As for `is_clear`.
 
@@ -300,9 +299,8 @@ def exit_layers(
         )
     halting = Halting(rule, tolerance, margin)
     if margin < 1 and rule != "never" and (y is None or y.shape != a.shape):
-        raise ValueError(
-            f"a margin of {margin} needs y like a, {list(a.shape)}, got {None if y is None else list(y.shape)}"
-        )
+        given = None if y is None else list(y.shape)
+        raise ValueError(f"a margin of {margin} needs y like a, {list(a.shape)}, got {given}")
     return halting.exit_layers(a, p, a if y is None else y)
 
 
@@ -367,19 +365,24 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
         [[0.25, 0.75], [0.8999999761581421, 0.10000000149011612]]
     """
     if labels.dim() != 1 or labels.is_floating_point():
-        raise ValueError(f"labels must be integers of the shape [batch], got {labels.dtype} {list(labels.shape)}")
+        raise ValueError(
+            f"labels must be integers of the shape [batch], got {labels.dtype} {list(labels.shape)}: several labels "
+            "per example and numbers as targets are not supported"
+        )
     unknown = labels == UNLABELLED
     wrong = labels[~unknown & ((labels < 0) | (labels >= classes))]
     if len(wrong):
-        raise ValueError(f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}")
+        raise ValueError(
+            f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}: number the classes from "
+            "0, or set output_dimension to their number"
+        )
     # [batch, classes]; -100 matches no class, so its row stays zero.
     target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
     if teacher is None or (share == 0 and not unknown.any()):
         return target
     if teacher.shape != target.shape:
-        raise ValueError(
-            f"teacher must have the shape [batch, classes] = {list(target.shape)}, got {list(teacher.shape)}"
-        )
+        wanted, given = list(target.shape), list(teacher.shape)
+        raise ValueError(f"teacher must have the shape [batch, classes] = {wanted}, got {given}")
     shares = unknown.float().clamp_min(share).unsqueeze(1)  # [batch, 1]
     return (1 - shares) * target + shares * at_least_float32(teacher)
 
@@ -437,11 +440,9 @@ def _cross_entropy(log_probabilities: Tensor, target: Tensor, class_weights: Ten
     """Return the mean over the examples that have a target, and over layers if any: ``[batch, (layers,) classes]``."""
     classes = log_probabilities.shape[-1]
     target = soft_targets(target, classes) if target.dim() == 1 else at_least_float32(target)
-    if target.shape != (len(log_probabilities), classes):
-        raise ValueError(
-            f"targets must have the shape [batch, classes] = {[len(log_probabilities), classes]}, got "
-            f"{list(target.shape)}"
-        )
+    wanted = [len(log_probabilities), classes]
+    if list(target.shape) != wanted:
+        raise ValueError(f"targets must have the shape [batch, classes] = {wanted}, got {list(target.shape)}")
     with_target = target.any(dim=1).sum().clamp_min(1)
     weighted = target if class_weights is None else target * class_weights
     if log_probabilities.dim() == 3:

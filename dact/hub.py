@@ -6,12 +6,11 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, snapshot_download
 
 from dact.model_card import CARD_NAME, is_written_by_dact
-
-if TYPE_CHECKING:
-    from huggingface_hub import HfApi
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
 # Only data is downloaded. Other files of a repository, such as pickles and code, are not.
@@ -62,8 +61,6 @@ def local_folder(
     """
     if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         return Path(name).expanduser()
-    from huggingface_hub import HfApi, snapshot_download
-
     fault = None if local_files_only else _ask(HfApi(token=token, library_name="dact"), name, revision)
     try:
         folder = snapshot_download(
@@ -90,11 +87,8 @@ def out_of_reach(pretrained: str) -> bool:
 
     Then only the cache should be used: on a network that drops packets, transformers would wait forever.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     fault = None if Path(pretrained).is_dir() else _ask(HfApi(library_name="dact"), pretrained, None)
-    return fault is not None and not isinstance(fault, HfHubHTTPError)
+    return fault is not None and not isinstance(fault, errors.HfHubHTTPError)
 
 
 def publish(save: Callable[..., None], repo_id: str, options: Publication) -> str:
@@ -113,14 +107,11 @@ def publish(save: Callable[..., None], repo_id: str, options: Publication) -> st
     Raises:
         OSError: If the Hub cannot be reached or refuses; the message says why.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError
-
     api, revision = HfApi(token=options.get("token"), library_name="dact"), options.get("revision")
     with TemporaryDirectory() as directory:
         try:
             fault = _ask(api, repo_id, None)
-            if fault is not None and not isinstance(fault, HfHubHTTPError):
+            if fault is not None and not isinstance(fault, errors.HfHubHTTPError):
                 raise fault
             repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
             if revision is not None:
@@ -150,29 +141,23 @@ def _ask(api: HfApi, repo_id: str, revision: str | None) -> Exception | None:
 
     Unlike the other calls, this one has a time limit: on a network that drops packets they would wait forever.
     """
-    from huggingface_hub.constants import HF_HUB_ETAG_TIMEOUT
-
     try:
-        api.model_info(repo_id, revision=revision, timeout=HF_HUB_ETAG_TIMEOUT)
+        api.model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # as above
         return error
     return None
 
 
 def _has_own_card(api: HfApi, repo_id: str, revision: str | None, cache: Path) -> bool:
-    from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
-
     try:
         card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision, cache_dir=cache)
-    except (EntryNotFoundError, RevisionNotFoundError):
+    except (errors.EntryNotFoundError, errors.RevisionNotFoundError):
         return False
     return not is_written_by_dact(Path(card))
 
 
 def _reason(error: Exception) -> str:
     """Return one line that says why a download or an upload failed."""
-    from huggingface_hub import errors
-
     said = str(error).strip().splitlines() or [type(error).__name__]
     if isinstance(error, errors.OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE), and the cache does not have it"

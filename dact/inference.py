@@ -64,7 +64,10 @@ class _Group:
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for the block, so that dropout changes no answer, and restore each part's mode."""
-    training = [part for part in _parts(module) if part.training]
+    parts = [module]
+    for part in parts:  # several times faster than `modules`, which hashes each of them
+        parts.extend(child for child in part._modules.values() if child is not None)
+    training = [part for part in parts if part.training]
     if training:
         module.eval()
     try:
@@ -72,14 +75,6 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part in training:
             part.training = True
-
-
-def _parts(module: nn.Module) -> list[nn.Module]:
-    """Return a module and all modules in it, several times faster than `modules`, which hashes each of them."""
-    parts = [module]
-    for part in parts:
-        parts.extend(child for child in part._modules.values() if child is not None)
-    return parts
 
 
 @torch.no_grad()
@@ -117,11 +112,14 @@ def early_exit(
     batch = {name: entry for name, entry in batch.items() if isinstance(entry, Tensor)}  # nothing else has rows to pick
     if len(mask) == 0:
         raise ValueError("early exit needs at least one example, got a batch of 0")
-    step, window = budget(mask.device, step_tokens, window_tokens)
-    step = step_tokens or encoder.step_tokens or step
+    of_device = STEP_TOKENS.get(mask.device.type, STEP_TOKENS["cuda"])
+    step = step_tokens or encoder.step_tokens or of_device
+    window = window_tokens or STEPS_IN_WINDOW * (step_tokens or of_device)
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths = ((mask != 0) * positions).amax(dim=1).cpu().numpy()
-    if mask.device.type == "cpu" and _in_half_precision(encoder):
+    dtype = next((parameter.dtype for parameter in encoder.parameters()), torch.float32)
+    half = torch.is_autocast_enabled("cpu") or dtype in (torch.bfloat16, torch.float16)
+    if mask.device.type == "cpu" and half:
         lengths = np.minimum(-(-lengths // HALF_PRECISION_UNIT) * HALF_PRECISION_UNIT, mask.shape[1])
     order = lengths.argsort(kind="stable")
     unit = _Unit(classifier, confidence, halting)
@@ -131,18 +129,6 @@ def early_exit(
         groups = [*encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)]
         _run_window(encoder, unit, groups, rows, results, step)
     return results.exits(mask.device)
-
-
-def _in_half_precision(encoder: LayeredEncoder) -> bool:
-    """Return whether the layers compute in half precision on a CPU."""
-    dtype = next((parameter.dtype for parameter in encoder.parameters()), torch.float32)
-    return torch.is_autocast_enabled("cpu") or dtype in (torch.bfloat16, torch.float16)
-
-
-def budget(device: torch.device, step_tokens: int | None, window_tokens: int | None) -> tuple[int, int]:
-    """Return the tokens of a step and of a window; None stands for the default of the device."""
-    step = step_tokens or STEP_TOKENS.get(device.type, STEP_TOKENS["cuda"])
-    return step, window_tokens or STEPS_IN_WINDOW * step
 
 
 @dataclass(frozen=True)
@@ -204,11 +190,8 @@ def _run_window(
     """Run the groups of a window until all of its examples have left.
 
     Args:
-        encoder: Encoder whose layers are run.
-        unit: DACT unit that runs after each layer.
         groups: Examples of the window before layer 1, in the order of their lengths.
         rows: Row of each example in the batch, over all groups.
-        results: Store of answers and exit layers.
         step: Number of tokens of one step, padding included.
     """
     for n in range(1, unit.num_layers + 1):
@@ -278,7 +261,6 @@ def _regroup(encoder: LayeredEncoder, groups: list[_Group], staying: Indices, in
     """Return the groups without the examples that have left; neighbours that fit into one step are merged.
 
     Args:
-        encoder: Encoder that made the contexts of the groups.
         groups: Groups in the order of their lengths.
         staying: Positions of the examples that stay, ascending, over all groups.
         index: The same on the device of the groups.

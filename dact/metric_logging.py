@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dact import functional
 from dact.encoders.base import Batch, check_batch
 from dact.functional import Halting, PonderKind
-from dact.metrics import SCALARS, collapse, evaluation_metrics, update_metrics
+from dact.metrics import SCALARS, collapse, evaluation_metrics
 from dact.outputs import DACTOutput
 
 
@@ -63,6 +63,7 @@ class MetricLogging(LightningModule):
             callbacks.
         """
         target = labels_of(batch, stage)
+        soft = functional.soft_targets(target, self.output_dimension)
         assert full.layer_probabilities is not None
         assert full.h is not None
         assert full.p is not None
@@ -73,15 +74,19 @@ class MetricLogging(LightningModule):
                 f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes unlabelled examples"
             )
         ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
-        loss = functional.task_loss(a[:, -1], target, self.class_weights) + self.lambda_reg * ponder_cost
-        task_loss = functional.task_loss(early.probabilities, target, self.class_weights)
+        loss = functional.task_loss(a[:, -1], soft, self.class_weights) + self.lambda_reg * ponder_cost
+        task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
         agreement = (early.probabilities.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
 
         attribute, metrics = self._metrics_of(stage, loader)
         for name, value in zip(SCALARS[:4], (loss, task_loss, ponder_cost, agreement), strict=True):
             # One value per example: without its NaN check, torchmetrics takes no weights.
             metrics[name].update(value.expand(len(target)))
-        update_metrics(metrics, a, early.probabilities, early.exit_layer, target)
+        metrics["exit_layer"].update(early.exit_layer.float())
+        metrics["exit_histogram"].update(early.exit_layer)
+        metrics["layer_accuracy"].update(a, target)
+        for name in ("accuracy", "macro_f1"):
+            metrics[name].update(early.probabilities, target)
         for name in SCALARS:
             self.log(
                 f"{stage}_{name}{_suffix(loader)}",
@@ -134,11 +139,14 @@ class MetricLogging(LightningModule):
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
-    """Return the labels of a batch, or raise a ``KeyError`` or ``TypeError`` that says what the batch is."""
+    """Return the labels of a batch, or raise an error that says what the batch is."""
     check_batch(batch)
-    if "labels" not in batch:
-        raise KeyError(f"a batch for {stage} needs 'labels' [batch], got the keys {sorted(batch)}")
-    return batch["labels"]
+    labels, ids = batch.get("labels"), batch.get("input_ids")
+    if not isinstance(labels, Tensor):
+        raise KeyError(f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}")
+    if isinstance(ids, Tensor) and labels.dim() and len(labels) != len(ids):
+        raise ValueError(f"labels must be one integer per example, [{len(ids)}], got {list(labels.shape)}")
+    return labels
 
 
 def _suffix(loader: int) -> str:

@@ -41,21 +41,6 @@ class ExitHistogram(Metric):
         return self.counts
 
 
-class MeanExitLayer(ExitHistogram):
-    """Average the exit layer, Σ_n n · count_n / Σ_n count_n, in [1, layers].
-
-    Example:
-        >>> mean = MeanExitLayer(num_layers=3)
-        >>> mean.update(torch.tensor([1, 3, 3]))
-        >>> round(mean.compute().item(), 3)
-        2.333
-    """
-
-    def compute(self) -> Tensor:
-        layers = torch.arange(1, self.num_layers + 1, device=self.counts.device)
-        return (layers * self.counts).sum() / self.counts.sum()
-
-
 class LayerAccuracy(Metric):
     """Measure the accuracy of a_n after each layer n, the answer of an exit there.
 
@@ -88,38 +73,16 @@ SCALARS = ("loss", "task_loss", "ponder_cost", "agreement", "accuracy", "macro_f
 def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
     """Return the metrics of one evaluation: `SCALARS`, ``exit_histogram`` and ``layer_accuracy``."""
     # By default a mean ignores NaN, which would hide a broken model.
-    means = {name: MeanMetric(nan_strategy="disable") for name in SCALARS[:4]}
+    means = {name: MeanMetric(nan_strategy="disable") for name in (*SCALARS[:4], "exit_layer")}
     return nn.ModuleDict(
         {
             **means,
             "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
             "macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
-            "exit_layer": MeanExitLayer(layers),
             "exit_histogram": ExitHistogram(layers),
             "layer_accuracy": LayerAccuracy(layers),
         }
     )
-
-
-def update_metrics(metrics: nn.ModuleDict, a: Tensor, answers: Tensor, exit_layer: Tensor, target: Tensor) -> None:
-    """Add a batch to all of `evaluation_metrics` that are not plain means.
-
-    Args:
-        metrics: Metrics from `evaluation_metrics`.
-        a: Answers after each layer, ``[batch, layers, classes]``.
-        answers: Answers of early exit, ``[batch, classes]``.
-        exit_layer: Exit layers, int64 ``[batch]``.
-        target: Labels, int64 ``[batch]``.
-    """
-    given: dict[str, tuple[Tensor, ...]] = {
-        "accuracy": (answers, target),
-        "macro_f1": (answers, target),
-        "layer_accuracy": (a, target),
-    }
-    given |= {"exit_layer": (exit_layer,), "exit_histogram": (exit_layer,)}
-    for name, values in given.items():
-        metric: Any = metrics[name]
-        metric.update(*values)
 
 
 def collapse(mean_exit_layer: float, layers: int, lambda_reg: float, margin: float) -> str | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dact import functional, hub, inference, model_card, persistence
 from dact.agreement import Agreement
 from dact.arguments import OfRule, check_arguments
-from dact.encoders.base import Batch, LayeredEncoder
+from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metric_logging import MetricLogging, labels_of
 from dact.model_card import Metrics
@@ -149,13 +149,9 @@ class DACT(MetricLogging):
         self.steps_done = 0  # training steps so far, for the warm-up of λ
         self.total_steps = float("inf")  # all training steps; the Trainer knows them
 
-        sizes: dict[str, Any] = {
-            "num_layers": self.num_layers,
-            "hidden_size": encoder.hidden_size,
-            "share": share_submodels,
-        }
-        self.classifier = Submodels(classifier, output_size=output_dimension, **sizes)
-        self.confidence = Submodels(confidence, output_size=1, **sizes)
+        make = partial(Submodels, num_layers=self.num_layers, hidden_size=encoder.hidden_size, share=share_submodels)
+        self.classifier = make(classifier, output_size=output_dimension)
+        self.confidence = make(confidence, output_size=1)
         start_undecided(self.confidence)
         self.make_metrics()
 
@@ -204,6 +200,7 @@ class DACT(MetricLogging):
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32 or more."""
+        check_batch(batch)
         if "states" in batch:  # computed before: training of the submodels alone
             states = batch["states"][:, : self.num_layers]
         elif self.num_layers == self.encoder.num_layers:

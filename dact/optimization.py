@@ -13,17 +13,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 
-def parameter_groups(
-    rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float
-) -> list[dict[str, Any]]:
-    """Return the parameter groups of an optimizer, each with and without weight decay.
-
-    Biases and norms (vectors) get no decay; frozen parameters are in no group.
-
-    Args:
-        rates: Parameters, each with their peak learning rate.
-        weight_decay: Weight decay of the matrices.
-    """
+def _groups(rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float) -> list[dict[str, Any]]:
+    """Return parameter groups: biases and norms (vectors) get no decay, and frozen parameters are in no group."""
     groups = []
     for parameters, rate in rates:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
@@ -47,7 +38,7 @@ def schedule(
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
         total: Number of optimizer steps; ``inf`` for an endless fit, in which the rates are constant.
     """
-    groups = parameter_groups(rates, weight_decay)
+    groups = _groups(rates, weight_decay)
     # One kernel for all tensors. On a CPU it is not the default, and several times as fast. Other devices may lack it.
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
     optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused)

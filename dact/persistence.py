@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from dact import encoders
-from dact.agreement import check_same_classes
 from dact.encoders.base import LayeredEncoder
 from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
@@ -255,8 +254,11 @@ def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
     check_weights(model, checkpoint["state_dict"], "the checkpoint")
     config = stored_config(checkpoint)
     stored = config.get("class_names")
-    if stored is not None and model.class_names is not None:
-        check_same_classes(stored, model.class_names)
+    if stored is not None and model.class_names is not None and list(stored) != list(model.class_names):
+        raise ValueError(
+            f"the checkpoint has the classes {', '.join(stored)}, in this order, but here they are "
+            f"{', '.join(model.class_names)}: give the data class_names={list(stored)}, or train again"
+        )
     model.class_names = model.class_names or stored
     model.temperatures = config.get("temperatures")
     calibration = config.get("calibration")

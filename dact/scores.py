@@ -34,7 +34,7 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
     return binary_calibration_error(scores.float(), correct.int(), n_bins=bins, norm="l1").item()
 
 
-def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float]) -> Tensor:
+def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float] | None) -> Tensor:
     """Return probabilities q proportional to p^(1/T), T being the temperature of an example's exit layer.
 
     The order of the classes stays as it is, apart from rounding: take the class from the input, not from the result.
@@ -42,11 +42,13 @@ def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[fl
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
         exit_layers: Exit layers, int64 ``[batch]``, 1-based.
-        temperatures: T, one per layer, above 0.
+        temperatures: T, one per layer, above 0; None returns `probabilities` as they are.
 
     Returns:
         ``[batch, classes]``, in float32 or more.
     """
+    if temperatures is None:
+        return probabilities
     log = functional.at_least_float32(probabilities).clamp_min(functional.SMALLEST_PROBABILITY).log()
     factors = 1 / torch.tensor(temperatures, dtype=log.dtype, device=log.device)
     return (log * factors[exit_layers - 1].unsqueeze(1)).softmax(dim=1)

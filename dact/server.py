@@ -6,7 +6,6 @@ import json
 import logging
 import multiprocessing
 import os
-import re
 import signal
 import threading
 import time
@@ -20,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, ValidationInfo, field_validator, mod
 
 from dact.checks import check_choice, check_count, check_range
 from dact.encoders.base import LayeredEncoder
-from dact.text_classifier import Prediction, TextClassifier
+from dact.text_classifier import Prediction, TextClassifier, check_text
 
 try:
     import litserve
@@ -34,7 +33,6 @@ except ImportError as error:
 MOST_CHARACTERS = 100_000  # of a text; a pair counts as one
 MOST_BYTES = 1_000_000  # of a body
 MOST_TEXTS = 10_000  # of a request, since other clients wait for it
-SURROGATE = re.compile("[\ud800-\udfff]")  # JSON may hold halves of a character, which no tokenizer takes
 Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # those that LitServe takes
 
 log = logging.getLogger(__name__)
@@ -69,11 +67,7 @@ class PredictRequest(BaseModel):
         if not self.all():
             raise ValueError("expected at least one text")
         for position, text in enumerate(self.all()):
-            for part in [text] if isinstance(text, str) else text:
-                if not part.strip():
-                    raise ValueError(f"the text at position {position} is empty")
-                if SURROGATE.search(part):
-                    raise ValueError(f"the text at position {position} is not valid Unicode")
+            check_text(text, position)
         return self
 
     def all(self) -> list[Text]:
@@ -133,9 +127,6 @@ class _API(litserve.LitAPI):
     def decode_request(self, request: PredictRequest) -> PredictRequest:
         return request
 
-    def batch(self, inputs: list[PredictRequest]) -> list[PredictRequest]:
-        return inputs
-
     def predict(self, requests: list[PredictRequest]) -> list[Any]:
         try:
             return self._classify(requests)
@@ -145,9 +136,6 @@ class _API(litserve.LitAPI):
                 return [JSONResponse({"detail": "the text cannot be classified"}, 422)]
             # One of them is at fault: classify them one by one, so that the others are answered.
             return [answer for request in requests for answer in self.predict([request])]
-
-    def unbatch(self, output: list[Any]) -> list[Any]:
-        return output
 
     def encode_response(self, output: Any) -> PredictResponse:
         return output

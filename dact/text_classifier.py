@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Unpack
+from typing import Any, Unpack
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -19,28 +19,14 @@ from dact import hub
 from dact.agreement import names_of_classes
 from dact.checks import check_count
 from dact.data.rows import is_utf8
-from dact.data.tokenizers import load_tokenizer, tokenize, tokenizer_for
-from dact.encoders.base import Batch
-from dact.model import DACT, DACTOutput
+from dact.data.tokenizers import PreTrainedTokenizerBase, load_tokenizer, tokenize, tokenizer_for
+from dact.model import DACT
 from dact.model_card import Metrics
 from dact.scores import temper
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 Text = str | tuple[str, str] | list[str]
 NO_LIMIT = 10**20  # a tokenizer's `model_max_length` above it means none
 BAR_DELAY = 2.0  # seconds after which a progress bar appears
-
-
-class EarlyExitModel(Protocol):
-    """The methods that `TextClassifier` needs of a model; `DACT` has them, whatever its encoder runs on."""
-
-    class_names: list[str] | None
-
-    def early_exit(self, batch: Batch) -> DACTOutput: ...
-
-    def eval(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -91,7 +77,7 @@ class TextClassifier:
 
     def __init__(
         self,
-        model: EarlyExitModel,
+        model: DACT,
         tokenizer: PreTrainedTokenizerBase,
         *,
         batch_size: int = 1024,
@@ -208,10 +194,8 @@ class TextClassifier:
         precision = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
         with precision:
             output = self.model.early_exit({name: value.to(self.device) for name, value in encoding.items()})
-        labels, probabilities = output.probabilities.argmax(dim=1), output.probabilities
-        temperatures = getattr(self.model, "temperatures", None)
-        if temperatures is not None:
-            probabilities = temper(probabilities, output.exit_layer, temperatures)
+        labels = output.probabilities.argmax(dim=1)
+        probabilities = temper(output.probabilities, output.exit_layer, getattr(self.model, "temperatures", None))
         return [
             Prediction(self.class_names[label], row[label], exit_layer, dict(zip(self.class_names, row, strict=True)))
             for label, row, exit_layer in zip(
@@ -233,17 +217,22 @@ def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
         parts = (entry,) if isinstance(entry, str) else entry
         if not isinstance(parts, (tuple, list)) or (len(parts) != 2 and parts is entry):
             raise TypeError(f"expected texts or pairs of texts, got {_kind(entry)} at position {row}")
-        for part in parts:
-            if not isinstance(part, str):
-                raise TypeError(f"expected strings, got {type(part).__name__} at position {row}")
-            if not part.strip():
-                raise ValueError(f"the text at position {row} is empty")
-            if not is_utf8(part):
-                raise ValueError(f"the text at position {row} is not valid Unicode: it has half of a surrogate pair")
+        check_text(parts, row)
         found.append(entry if isinstance(entry, str) else tuple(parts))
         if isinstance(entry, str) != isinstance(found[0], str):
             raise TypeError(f"expected only texts or only pairs, got both: {_kind(entry)} at position {row}")
     return found
+
+
+def check_text(text: str | Sequence[object], position: int) -> None:
+    """Raise an error unless a text, or each of a pair, is a string that a tokenizer can read."""
+    for part in [text] if isinstance(text, str) else text:
+        if not isinstance(part, str):
+            raise TypeError(f"expected strings, got {type(part).__name__} at position {position}")
+        if not part.strip():
+            raise ValueError(f"the text at position {position} is empty")
+        if not is_utf8(part):  # JSON, for one, may hold halves of a character
+            raise ValueError(f"the text at position {position} is not valid Unicode: it has half of a surrogate pair")
 
 
 def _kind(entry: object) -> str:

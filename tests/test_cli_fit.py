@@ -16,7 +16,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader
 
 from dact import DACT
-from dact.cli.checkpoints import BestAndLast
+from dact.cli.commands import best_and_last
 from dact.cli.reports import Bar
 from dact.files import DurableCheckpointIO
 from tests import warm
@@ -42,7 +42,7 @@ class Scripted(LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def fit_scripted(folder, losses, plugins=(), **arguments):
+def fit_scripted(folder, losses, plugins=(), resume_from=None, **arguments):
     loader = DataLoader(torch.ones(4, 1), 2)
     trainer = Trainer(
         max_epochs=len(losses),
@@ -51,11 +51,11 @@ def fit_scripted(folder, losses, plugins=(), **arguments):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=1,
-        callbacks=[BestAndLast(folder)],
+        callbacks=best_and_last("val_loss", "min", folder),
         plugins=list(plugins),
         **arguments,
     )
-    trainer.fit(Scripted(losses), loader, loader)
+    trainer.fit(Scripted(losses), loader, loader, ckpt_path=resume_from)
     return [torch.load(folder / name, weights_only=True)["epoch"] for name in ("best.ckpt", "last.ckpt")]
 
 
@@ -64,12 +64,17 @@ def test_last_is_the_last_epoch_and_best_the_best(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
-def test_a_best_epoch_that_is_the_last_one_is_one_file(tmp_path):
+def test_a_best_epoch_may_be_the_last_one(tmp_path):
     assert fit_scripted(tmp_path / "durable", [3.0, 2.0], [DurableCheckpointIO()]) == [1, 1]
-    assert (tmp_path / "durable" / "best.ckpt").samefile(tmp_path / "durable" / "last.ckpt")
-    # A plugin that overwrites files in place gets two.
     assert fit_scripted(tmp_path / "plain", [3.0, 2.0]) == [1, 1]
-    assert not (tmp_path / "plain" / "best.ckpt").samefile(tmp_path / "plain" / "last.ckpt")
+
+
+def test_a_resumed_fit_keeps_the_best_epoch_of_before(tmp_path):
+    assert fit_scripted(tmp_path, [2.0, 3.0], [DurableCheckpointIO()]) == [0, 1]
+    last = tmp_path / "last.ckpt"
+    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5], [DurableCheckpointIO()], resume_from=last) == [0, 2]
+    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5, 1.0], [DurableCheckpointIO()], resume_from=last) == [3, 3]
+    assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
 def test_several_validations_in_an_epoch_still_end_in_its_last_state(tmp_path):

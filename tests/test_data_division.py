@@ -170,7 +170,7 @@ def test_integer_labels_that_may_be_names_or_positions_are_refused(tmp_path):
         module = data(test_file=test, class_names=["1", "2", "3"], integer_labels=reading)
         module.setup("test")
         assert module.splits["test"].labels == expected
-    with pytest.raises(ValueError, match="integer_labels must be 'names', 'positions' or None, got 'yes'"):
+    with pytest.raises(ValueError, match="integer_labels must be one of 'names', 'positions', got 'yes'"):
         data(integer_labels="yes")
 
 

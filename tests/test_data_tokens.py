@@ -94,12 +94,12 @@ def test_answers_do_not_depend_on_what_stands_in_a_batch(tmp_path):
         test_file=file, tokenizer=bert_tokenizer(padding_side="left"), class_names=["a", "b"]
     )
     module.setup("test")
-    items = module._encoded["test"]
+    items, collate = module._encoded["test"], module.test_dataloader().collate_fn
     together, apart = (
         torch.cat(
             [bert(**{k: v for k, v in batch.items() if k not in ("row", "labels")}).pooler_output for batch in made]
         )
-        for made in ([module.collate(items)], [module.collate([item]) for item in items])
+        for made in ([collate(items)], [collate([item]) for item in items])
     )
     torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
 

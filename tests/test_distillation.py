@@ -9,9 +9,8 @@ from transformers import AutoModel, AutoModelForSequenceClassification, BertConf
 
 from dact import DACT, TuningEngine, functional
 from dact.data import CompositionalSentiment, TextClassificationData
-from dact.data.teacher import _longest_input
 from dact.data.tokenizers import word_tokenizer
-from dact.encoders import TransformerEncoder
+from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from tests import references
 from tests.conftest import random_batch, tiny_model
 from tests.tables import write_table
@@ -275,11 +274,19 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_the_one_of_the_lowest_lo
     torch.testing.assert_close(prepared.baseline.probabilities()[batch["row"]], expected)
 
 
-def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_is_named():
-    teacher = tiny_model(class_names=["a", "b", "c"])
-    teacher.encoder.max_length = 4
-    assert _longest_input(teacher) == 4
-    bert = AutoModelForSequenceClassification.from_config(
-        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=6)
+@pytest.mark.parametrize("own", [True, False])
+def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_is_named(tmp_path, own):
+    data = CompositionalSentiment(num_train=10, num_val=3)
+    config = BertConfig(
+        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=6, num_labels=3
     )
-    assert _longest_input(bert) == 6
+    if own:
+        encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(config))
+        DACT(encoder, class_names=data.class_names).save_pretrained(tmp_path)
+    else:
+        AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    data.tokenizer.save_pretrained(tmp_path)
+    data.teacher = str(tmp_path)
+    data.setup("fit")
+    with pytest.raises(ValueError, match="takes at most 6 tokens, but the data is cut to max_length=80: lower"):
+        data.train_dataloader()

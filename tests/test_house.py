@@ -38,7 +38,7 @@ LAYERS = [
     {"tuning/final", "tuning/fork_server"},
     {"tuning/engine"},
     {"tuning"},
-    {"cli/quiet", "cli/batches", "cli/checkpoints", "cli/predictions", "cli/stored"},
+    {"cli/quiet", "cli/predictions", "cli/stored"},
     {"cli/reports", "cli/runs", "cli/errors"},
     {"cli/request"},
     {"cli/tune"},
@@ -132,14 +132,10 @@ def test_only_the_engine_knows_the_engine():
 def test_heavy_packages_have_one_door(package, allowed):
     for path in modules():
         tree = ast.parse(path.read_text())
-        typing_only = {
-            id(node) for block in ast.walk(tree) if isinstance(block, ast.If) and "TYPE_CHECKING" in ast.dump(block.test)
-            for node in ast.walk(block)
-        }  # fmt: skip
         for node in ast.walk(tree):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if id(node) not in typing_only and any(name.split(".")[0] == package for name in names):
+            if any(name.split(".")[0] == package for name in names):
                 assert str(path.relative_to(PACKAGE)) in allowed, path
 
 

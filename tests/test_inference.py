@@ -164,9 +164,15 @@ def test_half_precision_runs_and_hardly_changes_a_class(dtype):
 
 
 def test_defaults_depend_on_the_device_and_wrong_sizes_are_refused():
-    assert inference.budget(torch.device("cpu"), None, None) == (2048, 32_768)
-    assert inference.budget(torch.device("cuda"), None, None)[0] > 10_000
-    assert inference.budget(torch.device("cpu"), 10, None) == (10, 160)
+    assert inference.STEP_TOKENS["cuda"] > 10_000
+    for step, most in ((None, 2048), (60, 60)):
+        model, sizes = tiny_model(step_tokens=step), []
+        embed = model.encoder.embed
+        model.encoder.embed = lambda batch, embed=embed, sizes=sizes: (
+            sizes.append(batch["input_ids"].numel()) or embed(batch)
+        )
+        model.early_exit(random_batch(1000, 12))
+        assert most / 2 < max(sizes) <= most
     for name in ("step_tokens", "window_tokens"):
         with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
             tiny_model(**{name: 0})

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -509,8 +510,20 @@ def test_what_else_a_batch_carries_is_left_alone():
     model, batch = tiny_model(step_tokens=40), random_batch(20)
     extended = {**batch, "id": [f"row {row}" for row in range(20)]}
     assert torch.equal(model.early_exit(extended).exit_layer, model.early_exit(batch).exit_layer)
-    with pytest.raises(TypeError, match="a batch is a dict .* got a tuple"):
+    with pytest.raises(TypeError, match="a batch is a dict .* got a tuple of 2"):
         model((batch["input_ids"], batch["labels"]))
+    with pytest.raises(TypeError, match="a batch is a dict .* got a Tensor"):
+        model(batch["input_ids"])
+    for step in (model.validation_step, model.test_step):
+        with pytest.raises(KeyError, match="needs 'labels' .batch., a tensor, got the keys"):
+            step({"input_ids": batch["input_ids"]}, 0)
+        with pytest.raises(ValueError, match=r"labels must be one integer per example, .20., got .8."):
+            step({**batch, "labels": batch["labels"][:8]}, 0)
+    for call in (model, model.early_exit):
+        with pytest.raises(KeyError, match="needs 'input_ids' .batch, length., a tensor"):
+            call({**batch, "input_ids": batch["input_ids"].tolist()})
+        with pytest.raises(ValueError, match=r"input_ids must have the shape \[batch, length\], got \[20\]"):
+            call({"input_ids": batch["input_ids"][:, 0]})
 
 
 def test_a_checkpoint_whose_classes_stand_in_another_order_is_refused(tmp_path):
@@ -693,11 +706,14 @@ def test_another_module_adds_the_loss_to_its_own(tmp_path):
         ([0, -1], ValueError, r"labels must be in 0 … 2 .* got -1"),
         ([0.5, 1.0], ValueError, r"labels must be integers of the shape \[batch\]"),
         ([[0], [1]], ValueError, r"labels must be integers of the shape \[batch\]"),
+        ([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], ValueError, "several labels per example and numbers as targets are not"),
     ],
 )
 def test_labels_that_are_no_classes_get_one_line(labels, kind, message):
-    with pytest.raises(kind, match=message):
-        tiny_model().loss({**random_batch(2), "labels": torch.tensor(labels)})
+    model, batch = tiny_model(), {**random_batch(2), "labels": torch.tensor(labels)}
+    for step in (model.loss, partial(model.validation_step, batch_idx=0), partial(model.test_step, batch_idx=0)):
+        with pytest.raises(kind, match=message):
+            step(batch)
 
 
 @torch.no_grad()

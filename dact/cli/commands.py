@@ -22,8 +22,6 @@ from typing_extensions import override
 from dact import signals
 from dact.calibration import Dial, Promise, calibrate, describe
 from dact.callbacks import ExitPlots, SavePretrained
-from dact.cli.batches import CheckBatches
-from dact.cli.checkpoints import LAST, BestAndLast
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
@@ -37,6 +35,7 @@ from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
+LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 FILE_OF = {"predict": "predict_file", "test": "test_file"}  # option with the file of a command; else val_file
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
 
@@ -98,12 +97,8 @@ class DACTCLI(LightningCLI):
     @override
     def subcommands() -> dict[str, set[str]]:
         commands = LightningCLI.subcommands()
-        return {
-            **commands,
-            "predict": commands["predict"] | {"return_predictions"},
-            "calibrate": set(),
-            "tune": set(),
-        }
+        predict = commands["predict"] | {"return_predictions"}
+        return {**commands, "predict": predict, "calibrate": set(), "tune": set()}
 
     # ------------------------------------------------------------------ options
 
@@ -256,7 +251,7 @@ class DACTCLI(LightningCLI):
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
         given = config.get("callbacks") or []
         given = given if isinstance(given, list) else [given]
-        added: list[Callback] = [signals.StopOnSignal(), CheckBatches()]
+        added: list[Callback] = [signals.StopOnSignal()]
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             to_output = self.subcommand == "predict" and self._get(self.config, "output") == "-"
             if (sys.stderr if to_output else sys.stdout).isatty() or config.get("enable_progress_bar"):
@@ -268,7 +263,7 @@ class DACTCLI(LightningCLI):
             monitor = self._get(self.config, "monitor")
             mode = "min" if monitor.endswith("loss") else "max"
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
-                added.append(BestAndLast(monitor=monitor, mode=mode))
+                added += best_and_last(monitor, mode)
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:
             config = {**config, "logger": False}  # its folder would hold nothing that is not printed
@@ -387,6 +382,16 @@ class DACTCLI(LightningCLI):
         for line in store_dial(self.source, model, promise.dial):
             print(line)
         print(f"{promise.dial} was {before:.8g}, and is {getattr(model, promise.dial):.8g}")
+
+
+def best_and_last(monitor: str, mode: str, folder: Path | None = None) -> list[ModelCheckpoint]:
+    """Return callbacks that keep ``best.ckpt``, the epoch with the best value of a metric, and then ``last.ckpt``."""
+    # Lightning's ``save_last=True`` writes last.ckpt only in epochs that are the best so far. With a save_top_k of 1, a
+    # fit that is resumed in another folder could remove the checkpoint that it came from.
+    return [
+        ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False),
+        ModelCheckpoint(folder, "last", save_top_k=-1, save_on_train_epoch_end=True, enable_version_counter=False),
+    ]
 
 
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:

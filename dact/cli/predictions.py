@@ -19,7 +19,6 @@ import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from dact.agreement import names_of_classes
@@ -41,19 +40,12 @@ class PredictionData(LightningDataModule):
     Args:
         predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with
             one text a line.
-        tokenizer: A Hugging Face tokenizer.
-        text_column: Name of the column with the text.
-        text_pair_column: Name of the column with a second text, for text pairs.
-        max_length: Number of tokens to which longer inputs are cut.
+        tokenizer, text_column, text_pair_column, max_length: As for `dact.data.TextClassificationData`.
         batch_size: Number of texts that are read at a time.
 
     Attributes:
         unusable: Reasons why rows cannot be classified, by row number from 0, for rows that have been read and not yet
             written.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If its ending is unknown, and while reading as `dact.data.rows.read_rows`.
     """
 
     def __init__(
@@ -96,15 +88,7 @@ class PredictionData(LightningDataModule):
             yield {**encoding, "row": torch.tensor([row for row, _ in usable])}
 
     @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return DataLoader(_Stream(self.batches), batch_size=None)
-
-
-class _Stream(IterableDataset[Any]):
-    def __init__(self, batches: Callable[[], Iterator[dict[str, Tensor]]]) -> None:
-        self.batches = batches
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def predict_dataloader(self) -> Iterator[dict[str, Tensor]]:
         return self.batches()
 
 
@@ -124,13 +108,7 @@ class PredictionWriter(Callback):
 
     Attributes:
         path: File to which this process writes.
-        labelled: Number of rows that it wrote with a label.
-        unlabelled: Number of rows that it wrote without one.
-
-    Raises:
-        ValueError: If the ending is unknown; and with several processes, if they should write to standard output, or a
-            batch has no ``row``.
-        OSError: If nothing can be written there.
+        labelled, unlabelled: Numbers of rows that it wrote with and without a label.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -139,13 +117,19 @@ class PredictionWriter(Callback):
         self.labelled = self.unlabelled = 0
         self._next_row = 0
         self._rank, self._processes = 0, 1
-        self._reasons: dict[int, str] | None = None  # of data that holds all its examples
+        self._is_stream = False
+        self._reasons: dict[int, str] = {}  # by row; a stream adds to them while it is read
         self._open = contextlib.ExitStack()
         self._write: Callable[[list[Row]], None] | None = None
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._rank, self._processes = trainer.global_rank, trainer.world_size
+        data: Any = getattr(trainer, "datamodule", None)
+        self._is_stream = hasattr(data, "unusable")
+        known = getattr(getattr(data, "splits", {}).get("predict"), "reasons", None) or []
+        in_memory = {row: reason for row, reason in enumerate(known) if reason is not None}
+        self._reasons = data.unusable if self._is_stream else in_memory
         if self._processes == 1 or stage != "predict":
             return
         if self.path == STANDARD_OUTPUT:
@@ -174,10 +158,8 @@ class PredictionWriter(Callback):
             )
         numbers = batch["row"].tolist() if numbered else list(range(self._next_row, self._next_row + count))
         labels = outputs.probabilities.argmax(dim=1).tolist()
-        probabilities = outputs.probabilities.float()
-        temperatures = getattr(pl_module, "temperatures", None)
-        if temperatures is not None:
-            probabilities = temper(probabilities, outputs.exit_layer, temperatures)
+        temperatures: Any = getattr(pl_module, "temperatures", None)
+        probabilities = temper(outputs.probabilities.float(), outputs.exit_layer, temperatures)
         classified = zip(numbers, labels, probabilities.tolist(), outputs.exit_layer.tolist(), strict=True)
         rows: list[Row] = []
         for number, label, vector, exit_layer in sorted(classified):
@@ -185,7 +167,7 @@ class PredictionWriter(Callback):
                 raise ValueError(
                     f"row {number} comes after a later one: batches to predict must be in the order of rows"
                 )
-            rows += self._without_label(trainer, names, number)
+            rows += self._without_label(names, number)
             self.labelled += 1
             self._next_row = number + 1
             rows.append(self._row(number, names, names[label], vector, exit_layer))
@@ -195,40 +177,25 @@ class PredictionWriter(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not in on_predict_end: a file in which nothing can be classified gives no batch, but has rows to write.
         if stage == "predict":
-            names, last = names_of_classes(pl_module), max(self._reasons_of(trainer), default=-1)
-            self._write_rows(names, self._without_label(trainer, names, last + 1))
+            names, last = names_of_classes(pl_module), max(self._reasons, default=-1)
+            self._write_rows(names, self._without_label(names, last + 1))
             self._open.close()
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
-    def _without_label(self, trainer: Trainer, names: Sequence[str], end: int) -> list[Row]:
+    def _without_label(self, names: Sequence[str], end: int) -> list[Row]:
         """Return the rows before `end` that no batch carried; with several processes, only those of this one."""
         numbers: Iterable[int] = range(self._next_row, end)
-        if not numbers:
-            return []
-        reasons = self._reasons_of(trainer)
         if self._processes > 1:
             # A stream has only the reasons of this process; data that holds all its examples has those of all.
-            is_stream = hasattr(trainer.datamodule, "unusable")  # type: ignore[attr-defined]
-            mine = (number for number in numbers if is_stream or number % self._processes == self._rank)
-            numbers = [number for number in mine if number in reasons]
+            mine = (number for number in numbers if self._is_stream or number % self._processes == self._rank)
+            numbers = [number for number in mine if number in self._reasons]
         found = list(numbers)
         self.unlabelled += len(found)
         nothing = [None] * len(names)
-        return [self._row(n, names, None, nothing, None, reasons.pop(n, "not in the data")) for n in found]
-
-    def _reasons_of(self, trainer: Trainer) -> dict[int, str]:
-        """Return the reasons why rows cannot be classified, from `PredictionData` or data that holds all examples."""
-        data = trainer.datamodule  # type: ignore[attr-defined]
-        if hasattr(data, "unusable"):
-            unusable: dict[int, str] = data.unusable
-            return unusable
-        if self._reasons is None:
-            known = getattr(getattr(data, "splits", {}).get("predict"), "reasons", None) or []
-            self._reasons = {row: reason for row, reason in enumerate(known) if reason is not None}
-        return self._reasons
+        return [self._row(n, names, None, nothing, None, self._reasons.pop(n, "not in the data")) for n in found]
 
     def _row(
         self,
@@ -251,12 +218,7 @@ class PredictionWriter(Callback):
 
 
 def check_writable(path: str | Path) -> None:
-    """Raise an error unless predictions can be written to `path`.
-
-    Raises:
-        ValueError: If the ending is unknown.
-        OSError: If it is a folder, or lies in a folder that cannot be written to.
-    """
+    """Raise an error unless predictions can be written to `path`."""
     if str(path) == STANDARD_OUTPUT:
         return
     path = Path(path)

@@ -15,21 +15,9 @@ _MESSAGES = re.compile(
     r"|distributed_backend=|All distributed processes registered|Initializing distributed|^-{20,}$"
     r"|Detected KeyboardInterrupt|Received SIGTERM"
 )
-_LOGGERS = (
-    "lightning.pytorch.utilities.rank_zero",
-    "lightning.pytorch.trainer.connectors.checkpoint_connector",
-    "lightning.pytorch.trainer.connectors.accelerator_connector",
-    "lightning.pytorch.trainer.connectors.signal_connector",
-    "lightning.pytorch.accelerators.cuda",
-    "lightning.fabric.utilities.seed",
-    "lightning.fabric.utilities.rank_zero",
-    "lightning.fabric.utilities.distributed",
-    "lightning.pytorch.callbacks.model_summary",
-)
 _WARNINGS = (
     r".*does not have many workers.*",
     r".*number of training batches .* is smaller than the logging interval.*",
-    r".*isinstance\(treespec, LeafSpec\).*",
     r".*Checkpoint directory .* exists and is not empty.*",
     r".*callbacks used to create the checkpoint need to be provided.*",  # to test a model, none is needed
     r".*is an instance of `nn\.Module` and is already saved.*",
@@ -39,8 +27,6 @@ _WARNINGS = (
     r".*module\(s\) in eval mode at the start of training.*",  # a frozen encoder is meant to be
     r".*is an experimental feature.*",
     r".*is experimental \(supported from.*",
-    r".*torch\.jit.*deprecated.*",
-    r".*Using the .*jsonargparse.*deprecated.*",
 )
 
 
@@ -50,10 +36,9 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 def quiet() -> None:
     """Silence exactly the messages above, and show other warnings without the line of code that raised them."""
-    for name in _LOGGERS:
-        logger = logging.getLogger(name)
-        if _worth_reading not in logger.filters:
-            logger.addFilter(_worth_reading)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_worth_reading)
     for pattern in _WARNINGS:
         warnings.filterwarnings("ignore", message=pattern)
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore[assignment]

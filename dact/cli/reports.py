@@ -40,10 +40,6 @@ class EpochLines(Callback):
     """Print the metrics of each epoch on one line and, at the end of a fit, those of its best epoch.
 
     Warn if all validation examples get one class.
-
-    Args:
-        monitor: Name of the metric by which the best epoch is chosen.
-        mode: ``"min"`` or ``"max"``.
     """
 
     def __init__(self, monitor: str = "val_loss", mode: str = "min") -> None:

@@ -12,10 +12,13 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import yaml
+from huggingface_hub import constants
 
 from dact.cli.errors import class_parameters, config_files
 from dact.cli.predictions import BATCH, PredictionData, check_writable
 from dact.cli.stored import find_model, find_tokenizer, hub_id, stored_max_length
+from dact.data.tables import DATASET  # with its package, whose classes a configuration names without it
+from dact.data.tokenizers import load_tokenizer
 from dact.encoders.pretrained import resolve_pretrained
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
@@ -123,12 +126,6 @@ class Request:
 
     def _complete_words(self) -> None:
         """Add the data class for the user's own files, and its tokenizer, if they were not given."""
-        import dact.data  # so that its classes can be named without the package
-
-        for name in dact.data.__all__:
-            getattr(dact.data, name)
-        if str(self.value("model.encoder.class_path") or self.value("model.encoder")).endswith("HuggingFaceEncoder"):
-            import dact.encoders.huggingface  # likewise
         hub_names = ("model.encoder.pretrained", "data.tokenizer", "data.teacher")
         go_offline_without_hub([self.value(name) for name in hub_names])
         data = self.value("data.class_path") or self.value("data")
@@ -156,9 +153,6 @@ class Request:
         data = config.get("data")
         if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
             return None
-        from dact.data.tables import DATASET
-        from dact.data.tokenizers import load_tokenizer
-
         arguments = data["init_args"]
         if arguments.get("predict_file") is None:
             raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
@@ -209,8 +203,6 @@ def go_offline_without_hub(names: list[Any]) -> None:
     local = [name for name in names if isinstance(name, str) and (name.startswith("package:") or Path(name).exists())]
     if "HF_HUB_OFFLINE" in os.environ or getproxies() or not [n for n in names if n is not None and n not in local]:
         return
-    from huggingface_hub import constants
-
     address = urlsplit(constants.ENDPOINT)
     try:
         socket.create_connection((address.hostname or "", address.port or 443), timeout=5).close()

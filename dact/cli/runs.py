@@ -19,11 +19,7 @@ RUNS = "lightning_logs"
 
 
 def check_tag(runs: Path, tag: str, command: str) -> Path:
-    """Return the folder of a run, below the folder of all runs.
-
-    Raises:
-        ValueError: If the name of the run is a path, or the run belongs to another command.
-    """
+    """Return the folder of a run, unless its name is a path or it belongs to another command."""
     if tag in ("", ".", "..") or tag != Path(tag).name:
         raise ValueError(f"run_tag must be a name, got {tag!r}")
     folder = runs / tag
@@ -45,12 +41,7 @@ def build_data(config: dict[str, Any]) -> LightningDataModule:
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
     """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of that class.
 
-    Args:
-        data: Datamodule that is set up for fit.
-        classes: Number of classes.
-
-    Raises:
-        ValueError: If a class has no example.
+    `data` must be set up for fit.
     """
     labels = getattr(getattr(data, "splits", {}).get("train"), "labels", None)
     if labels is None:
@@ -65,14 +56,9 @@ def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
 
 
 def check_same_run(folder: Path, now: dict[str, Any]) -> None:
-    """Raise an error if a run was started with other options of model or data, or another monitor.
+    """Raise an error that names the first option of model or data, or the monitor, with which a run was not started.
 
-    Args:
-        folder: Folder of the run.
-        now: Configuration of a fit, as its config.yaml would hold it.
-
-    Raises:
-        ValueError: If they differ; the message names the first entry that does.
+    `now` is the configuration of a fit, as its config.yaml would hold it.
     """
     stored = folder / "config.yaml"
     before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else now
@@ -101,13 +87,7 @@ def _first_difference(before: Any, now: Any, path: str) -> str:
 
 
 def stored_model(source: Path, encoder: Any, **overrides: Any) -> DACT:
-    """Return a stored model; if it cannot rebuild its own encoder, with that of a configuration.
-
-    Args:
-        source: Path that `find_model` returned.
-        encoder: The ``model.encoder`` section of the configuration, or None.
-        **overrides: Arguments of the model that replace those of the source.
-    """
+    """Return a stored model; if it cannot rebuild its own encoder, with that of a configuration's ``model.encoder``."""
     try:
         return load_model(source, **overrides)
     except ValueError:

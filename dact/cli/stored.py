@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
 from dact.calibration import store_in_checkpoint
 from dact.encoders import LayeredEncoder
@@ -34,15 +35,10 @@ def find_model(path: str | Path) -> Path:
         path: A ``.ckpt`` file, a folder with config.json, or the folder of a run, which stands for its ``final/model``
             after ``dact tune`` and for its ``model`` after ``dact fit``. A string that `hub_id` accepts stands for the
             downloaded folder.
-
-    Raises:
-        FileNotFoundError: If there is no model.
     """
     if isinstance(path, str) and (found := hub_id(path)):
         name, revision = found
         if not sys.stderr.isatty():
-            from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
-
             disable_progress_bars()
         return local_folder(name, revision=revision)
     path = Path(path)
@@ -90,15 +86,7 @@ def stored_max_length(folder: Path) -> int | None:
 
 def store_dial(source: Path, model: DACT, dial: str) -> list[str]:
     """Store the halting settings of a model in its source, and in the checkpoint or folder next to it if that has the
-    same weights.
-
-    Args:
-        source: Path that `find_model` returned.
-        model: Model of `source`, with other settings.
-        dial: Name of the setting that changed, for the returned lines.
-
-    Returns:
-        A line for the console for each path.
+    same weights. Return a line for the console for each.
     """
     lines = []
     other = counterpart(source)

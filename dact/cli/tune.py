@@ -26,19 +26,7 @@ def add_tuner_arguments(parser: LightningArgumentParser) -> None:
 
 
 def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type, request: Request) -> None:
-    """Run the pipeline on the sections of a configuration.
-
-    Args:
-        parser: Parser of the tune command.
-        config: Configuration that it parsed.
-        trainer_class: Class of the Trainer, for its arguments.
-        request: Command line, for the message that says how to resume.
-
-    Raises:
-        SystemExit: If the user stopped the command.
-        ValueError: If there is no data, or the run belongs to another command.
-        RuntimeError: If a disk or the storage failed; the message says what to do.
-    """
+    """Run the pipeline on the sections of a configuration; `request` is for the message that says how to resume."""
     from dact.tuning import TuningEngine
     from dact.tuning.storage import describe_storage, environment_error, root_cause
 

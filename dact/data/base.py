@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -19,10 +19,7 @@ from dact.checks import check_count, check_range
 from dact.data.batching import Encoded, LengthGroupedSampler, collate, encode, length_that_keeps
 from dact.data.examples import Examples, stratified_split
 from dact.data.teacher import teacher_probabilities
-from dact.data.tokenizers import load_tokenizer, tokenizer_for
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dact.data.tokenizers import PreTrainedTokenizerBase, tokenizer_for
 
 INFERENCE_BATCH = 1024  # examples per batch of test and predict; early exit regroups within a batch
 VALIDATION_BLOCK = 64  # neighbours of similar length in validation
@@ -161,18 +158,11 @@ class TextDataModule(LightningDataModule, ABC):
 
     # ------------------------------------------------------------------ batches
 
-    def collate(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        """Return a batch of items of a split, padded on the right; see `dact.data.batching.collate`."""
-        return collate(items, self._padding())
-
-    def _padding(self) -> dict[str, int]:
-        tokenizer: Any = self.tokenizer
-        return {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
-
     def _loader(self, split: str) -> DataLoader[Any]:
         if split not in self._encoded:
             raise RuntimeError(f"{type(self).__name__}: the {split} split is not set up; call setup() first")
-        items = self._encoded[split]
+        items, tokenizer = self._encoded[split], self.tokenizer
+        padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         training = split == "train"
         sampler: Sampler[int] | None = None
         if training:
@@ -183,14 +173,10 @@ class TextDataModule(LightningDataModule, ABC):
             sampler = UnrepeatedDistributedSampler(items, **ranks, shuffle=False)
         return DataLoader(
             items,
-            batch_size=self.batch_size
-            if split in ("train", "val", "calibration")
-            else max(self.batch_size, INFERENCE_BATCH),
+            batch_size=max(self.batch_size, INFERENCE_BATCH) if split in ("test", "predict") else self.batch_size,
             sampler=sampler,
             # Not a method: processes that prepare batches get two numbers and the teacher, not the whole datamodule.
-            collate_fn=partial(
-                collate, padding=self._padding(), teacher=self.teacher_probabilities if training else None
-            ),
+            collate_fn=partial(collate, padding=padding, teacher=self.teacher_probabilities if training else None),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -198,22 +184,12 @@ class TextDataModule(LightningDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches in training order; the teacher runs when this is first called."""
         if self.teacher is not None and self.teacher_probabilities is None and "train" in self.splits:
-            self.teacher_probabilities = self._ask(self.teacher)
+            assert self.class_names is not None
+            device = torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
+            self.teacher_probabilities = teacher_probabilities(
+                self.teacher, self.splits["train"], self.class_names, self.max_length, device
+            )
         return self._loader("train")
-
-    def _ask(self, teacher: str) -> Tensor:
-        """Return the teacher's class probabilities of the training examples, ``[training examples, classes]``."""
-        train = self.splits["train"]
-        assert self.class_names is not None
-        return teacher_probabilities(
-            teacher,
-            load_tokenizer(teacher, "teacher with a tokenizer"),
-            train.texts,
-            train.pairs,
-            self.class_names,
-            self.max_length,
-            torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device,
-        )
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")

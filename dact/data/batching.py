@@ -6,7 +6,7 @@ import random
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 
 from dact.data.examples import Examples
-from dact.data.tokenizers import portions
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dact.data.tokenizers import PreTrainedTokenizerBase, portions
 
 COLUMNS = ("row", "labels", "depth")  # of an item and a batch: one integer per example
 MASK = "attention_mask"

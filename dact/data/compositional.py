@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from dact.checks import check_count
 from dact.data.base import TextDataModule
@@ -26,21 +25,6 @@ REMARKS = ("honestly", "overall", "so far", "for me")
 CONCESSIONS = ("although {aside} , {main}", "{main} , although {aside}", "{aside} , but {main}")
 EMPHASIS_SHARE, CONCESSION_SHARE, REMARK_SHARE = 0.3, 0.3, 0.5
 TEXT_SHARES = {"val": range(0, 10), "test": range(10, 20), "train": range(20, 100)}  # by a checksum of the text
-
-
-@dataclass(frozen=True)
-class Review:
-    """A generated review.
-
-    Args:
-        text: The words, separated by blanks.
-        label: 0 negative, 1 neutral, 2 positive.
-        depth: Number of steps that compose the class: modifiers, plus one for a concession.
-    """
-
-    text: str
-    label: int
-    depth: int
 
 
 def modify(grade: int, modifier: str) -> int:
@@ -74,13 +58,18 @@ def split_of(text: str) -> str:
 
 def generate_review(
     generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
-) -> Review:
-    """Draw a review whose text is accepted: class and depth are uniform and independent of each other."""
+) -> tuple[str, int, int]:
+    """Draw a review whose text is accepted: class and depth are uniform and independent of each other.
+
+    Returns:
+        The words, separated by blanks; the class, 0 negative, 1 neutral, 2 positive; and the depth, the number of steps
+        that compose the class: modifiers, plus one for a concession.
+    """
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
         text, grade = _draw(generator, depth)
         if grade == label and accept(text):
-            return Review(text, label, depth)
+            return text, label, depth
 
 
 def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
@@ -168,8 +157,5 @@ class CompositionalSentiment(TextDataModule):
             generate_review(generator, self.max_depth, accept=lambda text: split_of(text) == home)
             for _ in range(self.sizes[split])
         ]
-        return Examples(
-            [review.text for review in reviews],
-            labels=[review.label for review in reviews],
-            depths=[review.depth for review in reviews],
-        )
+        texts, labels, depths = (list(column) for column in zip(*reviews, strict=True))
+        return Examples(texts, labels=labels, depths=depths)

@@ -65,11 +65,6 @@ def text_key(*texts: str) -> bytes:
     return hashlib.blake2b(normal.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
-def share_of_copies(keys: Sequence[bytes]) -> float:
-    """Return the share of examples that repeat the text of an earlier example, in [0, 1]."""
-    return 1 - len(set(keys)) / max(1, len(keys))
-
-
 def stratified_split(
     labels: Sequence[int],
     fraction: float,

@@ -10,8 +10,10 @@ from rich.progress import track
 from torch import Tensor
 
 from dact.agreement import names_of_classes
-from dact.data.tokenizers import tokenize
+from dact.data.examples import Examples
+from dact.data.tokenizers import load_tokenizer, tokenize
 from dact.encoders.base import move
+from dact.encoders.huggingface import load_sequence_classifier, longest_input
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json
 from dact.model import DACT
@@ -20,22 +22,14 @@ from dact.persistence import CONFIG_NAME, FORMAT
 
 @torch.no_grad()
 def teacher_probabilities(
-    teacher: str,
-    tokenizer: Any,
-    texts: list[str],
-    pairs: list[str] | None,
-    class_names: list[str],
-    max_length: int,
-    device: torch.device,
+    teacher: str, train: Examples, class_names: list[str], max_length: int, device: torch.device
 ) -> Tensor:
-    """Return a fine-tuned model's class probabilities of texts, ``[texts, classes]``, in the order of `class_names`.
+    """Return a fine-tuned model's probabilities of examples, ``[examples, classes]``, in the order of `class_names`.
 
     Args:
         teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub id, a local folder,
             or ``"package:NAME/PATH"``.
-        tokenizer: Tokenizer of the teacher, which pads on the right.
-        texts: One string per example.
-        pairs: Second texts, for text pairs.
+        train: Examples.
         class_names: Classes of the data.
         max_length: Number of tokens to which longer inputs are cut.
         device: Device on which the teacher runs.
@@ -43,9 +37,9 @@ def teacher_probabilities(
     Raises:
         ValueError: If the teacher cannot be read or has other classes.
     """
-    model, names = _load(teacher)
+    tokenizer = load_tokenizer(teacher, "teacher with a tokenizer")
+    model, names, longest = _load(teacher)
     _check_classes(teacher, names, class_names)
-    longest = _longest_input(model)
     if longest is not None and max_length > longest:
         raise ValueError(
             f"the teacher {teacher!r} takes at most {longest} tokens, but the data is cut to max_length={max_length}: "
@@ -53,9 +47,9 @@ def teacher_probabilities(
         )
     model = model.to(device).eval()
     # Texts of similar length go together, so that little padding is computed.
-    order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    answers = torch.empty(len(texts), len(class_names))
-    columns = [texts] if pairs is None else [texts, pairs]
+    order = sorted(range(len(train)), key=lambda row: len(train.texts[row]))
+    answers = torch.empty(len(train), len(class_names))
+    columns = [train.texts] if train.pairs is None else [train.texts, train.pairs]
     starts = range(0, len(order), 64)
     for start in track(starts, description=f"The teacher on {len(order):,} texts", transient=True):
         rows = order[start : start + 64]
@@ -68,23 +62,15 @@ def teacher_probabilities(
     return answers[:, known]
 
 
-def _load(teacher: str) -> tuple[Any, list[str]]:
-    """Return the model and the names of its classes."""
+def _load(teacher: str) -> tuple[Any, list[str], int | None]:
+    """Return the model, the names of its classes, and the most tokens that it takes, None if there is no bound."""
     source = resolve_pretrained(teacher)
     config = Path(source) / CONFIG_NAME
     if config.is_file() and read_json(config).get("format") == FORMAT:
         model = DACT.from_pretrained(source)
-        return model, names_of_classes(model)
-    from dact.encoders.huggingface import load_sequence_classifier
-
-    return load_sequence_classifier(teacher)
-
-
-def _longest_input(model: Any) -> int | None:
-    """Return the largest number of tokens that the teacher takes, None if there is no such bound."""
-    from dact.encoders.huggingface import longest_input
-
-    return model.encoder.max_length if isinstance(model, DACT) else longest_input(model)
+        return model, names_of_classes(model), model.encoder.max_length
+    classifier, names = load_sequence_classifier(teacher)
+    return classifier, names, longest_input(classifier)
 
 
 def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> None:

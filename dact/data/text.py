@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 
-from dact.checks import check_class_names, check_range
+from dact.checks import check_choice, check_class_names, check_range
 from dact.data.base import TextDataModule
-from dact.data.examples import Examples, join, share_of_copies, stratified_split
+from dact.data.examples import Examples, join, stratified_split
 from dact.data.labels import (
     Reading,
     absent_classes,
@@ -23,10 +23,8 @@ from dact.data.labels import (
 )
 from dact.data.rows import check_readable, printable, text_fault
 from dact.data.tables import DATASET, read_columns
+from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 COPIES_SHARE = 0.01  # a larger share of copies deserves a warning
 
@@ -108,10 +106,8 @@ class TextClassificationData(TextDataModule):
             teacher=teacher,
         )
         check_range("TextClassificationData: val_fraction", val_fraction, "(0, 1)")
-        if integer_labels not in (None, "names", "positions"):
-            raise ValueError(
-                f"TextClassificationData: integer_labels must be 'names', 'positions' or None, got {integer_labels!r}"
-            )
+        if integer_labels is not None:
+            check_choice("TextClassificationData: integer_labels", integer_labels, Reading)
         if calibration_file is not None and calibration_fraction:
             raise ValueError("TextClassificationData: give a calibration_file or a calibration_fraction, not both")
         files = {
@@ -236,7 +232,7 @@ class TextClassificationData(TextDataModule):
                 f"{file}: no class has two distinct texts, so no example is left for validation: add examples or give "
                 "a val_file"
             )
-        if (share := share_of_copies(keys)) > COPIES_SHARE:
+        if (share := 1 - len(set(keys)) / len(keys)) > COPIES_SHARE:
             rank_zero_warn(
                 f"{file}: {share:.0%} of the examples are copies of another one; training and validation never share a "
                 "text"

@@ -10,13 +10,11 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from dact.checks import check_count
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, join, stratified_split
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+from dact.data.tokenizers import PreTrainedTokenizerBase
 
 CLASS_NAMES = ["negative", "neutral", "positive"]
 DIVISION = ("train", "val", "test")
@@ -120,8 +118,7 @@ class VaderSentiment(TextDataModule):
         parts = {split: join([division[split] for division in chosen]) for split in DIVISION}
         train = parts["train"]
         if self.num_train is not None:
-            if not 3 <= self.num_train < len(train):
-                raise ValueError(f"VaderSentiment: num_train must be in 3 … {len(train) - 1}, got {self.num_train}")
+            check_count("VaderSentiment: num_train", self.num_train, least=3, most=len(train) - 1)
             assert train.labels is not None
             _, kept = stratified_split(train.labels, self.num_train / len(train), self.split)
             parts["train"] = train.take(kept)

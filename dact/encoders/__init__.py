@@ -6,21 +6,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dact.encoders.base import Batch, LayeredEncoder
+from dact.encoders.huggingface import HuggingFaceEncoder
 from dact.encoders.transformer import TransformerEncoder
 
 if TYPE_CHECKING:
-    from dact.encoders.huggingface import HuggingFaceEncoder
     from dact.encoders.onnx import OnnxEncoder
 
 __all__ = ["Batch", "HuggingFaceEncoder", "LayeredEncoder", "OnnxEncoder", "TransformerEncoder", "from_config"]
 
 
 def __getattr__(name: str) -> Any:
-    if name == "HuggingFaceEncoder":  # transformers is imported by those who use it
-        from dact.encoders.huggingface import HuggingFaceEncoder
-
-        return HuggingFaceEncoder
-    if name == "OnnxEncoder":  # so is ONNX Runtime, which is an extra
+    if name == "OnnxEncoder":  # ONNX Runtime is an extra
         from dact.encoders.onnx import OnnxEncoder
 
         return OnnxEncoder
@@ -41,8 +37,7 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
     if kind == "TransformerEncoder":
         return TransformerEncoder(**rest)
     if kind == "HuggingFaceEncoder":
-        encoder: LayeredEncoder = __getattr__(kind).from_config(**rest)
-        return encoder
+        return HuggingFaceEncoder.from_config(**rest)
     if kind == "OnnxEncoder":
         if folder is None:
             raise ValueError(

@@ -131,9 +131,10 @@ def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def check_batch(batch: object) -> None:
     """Raise a ``TypeError`` if a batch is not a dict."""
     if not isinstance(batch, Mapping):
+        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise TypeError(
-            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: make the data yield "
-            "dicts"
+            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}{size}: make the data "
+            "yield dicts"
         )
 
 
@@ -143,12 +144,14 @@ def attention_mask(batch: Batch) -> Tensor:
     Raises:
         TypeError: If the batch is not a dict.
         KeyError: If the batch has no ``input_ids``.
-        ValueError: If the mask does not fit the ids, or a row is all padding.
+        ValueError: If the ids or the mask have another shape, or a row is all padding.
     """
     check_batch(batch)
-    if "input_ids" not in batch:
-        raise KeyError(f"a batch needs 'input_ids' [batch, length], got the keys {sorted(batch)}")
-    ids = batch["input_ids"]
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor):
+        raise KeyError(f"a batch needs 'input_ids' [batch, length], a tensor, got the keys {sorted(batch)}")
+    if ids.dim() != 2:
+        raise ValueError(f"input_ids must have the shape [batch, length], got {list(ids.shape)}")
     mask = batch.get("attention_mask")
     if mask is None:
         return torch.ones_like(ids)

@@ -16,13 +16,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForSequenceClassification,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
 from dact.checks import check_choice, check_count
@@ -32,6 +26,12 @@ from dact.files import read_json, read_tensors
 from dact.hub import out_of_reach
 
 log = logging.getLogger(__name__)
+LOADING: dict[str, Any] = {
+    "dtype": torch.float32,
+    "use_safetensors": True,
+    "output_loading_info": True,
+    "trust_remote_code": False,
+}
 # Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or modules next to it.
 RUNS_CODE = ("attn_implementation", "experts_implementation", "auto_map", "kernel_config")
 
@@ -47,7 +47,7 @@ def _is_matrix(bias: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Family:
-    """How one family of models runs its layers.
+    """How one family of models runs its layers; the defaults are those of BERT.
 
     Args:
         embed: Function from (model, inputs) to the hidden state before layer 1.
@@ -57,18 +57,11 @@ class _Family:
         norm: Function from the model to the norm after its last layer, for families with unnormalised layers.
     """
 
-    embed: Callable[..., Tensor]
-    layer: Callable[[Any, int, Tensor, Any], Tensor]
+    embed: Callable[..., Tensor] = lambda model, inputs: model.embeddings(**inputs)
+    layer: Callable[..., Tensor] = lambda model, layer, hidden, context: model.encoder.layer[layer - 1](hidden, context)
     context: Callable[[Any, Tensor, Tensor], Any] = _attention_bias
     inputs: tuple[str, ...] = ("input_ids", "token_type_ids")
     norm: Callable[[Any], nn.Module | None] = lambda model: None
-
-
-def _bert_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
-    return model.encoder.layer[layer - 1](hidden, context)
-
-
-_BERT = _Family(embed=lambda model, inputs: model.embeddings(**inputs), layer=_bert_layer)
 
 
 def _electra_embed(model: Any, inputs: Batch) -> Tensor:
@@ -117,11 +110,10 @@ def _modernbert_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> T
 
 
 FAMILIES: dict[str, _Family] = {
-    "bert": _BERT,
-    "roberta": _BERT,
-    "electra": _Family(embed=_electra_embed, layer=_bert_layer),
+    "bert": _Family(),
+    "roberta": _Family(),
+    "electra": _Family(embed=_electra_embed),
     "distilbert": _Family(
-        embed=lambda model, inputs: model.embeddings(**inputs),
         layer=lambda model, layer, hidden, context: model.transformer.layer[layer - 1](hidden, context),
         inputs=("input_ids",),
     ),
@@ -130,23 +122,15 @@ FAMILIES: dict[str, _Family] = {
         layer=_albert_layer,
     ),
     "mpnet": _Family(
-        embed=lambda model, inputs: model.embeddings(**inputs),
         layer=lambda model, layer, hidden, context: model.encoder.layer[layer - 1](hidden, *context)[0],
         context=_mpnet_context,
         inputs=("input_ids",),
     ),
     "deberta-v2": _Family(
-        embed=lambda model, inputs: model.embeddings(**inputs),
-        layer=_deberta_layer,
-        context=_deberta_context,
-        inputs=("input_ids", "token_type_ids", "attention_mask"),
+        layer=_deberta_layer, context=_deberta_context, inputs=("input_ids", "token_type_ids", "attention_mask")
     ),
     "modernbert": _Family(
-        embed=lambda model, inputs: model.embeddings(**inputs),
-        layer=_modernbert_layer,
-        context=_modernbert_context,
-        inputs=("input_ids",),
-        norm=lambda model: model.final_norm,
+        layer=_modernbert_layer, context=_modernbert_context, inputs=("input_ids",), norm=lambda model: model.final_norm
     ),
 }
 
@@ -326,14 +310,7 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     _keep_layers(config, num_layers, pretrained)
     try:
         with _quiet_transformers():
-            model, report = AutoModel.from_pretrained(
-                source,
-                config=config,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                local_files_only=cached,
-            )
+            model, report = AutoModel.from_pretrained(source, config=config, local_files_only=cached, **LOADING)
     except Exception as error:  # the library raises many kinds for a bad file
         raise ValueError(f"the weights of pretrained={pretrained!r} cannot be read: {error}") from error
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
@@ -383,12 +360,7 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
         source = resolve_pretrained(pretrained)
         with _quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                source,
-                dtype=torch.float32,
-                use_safetensors=True,
-                output_loading_info=True,
-                trust_remote_code=False,
-                local_files_only=out_of_reach(source),
+                source, local_files_only=out_of_reach(source), **LOADING
             )
     except Exception as error:  # the library raises many kinds
         raise ValueError(
@@ -409,8 +381,7 @@ def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: s
     available = config.num_hidden_layers
     if num_layers is None:
         return
-    if not 1 <= num_layers <= available:
-        raise ValueError(f"num_layers must be in 1 … {available}, the layers of {pretrained!r}, got {num_layers}")
+    check_count("num_layers", num_layers, most=available, hint=f"these are the layers of {pretrained!r}")
     if getattr(config, "num_hidden_groups", 1) > 1 and num_layers < available:
         raise ValueError(
             f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all {available}"

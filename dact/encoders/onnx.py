@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dact.encoders.base import Batch, Given, LayeredEncoder, Made
-from dact.files import replacing
+from dact.files import file_digest, replacing
 
 try:
     import onnxruntime
@@ -126,7 +125,7 @@ class _Graph:
         name = path.name
         if not path.is_file():
             raise ValueError(f"{path.parent} lacks the graph {name}: export the model again")
-        if digest(path) != digests.get(name):
+        if file_digest(path) != digests.get(name):
             raise ValueError(f"{path} is corrupted: its content is not what dact.export wrote")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # the steps of early exit run side by side instead
@@ -141,9 +140,3 @@ class _Graph:
         feed = {name: tensors[name].detach().cpu().numpy() for name in self._inputs}
         (output,) = self._session.run(None, feed)
         return torch.from_numpy(output).to(next(iter(tensors.values())).device)
-
-
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

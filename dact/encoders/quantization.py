@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import helper, numpy_helper
 
 from dact.files import replacing
 
@@ -25,13 +27,11 @@ def quantize(path: Path) -> None:
     values come from single rows of a matrix with large weights: these rows stay in float32. Embeddings are looked up
     in 16 bits, which is as fast as 8 bits and more accurate.
     """
-    import onnx
-
     model = onnx.load(path)
     rewriting = _Rewriting(model.graph)
     rewriting.run()
     if not any(entry.domain == "com.microsoft" for entry in model.opset_import):
-        model.opset_import.append(onnx.helper.make_opsetid("com.microsoft", 1))
+        model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
     with replacing(path) as partial:
         onnx.save(model, partial)
 
@@ -40,8 +40,6 @@ class _Rewriting:
     """A graph whose nodes are replaced one by one."""
 
     def __init__(self, graph: Any) -> None:
-        from onnx import numpy_helper
-
         self.graph = graph
         self.constants = {entry.name: numpy_helper.to_array(entry) for entry in graph.initializer}
         self.nodes: list[Any] = []
@@ -50,8 +48,6 @@ class _Rewriting:
         self.inputs: dict[str, tuple[str, str, str]] = {}
 
     def run(self) -> None:
-        from onnx import numpy_helper
-
         for node in self.graph.node:
             if node.op_type == "MatMul" and self._is_matrix(node.input[1]) and node.input[0] not in self.constants:
                 self._multiply(node.input[0], node.input[1], node.output[0])
@@ -142,8 +138,6 @@ class _Rewriting:
         return name
 
     def _node(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
-        from onnx import helper
-
         output = output or f"dact.{kind}_{len(self.nodes)}"
         self.nodes.append(helper.make_node(kind, inputs, [output], **attributes))
         return output

@@ -131,7 +131,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
         return given
     asked_for = promise != DEFAULT_PROMISE
     try:
-        promise.check_model(model)
+        promise.check(model.exit_rule, model.num_layers)
     except ValueError:
         if asked_for:
             raise
