@@ -99,7 +99,8 @@ def early_exit(
         halting: Rule by which examples leave.
         step_tokens: Number of tokens that enter a layer in one step, padding included. A longer example enters alone.
             By default it depends on the kind of device.
-        window_tokens: Number of tokens whose hidden states are held in memory at a time; 16 steps by default.
+        window_tokens: Number of tokens whose hidden states are held in memory at a time; by default 16 times
+            `step_tokens`, or what 16 steps of the device have.
         record: Whether to return y and h as well.
 
     Returns:

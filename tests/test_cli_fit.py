@@ -222,6 +222,17 @@ def test_help_of_a_command_imports_neither_optuna_nor_datasets():
     assert "--model.lambda_reg" in text
 
 
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--data.help", "TextClassificationData"], "train_file"),
+        (["--model.encoder.help", "HuggingFaceEncoder"], "pretrained"),
+    ],
+)
+def test_the_classes_that_the_help_names_have_help_by_their_short_names(words, option, tmp_path):
+    assert f".{option}" in dact("fit", *words, cwd=tmp_path).stdout
+
+
 def test_an_unknown_hub_name_is_one_line_soon_without_a_network(own):
     # An address that refuses connections stands for a network that is down.
     words = ["--model.encoder", "HuggingFaceEncoder", "--model.encoder.pretrained", "nobody/nothing"]
