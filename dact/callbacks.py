@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
@@ -16,6 +17,8 @@ from typing_extensions import override
 
 from dact import plots
 from dact.model import DACT
+
+LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 
 
 class ExitPlots(Callback):
@@ -52,6 +55,25 @@ class ExitPlots(Callback):
         if self._depths:
             figure = plots.depth_against_exit(torch.cat(self._depths), torch.cat(self._exits), len(counts))
             writer.add_figure("depth against exit layer", figure, trainer.current_epoch, close=True)
+
+
+class LastCheckpoint(Checkpoint):
+    """Write ``last.ckpt`` after each epoch, next to the checkpoints of another callback.
+
+    Lightning's ``save_last=True`` writes it only in epochs that are the best so far. Loggers that upload checkpoints
+    would upload each file of a second `ModelCheckpoint`, under the name of the best one.
+
+    Args:
+        best: The other callback, which comes first.
+    """
+
+    def __init__(self, best: ModelCheckpoint) -> None:
+        self.best = best
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            trainer.save_checkpoint(f"{self.best.dirpath}/{LAST}")
 
 
 class SavePretrained(Callback):

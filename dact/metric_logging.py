@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
+from torchmetrics import MeanMetric
 
 from dact import functional
 from dact.encoders.base import Batch, check_batch
@@ -108,6 +110,8 @@ class MetricLogging(LightningModule):
         """Reset all metrics: Lightning resets only scalars, and after `validate` to tensors that no fit can update."""
         for loader in self._loaders(stage):
             for metric in self._metrics_of(stage, loader)[1].values():
+                if isinstance(metric, MeanMetric) and metric.weight.dtype in (torch.float16, torch.bfloat16):
+                    metric.set_dtype(torch.float32)  # in half precision, a sum stops growing after 8,192 examples
                 metric.reset()
 
     def _end_evaluation(self, stage: str) -> None:

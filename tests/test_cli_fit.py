@@ -13,10 +13,11 @@ import rich
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from dact import DACT
-from dact.cli.commands import best_and_last
+from dact.callbacks import LastCheckpoint
 from dact.cli.reports import Bar
 from dact.files import DurableCheckpointIO
 from tests import warm
@@ -44,6 +45,7 @@ class Scripted(LightningModule):
 
 def fit_scripted(folder, losses, plugins=(), resume_from=None, **arguments):
     loader = DataLoader(torch.ones(4, 1), 2)
+    best = ModelCheckpoint(folder, "best", monitor="val_loss", enable_version_counter=False)
     trainer = Trainer(
         max_epochs=len(losses),
         accelerator="cpu",
@@ -51,7 +53,7 @@ def fit_scripted(folder, losses, plugins=(), resume_from=None, **arguments):
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=1,
-        callbacks=best_and_last("val_loss", "min", folder),
+        callbacks=[best, LastCheckpoint(best)],
         plugins=list(plugins),
         **arguments,
     )

@@ -225,6 +225,18 @@ def test_every_precision_trains(tmp_path, precision, normalization):
     assert fit.callback_metrics["val_loss"].dtype in (torch.float32, torch.float64)
 
 
+def test_the_mean_exit_layer_of_many_examples_is_right_in_half_precision(tmp_path):
+    model, examples = (
+        tiny_model(),
+        loader(20_000),
+    )  # in bfloat16, a sum of ones stops at 256, one of thirty-twos at 8,192
+    (metrics,) = trainer(tmp_path, precision="bf16-true").validate(model, examples, verbose=False)
+    layers = torch.arange(1, 5)
+    mean = (model.exit_histogram * layers).sum() / model.exit_histogram.sum()
+    assert metrics["val_exit_layer"] == pytest.approx(mean.item(), abs=1e-4)
+    assert model.exit_histogram.sum() == 20_000
+
+
 def test_a_collapsed_depth_is_a_visible_warning(tmp_path):
     for lambda_reg, words in ((50.0, "first layer.*smaller lambda_reg"), (0.0, "all 4 layers.*larger lambda_reg")):
         model = tiny_model(lambda_reg=lambda_reg, lambda_warmup=0.0, learning_rate=3e-2 if lambda_reg else 1e-9)

@@ -21,7 +21,7 @@ from typing_extensions import override
 
 from dact import signals
 from dact.calibration import Dial, Promise, calibrate, describe
-from dact.callbacks import ExitPlots, SavePretrained
+from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
@@ -35,7 +35,6 @@ from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
-LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 FILE_OF = {"predict": "predict_file", "test": "test_file"}  # option with the file of a command; else val_file
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
 
@@ -263,7 +262,8 @@ class DACTCLI(LightningCLI):
             monitor = self._get(self.config, "monitor")
             mode = "min" if monitor.endswith("loss") else "max"
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
-                added += best_and_last(monitor, mode)
+                best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+                added += [best, LastCheckpoint(best)]
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:
             config = {**config, "logger": False}  # its folder would hold nothing that is not printed
@@ -382,16 +382,6 @@ class DACTCLI(LightningCLI):
         for line in store_dial(self.source, model, promise.dial):
             print(line)
         print(f"{promise.dial} was {before:.8g}, and is {getattr(model, promise.dial):.8g}")
-
-
-def best_and_last(monitor: str, mode: str, folder: Path | None = None) -> list[ModelCheckpoint]:
-    """Return callbacks that keep ``best.ckpt``, the epoch with the best value of a metric, and then ``last.ckpt``."""
-    # Lightning's ``save_last=True`` writes last.ckpt only in epochs that are the best so far. With a save_top_k of 1, a
-    # fit that is resumed in another folder could remove the checkpoint that it came from.
-    return [
-        ModelCheckpoint(folder, "best", monitor=monitor, mode=mode, enable_version_counter=False),
-        ModelCheckpoint(folder, "last", save_top_k=-1, save_on_train_epoch_end=True, enable_version_counter=False),
-    ]
 
 
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:

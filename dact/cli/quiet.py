@@ -36,7 +36,7 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 def quiet() -> None:
     """Silence exactly the messages above, and show other warnings without the line of code that raised them."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning", ""):  # the last one is the root logger
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_worth_reading)
     for pattern in _WARNINGS:
