@@ -96,8 +96,8 @@ class EpochLines(Callback):
         )
         if (predicted > 0).sum() == 1:
             rank_zero_warn(
-                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model has learned "
-                "nothing but the largest class. Try more epochs, another learning_rate, class_weights: balanced, or "
+                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model tells no classes "
+                "apart yet. Try more epochs, another learning_rate, class_weights: balanced, or "
                 "monitor: val_macro_f1"
             )
 
