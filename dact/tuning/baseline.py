@@ -109,8 +109,17 @@ def fit_baseline(
     model, epochs = model.at_full_depth(), _epochs(recipe, data)
     checkpoints = checkpoints_of(folder, f"{origin}/teacher")
     with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epochs") as bar:
-        settings: dict[str, Any] = {"what": "the baseline", "epochs": epochs, "log": folder, "keep_best": "teacher"}
-        history = resumable_fit(recipe.trainer, model, data, checkpoints, bar, **settings)
+        history = resumable_fit(
+            recipe.trainer,
+            model,
+            data,
+            checkpoints,
+            bar,
+            what="the baseline",
+            epochs=epochs,
+            log=folder,
+            keep_best="teacher",
+        )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     tensorboard.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")
     model.class_names = model.class_names or getattr(data, "class_names", None)

@@ -111,8 +111,17 @@ class CheckpointedFit:
                 model, data = recipe.untuned()
             else:
                 model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
-            settings: dict[str, Any] = {"what": what, "epochs": epochs, "log": self.folder, "keep_best": "best"}
-            history = resumable_fit(recipe.trainer, model, data, last.parent, bar, **settings)
+            history = resumable_fit(
+                recipe.trainer,
+                model,
+                data,
+                last.parent,
+                bar,
+                what=what,
+                epochs=epochs,
+                log=self.folder,
+                keep_best="best",
+            )
         write_json(self.folder / "history.json", history.epochs)
         last.unlink()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -75,17 +74,18 @@ class Progress:
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Bars(*columns, console=self.console, transient=True) as bars:
-            task, epochs = bars.add_task(what, total=None), itertools.count()
+            task, epochs = bars.add_task(what, total=None), 0
 
             def begin(trainer: Trainer, _: object) -> None:
+                nonlocal epochs
+                epochs += 1
                 batches = int(trainer.num_training_batches)
                 total = (trainer.max_epochs or 1) * batches
                 bars.update(task, total=total, completed=trainer.current_epoch * batches)
-                next(epochs)
 
             yield LambdaCallback(on_train_epoch_start=begin, on_train_batch_end=lambda *_: bars.advance(task))
         seconds = time.monotonic() - start
-        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, next(epochs))  # that of the baseline
+        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, epochs)  # that of the baseline
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
     def announce(self, trials: Sequence[int], time_out: float | None, epochs_after: int) -> None:

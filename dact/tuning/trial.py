@@ -88,7 +88,8 @@ class Objective:
         outcomes = []
         with _logged(self, trial) as (logger, metrics):
             for repeat in range(repeats):
-                found = fit_settings(self.prepared, settings, recipe.seed + repeat, callbacks, not repeat and logger)
+                log = logger if repeat == 0 else False
+                found = fit_settings(self.prepared, settings, recipe.seed + repeat, callbacks, log)
                 metrics |= {} if repeat else found.history.best
                 if self.stage.early_exit:
                     outcomes.append(found.outcome(self.prepared))
