@@ -9,19 +9,8 @@ from difflib import get_close_matches
 from typing import NoReturn
 
 from dact import __version__
+from dact.cli import LIGHT, LIGHTNING
 
-LIGHTNING = {
-    "fit": "train a classifier; writes checkpoints and a model/ folder",
-    "validate": "measure a model on the validation examples",
-    "test": "measure a model on the test examples, and check its promise on them",
-    "predict": "classify the texts of a file, or of standard input",
-    "calibrate": "find the halting margin, or tolerance, that keeps a promise, and store it with the model",
-    "tune": "tune submodels, training and lambda_reg in three studies, then fit",
-}
-LIGHT = {
-    "export": "write the layers of a model as ONNX Runtime graphs",
-    "serve": "answer classification requests over HTTP",
-}
 HELP = """\
 usage: dact COMMAND [--config FILE ...] [--OPTION VALUE ...]
 

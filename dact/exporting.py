@@ -53,7 +53,10 @@ class Export:
             checked = f"int8, {self.quantized_difference:.1%} from PyTorch (float32: {checked})"
         lines = [f"{self.folder}: {self.megabytes:.1f} MB of graphs, {checked}"]
         if self.promise_dropped:
-            lines.append("its promise was dropped, since margins move: set it again with dact calibrate on this folder")
+            lines.append(
+                "its promise was dropped, since answers differ a little: it has the dials that the fit set. Set them "
+                "again with dact calibrate on this folder"
+            )
         return "\n".join(lines)
 
 

@@ -2,11 +2,13 @@
 
 # Annotations are evaluated here, since LitServe reads the types of requests and responses from them.
 
+import errno
 import json
 import logging
 import multiprocessing
 import os
 import signal
+import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -187,6 +189,7 @@ def serve(
     check_count("serve: port", port, 1024, 65535)
     check_count("serve: max_batch", max_batch, 2)
     check_range("serve: max_wait", max_wait, "[0, 30)")
+    _check_free(host, port)
     path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     info, device = _inspect(path)
     server = litserve.LitServer(
@@ -214,6 +217,7 @@ def serve(
     handler = signal.signal(signal.SIGTERM, stop)
     logger = logging.getLogger("litserve.server")
     logger.addFilter(is_news)
+    print(f"serving {path} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it", flush=True)
     try:
         server.run(
             host=host, port=port, num_api_servers=1, generate_client_file=False, access_log=False, log_level="warning"
@@ -227,6 +231,18 @@ def serve(
             process.terminate()
         signal.signal(signal.SIGTERM, handler)
         logger.removeFilter(is_news)
+
+
+def _check_free(host: str, port: int) -> None:
+    """Raise an error if another program listens on the port; the server would find out after the model is loaded."""
+    with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: one that has ended is none
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise OSError(f"port {port} of {host} is in use: give another --port") from None
+            raise
 
 
 def _inspect(model: str) -> tuple[dict[str, Any], str]:

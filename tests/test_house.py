@@ -38,12 +38,12 @@ LAYERS = [
     {"tuning/final", "tuning/fork_server"},
     {"tuning/engine"},
     {"tuning"},
+    {"cli"},
     {"cli/quiet", "cli/predictions", "cli/stored"},
     {"cli/reports", "cli/runs", "cli/errors"},
     {"cli/request"},
     {"cli/tune"},
     {"cli/commands"},
-    {"cli"},
     {"__main__"},
 ]
 KNOWN = set().union(*LAYERS)

@@ -5,6 +5,7 @@ import http.client
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -255,6 +256,13 @@ def test_texts_and_pairs_in_one_batch_keep_their_order():
 def test_an_argument_outside_its_range_is_refused(folder, arguments, message):
     with pytest.raises(ValueError, match=message):
         serve(folder, **arguments)
+
+
+def test_a_port_that_is_in_use_is_named_with_the_option(folder, dact_here, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        status, text = dact_here("serve", "--model", folder, "--port", port, cwd=tmp_path)
+    assert (status, text) == (1, f"dact: error: port {port} of 127.0.0.1 is in use: give another --port\n")
 
 
 def test_a_missing_model_is_an_error_before_anything_starts(tmp_path):

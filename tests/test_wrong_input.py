@@ -1,7 +1,12 @@
 """Wrong or unusual input: refused in one line, or used as it says; code in a model's folder never runs."""
 
+import contextlib
 import json
+import os
+import pty
 import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -202,3 +207,34 @@ def test_a_pair_of_texts_counts_as_one_however_it_is_sent():
             server.PredictRequest(**body)
         assert error.value.status_code == 413
     assert server.PredictRequest(text=["a", "b"]).all()
+
+
+def test_a_run_that_is_not_found_is_named_with_what_to_do(dact_here, tmp_path):
+    for name in ("mine", "half/submodels"):
+        (tmp_path / "lightning_logs" / name).mkdir(parents=True)
+    expected = {
+        "mine": "did you mean lightning_logs/mine?",
+        "lightning_logs/half": "is a run of dact tune without its final model: resume it with the command that began it",
+    }
+    for model, text in expected.items():
+        status, output = dact_here("predict", "--model", model, "--data.predict_file", "x.csv", cwd=tmp_path)
+        assert status == 1
+        assert text in output
+
+
+@pytest.mark.slow
+def test_no_progress_bar_stands_among_predictions_on_a_terminal(folder, tmp_path):
+    (tmp_path / "new.txt").write_text("the screen is great\n" * 3)
+    words = ["predict", "--model", folder, "--data.predict_file", "new.txt", "--output", "-"]
+    terminal, slave = pty.openpty()
+    with subprocess.Popen([sys.executable, "-m", "dact", *words], cwd=tmp_path, stdout=slave, stderr=slave):
+        os.close(slave)
+        text = b""
+        with contextlib.suppress(OSError):  # of a terminal whose other end is closed
+            while chunk := os.read(terminal, 4096):
+                text += chunk
+    os.close(terminal)
+    lines = text.decode().splitlines()
+    assert len(lines) == 5
+    assert lines[0].startswith("label,probability_")
+    assert lines[-1] == "3 predictions are in standard output"

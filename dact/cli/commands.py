@@ -6,6 +6,7 @@ import contextlib
 import copy
 import shutil
 import sys
+from argparse import SUPPRESS
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +23,14 @@ from typing_extensions import override
 from dact import signals
 from dact.calibration import Dial, Promise, calibrate, describe
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
+from dact.cli import LIGHTNING
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
-from dact.cli.request import COMMANDS, EVALUATING, Request
-from dact.cli.runs import RUNS, balanced_weights, build_data, check_same_run, check_tag, epochs_done, stored_model
-from dact.cli.stored import find_model, store_dial
+from dact.cli.request import EVALUATING, Request
+from dact.cli.runs import balanced_weights, build_data, check_same_run, check_tag, epochs_done, stored_model
+from dact.cli.stored import RUNS, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.files import DurableCheckpointIO
@@ -49,7 +51,9 @@ class SaveConfig(SaveConfigCallback):
 
 
 class DACTTrainer(Trainer):
-    """The Trainer, with the commands that dact adds. Their docstrings are the help of the command line."""
+    """Lightning's Trainer."""
+
+    # The docstrings of the commands that dact adds are their help on the command line.
 
     @staticmethod
     def calibrate(
@@ -113,7 +117,7 @@ class DACTCLI(LightningCLI):
             _ignore(parser, "ckpt_path", "weights_only")
         else:
             parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="read by `dact tune` only")
+            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help=SUPPRESS)
             if subcommand == "calibrate":
                 _ignore(parser, "weights_only")
             else:
@@ -136,8 +140,6 @@ class DACTCLI(LightningCLI):
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         evaluating = self.request.command in EVALUATING
-        parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
         # The skipped options are added below, each with one more type of value.
         parser.add_class_arguments(
             StoredModel if evaluating else DACT,
@@ -148,14 +150,19 @@ class DACTCLI(LightningCLI):
             instantiate=not evaluating,
         )
         text = "number of classes; that of the data if left out"
-        parser.add_argument("--model.output_dimension", type=int | None, default=None, help=text)
-        parser.add_argument(
+        groups = parser.groups or {}
+        model = groups["model"]
+        model.add_argument("--model.output_dimension", type=int | None, default=None, help=text)
+        model.add_argument(
             "--model.class_weights",
             type=list[float] | Literal["balanced"] | None,
             default=None,
             help="one weight per class for the losses; balanced: in inverse proportion to the training examples",
         )
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=not evaluating)
+        groups["data"].title = "The data: TextClassificationData for one's own files, or any LightningDataModule"
+        parser.add_lightning_class_args(self.trainer_class, "trainer")
+        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -253,7 +260,8 @@ class DACTCLI(LightningCLI):
         added: list[Callback] = [signals.StopOnSignal()]
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             to_output = self.subcommand == "predict" and self._get(self.config, "output") == "-"
-            if (sys.stderr if to_output else sys.stdout).isatty() or config.get("enable_progress_bar"):
+            shown = sys.stdout.isatty() if not to_output else sys.stderr.isatty() and not sys.stdout.isatty()
+            if shown or config.get("enable_progress_bar"):
                 added.append(Bar(console_kwargs={"stderr": to_output}))
             else:
                 config = {**config, "enable_progress_bar": False}
@@ -387,7 +395,7 @@ class DACTCLI(LightningCLI):
 def _ignore(parser: LightningArgumentParser, *names: str) -> None:
     """Accept options that the config.yaml of a fit holds and this command ignores."""
     for name in names:
-        parser.add_argument(f"--{name}", type=Any, default=None, help="read by other commands")
+        parser.add_argument(f"--{name}", type=Any, default=None, help=SUPPRESS)
 
 
 def _has(given: list[Any], kind: type) -> bool:
@@ -401,8 +409,11 @@ def run() -> DACTCLI:
     sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))]
     request = Request.read(sys.argv[1:])
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
-    needed = {name: "--model RUN [--config FILE]" if name in EVALUATING else "--config FILE" for name in COMMANDS}
-    usages = {name: {"usage": f"dact {name} {words} [--OPTION VALUE ...]"} for name, words in needed.items()}
+    needed = {name: "--model RUN [--config FILE]" if name in EVALUATING else "--config FILE" for name in LIGHTNING}
+    texts = {
+        name: {"usage": f"dact {name} {needed[name]} [--OPTION VALUE ...]", "description": text}
+        for name, text in LIGHTNING.items()
+    }
     return DACTCLI(
         request,
         trainer_class=DACTTrainer,
@@ -411,7 +422,7 @@ def run() -> DACTCLI:
         parser_class=OneLineParser,
         save_config_kwargs={"overwrite": True},
         trainer_defaults={"enable_model_summary": False},
-        parser_kwargs={"prog": "dact", **usages},
+        parser_kwargs={"prog": "dact", **texts},
         subclass_mode_data=True,
     )
 

@@ -14,6 +14,7 @@ from urllib.request import getproxies
 import yaml
 from huggingface_hub import constants
 
+from dact.cli import LIGHTNING
 from dact.cli.errors import class_parameters, config_files
 from dact.cli.predictions import BATCH, PredictionData, check_writable
 from dact.cli.stored import find_model, find_tokenizer, hub_id, stored_max_length
@@ -22,7 +23,6 @@ from dact.data.tokenizers import load_tokenizer
 from dact.encoders.pretrained import resolve_pretrained
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
-COMMANDS = ("fit", *EVALUATING, "tune")
 OWN_FILES = "TextClassificationData"
 NO_LIMIT = 1_000_000  # tokens; nothing is cut
 
@@ -48,7 +48,7 @@ class Request:
     @classmethod
     def read(cls, words: list[str]) -> Request:
         """Return the request of a command line."""
-        command = next(word for word in words if word in COMMANDS)
+        command = next(word for word in words if word in LIGHTNING)
         request = cls(command, list(words), given=list(words))
         for file in config_files(words):
             try:

@@ -10,12 +10,10 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
-from dact.cli.stored import load_model
+from dact.cli.stored import is_tuned, load_model
 from dact.encoders import LayeredEncoder
 from dact.functional import UNLABELLED
 from dact.model import DACT
-
-RUNS = "lightning_logs"
 
 
 def check_tag(runs: Path, tag: str, command: str) -> Path:
@@ -23,7 +21,7 @@ def check_tag(runs: Path, tag: str, command: str) -> Path:
     if tag in ("", ".", "..") or tag != Path(tag).name:
         raise ValueError(f"run_tag must be a name, got {tag!r}")
     folder = runs / tag
-    tuned = any((folder / name).exists() for name in ("studies.db", "submodels", "classifier_config.yaml", "final"))
+    tuned = is_tuned(folder)
     fitted = any((folder / name).exists() for name in ("checkpoints", "model"))
     if (tuned and command == "fit") or (fitted and command == "tune"):
         raise ValueError(f"{folder} belongs to dact {'tune' if tuned else 'fit'}: give another --run_tag")

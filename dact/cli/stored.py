@@ -16,6 +16,8 @@ from dact.hub import HUB_ID, local_folder
 from dact.model import DACT
 from dact.persistence import CONFIG_NAME
 
+RUNS = "lightning_logs"  # folder of all runs, in that of the Trainer
+
 
 def hub_id(path: str | Path) -> tuple[str, str | None] | None:
     """Return the Hub id and the revision of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, None for a path.
@@ -47,12 +49,22 @@ def find_model(path: str | Path) -> Path:
     for folder in (path, path / "final" / "model", path / "model"):
         if (folder / CONFIG_NAME).is_file():
             return folder
+    if is_tuned(path):
+        raise FileNotFoundError(
+            f"{path} is a run of dact tune without its final model: resume it with the command that began it, with "
+            f"--run_tag {path.name}, or wait for it if it is still running"
+        )
     inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else None
     state = "does not exist" if inside is None else f"has {', '.join(inside)}" if inside else "is empty"
-    raise FileNotFoundError(
-        f"no model at {path}, which {state}: expected a checkpoint, a model/ folder, the folder of a run, such as "
-        "lightning_logs/version_0, or a Hub id"
-    )
+    meant = RUNS / path
+    expected = f"a checkpoint, a model/ folder, the folder of a run, such as {RUNS}/version_0, or a Hub id"
+    hint = f"did you mean {meant}?" if meant.is_dir() else f"expected {expected}"
+    raise FileNotFoundError(f"no model at {path}, which {state}: {hint}")
+
+
+def is_tuned(folder: Path) -> bool:
+    """Return whether a folder is that of a run of ``dact tune``."""
+    return any((folder / name).exists() for name in ("studies.db", "submodels", "classifier_config.yaml", "final"))
 
 
 def load_model(path: Path, encoder: LayeredEncoder | None = None, **overrides: Any) -> DACT:

@@ -20,7 +20,7 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
     """Return the classes of a training file: 0 … the largest integer, or the sorted strings.
 
     Raises:
-        ValueError: If a label is missing, or an integer is larger than the number of rows.
+        ValueError: If a label is missing, all are the same string, or an integer is larger than the number of rows.
     """
     check_present(labels, source)
     if all(map(is_integer, labels)):
@@ -31,7 +31,10 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
                 "Integer labels count from 0 unless class_names names them"
             )
         return [str(label) for label in range(largest + 1)]
-    return sorted({str(label).strip() for label in labels})
+    names = sorted({str(label).strip() for label in labels})
+    if len(names) == 1:
+        raise ValueError(f"{source}: every label is {names[0]!r}: a classifier needs examples of two classes or more")
+    return names
 
 
 def reading_of(labels: Sequence[Any], class_names: Sequence[str], source: str) -> Reading:

@@ -103,7 +103,10 @@ def check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any])
         if name not in present:
             single = len(present) == 1 and path.lower().endswith((".csv", ".tsv"))
             hint = " (csv has commas between its columns, tsv tabs)" if single else ""
-            raise _Fault(f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}{hint}: set {option}")
+            raise _Fault(
+                f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}{hint}: set {option} (on the "
+                f"command line --data.{option} NAME)"
+            )
 
 
 def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:

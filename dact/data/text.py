@@ -278,7 +278,10 @@ class TextClassificationData(TextDataModule):
         faults = {row: reason for row, reason in enumerate(reasons) if reason is not None}
         if faults:
             first = next(iter(faults.values()))
-            raise ValueError(f"{file}: {name_rows(list(faults))} cannot be used for training or evaluation ({first})")
+            raise ValueError(
+                f"{file}: {name_rows(list(faults))} cannot be used for training or evaluation ({first}): "
+                "leave them out, or complete them"
+            )
         labels = self._classes(split, table[self.label_column])
         assert self.class_names is not None
         absent = absent_classes(labels, self.class_names)

