@@ -436,6 +436,7 @@ def small_model(**overrides):
     return DACT(encoder=TransformerEncoder(42, 3, 16, 2), **{"learning_rate": 3e-3, **overrides})
 
 
+@pytest.mark.slow
 def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path):
     engine = TuningEngine(
         model=small_model,

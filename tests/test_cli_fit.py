@@ -83,6 +83,7 @@ def test_several_validations_in_an_epoch_still_end_in_its_last_state(tmp_path):
     assert fit_scripted(tmp_path, [3.0, 4.0], [DurableCheckpointIO()], val_check_interval=0.5) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here, tmp_path):
     words = ["fit", "--config", FIT, *SMALL, "--run_tag", "first"]
     status, text = dact_here(*words, cwd=tmp_path)

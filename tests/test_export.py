@@ -149,6 +149,7 @@ def test_int8_keeps_rows_of_large_weights_apart(tmp_path):
     assert (got - expected).norm() < 0.005 * expected.norm()
 
 
+@pytest.mark.slow
 def test_int8_serves_every_family(tmp_path):
     for name in ALL:
         # The first token, since the mean is exported in the test of every family.

@@ -149,6 +149,7 @@ def test_importing_dact_changes_nothing(tuned):
     assert tuned["imports"] == {}
 
 
+@pytest.mark.slow
 def test_a_fit_changes_nothing(fitted_here):
     assert fitted_here["fit"] == {}
 

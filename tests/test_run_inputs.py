@@ -34,6 +34,7 @@ def quick(folder, **options):
     return engine(folder, **{"n_trials": 1, "trainer": {"max_epochs": 1, "accelerator": "cpu"}, **options})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("side", ["model", "data"])
 def test_a_teacher_that_only_one_factory_asks_for_is_none_for_the_untuned_defaults(tmp_path, side):
     if side == "model":
@@ -58,6 +59,7 @@ def test_a_teacher_that_only_one_factory_asks_for_is_none_for_the_untuned_defaul
     assert read_json(Path(metrics).parent / "defaults" / "metrics.json")["test"]["accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_a_frozen_final_model_trains_as_long_as_the_trials_did(tmp_path):
     options = {"encoder_training": "frozen", "final_training": "frozen", "warm_up_epochs": 1, "compare_defaults": False}
     made = quick(tmp_path, search_space={"num_epochs": {"choices": [1]}}, **options)
@@ -70,6 +72,7 @@ def test_a_frozen_final_model_trains_as_long_as_the_trials_did(tmp_path):
     assert len(read_json(Path(metrics))["history"]) == epochs == 7
 
 
+@pytest.mark.slow
 def test_other_examples_for_the_promise_set_it_anew(tmp_path):
     class Own(CompositionalSentiment):
         aside = 1
@@ -166,6 +169,7 @@ class Own(DACT):
         self.loss_fn = loss_fn
 
 
+@pytest.mark.slow
 def test_a_class_with_an_argument_that_is_no_plain_data_is_tuned(tmp_path):
     def factory(**overrides):
         return Own(abs, encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
@@ -195,6 +199,7 @@ def test_durations_and_wrong_kinds_of_options_are_understood(tmp_path):
             TuningEngine(log_dir=tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_a_final_fit_whose_checkpoint_is_gone_is_made_again_whole(tmp_path):
     made = quick(tmp_path, compare_defaults=False)
     _, checkpoint = made.run_pipeline("run")

@@ -555,6 +555,7 @@ class Momentous(DACT):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
 def test_data_and_a_model_of_ones_own_are_tuned(tmp_path, mode):
     Momentous.seen.clear()

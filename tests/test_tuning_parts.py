@@ -535,6 +535,7 @@ def test_a_trial_without_a_process_is_taken_up_after_a_while(tmp_path, monkeypat
     assert study.ask().suggest_float("x", 0, 1) == study.trials[0].params["x"]
 
 
+@pytest.mark.slow
 def test_a_silent_process_of_another_host_is_taken_up_by_its_heartbeat(tmp_path):
     study = opened(tmp_path)
     study.sampler = optuna.samplers.RandomSampler(seed=0)
