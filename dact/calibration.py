@@ -35,6 +35,10 @@ SETTINGS: dict[str, tuple[float, ...]] = {
     ),
 }
 
+# Number of examples from which on the loss of accuracy is bounded by the paired test, in which gains offset losses. With
+# fewer, bounding the losses alone takes fewer layers, since that test pays for not knowing how many answers differ.
+MANY_EXAMPLES = 1000
+
 
 @dataclass(frozen=True)
 class Promise:
@@ -173,10 +177,10 @@ def calibrate(
     For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0 (both keep the class of
     full depth by proof), and the last one before the first that fails is taken. This is a fixed sequence of tests, each
     at the full level: the probability that any passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher
-    1995). A setting passes if the one-sided Clopper–Pearson bound (1934) is small enough. It bounds the rate of
-    examples that full depth has right and early exit has wrong (no accuracy can be lost otherwise), or of examples
-    whose class differs. Against a baseline it is the exact test of a paired difference in
-    `dact.bounds.difference_p_value`. For `max_layers` settings are tried from the other end, and the bound is the
+    1995). For a loss of accuracy the test is that of a paired difference, `dact.bounds.difference_p_value`. With fewer
+    than `MANY_EXAMPLES`, and for agreement, a setting passes if the one-sided Clopper–Pearson bound (1934) is small
+    enough: on the rate of examples that full depth has right and early exit has wrong (no accuracy can be lost
+    otherwise), or of examples whose class differs. Against a baseline it is always the paired difference. For `max_layers` settings are tried from the other end, and the bound is the
     empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4).
 
     Args:
@@ -296,15 +300,18 @@ class _Evidence:
 
     def __init__(self, promise: Promise, answers: LayerAnswers, baseline: Tensor | None) -> None:
         self.promise = promise
-        self.baseline = baseline
         self.layers = answers.num_layers
         self.target = answers.target
         self.classes = answers.a.argmax(dim=2)  # [examples, layers]
         self.reference = self.classes[:, -1] if baseline is None else baseline
+        # Of accuracies; otherwise a rate of faults, or a mean, is bounded.
+        self.of_difference = baseline is not None or (
+            promise.max_accuracy_loss is not None and len(self.target) >= MANY_EXAMPLES
+        )
 
     def keeps(self, exits: Tensor) -> bool:
         """Return whether the promise holds with its confidence."""
-        if self.baseline is not None and self.promise.confidence is not None:  # faster than the bound
+        if self.of_difference and self.promise.confidence is not None:  # faster than the bound
             error = 1 - self.promise.confidence
             lost, gained = self._discordant(exits)
             return bounds.difference_p_value(lost, gained, len(exits), self.promise.allowed, error) <= error
@@ -320,7 +327,7 @@ class _Evidence:
         if self.promise.min_agreement is not None:
             return bounds.binomial_upper_bound(int(self._values(exits).sum()), examples, confidence)
         lost, gained = self._discordant(exits)
-        if self.baseline is not None:
+        if self.of_difference:
             return bounds.difference_upper_bound(lost, gained, examples, confidence)
         return bounds.binomial_upper_bound(lost, examples, confidence)
 
