@@ -57,6 +57,30 @@ class ExitPlots(Callback):
             writer.add_figure("depth against exit layer", figure, trainer.current_epoch, close=True)
 
 
+class MovableCheckpoint(ModelCheckpoint):
+    """A `ModelCheckpoint` that remembers the best score in a fit that resumes after its folder was moved.
+
+    Lightning's forgets it, and would overwrite the best checkpoint in the next epoch.
+    """
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        before, now = state_dict.get("dirpath"), self.dirpath
+        if before and now and before != now:
+
+            def moved(path: str) -> str:
+                return f"{now}{path[len(before) :]}" if path.startswith(before) else path
+
+            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
+            state_dict = {
+                **state_dict,
+                **{name: moved(state_dict[name]) for name in paths if name in state_dict},
+                "best_k_models": {moved(path): score for path, score in state_dict["best_k_models"].items()},
+                "dirpath": now,
+            }
+        super().load_state_dict(state_dict)
+
+
 class LastCheckpoint(Checkpoint):
     """Write ``last.ckpt`` after each epoch, next to the checkpoints of another callback.
 

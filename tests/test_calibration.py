@@ -295,6 +295,15 @@ def test_a_promise_says_how_many_examples_it_takes(promise, needed):
     assert choose_setting(sure.take(torch.arange(50)), Promise(**promise, confidence=None)).estimate
 
 
+def test_faultless_examples_never_take_more_layers_where_there_are_more_of_them():
+    y = torch.tensor([0.9, 0.1]).repeat(6000, 3, 1)
+    sure = LayerAnswers(*functional.accumulate(y, torch.ones(6000, 3)), y, torch.zeros(6000, dtype=torch.long))
+    for loss in (0.001, 0.002, 0.003, 0.01):
+        promise = Promise(max_accuracy_loss=loss)
+        for examples in range(promise.examples_needed(), 6000, 97):
+            assert choose_setting(sure.take(torch.arange(examples)), promise).mean_exit_layer == 1
+
+
 def test_an_allowance_of_nothing_is_left_to_the_proof():
     found = choose_setting(synthetic(500, torch.Generator().manual_seed(0)), Promise(max_accuracy_loss=0.0))
     assert (found.halting_margin, found.bound, found.agreement) == (1.0, 0.0, 1.0)

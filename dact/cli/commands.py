@@ -22,7 +22,7 @@ from typing_extensions import override
 
 from dact import signals
 from dact.calibration import Dial, Promise, calibrate, describe
-from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
+from dact.callbacks import LAST, ExitPlots, LastCheckpoint, MovableCheckpoint, SavePretrained
 from dact.cli import LIGHTNING
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import PredictionWriter
@@ -270,7 +270,7 @@ class DACTCLI(LightningCLI):
             monitor = self._get(self.config, "monitor")
             mode = "min" if monitor.endswith("loss") else "max"
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
-                best = ModelCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+                best = MovableCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
                 added += [best, LastCheckpoint(best)]
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:

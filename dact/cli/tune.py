@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from pathlib import Path
-from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -32,6 +31,13 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
 
     if config.data is None:
         raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
+    ignored = [name for name in ("optimizer", "lr_scheduler") if config.get(name) is not None]
+    ignored += ["monitor"] if config.monitor not in (None, "val_loss") else []
+    if ignored:
+        raise ValueError(
+            f"dact tune does not read {', '.join(ignored)}: it trains with the model's own optimizer and schedule, and "
+            "chooses by val_loss. Leave this out, or override configure_optimizers in a class of your own"
+        )
     if config.run_tag:
         check_tag(Path(config.tuner.log_dir), config.run_tag, "tune")
     plain = yaml.safe_load(parser.dump(config, skip_none=False))
@@ -40,14 +46,13 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     builder.add_lightning_class_args(trainer_class, "trainer")  # type: ignore[arg-type]
     add_tuner_arguments(builder)
     ready = builder.instantiate_classes(builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]}))
-    seed = int(plain["seed_everything"] or 0)
     trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
     engine = TuningEngine(
         plain["model"]["output_dimension"],
         model=ModelFactory(plain["model"]),
-        data=DataFactory(_seeded(plain["data"], seed)),
+        data=DataFactory(plain["data"]),
         trainer=trainer,
-        seed=seed,
+        seed=int(plain["seed_everything"] or 0),
         **vars(ready.tuner),
     )
     engine.worker_setup = _quiet_studies
@@ -69,12 +74,6 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         raise RuntimeError(
             f"{where}: {reason.rstrip('.')}. Finished work is kept: fix this and run the same command again"
         ) from error
-
-
-def _seeded(section: dict[str, Any], seed: int) -> dict[str, Any]:
-    """Return the data section with the seed of the run, unless it has one of its own other than 0."""
-    arguments = section.get("init_args") or {}
-    return {**section, "init_args": {**arguments, "seed": seed}} if arguments.get("seed") == 0 else section
 
 
 def stopped_by_user(text: str = "", resume_with: str = "") -> int:

@@ -144,16 +144,20 @@ class TextClassificationData(TextDataModule):
                 self._warn_of_leaks(split)
 
     def _warn_of_leaks(self, split: str) -> None:
-        if "train" not in self._read:
-            return
-        trained = set(self._read["train"].text_keys())
         keys = self.splits[split].text_keys()
-        share = sum(key in trained for key in keys) / len(keys)
-        if share > COPIES_SHARE:
-            rank_zero_warn(
-                f"{share:.0%} of the {split} texts are in the training data as well, so their metrics are too "
-                f"optimistic: leave them out of the training file or of the {split} file"
-            )
+        earlier = {"training": self._read.get("train")}
+        if split != "val":
+            earlier["validation"] = self.splits.get("val")
+        if split == "test":
+            earlier["calibration"] = self.splits.get("calibration")
+        for name, examples in earlier.items():
+            known = set() if examples is None else set(examples.text_keys())
+            share = sum(key in known for key in keys) / len(keys)
+            if share > COPIES_SHARE:
+                rank_zero_warn(
+                    f"{share:.0%} of the {split} texts are in the {name} data as well, so their metrics are too "
+                    f"optimistic: leave them out of the {name} file or of the {split} file"
+                )
 
     # ------------------------------------------------------------------ splits
 

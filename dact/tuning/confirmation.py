@@ -160,7 +160,7 @@ def _fit_and_ask(fit: CheckpointedFit, candidate: Candidate, progress: Progress)
         progress.note(str(error))
         return {}
     recipe = fit.prepared.recipe
-    data = recipe.data_for("validate")
+    data = recipe.data_for("fit")
     with recipe.precision():
         answers = layer_answers(fit.model(), data.val_dataloader())
     return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}

@@ -206,8 +206,7 @@ class TuningEngine:
         run = self._begin(run_tag)
         surveyed = self._survey(measured=True)
         opened = [self._open(stage, run, surveyed) for stage in STAGES]
-        totals = zip(self.n_trials.values(), opened, strict=True)
-        left = [max(0, n_trials - len(studies.finished(study))) for n_trials, study in totals]
+        left = [self._left(stage, study) for stage, study in zip(STAGES, opened, strict=True)]
         if any(left):
             self.progress.announce(left, self.time_out, self.recipe.finetunings * self.recipe.epochs)
         prepared = self._prepare(run, surveyed)
@@ -312,6 +311,14 @@ class TuningEngine:
         self.progress.waits_for(stage.name, unwatched(study))
         return study
 
+    def _limits(self, stage: Stage) -> list[float | None]:
+        return [self.n_trials[stage.name], self.time_out]
+
+    def _left(self, stage: Stage, study: Study) -> int:
+        """Return how many trials a study lacks; none if its deadline ended it under the same limits."""
+        n_trials = self.n_trials[stage.name]
+        return 0 if studies.ended_under(study, self._limits(stage)) else max(0, n_trials - len(studies.finished(study)))
+
     def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
         """Run one study, which may take the time of all three."""
         run = self._begin(run_tag)
@@ -324,14 +331,14 @@ class TuningEngine:
         before = self._winners.before(stage)
         with run.locked():
             origin = digest([before.settings(), MEASURE] if stage.early_exit else before.settings())
-            study, outdated = studies.archive_if_outdated(study, origin)
+            study, outdated = studies.archive_if_outdated(studies.reloaded(study), origin)
             if outdated:
                 run.set_aside(stage)
         if outdated:
             why = "ran under other winners, or were measured otherwise, and are ignored"
             self.progress.note(f"study {stage.name}: {outdated} trials {why}")
         n_trials = self.n_trials[stage.name]
-        if len(studies.finished(study)) < n_trials:
+        if self._left(stage, study):
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials
             objective = Objective(stage, run, prepared, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
@@ -339,6 +346,8 @@ class TuningEngine:
             later = sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
             with self.progress.study(stage.name, study, n_trials, later, deadline):
                 run_study(job, study, self.workers, self.progress.refresh)
+            if deadline.left == 0:
+                studies.end(study, self._limits(stage))
         return self._conclude(stage, run, prepared, study)
 
     def _conclude(self, stage: Stage, run: Run, prepared: Prepared, study: Study) -> Winners:
@@ -350,7 +359,7 @@ class TuningEngine:
         chosen = stage.pick(trials, outcomes, partial(self.select, allowed=allowed))
         with run.locked():
             remove_partial(run.pictures(stage).parent)  # of trials whose process died; none is running any more
-            if run.save(stage.parse(chosen.params)):
+            if run.save(prepared.winners(stage, chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show another winner
             if not run.pictures(stage).is_dir():
                 draw_study(run.pictures(stage), study, trials, chosen, prepared.spaces)

@@ -142,7 +142,10 @@ class FinalFit:
         """Write metrics.json, pictures and the model/ folder. Only here, once, is the test split used."""
         model, baseline = fit.model(), self._baseline()
         before = (model.calibration, model.temperatures)
-        note = self._set_dial(model, data)
+        try:
+            note = self._set_dial(model, data)
+        except ValueError as error:  # all that was computed is kept
+            note = f"the model is kept without its promise: {error}"
         if note:
             self.progress.note(note)
         with self.recipe.precision():

@@ -19,7 +19,6 @@ from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
     LearningRateMonitor,
-    ModelCheckpoint,
     ProgressBar,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -29,6 +28,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dact.answers import LayerAnswers
+from dact.callbacks import MovableCheckpoint
 from dact.files import DurableCheckpointIO
 from dact.functional import accumulate
 from dact.model import DACT
@@ -272,9 +272,9 @@ def resumable_fit(
     logger = None if log is None else TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written. The best has no
     # optimizer: a fit resumes from the last epoch.
-    kept = [ModelCheckpoint(checkpoints, "last", enable_version_counter=False)]
+    kept = [MovableCheckpoint(checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True)]
     if keep_best is not None:
-        best = ModelCheckpoint(
+        best = MovableCheckpoint(
             checkpoints, keep_best, monitor=MONITOR, save_weights_only=True, enable_version_counter=False
         )
         kept.insert(0, best)

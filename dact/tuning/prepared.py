@@ -25,6 +25,7 @@ from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
 from dact.tuning.space import Spaces
+from dact.tuning.stages import SUBMODELS, Stage
 from dact.tuning.survey import Surveyed
 
 HELD_OUT = 0.4  # share of the training examples on which the submodels learn in frozen mode, and not the encoder
@@ -40,6 +41,7 @@ class Prepared:
         identity: Settings that all trials have in common; see `Recipe.identity`.
         spaces: Dimension of each parameter, by stage.
         initial: Settings of trials until a study has chosen others.
+        submodels: Parameters of the submodels that trials do not replace; see `Surveyed`.
         class_names: Names of the classes, if the data has them.
         baseline: Baseline of the run.
         teacher: File with a teacher's probabilities of the training examples, or None.
@@ -52,6 +54,7 @@ class Prepared:
     identity: dict[str, Any]
     spaces: Spaces
     initial: Mapping[str, Any]
+    submodels: Mapping[str, Any]
     class_names: list[str] | None
     baseline: Baseline
     teacher: Path | None
@@ -83,9 +86,15 @@ class Prepared:
         model.encoder.load_state_dict(self.baseline.encoder())
         return model, self.make_data(**size)
 
+    def winners(self, stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return what the parameters of a trial stand for; see `Stage.parse`."""
+        return stage.parse({**self.submodels, **params} if stage == SUBMODELS else params)
+
     def make_data(self, **overrides: Any) -> LightningDataModule:
         """Return a new datamodule. If there is a teacher, its training batches carry the teacher's probabilities."""
         data = self.recipe.make_data(**overrides)
+        if getattr(data, "teacher", None) is not None:
+            data.teacher = None  # type: ignore[attr-defined]  # it has answered, or is not asked for
         if self.teacher is not None:
             data.teacher_probabilities = self._probabilities  # type: ignore[attr-defined]
         return data
@@ -154,6 +163,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         identity=surveyed.identity,
         spaces=surveyed.spaces,
         initial=surveyed.initial,
+        submodels=surveyed.submodels,
         class_names=getattr(data, "class_names", None),
         baseline=baseline,
         teacher=teacher,

@@ -17,6 +17,7 @@ from dact.tuning.stages import Stage
 from dact.tuning.storage import corrupted, describe_storage, is_unreachable, open_storage, root_cause
 
 IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
+LIMITS = "ended_under"  # user attribute of a study: the limits under which its deadline ended it
 ORIGIN = "under"  # user attribute of a study: see `archive_if_outdated`
 
 
@@ -74,6 +75,22 @@ def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
     if len(study.get_trials(deepcopy=False)) < len(first_trials):  # some exist if a kill came between two of them
         for params in first_trials:
             study.enqueue_trial(dict(params), skip_if_exists=True)
+
+
+def reloaded(study: Study) -> Study:
+    """Return the study of this name as it is now: another process may have archived the one that was opened."""
+    return optuna.load_study(study_name=study.study_name, storage=study._storage, pruner=study.pruner)
+
+
+def end(study: Study, limits: Sequence[float | None]) -> None:
+    """Record that a deadline ended a study, unless no trial has a value yet."""
+    if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
+        study.set_user_attr(LIMITS, list(limits))
+
+
+def ended_under(study: Study, limits: Sequence[float | None]) -> bool:
+    """Return whether a deadline ended a study under these limits, so that the same command runs no further trial."""
+    return bool(study.user_attrs.get(LIMITS) == list(limits))
 
 
 def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
@@ -135,7 +152,7 @@ def completed(study: Study) -> list[FrozenTrial]:
         )
     raise RuntimeError(
         f"{study.study_name}: none of its {len(others)} trials finished. The first cause: trial {others[0].number}: "
-        f"{_cause(others[0])}"
+        f"{_cause(others[0])}. Once it is mended, run the same command again, with a larger n_trials if all were used"
     )
 
 

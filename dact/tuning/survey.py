@@ -10,6 +10,7 @@ from lightning.pytorch import LightningDataModule
 
 from dact.agreement import check_classes
 from dact.model import DACT
+from dact.submodels import SubmodelConfig
 from dact.tuning.digests import data_digest, digest, encoder_digest
 from dact.tuning.fitting import seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
@@ -37,6 +38,8 @@ class Surveyed:
         spaces: Dimension of each parameter, by stage.
         first_trials: Parameters of the first trials, by stage.
         initial: Settings of trials until a study has chosen others.
+        submodels: Parameters of the factory's submodels that differ from those of `SubmodelConfig`; a trial replaces
+            those that are searched.
     """
 
     recipe: Recipe
@@ -47,11 +50,12 @@ class Surveyed:
     spaces: Spaces
     first_trials: Starts
     initial: Mapping[str, Any]
+    submodels: Mapping[str, Any]
 
     def untuned_settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """Return the defaults of the factories and the recommended settings; see `Winners.settings`."""
         recommended, defaults = self.first_trials[TRAINING.name]
-        settings = Winners(**SUBMODELS.parse(self.first_trials[SUBMODELS.name][0])).settings()
+        settings = Winners(**SUBMODELS.parse({**self.submodels, **self.first_trials[SUBMODELS.name][0]})).settings()
         for first in self.first_trials[LAMBDA_REG.name]:
             settings |= first
         return {**settings, **defaults}, {**settings, **recommended}
@@ -98,8 +102,10 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     for name in {*bounded} & training.keys() & recommended.keys():
         recommended[name] = training[name].nearest(recommended[name])
     initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
+    usual = _parameters(SubmodelConfig(), SubmodelConfig())
+    submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
     spaces, first_trials = complete_spaces(spaces, model.num_layers, first_trials, bounded)
-    return Surveyed(recipe, model, data, teacher, identity, spaces, first_trials, initial)
+    return Surveyed(recipe, model, data, teacher, identity, spaces, first_trials, initial, submodels)
 
 
 def _check_limit(limit: float | None, batch_size: Dimension | None) -> None:
@@ -178,13 +184,18 @@ def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
     return recipe, sum(len(batch["labels"]) for batch in loader) if dataset is None else len(dataset)
 
 
-def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
-    """Return the parameters of the first trials, by stage: recommended ones, and the factories' defaults."""
-    submodels = {
+def _parameters(classifier: SubmodelConfig, confidence: SubmodelConfig) -> dict[str, Any]:
+    """Return the configurations of the submodels under the names of the studies' parameters."""
+    return {
         f"{prefix}_{name}": value
-        for prefix, config in (("classifier", model.classifier.config), ("confidence", model.confidence.config))
+        for prefix, config in (("classifier", classifier), ("confidence", confidence))
         for name, value in asdict(config).items()
     }
+
+
+def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
+    """Return the parameters of the first trials, by stage: recommended ones, and the factories' defaults."""
+    submodels = _parameters(model.classifier.config, model.confidence.config)
     rate = model.learning_rate
     defaults = {
         "batch_size": getattr(data, "batch_size", None),

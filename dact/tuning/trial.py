@@ -72,7 +72,7 @@ class Objective:
         space = self.prepared.spaces[self.stage.name]
         with _recorded_cause(trial):
             params = {name: dimension.suggest(trial, name) for name, dimension in space.items()}
-            chosen = Winners(**self.stage.parse(params)).settings()
+            chosen = Winners(**self.prepared.winners(self.stage, params)).settings()
             settings = {**self.prepared.initial, **self.winners.settings(), **chosen}
             return self.stage.read(self._train(trial, settings))
 

@@ -19,7 +19,7 @@ from dact import signals
 from dact.tuning.fitting import Deadline, TimeIsUp
 from dact.tuning.retries import is_counted, retries_due, sweep, was_ended_by_others
 
-HOPELESS = 5  # number of failed trials, with no other outcome, after which a study ends
+HOPELESS = 5  # number of failed trials in one call, with no other outcome ever, after which a study ends
 POLL = 0.5  # seconds between two checks of what other processes do
 QUIET = 3  # checks in a row without a running trial after which a process leaves a study past its deadline
 
@@ -64,6 +64,7 @@ def run_trials(
 
     quiet = 0  # checks in a row at which nothing was running
     sweep_now()
+    before = sum(map(is_counted, study.get_trials(deepcopy=False)))
     while True:
         signals.check()
         # One query: a trial that ends between two would be missing from both.
@@ -71,7 +72,7 @@ def run_trials(
         done = [trial for trial in trials if is_counted(trial)]
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         quiet = 0 if running else quiet + 1
-        hopeless = len(done) >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
+        hopeless = len(done) - before >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
         late = deadline.left == 0
         if (len(done) >= n_trials and not running) or hopeless or (late and quiet >= QUIET):
             return

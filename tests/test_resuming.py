@@ -1,0 +1,115 @@
+"""Runs that resume: in another folder, in the middle of an epoch, after a deadline, or next to another process."""
+
+import shutil
+import warnings
+
+import optuna
+import pytest
+import torch
+from lightning.pytorch import Callback
+from optuna.trial import TrialState
+
+from dact import DACT
+from dact.encoders import TransformerEncoder
+from dact.files import read_checkpoint
+from dact.submodels import SubmodelConfig
+from dact.tuning import studies
+from dact.tuning.fitting import Deadline, resumable_fit, seeded
+from dact.tuning.retries import CAUSE
+from dact.tuning.run import Run
+from dact.tuning.stages import SUBMODELS, TRAINING
+from dact.tuning.trial_loop import TrialFailed, run_trials
+from tests.test_tuning import engine, small_data, study_of
+
+
+class Stop(Callback):
+    """Stop as a kill does, before a batch of an epoch."""
+
+    def __init__(self, epoch, batch):
+        self.at = epoch, batch
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if (trainer.current_epoch, batch_idx) == self.at:
+            raise RuntimeError("killed")
+
+
+def fitted(checkpoints, *callbacks, epochs=3, rate=3e-3, **trainer):
+    """The weights of the last epoch, and the numbers of val_loss."""
+    with seeded(0):
+        plain = SubmodelConfig(dropout=0.0)  # Lightning does not restore the random state of dropout
+        encoder = TransformerEncoder(42, 3, 8, 2, dropout=0.0)
+        model = DACT(encoder=encoder, classifier=plain, confidence=plain, learning_rate=rate)
+        data = small_data(batch_size=16)
+        arguments = {"accelerator": "cpu", **trainer}
+        history = resumable_fit(arguments, model, data, checkpoints, *callbacks, epochs=epochs, keep_best="best")
+    return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
+
+
+def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
+    with pytest.raises(RuntimeError, match="killed"):
+        fitted(tmp_path / "before", Stop(1, 0), rate=3.0)
+    shutil.move(tmp_path / "before", tmp_path / "after")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The dirpath has changed")
+        _, losses = fitted(tmp_path / "after", rate=3.0)
+    assert losses.index(min(losses)) == 0, "this rate ruins the model, so that the first epoch is the best"
+    assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == 0
+    assert not (tmp_path / "before").exists()
+
+
+def test_a_fit_that_validates_within_epochs_resumes_after_whole_ones(tmp_path):
+    whole, losses = fitted(tmp_path / "whole", val_check_interval=0.5)
+    with pytest.raises(RuntimeError, match="killed"):
+        fitted(tmp_path / "resumed", Stop(1, 6), val_check_interval=0.5)
+    resumed, again = fitted(tmp_path / "resumed", val_check_interval=0.5)
+    assert len(losses) == 6
+    assert again == pytest.approx(losses)
+    for name, tensor in whole.items():
+        torch.testing.assert_close(resumed[name], tensor, msg=name)
+
+
+def test_a_study_that_its_deadline_ended_is_not_reopened_by_the_same_command(tmp_path, monkeypatch):
+    deadlines = []
+
+    class Recorded(Deadline):
+        def __init__(self, seconds=None):
+            super().__init__(seconds)
+            deadlines.append(self)
+
+    def over(study, trial):
+        deadlines[-1].end = 0.0
+
+    monkeypatch.setattr("dact.tuning.engine.Deadline", Recorded)
+    engine(tmp_path, time_out=60, callbacks=[over]).joint_tune_study("run")
+    assert len(study_of(tmp_path, "submodels").trials) == 1
+    engine(tmp_path, time_out=60).joint_tune_study("run")
+    assert len(study_of(tmp_path, "submodels").trials) == 1
+    engine(tmp_path, time_out=90).joint_tune_study("run")
+    assert len(study_of(tmp_path, "submodels").trials) == 3, "with more time it goes on"
+
+
+def test_a_study_that_another_process_archived_is_loaded_anew(tmp_path):
+    run = Run("run", tmp_path)
+    address = f"sqlite:///{tmp_path / 'studies.db'}"
+    mine, theirs = (studies.open_study(run, TRAINING, {"seed": 0}, address, None) for _ in range(2))
+    studies.archive_if_outdated(mine, "old")
+    mine.add_trial(optuna.trial.create_trial(value=1.0))
+    studies.archive_if_outdated(mine, "new")
+    found, ignored = studies.archive_if_outdated(studies.reloaded(theirs), "new")
+    assert (len(found.trials), ignored) == (0, 0)
+
+
+def test_a_study_whose_first_trials_failed_goes_on_when_the_cause_is_gone(tmp_path):
+    run = Run("run", tmp_path)
+    study = studies.open_study(run, SUBMODELS, {}, f"sqlite:///{tmp_path / 'studies.db'}", None)
+
+    def broken(trial):
+        trial.set_user_attr(CAUSE, "the GPU was full")
+        raise TrialFailed
+
+    run_trials(study, broken, 20, run.locked)
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 5
+    with pytest.raises(RuntimeError, match="Once it is mended, run the same command again"):
+        studies.completed(study)
+    run_trials(study, lambda trial: 1.0, 8, run.locked)
+    assert [trial.state for trial in study.trials[5:]] == [TrialState.COMPLETE] * 3
