@@ -85,8 +85,8 @@ class MetricLogging(LightningModule):
             # One value per example: without its NaN check, torchmetrics takes no weights.
             metrics[name].update(value.expand(len(target)))
         metrics["exit_layer"].update(early.exit_layer.float())
-        metrics["exit_histogram"].update(early.exit_layer)
-        metrics["layer_accuracy"].update(a, target)
+        metrics["exit_histogram"].update(torch.bincount(early.exit_layer - 1, minlength=self.num_layers))
+        metrics["correct"].update((a.argmax(dim=2) == target.unsqueeze(1)).sum(dim=0))
         for name in ("accuracy", "macro_f1"):
             metrics[name].update(early.probabilities, target)
         for name in SCALARS:
@@ -116,13 +116,15 @@ class MetricLogging(LightningModule):
 
     def _end_evaluation(self, stage: str) -> None:
         """Log the accuracy per layer, and keep the exit histogram of the first loader for callbacks."""
-        self.exit_histogram = self._metrics_of(stage, 0)[1]["exit_histogram"].compute().reshape(-1).clone()
         for loader in self._loaders(stage):
-            metric = self._metrics_of(stage, loader)[1]["layer_accuracy"]
-            if loader and not metric.update_called:  # there are fewer loaders than before
+            metrics = self._metrics_of(stage, loader)[1]
+            if loader and not metrics["correct"].update_called:  # there are fewer loaders than before
                 continue
             # torchmetrics turns a vector of one entry into a scalar: an encoder of one layer.
-            values = enumerate(metric.compute().reshape(-1), start=1)
+            exits, correct = (metrics[name].compute().reshape(-1) for name in ("exit_histogram", "correct"))
+            if not loader:
+                self.exit_histogram = exits.clone()
+            values = enumerate(correct / exits.sum(), start=1)
             names = {f"{stage}_layer_accuracy{_suffix(loader)}/{n}": value for n, value in values}
             self.log_dict(names, on_step=False, on_epoch=True, sync_dist=False, add_dataloader_idx=False)
 

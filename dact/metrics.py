@@ -11,16 +11,16 @@ from torchmetrics.aggregation import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
 
 
-class ExitHistogram(Metric):
-    """Count how many examples left after each layer.
+class LayerCounts(Metric):
+    """Add up counts of examples per layer.
 
     Args:
         num_layers: Number of layers of the model, N.
 
     Example:
-        >>> histogram = ExitHistogram(num_layers=3)
-        >>> histogram.update(torch.tensor([1, 3, 3]))
-        >>> histogram.compute()
+        >>> counts = LayerCounts(num_layers=3)
+        >>> counts.update(torch.tensor([1, 0, 2]))
+        >>> counts.compute()
         tensor([1, 0, 2])
     """
 
@@ -29,49 +29,22 @@ class ExitHistogram(Metric):
 
     def __init__(self, num_layers: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.num_layers = num_layers
         self.add_state("counts", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, exit_layer: Tensor) -> None:
-        """Add `exit_layer`, int64 ``[batch]``, in 1 … num_layers."""
-        self.counts += torch.bincount(exit_layer - 1, minlength=self.num_layers)
+    def update(self, counts: Tensor) -> None:
+        """Add the counts of a batch, int64 ``[layers]``."""
+        self.counts += counts
 
     def compute(self) -> Tensor:
-        """Return the number of examples per exit layer, int64 ``[layers]``."""
+        """Return the sums, int64 ``[layers]``."""
         return self.counts
-
-
-class LayerAccuracy(Metric):
-    """Measure the accuracy of a_n after each layer n, the answer of an exit there.
-
-    Args:
-        num_layers: Number of layers of the model, N.
-    """
-
-    full_state_update = False
-    correct: Tensor
-    total: Tensor
-
-    def __init__(self, num_layers: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state("correct", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
-        self.add_state("total", default=torch.zeros((), dtype=torch.long), dist_reduce_fx="sum")
-
-    def update(self, a: Tensor, target: Tensor) -> None:
-        """Add a ``[batch, layers, classes]`` and int64 target ``[batch]``."""
-        self.correct += (a.argmax(dim=2) == target.unsqueeze(1)).sum(dim=0)
-        self.total += len(target)
-
-    def compute(self) -> Tensor:
-        """Return the accuracy after each layer, ``[layers]``."""
-        return self.correct / self.total
 
 
 SCALARS = ("loss", "task_loss", "ponder_cost", "agreement", "accuracy", "macro_f1", "exit_layer")
 
 
 def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
-    """Return the metrics of one evaluation: `SCALARS`, ``exit_histogram`` and ``layer_accuracy``."""
+    """Return the metrics of one evaluation: `SCALARS`, and per layer ``exit_histogram`` and the ``correct`` a_n."""
     # By default a mean ignores NaN, which would hide a broken model.
     means = {name: MeanMetric(nan_strategy="disable") for name in (*SCALARS[:4], "exit_layer")}
     return nn.ModuleDict(
@@ -79,8 +52,8 @@ def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
             **means,
             "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
             "macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
-            "exit_histogram": ExitHistogram(layers),
-            "layer_accuracy": LayerAccuracy(layers),
+            "exit_histogram": LayerCounts(layers),
+            "correct": LayerCounts(layers),
         }
     )
 
