@@ -221,18 +221,6 @@ class HuggingFaceEncoder(LayeredEncoder):
         norm = self._family.norm(self.model)
         return pool_tokens(hidden if norm is None else norm(hidden), mask, self.pooling)
 
-    def forward(self, batch: Batch) -> Tensor:
-        mask = self.mask(batch)
-        inputs = {name: batch[name] for name in self._family.inputs if name in batch} | {"attention_mask": mask}
-        states = self.model(**inputs, output_hidden_states=True).hidden_states
-        # The first entry is the embedding; ALBERT has one more for each inner layer of a group.
-        inner = getattr(self.model.config, "inner_group_num", 1)
-        states = states[inner::inner]
-        norm = self._family.norm(self.model)
-        if norm is not None:  # the last state has passed it already
-            states = (*map(norm, states[:-1]), states[-1])
-        return torch.stack([pool_tokens(state, mask, self.pooling) for state in states], dim=1)
-
     def config(self) -> dict[str, Any]:
         model = json.loads(self.model.config.to_json_string(use_diff=False))
         for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):  # these say how it was loaded
