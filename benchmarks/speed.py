@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dact import DACT, TextClassifier, inference
+from dact import DACT, DACTOutput, TextClassifier
 from dact.cli.quiet import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
@@ -115,7 +115,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def run_by(model: DACT, batch: dict[str, Tensor], rule: Any) -> inference.Exits:
+def run_by(model: DACT, batch: dict[str, Tensor], rule: Any) -> DACTOutput:
     """Run a batch under a halting rule, whatever that of the model is."""
     return model._inference(batch, dataclasses.replace(model.exit_rule, rule=rule))
 
@@ -207,7 +207,7 @@ def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
             for tokens in arguments.step_tokens or [None]:
                 model.step_tokens = tokens
                 with torch.autocast(device, dtype, enabled=dtype is not None):
-                    ideal = encoder.num_layers / early().layers.double().mean().item()
+                    ideal = encoder.num_layers / early().exit_layer.double().mean().item()
                     seconds = in_turn({"full depth": full, "early exit": early}, arguments.rounds)
                 key = f"{name}, length {lengths}, {count} examples" + (f", {tokens} tokens a step" if tokens else "")
                 results[key] = {"R": ideal, **seconds, **compare(seconds, ideal)}

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dact.encoders.base import Batch, LayeredEncoder
 from dact.functional import Halting, accumulate_step, at_least_float32
+from dact.outputs import DACTOutput
 from dact.submodels import Submodels
 
 # In half precision on a CPU, oneDNN prepares each new shape for about a millisecond. Lengths that are multiples of this
@@ -32,23 +33,6 @@ STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
 
 Indices = npt.NDArray[np.int64]  # the host tracks which example is where in NumPy arrays
-
-
-@dataclass(frozen=True)
-class Exits:
-    """Answers and exit layers of a batch.
-
-    Args:
-        answers: ``[batch, classes]``: a_n at the exit layer n, not a_N.
-        layers: Exit layers, int64 ``[batch]``, 1-based.
-        y: ``[batch, layers, classes]``, zeros after the exit layer; None unless recorded.
-        h: ``[batch, layers]``, zeros after the exit layer; None unless recorded.
-    """
-
-    answers: Tensor
-    layers: Tensor
-    y: Tensor | None = None
-    h: Tensor | None = None
 
 
 @dataclass
@@ -88,7 +72,7 @@ def early_exit(
     step_tokens: int | None = None,
     window_tokens: int | None = None,
     record: bool = False,
-) -> Exits:
+) -> DACTOutput:
     """Run each example only as deep as it needs.
 
     Args:
@@ -101,7 +85,7 @@ def early_exit(
             By default it depends on the kind of device.
         window_tokens: Number of tokens whose hidden states are held in memory at a time; by default 16 times
             `step_tokens`, or what 16 steps of the device have.
-        record: Whether to return y and h as well.
+        record: Whether to return y and h as well, zeros after the exit layer.
 
     Returns:
         Answers and exit layers, in the order of `batch`.
@@ -180,9 +164,9 @@ class _Results:
         self._answers[_send(rows, a.device)] = a
         self._layers[rows] = layer
 
-    def exits(self, device: torch.device) -> Exits:
+    def exits(self, device: torch.device) -> DACTOutput:
         assert self._answers is not None
-        return Exits(self._answers, _send(self._layers, device), self._y, self._h)
+        return DACTOutput(self._answers, _send(self._layers, device), self._y, self._h)
 
 
 def _run_window(

@@ -170,18 +170,17 @@ class DACT(MetricLogging):
         Large batches are the fastest: examples of similar length go through the layers together, and the remaining
         ones are regrouped. Neither the batch nor the order of its rows changes an answer.
         """
-        exits = self._inference(batch, self.exit_rule)
-        return DACTOutput(exits.answers, exits.layers)
+        return self._inference(batch, self.exit_rule)
 
     def full_depth(self, batch: Batch) -> DACTOutput:
         """Return what `forward` returns, by the code of `early_exit`: for large batches, in eval mode, no gradients."""
-        exits = self._inference(batch, dataclasses.replace(self.exit_rule, rule="never"), record=True)
-        assert exits.y is not None
-        assert exits.h is not None
-        a, p = functional.accumulate(exits.y, exits.h)
-        return DACTOutput(a[:, -1], self.exit_layers(a, p, exits.y), exits.y, exits.h, p)
+        output = self._inference(batch, dataclasses.replace(self.exit_rule, rule="never"), record=True)
+        y, h = output.layer_probabilities, output.h
+        assert y is not None and h is not None
+        a, p = functional.accumulate(y, h)
+        return DACTOutput(a[:, -1], self.exit_layers(a, p, y), y, h, p)
 
-    def _inference(self, batch: Batch, halting: Halting, record: bool = False) -> inference.Exits:
+    def _inference(self, batch: Batch, halting: Halting, record: bool = False) -> DACTOutput:
         with inference.evaluating(self):
             return inference.early_exit(
                 self.encoder,
