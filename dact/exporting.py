@@ -85,11 +85,7 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
     model_dir, output = Path(model_dir), Path(output)
     _check_output(output)
     with torch.random.fork_rng(devices=[]):  # a model is built with random weights before its own are read
-        return _export(model_dir, output, quantize)
-
-
-def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Export:
-    model = DACT.from_pretrained(model_dir)
+        model = DACT.from_pretrained(model_dir)
     encoder = model.encoder
     if isinstance(encoder, OnnxEncoder):
         raise ValueError(f"export: {model_dir} was exported already: give the folder of the fit")
@@ -98,7 +94,8 @@ def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Exp
     with replacing_folder(output) as folder, torch.no_grad():
         layers = _write_graphs(encoder, model.num_layers, folder)
         exported = _open(folder, layers, encoder)
-        difference = max(_largest(*pair) for pair in _outputs(encoder, exported))
+        pairs = _outputs(encoder, exported)
+        difference = max(((got - right).abs().max() / right.abs().max()).item() for right, got in pairs)
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"export: a graph differs from PyTorch by {difference:.1e} of its largest value, where at most "
@@ -109,7 +106,8 @@ def _export(model_dir: Path, output: Path, quantize: Quantization | None) -> Exp
             for path in sorted(folder.iterdir()):
                 quantize_graph(path)
             exported = _open(folder, layers, encoder)
-            quantized_difference = max(_root_mean_square(*pair) for pair in _outputs(encoder, exported))
+            pairs = _outputs(encoder, exported)
+            quantized_difference = max(((got - right).norm() / right.norm()).item() for right, got in pairs)
         size = sum(path.stat().st_size for path in folder.iterdir())
         model.encoder = exported
         card = output / CARD_NAME
@@ -217,11 +215,3 @@ def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[T
             yield after[valid], exported.layer(n, hidden, mask)[valid]
             hidden = after
             yield encoder.pool(n, hidden, mask), exported.pool(n, hidden, mask)
-
-
-def _largest(expected: Tensor, got: Tensor) -> float:
-    return ((got - expected).abs().max() / expected.abs().max()).item()
-
-
-def _root_mean_square(expected: Tensor, got: Tensor) -> float:
-    return ((got - expected).norm() / expected.norm()).item()
