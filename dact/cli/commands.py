@@ -200,16 +200,10 @@ class DACTCLI(LightningCLI):
         overrides = self._overrides()
         self.model = stored_model(self.source, config.model.get("encoder"), **overrides)
         config.ckpt_path = config.optimizer = config.lr_scheduler = None
-        file = self.request.predict_file(config, self.model)
-        if file is not None:
-            self.datamodule = file
-            config.data = None
-        else:
-            self.request.complete_data(config, self.model)
-            self.datamodule = None
+        file = self.request.own_data(config, self.model)
         config.model = Namespace()  # type: ignore[no-untyped-call]
         self.config_init = self.parser.instantiate_classes(self.config)
-        self.datamodule = self.datamodule or self._get(self.config_init, "data")
+        self.datamodule = file or self._get(self.config_init, "data")
         if self.datamodule is None:
             raise ValueError(
                 f"dact {self.subcommand} needs data: a file with a data: section, given by --config, or "

@@ -148,15 +148,22 @@ class Request:
         pretrained = self.value("model.encoder.pretrained")
         return pretrained if isinstance(pretrained, str) else None
 
-    def predict_file(self, config: Any, model: Any) -> Any:
-        """Return data for a file to classify, read a batch at a time; None for other data and commands."""
+    def own_data(self, config: Any, model: Any) -> PredictionData | None:
+        """Return data for a file to classify, read a batch at a time, in place of the data of a configuration.
+
+        For another command or other data the result is None, and data from the user's own files get the classes and the
+        length of the stored model.
+        """
         data = config.get("data")
-        if self.command != "predict" or data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
+        if data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
             return None
         arguments = data["init_args"]
-        if arguments.get("predict_file") is None:
+        if self.command == "predict" and arguments.get("predict_file") is None:
             raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
-        if str(arguments["predict_file"]).startswith(DATASET):
+        if self.command != "predict" or str(arguments["predict_file"]).startswith(DATASET):
+            if arguments.get("class_names") is None and model.class_names is not None:
+                arguments["class_names"] = list(model.class_names)
+            arguments["max_length"] = self._max_length(arguments, model)
             return None
         if arguments["tokenizer"] is None:
             source = self.model or self.value("ckpt_path")
@@ -164,17 +171,8 @@ class Request:
         columns = {name: arguments[name] for name in ("text_column", "text_pair_column")}
         tokenizer, size = load_tokenizer(str(arguments["tokenizer"])), max(arguments["batch_size"], BATCH)
         length = self._max_length(arguments, model)
+        config.data = None
         return PredictionData(arguments["predict_file"], tokenizer, max_length=length, batch_size=size, **columns)
-
-    def complete_data(self, config: Any, model: Any) -> None:
-        """Set the classes and the length of data from the user's own files to those of the stored model."""
-        data = config.get("data")
-        if data is None or data["class_path"].rpartition(".")[2] != OWN_FILES:
-            return
-        arguments = data["init_args"]
-        if arguments.get("class_names") is None and model.class_names is not None:
-            arguments["class_names"] = list(model.class_names)
-        arguments["max_length"] = self._max_length(arguments, model)
 
     def _max_length(self, arguments: Any, model: Any) -> int:
         """Return how many tokens are kept: as given, or, as by `TextClassifier`, what tokenizer and encoder take."""
