@@ -92,10 +92,29 @@ class LayeredEncoder(nn.Module, ABC):
         """Return which positions hold a token, ``[batch, length]``; all of them without an ``attention_mask``.
 
         Raises:
-            ValueError: If the batch is padded on the left and positions count from the first column.
+            TypeError: If the batch is not a dict.
+            KeyError: If the batch has no ``input_ids``.
+            ValueError: If the ids or the mask have another shape, a row is all padding, or the batch is padded on the
+                left and positions count from the first column.
         """
-        mask = attention_mask(batch)
-        if self.counts_columns and "attention_mask" in batch and not mask[:, 0].all():
+        check_batch(batch)
+        ids = batch.get("input_ids")
+        if not isinstance(ids, Tensor):
+            raise KeyError(f"a batch needs 'input_ids' [batch, length], a tensor, got the keys {sorted(batch)}")
+        if ids.dim() != 2:
+            raise ValueError(f"input_ids must have the shape [batch, length], got {list(ids.shape)}")
+        mask = batch.get("attention_mask")
+        if mask is None:
+            return torch.ones_like(ids)
+        if mask.shape != ids.shape:
+            raise ValueError(
+                f"attention_mask must have the shape of input_ids {list(ids.shape)} [batch, length], got "
+                f"{list(mask.shape)}"
+            )
+        empty = [row for row, tokens in enumerate(mask.sum(dim=1).tolist()) if not tokens]
+        if empty:
+            raise ValueError(f"rows {empty} of the batch are all padding: each example needs at least one token")
+        if self.counts_columns and not mask[:, 0].all():
             raise ValueError(
                 "the batch is padded on the left, where an encoder with absolute positions would answer differently "
                 "for each width of the padding: pad on the right (tokenizer.padding_side = 'right')"
@@ -136,33 +155,6 @@ def check_batch(batch: object) -> None:
             f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}{size}: make the data "
             "yield dicts"
         )
-
-
-def attention_mask(batch: Batch) -> Tensor:
-    """Return the batch's ``attention_mask`` ``[batch, length]``, as Hugging Face has it: all ones if it is absent.
-
-    Raises:
-        TypeError: If the batch is not a dict.
-        KeyError: If the batch has no ``input_ids``.
-        ValueError: If the ids or the mask have another shape, or a row is all padding.
-    """
-    check_batch(batch)
-    ids = batch.get("input_ids")
-    if not isinstance(ids, Tensor):
-        raise KeyError(f"a batch needs 'input_ids' [batch, length], a tensor, got the keys {sorted(batch)}")
-    if ids.dim() != 2:
-        raise ValueError(f"input_ids must have the shape [batch, length], got {list(ids.shape)}")
-    mask = batch.get("attention_mask")
-    if mask is None:
-        return torch.ones_like(ids)
-    if mask.shape != ids.shape:
-        raise ValueError(
-            f"attention_mask must have the shape of input_ids {list(ids.shape)} [batch, length], got {list(mask.shape)}"
-        )
-    empty = [row for row, tokens in enumerate(mask.sum(dim=1).tolist()) if not tokens]
-    if empty:
-        raise ValueError(f"rows {empty} of the batch are all padding: each example needs at least one token")
-    return mask
 
 
 def pool_tokens(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
