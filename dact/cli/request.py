@@ -17,10 +17,11 @@ from huggingface_hub import constants
 from dact.cli import LIGHTNING
 from dact.cli.errors import class_parameters, config_files
 from dact.cli.predictions import BATCH, PredictionData, check_writable
-from dact.cli.stored import find_model, find_tokenizer, hub_id, stored_max_length
+from dact.cli.stored import find_model, find_tokenizer, hub_id
 from dact.data.tables import DATASET  # with its package, whose classes a configuration names without it
 from dact.data.tokenizers import load_tokenizer
 from dact.encoders.pretrained import resolve_pretrained
+from dact.files import read_json
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 OWN_FILES = "TextClassificationData"
@@ -178,9 +179,9 @@ class Request:
         """Return how many tokens are kept: as given, or, as by `TextClassifier`, what tokenizer and encoder take."""
         if self.gives("data.max_length"):
             return int(arguments["max_length"])
-        folder = Path(resolve_pretrained(str(arguments["tokenizer"])))
-        stored = stored_max_length(folder) if (folder / "tokenizer_config.json").is_file() else None
-        return min(stored or NO_LIMIT, model.encoder.max_length or NO_LIMIT)
+        file = Path(resolve_pretrained(str(arguments["tokenizer"])), "tokenizer_config.json")
+        stored = read_json(file).get("model_max_length") if file.is_file() else None  # 1e30 means no limit
+        return int(min(stored or NO_LIMIT, model.encoder.max_length or NO_LIMIT, NO_LIMIT))
 
 
 def _short(word: str) -> str:

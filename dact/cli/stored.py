@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -87,13 +86,6 @@ def find_tokenizer(path: Path) -> Path | None:
     """Return the folder with the tokenizer of a model, or None if none was stored with it."""
     folder = path if path.is_dir() else counterpart(path)
     return folder if folder is not None and (folder / "tokenizer_config.json").is_file() else None
-
-
-def stored_max_length(folder: Path) -> int | None:
-    """Return the number of tokens to which the tokenizer in `folder` cuts texts, or None if it has no limit."""
-    length = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8")).get("model_max_length")
-    # Hugging Face's mark for no limit is 1e30.
-    return length if isinstance(length, int) and length < 1_000_000 else None
 
 
 def store_dial(source: Path, model: DACT, dial: str) -> list[str]:
