@@ -13,20 +13,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
 
 
-def _groups(rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float) -> list[dict[str, Any]]:
-    """Return parameter groups: biases and norms (vectors) get no decay, and frozen parameters are in no group."""
-    groups = []
-    for parameters, rate in rates:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        for decay, chosen in (
-            (weight_decay, [parameter for parameter in trained if parameter.dim() > 1]),
-            (0.0, [parameter for parameter in trained if parameter.dim() <= 1]),
-        ):
-            if chosen:
-                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    return groups
-
-
 def schedule(
     rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float, warmup_fraction: float, total: float
 ) -> Any:
@@ -38,7 +24,12 @@ def schedule(
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
         total: Number of optimizer steps; ``inf`` for an endless fit, in which the rates are constant.
     """
-    groups = _groups(rates, weight_decay)
+    groups: list[dict[str, Any]] = []  # frozen parameters are in none
+    for parameters, rate in rates:
+        trained = [parameter for parameter in parameters if parameter.requires_grad]
+        for is_matrix, decay in ((True, weight_decay), (False, 0.0)):  # biases and norms get no decay
+            if chosen := [parameter for parameter in trained if (parameter.dim() > 1) == is_matrix]:
+                groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
     # One kernel for all tensors. On a CPU it is not the default, and several times as fast. Other devices may lack it.
     fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
     optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused)
