@@ -17,7 +17,7 @@ from huggingface_hub import constants
 from dact.cli import LIGHTNING
 from dact.cli.errors import class_parameters, config_files
 from dact.cli.predictions import BATCH, PredictionData, check_writable
-from dact.cli.stored import find_model, find_tokenizer, hub_id
+from dact.cli.stored import counterpart, find_model, hub_id
 from dact.data.tables import DATASET  # with its package, whose classes a configuration names without it
 from dact.data.tokenizers import load_tokenizer
 from dact.encoders.pretrained import resolve_pretrained
@@ -144,8 +144,8 @@ class Request:
         if self.command in EVALUATING:
             given = self.value("ckpt_path")
             path = self.model or (find_model(given) if given else None)
-            folder = find_tokenizer(path) if path else None
-            return None if folder is None else str(folder)
+            folder = path if path is None or path.is_dir() else counterpart(path)
+            return str(folder) if folder is not None and (folder / "tokenizer_config.json").is_file() else None
         pretrained = self.value("model.encoder.pretrained")
         return pretrained if isinstance(pretrained, str) else None
 

@@ -82,12 +82,6 @@ def counterpart(path: Path) -> Path | None:
     return folder if (folder / CONFIG_NAME).is_file() else None
 
 
-def find_tokenizer(path: Path) -> Path | None:
-    """Return the folder with the tokenizer of a model, or None if none was stored with it."""
-    folder = path if path.is_dir() else counterpart(path)
-    return folder if folder is not None and (folder / "tokenizer_config.json").is_file() else None
-
-
 def store_dial(source: Path, model: DACT, dial: str) -> list[str]:
     """Store the halting settings of a model in its source, and in the checkpoint or folder next to it if that has the
     same weights. Return a line for the console for each.
