@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import socket
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -68,17 +70,13 @@ class Request:
 
     def gives(self, option: str) -> bool:
         """Return whether the command line or a file gives an option, such as ``model.output_dimension``."""
-        return f"--{option}" in map(_short, self.words) or self.value(option) is not None
+        return any(name == option for _, name, _ in _options(self.words)) or self.value(option) is not None
 
     def value(self, option: str) -> Any:
         """Return the value of an option as it was given, or None."""
-        for index, word in reversed(list(enumerate(self.words))):
-            if _short(word) != f"--{option}":
-                continue
-            if "=" in word:
-                return word.split("=", 1)[1]
-            if index + 1 < len(self.words):
-                return self.words[index + 1]
+        given = [v for place, name, v in _options(self.words) if name == option and place.stop <= len(self.words)]
+        if given:
+            return given[-1]
         node: Any = self.sections
         for name in option.split("."):
             node = node.get("init_args", node) if isinstance(node, dict) and name not in node else node
@@ -87,20 +85,14 @@ class Request:
 
     def model_words(self) -> list[str]:
         """Return the words that give options of the model."""
-        words: list[str] = []
-        for index, word in enumerate(self.words):
-            if word.startswith("--model.") and not word.startswith("--model.encoder"):
-                words += [word] if "=" in word else self.words[index : index + 2]
-        return words
+        places = [place for place, name, _ in _options(self.words) if re.match(r"model\.(?!encoder)", name)]
+        return [word for place in places for word in self.words[place]]
 
     def again(self, name: str, value: str) -> str:
         """Return the command line, with an option set to `value`."""
-        words, skip = [], False
-        for word in self.given:
-            if skip or word == f"--{name}" or word.startswith(f"--{name}="):
-                skip = word == f"--{name}"
-                continue
-            words.append(word)
+        words = list(self.given)
+        for place in [place for place, option, _ in _options(words) if option == name][::-1]:
+            del words[place]
         return shlex.join(["dact", *words, f"--{name}", value])
 
     def _take_model(self) -> None:
@@ -109,20 +101,15 @@ class Request:
             return
         if self.command == "calibrate":
             _refuse_hub(self.value("ckpt_path"), "ckpt_path")
-        for index, word in enumerate(self.words):
-            flag, equals, value = word.partition("=")
-            if flag != "--model":
-                continue
-            count = 1 if equals else 2
-            value = value if equals else "".join(self.words[index + 1 : index + 2])
-            if value.endswith((".yaml", ".yml", ".json")):
+        for place, name, value in _options(self.words):
+            if name != "model" or value.endswith((".yaml", ".yml", ".json")):
                 continue
             if not value:
                 raise ValueError("--model needs a value: a model/ folder, the folder of a run, or a Hub id")
             if self.command == "calibrate":
                 _refuse_hub(value, "model")
             self.model = find_model(value)
-            del self.words[index : index + count]
+            del self.words[place]
             return
 
     def _complete_words(self) -> None:
@@ -184,9 +171,13 @@ class Request:
         return int(min(stored or NO_LIMIT, model.encoder.max_length or NO_LIMIT, NO_LIMIT))
 
 
-def _short(word: str) -> str:
-    """Return the name of an option without its value, and without the ``init_args`` that may be left out."""
-    return word.partition("=")[0].replace(".init_args.", ".")
+def _options(words: list[str]) -> Iterator[tuple[slice, str, str]]:
+    """Yield the place of each option, its name without the ``init_args`` that may be left out, and its value."""
+    for start, word in enumerate(words):
+        if word.startswith("--"):
+            name, equals, value = word[2:].partition("=")
+            place = slice(start, start + (1 if equals else 2))
+            yield place, name.replace(".init_args.", "."), value if equals else "".join(words[place][1:])
 
 
 def _refuse_hub(model: Any, option: str) -> None:
