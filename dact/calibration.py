@@ -50,8 +50,8 @@ class Promise:
             0.005 is half a point.
         min_agreement: Smallest share of examples that get the class of this model's own full depth.
         max_layers: Largest mean exit layer.
-        confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None asks for
-            an estimate: the measured value keeps the promise with one standard error to spare.
+        confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None (null)
+            asks for an estimate: the measured value keeps the promise with one standard error to spare.
         dial: Name of the setting that is moved to keep the promise.
 
     Raises:

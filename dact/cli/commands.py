@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -21,7 +22,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
-from dact.calibration import Dial, Promise, calibrate, describe
+from dact.calibration import Promise, calibrate, describe
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, MovableCheckpoint, SavePretrained
 from dact.cli import LIGHTNING
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
@@ -29,7 +30,7 @@ from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
 from dact.cli.request import EVALUATING, Request
-from dact.cli.runs import balanced_weights, build_data, check_same_run, check_tag, epochs_done, stored_model
+from dact.cli.runs import balanced_weights, build_data, check_same_run, check_tag, stored_model
 from dact.cli.stored import RUNS, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
@@ -56,25 +57,8 @@ class DACTTrainer(Trainer):
     # The docstrings of the commands that dact adds are their help on the command line.
 
     @staticmethod
-    def calibrate(
-        ckpt_path: str | None = None,
-        max_accuracy_loss: float | None = None,
-        min_agreement: float | None = None,
-        max_layers: float | None = None,
-        confidence: float | None = 0.95,
-        dial: Dial = "halting_margin",
-    ) -> None:
-        """Find the halting margin, or tolerance, that keeps a promise, and store it with the model.
-
-        Args:
-            ckpt_path: Checkpoint of a fit, model/ folder, or folder of a run; --model takes the last two as well.
-            max_accuracy_loss: Largest loss of accuracy against this model's own full depth: 0.005 is half a point.
-            min_agreement: Smallest share of examples that get the class of full depth, in [0, 1].
-            max_layers: Largest mean number of layers.
-            confidence: Probability with which the promise holds for new examples of the same kind; null asks for an
-                estimate instead.
-            dial: Setting to find. The margin mostly takes fewer layers.
-        """
+    def calibrate() -> None:
+        """Find the halting margin, or tolerance, that keeps a promise, and store it with the model."""
 
     @staticmethod
     def tune() -> None:
@@ -109,16 +93,16 @@ class DACTCLI(LightningCLI):
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         if subcommand != self.request.command:  # adding options takes time, so only this command gets them
             return self.init_parser(**kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "tune":
-            parser = self.init_parser(**kwargs)
-            self._add_arguments(parser)
             add_tuner_arguments(parser)
-            self._subcommand_method_arguments["tune"] = []
             _ignore(parser, "ckpt_path", "weights_only")
         else:
-            parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
             parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help=SUPPRESS)
             if subcommand == "calibrate":
+                parser.add_class_arguments(Promise, instantiate=False)
+                text = "checkpoint of a fit, model/ folder, or folder of a run; --model takes the last two as well"
+                parser.add_argument("--ckpt_path", type=str | None, default=None, help=text)
                 _ignore(parser, "weights_only")
             else:
                 parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
@@ -314,7 +298,7 @@ class DACTCLI(LightningCLI):
         if checkpoint is None and last.is_file():
             self._complete_model(config)
             check_same_run(folder, yaml.safe_load(self._parser("fit").dump(config, skip_none=False)))
-            done = epochs_done(last)
+            done = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
             if 0 < (config.trainer.max_epochs or 1000) <= done:
                 raise ValueError(
                     f"run {config.run_tag} has finished its {done} epochs: raise --trainer.max_epochs, or give another "

@@ -69,12 +69,6 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
             )
 
 
-def epochs_done(checkpoint: Path) -> int:
-    """Return the number of epochs after which a checkpoint was written."""
-    epoch: int = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["epoch"]
-    return epoch + 1
-
-
 def _first_difference(before: Any, now: Any, path: str) -> str:
     """Return the dotted name of the first entry that differs."""
     if isinstance(before, dict) and isinstance(now, dict):
