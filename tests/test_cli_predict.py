@@ -385,7 +385,7 @@ def test_a_run_of_tune_stands_for_its_final_model(fitted, tmp_path):
     assert find_model(tmp_path / "run") == tmp_path / "run" / "final" / "model"
     assert isinstance(DACT.from_pretrained(find_model(tmp_path / "run")), DACT)
     shutil.rmtree(tmp_path / "run" / "final" / "model")
-    with pytest.raises(FileNotFoundError, match="has final"):
+    with pytest.raises(FileNotFoundError, match="run of dact tune without its final model"):
         find_model(tmp_path / "run")
 
 
