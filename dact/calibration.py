@@ -35,10 +35,10 @@ SETTINGS: dict[str, tuple[float, ...]] = {
     ),
 }
 
-# Number of examples that may be lost from which on the loss of accuracy is bounded by the paired test, in which gains
-# offset losses. With fewer, bounding the losses alone takes fewer layers, since that test pays for not knowing how many
-# answers differ.
-MANY_LOST = 10
+# Multiple of the examples that a promise needs from which on the loss of accuracy is bounded by the paired test, in
+# which gains offset losses. With fewer, bounding the losses alone takes fewer layers, since that test pays for not
+# knowing how many answers differ.
+MANY = 4
 
 
 @dataclass(frozen=True)
@@ -178,10 +178,10 @@ def calibrate(
     For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0 (both keep the class of
     full depth by proof), and the last one before the first that fails is taken. This is a fixed sequence of tests, each
     at the full level: the probability that any passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher
-    1995). For a loss of accuracy the test is that of a paired difference, `dact.bounds.difference_p_value`. If fewer
-    than `MANY_LOST` examples may be lost, and for agreement, a setting passes if the one-sided Clopper–Pearson bound
-    (1934) is small enough: on the rate of examples that full depth has right and early exit has wrong (no accuracy can
-    be lost otherwise), or of examples whose class differs. Against a baseline it is always the paired difference. For
+    1995). For a loss of accuracy the test is that of a paired difference, `dact.bounds.difference_p_value`. With fewer
+    than `MANY` times the examples that the promise needs, and for agreement, the one-sided Clopper–Pearson bound (1934)
+    must be small enough: on the rate of examples that full depth has right and early exit has wrong (no accuracy can be
+    lost otherwise), or of examples whose class differs. Against a baseline it is always the paired difference. For
     `max_layers` settings are tried from the other end, and the bound is the empirical Bernstein bound on the mean exit
     layer (Maurer & Pontil 2009, theorem 4).
 
@@ -307,9 +307,8 @@ class _Evidence:
         self.classes = answers.a.argmax(dim=2)  # [examples, layers]
         self.reference = self.classes[:, -1] if baseline is None else baseline
         # Of accuracies; otherwise a rate of faults, or a mean, is bounded.
-        self.of_difference = baseline is not None or (
-            promise.max_accuracy_loss is not None and len(self.target) * promise.max_accuracy_loss >= MANY_LOST
-        )
+        needed = None if promise.max_accuracy_loss is None else promise.examples_needed()
+        self.of_difference = baseline is not None or (needed is not None and len(self.target) >= MANY * needed)
 
     def keeps(self, exits: Tensor) -> bool:
         """Return whether the promise holds with its confidence."""

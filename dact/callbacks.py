@@ -63,14 +63,20 @@ class MovableCheckpoint(ModelCheckpoint):
     Lightning's forgets it, and would overwrite the best checkpoint in the next epoch.
     """
 
+    @property
+    @override
+    def state_key(self) -> str:
+        return super().state_key.replace(type(self).__qualname__, "ModelCheckpoint", 1)  # as other checkpoints have it
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before, now = state_dict.get("dirpath"), self.dirpath
-        if before and now and before != now:
 
-            def moved(path: str) -> str:
-                return f"{now}{path[len(before) :]}" if path.startswith(before) else path
+        def moved(path: str) -> str:
+            return f"{now}{path[len(before) :]}" if before and path.startswith(before) else path
 
+        # Else the checkpoint of another fit is only where this one starts.
+        if now and before != now and Path(moved(state_dict["best_model_path"])).is_file():
             paths = ("best_model_path", "kth_best_model_path", "last_model_path")
             state_dict = {
                 **state_dict,

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import get_args
 
+MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
+
 
 def check_choice(name: str, value: object, choices: object) -> None:
     """Raise a ``ValueError`` unless `value` is one of the strings of the ``Literal`` type `choices`."""

@@ -24,6 +24,21 @@ from dact.persistence import CONFIG_NAME
 
 Quantization = Literal["int8"]
 OPSET = 17  # the first with a layer normalisation of its own
+# What an export writes; tokenizers have a few kinds of files.
+WRITTEN = (
+    "*.onnx",
+    "config.json",
+    "model.safetensors",
+    CARD_NAME,
+    "tokenizer*.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.model",
+    "*.codes",
+    "*.jinja",
+)
 TOLERANCE = 1e-4  # largest difference of a graph from PyTorch, as a share of the largest value
 
 
@@ -84,8 +99,7 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
         check_choice("export: quantize", quantize, Quantization)
     model_dir, output = Path(model_dir), Path(output)
     _check_output(output)
-    with torch.random.fork_rng(devices=[]):  # a model is built with random weights before its own are read
-        model = DACT.from_pretrained(model_dir)
+    model = DACT.from_pretrained(model_dir)
     encoder = model.encoder
     if isinstance(encoder, OnnxEncoder):
         raise ValueError(f"export: {model_dir} was exported already: give the folder of the fit")
@@ -127,10 +141,10 @@ def _check_output(output: Path) -> None:
     encoder = config.get("encoder") if isinstance(config, dict) else None
     if not isinstance(encoder, dict) or encoder.get("type") != "OnnxEncoder":
         raise ValueError(f"export: {output} exists and was not written by dact export: give another folder")
-    folders = sorted(path.name for path in output.iterdir() if path.is_dir())
-    if folders:
+    others = sorted(path.name for path in output.iterdir() if path.is_dir() or not any(map(path.match, WRITTEN)))
+    if others:
         raise ValueError(
-            f"export: {output} holds {', '.join(folders)}, which no export wrote, and would be replaced: give another "
+            f"export: {output} holds {', '.join(others)}, which no export wrote, and would be replaced: give another "
             "folder"
         )
 

@@ -168,7 +168,8 @@ class DACT(MetricLogging):
         """Run each example only as deep as it needs, always in eval mode.
 
         Large batches are the fastest: examples of similar length go through the layers together, and the remaining
-        ones are regrouped. Neither the batch nor the order of its rows changes an answer.
+        ones are regrouped. Neither the batch nor the order of its rows changes an answer, except for rounding in half
+        precision.
         """
         return self._inference(batch, self.exit_rule)
 

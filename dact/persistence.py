@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,19 +68,25 @@ def config_of(model: Any, base: type) -> dict[str, Any]:
 
     An argument of a subclass that is not plain data is left out, and must be passed when the model is loaded.
     """
-    config = {name: _plain(getattr(model, name)) for name in inspect.signature(base).parameters}
-    config |= {name: getattr(model, name) for name in LEARNED}
+    config = {name: _plain(getattr(model, name)) for name in (*inspect.signature(base).parameters, *LEARNED)}
     if model.subclass is not None:
         config["subclass"] = {"name": type(model).__qualname__, **model.subclass}
     return config
 
 
 def _plain(value: Any) -> Any:
+    """Return a value as the types that a checkpoint may hold: NumPy's numbers and strings would need code to read."""
     if isinstance(value, LayeredEncoder):
-        return value.config()
+        return _plain(value.config())
     if isinstance(value, Submodels):
-        return dataclasses.asdict(value.config)
-    return value.tolist() if isinstance(value, Tensor) else value
+        return _plain(dataclasses.asdict(value.config))
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return list(map(_plain, value))
+    if isinstance(value, Tensor):
+        return value.tolist()
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _is_plain(value: Any) -> bool:
@@ -191,7 +198,8 @@ def load(
         except RuntimeError as error:  # the product of the sizes overflows
             raise ValueError(f"{where} describes a model that cannot be built: {str(error).splitlines()[0]}") from error
         check_weights(skeleton, weights, where)
-    model = build(cls, base, config, overrides)
+    with torch.random.fork_rng(devices=[]):  # random weights are made first, which must not move the caller's generator
+        model = build(cls, base, config, overrides)
     check_weights(model, weights, where)
     model.load_state_dict(weights)
     return model

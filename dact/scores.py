@@ -46,7 +46,15 @@ def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[fl
 
     Returns:
         ``[batch, classes]``, in float32 or more.
+
+    Raises:
+        ValueError: If a probability is not a number: of such answers, the first class would be taken.
     """
+    if not probabilities.isfinite().all():
+        raise ValueError(
+            "the model's answers are not finite: train it again with a smaller learning rate or in precision 32-true, "
+            "or, if it runs in half precision, use bfloat16 or float32"
+        )
     if temperatures is None:
         return probabilities
     log = functional.at_least_float32(probabilities).clamp_min(functional.SMALLEST_PROBABILITY).log()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.checks import check_choice, check_count, check_range
+from dact.checks import MOST_LAYERS, check_choice, check_count, check_range
 
 Normalization = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
@@ -53,7 +53,7 @@ class SubmodelConfig:
     layer_strategy: LayerStrategy = "constant"
 
     def __post_init__(self) -> None:
-        check_count("SubmodelConfig: num_layers", self.num_layers, least=0)
+        check_count("SubmodelConfig: num_layers", self.num_layers, least=0, most=MOST_LAYERS)
         check_count("SubmodelConfig: hidden_units", self.hidden_units)
         check_range("SubmodelConfig: dropout", self.dropout, "[0, 1)")
         check_choice("SubmodelConfig: normalization", self.normalization, Normalization)

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
 from dact.answers import exits_by_setting, operating_points
 from dact.bounds import binomial_upper_bound, difference_p_value, difference_upper_bound, mean_upper_bound
-from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
+from dact.calibration import MANY, SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
@@ -296,11 +297,12 @@ def test_a_promise_says_how_many_examples_it_takes(promise, needed):
 
 
 def test_faultless_examples_never_take_more_layers_where_there_are_more_of_them():
-    y = torch.tensor([0.9, 0.1]).repeat(6000, 3, 1)
-    sure = LayerAnswers(*functional.accumulate(y, torch.ones(6000, 3)), y, torch.zeros(6000, dtype=torch.long))
-    for loss in (0.001, 0.002, 0.003, 0.01):
-        promise = Promise(max_accuracy_loss=loss)
-        for examples in range(promise.examples_needed(), 6000, 97):
+    y = torch.tensor([0.9, 0.1]).repeat(12_000, 2, 1)
+    sure = LayerAnswers(*functional.accumulate(y, torch.ones(12_000, 2)), y, torch.zeros(12_000, dtype=torch.long))
+    for loss, confidence in product((0.002, 0.01), (0.9, 0.95, 0.999, 0.9999)):
+        promise = Promise(max_accuracy_loss=loss, confidence=confidence)
+        needed = promise.examples_needed()
+        for examples in {needed, *range(MANY * needed - 1, min(12_000, MANY * needed + 300), 100)}:
             assert choose_setting(sure.take(torch.arange(examples)), promise).mean_exit_layer == 1
 
 

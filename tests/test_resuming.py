@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback
 from optuna.trial import TrialState
 
-from dact import DACT
+from dact import DACT, TuningEngine
 from dact.encoders import TransformerEncoder
 from dact.files import read_checkpoint
 from dact.submodels import SubmodelConfig
@@ -57,6 +57,14 @@ def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
     assert not (tmp_path / "before").exists()
 
 
+def test_a_checkpoint_of_another_folder_is_only_where_a_fit_starts(tmp_path):
+    fitted(tmp_path / "first", epochs=2)
+    (tmp_path / "second").mkdir()
+    shutil.copy(tmp_path / "first" / "last.ckpt", tmp_path / "second")
+    fitted(tmp_path / "second", epochs=3, rate=3.0)
+    assert read_checkpoint(tmp_path / "second" / "best.ckpt")["epoch"] == 2
+
+
 def test_a_fit_that_validates_within_epochs_resumes_after_whole_ones(tmp_path):
     whole, losses = fitted(tmp_path / "whole", val_check_interval=0.5)
     with pytest.raises(RuntimeError, match="killed"):
@@ -82,10 +90,13 @@ def test_a_study_that_its_deadline_ended_is_not_reopened_by_the_same_command(tmp
     monkeypatch.setattr("dact.tuning.engine.Deadline", Recorded)
     engine(tmp_path, time_out=60, callbacks=[over]).joint_tune_study("run")
     assert len(study_of(tmp_path, "submodels").trials) == 1
-    engine(tmp_path, time_out=60).joint_tune_study("run")
+    monkeypatch.setattr(TuningEngine, "_finish", lambda *arguments: ("", ""))
+    engine(tmp_path, time_out=60, n_trials=(3, 1, 1)).run_pipeline("run")
     assert len(study_of(tmp_path, "submodels").trials) == 1
+    engine(tmp_path, time_out=90, n_trials=(2, 1, 1)).run_pipeline("run")
+    assert len(study_of(tmp_path, "submodels").trials) == 2, "with more time it goes on"
     engine(tmp_path, time_out=90).joint_tune_study("run")
-    assert len(study_of(tmp_path, "submodels").trials) == 3, "with more time it goes on"
+    assert len(study_of(tmp_path, "submodels").trials) == 3, "a study alone has all of the time"
 
 
 def test_a_study_that_another_process_archived_is_loaded_anew(tmp_path):
@@ -111,5 +122,5 @@ def test_a_study_whose_first_trials_failed_goes_on_when_the_cause_is_gone(tmp_pa
     assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 5
     with pytest.raises(RuntimeError, match="Once it is mended, run the same command again"):
         studies.completed(study)
-    run_trials(study, lambda trial: 1.0, 8, run.locked)
+    run_trials(study, lambda trial: 1.0, 8, run.locked, before=5)
     assert [trial.state for trial in study.trials[5:]] == [TrialState.COMPLETE] * 3

@@ -8,12 +8,15 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
+from torch.utils.data import DataLoader
+from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from dact import DACT, TextClassifier
 from dact.agreement import check_class_order
@@ -21,11 +24,12 @@ from dact.calibration import calibrate
 from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
 from dact.data.tokenizers import load_tokenizer
-from dact.encoders import TransformerEncoder
+from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.huggingface import load_sequence_classifier
 from dact.exporting import export
 from dact.files import read_json
 from dact.hub import NEEDED
+from dact.submodels import SubmodelConfig
 from tests.conftest import tiny_model
 
 EVIL = """
@@ -238,3 +242,87 @@ def test_no_progress_bar_stands_among_predictions_on_a_terminal(folder, tmp_path
     assert len(lines) == 5
     assert lines[0].startswith("label,probability_")
     assert lines[-1] == "3 predictions are in standard output"
+
+
+def test_numbers_and_names_of_numpy_are_saved_as_plain_ones(tmp_path):
+    encoder = TransformerEncoder(vocab_size=np.int64(42), num_layers=2, hidden_size=8, num_heads=2)
+    classifier = SubmodelConfig(hidden_units=np.int64(8))
+    names = np.array(["bad", "fair", "good"])
+    model = DACT(encoder=encoder, lambda_reg=np.float64(0.1), class_names=list(names), classifier=classifier)
+    trainer = Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, default_root_dir=tmp_path)
+    batch = {"input_ids": torch.randint(3, 42, (4, 5)), "labels": torch.randint(0, 3, (4,))}
+    loader = DataLoader([batch], batch_size=None)
+    trainer.fit(model, loader, loader)
+    trainer.save_checkpoint(tmp_path / "one.ckpt")
+    model.save_pretrained(tmp_path / "model")
+    for loaded in (DACT.load_from_checkpoint(tmp_path / "one.ckpt"), DACT.from_pretrained(tmp_path / "model")):
+        assert (loaded.lambda_reg, loaded.class_names, loaded.encoder.vocab_size) == (0.1, [*map(str, names)], 42)
+
+
+def test_answers_that_are_no_numbers_are_an_error_and_no_class(folder):
+    classifier = TextClassifier.from_pretrained(folder)
+    torch.nn.init.constant_(next(classifier.model.classifier.parameters()), float("nan"))
+    with pytest.raises(ValueError, match="the model's answers are not finite"):
+        classifier(["the screen is great"])
+
+
+def test_weights_that_were_rounded_for_speed_are_not_saved(folder, tmp_path):
+    classifier = TextClassifier.from_pretrained(folder, dtype="bfloat16")
+    with pytest.raises(ValueError, match="load it without dtype to save it"):
+        classifier.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+
+
+def test_an_exported_model_from_elsewhere_names_no_file_outside_its_folder(folder, tmp_path, monkeypatch):
+    exported = tmp_path / "a" / "exported"
+    export(folder, exported)
+    monkeypatch.chdir(tmp_path / "a")
+    classifier = TextClassifier.from_pretrained("exported")
+    monkeypatch.chdir("/")
+    classifier.save_pretrained(tmp_path / "saved")
+    assert TextClassifier.from_pretrained(tmp_path / "saved")(["the screen is great"])
+    config = read_json(exported / "config.json")
+    layers = config["encoder"]["layers"]
+    shutil.copy(exported / layers[0], tmp_path / "payload.onnx")
+    config["encoder"]["digests"]["payload.onnx"] = config["encoder"]["digests"][layers[0]]
+    layers[0] = "../../payload.onnx"
+    (exported / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="the name of a graph must be that of a file in this folder"):
+        DACT.from_pretrained(exported)
+
+
+def test_files_of_ones_own_next_to_an_export_are_not_replaced(folder, tmp_path):
+    export(folder, tmp_path / "exported")
+    export(folder, tmp_path / "exported")
+    (tmp_path / "exported" / "answers.csv").write_text("mine")
+    with pytest.raises(ValueError, match=r"holds answers\.csv, which no export wrote"):
+        export(folder, tmp_path / "exported")
+    assert (tmp_path / "exported" / "answers.csv").read_text() == "mine"
+
+
+def test_no_folder_makes_transformers_load_a_kernel(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "transformers.modeling_utils.PreTrainedModel._check_and_adjust_attn_implementation",
+        lambda self, wanted, *_, **__: wanted if wanted in (None, "eager", "sdpa") else pytest.fail(f"loads {wanted}"),
+    )
+    config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    teacher = tmp_path / "teacher"
+    BertForSequenceClassification(config).save_pretrained(teacher)
+    own = tmp_path / "own"
+    DACT(encoder=HuggingFaceEncoder.from_model(BertModel(config))).save_pretrained(own)
+    kernel = {"attribute_map": {"kernel": "_attn_implementation"}, "kernel": "kernels-community/any"}
+    described = read_json(teacher / "config.json")
+    (teacher / "config.json").write_text(json.dumps({**described, "attn_implementation": "kernels-community/any"}))
+    assert load_sequence_classifier(str(teacher))[1]
+    described = read_json(own / "config.json")
+    described["encoder"]["model"] |= kernel
+    (own / "config.json").write_text(json.dumps(described))
+    assert DACT.from_pretrained(own).num_layers == 2
+
+
+def test_loading_a_model_leaves_the_random_generator_of_the_caller(folder):
+    torch.manual_seed(0)
+    expected = torch.rand(1)
+    torch.manual_seed(0)
+    DACT.from_pretrained(folder)
+    assert torch.rand(1) == expected

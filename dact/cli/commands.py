@@ -98,7 +98,7 @@ class DACTCLI(LightningCLI):
             add_tuner_arguments(parser)
             _ignore(parser, "ckpt_path", "weights_only")
         else:
-            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help=SUPPRESS)
+            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="options of dact tune")
             if subcommand == "calibrate":
                 parser.add_class_arguments(Promise, instantiate=False)
                 text = "checkpoint of a fit, model/ folder, or folder of a run; --model takes the last two as well"

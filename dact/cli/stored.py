@@ -57,7 +57,7 @@ def find_model(path: str | Path) -> Path:
     state = "does not exist" if inside is None else f"has {', '.join(inside)}" if inside else "is empty"
     meant = RUNS / path
     expected = f"a checkpoint, a model/ folder, the folder of a run, such as {RUNS}/version_0, or a Hub id"
-    hint = f"did you mean {meant}?" if meant.is_dir() else f"expected {expected}"
+    hint = f"did you mean {meant}?" if inside is None and meant.is_dir() else f"expected {expected}"
     raise FileNotFoundError(f"no model at {path}, which {state}: {hint}")
 
 

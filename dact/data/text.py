@@ -156,7 +156,7 @@ class TextClassificationData(TextDataModule):
             if share > COPIES_SHARE:
                 rank_zero_warn(
                     f"{share:.0%} of the {split} texts are in the {name} data as well, so their metrics are too "
-                    f"optimistic: leave them out of the {name} file or of the {split} file"
+                    "optimistic: leave them out of one of the two"
                 )
 
     # ------------------------------------------------------------------ splits

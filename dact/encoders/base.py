@@ -14,7 +14,6 @@ Batch = Mapping[str, Tensor]
 Pooling = Literal["mean", "first"]
 Given = TypeVar("Given")
 Made = TypeVar("Made")
-MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
 
 
 class LayeredEncoder(nn.Module, ABC):

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
 
-from dact.checks import check_choice, check_count
-from dact.encoders.base import MOST_LAYERS, Batch, LayeredEncoder, Pooling, pool_tokens
+from dact.checks import MOST_LAYERS, check_choice, check_count
+from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json, read_tensors
 from dact.hub import out_of_reach
@@ -33,7 +33,8 @@ LOADING: dict[str, Any] = {
     "trust_remote_code": False,
 }
 # Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or modules next to it.
-RUNS_CODE = ("attn_implementation", "experts_implementation", "auto_map", "kernel_config")
+# An attribute map would give them other names.
+RUNS_CODE = ("attn_implementation", "experts_implementation", "auto_map", "kernel_config", "attribute_map")
 
 
 def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
@@ -256,9 +257,17 @@ def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
     """Build the library's configuration from a file's entries, without those that run code or need unbounded memory."""
     _check_family(described.get("model_type"), "the encoder's configuration")
     harmless = {name: value for name, value in described.items() if _is_harmless(name)}
-    check_count("the encoder's num_hidden_layers", harmless.get("num_hidden_layers", 1), most=MOST_LAYERS)
     config: PreTrainedConfig = AutoConfig.for_model(**harmless)
+    _make_harmless(config)
     return config
+
+
+def _make_harmless(config: PreTrainedConfig) -> None:
+    """Remove from a configuration what runs code, and refuse one that needs unbounded memory."""
+    for name in [name for name in vars(config) if not _is_harmless(name)]:
+        delattr(config, name)
+    config._attn_implementation = config._experts_implementation = None  # the library's own choice
+    check_count("the encoder's num_hidden_layers", getattr(config, "num_hidden_layers", 1), most=MOST_LAYERS)
 
 
 def _is_harmless(name: str) -> bool:
@@ -292,9 +301,7 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
             f"local folder with a config.json, or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
         ) from error
     _check_family(config.model_type, f"pretrained={pretrained!r}")
-    for name in [name for name in vars(config) if not _is_harmless(name)]:
-        delattr(config, name)
-    config._attn_implementation = config._experts_implementation = None  # the library's own choice
+    _make_harmless(config)
     _keep_layers(config, num_layers, pretrained)
     try:
         with _quiet_transformers():
@@ -346,9 +353,12 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
     """
     try:
         source = resolve_pretrained(pretrained)
+        cached = out_of_reach(source)
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=cached)
+        _make_harmless(config)
         with _quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(
-                source, local_files_only=out_of_reach(source), **LOADING
+                source, config=config, local_files_only=cached, **LOADING
             )
     except Exception as error:  # the library raises many kinds
         raise ValueError(

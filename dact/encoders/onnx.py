@@ -61,7 +61,10 @@ class OnnxEncoder(LayeredEncoder):
         counts_columns: bool = False,
     ) -> None:
         super().__init__()
-        self.folder = Path(folder)
+        for name in layers:
+            if Path(name).name != name:  # a folder from elsewhere must not name files outside of it
+                raise ValueError(f"{folder}: the name of a graph must be that of a file in this folder, got {name!r}")
+        self.folder = Path(folder).absolute()
         self.num_layers = len(layers)
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size

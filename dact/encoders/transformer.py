@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.checks import check_choice, check_count, check_range
-from dact.encoders.base import MOST_LAYERS, Batch, LayeredEncoder, Pooling, pool_tokens
+from dact.checks import MOST_LAYERS, check_choice, check_count, check_range
+from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 
 # Added to the attention logits where a head must not look. It is finite, so that a row of padding does not give NaN,
 # and it fits into float16.

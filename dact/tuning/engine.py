@@ -305,6 +305,8 @@ class TuningEngine:
     def _open(self, stage: Stage, run: Run, surveyed: Surveyed) -> Study:
         """Open a study and queue its first trials."""
         identity = {"search space": describe(surveyed.spaces[stage.name]), **surveyed.identity}
+        if stage is SUBMODELS and surveyed.submodels:
+            identity["submodels"] = dict(surveyed.submodels)
         with run.locked(lambda: self.progress.stage("waiting for another process, which opens the studies")):
             study = studies.open_study(run, stage, identity, self.storage, self.pruner if stage.prunes else None)
             studies.start_with(study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]])
@@ -324,6 +326,7 @@ class TuningEngine:
         run = self._begin(run_tag)
         surveyed = self._survey()
         study = self._open(stage, run, surveyed)
+        studies.reopen(study)  # its deadline in `run_pipeline` was a share of this one
         return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out))
 
     def _tune(self, stage: Stage, run: Run, prepared: Prepared, study: Study, deadline: Deadline) -> Winners:
@@ -342,7 +345,16 @@ class TuningEngine:
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials
             objective = Objective(stage, run, prepared, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
-            job = StudyJob(objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, self.worker_setup)
+            job = StudyJob(
+                objective,
+                n_trials,
+                self.storage,
+                sampler,
+                study.pruner,
+                self.callbacks,
+                self.worker_setup,
+                before=len(studies.finished(study)),
+            )
             later = sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
             with self.progress.study(stage.name, study, n_trials, later, deadline):
                 run_study(job, study, self.workers, self.progress.refresh)

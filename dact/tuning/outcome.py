@@ -17,7 +17,7 @@ from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
 from dact.model import DACT
 
 FILE = "validation.safetensors"
-MEASURE = 2  # version of `outcome_of`: outcomes of an earlier one do not compare
+MEASURE = 3  # version of `outcome_of`: outcomes of an earlier one do not compare
 EXIT_HISTOGRAM = "exit_histogram"  # user attribute of a trial: number of examples that left after each layer
 
 

@@ -88,6 +88,12 @@ def end(study: Study, limits: Sequence[float | None]) -> None:
         study.set_user_attr(LIMITS, list(limits))
 
 
+def reopen(study: Study) -> None:
+    """Let a study run further trials that its deadline ended."""
+    if LIMITS in study.user_attrs:
+        study.set_user_attr(LIMITS, None)
+
+
 def ended_under(study: Study, limits: Sequence[float | None]) -> bool:
     """Return whether a deadline ended a study under these limits, so that the same command runs no further trial."""
     return bool(study.user_attrs.get(LIMITS) == list(limits))

@@ -19,7 +19,7 @@ from dact import signals
 from dact.tuning.fitting import Deadline, TimeIsUp
 from dact.tuning.retries import is_counted, retries_due, sweep, was_ended_by_others
 
-HOPELESS = 5  # number of failed trials in one call, with no other outcome ever, after which a study ends
+HOPELESS = 5  # number of failed trials in one command, with no other outcome ever, after which a study ends
 POLL = 0.5  # seconds between two checks of what other processes do
 QUIET = 3  # checks in a row without a running trial after which a process leaves a study past its deadline
 
@@ -37,6 +37,7 @@ def run_trials(
     deadline: Deadline | None = None,
     idle: Callable[[], None] = lambda: None,
     callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
+    before: int = 0,
     orphaned: Callable[[FrozenTrial], None] = lambda trial: None,
 ) -> None:
     """Run trials until the study has `n_trials` of them, possibly next to other processes that do the same.
@@ -54,6 +55,7 @@ def run_trials(
         deadline: Deadline after which no trial starts.
         idle: Function that is called while other processes run the last trials.
         callbacks: Optuna callbacks, called after each trial of this process.
+        before: Number of trials that had ended when the command began; if they failed, their cause may be gone.
         orphaned: Function that is called with each trial whose process is gone.
     """
     deadline = deadline or Deadline()
@@ -64,7 +66,6 @@ def run_trials(
 
     quiet = 0  # checks in a row at which nothing was running
     sweep_now()
-    before = sum(map(is_counted, study.get_trials(deepcopy=False)))
     while True:
         signals.check()
         # One query: a trial that ends between two would be missing from both.

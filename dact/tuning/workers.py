@@ -46,6 +46,7 @@ class StudyJob:
         pruner: Pruner of the study, or None.
         callbacks: Optuna callbacks, called after each trial.
         setup: Function that a worker process calls first, such as one that installs log filters, or None.
+        before: Number of trials that had ended when the command began.
     """
 
     objective: Objective
@@ -55,6 +56,7 @@ class StudyJob:
     pruner: BasePruner | None
     callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = ()
     setup: Callable[[], None] | None = None
+    before: int = 0
 
     def for_worker(self, worker: int) -> StudyJob:
         """Return the job of one worker process, by its number from 0; see `Recipe.for_worker`."""
@@ -86,6 +88,7 @@ class StudyJob:
             deadline=objective.deadline,
             idle=idle,
             callbacks=[*self.callbacks, *more],
+            before=self.before,
             orphaned=close_session,
         )
 
