@@ -206,7 +206,8 @@ class TuningEngine:
         run = self._begin(run_tag)
         surveyed = self._survey(measured=True)
         opened = [self._open(stage, run, surveyed) for stage in STAGES]
-        left = [self._left(stage, study) for stage, study in zip(STAGES, opened, strict=True)]
+        totals = zip(opened, self.n_trials.values(), strict=True)
+        left = [studies.trials_left(study, n_trials, self.time_out) for study, n_trials in totals]
         if any(left):
             self.progress.announce(left, self.time_out, self.recipe.finetunings * self.recipe.epochs)
         prepared = self._prepare(run, surveyed)
@@ -313,14 +314,6 @@ class TuningEngine:
         self.progress.waits_for(stage.name, unwatched(study))
         return study
 
-    def _limits(self, stage: Stage) -> list[float | None]:
-        return [self.n_trials[stage.name], self.time_out]
-
-    def _left(self, stage: Stage, study: Study) -> int:
-        """Return how many trials a study lacks; none if its deadline ended it under the same limits."""
-        n_trials = self.n_trials[stage.name]
-        return 0 if studies.ended_under(study, self._limits(stage)) else max(0, n_trials - len(studies.finished(study)))
-
     def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
         """Run one study, which may take the time of all three."""
         run = self._begin(run_tag)
@@ -341,25 +334,20 @@ class TuningEngine:
             why = "ran under other winners, or were measured otherwise, and are ignored"
             self.progress.note(f"study {stage.name}: {outdated} trials {why}")
         n_trials = self.n_trials[stage.name]
-        if self._left(stage, study):
+        if studies.trials_left(study, n_trials, self.time_out):
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials
             objective = Objective(stage, run, prepared, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
-            job = StudyJob(
-                objective,
-                n_trials,
-                self.storage,
-                sampler,
-                study.pruner,
-                self.callbacks,
-                self.worker_setup,
-                before=len(studies.finished(study)),
-            )
+            job = StudyJob(objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, self.worker_setup)
             later = sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
             with self.progress.study(stage.name, study, n_trials, later, deadline):
                 run_study(job, study, self.workers, self.progress.refresh)
             if deadline.left == 0:
-                studies.end(study, self._limits(stage))
+                studies.end(study, n_trials, self.time_out)
+        elif len(studies.finished(study)) < n_trials:
+            self.progress.note(
+                f"study {stage.name}: its deadline has ended it; a larger time_out or n_trials continues it"
+            )
         return self._conclude(stage, run, prepared, study)
 
     def _conclude(self, stage: Stage, run: Run, prepared: Prepared, study: Study) -> Winners:

@@ -82,10 +82,10 @@ def reloaded(study: Study) -> Study:
     return optuna.load_study(study_name=study.study_name, storage=study._storage, pruner=study.pruner)
 
 
-def end(study: Study, limits: Sequence[float | None]) -> None:
-    """Record that a deadline ended a study, unless no trial has a value yet."""
+def end(study: Study, n_trials: int, time_out: float | None) -> None:
+    """Record that a deadline ended a study under these limits, unless no trial has a value yet."""
     if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        study.set_user_attr(LIMITS, list(limits))
+        study.set_user_attr(LIMITS, [n_trials, time_out])
 
 
 def reopen(study: Study) -> None:
@@ -94,9 +94,9 @@ def reopen(study: Study) -> None:
         study.set_user_attr(LIMITS, None)
 
 
-def ended_under(study: Study, limits: Sequence[float | None]) -> bool:
-    """Return whether a deadline ended a study under these limits, so that the same command runs no further trial."""
-    return bool(study.user_attrs.get(LIMITS) == list(limits))
+def trials_left(study: Study, n_trials: int, time_out: float | None) -> int:
+    """Return how many trials a study lacks; none if a deadline ended it under the same limits."""
+    return 0 if study.user_attrs.get(LIMITS) == [n_trials, time_out] else max(0, n_trials - len(finished(study)))
 
 
 def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:

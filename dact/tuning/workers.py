@@ -136,6 +136,7 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
         RuntimeError: If a worker ended with an error, whose message it has, or if workers keep dying.
         RunStopped: If a disk or the storage failed.
     """
+    job = replace(job, before=len(finished(study)))
     if workers == 1:
         job.run(study, refresh, refresh)
         return
