@@ -73,7 +73,7 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
         (["--model.output_dimension", "3"], "the data has 2 classes (no, yes), but the model has output_dimension=3"),
         (["--data.class_names", '["yes", "maybe"]'], "outside the classes: 'no'"),
         (["--model.halting_tolerance", "1.0"], "halting_tolerance must be in [0, 1), got 1.0"),
-        (["--model.classifier.num_layers", "-1"], "num_layers must be 0 or more, got -1"),
+        (["--model.classifier.num_layers", "-1"], "num_layers must be in 0 … 1000, got -1"),
         (["--model.encoder.vocab_size", "20"], "the tokenizer has 42 token ids, but the encoder only 20"),
         (["--data.tokenizer", "nobody/nothing"], "no tokenizer at 'nobody/nothing'"),
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),

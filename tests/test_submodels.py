@@ -76,7 +76,7 @@ def test_layers_have_submodels_of_their_own_unless_shared():
 @pytest.mark.parametrize(
     ("arguments", "kind", "message"),
     [
-        ({"num_layers": -1}, ValueError, "num_layers must be 0 or more, got -1"),
+        ({"num_layers": -1}, ValueError, "num_layers must be in 0 … 1000, got -1"),
         ({"num_layers": 1.5}, TypeError, "num_layers must be an integer, got 1.5"),
         ({"hidden_units": 0}, ValueError, "hidden_units must be 1 or more, got 0"),
         ({"hidden_units": True}, TypeError, "got True"),
