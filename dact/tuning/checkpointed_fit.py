@@ -12,7 +12,7 @@ from dact.files import read_checkpoint, read_json, write_json
 from dact.model import DACT
 from dact.persistence import adopt
 from dact.tuning.digests import digest
-from dact.tuning.fitting import HEAD_EPOCHS, resumable_fit, seeded
+from dact.tuning.fitting import head_epochs, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
@@ -47,7 +47,7 @@ class CheckpointedFit:
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
         shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        frozen = {"head_epochs": HEAD_EPOCHS} if self.keep_frozen else {}
+        frozen = {"head_epochs": head_epochs(1)} if self.keep_frozen else {}
         return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen, **frozen}
 
     @property
@@ -105,7 +105,8 @@ class CheckpointedFit:
             shutil.rmtree(self.checkpoint.parent, ignore_errors=True)
             (self.folder / "history.json").unlink()
         recipe, chosen = self.prepared.recipe, dict(self.settings or {})
-        epochs = chosen.pop("num_epochs", recipe.epochs) * (HEAD_EPOCHS if self.keep_frozen else 1)
+        epochs = chosen.pop("num_epochs", recipe.epochs)
+        epochs = head_epochs(epochs) if self.keep_frozen else epochs
         with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
             if self.settings is None:
                 model, data = recipe.untuned()

@@ -35,9 +35,15 @@ from dact.model import DACT
 from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
-HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned
+HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
+MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
 GRACE = 10.0  # seconds that a validation may go on after a deadline
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+
+
+def head_epochs(epochs: int) -> int:
+    """Return the number of epochs on frozen states that stand for a fit of this many epochs."""
+    return min(HEAD_EPOCHS * epochs, MOST_HEAD_EPOCHS)
 
 
 class NonFiniteLoss(RuntimeError):

@@ -19,7 +19,6 @@ from optuna_integration import PyTorchLightningPruningCallback
 from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.fitting import (
-    HEAD_EPOCHS,
     MONITOR,
     Deadline,
     History,
@@ -27,6 +26,7 @@ from dact.tuning.fitting import (
     StopAtDeadline,
     TimeIsUp,
     fit,
+    head_epochs,
     make_trainer,
     seeded,
 )
@@ -139,7 +139,8 @@ def fit_settings(
         ValueError: If no validation ran.
     """
     settings, history = dict(settings), History()
-    epochs = settings.pop("num_epochs", prepared.recipe.epochs) * (1 if prepared.states is None else HEAD_EPOCHS)
+    epochs = settings.pop("num_epochs", prepared.recipe.epochs)
+    epochs = epochs if prepared.states is None else head_epochs(epochs)
     given, every = prepared.recipe.trainer, [history, *callbacks]
     with seeded(seed):
         model, data = prepared.build(settings, seed=seed)
