@@ -212,7 +212,7 @@ def test_tuning_has_a_quiet_console(tmp_path):
     for words in ("study submodels: 1 of 1 trials", "study training", "study lambda_reg", "macro F1", "texts/s"):
         assert words in text
     assert "tensorboard --logdir lightning_logs/quick" in text
-    (tmp_path / "bad.yaml").write_text(GENERATED.read_text().replace("n_trials: 12", "n_trials: 0"))
+    (tmp_path / "bad.yaml").write_text(GENERATED.read_text().replace("n_trials: 8", "n_trials: 0"))
     done = dact("tune", "--config", "bad.yaml", cwd=tmp_path, check=False)
     assert "n_trials must be one or three integers of 1 or more, got 0" in done.stderr
     done = dact("tune", "--config", GENERATED, "--run_tag", "../x", cwd=tmp_path, check=False)
