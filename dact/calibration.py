@@ -20,7 +20,7 @@ from dact.encoders.base import Batch
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import Halting
 from dact.model import DACT
-from dact.persistence import HALTING, LEARNED, stored_config
+from dact.persistence import HALTING, LEARNED, plain_data, stored_config
 from dact.scores import fit_temperatures
 
 # The settings that are tried, from the most layers to the fewest; at the first one a dial has no effect.
@@ -382,7 +382,7 @@ def store_in_checkpoint(path: Path, model: DACT) -> None:
     """Write the halting settings of `model` and what was learned after its fit into a checkpoint of it."""
     checkpoint = read_checkpoint(path)
     known = (*HALTING, *LEARNED)
-    stored_config(checkpoint).update({name: getattr(model, name) for name in known})
+    stored_config(checkpoint).update({name: plain_data(getattr(model, name)) for name in known})
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,15 +69,22 @@ class MovableCheckpoint(ModelCheckpoint):
     def state_key(self) -> str:
         return super().state_key.replace(type(self).__qualname__, "ModelCheckpoint", 1)  # as other checkpoints have it
 
+    _resumed_from: str | None = None
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._resumed_from = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
+
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         before, now = state_dict.get("dirpath"), self.dirpath
+        folder = os.path.dirname(self._resumed_from or "")
 
         def moved(path: str) -> str:
             return f"{now}{path[len(before) :]}" if before and path.startswith(before) else path
 
         # Else the checkpoint of another fit is only where this one starts.
-        if now and before != now and Path(moved(state_dict["best_model_path"])).is_file():
+        if now and before != now and (folder == now or os.path.realpath(folder) == os.path.realpath(now)):
             paths = ("best_model_path", "kth_best_model_path", "last_model_path")
             state_dict = {
                 **state_dict,

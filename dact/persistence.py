@@ -68,22 +68,22 @@ def config_of(model: Any, base: type) -> dict[str, Any]:
 
     An argument of a subclass that is not plain data is left out, and must be passed when the model is loaded.
     """
-    config = {name: _plain(getattr(model, name)) for name in (*inspect.signature(base).parameters, *LEARNED)}
+    config = {name: plain_data(getattr(model, name)) for name in (*inspect.signature(base).parameters, *LEARNED)}
     if model.subclass is not None:
         config["subclass"] = {"name": type(model).__qualname__, **model.subclass}
     return config
 
 
-def _plain(value: Any) -> Any:
+def plain_data(value: Any) -> Any:
     """Return a value as the types that a checkpoint may hold: NumPy's numbers and strings would need code to read."""
     if isinstance(value, LayeredEncoder):
-        return _plain(value.config())
+        return plain_data(value.config())
     if isinstance(value, Submodels):
-        return _plain(dataclasses.asdict(value.config))
+        return plain_data(dataclasses.asdict(value.config))
     if isinstance(value, Mapping):
-        return {str(name): _plain(entry) for name, entry in value.items()}
+        return {str(name): plain_data(entry) for name, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return list(map(_plain, value))
+        return list(map(plain_data, value))
     if isinstance(value, Tensor):
         return value.tolist()
     return value.item() if isinstance(value, np.generic) else value

@@ -6,10 +6,11 @@ import warnings
 import optuna
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, Trainer
 from optuna.trial import TrialState
 
 from dact import DACT, TuningEngine
+from dact.callbacks import MovableCheckpoint
 from dact.encoders import TransformerEncoder
 from dact.files import read_checkpoint
 from dact.submodels import SubmodelConfig
@@ -33,13 +34,17 @@ class Stop(Callback):
             raise RuntimeError("killed")
 
 
+def plain_model(rate=3e-3):
+    """A model without dropout, whose random state Lightning does not restore."""
+    plain = SubmodelConfig(dropout=0.0)
+    encoder = TransformerEncoder(42, 3, 8, 2, dropout=0.0)
+    return DACT(encoder=encoder, classifier=plain, confidence=plain, learning_rate=rate)
+
+
 def fitted(checkpoints, *callbacks, epochs=3, rate=3e-3, **trainer):
     """The weights of the last epoch, and the numbers of val_loss."""
     with seeded(0):
-        plain = SubmodelConfig(dropout=0.0)  # Lightning does not restore the random state of dropout
-        encoder = TransformerEncoder(42, 3, 8, 2, dropout=0.0)
-        model = DACT(encoder=encoder, classifier=plain, confidence=plain, learning_rate=rate)
-        data = small_data(batch_size=16)
+        model, data = plain_model(rate), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", **trainer}
         history = resumable_fit(arguments, model, data, checkpoints, *callbacks, epochs=epochs, keep_best="best")
     return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
@@ -59,10 +64,13 @@ def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
 
 def test_a_checkpoint_of_another_folder_is_only_where_a_fit_starts(tmp_path):
     fitted(tmp_path / "first", epochs=2)
-    (tmp_path / "second").mkdir()
-    shutil.copy(tmp_path / "first" / "last.ckpt", tmp_path / "second")
-    fitted(tmp_path / "second", epochs=3, rate=3.0)
-    assert read_checkpoint(tmp_path / "second" / "best.ckpt")["epoch"] == 2
+    for _ in range(2):  # the second time there is a best checkpoint already
+        best = MovableCheckpoint(tmp_path / "second", "best", monitor="val_loss", enable_version_counter=False)
+        trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, callbacks=[best])
+        start = tmp_path / "first" / "last.ckpt"
+        trainer.fit(plain_model(), datamodule=small_data(batch_size=16), ckpt_path=start, weights_only=True)
+        assert best.best_model_path == str(tmp_path / "second" / "best.ckpt")
+        assert read_checkpoint(best.best_model_path)["epoch"] == 2
 
 
 def test_a_fit_that_validates_within_epochs_resumes_after_whole_ones(tmp_path):
@@ -89,14 +97,14 @@ def test_a_study_that_its_deadline_ended_is_not_reopened_by_the_same_command(tmp
 
     monkeypatch.setattr("dact.tuning.engine.Deadline", Recorded)
     engine(tmp_path, time_out=60, callbacks=[over]).joint_tune_study("run")
+    engine(tmp_path, time_out=60).joint_tune_study("run")
+    assert len(study_of(tmp_path, "submodels").trials) == 1
     assert len(study_of(tmp_path, "submodels").trials) == 1
     monkeypatch.setattr(TuningEngine, "_finish", lambda *arguments: ("", ""))
     engine(tmp_path, time_out=60, n_trials=(3, 1, 1)).run_pipeline("run")
     assert len(study_of(tmp_path, "submodels").trials) == 1
-    engine(tmp_path, time_out=90, n_trials=(2, 1, 1)).run_pipeline("run")
-    assert len(study_of(tmp_path, "submodels").trials) == 2, "with more time it goes on"
-    engine(tmp_path, time_out=90).joint_tune_study("run")
-    assert len(study_of(tmp_path, "submodels").trials) == 3, "a study alone has all of the time"
+    engine(tmp_path, time_out=90, n_trials=(3, 1, 1)).run_pipeline("run")
+    assert len(study_of(tmp_path, "submodels").trials) == 3, "with more time it goes on"
 
 
 def test_a_study_that_another_process_archived_is_loaded_anew(tmp_path):

@@ -166,9 +166,7 @@ class TextDataModule(LightningDataModule, ABC):
         training = split == "train"
         sampler: Sampler[int] | None = None
         if training:
-            # Lightning gives the examples to several processes in turn: together they take one batch of this size.
-            processes = 1 if self.trainer is None else self.trainer.world_size
-            sampler = LengthGroupedSampler(items.lengths, self.batch_size * processes, self.seed)
+            sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed)
         elif (trainer := self.trainer) is not None and trainer.world_size > 1 and trainer.state.fn in EVALUATING:
             # Lightning's own sampler repeats some examples. In a fit it must: all processes take equally many steps.
             ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}

@@ -257,6 +257,8 @@ def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
     """Build the library's configuration from a file's entries, without those that run code or need unbounded memory."""
     _check_family(described.get("model_type"), "the encoder's configuration")
     harmless = {name: value for name, value in described.items() if _is_harmless(name)}
+    # Also before: some configurations make a list with an entry for each layer.
+    check_count("the encoder's num_hidden_layers", harmless.get("num_hidden_layers", 1), most=MOST_LAYERS)
     config: PreTrainedConfig = AutoConfig.for_model(**harmless)
     _make_harmless(config)
     return config

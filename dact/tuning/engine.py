@@ -207,7 +207,7 @@ class TuningEngine:
         surveyed = self._survey(measured=True)
         opened = [self._open(stage, run, surveyed) for stage in STAGES]
         totals = zip(opened, self.n_trials.values(), strict=True)
-        left = [studies.trials_left(study, n_trials, self.time_out) for study, n_trials in totals]
+        left = [studies.trials_left(study, n_trials, self.time_out, alone=False) for study, n_trials in totals]
         if any(left):
             self.progress.announce(left, self.time_out, self.recipe.finetunings * self.recipe.epochs)
         prepared = self._prepare(run, surveyed)
@@ -319,10 +319,11 @@ class TuningEngine:
         run = self._begin(run_tag)
         surveyed = self._survey()
         study = self._open(stage, run, surveyed)
-        studies.reopen(study)  # its deadline in `run_pipeline` was a share of this one
-        return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out))
+        return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out), alone=True)
 
-    def _tune(self, stage: Stage, run: Run, prepared: Prepared, study: Study, deadline: Deadline) -> Winners:
+    def _tune(
+        self, stage: Stage, run: Run, prepared: Prepared, study: Study, deadline: Deadline, alone: bool = False
+    ) -> Winners:
         """Run the remaining trials of a study, save its winner, and return the winners so far."""
         before = self._winners.before(stage)
         with run.locked():
@@ -334,7 +335,7 @@ class TuningEngine:
             why = "ran under other winners, or were measured otherwise, and are ignored"
             self.progress.note(f"study {stage.name}: {outdated} trials {why}")
         n_trials = self.n_trials[stage.name]
-        if studies.trials_left(study, n_trials, self.time_out):
+        if studies.trials_left(study, n_trials, self.time_out, alone):
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials
             objective = Objective(stage, run, prepared, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
@@ -343,7 +344,7 @@ class TuningEngine:
             with self.progress.study(stage.name, study, n_trials, later, deadline):
                 run_study(job, study, self.workers, self.progress.refresh)
             if deadline.left == 0:
-                studies.end(study, n_trials, self.time_out)
+                studies.end(study, n_trials, self.time_out, alone)
         elif len(studies.finished(study)) < n_trials:
             self.progress.note(
                 f"study {stage.name}: its deadline has ended it; a larger time_out or n_trials continues it"

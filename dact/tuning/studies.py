@@ -82,21 +82,24 @@ def reloaded(study: Study) -> Study:
     return optuna.load_study(study_name=study.study_name, storage=study._storage, pruner=study.pruner)
 
 
-def end(study: Study, n_trials: int, time_out: float | None) -> None:
+def end(study: Study, n_trials: int, time_out: float | None, alone: bool) -> None:
     """Record that a deadline ended a study under these limits, unless no trial has a value yet."""
     if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        study.set_user_attr(LIMITS, [n_trials, time_out])
+        study.set_user_attr(LIMITS, [n_trials, time_out, alone])
 
 
-def reopen(study: Study) -> None:
-    """Let a study run further trials that its deadline ended."""
-    if LIMITS in study.user_attrs:
-        study.set_user_attr(LIMITS, None)
+def trials_left(study: Study, n_trials: int, time_out: float | None, alone: bool) -> int:
+    """Return how many trials a study lacks; none if a deadline ended it under the same limits.
 
-
-def trials_left(study: Study, n_trials: int, time_out: float | None) -> int:
-    """Return how many trials a study lacks; none if a deadline ended it under the same limits."""
-    return 0 if study.user_attrs.get(LIMITS) == [n_trials, time_out] else max(0, n_trials - len(finished(study)))
+    Args:
+        study: The study.
+        n_trials: Total number of trials.
+        time_out: Seconds of all studies together.
+        alone: Whether this study may take all of them, and not only its share.
+    """
+    *limits, had_all = study.user_attrs.get(LIMITS, [None, None, False])
+    is_closed = limits == [n_trials, time_out] and (had_all or not alone)
+    return 0 if is_closed else max(0, n_trials - len(finished(study)))
 
 
 def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
