@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -46,6 +47,7 @@ def examples_for_rate(rate: float, confidence: float) -> int | None:
     return 1 if rate >= 1 else math.ceil(math.log(1 - confidence) / math.log1p(-rate))
 
 
+@lru_cache(4096)  # settings next to each other often have the same counts
 def difference_p_value(lost: int, gained: int, examples: int, difference: float, error: float) -> float:
     r"""Return an exact p-value for "the expected paired difference is `difference` or more".
 

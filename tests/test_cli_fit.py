@@ -236,6 +236,7 @@ def test_the_classes_that_the_help_names_have_help_by_their_short_names(words, o
     assert f".{option}" in dact("fit", *words, cwd=tmp_path).stdout
 
 
+@pytest.mark.slow
 def test_an_unknown_hub_name_is_one_line_soon_without_a_network(own):
     # An address that refuses connections stands for a network that is down.
     words = ["--model.encoder", "HuggingFaceEncoder", "--model.encoder.pretrained", "nobody/nothing"]

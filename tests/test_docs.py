@@ -192,14 +192,6 @@ def test_a_reader_who_types_what_a_page_says_succeeds(page, desk, dact_here, hub
         reader.stop()
 
 
-def test_the_python_of_the_readme_runs(desk):
-    reader = Reader(desk, ROOT / "README.md", None)
-    python = [block for block in blocks(reader.page) if block.language == "python"]
-    assert python
-    for block in python:
-        reader.follow(block)
-
-
 def test_every_block_of_the_documents_has_a_language_that_is_known():
     for page in PAGES:
         text = re.sub(BLOCK, "", page.read_text())

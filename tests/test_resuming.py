@@ -84,6 +84,7 @@ def test_a_fit_that_validates_within_epochs_resumes_after_whole_ones(tmp_path):
         torch.testing.assert_close(resumed[name], tensor, msg=name)
 
 
+@pytest.mark.slow
 def test_a_study_that_its_deadline_ended_is_not_reopened_by_the_same_command(tmp_path, monkeypatch):
     deadlines = []
 

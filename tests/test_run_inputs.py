@@ -253,6 +253,7 @@ def test_a_search_keeps_what_it_does_not_search_of_the_submodels_of_ones_own(tmp
     assert found.hidden_units in (8, 16)
 
 
+@pytest.mark.slow
 def test_a_teacher_of_the_data_is_left_out_where_the_user_wants_no_distillation(tmp_path):
     def with_teacher(**overrides):
         data = small_data(**overrides)
@@ -265,6 +266,7 @@ def test_a_teacher_of_the_data_is_left_out_where_the_user_wants_no_distillation(
     assert read_json(Path(metrics))["test"]["accuracy"] > 0
 
 
+@pytest.mark.slow
 def test_a_promise_that_the_final_model_cannot_keep_costs_nothing_that_was_computed(tmp_path, monkeypatch):
     def refuse(*arguments, **options):
         raise ValueError("the fewest layers that can be promised are 2.90 of 3")

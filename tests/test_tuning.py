@@ -592,6 +592,7 @@ def test_workers_need_factories_that_other_processes_can_import():
         TuningEngine(workers=2, model=small_model, data=lambda **overrides: small_data(**overrides))
 
 
+@pytest.mark.slow
 def test_another_selection_draws_the_pictures_anew(tmp_path):
     engine(tmp_path).lambda_reg_study("run")
     picture = tmp_path / "run" / "lambda_reg" / "study" / "Pareto_front.png"
@@ -728,6 +729,7 @@ class StopAt(pl.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_an_interrupted_study_goes_on_with_the_same_trial(tmp_path):
     flag = tmp_path / "stop"
     trainer = {"max_epochs": 2, "accelerator": "cpu", "callbacks": [StopAt(flag)]}
@@ -1056,6 +1058,7 @@ def note_start_method(file):
     file.write_text(multiprocessing.get_start_method())
 
 
+@pytest.mark.slow
 def test_workers_may_load_data_with_processes_of_their_own(tmp_path):
     space = {"num_epochs": {"choices": [1]}, "batch_size": {"choices": [16]}}
     data, noted = partial(own_data, tmp_path, num_workers=1), tmp_path / "method"
