@@ -64,12 +64,12 @@ class MovableCheckpoint(ModelCheckpoint):
     Lightning's forgets it, and would overwrite the best checkpoint in the next epoch.
     """
 
+    _resumed_from: str | None = None
+
     @property
     @override
     def state_key(self) -> str:
         return super().state_key.replace(type(self).__qualname__, "ModelCheckpoint", 1)  # as other checkpoints have it
-
-    _resumed_from: str | None = None
 
     @override
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -151,7 +151,9 @@ class TextClassificationData(TextDataModule):
         if split == "test":
             earlier["calibration"] = self.splits.get("calibration")
         for name, examples in earlier.items():
-            known = set() if examples is None else set(examples.text_keys())
+            if examples is None:
+                continue
+            known = set(examples.text_keys())
             share = sum(key in known for key in keys) / len(keys)
             if share > COPIES_SHARE:
                 rank_zero_warn(
