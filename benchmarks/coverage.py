@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=10_000, help="size of the population")
     parser.add_argument(
-        "--examples", type=int, nargs="+", default=[1000, 200], help="choosing and other examples, each"
+        "--examples", type=int, nargs="+", default=[1500, 1000, 200], help="choosing and other examples, each"
     )
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--results", type=Path, default=RESULTS)
