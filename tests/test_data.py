@@ -95,6 +95,18 @@ def test_batches_are_padded_to_their_longest_and_cut(tmp_path):
 
 
 @settings(max_examples=40)
+@given(st.lists(st.integers(1, 100), min_size=1, max_size=300), st.integers(1, 17), st.integers(1, 4))
+def test_processes_share_the_batches_of_one_order(lengths, batch_size, processes):
+    shares = [list(LengthGroupedSampler(lengths, batch_size, 0, processes, rank)) for rank in range(processes)]
+    whole = list(LengthGroupedSampler(lengths, batch_size * processes, 0))
+    assert {len(share) for share in shares} == {-(-len(lengths) // processes)}
+    assert len(LengthGroupedSampler(lengths, batch_size, 0, processes, 0)) == len(shares[0])
+    dealt = [row for turn in zip(*shares, strict=True) for row in turn]
+    assert dealt[: len(whole)] == whole
+    assert set(dealt) == set(whole)
+
+
+@settings(max_examples=40)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=300), st.integers(1, 17), st.integers(0, 5))
 def test_grouping_by_length_is_a_permutation_that_depends_on_seed_and_epoch_alone(lengths, batch_size, seed):
     sampler = LengthGroupedSampler(lengths, batch_size, seed)

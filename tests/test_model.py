@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from dact import DACT, SubmodelConfig, functional
 from dact.callbacks import SavePretrained
+from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
 from dact.files import DurableCheckpointIO
 from tests import references
@@ -267,7 +268,21 @@ def _two_processes(rank, port, folder):
     fit.fit(model, loader(64, 8), loader(32, 8, seed=1))
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])
     metrics = {name: value.item() for name, value in fit.callback_metrics.items()}
-    torch.save({"weights": weights, "metrics": metrics}, f"{folder}/rank{rank}.pt")
+    seen = Seen()
+    fit.callbacks.append(seen)
+    fit.fit_loop.max_epochs = 3
+    fit.fit(model, datamodule=CompositionalSentiment(num_train=101, num_val=20, num_test=20, batch_size=8))
+    torch.save({"weights": weights, "metrics": metrics, "batches": seen.batches}, f"{folder}/rank{rank}.pt")
+
+
+class Seen(pl.Callback):
+    """The training batches of a fit: their rows and lengths."""
+
+    def __init__(self):
+        self.batches = []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.batches.append((batch["row"].tolist(), batch["input_ids"].shape[1]))
 
 
 @pytest.mark.slow
@@ -284,6 +299,10 @@ def test_two_processes_train_one_model(tmp_path):
     # (The two processes see different training examples, so that equal values are those of both.)
     for name in ("train_loss", "val_loss", "val_accuracy", "val_exit_layer", "val_task_loss", "val_layer_accuracy/1"):
         assert first["metrics"][name] == second["metrics"][name], name
+    # Both see all training examples of a datamodule of dact's, texts of similar length at the same time.
+    assert sorted({row for rank in (first, second) for rows, _ in rank["batches"] for row in rows}) == list(range(101))
+    assert sum(len(rows) for rank in (first, second) for rows, _ in rank["batches"]) == 102
+    assert all(abs(one[1] - other[1]) <= 1 for one, other in zip(first["batches"], second["batches"], strict=True))
     # What both halves measured together is what one process measures of everything.
     model = tiny_model(lambda_reg=0.05)
     torch.nn.utils.vector_to_parameters(first["weights"], model.parameters())

@@ -165,12 +165,13 @@ class TextDataModule(LightningDataModule, ABC):
         padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
         training = split == "train"
         sampler: Sampler[int] | None = None
+        trainer = self.trainer
+        processes, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
         if training:
-            sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed)
-        elif (trainer := self.trainer) is not None and trainer.world_size > 1 and trainer.state.fn in EVALUATING:
+            sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed, processes, rank)
+        elif trainer is not None and processes > 1 and trainer.state.fn in EVALUATING:
             # Lightning's own sampler repeats some examples. In a fit it must: all processes take equally many steps.
-            ranks = {"num_replicas": trainer.world_size, "rank": trainer.global_rank}
-            sampler = UnrepeatedDistributedSampler(items, **ranks, shuffle=False)
+            sampler = UnrepeatedDistributedSampler(items, num_replicas=processes, rank=rank, shuffle=False)
         return DataLoader(
             items,
             batch_size=max(self.batch_size, INFERENCE_BATCH) if split in ("test", "predict") else self.batch_size,

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from dact.data.examples import Examples
 from dact.data.tokenizers import PreTrainedTokenizerBase, portions
@@ -146,31 +146,29 @@ def collate(
     return batch
 
 
-class LengthGroupedSampler(Sampler[int]):
+class LengthGroupedSampler(DistributedSampler[int]):  # which tells Lightning to leave it in its place
     """A random order in which the examples of a batch have similar lengths, so that little padding is computed.
 
     The examples are shuffled, sorted by length within groups of 50 batches, and the batches are shuffled. The order
-    depends only on the seed and the epoch, so that a resumed run continues as if it had never stopped.
+    depends only on the seed and the epoch, so that a resumed run continues as if it had never stopped. Several
+    processes share each batch, so that all of them wait for texts of one length; a few examples are repeated if
+    they cannot be shared equally. The Trainer calls `set_epoch` at the start of each epoch.
 
     Args:
         lengths: Number of tokens of each example.
-        batch_size: Number of examples per batch.
+        batch_size: Number of examples per batch of one process.
         seed: Seed for the shuffling.
+        processes: Number of processes that train together.
+        rank: Number of this one, from 0.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; the Trainer calls this at the start of each epoch."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1, rank: int = 0) -> None:
+        super().__init__(range(len(lengths)), processes, rank, seed=seed)  # type: ignore[arg-type]  # only its length
+        self.lengths, self.batch_size = lengths, batch_size * processes
 
     def __iter__(self) -> Iterator[int]:
         generator = random.Random(f"{self.seed}/{self.epoch}")
-        order = generator.sample(range(len(self)), len(self))
+        order = generator.sample(range(len(self.lengths)), len(self.lengths))
         group = 50 * self.batch_size
         batches = []
         for start in range(0, len(order), group):
@@ -179,5 +177,6 @@ class LengthGroupedSampler(Sampler[int]):
         # A short batch stays last: the DataLoader cuts the order into batches from its beginning.
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         generator.shuffle(batches)
-        for batch in batches + last:
-            yield from batch
+        rows = [row for batch in batches + last for row in batch]
+        rows += (rows[-1:] * self.num_replicas)[: -len(rows) % self.num_replicas]
+        yield from rows[self.rank :: self.num_replicas]
