@@ -25,22 +25,29 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
         ValueError: If the data has more token ids than the encoder, longer inputs, other classes, or a teacher for a
             model that learns from none, or if it lacks a teacher that the model needs.
     """
-    model.encoder.check_tokens(getattr(datamodule, "tokenizer", None), getattr(datamodule, "max_length", None))
+    model.encoder.check_tokens(tokenizer_of(datamodule), getattr(datamodule, "max_length", None))
     check_classes(getattr(datamodule, "class_names", None), model.output_dimension)
     names = getattr(datamodule, "class_names", None)
     if names is not None:
+        names = [str(name) for name in names]
         if model.class_names is None:
-            model.class_names = list(names)
+            model.class_names = names
         check_class_order(model.class_names, names)
     if training:
         _check_teacher(model, datamodule)
+
+
+def tokenizer_of(datamodule: Any) -> Any:
+    """Return the tokenizer of a datamodule; None if it has none of the transformers library's kind."""
+    tokenizer = getattr(datamodule, "tokenizer", None)
+    return tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
 
 
 def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
     """Raise a ``ValueError`` if the data has more or fewer classes than the model; None is not checked."""
     if names is not None and len(names) != output_dimension:
         raise ValueError(
-            f"the data has {len(names)} classes ({', '.join(names)}), but the model has "
+            f"the data has {len(names)} classes ({', '.join(map(str, names))}), but the model has "
             f"output_dimension={output_dimension}: set output_dimension to {len(names)}"
         )
 

@@ -49,6 +49,15 @@ class LayerAnswers:
         return LayerAnswers(self.a[rows], self.p[rows], self.y[rows], self.target[rows], depths)
 
 
+def check_finite(probabilities: Tensor) -> None:
+    """Raise a ``ValueError`` if a probability is not a number: of such answers, the first class would be taken."""
+    if not probabilities.isfinite().all():
+        raise ValueError(
+            "the model's answers are not finite: train it again with a smaller learning rate or in precision 32-true, "
+            "or, if it runs in half precision, use bfloat16 or float32"
+        )
+
+
 @torch.no_grad()
 def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     """Return the answers of all layers to labelled batches, in the precision of the surrounding ``torch.autocast``.
@@ -59,7 +68,8 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
 
     Raises:
         TypeError: If a batch is not a dict.
-        ValueError: If a batch has no labels, a label is no class of the model, or there are fewer than two examples.
+        ValueError: If a batch has no labels, a label is no class of the model, an answer is not finite, or there are
+            fewer than two examples.
     """
     parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
     for batch in batches:
@@ -75,6 +85,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)
+        check_finite(a)
         found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target}
         if "depth" in batch:
             found["depths"] = batch["depth"]

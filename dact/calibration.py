@@ -424,7 +424,7 @@ def describe(found: Calibration, layers: int) -> str:
     if found.chose_checkpoint:
         lines.append(
             "these examples chose the checkpoint, so this is optimistic: set others aside with the data's "
-            "calibration_fraction or calibration_file"
+            "calibration_fraction before the next fit, or give a calibration_file"
         )
     return "\n".join(lines)
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dact import plots
+from dact.agreement import tokenizer_of
 from dact.model import DACT
 
 LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
@@ -151,7 +152,7 @@ def save_with_tokenizer(model: DACT, data: Any, folder: Path, **card: Any) -> No
         **card: Content of the model card; see `DACT.save_pretrained`.
     """
     model.save_pretrained(folder, **card)
-    tokenizer = getattr(data, "tokenizer", None)
+    tokenizer = tokenizer_of(data)
     if tokenizer is not None:
         tokenizer.save_pretrained(str(folder))
 

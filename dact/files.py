@@ -7,11 +7,14 @@ file or the new one. What is read is checked as far as the file allows.
 from __future__ import annotations
 
 import contextlib
+import glob
 import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
+import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -24,6 +27,7 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
+ABANDONED = 3600.0  # seconds without a change after which a temporary file is that of a killed process
 DIGEST = "sha256"  # key in the metadata of a safetensors file: digest of its tensors and its other metadata
 
 
@@ -31,10 +35,14 @@ DIGEST = "sha256"  # key in the metadata of a safetensors file: digest of its te
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` at the end, or is removed if an exception leaves the block.
 
-    Only one process at a time may write to a path.
+    Several processes may do so at once, as those of a fit on several devices: one of their files stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        with contextlib.suppress(OSError):  # another process may be faster
+            if time.time() - left_over.stat().st_mtime > ABANDONED:
+                left_over.unlink()
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
         yield partial
         _sync(partial)
@@ -78,7 +86,7 @@ def remove_partial(folder: Path) -> None:
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # folders cannot be opened there
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only what it may write
     try:
         os.fsync(descriptor)
     finally:

@@ -130,8 +130,8 @@ class _Unit:
 
     def ask(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return y ``[batch, classes]`` and h ``[batch]`` of pooled states ``[batch, hidden]``, in float32 or more."""
-        y = at_least_float32(self.classifier.of_layer(layer)(state)).softmax(dim=-1)
-        return y, at_least_float32(self.confidence.of_layer(layer)(state)).sigmoid().squeeze(-1)
+        y = at_least_float32(self.classifier.answer(layer, state)).softmax(dim=-1)
+        return y, at_least_float32(self.confidence.answer(layer, state)).sigmoid().squeeze(-1)
 
 
 class _Results:

@@ -138,7 +138,7 @@ class DACT(MetricLogging):
         self.submodel_learning_rate = submodel_learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
-        self.class_names = None if class_names is None else list(class_names)
+        self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.step_tokens = step_tokens
         self.window_tokens = window_tokens
         weights = None if class_weights is None else torch.tensor(class_weights)
@@ -266,6 +266,7 @@ class DACT(MetricLogging):
         price = self._warm_lambda() if lambda_reg is None else lambda_reg
         if self.training:
             self.steps_done += 1
+            self._forget()
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
         return Loss(loss, task_loss, exit_loss, ponder_cost)
 
@@ -306,9 +307,9 @@ class DACT(MetricLogging):
         self.save_hyperparameters(shown)
 
     def on_fit_start(self) -> None:
-        self.end_calibration()  # its promise was made for other weights
-        self.temperatures = None
-        self.provenance = model_card.Provenance()
+        self._forget()
+        if not any(module.training for module in self.modules()):
+            self.train()  # a loaded model is in eval mode, which Lightning would keep: no dropout
 
     def on_train_start(self) -> None:
         # Set for each training, also those of Lightning's own search for a batch size or learning rate; infinite for an
@@ -322,6 +323,12 @@ class DACT(MetricLogging):
             (submodels, self.submodel_learning_rate or self.learning_rate),
         )
         return schedule(rates, self.weight_decay, self.warmup_fraction, self.trainer.estimated_stepping_batches)
+
+    def _forget(self) -> None:
+        """Drop what was found for weights that are trained further."""
+        self.end_calibration()
+        self.temperatures = None
+        self.provenance = model_card.Provenance()
 
     def end_calibration(self) -> None:
         """Drop the calibration, and restore the value that its dial had before."""

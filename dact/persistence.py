@@ -116,7 +116,7 @@ def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Ma
         if not is_open:
             raise TypeError(f"{cls.__name__} has no argument {name!r}: expected one of {', '.join(known)}")
     config = dict(config)
-    learned = {name: config.pop(name, None) for name in LEARNED}
+    learned, layers = {name: config.pop(name, None) for name in LEARNED}, config.get("num_layers")
     subclass = config.pop("subclass", None) or {"arguments": {}, "passed": list(config)}
     arguments = config
     if cls is not base:
@@ -141,12 +141,17 @@ def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Ma
             arguments[name] = SubmodelConfig(**arguments[name])
     if "encoder" in arguments and not isinstance(arguments["encoder"], LayeredEncoder):
         arguments["encoder"] = encoders.from_config(arguments["encoder"])
-    model = cls(**arguments)
+    model: Any = cls(**arguments)
     for name in (*HALTING, "class_names"):  # may have changed after the constructor of a subclass set them
         if name in config and name not in overrides:
             setattr(model, name, config[name])
-    _restore_learned(model, learned, overrides)
-    return model
+    if layers in (None, model.num_layers):
+        _restore_learned(model, learned, overrides)
+    elif learned["calibration"] is not None:  # of another full depth
+        model.calibration = learned["calibration"]
+        model.end_calibration()
+    made: Model = model
+    return made
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -269,6 +274,7 @@ def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
         )
     model.class_names = model.class_names or stored
     model.temperatures = config.get("temperatures")
+    model.end_calibration()
     calibration = config.get("calibration")
     if calibration is None:
         return None

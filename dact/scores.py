@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from dact import functional
-from dact.answers import LayerAnswers
+from dact.answers import LayerAnswers, check_finite
 
 LARGEST_TEMPERATURE = 8.0  # and 1/8 is the smallest
 FOLDS = 5
@@ -50,11 +50,7 @@ def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[fl
     Raises:
         ValueError: If a probability is not a number: of such answers, the first class would be taken.
     """
-    if not probabilities.isfinite().all():
-        raise ValueError(
-            "the model's answers are not finite: train it again with a smaller learning rate or in precision 32-true, "
-            "or, if it runs in half precision, use bfloat16 or float32"
-        )
+    check_finite(probabilities)
     if temperatures is None:
         return probabilities
     log = functional.at_least_float32(probabilities).clamp_min(functional.SMALLEST_PROBABILITY).log()
@@ -81,7 +77,7 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     for layer in range(1, answers.num_layers + 1):
         here = exits == layer
         log = given[here].double().clamp_min(functional.SMALLEST_PROBABILITY).log()
-        temperatures.append(_fit_temperature(log, answers.target[here]))
+        temperatures.append(_fit_temperature(log, answers.target[here].long()))
     return temperatures
 
 

@@ -135,7 +135,7 @@ class _API(litserve.LitAPI):
         except Exception as error:
             if len(requests) == 1:
                 log.error("a request failed: %s", type(error).__name__)  # the message may quote the text
-                return [JSONResponse({"detail": "the text cannot be classified"}, 422)]
+                return [JSONResponse({"detail": "the model failed on this request"}, 500)]
             # One of them is at fault: classify them one by one, so that the others are answered.
             return [answer for request in requests for answer in self.predict([request])]
 

@@ -125,8 +125,18 @@ class Submodels(nn.ModuleList):
         """Return the submodel of a layer (1-based)."""
         return self[(layer - 1) % len(self)]
 
+    def answer(self, layer: int, state: Tensor) -> Tensor:
+        """Apply the submodel of a layer (1-based): ``[batch, hidden]`` -> ``[batch, output]``."""
+        output: Tensor = self.of_layer(layer)(self._matched(state))
+        return output
+
+    def _matched(self, states: Tensor) -> Tensor:
+        """Return states in the precision of the weights: that of an encoder may be lower."""
+        return states.to(next(self.parameters()).dtype)
+
     def forward(self, states: Tensor) -> Tensor:
         """Apply the submodel of each layer: ``[batch, layers, hidden]`` -> ``[batch, layers, output]``."""
+        states = self._matched(states)
         if len(self) < self.num_layers:
             # All layers at once, so that batch normalization learns the statistics that it uses in eval mode.
             output: Tensor = self[0](states.flatten(0, 1))  # [batch * layers, output]

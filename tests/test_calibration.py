@@ -220,6 +220,29 @@ def test_a_promise_ends_where_training_goes_on():
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(model, torch.utils.data.DataLoader(batch, batch_size=None))
     assert (model.halting_margin, model.calibration) == (1.0, None)
+    calibrate(model.eval(), batch, min_agreement=0.5)
+    model.loss(batch[0])
+    assert model.calibration is not None, "measuring a loss trains nothing"
+    model.train().loss(batch[0])
+    assert (model.halting_margin, model.calibration) == (1.0, None), "without a Trainer as well"
+
+
+def test_a_promise_ends_with_the_weights_that_it_was_made_for(tmp_path):
+    model, other = tiny_model(share_submodels=True), tiny_model(share_submodels=True)
+    found = calibrate(model, [random_batch(300)], min_agreement=0.5)
+    model.save_pretrained(tmp_path)
+    assert DACT.from_pretrained(tmp_path).halting_margin == found.halting_margin < 1
+    fewer = DACT.from_pretrained(tmp_path, num_layers=2)
+    assert (fewer.halting_margin, fewer.calibration) == (1.0, None), "its full depth is another one"
+    model.on_load_checkpoint({"state_dict": other.state_dict(), "dact": other.config()})
+    assert (model.halting_margin, model.calibration) == (1.0, None)
+
+
+def test_a_broken_model_keeps_no_promise():
+    model = tiny_model()
+    torch.nn.init.constant_(model.classifier.of_layer(4)[-1].weight, float("nan"))
+    with pytest.raises(ValueError, match="the model's answers are not finite"):
+        calibrate(model, [random_batch(300)], max_accuracy_loss=0.1)
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,15 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
         assert kind in text
         assert "of 2\n" in text
         assert "chose the checkpoint" not in text
+    # Examples that the fit has not set aside are no others afterwards.
+    words = ["calibrate", *model, "--config", "my.yaml", "--max_accuracy_loss", "0.5", "--confidence", "null"]
+    status, text = dact_here(*words, cwd=folder)
+    assert status == 0, text
+    assert "chose the checkpoint" in text
+    for option, value, before in (("calibration_fraction", "0.5", "0.0"), ("seed", "7", "0")):
+        status, text = dact_here(*words, f"--data.{option}", value, cwd=folder)
+        assert status == 1
+        assert f"data.{option} was {before} there and is {value} here: use the value in " in text
     status, text = dact_here("test", *model, "--data.test_file", "train.csv", cwd=folder)
     assert status == 0, text
     assert re.search(r"^estimate of halting_margin .* on these 40 examples$", text, re.MULTILINE)

@@ -235,7 +235,8 @@ def test_text_that_is_no_text_is_refused_with_its_rows(tmp_path):
 def test_prediction_gives_every_row_its_reason(tmp_path):
     rows = [("good",), (" ",), (5,), ("fine",), (None,)]
     module = data(None, predict_file=write(tmp_path, "jsonl", rows, ("text",)))
-    module.setup("predict")
+    with pytest.warns(UserWarning, match="rows 2, 3, 5 cannot be classified and get no prediction"):
+        module.setup("predict")
     assert module.splits["predict"].reasons == [None, "empty text", "not a string: '5'", None, "no text"]
     assert [item["row"] for item in module._encoded["predict"]] == [0, 3]
 

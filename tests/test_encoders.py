@@ -191,7 +191,7 @@ def test_a_fine_tuned_classifier_serves_and_its_head_is_left_aside(name, tmp_pat
         encoder = HuggingFaceEncoder(str(tmp_path)).eval()
     assert "ignored weights outside the encoder" in caplog.text
     assert "classifier" in caplog.text
-    base = HuggingFaceEncoder.from_model(model.base_model).eval()
+    base = HuggingFaceEncoder.from_model(model).eval()
     with torch.no_grad():
         torch.testing.assert_close(encoder(BATCH), base(BATCH), rtol=0, atol=0)
 
@@ -229,6 +229,16 @@ def test_the_packaged_minilm_loads():
     assert (encoder.num_layers, encoder.hidden_size, encoder.max_length) == (6, 384, 512)
     with torch.no_grad():
         assert torch.isfinite(encoder(random_batch(2, 8))).all()
+
+
+def test_the_mean_of_many_large_tokens_is_finite_in_half_precision():
+    hidden, mask = torch.full((2, 8192, 4), 12.0), torch.ones(2, 8192, dtype=torch.long)
+    mask[1, 5000:] = 0
+    for dtype in (torch.float16, torch.bfloat16):
+        with torch.autocast("cpu", dtype):
+            pooled = [pool_tokens(hidden, mask, "mean"), pool_tokens(hidden.to(dtype), mask, "mean")]
+        for found in [*pooled, pool_tokens(hidden.to(dtype), mask, "mean")]:
+            torch.testing.assert_close(found.float(), torch.full((2, 4), 12.0), rtol=1e-2, atol=0)
 
 
 def test_padding_on_either_side_pools_the_same_tokens():

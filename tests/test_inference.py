@@ -163,6 +163,17 @@ def test_half_precision_runs_and_hardly_changes_a_class(dtype):
     assert (half.probabilities.argmax(1) == exact.probabilities.argmax(1)).double().mean() > 0.9
 
 
+def test_an_encoder_in_half_precision_serves_submodels_in_float32():
+    """As a model of transformers that was stored in half precision, which it loads as it is."""
+    model, data = tiny_model(layers=3), random_batch(20)
+    model.encoder.to(torch.bfloat16)
+    output = model.early_exit(data)
+    assert output.probabilities.dtype == torch.float32
+    assert torch.equal(output.exit_layer, model(data).exit_layer)
+    model.train().loss(data).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_defaults_depend_on_the_device_and_wrong_sizes_are_refused():
     assert inference.STEP_TOKENS["cuda"] > 10_000
     for step, most in ((None, 2048), (60, 60)):

@@ -163,16 +163,17 @@ def test_val_loss_has_the_final_lambda_from_the_first_epoch_on(tmp_path):
     assert values[0] == values[1]
 
 
-def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path):
-    seen = []
+def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, monkeypatch):
+    seen, warm = [], DACT._warm_lambda
 
-    class Watch(pl.Callback):
-        def on_train_batch_start(self, trainer, module, *args):
-            seen.append((trainer.global_step, module._warm_lambda(), trainer.optimizers[0].param_groups[0]["lr"]))
+    def watched(model):
+        seen.append((model.trainer.global_step, warm(model), model.trainer.optimizers[0].param_groups[0]["lr"]))
+        return seen[-1][1]
 
+    monkeypatch.setattr(DACT, "_warm_lambda", watched)
     model = tiny_model(lambda_reg=0.1, lambda_warmup=0.5, learning_rate=1.0, warmup_fraction=0.25)
     # 10 batches, 2 accumulated: 5 steps an epoch, 20 in all
-    trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2, callbacks=[Watch()]).fit(model, loader(40, 4))
+    trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2).fit(model, loader(40, 4))
     by_step = {step: (weight, rate) for step, weight, rate in seen}
     assert sorted(by_step) == list(range(20))
     for step, (weight, rate) in by_step.items():
@@ -309,6 +310,45 @@ def test_two_processes_train_one_model(tmp_path):
     alone = trainer(tmp_path).validate(model, loader(32, 8, seed=1), verbose=False)[0]
     for name in ("val_loss", "val_accuracy", "val_exit_layer"):
         assert alone[name] == pytest.approx(first["metrics"][name], rel=1e-5)
+
+
+def test_a_loaded_model_is_trained_with_dropout(tmp_path):
+    encoder = TransformerEncoder(50, 2, 16, 2)
+    DACT(encoder, classifier=SubmodelConfig(normalization="batch")).save_pretrained(tmp_path)
+    model = DACT.from_pretrained(tmp_path)
+    assert not model.training
+    trainer(tmp_path, max_epochs=1).fit(model, loader(), loader(seed=1))
+    assert all(module.training for module in model.modules())
+    assert model.classifier.of_layer(1)[1].num_batches_tracked == 4
+    partly = DACT.from_pretrained(tmp_path)
+    partly.classifier.train()
+    trainer(tmp_path, max_epochs=1).fit(partly, loader(), loader(seed=1))
+    assert not any(module.training for module in partly.encoder.modules()), "what was frozen on purpose stays so"
+
+
+class DataOfYourUser(pl.LightningDataModule):
+    """Numbers as the names of its classes, and a tokenizer of a kind that transformers does not know."""
+
+    class_names = (1, 2, 3)
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.tokenizer = tokenizer
+
+    def train_dataloader(self):
+        return loader()
+
+    def val_dataloader(self):
+        return loader(seed=1)
+
+
+@pytest.mark.parametrize("tokenizer", ["google-bert/bert-base-uncased", str.split, object()])
+def test_a_foreign_tokenizer_and_numbers_as_class_names_are_no_obstacle(tmp_path, tokenizer):
+    model = tiny_model()
+    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints")
+    fit = trainer(tmp_path, enable_checkpointing=True, callbacks=[checkpoints, SavePretrained()])
+    fit.fit(model, datamodule=DataOfYourUser(tokenizer))
+    assert DACT.from_pretrained(tmp_path / "model").class_names == ["1", "2", "3"]
 
 
 # ------------------------------------------------------------------ an encoder of your user's own

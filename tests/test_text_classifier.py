@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from dact import DACT, DACTOutput, TextClassifier, text_classifier
 from dact.data.tokenizers import word_tokenizer
@@ -57,9 +57,15 @@ def test_many_threads_get_the_answers_of_one(classifier):
     assert threading.active_count() == before, "no thread stays behind"
 
 
-def test_a_classifier_survives_pickling(classifier):
-    again = pickle.loads(pickle.dumps(classifier))
-    assert again(TEXTS) == classifier(TEXTS)
+def bert():
+    return BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+
+
+def test_a_classifier_survives_pickling(classifier, tokenizer):
+    encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(bert()))
+    for one in (classifier, TextClassifier(tiny_model(encoder=encoder, class_names=NAMES), tokenizer)):
+        again = pickle.loads(pickle.dumps(one))
+        assert again(TEXTS) == one(TEXTS)
 
 
 def test_two_classifiers_share_a_tokenizer_between_threads(tokenizer):

@@ -30,7 +30,7 @@ from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
 from dact.cli.request import EVALUATING, Request
-from dact.cli.runs import balanced_weights, build_data, check_same_run, check_tag, stored_model
+from dact.cli.runs import balanced_weights, build_data, check_same_run, check_set_aside, check_tag, stored_model
 from dact.cli.stored import RUNS, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
@@ -356,6 +356,8 @@ class DACTCLI(LightningCLI):
 
     def calibrate(self, promise: Promise) -> None:
         """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
+        plain = yaml.safe_load(self._parser("calibrate").dump(self.config["calibrate"], skip_none=False))
+        check_set_aside(self.source, plain.get("data") or {})
         model, plugin = self.model, self.trainer.precision_plugin
         before = getattr(model, promise.dial)
         model.end_calibration()

@@ -15,6 +15,9 @@ from dact.encoders import LayeredEncoder
 from dact.functional import UNLABELLED
 from dact.model import DACT
 
+# Options of data that decide which examples a fit sees.
+DIVIDES = ("calibration_fraction", "val_fraction", "seed", "split", "corpora", "num_train", "num_val", "max_depth")
+
 
 def check_tag(runs: Path, tag: str, command: str) -> Path:
     """Return the folder of a run, unless its name is a path or it belongs to another command."""
@@ -66,6 +69,30 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
             raise ValueError(
                 f"run {folder.name} was started with another {different}: use the value in {stored}, or give another "
                 "--run_tag"
+            )
+
+
+def check_set_aside(source: Path, now: dict[str, Any]) -> None:
+    """Raise an error if data would promise on other examples than those that the fit of a model has set aside.
+
+    Args:
+        source: Checkpoint or model/ folder of a run; elsewhere nothing is known of a fit.
+        now: The ``data:`` section, complete.
+    """
+    stored = (source.parent if source.is_dir() else source.parent.parent) / "config.yaml"
+    before = yaml.safe_load(stored.read_text(encoding="utf-8")).get("data") if stored.is_file() else None
+    if before is None or before.get("class_path") != now.get("class_path"):
+        return
+    then, given = (section.get("init_args") or {} for section in (before, now))
+    if given.get("calibration_file"):
+        return
+    for name in DIVIDES:
+        if name in then and name in given and then[name] != given[name]:
+            if name == "calibration_fraction" and not given[name]:
+                continue  # the validation examples, of which the result says that they chose the checkpoint
+            raise ValueError(
+                f"a promise needs examples that the fit has set aside, but data.{name} was {then[name]!r} there and is "
+                f"{given[name]!r} here: use the value in {stored}, or give a data.calibration_file"
             )
 
 

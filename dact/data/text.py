@@ -326,4 +326,10 @@ class TextClassificationData(TextDataModule):
         """Return the texts of a file without labels, each with the reason why it cannot be used or None."""
         table, reasons = self._columns(split, self._text_columns)
         pairs = None if self.text_pair_column is None else table[self.text_pair_column]
+        unusable = [row for row, reason in enumerate(reasons) if reason is not None]
+        if unusable and split == "predict":
+            rank_zero_warn(
+                f"{self._file(split)}: {name_rows(unusable)} cannot be classified and get no prediction; the 'row' of "
+                "each batch numbers the others from 0"
+            )
         return Examples(table[self.text_column], pairs, reasons=reasons)

@@ -100,7 +100,7 @@ class LayeredEncoder(nn.Module, ABC):
         ids = batch.get("input_ids")
         if not isinstance(ids, Tensor):
             raise KeyError(f"a batch needs 'input_ids' [batch, length], a tensor, got the keys {sorted(batch)}")
-        if ids.dim() != 2:
+        if ids.dim() != 2 or ids.shape[1] == 0:
             raise ValueError(f"input_ids must have the shape [batch, length], got {list(ids.shape)}")
         mask = batch.get("attention_mask")
         if mask is None:
@@ -170,7 +170,11 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     if pooling == "first":
         first = mask.int().argmax(dim=1)  # [batch]: 0 unless padding is on the left
         return hidden[torch.arange(hidden.shape[0], device=hidden.device), first]
-    weights = mask.to(hidden.dtype)
+    tokens = mask.sum(dim=1, keepdim=True)
+    kind = hidden.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    if dtype == torch.float16:  # in which the sum over thousands of tokens overflows
+        mask, tokens = mask / tokens, torch.ones_like(tokens)
     # [batch, 1, length] @ [batch, length, hidden] -> [batch, hidden]
-    total = torch.bmm(weights.unsqueeze(1), hidden).squeeze(1)
-    return total / weights.sum(dim=1, keepdim=True)
+    total = torch.bmm(mask.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)
+    return total / tokens.to(hidden.dtype)

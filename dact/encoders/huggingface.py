@@ -183,7 +183,8 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     def _adopt(self, model: PreTrainedModel, pooling: Pooling) -> None:
         check_choice("HuggingFaceEncoder: pooling", pooling, Pooling)
-        family = _check_family(model.config.model_type, type(model).__name__)
+        _check_family(model.config.model_type, type(model).__name__)
+        model = model.base_model  # without the head of another task
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # never used here, and DDP refuses parameters without a gradient
         self.model = model.train()  # loaded models are in eval mode, which Lightning would keep: no dropout
@@ -195,7 +196,10 @@ class HuggingFaceEncoder(LayeredEncoder):
         # RoBERTa and MPNet count positions from the first token; the others with absolute positions from the first
         # column.
         self.counts_columns = self.max_length is not None and _position_table(model).padding_idx is None
-        self._family = family
+
+    @property
+    def _family(self) -> _Family:  # no attribute, since functions without a name cannot be pickled
+        return FAMILIES[self.model.config.model_type]
 
     def embed(self, batch: Batch) -> Tensor:
         inputs = {name: batch[name] for name in self._family.inputs if name in batch}
