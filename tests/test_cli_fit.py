@@ -1,6 +1,7 @@
 """``dact fit``: its name, its checkpoints, how it is stopped and resumed, and what it says; and the errors of YAML."""
 
 import io
+import json
 import re
 import shlex
 import signal
@@ -104,6 +105,7 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     assert "resuming lightning_logs/first after epoch 2" in text
     assert re.findall(r"^epoch (\d)", text, re.MULTILINE) == ["3"]
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None, "a fit from it begins anew"
     status, text = dact_here("tune", "--config", FIT, *SMALL, "--run_tag", "first", cwd=tmp_path)
     assert status == 1
     assert "lightning_logs/first belongs to dact fit: give another --run_tag" in text
@@ -111,6 +113,36 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     status, text = dact_here(*words, "--run_tag", "tuned", cwd=tmp_path)
     assert status == 1
     assert "lightning_logs/tuned belongs to dact tune" in text
+
+
+class Failing(Callback):
+    """Fails in the third epoch."""
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 2:
+            raise RuntimeError("no memory left")
+
+
+@pytest.mark.parametrize("kept", ["own", "in another folder", "none"])
+def test_a_fit_that_fails_with_checkpoints_of_ones_own_keeps_what_it_has_logged_and_resumes(dact_here, tmp_path, kept):
+    callbacks = [{"class_path": "tests.test_cli_fit.Failing"}]
+    folder = "elsewhere" if kept == "in another folder" else "lightning_logs/first/checkpoints"
+    if kept != "none":
+        own = {"monitor": "val_accuracy", "dirpath": "elsewhere" if folder == "elsewhere" else None}
+        callbacks.append({"class_path": "ModelCheckpoint", "init_args": own})
+    trainer = {"max_epochs": 4, "callbacks": callbacks, "enable_checkpointing": kept != "none"}
+    (tmp_path / "more.yaml").write_text(json.dumps({"trainer": trainer}))
+    words = ["fit", "--config", FIT, *SMALL, "--config", "more.yaml", "--run_tag", "first"]
+    status, text = dact_here(*words, cwd=tmp_path)
+    assert status == 1
+    assert any((tmp_path / "lightning_logs" / "first").glob("events.*")), "curves of two epochs"
+    last = tmp_path / folder / "last.ckpt"
+    assert last.is_file() == (kept != "none")
+    if kept == "own":
+        (tmp_path / "more.yaml").write_text(json.dumps({"trainer": {**trainer, "callbacks": callbacks[1:]}}))
+        status, text = dact_here(*words, cwd=tmp_path)
+        assert status == 0, text
+        assert "resuming lightning_logs/first after epoch 2" in text
 
 
 @pytest.mark.slow

@@ -80,6 +80,13 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     assert str(folder / "model") in "".join(lines)
     promised = next(line for line in lines if "promised" in line)
     assert promised.split()[:2] == ["0.83", "78.50"]
+    (folder / "metrics.json").write_text(json.dumps({**metrics(), "calibration": None}))
+    console = Console(width=80, record=True)
+    show_summary(console, folder, verdict, [])
+    text = console.export_text()
+    assert "as set" in text
+    assert "promised" not in text
+    assert "set by an estimate" not in text
 
 
 @pytest.mark.parametrize(

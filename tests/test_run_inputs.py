@@ -3,12 +3,16 @@
 import datetime
 import io
 import socket
+import threading
+import warnings
 from functools import partial
 from pathlib import Path
 
 import optuna
 import pytest
 import torch
+import yaml
+from lightning.pytorch import LightningDataModule
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -18,8 +22,10 @@ from torch.utils.data import DataLoader, WeightedRandomSampler
 from dact import DACT, TuningEngine
 from dact.bounds import mean_upper_bound
 from dact.calibration import Promise
+from dact.cli.tune import _quiet_studies
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
+from dact.factories import DataFactory, ModelFactory
 from dact.files import read_json
 from dact.submodels import SubmodelConfig
 from dact.tuning.baseline import _probabilities
@@ -30,7 +36,7 @@ from dact.tuning.selection import Point
 from dact.tuning.space import Dimension
 from dact.tuning.stages import TRAINING
 from tests.commands import GENERATED
-from tests.test_tuning import engine, small_data, small_model
+from tests.test_tuning import engine, small_data, small_model, study_of
 
 
 def quick(folder, **options):
@@ -131,7 +137,102 @@ def test_trials_are_never_compared_on_different_examples(tmp_path):
     trainer = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 1}
     with pytest.raises(ValueError, match=r"limit_val_batches=1 counts batches.*choices: \[32\]"):
         engine(tmp_path, trainer=trainer).joint_tune_study("run")
-    engine(tmp_path, trainer=trainer, n_trials=1, search_space={"batch_size": {"choices": [32]}}).joint_tune_study("a")
+    range_of_sizes = {"batch_size": {"type": "int", "low": 8, "high": 48, "step": 8}}
+    with pytest.raises(ValueError, match=r"limit_val_batches=1 counts batches"):
+        engine(tmp_path, trainer=trainer, search_space=range_of_sizes).joint_tune_study("run")
+    space = {"batch_size": {"choices": [32]}}
+    engine(tmp_path, trainer=trainer, n_trials=1, search_space=space).joint_tune_study("a")
+    # The states of all validation examples are one batch, of which there is no half.
+    half = {**trainer, "limit_val_batches": 0.5}
+    frozen = {"encoder_training": "frozen", "warm_up_epochs": 0, "search_space": space, "n_trials": 1}
+    engine(tmp_path, trainer=half, data=partial(small_data, batch_size=16), **frozen).joint_tune_study("b")
+
+
+class TaughtData(LightningDataModule):
+    """Data of one's own, whose training batches carry a teacher's probabilities."""
+
+    def __init__(self, batch_size=32):
+        super().__init__()
+        self.inner = small_data(batch_size=batch_size)
+
+    def setup(self, stage):
+        self.inner.setup(stage)
+
+    def train_dataloader(self):
+        batches = [*self.inner.train_dataloader()]
+        return DataLoader(
+            [{**batch, "teacher": torch.full((len(batch["labels"]), 3), 1 / 3)} for batch in batches], None
+        )
+
+    def val_dataloader(self):
+        return self.inner.val_dataloader()
+
+    def test_dataloader(self):
+        return self.inner.test_dataloader()
+
+
+def test_a_teacher_that_the_batches_of_ones_own_data_carry_teaches_the_trials(tmp_path):
+    made = quick(tmp_path, model=partial(small_model, distillation=0.7), data=TaughtData)
+    made.joint_tune_study("run")
+    assert made._prepared.build({})[0].distillation == 0.7
+    model, _ = made.recipe.untuned(made._prepared.own_teacher)
+    assert model.distillation == 0.7
+    for asked, share in ((0.5, 0.5), (0.0, 0.0)):
+        made = quick(tmp_path, model=partial(small_model, distillation=0.7), data=TaughtData, distillation=asked)
+        made.joint_tune_study(f"run-{asked}")
+        assert made._prepared.build({})[0].distillation == share
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("encoder_training", ["frozen", "finetune"])
+def test_a_run_may_train_in_half_precision(tmp_path, encoder_training):
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "precision": "bf16-true"}
+    options = {"encoder_training": encoder_training, "warm_up_epochs": 1, "compare_defaults": False}
+    metrics, _ = quick(tmp_path, trainer=trainer, **options).run_pipeline("run")
+    assert read_json(Path(metrics))["test"]["accuracy"] > 0
+
+
+class Verdicts(CompositionalSentiment):
+    """Data of one's own with few options."""
+
+    def __init__(self, batch_size: int = 32) -> None:
+        super().__init__(num_train=120, num_val=400, num_test=60, batch_size=batch_size)
+
+
+@pytest.mark.slow
+def test_the_configuration_of_a_final_fit_has_only_options_that_its_data_knows(tmp_path):
+    section = {"class_path": "tests.test_run_inputs.Verdicts", "init_args": {}}
+    encoder = {"vocab_size": 42, "num_layers": 2, "hidden_size": 8, "num_heads": 2}
+    model = {"encoder": {"class_path": "dact.encoders.TransformerEncoder", "init_args": encoder}}
+    made = quick(tmp_path, model=ModelFactory(model), data=DataFactory(section), compare_defaults=False)
+    metrics, _ = made.run_pipeline("run")
+    written = yaml.safe_load((Path(metrics).parent / "config.yaml").read_text())
+    assert isinstance(DataFactory(written["data"])(), Verdicts)
+    assert read_json(Path(metrics))["calibration"]["chose_checkpoint"] is False
+
+
+def test_the_same_command_adds_no_trial_to_a_study_that_a_callback_has_stopped(tmp_path):
+    for _ in range(3):
+        stop = optuna.study.MaxTrialsCallback(1, states=None)
+        made = engine(tmp_path, n_trials=3, callbacks=[stop], encoder_training="frozen", warm_up_epochs=0)
+        made.joint_tune_study("run")
+        assert len([trial for trial in study_of(tmp_path, "submodels").trials if trial.state.is_finished()]) == 1
+
+
+def test_a_warning_of_the_data_is_shown_once_for_all_trials(monkeypatch):
+    shown = []
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *arguments: shown.append(str(message)))
+    monkeypatch.setattr("threading.excepthook", threading.excepthook)
+    monkeypatch.setattr("dact.cli.tune.quiet", lambda: None)
+    level = optuna.logging.get_verbosity()
+    _quiet_studies()
+    optuna.logging.set_verbosity(level)
+    for _ in range(3):
+        with warnings.catch_warnings():
+            warnings.simplefilter("always")
+            warnings.warn("some texts are cut", stacklevel=1)
+            warnings.warn("others are empty", stacklevel=1)
+    assert shown == ["some texts are cut", "others are empty"]
 
 
 def test_a_narrowed_search_space_holds_for_what_no_study_has_chosen_yet(tmp_path):

@@ -1,5 +1,6 @@
 """The decisions of tuning, without any training: spaces, selection, where to try next, whom to prune."""
 
+import dataclasses
 import math
 import random
 import socket
@@ -7,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from functools import partial
 from pathlib import Path
 
@@ -18,12 +20,15 @@ import torch
 from hypothesis import given, settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins import MixedPrecision
+from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
+from dact.data import CompositionalSentiment
 from dact.factories import DataFactory
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, retries, studies, tensorboard
-from dact.tuning.fitting import make_trainer
+from dact.tuning.fitting import Deadline, make_trainer
 from dact.tuning.outcome import Outcome
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameLengthPruner, lags
 from dact.tuning.retries import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
@@ -32,9 +37,11 @@ from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
 from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_spaces, complete_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
-from dact.tuning.storage import open_storage
+from dact.tuning.storage import open_storage, stopped_by
 from dact.tuning.trial import _recorded_cause
 from dact.tuning.trial_loop import run_trials
+from dact.tuning.workers import StudyJob, check_workers
+from tests.conftest import tiny_model
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -259,6 +266,42 @@ def test_trials_go_where_the_curve_bends(bend):
     generator = random.Random(0)
     drawn = [10 ** generator.uniform(-3, 0) for _ in range(1200)]
     assert len(steep) / 12 > 1.3 * sum(1.05 < layers_at(value, bend) < 5.95 for value in drawn) / 1200
+
+
+def test_a_lambda_outside_of_the_range_does_not_stop_the_search_within_it():
+    tried = [(0.02, 6.0), (3.0, 1.0)]
+    for _ in range(6):
+        value = next_lambda(tried, 1e-3, 1.0)
+        tried.append((value, layers_at(value)))
+    assert len({value for value, _ in tried}) == 8
+
+
+def test_a_new_winner_ends_those_that_were_found_under_the_old_one(tmp_path):
+    run = Run("run", tmp_path)
+    run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 1}})
+    run.save({"external_config": {"num_epochs": 2}})
+    run.save({"lambda_reg": 0.1})
+    whole = run.winners()
+    assert not run.save({"external_config": {"num_epochs": 2}})
+    assert run.winners() == whole
+    run.save({"external_config": {"num_epochs": 3}})
+    assert run.winners() == dataclasses.replace(whole, external_config={"num_epochs": 3}, lambda_reg=None)
+    run.save({"lambda_reg": 0.2})
+    run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 2}})
+    assert [name.split()[0] for name in run.winners().missing()] == ["external_config", "lambda_reg"]
+
+
+def test_callbacks_with_other_settings_are_another_run():
+    def identity(**trainer):
+        return TuningEngine(model=tiny_model, data=CompositionalSentiment, trainer=trainer).recipe.identity(
+            "", "", 8, None
+        )
+
+    calm, eager = (EarlyStopping("val_loss", patience=patience) for patience in (9, 1))
+    assert identity(callbacks=calm) == identity(callbacks=[EarlyStopping("val_loss", patience=9)])
+    assert identity(callbacks=calm) != identity(callbacks=eager)
+    assert identity(plugins=[MixedPrecision("bf16-mixed", "cpu")]) != identity()
+    assert identity(callbacks=ModelCheckpoint("here")) == identity(callbacks=ModelCheckpoint("there"))
 
 
 def test_running_and_failed_trials_are_not_proposed_again():
@@ -501,6 +544,46 @@ def test_optunas_own_callbacks_may_stop_a_study(tmp_path):
     stop = optuna.study.MaxTrialsCallback(2, states=(TrialState.COMPLETE,))
     run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, lock_of(tmp_path), callbacks=[stop])
     assert len(study.trials) == 2
+    assert studies.trials_left(study, 9, None, True) == 0, "the same command adds none"
+    assert studies.trials_left(study, 10, None, True) == 8
+
+
+def test_a_message_of_ones_own_is_not_taken_for_that_of_a_disk():
+    own = ValueError("no encoder at pretrained='nobody/nothing'")
+    own.__cause__ = OSError("the network is unreachable")
+    assert stopped_by(own) is None
+    full = RuntimeError("the writer failed")
+    full.__cause__ = OSError("No space left on device")
+    assert stopped_by(full) is full.__cause__
+
+
+def test_workers_cannot_be_sent_what_a_notebook_defines(monkeypatch):
+    notebook = types.ModuleType("__main__")
+    exec("def make_model(**chosen): ...", vars(notebook))
+    monkeypatch.setitem(sys.modules, "__main__", notebook)
+    with pytest.raises(TypeError, match=r"model must be a function that other processes can import.*notebook"):
+        check_workers(2, None, model=notebook.make_model)
+    notebook.__file__ = __file__
+    check_workers(2, None, model=notebook.make_model)
+
+
+def run_drawing(run_trials, study, objective, *arguments, **options):
+    run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), *arguments, **options)
+
+
+def test_a_seeded_sampler_of_ones_own_gives_the_same_parameters_again(tmp_path, monkeypatch):
+    found = []
+    for folder in (tmp_path / "a", tmp_path / "b"):
+        run = Run("run", folder)
+        study = studies.open_study(run, SUBMODELS, {}, f"sqlite:///{folder}.db", None)
+        studies.start_with(study, [{"x": 0.5}])
+        objective = types.SimpleNamespace(run=run, stage=SUBMODELS, deadline=Deadline())
+        monkeypatch.setattr("dact.tuning.workers.run_trials", partial(run_drawing, run_trials))
+        job = StudyJob(objective, 3, None, RandomSampler(seed=42), None)
+        job.run(study, lambda: None)
+        found.append([trial.params["x"] for trial in study.trials])
+    assert found[0] == found[1]
+    assert len({*found[0]}) == 3
 
 
 def test_a_trial_that_died_before_it_could_say_that_it_failed_is_not_repeated(tmp_path):

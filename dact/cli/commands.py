@@ -48,6 +48,8 @@ class SaveConfig(SaveConfigCallback):
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.loggers:
+            self.config = self.config.clone()
+            self.config.ckpt_path = None  # of a resumed fit, which it describes as it began
             super().setup(trainer, pl_module, stage)
 
 
@@ -247,9 +249,12 @@ class DACTCLI(LightningCLI):
             config = {**config, "logger": self._logger(config)}
             monitor = self._get(self.config, "monitor")
             mode = "min" if monitor.endswith("loss") else "max"
+            best = next((one for one in given if isinstance(one, ModelCheckpoint)), None)
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
                 best = MovableCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
-                added += [best, LastCheckpoint(best)]
+                added.append(best)
+            if best is not None and not best.save_last:
+                added.append(LastCheckpoint(best))
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:
             config = {**config, "logger": False}  # its folder would hold nothing that is not printed
@@ -321,7 +326,12 @@ class DACTCLI(LightningCLI):
         except BaseException:
             if signals.stop_requested():
                 self._stopped(folder)
-            if folder is not None and is_new and not list(folder.glob("checkpoints/*")):
+            if (
+                folder is not None
+                and is_new
+                and self.trainer.current_epoch == 0
+                and not any(folder.glob("checkpoints/*"))
+            ):
                 shutil.rmtree(folder, ignore_errors=True)
                 with contextlib.suppress(OSError):
                     folder.parent.rmdir()  # if nothing else is in it

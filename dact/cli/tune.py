@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 import threading
+import warnings
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import Namespace
@@ -27,7 +29,7 @@ def add_tuner_arguments(parser: LightningArgumentParser) -> None:
 def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type, request: Request) -> None:
     """Run the pipeline on the sections of a configuration; `request` is for the message that says how to resume."""
     from dact.tuning import TuningEngine
-    from dact.tuning.storage import describe_storage, environment_error, root_cause
+    from dact.tuning.storage import describe_storage, root_cause, stopped_by
 
     if config.data is None:
         raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
@@ -63,7 +65,7 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     except KeyboardInterrupt:
         raise SystemExit(stopped_by_user(resume_with=request.again("run_tag", tag))) from None
     except Exception as error:
-        cause = environment_error(error)
+        cause = stopped_by(error)
         if cause is None:
             raise
         where = f"{engine.log_dir / tag}"
@@ -97,3 +99,13 @@ def _quiet_studies() -> None:
             show(arguments)
 
     threading.excepthook = hook
+    said: set[str] = set()
+    warn = warnings.showwarning
+
+    def once(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        """Show each warning once: every fit forgets what others have shown."""
+        if str(message) not in said:
+            said.add(str(message))
+            warn(message, *arguments, **options)
+
+    warnings.showwarning = once

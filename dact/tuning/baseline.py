@@ -154,7 +154,7 @@ def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
     order = range(len(train.dataset)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
     size = train.batch_size or DEFAULT_BATCH
     loader = DataLoader(train.dataset, batch_size=size, sampler=order, collate_fn=train.collate_fn)
-    probabilities = torch.zeros(len(train.dataset), model.output_dimension)
+    probabilities = torch.zeros(len(train.dataset), model.output_dimension, dtype=torch.float32)
     for batch in loader:
         signals.check()
         if "row" not in batch:

@@ -109,7 +109,7 @@ class CheckpointedFit:
         epochs = head_epochs(epochs) if self.keep_frozen else epochs
         with seeded(self.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
             if self.settings is None:
-                model, data = recipe.untuned()
+                model, data = recipe.untuned(self.prepared.own_teacher)
             else:
                 model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
             history = resumable_fit(
@@ -130,7 +130,7 @@ class CheckpointedFit:
         """Return the model of the best epoch, on the device that it should use."""
         recipe, chosen = self.prepared.recipe, self.settings
         if chosen is None:
-            model, _ = recipe.untuned()
+            model, _ = recipe.untuned(self.prepared.own_teacher)
         else:
             chosen = {name: value for name, value in chosen.items() if name not in ("batch_size", "num_epochs")}
             # By the factory: a class or an encoder of the user's own may hold what no checkpoint can rebuild.

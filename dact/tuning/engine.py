@@ -347,7 +347,7 @@ class TuningEngine:
                 studies.end(study, n_trials, self.time_out, alone)
         elif len(studies.finished(study)) < n_trials:
             self.progress.note(
-                f"study {stage.name}: its deadline has ended it; a larger time_out or n_trials continues it"
+                f"study {stage.name}: it has ended before its n_trials; a larger n_trials or time_out continues it"
             )
         return self._conclude(stage, run, prepared, study)
 

@@ -17,7 +17,7 @@ from dact import plots
 from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe, store_in_checkpoint
 from dact.callbacks import save_with_tokenizer
-from dact.files import replacing_folder, write_json, write_text
+from dact.files import read_json, replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
@@ -77,8 +77,12 @@ class FinalFit:
         if not (metrics.is_file() and fit.checkpoint.is_file()):
             fit(f"the final fit of {self.run.tag!r}", self.progress)
             self._measure(folder, fit, data)
-        elif self.recipe.compare_defaults:
-            self._measure_defaults(folder / "defaults", data)
+        else:
+            stored = read_json(metrics)
+            if stored["confirmation"] != self.verdict.text:  # against other candidates
+                write_json(metrics, {**stored, "confirmation": self.verdict.text})
+            if self.recipe.compare_defaults:
+                self._measure_defaults(folder / "defaults", data)
         shutil.rmtree(old, ignore_errors=True)
         for checkpoints in (self.run.folder / FOLDER).glob("*/fit/checkpoints"):
             shutil.rmtree(checkpoints)  # of those that lost
@@ -124,10 +128,11 @@ class FinalFit:
         arguments = self.recipe.overrides({**self.prepared.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         given = {**(data.get("init_args") or {}), **size}
-        if self.recipe.calibration_fraction is not None:
+        known = inspect.signature(type(self.recipe.make_data()).__init__).parameters
+        if self.recipe.calibration_fraction is not None and "calibration_fraction" in known:
             given["calibration_fraction"] = self.recipe.calibration_fraction
         if self.prepared.teacher is not None and given.get("teacher") is None:
-            if "teacher" in inspect.signature(type(self.recipe.make_data()).__init__).parameters:
+            if "teacher" in known:
                 given["teacher"] = str(self.run.folder / "baseline" / "model")
             else:
                 overrides["distillation"] = 0.0

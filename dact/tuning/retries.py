@@ -17,6 +17,7 @@ from optuna.storages._heartbeat import is_heartbeat_enabled
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
+STOPPED = "stopped_at"  # user attribute of a study: the n_trials before which Optuna's study.stop() ended it
 CAUSE = "cause"  # user attribute of a trial that was pruned or failed: why
 DEATHS = "deaths"  # user attribute: how often the process of an earlier trial with these parameters died
 INTERRUPTED = "interrupted"  # user attribute of a trial that was stopped from outside

@@ -148,7 +148,10 @@ class Run:
         return Winners(**{name: _read(self.folder / f"{name}.yaml", name) for name in WINNERS})
 
     def save(self, winners: Mapping[str, Any]) -> bool:
-        """Write the winners of a study, and return whether they differ from the earlier ones."""
+        """Write the winners of a study, and return whether they differ from the earlier ones.
+
+        Winners of later studies, which ran under the earlier ones, are then removed.
+        """
         changed = False
         for name, value in winners.items():
             path = self.folder / f"{name}.yaml"
@@ -156,6 +159,8 @@ class Run:
             if not path.is_file() or path.read_text() != text:
                 changed = True
                 write_text(path, text)
+        for name in WINNERS[max(map(WINNERS.index, winners)) + 1 :] if changed else ():
+            (self.folder / f"{name}.yaml").unlink(missing_ok=True)
         return changed
 
 

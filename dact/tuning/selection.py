@@ -155,6 +155,7 @@ def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: f
         The next λ in [low, high].
     """
     to, back = (math.log, math.exp) if log else (float, float)
+    tried = [(value, layers) for value, layers in tried if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
     known = sorted({(value, layers) for value, layers in tried if layers is not None}) or [(low, 0.0)]
     places = sorted({value for value, _ in tried})
     for end in (low, high):

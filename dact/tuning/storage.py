@@ -31,6 +31,11 @@ def environment_error(error: BaseException | None) -> BaseException | None:
     return None
 
 
+def stopped_by(error: BaseException) -> BaseException | None:
+    """Return the failure of a disk or a storage that ended a run; None if the error's own message says what to do."""
+    return None if isinstance(error, (ValueError, TypeError, LookupError)) else environment_error(error)
+
+
 def _chain(error: BaseException | None) -> list[BaseException]:
     """Return an error and all its causes and contexts. In some libraries the chain has a cycle."""
     found: list[BaseException] = []

@@ -11,7 +11,7 @@ from optuna.storages import BaseStorage
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 
-from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, is_counted
+from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, STOPPED, is_counted
 from dact.tuning.run import Run
 from dact.tuning.stages import Stage
 from dact.tuning.storage import corrupted, describe_storage, is_unreachable, open_storage, root_cause
@@ -89,7 +89,7 @@ def end(study: Study, n_trials: int, time_out: float | None, alone: bool) -> Non
 
 
 def trials_left(study: Study, n_trials: int, time_out: float | None, alone: bool) -> int:
-    """Return how many trials a study lacks; none if a deadline ended it under the same limits.
+    """Return how many trials a study lacks; none if a deadline, a callback or its sampler ended it under these limits.
 
     Args:
         study: The study.
@@ -99,6 +99,7 @@ def trials_left(study: Study, n_trials: int, time_out: float | None, alone: bool
     """
     *limits, had_all = study.user_attrs.get(LIMITS, [None, None, False])
     is_closed = limits == [n_trials, time_out] and (had_all or not alone)
+    is_closed = is_closed or study.user_attrs.get(STOPPED) == n_trials
     return 0 if is_closed else max(0, n_trials - len(finished(study)))
 
 

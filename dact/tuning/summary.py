@@ -111,8 +111,9 @@ def _operating_points(metrics: Mapping[str, Any]) -> Table:
     """Return the table of what other margins would give on validation data: estimates, next to the run's setting."""
     entry, baseline = metrics["validation"], metrics["baseline"]["validation"]
     own = {**entry, "margin": metrics["halting_margin"]}
-    promise = (metrics.get("calibration") or {}).get("promise", {"confidence": None})
-    mark = "set by an estimate" if promise["confidence"] is None else "promised"
+    calibration = metrics.get("calibration")
+    by_estimate = calibration is not None and calibration["promise"]["confidence"] is None
+    mark = "as set" if calibration is None else "set by an estimate" if by_estimate else "promised"
     table = _plain_table("margin", "accuracy", "to baseline", "layers", "texts/s", "estimates: validation")
     points = _spread(metrics["margin_curve"], POINTS)
     points = sorted([own, *(point for point in points if point["margin"] != own["margin"])], key=lambda p: -p["margin"])

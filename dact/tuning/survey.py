@@ -111,11 +111,14 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
 def _check_limit(limit: float | None, batch_size: Dimension | None) -> None:
     """Raise a ``ValueError`` if the Trainer validates on a number of batches while trials differ in their size."""
     all_batches = limit is None or (isinstance(limit, float) and limit == 1)
-    if not all_batches and batch_size is not None and batch_size.choices is not None and len(batch_size.choices) > 1:
+    if all_batches or batch_size is None:
+        return
+    choices = batch_size.choices or [batch_size.low, batch_size.high]
+    if len({*choices}) > 1:
         raise ValueError(
             f"TuningEngine: limit_val_batches={limit} counts batches, and the trials try several batch_size, so that "
             "they would be compared on different examples: leave limit_val_batches out, or give one size in "
-            f"search_space: {{batch_size: {{choices: [{batch_size.choices[0]}]}}}}"
+            f"search_space: {{batch_size: {{choices: [{choices[0]}]}}}}"
         )
 
 

@@ -140,8 +140,9 @@ def fit_settings(
     """
     settings, history = dict(settings), History()
     epochs = settings.pop("num_epochs", prepared.recipe.epochs)
-    epochs = epochs if prepared.states is None else head_epochs(epochs)
     given, every = prepared.recipe.trainer, [history, *callbacks]
+    if prepared.states is not None:  # whose batches for validation are others, and few
+        epochs, given = head_epochs(epochs), {**given, "limit_val_batches": 1.0}
     with seeded(seed):
         model, data = prepared.build(settings, seed=seed)
         trainer = make_trainer(given, max_epochs=epochs, logger=logger, callbacks=every, enable_checkpointing=False)

@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from dact import signals
 from dact.tuning.fitting import Deadline, TimeIsUp
-from dact.tuning.retries import is_counted, retries_due, sweep, was_ended_by_others
+from dact.tuning.retries import STOPPED, is_counted, retries_due, sweep, was_ended_by_others
 
 HOPELESS = 5  # number of failed trials in one command, with no other outcome ever, after which a study ends
 POLL = 0.5  # seconds between two checks of what other processes do
@@ -105,5 +105,6 @@ def run_trials(
             if not (started and (told or was_ended_by_others(study, started[0]))):
                 raise  # from a sampler or a callback
             continue
-        if study._stop_flag:  # a callback called Optuna's study.stop()
+        if study._stop_flag:  # a callback or the sampler called Optuna's study.stop()
+            study.set_user_attr(STOPPED, n_trials)
             return

@@ -19,14 +19,14 @@ from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, InMemoryStorage
 from optuna.study import Study, load_study
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 
 from dact import signals
 from dact.checks import check_count
 from dact.files import remove_partial
 from dact.tuning import tensorboard
 from dact.tuning.retries import MAX_DEATHS, sweep
-from dact.tuning.storage import RunStopped, environment_error, open_storage, root_cause
+from dact.tuning.storage import RunStopped, environment_error, open_storage, root_cause, stopped_by
 from dact.tuning.studies import finished
 from dact.tuning.trial import Objective
 from dact.tuning.trial_loop import POLL, run_trials
@@ -69,7 +69,8 @@ class StudyJob:
         """Run trials in this process; see `run_trials`."""
         objective = self.objective
         study.sampler = self.sampler
-        if multiprocessing.parent_process() is not None or study.get_trials(deepcopy=False):
+        begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
+        if multiprocessing.parent_process() is not None or begun:
             self.sampler.reseed_rng()  # a seeded one would propose the points of another process again
 
         def close_session(trial: FrozenTrial) -> None:
@@ -110,9 +111,11 @@ def check_workers(workers: int, storage: str | BaseStorage | None, **sent: Any) 
         return
     if isinstance(storage, InMemoryStorage):
         raise ValueError("TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file")
+    main = sys.modules["__main__"]
     for name, argument in sent.items():
         try:
-            pickle.dumps(argument)
+            if b"__main__" in pickle.dumps(argument) and not os.path.isfile(getattr(main, "__file__", None) or ""):
+                raise TypeError("it was defined in a notebook or on standard input")
         except Exception as error:
             what = "something that can be pickled"
             if callable(argument):
@@ -225,7 +228,7 @@ def _run_worker(job: StudyJob, threads: int, method: str, errors: Any) -> None:
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as error:
-        cause = environment_error(error)
+        cause = stopped_by(error)
         errors.put((RuntimeError, str(error)) if cause is None else (RunStopped, root_cause(cause)))
         sys.exit(1)
 
