@@ -5,26 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from dact.checks import check_choice, check_class_names, check_count, check_range
 from dact.encoders.base import LayeredEncoder
 from dact.functional import PonderKind
 
-Value = TypeVar("Value")
 
+def of_rule(field: str) -> Any:
+    """Return an attribute of a model that is a field of its `exit_rule`."""
 
-class OfRule(Generic[Value]):
-    """An attribute of a model that is a field of its `exit_rule`."""
+    def change(model: Any, value: Any) -> None:
+        model.exit_rule = dataclasses.replace(model.exit_rule, **{field: value})
 
-    def __init__(self, field: str) -> None:
-        self.field = field
-
-    def __get__(self, model: Any, owner: type) -> Value:
-        return getattr(model.exit_rule, self.field)  # type: ignore[no-any-return]
-
-    def __set__(self, model: Any, value: Value) -> None:
-        model.exit_rule = dataclasses.replace(model.exit_rule, **{self.field: value})
+    return property(lambda model: getattr(model.exit_rule, field), change)
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:

@@ -31,8 +31,7 @@ class ModelFactory:
         plain = {name: asdict(v) if isinstance(v, SubmodelConfig) else v for name, v in overrides.items()}
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(DACT, "model")
-        model: DACT = parser.instantiate_classes(parser.parse_object({"model": {**self.section, **plain}})).model
-        return model
+        return parser.instantiate_classes(parser.parse_object({"model": {**self.section, **plain}})).model
 
 
 class DataFactory:
@@ -48,7 +47,7 @@ class DataFactory:
     def __call__(self, **overrides: Any) -> LightningDataModule:
         arguments = {**(self.section.get("init_args") or {}), **overrides}
         parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(LightningDataModule, "data")
+        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
         path = self.section["class_path"]
         try:
             config = parser.parse_object({"data": {"class_path": path, "init_args": arguments}})
@@ -58,8 +57,7 @@ class DataFactory:
             raise ValueError(
                 f"{path} must take {', '.join(overrides)}, which dact tune sets: add that argument"
             ) from error
-        data: LightningDataModule = parser.instantiate_classes(config).data
-        return data
+        return parser.instantiate_classes(config).data
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:

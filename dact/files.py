@@ -173,12 +173,11 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             broken = archive.testzip()
         if broken is not None:
             raise ValueError(f"the checksum of {broken} is wrong")
-        checkpoint: dict[str, Any] = torch.load(path, map_location=map_location, weights_only=True)
+        return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a broken archive, a refused pickle and a foreign file raise many kinds
         raise ValueError(
             f"{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}"
         ) from error
-    return checkpoint
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

@@ -107,31 +107,12 @@ def early_exit(
     if mask.device.type == "cpu" and half:
         lengths = np.minimum(-(-lengths // HALF_PRECISION_UNIT) * HALF_PRECISION_UNIT, mask.shape[1])
     order = lengths.argsort(kind="stable")
-    unit = _Unit(classifier, confidence, halting)
-    results = _Results(len(lengths), unit.num_layers, record)
+    results = _Results(len(lengths), classifier.num_layers, record)
     for rows in _cut(order, lengths[order], window):
         runs = [*_cut(rows, lengths[rows], step)]
         groups = [*encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)]
-        _run_window(encoder, unit, groups, rows, results, step)
+        _run_window(encoder, classifier, confidence, halting, groups, rows, results, step)
     return results.exits(mask.device)
-
-
-@dataclass(frozen=True)
-class _Unit:
-    """The DACT unit: the submodels on the pooled states of a layer, and the halting rule."""
-
-    classifier: Submodels
-    confidence: Submodels
-    halting: Halting
-
-    @property
-    def num_layers(self) -> int:
-        return self.classifier.num_layers
-
-    def ask(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        """Return y ``[batch, classes]`` and h ``[batch]`` of pooled states ``[batch, hidden]``, in float32 or more."""
-        y = at_least_float32(self.classifier.answer(layer, state)).softmax(dim=-1)
-        return y, at_least_float32(self.confidence.answer(layer, state)).sigmoid().squeeze(-1)
 
 
 class _Results:
@@ -170,7 +151,14 @@ class _Results:
 
 
 def _run_window(
-    encoder: LayeredEncoder, unit: _Unit, groups: list[_Group], rows: Indices, results: _Results, step: int
+    encoder: LayeredEncoder,
+    classifier: Submodels,
+    confidence: Submodels,
+    halting: Halting,
+    groups: list[_Group],
+    rows: Indices,
+    results: _Results,
+    step: int,
 ) -> None:
     """Run the groups of a window until all of its examples have left.
 
@@ -179,19 +167,22 @@ def _run_window(
         rows: Row of each example in the batch, over all groups.
         step: Number of tokens of one step, padding included.
     """
-    for n in range(1, unit.num_layers + 1):
+    num_layers = classifier.num_layers
+    for n in range(1, num_layers + 1):
         states = [*encoder.for_each(partial(_run_layer, encoder, n), groups)]
-        y, h = unit.ask(n, states[0] if len(states) == 1 else torch.cat(states))
+        state = states[0] if len(states) == 1 else torch.cat(states)  # [batch, hidden]
+        y = at_least_float32(classifier.answer(n, state)).softmax(dim=-1)  # [batch, classes]
+        h = at_least_float32(confidence.answer(n, state)).sigmoid().squeeze(-1)  # [batch]
         results.record(n, rows, y, h)
         if n == 1:
             a, p = torch.zeros_like(y), torch.ones_like(h)
         a, p = accumulate_step(a, p, y, h)
-        if n == unit.num_layers:
+        if n == num_layers:
             results.answer(n, rows, a)
             return
-        if unit.halting.rule == "never":
+        if halting.rule == "never":
             continue
-        halts = unit.halting.halts(a, p, y, unit.num_layers - n, unit.num_layers)
+        halts = halting.halts(a, p, y, num_layers - n, num_layers)
         staying = (~halts.cpu().numpy()).nonzero()[0]  # the only wait for a GPU in a layer
         if len(staying) == len(rows):
             continue

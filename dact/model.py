@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dact import functional, hub, inference, model_card, persistence
 from dact.agreement import Agreement
-from dact.arguments import OfRule, check_arguments
+from dact.arguments import check_arguments, of_rule
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metric_logging import MetricLogging, labels_of
@@ -87,9 +87,9 @@ class DACT(MetricLogging):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
-    halting = OfRule[HaltingRule]("rule")
-    halting_tolerance = OfRule[float]("tolerance")
-    halting_margin = OfRule[float]("margin")
+    halting: HaltingRule = of_rule("rule")
+    halting_tolerance: float = of_rule("tolerance")
+    halting_margin: float = of_rule("margin")
     # Lightning's own key would hold the form that LightningCLI writes; this is what `config` returns.
     CHECKPOINT_HYPER_PARAMS_KEY = persistence.CHECKPOINT_KEY
 

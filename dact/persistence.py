@@ -150,8 +150,7 @@ def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Ma
     elif learned["calibration"] is not None:  # of another full depth
         model.calibration = learned["calibration"]
         model.end_calibration()
-    made: Model = model
-    return made
+    return model
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -162,8 +161,7 @@ def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
     Empty if there is none. Checkpoints of version 0.1.0 have it under ``hyper_parameters``.
     """
-    config: dict[str, Any] = checkpoint.get(CHECKPOINT_KEY) or checkpoint.get(EARLIER_KEY) or {}
-    return config
+    return checkpoint.get(CHECKPOINT_KEY) or checkpoint.get(EARLIER_KEY) or {}
 
 
 def read_checkpoint(path: str | Path, map_location: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -44,10 +44,3 @@ def depth_against_exit(depths: Tensor, exit_layers: Tensor, num_layers: int) -> 
     axes.legend(loc="upper left")
     figure.colorbar(image, label="share of the examples of a depth")
     return figure
-
-
-def layer_colour(layer: int, num_layers: int) -> Any:
-    """Return the colour of a layer (1-based) in every figure; deeper layers are darker."""
-    from matplotlib import colormaps
-
-    return colormaps["viridis_r"](layer / num_layers)

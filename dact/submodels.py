@@ -127,8 +127,7 @@ class Submodels(nn.ModuleList):
 
     def answer(self, layer: int, state: Tensor) -> Tensor:
         """Apply the submodel of a layer (1-based): ``[batch, hidden]`` -> ``[batch, output]``."""
-        output: Tensor = self.of_layer(layer)(self._matched(state))
-        return output
+        return self.of_layer(layer)(self._matched(state))
 
     def _matched(self, states: Tensor) -> Tensor:
         """Return states in the precision of the weights: that of an encoder may be lower."""
@@ -139,8 +138,7 @@ class Submodels(nn.ModuleList):
         states = self._matched(states)
         if len(self) < self.num_layers:
             # All layers at once, so that batch normalization learns the statistics that it uses in eval mode.
-            output: Tensor = self[0](states.flatten(0, 1))  # [batch * layers, output]
-            return output.unflatten(0, states.shape[:2])
+            return self[0](states.flatten(0, 1)).unflatten(0, states.shape[:2])
         return torch.stack([self.of_layer(n + 1)(states[:, n]) for n in range(self.num_layers)], dim=1)
 
 

@@ -35,7 +35,7 @@ LAYERS = [
     {"tuning/prepared"},
     {"tuning/trial", "tuning/checkpointed_fit"},
     {"tuning/workers", "tuning/confirmation"},
-    {"tuning/final", "tuning/fork_server"},
+    {"tuning/final"},
     {"tuning/engine"},
     {"tuning"},
     {"cli"},

@@ -30,10 +30,11 @@ from dact.cli.predictions import PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
 from dact.cli.request import EVALUATING, Request
-from dact.cli.runs import balanced_weights, build_data, check_same_run, check_set_aside, check_tag, stored_model
+from dact.cli.runs import balanced_weights, check_same_run, check_set_aside, check_tag, stored_model
 from dact.cli.stored import RUNS, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
+from dact.factories import DataFactory
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
@@ -218,7 +219,7 @@ class DACTCLI(LightningCLI):
             return
         if self._data is None:
             plain = yaml.safe_load(self._parser(self.subcommand).dump(config, skip_none=False))
-            self._data = build_data(plain["data"])
+            self._data = DataFactory(plain["data"])()
         data = self._data
         if getattr(data, "class_names", None) is None or asked:
             data.prepare_data()

@@ -31,14 +31,6 @@ def check_tag(runs: Path, tag: str, command: str) -> Path:
     return folder
 
 
-def build_data(config: dict[str, Any]) -> LightningDataModule:
-    """Return the datamodule that the ``data:`` section of a configuration describes."""
-    builder = LightningArgumentParser(exit_on_error=False)
-    builder.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
-    data: LightningDataModule = builder.instantiate_classes(builder.parse_object({"data": config})).data
-    return data
-
-
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
     """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of that class.
 

@@ -52,8 +52,7 @@ class Encoded(Dataset[dict[str, Any]]):
     @property
     def lengths(self) -> list[int]:
         """Number of tokens of each example."""
-        lengths: list[int] = np.diff(self.offsets).tolist()
-        return lengths
+        return np.diff(self.offsets).tolist()
 
     def take(self, indices: Sequence[int]) -> Encoded:
         """Return the examples of `indices`, in that order."""

@@ -44,8 +44,7 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
                 "the graphs of an exported encoder lie in the model's folder: load it with DACT.from_pretrained, or "
                 "pass encoder=DACT.from_pretrained(folder).encoder"
             )
-        exported: LayeredEncoder = __getattr__(kind)(folder, **rest)
-        return exported
+        return __getattr__(kind)(folder, **rest)
     raise ValueError(
         "the encoder cannot be rebuilt from the checkpoint, since it is not one of dact's own "
         f"({kind or 'no configuration was stored'}): pass encoder=, built as it was for training"

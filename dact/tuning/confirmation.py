@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +25,7 @@ from dact.tuning.outcome import MEASURE, Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.run import Run
+from dact.tuning.stages import flat
 from dact.tuning.trial import fit_settings
 
 FOLDER = "confirmation"
@@ -200,13 +201,3 @@ def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None) ->
     metrics = {"val_task_loss": mean.loss, "val_accuracy": accuracy, "val_exit_layer": mean.layers}
     folder = candidate.folder(run)
     tensorboard.log_fit(folder, flat(candidate.settings), metrics, f"{run.tag}/{FOLDER}/{folder.name}")
-
-
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings under the names of the studies' parameters."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= (
-            {f"{name}_{key}": entry for key, entry in value.items()} if isinstance(value, Mapping) else {name: value}
-        )
-    return flat

@@ -23,7 +23,7 @@ from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
 from dact.tuning.checkpointed_fit import CheckpointedFit
-from dact.tuning.confirmation import FOLDER, Verdict, flat
+from dact.tuning.confirmation import FOLDER, Verdict
 from dact.tuning.digests import data_digest
 from dact.tuning.evaluation import MARGINS, TOLERANCES, Evaluation, dial_curve, evaluate
 from dact.tuning.fitting import NonFiniteLoss
@@ -31,6 +31,7 @@ from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.run import Run
+from dact.tuning.stages import flat
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
 

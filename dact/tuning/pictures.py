@@ -169,13 +169,15 @@ def exits_picture(trials: Sequence[tuple[float, Sequence[int]]], chosen: float) 
         trials: λ and exit histogram of each trial.
         chosen: λ that was chosen.
     """
+    from matplotlib import colormaps
+
     trials = sorted(trials)
     figure, axes = plots.new_figure()
     base = [0.0] * len(trials)
     layers = len(trials[0][1])
     for layer in range(layers):
         shares = [counts[layer] / sum(counts) for _, counts in trials]
-        shade = plots.layer_colour(layer + 1, layers)
+        shade = colormaps["viridis_r"]((layer + 1) / layers)  # deeper layers are darker
         axes.bar(range(len(trials)), shares, bottom=base, width=0.9, color=shade, label=f"layer {layer + 1}")
         base = [under + share for under, share in zip(base, shares, strict=True)]
     names = [f"{value:.2g}" + (" *" if value == chosen else "") for value, _ in trials]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -70,22 +71,11 @@ class SameLengthPruner(BasePruner):
 
     @override
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
-        same_length: Any = _SameLength(study, trial.user_attrs.get(PLANNED_EPOCHS))
+        planned, same_length = trial.user_attrs.get(PLANNED_EPOCHS), copy.copy(study)
+        same_length.get_trials = lambda *args, **kwargs: [  # type: ignore[method-assign]
+            other for other in study.get_trials(*args, **kwargs) if other.user_attrs.get(PLANNED_EPOCHS) == planned
+        ]
         return self.pruner.prune(same_length, trial)
-
-
-class _SameLength:
-    """A view of a study that has only the trials of one planned length."""
-
-    def __init__(self, study: Study, planned: int | None) -> None:
-        self._study, self._planned = study, planned
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._study, name)
-
-    def get_trials(self, *args: Any, **kwargs: Any) -> list[FrozenTrial]:
-        trials = self._study.get_trials(*args, **kwargs)
-        return [trial for trial in trials if trial.user_attrs.get(PLANNED_EPOCHS) == self._planned]
 
 
 class EveryValidation:

@@ -69,6 +69,16 @@ def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return nested settings under the names of the studies' parameters."""
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= (
+            {f"{name}_{key}": entry for key, entry in value.items()} if isinstance(value, Mapping) else {name: value}
+        )
+    return flat
+
+
 def _training(params: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(params)
     if settings.get("exit_loss_weight") == 0:

@@ -16,7 +16,7 @@ from dact.tuning.fitting import seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
 from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
-from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
+from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, flat
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 100  # examples below which none are set aside for an estimate
@@ -102,7 +102,7 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     for name in {*bounded} & training.keys() & recommended.keys():
         recommended[name] = training[name].nearest(recommended[name])
     initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
-    usual = _parameters(SubmodelConfig(), SubmodelConfig())
+    usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
     submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
     spaces, first_trials = complete_spaces(spaces, model.num_layers, first_trials, bounded)
     return Surveyed(recipe, model, data, teacher, identity, spaces, first_trials, initial, submodels)
@@ -187,18 +187,9 @@ def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
     return recipe, sum(len(batch["labels"]) for batch in loader) if dataset is None else len(dataset)
 
 
-def _parameters(classifier: SubmodelConfig, confidence: SubmodelConfig) -> dict[str, Any]:
-    """Return the configurations of the submodels under the names of the studies' parameters."""
-    return {
-        f"{prefix}_{name}": value
-        for prefix, config in (("classifier", classifier), ("confidence", confidence))
-        for name, value in asdict(config).items()
-    }
-
-
 def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
     """Return the parameters of the first trials, by stage: recommended ones, and the factories' defaults."""
-    submodels = _parameters(model.classifier.config, model.confidence.config)
+    submodels = flat({"classifier": asdict(model.classifier.config), "confidence": asdict(model.confidence.config)})
     rate = model.learning_rate
     defaults = {
         "batch_size": getattr(data, "batch_size", None),

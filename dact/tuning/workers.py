@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import pickle
@@ -196,7 +197,7 @@ def _context() -> ForkServerContext | SpawnContext:
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dact.tuning.fork_server"])
+    context.set_forkserver_preload([__name__])
     return context
 
 
@@ -213,6 +214,7 @@ def _stop(processes: list[BaseProcess]) -> None:
 
 def _run_worker(job: StudyJob, threads: int, method: str, errors: Any) -> None:
     """Run trials until the study is done, as the main function of a worker process."""
+    gc.freeze()  # what was imported lives as long as the process: collections would copy its memory
     signals.install()
     # Processes that the data starts here start as they would in the parent, not as this worker did.
     multiprocessing.set_start_method(method, force=True)
