@@ -7,14 +7,11 @@ file or the new one. What is read is checked as far as the file allows.
 from __future__ import annotations
 
 import contextlib
-import glob
 import hashlib
 import io
 import json
 import os
-import secrets
 import shutil
-import time
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,12 +19,12 @@ from typing import Any
 
 import torch
 from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_only  # type: ignore[attr-defined]
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
-ABANDONED = 3600.0  # seconds without a change after which a temporary file is that of a killed process
 DIGEST = "sha256"  # key in the metadata of a safetensors file: digest of its tensors and its other metadata
 
 
@@ -35,14 +32,11 @@ DIGEST = "sha256"  # key in the metadata of a safetensors file: digest of its te
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` at the end, or is removed if an exception leaves the block.
 
-    Several processes may do so at once, as those of a fit on several devices: one of their files stays.
+    Only one process at a time may write to a path, or all processes of a fit on several devices.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left_over in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
-        with contextlib.suppress(OSError):  # another process may be faster
-            if time.time() - left_over.stat().st_mtime > ABANDONED:
-                left_over.unlink()
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    partial = path.with_name(f".{path.name}.{f'{rank}.' if rank else ''}partial")
     try:
         yield partial
         _sync(partial)

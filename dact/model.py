@@ -266,7 +266,8 @@ class DACT(MetricLogging):
         price = self._warm_lambda() if lambda_reg is None else lambda_reg
         if self.training:
             self.steps_done += 1
-            self._forget()
+            if torch.is_grad_enabled():
+                self._forget()
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
         return Loss(loss, task_loss, exit_loss, ponder_cost)
 
@@ -305,15 +306,15 @@ class DACT(MetricLogging):
         shown = {name: value for name, value in self.config().items() if name not in persistence.LEARNED}
         shown["encoder"] = {k: v for k, v in (shown["encoder"] or {}).items() if not isinstance(v, dict)}
         self.save_hyperparameters(shown)
+        if stage == "fit" and not any(module.training for module in self.modules()):
+            # A loaded model, which Lightning would train without dropout.
+            self.train().encoder.train(any(weight.requires_grad for weight in self.encoder.parameters()))
 
     def on_fit_start(self) -> None:
         self._forget()
-        if not any(module.training for module in self.modules()):
-            self.train()  # a loaded model is in eval mode, which Lightning would keep: no dropout
 
     def on_train_start(self) -> None:
-        # Set for each training, also those of Lightning's own search for a batch size or learning rate; infinite for an
-        # endless fit, in which nothing warms up or decays.
+        # Infinite for an endless fit, in which nothing warms up or decays. Lightning's tuners train more than once.
         self.total_steps = self.trainer.estimated_stepping_batches
 
     def configure_optimizers(self) -> Any:

@@ -131,7 +131,8 @@ class Submodels(nn.ModuleList):
 
     def _matched(self, states: Tensor) -> Tensor:
         """Return states in the precision of the weights: that of an encoder may be lower."""
-        return states.to(next(self.parameters()).dtype)
+        weight = next((weight for weight in self.parameters() if weight.is_floating_point()), None)
+        return states if weight is None else states.to(weight.dtype)  # there is none if they are quantized
 
     def forward(self, states: Tensor) -> Tensor:
         """Apply the submodel of each layer: ``[batch, layers, hidden]`` -> ``[batch, layers, output]``."""

@@ -222,10 +222,15 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
     status, text = dact_here(*words, cwd=folder)
     assert status == 0, text
     assert "chose the checkpoint" in text
-    for option, value, before in (("calibration_fraction", "0.5", "0.0"), ("seed", "7", "0")):
+    wrong = (("calibration_fraction", "0.5", "0.0"), ("seed", "7", "0"), ("val_file", "train.csv", "None"))
+    for option, value, before in wrong:
         status, text = dact_here(*words, f"--data.{option}", value, cwd=folder)
         assert status == 1
-        assert f"data.{option} was {before} there and is {value} here: use the value in " in text
+        shown = repr(value) if option == "val_file" else value
+        assert f"data.{option} was {before} there and is {shown} here: use the value in " in text
+    shutil.copy(folder / "train.csv", folder / "new.csv")
+    status, text = dact_here(*words, "--data.val_file", "new.csv", cwd=folder)
+    assert status == 0, text
     status, text = dact_here("test", *model, "--data.test_file", "train.csv", cwd=folder)
     assert status == 0, text
     assert re.search(r"^estimate of halting_margin .* on these 40 examples$", text, re.MULTILINE)

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, compositional, vader
-from dact.data.batching import LengthGroupedSampler
+from dact.data.batching import LengthGroupedSampler, SharedLengthGroupedSampler
 from dact.data.examples import text_key
 from dact.data.tables import read_columns
 from dact.data.tokenizers import load_tokenizer, word_tokenizer
@@ -97,10 +97,11 @@ def test_batches_are_padded_to_their_longest_and_cut(tmp_path):
 @settings(max_examples=40)
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=300), st.integers(1, 17), st.integers(1, 4))
 def test_processes_share_the_batches_of_one_order(lengths, batch_size, processes):
-    shares = [list(LengthGroupedSampler(lengths, batch_size, 0, processes, rank)) for rank in range(processes)]
+    samplers = [SharedLengthGroupedSampler(lengths, batch_size, 0, processes, rank) for rank in range(processes)]
+    shares = [list(sampler) for sampler in samplers]
     whole = list(LengthGroupedSampler(lengths, batch_size * processes, 0))
     assert {len(share) for share in shares} == {-(-len(lengths) // processes)}
-    assert len(LengthGroupedSampler(lengths, batch_size, 0, processes, 0)) == len(shares[0])
+    assert len(samplers[0]) == len(shares[0])
     dealt = [row for turn in zip(*shares, strict=True) for row in turn]
     assert dealt[: len(whole)] == whole
     assert set(dealt) == set(whole)

@@ -273,6 +273,7 @@ def _two_processes(rank, port, folder):
     fit.callbacks.append(seen)
     fit.fit_loop.max_epochs = 3
     fit.fit(model, datamodule=CompositionalSentiment(num_train=101, num_val=20, num_test=20, batch_size=8))
+    model.save_pretrained(f"{folder}/model")  # as a script says it, in both processes
     torch.save({"weights": weights, "metrics": metrics, "batches": seen.batches}, f"{folder}/rank{rank}.pt")
 
 
@@ -304,6 +305,8 @@ def test_two_processes_train_one_model(tmp_path):
     assert sorted({row for rank in (first, second) for rows, _ in rank["batches"] for row in rows}) == list(range(101))
     assert sum(len(rows) for rank in (first, second) for rows, _ in rank["batches"]) == 102
     assert all(abs(one[1] - other[1]) <= 1 for one, other in zip(first["batches"], second["batches"], strict=True))
+    assert DACT.from_pretrained(tmp_path / "model").class_names == ["negative", "neutral", "positive"]
+    assert not [path.name for path in (tmp_path / "model").iterdir() if path.name.endswith("partial")]
     # What both halves measured together is what one process measures of everything.
     model = tiny_model(lambda_reg=0.05)
     torch.nn.utils.vector_to_parameters(first["weights"], model.parameters())
@@ -324,6 +327,11 @@ def test_a_loaded_model_is_trained_with_dropout(tmp_path):
     partly.classifier.train()
     trainer(tmp_path, max_epochs=1).fit(partly, loader(), loader(seed=1))
     assert not any(module.training for module in partly.encoder.modules()), "what was frozen on purpose stays so"
+    frozen = DACT.from_pretrained(tmp_path)
+    frozen.encoder.requires_grad_(False)
+    trainer(tmp_path, max_epochs=1).fit(frozen, loader(), loader(seed=1))
+    assert frozen.classifier.training
+    assert not any(module.training for module in frozen.encoder.modules())
 
 
 class DataOfYourUser(pl.LightningDataModule):

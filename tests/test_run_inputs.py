@@ -177,9 +177,9 @@ def test_a_teacher_that_the_batches_of_ones_own_data_carry_teaches_the_trials(tm
     assert made._prepared.build({})[0].distillation == 0.7
     model, _ = made.recipe.untuned(made._prepared.own_teacher)
     assert model.distillation == 0.7
-    for asked, share in ((0.5, 0.5), (0.0, 0.0)):
-        made = quick(tmp_path, model=partial(small_model, distillation=0.7), data=TaughtData, distillation=asked)
-        made.joint_tune_study(f"run-{asked}")
+    for own, asked, share in ((0.7, 0.5, 0.5), (0.7, 0.0, 0.0), (0.0, None, 0.5)):
+        made = quick(tmp_path, model=partial(small_model, distillation=own), data=TaughtData, distillation=asked)
+        made.joint_tune_study(f"run-{own}-{asked}")
         assert made._prepared.build({})[0].distillation == share
 
 

@@ -20,11 +20,9 @@ import torch
 from hypothesis import given, settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from lightning.pytorch.plugins import MixedPrecision
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 
-from dact.data import CompositionalSentiment
 from dact.factories import DataFactory
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, retries, studies, tensorboard
@@ -39,9 +37,8 @@ from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
 from dact.tuning.storage import open_storage, stopped_by
 from dact.tuning.trial import _recorded_cause
-from dact.tuning.trial_loop import run_trials
+from dact.tuning.trial_loop import TrialFailed, run_trials
 from dact.tuning.workers import StudyJob, check_workers
-from tests.conftest import tiny_model
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -289,19 +286,10 @@ def test_a_new_winner_ends_those_that_were_found_under_the_old_one(tmp_path):
     run.save({"lambda_reg": 0.2})
     run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 2}})
     assert [name.split()[0] for name in run.winners().missing()] == ["external_config", "lambda_reg"]
-
-
-def test_callbacks_with_other_settings_are_another_run():
-    def identity(**trainer):
-        return TuningEngine(model=tiny_model, data=CompositionalSentiment, trainer=trainer).recipe.identity(
-            "", "", 8, None
-        )
-
-    calm, eager = (EarlyStopping("val_loss", patience=patience) for patience in (9, 1))
-    assert identity(callbacks=calm) == identity(callbacks=[EarlyStopping("val_loss", patience=9)])
-    assert identity(callbacks=calm) != identity(callbacks=eager)
-    assert identity(plugins=[MixedPrecision("bf16-mixed", "cpu")]) != identity()
-    assert identity(callbacks=ModelCheckpoint("here")) == identity(callbacks=ModelCheckpoint("there"))
+    run.save({"external_config": {"num_epochs": 3}})
+    (tmp_path / "run" / "classifier_config.yaml").unlink()
+    run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 2}})
+    assert run.winners().external_config == {"num_epochs": 3}, "a file that was deleted by hand is written again"
 
 
 def test_running_and_failed_trials_are_not_proposed_again():
@@ -546,6 +534,20 @@ def test_optunas_own_callbacks_may_stop_a_study(tmp_path):
     assert len(study.trials) == 2
     assert studies.trials_left(study, 9, None, True) == 0, "the same command adds none"
     assert studies.trials_left(study, 10, None, True) == 8
+    run_trials(study, lambda trial: 1.0, 9, lock_of(tmp_path))
+    assert len(study.trials) == 2, "another process ends as well"
+
+
+def test_a_study_that_a_callback_has_stopped_before_it_has_a_value_goes_on(tmp_path):
+    study = opened(tmp_path)
+
+    def broken(trial):
+        trial.set_user_attr(CAUSE, "the GPU was full")
+        raise TrialFailed
+
+    run_trials(study, broken, 4, lock_of(tmp_path), callbacks=[lambda study, trial: study.stop()])
+    run_trials(study, lambda trial: 1.0, 4, lock_of(tmp_path))
+    assert [trial.state for trial in study.trials] == [TrialState.FAIL, *[TrialState.COMPLETE] * 3]
 
 
 def test_a_message_of_ones_own_is_not_taken_for_that_of_a_disk():

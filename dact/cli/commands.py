@@ -250,11 +250,12 @@ class DACTCLI(LightningCLI):
             config = {**config, "logger": self._logger(config)}
             monitor = self._get(self.config, "monitor")
             mode = "min" if monitor.endswith("loss") else "max"
-            best = next((one for one in given if isinstance(one, ModelCheckpoint)), None)
+            own = [one for one in given if isinstance(one, ModelCheckpoint)]
+            best = own[0] if own else None
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
                 best = MovableCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
                 added.append(best)
-            if best is not None and not best.save_last:
+            if best is not None and not any(one.save_last or one.filename == "last" for one in (best, *own)):
                 added.append(LastCheckpoint(best))
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:

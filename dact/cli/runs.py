@@ -16,7 +16,17 @@ from dact.functional import UNLABELLED
 from dact.model import DACT
 
 # Options of data that decide which examples a fit sees.
-DIVIDES = ("calibration_fraction", "val_fraction", "seed", "split", "corpora", "num_train", "num_val", "max_depth")
+DIVIDES = (
+    "val_file",
+    "calibration_fraction",
+    "val_fraction",
+    "seed",
+    "split",
+    "corpora",
+    "num_train",
+    "num_val",
+    "max_depth",
+)
 
 
 def check_tag(runs: Path, tag: str, command: str) -> Path:
@@ -72,13 +82,18 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
         now: The ``data:`` section, complete.
     """
     stored = (source.parent if source.is_dir() else source.parent.parent) / "config.yaml"
-    before = yaml.safe_load(stored.read_text(encoding="utf-8")).get("data") if stored.is_file() else None
-    if before is None or before.get("class_path") != now.get("class_path"):
-        return
-    then, given = (section.get("init_args") or {} for section in (before, now))
-    if given.get("calibration_file"):
+    try:
+        before = yaml.safe_load(stored.read_text(encoding="utf-8"))["data"]
+        then, given = dict(before.get("init_args") or {}), dict(now.get("init_args") or {})
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, ValueError):
+        return  # not the configuration of a fit with data of this kind
+    file = given.get("val_file")
+    is_new = file is not None and file not in (then.get("val_file"), then.get("train_file"))
+    if before.get("class_path") != now.get("class_path") or given.get("calibration_file") or is_new:
         return
     for name in DIVIDES:
+        if name == "val_fraction" and file is not None and file == then.get("val_file"):
+            continue
         if name in then and name in given and then[name] != given[name]:
             if name == "calibration_fraction" and not given[name]:
                 continue  # the validation examples, of which the result says that they chose the checkpoint

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
 from dact.checks import check_count, check_range
-from dact.data.batching import Encoded, LengthGroupedSampler, collate, encode, length_that_keeps
+from dact.data.batching import (
+    Encoded,
+    LengthGroupedSampler,
+    SharedLengthGroupedSampler,
+    collate,
+    encode,
+    length_that_keeps,
+)
 from dact.data.examples import Examples, stratified_split
 from dact.data.teacher import teacher_probabilities
 from dact.data.tokenizers import PreTrainedTokenizerBase, tokenizer_for
@@ -166,12 +173,14 @@ class TextDataModule(LightningDataModule, ABC):
         training = split == "train"
         sampler: Sampler[int] | None = None
         trainer = self.trainer
-        processes, rank = (1, 0) if trainer is None else (trainer.world_size, trainer.global_rank)
-        if training:
-            sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed, processes, rank)
-        elif trainer is not None and processes > 1 and trainer.state.fn in EVALUATING:
+        shares: Any = None if trainer is None or trainer.world_size == 1 else trainer.distributed_sampler_kwargs
+        if training and shares:
+            sampler = SharedLengthGroupedSampler(items.lengths, self.batch_size, self.seed, **shares)
+        elif training:
+            sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed)
+        elif shares and trainer is not None and trainer.state.fn in EVALUATING:
             # Lightning's own sampler repeats some examples. In a fit it must: all processes take equally many steps.
-            sampler = UnrepeatedDistributedSampler(items, num_replicas=processes, rank=rank, shuffle=False)
+            sampler = UnrepeatedDistributedSampler(items, **shares, shuffle=False)
         return DataLoader(
             items,
             batch_size=max(self.batch_size, INFERENCE_BATCH) if split in ("test", "predict") else self.batch_size,

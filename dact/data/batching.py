@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import Dataset, DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from dact.data.examples import Examples
 from dact.data.tokenizers import PreTrainedTokenizerBase, portions
@@ -145,29 +145,31 @@ def collate(
     return batch
 
 
-class LengthGroupedSampler(DistributedSampler[int]):  # which tells Lightning to leave it in its place
+class LengthGroupedSampler(Sampler[int]):
     """A random order in which the examples of a batch have similar lengths, so that little padding is computed.
 
     The examples are shuffled, sorted by length within groups of 50 batches, and the batches are shuffled. The order
-    depends only on the seed and the epoch, so that a resumed run continues as if it had never stopped. Several
-    processes share each batch, so that all of them wait for texts of one length; a few examples are repeated if
-    they cannot be shared equally. The Trainer calls `set_epoch` at the start of each epoch.
+    depends only on the seed and the epoch, so that a resumed run continues as if it had never stopped.
 
     Args:
         lengths: Number of tokens of each example.
-        batch_size: Number of examples per batch of one process.
+        batch_size: Number of examples per batch.
         seed: Seed for the shuffling.
-        processes: Number of processes that train together.
-        rank: Number of this one, from 0.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, processes: int = 1, rank: int = 0) -> None:
-        super().__init__(range(len(lengths)), processes, rank, seed=seed)  # type: ignore[arg-type]  # only its length
-        self.lengths, self.batch_size = lengths, batch_size * processes
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order comes next; the Trainer calls this at the start of each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
         generator = random.Random(f"{self.seed}/{self.epoch}")
-        order = generator.sample(range(len(self.lengths)), len(self.lengths))
+        order = generator.sample(range(len(self)), len(self))
         group = 50 * self.batch_size
         batches = []
         for start in range(0, len(order), group):
@@ -176,6 +178,30 @@ class LengthGroupedSampler(DistributedSampler[int]):  # which tells Lightning to
         # A short batch stays last: the DataLoader cuts the order into batches from its beginning.
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         generator.shuffle(batches)
-        rows = [row for batch in batches + last for row in batch]
+        for batch in batches + last:
+            yield from batch
+
+
+class SharedLengthGroupedSampler(DistributedSampler[int]):
+    """The share of one of several processes in an order of `LengthGroupedSampler`.
+
+    All of them take part in each batch, so that none waits for another with longer texts. A few examples are repeated
+    if they cannot be shared equally.
+
+    Args:
+        lengths: Number of tokens of each example.
+        batch_size: Number of examples per batch of one process.
+        seed: Seed for the shuffling.
+        num_replicas: Number of processes.
+        rank: Number of this one, from 0.
+    """
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, num_replicas: int, rank: int) -> None:
+        super().__init__(range(len(lengths)), num_replicas, rank)  # type: ignore[arg-type]  # only its length counts
+        self.whole = LengthGroupedSampler(lengths, batch_size * num_replicas, seed)
+
+    def __iter__(self) -> Iterator[int]:
+        self.whole.set_epoch(self.epoch)
+        rows = list(self.whole)
         rows += (rows[-1:] * self.num_replicas)[: -len(rows) % self.num_replicas]
-        yield from rows[self.rank :: self.num_replicas]
+        return iter(rows[self.rank :: self.num_replicas])

@@ -329,7 +329,7 @@ class TextClassificationData(TextDataModule):
         unusable = [row for row, reason in enumerate(reasons) if reason is not None]
         if unusable and split == "predict":
             rank_zero_warn(
-                f"{self._file(split)}: {name_rows(unusable)} cannot be classified and get no prediction; the 'row' of "
-                "each batch numbers the others from 0"
+                f"{self._file(split)}: {name_rows(unusable)} cannot be classified and get no prediction; 'row' in a "
+                "batch counts the rows of the file from 0"
             )
         return Examples(table[self.text_column], pairs, reasons=reasons)

@@ -112,8 +112,9 @@ class CheckpointedFit:
                 model, data = recipe.untuned(self.prepared.own_teacher)
             else:
                 model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
+            # Frozen states have other batches for validation, and few.
             history = resumable_fit(
-                recipe.trainer,
+                {**recipe.trainer, "limit_val_batches": 1.0} if self.keep_frozen else recipe.trainer,
                 model,
                 data,
                 last.parent,

@@ -347,7 +347,7 @@ class TuningEngine:
                 studies.end(study, n_trials, self.time_out, alone)
         elif len(studies.finished(study)) < n_trials:
             self.progress.note(
-                f"study {stage.name}: it has ended before its n_trials; a larger n_trials or time_out continues it"
+                f"study {stage.name}: it was ended before its n_trials; a larger n_trials continues it, or time_out if that was it"
             )
         return self._conclude(stage, run, prepared, study)
 

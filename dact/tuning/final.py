@@ -130,7 +130,8 @@ class FinalFit:
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         given = {**(data.get("init_args") or {}), **size}
         known = inspect.signature(type(self.recipe.make_data()).__init__).parameters
-        if self.recipe.calibration_fraction is not None and "calibration_fraction" in known:
+        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
+        if self.recipe.calibration_fraction is not None and ("calibration_fraction" in known or passes_on):
             given["calibration_fraction"] = self.recipe.calibration_fraction
         if self.prepared.teacher is not None and given.get("teacher") is None:
             if "teacher" in known:

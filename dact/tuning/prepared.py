@@ -45,7 +45,7 @@ class Prepared:
         class_names: Names of the classes, if the data has them.
         baseline: Baseline of the run.
         teacher: File with a teacher's probabilities of the training examples, or None.
-        own_teacher: Whether the training batches of the factory carry a teacher's probabilities by themselves.
+        own_teacher: As in `Surveyed`.
         learning: Arguments of all models that set their distillation, if it is not that of the factory.
         states: Folder with the states of frozen mode, or None.
         batch_size: Number of examples per training batch of frozen mode if no trial chooses it.
@@ -154,10 +154,8 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         origin = digest({name: value for name, value in surveyed.identity.items() if name not in later})
         baseline = fit_baseline(recipe, run.folder / "baseline", surveyed.model, data, origin, progress)
         teacher = _teach(run.folder / "teacher", surveyed, baseline)
-        own_teacher = teacher is None and recipe.distillation != 0 and "teacher" in next(iter(data.train_dataloader()))
-        share = distillation if recipe.distillation is None else recipe.distillation
-        if not own_teacher:
-            share = 0.0 if teacher is None else share or DISTILLATION
+        share = (distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
+        share = share if surveyed.own_teacher or teacher is not None else 0.0
         learning = {"distillation": share} if share != distillation else {}
         if recipe.encoder_training == "frozen":
             states = run.folder / "features"
@@ -171,7 +169,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         class_names=getattr(data, "class_names", None),
         baseline=baseline,
         teacher=teacher,
-        own_teacher=own_teacher,
+        own_teacher=surveyed.own_teacher,
         learning=learning,
         states=states,
         batch_size=batch_size,
@@ -182,7 +180,7 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
     """Return the file with the probabilities of the teacher: that of the baseline, or one that the data names."""
     data: Any = surveyed.data
     asked_for = surveyed.recipe.distillation
-    if asked_for == 0 or (surveyed.teacher is None and "teacher" in next(iter(data.train_dataloader()))):
+    if asked_for == 0 or surveyed.own_teacher:
         return None
     if surveyed.teacher is None:
         probabilities = baseline.probabilities()

@@ -9,8 +9,6 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor, ProgressBar
-from lightning.pytorch.plugins import CheckpointIO
 
 from dact.calibration import Promise
 from dact.checks import check_choice, check_count, check_range, check_tolerance
@@ -35,7 +33,6 @@ COMPARED = (  # arguments of the Trainer that must be equal for the values of tr
     "val_check_interval",
     "check_val_every_n_epoch",
 )
-NOT_COMPARED = (Checkpoint, CheckpointIO, DeviceStatsMonitor, LearningRateMonitor, ProgressBar)  # by their settings
 
 
 @dataclass(frozen=True)
@@ -210,9 +207,9 @@ class Recipe:
             "batch_size": batch_size,
             "seed": self.seed,
         }
-        for kind in ("callbacks", "plugins"):
-            if given := as_list(self.trainer.get(kind)):
-                identity[kind] = sorted(map(_described, given))
+        callbacks = sorted(type(callback).__qualname__ for callback in as_list(self.trainer.get("callbacks")))
+        if callbacks:
+            identity["callbacks"] = callbacks
         if teacher is not None:
             identity["teacher"] = pretrained_digest(teacher)
         if self.encoder_training == "frozen":
@@ -236,14 +233,6 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
             "max_epochs=1 and limit_train_batches"
         )
     return {**trainer, "devices": _one_device(trainer)}
-
-
-def _described(one: Any) -> list[Any]:
-    """Return the name of the class of a callback or plugin, and its public settings that are plain values."""
-    plain = (str, int, float, bool, type(None))
-    settings = {name: repr(value) for name, value in sorted(vars(one).items()) if isinstance(value, plain)}
-    public = {name: value for name, value in settings.items() if not name.startswith("_")}
-    return [type(one).__qualname__, {} if isinstance(one, NOT_COMPARED) else public]
 
 
 def _one_device(trainer: Mapping[str, Any]) -> Any:

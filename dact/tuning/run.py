@@ -152,16 +152,19 @@ class Run:
 
         Winners of later studies, which ran under the earlier ones, are then removed.
         """
-        changed = False
-        for name, value in winners.items():
-            path = self.folder / f"{name}.yaml"
-            text = yaml.safe_dump(value if isinstance(value, dict) else {name: value}, sort_keys=False)
-            if not path.is_file() or path.read_text() != text:
-                changed = True
-                write_text(path, text)
-        for name in WINNERS[max(map(WINNERS.index, winners)) + 1 :] if changed else ():
-            (self.folder / f"{name}.yaml").unlink(missing_ok=True)
-        return changed
+        files = {name: self.folder / f"{name}.yaml" for name in WINNERS}
+        texts = {
+            name: yaml.safe_dump(value if isinstance(value, dict) else {name: value}, sort_keys=False)
+            for name, value in winners.items()
+        }
+        before = {name: files[name].read_text() if files[name].is_file() else None for name in texts}
+        if any(text not in (None, texts[name]) for name, text in before.items()):
+            for name in WINNERS[max(map(WINNERS.index, winners)) + 1 :]:
+                files[name].unlink(missing_ok=True)  # first, so that a kill in between leaves no mixture
+        for name, text in texts.items():
+            if text != before[name]:
+                write_text(files[name], text)
+        return before != texts
 
 
 def _read(path: Path, name: str) -> Any:

@@ -34,6 +34,7 @@ class Surveyed:
         model: Untrained model.
         data: Datamodule, set up for a fit.
         teacher: Teacher that the data names, or None.
+        own_teacher: Whether the training batches carry a teacher's probabilities by themselves, and are wanted to.
         identity: Settings that all trials have in common; see `Recipe.identity`.
         spaces: Dimension of each parameter, by stage.
         first_trials: Parameters of the first trials, by stage.
@@ -46,6 +47,7 @@ class Surveyed:
     model: DACT
     data: LightningDataModule
     teacher: str | None
+    own_teacher: bool
     identity: dict[str, Any]
     spaces: Spaces
     first_trials: Starts
@@ -93,8 +95,10 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
             "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
         )
     examples = data_digest(data.train_dataloader()) + data_digest(data.val_dataloader())
+    own_teacher = recipe.distillation != 0 and teacher is None and "teacher" in next(iter(data.train_dataloader()))
     size = getattr(data, "batch_size", None)
     identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, size, teacher)
+    identity |= {"own_teacher": True} if own_teacher else {}
     first_trials = _first_trials(recipe, model, data)
     recommended = first_trials[TRAINING.name][0]
     training = spaces[TRAINING.name]
@@ -105,7 +109,7 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
     submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
     spaces, first_trials = complete_spaces(spaces, model.num_layers, first_trials, bounded)
-    return Surveyed(recipe, model, data, teacher, identity, spaces, first_trials, initial, submodels)
+    return Surveyed(recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels)
 
 
 def _check_limit(limit: float | None, batch_size: Dimension | None) -> None:
