@@ -347,7 +347,8 @@ class TuningEngine:
                 studies.end(study, n_trials, self.time_out, alone)
         elif len(studies.finished(study)) < n_trials:
             self.progress.note(
-                f"study {stage.name}: it was ended before its n_trials; a larger n_trials continues it, or time_out if that was it"
+                f"study {stage.name}: it was ended before its n_trials; a larger n_trials continues it, or, after a "
+                "deadline, a larger time_out"
             )
         return self._conclude(stage, run, prepared, study)
 
