@@ -23,6 +23,8 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
 }
+# Kinds of parts that can be applied to the states of all layers at once: no statistics, no weights of another kind.
+BATCHED = {nn.Linear, nn.LayerNorm, nn.Dropout, *ACTIVATIONS.values()}
 
 
 @dataclass(frozen=True)
@@ -141,11 +143,10 @@ class Submodels(nn.ModuleList):
         if len(self) < self.num_layers:
             # All layers at once, so that batch normalization learns the statistics that it uses in eval mode.
             return self[0](states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        if self.config.normalization == "batch":  # which keeps statistics for each layer
+        if not all(type(part) in BATCHED for submodel in self for part in submodel):  # type: ignore[attr-defined]
             return torch.stack([submodel(states[:, n]) for n, submodel in enumerate(self)], dim=1)
-        hidden = states.transpose(
-            0, 1
-        )  # [layers, batch, hidden], since a kernel for all layers is faster than one each
+        # One kernel for all layers is faster than one for each.
+        hidden = states.transpose(0, 1)  # [layers, batch, hidden]
         for parts in zip(*self, strict=True):
             hidden = _together(parts, hidden)
         return hidden.transpose(0, 1)
@@ -154,7 +155,7 @@ class Submodels(nn.ModuleList):
 def _together(parts: Sequence[nn.Module], hidden: Tensor) -> Tensor:
     """Apply one part of each layer's submodel to the states of its layer: ``[layers, batch, …]`` -> the same."""
     first: Any = parts[0]
-    if not isinstance(first, (nn.Linear, nn.LayerNorm)):  # without weights
+    if not isinstance(first, (nn.Linear, nn.LayerNorm)):
         return first(hidden)
     weight, bias = (torch.stack([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
     if isinstance(first, nn.Linear):

@@ -34,17 +34,27 @@ class Stop(Callback):
             raise RuntimeError("killed")
 
 
-def plain_model(rate=3e-3):
+class Ruin(Callback):
+    """Ruin the model after its first epoch, which is then the best."""
+
+    def on_validation_start(self, trainer, pl_module):
+        if trainer.current_epoch:
+            for submodel in pl_module.classifier:
+                torch.nn.init.constant_(submodel[-1].weight, 100.0)
+                submodel[-1].bias.data = torch.tensor([1000.0, 0.0, 0.0])
+
+
+def plain_model():
     """A model without dropout, whose random state Lightning does not restore."""
     plain = SubmodelConfig(dropout=0.0)
     encoder = TransformerEncoder(42, 3, 8, 2, dropout=0.0)
-    return DACT(encoder=encoder, classifier=plain, confidence=plain, learning_rate=rate)
+    return DACT(encoder=encoder, classifier=plain, confidence=plain, learning_rate=3e-3)
 
 
-def fitted(checkpoints, *callbacks, epochs=3, rate=3e-3, **trainer):
+def fitted(checkpoints, *callbacks, epochs=3, **trainer):
     """The weights of the last epoch, and the numbers of val_loss."""
     with seeded(0):
-        model, data = plain_model(rate), small_data(batch_size=16)
+        model, data = plain_model(), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", **trainer}
         history = resumable_fit(arguments, model, data, checkpoints, *callbacks, epochs=epochs, keep_best="best")
     return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
@@ -52,12 +62,12 @@ def fitted(checkpoints, *callbacks, epochs=3, rate=3e-3, **trainer):
 
 def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
-        fitted(tmp_path / "before", Stop(1, 0), rate=3.0)
+        fitted(tmp_path / "before", Stop(1, 0), Ruin())
     shutil.move(tmp_path / "before", tmp_path / "after")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The dirpath has changed")
-        _, losses = fitted(tmp_path / "after", rate=3.0)
-    assert losses.index(min(losses)) == 0, "this rate ruins the model, so that the first epoch is the best"
+        _, losses = fitted(tmp_path / "after", Ruin())
+    assert losses.index(min(losses)) == 0
     assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == 0
     assert not (tmp_path / "before").exists()
 

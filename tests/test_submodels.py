@@ -59,6 +59,9 @@ def test_all_layers_at_once_are_what_each_layer_is_by_itself(normalization, num_
     found = together(states)
     expected = torch.stack([alone.of_layer(n + 1)(states[:, n]) for n in range(4)], dim=1)
     torch.testing.assert_close(found, expected)
+    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(together).float(), {torch.nn.Linear})
+    answers = torch.stack([quantized.of_layer(n + 1)(states[:, n].float()) for n in range(4)], dim=1)
+    torch.testing.assert_close(quantized(states.float()), answers)
     for outputs in (found, expected):
         outputs.square().sum().backward()
     for one, other in zip(together.parameters(), alone.parameters(), strict=True):
