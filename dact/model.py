@@ -307,8 +307,7 @@ class DACT(MetricLogging):
         shown["encoder"] = {k: v for k, v in (shown["encoder"] or {}).items() if not isinstance(v, dict)}
         self.save_hyperparameters(shown)
         if stage == "fit" and not any(module.training for module in self.modules()):
-            # A loaded model, which Lightning would train without dropout.
-            self.train().encoder.train(any(weight.requires_grad for weight in self.encoder.parameters()))
+            self.train()  # a loaded model, which Lightning would train without dropout
 
     def on_fit_start(self) -> None:
         self._forget()

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -23,8 +22,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
 }
-# Kinds of parts that can be applied to the states of all layers at once: no statistics, no weights of another kind.
-BATCHED = {nn.Linear, nn.LayerNorm, nn.Dropout, *ACTIVATIONS.values()}
 
 
 @dataclass(frozen=True)
@@ -143,24 +140,7 @@ class Submodels(nn.ModuleList):
         if len(self) < self.num_layers:
             # All layers at once, so that batch normalization learns the statistics that it uses in eval mode.
             return self[0](states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        if not all(type(part) in BATCHED for submodel in self for part in submodel):  # type: ignore[attr-defined]
-            return torch.stack([submodel(states[:, n]) for n, submodel in enumerate(self)], dim=1)
-        # One kernel for all layers is faster than one for each.
-        hidden = states.transpose(0, 1)  # [layers, batch, hidden]
-        for parts in zip(*self, strict=True):
-            hidden = _together(parts, hidden)
-        return hidden.transpose(0, 1)
-
-
-def _together(parts: Sequence[nn.Module], hidden: Tensor) -> Tensor:
-    """Apply one part of each layer's submodel to the states of its layer: ``[layers, batch, …]`` -> the same."""
-    first: Any = parts[0]
-    if not isinstance(first, (nn.Linear, nn.LayerNorm)):
-        return first(hidden)
-    weight, bias = (torch.stack([getattr(part, name) for part in parts]) for name in ("weight", "bias"))
-    if isinstance(first, nn.Linear):
-        return torch.baddbmm(bias.unsqueeze(1), hidden, weight.transpose(1, 2))
-    return F.layer_norm(hidden, hidden.shape[-1:], eps=first.eps) * weight.unsqueeze(1) + bias.unsqueeze(1)
+        return torch.stack([self.of_layer(n + 1)(states[:, n]) for n in range(self.num_layers)], dim=1)
 
 
 def start_undecided(confidence: Submodels) -> None:

@@ -222,7 +222,7 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
     status, text = dact_here(*words, cwd=folder)
     assert status == 0, text
     assert "chose the checkpoint" in text
-    wrong = (("calibration_fraction", "0.5", "0.0"), ("seed", "7", "0"), ("val_file", "train.csv", "None"))
+    wrong = (("calibration_fraction", "0.5", "0.0"), ("seed", "7", "0"), ("val_file", "./train.csv", "None"))
     for option, value, before in wrong:
         status, text = dact_here(*words, f"--data.{option}", value, cwd=folder)
         assert status == 1

@@ -327,11 +327,6 @@ def test_a_loaded_model_is_trained_with_dropout(tmp_path):
     partly.classifier.train()
     trainer(tmp_path, max_epochs=1).fit(partly, loader(), loader(seed=1))
     assert not any(module.training for module in partly.encoder.modules()), "what was frozen on purpose stays so"
-    frozen = DACT.from_pretrained(tmp_path)
-    frozen.encoder.requires_grad_(False)
-    trainer(tmp_path, max_epochs=1).fit(frozen, loader(), loader(seed=1))
-    assert frozen.classifier.training
-    assert not any(module.training for module in frozen.encoder.modules())
 
 
 class DataOfYourUser(pl.LightningDataModule):

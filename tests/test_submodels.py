@@ -1,5 +1,3 @@
-import copy
-
 import pytest
 import torch
 
@@ -44,28 +42,6 @@ def test_every_architecture_trains(normalization, activation):
     model = config.build(6, 3)
     model(torch.randn(4, 6)).sum().backward()
     assert all(parameter.grad is not None for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
-@pytest.mark.parametrize("num_layers", [0, 1, 3])
-def test_all_layers_at_once_are_what_each_layer_is_by_itself(normalization, num_layers):
-    config = SubmodelConfig(
-        num_layers=num_layers, hidden_units=8, normalization=normalization, dropout=0.0, layer_strategy="pyramidal"
-    )
-    together = Submodels(config, num_layers=4, hidden_size=5, output_size=3).double()
-    for parameter in together.parameters():
-        torch.nn.init.normal_(parameter)
-    alone, states = copy.deepcopy(together), torch.randn(6, 4, 5, dtype=torch.float64)
-    found = together(states)
-    expected = torch.stack([alone.of_layer(n + 1)(states[:, n]) for n in range(4)], dim=1)
-    torch.testing.assert_close(found, expected)
-    quantized = torch.ao.quantization.quantize_dynamic(copy.deepcopy(together).float(), {torch.nn.Linear})
-    answers = torch.stack([quantized.of_layer(n + 1)(states[:, n].float()) for n in range(4)], dim=1)
-    torch.testing.assert_close(quantized(states.float()), answers)
-    for outputs in (found, expected):
-        outputs.square().sum().backward()
-    for one, other in zip(together.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(one.grad, other.grad)
 
 
 def test_batch_normalization_takes_a_batch_of_one_and_keeps_its_statistics():

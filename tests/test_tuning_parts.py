@@ -286,10 +286,6 @@ def test_a_new_winner_ends_those_that_were_found_under_the_old_one(tmp_path):
     run.save({"lambda_reg": 0.2})
     run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 2}})
     assert [name.split()[0] for name in run.winners().missing()] == ["external_config", "lambda_reg"]
-    run.save({"external_config": {"num_epochs": 3}})
-    (tmp_path / "run" / "classifier_config.yaml").unlink()
-    run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 2}})
-    assert run.winners().external_config == {"num_epochs": 3}, "a file that was deleted by hand is written again"
 
 
 def test_running_and_failed_trials_are_not_proposed_again():

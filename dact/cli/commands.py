@@ -255,7 +255,8 @@ class DACTCLI(LightningCLI):
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
                 best = MovableCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
                 added.append(best)
-            if best is not None and not any(one.save_last or one.filename == "last" for one in (best, *own)):
+            beside = [one for one in own if best is not None and one.dirpath == best.dirpath]
+            if best is not None and not any(one.save_last or one.filename == "last" for one in beside):
                 added.append(LastCheckpoint(best))
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:

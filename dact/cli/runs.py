@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +88,13 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
         then, given = dict(before.get("init_args") or {}), dict(now.get("init_args") or {})
     except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, ValueError):
         return  # not the configuration of a fit with data of this kind
-    file = given.get("val_file")
-    is_new = file is not None and file not in (then.get("val_file"), then.get("train_file"))
+    files = {name: os.path.realpath(then[name]) for name in ("val_file", "train_file") if then.get(name)}
+    file = os.path.realpath(given["val_file"]) if given.get("val_file") else None
+    is_new = file is not None and file not in files.values()
     if before.get("class_path") != now.get("class_path") or given.get("calibration_file") or is_new:
         return
     for name in DIVIDES:
-        if name == "val_fraction" and file is not None and file == then.get("val_file"):
+        if name in ("val_file", "val_fraction") and file is not None and file == files.get("val_file"):
             continue
         if name in then and name in given and then[name] != given[name]:
             if name == "calibration_fraction" and not given[name]:

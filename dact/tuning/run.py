@@ -158,7 +158,7 @@ class Run:
             for name, value in winners.items()
         }
         before = {name: files[name].read_text() if files[name].is_file() else None for name in texts}
-        if any(text not in (None, texts[name]) for name, text in before.items()):
+        if before != texts:
             for name in WINNERS[max(map(WINNERS.index, winners)) + 1 :]:
                 files[name].unlink(missing_ok=True)  # first, so that a kill in between leaves no mixture
         for name, text in texts.items():

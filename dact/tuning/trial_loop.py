@@ -64,6 +64,7 @@ def run_trials(
         for orphan in sweep(study, lock):
             orphaned(orphan)
 
+    stopped = False
     quiet = 0  # checks in a row at which nothing was running
     sweep_now()
     while True:
@@ -74,7 +75,7 @@ def run_trials(
         running = sum(trial.state == TrialState.RUNNING for trial in trials)
         quiet = 0 if running else quiet + 1
         hopeless = len(done) - before >= HOPELESS and all(trial.state == TrialState.FAIL for trial in done)
-        late = deadline.left == 0 or study.user_attrs.get(STOPPED) == n_trials
+        late = stopped or deadline.left == 0 or study.user_attrs.get(STOPPED) == n_trials
         if (len(done) >= n_trials and not running) or hopeless or (late and quiet >= QUIET):
             return
         due = len(retries_due(trials))  # another process may be about to queue them
@@ -106,6 +107,6 @@ def run_trials(
                 raise  # from a sampler or a callback
             continue
         if study._stop_flag:  # a callback or the sampler called Optuna's study.stop()
-            if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-                return  # the same command may try again
-            study.set_user_attr(STOPPED, n_trials)
+            stopped = True
+            if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):  # else the same command may try again
+                study.set_user_attr(STOPPED, n_trials)
