@@ -35,6 +35,7 @@ from dact.encoders import TransformerEncoder  # noqa: E402
 from tests.commands import FIT, OWN, REVIEWS, SMALL, dact  # noqa: E402
 
 gc.freeze()  # the collection after each trial need not visit what is imported
+torch.set_num_threads(1)  # for fixtures that are made before the first test as well, which must not depend on its place
 
 
 @pytest.fixture(autouse=True)
