@@ -251,13 +251,12 @@ class DACTCLI(LightningCLI):
             monitor = self._get(self.config, "monitor")
             mode = "min" if monitor.endswith("loss") else "max"
             own = [one for one in given if isinstance(one, ModelCheckpoint)]
-            best = own[0] if own else None
+            beside = [one for one in own if one.dirpath == own[0].dirpath]
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
                 best = MovableCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
-                added.append(best)
-            beside = [one for one in own if best is not None and one.dirpath == best.dirpath]
-            if best is not None and not any(one.save_last or one.filename == "last" for one in beside):
-                added.append(LastCheckpoint(best))
+                added += [best, LastCheckpoint(best)]
+            elif own and not any(one.save_last or one.filename == "last" for one in beside):
+                added.append(LastCheckpoint(own[0]))
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:
             config = {**config, "logger": False}  # its folder would hold nothing that is not printed

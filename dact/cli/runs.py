@@ -86,7 +86,7 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
     try:
         before = yaml.safe_load(stored.read_text(encoding="utf-8"))["data"]
         then, given = dict(before.get("init_args") or {}), dict(now.get("init_args") or {})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError, LookupError, TypeError, AttributeError, ValueError):
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
         return  # not the configuration of a fit with data of this kind
     files = {name: os.path.realpath(then[name]) for name in ("val_file", "train_file") if then.get(name)}
     file = os.path.realpath(given["val_file"]) if given.get("val_file") else None
@@ -99,9 +99,10 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
         if name in then and name in given and then[name] != given[name]:
             if name == "calibration_fraction" and not given[name]:
                 continue  # the validation examples, of which the result says that they chose the checkpoint
+            other = ", or give a data.calibration_file" if "calibration_file" in given else ""
             raise ValueError(
                 f"a promise needs examples that the fit has set aside, but data.{name} was {then[name]!r} there and is "
-                f"{given[name]!r} here: use the value in {stored}, or give a data.calibration_file"
+                f"{given[name]!r} here: use the value in {stored}{other}"
             )
 
 

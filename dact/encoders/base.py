@@ -101,7 +101,10 @@ class LayeredEncoder(nn.Module, ABC):
         if not isinstance(ids, Tensor):
             raise KeyError(f"a batch needs 'input_ids' [batch, length], a tensor, got the keys {sorted(batch)}")
         if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(f"input_ids must have the shape [batch, length], got {list(ids.shape)}")
+            raise ValueError(
+                f"input_ids must have the shape [batch, length], got {list(ids.shape)}: give each example a row of one "
+                "token or more"
+            )
         mask = batch.get("attention_mask")
         if mask is None:
             return torch.ones_like(ids)

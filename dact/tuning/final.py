@@ -80,7 +80,7 @@ class FinalFit:
             self._measure(folder, fit, data)
         else:
             stored = read_json(metrics)
-            if stored["confirmation"] != self.verdict.text:  # against other candidates
+            if stored.get("confirmation") != self.verdict.text:  # against other candidates
                 write_json(metrics, {**stored, "confirmation": self.verdict.text})
             if self.recipe.compare_defaults:
                 self._measure_defaults(folder / "defaults", data)
