@@ -182,6 +182,18 @@ def test_the_baseline_is_full_depth_fine_tuned_and_everything_starts_from_it(tun
     assert metrics["confirmation"]
 
 
+def test_the_baseline_is_the_whole_encoder_even_if_the_model_keeps_fewer_layers(tmp_path):
+    def cut(**overrides):
+        return small_model(**{"num_layers": 2, **overrides})
+
+    made = engine(tmp_path, model=cut, n_trials=1, encoder_training="frozen", warm_up_epochs=1)
+    metrics = json.loads(Path(made.run_pipeline("run")[0]).read_text())
+    first = study_of(tmp_path, "training").trials[0]
+    assert (metrics["baseline"]["layers"], metrics["layers"], first.params["num_layers"]) == (3, 2, 2)
+    assert first.distributions["num_layers"].high == 3, "trials may keep all layers"
+    assert Features(tmp_path / "run" / "features" / "train").arrays["states"].shape[1] == 3
+
+
 def test_a_second_call_reuses_everything(tuned):
     made, run, paths = tuned
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")}

@@ -1,4 +1,4 @@
-"""The baseline of a run: the encoder, fine-tuned once at full depth. Every fit learns from it and starts from it.
+"""The baseline of a run: the whole encoder, fine-tuned once at full depth. Every fit learns from it and starts from it.
 
 Two epochs of that fit are kept. The last one, where the learning rate has fallen to 0, is what results are compared
 with. It is the most accurate one or close to it, and owes nothing to a choice on the validation examples. The epoch of
@@ -90,7 +90,7 @@ class Baseline:
 def fit_baseline(
     recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> Baseline:
-    """Fine-tune a model at full depth, keep two epochs and their answers, or return what an earlier call made.
+    """Fine-tune the whole encoder at full depth, keep two epochs and their answers, or return what an earlier call made.
 
     Args:
         recipe: Recipe of the run.
@@ -106,7 +106,9 @@ def fit_baseline(
     baseline = Baseline(folder)
     if baseline.origin() == origin:
         return baseline
-    model, epochs = model.at_full_depth(), _epochs(recipe, data)
+    with seeded(recipe.seed):
+        model = recipe.whole(model).at_full_depth()
+    epochs = _epochs(recipe, data)
     checkpoints = checkpoints_of(folder, f"{origin}/teacher")
     with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epochs") as bar:
         history = resumable_fit(

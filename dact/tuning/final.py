@@ -204,7 +204,8 @@ class FinalFit:
             return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
 
     def _baseline(self) -> DACT:
-        return self.prepared.baseline.load(self.recipe.make_model().at_full_depth()).eval().to(self.recipe.device)
+        whole = self.recipe.whole(self.recipe.make_model())
+        return self.prepared.baseline.load(whole.at_full_depth()).eval().to(self.recipe.device)
 
     def _evaluate(self, model: DACT, data: LightningDataModule, *, timed: bool = True) -> dict[str, Evaluation]:
         loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}

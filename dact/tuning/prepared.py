@@ -217,7 +217,8 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
     taught_by = tensor_digest(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
         recommended = {name: surveyed.initial[name] for name in ("submodel_learning_rate", "detach_exits")}
-        model = recipe.make_model(**{**learning, **recommended})
+        layers = surveyed.model.encoder.num_layers  # all of them, since trials choose how many they keep
+        model = recipe.make_model(**{**learning, **recommended, "num_layers": layers})
     train, val = data.train_dataloader(), data.val_dataloader()
     batch_size: int = next(iter(train))["labels"].shape[0]
     seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)

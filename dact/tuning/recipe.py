@@ -126,6 +126,11 @@ class Recipe:
             )
         return model
 
+    def whole(self, model: DACT) -> DACT:
+        """Return `model` if it uses all layers of its encoder, and otherwise a model of the factory that does."""
+        layers = model.encoder.num_layers
+        return model if model.num_layers == layers else self.make_model(num_layers=layers)
+
     def overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return `settings` as arguments of a model, together with those that all models of the run have."""
         overrides: dict[str, Any] = {}

@@ -108,7 +108,7 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
     usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
     submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
-    spaces, first_trials = complete_spaces(spaces, model.num_layers, first_trials, bounded)
+    spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
     return Surveyed(recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels)
 
 
@@ -211,7 +211,7 @@ def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dic
         **defaults,
         "submodel_learning_rate": model.submodel_learning_rate or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
         "detach_exits": model.exit_loss_weight > 0,
-        "num_layers": max(1, round(LAYERS_KEPT * model.num_layers)),
+        "num_layers": min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers))),
     }
     price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
     return {"submodels": [submodels], "training": [recommended, defaults], "lambda_reg": price}
