@@ -169,25 +169,27 @@ def rule_table(records: Records, kind: str, budgets: Iterable[float]) -> list[st
     found = [record for name, by_key in records.items() if name.startswith(f"{kind}-") for record in by_key.values()]
     if not found:
         return []
-    plain, *others = [rule for rule in found[0]["rules"] if rule != ALL]
+    plain, *others = dict.fromkeys(rule for record in found for rule in record["rules"] if rule != ALL)
     lines = [
         f"| {len(found)} trainings, less `{plain}` | " + " | ".join(f"{budget:g}" for budget in budgets) + " |",
         "|---|" + "---|" * len(budgets),
     ]
     for rule in others:
+        having = [record for record in found if rule in record["rules"]]  # a rule may be younger than a record
         cells = []
         for budget in budgets:
             gains = {
                 split: [
                     r["rules"][rule][f"{budget:.1f}"][split]["accuracy"]
                     - r["rules"][plain][f"{budget:.1f}"][split]["accuracy"]
-                    for r in found
+                    for r in having
                 ]
                 for split in ("val", "test")
             }
-            error = statistics.stdev(gains["test"]) / math.sqrt(len(found)) if len(found) > 1 else math.nan
+            error = statistics.stdev(gains["test"]) / math.sqrt(len(having)) if len(having) > 1 else math.nan
             cells.append(f"{statistics.mean(gains['test']):+.2f} ± {error:.2f} ({statistics.mean(gains['val']):+.2f})")
-        lines.append(f"| {rule} | " + " | ".join(cells) + " |")
+        count = "" if len(having) == len(found) else f" ({len(having)} trainings)"
+        lines.append(f"| {rule}{count} | " + " | ".join(cells) + " |")
     return lines
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
 
 from dact import functional
 
@@ -231,6 +232,37 @@ def mixed(rule: Rule) -> Fit:
     return fitted
 
 
+def gated(rule: Rule) -> Fit:
+    """The rule, but what leaves is what gains least by going on: a text for which the last layer is right, and this one not.
+
+    The chance of that is a logistic function of the lead and its square, with slopes for all layers and an offset for each.
+    """
+
+    def fitted(y: Tensor, h: Tensor, target: Tensor) -> Rule:
+        right = rule(y, h).answers.argmax(dim=-1) == target.unsqueeze(1)
+        gains = (right[:, -1:] & ~right)[:, :-1].float()
+        slopes, offsets = torch.tensor([2.0, 0.0], requires_grad=True), torch.zeros(y.shape[1] - 1, requires_grad=True)
+
+        def staying(y: Tensor) -> Tensor:
+            ahead = lead(y)[:, :-1].float()
+            return slopes[0] * ahead + slopes[1] * ahead.square() + offsets
+
+        minimise(
+            [slopes, offsets],
+            lambda: binary_cross_entropy_with_logits(-staying(y), gains) + 1e-3 * slopes.square().sum(),
+        )
+
+        def gated_rule(y: Tensor, h: Tensor) -> Policy:
+            policy = rule(y, h)
+            with torch.no_grad():
+                score = staying(y).double()
+            return replace(policy, score=torch.cat([score, score.new_full((len(score), 1), float("inf"))], dim=1))
+
+        return gated_rule
+
+    return fitted
+
+
 def likelihood_loss(logits: Tensor, target: Tensor) -> Tensor:
     """The cross-entropy of logits ``[texts, layers, classes]``, summed over the layers, mean over the texts."""
     return -logits.log_softmax(dim=-1)[torch.arange(len(target)), :, target].sum(dim=1).mean()
@@ -263,6 +295,7 @@ FITS: dict[str, dict[str, Fit]] = {  # by kind of training; the first is the pla
         "scaled exits": scaled(by_margin),
         "mix": mixed(by_margin),
         "mix, scheduled": scheduled(mixed(by_margin)),
+        "margin, by gain": gated(by_margin),
     },
     "multi": {
         "lead": plain(by_lead),
@@ -275,9 +308,17 @@ FITS: dict[str, dict[str, Fit]] = {  # by kind of training; the first is the pla
         "scaled exits": scaled(by_lead),
         "mix": mixed(by_lead),
         "mix, scheduled": scheduled(mixed(by_lead)),
+        "lead, by gain": gated(by_lead),
     },
 }
-PAIRED = ("margin", "lead", "scaled exits", "mix")  # rules of which the record has every test text
+PAIRED = (
+    "margin",
+    "lead",
+    "scaled exits",
+    "mix",
+    "margin, by gain",
+    "lead, by gain",
+)  # rules of which the record has every test text
 
 
 # ---------------------------------------------------------------------- what is possible
