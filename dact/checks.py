@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from numbers import Integral, Real
-from typing import get_args
+from typing import Any, get_args
 
 MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
 
@@ -71,10 +71,10 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
         raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
 
 
-def check_class_names(name: str, value: Sequence[str] | None) -> None:
+def check_class_names(name: str, value: Sequence[Any] | None) -> None:
     """Raise a ``ValueError`` unless `value` is None or has distinct names."""
-    if value is not None and len(set(value)) < len(value):
-        raise ValueError(f"{name} must be distinct, got {', '.join(value)}")
+    if value is not None and len({str(one) for one in value}) < len(value):
+        raise ValueError(f"{name} must be distinct, got {', '.join(map(str, value))}")
 
 
 def check_tolerance(tolerance: float) -> None:

@@ -97,7 +97,7 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
     """
     if quantize is not None:
         check_choice("export: quantize", quantize, Quantization)
-    model_dir, output = Path(model_dir), Path(output)
+    model_dir, output = Path(model_dir), Path(output).absolute()
     _check_output(output)
     model = DACT.from_pretrained(model_dir)
     encoder = model.encoder

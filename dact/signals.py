@@ -6,12 +6,15 @@ sets a flag. `check` turns the flag into a KeyboardInterrupt at a place where no
 
 from __future__ import annotations
 
+import contextlib
 import signal
+from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback
 
 _requested = False
+_at_once = False
 
 
 def install() -> None:
@@ -30,8 +33,20 @@ def install() -> None:
 def _request(signal_number: int, frame: Any) -> None:
     global _requested
     again, _requested = _requested, True
-    if again:
+    if again or _at_once:
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def at_once() -> Iterator[None]:
+    """Let the first signal raise KeyboardInterrupt, in a block that may wait for input without end."""
+    global _at_once
+    check()
+    _at_once = True
+    try:
+        yield
+    finally:
+        _at_once = False
 
 
 def stop_requested() -> bool:

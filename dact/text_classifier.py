@@ -87,6 +87,7 @@ class TextClassifier:
     ) -> None:
         check_count("TextClassifier: batch_size", batch_size)
         self.dtype = _checked_dtype(dtype)
+        self._is_rounded = False
         self.model: Any = model.eval()
         if device is not None:
             self.model.to(device)
@@ -137,10 +138,13 @@ class TextClassifier:
             directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
         model = DACT.from_pretrained(directory, **overrides)
-        if dtype is not None and "encoder" not in overrides:  # otherwise autocast casts all weights in each call
-            model.encoder.to(_checked_dtype(dtype))
+        held = _checked_dtype(dtype) if "encoder" not in overrides else None
+        if held is not None:  # otherwise autocast casts all weights in each call
+            model.encoder.to(held)
         tokenizer = load_tokenizer(str(directory.resolve()))
-        return cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
+        classifier = cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
+        classifier._is_rounded = held not in (None, torch.float32)
+        return classifier
 
     def save_pretrained(self, directory: str | Path, **card: Any) -> None:
         """Write the model, its tokenizer and a model card into `directory`; see `DACT.save_pretrained`.
@@ -148,7 +152,7 @@ class TextClassifier:
         Raises:
             ValueError: If the weights of its encoder were rounded to half precision when it was loaded.
         """
-        if any(weight.dtype in (torch.float16, torch.bfloat16) for weight in self.model.encoder.parameters()):
+        if self._is_rounded:
             raise ValueError(
                 "the encoder's weights were rounded to half precision when it was loaded: load it without dtype to "
                 "save it"

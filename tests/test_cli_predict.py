@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import shutil
+import signal
 
 import pandas as pd
 import pytest
@@ -12,6 +13,7 @@ import torch
 from dact import DACT, TextClassifier
 from dact.cli.reports import promise_line
 from dact.cli.stored import find_model
+from dact.data import TextClassificationData
 from tests import warm
 from tests.commands import FIT, REVIEWS, SMALL, dact, environment
 
@@ -181,6 +183,67 @@ def test_a_setting_on_the_command_line_replaces_that_of_the_stored_model(run_of_
     assert "halting_margin" in text
 
 
+def test_a_signal_ends_a_command_that_waits_for_input_or_works(run_of_two_files):
+    words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "-", "--output", "-"]
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process = warm.start("dact", words, cwd=run_of_two_files, env=environment())
+        process.stdin.write("the screen is great\n" * 2100)
+        process.stdin.flush()
+        assert process.stdout.readline().startswith("label,")  # it has answered some, and waits for more
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 130, errors
+        assert errors.rstrip().endswith("dact: stopped before its end")
+
+
+def test_a_dial_of_a_file_is_not_ignored_without_a_word(run_of_two_files, dact_here):
+    folder = run_of_two_files
+    (folder / "dial.yaml").write_text("model: {halting_margin: 0.25}\n")
+    words = ["--model", "lightning_logs/first", "--data.test_file", "train.csv"]
+    with pytest.warns(
+        UserWarning, match="1.0 in the stored model, and not 0.25 as in the file.*--model.halting_margin 0.25"
+    ):
+        dact_here("test", "--config", "dial.yaml", *words, cwd=folder)
+
+
+@pytest.mark.slow
+def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_files, tmp_path, dact_here, succeed):
+    shutil.copytree(run_of_two_files / "tokenizer", tmp_path / "tokenizer")
+    rows = [f"screen {i},is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}" for i in range(60)]
+    (tmp_path / "pairs.csv").write_text("first,second,class\n" + "\n".join(rows) + "\n")
+    config = (run_of_two_files / "my.yaml").read_text().replace("train.csv", "pairs.csv")
+    columns = "text_column: first, text_pair_column: second, label_column: class, seed: 7, "
+    (tmp_path / "my.yaml").write_text(
+        config.replace("{train_file", "{" + columns + "train_file").replace("max_epochs: 1", "max_epochs: 12")
+    )
+    succeed("fit", "--config", "my.yaml", "--run_tag", "pairs", "--model.learning_rate", "0.01", cwd=tmp_path)
+    model = ["--model", "lightning_logs/pairs"]
+    text = succeed("test", *model, "--data.test_file", "pairs.csv", cwd=tmp_path)
+    assert float(re.search(r"test_accuracy\W+([\d.]+)", text).group(1)) > 0.9
+    succeed("predict", *model, "--data.predict_file", "pairs.csv", "--output", "out.csv", cwd=tmp_path)
+    assert (pd.read_csv(tmp_path / "out.csv")["label"] == pd.read_csv(tmp_path / "pairs.csv")["class"]).mean() > 0.9
+    validated = []
+    data = TextClassificationData.setup
+
+    def noted(self, stage):
+        data(self, stage)
+        validated.append(self.splits["val"].texts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TextClassificationData, "setup", noted)
+        succeed("validate", *model, "--data.train_file", "pairs.csv", cwd=tmp_path)
+    fitted = TextClassificationData(
+        str(tmp_path / "pairs.csv"),
+        tokenizer=str(tmp_path / "tokenizer"),
+        text_column="first",
+        text_pair_column="second",
+        label_column="class",
+        seed=7,
+    )
+    fitted.setup("fit")
+    assert validated[0] == fitted.splits["val"].texts, "and not texts that it was trained on"
+
+
 def test_rows_of_standard_input_are_answered_before_it_ends(run_of_two_files):
     words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "-", "--output", "-"]
     process = warm.start("dact", words, cwd=run_of_two_files, env=environment())
@@ -261,12 +324,24 @@ def test_where_predictions_go_is_checked_before_anything_else(run_of_two_files, 
     assert "no model at absent, which does not exist" in text
 
 
+def test_predictions_never_replace_the_texts(run_of_two_files, dact_here):
+    (run_of_two_files / "same.csv").write_text("text\nthe screen is great\n")
+    words = ["--model", "lightning_logs/first", "--data.predict_file", "same.csv", "--output", "./same.csv"]
+    status, text = dact_here("predict", *words, cwd=run_of_two_files)
+    assert status == 1
+    assert "--output ./same.csv is the file with the texts, and would replace it: name another" in text
+    words = ["--model", "lightning_logs/first", "--data.predict_file", "same.csv", "--data.max_length", "-5"]
+    status, text = dact_here("predict", *words, cwd=run_of_two_files)
+    assert status == 1
+    assert "data.max_length must be 1 or more, got -5" in text
+
+
 def test_a_failing_file_leaves_no_predictions(run_of_two_files, dact_here):
     (run_of_two_files / "broken.jsonl").write_text(json.dumps({"text": "great"}) + "\n{broken\n")
     words = ["--model", "lightning_logs/first", "--data.predict_file", "broken.jsonl", "--output", "none.csv"]
     status, text = dact_here("predict", *words, cwd=run_of_two_files)
     assert status == 1
-    assert "broken.jsonl cannot be read as jsonl" in text
+    assert "broken.jsonl: line 2 is no JSON" in text
     assert not (run_of_two_files / "none.csv").exists()
     assert not list(run_of_two_files.glob(".none*"))
 

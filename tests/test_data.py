@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, compositional, vader
 from dact.data.batching import LengthGroupedSampler, SharedLengthGroupedSampler
 from dact.data.examples import text_key
+from dact.data.labels import reading_of, to_classes
 from dact.data.tables import read_columns
 from dact.data.tokenizers import load_tokenizer, word_tokenizer
 from tests.tables import write_table
@@ -384,3 +385,59 @@ def test_without_a_training_file_the_classes_may_be_named(tmp_path):
     with pytest.raises(ValueError, match=r"no train_file was given, .* \(or class_names"):
         data(None, test_file=file).setup("test")
     data(None, test_file=file, class_names=["neg", "neu", "pos"]).setup("test")
+
+
+@pytest.mark.parametrize(
+    ("names", "labels", "classes"),
+    [
+        (["1.0", "2.0", "3.0"], [1, 2, 3], [0, 1, 2]),
+        (["01", "02", "03"], ["1", "3"], [0, 2]),
+        (["3", "4", "5"], [4.0, 5.0], [1, 2]),
+        (["3.5", "4.0"], [4.0, 4.0], [1, 1]),
+        (["no", "yes"], [0.0, 1.0], [0, 1]),
+    ],
+)
+def test_a_label_is_the_class_of_its_number_however_it_is_written(names, labels, classes):
+    assert to_classes(labels, names, reading_of(labels, names, "f"), "f") == classes
+
+
+def test_numbers_that_may_be_names_or_positions_are_never_guessed():
+    for names in (["1.0", "2.0", "3.0"], ["01", "02", "03"], ["1", "2", "3"]):
+        with pytest.raises(ValueError, match="the labels 1, 2 may be names or positions of the classes"):
+            reading_of([1, 2], names, "f")
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (float("nan"), "row 3 without a label"),
+        (
+            ["a", "b"],
+            r"row 3 with a label that is neither a string nor a number: \['a', 'b'\]. Each text has exactly one",
+        ),
+        ({"a": 1}, "row 3 with a label that is neither a string nor a number"),
+    ],
+)
+def test_what_is_no_label_is_no_class(tmp_path, label, message):
+    with pytest.raises(ValueError, match=message):
+        data(write(tmp_path, "jsonl", [("good", "pos"), ("so", "neg"), ("fine", label)])).setup("fit")
+
+
+def test_classes_in_another_encoding_are_refused_and_not_merged(tmp_path):
+    (tmp_path / "a.csv").write_bytes("text,label\ngood,positif\nso,négatif\nfine,nègatif\n".encode("latin-1"))
+    with pytest.raises(
+        ValueError, match="a.csv: rows 2, 3 with a label that is not valid UTF-8: save the file in UTF-8"
+    ):
+        data(str(tmp_path / "a.csv")).setup("fit")
+
+
+def test_errors_count_the_rows_of_the_file(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\n\n\n\ngood,pos\nfine,\nso,neg\n")
+    with pytest.raises(ValueError, match="a.csv: row 5 without a label"):
+        data(str(tmp_path / "a.csv")).setup("fit")
+    (tmp_path / "a.jsonl").write_text('{"text": "good", "label": "pos"}\n' * 9 + "{\n")
+    with pytest.raises(ValueError, match="a.jsonl: line 10 is no JSON"):
+        data(str(tmp_path / "a.jsonl")).setup("fit")
+    (tmp_path / "b.csv").write_bytes("text,label\ngood,pos\n".encode("utf-16"))
+    with pytest.raises(ValueError, match="b.csv is in UTF-16: save it in UTF-8"):
+        data(str(tmp_path / "b.csv")).setup("fit")

@@ -6,6 +6,8 @@ import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from dact import TextClassifier
 from dact.cli.predictions import PredictionData, PredictionWriter
@@ -88,3 +90,22 @@ def test_several_processes_cannot_share_standard_output(tmp_path):
     data.trainer = trainer
     with pytest.raises(ValueError, match="standard input has one reader, not 2"):
         next(data.batches())
+
+
+def bare_tokenizer(words):
+    """A tokenizer that adds no token of its own, and cleans some characters away."""
+    plain = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, **{w: i for i, w in enumerate(words, 2)}}, "[UNK]"))
+    plain.normalizer, plain.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
+
+
+def test_a_text_without_tokens_has_a_reason_and_stops_nothing(tmp_path):
+    (tmp_path / "odd.csv").write_text("text\ngood\n\x01\nfine\n")
+    data = PredictionData(str(tmp_path / "odd.csv"), bare_tokenizer(["good", "fine"]))
+    assert [batch["row"].tolist() for batch in data.predict_dataloader()] == [[0, 2]]
+    assert data.unusable == {1: "no tokens"}
+    (tmp_path / "train.csv").write_text("text,label\ngood,a\n\x01,b\nfine,a\nbad,b\n")
+    with pytest.raises(ValueError, match=r"the tokenizer has no token for the text '\\x01': leave it out"):
+        TextClassificationData(
+            str(tmp_path / "train.csv"), str(tmp_path / "train.csv"), tokenizer=bare_tokenizer(["good", "fine"])
+        ).setup("fit")

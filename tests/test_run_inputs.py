@@ -1,5 +1,6 @@
 """What factories, data and options may be in a run: each is used as it says, or refused before any work."""
 
+import dataclasses
 import datetime
 import io
 import socket
@@ -7,12 +8,14 @@ import threading
 import warnings
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
 import torch
 import yaml
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule
+from optuna.pruners import HyperbandPruner, MedianPruner, WilcoxonPruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
@@ -28,9 +31,12 @@ from dact.encoders import TransformerEncoder
 from dact.factories import DataFactory, ModelFactory
 from dact.files import read_json
 from dact.submodels import SubmodelConfig
-from dact.tuning.baseline import _probabilities
+from dact.tuning import workers
+from dact.tuning.baseline import _epochs, _probabilities
 from dact.tuning.digests import digest
+from dact.tuning.final import _is_plain
 from dact.tuning.pictures import pareto_picture
+from dact.tuning.pruner import SameLengthPruner
 from dact.tuning.retries import OWNER, unwatched
 from dact.tuning.selection import Point
 from dact.tuning.space import Dimension
@@ -396,3 +402,171 @@ def test_tune_refuses_what_only_fit_reads(dact_here, tmp_path):
         status, output = dact_here("tune", "--config", GENERATED, *words, cwd=tmp_path)
         assert status == 1
         assert f"dact tune does not read {words[0][2:]}" in output
+
+
+class ItemsOfOnesOwn(LightningDataModule):
+    """Data as Hugging Face users have it: items with a `label`, which become `labels` in a batch."""
+
+    def __init__(self, shift=0, batch_size=32, teacher=None, ids=0, **loaders):
+        super().__init__()
+        self.shift, self.batch_size, self.teacher_seed, self.ids, self.loaders = (
+            shift,
+            batch_size,
+            teacher,
+            ids,
+            loaders,
+        )
+
+    def setup(self, stage):
+        inner = small_data()
+        inner.setup(stage)
+        self.inner = inner
+
+    def _loader(self, split):
+        generator = torch.Generator().manual_seed(self.teacher_seed or 0)
+        items = []
+        for batch in {"train": self.inner.train_dataloader, "val": self.inner.val_dataloader}.get(
+            split, self.inner.test_dataloader
+        )():
+            for ids, label in zip(batch["input_ids"], batch["labels"], strict=True):
+                item = {
+                    "input_ids": ids[ids != 0],
+                    "label": (int(label) + self.shift) % 3,
+                    "row": self.ids + len(items),
+                }
+                items.append({**item, "teacher": torch.rand(3, generator=generator).softmax(0)})
+
+        def collate(items):
+            ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+            batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
+            batch["labels"] = torch.tensor([item["label"] for item in items])
+            if self.ids:
+                batch["row"] = torch.tensor([item["row"] for item in items])
+            if self.teacher_seed is not None and split == "train":
+                batch["teacher"] = torch.stack([item["teacher"] for item in items])
+            if self.loaders.get("unlabelled") and split == "test":
+                del batch["labels"]
+            return batch
+
+        options = {name: value for name, value in self.loaders.items() if name != "unlabelled" and split != "train"}
+        return DataLoader(items, self.batch_size, collate_fn=collate, **options)
+
+    def train_dataloader(self):
+        return self._loader("train")
+
+    def val_dataloader(self):
+        return self._loader("val")
+
+    def test_dataloader(self):
+        return self._loader("test")
+
+
+@pytest.mark.parametrize("change", [{"shift": 1}, {"teacher": 1}])
+def test_other_labels_or_another_teacher_of_ones_own_data_are_refused_under_the_same_tag(tmp_path, change):
+    def data(**more):
+        return partial(ItemsOfOnesOwn, **({"teacher": 0} | more))
+
+    quick(tmp_path, data=data()).joint_tune_study("run")
+    quick(tmp_path, data=data()).joint_tune_study("run")
+    with pytest.raises(ValueError, match=r"run/submodels .* was made with another (data|own_teacher)"):
+        quick(tmp_path, data=data(**change)).joint_tune_study("run")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shuffle": True}, "example by example, but the test loader shuffles"),
+        ({"drop_last": True}, r"but the test loader drops the last examples \(drop_last\)"),
+        ({"unlabelled": True}, "the final model is measured on the test split, whose batches have no 'labels'"),
+    ],
+)
+def test_what_could_not_be_measured_at_the_end_is_refused_before_any_training(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        quick(tmp_path, data=partial(ItemsOfOnesOwn, **options)).run_pipeline("run")
+    assert not (tmp_path / "run" / "baseline").exists()
+
+
+def test_a_row_that_numbers_something_else_is_no_place_for_a_teacher(tmp_path):
+    quick(tmp_path, data=partial(ItemsOfOnesOwn, ids=1000)).joint_tune_study("run")
+
+
+@pytest.mark.slow
+def test_a_search_without_an_exit_loss_ends_with_a_model(tmp_path):
+    space = {"exit_loss_weight": {"type": "categorical", "choices": [0.0, 0.5]}}
+    metrics = read_json(Path(quick(tmp_path, search_space=space).run_pipeline("run")[0]))
+    assert metrics["layers"] in (2, 3)
+
+
+def test_overfitting_a_number_of_batches_counts_as_a_limit(tmp_path):
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "overfit_batches": 1}
+    with pytest.raises(ValueError, match="overfit_batches=1 counts batches"):
+        engine(tmp_path, trainer=trainer).joint_tune_study("run")
+
+
+def test_a_trainer_of_many_options_is_one_that_frozen_trials_and_the_configuration_keep(tmp_path):
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 3, "enable_progress_bar": True}
+    trainer |= {"max_time": datetime.timedelta(minutes=9)}
+    assert _is_plain([0]) and _is_plain({"minutes": 9}) and not _is_plain([Callback()])
+    data = partial(small_data, batch_size=16)  # of frozen states, a batch has 32 or 64
+    made = quick(tmp_path, trainer=trainer, data=data, encoder_training="frozen", warm_up_epochs=0)
+    made.joint_tune_study("run")
+    assert study_of(tmp_path, "submodels").trials[0].state == TrialState.COMPLETE
+
+
+def test_few_steps_of_the_trainer_count_where_the_epochs_of_the_baseline_are_chosen():
+    recipe = engine(Path("unused"), trainer={"max_epochs": 4, "accelerator": "cpu"}).recipe
+    data = DataLoaders(100)
+    assert _epochs(recipe, data) == 4
+    for option in ({"limit_train_batches": 60}, {"limit_train_batches": 0.6}, {"accumulate_grad_batches": 2}):
+        few = dataclasses.replace(recipe, trainer={**recipe.trainer, **option})
+        assert _epochs(few, data) == (5 if "limit_train_batches" in option else 6)
+
+
+class DataLoaders:
+    """Data with a number of training batches."""
+
+    def __init__(self, batches):
+        self.train_dataloader = lambda: range(batches)
+
+
+@pytest.mark.parametrize("pruner", [HyperbandPruner(max_resource=4), WilcoxonPruner()])
+def test_pruners_that_look_at_the_whole_study_get_it_as_it_is(pruner):
+    one, other = SameLengthPruner.around(pruner), SameLengthPruner.around(pruner)
+    assert type(one) is type(other) is type(pruner)
+    assert one is not other is not pruner, "what it learns from one study is not for the next"
+    assert isinstance(SameLengthPruner.around(MedianPruner()), SameLengthPruner)
+
+
+def test_a_worker_that_died_is_replaced_on_its_device(monkeypatch):
+    started = []
+
+    class Process:
+        def __init__(self, target, args):
+            self.number, self.exitcode = args[0], None
+            started.append(self.number)
+
+        def start(self):
+            dies = started == [0, 1]
+            self.exitcode = 1 if dies else 0 if len(started) == 3 else None
+
+        def is_alive(self):
+            self.exitcode = 0 if len(started) == 3 and self.exitcode is None else self.exitcode
+            return self.exitcode is None
+
+        def terminate(self):
+            pass
+
+        def join(self, timeout=None):
+            pass
+
+    class Context:
+        SimpleQueue = staticmethod(lambda: SimpleNamespace(empty=lambda: True))
+
+    Context.Process = Process
+    monkeypatch.setattr(workers, "_context", Context)
+    monkeypatch.setattr(workers, "finished", lambda study: [])
+    monkeypatch.setattr(workers, "POLL", 0)
+    monkeypatch.setattr(workers, "replace", lambda job, **changes: job)
+    job = SimpleNamespace(for_worker=lambda number: number)
+    workers.run_study(job, None, 2, lambda: None)
+    assert started == [0, 1, 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import shutil
 import sys
 from argparse import SUPPRESS
@@ -11,7 +12,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import yaml
 from jsonargparse import Namespace
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
 from dact import signals
@@ -35,7 +36,7 @@ from dact.cli.stored import RUNS, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.factories import DataFactory
-from dact.files import DurableCheckpointIO
+from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.model import DACT
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
@@ -186,6 +187,7 @@ class DACTCLI(LightningCLI):
         self.source = self.request.model or find_model(config.ckpt_path)
         overrides = self._overrides()
         self.model = stored_model(self.source, config.model.get("encoder"), **overrides)
+        self._name_ignored_dials(overrides)
         config.ckpt_path = config.optimizer = config.lr_scheduler = None
         file = self.request.own_data(config, self.model)
         config.model = Namespace()  # type: ignore[no-untyped-call]
@@ -211,6 +213,17 @@ class DACTCLI(LightningCLI):
                     f"model only {', '.join(AT_INFERENCE)} can be set)"
                 )
         return {name: given[name] for name in AT_INFERENCE if name in given}
+
+    def _name_ignored_dials(self, overrides: dict[str, Any]) -> None:
+        """Warn if a file sets inference settings that the stored model does not have, unless they are the usual ones."""
+        usual = inspect.signature(DACT.__init__).parameters
+        for name in AT_INFERENCE:
+            value, own = self.request.value(f"model.{name}"), getattr(self.model, name)
+            if name not in overrides and value not in (None, usual[name].default, own):
+                rank_zero_warn(
+                    f"{name} is {own} in the stored model, and not {value} as in the file, which is for a fit: give "
+                    f"--model.{name} {value} to use that"
+                )
 
     def _complete_model(self, config: Namespace) -> None:
         """Complete a configuration with the number of classes, and balanced class weights, of the training data."""
@@ -288,7 +301,12 @@ class DACTCLI(LightningCLI):
             names = ("max_accuracy_loss", "min_agreement", "max_layers", "confidence", "dial")
             self.calibrate(Promise(**{name: self._get(self.config, name) for name in names}))
         else:
-            super()._run_subcommand(subcommand)
+            try:
+                super()._run_subcommand(subcommand)
+            except BaseException:  # Lightning makes a SystemExit of its own of Ctrl-C
+                if subcommand != "fit" and signals.stop_requested():
+                    raise KeyboardInterrupt from None
+                raise
 
     def _resume(self, config: Namespace) -> None:
         """Configure a fit with the tag of an earlier one to resume it."""
@@ -305,7 +323,7 @@ class DACTCLI(LightningCLI):
         if checkpoint is None and last.is_file():
             self._complete_model(config)
             check_same_run(folder, yaml.safe_load(self._parser("fit").dump(config, skip_none=False)))
-            done = torch.load(last, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+            done = read_checkpoint(last)["epoch"] + 1
             if 0 < (config.trainer.max_epochs or 1000) <= done:
                 raise ValueError(
                     f"run {config.run_tag} has finished its {done} epochs: raise --trainer.max_epochs, or give another "
@@ -425,4 +443,4 @@ def main() -> None:
         try:
             run()
         except KeyboardInterrupt:
-            raise SystemExit(stopped_by_user("before anything was written")) from None
+            raise SystemExit(stopped_by_user("before its end")) from None

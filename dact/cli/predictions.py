@@ -21,7 +21,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore
 from torch import Tensor
 from typing_extensions import override
 
+from dact import signals
 from dact.agreement import names_of_classes
+from dact.checks import check_count
 from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
 from dact.data.tokenizers import tokenize
 from dact.files import replacing
@@ -59,6 +61,7 @@ class PredictionData(LightningDataModule):
         batch_size: int = BATCH,
     ) -> None:
         super().__init__()
+        check_count("data.max_length", max_length, least=1)
         check_readable(predict_file)
         self.predict_file = predict_file
         self.tokenizer = tokenizer
@@ -75,7 +78,12 @@ class PredictionData(LightningDataModule):
         if processes > 1 and self.predict_file == STANDARD_INPUT:
             raise ValueError(f"standard input has one reader, not {processes}: use one device, or give a file")
         rows = enumerate(read_rows(self.predict_file, self.columns))
-        while window := list(islice(rows, self.batch_size)):
+        waiting = signals.at_once if self.predict_file == STANDARD_INPUT else contextlib.nullcontext
+        while True:
+            with waiting():
+                window = list(islice(rows, self.batch_size))
+            if not window:
+                return
             if window[0][0] // self.batch_size % processes != rank:
                 continue
             faults = {row: fault for row, texts in window if (fault := text_fault(texts)) is not None}
@@ -85,7 +93,11 @@ class PredictionData(LightningDataModule):
                 continue
             texts = [list(column) for column in zip(*(texts for _, texts in usable), strict=True)]
             encoding = tokenize(self.tokenizer, *texts, truncation=True, max_length=self.max_length)
-            yield {**encoding, "row": torch.tensor([row for row, _ in usable])}
+            encoding["row"] = torch.tensor([row for row, _ in usable])
+            has_tokens = encoding["attention_mask"].any(dim=1)
+            self.unusable |= {int(row): "no tokens" for row in encoding["row"][~has_tokens]}
+            if has_tokens.any():
+                yield {name: values[has_tokens] for name, values in encoding.items()}
 
     @override
     def predict_dataloader(self) -> Iterator[dict[str, Tensor]]:

@@ -19,6 +19,7 @@ from huggingface_hub import constants
 from dact.cli import LIGHTNING
 from dact.cli.errors import class_parameters, config_files
 from dact.cli.predictions import BATCH, PredictionData, check_writable
+from dact.cli.runs import DIVIDES, fit_data
 from dact.cli.stored import counterpart, find_model, hub_id
 from dact.data.tables import DATASET  # with its package, whose classes a configuration names without it
 from dact.data.tokenizers import load_tokenizer
@@ -27,6 +28,7 @@ from dact.files import read_json
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 OWN_FILES = "TextClassificationData"
+COLUMNS = ("text_column", "text_pair_column", "label_column")
 NO_LIMIT = 1_000_000  # tokens; nothing is cut
 
 
@@ -64,6 +66,16 @@ class Request:
         if not any(word in ("-h", "--help") for word in words):
             if command == "predict" and isinstance(output := request.value("output"), str):
                 check_writable(output)  # before anything that takes time
+                file = request.value("data.predict_file")
+                if (
+                    isinstance(file, str)
+                    and os.path.exists(output)
+                    and os.path.exists(file)
+                    and os.path.samefile(output, file)
+                ):
+                    raise ValueError(
+                        f"--output {output} is the file with the texts, and would replace it: name another"
+                    )
             request._take_model()
             request._complete_words()
         return request
@@ -148,6 +160,7 @@ class Request:
         arguments = data["init_args"]
         if self.command == "predict" and arguments.get("predict_file") is None:
             raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
+        self._take_columns(arguments)
         if self.command != "predict" or str(arguments["predict_file"]).startswith(DATASET):
             if arguments.get("class_names") is None and model.class_names is not None:
                 arguments["class_names"] = list(model.class_names)
@@ -161,6 +174,18 @@ class Request:
         length = self._max_length(arguments, model)
         config.data = None
         return PredictionData(arguments["predict_file"], tokenizer, max_length=length, batch_size=size, **columns)
+
+    def _take_columns(self, arguments: Any) -> None:
+        """Take columns, and for validation the division of the training file, from the fit, unless they were given."""
+        source = self.model or find_model(self.value("ckpt_path"))
+        section = fit_data(source)
+        if section.get("class_path", "").rpartition(".")[2] != OWN_FILES:
+            return
+        names = COLUMNS + (DIVIDES if self.command == "validate" else ())
+        fitted = section.get("init_args") or {}
+        for name in names:
+            if name in fitted and not self.gives(f"data.{name}"):
+                arguments[name] = fitted[name]
 
     def _max_length(self, arguments: Any, model: Any) -> int:
         """Return how many tokens are kept: as given, or, as by `TextClassifier`, what tokenizer and encoder take."""

@@ -65,7 +65,7 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
     `now` is the configuration of a fit, as its config.yaml would hold it.
     """
     stored = folder / "config.yaml"
-    before = yaml.safe_load(stored.read_text(encoding="utf-8")) if stored.is_file() else now
+    before = _read(stored) if stored.is_file() else now
     for section in ("model", "data", "optimizer", "lr_scheduler", "monitor"):
         if now.get(section) != before.get(section):
             different = _first_difference(before.get(section), now.get(section), section)
@@ -75,6 +75,32 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
             )
 
 
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({' '.join(str(error).split())[:100]}): delete it, and resume again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged: delete it, and resume again")
+    return content
+
+
+def fit_data(source: Path) -> dict[str, Any]:
+    """Return the ``data:`` section of the fit of a model, empty where nothing is known of a fit.
+
+    Args:
+        source: Checkpoint or model/ folder of a run.
+    """
+    stored = (source.parent if source.is_dir() else source.parent.parent) / "config.yaml"
+    try:
+        section = yaml.safe_load(stored.read_text(encoding="utf-8"))["data"]
+        return {**section, "init_args": dict(section.get("init_args") or {})}
+    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
+        return {}
+
+
 def check_set_aside(source: Path, now: dict[str, Any]) -> None:
     """Raise an error if data would promise on other examples than those that the fit of a model has set aside.
 
@@ -82,12 +108,8 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
         source: Checkpoint or model/ folder of a run; elsewhere nothing is known of a fit.
         now: The ``data:`` section, complete.
     """
-    stored = (source.parent if source.is_dir() else source.parent.parent) / "config.yaml"
-    try:
-        before = yaml.safe_load(stored.read_text(encoding="utf-8"))["data"]
-        then, given = dict(before.get("init_args") or {}), dict(now.get("init_args") or {})
-    except (OSError, yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError):
-        return  # not the configuration of a fit with data of this kind
+    before = fit_data(source)
+    then, given = before.get("init_args", {}), dict(now.get("init_args") or {})
     files = {name: os.path.realpath(then[name]) for name in ("val_file", "train_file") if then.get(name)}
     file = os.path.realpath(given["val_file"]) if given.get("val_file") else None
     is_new = file is not None and file not in files.values()
@@ -102,7 +124,7 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
             other = ", or give a data.calibration_file" if "calibration_file" in given else ""
             raise ValueError(
                 f"a promise needs examples that the fit has set aside, but data.{name} was {then[name]!r} there and is "
-                f"{given[name]!r} here: use the value in {stored}{other}"
+                f"{given[name]!r} here: use the value in the config.yaml of the fit{other}"
             )
 
 

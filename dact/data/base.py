@@ -86,7 +86,7 @@ class TextDataModule(LightningDataModule, ABC):
         self.num_workers = num_workers
         self.seed = seed
         self.calibration_fraction = calibration_fraction
-        self.teacher = teacher
+        self.teacher = teacher and str(teacher)  # a Path is welcome
         self.teacher_probabilities: Tensor | None = None
         self.splits: dict[str, Examples] = {}
         self._encoded: dict[str, Encoded] = {}

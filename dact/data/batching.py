@@ -92,6 +92,8 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
             for example in found:
                 values.extend(example)
         lengths += map(len, encoding["input_ids"])
+        if (empty := next((row for row, ids in enumerate(encoding["input_ids"]) if not ids), None)) is not None:
+            raise ValueError(f"the tokenizer has no token for the text {texts[0][empty]!r}: leave it out")
         full = [row for row, ids in enumerate(encoding["input_ids"]) if len(ids) == max_length]
         if full:  # only the whole text tells whether it was cut, and by how much
             again = [[column[row] for row in full] for column in texts]

@@ -16,6 +16,13 @@ def is_integer(label: Any) -> bool:
     return isinstance(label, int) or (isinstance(label, str) and re.fullmatch(r"-?\d+", label.strip()) is not None)
 
 
+def whole(labels: Sequence[Any]) -> Sequence[Any]:
+    """Return labels as they are or, if all are floats such as 2.0, which parquet and JSON have, as integers."""
+    if labels and all(isinstance(label, float) and label.is_integer() for label in labels):
+        return [int(label) for label in labels]
+    return labels
+
+
 def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
     """Return the classes of a training file: 0 … the largest integer, or the sorted strings.
 
@@ -23,6 +30,7 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
         ValueError: If a label is missing, all are the same string, or an integer is larger than the number of rows.
     """
     check_present(labels, source)
+    labels = whole(labels)
     if all(map(is_integer, labels)):
         largest = max(map(int, labels))
         if largest >= len(labels):
@@ -43,23 +51,29 @@ def reading_of(labels: Sequence[Any], class_names: Sequence[str], source: str) -
     Raises:
         ValueError: If both are possible and mean different classes.
     """
-    if not any(map(is_integer, class_names)):
+    named = _by_number(class_names)
+    if not named:
         return "positions"
+    if any(isinstance(label, float) for label in labels) and {str(label) for label in labels} <= set(class_names):
+        return "names"
     counted = {str(position): name for position, name in enumerate(class_names)}
+    labels = whole(labels)
     values = {str(label).strip() for label in labels}
     if not all(map(is_integer, labels)) or not values <= counted.keys():
         return "names"
-    if not values <= set(class_names):
+    if any(float(value) not in named for value in values):
         return "positions"
-    if any(counted[value] != value for value in values):
+    if any(counted[value] != named[float(value)] for value in values):
         raise ValueError(
-            f"{source}: the labels {', '.join(sorted(values))} may be names or positions of the classes "
-            f"{', '.join(class_names)}: say which by integer_labels='names' or integer_labels='positions'"
+            f"{source}: the labels {listed(sorted(values))} may be names or positions of the classes "
+            f"{listed(class_names)}: say which by integer_labels='names' or integer_labels='positions'"
         )
     return "names"
 
 
-def to_classes(labels: Sequence[Any], class_names: Sequence[str], reading: Reading, source: str) -> list[int]:
+def to_classes(
+    labels: Sequence[Any], class_names: Sequence[str], reading: Reading, source: str, rows: Sequence[int] | None = None
+) -> list[int]:
     """Return each label as a class, 0 … classes - 1.
 
     Args:
@@ -67,18 +81,26 @@ def to_classes(labels: Sequence[Any], class_names: Sequence[str], reading: Readi
         class_names: Names of the classes, in their order.
         reading: Whether integer labels are names or positions, where all labels are integers.
         source: Name of the file for messages.
+        rows: Row of each label in the file, for messages, if rows are left out.
 
     Raises:
         ValueError: If a label is missing or outside the classes.
     """
-    check_present(labels, source)
+    check_present(labels, source, rows)
+    labels = whole(labels)
     positions = reading == "positions" and all(map(is_integer, labels))
     by_name = {str(label) if positions else name: label for label, name in enumerate(class_names)}
+    if not positions:  # 1 is the class 1.0 or 01 if there is no other
+        numbers = _by_number(class_names)
+        alike = {
+            text: numbers.get(float(text)) for text in {str(label).strip() for label in labels} if _is_number(text)
+        }
+        by_name |= {text: by_name[name] for text, name in alike.items() if name is not None and text not in by_name}
     outside = [row for row, label in enumerate(labels) if str(label).strip() not in by_name]
     if outside:
         raise ValueError(
-            f"{source}: {name_rows(outside)} with a label outside the classes: {labels[outside[0]]!r}. "
-            f"The {len(class_names)} classes are {', '.join(class_names)}"
+            f"{source}: {name_rows(outside, rows)} with a label outside the classes: {labels[outside[0]]!r}. "
+            f"The {len(class_names)} classes are {listed(class_names)}"
             + (", counted from 0 in this file" if positions else "")
             + ". Give other classes by class_names, in their order"
         )
@@ -91,18 +113,44 @@ def absent_classes(labels: Iterable[int], class_names: Sequence[str]) -> list[st
     return [name for label, name in enumerate(class_names) if label not in present]
 
 
-def check_present(labels: Sequence[Any], source: str) -> None:
-    """Raise a ValueError if a label is missing."""
-    missing = [row for row, label in enumerate(labels) if label is None or str(label).strip() == ""]
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
+
+
+def _by_number(class_names: Iterable[str]) -> dict[float, str]:
+    """Return the classes whose names are numbers, such as 1, 01 and 1.0, by their values."""
+    return {float(name): name for name in class_names if _is_number(name)}
+
+
+def check_present(labels: Sequence[Any], source: str, rows: Sequence[int] | None = None) -> None:
+    """Raise a ValueError if a label is missing, or is no label."""
+    missing = [row for row, label in enumerate(labels) if label != label or label is None or str(label).strip() == ""]
     if missing:
         raise ValueError(
-            f"{source}: {name_rows(missing)} without a label: label or delete them. Texts without labels are for "
+            f"{source}: {name_rows(missing, rows)} without a label: label or delete them. Texts without labels are for "
             "predict_file, or for unlabelled_file with a teacher"
+        )
+    others = [row for row, label in enumerate(labels) if not isinstance(label, (str, int, float))]
+    if others:
+        raise ValueError(
+            f"{source}: {name_rows(others, rows)} with a label that is neither a string nor a number: {labels[others[0]]!r}. "
+            "Each text has exactly one class"
         )
 
 
-def name_rows(rows: Sequence[int], limit: int = 5) -> str:
-    """Return ``row 3``, or ``rows 3, 4, 9 and 2 more``; the first row of data is row 1."""
-    named = ", ".join(str(row + 1) for row in rows[:limit])
+def listed(names: Sequence[str], limit: int = 10) -> str:
+    """Return the names with commas, at most `limit` of them."""
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def name_rows(rows: Sequence[int], within: Sequence[int] | None = None, limit: int = 5) -> str:
+    """Return ``row 3``, or ``rows 3, 4, 9 and 2 more``; the first row of data is row 1.
+
+    Args:
+        rows: Row numbers from 0; positions in `within`, if it is given.
+        within: Row numbers.
+        limit: Most rows to name.
+    """
+    named = ", ".join(str((row if within is None else within[row]) + 1) for row in rows[:limit])
     more = f" and {len(rows) - limit} more" if len(rows) > limit else ""
     return f"row{'s' if len(rows) > 1 else ''} {named}{more}"

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
 import io
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,10 @@ def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     ending = ".txt" if path == STANDARD_INPUT else Path(path).suffix.lower()
     readers = {".txt": _lines, ".parquet": _parquet, ".jsonl": _json, ".json": _json, ".csv": _csv, ".tsv": _csv}
     rows = 0
+    if path != STANDARD_INPUT and ending != ".parquet":
+        with Path(path).open("rb") as file:
+            if file.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise ValueError(f"{path} is in UTF-16: save it in UTF-8")
     try:
         for row in readers[ending](path, columns):
             rows += 1
@@ -157,15 +162,24 @@ def _csv(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
 
 def _json(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     with Path(path).open(encoding="utf-8-sig", errors="surrogateescape") as file:
-        start = file.read(1)
+        start = next((line.lstrip()[0] for line in file if line.strip()), "")
         file.seek(0)
-        records = json.load(file) if start == "[" else (json.loads(line) for line in file if line.strip())
+        records = json.load(file) if start == "[" else _records(path, file)
         for number, record in enumerate(records, start=1):
             if not isinstance(record, dict):
                 raise _Fault(f"{path}: row {number} is not an object with columns")
             if number == 1:
                 check_columns(path, columns, list(record))
             yield [record.get(name) for name in columns]
+
+
+def _records(path: str, lines: Iterable[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise _Fault(f"{path}: line {number} is no JSON: {error}") from error
 
 
 def _parquet(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:

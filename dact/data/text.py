@@ -17,11 +17,12 @@ from dact.data.labels import (
     check_present,
     is_integer,
     learn_class_names,
+    listed,
     name_rows,
     reading_of,
     to_classes,
 )
-from dact.data.rows import check_readable, printable, text_fault
+from dact.data.rows import check_readable, is_utf8, printable, text_fault
 from dact.data.tables import DATASET, read_columns
 from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
@@ -86,7 +87,7 @@ class TextClassificationData(TextDataModule):
         text_column: str = "text",
         text_pair_column: str | None = None,
         label_column: str = "label",
-        class_names: list[str] | None = None,
+        class_names: list[str | int] | None = None,
         integer_labels: Reading | None = None,
         max_length: int = 128,
         batch_size: int = 32,
@@ -123,6 +124,10 @@ class TextClassificationData(TextDataModule):
         self.text_pair_column = text_pair_column
         self.label_column = label_column
         self.val_fraction = val_fraction
+        if any(isinstance(name, bool) for name in class_names or ()):
+            raise ValueError(
+                f"TextClassificationData: put class_names such as no and yes in quotation marks, got {class_names}"
+            )
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         check_class_names(f"{type(self).__name__}: class_names", self.class_names)
         self._reading = integer_labels
@@ -267,7 +272,13 @@ class TextClassificationData(TextDataModule):
 
     def _columns(self, split: str, columns: Mapping[str, str]) -> tuple[dict[str, list[Any]], list[str | None]]:
         """Return columns of a file, and the reason why the texts of each row cannot be used, None if they can."""
-        table = read_columns(self._file(split), columns)
+        file = self._file(split)
+        table = read_columns(file, columns)
+        labels = table.get(self.label_column, []) if self.label_column not in self._text_columns else []
+        if garbled := [row for row, label in enumerate(labels) if isinstance(label, str) and not is_utf8(label)]:
+            raise ValueError(
+                f"{file}: {name_rows(garbled)} with a label that is not valid UTF-8: save the file in UTF-8"
+            )
         reasons = [text_fault(texts) for texts in zip(*(table[name] for name in self._text_columns), strict=True)]
         return {name: list(map(printable, values)) for name, values in table.items()}, reasons
 
@@ -285,28 +296,29 @@ class TextClassificationData(TextDataModule):
         if faults:
             first = next(iter(faults.values()))
             raise ValueError(
-                f"{file}: {name_rows(list(faults))} cannot be used for training or evaluation ({first}): "
+                f"{file}: {name_rows([*faults], kept)} cannot be used for training or evaluation ({first}): "
                 "leave them out, or complete them"
             )
-        labels = self._classes(split, table[self.label_column])
+        labels = self._classes(split, table[self.label_column], kept)
         assert self.class_names is not None
         absent = absent_classes(labels, self.class_names)
         if absent and split == "train":
             raise ValueError(
-                f"{file}: class {', '.join(absent)} of {', '.join(self.class_names)} has no example. Integer labels "
-                "count from 0; if yours do not, name the classes in their order by class_names"
+                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example. Integer labels count from "
+                "0; if yours do not, name the classes in their order by class_names"
             )
         if absent and split != "test":
             rank_zero_warn(
-                f"{file}: class {', '.join(absent)} of {', '.join(self.class_names)} has no example, so this file says "
-                "nothing about it"
+                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example, so this file says nothing "
+                "about it"
             )
         pairs = None if self.text_pair_column is None else table[self.text_pair_column]
         return Examples(table[self.text_column], pairs, labels)
 
-    def _classes(self, split: str, labels: list[Any]) -> list[int]:
+    def _classes(self, split: str, labels: list[Any], rows: list[int]) -> list[int]:
         """Return each label of a file as a class; the training file decides on classes and integer labels."""
         file = self._file(split)
+        check_present(labels, file, rows)
         if self.class_names is None:
             self.class_names = learn_class_names(labels, file)
             self._reading = "names"
@@ -318,9 +330,8 @@ class TextClassificationData(TextDataModule):
         ):
             self.examples("train")
         if self._reading is None:
-            check_present(labels, file)
             self._reading = reading_of(labels, self.class_names, file)
-        return to_classes(labels, self.class_names, self._reading, file)
+        return to_classes(labels, self.class_names, self._reading, file, rows)
 
     def _texts(self, split: str) -> Examples:
         """Return the texts of a file without labels, each with the reason why it cannot be used or None."""

@@ -6,6 +6,7 @@ import copy
 import textwrap
 from collections.abc import Iterator, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> 
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from.
         max_length: Number of tokens that are kept.
     """
-    own = load_tokenizer(tokenizer) if isinstance(tokenizer, str) else copy.deepcopy(tokenizer)
+    own = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else copy.deepcopy(tokenizer)
     own.model_max_length = max_length
     own.padding_side = "right"
     return own

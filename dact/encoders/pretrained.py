@@ -24,6 +24,7 @@ def resolve_pretrained(pretrained: str) -> str:
         >>> resolve_pretrained("google-bert/bert-base-uncased")
         'google-bert/bert-base-uncased'
     """
+    pretrained = str(pretrained)  # a Path is welcome
     if not pretrained.startswith(PREFIX):
         looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1
         path = Path(pretrained).expanduser()

@@ -143,23 +143,34 @@ def fit_baseline(
 
 def _epochs(recipe: Recipe, data: Any) -> int:
     """Return the number of epochs of the baseline: on little data up to twice the usual."""
-    steps = max(1, len(data.train_dataloader()))
+    limit = recipe.trainer.get("limit_train_batches")
+    batches = len(data.train_dataloader())
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+    steps = max(1, batches // int(recipe.trainer.get("accumulate_grad_batches") or 1))
     return min(max(recipe.epochs, -(-MIN_STEPS // steps)), 2 * recipe.epochs)
 
 
 @torch.no_grad()
 def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
-    """Return the ``probabilities`` of the training examples, in their order; nothing if these have no ``row``."""
+    """Return the ``probabilities`` of the training examples, in their order; nothing for data that cannot carry them.
+
+    Such data has no `teacher_probabilities`, or its batches have no ``row`` that numbers the examples.
+    """
+    if not hasattr(data, "teacher_probabilities"):
+        return {}
     train = data.train_dataloader()
     # Each example once, which the loader's own sampler may not give; those of similar length together.
     lengths = getattr(train.dataset, "lengths", None)
     order = range(len(train.dataset)) if lengths is None else np.argsort(lengths, kind="stable").tolist()
     size = train.batch_size or DEFAULT_BATCH
     loader = DataLoader(train.dataset, batch_size=size, sampler=order, collate_fn=train.collate_fn)
-    probabilities = torch.zeros(len(train.dataset), model.output_dimension, dtype=torch.float32)
+    examples = len(train.dataset)
+    probabilities = torch.full((examples, model.output_dimension), torch.nan, dtype=torch.float32)
     for batch in loader:
         signals.check()
-        if "row" not in batch:
+        row = batch.get("row")
+        if row is None or not ((row >= 0) & (row < examples)).all():
             return {}
-        probabilities[batch["row"]] = model(move(batch, model.device)).probabilities.float().cpu()
-    return {"probabilities": probabilities}
+        probabilities[row] = model(move(batch, model.device)).probabilities.float().cpu()
+    return {} if probabilities.isnan().any() else {"probabilities": probabilities}

@@ -47,8 +47,24 @@ def data_digest(loader: DataLoader[Any]) -> str:
             item = loader.collate_fn([item])
         if "input_ids" not in item:
             raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")
-        found.update(json.dumps([item["input_ids"], item.get("labels")], default=methodcaller("tolist")).encode())
+        label = _entry(loader, item, "labels")
+        found.update(json.dumps([item["input_ids"], label], default=methodcaller("tolist")).encode())
     return found.hexdigest()
+
+
+def teacher_digest(loader: DataLoader[Any]) -> str:
+    """Return a digest of the teacher's probabilities that the batches of a loader carry."""
+    found, examples = hashlib.sha256(), loader.dataset
+    for row in range(len(examples)):  # type: ignore[arg-type]
+        found.update(tensor_digest(torch.as_tensor(_entry(loader, examples[row], "teacher"))).encode())
+    return found.hexdigest()
+
+
+def _entry(loader: DataLoader[Any], item: Any, name: str) -> Any:
+    """Return an entry of an example, which may get it only as part of a batch; None if it has none."""
+    if isinstance(item, Mapping) and name in item:
+        return item[name]
+    return None if loader.batch_size is None else loader.collate_fn([item]).get(name)
 
 
 def pretrained_digest(pretrained: str) -> str:
@@ -63,7 +79,7 @@ def pretrained_digest(pretrained: str) -> str:
 
 def tensor_digest(tensor: Tensor | None) -> str:
     """Return a digest of a tensor's values, or an empty string for None."""
-    return "" if tensor is None else hashlib.sha256(tensor.contiguous().numpy().tobytes()).hexdigest()
+    return "" if tensor is None else hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
 
 
 def encoder_digest(encoder: LayeredEncoder) -> str:

@@ -86,7 +86,8 @@ class TuningEngine:
             one of its own.
         storage: Address of an Optuna storage, or a storage; an sqlite file if left out.
         sampler: Sampler of the first two studies; TPE if left out.
-        pruner: Pruner of the first two studies; it sees only trials of the same planned length.
+        pruner: Pruner of the first two studies. It sees only trials of the same planned length, unless it is Hyperband
+            or Wilcoxon's.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
         halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if left out.
         promise: Promise that early exit of the tuned model must keep; by default at most one point of accuracy below
@@ -178,7 +179,7 @@ class TuningEngine:
         self.workers = workers
         self.storage = storage
         self.sampler = sampler or SeededSampler(seed)
-        self.pruner = SameLengthPruner(pruner or LagPruner())
+        self.pruner = pruner or LagPruner()
         self.log_dir = Path(log_dir)
         self.progress = Progress()
         self.worker_setup: Callable[[], None] | None = None
@@ -309,7 +310,8 @@ class TuningEngine:
         if stage is SUBMODELS and surveyed.submodels:
             identity["submodels"] = dict(surveyed.submodels)
         with run.locked(lambda: self.progress.stage("waiting for another process, which opens the studies")):
-            study = studies.open_study(run, stage, identity, self.storage, self.pruner if stage.prunes else None)
+            pruner = SameLengthPruner.around(self.pruner) if stage.prunes else None
+            study = studies.open_study(run, stage, identity, self.storage, pruner)
             studies.start_with(study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]])
         self.progress.waits_for(stage.name, unwatched(study))
         return study

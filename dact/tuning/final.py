@@ -125,7 +125,7 @@ class FinalFit:
             return chosen
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
-        plain = {n: value for n, value in self.recipe.trainer.items() if isinstance(value, (str, int, float, bool))}
+        plain = {name: value for name, value in self.recipe.trainer.items() if _is_plain(value)}
         arguments = self.recipe.overrides({**self.prepared.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         given = {**(data.get("init_args") or {}), **size}
@@ -268,6 +268,13 @@ class FinalFit:
         entries = {**_entries(found, against), **dials, "layers": model.num_layers, "calibration": model.calibration}
         write_json(folder / "metrics.json", entries)
         shutil.rmtree(fit.checkpoint.parent)
+
+
+def _is_plain(value: Any) -> bool:
+    """Return whether YAML can hold an argument of the Trainer as it is, such as ``[0]`` for devices."""
+    if isinstance(value, dict):
+        return all(map(_is_plain, [*value, *value.values()]))
+    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, (str, int, float, bool))
 
 
 def _entries(found: Mapping[str, Evaluation], against: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:

@@ -36,6 +36,10 @@ from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
+ALL_BATCHES = {
+    "limit_val_batches": 1.0,
+    "val_check_interval": 1.0,
+}  # of frozen states, which come in batches of their own
 MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
 GRACE = 10.0  # seconds that a validation may go on after a deadline
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
@@ -114,7 +118,7 @@ class History(Callback):
         if not self.epochs:
             raise ValueError(
                 f"no validation ran in {trainer.max_epochs} epochs, and a fit has no value without one: change the "
-                "Trainer's check_val_every_n_epoch or limit_val_batches"
+                "Trainer's check_val_every_n_epoch or limit_val_batches, or a max_steps or max_time that ends before one"
             )
 
     @property
@@ -222,7 +226,8 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     plugins = as_list(given.pop("plugins", None))
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(DurableCheckpointIO())
-    defaults = {"enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+    defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    fixed["enable_progress_bar"] = False
     callbacks = [*copy.deepcopy(callbacks), StopOnSignal(), *fixed.pop("callbacks", [])]
     return Trainer(**{**defaults, **given, "logger": False, **fixed, "callbacks": callbacks, "plugins": plugins})
 

@@ -214,7 +214,8 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
     on one part of the training examples, and the submodels on the other.
     """
     recipe, data = surveyed.recipe, surveyed.data
-    taught_by = tensor_digest(getattr(data, "teacher_probabilities", None))
+    own = surveyed.identity.get("own_teacher")
+    taught_by = own or tensor_digest(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
         recommended = {name: surveyed.initial[name] for name in ("submodel_learning_rate", "detach_exits")}
         layers = surveyed.model.encoder.num_layers  # all of them, since trials choose how many they keep

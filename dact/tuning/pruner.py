@@ -6,7 +6,7 @@ import copy
 from collections.abc import Sequence
 from typing import Any
 
-from optuna.pruners import BasePruner
+from optuna.pruners import BasePruner, HyperbandPruner, WilcoxonPruner
 from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 from typing_extensions import override
@@ -60,7 +60,7 @@ class SameLengthPruner(BasePruner):
     """Show another pruner only the trials of the same planned length.
 
     A trial of three epochs looks better than one of eight at the same epoch, since its learning rate has fallen
-    further, and ends worse.
+    further, and ends worse. Hyperband and Wilcoxon's pruner look at the study in ways of their own, and get it whole.
 
     Args:
         pruner: Any pruner of Optuna.
@@ -68,6 +68,12 @@ class SameLengthPruner(BasePruner):
 
     def __init__(self, pruner: BasePruner) -> None:
         self.pruner = pruner
+
+    @classmethod
+    def around(cls, pruner: BasePruner) -> BasePruner:
+        """Return a pruner for one study: a copy of `pruner`, around which is one of this kind where it can be."""
+        own = copy.deepcopy(pruner)  # Hyperband keeps what it has learned from the first study
+        return own if isinstance(own, (HyperbandPruner, WilcoxonPruner)) else cls(own)
 
     @override
     def prune(self, study: Study, trial: FrozenTrial) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,8 +53,9 @@ def open_study(
         raise corrupted(where, error) from error
     if directions != stage.directions:
         raise corrupted(where, f"the objectives of {name}")
+    identity = json.loads(json.dumps(identity, default=str))  # as it is stored: a duration as text
     if stored is None and not trials:
-        study.set_user_attr(IDENTITY, dict(identity))
+        study.set_user_attr(IDENTITY, identity)
         return study
     stored = stored if isinstance(stored, Mapping) else {}
     different = [key for key in sorted({*identity, *stored}) if stored.get(key) != identity.get(key)]

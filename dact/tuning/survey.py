@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from torch.utils.data import DataLoader, RandomSampler
 
 from dact.agreement import check_classes
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
-from dact.tuning.digests import data_digest, digest, encoder_digest
+from dact.tuning.digests import data_digest, digest, encoder_digest, teacher_digest
 from dact.tuning.fitting import seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
@@ -60,7 +61,7 @@ class Surveyed:
         settings = Winners(**SUBMODELS.parse({**self.submodels, **self.first_trials[SUBMODELS.name][0]})).settings()
         for first in self.first_trials[LAMBDA_REG.name]:
             settings |= first
-        return {**settings, **defaults}, {**settings, **recommended}
+        return tuple({**settings, **TRAINING.parse(one)["external_config"]} for one in (defaults, recommended))  # type: ignore[return-value]
 
 
 def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, measured: bool = False) -> Surveyed:
@@ -88,23 +89,31 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     data.setup("fit")
     if measured:
         data.setup("test")
-        data_digest(data.test_dataloader())  # fails early if it cannot be measured
+        test = data.test_dataloader()
+        data_digest(test)  # fails early if it cannot be measured
+        _check_order("test", test)
+        if "labels" not in next(iter(test)):
+            raise ValueError(
+                "TuningEngine: the final model is measured on the test split, whose batches have no 'labels'"
+            )
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
     if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
         raise ValueError(
             "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
         )
     examples = data_digest(data.train_dataloader()) + data_digest(data.val_dataloader())
+    _check_order("validation", data.val_dataloader())
     own_teacher = recipe.distillation != 0 and teacher is None and "teacher" in next(iter(data.train_dataloader()))
     size = getattr(data, "batch_size", None)
     identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, size, teacher)
-    identity |= {"own_teacher": True} if own_teacher else {}
+    identity |= {"own_teacher": teacher_digest(data.train_dataloader())} if own_teacher else {}
     first_trials = _first_trials(recipe, model, data)
     recommended = first_trials[TRAINING.name][0]
     training = spaces[TRAINING.name]
-    _check_limit(recipe.trainer.get("limit_val_batches"), training.get("batch_size"))
+    _check_limit(recipe.trainer, training.get("batch_size"))
     for name in {*bounded} & training.keys() & recommended.keys():
         recommended[name] = training[name].nearest(recommended[name])
+    recommended |= TRAINING.parse(recommended)["external_config"]
     initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
     usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
     submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
@@ -112,16 +121,28 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     return Surveyed(recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels)
 
 
-def _check_limit(limit: float | None, batch_size: Dimension | None) -> None:
+def _check_order(split: str, loader: DataLoader[Any]) -> None:
+    """Raise a ``ValueError`` if a loader does not give all examples in one order, by which models are compared."""
+    drops = getattr(loader, "drop_last", False)
+    if drops or isinstance(getattr(loader, "sampler", None), RandomSampler):
+        how = "drops the last examples (drop_last)" if drops else "shuffles"
+        raise ValueError(
+            f"TuningEngine: models are compared example by example, but the {split} loader {how}: leave that out"
+        )
+
+
+def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> None:
     """Raise a ``ValueError`` if the Trainer validates on a number of batches while trials differ in their size."""
+    name = "overfit_batches" if trainer.get("overfit_batches") else "limit_val_batches"
+    limit = trainer.get(name)
     all_batches = limit is None or (isinstance(limit, float) and limit == 1)
     if all_batches or batch_size is None:
         return
     choices = batch_size.choices or [batch_size.low, batch_size.high]
     if len({*choices}) > 1:
         raise ValueError(
-            f"TuningEngine: limit_val_batches={limit} counts batches, and the trials try several batch_size, so that "
-            "they would be compared on different examples: leave limit_val_batches out, or give one size in "
+            f"TuningEngine: {name}={limit} counts batches, and the trials try several batch_size, so that they would be "
+            f"compared on different examples: leave {name} out, or give one size in "
             f"search_space: {{batch_size: {{choices: [{choices[0]}]}}}}"
         )
 

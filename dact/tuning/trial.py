@@ -19,6 +19,7 @@ from optuna_integration import PyTorchLightningPruningCallback
 from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.fitting import (
+    ALL_BATCHES,
     MONITOR,
     Deadline,
     History,
@@ -117,7 +118,11 @@ class Fit:
 
     def outcome(self, prepared: Prepared) -> Outcome:
         """Return the outcome of early exit on the validation examples, at the epoch of the lowest val_loss."""
-        assert self.history.answers is not None
+        if self.history.answers is None:
+            raise ValueError(
+                f"{type(self.model).__name__}.validation_step must return what that of DACT returns: layer_probabilities, "
+                "h and labels of the batch"
+            )
         right = prepared.baseline.right(self.history.answers.target)
         return outcome_of(self.history.answers, self.model, prepared.recipe.promise, right)
 
@@ -142,7 +147,7 @@ def fit_settings(
     epochs = settings.pop("num_epochs", prepared.recipe.epochs)
     given, every = prepared.recipe.trainer, [history, *callbacks]
     if prepared.states is not None:  # whose batches for validation are others, and few
-        epochs, given = head_epochs(epochs), {**given, "limit_val_batches": 1.0}
+        epochs, given = head_epochs(epochs), {**given, **ALL_BATCHES}
     with seeded(seed):
         model, data = prepared.build(settings, seed=seed)
         trainer = make_trainer(given, max_epochs=epochs, logger=logger, callbacks=every, enable_checkpointing=False)

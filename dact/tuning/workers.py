@@ -48,6 +48,7 @@ class StudyJob:
         callbacks: Optuna callbacks, called after each trial.
         setup: Function that a worker process calls first, such as one that installs log filters, or None.
         before: Number of trials that had ended when the command began.
+        is_worker: Whether a worker process runs it.
     """
 
     objective: Objective
@@ -58,20 +59,21 @@ class StudyJob:
     callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = ()
     setup: Callable[[], None] | None = None
     before: int = 0
+    is_worker: bool = False
 
     def for_worker(self, worker: int) -> StudyJob:
         """Return the job of one worker process, by its number from 0; see `Recipe.for_worker`."""
         prepared = self.objective.prepared
         recipe = prepared.recipe.for_worker(worker, torch.cuda.device_count())
         objective = replace(self.objective, prepared=replace(prepared, recipe=recipe))
-        return replace(self, objective=objective)
+        return replace(self, objective=objective, is_worker=True)
 
     def run(self, study: Study, idle: Callable[[], None], *more: Callable[[Study, FrozenTrial], None]) -> None:
         """Run trials in this process; see `run_trials`."""
         objective = self.objective
         study.sampler = self.sampler
         begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
-        if multiprocessing.parent_process() is not None or begun:
+        if self.is_worker or begun:
             self.sampler.reseed_rng()  # a seeded one would propose the points of another process again
 
         def close_session(trial: FrozenTrial) -> None:
@@ -146,40 +148,37 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
         return
     context = _context()
     errors = context.SimpleQueue()
-    method = multiprocessing.get_start_method()
+    method = multiprocessing.get_start_method(allow_none=True)  # asking without it would fix the host program's method
     threads = max(1, torch.get_num_threads() // workers)
-    started = 0
 
-    def start() -> BaseProcess:
-        nonlocal started
+    def start(number: int) -> BaseProcess:
         # Not a daemon: the data may have processes of its own.
-        process = context.Process(target=_run_worker, args=(job.for_worker(started), threads, method, errors))
+        process = context.Process(target=_run_worker, args=(job.for_worker(number), threads, method, errors))
         process.start()
-        started += 1
         return process
 
-    processes = [start() for _ in range(workers)]
+    processes = {number: start(number) for number in range(workers)}
     deaths, done = 0, 0
     try:
         while processes:
             time.sleep(POLL)
             signals.check()
             refresh()
-            ended = [process for process in processes if not process.is_alive()]
-            died = sum(process.exitcode != 0 for process in ended)
-            processes = [process for process in processes if process not in ended]
+            ended = {number: process for number, process in processes.items() if not process.is_alive()}
+            died = [number for number, process in ended.items() if process.exitcode != 0]
+            processes = {number: process for number, process in processes.items() if number not in ended}
             if not errors.empty():
                 kind, message = errors.get()
                 raise kind(message)
             if died:
                 now_done = len(finished(study))
-                deaths, done = (deaths + died if now_done == done else died), now_done
+                deaths, done = (deaths if now_done == done else 0) + len(died), now_done
                 if deaths > workers * (MAX_DEATHS + 1):
-                    codes = ", ".join(str(process.exitcode) for process in ended)
+                    codes = ", ".join(str(process.exitcode) for process in ended.values())
                     raise RuntimeError(f"the workers of {study.study_name} keep dying (exit codes {codes})")
-                processes += [start() for _ in range(died)]
+                processes |= {number: start(number) for number in died}  # on the device of the one that died
     finally:
-        _stop(processes)
+        _stop([*processes.values()])
         if processes:  # a stopped worker may leave a trial that is still marked as running
             try:
                 sweep(study, job.objective.run.locked)
@@ -212,7 +211,7 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _run_worker(job: StudyJob, threads: int, method: str, errors: Any) -> None:
+def _run_worker(job: StudyJob, threads: int, method: str | None, errors: Any) -> None:
     """Run trials until the study is done, as the main function of a worker process."""
     gc.freeze()  # what was imported lives as long as the process: collections would copy its memory
     signals.install()
