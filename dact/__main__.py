@@ -32,7 +32,14 @@ A configuration can name any class of any installed module, and so run any code:
 
 def main() -> None:
     """Run the command line of this process."""
-    words = sys.argv[1:]
+    try:
+        _run(sys.argv[1:])
+    except KeyboardInterrupt:  # before a command has begun, or from one that has nothing to resume
+        print("\ndact: stopped", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _run(words: list[str]) -> None:
     if not words or words[0] in ("-h", "--help"):
         commands = "\n".join(f"  {name:<11}{text}" for name, text in {**LIGHTNING, **LIGHT}.items())
         print(HELP.format(commands=commands), end="")

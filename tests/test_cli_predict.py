@@ -196,6 +196,16 @@ def test_a_signal_ends_a_command_that_waits_for_input_or_works(run_of_two_files)
         assert errors.rstrip().endswith("dact: stopped before its end")
 
 
+def test_a_reader_of_predictions_may_have_had_enough(run_of_two_files):
+    (run_of_two_files / "many.txt").write_text("the screen is great\n" * 9000)
+    words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "many.txt", "--output", "-"]
+    process = warm.start("dact", words, cwd=run_of_two_files, env=environment())
+    assert process.stdout.readline().startswith("label,")
+    process.stdout.close()
+    assert process.wait(timeout=100) == 128 + 13
+    assert process.stderr.read() == ""
+
+
 def test_a_dial_of_a_file_is_not_ignored_without_a_word(run_of_two_files, dact_here):
     folder = run_of_two_files
     (folder / "dial.yaml").write_text("model: {halting_margin: 0.25}\n")

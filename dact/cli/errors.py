@@ -29,9 +29,15 @@ NOISE = re.compile(
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with status 1 and one line for an error of use; with DACT_TRACEBACK set, let it through."""
+    """End the process with status 1 and one line for an error of use; with DACT_TRACEBACK set, let it through.
+
+    A reader of standard output that has had enough, such as ``head``, ends it without a word.
+    """
     try:
         yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed to nowhere
+        raise SystemExit(128 + 13) from None
     except USAGE_ERRORS as error:
         if os.environ.get("DACT_TRACEBACK"):
             raise
