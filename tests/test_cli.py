@@ -142,6 +142,9 @@ def test_print_config_round_trips_and_help_is_readable(own):
     dact("fit", "--config", "printed.yaml", cwd=own)
     text = dact("--help", cwd=own).stdout
     assert all(command in text for command in ("fit", "validate", "test", "predict"))
+    text = dact("predict", "--help", cwd=own).stdout
+    assert "--model RUN" in text and "--model.halting_margin" in text
+    assert "--model.lambda_reg" not in text, "of training, which is refused here"
     text = dact("fit", "--help", cwd=own).stdout
     assert text.startswith("usage: dact fit --config FILE [--OPTION VALUE ...]")
     assert text.index("--model.lambda_reg") < text.index("--data") < text.index("--trainer.max_epochs")

@@ -193,7 +193,7 @@ def test_a_signal_ends_a_command_that_waits_for_input_or_works(run_of_two_files)
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
-        assert errors.rstrip().endswith("dact: stopped before its end")
+        assert errors.rstrip().endswith("dact: stopped")
 
 
 def test_a_reader_of_predictions_may_have_had_enough(run_of_two_files):

@@ -70,7 +70,7 @@ class DACTTrainer(Trainer):
 
 
 class StoredModel(DACT):
-    """The options of a model that is loaded from a checkpoint or folder: none is required."""
+    """The stored model, and what may be set where it is evaluated."""
 
     def __init__(self, encoder: LayeredEncoder | None = None, **kwargs: Any) -> None:
         super().__init__(encoder, **kwargs)  # type: ignore[arg-type]
@@ -147,6 +147,12 @@ class DACTCLI(LightningCLI):
             default=None,
             help="one weight per class for the losses; balanced: in inverse proportion to the training examples",
         )
+        for action in parser._actions if evaluating else []:
+            name = action.dest.removeprefix("model.")
+            if action.dest == "model":
+                action.metavar, action.help = "RUN", "model/ folder, folder of a run, or Hub id"
+            elif name != action.dest and not name.startswith("encoder") and name not in AT_INFERENCE:
+                action.help = SUPPRESS  # of training: the config.yaml of a fit holds it, and nothing else may set it
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=not evaluating)
         groups["data"].title = "The data: TextClassificationData for one's own files, or any LightningDataModule"
         parser.add_lightning_class_args(self.trainer_class, "trainer")
@@ -440,7 +446,4 @@ def run() -> DACTCLI:
 def main() -> None:
     """Run the command line of this process; an error of use ends it with one line instead of a traceback."""
     with one_line_errors():
-        try:
-            run()
-        except KeyboardInterrupt:
-            raise SystemExit(stopped_by_user("before its end")) from None
+        run()
