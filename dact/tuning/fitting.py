@@ -36,10 +36,8 @@ from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
-ALL_BATCHES = {
-    "limit_val_batches": 1.0,
-    "val_check_interval": 1.0,
-}  # of frozen states, which come in batches of their own
+# Frozen states come in batches of their own, which no limit of the user's is about.
+ALL_BATCHES = {"limit_val_batches": 1.0, "val_check_interval": 1.0}
 MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
 GRACE = 10.0  # seconds that a validation may go on after a deadline
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
