@@ -35,12 +35,14 @@ from dact.tuning import workers
 from dact.tuning.baseline import _epochs, _probabilities
 from dact.tuning.digests import digest
 from dact.tuning.final import _is_plain
+from dact.tuning.fitting import History
 from dact.tuning.pictures import pareto_picture
 from dact.tuning.pruner import SameLengthPruner
 from dact.tuning.retries import OWNER, unwatched
 from dact.tuning.selection import Point
 from dact.tuning.space import Dimension
 from dact.tuning.stages import TRAINING
+from dact.tuning.trial import Fit
 from tests.commands import GENERATED
 from tests.test_tuning import engine, small_data, small_model, study_of
 
@@ -535,6 +537,11 @@ def test_pruners_that_look_at_the_whole_study_get_it_as_it_is(pruner):
     assert type(one) is type(other) is type(pruner)
     assert one is not other is not pruner, "what it learns from one study is not for the next"
     assert isinstance(SameLengthPruner.around(MedianPruner()), SameLengthPruner)
+
+
+def test_a_model_whose_validation_returns_nothing_is_named():
+    with pytest.raises(ValueError, match="DACT.validation_step must return what that of DACT returns"):
+        Fit(small_model(), History()).outcome(None)
 
 
 def test_a_worker_that_died_is_replaced_on_its_device(monkeypatch):

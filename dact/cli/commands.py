@@ -221,7 +221,7 @@ class DACTCLI(LightningCLI):
         return {name: given[name] for name in AT_INFERENCE if name in given}
 
     def _name_ignored_dials(self, overrides: dict[str, Any]) -> None:
-        """Warn if a file sets inference settings that the stored model does not have, unless they are the usual ones."""
+        """Warn if a file sets inference settings, other than the usual ones, that the stored model does not have."""
         usual = inspect.signature(DACT.__init__).parameters
         for name in AT_INFERENCE:
             value, own = self.request.value(f"model.{name}"), getattr(self.model, name)

@@ -133,8 +133,8 @@ def check_present(labels: Sequence[Any], source: str, rows: Sequence[int] | None
     others = [row for row, label in enumerate(labels) if not isinstance(label, (str, int, float))]
     if others:
         raise ValueError(
-            f"{source}: {name_rows(others, rows)} with a label that is neither a string nor a number: {labels[others[0]]!r}. "
-            "Each text has exactly one class"
+            f"{source}: {name_rows(others, rows)} with a label that is neither a string nor a number: "
+            f"{labels[others[0]]!r}. Each text has exactly one class"
         )
 
 

@@ -304,13 +304,13 @@ class TextClassificationData(TextDataModule):
         absent = absent_classes(labels, self.class_names)
         if absent and split == "train":
             raise ValueError(
-                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example. Integer labels count from "
-                "0; if yours do not, name the classes in their order by class_names"
+                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example. Integer labels count "
+                "from 0; if yours do not, name the classes in their order by class_names"
             )
         if absent and split != "test":
             rank_zero_warn(
-                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example, so this file says nothing "
-                "about it"
+                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example, so this file says "
+                "nothing about it"
             )
         pairs = None if self.text_pair_column is None else table[self.text_pair_column]
         return Examples(table[self.text_column], pairs, labels)

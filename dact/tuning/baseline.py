@@ -90,7 +90,7 @@ class Baseline:
 def fit_baseline(
     recipe: Recipe, folder: Path, model: DACT, data: LightningDataModule, origin: str, progress: Progress
 ) -> Baseline:
-    """Fine-tune the whole encoder at full depth, keep two epochs and their answers, or return what an earlier call made.
+    """Fine-tune the whole encoder at full depth, keep two epochs and their answers, or return those of an earlier call.
 
     Args:
         recipe: Recipe of the run.

@@ -36,9 +36,9 @@ from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
+MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
 # Frozen states come in batches of their own, which no limit of the user's is about.
 ALL_BATCHES = {"limit_val_batches": 1.0, "val_check_interval": 1.0}
-MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
 GRACE = 10.0  # seconds that a validation may go on after a deadline
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
@@ -116,7 +116,7 @@ class History(Callback):
         if not self.epochs:
             raise ValueError(
                 f"no validation ran in {trainer.max_epochs} epochs, and a fit has no value without one: change the "
-                "Trainer's check_val_every_n_epoch or limit_val_batches, or a max_steps or max_time that ends before one"
+                "Trainer's check_val_every_n_epoch or limit_val_batches, or a max_steps or max_time that is too short"
             )
 
     @property

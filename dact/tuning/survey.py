@@ -61,7 +61,8 @@ class Surveyed:
         settings = Winners(**SUBMODELS.parse({**self.submodels, **self.first_trials[SUBMODELS.name][0]})).settings()
         for first in self.first_trials[LAMBDA_REG.name]:
             settings |= first
-        return tuple({**settings, **TRAINING.parse(one)["external_config"]} for one in (defaults, recommended))  # type: ignore[return-value]
+        defaults, recommended = (TRAINING.parse(one)["external_config"] for one in (defaults, recommended))
+        return {**settings, **defaults}, {**settings, **recommended}
 
 
 def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, measured: bool = False) -> Surveyed:
@@ -141,8 +142,8 @@ def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> No
     choices = batch_size.choices or [batch_size.low, batch_size.high]
     if len({*choices}) > 1:
         raise ValueError(
-            f"TuningEngine: {name}={limit} counts batches, and the trials try several batch_size, so that they would be "
-            f"compared on different examples: leave {name} out, or give one size in "
+            f"TuningEngine: {name}={limit} counts batches, and the trials try several batch_size, so that they would "
+            f"be compared on different examples: leave {name} out, or give one size in "
             f"search_space: {{batch_size: {{choices: [{choices[0]}]}}}}"
         )
 

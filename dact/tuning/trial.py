@@ -120,8 +120,8 @@ class Fit:
         """Return the outcome of early exit on the validation examples, at the epoch of the lowest val_loss."""
         if self.history.answers is None:
             raise ValueError(
-                f"{type(self.model).__name__}.validation_step must return what that of DACT returns: layer_probabilities, "
-                "h and labels of the batch"
+                f"{type(self.model).__name__}.validation_step must return what that of DACT returns: "
+                "layer_probabilities and h"
             )
         right = prepared.baseline.right(self.history.answers.target)
         return outcome_of(self.history.answers, self.model, prepared.recipe.promise, right)
