@@ -41,9 +41,9 @@ def _request(signal_number: int, frame: Any) -> None:
 def at_once() -> Iterator[None]:
     """Let the first signal raise KeyboardInterrupt, in a block that may wait for input without end."""
     global _at_once
-    check()
     _at_once = True
     try:
+        check()  # of a signal before
         yield
     finally:
         _at_once = False

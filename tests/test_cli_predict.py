@@ -242,6 +242,7 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextClassificationData, "setup", noted)
         succeed("validate", *model, "--data.train_file", "pairs.csv", cwd=tmp_path)
+        succeed("validate", *model, "--data.val_file", "pairs.csv", cwd=tmp_path)
     fitted = TextClassificationData(
         str(tmp_path / "pairs.csv"),
         tokenizer=str(tmp_path / "tokenizer"),
@@ -252,6 +253,7 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_file
     )
     fitted.setup("fit")
     assert validated[0] == fitted.splits["val"].texts, "and not texts that it was trained on"
+    assert len(validated[-1]) == 60, "of another file, all of it"
 
 
 def test_rows_of_standard_input_are_answered_before_it_ends(run_of_two_files):
@@ -340,6 +342,10 @@ def test_predictions_never_replace_the_texts(run_of_two_files, dact_here):
     status, text = dact_here("predict", *words, cwd=run_of_two_files)
     assert status == 1
     assert "--output ./same.csv is the file with the texts, and would replace it: name another" in text
+    (run_of_two_files / "predictions.csv").write_text("text\nthe screen is great\n")
+    status, text = dact_here("predict", *words[:2], "--data.predict_file", "predictions.csv", cwd=run_of_two_files)
+    assert status == 1, "where no --output is given, that is where they go"
+    (run_of_two_files / "predictions.csv").unlink()
     words = ["--model", "lightning_logs/first", "--data.predict_file", "same.csv", "--data.max_length", "-5"]
     status, text = dact_here("predict", *words, cwd=run_of_two_files)
     assert status == 1

@@ -3,9 +3,11 @@
 import json
 import random
 from collections import Counter
+from decimal import Decimal
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -14,7 +16,7 @@ from hypothesis import given, settings
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, compositional, vader
 from dact.data.batching import LengthGroupedSampler, SharedLengthGroupedSampler
 from dact.data.examples import text_key
-from dact.data.labels import reading_of, to_classes
+from dact.data.labels import learn_class_names, reading_of, to_classes
 from dact.data.tables import read_columns
 from dact.data.tokenizers import load_tokenizer, word_tokenizer
 from tests.tables import write_table
@@ -395,6 +397,10 @@ def test_without_a_training_file_the_classes_may_be_named(tmp_path):
         (["3", "4", "5"], [4.0, 5.0], [1, 2]),
         (["3.5", "4.0"], [4.0, 4.0], [1, 1]),
         (["no", "yes"], [0.0, 1.0], [0, 1]),
+        (["no", "yes"], ["0.0", "1.0"], [0, 1]),
+        (["0", "1"], [Decimal(0), Decimal(1)], [0, 1]),
+        (["0", "1"], [np.int64(1), np.int64(0)], [1, 0]),
+        (["9007199254740992", "a"], ["9007199254740992"], [0]),
     ],
 )
 def test_a_label_is_the_class_of_its_number_however_it_is_written(names, labels, classes):
@@ -405,6 +411,12 @@ def test_numbers_that_may_be_names_or_positions_are_never_guessed():
     for names in (["1.0", "2.0", "3.0"], ["01", "02", "03"], ["1", "2", "3"]):
         with pytest.raises(ValueError, match="the labels 1, 2 may be names or positions of the classes"):
             reading_of([1, 2], names, "f")
+    for labels in (["1", "2"], ["1.0", "2.0"], ["1", "2", "1.0"]):
+        assert to_classes(labels, ["1", "2", "3"], "positions", "f")[:2] == [1, 2], "as integer_labels says"
+    for label, names in (("001", ["1", "01"]), ("9007199254740993", ["9007199254740992", "9007199254740994"])):
+        with pytest.raises(ValueError, match="outside the classes"):
+            to_classes([label], names, "names", "f")
+    assert learn_class_names([1.0, 2.0, 1.0], "f") == ["1.0", "2.0"], "integers count from 0"
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rich.console import Console
-from torch.utils.data import DataLoader, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
 from dact import DACT, TuningEngine
 from dact.bounds import mean_upper_bound
@@ -33,7 +33,7 @@ from dact.files import read_json
 from dact.submodels import SubmodelConfig
 from dact.tuning import workers
 from dact.tuning.baseline import _epochs, _probabilities
-from dact.tuning.digests import digest
+from dact.tuning.digests import digest, teacher_digest
 from dact.tuning.final import _is_plain
 from dact.tuning.fitting import History
 from dact.tuning.pictures import pareto_picture
@@ -419,10 +419,10 @@ class ItemsOfOnesOwn(LightningDataModule):
             loaders,
         )
 
+        self.inner = small_data()
+
     def setup(self, stage):
-        inner = small_data()
-        inner.setup(stage)
-        self.inner = inner
+        self.inner.setup(stage)
 
     def _loader(self, split):
         generator = torch.Generator().manual_seed(self.teacher_seed or 0)
@@ -450,7 +450,11 @@ class ItemsOfOnesOwn(LightningDataModule):
                 del batch["labels"]
             return batch
 
-        options = {name: value for name, value in self.loaders.items() if name != "unlabelled" and split != "train"}
+        options = {name: value for name, value in self.loaders.items() if name not in ("unlabelled", "split")}
+        options = options if split == self.loaders.get("split", "test") else {}
+        if options.pop("batches", False):
+            own = BatchSampler(RandomSampler(items), self.batch_size, drop_last=False)
+            return DataLoader(items, batch_sampler=own, collate_fn=collate)
         return DataLoader(items, self.batch_size, collate_fn=collate, **options)
 
     def train_dataloader(self):
@@ -478,6 +482,8 @@ def test_other_labels_or_another_teacher_of_ones_own_data_are_refused_under_the_
     ("options", "message"),
     [
         ({"shuffle": True}, "example by example, but the test loader shuffles"),
+        ({"shuffle": True, "split": "val"}, "example by example, but the validation loader shuffles"),
+        ({"batches": True}, "example by example, but the test loader shuffles"),
         ({"drop_last": True}, r"but the test loader drops the last examples \(drop_last\)"),
         ({"unlabelled": True}, "the final model is measured on the test split, whose batches have no 'labels'"),
     ],
@@ -488,8 +494,23 @@ def test_what_could_not_be_measured_at_the_end_is_refused_before_any_training(tm
     assert not (tmp_path / "run" / "baseline").exists()
 
 
+@pytest.mark.parametrize("loaders", [{}, {"batches": True, "split": "train"}])
+def test_a_teacher_that_a_collate_function_adds_is_told_from_another(loaders):
+    def digest_of(teacher):
+        data = ItemsOfOnesOwn(teacher=teacher, **loaders)
+        data.setup("fit")
+        return teacher_digest(data.train_dataloader())
+
+    assert digest_of(0) == digest_of(0) != digest_of(1)
+
+
 def test_a_row_that_numbers_something_else_is_no_place_for_a_teacher(tmp_path):
     quick(tmp_path, data=partial(ItemsOfOnesOwn, ids=1000)).joint_tune_study("run")
+    for ids in (1000, 1):
+        data = ItemsOfOnesOwn(ids=ids)
+        data.setup("fit")
+        data.teacher_probabilities = None
+        assert _probabilities(small_model().at_full_depth(), data) == {}
 
 
 @pytest.mark.slow
@@ -510,9 +531,11 @@ def test_a_trainer_of_many_options_is_one_that_frozen_trials_and_the_configurati
     trainer |= {"max_time": datetime.timedelta(minutes=9)}
     assert _is_plain([0]) and _is_plain({"minutes": 9}) and not _is_plain([Callback()])
     data = partial(small_data, batch_size=16)  # of frozen states, a batch has 32 or 64
-    made = quick(tmp_path, trainer=trainer, data=data, encoder_training="frozen", warm_up_epochs=0)
-    made.joint_tune_study("run")
-    assert study_of(tmp_path, "submodels").trials[0].state == TrialState.COMPLETE
+    for tag, interval, epochs in (("a", 7, 1), ("b", 8, None)):  # of 8 batches, of which the warm-up has 5
+        given = {**trainer, "val_check_interval": interval, "check_val_every_n_epoch": epochs}
+        made = quick(tmp_path, trainer=given, data=data, encoder_training="frozen", warm_up_epochs=1)
+        made.joint_tune_study(tag)
+        assert study_of(tmp_path, "submodels", tag).trials[0].state == TrialState.COMPLETE
 
 
 def test_few_steps_of_the_trainer_count_where_the_epochs_of_the_baseline_are_chosen():
@@ -535,7 +558,9 @@ class DataLoaders:
 def test_pruners_that_look_at_the_whole_study_get_it_as_it_is(pruner):
     one, other = SameLengthPruner.around(pruner), SameLengthPruner.around(pruner)
     assert type(one) is type(other) is type(pruner)
-    assert one is not other is not pruner, "what it learns from one study is not for the next"
+    assert one is not pruner and other is not pruner and one is not other, (
+        "what it learns from one study is not for the next"
+    )
     assert isinstance(SameLengthPruner.around(MedianPruner()), SameLengthPruner)
 
 

@@ -27,7 +27,7 @@ from dact.calibration import Promise, calibrate, describe
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, MovableCheckpoint, SavePretrained
 from dact.cli import LIGHTNING
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
-from dact.cli.predictions import PredictionWriter
+from dact.cli.predictions import OUTPUT, PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
 from dact.cli.request import EVALUATING, Request
@@ -122,7 +122,7 @@ class DACTCLI(LightningCLI):
             _ignore(parser, "monitor")
         if subcommand == "predict":
             text = "file to write to: .csv, .jsonl or .parquet; - writes csv to standard output"
-            parser.add_argument("--output", type=str, default="predictions.csv", help=text)
+            parser.add_argument("--output", type=str, default=OUTPUT, help=text)
         return parser
 
     @override
@@ -193,7 +193,7 @@ class DACTCLI(LightningCLI):
         self.source = self.request.model or find_model(config.ckpt_path)
         overrides = self._overrides()
         self.model = stored_model(self.source, config.model.get("encoder"), **overrides)
-        self._name_ignored_dials(overrides)
+        self._name_ignored_dials(config.model, overrides)
         config.ckpt_path = config.optimizer = config.lr_scheduler = None
         file = self.request.own_data(config, self.model)
         config.model = Namespace()  # type: ignore[no-untyped-call]
@@ -220,11 +220,11 @@ class DACTCLI(LightningCLI):
                 )
         return {name: given[name] for name in AT_INFERENCE if name in given}
 
-    def _name_ignored_dials(self, overrides: dict[str, Any]) -> None:
+    def _name_ignored_dials(self, given: Namespace, overrides: dict[str, Any]) -> None:
         """Warn if a file sets inference settings, other than the usual ones, that the stored model does not have."""
         usual = inspect.signature(DACT.__init__).parameters
         for name in AT_INFERENCE:
-            value, own = self.request.value(f"model.{name}"), getattr(self.model, name)
+            value, own = given.get(name), getattr(self.model, name)
             if name not in overrides and value not in (None, usual[name].default, own):
                 rank_zero_warn(
                     f"{name} is {own} in the stored model, and not {value} as in the file, which is for a fit: give "

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 import re
+import select
 import sys
 from collections.abc import Iterable, Iterator
 from difflib import get_close_matches
@@ -35,15 +36,27 @@ def one_line_errors() -> Iterator[None]:
     """
     try:
         yield
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is left is flushed to nowhere
-        raise SystemExit(128 + 13) from None
     except USAGE_ERRORS as error:
+        if isinstance(error, BrokenPipeError) and _has_no_reader():
+            raise SystemExit(128 + 13) from None
         if os.environ.get("DACT_TRACEBACK"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"dact: error: {' '.join(str(message).split())}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def _has_no_reader() -> bool:
+    """Return whether nobody reads standard output any more, to which nothing is then written at the exit."""
+    try:
+        poller = select.poll()
+        poller.register(sys.stdout, 0)
+    except (AttributeError, OSError):  # Windows, or no file
+        return False
+    if not poller.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 class OneLineParser(LightningArgumentParser):

@@ -36,6 +36,9 @@ BATCH = 1024  # texts that are read at a time; early exit regroups within them
 Row = dict[str, Any]
 
 
+OUTPUT = "predictions.csv"  # unless another file is given
+
+
 class PredictionData(LightningDataModule):
     """The texts of a file, or of standard input, to classify. Several processes take turns, a batch each.
 

@@ -18,8 +18,8 @@ from huggingface_hub import constants
 
 from dact.cli import LIGHTNING
 from dact.cli.errors import class_parameters, config_files
-from dact.cli.predictions import BATCH, PredictionData, check_writable
-from dact.cli.runs import DIVIDES, fit_data
+from dact.cli.predictions import BATCH, OUTPUT, PredictionData, check_writable
+from dact.cli.runs import fit_data
 from dact.cli.stored import counterpart, find_model, hub_id
 from dact.data.tables import DATASET  # with its package, whose classes a configuration names without it
 from dact.data.tokenizers import load_tokenizer
@@ -29,6 +29,7 @@ from dact.files import read_json
 EVALUATING = ("validate", "test", "predict", "calibrate")
 OWN_FILES = "TextClassificationData"
 COLUMNS = ("text_column", "text_pair_column", "label_column")
+DIVISION = ("seed", "val_fraction", "calibration_fraction")
 NO_LIMIT = 1_000_000  # tokens; nothing is cut
 
 
@@ -64,7 +65,7 @@ class Request:
                 continue  # the parser reports it
             _merge(request.sections, content if isinstance(content, dict) else {})
         if not any(word in ("-h", "--help") for word in words):
-            if command == "predict" and isinstance(output := request.value("output"), str):
+            if command == "predict" and isinstance(output := request.value("output") or OUTPUT, str):
                 check_writable(output)  # before anything that takes time
                 file = request.value("data.predict_file")
                 if (
@@ -176,15 +177,18 @@ class Request:
         return PredictionData(arguments["predict_file"], tokenizer, max_length=length, batch_size=size, **columns)
 
     def _take_columns(self, arguments: Any) -> None:
-        """Take columns, and for validation the division of the training file, from the fit, unless they were given."""
+        """Take columns, and for validation how the training file was divided, from the fit, unless they were given."""
         source = self.model or find_model(self.value("ckpt_path"))
         section = fit_data(source)
         if section.get("class_path", "").rpartition(".")[2] != OWN_FILES:
             return
-        names = COLUMNS + (DIVIDES if self.command == "validate" else ())
-        fitted = section.get("init_args") or {}
-        for name in names:
-            if name in fitted and not self.gives(f"data.{name}"):
+        fitted = section["init_args"]
+        files = [arguments.get("train_file"), fitted.get("train_file")]
+        divided = self.command == "validate" and not arguments.get("val_file") and None not in files
+        divided = divided and os.path.realpath(files[0]) == os.path.realpath(files[1])
+        for name in (*COLUMNS, *(DIVISION if divided else ())):
+            beside = name == "calibration_fraction" and arguments.get("calibration_file")
+            if name in fitted and not beside and not self.gives(f"data.{name}"):
                 arguments[name] = fitted[name]
 
     def _max_length(self, arguments: Any, model: Any) -> int:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from decimal import Decimal
+from numbers import Number
 from typing import Any, Literal
 
 Reading = Literal["names", "positions"]
@@ -17,10 +20,10 @@ def is_integer(label: Any) -> bool:
 
 
 def whole(labels: Sequence[Any]) -> Sequence[Any]:
-    """Return labels as they are or, if all are floats such as 2.0, which parquet and JSON have, as integers."""
-    if labels and all(isinstance(label, float) and label.is_integer() for label in labels):
-        return [int(label) for label in labels]
-    return labels
+    """Return labels as integers if all of them are whole numbers, such as 2.0 or "2.0", and otherwise as they are."""
+    texts = [str(label).strip() for label in labels]
+    is_whole = all(re.fullmatch(r"-?\d+(\.0+)?", text) for text in texts)
+    return [int(text.partition(".")[0]) for text in texts] if is_whole else labels
 
 
 def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
@@ -30,7 +33,8 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
         ValueError: If a label is missing, all are the same string, or an integer is larger than the number of rows.
     """
     check_present(labels, source)
-    labels = whole(labels)
+    if all(isinstance(label, float) for label in labels) and set(labels) == set(range(len(set(labels)))):
+        labels = whole(labels)  # 0.0, 1.0, … of parquet and JSON
     if all(map(is_integer, labels)):
         largest = max(map(int, labels))
         if largest >= len(labels):
@@ -51,21 +55,22 @@ def reading_of(labels: Sequence[Any], class_names: Sequence[str], source: str) -
     Raises:
         ValueError: If both are possible and mean different classes.
     """
-    named = _by_number(class_names)
-    if not named:
+    if not any(map(_is_number, class_names)):
         return "positions"
-    if any(isinstance(label, float) for label in labels) and {str(label) for label in labels} <= set(class_names):
+    names, counted = set(class_names), {str(position): name for position, name in enumerate(class_names)}
+    texts = {str(label).strip() for label in labels}
+    if not texts <= names:
+        labels = whole(labels)
+        texts = {str(label).strip() for label in labels}
+    if not all(map(is_integer, labels)) or not texts <= counted.keys():
         return "names"
-    counted = {str(position): name for position, name in enumerate(class_names)}
-    labels = whole(labels)
-    values = {str(label).strip() for label in labels}
-    if not all(map(is_integer, labels)) or not values <= counted.keys():
-        return "names"
-    if any(float(value) not in named for value in values):
+    numbers = _by_number(class_names)
+    named = {text: text if texts & names else numbers.get(Decimal(text)) for text in texts}
+    if not set(named.values()) <= names:
         return "positions"
-    if any(counted[value] != named[float(value)] for value in values):
+    if any(counted[text] != name for text, name in named.items()):
         raise ValueError(
-            f"{source}: the labels {listed(sorted(values))} may be names or positions of the classes "
+            f"{source}: the labels {listed(sorted(texts))} may be names or positions of the classes "
             f"{listed(class_names)}: say which by integer_labels='names' or integer_labels='positions'"
         )
     return "names"
@@ -77,7 +82,7 @@ def to_classes(
     """Return each label as a class, 0 … classes - 1.
 
     Args:
-        labels: Strings or integers, as they are in the file.
+        labels: Strings or numbers, as they are in the file.
         class_names: Names of the classes, in their order.
         reading: Whether integer labels are names or positions, where all labels are integers.
         source: Name of the file for messages.
@@ -87,15 +92,15 @@ def to_classes(
         ValueError: If a label is missing or outside the classes.
     """
     check_present(labels, source, rows)
-    labels = whole(labels)
-    positions = reading == "positions" and all(map(is_integer, labels))
+    counted = whole(labels) if reading == "positions" else labels
+    positions = reading == "positions" and all(map(is_integer, counted))
+    labels = counted if positions else labels
     by_name = {str(label) if positions else name: label for label, name in enumerate(class_names)}
-    if not positions:  # 1 is the class 1.0 or 01 if there is no other
+    if reading == "names":  # 1 is the class 1.0 or 01 if there is no other
         numbers = _by_number(class_names)
-        alike = {
-            text: numbers.get(float(text)) for text in {str(label).strip() for label in labels} if _is_number(text)
-        }
-        by_name |= {text: by_name[name] for text, name in alike.items() if name is not None and text not in by_name}
+        for text in {str(label).strip() for label in labels} - by_name.keys():
+            if _is_number(text) and (name := numbers.get(Decimal(text))) is not None:
+                by_name[text] = by_name[name]
     outside = [row for row, label in enumerate(labels) if str(label).strip() not in by_name]
     if outside:
         raise ValueError(
@@ -117,9 +122,13 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"-?\d+(\.\d+)?", text) is not None
 
 
-def _by_number(class_names: Iterable[str]) -> dict[float, str]:
-    """Return the classes whose names are numbers, such as 1, 01 and 1.0, by their values."""
-    return {float(name): name for name in class_names if _is_number(name)}
+def _by_number(class_names: Iterable[str]) -> dict[Decimal, str]:
+    """Return the classes whose names are numbers, such as 1, 01 and 1.0, by their values, if no two have the same."""
+    found: dict[Decimal, list[str]] = defaultdict(list)
+    for name in class_names:
+        if _is_number(name):
+            found[Decimal(name)].append(name)
+    return {value: names[0] for value, names in found.items() if len(names) == 1}
 
 
 def check_present(labels: Sequence[Any], source: str, rows: Sequence[int] | None = None) -> None:
@@ -130,7 +139,7 @@ def check_present(labels: Sequence[Any], source: str, rows: Sequence[int] | None
             f"{source}: {name_rows(missing, rows)} without a label: label or delete them. Texts without labels are for "
             "predict_file, or for unlabelled_file with a teacher"
         )
-    others = [row for row, label in enumerate(labels) if not isinstance(label, (str, int, float))]
+    others = [row for row, label in enumerate(labels) if not isinstance(label, (str, Number))]
     if others:
         raise ValueError(
             f"{source}: {name_rows(others, rows)} with a label that is neither a string nor a number: "

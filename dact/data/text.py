@@ -124,10 +124,6 @@ class TextClassificationData(TextDataModule):
         self.text_pair_column = text_pair_column
         self.label_column = label_column
         self.val_fraction = val_fraction
-        if any(isinstance(name, bool) for name in class_names or ()):
-            raise ValueError(
-                f"TextClassificationData: put class_names such as no and yes in quotation marks, got {class_names}"
-            )
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         check_class_names(f"{type(self).__name__}: class_names", self.class_names)
         self._reading = integer_labels

@@ -143,7 +143,7 @@ def fit_baseline(
 
 def _epochs(recipe: Recipe, data: Any) -> int:
     """Return the number of epochs of the baseline: on little data up to twice the usual."""
-    limit = recipe.trainer.get("limit_train_batches")
+    limit = recipe.trainer.get("overfit_batches") or recipe.trainer.get("limit_train_batches")
     batches = len(data.train_dataloader())
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)

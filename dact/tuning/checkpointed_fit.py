@@ -12,7 +12,7 @@ from dact.files import read_checkpoint, read_json, write_json
 from dact.model import DACT
 from dact.persistence import adopt
 from dact.tuning.digests import digest
-from dact.tuning.fitting import ALL_BATCHES, HEAD_EPOCHS, head_epochs, resumable_fit, seeded
+from dact.tuning.fitting import HEAD_EPOCHS, for_states, head_epochs, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
@@ -112,9 +112,8 @@ class CheckpointedFit:
                 model, data = recipe.untuned(self.prepared.own_teacher)
             else:
                 model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
-            # Frozen states have other batches for validation, and few.
             history = resumable_fit(
-                {**recipe.trainer, **ALL_BATCHES} if self.keep_frozen else recipe.trainer,
+                for_states(recipe.trainer) if self.keep_frozen else recipe.trainer,
                 model,
                 data,
                 last.parent,

@@ -42,12 +42,11 @@ def data_digest(loader: DataLoader[Any]) -> str:
             f"{type(loader).__name__} over {type(examples).__name__}"
         )
     for row in range(len(examples)):
-        item = examples[row]
-        if not isinstance(item, Mapping):  # but the loader's batches are mappings
-            item = loader.collate_fn([item])
+        example = examples[row]
+        item = example if isinstance(example, Mapping) else loader.collate_fn([example])  # batches are mappings
         if "input_ids" not in item:
             raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")
-        label = _entry(loader, item, "labels")
+        label = item["labels"] if "labels" in item else _entry(loader, example, "labels")
         found.update(json.dumps([item["input_ids"], label], default=methodcaller("tolist")).encode())
     return found.hexdigest()
 
@@ -56,7 +55,8 @@ def teacher_digest(loader: DataLoader[Any]) -> str:
     """Return a digest of the teacher's probabilities that the batches of a loader carry."""
     found, examples = hashlib.sha256(), loader.dataset
     for row in range(len(examples)):  # type: ignore[arg-type]
-        found.update(tensor_digest(torch.as_tensor(_entry(loader, examples[row], "teacher"))).encode())
+        teacher = torch.as_tensor(_entry(loader, examples[row], "teacher"))
+        found.update(tensor_digest(teacher.detach().float()).encode())
     return found.hexdigest()
 
 
@@ -64,7 +64,9 @@ def _entry(loader: DataLoader[Any], item: Any, name: str) -> Any:
     """Return an entry of an example, which may get it only as part of a batch; None if it has none."""
     if isinstance(item, Mapping) and name in item:
         return item[name]
-    return None if loader.batch_size is None else loader.collate_fn([item]).get(name)
+    # Without a batch_sampler, the data set makes the batches.
+    batch = loader.collate_fn(item if loader.batch_sampler is None else [item])
+    return batch.get(name) if isinstance(batch, Mapping) else None
 
 
 def pretrained_digest(pretrained: str) -> str:

@@ -37,8 +37,6 @@ from dact.signals import StopOnSignal
 MONITOR = "val_loss"
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
 MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
-# Frozen states come in batches of their own, which no limit of the user's is about.
-ALL_BATCHES = {"limit_val_batches": 1.0, "val_check_interval": 1.0}
 GRACE = 10.0  # seconds that a validation may go on after a deadline
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
 
@@ -228,6 +226,20 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     fixed["enable_progress_bar"] = False
     callbacks = [*copy.deepcopy(callbacks), StopOnSignal(), *fixed.pop("callbacks", [])]
     return Trainer(**{**defaults, **given, "logger": False, **fixed, "callbacks": callbacks, "plugins": plugins})
+
+
+def for_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of the Trainer for a part of the examples: a val_check_interval in batches means those of all."""
+    interval = trainer.get("val_check_interval")
+    if not isinstance(interval, int):
+        return {**trainer}
+    every = trainer.get("check_val_every_n_epoch", 1) or 1
+    return {**trainer, "val_check_interval": 1.0, "check_val_every_n_epoch": every}
+
+
+def for_states(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """Return arguments of the Trainer for frozen states, whose batches for validation are others, and few."""
+    return {**for_part(trainer), "limit_val_batches": 1.0}
 
 
 def as_list(value: Any) -> list[Any]:

@@ -20,7 +20,7 @@ from dact.model import DACT
 from dact.tuning.baseline import Baseline, fit_baseline
 from dact.tuning.digests import digest, encoder_digest, pretrained_digest, tensor_digest
 from dact.tuning.features import Features, FeaturesData, LoaderData, compute_features
-from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded
+from dact.tuning.fitting import checkpoints_of, for_part, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
@@ -246,7 +246,7 @@ def _warm_up(
         checkpoints, epochs = checkpoints_of(folder, origin), recipe.warm_up_epochs
         what = "encoder of the studies"
         with seeded(recipe.seed), progress.fit(f"{what}, {epochs} epochs") as bar:
-            resumable_fit(recipe.trainer, model, data, checkpoints, bar, what=what, epochs=epochs)
+            resumable_fit(for_part(recipe.trainer), model, data, checkpoints, bar, what=what, epochs=epochs)
         write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
         shutil.rmtree(checkpoints)
     # Read back even here, so that a resumed run has the same states whatever the precision of the Trainer.

@@ -39,7 +39,7 @@ class Dimension:
 
     def __post_init__(self) -> None:
         if self.type == "categorical":
-            if not isinstance(self.choices, (list, tuple)) or not self.choices:
+            if isinstance(self.choices, str) or not isinstance(self.choices, Sequence) or not self.choices:
                 raise ValueError(f"a categorical dimension needs a list of choices, got {self.choices!r}")
             if (self.low, self.high, self.step, self.log) != (None, None, None, False):
                 raise ValueError("a categorical dimension has choices, and no low, high, step or log")

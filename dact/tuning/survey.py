@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from dact.agreement import check_classes
 from dact.model import DACT
@@ -21,6 +21,7 @@ from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, flat
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 100  # examples below which none are set aside for an estimate
+RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
 HEAD_RATE_FACTOR = 10  # the submodels' rate in the first trial is this multiple of the encoder's …
 HEAD_RATE = 1e-3  # … but at most this
@@ -93,7 +94,7 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
         test = data.test_dataloader()
         data_digest(test)  # fails early if it cannot be measured
         _check_order("test", test)
-        if "labels" not in next(iter(test)):
+        if "labels" not in next(iter(test), {}):
             raise ValueError(
                 "TuningEngine: the final model is measured on the test split, whose batches have no 'labels'"
             )
@@ -124,8 +125,10 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
 
 def _check_order(split: str, loader: DataLoader[Any]) -> None:
     """Raise a ``ValueError`` if a loader does not give all examples in one order, by which models are compared."""
-    drops = getattr(loader, "drop_last", False)
-    if drops or isinstance(getattr(loader, "sampler", None), RandomSampler):
+    batches = getattr(loader, "batch_sampler", None)
+    drops = getattr(loader, "drop_last", False) or getattr(batches, "drop_last", False)
+    samplers = getattr(loader, "sampler", None), getattr(batches, "sampler", None)
+    if drops or any(isinstance(sampler, RANDOM) for sampler in samplers):
         how = "drops the last examples (drop_last)" if drops else "shuffles"
         raise ValueError(
             f"TuningEngine: models are compared example by example, but the {split} loader {how}: leave that out"
@@ -166,14 +169,14 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
         return given
     asked_for = promise != DEFAULT_PROMISE
     try:
-        promise.check(model.exit_rule, model.num_layers)
+        promise.check(model.exit_rule, model.encoder.num_layers)  # which a trial may keep
     except ValueError:
         if asked_for:
             raise
         note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
         return replace(given, promise=None, note=note)
     recipe, aside = _setting_aside(given)
-    needed = promise.examples_needed(model.num_layers)
+    needed = promise.examples_needed(model.encoder.num_layers)
     if promise.confidence is None or (aside and (needed is None or aside >= needed)):
         return recipe
     kind = type(given.data()).__name__

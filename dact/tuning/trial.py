@@ -19,7 +19,6 @@ from optuna_integration import PyTorchLightningPruningCallback
 from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.fitting import (
-    ALL_BATCHES,
     MONITOR,
     Deadline,
     History,
@@ -27,6 +26,7 @@ from dact.tuning.fitting import (
     StopAtDeadline,
     TimeIsUp,
     fit,
+    for_states,
     head_epochs,
     make_trainer,
     seeded,
@@ -146,8 +146,8 @@ def fit_settings(
     settings, history = dict(settings), History()
     epochs = settings.pop("num_epochs", prepared.recipe.epochs)
     given, every = prepared.recipe.trainer, [history, *callbacks]
-    if prepared.states is not None:  # whose batches for validation are others, and few
-        epochs, given = head_epochs(epochs), {**given, **ALL_BATCHES}
+    if prepared.states is not None:
+        epochs, given = head_epochs(epochs), for_states(given)
     with seeded(seed):
         model, data = prepared.build(settings, seed=seed)
         trainer = make_trainer(given, max_epochs=epochs, logger=logger, callbacks=every, enable_checkpointing=False)
