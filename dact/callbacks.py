@@ -134,9 +134,10 @@ class SavePretrained(Callback):
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         model = pl_module
         if best:
-            # An encoder of one's own, which the checkpoint cannot rebuild.
-            encoder = copy.deepcopy(pl_module.encoder) if pl_module.encoder.config() is None else None
-            model = type(pl_module).load_from_checkpoint(best, encoder=encoder)
+            try:
+                model = type(pl_module).load_from_checkpoint(best)
+            except ValueError:  # an encoder of one's own, or one that was changed, which no checkpoint can rebuild
+                model = type(pl_module).load_from_checkpoint(best, encoder=copy.deepcopy(pl_module.encoder))
         folder = Path(directory) / "model"
         save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
         rank_zero_info(f"The model is in {folder}")

@@ -11,6 +11,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -169,9 +170,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             raise ValueError(f"the checksum of {broken} is wrong")
         return torch.load(path, map_location=map_location, weights_only=True)
     except Exception as error:  # a broken archive, a refused pickle and a foreign file raise many kinds
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint: {(str(error) or type(error).__name__).splitlines()[0]}"
-        ) from error
+        refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if refused is not None:
+            reason = (
+                f"it holds an object of {refused[1]}, and only plain data can be read without running code. A "
+                "hyperparameter of the datamodule is a likely place: save it as a string"
+            )
+        raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 
 
 class DurableCheckpointIO(TorchCheckpointIO):

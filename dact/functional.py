@@ -215,7 +215,7 @@ def _provable(
     if a.device.type in WITHOUT_FLOAT64:
         remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
         return _provable(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers).to(a.device)
-    d = remaining.to(a.device) if isinstance(remaining, Tensor) else remaining
+    d = remaining.to(a.device) if isinstance(remaining, Tensor) else int(remaining)
     last = d == 0
     if rule == "never" or last is True:
         return torch.as_tensor(last, device=a.device).expand(p.shape)

@@ -118,7 +118,7 @@ class MetricLogging(LightningModule):
         """Log the accuracy per layer, and keep the exit histogram of the first loader for callbacks."""
         for loader in self._loaders(stage):
             metrics = self._metrics_of(stage, loader)[1]
-            if loader and not metrics["correct"].update_called:  # there are fewer loaders than before
+            if not metrics["correct"].update_called:  # fewer loaders than before, or a step that does not `measure`
                 continue
             # torchmetrics turns a vector of one entry into a scalar: an encoder of one layer.
             exits, correct = (metrics[name].compute().reshape(-1) for name in ("exit_histogram", "correct"))

@@ -241,9 +241,8 @@ class DACT(MetricLogging):
             batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation, ``teacher``
                 ``[batch, classes]``. An example labelled -100 learns only from its teacher, with the weight of any
                 other; without a teacher it only adds to the ponder cost.
-            lambda_reg: λ of this step. If left out, it rises from 0 to the model's own over the first `lambda_warmup`
-                of `total_steps`; the model counts in `steps_done` how often this method was called in train mode. (A
-                Trainer sets both; elsewhere set `total_steps`, or λ has its final value at once.)
+            lambda_reg: λ of this step. If left out, it rises from 0 over the first `lambda_warmup` of `total_steps`;
+                `steps_done` counts the calls in train mode. A Trainer sets both; elsewhere set `total_steps`.
 
         Raises:
             KeyError: If the batch has no labels, or distillation no teacher.
@@ -264,22 +263,23 @@ class DACT(MetricLogging):
         exit_loss = functional.exit_loss(logits, target, self.class_weights)
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
         price = self._warm_lambda() if lambda_reg is None else lambda_reg
-        if self.training:
-            self.steps_done += 1
-            if torch.is_grad_enabled():
-                self._forget()
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
+        self.steps_done += self.training
+        if loss.requires_grad:
+            self._forget()
         return Loss(loss, task_loss, exit_loss, ponder_cost)
 
     def _warm_lambda(self) -> float:
         """Return λ at this step: it rises linearly from 0 over the first `lambda_warmup` of all steps."""
+        trainer = self._trainer
+        if trainer is not None and trainer.training and trainer.lightning_module is self:
+            self.steps_done = trainer.global_step  # optimizer steps, also after a resume
         warmup = self.lambda_warmup * self.total_steps
-        if warmup == 0 or warmup == float("inf"):
+        if not 0 < warmup < float("inf"):
             return self.lambda_reg
         return self.lambda_reg * min(1.0, self.steps_done / warmup)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.steps_done = self.trainer.global_step  # optimizer steps, also after a resume
         loss = self.loss(batch).loss
         size = len(batch["labels"])
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
@@ -305,7 +305,8 @@ class DACT(MetricLogging):
         # For the loggers; the checkpoint has `config`.
         shown = {name: value for name, value in self.config().items() if name not in persistence.LEARNED}
         shown["encoder"] = {k: v for k, v in (shown["encoder"] or {}).items() if not isinstance(v, dict)}
-        self.save_hyperparameters(shown)
+        taken = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})  # a logger gets one value for a name
+        self.save_hyperparameters({name: value for name, value in shown.items() if name not in taken})
         if stage == "fit" and not any(module.training for module in self.modules()):
             self.train()  # a loaded model, which Lightning would train without dropout
 
@@ -313,15 +314,14 @@ class DACT(MetricLogging):
         self._forget()
 
     def on_train_start(self) -> None:
-        # Infinite for an endless fit, in which nothing warms up or decays. Lightning's tuners train more than once.
+        # Infinite or -1 if the end is not known: nothing warms up or decays. Lightning's tuners train more than once.
         self.total_steps = self.trainer.estimated_stepping_batches
 
     def configure_optimizers(self) -> Any:
-        submodels = [*self.classifier.parameters(), *self.confidence.parameters()]
-        rates = (
-            (self.encoder.parameters(), self.learning_rate),
-            (submodels, self.submodel_learning_rate or self.learning_rate),
-        )
+        encoder = {id(parameter) for parameter in self.encoder.parameters()}
+        others = [one for one in self.parameters() if id(one) not in encoder]  # the submodels', and those of a subclass
+        rate = self.submodel_learning_rate or self.learning_rate
+        rates = ((self.encoder.parameters(), self.learning_rate), (others, rate))
         return schedule(rates, self.weight_decay, self.warmup_fraction, self.trainer.estimated_stepping_batches)
 
     def _forget(self) -> None:

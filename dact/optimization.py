@@ -22,7 +22,7 @@ def schedule(
         rates: Parameters, each with their peak learning rate.
         weight_decay: Weight decay of the matrices.
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
-        total: Number of optimizer steps; ``inf`` for an endless fit, in which the rates are constant.
+        total: Number of optimizer steps; ``inf`` or -1 for a fit whose end is not known, in which rates are constant.
     """
     groups: list[dict[str, Any]] = []  # frozen parameters are in none
     for parameters, rate in rates:
@@ -35,7 +35,7 @@ def schedule(
     optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused)
     # Lightning clips no gradients that an optimizer unscales by itself; without this flag, Lightning unscales them.
     optimizer._step_supports_amp_scaling = False
-    if total == float("inf"):
+    if not 0 < total < float("inf"):  # Lightning says -1 for a stream of examples
         return optimizer
     scheduler = WarmupThenDecay(optimizer, warmup_fraction * total, total)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

@@ -21,7 +21,8 @@ class LayeredEncoder(nn.Module, ABC):
 
     A subclass sets `num_layers` and `hidden_size` and implements three methods: `embed`, `layer` and `pool`. Override
     `context` if the layers share more than the hidden state, `forward` if one ordinary forward pass is faster than a
-    loop, and `config` if a checkpoint should be able to rebuild the encoder.
+    loop, and `mask` if a batch has no ``input_ids``. A checkpoint can rebuild dact's own encoders only: pass any other
+    one as ``encoder=`` where a model is loaded.
     """
 
     num_layers: int

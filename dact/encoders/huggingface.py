@@ -226,7 +226,9 @@ class HuggingFaceEncoder(LayeredEncoder):
         norm = self._family.norm(self.model)
         return pool_tokens(hidden if norm is None else norm(hidden), mask, self.pooling)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any] | None:
+        if type(self) is not HuggingFaceEncoder:
+            return None  # a subclass may pool or embed in a way of its own
         model = json.loads(self.model.config.to_json_string(use_diff=False))
         for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):  # these say how it was loaded
             model.pop(name, None)

@@ -125,7 +125,9 @@ class TransformerEncoder(LayeredEncoder):
     def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         return pool_tokens(self.norm(hidden), mask, self.pooling)
 
-    def config(self) -> dict[str, Any]:
+    def config(self) -> dict[str, Any] | None:
+        if type(self) is not TransformerEncoder:
+            return None  # a subclass may pool or embed in a way of its own
         return {"type": "TransformerEncoder", **self._config}
 
 
