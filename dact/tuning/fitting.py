@@ -229,7 +229,7 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
 
 
 def for_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of the Trainer for a part of the examples: a val_check_interval in batches means those of all."""
+    """Return arguments of the Trainer for a part of the examples: a val_check_interval counts the batches of all."""
     interval = trainer.get("val_check_interval")
     if not isinstance(interval, int):
         return {**trainer}
