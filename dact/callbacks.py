@@ -18,7 +18,9 @@ from typing_extensions import override
 
 from dact import plots
 from dact.agreement import tokenizer_of
+from dact.files import read_checkpoint
 from dact.model import DACT
+from dact.persistence import adopt
 
 LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 
@@ -49,6 +51,8 @@ class ExitPlots(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         writer = next((log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)), None)
         if writer is None or not trainer.is_global_zero or trainer.sanity_checking or not isinstance(pl_module, DACT):
+            return
+        if pl_module.exit_histogram is None:  # a step of one's own measures something else
             return
         counts = pl_module.exit_histogram.cpu()
         layers = torch.arange(1, len(counts) + 1).repeat_interleave(counts)
@@ -137,7 +141,9 @@ class SavePretrained(Callback):
             try:
                 model = type(pl_module).load_from_checkpoint(best)
             except ValueError:  # an encoder of one's own, or one that was changed, which no checkpoint can rebuild
-                model = type(pl_module).load_from_checkpoint(best, encoder=copy.deepcopy(pl_module.encoder))
+                model, checkpoint = copy.deepcopy(pl_module), read_checkpoint(Path(best))
+                adopt(model, checkpoint)
+                model.load_state_dict(checkpoint["state_dict"])
         folder = Path(directory) / "model"
         save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
         rank_zero_info(f"The model is in {folder}")

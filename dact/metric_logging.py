@@ -30,6 +30,7 @@ class MetricLogging(LightningModule):
     exit_rule: Halting
     ponder: PonderKind
     class_weights: Tensor | None
+    exit_histogram: Tensor | None = None  # of the first loader of the last evaluation
 
     def on_fit_end(self) -> None:
         value = self.trainer.callback_metrics.get("val_exit_layer")
@@ -45,6 +46,14 @@ class MetricLogging(LightningModule):
         self.val_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
         self.test_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
         self.more_metrics = nn.ModuleDict()  # of further loaders, as they come
+
+    def show_settings(self, settings: dict[str, Any]) -> None:
+        """Give the loggers the settings of the model, except for names that the datamodule has: they want one value."""
+        taken = getattr(getattr(self._trainer, "datamodule", None), "hparams", {})
+        settings["encoder"] = {k: v for k, v in (settings["encoder"] or {}).items() if not isinstance(v, dict)}
+        for name in self.hparams.keys() & taken.keys():
+            del self.hparams[name]
+        self.save_hyperparameters({name: value for name, value in settings.items() if name not in taken})
 
     def _metrics_of(self, stage: str, loader: int) -> tuple[str, Any]:
         """Return the metrics of one loader and the attribute that holds them."""
@@ -119,6 +128,7 @@ class MetricLogging(LightningModule):
         for loader in self._loaders(stage):
             metrics = self._metrics_of(stage, loader)[1]
             if not metrics["correct"].update_called:  # fewer loaders than before, or a step that does not `measure`
+                self.exit_histogram = self.exit_histogram if loader else None
                 continue
             # torchmetrics turns a vector of one entry into a scalar: an encoder of one layer.
             exits, correct = (metrics[name].compute().reshape(-1) for name in ("exit_histogram", "correct"))

@@ -265,8 +265,10 @@ class DACT(MetricLogging):
         price = self._warm_lambda() if lambda_reg is None else lambda_reg
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
         self.steps_done += self.training
-        if loss.requires_grad:
+        if loss.requires_grad and self.training:
             self._forget()
+        elif loss.requires_grad:  # of a model in eval mode, which may only be looked at
+            loss.register_hook(lambda _: self._forget())
         return Loss(loss, task_loss, exit_loss, ponder_cost)
 
     def _warm_lambda(self) -> float:
@@ -302,11 +304,7 @@ class DACT(MetricLogging):
         return [] if any(isinstance(one, Agreement) for one in trainer.callbacks) else [Agreement()]
 
     def setup(self, stage: str) -> None:
-        # For the loggers; the checkpoint has `config`.
-        shown = {name: value for name, value in self.config().items() if name not in persistence.LEARNED}
-        shown["encoder"] = {k: v for k, v in (shown["encoder"] or {}).items() if not isinstance(v, dict)}
-        taken = getattr(getattr(self.trainer, "datamodule", None), "hparams", {})  # a logger gets one value for a name
-        self.save_hyperparameters({name: value for name, value in shown.items() if name not in taken})
+        self.show_settings({name: value for name, value in self.config().items() if name not in persistence.LEARNED})
         if stage == "fit" and not any(module.training for module in self.modules()):
             self.train()  # a loaded model, which Lightning would train without dropout
 

@@ -484,7 +484,7 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path):
         search_space={"num_epochs": {"choices": [1]}},
         log_dir=tmp_path,
     )
-    recipe = resolve_promise(engine.recipe, engine.recipe.make_model())
+    recipe = resolve_promise(engine.recipe, engine.recipe.make_model(), 6)
     data = recipe.make_data()
     data.setup("fit")
     seen, kept = (set(data.splits[name].texts) for name in ("val", "calibration"))
@@ -515,14 +515,14 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
     with pytest.raises(
         ValueError, match="it takes 19 examples that no study sees, and LightningDataModule sets 0 aside"
     ):
-        resolve_promise(engine.recipe, small_model())
+        resolve_promise(engine.recipe, small_model(), 3)
     engine = TuningEngine(data=partial(SetAsideData, 19), promise=Promise(max_layers=2), log_dir=tmp_path)
-    assert resolve_promise(engine.recipe, small_model()) == engine.recipe, "batches in a list are counted as well"
+    assert resolve_promise(engine.recipe, small_model(), 3) == engine.recipe, "batches in a list are counted as well"
     (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(90)))
     own = partial(TextClassificationData, str(tmp_path / "train.csv"), tokenizer=word_tokenizer(["text"]))
     engine = TuningEngine(2, data=partial(own, label_column="stars"), promise=Promise(min_agreement=0.9))
     with pytest.raises(ValueError, match="has no column 'stars'"):
-        resolve_promise(engine.recipe, small_model())
+        resolve_promise(engine.recipe, small_model(), 3)
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2, dial="halting_tolerance"), halting_tolerance=0.1)
     engine = TuningEngine(
@@ -532,7 +532,7 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
         trainer={"accelerator": "cpu"},
     )
     with pytest.raises(ValueError, match="from full depth on, but the model has halting_tolerance=0.2: set it to 0"):
-        resolve_promise(engine.recipe, engine.recipe.make_model())
+        resolve_promise(engine.recipe, engine.recipe.make_model(), 6)
 
 
 def test_another_dial_ends_the_promise_of_the_first():
@@ -578,4 +578,4 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
 def test_the_engine_refuses_a_promise_of_nothing_before_its_first_trial(tmp_path):
     engine = TuningEngine(promise=Promise(max_layers=6), log_dir=tmp_path, trainer={"accelerator": "cpu"})
     with pytest.raises(ValueError, match="max_layers=6 promises nothing: the model has 6 layers"):
-        resolve_promise(engine.recipe, engine.recipe.make_model())
+        resolve_promise(engine.recipe, engine.recipe.make_model(), 6)

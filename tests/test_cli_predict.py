@@ -222,7 +222,7 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_file
     rows = [f"screen {i},is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}" for i in range(60)]
     (tmp_path / "pairs.csv").write_text("first,second,class\n" + "\n".join(rows) + "\n")
     config = (run_of_two_files / "my.yaml").read_text().replace("train.csv", "pairs.csv")
-    columns = "text_column: first, text_pair_column: second, label_column: class, seed: 7, "
+    columns = "text_column: first, text_pair_column: second, label_column: class, seed: 7, val_fraction: 0.4, calibration_fraction: 0.5, "
     (tmp_path / "my.yaml").write_text(
         config.replace("{train_file", "{" + columns + "train_file").replace("max_epochs: 1", "max_epochs: 12")
     )
@@ -242,7 +242,8 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextClassificationData, "setup", noted)
         succeed("validate", *model, "--data.train_file", "pairs.csv", cwd=tmp_path)
-        succeed("validate", *model, "--data.val_file", "pairs.csv", cwd=tmp_path)
+        (tmp_path / "others.csv").write_text((tmp_path / "pairs.csv").read_text().replace("screen", "battery"))
+        succeed("validate", *model, "--data.val_file", "others.csv", cwd=tmp_path)
     fitted = TextClassificationData(
         str(tmp_path / "pairs.csv"),
         tokenizer=str(tmp_path / "tokenizer"),
@@ -250,6 +251,8 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_file
         text_pair_column="second",
         label_column="class",
         seed=7,
+        val_fraction=0.4,
+        calibration_fraction=0.5,
     )
     fitted.setup("fit")
     assert validated[0] == fitted.splits["val"].texts, "and not texts that it was trained on"

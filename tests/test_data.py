@@ -416,7 +416,9 @@ def test_numbers_that_may_be_names_or_positions_are_never_guessed():
     for label, names in (("001", ["1", "01"]), ("9007199254740993", ["9007199254740992", "9007199254740994"])):
         with pytest.raises(ValueError, match="outside the classes"):
             to_classes([label], names, "names", "f")
-    assert learn_class_names([1.0, 2.0, 1.0], "f") == ["1.0", "2.0"], "integers count from 0"
+    assert learn_class_names([1.0, 2.0, 10.0], "f") == ["1.0", "2.0", "10.0"], "integers count from 0"
+    with pytest.raises(ValueError, match="may be names or positions"):
+        reading_of(["0", "1", "2"], ["02", "1", "0"], "f")
 
 
 @pytest.mark.parametrize(

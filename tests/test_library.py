@@ -6,12 +6,14 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from dact import DACT, functional
 from dact.calibration import calibrate
-from dact.callbacks import SavePretrained
+from dact.callbacks import ExitPlots, SavePretrained
 from dact.encoders import TransformerEncoder
+from dact.files import read_tensors
 from tests.conftest import random_batch, tiny_model
 
 
@@ -67,7 +69,13 @@ def test_layers_that_were_replaced_are_saved_as_they_are(tmp_path):
     model.encoder.layers[0].adapter = torch.nn.Linear(2, 2)  # as adapters do
     fit = trainer(tmp_path, callbacks=[SavePretrained()], enable_checkpointing=True)
     fit.fit(model, batches(2), batches(1))
-    assert (Path(fit.checkpoint_callback.dirpath).parent / "model" / "model.safetensors").is_file()
+    saved = read_tensors(Path(fit.checkpoint_callback.dirpath).parent / "model" / "model.safetensors")[0]
+    assert torch.equal(saved["encoder.layers.0.adapter.weight"], model.encoder.layers[0].adapter.weight)
+
+
+def test_a_fit_that_measures_something_else_draws_no_exits(tmp_path):
+    logger = TensorBoardLogger(tmp_path)
+    trainer(tmp_path, logger=logger, callbacks=[ExitPlots()]).fit(with_head(), batches(2), batches(1))
 
 
 class WithHead(DACT):
@@ -113,7 +121,9 @@ def test_a_promise_ends_where_a_loop_of_ones_own_trains_the_model():
     with torch.no_grad():
         model.loss(random_batch())
     assert model.calibration is not None, "a loss that is only looked at changes nothing"
-    model.loss(random_batch()).loss.backward()
+    loss = model.loss(random_batch()).loss
+    assert model.calibration is not None
+    loss.backward()
     assert model.calibration is None
 
 
@@ -133,6 +143,8 @@ def test_a_datamodule_may_have_hyperparameters_of_the_same_name(tmp_path):
     model = tiny_model(layers=2)
     trainer(tmp_path, logger=True).fit(model, NamedData())
     assert "class_names" not in model.hparams and model.hparams["lambda_reg"] == model.lambda_reg
+    trainer(tmp_path, logger=True).fit(model, batches(2))
+    trainer(tmp_path, logger=True).fit(model, NamedData())  # it had its own in between
 
 
 def test_a_checkpoint_that_holds_more_than_data_says_what_and_where(tmp_path):

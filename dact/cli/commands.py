@@ -385,7 +385,8 @@ class DACTCLI(LightningCLI):
 
     def test(self, **arguments: Any) -> None:
         self.trainer.test(**arguments)
-        if self.model.calibration is not None and self.trainer.is_global_zero:
+        measured = self.model.calibration is not None and self.model.exit_histogram is not None
+        if measured and self.trainer.is_global_zero:
             metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
             counts = self.model.exit_histogram.cpu()
             print(promise_line(self.model.calibration, metrics, self.model.num_layers, counts))

@@ -51,7 +51,7 @@ def _has_no_reader() -> bool:
     try:
         poller = select.poll()
         poller.register(sys.stdout, 0)
-    except (AttributeError, OSError):  # Windows, or no file
+    except (AttributeError, OSError, TypeError):  # Windows, or no file
         return False
     if not poller.poll(0):
         return False

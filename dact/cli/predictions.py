@@ -33,10 +33,8 @@ from dact.scores import temper
 WRITABLE = (".csv", ".jsonl", ".parquet")
 STANDARD_OUTPUT = "-"
 BATCH = 1024  # texts that are read at a time; early exit regroups within them
-Row = dict[str, Any]
-
-
 OUTPUT = "predictions.csv"  # unless another file is given
+Row = dict[str, Any]
 
 
 class PredictionData(LightningDataModule):

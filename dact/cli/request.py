@@ -29,7 +29,7 @@ from dact.files import read_json
 EVALUATING = ("validate", "test", "predict", "calibrate")
 OWN_FILES = "TextClassificationData"
 COLUMNS = ("text_column", "text_pair_column", "label_column")
-DIVISION = ("seed", "val_fraction", "calibration_fraction")
+DIVISION = ("val_file", "seed", "val_fraction", "calibration_fraction")
 NO_LIMIT = 1_000_000  # tokens; nothing is cut
 
 
@@ -177,16 +177,19 @@ class Request:
         return PredictionData(arguments["predict_file"], tokenizer, max_length=length, batch_size=size, **columns)
 
     def _take_columns(self, arguments: Any) -> None:
-        """Take columns, and for validation how the training file was divided, from the fit, unless they were given."""
+        """Take columns from the fit unless they were given, and its division to validate on its own files."""
         source = self.model or find_model(self.value("ckpt_path"))
         section = fit_data(source)
         if section.get("class_path", "").rpartition(".")[2] != OWN_FILES:
             return
         fitted = section["init_args"]
-        files = [arguments.get("train_file"), fitted.get("train_file")]
-        divided = self.command == "validate" and not arguments.get("val_file") and None not in files
-        divided = divided and os.path.realpath(files[0]) == os.path.realpath(files[1])
-        for name in (*COLUMNS, *(DIVISION if divided else ())):
+        names = list(COLUMNS)
+        for file in ("val_file", "train_file") if self.command == "validate" else ():
+            if arguments.get(file):
+                same = fitted.get(file) and os.path.realpath(arguments[file]) == os.path.realpath(fitted[file])
+                names += DIVISION if same else ()
+                break
+        for name in names:
             beside = name == "calibration_fraction" and arguments.get("calibration_file")
             if name in fitted and not beside and not self.gives(f"data.{name}"):
                 arguments[name] = fitted[name]

@@ -33,7 +33,8 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
         ValueError: If a label is missing, all are the same string, or an integer is larger than the number of rows.
     """
     check_present(labels, source)
-    if all(isinstance(label, float) for label in labels) and set(labels) == set(range(len(set(labels)))):
+    are_numbers = not any(isinstance(label, (str, bool)) for label in labels)
+    if are_numbers and set(labels) == set(range(len(set(labels)))):
         labels = whole(labels)  # 0.0, 1.0, … of parquet and JSON
     if all(map(is_integer, labels)):
         largest = max(map(int, labels))
@@ -43,7 +44,7 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
                 "Integer labels count from 0 unless class_names names them"
             )
         return [str(label) for label in range(largest + 1)]
-    names = sorted({str(label).strip() for label in labels})
+    names = sorted({str(label).strip() for label in labels}, key=Decimal if are_numbers else None)
     if len(names) == 1:
         raise ValueError(f"{source}: every label is {names[0]!r}: a classifier needs examples of two classes or more")
     return names
@@ -65,7 +66,7 @@ def reading_of(labels: Sequence[Any], class_names: Sequence[str], source: str) -
     if not all(map(is_integer, labels)) or not texts <= counted.keys():
         return "names"
     numbers = _by_number(class_names)
-    named = {text: text if texts & names else numbers.get(Decimal(text)) for text in texts}
+    named = {text: text if text in names else numbers.get(Decimal(text)) for text in texts}
     if not set(named.values()) <= names:
         return "positions"
     if any(counted[text] != name for text, name in named.items()):
@@ -96,7 +97,7 @@ def to_classes(
     positions = reading == "positions" and all(map(is_integer, counted))
     labels = counted if positions else labels
     by_name = {str(label) if positions else name: label for label, name in enumerate(class_names)}
-    if reading == "names":  # 1 is the class 1.0 or 01 if there is no other
+    if not positions:  # 1 is the class 1.0 or 01 if there is no other
         numbers = _by_number(class_names)
         for text in {str(label).strip() for label in labels} - by_name.keys():
             if _is_number(text) and (name := numbers.get(Decimal(text))) is not None:

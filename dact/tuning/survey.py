@@ -80,7 +80,9 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     """
     with seeded(recipe.seed):
         model = recipe.make_model()
-        recipe = resolve_promise(recipe, model)
+        layers = spaces[TRAINING.name].get("num_layers")
+        most = layers and (layers.high if layers.choices is None else max(layers.choices))
+        recipe = resolve_promise(recipe, model, int(min(most or model.encoder.num_layers, model.encoder.num_layers)))
         data: Any = recipe.make_data()
     if measured:
         recipe.make_data(batch_size=1)  # fails early if the factory takes no batch_size
@@ -151,7 +153,7 @@ def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> No
         )
 
 
-def resolve_promise(given: Recipe, model: DACT) -> Recipe:
+def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
     """Return the recipe with a promise that model and data can keep.
 
     A promise that the user gave must be kept with its confidence. The default promise becomes an estimate if the data
@@ -160,6 +162,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     Args:
         given: Recipe of the user.
         model: A model of the factory.
+        layers: Most layers that a model of the run keeps.
 
     Raises:
         ValueError: If a promise that the user gave cannot be kept.
@@ -169,14 +172,14 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
         return given
     asked_for = promise != DEFAULT_PROMISE
     try:
-        promise.check(model.exit_rule, model.encoder.num_layers)  # which a trial may keep
+        promise.check(model.exit_rule, layers)
     except ValueError:
         if asked_for:
             raise
         note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
         return replace(given, promise=None, note=note)
     recipe, aside = _setting_aside(given)
-    needed = promise.examples_needed(model.encoder.num_layers)
+    needed = promise.examples_needed(layers)
     if promise.confidence is None or (aside and (needed is None or aside >= needed)):
         return recipe
     kind = type(given.data()).__name__
