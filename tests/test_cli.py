@@ -210,7 +210,18 @@ def test_tuning_has_a_quiet_console(tmp_path):
     done = dact("tune", "--config", GENERATED, *small, cwd=tmp_path)
     lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
     text = "\n".join(lines)
-    for noise in ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "experimental", "[I ", "[W "):
+    for noise in (
+        "Tip",
+        "GPU available",
+        "arning:",
+        "workers",
+        "Seed set",
+        "deprecated",
+        "experimental",
+        "[I ",
+        "[W ",
+        "was configured",
+    ):
         assert noise not in text, text
     for words in ("study submodels: 1 of 1 trials", "study training", "study lambda_reg", "macro F1", "texts/s"):
         assert words in text

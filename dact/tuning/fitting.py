@@ -234,12 +234,12 @@ def for_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
     if not isinstance(interval, int):
         return {**trainer}
     every = trainer.get("check_val_every_n_epoch", 1) or 1
-    return {**trainer, "val_check_interval": 1.0, "check_val_every_n_epoch": every}
+    return {**trainer, "val_check_interval": None, "check_val_every_n_epoch": every}  # None: Lightning says 1.0 aloud
 
 
 def for_states(trainer: Mapping[str, Any]) -> dict[str, Any]:
     """Return arguments of the Trainer for frozen states, whose batches for validation are others, and few."""
-    return {**for_part(trainer), "limit_val_batches": 1.0}
+    return {**for_part(trainer), "limit_val_batches": None}
 
 
 def as_list(value: Any) -> list[Any]:
