@@ -520,6 +520,15 @@ def test_a_search_without_an_exit_loss_ends_with_a_model(tmp_path):
     assert metrics["layers"] in (2, 3)
 
 
+def test_a_promise_of_layers_is_checked_for_the_most_that_a_run_keeps(tmp_path):
+    promise, space = Promise(max_layers=2.0, confidence=None), {"num_layers": {"low": 1, "high": 2}}
+    fewer = partial(small_model, num_layers=2)
+    with pytest.raises(ValueError, match="max_layers=2 promises nothing: the model has 2 layers"):
+        quick(tmp_path, model=fewer, promise=promise, search_space=space).joint_tune_study("bounded")
+    quick(tmp_path, model=fewer, promise=promise).joint_tune_study("free")  # a trial may keep three
+    quick(tmp_path, promise=promise, search_space=space).joint_tune_study("own")  # the default settings do
+
+
 def test_overfitting_a_number_of_batches_counts_as_a_limit(tmp_path):
     trainer = {"max_epochs": 1, "accelerator": "cpu", "overfit_batches": 1}
     with pytest.raises(ValueError, match="overfit_batches=1 counts batches"):

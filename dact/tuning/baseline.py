@@ -166,11 +166,13 @@ def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
     size = train.batch_size or DEFAULT_BATCH
     loader = DataLoader(train.dataset, batch_size=size, sampler=order, collate_fn=train.collate_fn)
     examples = len(train.dataset)
-    probabilities = torch.full((examples, model.output_dimension), torch.nan, dtype=torch.float32)
+    probabilities = torch.zeros(examples, model.output_dimension, dtype=torch.float32)
+    answered = torch.zeros(examples, dtype=torch.bool)
     for batch in loader:
         signals.check()
         row = batch.get("row")
         if row is None or not ((row >= 0) & (row < examples)).all():
             return {}
         probabilities[row] = model(move(batch, model.device)).probabilities.float().cpu()
-    return {} if probabilities.isnan().any() else {"probabilities": probabilities}
+        answered[row] = True
+    return {"probabilities": probabilities} if answered.all() else {}

@@ -80,9 +80,7 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     """
     with seeded(recipe.seed):
         model = recipe.make_model()
-        layers = spaces[TRAINING.name].get("num_layers")
-        most = layers and (layers.high if layers.choices is None else max(layers.choices))
-        recipe = resolve_promise(recipe, model, int(min(most or model.encoder.num_layers, model.encoder.num_layers)))
+        recipe = resolve_promise(recipe, model, _most_layers(spaces[TRAINING.name].get("num_layers"), model))
         data: Any = recipe.make_data()
     if measured:
         recipe.make_data(batch_size=1)  # fails early if the factory takes no batch_size
@@ -123,6 +121,15 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
     return Surveyed(recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels)
+
+
+def _most_layers(searched: Dimension | None, model: DACT) -> int:
+    """Return the most layers that a model of the run keeps: those of the default settings, or of a trial."""
+    if searched is None:
+        return model.encoder.num_layers
+    high = searched.high if searched.choices is None else max(searched.choices)
+    assert high is not None
+    return max(model.num_layers, min(int(high), model.encoder.num_layers))
 
 
 def _check_order(split: str, loader: DataLoader[Any]) -> None:
