@@ -201,17 +201,16 @@ def serve(
     server.app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     server.app.add_exception_handler(400, _say_unreadable)
     before, main = set(multiprocessing.active_children()), os.getpid()
-    stopped = threading.Event()
 
     def is_news(record: logging.LogRecord) -> bool:
-        # LitServe's monitor may look once more when the manager process of LitServe is gone, and logs that.
-        return not (stopped.is_set() and record.msg == "Monitoring worker crashed")
+        # LitServe's monitor logs that LitServe's manager process is gone: it was stopped, or an error is raised here.
+        gone = record.exc_info is not None and isinstance(record.exc_info[1], (EOFError, OSError))
+        return not (gone and record.msg == "Monitoring worker crashed")
 
     def stop(number: int, frame: object) -> None:
         if os.getpid() != main:  # a process of the server inherits this handler, and stops by itself
             raise SystemExit(0)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        stopped.set()
         raise KeyboardInterrupt  # at which LitServe shuts down in order
 
     handler = signal.signal(signal.SIGTERM, stop)
@@ -229,6 +228,9 @@ def serve(
     finally:
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
+        for thread in threading.enumerate():
+            if thread.name == "litserve-monitoring":  # which looks every few seconds, so perhaps only now
+                thread.join(2 * server.monitor_internal)
         signal.signal(signal.SIGTERM, handler)
         logger.removeFilter(is_news)
 

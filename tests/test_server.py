@@ -57,7 +57,12 @@ class Server:
         self.where, self.log = where, where.with_suffix(".log")
         where.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", f"from dact.server import serve; serve({str(model)!r}, port={self.port})"],
+            # A program that goes on for longer than LitServe's monitor takes to notice the end.
+            [
+                sys.executable,
+                "-c",
+                f"import time; from dact.server import serve; serve({str(model)!r}, port={self.port}); time.sleep(2.5)",
+            ],
             cwd=where,
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
