@@ -55,7 +55,7 @@ class WithUnlabelled(VaderSentiment):
 
     Args:
         num_train: Number of labelled training texts, the same ones that `VaderSentiment` takes.
-        num_unlabelled: Number of training texts without their class, drawn from the others.
+        num_unlabelled: Number of training texts without their class, drawn from the others; at most all of them.
         **arguments: Those of `VaderSentiment`.
     """
 
@@ -69,7 +69,7 @@ class WithUnlabelled(VaderSentiment):
             return examples
         assert examples.labels is not None
         others, kept = stratified_split(examples.labels, self.num_labelled / len(examples), self.split)
-        chosen = random.Random(self.split).sample(others, self.num_unlabelled)
+        chosen = random.Random(self.split).sample(others, min(self.num_unlabelled, len(others)))
         labels = [examples.labels[row] for row in kept] + [UNLABELLED for _ in chosen]
         return replace(examples.take([*kept, *chosen]), labels=labels)
 
@@ -86,7 +86,7 @@ def make_data(setting: Setting, num_unlabelled: int = 0) -> TextDataModule:
         of_vader["corpora"] = [setting.source]
     if num_unlabelled:
         if setting.source == "generated" or setting.num_train is None:
-            raise ValueError(f"the option unlabelled needs data such as vader-2000, got {setting.name}")
+            raise ValueError(f"unlabelled texts need data such as vader-2000, got {setting.name}")
         data = WithUnlabelled(num_unlabelled=num_unlabelled, **of_vader)
     elif setting.source == "generated":
         data = CompositionalSentiment(max_depth=3, seed=setting.split, **sizes)

@@ -26,7 +26,8 @@ OPTIONS = {
     "crossfit": "the teacher's answer to a text comes from a baseline that has not seen it (three folds)",
     "stronger": "the teacher is the baseline of all VADER texts, which has up to ten times the labels",
     "live": "the teacher answers in every step, on a view of the text with 10 % of its tokens masked",
-    "unlabelled": "6,000 more training texts, without their classes: the teacher alone is their target",
+    "unlabelled": "up to 6,000 more training texts, without their classes: the teacher alone is their target",
+    "plenty": "the same with up to 15,000",
 }
 DACT_ALONE = ("exits", "heavy", "anytime", "free", "detached", "warm")
 

@@ -27,7 +27,7 @@ RATE, HEAD_RATE = 1e-4, 1e-3  # many heads in little time need a larger rate tha
 EXIT_WEIGHTS = {"heavy": 30.0, "exits": 3.0, "detached": 1.0}  # by option; 0.3 without one
 LAMBDA, TEACHER_SHARE = 0.05, 0.5
 FOLDS = 3  # of the option `crossfit`
-NUM_UNLABELLED = 6_000
+NUM_UNLABELLED = {"unlabelled": 6_000, "plenty": 15_000}  # by option
 NUM_TEACHERS = 3  # baselines (of the seeds 0, 1, …) whose mean is the teacher under the option `averaged`
 
 
@@ -65,7 +65,7 @@ class Workshop:
     def train(self, method: Method, seed: int) -> None:
         """Train one model. What it starts from must have been trained."""
         pl.seed_everything(seed, verbose=False)
-        data = make_data(self.setting, NUM_UNLABELLED if "unlabelled" in method.options else 0)
+        data = make_data(self.setting, sum(NUM_UNLABELLED.get(option, 0) for option in method.options))
         start = time.perf_counter()
         data.teacher_probabilities = None if method.kind == "baseline" else self._teacher(method, seed, data)
         model = make_model(self.setting, method, data.tokenizer.mask_token_id)
@@ -97,7 +97,7 @@ class Workshop:
         if "stronger" in method.options:
             return self._kept(f"stronger.{seed}", lambda: self._taught(self.of_all_texts._baseline(seed), data))
         seeds = range(NUM_TEACHERS) if "averaged" in method.options else [seed]
-        name = "unlabelled" if "unlabelled" in method.options else "labelled"
+        name = next((option for option in method.options if option in NUM_UNLABELLED), "labelled")
         return torch.stack(
             [
                 self._kept(f"teacher-{name}.{other}", lambda other=other: self._taught(self._baseline(other), data))
