@@ -25,12 +25,8 @@ from dact.cli.quiet import quiet
 from . import report
 from .data import CLOSED, Setting
 from .methods import FULL, KINDS, OPTIONS, Method
-from .records import ALL, RESULTS, path_of, record
-from .report import one
-from .rules import BUDGETS, FITS
+from .records import RESULTS, path_of, record
 from .training import NUM_TEACHERS, Workshop
-
-PEER = one("multi-4", "lead")  # the fair peer of the DACTs of 4 layers, which everything is compared with
 
 
 def main() -> None:
@@ -84,24 +80,12 @@ def run(shop: Workshop, method: Method, seed: int) -> None:
 
 
 def show() -> None:
-    """Print the tables of all records and draw the picture."""
+    """Print the tables of all records, write them to a file, and draw the picture."""
     records = report.load()
-    plain = [one(method, next(iter(FITS.get(Method.parse(method).kind, [ALL])))) for method in sorted(records)]
-    for data in report.data_sets(records):
-        print(f"\n{data}: test accuracy @ mean layers (trainings in brackets)\n")
-        print("\n".join(report.accuracy_table(records, data, plain, (*BUDGETS, 4.0, 6.0))))
-        print(f"\n{data}: what the layers could do\n")
-        print("\n".join(report.oracle_table(records, data)))
-    print(
-        f"\nTest accuracy less {PEER.name}, in points ± the larger of the errors from texts and divisions (validation)\n"
-    )
-    adaptive = [entrant.choices[0] for entrant in plain if Method.parse(entrant.choices[0][0]).kind in FITS]
-    pairs = [(one(method, rule), PEER) for method, first in adaptive for rule in (first, "scaled exits", "mix")]
-    print("\n".join(report.difference_table(records, pairs, BUDGETS)))
-    print("\nRules and what is fitted after training, all trainings\n")
-    for kind in ("dact", "multi"):
-        print("\n".join(report.rule_table(records, kind, BUDGETS)), "\n")
-    report.draw(records, plain, (*BUDGETS, 4.0, 6.0), RESULTS / "frontier.png")
+    text = report.tables(records)
+    print(text)
+    (RESULTS / "tables.md").write_text(text)
+    report.draw(records, RESULTS / "frontier.png")
 
 
 main()

@@ -11,48 +11,61 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.figure import Figure
 
+from .methods import FULL, Method
 from .records import ALL, read_all
+from .rules import BUDGETS, FITS
 
 Key = tuple[str, int]  # a setting (data set and division) and a seed
 Records = dict[str, dict[Key, dict[str, Any]]]  # by method
 
+DATA = ("vader", "vader-2000", "tweets", "newspaper", "film", "product", "generated")  # what the comparison pools
+
 
 @dataclass(frozen=True)
 class Entrant:
-    """What takes part: one or more trainings under one rule each, of which validation chooses for each budget.
+    """What takes part: a training, whose texts leave by a rule.
 
     Args:
-        name: For the table.
-        choices: Method and rule, such as ``("dact-4", "margin")``.
+        method: Name of the training, such as ``"dact-4"``.
+        name: For the tables.
+        rule: When a text leaves; by default the plain rule for its kind.
     """
 
-    name: str
-    choices: tuple[tuple[str, str], ...]
+    method: str
+    name: str = ""
+    rule: str = ""
+
+    def __str__(self) -> str:
+        return self.name or f"`{self.method}`"
+
+    @property
+    def parsed(self) -> Method:
+        return Method.parse(self.method)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether its layers follow a budget; an encoder runs all of its layers for every text."""
+        return self.parsed.kind in FITS
 
     def keys(self, records: Records) -> set[Key]:
-        """Where all of its trainings were run."""
-        return set.intersection(*(set(records.get(method, {})) for method, _ in self.choices))
+        """Where it was trained."""
+        return set(records.get(self.method, {}))
 
-    def point(self, records: Records, key: Key, budget: float) -> dict[str, Any] | None:
-        """Its point at a budget, by the highest accuracy on validation texts; None if it always takes more layers."""
-        points = [point_of(records[method][key], rule, budget) for method, rule in self.choices]
-        return max((p for p in points if p is not None), key=lambda p: p["val"]["accuracy"], default=None)
-
-
-def point_of(record: dict[str, Any], rule: str, budget: float) -> dict[str, Any] | None:
-    points = record["rules"][rule]
-    if rule == ALL:
-        ((layers, everything),) = points.items()
-        return everything if float(layers) <= budget else None
-    point: dict[str, Any] | None = points.get(f"{budget:.1f}")
-    return point
+    def point(self, records: Records, key: Key, budget: float | None) -> dict[str, Any]:
+        """Its layers and accuracy at a budget; those of all its layers without one, or if it does not adapt."""
+        rules = records[self.method][key]["rules"]
+        if budget is None or not self.adapts:
+            (everything,) = rules[ALL].values()
+            return dict(everything)
+        return dict(rules[self.rule or next(iter(FITS[self.parsed.kind]))][f"{budget:.1f}"])
 
 
-def one(method: str, rule: str, name: str | None = None) -> Entrant:
-    return Entrant(name or f"{method}, {rule}", ((method, rule),))
+DACT = Entrant("dact-4-detached", "DACT")
+PEER = Entrant("multi-4", "fair peer")  # a multi-exit of the same layers
+ENCODERS = tuple(Entrant(f"encoder-{layers}", f"encoder of {layers} layers") for layers in (2, 3, 4))
+WHOLE = Entrant(f"baseline-{FULL}", "full depth")
 
 
 def load() -> Records:
@@ -60,6 +73,18 @@ def load() -> Records:
     for record in read_all():
         records[record["method"]][record["setting"], record["seed"]] = record
     return dict(records)
+
+
+def data_of(key: Key) -> str:
+    return key[0].rsplit(".", 1)[0]
+
+
+def of_data(records: Records, data: Iterable[str]) -> Records:
+    kept = set(data)
+    return {
+        method: {key: record for key, record in found.items() if data_of(key) in kept}
+        for method, found in records.items()
+    }
 
 
 @dataclass(frozen=True)
@@ -71,169 +96,206 @@ class Difference:
         text_error: Standard error from the texts alone.
         training_error: Standard error from the scatter between divisions, each weighed by its texts.
         val_gain: The same on validation texts, mean over the trainings.
-        layers: Mean layers of the two sides.
         divisions: Number of data sets times divisions.
         trainings: Number of pairs of trainings.
-        by_data: The gain on each data set.
+        data: Names of the data sets.
     """
 
     gain: float
     text_error: float
     training_error: float
     val_gain: float
-    layers: tuple[float, float]
     divisions: int
     trainings: int
-    by_data: dict[str, float]
+    data: tuple[str, ...]
 
     def __str__(self) -> str:
         errors = [error for error in (self.text_error, self.training_error) if not math.isnan(error)]
         return f"{self.gain:+.2f} ± {max(errors):.2f} ({self.val_gain:+.2f})"
 
 
-def difference(
-    records: Records, left: Entrant, right: Entrant, budget: float, right_budget: float | None = None
-) -> Difference | None:
+def difference(records: Records, left: Entrant, right: Entrant, budget: float) -> Difference | None:
     """How far `left` is above `right` at a budget, wherever both were trained."""
     by_setting: dict[str, list[Any]] = defaultdict(list)
-    layers: list[tuple[float, float]] = []
     val_gains: list[float] = []
-    for key in sorted(left.keys(records) & right.keys(records)):
-        mine, theirs = left.point(records, key, budget), right.point(records, key, right_budget or budget)
-        if not (mine and theirs and "correct" in mine and "correct" in theirs):
-            continue
+    keys = sorted(left.keys(records) & right.keys(records))
+    for key in keys:
+        mine, theirs = left.point(records, key, budget), right.point(records, key, budget)
         by_setting[key[0]].append(mine["correct"].astype(float) - theirs["correct"].astype(float))
         val_gains.append(mine["val"]["accuracy"] - theirs["val"]["accuracy"])
-        layers.append((mine["test"]["layers"], theirs["test"]["layers"]))
-    if not by_setting:
+    if not keys:
         return None
-    gains = {setting: 100 * np.mean(found, axis=0) for setting, found in by_setting.items()}
-    pooled = np.concatenate(list(gains.values()))
+    gains = [100 * np.mean(found, axis=0) for found in by_setting.values()]
+    pooled = np.concatenate(gains)
     mean, count = float(pooled.mean()), len(gains)
-    spread = sum((len(gain) * (gain.mean() - mean)) ** 2 for gain in gains.values())
-    data: dict[str, list[Any]] = defaultdict(list)
-    for setting, gain in gains.items():
-        data[setting.rsplit(".", 1)[0]].append(gain)
+    spread = sum((len(gain) * (gain.mean() - mean)) ** 2 for gain in gains)
     return Difference(
         gain=mean,
         text_error=float(pooled.std(ddof=1)) / math.sqrt(len(pooled)),
         training_error=math.sqrt(spread * count / (count - 1)) / len(pooled) if count > 1 else math.nan,
         val_gain=statistics.mean(val_gains),
-        layers=(statistics.mean(mine for mine, _ in layers), statistics.mean(theirs for _, theirs in layers)),
         divisions=count,
-        trainings=len(layers),
-        by_data={name: float(np.concatenate(found).mean()) for name, found in data.items()},
+        trainings=len(keys),
+        data=tuple(dict.fromkeys(data_of(key) for key in keys)),
     )
 
 
-def accuracy_table(records: Records, data: str, entrants: Sequence[Entrant], budgets: Iterable[float]) -> list[str]:
-    """Test accuracy at mean layers, mean over the divisions and seeds of one data set."""
-    budgets = list(budgets)
-    lines = ["| | " + " | ".join(f"{budget:g}" for budget in budgets) + " |", "|---|" + "---|" * len(budgets)]
-    for entrant in entrants:
-        keys = [key for key in entrant.keys(records) if key[0].rsplit(".", 1)[0] == data]
-        cells = []
-        for budget in budgets:
-            points = [p for key in keys if (p := entrant.point(records, key, budget)) is not None]
-            if not points:
-                cells.append("")
-                continue
-            accuracy, layers = (statistics.mean(p["test"][what] for p in points) for what in ("accuracy", "layers"))
-            cells.append(f"{accuracy:.2f} @{layers:.2f}")
-        if any(cells):
-            lines.append(f"| {entrant.name} ({len(keys)}) | " + " | ".join(cells) + " |")
-    return lines
-
-
-def difference_table(records: Records, pairs: Iterable[tuple[Entrant, Entrant]], budgets: Iterable[float]) -> list[str]:
-    budgets = list(budgets)
-    lines = ["| | " + " | ".join(f"{budget:g}" for budget in budgets) + " |", "|---|" + "---|" * len(budgets)]
-    for left, right in pairs:
-        if left == right:
+def accuracy_table(records: Records, data: str) -> list[str]:
+    """Test accuracy at mean layers of what is compared on one data set, over trainings that all of them share."""
+    records = of_data(records, [data])
+    shared = DACT.keys(records) & WHOLE.keys(records)
+    lines = _head(f"{data}: test accuracy, %", "all layers")
+    for entrant in (DACT, PEER, *ENCODERS, WHOLE):
+        keys = entrant.keys(records) & shared
+        if not keys:
             continue
-        found = [difference(records, left, right, budget) for budget in budgets]
-        if any(found):
-            count = max((d.divisions, d.trainings) for d in found if d)
-            cells = " | ".join("" if d is None else str(d) for d in found)
-            lines.append(f"| {left.name} ({count[0]} divisions) | {cells} |")
+        cells = [] if entrant.adapts else [""] * len(BUDGETS)
+        for budget in (*BUDGETS, None) if entrant.adapts else [None]:
+            points = [entrant.point(records, key, budget)["test"] for key in keys]
+            accuracy, layers = (statistics.mean(point[what] for point in points) for what in ("accuracy", "layers"))
+            cells.append(f"{accuracy:.2f} @{layers:.2f}")
+        lines.append(_row(f"{entrant} ({len(keys)})", cells))
     return lines
 
 
-def rule_table(records: Records, kind: str, budgets: Iterable[float]) -> list[str]:
+def peer_table(records: Records, corner: str) -> list[str]:
+    """How far DACT is above each of its peers; above a cut encoder at the budget of its layers."""
+    lines = _head(corner)
+    for peer in (PEER, *ENCODERS, WHOLE):
+        layers = peer.parsed.layers
+        budgets = [budget for budget in BUDGETS if peer.adapts or peer == WHOLE or budget == layers]
+        found = {budget: difference(records, DACT, peer, budget) for budget in budgets}
+        if any(found.values()):
+            lines.append(_row(f"DACT less {peer} ({_size(found.values())})", map(_cell, map(found.get, BUDGETS))))
+    return lines
+
+
+def idea_table(records: Records, kind: str) -> list[str]:
+    """What each option changes: less the same training without it, or of 4 layers, wherever both were trained."""
+    lines = _head("less the same without the option, or of 4 layers")
+    for method in sorted(records):
+        parsed = Method.parse(method)
+        layers = PEER.parsed.layers
+        detached = {"detached"} & set(parsed.options)
+        if parsed.kind != kind or (parsed.layers == layers and not parsed.options):
+            continue
+        kept = parsed.options if parsed.layers != layers else detached if len(parsed.options) > 1 else ()
+        plain = Entrant(str(Method(kind, layers, tuple(kept))))
+        found = [difference(records, Entrant(method), plain, budget) for budget in BUDGETS]
+        if found[0]:
+            lines.append(_row(f"`{method}`, {', '.join(found[0].data)} ({_size(found)})", map(_cell, found)))
+    return lines
+
+
+def rule_table(records: Records, kind: str) -> list[str]:
     """What each rule gains over the plain one, which comes first: mean over all trainings of a kind.
 
     A cell has the gain on test texts ± its standard error over the trainings and, in brackets, that on validation texts,
     where each half is measured with what was fitted to the other.
     """
-    budgets = list(budgets)
     found = [record for name, by_key in records.items() if name.startswith(f"{kind}-") for record in by_key.values()]
-    if not found:
-        return []
-    plain, *others = dict.fromkeys(rule for record in found for rule in record["rules"] if rule != ALL)
-    lines = [
-        f"| {len(found)} trainings, less `{plain}` | " + " | ".join(f"{budget:g}" for budget in budgets) + " |",
-        "|---|" + "---|" * len(budgets),
-    ]
+    plain, *others = FITS[kind]
+    lines = _head(f"{len(found)} trainings, less `{plain}`")
     for rule in others:
-        having = [record for record in found if rule in record["rules"]]  # a rule may be younger than a record
+        having = [record["rules"] for record in found if rule in record["rules"]]  # a rule may be younger than a record
         cells = []
-        for budget in budgets:
+        for budget in (f"{budget:.1f}" for budget in BUDGETS):
             gains = {
-                split: [
-                    r["rules"][rule][f"{budget:.1f}"][split]["accuracy"]
-                    - r["rules"][plain][f"{budget:.1f}"][split]["accuracy"]
-                    for r in having
-                ]
+                split: [r[rule][budget][split]["accuracy"] - r[plain][budget][split]["accuracy"] for r in having]
                 for split in ("val", "test")
             }
             error = statistics.stdev(gains["test"]) / math.sqrt(len(having)) if len(having) > 1 else math.nan
             cells.append(f"{statistics.mean(gains['test']):+.2f} ± {error:.2f} ({statistics.mean(gains['val']):+.2f})")
-        count = "" if len(having) == len(found) else f" ({len(having)} trainings)"
-        lines.append(f"| {rule}{count} | " + " | ".join(cells) + " |")
+        if having:
+            lines.append(_row(rule + ("" if len(having) == len(found) else f" ({len(having)} trainings)"), cells))
     return lines
 
 
 def oracle_table(records: Records, data: str) -> list[str]:
-    """What the layers of each method could do, mean over its trainings; see `rules.oracle`."""
+    """What the layers of DACT and its peer could do, mean over the trainings; see `rules.oracle`."""
     lines = [
-        "| | right at some layer, % | first such layer | all layers, % | first layer with that class | by layer, % |",
+        f"| {data} | right at some layer, % | first such layer | all layers, % | first layer with that class | by layer, % |",
         "|---|---|---|---|---|---|",
     ]
-    for method, by_key in sorted(records.items()):
-        found = [r for key, r in by_key.items() if key[0].rsplit(".", 1)[0] == data and "oracle" in r]
+    for entrant in (DACT, PEER):
+        found = list(of_data(records, [data]).get(entrant.method, {}).values())
         if not found:
             continue
         known = {name: statistics.mean(r["oracle"][name] for r in found) for name in found[0]["oracle"]}
         depths = [100 * statistics.mean(values) for values in zip(*(r["by layer"] for r in found), strict=True)]
         lines.append(
-            f"| {method} ({len(found)}) | {known['accuracy']:.1f} | {known['layers']:.2f} | {depths[-1]:.2f} "
+            f"| {entrant} ({len(found)}) | {known['accuracy']:.1f} | {known['layers']:.2f} | {depths[-1]:.2f} "
             f"| {known['layers for the class of all']:.2f} | {' / '.join(f'{depth:.1f}' for depth in depths)} |"
         )
     return lines
 
 
-def draw(records: Records, entrants: Sequence[Entrant], budgets: Sequence[float], path: Path) -> None:
+def tables(records: Records) -> str:
+    """Return all tables, as Markdown."""
+    data = [name for name in DATA if DACT.keys(of_data(records, [name]))]
+    parts = [
+        "# The frontier's tables",
+        "Written by `python -m benchmarks.frontier --report`; what they say stands in benchmarks/README.md. Differences are in "
+        "points ± the larger of the errors from texts and from divisions, in brackets on validation texts, each half by "
+        "what the other half chose.",
+        "## DACT next to its peers",
+        peer_table(of_data(records, data), "all data sets, pooled"),
+    ]
+    for name in data:
+        parts += [accuracy_table(records, name), peer_table(of_data(records, [name]), name)]
+    parts += ["## Options", *(idea_table(records, kind) for kind in FITS)]
+    parts += ["## Rules, and what is fitted after training", *(rule_table(records, kind) for kind in FITS)]
+    parts += ["## What the layers could do", *(oracle_table(records, name) for name in data)]
+    return "\n\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts) + "\n"
+
+
+def draw(records: Records, path: Path) -> None:
     """Accuracy against layers, one panel for each data set."""
-    names = data_sets(records)
-    figure = Figure(figsize=(5 * len(names) + 3, 4.5), layout="constrained")
-    for axes, data in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for number, entrant in enumerate(entrants):  # one colour in all panels
-            keys = [key for key in entrant.keys(records) if key[0].rsplit(".", 1)[0] == data]
-            points = []
-            for budget in budgets:
-                found = [p["test"] for key in keys if (p := entrant.point(records, key, budget)) is not None]
-                if found:
-                    points.append([statistics.mean(p[what] for p in found) for what in ("layers", "accuracy")])
+    names = [name for name in DATA if DACT.keys(of_data(records, [name]))]
+    columns = min(4, len(names))
+    rows = math.ceil(len(names) / columns)
+    figure = Figure(figsize=(3.2 * columns, 3.2 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
+    for axes, name in zip(panels, names, strict=False):
+        own = of_data(records, [name])
+        shared = DACT.keys(own) & WHOLE.keys(own)
+        styles = ("o-C0", "s--C1", "^C2", "vC3", "DC4", "*C5")
+        for entrant, style in zip((DACT, PEER, *ENCODERS, WHOLE), styles, strict=True):
+            keys = entrant.keys(own) & shared
+            points = [
+                [
+                    statistics.mean(entrant.point(own, key, budget)["test"][what] for key in keys)
+                    for what in ("layers", "accuracy")
+                ]
+                for budget in ((*BUDGETS, None) if entrant.adapts else (None,))
+                if keys
+            ]
             if points:
-                marker = "s:" if len(points) == 1 else "o-" if entrant.name.startswith("dact") else "o--"
-                axes.plot(*zip(*points, strict=True), marker, label=entrant.name, color=colormaps["tab20"](number % 20))
-        axes.set(title=data, xlabel="mean layers", ylabel="test accuracy, %")
+                axes.plot(*zip(*points, strict=True), style, label=str(entrant))
+        axes.set(title=name, xlabel="mean layers", ylabel="test accuracy, %")
+    for axes in [*panels][len(names) :]:
+        axes.set_axis_off()
     labelled = {
-        name: line for axes in figure.axes for line, name in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(labelled.values(), labelled.keys(), loc="outside right upper", fontsize=8)
+    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(labelled))
     figure.savefig(path, dpi=100)
 
 
-def data_sets(records: Records) -> list[str]:
-    return sorted({key[0].rsplit(".", 1)[0] for found in records.values() for key in found})
+def _head(corner: str, *more: str) -> list[str]:
+    columns = [*(f"{budget:g}" for budget in BUDGETS), *more]
+    return [_row(corner, columns), "|---|" + "---|" * len(columns)]
+
+
+def _row(name: str, cells: Iterable[str]) -> str:
+    return f"| {name} | " + " | ".join(cells) + " |"
+
+
+def _cell(found: Difference | None) -> str:
+    return "" if found is None else str(found)
+
+
+def _size(found: Iterable[Difference | None]) -> str:
+    known: Sequence[Difference] = [each for each in found if each]
+    divisions, trainings = known[0].divisions, known[0].trainings
+    return f"{divisions} division{'s' * (divisions > 1)}, {trainings} training{'s' * (trainings > 1)}"
