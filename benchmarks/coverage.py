@@ -6,7 +6,7 @@ A population of generated answers stands for all texts, so that the truth is kno
 as many other examples. On the choosing examples each of four λ takes the best of 12 checkpoints, by the loss of full depth, and
 the rule "promise" takes the λ. Then the margin for "at most one point below full depth" is set with 95 % confidence, and by an
 estimate, on the other examples and on those that chose. A setting breaks the promise if it loses more than a point of the
-population. A second round has too few examples for the confidence. numpy generates the answers, dact itself chooses.
+population. Further rounds have too few examples for the confidence. numpy generates the answers, dact itself chooses.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=int, default=10_000, help="size of the population")
     parser.add_argument(
-        "--examples", type=int, nargs="+", default=[1500, 1000, 200], help="choosing and other examples, each"
+        "--examples", type=int, nargs="+", default=[1500, 1000, 260, 200, 100], help="choosing and other examples, each"
     )
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -7,7 +7,7 @@
 Both sides fine-tune the packaged MiniLM-L6 with mean pooling, on the same batches, with AdamW, a peak rate of 1e-4 that rises
 over a tenth of the steps and falls linearly to 0, gradients clipped at 1, 5 epochs (as `dact tune` takes on so few texts), and
 keep the last epoch. The plain side has the head and the dropout of `AutoModelForSequenceClassification` and a training loop of
-its own. Each seed divides the texts anew. Both are asked about some 8,000 texts that neither has seen: the validation split and
+its own. Each seed divides the texts anew. Both are asked about some 8,200 texts that neither has seen: the validation split and
 a third of the training texts that `--texts` leaves out; the test split stays closed. Differences are paired over these texts; the
 error of their mean is that between seeds. A stopped call goes on: finished seeds are read from the results.
 """

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
@@ -322,7 +323,12 @@ class _Evidence:
         """Return an upper bound on the quantity that the promise limits."""
         confidence, examples = self.promise.confidence, len(exits)
         if confidence is None:
-            return sum(mean_and_error(self._values(exits)))
+            values = self._values(exits).double()
+            # The error is that with one more example at either end, as Bonett & Price 2012 (Adjusted Wald confidence
+            # interval for a difference of binomial proportions based on paired data) have it: of a few examples without
+            # a fault it would be 0.
+            lowest, highest = self._range
+            return values.mean().item() + mean_and_error(torch.cat([values, values.new_tensor([lowest, highest])]))[1]
         if self.promise.max_layers is not None:
             return bounds.mean_upper_bound(exits, self.layers, confidence)
         if self.promise.min_agreement is not None:
@@ -361,6 +367,13 @@ class _Evidence:
         if self.promise.min_agreement is not None:
             return early != self.reference
         return (self.reference == self.target).int() - (early == self.target).int()
+
+    @property
+    def _range(self) -> tuple[float, float]:
+        """The smallest and the largest value that an example can have."""
+        if self.promise.max_layers is not None:
+            return 1, self.layers
+        return (0 if self.promise.min_agreement is not None else -1), 1
 
     def _discordant(self, exits: Tensor) -> tuple[int, int]:
         """Return how many examples only the reference has right, and how many only early exit has right."""

@@ -346,7 +346,8 @@ def test_an_estimate_keeps_one_standard_error_to_spare():
         early = functional.answer_at(answers.a, answers.exit_layers(functional.Halting(margin=margin))).argmax(1)
         full = answers.a[:, -1].argmax(1)
         lost = (full == answers.target).double() - (early == answers.target).double()
-        return lost.mean().item() + lost.std().item() / 300**0.5
+        one_more_of_each = torch.cat([lost, torch.tensor([1.0, -1.0])])
+        return lost.mean().item() + one_more_of_each.std().item() / 302**0.5
 
     margins = SETTINGS["halting_margin"]
     assert found.bound == pytest.approx(loss(found.halting_margin))
@@ -358,6 +359,14 @@ def test_an_estimate_keeps_one_standard_error_to_spare():
     assert 0.9 <= agreed.bound < agreed.agreement
     layers = choose_setting(answers, Promise(max_layers=3.0, confidence=None))
     assert layers.mean_exit_layer < layers.bound <= 3
+
+
+def test_a_few_examples_without_a_fault_are_no_evidence_for_an_estimate():
+    y = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).expand(300, -1, -1)  # all layers are right about all of them
+    sure = LayerAnswers(*functional.accumulate(y, torch.full((300, 2), 0.5)), y, torch.zeros(300, dtype=torch.int64))
+    estimate = Promise(max_accuracy_loss=0.01, confidence=None)
+    assert choose_setting(sure.take(torch.arange(60)), estimate).halting_margin == 1
+    assert choose_setting(sure, estimate).mean_exit_layer == 1
 
 
 def test_a_promise_can_be_made_against_a_baseline():

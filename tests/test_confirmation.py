@@ -91,6 +91,7 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
         ((-0.05, 0.1), (0.0, 0.005), True, False),  # not by more than the error
         ((-0.5, 0.1), (0.01, 0.005), False, False),  # fewer, and worse
         ((-0.5, 0.1), (0.01, 0.005), True, True),  # fewer, and worse by no more than the promise allows
+        ((-0.5, 0.1), (0.01, 0.016), False, False),  # the same, with too few examples to show it
         ((0.05, 0.1), (-0.01, 0.005), False, True),  # better at the same layers
         ((0.5, 0.1), (-0.01, 0.005), True, False),  # better, and more layers
         ((0.0, 0.0), (0.0, 0.0), True, False),
@@ -112,7 +113,12 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     assert best.name == "tuned"
     assert comparisons == [
         "first trial beats default settings",
-        "tuned beats first trial: -1.00 ± 0.00 layers, +0.00 ± 0.00 points",
+        "tuned beats first trial: -1.00 ± 0.15 layers, +0.00 ± 0.00 points",
         "broken does not beat tuned",
     ]
     assert _best(candidates[:1], lambda candidate: None, 0.0, comparisons).name == "default settings"
+
+    # As much as fits of the same settings differ by is no gain, however many examples there are.
+    alike = {"default settings": outcome(3.0), "tuned": outcome(2.9)}
+    best = _best([Candidate(name, {}) for name in alike], lambda candidate: alike[candidate.name], 0.0, [])
+    assert best.name == "default settings"

@@ -214,6 +214,22 @@ def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error(
     assert select_lambda(trials, "promise", allowed=0.1).layers == 1.0
 
 
+def test_where_no_trial_reaches_the_baseline_the_promise_is_measured_from_the_most_accurate_one():
+    lost = torch.zeros(400)
+    lost[:20] = 1.0  # 5 points below the baseline, all of them, as on the states of frozen mode
+    worse = lost.clone()
+    worse[20:22] = 1.0
+    trials = [
+        Point(lambda_reg, loss, layers, Outcome(torch.full((400,), layers), torch.zeros(400), values))
+        for lambda_reg, loss, layers, values in (
+            (0.001, 0.1, 4.0, lost),
+            (0.02, 0.2, 3.0, worse),
+            (1.0, 0.9, 1.0, torch.ones(400)),
+        )
+    ]
+    assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, "0.005 ± 0.0035 more than the best"
+
+
 def test_one_standard_error_is_that_of_the_paired_difference():
     noise = [0.4, 0.6] * 50
     best = Point(0.01, 0.5, 4.0, outcome(losses=noise))

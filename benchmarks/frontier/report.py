@@ -141,29 +141,28 @@ def difference(records: Records, left: Entrant, right: Entrant, budget: float) -
 
 
 def accuracy_table(records: Records, data: str) -> list[str]:
-    """Test accuracy at mean layers of what is compared on one data set, over trainings that all of them share."""
+    """Test accuracy at mean layers of what is compared on one data set; of what has been trained wherever DACT has."""
     records = of_data(records, [data])
     shared = DACT.keys(records) & WHOLE.keys(records)
     lines = _head(f"{data}: test accuracy, %", "all layers")
     for entrant in (DACT, PEER, *ENCODERS, WHOLE):
-        keys = entrant.keys(records) & shared
-        if not keys:
+        if not shared <= entrant.keys(records):
             continue
         cells = [] if entrant.adapts else [""] * len(BUDGETS)
         for budget in (*BUDGETS, None) if entrant.adapts else [None]:
-            points = [entrant.point(records, key, budget)["test"] for key in keys]
+            points = [entrant.point(records, key, budget)["test"] for key in shared]
             accuracy, layers = (statistics.mean(point[what] for point in points) for what in ("accuracy", "layers"))
             cells.append(f"{accuracy:.2f} @{layers:.2f}")
-        lines.append(_row(f"{entrant} ({len(keys)})", cells))
+        lines.append(_row(f"{entrant} ({len(shared)})", cells))
     return lines
 
 
 def peer_table(records: Records, corner: str) -> list[str]:
-    """How far DACT is above each of its peers; above a cut encoder at the budget of its layers."""
+    """How far DACT is above each of its peers; above a cut encoder at the budget of its layers, or at the largest one."""
     lines = _head(corner)
     for peer in (PEER, *ENCODERS, WHOLE):
-        layers = peer.parsed.layers
-        budgets = [budget for budget in BUDGETS if peer.adapts or peer == WHOLE or budget == layers]
+        own = min(peer.parsed.layers, BUDGETS[-1])
+        budgets = [budget for budget in BUDGETS if peer.adapts or peer == WHOLE or budget == own]
         found = {budget: difference(records, DACT, peer, budget) for budget in budgets}
         if any(found.values()):
             lines.append(_row(f"DACT less {peer} ({_size(found.values())})", map(_cell, map(found.get, BUDGETS))))
@@ -190,24 +189,32 @@ def idea_table(records: Records, kind: str) -> list[str]:
 def rule_table(records: Records, kind: str) -> list[str]:
     """What each rule gains over the plain one, which comes first: mean over all trainings of a kind.
 
-    A cell has the gain on test texts ± its standard error over the trainings and, in brackets, that on validation texts,
+    A cell has the gain on test texts ± its standard error over the divisions and, in brackets, that on validation texts,
     where each half is measured with what was fitted to the other.
     """
     found = [record for name, by_key in records.items() if name.startswith(f"{kind}-") for record in by_key.values()]
     plain, *others = FITS[kind]
     lines = _head(f"{len(found)} trainings, less `{plain}`")
     for rule in others:
-        having = [record["rules"] for record in found if rule in record["rules"]]  # a rule may be younger than a record
+        having = [record for record in found if rule in record["rules"]]  # a rule may be younger than a record
+        if not having:
+            continue
         cells = []
         for budget in (f"{budget:.1f}" for budget in BUDGETS):
-            gains = {
-                split: [r[rule][budget][split]["accuracy"] - r[plain][budget][split]["accuracy"] for r in having]
+            gains: dict[str, list[tuple[str, float]]] = {
+                split: [
+                    (
+                        record["setting"],
+                        points[rule][budget][split]["accuracy"] - points[plain][budget][split]["accuracy"],
+                    )
+                    for record in having
+                    for points in [record["rules"]]
+                ]
                 for split in ("val", "test")
             }
-            error = statistics.stdev(gains["test"]) / math.sqrt(len(having)) if len(having) > 1 else math.nan
-            cells.append(f"{statistics.mean(gains['test']):+.2f} ± {error:.2f} ({statistics.mean(gains['val']):+.2f})")
-        if having:
-            lines.append(_row(rule + ("" if len(having) == len(found) else f" ({len(having)} trainings)"), cells))
+            mean, val = (statistics.mean(gain for _, gain in gains[split]) for split in ("test", "val"))
+            cells.append(f"{mean:+.2f} ± {_error(gains['test']):.2f} ({val:+.2f})")
+        lines.append(_row(rule + ("" if len(having) == len(found) else f" ({len(having)} trainings)"), cells))
     return lines
 
 
@@ -237,7 +244,7 @@ def tables(records: Records) -> str:
         "# The frontier's tables",
         "Written by `python -m benchmarks.frontier --report`; what they say stands in benchmarks/README.md. Differences are in "
         "points ± the larger of the errors from texts and from divisions, in brackets on validation texts, each half by "
-        "what the other half chose.",
+        "what the other half chose. A text that is in several data sets counts in each.",
         "## DACT next to its peers",
         peer_table(of_data(records, data), "all data sets, pooled"),
     ]
@@ -261,17 +268,16 @@ def draw(records: Records, path: Path) -> None:
         shared = DACT.keys(own) & WHOLE.keys(own)
         styles = ("o-C0", "s--C1", "^C2", "vC3", "DC4", "*C5")
         for entrant, style in zip((DACT, PEER, *ENCODERS, WHOLE), styles, strict=True):
-            keys = entrant.keys(own) & shared
+            if not shared <= entrant.keys(own):
+                continue
             points = [
                 [
-                    statistics.mean(entrant.point(own, key, budget)["test"][what] for key in keys)
+                    statistics.mean(entrant.point(own, key, budget)["test"][what] for key in shared)
                     for what in ("layers", "accuracy")
                 ]
                 for budget in ((*BUDGETS, None) if entrant.adapts else (None,))
-                if keys
             ]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, label=str(entrant))
+            axes.plot(*zip(*points, strict=True), style, label=str(entrant))
         axes.set(title=name, xlabel="mean layers", ylabel="test accuracy, %")
     for axes in [*panels][len(names) :]:
         axes.set_axis_off()
@@ -280,6 +286,18 @@ def draw(records: Records, path: Path) -> None:
     }
     figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(labelled))
     figure.savefig(path, dpi=100)
+
+
+def _error(gains: Sequence[tuple[str, float]]) -> float:
+    """The standard error of the mean of gains by setting; trainings of one setting share their texts."""
+    mean = statistics.mean(gain for _, gain in gains)
+    by_setting: dict[str, float] = defaultdict(float)
+    for setting, gain in gains:
+        by_setting[setting] += gain - mean
+    count = len(by_setting)
+    if count < 2:
+        return math.nan
+    return math.sqrt(sum(off**2 for off in by_setting.values()) * count / (count - 1)) / len(gains)
 
 
 def _head(corner: str, *more: str) -> list[str]:

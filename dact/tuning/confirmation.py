@@ -7,6 +7,7 @@ them.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -30,6 +31,8 @@ from dact.tuning.trial import fit_settings
 
 FOLDER = "confirmation"
 SEEDS = 3  # fits of each candidate on frozen states
+SCATTER = 0.15  # rms difference of the mean exit layer between fits of the same settings (three pairs on 2,000 texts)
+SAME_LOSS = 0.005  # largest loss of accuracy that may count as none, however large its error
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     """Fit the candidates under fresh seeds, and choose the first unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
-    by more than one standard error of the paired difference over the validation examples. A loss within what the
-    promise allows, measured from the baseline, counts as the same loss. Candidates are fitted like the final model,
+    by more than one standard error of the paired difference over the validation examples. That of the layers has the
+    scatter between fits as well. A loss within what the promise allows, measured from the baseline, counts as the same
+    loss, and so does half a point if it is within the error. Candidates are fitted like the final model,
     which reuses the fit of the winner. Frozen mode fits only two of them in this way: the first, and that of the others
     which wins on the frozen states. If the final model keeps the frozen encoder, only these states decide. Fits of an
     earlier call are not repeated.
@@ -114,7 +118,9 @@ def _best(
         text, wins = "", other is not None
         if found is not None and other is not None:
             within = other.lost.double().mean().item() <= allowed
-            layers, lost = mean_and_error(other.exits - found.exits), mean_and_error(other.lost - found.lost)
+            lost = mean_and_error(other.lost - found.lost)
+            fewer, error = mean_and_error(other.exits - found.exits)
+            layers = fewer, math.hypot(error, SCATTER)
             wins = _beats(layers, lost, within)
             text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
         comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {best.name}{where}{text}")
@@ -131,7 +137,7 @@ def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool)
         lost: The same of the loss of accuracy.
         within: Whether the second loses no more than is allowed.
     """
-    fewer = sum(layers) < 0 and (within or lost[0] <= lost[1])
+    fewer = sum(layers) < 0 and (within or lost[0] <= min(lost[1], SAME_LOSS))
     return fewer or (sum(lost) < 0 and layers[0] <= layers[1])
 
 

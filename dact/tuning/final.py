@@ -162,6 +162,7 @@ class FinalFit:
             store_in_checkpoint(fit.checkpoint, model)
         with self.progress.stage("measuring the final model and the baseline"):
             found, against = self._evaluate(model, data), self._evaluate(baseline, data)
+        del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
         kept = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
         tolerances = dial_curve(model, found["validation"].answers, "halting_tolerance", TOLERANCES)
         margins = dial_curve(model, found["validation"].answers, "halting_margin", MARGINS)

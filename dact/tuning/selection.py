@@ -9,6 +9,8 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from dact.answers import mean_and_error
 from dact.checks import check_choice, check_range
@@ -72,7 +74,8 @@ def select_lambda(
     Args:
         points: All finished trials, at least one.
         rule: ``"promise"``: the fewest layers whose paired loss of accuracy plus its standard error is within
-            `allowed`; if there are none, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
+            `allowed`, measured from the baseline or, where no point reaches that, from the most accurate point; if the
+            losses are unknown, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
             layers whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
             Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers
             whose loss is within a share of the best loss. ``"knee"``: the point of the front farthest below the chord
@@ -92,7 +95,7 @@ def select_lambda(
     front = pareto_front(points)
     rule = rule or ("one_standard_error" if allowed is None else "promise")
     if rule == "promise":
-        kept = [point for point in points if allowed is not None and _most_lost(point) <= allowed]
+        kept = [] if allowed is None else _within(points, allowed)
         if kept:
             return min(kept, key=lambda point: (point.layers, point.loss, point.lambda_reg))
         rule = "one_standard_error"
@@ -116,11 +119,15 @@ def select_lambda(
     return next(point for point in front if point.loss <= most)
 
 
-def _most_lost(point: Point) -> float:
-    """Return the loss of accuracy plus its standard error; infinite if it is unknown or of too few examples."""
-    if point.outcome is None or len(point.outcome.lost) < 2:
-        return math.inf
-    return sum(mean_and_error(point.outcome.lost))
+def _within(points: Sequence[Point], allowed: float) -> list[Point]:
+    """Return the points whose loss of accuracy plus its standard error is within `allowed`; see `select_lambda`."""
+    known = [(point, point.outcome.lost.double()) for point in points if point.outcome and len(point.outcome.lost) > 1]
+    if not known:
+        return []
+    # In frozen mode the encoder has learned from fewer texts than the baseline, so that often no point reaches that.
+    best = min((lost for _, lost in known), key=Tensor.mean)
+    reference = best if best.mean() > 0 else torch.zeros_like(best)
+    return [point for point, lost in known if sum(mean_and_error(lost - reference)) <= allowed]
 
 
 def _error(point: Point, best: Point) -> float:
