@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -99,6 +100,9 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
         check_choice("export: quantize", quantize, Quantization)
     model_dir, output = Path(model_dir), Path(output).absolute()
     _check_output(output)
+    config = read_json(model_dir / CONFIG_NAME) if (model_dir / CONFIG_NAME).is_file() else None
+    if isinstance(config, dict) and not config.get("encoder", True):
+        raise ValueError(f"export: {model_dir} has an encoder of your own, and only those of dact can be exported")
     model = DACT.from_pretrained(model_dir)
     encoder = model.encoder
     if isinstance(encoder, OnnxEncoder):
@@ -109,7 +113,7 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
         layers = _write_graphs(encoder, model.num_layers, folder)
         exported = _open(folder, layers, encoder)
         pairs = _outputs(encoder, exported)
-        difference = max(((got - right).abs().max() / right.abs().max()).item() for right, got in pairs)
+        difference = _largest((got - right).abs().max() / right.abs().max() for right, got in pairs)
         if not difference <= TOLERANCE:
             raise ValueError(
                 f"export: a graph differs from PyTorch by {difference:.1e} of its largest value, where at most "
@@ -121,7 +125,9 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
                 quantize_graph(path)
             exported = _open(folder, layers, encoder)
             pairs = _outputs(encoder, exported)
-            quantized_difference = max(((got - right).norm() / right.norm()).item() for right, got in pairs)
+            quantized_difference = _largest((got - right).norm() / right.norm() for right, got in pairs)
+            if math.isnan(quantized_difference):
+                raise ValueError("export: with int8 some outputs are no numbers: export this model without quantize")
         size = sum(path.stat().st_size for path in folder.iterdir())
         model.encoder = exported
         card = output / CARD_NAME
@@ -133,8 +139,18 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
     return Export(output, quantize, size / 1e6, difference, quantized_difference, had_promise)
 
 
+def _largest(differences: Iterable[Tensor]) -> float:
+    """Return the largest difference; NaN if one is, which `max` may overlook."""
+    return torch.stack([*differences]).max().item()
+
+
 def _check_output(output: Path) -> None:
     """Raise an error if `output` is something that no export wrote, since it would be replaced."""
+    if output.is_mount():
+        raise ValueError(
+            f"export: {output} is a mount point, which cannot be replaced: give a folder in it, such as "
+            f"{output / 'model'}"
+        )
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return
     config = read_json(output / CONFIG_NAME) if (output / CONFIG_NAME).is_file() else None

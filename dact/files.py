@@ -51,6 +51,7 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` at the end; see `replacing`."""
+    folder = folder.resolve()  # what a link names is replaced, and not the link
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)

@@ -8,8 +8,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypedDict
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, snapshot_download
+from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, hf_hub_download, snapshot_download
 
+from dact.files import read_json
 from dact.model_card import CARD_NAME, is_written_by_dact
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
@@ -82,6 +83,24 @@ def local_folder(
     return Path(folder)
 
 
+def folder_of_dact(source: str) -> Path | None:
+    """Return the folder of a model that dact saved, here or on the Hub; None if `source` is something else."""
+    config = Path(source, "config.json")
+    if not config.parent.is_dir():
+        if not HUB_ID.fullmatch(source):
+            return None
+        try:
+            config = Path(
+                hf_hub_download(source, config.name, local_files_only=out_of_reach(source), library_name="dact")
+            )
+        except Exception:  # as above; whoever loads it otherwise says why it is not there
+            return None
+    content = read_json(config) if config.is_file() else None
+    if not isinstance(content, dict) or not str(content.get("format")).startswith("dact/"):
+        return None
+    return local_folder(source)
+
+
 def out_of_reach(pretrained: str) -> bool:
     """Return whether `pretrained` is a Hub id and the Hub does not answer in time.
 
@@ -105,22 +124,29 @@ def publish(save: Callable[..., None], repo_id: str, options: Publication) -> st
         Address of the commit, or of the pull request.
 
     Raises:
+        TypeError: If there is no such option.
         OSError: If the Hub cannot be reached or refuses; the message says why.
     """
+    if unknown := sorted(options.keys() - Publication.__annotations__.keys()):
+        known = ", ".join(Publication.__annotations__)
+        raise TypeError(f"push_to_hub has no option {', '.join(unknown)}: expected some of {known}")
     api, revision = HfApi(token=options.get("token"), library_name="dact"), options.get("revision")
     with TemporaryDirectory() as directory:
+        folder = Path(directory, "model")
+        save(folder, repo_id=repo_id)  # first, so that nothing is created for a model that cannot be saved
         try:
             fault = _ask(api, repo_id, None)
             if fault is not None and not isinstance(fault, errors.HfHubHTTPError):
                 raise fault
-            repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            full_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            if full_id != repo_id:  # the card has the name of the account
+                repo_id = full_id
+                save(folder, repo_id=repo_id)
             if revision is not None:
                 api.create_branch(repo_id, branch=revision, exist_ok=True)
             keeps_card = _has_own_card(api, repo_id, revision, Path(directory, "cache"))
         except Exception as error:  # as above
             raise OSError(f"{repo_id} cannot be published on the Hub: {_reason(error)}") from error
-        folder = Path(directory, "model")
-        save(folder, repo_id=repo_id)
         files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
         additions = [CommitOperationAdd(n, path) for n, path in files.items() if n != CARD_NAME or not keeps_card]
         try:

@@ -121,6 +121,7 @@ class DACT(MetricLogging):
         window_tokens: int | None = None,
     ) -> None:
         super().__init__()
+        persistence.name_plainly(self)
         self.subclass = persistence.own_arguments(self, DACT)
         check_arguments(locals())
         self.encoder = encoder
@@ -438,7 +439,7 @@ class DACT(MetricLogging):
         folder = hub.local_folder(
             directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
-        config, weights = persistence.read_folder(folder)
+        config, weights = persistence.read_folder(folder, DACT)
         encoder = persistence.encoder_with_files(config, folder) if encoder is None else encoder
         if encoder is not None:
             overrides["encoder"] = encoder

@@ -41,7 +41,7 @@ def read_provenance(folder: Path) -> Provenance:
     metrics = data = None
     with contextlib.suppress(OSError, ValueError):  # not there, or not ours
         metrics = json.loads((folder.parent / "metrics.json").read_text(encoding="utf-8"))
-    with contextlib.suppress(OSError, ValueError, yaml.YAMLError):
+    with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
         data = _name_of_data(yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8")))
     return Provenance(metrics if isinstance(metrics, dict) else None, data)
 

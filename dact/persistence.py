@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,6 +22,7 @@ from dact.submodels import SubmodelConfig, Submodels
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/1"
+COMPILED = "_orig_mod."  # in the names of what torch.compile has wrapped
 HALTING = ("halting", "halting_tolerance", "halting_margin")  # attributes that decide when an example halts
 # Where a checkpoint holds `config_of`. LightningCLI reads "hyper_parameters" as its own and refuses other formats
 # there.
@@ -76,6 +78,7 @@ def config_of(model: Any, base: type) -> dict[str, Any]:
 
 def plain_data(value: Any) -> Any:
     """Return a value as the types that a checkpoint may hold: NumPy's numbers and strings would need code to read."""
+    value = getattr(value, "_orig_mod", value)  # what torch.compile has wrapped
     if isinstance(value, LayeredEncoder):
         return plain_data(value.config())
     if isinstance(value, Submodels):
@@ -288,21 +291,43 @@ def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
     return f"The checkpoint was calibrated for {then}, but this configuration has {now}; its calibration is ignored"
 
 
+# ------------------------------------------------------------------ weights
+
+
+def name_plainly(model: nn.Module) -> None:
+    """Keep the prefix that torch.compile gives to a part of the model out of the names of its weights."""
+    model.register_state_dict_post_hook(_without_prefix)
+    model.register_load_state_dict_pre_hook(_with_prefix)
+
+
+def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in [name for name in state if name.startswith(prefix) and COMPILED in name[len(prefix) :]]:
+        state[prefix + name[len(prefix) :].replace(COMPILED, "")] = state.pop(name)
+
+
+def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+    for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
+        if COMPILED in name and (plain := prefix + name.replace(COMPILED, "")) in state:
+            state[prefix + name] = state.pop(plain)
+
+
 # ------------------------------------------------------------------ a folder
 
 
 def write_folder(model: Any, base: type, directory: Path) -> None:
     """Write config.json and model.safetensors into `directory`, which is created if needed."""
-    model.encoder.save_files(directory)
-    write_tensors(directory / WEIGHTS_NAME, model.state_dict())
     try:
         written_by = f"dact {version('dact')}"
     except PackageNotFoundError:  # run from its sources
         written_by = "dact"
-    write_json(directory / CONFIG_NAME, {"format": FORMAT, "written_by": written_by, **config_of(model, base)})
+    config = {"format": FORMAT, "written_by": written_by, **config_of(model, base)}
+    json.dumps(config)  # before anything in the folder is replaced
+    model.encoder.save_files(directory)
+    write_tensors(directory / WEIGHTS_NAME, model.state_dict())
+    write_json(directory / CONFIG_NAME, config)
 
 
-def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_folder(directory: Path, base: type) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the weights in a folder that `write_folder` wrote, or another tool re-saved.
 
     Raises:
@@ -318,9 +343,16 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             raise FileNotFoundError(f"{directory} has no {name}: expected a folder that save_pretrained wrote{hint}")
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)
-    if not isinstance(config, dict) or config.pop("format", None) != FORMAT:
+    if not isinstance(config, dict) or not str(kind := config.pop("format", None)).startswith("dact/"):
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
-    config.pop("written_by", None)
+    written_by = config.pop("written_by", "dact")
+    unknown = sorted(config.keys() - {*inspect.signature(base).parameters, *LEARNED, "subclass"})
+    if kind != FORMAT or unknown:
+        what = f"has {', '.join(unknown)}" if kind == FORMAT else f"is in the format {kind}"
+        raise ValueError(
+            f"{directory / CONFIG_NAME} was written by {written_by} and {what}, which this version of dact does not "
+            "know: install that version"
+        )
     return config, weights
 
 

@@ -20,6 +20,7 @@ from dact.agreement import names_of_classes
 from dact.checks import check_count
 from dact.data.rows import is_utf8
 from dact.data.tokenizers import PreTrainedTokenizerBase, load_tokenizer, tokenize, tokenizer_for
+from dact.encoders.base import LayeredEncoder
 from dact.model import DACT
 from dact.model_card import Metrics
 from dact.scores import temper
@@ -55,7 +56,8 @@ class TextClassifier:
 
     Args:
         model: Model, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.
-        tokenizer: Tokenizer of the model, which is copied. Texts are cut to the length that tokenizer and encoder take.
+        tokenizer: Tokenizer of the model, which is copied, or its name, as for the data. Texts are cut to the length
+            that tokenizer and encoder take.
         batch_size: Number of texts that are classified together, 1 or more. More make early exit faster, up to about a
             thousand on a CPU and ten thousand on a GPU. In float32 no answer depends on it; in half precision rounding
             may change a few.
@@ -64,7 +66,8 @@ class TextClassifier:
             ``torch.autocast``; the weights stay as they are. Half precision may change the class of a few texts.
 
     Raises:
-        ValueError: If `batch_size` is below 1, or `dtype` is not one of float32, bfloat16 and float16.
+        ValueError: If `batch_size` is below 1, `dtype` is not one of float32, bfloat16 and float16, or the tokenizer
+            has more ids than the encoder.
 
     Example:
         >>> from dact.data import CompositionalSentiment
@@ -79,7 +82,7 @@ class TextClassifier:
     def __init__(
         self,
         model: DACT,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | str,
         *,
         batch_size: int = 1024,
         device: str | torch.device | None = None,
@@ -92,7 +95,12 @@ class TextClassifier:
         if device is not None:
             self.model.to(device)
         self.batch_size = batch_size
-        longest = getattr(getattr(model, "encoder", None), "max_length", None) or tokenizer.model_max_length
+        if isinstance(tokenizer, str):
+            tokenizer = load_tokenizer(tokenizer)
+        encoder = getattr(model, "encoder", None)
+        if isinstance(encoder, LayeredEncoder):
+            encoder.check_tokens(tokenizer, None)
+        longest = getattr(encoder, "max_length", None) or tokenizer.model_max_length
         self.tokenizer = tokenizer_for(tokenizer, min(tokenizer.model_max_length, longest))
         self.class_names = names_of_classes(model)
         self._tokenizing = threading.Lock()  # a fast tokenizer refuses a second thread ("Already borrowed")
@@ -143,7 +151,8 @@ class TextClassifier:
             model.encoder.to(held)
         tokenizer = load_tokenizer(str(directory.resolve()))
         classifier = cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
-        classifier._is_rounded = held not in (None, torch.float32)
+        has_weights = any(True for _ in model.encoder.parameters())
+        classifier._is_rounded = has_weights and held not in (None, torch.float32)
         return classifier
 
     def save_pretrained(self, directory: str | Path, **card: Any) -> None:
@@ -184,7 +193,11 @@ class TextClassifier:
         # All texts are checked before the first is classified.
         checked = _checked(enumerate(texts))
         with _Bar(
-            total=len(checked), unit="text", delay=BAR_DELAY, leave=False, disable=not sys.stderr.isatty()
+            total=len(checked),
+            unit="text",
+            delay=BAR_DELAY,
+            leave=False,
+            disable=sys.stderr is None or not sys.stderr.isatty(),
         ) as bar:
             found = []
             for start in range(0, len(checked), self.batch_size):

@@ -174,6 +174,7 @@ def test_tables_are_read_as_they_were_written(tmp_path, ending):
         ([("x", "a"), ("  ", "b"), ("y", "a")], ("text", "label"), r"row 2 cannot be used .*empty text"),
         ([("x", "a"), ("y", "")] * 2, ("text", "label"), "rows 2, 4 without a label: label or delete them"),
         ([("", "")] * 3, ("text", "label"), "has no rows"),
+        ([("x", 0), ("y", 0)], ("text", "label"), "every label is '0': a classifier needs examples of two classes"),
         ([("x", "a"), ("y", "a")], ("text", "label"), "every label is 'a': a classifier needs examples of two classes"),
         ([("x", "a"), ("y", "a"), ("z", "b")], ("text", "label"), "class b has one example only"),
         ([("x", "-1"), ("y", "1")] * 3, ("text", "label"), "label outside the classes: '?-1'?"),

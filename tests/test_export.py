@@ -14,7 +14,7 @@ import pytest
 import torch
 
 import dact
-from dact import DACT, TextClassifier, calibrate, export
+from dact import DACT, TextClassifier, calibrate, export, exporting
 from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, OnnxEncoder, TransformerEncoder
 from tests.conftest import random_batch, scatter_exits, tiny_model
@@ -278,6 +278,34 @@ def test_a_graph_that_differs_from_pytorch_leaves_no_folder(tmp_path, monkeypatc
     with pytest.raises(ValueError, match=r"differs from PyTorch"):
         export(tmp_path / "model", tmp_path / "onnx")
     assert not (tmp_path / "onnx").exists()
+
+
+def test_outputs_that_are_no_numbers_are_refused(tmp_path):
+    model = saved(tmp_path / "model")
+    with torch.no_grad():
+        model.encoder.layers[2].attention_output.bias[0] = torch.nan
+    model.save_pretrained(tmp_path / "broken")
+    with pytest.raises(ValueError, match=r"differs from PyTorch by nan"):
+        export(tmp_path / "broken", tmp_path / "onnx")
+    assert not (tmp_path / "onnx").exists()
+
+
+def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
+    saved(tmp_path / "model")
+    (tmp_path / "mounted").mkdir()
+    monkeypatch.setattr(exporting.Path, "is_mount", lambda path: path.name == "mounted")
+    monkeypatch.setattr(DACT, "from_pretrained", None)
+    with pytest.raises(ValueError, match=r"mounted is a mount point.*give a folder in it, such as .*mounted/model"):
+        export(tmp_path / "model", tmp_path / "mounted")
+
+
+def test_an_encoder_of_ones_own_is_refused_in_words_that_help(tmp_path):
+    class Own(TransformerEncoder):
+        pass
+
+    DACT(encoder=Own(50, 2, 8, 2)).save_pretrained(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"has an encoder of your own, and only those of dact can be exported"):
+        export(tmp_path / "model", tmp_path / "onnx")
 
 
 def test_export_leaves_its_host_program_as_it_was(tmp_path):

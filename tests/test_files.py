@@ -85,3 +85,13 @@ def test_corrupted_files_are_refused_by_name(tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "x.ckpt")
+
+
+def test_what_a_link_names_is_replaced_and_not_the_link(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there")
+    for content in ("one", "two"):
+        with replacing_folder(tmp_path / "link") as partial:
+            (partial / content).write_text(content)
+    assert (tmp_path / "link").is_symlink()
+    assert names(tmp_path) == ["link", "there", "two"]

@@ -11,8 +11,11 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import constants
+from transformers import BertConfig, BertModel
 
 from dact import DACT, TextClassifier
+from dact.data.examples import Examples
+from dact.data.teacher import teacher_probabilities
 from dact.data.tokenizers import load_tokenizer, word_tokenizer
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import load_sequence_classifier
@@ -63,6 +66,35 @@ def test_a_classifier_comes_back_from_the_hub_as_it_was(hub, classifier):
     page = hub.repositories["me/mine"]["main"][0]["README.md"].decode()
     assert 'TextClassifier.from_pretrained("me/mine")' in page
     assert "| early exit | 2.25 | 81.25 % |" in page
+
+
+@pytest.mark.parametrize("option", ["is_private", "commit_mesage"])
+def test_a_misspelled_option_publishes_nothing(hub, classifier, option):
+    with pytest.raises(TypeError, match=f"push_to_hub has no option {option}: expected some of token, private"):
+        classifier.push_to_hub("me/mine", token=TOKEN, **{option: True})
+    assert not hub.repositories
+
+
+def test_a_model_that_cannot_be_saved_creates_no_repository(hub, classifier, tmp_path):
+    classifier.save_pretrained(tmp_path)
+    rounded = TextClassifier.from_pretrained(tmp_path, dtype="bfloat16")
+    with pytest.raises(ValueError, match="were rounded to half precision"):
+        rounded.push_to_hub("me/rounded", token=TOKEN)
+    assert not hub.repositories
+
+
+def test_a_model_of_dact_on_the_hub_is_an_encoder_and_a_teacher(hub, tmp_path):
+    words = word_tokenizer(["good", "bad"])
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    bert = HuggingFaceEncoder.from_model(BertModel(BertConfig(vocab_size=len(words), **shape)))
+    taught = TextClassifier(DACT(encoder=bert, class_names=NAMES), words)
+    taught.push_to_hub("me/bert", token=TOKEN)
+    encoder = HuggingFaceEncoder("me/bert")
+    batch = random_batch(vocab=len(words))
+    torch.testing.assert_close(encoder.eval()(batch), bert.eval()(batch))
+    train = Examples(["good", "bad bad"], labels=[0, 2])
+    answers = teacher_probabilities("me/bert", train, NAMES, 16, torch.device("cpu"))
+    assert answers.shape == (2, 3)
 
 
 def test_a_model_of_a_private_repository_needs_the_token(hub):

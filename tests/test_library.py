@@ -13,7 +13,7 @@ from dact import DACT, functional
 from dact.calibration import calibrate
 from dact.callbacks import ExitPlots, SavePretrained
 from dact.encoders import TransformerEncoder
-from dact.files import read_tensors
+from dact.files import read_json, read_tensors, write_json
 from tests.conftest import random_batch, tiny_model
 
 
@@ -159,3 +159,49 @@ def test_what_remains_may_be_an_integer_of_numpy():
     a, p = torch.tensor([[0.9, 0.1]]), torch.tensor([0.01])
     assert functional.can_halt(a, p, np.int64(2)).item() is functional.can_halt(a, p, 2).item() is True
     assert functional.can_halt(a, torch.tensor([1.0]), np.int64(0)).item() is True
+
+
+def compiled(module):
+    return torch.compile(module, backend="eager")
+
+
+@pytest.mark.parametrize("part", ["encoder", "layers", "classifiers"])
+def test_a_model_with_compiled_parts_is_saved_loaded_and_resumed_under_plain_names(tmp_path, part):
+    model, data = tiny_model(layers=2), batches(4)
+    if part == "encoder":
+        model.encoder = compiled(model.encoder)
+    else:
+        parts = model.encoder.layers if part == "layers" else model.classifier
+        parts[0] = compiled(parts[0])
+    first = trainer(tmp_path, enable_checkpointing=False)
+    first.fit(model, data)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    model.save_pretrained(tmp_path / "model")
+    batch = random_batch()
+    expected = model.eval()(batch).probabilities
+    for loaded in (DACT.load_from_checkpoint(tmp_path / "a.ckpt"), DACT.from_pretrained(tmp_path / "model")):
+        torch.testing.assert_close(loaded.eval()(batch).probabilities, expected)
+    for again in (model.train(), tiny_model(layers=2)):
+        trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(again, data, ckpt_path=tmp_path / "a.ckpt")
+        assert again.trainer.global_step == 8
+
+
+def test_a_model_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path):
+    good = tiny_model()
+    good.save_pretrained(tmp_path / "model")
+    other = tiny_model()
+    other.class_names = [object(), object(), object()]
+    with pytest.raises(TypeError):
+        other.save_pretrained(tmp_path / "model")
+    batch = random_batch()
+    again = DACT.from_pretrained(tmp_path / "model")
+    torch.testing.assert_close(again(batch).probabilities, good.eval()(batch).probabilities)
+
+
+@pytest.mark.parametrize(("name", "value"), [("new_option", 1), ("format", "dact/9")])
+def test_a_folder_of_a_later_version_says_which_one_wrote_it(tmp_path, name, value):
+    tiny_model().save_pretrained(tmp_path)
+    config = read_json(tmp_path / "config.json") | {"written_by": "dact 9.9", name: value}
+    write_json(tmp_path / "config.json", config)
+    with pytest.raises(ValueError, match=r"written by dact 9\.9 and .*(new_option|dact/9).*install that version"):
+        DACT.from_pretrained(tmp_path)

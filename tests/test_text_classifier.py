@@ -176,6 +176,23 @@ def test_any_model_with_early_exit_and_class_names_serves(tokenizer):
     assert found[0].probabilities == {"no": 0.25, "yes": 0.75}
 
 
+def test_a_tokenizer_of_another_encoder_is_refused_at_once():
+    many = word_tokenizer([f"word{number}" for number in range(100)])
+    with pytest.raises(ValueError, match=r"the tokenizer has 103 token ids, but the encoder only 20"):
+        TextClassifier(tiny_model(vocab=20, class_names=NAMES), many)
+
+
+def test_a_tokenizer_may_be_given_by_its_name(classifier, tokenizer, tmp_path):
+    tokenizer.save_pretrained(tmp_path)
+    assert TextClassifier(classifier.model, str(tmp_path))(TEXTS) == classifier(TEXTS)
+
+
+def test_a_program_without_standard_error_gets_its_answers(classifier, monkeypatch):
+    expected = classifier(TEXTS)
+    monkeypatch.setattr(sys, "stderr", None)
+    assert classifier(TEXTS) == expected
+
+
 def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch):
     assert text_classifier.BAR_DELAY >= 1, "short calls show none"
     monkeypatch.setattr(text_classifier, "BAR_DELAY", 0.0)

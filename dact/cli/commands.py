@@ -32,7 +32,7 @@ from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
 from dact.cli.request import EVALUATING, Request
 from dact.cli.runs import balanced_weights, check_same_run, check_set_aside, check_tag, stored_model
-from dact.cli.stored import RUNS, find_model, store_dial
+from dact.cli.stored import RUNS, check_storable, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.factories import DataFactory
@@ -395,6 +395,7 @@ class DACTCLI(LightningCLI):
         """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
         plain = yaml.safe_load(self._parser("calibrate").dump(self.config["calibrate"], skip_none=False))
         check_set_aside(self.source, plain.get("data") or {})
+        check_storable(self.source)
         model, plugin = self.model, self.trainer.precision_plugin
         before = getattr(model, promise.dial)
         model.end_calibration()
@@ -404,8 +405,7 @@ class DACTCLI(LightningCLI):
         setattr(model, promise.dial, getattr(measured, promise.dial))
         model.calibration, model.temperatures = measured.calibration, measured.temperatures
         print(describe(found, model.num_layers))
-        for line in store_dial(self.source, model, promise.dial):
-            print(line)
+        print(*store_dial(self.source, model, promise.dial), sep="\n")
         print(f"{promise.dial} was {before:.8g}, and is {getattr(model, promise.dial):.8g}")
 
 

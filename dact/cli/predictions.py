@@ -260,7 +260,7 @@ def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]],
 
         yield write_and_flush
         return
-    with replacing(Path(path)) as partial:
+    with replacing(Path(path).resolve()) as partial:  # what a link names, and not the link
         if path.lower().endswith(".parquet"):
             import pyarrow  # type: ignore[import-untyped]
             from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,19 @@ def counterpart(path: Path) -> Path | None:
         return checkpoint if checkpoint.is_file() else None
     folder = path.parent.parent / "model"
     return folder if (folder / CONFIG_NAME).is_file() else None
+
+
+def check_storable(source: Path) -> None:
+    """Raise an error unless `store_dial` can write where the model lies."""
+    other = counterpart(source)
+    for path in [source] if other is None else [source, other]:
+        folder = path if path.is_dir() else path.parent
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise PermissionError(
+                f"{folder} cannot be written ({error.strerror}): calibrate a copy of the model in a folder that can"
+            ) from error
 
 
 def store_dial(source: Path, model: DACT, dial: str) -> list[str]:

@@ -30,7 +30,7 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
     """Return the classes of a training file: 0 … the largest integer, or the sorted strings.
 
     Raises:
-        ValueError: If a label is missing, all are the same string, or an integer is larger than the number of rows.
+        ValueError: If a label is missing, there is only one class, or an integer is larger than the number of rows.
     """
     check_present(labels, source)
     are_numbers = not any(isinstance(label, (str, bool)) for label in labels)
@@ -43,8 +43,9 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
                 f"{source}: the label {largest} means {largest + 1} classes, but there are only {len(labels)} rows. "
                 "Integer labels count from 0 unless class_names names them"
             )
-        return [str(label) for label in range(largest + 1)]
-    names = sorted({str(label).strip() for label in labels}, key=Decimal if are_numbers else None)
+        names = [str(label) for label in range(largest + 1)]
+    else:
+        names = sorted({str(label).strip() for label in labels}, key=Decimal if are_numbers else None)
     if len(names) == 1:
         raise ValueError(f"{source}: every label is {names[0]!r}: a classifier needs examples of two classes or more")
     return names

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,9 +14,8 @@ from dact.data.tokenizers import load_tokenizer, tokenize
 from dact.encoders.base import move
 from dact.encoders.huggingface import load_sequence_classifier, longest_input
 from dact.encoders.pretrained import resolve_pretrained
-from dact.files import read_json
+from dact.hub import folder_of_dact
 from dact.model import DACT
-from dact.persistence import CONFIG_NAME, FORMAT
 
 
 @torch.no_grad()
@@ -65,9 +63,9 @@ def teacher_probabilities(
 def _load(teacher: str) -> tuple[Any, list[str], int | None]:
     """Return the model, the names of its classes, and the most tokens that it takes, None if there is no bound."""
     source = resolve_pretrained(teacher)
-    config = Path(source) / CONFIG_NAME
-    if config.is_file() and read_json(config).get("format") == FORMAT:
-        model = DACT.from_pretrained(source)
+    own = folder_of_dact(source)
+    if own is not None:
+        model = DACT.from_pretrained(own)
         return model, names_of_classes(model), model.encoder.max_length
     classifier, names = load_sequence_classifier(teacher)
     return classifier, names, longest_input(classifier)

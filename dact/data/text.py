@@ -124,7 +124,7 @@ class TextClassificationData(TextDataModule):
         self.text_pair_column = text_pair_column
         self.label_column = label_column
         self.val_fraction = val_fraction
-        self.class_names = None if class_names is None else [str(name) for name in class_names]
+        self.class_names = None if class_names is None else [str(name).strip() for name in class_names]
         check_class_names(f"{type(self).__name__}: class_names", self.class_names)
         self._reading = integer_labels
         self._read: dict[str, Examples] = {}

@@ -23,7 +23,7 @@ from dact.checks import MOST_LAYERS, check_choice, check_count
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import read_json, read_tensors
-from dact.hub import out_of_reach
+from dact.hub import folder_of_dact, out_of_reach
 
 log = logging.getLogger(__name__)
 LOADING: dict[str, Any] = {
@@ -298,8 +298,9 @@ def _quiet_transformers() -> Any:
 
 def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     source = resolve_pretrained(pretrained)
-    if _is_of_dact(Path(source)):
-        return _load_own(Path(source), num_layers, pretrained)
+    own = folder_of_dact(source)
+    if own is not None:
+        return _load_own(own, num_layers, pretrained)
     try:
         cached = out_of_reach(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=cached)
@@ -325,11 +326,6 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     if heads:
         log.info("%s: ignored weights outside the encoder: %s", pretrained, ", ".join(heads))
     return model
-
-
-def _is_of_dact(folder: Path) -> bool:
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else None
-    return isinstance(config, dict) and str(config.get("format", "")).startswith("dact/")
 
 
 def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrainedModel:
