@@ -19,14 +19,15 @@ Classifiers that spend only as many layers as each example needs.
 commands:
 {commands}
 
-  dact COMMAND --help                                  the options of a command
-  dact fit --data.help TextClassificationData          the options of a class of data
-  dact fit --model.encoder.help HuggingFaceEncoder     the options of a class of encoder
+  dact COMMAND --help                               the options of a command
+  dact fit --data.help TextClassificationData       those of a class of data
+  dact fit --model.encoder.help HuggingFaceEncoder  those of a class of encoder
   dact --version
 
---model takes the folder of a run, its model/ folder, or a Hub id, OWNER/NAME or OWNER/NAME@REVISION.
-An option on the command line replaces that of the files. A later file replaces an earlier one.
-A configuration can name any class of any installed module, and so run any code: use only files that you trust.
+--model takes the folder of a run, its model/ folder, or a Hub id, OWNER/NAME or
+OWNER/NAME@REVISION. An option on the command line replaces that of the files. A
+later file replaces an earlier one. A configuration can name any class of any
+installed module, and so run any code: use only files that you trust.
 """
 
 

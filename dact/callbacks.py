@@ -146,7 +146,8 @@ class SavePretrained(Callback):
                 model.load_state_dict(checkpoint["state_dict"])
         folder = Path(directory) / "model"
         save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
-        rank_zero_info(f"The model is in {folder}")
+        chosen = "" if best else ", with its last weights: no validation chose an epoch"
+        rank_zero_info(f"The model is in {folder}{chosen}")
 
 
 def save_with_tokenizer(model: DACT, data: Any, folder: Path, **card: Any) -> None:

@@ -62,6 +62,14 @@ class PredictRequest(BaseModel):
                 raise HTTPException(413, f"a text has at most {MOST_CHARACTERS} characters")
         return value
 
+    @model_validator(mode="before")
+    @classmethod
+    def _name(cls, content: Any) -> Any:
+        unknown = [name for name in content if name not in cls.model_fields] if isinstance(content, dict) else []
+        if unknown:
+            raise ValueError(f"expected 'text' or 'texts', got {', '.join(map(repr, unknown))}")
+        return content
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if (self.text is None) == (self.texts is None):

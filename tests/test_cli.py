@@ -136,6 +136,14 @@ def test_optimizer_and_schedule_can_be_replaced(own):
     assert "momentum" in state["optimizer_states"][0]["param_groups"][0]
 
 
+def test_help_fits_80_columns_and_names_the_file_that_a_command_needs(tmp_path):
+    assert max(map(len, dact("--help", cwd=tmp_path).stdout.splitlines())) <= 80
+    for command, option in (("predict", "predict_file"), ("calibrate", "calibration_file")):
+        usage = dact(command, "--help", cwd=tmp_path).stdout.splitlines()[0]
+        assert f"--model RUN --data.{option} FILE" in usage
+        assert len(usage) <= 80
+
+
 def test_print_config_round_trips_and_help_is_readable(own):
     printed = dact("fit", "--config", "config.yaml", "--print_config", cwd=own).stdout
     (own / "printed.yaml").write_text(printed)

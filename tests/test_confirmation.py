@@ -118,6 +118,12 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     ]
     assert _best(candidates[:1], lambda candidate: None, 0.0, comparisons).name == "default settings"
 
+    # A default that answers with one class after the first layer has the fewest layers, and loses all the same.
+    wrong = Outcome(torch.ones(100), torch.zeros(100), torch.tensor([1.0, 0.0, 0.0, 0.0] * 25))
+    collapsed = {"default settings": wrong, "tuned": outcome(2.9)}
+    best = _best([Candidate(name, {}) for name in collapsed], lambda candidate: collapsed[candidate.name], 0.01, [])
+    assert best.name == "tuned"
+
     # As much as fits of the same settings differ by is no gain, however many examples there are.
     alike = {"default settings": outcome(3.0), "tuned": outcome(2.9)}
     best = _best([Candidate(name, {}) for name in alike], lambda candidate: alike[candidate.name], 0.0, [])

@@ -1,6 +1,8 @@
 """What the console shows of a tuning run."""
 
 import json
+import re
+import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
@@ -134,7 +136,7 @@ def test_the_summary_says_what_pruning_saved():
 def test_the_live_table_shows_what_differs_between_trials(width):
     progress = Progress()
     progress.console = Console(width=width, record=True)
-    with progress.study("training", pruned_study(), 5, 0, Deadline()):
+    with progress.study("training", pruned_study(), 5, 0, Deadline(), Deadline()):
         pass
     text = progress.console.export_text()
     assert "study training: 3 of 5 trials" in text
@@ -142,6 +144,17 @@ def test_the_live_table_shows_what_differs_between_trials(width):
     assert "same" not in text
     assert "best so far 0.5000 (trial 0)" in text
     assert max(map(len, text.splitlines())) <= width
+
+
+def test_the_time_left_is_never_more_than_the_deadline_of_all_studies():
+    progress, study = Progress(), pruned_study()
+    progress.console = Console(width=80, record=True)
+    with progress.study("training", study, 1000, 1000, Deadline(40), Deadline(60)):
+        time.sleep(0.1)
+        study.add_trial(create_trial(value=1.0))
+        progress.refresh()
+    left = re.search(r"about (\d+) s left", progress.console.export_text())
+    assert 50 <= int(left[1]) <= 60
 
 
 def test_columns_that_do_not_fit_are_left_out_whole():
@@ -157,7 +170,7 @@ def test_columns_that_do_not_fit_are_left_out_whole():
         )
     progress = Progress()
     progress.console = Console(width=80, record=True)
-    with progress.study("submodels", study, 2, 0, Deadline()):
+    with progress.study("submodels", study, 2, 0, Deadline(), Deadline()):
         pass
     lines = progress.console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
@@ -173,7 +186,7 @@ def test_the_time_left_covers_the_fits_after_the_studies():
     progress.announce([3, 3, 3], None, epochs_after=8)
     study = optuna.create_study()
     progress._seconds_per_epoch = 60.0  # as the baseline took
-    with progress.study("training", study, 1, 0, Deadline()):
+    with progress.study("training", study, 1, 0, Deadline(), Deadline()):
         study.add_trial(create_trial(value=1.0))
         progress.refresh()
     assert "about 8 min left for the whole run" in progress.console.export_text()

@@ -671,7 +671,7 @@ def test_what_all_trials_share_does_not_take_from_the_time_of_the_studies(tmp_pa
 
     given, prepare = [], module.prepare
     monkeypatch.setattr(module, "prepare", lambda *arguments: (time.sleep(1), prepare(*arguments))[1])
-    monkeypatch.setattr(module.TuningEngine, "_tune", lambda self, *arguments: given.append(arguments[-1].left))
+    monkeypatch.setattr(module.TuningEngine, "_tune", lambda self, *arguments: given.append(arguments[4].left))
     monkeypatch.setattr(module.TuningEngine, "_finish", lambda *arguments: ("", ""))
     engine(tmp_path, time_out=1).run_pipeline("run")
     assert given == pytest.approx([20, 30, 60], abs=0.5)

@@ -4,9 +4,9 @@
 LIGHTNING = {
     "fit": "train a classifier; writes checkpoints and a model/ folder",
     "validate": "measure a model on the validation examples",
-    "test": "measure a model on the test examples, and check its promise on them",
+    "test": "measure a model on the test examples, and check its promise",
     "predict": "classify the texts of a file, or of standard input",
-    "calibrate": "find the halting margin, or tolerance, that keeps a promise, and store it with the model",
+    "calibrate": "find the margin, or tolerance, that keeps a promise, and store it",
     "tune": "tune submodels, training and lambda_reg in three studies, then fit",
 }
 LIGHT = {

@@ -40,7 +40,7 @@ from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.model import DACT
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
-FILE_OF = {"predict": "predict_file", "test": "test_file"}  # option with the file of a command; else val_file
+FILE_OF = {"predict": "predict_file", "test": "test_file", "calibrate": "calibration_file", "validate": "val_file"}
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
 
 
@@ -202,7 +202,7 @@ class DACTCLI(LightningCLI):
         if self.datamodule is None:
             raise ValueError(
                 f"dact {self.subcommand} needs data: a file with a data: section, given by --config, or "
-                f"--data.{FILE_OF.get(str(self.subcommand), 'val_file')}"
+                f"--data.{FILE_OF[str(self.subcommand)]}"
             )
         self.trainer = self.instantiate_trainer()
 
@@ -332,7 +332,7 @@ class DACTCLI(LightningCLI):
             done = read_checkpoint(last)["epoch"] + 1
             if 0 < (config.trainer.max_epochs or 1000) <= done:
                 raise ValueError(
-                    f"run {config.run_tag} has finished its {done} epochs: raise --trainer.max_epochs, or give another "
+                    f"run {config.run_tag} has finished its {done} epoch{'s' * (done != 1)}: raise --trainer.max_epochs, or give another "
                     "--run_tag"
                 )
             print(f"resuming {folder} after epoch {done}")
@@ -426,9 +426,9 @@ def run() -> DACTCLI:
     sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))]
     request = Request.read(sys.argv[1:])
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
-    needed = {name: "--model RUN [--config FILE]" if name in EVALUATING else "--config FILE" for name in LIGHTNING}
+    files = {name: f"--model RUN --data.{option} FILE" for name, option in FILE_OF.items()}
     texts = {
-        name: {"usage": f"dact {name} {needed[name]} [--OPTION VALUE ...]", "description": text}
+        name: {"usage": f"dact {name} {files.get(name, '--config FILE')} [--OPTION VALUE ...]", "description": text}
         for name, text in LIGHTNING.items()
     }
     return DACTCLI(

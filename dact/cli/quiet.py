@@ -25,6 +25,7 @@ _WARNINGS = (
     r".*Precision 16-mixed is not supported by the model summary.*",
     r".*configure_optimizers` will be overridden by.*",
     r".*module\(s\) in eval mode at the start of training.*",  # a frozen encoder is meant to be
+    r".*`ModelCheckpoint\(monitor='val_(loss|task_loss|accuracy|macro_f1)'\)` could not find.*",  # no validation ran
     r".*is an experimental feature.*",
     r".*is experimental \(supported from.*",
 )

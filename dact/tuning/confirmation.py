@@ -75,7 +75,8 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
     by more than one standard error of the paired difference over the validation examples. That of the layers has the
     scatter between fits as well. A loss within what the promise allows, measured from the baseline, counts as the same
-    loss, and so does half a point if it is within the error. Candidates are fitted like the final model,
+    loss, and so does half a point if it is within the error. Where the first of two clearly loses more than is allowed,
+    accuracy alone decides. Candidates are fitted like the final model,
     which reuses the fit of the winner. Frozen mode fits only two of them in this way: the first, and that of the others
     which wins on the frozen states. If the final model keeps the frozen encoder, only these states decide. Fits of an
     earlier call are not repeated.
@@ -121,7 +122,8 @@ def _best(
             lost = mean_and_error(other.lost - found.lost)
             fewer, error = mean_and_error(other.exits - found.exits)
             layers = fewer, math.hypot(error, SCATTER)
-            wins = _beats(layers, lost, within)
+            own, spread = mean_and_error(found.lost)
+            wins = _beats(layers, lost, within, missed=own - 2 * spread > allowed)
             text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
         comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {best.name}{where}{text}")
         if wins:
@@ -129,16 +131,18 @@ def _best(
     return best
 
 
-def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool) -> bool:
+def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool, missed: bool = False) -> bool:
     """Return whether the second of two candidates beats the first.
 
     Args:
         layers: Mean and standard error of the paired difference in layers, second minus first.
         lost: The same of the loss of accuracy.
         within: Whether the second loses no more than is allowed.
+        missed: Whether the first clearly loses more, as one does that answers with one class after the first layer.
+            Then accuracy alone decides.
     """
     fewer = sum(layers) < 0 and (within or lost[0] <= min(lost[1], SAME_LOSS))
-    return fewer or (sum(lost) < 0 and layers[0] <= layers[1])
+    return fewer or (sum(lost) < 0 and (missed or layers[0] <= layers[1]))
 
 
 def _as_final(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:

@@ -214,7 +214,7 @@ class TuningEngine:
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):
-            self._tune(stage, run, prepared, study, Deadline(end.left / stages_left))
+            self._tune(stage, run, prepared, study, Deadline(end.left / stages_left), end)
         return self._finish(run, prepared, surveyed)
 
     @isolated()
@@ -321,12 +321,16 @@ class TuningEngine:
         run = self._begin(run_tag)
         surveyed = self._survey()
         study = self._open(stage, run, surveyed)
-        return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out), alone=True)
+        return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out))
 
     def _tune(
-        self, stage: Stage, run: Run, prepared: Prepared, study: Study, deadline: Deadline, alone: bool = False
+        self, stage: Stage, run: Run, prepared: Prepared, study: Study, deadline: Deadline, end: Deadline | None = None
     ) -> Winners:
-        """Run the remaining trials of a study, save its winner, and return the winners so far."""
+        """Run the remaining trials of a study, save its winner, and return the winners so far.
+
+        `end` is the deadline of all studies, None if this one is called alone.
+        """
+        alone = end is None
         before = self._winners.before(stage)
         with run.locked():
             origin = digest([before.settings(), MEASURE] if stage.early_exit else before.settings())
@@ -342,8 +346,8 @@ class TuningEngine:
             objective = Objective(stage, run, prepared, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
             job = StudyJob(objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, self.worker_setup)
-            later = sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
-            with self.progress.study(stage.name, study, n_trials, later, deadline):
+            later = 0 if alone else sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
+            with self.progress.study(stage.name, study, n_trials, later, deadline, end or deadline):
                 run_study(job, study, self.workers, self.progress.refresh)
             if deadline.left == 0:
                 studies.end(study, n_trials, self.time_out, alone)

@@ -34,11 +34,13 @@ class Progress:
         self._live: Live | None = None
         self._study: Study | None = None
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
-        self._deadline = Deadline()
+        self._deadline = self._end = Deadline()
         self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of the fits after the studies
 
     @contextlib.contextmanager
-    def study(self, stage: str, study: Study, total: int, later: int, deadline: Deadline) -> Iterator[None]:
+    def study(
+        self, stage: str, study: Study, total: int, later: int, deadline: Deadline, end: Deadline
+    ) -> Iterator[None]:
         """Show the trials of a study while it runs.
 
         Args:
@@ -47,8 +49,10 @@ class Progress:
             total: Total number of its trials.
             later: Number of trials of the studies after it.
             deadline: Its deadline.
+            end: Deadline of all studies.
         """
-        self._stage, self._study, self._total, self._later, self._deadline = stage, study, total, later, deadline
+        self._stage, self._study, self._total, self._later = stage, study, total, later
+        self._deadline, self._end = deadline, end
         self._start, self._before = time.monotonic(), len(finished(study))
         with Live(self._table(), console=self.console, refresh_per_second=4) as live:
             self._live = live
@@ -154,6 +158,7 @@ class Progress:
         if here:
             pace = (time.monotonic() - self._start) / here
             left = min(pace * max(0, self._total - len(ended)), self._deadline.left) + pace * self._later
+            left = min(left, self._end.left)
             whole = bool(self._epochs_after and self._seconds_per_epoch)
             left += self._epochs_after * self._seconds_per_epoch
             parts.append(f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}")

@@ -99,7 +99,7 @@ def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
     }
     if defaults.is_file():
         entry = read_json(defaults)["test"]
-        rows["defaults"] = (entry, entry["mean_exit_layer"])
+        rows["untuned"] = (entry, entry["mean_exit_layer"])
     for name, (entry, mean) in rows.items():
         speed = f"{entry['texts_per_second']:,.0f}" if "texts_per_second" in entry else ""
         accuracy, macro_f1 = f"{100 * entry['accuracy']:.2f} %", f"{entry['macro_f1']:.3f}"
