@@ -12,7 +12,7 @@ from dact import __version__
 from dact.cli import LIGHT, LIGHTNING
 
 HELP = """\
-usage: dact COMMAND [--config FILE ...] [--OPTION VALUE ...]
+usage: dact COMMAND [--config FILE ...] [--OPTION ...]
 
 Classifiers that spend only as many layers as each example needs.
 

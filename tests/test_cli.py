@@ -154,7 +154,7 @@ def test_print_config_round_trips_and_help_is_readable(own):
     assert "--model RUN" in text and "--model.halting_margin" in text
     assert "--model.lambda_reg" not in text, "of training, which is refused here"
     text = dact("fit", "--help", cwd=own).stdout
-    assert text.startswith("usage: dact fit --config FILE [--OPTION VALUE ...]")
+    assert text.startswith("usage: dact fit --config FILE [--OPTION ...]")
     assert text.index("--model.lambda_reg") < text.index("--data") < text.index("--trainer.max_epochs")
     assert "read by" not in text
 

@@ -93,7 +93,7 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     assert {"checkpoints", "model", "config.yaml"} <= {path.name for path in run.iterdir()}
     status, text = dact_here(*words, cwd=tmp_path)
     assert status == 1
-    assert "run first has finished its 2 epochs: raise --trainer.max_epochs" in text
+    assert "run first has finished epoch 2, its last: raise --trainer.max_epochs" in text
     status, text = dact_here(*words, "--trainer.max_epochs", "3", "--model.learning_rate", "0.1", cwd=tmp_path)
     assert status == 1
     assert "was started with another model.learning_rate (0.002 instead of 0.1)" in text

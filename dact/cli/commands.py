@@ -332,8 +332,8 @@ class DACTCLI(LightningCLI):
             done = read_checkpoint(last)["epoch"] + 1
             if 0 < (config.trainer.max_epochs or 1000) <= done:
                 raise ValueError(
-                    f"run {config.run_tag} has finished its {done} epoch{'s' * (done != 1)}: raise --trainer.max_epochs, or give another "
-                    "--run_tag"
+                    f"run {config.run_tag} has finished epoch {done}, its last: raise --trainer.max_epochs, or give "
+                    "another --run_tag"
                 )
             print(f"resuming {folder} after epoch {done}")
             config.ckpt_path = str(last)
@@ -428,7 +428,7 @@ def run() -> DACTCLI:
     # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
     files = {name: f"--model RUN --data.{option} FILE" for name, option in FILE_OF.items()}
     texts = {
-        name: {"usage": f"dact {name} {files.get(name, '--config FILE')} [--OPTION VALUE ...]", "description": text}
+        name: {"usage": f"dact {name} {files.get(name, '--config FILE')} [--OPTION ...]", "description": text}
         for name, text in LIGHTNING.items()
     }
     return DACTCLI(
