@@ -20,7 +20,7 @@ from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, flat
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
-FEWEST_ASIDE = 100  # examples below which none are set aside for an estimate
+FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate; some 150 can show that a point is kept
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
 HEAD_RATE_FACTOR = 10  # the submodels' rate in the first trial is this multiple of the encoder's …
