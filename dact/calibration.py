@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -323,12 +324,14 @@ class _Evidence:
         """Return an upper bound on the quantity that the promise limits."""
         confidence, examples = self.promise.confidence, len(exits)
         if confidence is None:
-            values = self._values(exits).double()
-            # The error is that with one more example at either end, as Bonett & Price 2012 (Adjusted Wald confidence
-            # interval for a difference of binomial proportions based on paired data) have it: of a few examples without
-            # a fault it would be 0.
-            lowest, highest = self._range
-            return values.mean().item() + mean_and_error(torch.cat([values, values.new_tensor([lowest, highest])]))[1]
+            values = more = self._values(exits).double()
+            if self.promise.max_layers is None:
+                # The error is that with one more example at either end, as Bonett & Price 2012 (Adjusted Wald
+                # confidence interval for a difference of binomial proportions based on paired data) have it: of a few
+                # examples without a fault it would be 0.
+                lowest = -1 if self.promise.min_agreement is None else 0
+                more = torch.cat([values, values.new_tensor([lowest, 1])])
+            return values.mean().item() + mean_and_error(more)[1]
         if self.promise.max_layers is not None:
             return bounds.mean_upper_bound(exits, self.layers, confidence)
         if self.promise.min_agreement is not None:
@@ -367,13 +370,6 @@ class _Evidence:
         if self.promise.min_agreement is not None:
             return early != self.reference
         return (self.reference == self.target).int() - (early == self.target).int()
-
-    @property
-    def _range(self) -> tuple[float, float]:
-        """The smallest and the largest value that an example can have."""
-        if self.promise.max_layers is not None:
-            return 1, self.layers
-        return (0 if self.promise.min_agreement is not None else -1), 1
 
     def _discordant(self, exits: Tensor) -> tuple[int, int]:
         """Return how many examples only the reference has right, and how many only early exit has right."""
@@ -420,6 +416,10 @@ def describe(found: Calibration, layers: int) -> str:
         first = (
             f"{setting} keeps {name}={value:g}: the class is that of {against} by proof, and no other setting passed"
         )
+        if (
+            found.estimate and 0 < value < 1.42 / found.examples and name == "max_accuracy_loss"
+        ):  # the error of no fault
+            first += f", which takes about {math.ceil(1.42 / value)} examples or more"
     elif found.estimate:
         first = (
             f"{setting} is an estimate for {name}={value:g}, without a confidence: {bound}, one standard error included"

@@ -146,7 +146,7 @@ class SavePretrained(Callback):
                 model.load_state_dict(checkpoint["state_dict"])
         folder = Path(directory) / "model"
         save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
-        chosen = "" if best else ", with its last weights: no validation chose an epoch"
+        chosen = "" if best else ", with its last weights: no epoch was chosen"
         rank_zero_info(f"The model is in {folder}{chosen}")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -126,7 +127,7 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
             exported = _open(folder, layers, encoder)
             pairs = _outputs(encoder, exported)
             quantized_difference = _largest((got - right).norm() / right.norm() for right, got in pairs)
-            if math.isnan(quantized_difference):
+            if not math.isfinite(quantized_difference):
                 raise ValueError("export: with int8 some outputs are no numbers: export this model without quantize")
         size = sum(path.stat().st_size for path in folder.iterdir())
         model.encoder = exported
@@ -146,7 +147,7 @@ def _largest(differences: Iterable[Tensor]) -> float:
 
 def _check_output(output: Path) -> None:
     """Raise an error if `output` is something that no export wrote, since it would be replaced."""
-    if output.is_mount():
+    if os.path.ismount(output.resolve()):
         raise ValueError(
             f"export: {output} is a mount point, which cannot be replaced: give a folder in it, such as "
             f"{output / 'model'}"

@@ -83,22 +83,20 @@ def local_folder(
     return Path(folder)
 
 
-def folder_of_dact(source: str) -> Path | None:
+def folder_of_dact(source: str, local_files_only: bool) -> Path | None:
     """Return the folder of a model that dact saved, here or on the Hub; None if `source` is something else."""
     config = Path(source, "config.json")
     if not config.parent.is_dir():
         if not HUB_ID.fullmatch(source):
             return None
         try:
-            config = Path(
-                hf_hub_download(source, config.name, local_files_only=out_of_reach(source), library_name="dact")
-            )
+            config = Path(hf_hub_download(source, config.name, local_files_only=local_files_only, library_name="dact"))
         except Exception:  # as above; whoever loads it otherwise says why it is not there
             return None
     content = read_json(config) if config.is_file() else None
     if not isinstance(content, dict) or not str(content.get("format")).startswith("dact/"):
         return None
-    return local_folder(source)
+    return local_folder(source, local_files_only=local_files_only)
 
 
 def out_of_reach(pretrained: str) -> bool:

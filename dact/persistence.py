@@ -213,7 +213,7 @@ def load(
 
 def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
     """Raise a one-line ``ValueError`` if names or shapes of `weights` are not those of the model."""
-    own = model.state_dict()
+    own, weights = model.state_dict(), {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
     different = [
         f"{name}: {list(weights[name].shape)} instead of {list(own[name].shape)}"
         for name in own
@@ -306,7 +306,9 @@ def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metad
 
 
 def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
-    for name in [*dict(module.named_parameters()), *dict(module.named_buffers())]:
+    _without_prefix(module, state, prefix, None)  # of a file that has it
+    named = (module.named_parameters, module.named_buffers)
+    for name in [name for all_of in named for name, _ in all_of(remove_duplicate=False)]:
         if COMPILED in name and (plain := prefix + name.replace(COMPILED, "")) in state:
             state[prefix + name] = state.pop(plain)
 
@@ -314,13 +316,16 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *others:
 # ------------------------------------------------------------------ a folder
 
 
+def this_version() -> str:
+    try:
+        return f"dact {version('dact')}"
+    except PackageNotFoundError:  # run from its sources
+        return "dact"
+
+
 def write_folder(model: Any, base: type, directory: Path) -> None:
     """Write config.json and model.safetensors into `directory`, which is created if needed."""
-    try:
-        written_by = f"dact {version('dact')}"
-    except PackageNotFoundError:  # run from its sources
-        written_by = "dact"
-    config = {"format": FORMAT, "written_by": written_by, **config_of(model, base)}
+    config = {"format": FORMAT, "written_by": this_version(), **config_of(model, base)}
     json.dumps(config)  # before anything in the folder is replaced
     model.encoder.save_files(directory)
     write_tensors(directory / WEIGHTS_NAME, model.state_dict())
@@ -332,7 +337,7 @@ def read_folder(directory: Path, base: type) -> tuple[dict[str, Any], dict[str, 
 
     Raises:
         FileNotFoundError: If the folder or one of the two files is missing.
-        ValueError: If a file cannot be read.
+        ValueError: If a file cannot be read, or is of a version of dact that writes more.
     """
     if not directory.is_dir():
         raise FileNotFoundError(f"there is no folder {directory}: expected one that save_pretrained wrote")
@@ -347,7 +352,7 @@ def read_folder(directory: Path, base: type) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
     written_by = config.pop("written_by", "dact")
     unknown = sorted(config.keys() - {*inspect.signature(base).parameters, *LEARNED, "subclass"})
-    if kind != FORMAT or unknown:
+    if kind != FORMAT or (unknown and written_by != this_version()):
         what = f"has {', '.join(unknown)}" if kind == FORMAT else f"is in the format {kind}"
         raise ValueError(
             f"{directory / CONFIG_NAME} was written by {written_by} and {what}, which this version of dact does not "

@@ -67,7 +67,7 @@ class PredictRequest(BaseModel):
     def _name(cls, content: Any) -> Any:
         unknown = [name for name in content if name not in cls.model_fields] if isinstance(content, dict) else []
         if unknown:
-            raise ValueError(f"expected 'text' or 'texts', got {', '.join(map(repr, unknown))}")
+            raise ValueError(f"expected 'text' or 'texts', got {str(unknown[0])[:40]!r}")
         return content
 
     @model_validator(mode="after")
@@ -206,6 +206,7 @@ def serve(
         model_metadata=info,
         max_payload_size=MOST_BYTES,
     )
+    server.monitor_internal = 0.5  # seconds between two looks at the processes
     server.app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     server.app.add_exception_handler(400, _say_unreadable)
     before, main = set(multiprocessing.active_children()), os.getpid()
@@ -236,11 +237,13 @@ def serve(
     finally:
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
-        for thread in threading.enumerate():
-            if thread.name == "litserve-monitoring":  # which looks every few seconds, so perhaps only now
-                thread.join(2 * server.monitor_internal)
         signal.signal(signal.SIGTERM, handler)
-        logger.removeFilter(is_news)
+        try:
+            for thread in threading.enumerate():
+                if thread.name == "litserve-monitoring":  # which looks now and then, so perhaps only now
+                    thread.join(4 * server.monitor_internal)
+        finally:
+            logger.removeFilter(is_news)
 
 
 def _check_free(host: str, port: int) -> None:

@@ -365,7 +365,9 @@ def test_a_few_examples_without_a_fault_are_no_evidence_for_an_estimate():
     y = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).expand(300, -1, -1)  # all layers are right about all of them
     sure = LayerAnswers(*functional.accumulate(y, torch.full((300, 2), 0.5)), y, torch.zeros(300, dtype=torch.int64))
     estimate = Promise(max_accuracy_loss=0.01, confidence=None)
-    assert choose_setting(sure.take(torch.arange(60)), estimate).halting_margin == 1
+    few = choose_setting(sure.take(torch.arange(60)), estimate)
+    assert few.halting_margin == 1
+    assert "no other setting passed, which takes about 142 examples or more" in describe(few, 2)
     assert choose_setting(sure, estimate).mean_exit_layer == 1
 
 

@@ -123,6 +123,15 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     collapsed = {"default settings": wrong, "tuned": outcome(2.9)}
     best = _best([Candidate(name, {}) for name in collapsed], lambda candidate: collapsed[candidate.name], 0.01, [])
     assert best.name == "tuned"
+    best = _best([Candidate(name, {}) for name in collapsed], lambda candidate: collapsed[candidate.name], None, [])
+    assert best.name == "default settings", "nothing was promised about accuracy"
+    # All candidates miss the baseline on frozen states, so that alone does not decide.
+    torch.manual_seed(0)
+    states = {
+        "first trial": Outcome(torch.full((2000,), 2.0), torch.zeros(2000), (torch.rand(2000) < 0.050).float()),
+        "tuned": Outcome(torch.full((2000,), 4.0), torch.zeros(2000), (torch.rand(2000) < 0.045).float()),
+    }
+    assert _best([Candidate(name, {}) for name in states], lambda one: states[one.name], 0.01, []).name == "first trial"
 
     # As much as fits of the same settings differ by is no gain, however many examples there are.
     alike = {"default settings": outcome(3.0), "tuned": outcome(2.9)}

@@ -293,7 +293,7 @@ def test_outputs_that_are_no_numbers_are_refused(tmp_path):
 def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, monkeypatch):
     saved(tmp_path / "model")
     (tmp_path / "mounted").mkdir()
-    monkeypatch.setattr(exporting.Path, "is_mount", lambda path: path.name == "mounted")
+    monkeypatch.setattr(exporting.os.path, "ismount", lambda path: path.name == "mounted")
     monkeypatch.setattr(DACT, "from_pretrained", None)
     with pytest.raises(ValueError, match=r"mounted is a mount point.*give a folder in it, such as .*mounted/model"):
         export(tmp_path / "model", tmp_path / "mounted")

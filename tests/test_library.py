@@ -184,6 +184,13 @@ def test_a_model_with_compiled_parts_is_saved_loaded_and_resumed_under_plain_nam
     for again in (model.train(), tiny_model(layers=2)):
         trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(again, data, ckpt_path=tmp_path / "a.ckpt")
         assert again.trainer.global_step == 8
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)  # as earlier versions wrote it
+    checkpoint["state_dict"] = {
+        name.replace("layers.0.", "layers.0._orig_mod."): weight for name, weight in checkpoint["state_dict"].items()
+    }
+    torch.save(checkpoint, tmp_path / "a.ckpt")
+    loaded = DACT.load_from_checkpoint(tmp_path / "a.ckpt").eval()
+    torch.testing.assert_close(loaded(batch).probabilities, expected)
 
 
 def test_a_model_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path):

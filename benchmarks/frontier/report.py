@@ -262,7 +262,7 @@ def draw(records: Records, path: Path) -> None:
     columns = min(4, len(names))
     rows = math.ceil(len(names) / columns)
     figure = Figure(figsize=(3.2 * columns, 3.2 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False).flat
+    panels = [*figure.subplots(rows, columns, squeeze=False).flat]
     for axes, name in zip(panels, names, strict=False):
         own = of_data(records, [name])
         shared = DACT.keys(own) & WHOLE.keys(own)
@@ -279,7 +279,7 @@ def draw(records: Records, path: Path) -> None:
             ]
             axes.plot(*zip(*points, strict=True), style, label=str(entrant))
         axes.set(title=name, xlabel="mean layers", ylabel="test accuracy, %")
-    for axes in [*panels][len(names) :]:
+    for axes in panels[len(names) :]:
         axes.set_axis_off()
     labelled = {
         label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)

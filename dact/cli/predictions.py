@@ -239,6 +239,12 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(
             f"{path}: unknown ending {ending!r}, expected one of {', '.join(WRITABLE)}, or - for standard output"
         )
+    try:
+        path = path.resolve()  # what a link names is replaced, and not the link
+    except RuntimeError as error:
+        raise ValueError(f"{path} is a link that leads nowhere: name a file to write to") from error
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise ValueError(f"{path} is no regular file: name one to write to, or - for standard output")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file to write to")
     above = next(folder for folder in path.absolute().parents if folder.exists())

@@ -14,7 +14,7 @@ from dact.data.tokenizers import load_tokenizer, tokenize
 from dact.encoders.base import move
 from dact.encoders.huggingface import load_sequence_classifier, longest_input
 from dact.encoders.pretrained import resolve_pretrained
-from dact.hub import folder_of_dact
+from dact.hub import folder_of_dact, out_of_reach
 from dact.model import DACT
 
 
@@ -63,7 +63,7 @@ def teacher_probabilities(
 def _load(teacher: str) -> tuple[Any, list[str], int | None]:
     """Return the model, the names of its classes, and the most tokens that it takes, None if there is no bound."""
     source = resolve_pretrained(teacher)
-    own = folder_of_dact(source)
+    own = folder_of_dact(source, out_of_reach(source))
     if own is not None:
         model = DACT.from_pretrained(own)
         return model, names_of_classes(model), model.encoder.max_length

@@ -298,11 +298,11 @@ def _quiet_transformers() -> Any:
 
 def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     source = resolve_pretrained(pretrained)
-    own = folder_of_dact(source)
+    cached = out_of_reach(source)
+    own = folder_of_dact(source, cached)
     if own is not None:
         return _load_own(own, num_layers, pretrained)
     try:
-        cached = out_of_reach(source)
         config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=cached)
     except (OSError, ValueError) as error:
         raise ValueError(

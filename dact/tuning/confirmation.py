@@ -72,14 +72,14 @@ class Verdict:
 def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
     """Fit the candidates under fresh seeds, and choose the first unless another one beats it.
 
-    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
-    by more than one standard error of the paired difference over the validation examples. That of the layers has the
-    scatter between fits as well. A loss within what the promise allows, measured from the baseline, counts as the same
-    loss, and so does half a point if it is within the error. Where the first of two clearly loses more than is allowed,
-    accuracy alone decides. Candidates are fitted like the final model,
-    which reuses the fit of the winner. Frozen mode fits only two of them in this way: the first, and that of the others
-    which wins on the frozen states. If the final model keeps the frozen encoder, only these states decide. Fits of an
-    earlier call are not repeated.
+    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same
+    layers, by more than one standard error of the paired difference over the validation examples. That of the
+    layers has the scatter between fits as well. A loss within what the promise allows, measured from the baseline,
+    counts as the same loss, and so does half a point if it is within the error. One that loses more than is
+    allowed, and that much more than another, both by two standard errors, is beaten by it whatever the layers.
+    Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits only two of
+    them in this way: the first, and that of the others which wins on the frozen states. If the final model keeps
+    the frozen encoder, only these states decide. Fits of an earlier call are not repeated.
 
     Args:
         run: The run.
@@ -94,7 +94,7 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     if not others:
         return Verdict(default, f"{default.name}, which tuning chose as well")
     promise = prepared.recipe.promise
-    allowed = (promise.max_accuracy_loss if promise else None) or 0.0
+    allowed = None if promise is None else promise.max_accuracy_loss
     on_states = partial(_on_states, run, prepared, progress)
     keep_frozen = prepared.recipe.final_training == "frozen"
     as_final = on_states if keep_frozen else partial(_as_final, run, prepared, progress)
@@ -109,7 +109,7 @@ Measure = Callable[[Candidate], Outcome | None]  # None where the loss is not fi
 
 
 def _best(
-    candidates: Sequence[Candidate], measure: Measure, allowed: float, comparisons: list[str], where: str = ""
+    candidates: Sequence[Candidate], measure: Measure, allowed: float | None, comparisons: list[str], where: str = ""
 ) -> Candidate:
     """Compare each candidate with the best before it, append the comparisons as text, and return the last winner."""
     best, *others = candidates
@@ -118,12 +118,14 @@ def _best(
         other = measure(candidate)
         text, wins = "", other is not None
         if found is not None and other is not None:
-            within = other.lost.double().mean().item() <= allowed
+            within = other.lost.double().mean().item() <= (allowed or 0.0)
             lost = mean_and_error(other.lost - found.lost)
             fewer, error = mean_and_error(other.exits - found.exits)
             layers = fewer, math.hypot(error, SCATTER)
             own, spread = mean_and_error(found.lost)
-            wins = _beats(layers, lost, within, missed=own - 2 * spread > allowed)
+            # As one that answers with one class after the first layer: nothing takes fewer layers.
+            fails = allowed is not None and min(own - 2 * spread, -lost[0] - 2 * lost[1]) > allowed
+            wins = fails or _beats(layers, lost, within)
             text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
         comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {best.name}{where}{text}")
         if wins:
@@ -131,18 +133,16 @@ def _best(
     return best
 
 
-def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool, missed: bool = False) -> bool:
+def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool) -> bool:
     """Return whether the second of two candidates beats the first.
 
     Args:
         layers: Mean and standard error of the paired difference in layers, second minus first.
         lost: The same of the loss of accuracy.
         within: Whether the second loses no more than is allowed.
-        missed: Whether the first clearly loses more, as one does that answers with one class after the first layer.
-            Then accuracy alone decides.
     """
     fewer = sum(layers) < 0 and (within or lost[0] <= min(lost[1], SAME_LOSS))
-    return fewer or (sum(lost) < 0 and (missed or layers[0] <= layers[1]))
+    return fewer or (sum(lost) < 0 and layers[0] <= layers[1])
 
 
 def _as_final(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:

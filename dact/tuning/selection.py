@@ -9,7 +9,6 @@ from itertools import pairwise
 from typing import Literal
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from dact.answers import mean_and_error
@@ -74,7 +73,7 @@ def select_lambda(
     Args:
         points: All finished trials, at least one.
         rule: ``"promise"``: the fewest layers whose paired loss of accuracy plus its standard error is within
-            `allowed`, measured from the baseline or, where no point reaches that, from the most accurate point; if the
+            `allowed`, measured from the baseline or, where no point keeps that, from the most accurate point; if the
             losses are unknown, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
             layers whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
             Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers
@@ -122,12 +121,12 @@ def select_lambda(
 def _within(points: Sequence[Point], allowed: float) -> list[Point]:
     """Return the points whose loss of accuracy plus its standard error is within `allowed`; see `select_lambda`."""
     known = [(point, point.outcome.lost.double()) for point in points if point.outcome and len(point.outcome.lost) > 1]
-    if not known:
-        return []
-    # In frozen mode the encoder has learned from fewer texts than the baseline, so that often no point reaches that.
+    kept = [point for point, lost in known if sum(mean_and_error(lost)) <= allowed]
+    if kept or not known:
+        return kept
+    # In frozen mode the encoder has learned from fewer texts than the baseline, so that often no point is near that.
     best = min((lost for _, lost in known), key=Tensor.mean)
-    reference = best if best.mean() > 0 else torch.zeros_like(best)
-    return [point for point, lost in known if sum(mean_and_error(lost - reference)) <= allowed]
+    return [point for point, lost in known if len(lost) == len(best) and sum(mean_and_error(lost - best)) <= allowed]
 
 
 def _error(point: Point, best: Point) -> float:
