@@ -312,7 +312,7 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
     status, text = dact_here("test", *model, "--data.test_file", "train.csv", cwd=folder)
     assert status == 0, text
     assert re.search(r"^estimate of halting_margin .* on these 40 examples$", text, re.MULTILINE)
-    for command, option in (("validate", "val_file"), ("calibrate", "val_file"), ("test", "test_file")):
+    for command, option in (("validate", "val_file"), ("calibrate", "calibration_file"), ("test", "test_file")):
         status, text = dact_here(command, *model, cwd=folder)
         assert status == 1
         assert f"given by --config, or --data.{option}" in text
