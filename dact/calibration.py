@@ -41,6 +41,7 @@ SETTINGS: dict[str, tuple[float, ...]] = {
 # which gains offset losses. With fewer, bounding the losses alone takes fewer layers, since that test pays for not
 # knowing how many answers differ.
 MANY = 4
+FAULTLESS = math.sqrt(2)  # standard error of a loss of accuracy that no example shows, times their number
 
 
 @dataclass(frozen=True)
@@ -416,10 +417,8 @@ def describe(found: Calibration, layers: int) -> str:
         first = (
             f"{setting} keeps {name}={value:g}: the class is that of {against} by proof, and no other setting passed"
         )
-        if (
-            found.estimate and 0 < value < 1.42 / found.examples and name == "max_accuracy_loss"
-        ):  # the error of no fault
-            first += f", which takes about {math.ceil(1.42 / value)} examples or more"
+        if found.estimate and name == "max_accuracy_loss" and 0 < value < FAULTLESS / found.examples:
+            first += f", which takes about {math.ceil(FAULTLESS / value)} examples or more"
     elif found.estimate:
         first = (
             f"{setting} is an estimate for {name}={value:g}, without a confidence: {bound}, one standard error included"

@@ -13,6 +13,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -68,6 +69,14 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         raise
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def check_writable_folder(folder: Path, what: str) -> None:
+    """Raise a ``PermissionError`` that begins with `what` unless files can be written into a folder."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise PermissionError(f"{what}: {folder}: {error.strerror}") from error
 
 
 def remove_partial(folder: Path) -> None:

@@ -316,7 +316,7 @@ def _with_prefix(module: nn.Module, state: dict[str, Any], prefix: str, *others:
 # ------------------------------------------------------------------ a folder
 
 
-def this_version() -> str:
+def _this_version() -> str:
     try:
         return f"dact {version('dact')}"
     except PackageNotFoundError:  # run from its sources
@@ -325,7 +325,7 @@ def this_version() -> str:
 
 def write_folder(model: Any, base: type, directory: Path) -> None:
     """Write config.json and model.safetensors into `directory`, which is created if needed."""
-    config = {"format": FORMAT, "written_by": this_version(), **config_of(model, base)}
+    config = {"format": FORMAT, "written_by": _this_version(), **config_of(model, base)}
     json.dumps(config)  # before anything in the folder is replaced
     model.encoder.save_files(directory)
     write_tensors(directory / WEIGHTS_NAME, model.state_dict())
@@ -352,7 +352,7 @@ def read_folder(directory: Path, base: type) -> tuple[dict[str, Any], dict[str, 
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
     written_by = config.pop("written_by", "dact")
     unknown = sorted(config.keys() - {*inspect.signature(base).parameters, *LEARNED, "subclass"})
-    if kind != FORMAT or (unknown and written_by != this_version()):
+    if kind != FORMAT or (unknown and written_by != _this_version()):
         what = f"has {', '.join(unknown)}" if kind == FORMAT else f"is in the format {kind}"
         raise ValueError(
             f"{directory / CONFIG_NAME} was written by {written_by} and {what}, which this version of dact does not "

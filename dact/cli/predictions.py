@@ -9,7 +9,6 @@ import contextlib
 import csv
 import json
 import sys
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
@@ -26,7 +25,7 @@ from dact.agreement import names_of_classes
 from dact.checks import check_count
 from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
 from dact.data.tokenizers import tokenize
-from dact.files import replacing
+from dact.files import check_writable_folder, replacing
 from dact.model import DACTOutput
 from dact.scores import temper
 
@@ -247,11 +246,8 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"{path} is no regular file: name one to write to, or - for standard output")
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file to write to")
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    try:
-        tempfile.TemporaryFile(dir=above).close()
-    except OSError as error:
-        raise PermissionError(f"{path} cannot be written: {above}: {error.strerror}") from error
+    above = next(folder for folder in path.parents if folder.exists())
+    check_writable_folder(above, f"{path} cannot be written")
 
 
 @contextlib.contextmanager

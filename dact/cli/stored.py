@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-def
 
 from dact.calibration import store_in_checkpoint
 from dact.encoders import LayeredEncoder
+from dact.files import check_writable_folder
 from dact.hub import HUB_ID, local_folder
 from dact.model import DACT
 from dact.persistence import CONFIG_NAME
@@ -87,13 +87,10 @@ def check_storable(source: Path) -> None:
     """Raise an error unless `store_dial` can write where the model lies."""
     other = counterpart(source)
     for path in [source] if other is None else [source, other]:
-        folder = path if path.is_dir() else path.parent
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise PermissionError(
-                f"{folder} cannot be written ({error.strerror}): calibrate a copy of the model in a folder that can"
-            ) from error
+        check_writable_folder(
+            path if path.is_dir() else path.parent,
+            "the model cannot be written: calibrate a copy of it in a folder that can",
+        )
 
 
 def store_dial(source: Path, model: DACT, dial: str) -> list[str]:

@@ -110,7 +110,7 @@ def fit_baseline(
         model = recipe.whole(model).at_full_depth()
     epochs = _epochs(recipe, data)
     checkpoints = checkpoints_of(folder, f"{origin}/teacher")
-    with seeded(recipe.seed), progress.fit(f"baseline at full depth, {epochs} epoch{'s' * (epochs != 1)}") as bar:
+    with seeded(recipe.seed), progress.fit("baseline at full depth", epochs) as bar:
         history = resumable_fit(
             recipe.trainer,
             model,

@@ -107,7 +107,7 @@ class CheckpointedFit:
         recipe, chosen = self.prepared.recipe, dict(self.settings or {})
         epochs = chosen.pop("num_epochs", recipe.epochs)
         epochs = head_epochs(epochs) if self.keep_frozen else epochs
-        with seeded(self.seed), progress.fit(f"{what}, {epochs} epoch{'s' * (epochs != 1)}") as bar:
+        with seeded(self.seed), progress.fit(what, epochs) as bar:
             if self.settings is None:
                 model, data = recipe.untuned(self.prepared.own_teacher)
             else:

@@ -137,7 +137,8 @@ def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool)
     """Return whether the second of two candidates beats the first.
 
     Args:
-        layers: Mean and standard error of the paired difference in layers, second minus first.
+        layers: Mean and standard error, with the scatter between fits, of the paired difference in layers, second
+            minus first.
         lost: The same of the loss of accuracy.
         within: Whether the second loses no more than is allowed.
     """

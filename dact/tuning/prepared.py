@@ -245,7 +245,7 @@ def _warm_up(
         model.lambda_reg = 0.0  # layers are free, since only the encoder of this fit is kept
         checkpoints, epochs = checkpoints_of(folder, origin), recipe.warm_up_epochs
         what = "encoder of the studies"
-        with seeded(recipe.seed), progress.fit(f"{what}, {epochs} epoch{'s' * (epochs != 1)}") as bar:
+        with seeded(recipe.seed), progress.fit(what, epochs) as bar:
             resumable_fit(for_part(recipe.trainer), model, data, checkpoints, bar, what=what, epochs=epochs)
         write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
         shutil.rmtree(checkpoints)

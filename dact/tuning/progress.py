@@ -73,23 +73,24 @@ class Progress:
         self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
 
     @contextlib.contextmanager
-    def fit(self, what: str) -> Iterator[Callback]:
-        """Show the progress of a fit, and yield the callback that reports it."""
+    def fit(self, what: str, epochs: int) -> Iterator[Callback]:
+        """Show the progress of a fit of some epochs, and yield the callback that reports it."""
+        what = f"{what}, {epochs} epoch{'s' * (epochs != 1)}"
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
         with Bars(*columns, console=self.console, transient=True) as bars:
-            task, epochs = bars.add_task(what, total=None), 0
+            task, begun = bars.add_task(what, total=None), 0
 
             def begin(trainer: Trainer, _: object) -> None:
-                nonlocal epochs
-                epochs += 1
+                nonlocal begun
+                begun += 1
                 batches = int(trainer.num_training_batches)
                 total = (trainer.max_epochs or 1) * batches
                 bars.update(task, total=total, completed=trainer.current_epoch * batches)
 
             yield LambdaCallback(on_train_epoch_start=begin, on_train_batch_end=lambda *_: bars.advance(task))
         seconds = time.monotonic() - start
-        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, epochs)  # that of the baseline
+        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, begun)  # that of the baseline
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
     def announce(self, trials: Sequence[int], time_out: float | None, epochs_after: int) -> None:
