@@ -399,6 +399,19 @@ def test_the_seed_of_a_command_leaves_the_division_of_the_data_to_the_data(dact_
     assert (status, seeds) == (0, [(3, 0)]), output
 
 
+def test_a_null_in_the_trainer_section_of_tune_is_not_replaced_by_a_default(dact_here, tmp_path, monkeypatch):
+    clips = []
+    monkeypatch.setattr(
+        TuningEngine, "run_pipeline", lambda self, tag: clips.append(self.recipe.trainer["gradient_clip_val"])
+    )
+    plain = "".join(line for line in GENERATED.read_text().splitlines(True) if "gradient_clip_val" not in line)
+    (tmp_path / "plain.yaml").write_text(plain)
+    for words in ([], ["--trainer.gradient_clip_val", "null"]):
+        status, output = dact_here("tune", "--config", "plain.yaml", *words, cwd=tmp_path)
+        assert status == 0, output
+    assert clips == [1.0, None]
+
+
 def test_tune_refuses_what_only_fit_reads(dact_here, tmp_path):
     for words in (["--optimizer", "torch.optim.SGD"], ["--monitor", "val_macro_f1"]):
         status, output = dact_here("tune", "--config", GENERATED, *words, cwd=tmp_path)

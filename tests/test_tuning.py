@@ -560,6 +560,10 @@ def test_what_the_end_of_a_run_needs_is_asked_for_at_its_start(tmp_path):
         engine(tmp_path, n_trials=1, data=lambda: WithTest()).run_pipeline("run")
     with pytest.raises(TypeError, match="tuning needs one DataLoader .* for validation, got list"):
         engine(tmp_path, n_trials=1, data=TwoValidations).run_pipeline("run")
+    with pytest.raises(ValueError, match="model must take .*lambda_reg and give them to DACT: .* 'learning_rate'"):
+        engine(tmp_path, model=lambda **chosen: small_model(**{"learning_rate": 0.1}, **chosen)).run_pipeline("run")
+    with pytest.raises(ValueError, match="model was asked for lambda_reg=0.001 and made one with 0.02: it must give"):
+        engine(tmp_path, model=lambda **o: small_model(**{**o, "lambda_reg": 0.02})).run_pipeline("run")
     assert not list(tmp_path.rglob("trial_*"))
 
 
@@ -881,7 +885,7 @@ def test_before_the_first_frozen_trial_everything_is_made_once(tmp_path, monkeyp
     made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1, model=counting("models", small_model))
     with pytest.raises(KeyboardInterrupt):
         made.run_pipeline("run")
-    assert seen["models"] <= 2
+    assert seen["models"] <= 3, "one as it is, one that tries the arguments of a trial, one whose encoder is frozen"
     assert seen["encoded"] == 1, "the training text is tokenized once"
     assert seen["opened"] == 3, "each study once"
 

@@ -19,16 +19,19 @@ from dact.factories import DataFactory, ModelFactory
 
 
 def add_tuner_arguments(parser: LightningArgumentParser) -> None:
-    """Add the options of the engine to a parser, except those that have sections of their own."""
+    """Add the options of the engine to a parser, except those that have sections of their own, and its defaults."""
     from dact.tuning import TuningEngine
+    from dact.tuning.recipe import TRAINER_DEFAULTS
 
     elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed", "callbacks"}
     parser.add_class_arguments(TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False)
+    parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
 
 def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type, request: Request) -> None:
     """Run the pipeline on the sections of a configuration; `request` is for the message that says how to resume."""
     from dact.tuning import TuningEngine
+    from dact.tuning.recipe import TRAINER_DEFAULTS
     from dact.tuning.storage import describe_storage, root_cause, stopped_by
 
     if config.data is None:
@@ -48,7 +51,9 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     builder.add_lightning_class_args(trainer_class, "trainer")  # type: ignore[arg-type]
     add_tuner_arguments(builder)
     ready = builder.instantiate_classes(builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]}))
-    trainer = {name: value for name, value in vars(ready.trainer).items() if value is not None}
+    trainer = {
+        name: value for name, value in vars(ready.trainer).items() if value is not None or name in TRAINER_DEFAULTS
+    }
     engine = TuningEngine(
         plain["model"]["output_dimension"],
         model=ModelFactory(plain["model"]),

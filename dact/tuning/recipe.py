@@ -19,6 +19,7 @@ from dact.tuning.fitting import HEAD_EPOCHS, as_list, head_epochs, make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
+TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
 DISTILLATION = 0.5  # share of the teacher in the targets
 COMPARED = (  # arguments of the Trainer that must be equal for the values of trials to be comparable
     "precision",
@@ -230,7 +231,7 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: If the user's arguments ask for more than one device, no epoch, or fast_dev_run.
     """
-    trainer = {"max_epochs": 4, "gradient_clip_val": 1.0, **(given or {})}
+    trainer = {**TRAINER_DEFAULTS, **(given or {})}
     check_count("TuningEngine: max_epochs of the Trainer", trainer["max_epochs"])
     if trainer.get("fast_dev_run"):
         raise ValueError(

@@ -63,6 +63,11 @@ class Dimension:
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step must be above 0, got {self.step}")
 
+    @property
+    def first(self) -> Any:
+        """The lowest value, or the first of the choices."""
+        return self.low if self.choices is None else self.choices[0]
+
     def holding(self, value: Any) -> Dimension:
         """Return the dimension, widened to hold `value`; a step that would miss it is dropped."""
         if self.type == "categorical":
@@ -78,7 +83,7 @@ class Dimension:
         """Return the value of the dimension that is nearest to `value`: of choices without it, the first."""
         if self.type == "categorical":
             assert self.choices is not None
-            return value if value in self.choices else self.choices[0]
+            return value if value in self.choices else self.first
         assert self.low is not None and self.high is not None
         if self.holding(value) == self:
             return value

@@ -17,7 +17,7 @@ from dact.tuning.fitting import seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
 from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
-from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, flat
+from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, flat
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate; some 150 can show that a point is kept
@@ -25,6 +25,7 @@ RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
 HEAD_RATE_FACTOR = 10  # the submodels' rate in the first trial is this multiple of the encoder's …
 HEAD_RATE = 1e-3  # … but at most this
+OF_NO_MODEL = ("batch_size", "num_epochs")  # settings of data and Trainer
 
 
 @dataclass(frozen=True)
@@ -120,6 +121,8 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
     submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
+    if measured:
+        _check_factory(recipe, spaces, submodels)
     return Surveyed(recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels)
 
 
@@ -142,6 +145,36 @@ def _check_order(split: str, loader: DataLoader[Any]) -> None:
         raise ValueError(
             f"TuningEngine: models are compared example by example, but the {split} loader {how}: leave that out"
         )
+
+
+def _check_factory(recipe: Recipe, spaces: Spaces, submodels: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if the models of the factory are not what the trials ask for.
+
+    Args:
+        recipe: Recipe of the run.
+        spaces: Complete spaces.
+        submodels: See `Surveyed`.
+    """
+    winners: dict[str, Any] = {}
+    for stage in STAGES:
+        params = {name: dimension.first for name, dimension in spaces[stage.name].items()}
+        winners |= stage.parse({**submodels, **params} if stage is SUBMODELS else params)
+    asked = {name: value for name, value in Winners(**winners).settings().items() if name not in OF_NO_MODEL}
+    try:
+        with seeded(recipe.seed):
+            model = recipe.make_model(**asked)
+    except TypeError as error:
+        raise ValueError(f"TuningEngine: model must take {', '.join(asked)} and give them to DACT: {error}") from error
+    except ValueError:
+        return  # this combination is refused, and so would be its trial
+    for name, value in recipe.overrides(asked).items():
+        found = getattr(model, name)
+        found = getattr(found, "config", found)
+        if found != value:
+            raise ValueError(
+                f"TuningEngine: model was asked for {name}={value} and made one with {found}: it must give what it is "
+                "asked for to DACT"
+            )
 
 
 def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> None:
