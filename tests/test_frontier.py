@@ -80,15 +80,6 @@ def test_a_plain_learner_learns_as_the_package_does():
     torch.testing.assert_close(vars(model.loss(batch, 0.02)), vars(DACT.loss(model, batch, 0.02)))
 
 
-def test_the_exit_loss_of_accumulated_answers_is_that_of_what_early_exit_returns():
-    model, batch = make_learner("dact-2-anytime"), taught_batch()
-    output = model(batch)
-    a, _ = functional.accumulate(output.layer_probabilities, output.h)
-    target = functional.soft_targets(batch["labels"], 3, batch["teacher"], 0.5)
-    expected = torch.stack([functional.task_loss(a[:, layer], target) for layer in range(2)]).mean()
-    torch.testing.assert_close(model.loss(batch).exit_loss, expected)
-
-
 def test_a_live_teacher_answers_to_the_text_that_its_learner_sees():
     model, batch, teacher = make_learner("multi-2-live"), taught_batch(), make_learner("dact-2")
     batch["input_ids"] = batch["input_ids"].repeat(8, 10)

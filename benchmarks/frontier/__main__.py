@@ -59,7 +59,8 @@ def main() -> None:
             shop = Workshop(arguments.cache, setting, arguments.precision, arguments.keep_models)
             for seed in arguments.seeds:
                 for method in arguments.methods:
-                    run(shop, method, seed)
+                    if not path_of(setting, method, seed).is_file():
+                        run(shop, method, seed)
     show()
 
 

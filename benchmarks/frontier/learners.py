@@ -12,7 +12,6 @@ from dact.encoders.base import Batch
 from dact.outputs import Loss
 
 from .methods import Method
-from .rules import log_of
 
 DRAWS = 5  # margins per step for the option `weighted`
 SHARPNESS = 1.0  # β of the weights softmax(−β |n − exit|) at the end of the training; it rises from 0
@@ -54,8 +53,7 @@ class Learner(DACT):
             states, y = states.detach(), y.detach()
         h = functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
         a, p = functional.accumulate(y, h)
-        answers = log_of(a) if "anytime" in self.method.options else logits.log_softmax(dim=-1)
-        by_exit = -(target.unsqueeze(1) * answers).sum(dim=-1)  # [batch, layers]
+        by_exit = -(target.unsqueeze(1) * logits.log_softmax(dim=-1)).sum(dim=-1)  # [batch, layers]
         exit_loss = (self._exit_weights(y.detach()) * by_exit).sum(dim=1).mean()
         task_loss = functional.task_loss(a[:, -1], target)
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
@@ -66,9 +64,6 @@ class Learner(DACT):
     def _exit_weights(self, y: Tensor) -> Tensor:
         """The weight of each exit for each example ``[batch, layers]``; rows sum to 1."""
         examples, layers, _ = y.shape
-        if "late" in self.method.options:
-            depth = torch.arange(1.0, layers + 1, device=y.device)
-            return (depth / depth.sum()).expand(examples, layers)
         if "weighted" not in self.method.options:
             return y.new_full((examples, layers), 1 / layers)
         top = y.topk(2, dim=-1).values

@@ -14,13 +14,10 @@ KINDS = {
 OPTIONS = {
     "exits": "DACT: exit_loss_weight 3 instead of 0.3",
     "heavy": "DACT: exit_loss_weight 30, next to which the loss of a_N hardly moves encoder and classifiers",
-    "anytime": "DACT: the exit loss is that of the accumulated answers a_n, which early exit returns, not of y_n",
     "free": "DACT: λ = 0, so that the confidence only weighs the exits",
     "detached": "DACT: encoder and classifiers learn from the exit loss alone, as in the multi-exit; a_N teaches the confidence",
-    "late": "the exit loss of layer n has the weight n",
     "weighted": "the exit loss follows where each example leaves (COSEE, arXiv 2412.13236)",
     "long": "twice the epochs",
-    "fast": "three times the learning rates",
     "warm": "DACT: starts from all weights of the multi-exit of as many layers",
     "averaged": "the teacher is the mean of the baselines of three seeds",
     "crossfit": "the teacher's answer to a text comes from a baseline that has not seen it (three folds)",
@@ -29,7 +26,7 @@ OPTIONS = {
     "unlabelled": "up to 6,000 more training texts, without their classes: the teacher alone is their target",
     "plenty": "the same with up to 15,000",
 }
-DACT_ALONE = ("exits", "heavy", "anytime", "free", "detached", "warm")
+DACT_ALONE = ("exits", "heavy", "free", "detached", "warm")
 
 
 @dataclass(frozen=True)
@@ -50,8 +47,6 @@ class Method:
         unknown = [option for option in self.options if option not in OPTIONS]
         if self.kind not in KINDS or unknown:
             raise ValueError(f"{self}: expected a kind of {', '.join(KINDS)} and options of {', '.join(OPTIONS)}")
-        if {"anytime", "detached"} <= set(self.options):
-            raise ValueError(f"{self}: detached leaves anytime nothing to learn from")
         foreign = [option for option in self.options if option in DACT_ALONE and self.kind != "dact"]
         if foreign:
             raise ValueError(f"{self}: {', '.join(foreign)} needs DACT")

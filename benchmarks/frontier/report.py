@@ -20,7 +20,8 @@ from .rules import BUDGETS, FITS
 Key = tuple[str, int]  # a setting (data set and division) and a seed
 Records = dict[str, dict[Key, dict[str, Any]]]  # by method
 
-DATA = ("vader", "vader-2000", "tweets", "newspaper", "film", "product", "generated")  # what the comparison pools
+REAL = ("vader", "vader-2000", "tweets", "newspaper", "film", "product")  # for MiniLM
+DATA = (*REAL, "generated")  # the last one for a small encoder from scratch
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ DACT = Entrant("dact-4-detached", "DACT")
 PEER = Entrant("multi-4", "fair peer")  # a multi-exit of the same layers
 ENCODERS = tuple(Entrant(f"encoder-{layers}", f"encoder of {layers} layers") for layers in (2, 3, 4))
 WHOLE = Entrant(f"baseline-{FULL}", "full depth")
+TAUGHT = Entrant(f"encoder-{FULL}", "full depth, taught")  # trained again from WHOLE, as all others are
+PEERS = (PEER, Entrant("multi-3", "multi-exit of 3 layers"), *ENCODERS, TAUGHT, WHOLE)
 
 
 def load() -> Records:
@@ -109,9 +112,13 @@ class Difference:
     trainings: int
     data: tuple[str, ...]
 
+    @property
+    def error(self) -> float:
+        """The larger of the two."""
+        return max(error for error in (self.text_error, self.training_error) if not math.isnan(error))
+
     def __str__(self) -> str:
-        errors = [error for error in (self.text_error, self.training_error) if not math.isnan(error)]
-        return f"{self.gain:+.2f} ± {max(errors):.2f} ({self.val_gain:+.2f})"
+        return f"{self.gain:+.2f} ± {self.error:.2f} ({self.val_gain:+.2f})"
 
 
 def difference(records: Records, left: Entrant, right: Entrant, budget: float) -> Difference | None:
@@ -140,18 +147,60 @@ def difference(records: Records, left: Entrant, right: Entrant, budget: float) -
     )
 
 
+def mean_point(records: Records, entrant: Entrant, keys: Iterable[Key], budget: float | None) -> tuple[float, float]:
+    """Mean layers and test accuracy in %, over the texts of all divisions, each the mean over its seeds as in `difference`."""
+    by_setting: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for key in keys:
+        point = entrant.point(records, key, budget)["test"]
+        texts = records[entrant.method][key]["texts"]["test"]
+        by_setting[key[0]].append((texts, point["layers"], point["accuracy"]))
+    divisions = np.array([np.mean(found, axis=0) for found in by_setting.values()])
+    layers, accuracy = divisions[:, 0] @ divisions[:, 1:] / divisions[:, 0].sum()
+    return float(layers), float(accuracy)
+
+
+def overview_table(records: Records, data: Iterable[str]) -> list[str]:
+    """One line per data set, at 2, 2.5 and 3 mean layers."""
+    budgets = (2.0, 2.5, 3.0)
+    at = "at 2 / 2.5 / 3"
+    lines = [
+        f"| test accuracy, % (trainings) | full depth | the same, taught | encoder of 2 / 3 / 4 | DACT {at} | fair peer {at} "
+        f"| DACT less peer {at} |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name in data:
+        own = of_data(records, [name])
+        shared = DACT.keys(own) & WHOLE.keys(own)
+
+        def cell(*places: tuple[Entrant, float | None], own: Records = own, shared: set[Key] = shared) -> str:
+            return " / ".join(
+                f"{mean_point(own, entrant, shared, budget)[1]:.2f}" if shared <= entrant.keys(own) else "–"
+                for entrant, budget in places
+            )
+
+        gains = [difference(own, DACT, PEER, budget) for budget in budgets]
+        cells = [
+            cell((WHOLE, None)),
+            cell((TAUGHT, None)),
+            cell(*((encoder, None) for encoder in ENCODERS)),
+            *(cell(*((entrant, budget) for budget in budgets)) for entrant in (DACT, PEER)),
+            " / ".join("" if gain is None else f"{gain.gain:+.2f} ± {gain.error:.2f}" for gain in gains),
+        ]
+        lines.append(_row(f"{name} ({len(shared)})", cells))
+    return lines
+
+
 def accuracy_table(records: Records, data: str) -> list[str]:
     """Test accuracy at mean layers of what is compared on one data set; of what has been trained wherever DACT has."""
     records = of_data(records, [data])
     shared = DACT.keys(records) & WHOLE.keys(records)
     lines = _head(f"{data}: test accuracy, %", "all layers")
-    for entrant in (DACT, PEER, *ENCODERS, WHOLE):
+    for entrant in (DACT, *PEERS):
         if not shared <= entrant.keys(records):
             continue
         cells = [] if entrant.adapts else [""] * len(BUDGETS)
         for budget in (*BUDGETS, None) if entrant.adapts else [None]:
-            points = [entrant.point(records, key, budget)["test"] for key in shared]
-            accuracy, layers = (statistics.mean(point[what] for point in points) for what in ("accuracy", "layers"))
+            layers, accuracy = mean_point(records, entrant, shared, budget)
             cells.append(f"{accuracy:.2f} @{layers:.2f}")
         lines.append(_row(f"{entrant} ({len(shared)})", cells))
     return lines
@@ -160,9 +209,10 @@ def accuracy_table(records: Records, data: str) -> list[str]:
 def peer_table(records: Records, corner: str) -> list[str]:
     """How far DACT is above each of its peers; above a cut encoder at the budget of its layers, or at the largest one."""
     lines = _head(corner)
-    for peer in (PEER, *ENCODERS, WHOLE):
-        own = min(peer.parsed.layers, BUDGETS[-1])
-        budgets = [budget for budget in BUDGETS if peer.adapts or peer == WHOLE or budget == own]
+    for peer in PEERS:
+        depth = peer.parsed.layers
+        own = min(depth, BUDGETS[-1])
+        budgets = [budget for budget in BUDGETS if (peer.adapts and budget <= depth) or depth == FULL or budget == own]
         found = {budget: difference(records, DACT, peer, budget) for budget in budgets}
         if any(found.values()):
             lines.append(_row(f"DACT less {peer} ({_size(found.values())})", map(_cell, map(found.get, BUDGETS))))
@@ -246,7 +296,9 @@ def tables(records: Records) -> str:
         "points ± the larger of the errors from texts and from divisions, in brackets on validation texts, each half by "
         "what the other half chose. A text that is in several data sets counts in each.",
         "## DACT next to its peers",
+        peer_table(of_data(records, REAL), "real texts, pooled"),
         peer_table(of_data(records, data), "all data sets, pooled"),
+        overview_table(records, data),
     ]
     for name in data:
         parts += [accuracy_table(records, name), peer_table(of_data(records, [name]), name)]

@@ -163,8 +163,6 @@ def make_model(setting: Setting, method: Method, mask_token: int | None = None) 
         rates = {"learning_rate": 2e-3}
     else:
         encoder = HuggingFaceEncoder(MINILM, num_layers=method.layers, pooling="mean")
-    if "fast" in method.options:
-        rates = {name: 3 * rate for name, rate in rates.items()}
     arguments: dict[str, Any] = {"encoder": encoder, "classifier": HEAD, "confidence": HEAD, **rates}
     if method.kind == "baseline":  # plain fine-tuning has one rate
         return DACT(**{**arguments, "submodel_learning_rate": None}).at_full_depth()
