@@ -169,6 +169,14 @@ def test_predict_takes_a_run_a_folder_or_a_checkpoint_without_any_yaml(run_of_tw
     assert [path.name for path in (folder / "lightning_logs").iterdir()] == ["first"]
 
 
+def test_texts_that_the_tokenizer_does_not_know_are_reported(run_of_two_files):
+    folder = run_of_two_files
+    (folder / "new.txt").write_text(f"{TEXTS[0]}\nQuarterly figures disappointed analysts\n" * 3)
+    words = ["--model", "lightning_logs/first", "--data.predict_file", "new.txt", "--output", "answers.csv"]
+    done = dact("predict", *words, cwd=folder)
+    assert done.stderr.count("some texts consist mostly of tokens that the tokenizer does not know") == 1
+
+
 def test_a_setting_on_the_command_line_replaces_that_of_the_stored_model(run_of_two_files, dact_here):
     folder = run_of_two_files
     (folder / "new.txt").write_text("\n".join(TEXTS))

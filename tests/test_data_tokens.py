@@ -173,6 +173,17 @@ def test_short_texts_say_nothing(tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
+@pytest.mark.parametrize(
+    ("texts", "count"), [(["ja", "nein"], 2), (["word1 word2", "ja word1 word2", "ja nein word1"], 1)]
+)
+def test_texts_that_the_tokenizer_does_not_know_are_counted(tmp_path, texts, count):
+    """BERT's tokenizer here knows the words of `WORDS` alone."""
+    (tmp_path / "new.txt").write_text("\n".join([*texts, *WORDS]))
+    module = TextClassificationData(predict_file=str(tmp_path / "new.txt"), tokenizer=bert_tokenizer())
+    with pytest.warns(UserWarning, match=f"^{count} of {len(texts) + len(WORDS)} predict texts consist mostly of"):
+        module.setup("predict")
+
+
 def test_a_tokenizer_may_come_later_but_not_too_late(tmp_path):
     file = write(tmp_path, WORDS)
     module = TextClassificationData(file)

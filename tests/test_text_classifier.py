@@ -46,6 +46,18 @@ def test_a_prediction_has_the_probabilities_of_all_classes(classifier):
         assert prediction.score == prediction.probabilities[prediction.label] == max(prediction.probabilities.values())
 
 
+@pytest.mark.parametrize(
+    "unknown", ["Quarterly figures", "bad quarterly figures", ("bad", "quarterly figures disappoint")]
+)
+def test_a_text_that_the_tokenizer_does_not_know_causes_a_warning(classifier, unknown):
+    with pytest.warns(UserWarning, match="consist mostly of tokens that the tokenizer does not know") as seen:
+        classifier([unknown])
+    assert seen[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        classifier(["bad figures", "Not good."] if isinstance(unknown, str) else [("bad film", "figures")])
+
+
 def test_many_threads_get_the_answers_of_one(classifier):
     texts = [[f"{' '.join(WORDS[: 1 + number % 6])} " * (1 + number % 5)] * (1 + number % 9) for number in range(64)]
     expected = [classifier(some) for some in texts]

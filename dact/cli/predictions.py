@@ -24,7 +24,7 @@ from dact import signals
 from dact.agreement import names_of_classes
 from dact.checks import check_count
 from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
-from dact.data.tokenizers import tokenize
+from dact.data.tokenizers import tokenize, warn_of_unknown
 from dact.files import check_writable_folder, replacing
 from dact.model import DACTOutput
 from dact.scores import temper
@@ -97,7 +97,9 @@ class PredictionData(LightningDataModule):
             has_tokens = encoding["attention_mask"].any(dim=1)
             self.unusable |= {int(row): "no tokens" for row in encoding["row"][~has_tokens]}
             if has_tokens.any():
-                yield {name: values[has_tokens] for name, values in encoding.items()}
+                kept = {name: values[has_tokens] for name, values in encoding.items()}
+                warn_of_unknown(self.tokenizer, kept, pairs=len(texts) > 1)
+                yield kept
 
     @override
     def predict_dataloader(self) -> Iterator[dict[str, Tensor]]:

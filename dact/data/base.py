@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -26,13 +27,14 @@ from dact.data.batching import (
 )
 from dact.data.examples import Examples, stratified_split
 from dact.data.teacher import teacher_probabilities
-from dact.data.tokenizers import PreTrainedTokenizerBase, tokenizer_for
+from dact.data.tokenizers import PreTrainedTokenizerBase, mostly_unknown, tokenizer_for
 
 INFERENCE_BATCH = 1024  # examples per batch of test and predict; early exit regroups within a batch
 VALIDATION_BLOCK = 64  # neighbours of similar length in validation
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
 EVALUATING = (TrainerFn.VALIDATING, TrainerFn.TESTING)
-CUT_SHARE = 0.01  # a larger share of texts that are cut deserves a warning
+CUT_SHARE = 0.01  # a larger share of texts that are cut deserves a warning …
+UNKNOWN_SHARE = 0.01  # … and of texts that are mostly unknown to the tokenizer; in prediction a single one does
 
 
 class TextDataModule(LightningDataModule, ABC):
@@ -135,6 +137,7 @@ class TextDataModule(LightningDataModule, ABC):
                     encoded, cut = encode(examples, self.tokenizer, self.max_length)
                     self._encoded[name] = _with_little_padding(encoded) if name in ("val", "calibration") else encoded
                     self._warn_of_cuts(name, cut)
+                    self._warn_of_unknown(name, encoded)
 
     def _parts(self, split: str) -> dict[str, Examples]:
         """Return the examples of a split and, with those of validation, those that are set aside for calibration."""
@@ -161,6 +164,16 @@ class TextDataModule(LightningDataModule, ABC):
                 f"{len(cut) / examples:.0%} of the {split} texts are longer than max_length={self.max_length} tokens "
                 f"and are cut; max_length={needed} would keep {1 - CUT_SHARE:.0%} of them whole, if the encoder takes "
                 "that many"
+            )
+
+    def _warn_of_unknown(self, split: str, encoded: Encoded) -> None:
+        pairs = self.splits[split].pairs is not None
+        lengths = np.diff(encoded.offsets)
+        unknown = int(mostly_unknown(self.tokenizer, encoded.tokens["input_ids"], lengths, pairs=pairs).sum())
+        if unknown > (0 if split == "predict" else UNKNOWN_SHARE * len(encoded)):
+            rank_zero_warn(
+                f"{unknown:,} of {len(encoded):,} {split} texts consist mostly of tokens that the tokenizer does not "
+                "know, so that their classes mean little: is it the tokenizer of the encoder, and made for such texts?"
             )
 
     # ------------------------------------------------------------------ batches
