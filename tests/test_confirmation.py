@@ -12,7 +12,7 @@ from dact import DACT, TuningEngine
 from dact.calibration import Promise
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
-from dact.tuning import checkpointed_fit, final
+from dact.tuning import checkpointed_fit, confirmation, final
 from dact.tuning.confirmation import Candidate, _beats, _best
 from dact.tuning.outcome import Outcome
 
@@ -52,6 +52,9 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
+    seeds = []
+    on_states = confirmation.fit_settings
+    monkeypatch.setattr(confirmation, "fit_settings", lambda *given: seeds.append(given[2]) or on_states(*given))
     run, promise = tmp_path / "run", Promise(max_layers=2.2, confidence=None)
     with monkeypatch.context() as patched:
         patched.setattr(final, "evaluate", killed)  # after the fits, while the final model is measured
@@ -60,6 +63,9 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     confirmed = [str(folder.relative_to(run)) for folder in fitted]
     assert confirmed[0] == "confirmation/default_settings/fit"
     assert confirmed[1:] in (["confirmation/first_trial/fit"], ["confirmation/tuned/fit"])
+    assert len(seeds) == 6, "two candidates, three seeds each"
+    assert len({*seeds}) == 3
+    assert min(seeds) > 2, "not those of the trials"
 
     metrics, checkpoint = engine(tmp_path, promise=promise).run_pipeline("run")
     assert [str(folder.relative_to(run)) for folder in fitted[2:]] == ["final/defaults"], "nothing is fitted twice"
@@ -90,8 +96,9 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
         ((-0.5, 0.1), (0.0, 0.005), False, True),  # fewer layers at the same accuracy
         ((-0.05, 0.1), (0.0, 0.005), True, False),  # not by more than the error
         ((-0.5, 0.1), (0.01, 0.005), False, False),  # fewer, and worse
-        ((-0.5, 0.1), (0.01, 0.005), True, True),  # fewer, and worse by no more than the promise allows
-        ((-0.5, 0.1), (0.01, 0.016), False, False),  # the same, with too few examples to show it
+        ((-0.5, 0.1), (0.01, 0.005), True, False),  # the same, though no worse than the promise allows
+        ((-0.5, 0.1), (0.01, 0.016), True, True),  # fewer, and no worse as far as the examples can tell
+        ((-0.5, 0.1), (0.01, 0.016), False, False),  # the same, where the promise allows less than is lost
         ((0.05, 0.1), (-0.01, 0.005), False, True),  # better at the same layers
         ((0.5, 0.1), (-0.01, 0.005), True, False),  # better, and more layers
         ((0.0, 0.0), (0.0, 0.0), True, False),

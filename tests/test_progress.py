@@ -80,6 +80,9 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     assert len(lines) <= 23, "and a line for the prompt"
     assert max(map(len, lines)) <= 80
     assert str(folder / "model") in "".join(lines)
+    text = " ".join(" ".join(lines).split())
+    assert f"settings: {verdict}" in text
+    assert "pruning ended 1 of 3 trials early" in text
     promised = next(line for line in lines if "promised" in line)
     assert promised.split()[:2] == ["0.83", "78.50"]
     (folder / "metrics.json").write_text(json.dumps({**metrics(), "calibration": None}))
@@ -89,6 +92,14 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     assert "as set" in text
     assert "promised" not in text
     assert "set by an estimate" not in text
+    at_worst = {**metrics()["validation"], "majority_share": 1.0, "mean_exit_layer": 1.0}
+    (folder / "metrics.json").write_text(json.dumps(metrics(validation=at_worst)))
+    console = Console(width=80, record=True)
+    show_summary(console, folder, verdict, [pruned_study()])
+    text = console.export_text()
+    assert "warning: all validation examples get one class" in text
+    assert "warning: the depth has collapsed" in text
+    assert len(text.splitlines()) <= 23
 
 
 @pytest.mark.parametrize(
@@ -185,8 +196,22 @@ def test_the_time_left_covers_the_fits_after_the_studies():
     progress.console = Console(width=80, record=True)
     progress.announce([3, 3, 3], None, epochs_after=8)
     study = optuna.create_study()
-    progress._seconds_per_epoch = 60.0  # as the baseline took
-    with progress.study("training", study, 1, 0, Deadline(), Deadline()):
+    progress.seconds_per_epoch = 60.0  # as the baseline took
+    with progress.study("submodels", study, 1, 0, Deadline(), Deadline()):
         study.add_trial(create_trial(value=1.0))
         progress.refresh()
     assert "about 8 min left for the whole run" in progress.console.export_text()
+    with progress.study("training", optuna.create_study(), 1, 0, Deadline(), Deadline()):
+        pass
+    assert "about 8 min left for the whole run" in progress.console.export_text(), (
+        "before a trial of this study has ended"
+    )
+
+
+def test_the_announcement_names_what_the_deadline_does_not_bound():
+    progress = Progress()
+    progress.console = Console(width=80, record=True)
+    progress.announce([6, 6, 6], 600.0, epochs_after=8)
+    said = " ".join(progress.console.export_text().split())
+    assert said.startswith("6 + 6 + 6 trials, then the final fit")
+    assert "The studies end after 10 min; preparation, confirmation and final fit are not bounded" in said

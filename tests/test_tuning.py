@@ -152,9 +152,25 @@ def test_the_studies_hold_what_the_objectives_say(tuned):
     assert all(len(trial.values) == 2 for trial in lambdas.trials)
     assert all(1 <= trial.values[1] <= 3 for trial in lambdas.trials)
     assert made.lambda_reg in [trial.params["lambda_reg"] for trial in lambdas.trials]
+    fits = 3 if made.recipe.encoder_training == "frozen" else 1  # of each trial, on 60 validation examples
+    assert all(sum(trial.user_attrs["exit_histogram"]) == 60 * fits for trial in lambdas.trials)
     for study in (submodels, training):
         for trial in study.trials:
             assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
+
+
+def test_a_resumed_run_knows_the_pace_of_its_baseline(tmp_path):
+    first, again = engine(tmp_path), engine(tmp_path)
+    for made in (first, again):
+        made._prepare(made._begin("run"), made._survey())
+    assert again.progress.seconds_per_epoch == first.progress.seconds_per_epoch > 0
+
+
+def test_a_promise_that_becomes_an_estimate_is_said_at_the_start(tmp_path):
+    made = engine(tmp_path)
+    made.progress.console = Console(file=io.StringIO(), width=300)
+    made._survey(measured=True)
+    assert "the margin will be set by an estimate, not by a promise" in made.progress.console.file.getvalue()
 
 
 def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(tuned):
@@ -284,6 +300,10 @@ def test_a_tensorboard_server_shows_the_pictures(served):
     assert tags["submodels/study"] >= {"optimization history"}
     assert tags["lambda_reg/study"] >= {"Pareto front", "exit histogram", "history of the task loss"}
     assert tags["final"] >= {"dials", "exit histogram", "depth against exit layer"}
+    scalars = set(served("scalars/tags")["final"])
+    assert {
+        f"operating points by margin in %/{name}" for name in ("accuracy", "mean_exit_layer", "agreement")
+    } <= scalars
 
 
 def test_the_studies_open_in_optuna_dashboard(tuned):

@@ -31,6 +31,7 @@ from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 
 DEFAULT_BATCH = 32  # examples per batch of the teacher's answers, for a loader that makes batches of its own
+PACE = "seconds per epoch"
 MIN_STEPS = 300  # optimizer steps below which a pretrained encoder has not learned its task
 
 
@@ -105,6 +106,7 @@ def fit_baseline(
     """
     baseline = Baseline(folder)
     if baseline.origin() == origin:
+        progress.seconds_per_epoch = float(read_tensors(baseline.answers)[1].get(PACE, 0))
         return baseline
     with seeded(recipe.seed):
         model = recipe.whole(model).at_full_depth()
@@ -135,7 +137,8 @@ def fit_baseline(
         answers |= {"classes": found.a[:, -1].argmax(1), "targets": found.target}
     with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial)
-    write_tensors(baseline.answers, answers, {"origin": origin})  # last, since it marks the baseline as done
+    facts = {"origin": origin, PACE: str(progress.seconds_per_epoch)}
+    write_tensors(baseline.answers, answers, facts)  # last, since it marks the baseline as done
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
     return baseline

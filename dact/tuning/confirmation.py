@@ -32,7 +32,7 @@ from dact.tuning.trial import fit_settings
 FOLDER = "confirmation"
 SEEDS = 3  # fits of each candidate on frozen states
 SCATTER = 0.15  # rms difference of the mean exit layer between fits of the same settings (three pairs on 2,000 texts)
-SAME_LOSS = 0.005  # largest loss of accuracy that may count as none, however large its error
+SAME_LOSS = 0.005  # of a candidate outside the promise: largest loss of accuracy that may count as none
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same
     layers, by more than one standard error of the paired difference over the validation examples. That of the
-    layers has the scatter between fits as well. A loss within what the promise allows, measured from the baseline,
-    counts as the same loss, and so does half a point if it is within the error. One that loses more than is
-    allowed, and that much more than another, both by two standard errors, is beaten by it whatever the layers.
+    layers has the scatter between fits as well. A loss that is larger by no more than its error is the same loss; but
+    if it is more than the promise allows, measured from the baseline, only up to half a point. One that loses more
+    than is allowed, and that much more than another, both by two standard errors, is beaten by it whatever the layers.
     Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits only two of
     them in this way: the first, and that of the others which wins on the frozen states. If the final model keeps
     the frozen encoder, only these states decide. Fits of an earlier call are not repeated.
@@ -142,7 +142,7 @@ def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool)
         lost: The same of the loss of accuracy.
         within: Whether the second loses no more than is allowed.
     """
-    fewer = sum(layers) < 0 and (within or lost[0] <= min(lost[1], SAME_LOSS))
+    fewer = sum(layers) < 0 and lost[0] <= (lost[1] if within else min(lost[1], SAME_LOSS))
     return fewer or (sum(lost) < 0 and layers[0] <= layers[1])
 
 

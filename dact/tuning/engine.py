@@ -298,7 +298,10 @@ class TuningEngine:
         return winners
 
     def _survey(self, *, measured: bool = False) -> Surveyed:
-        return survey(self.recipe, self.spaces, self.bounded, measured=measured)
+        surveyed = survey(self.recipe, self.spaces, self.bounded, measured=measured)
+        if measured and surveyed.recipe.note:
+            self.progress.note(surveyed.recipe.note)
+        return surveyed
 
     def _prepare(self, run: Run, surveyed: Surveyed) -> Prepared:
         self._prepared = prepare(run, surveyed, self.progress)
@@ -364,7 +367,8 @@ class TuningEngine:
         outcomes = [Outcome.read(run.trial_folder(stage, trial.number)) for trial in trials]
         promise = prepared.recipe.promise
         allowed = None if promise is None else promise.max_accuracy_loss
-        chosen = stage.pick(trials, outcomes, partial(self.select, allowed=allowed))
+        frozen = prepared.recipe.encoder_training == "frozen"
+        chosen = stage.pick(trials, outcomes, partial(self.select, allowed=allowed, from_best=frozen))
         with run.locked():
             remove_partial(run.pictures(stage).parent)  # of trials whose process died; none is running any more
             if run.save(prepared.winners(stage, chosen.params)):
@@ -382,8 +386,6 @@ class TuningEngine:
 
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
         """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""
-        if prepared.recipe.note:
-            self.progress.note(prepared.recipe.note)
         defaults, recommended = surveyed.untuned_settings()
         settings = {"default settings": defaults, "first trial": recommended, "tuned": self._winners.settings()}
         candidates = [Candidate(name, chosen) for name, chosen in settings.items()]

@@ -239,9 +239,11 @@ class FinalFit:
             )
         with tensorboard.writer(folder) as writer:
             tensorboard.log_figures(writer, figures, folder)
-            for step, point in enumerate(metrics["margin_curve"]):
+            for point in reversed(metrics["margin_curve"]):
                 for name in ("accuracy", "mean_exit_layer", "agreement"):
-                    writer.add_scalar(f"operating points by margin/{name}", point[name], step)
+                    writer.add_scalar(
+                        f"operating points by margin in %/{name}", point[name], round(100 * point["margin"])
+                    )
 
     def _measure_defaults(
         self, folder: Path, data: LightningDataModule, against: Mapping[str, Evaluation] | None = None

@@ -27,15 +27,22 @@ COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "c
 
 
 class Progress:
-    """The console of a run."""
+    """The console of a run.
+
+    Attributes:
+        console: Where everything is printed.
+        seconds_per_epoch: Pace of the first fit, which is that of the baseline, or 0; by it the time left is estimated.
+    """
 
     def __init__(self) -> None:
         self.console = Console()
+        self.seconds_per_epoch = 0.0
         self._live: Live | None = None
         self._study: Study | None = None
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = self._end = Deadline()
-        self._epochs_after, self._seconds_per_epoch = 0, 0.0  # of the fits after the studies
+        self._pace = 0.0  # seconds per trial, those of the last study until one of this study has ended
+        self._epochs_after = 0  # of the fits after the studies
 
     @contextlib.contextmanager
     def study(
@@ -90,7 +97,7 @@ class Progress:
 
             yield LambdaCallback(on_train_epoch_start=begin, on_train_batch_end=lambda *_: bars.advance(task))
         seconds = time.monotonic() - start
-        self._seconds_per_epoch = self._seconds_per_epoch or seconds / max(1, begun)  # that of the baseline
+        self.seconds_per_epoch = self.seconds_per_epoch or seconds / max(1, begun)
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
     def announce(self, trials: Sequence[int], time_out: float | None, epochs_after: int) -> None:
@@ -106,7 +113,10 @@ class Progress:
             f"{' + '.join(map(str, trials))} trials, then the final fit; the time left is shown from the first trial on"
         )
         if time_out is not None:
-            text += f". The studies end after {format_seconds(time_out)}; preparation and final fit are not bounded"
+            text += (
+                f". The studies end after {format_seconds(time_out)}; preparation, confirmation and final fit are not "
+                "bounded"
+            )
         self.console.print(text)
 
     def waits_for(self, stage: str, trials: Sequence[FrozenTrial]) -> None:
@@ -157,11 +167,12 @@ class Progress:
             parts.append(f"{len(best)} trial{'s' * (len(best) > 1)} on the Pareto front")
         here = len(ended) - self._before
         if here:
-            pace = (time.monotonic() - self._start) / here
+            self._pace = (time.monotonic() - self._start) / here
+        if pace := self._pace:
             left = min(pace * max(0, self._total - len(ended)), self._deadline.left) + pace * self._later
             left = min(left, self._end.left)
-            whole = bool(self._epochs_after and self._seconds_per_epoch)
-            left += self._epochs_after * self._seconds_per_epoch
+            whole = bool(self._epochs_after and self.seconds_per_epoch)
+            left += self._epochs_after * self.seconds_per_epoch
             parts.append(f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}")
         return ", ".join(parts)
 

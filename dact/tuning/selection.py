@@ -65,6 +65,7 @@ def select_lambda(
     rule: LambdaSelection | None = None,
     *,
     allowed: float | None = None,
+    from_best: bool = False,
     max_loss_increase: float = 0.02,
     max_layers: float | None = None,
 ) -> Point:
@@ -73,9 +74,8 @@ def select_lambda(
     Args:
         points: All finished trials, at least one.
         rule: ``"promise"``: the fewest layers whose paired loss of accuracy plus its standard error is within
-            `allowed`, measured from the baseline or, where no point keeps that, from the most accurate point; if the
-            losses are unknown, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest
-            layers whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
+            `allowed`; if there are none, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest layers
+            whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
             Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers
             whose loss is within a share of the best loss. ``"knee"``: the point of the front farthest below the chord
             between its ends, both objectives scaled to [0, 1] (after Satopää et al. 2011, *Finding a Kneedle in a
@@ -83,6 +83,8 @@ def select_lambda(
             a budget of layers.
             By default ``"promise"`` if `allowed` is given, else ``"one_standard_error"``.
         allowed: For ``"promise"``: largest loss of accuracy, as a share.
+        from_best: For ``"promise"``: whether losses are measured from the most accurate point instead of the baseline,
+            which no point may reach in frozen mode, whose encoder has learned from fewer texts.
         max_loss_increase: For ``"max_loss_increase"``: share of the best loss, 0 or more.
         max_layers: For ``"max_layers"``: budget of layers.
 
@@ -94,7 +96,7 @@ def select_lambda(
     front = pareto_front(points)
     rule = rule or ("one_standard_error" if allowed is None else "promise")
     if rule == "promise":
-        kept = [] if allowed is None else _within(points, allowed)
+        kept = [] if allowed is None else _within(points, allowed, from_best)
         if kept:
             return min(kept, key=lambda point: (point.layers, point.loss, point.lambda_reg))
         rule = "one_standard_error"
@@ -118,15 +120,13 @@ def select_lambda(
     return next(point for point in front if point.loss <= most)
 
 
-def _within(points: Sequence[Point], allowed: float) -> list[Point]:
+def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Point]:
     """Return the points whose loss of accuracy plus its standard error is within `allowed`; see `select_lambda`."""
     known = [(point, point.outcome.lost.double()) for point in points if point.outcome and len(point.outcome.lost) > 1]
-    kept = [point for point, lost in known if sum(mean_and_error(lost)) <= allowed]
-    if kept or not known:
-        return kept
-    # In frozen mode the encoder has learned from fewer texts than the baseline, so that often no point is near that.
-    best = min((lost for _, lost in known), key=Tensor.mean)
-    return [point for point, lost in known if len(lost) == len(best) and sum(mean_and_error(lost - best)) <= allowed]
+    if from_best and known:
+        best = min((lost for _, lost in known), key=Tensor.mean)
+        known = [(point, lost - best) for point, lost in known if len(lost) == len(best)]
+    return [point for point, lost in known if sum(mean_and_error(lost)) <= allowed]
 
 
 def _error(point: Point, best: Point) -> float:

@@ -215,8 +215,8 @@ def complete_spaces(
                     f"search_space: num_layers: low={given.low} is above the {layers} layers of the encoder"
                 )
             training["num_layers"] = replace(given, high=min(given.high, layers))
-    elif layers > 1:
-        training["num_layers"] = Dimension("int", (layers + 1) // 2, layers)
+    elif layers > 1:  # first, since the console may have no room for the last ones
+        complete["training"] = {"num_layers": Dimension("int", (layers + 1) // 2, layers), **training}
     kept: dict[str, list[dict[str, Any]]] = {stage: [] for stage in complete}
     for stage, space in complete.items():
         for values in starts.get(stage, ()):

@@ -15,7 +15,7 @@ from dact.files import read_json
 from dact.tuning.pruner import PLANNED_EPOCHS
 from dact.tuning.studies import finished
 
-POINTS = 5  # operating points besides that of the run, at most
+POINTS = 5  # operating points besides that of the run, at most; a warning takes the place of three
 
 
 def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence[Study]) -> None:
@@ -31,18 +31,25 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
     console.print(f"{headline(metrics)}. The model is in {folder / 'model'}\n")
     console.print(_comparison(metrics, folder / "defaults" / "metrics.json"))
     console.print()
-    console.print(_operating_points(metrics))
-    if metrics["validation"]["majority_share"] == 1.0:
-        console.print(
-            "warning: all validation examples get one class: try class_weights, more epochs, or another learning_rate"
-        )
-    if metrics["layers"] > 1 and (other := _collapse(metrics["validation"]["mean_exit_layer"], metrics["layers"])):
-        console.print(f"warning: the depth has collapsed: every validation example uses {other}")
+    warnings = _warnings(metrics)
+    console.print(_operating_points(metrics, POINTS - 3 * len(warnings)))
+    for warning in warnings:
+        console.print(f"warning: {warning}")
     console.print(f"settings: {verdict}")
     pruned = pruning_text(studies)
     if pruned:
         console.print(pruned)
     console.print(f"trials and pictures: tensorboard --logdir {folder.parent}", soft_wrap=True)
+
+
+def _warnings(metrics: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the final model and what to do."""
+    entry, layers, found = metrics["validation"], metrics["layers"], []
+    if entry["majority_share"] == 1.0:
+        found.append("all validation examples get one class: try class_weights, more epochs, or another learning_rate")
+    if layers > 1 and (other := _collapse(entry["mean_exit_layer"], layers)):
+        found.append(f"the depth has collapsed: every validation example uses {other}")
+    return found
 
 
 def _collapse(mean: float, layers: int) -> str:
@@ -107,15 +114,15 @@ def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
     return table
 
 
-def _operating_points(metrics: Mapping[str, Any]) -> Table:
-    """Return the table of what other margins would give on validation data: estimates, next to the run's setting."""
+def _operating_points(metrics: Mapping[str, Any], most: int) -> Table:
+    """Return the table of what up to `most` other margins would give on validation data, next to the run's setting."""
     entry, baseline = metrics["validation"], metrics["baseline"]["validation"]
     own = {**entry, "margin": metrics["halting_margin"]}
     calibration = metrics.get("calibration")
     by_estimate = calibration is not None and calibration["promise"]["confidence"] is None
     mark = "as set" if calibration is None else "set by an estimate" if by_estimate else "promised"
     table = _plain_table("margin", "accuracy", "to baseline", "layers", "texts/s", "estimates: validation")
-    points = _spread(metrics["margin_curve"], POINTS)
+    points = _spread(metrics["margin_curve"], most) if most > 0 else []
     points = sorted([own, *(point for point in points if point["margin"] != own["margin"])], key=lambda p: -p["margin"])
     for point in points:
         numbers = f"{100 * point['accuracy']:.2f} %", f"{100 * (point['accuracy'] - baseline['accuracy']):+.2f}"
