@@ -204,6 +204,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "took": re.split(r"[,(]", metrics["confirmation"])[0].strip(),
         "confirmation": metrics["confirmation"],
         "settings": {**final["model"], "max_epochs": final["trainer"]["max_epochs"]},
+        **({"sentences": sentences(folder / "final" / "model")[0]} if name == "vader2000" else {}),
         "models": rows,
     }
 
@@ -281,6 +282,8 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
             seen = f"{100 * accuracy:.2f} %, {100 * above:+.2f} points, {layers:.2f} layers, {speed:.2f} times as fast"
             limits = f"at most {most:g} layers" + (f", at least {fastest:g} times as fast" if fastest else "")
             goals.append((f"{name}: {wanted}, {limits} ({seen})", right and layers <= most and speed >= fastest))
+        if right := [run["sentences"] for run in own if "sentences" in run]:
+            goals.append((f"{name}: at least 24 of 30 own sentences ({', '.join(map(str, right))})", min(right) >= 24))
         if name == "imbalanced":
             shares = [row["majority_share"] for row in rows]
             f1 = [statistics.mean(run["models"][model]["macro_f1"] for run in own) for model in ("tuned", "baseline")]
@@ -331,14 +334,14 @@ def points(pairs: Sequence[Sequence[float]]) -> str:
 # ---------------------------------------------------------------------- sentences of one's own
 
 
-def sentences(model: str) -> str:
+def sentences(model: str | Path) -> tuple[int, list[str]]:
     """Return how many of the 30 sentences a model has right, and which it has wrong."""
     with SENTENCES.open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     answers = TextClassifier.from_pretrained(model)([row["text"] for row in rows])
     wrong = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.label != row["label"]]
     lines = [f"{answer.label} instead of {row['label']}: {row['text']}" for row, answer in wrong]
-    return "\n".join([*lines, f"{len(rows) - len(wrong)} of {len(rows)} sentences right"])
+    return len(rows) - len(wrong), lines
 
 
 def main() -> None:
@@ -354,7 +357,8 @@ def main() -> None:
         parser.error(f"unknown data: {', '.join(sorted(unknown))}; there are {', '.join(DATA_SETS)}")
     quiet()
     if arguments.sentences:
-        print(sentences(arguments.sentences))
+        right, wrong = sentences(arguments.sentences)
+        print("\n".join([*wrong, f"{right} of {right + len(wrong)} sentences right"]))
         return
     for name in [] if arguments.table else arguments.data:
         for seed in arguments.seeds:
