@@ -32,10 +32,10 @@ from dact.factories import DataFactory, ModelFactory
 from dact.files import read_json
 from dact.submodels import SubmodelConfig
 from dact.tuning import workers
-from dact.tuning.baseline import _epochs, _probabilities
+from dact.tuning.baseline import _probabilities
 from dact.tuning.digests import digest, teacher_digest
 from dact.tuning.final import _is_plain
-from dact.tuning.fitting import History
+from dact.tuning.fitting import History, enough_epochs
 from dact.tuning.pictures import pareto_picture
 from dact.tuning.pruner import SameLengthPruner
 from dact.tuning.retries import OWNER, unwatched
@@ -248,12 +248,25 @@ def test_a_narrowed_search_space_holds_for_what_no_study_has_chosen_yet(tmp_path
         "num_layers": {"type": "int", "low": 3, "high": 3},
         "detach_exits": {"choices": [False]},
         "submodel_learning_rate": {"high": 1e-3},
+        "num_epochs": {"choices": [1]},
     }
     made = engine(tmp_path, search_space=space)
     surveyed = made._survey()
-    assert surveyed.initial == {"num_layers": 3, "detach_exits": False, "submodel_learning_rate": 1e-3}
+    chosen = {"num_layers": 3, "detach_exits": False, "submodel_learning_rate": 1e-3, "num_epochs": 1}
+    assert surveyed.initial == chosen
     _, recommended = surveyed.untuned_settings()
     assert surveyed.initial.items() <= recommended.items()
+
+
+def test_on_few_texts_the_epochs_that_are_tried_make_enough_steps(tmp_path):
+    trainer = {"max_epochs": 3, "accelerator": "cpu"}
+    few = partial(small_data, num_train=480, batch_size=32)  # 15 steps an epoch
+    surveyed = engine(tmp_path, trainer=trainer, data=few, search_space={})._survey()
+    assert surveyed.spaces["training"]["num_epochs"].choices == [7, 10, 13, 3], "2, 3 and 4, and what is asked for"
+    assert [trial["num_epochs"] for trial in surveyed.first_trials["training"]] == [10, 3]
+    many = partial(small_data, num_train=4800, batch_size=32)
+    surveyed = engine(tmp_path, trainer=trainer, data=many, search_space={})._survey()
+    assert surveyed.spaces["training"]["num_epochs"].choices == [2, 3, 4]
 
 
 @pytest.mark.parametrize(
@@ -563,10 +576,12 @@ def test_a_trainer_of_many_options_is_one_that_frozen_trials_and_the_configurati
 def test_few_steps_of_the_trainer_count_where_the_epochs_of_the_baseline_are_chosen():
     recipe = engine(Path("unused"), trainer={"max_epochs": 4, "accelerator": "cpu"}).recipe
     data = DataLoaders(100)
-    assert _epochs(recipe, data) == 4
+    assert enough_epochs(recipe.trainer, data, recipe.epochs, 300) == 4
     for option in ({"limit_train_batches": 60}, {"limit_train_batches": 0.6}, {"accumulate_grad_batches": 2}):
         few = dataclasses.replace(recipe, trainer={**recipe.trainer, **option})
-        assert _epochs(few, data) == (5 if "limit_train_batches" in option else 6)
+        assert enough_epochs(few.trainer, data, 4, 300) == (5 if "limit_train_batches" in option else 6)
+    assert enough_epochs(recipe.trainer, DataLoaders(15), 3, 150) == 10
+    assert enough_epochs(recipe.trainer, DataLoaders(1), 3, 150) == 21
 
 
 class DataLoaders:

@@ -26,13 +26,12 @@ from dact.files import read_checkpoint, read_tensors, replacing_folder, write_te
 from dact.model import DACT
 from dact.persistence import WEIGHTS_NAME
 from dact.tuning import tensorboard
-from dact.tuning.fitting import checkpoints_of, resumable_fit, seeded
+from dact.tuning.fitting import MIN_STEPS, checkpoints_of, enough_epochs, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 
 DEFAULT_BATCH = 32  # examples per batch of the teacher's answers, for a loader that makes batches of its own
 PACE = "seconds per epoch"
-MIN_STEPS = 300  # optimizer steps below which a pretrained encoder has not learned its task
 
 
 @dataclass(frozen=True)
@@ -110,7 +109,7 @@ def fit_baseline(
         return baseline
     with seeded(recipe.seed):
         model = recipe.whole(model).at_full_depth()
-    epochs = _epochs(recipe, data)
+    epochs = enough_epochs(recipe.trainer, data, recipe.epochs, MIN_STEPS)
     checkpoints = checkpoints_of(folder, f"{origin}/teacher")
     with seeded(recipe.seed), progress.fit("baseline at full depth", epochs) as bar:
         history = resumable_fit(
@@ -142,16 +141,6 @@ def fit_baseline(
     for left_over in folder.glob("fit_*"):
         shutil.rmtree(left_over)
     return baseline
-
-
-def _epochs(recipe: Recipe, data: Any) -> int:
-    """Return the number of epochs of the baseline: on little data up to twice the usual."""
-    limit = recipe.trainer.get("overfit_batches") or recipe.trainer.get("limit_train_batches")
-    batches = len(data.train_dataloader())
-    if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-    steps = max(1, batches // int(recipe.trainer.get("accumulate_grad_batches") or 1))
-    return min(max(recipe.epochs, -(-MIN_STEPS // steps)), 2 * recipe.epochs)
 
 
 @torch.no_grad()

@@ -210,7 +210,7 @@ class TuningEngine:
         totals = zip(opened, self.n_trials.values(), strict=True)
         left = [studies.trials_left(study, n_trials, self.time_out, alone=False) for study, n_trials in totals]
         if any(left):
-            self.progress.announce(left, self.time_out, self.recipe.finetunings * self.recipe.epochs)
+            self.progress.announce(left, self.time_out, self.recipe.finetunings * surveyed.initial["num_epochs"])
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):

@@ -37,8 +37,31 @@ from dact.signals import StopOnSignal
 MONITOR = "val_loss"
 HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
 MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
+MIN_STEPS = 300  # optimizer steps in which a pretrained encoder learns its task, also from few texts …
+TAUGHT_STEPS = 150  # … and one that starts from the baseline's encoder and has the baseline as a teacher
+MOST_TIMES = 7  # of the epochs that are asked for, on few examples
 GRACE = 10.0  # seconds that a validation may go on after a deadline
 SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+
+
+def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int) -> int:
+    """Return `epochs` or, on few examples, as many as make `steps` optimizer steps, but at most `MOST_TIMES` as many.
+
+    Few epochs of few steps leave a pretrained encoder where it began, and it answers with the majority class
+    (Mosbach et al. 2021, *On the Stability of Fine-tuning BERT*).
+
+    Args:
+        trainer: Arguments of the Trainer.
+        data: Datamodule that is set up for a fit.
+        epochs: Number of epochs.
+        steps: Number of optimizer steps.
+    """
+    limit = trainer.get("overfit_batches") or trainer.get("limit_train_batches")
+    batches = len(data.train_dataloader())
+    if limit is not None:
+        batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
+    per_epoch = max(1, batches // int(trainer.get("accumulate_grad_batches") or 1))
+    return min(max(epochs, -(-steps // per_epoch)), MOST_TIMES * epochs)
 
 
 def head_epochs(epochs: int) -> int:

@@ -20,7 +20,7 @@ from dact.model import DACT
 from dact.tuning.baseline import Baseline, fit_baseline
 from dact.tuning.digests import digest, encoder_digest, pretrained_digest, tensor_digest
 from dact.tuning.features import Features, FeaturesData, LoaderData, compute_features
-from dact.tuning.fitting import checkpoints_of, for_part, resumable_fit, seeded
+from dact.tuning.fitting import TAUGHT_STEPS, checkpoints_of, enough_epochs, for_part, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
@@ -243,7 +243,8 @@ def _warm_up(
     encoder = folder / ENCODER
     if not encoder.is_file() or read_tensors(encoder)[1].get("origin") != origin:
         model.lambda_reg = 0.0  # layers are free, since only the encoder of this fit is kept
-        checkpoints, epochs = checkpoints_of(folder, origin), recipe.warm_up_epochs
+        checkpoints, steps = checkpoints_of(folder, origin), round((1 - HELD_OUT) * TAUGHT_STEPS)
+        epochs = enough_epochs(recipe.trainer, data, recipe.warm_up_epochs, steps)
         what = "encoder of the studies"
         with seeded(recipe.seed), progress.fit(what, epochs) as bar:
             resumable_fit(for_part(recipe.trainer), model, data, checkpoints, bar, what=what, epochs=epochs)

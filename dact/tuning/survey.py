@@ -13,7 +13,7 @@ from dact.agreement import check_classes
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning.digests import data_digest, digest, encoder_digest, teacher_digest
-from dact.tuning.fitting import seeded
+from dact.tuning.fitting import TAUGHT_STEPS, enough_epochs, seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
 from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
@@ -117,7 +117,12 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     for name in {*bounded} & training.keys() & recommended.keys():
         recommended[name] = training[name].nearest(recommended[name])
     recommended |= TRAINING.parse(recommended)["external_config"]
-    initial = {name: recommended[name] for name in ("submodel_learning_rate", "detach_exits", "num_layers")}
+    if "num_epochs" not in bounded:
+        times = recommended["num_epochs"] / recipe.epochs
+        choices = [round(times * epochs) for epochs in training["num_epochs"].choices or ()]
+        spaces = {**spaces, TRAINING.name: {**training, "num_epochs": Dimension("categorical", choices=choices)}}
+    differing = ("submodel_learning_rate", "detach_exits", "num_layers", "num_epochs")
+    initial = {name: recommended[name] for name in differing}
     usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
     submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
@@ -280,6 +285,7 @@ def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dic
         "submodel_learning_rate": model.submodel_learning_rate or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
         "detach_exits": model.exit_loss_weight > 0,
         "num_layers": min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers))),
+        "num_epochs": enough_epochs(recipe.trainer, data, recipe.epochs, TAUGHT_STEPS),
     }
     price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
     return {"submodels": [submodels], "training": [recommended, defaults], "lambda_reg": price}
