@@ -182,6 +182,7 @@ def operating_points(
 
 def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
     """Return `baseline`, or raise an error unless it is one class per example."""
+    baseline = torch.as_tensor(baseline)
     if baseline.shape != answers.target.shape or baseline.is_floating_point():
         raise ValueError(
             f"baseline must hold one class per example, int64 {list(answers.target.shape)}, in the order of the "

@@ -344,13 +344,13 @@ class _Evidence:
 
     def refusal(self, exits: Tensor, setting: float) -> str:
         """Return a message that says why even the first setting does not keep the promise, and what can be done."""
-        promise, bound = self.promise, self.bound(exits)
+        promise, bound = self.promise, math.ceil(1e4 * self.bound(exits)) / 1e4  # what is named can be promised
         name, value = _promised(promise)
         how = "as an estimate" if promise.confidence is None else f"with confidence {promise.confidence:g}"
         if promise.max_layers is not None:
             train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
             return (
-                f"{name}={value:g} cannot be promised {how}: the fewest layers that can be promised are {bound:.2f} of "
+                f"{name}={value:g} cannot be promised {how}: the fewest layers that can be promised are {bound:.4g} of "
                 f"{self.layers}, at {promise.dial} {setting:g}. Promise that{train}, or give more examples"
             )
         lost, remedy = mean_and_error(self._values(exits))[0], "promise that, or train a better model"

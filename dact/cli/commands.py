@@ -31,12 +31,12 @@ from dact.cli.predictions import OUTPUT, PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, promise_line
 from dact.cli.request import EVALUATING, Request
-from dact.cli.runs import balanced_weights, check_same_run, check_set_aside, check_tag, stored_model
+from dact.cli.runs import balanced_weights, check_set_aside, check_tag, checkpoint_to_resume, stored_model
 from dact.cli.stored import RUNS, check_storable, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.factories import DataFactory
-from dact.files import DurableCheckpointIO, read_checkpoint
+from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
 Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
@@ -325,18 +325,10 @@ class DACTCLI(LightningCLI):
         if not config.run_tag:
             return
         folder = check_tag(Path(config.trainer.default_root_dir or ".") / RUNS, config.run_tag, "fit")
-        last = folder / "checkpoints" / LAST
-        if checkpoint is None and last.is_file():
+        if checkpoint is None and (any(folder.glob("checkpoints/*.ckpt")) or (folder / "model").exists()):
             self._complete_model(config)
-            check_same_run(folder, yaml.safe_load(self._parser("fit").dump(config, skip_none=False)))
-            done = read_checkpoint(last)["epoch"] + 1
-            if 0 < (config.trainer.max_epochs or 1000) <= done:
-                raise ValueError(
-                    f"run {config.run_tag} has finished epoch {done}, its last: raise --trainer.max_epochs, or give "
-                    "another --run_tag"
-                )
-            print(f"resuming {folder} after epoch {done}")
-            config.ckpt_path = str(last)
+            now = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
+            config.ckpt_path = checkpoint_to_resume(folder, now)
 
     def fit(self, **arguments: Any) -> None:
         """Fit. A run that fails before its first epoch leaves no folder; one that is stopped keeps its best model."""

@@ -60,7 +60,10 @@ def _has_no_reader() -> bool:
 
 
 class OneLineParser(LightningArgumentParser):
-    """LightningCLI's parser, whose errors are one line with a suggestion."""
+    """LightningCLI's parser, whose errors are one line with a suggestion. It takes no shortened options."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **options})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the process with status 2; see `argparse.ArgumentParser.error`."""
@@ -114,6 +117,11 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
         return ""
 
     text = " ".join(message.split())
+    if "Unexpected config:" in text:
+        return f"{files[-1] if files else '--config'} holds no options: --config takes YAML, data files go to --data.train_file"
+    given = next((word for flag, word in pairwise(sys.argv) if flag == "--data" and Path(word).is_file()), None)
+    if given is not None:
+        return f"--data takes a class, and {given} is a file: give it as --data.train_file or --data.predict_file"
     section = ".".join(re.findall(r'Parser key "([^"]+)"', text))  # the outer ones first
     if found := re.search(r"class_path '([^']+)': Option '([^']+)' is not accepted", text):
         name, known = found[1].rpartition(".")[2], class_parameters(found[1]) or []
@@ -143,6 +151,8 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
     said = [line for line in [rest, *lines[keys[-1] + 1 :]] if line and not NOISE.match(line)]
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(said)).replace(" Given value: ", ". Got value: ")
     value = re.search(r"Got value: (\S+)", text)
+    if "Expected a str" in text and re.search(r"Got value: (True|False)", text):
+        text += ". YAML reads yes, no, true and false as booleans: put them in quotation marks"
     return f"{place(section, value and value[1])}{key}: {text}"
 
 

@@ -11,8 +11,10 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
+from dact.callbacks import LAST
 from dact.cli.stored import is_tuned, load_model
 from dact.encoders import LayeredEncoder
+from dact.files import read_checkpoint
 from dact.functional import UNLABELLED
 from dact.model import DACT
 
@@ -73,6 +75,30 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
                 f"run {folder.name} was started with another {different}: use the value in {stored}, or give another "
                 "--run_tag"
             )
+
+
+def checkpoint_to_resume(folder: Path, now: dict[str, Any]) -> str | None:
+    """Return the checkpoint from which a run goes on, and say so; None, said as well, if only its model is left.
+
+    Args:
+        folder: Folder of the run.
+        now: As for `check_same_run`.
+
+    Raises:
+        ValueError: If the run was started with other options, or has finished.
+    """
+    check_same_run(folder, now)
+    last = folder / "checkpoints" / LAST
+    if not last.is_file():
+        print(f"{folder} has no {LAST} to resume from: it begins again")
+        return None
+    done = read_checkpoint(last)["epoch"] + 1
+    if 0 < (now["trainer"]["max_epochs"] or 1000) <= done:
+        raise ValueError(
+            f"run {folder.name} has finished epoch {done}, its last: raise --trainer.max_epochs, or give another --run_tag"
+        )
+    print(f"resuming {folder} after epoch {done}")
+    return str(last)
 
 
 def _read(path: Path) -> dict[str, Any]:

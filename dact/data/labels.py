@@ -46,6 +46,13 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
         names = [str(label) for label in range(largest + 1)]
     else:
         names = sorted({str(label).strip() for label in labels}, key=Decimal if are_numbers else None)
+    alike: dict[str, str] = {}
+    for name in names:
+        if (other := alike.setdefault(name.casefold(), name)) != name:
+            raise ValueError(
+                f"{source}: the labels {other!r} and {name!r} differ only in case: write them alike, or, if they are "
+                "different classes, name all classes by class_names"
+            )
     if len(names) == 1:
         raise ValueError(f"{source}: every label is {names[0]!r}: a classifier needs examples of two classes or more")
     return names
@@ -105,8 +112,10 @@ def to_classes(
                 by_name[text] = by_name[name]
     outside = [row for row, label in enumerate(labels) if str(label).strip() not in by_name]
     if outside:
+        wrong = str(labels[outside[0]]).strip().casefold()
+        meant = next((f", perhaps {name!r}" for name in class_names if name.casefold() == wrong), "")
         raise ValueError(
-            f"{source}: {name_rows(outside, rows)} with a label outside the classes: {labels[outside[0]]!r}. "
+            f"{source}: {name_rows(outside, rows)} with a label outside the classes: {labels[outside[0]]!r}{meant}. "
             f"The {len(class_names)} classes are {listed(class_names)}"
             + (", counted from 0 in this file" if positions else "")
             + ". Give other classes by class_names, in their order"

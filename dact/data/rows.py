@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import sys
+import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ def read_rows(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     except _Fault as error:
         raise ValueError(str(error)) from None
     except Exception as error:  # pandas and pyarrow raise many kinds
-        raise ValueError(f"{path} cannot be read as {ending[1:]}: {error}") from error
+        hint = ". Put texts that hold commas in quotation marks" if "Error tokenizing data" in str(error) else ""
+        raise ValueError(f"{path} cannot be read as {ending[1:]}: {str(error).strip().rstrip('.')}{hint}") from error
     if not rows:
         raise ValueError(f"{'standard input' if path == STANDARD_INPUT else path} has no rows")
 
@@ -108,6 +110,8 @@ def check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any])
         if name not in present:
             single = len(present) == 1 and path.lower().endswith((".csv", ".tsv"))
             hint = " (csv has commas between its columns, tsv tabs)" if single else ""
+            if any(str(other).startswith('"') for other in present):
+                hint = " (in tsv a quotation mark is an ordinary character: save it without, or as csv)"
             raise _Fault(
                 f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}{hint}: set {option} (on the "
                 f"command line --data.{option} NAME)"
@@ -116,12 +120,19 @@ def check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any])
 
 def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     if len(columns) > 1:
-        raise _Fault(f"{path} has one text a line, and no column {list(columns)[1]!r}: give csv or json lines instead")
+        name = "standard input" if path == STANDARD_INPUT else path
+        raise _Fault(f"{name} has one text a line, and no column {list(columns)[1]!r}: give csv or json lines instead")
     source = sys.stdin.buffer if path == STANDARD_INPUT else Path(path).open("rb")  # noqa: SIM115
     file = io.TextIOWrapper(source, encoding="utf-8-sig", errors="surrogateescape", newline=None)
     try:
-        for line in file:
-            yield [line.removesuffix("\n")]
+        for row, line in enumerate(file):
+            text = line.removesuffix("\n")
+            if not row and not columns.keys().isdisjoint(text.split(",")):
+                warnings.warn(
+                    f"one text a line, without a header, was expected: the first line, {text!r}, counts as a text",
+                    stacklevel=2,
+                )
+            yield [text]
     finally:
         if path == STANDARD_INPUT:
             file.detach()  # standard input belongs to the caller

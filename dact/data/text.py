@@ -293,7 +293,7 @@ class TextClassificationData(TextDataModule):
             first = next(iter(faults.values()))
             raise ValueError(
                 f"{file}: {name_rows([*faults], kept)} cannot be used for training or evaluation ({first}): "
-                "leave them out, or complete them"
+                + ("save the file in UTF-8" if "UTF-8" in first else "leave them out, or complete them")
             )
         labels = self._classes(split, table[self.label_column], kept)
         assert self.class_names is not None

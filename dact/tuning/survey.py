@@ -118,8 +118,10 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
         recommended[name] = training[name].nearest(recommended[name])
     recommended |= TRAINING.parse(recommended)["external_config"]
     if "num_epochs" not in bounded:
-        times = recommended["num_epochs"] / recipe.epochs
-        choices = [round(times * epochs) for epochs in training["num_epochs"].choices or ()]
+        enough = enough_epochs(recipe.trainer, data, recipe.epochs, TAUGHT_STEPS)
+        for first in first_trials[TRAINING.name]:
+            first["num_epochs"] = enough
+        choices = [round(enough / recipe.epochs * epochs) for epochs in training["num_epochs"].choices or ()]
         spaces = {**spaces, TRAINING.name: {**training, "num_epochs": Dimension("categorical", choices=choices)}}
     differing = ("submodel_learning_rate", "detach_exits", "num_layers", "num_epochs")
     initial = {name: recommended[name] for name in differing}
@@ -285,7 +287,6 @@ def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dic
         "submodel_learning_rate": model.submodel_learning_rate or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
         "detach_exits": model.exit_loss_weight > 0,
         "num_layers": min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers))),
-        "num_epochs": enough_epochs(recipe.trainer, data, recipe.epochs, TAUGHT_STEPS),
     }
     price = [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else []
     return {"submodels": [submodels], "training": [recommended, defaults], "lambda_reg": price}
