@@ -93,6 +93,10 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
         (["--data.txt_column", "x"], "TextClassificationData has no option 'txt_column'. Did you mean text_column?"),
         (["--model.encoder", "dact.encoders.TransformEncoder"], "Did you mean TransformerEncoder?"),
         (["--model.output_dimension", "two"], "model.output_dimension: Expected a int. Got value: two"),
+        (["--data.class_names", "[no, yes]"], "booleans: put them in quotation marks"),
+        (["--config", "train.csv"], "train.csv holds no options: --config takes YAML"),
+        (["--data", "train.csv"], "--data takes a class, and train.csv is a file: give it as --data.train_file"),
+        (["--conf", "config.yaml"], "no option --conf. Did you mean --config?"),
     ],
 )
 def test_wrong_input_is_one_clear_line_before_training(own, dact_here, arguments, message):

@@ -106,6 +106,13 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     assert re.findall(r"^epoch (\d)", text, re.MULTILINE) == ["3"]
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
     assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None, "a fit from it begins anew"
+    (run / "checkpoints" / "last.ckpt").unlink()
+    status, text = dact_here(*words, "--model.learning_rate", "0.1", cwd=tmp_path)
+    assert status == 1
+    assert "was started with another model.learning_rate" in text
+    status, text = dact_here(*words, cwd=tmp_path)
+    assert status == 0, text
+    assert "lightning_logs/first has no last.ckpt to resume from: it begins again" in text
     status, text = dact_here("tune", "--config", FIT, *SMALL, "--run_tag", "first", cwd=tmp_path)
     assert status == 1
     assert "lightning_logs/first belongs to dact fit: give another --run_tag" in text

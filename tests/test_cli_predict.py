@@ -353,6 +353,9 @@ def test_predictions_never_replace_the_texts(run_of_two_files, dact_here):
     status, text = dact_here("predict", *words, cwd=run_of_two_files)
     assert status == 1
     assert "--output ./same.csv is the file with the texts, and would replace it: name another" in text
+    status, text = dact_here("predict", *words[:4], "--out", "same.csv", cwd=run_of_two_files)
+    assert status == 2, "a shortened option"
+    assert "no option --out. Did you mean --output?" in text
     (run_of_two_files / "predictions.csv").write_text("text\nthe screen is great\n")
     status, text = dact_here("predict", *words[:2], "--data.predict_file", "predictions.csv", cwd=run_of_two_files)
     assert status == 1, "where no --output is given, that is where they go"

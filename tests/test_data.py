@@ -176,6 +176,7 @@ def test_tables_are_read_as_they_were_written(tmp_path, ending):
         ([("", "")] * 3, ("text", "label"), "has no rows"),
         ([("x", 0), ("y", 0)], ("text", "label"), "every label is '0': a classifier needs examples of two classes"),
         ([("x", "a"), ("y", "a")], ("text", "label"), "every label is 'a': a classifier needs examples of two classes"),
+        ([("x", "a"), ("y", "b"), ("z", "A")], ("text", "label"), "the labels 'A' and 'a' differ only in case"),
         ([("x", "a"), ("y", "a"), ("z", "b")], ("text", "label"), "class b has one example only"),
         ([("x", "-1"), ("y", "1")] * 3, ("text", "label"), "label outside the classes: '?-1'?"),
         ([("x", "0"), ("y", "2")] * 3, ("text", "label"), "class 1 of 0, 1, 2 has no example"),
@@ -233,7 +234,7 @@ def test_text_that_is_no_text_is_refused_with_its_rows(tmp_path):
         ("jsonl", b'{"text": "good", "label": "a"}\n{"text": "\xff", "label": "b"}\n'),
     ):
         (tmp_path / f"latin.{ending}").write_bytes(content)
-        with pytest.raises(ValueError, match=r"row 2 cannot be used .*not valid UTF-8"):
+        with pytest.raises(ValueError, match=r"row 2 cannot be used .*not valid UTF-8\): save the file in UTF-8"):
             data(str(tmp_path / f"latin.{ending}")).setup("fit")
 
 

@@ -118,7 +118,8 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
 
     text = " ".join(message.split())
     if "Unexpected config:" in text:
-        return f"{files[-1] if files else '--config'} holds no options: --config takes YAML, data files go to --data.train_file"
+        file = files[-1] if files else "--config"
+        return f"{file} holds no options: --config takes YAML, and files with data go to --data.train_file"
     given = next((word for flag, word in pairwise(sys.argv) if flag == "--data" and Path(word).is_file()), None)
     if given is not None:
         return f"--data takes a class, and {given} is a file: give it as --data.train_file or --data.predict_file"
@@ -158,7 +159,8 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
 
 def _closest(word: str, known: Iterable[str], prefix: str = "") -> str:
     known = sorted(set(known))
-    if meant := get_close_matches(word, known, n=1, cutoff=CUTOFF):
+    shortened = [name for name in known if name.startswith(word)]
+    if meant := shortened if len(shortened) == 1 else get_close_matches(word, known, n=1, cutoff=CUTOFF):
         return f"Did you mean {prefix}{meant[0]}?"
     return f"Expected one of {', '.join(known)}" if 0 < len(known) <= 30 else "See --help"
 

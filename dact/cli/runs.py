@@ -95,7 +95,8 @@ def checkpoint_to_resume(folder: Path, now: dict[str, Any]) -> str | None:
     done = read_checkpoint(last)["epoch"] + 1
     if 0 < (now["trainer"]["max_epochs"] or 1000) <= done:
         raise ValueError(
-            f"run {folder.name} has finished epoch {done}, its last: raise --trainer.max_epochs, or give another --run_tag"
+            f"run {folder.name} has finished epoch {done}, its last: raise --trainer.max_epochs, or give another "
+            "--run_tag"
         )
     print(f"resuming {folder} after epoch {done}")
     return str(last)
