@@ -379,6 +379,7 @@ def test_a_promise_can_be_made_against_a_baseline():
     baseline = torch.where(changed, answers.target, full)  # at most as good as the model where it differs, and better
     promise = Promise(max_accuracy_loss=0.05)
     found = choose_setting(answers, promise, baseline=baseline)
+    assert choose_setting(answers, promise, baseline=baseline.tolist()) == found, "a list, or an array"
     own = choose_setting(answers, promise)
     assert found.baseline_accuracy == (baseline == answers.target).double().mean().item() > found.full_depth_accuracy
     assert found.baseline_accuracy - found.accuracy < found.bound <= 0.05

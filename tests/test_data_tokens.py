@@ -219,6 +219,13 @@ def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
     assert batch["row"].tolist() == [0, 2, 4]
 
 
+def test_a_header_among_lines_of_text_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"review,label\nword1,good\n")))
+    module = TextClassificationData(predict_file="-", tokenizer=word_tokenizer(WORDS), text_column="review")
+    with pytest.warns(UserWarning, match="without a header, was expected: the first line, 'review,label', counts as a"):
+        module.setup("predict")
+
+
 def test_lines_are_read_one_at_a_time(tmp_path):
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     lines = read_rows(str(tmp_path / "texts.txt"), {"text": "text_column"})
