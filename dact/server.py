@@ -9,8 +9,10 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from queue import Empty
@@ -36,6 +38,10 @@ MOST_CHARACTERS = 100_000  # of a text; a pair counts as one
 MOST_BYTES = 1_000_000  # of a body
 MOST_TEXTS = 10_000  # of a request, since other clients wait for it
 Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # those that LitServe takes
+
+# LitServe ends its worker by a signal. Python's resource tracker, a process that is started with these options, then frees a
+# semaphore of the worker, and would say so.
+ITS_SEMAPHORE = "ignore:resource_tracker:UserWarning"
 
 log = logging.getLogger(__name__)
 
@@ -132,7 +138,8 @@ class _API(litserve.LitAPI):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.classifier = TextClassifier.from_pretrained(self.model)
         self.classifier.model.to(device)
-        self.classifier(["warm up"])
+        with warnings.catch_warnings(action="ignore"):  # a tokenizer may know none of these words
+            self.classifier(["warm up"])
 
     def decode_request(self, request: PredictRequest) -> PredictRequest:
         return request
@@ -222,6 +229,7 @@ def serve(
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt  # at which LitServe shuts down in order
 
+    sys.warnoptions.append(ITS_SEMAPHORE)
     handler = signal.signal(signal.SIGTERM, stop)
     logger = logging.getLogger("litserve.server")
     logger.addFilter(is_news)
@@ -238,6 +246,7 @@ def serve(
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         signal.signal(signal.SIGTERM, handler)
+        sys.warnoptions.remove(ITS_SEMAPHORE)
         try:
             for thread in threading.enumerate():
                 if thread.name == "litserve-monitoring":  # which looks now and then, so perhaps only now

@@ -102,6 +102,7 @@ class Server:
         for process in alive:
             process.kill()
         assert not alive
+        assert "resource_tracker" not in self.log.read_text(), "of a semaphore that is freed"
         return status
 
     def kill(self):
