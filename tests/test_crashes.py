@@ -241,7 +241,9 @@ def test_a_killed_warm_up_resumes_with_its_epoch(folder):
 
     def epochs():
         lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-        return [int(epoch) for _, epoch, planned in lines if planned == "30"]  # enough steps
+        return [
+            int(epoch) for _, epoch, planned in lines if planned == "70"
+        ]  # of one step, seven times as many as are asked for
 
     wait_for(lambda: len(epochs()) >= 4, process)
     process.kill()
@@ -254,7 +256,7 @@ def test_a_killed_warm_up_resumes_with_its_epoch(folder):
     process.wait()
     after = epochs()[len(before) :]
     assert after[0] in (before[-1], before[-1] + 1)
-    assert after[-1] == 29
+    assert after[-1] == 69
 
 
 # ------------------------------------------------------------------ stops
