@@ -39,8 +39,8 @@ MOST_BYTES = 1_000_000  # of a body
 MOST_TEXTS = 10_000  # of a request, since other clients wait for it
 Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # those that LitServe takes
 
-# LitServe ends its worker by a signal. Python's resource tracker, a process that is started with these options, then frees a
-# semaphore of the worker, and would say so.
+# LitServe ends its worker by a signal. Python's resource tracker, a process that is started with these options, then
+# frees a semaphore of the worker, and would say so.
 ITS_SEMAPHORE = "ignore:resource_tracker:UserWarning"
 
 log = logging.getLogger(__name__)
