@@ -118,16 +118,16 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
 
     text = " ".join(message.split())
     if "Unexpected config:" in text:
-        file = files[-1] if files else "--config"
-        return f"{file} holds no options: --config takes YAML, and files with data go to --data.train_file"
+        given = files[-1] if files else "--config"
+        return f"{given} holds no options: --config takes YAML, and files with data go to --data.train_file"
     section = ".".join(re.findall(r'Parser key "([^"]+)"', text))  # the outer ones first
     if found := re.search(r"class_path '([^']+)': Option '([^']+)' is not accepted", text):
         name, known = found[1].rpartition(".")[2], class_parameters(found[1]) or []
         return f"{place(f'{section}.{found[2]}')}{name} has no option {found[2]!r}. {_closest(found[2], known)}"
     if found := re.search(r"dot import path string: (\S+)|class_path '([^']+)': (?:module '|No module)", text):
-        given = next((word for flag, word in pairwise(sys.argv) if flag == "--data" and Path(word).is_file()), None)
-        if given is not None:
-            return f"--data takes a class, and {given} is a file: give it as --data.train_file or --data.predict_file"
+        data = next((word for flag, word in pairwise(sys.argv) if flag == "--data" and Path(word).is_file()), None)
+        if data is not None:
+            return f"--data takes a class, and {data} is a file: give it as --data.train_file or --data.predict_file"
         path = found[1] or found[2]
         known = [name for package in PACKAGES for name in import_module(package).__all__]
         meant = get_close_matches(path.rpartition(".")[2], known, n=1, cutoff=CUTOFF)
