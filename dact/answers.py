@@ -86,7 +86,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)
         check_finite(a)
-        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target}
+        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target.long()}
         if "depth" in batch:
             found["depths"] = batch["depth"]
         for name, tensor in found.items():

@@ -54,8 +54,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` at the end; see `replacing`."""
     folder = folder.resolve()  # what a link names is replaced, and not the link
     partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
-    for left_over in (partial, old):
-        shutil.rmtree(left_over, ignore_errors=True)
+    _put_back(old)
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
@@ -65,9 +65,18 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
             os.replace(folder, old)
         os.replace(partial, folder)
     except BaseException:
+        _put_back(old)
         shutil.rmtree(partial, ignore_errors=True)
         raise
     _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _put_back(old: Path) -> None:
+    """Give a folder that was moved aside its name again, or remove it if its successor has that name."""
+    folder = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+    if old.is_dir() and not folder.exists():
+        os.replace(old, folder)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -80,8 +89,10 @@ def check_writable_folder(folder: Path, what: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove the temporary files and folders that a killed process left under `folder`."""
-    for left_over in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
+    """Remove the temporary files and folders that a killed process left under `folder`, and put old folders back."""
+    for old in folder.rglob(".*.old"):
+        _put_back(old)
+    for left_over in folder.rglob(".*.partial"):
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
         else:

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from dact import functional
 from dact.encoders.base import Batch, check_batch
 from dact.functional import Halting, PonderKind
-from dact.metrics import SCALARS, collapse, evaluation_metrics
+from dact.metrics import AVERAGED, SCALARS, collapse, evaluation_metrics
 from dact.outputs import DACTOutput
 
 
@@ -62,6 +62,7 @@ class MetricLogging(LightningModule):
         name = f"{stage}{loader}"
         if name not in self.more_metrics:
             self.more_metrics[name] = evaluation_metrics(self.output_dimension, self.num_layers).to(self.device)
+            _reset(self.more_metrics[name])
         return f"more_metrics.{name}", self.more_metrics[name]
 
     def measure(
@@ -90,7 +91,7 @@ class MetricLogging(LightningModule):
         agreement = (early.probabilities.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
 
         attribute, metrics = self._metrics_of(stage, loader)
-        for name, value in zip(SCALARS[:4], (loss, task_loss, ponder_cost, agreement), strict=True):
+        for name, value in zip(AVERAGED, (loss, task_loss, ponder_cost, agreement), strict=True):
             # One value per example: without its NaN check, torchmetrics takes no weights.
             metrics[name].update(value.expand(len(target)))
         metrics["exit_layer"].update(early.exit_layer.float())
@@ -118,10 +119,7 @@ class MetricLogging(LightningModule):
     def _begin_evaluation(self, stage: str) -> None:
         """Reset all metrics: Lightning resets only scalars, and after `validate` to tensors that no fit can update."""
         for loader in self._loaders(stage):
-            for metric in self._metrics_of(stage, loader)[1].values():
-                if isinstance(metric, MeanMetric) and metric.weight.dtype in (torch.float16, torch.bfloat16):
-                    metric.set_dtype(torch.float32)  # in half precision, a sum stops growing after 8,192 examples
-                metric.reset()
+            _reset(self._metrics_of(stage, loader)[1])
 
     def _end_evaluation(self, stage: str) -> None:
         """Log the accuracy per layer, and keep the exit histogram of the first loader for callbacks."""
@@ -163,6 +161,14 @@ def labels_of(batch: Batch, stage: str) -> Tensor:
     if isinstance(ids, Tensor) and labels.dim() and len(labels) != len(ids):
         raise ValueError(f"labels must be one integer per example, [{len(ids)}], got {list(labels.shape)}")
     return labels
+
+
+def _reset(metrics: Any) -> None:
+    """Reset metrics, in single precision at least: a sum in half precision soon stops growing."""
+    for metric in metrics.values():
+        if isinstance(metric, MeanMetric) and metric.weight.dtype in (torch.float16, torch.bfloat16):
+            metric.set_dtype(torch.float32)
+        metric.reset()
 
 
 def _suffix(loader: int) -> str:

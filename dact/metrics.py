@@ -40,13 +40,14 @@ class LayerCounts(Metric):
         return self.counts
 
 
-SCALARS = ("loss", "task_loss", "ponder_cost", "agreement", "accuracy", "macro_f1", "exit_layer")
+AVERAGED = ("loss", "task_loss", "ponder_cost", "agreement")  # values of a batch, averaged over examples
+SCALARS = (*AVERAGED, "accuracy", "macro_f1", "exit_layer")
 
 
 def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
     """Return the metrics of one evaluation: `SCALARS`, and per layer ``exit_histogram`` and the ``correct`` a_n."""
     # By default a mean ignores NaN, which would hide a broken model.
-    means = {name: MeanMetric(nan_strategy="disable") for name in (*SCALARS[:4], "exit_layer")}
+    means = {name: MeanMetric(nan_strategy="disable") for name in (*AVERAGED, "exit_layer")}
     return nn.ModuleDict(
         {
             **means,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from dact import encoders
 from dact.encoders.base import LayeredEncoder
-from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
+from dact.files import DurableCheckpointIO, read_json, read_tensors, replacing, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
 
 CONFIG_NAME = "config.json"
@@ -46,11 +47,12 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
         base: `DACT`, whose arguments are stored with the model's attributes.
 
     Returns:
-        ``arguments``, the arguments that only the subclass has, and ``passed``, the names of the arguments of `base`
-        that it takes. None for an object of `base` itself.
+        ``arguments``, the arguments that only the subclass has or that it hands to `base` as something else, and
+        ``passed``, the names of the arguments of `base` that it takes. None for an object of `base` itself.
     """
     frame, outermost = inspect.currentframe(), None
     frame = frame.f_back if frame else None
+    received = dict(frame.f_locals) if frame else {}
     while frame and frame.f_code.co_name == "__init__" and frame.f_locals.get(frame.f_code.co_varnames[0]) is model:
         frame, outermost = frame.f_back, frame
     if type(model) is base or outermost is None:
@@ -61,7 +63,8 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
     if positional and isinstance(positional[0], LayeredEncoder):  # passed on to `base`
         flat |= dict(zip(of_base, positional, strict=False))
     flat |= given.locals[given.keywords] if given.keywords else {}
-    own = {name: value for name, value in flat.items() if name not in of_base and _is_plain(value)}
+    changed = {name for name in flat if name not in of_base or flat[name] is not received[name]}
+    own = {name: flat[name] for name in flat if name in changed and _is_plain(flat[name])}
     return {"arguments": own, "passed": [name for name in flat if name in of_base]}
 
 
@@ -254,6 +257,12 @@ def _restore_learned(model: Any, learned: Mapping[str, Any], overrides: Mapping[
         model.calibration = calibration
     elif dial not in overrides and getattr(model, dial) == calibration[dial]:
         setattr(model, dial, calibration["instead_of"])
+        warnings.warn(
+            f"The model was calibrated for {_halting_of(calibration)}, and its promise does not hold for "
+            f"{', '.join(sorted(overrides.keys() & {*HALTING}))} as given: {dial} is {calibration['instead_of']} "
+            "again, as before the calibration. Give both, or calibrate again",
+            stacklevel=2,
+        )
 
 
 def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
@@ -286,9 +295,12 @@ def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
         return None
     if halts_as(model, calibration, dial=calibration[dial]):  # a dial that was moved since is the user's own
         return None
-    then = ", ".join(f"{name} {calibration[name]}" for name in HALTING)
-    now = ", ".join(f"{name} {getattr(model, name)}" for name in HALTING)
+    then, now = _halting_of(calibration), _halting_of({name: getattr(model, name) for name in HALTING})
     return f"The checkpoint was calibrated for {then}, but this configuration has {now}; its calibration is ignored"
+
+
+def _halting_of(settings: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {settings[name]}" for name in HALTING)
 
 
 # ------------------------------------------------------------------ weights
@@ -328,7 +340,10 @@ def write_folder(model: Any, base: type, directory: Path) -> None:
     config = {"format": FORMAT, "written_by": _this_version(), **config_of(model, base)}
     json.dumps(config)  # before anything in the folder is replaced
     model.encoder.save_files(directory)
-    write_tensors(directory / WEIGHTS_NAME, model.state_dict())
+    with replacing(directory / WEIGHTS_NAME) as partial:
+        write_tensors(partial, model.state_dict())
+        # Until the new one is there, so that a kill leaves no new weights under an old promise.
+        (directory / CONFIG_NAME).unlink(missing_ok=True)
     write_json(directory / CONFIG_NAME, config)
 
 

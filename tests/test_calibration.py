@@ -581,7 +581,8 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
     assert model.halting_tolerance > 0
     model.save_pretrained(tmp_path)
     assert DACT.from_pretrained(tmp_path).calibration is not None
-    other = DACT.from_pretrained(tmp_path, halting_margin=0.3)
+    with pytest.warns(UserWarning, match=r"does not hold for halting_margin as given: halting_tolerance is 0.0 again"):
+        other = DACT.from_pretrained(tmp_path, halting_margin=0.3)
     assert (other.calibration, other.halting_tolerance) == (None, 0.0)
     own = DACT.from_pretrained(tmp_path, halting="paper", halting_tolerance=model.halting_tolerance)
     assert (own.calibration, own.halting_tolerance) == (None, model.halting_tolerance)

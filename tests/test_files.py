@@ -1,5 +1,7 @@
 """Files that are whole or not there."""
 
+import os
+
 import pytest
 import torch
 
@@ -46,12 +48,42 @@ def test_what_a_killed_process_left_is_cleared(tmp_path):
     assert names(tmp_path) == ["a.json", "folder"]
 
 
+@pytest.mark.parametrize("recover", ["write", "clear"])
+def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path, recover):
+    for name in (".folder.partial/new", ".folder.old/old"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    if recover == "clear":
+        remove_partial(tmp_path)
+    else:
+        with pytest.raises(OSError, match="no space"), replacing_folder(tmp_path / "folder"):
+            raise OSError("no space left")
+    assert names(tmp_path) == ["folder", "old"]
+
+
+def test_a_folder_comes_back_where_its_successor_cannot_be_renamed(tmp_path, monkeypatch):
+    with replacing_folder(tmp_path / "folder") as partial:
+        (partial / "old").touch()
+    rename = os.replace
+
+    def refuse_the_successor(source, target):
+        if str(source).endswith(".partial"):
+            raise OSError("the disk is gone")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refuse_the_successor)
+    with pytest.raises(OSError, match="is gone"), replacing_folder(tmp_path / "folder") as partial:
+        (partial / "new").touch()
+    assert names(tmp_path) == ["folder", "old"]
+
+
 def test_a_folder_is_freed_of_what_a_killed_process_left(tmp_path):
+    (tmp_path / "inner" / "model").mkdir(parents=True)
     for name in ("kept.json", ".answers.partial", "inner/.model.partial/weights", "inner/.model.old/weights"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     remove_partial(tmp_path)
-    assert names(tmp_path) == ["inner", "kept.json"]
+    assert names(tmp_path) == ["inner", "kept.json", "model"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
 
-from dact import DACT, SubmodelConfig, functional
+from dact import DACT, SubmodelConfig, calibrate, functional, persistence
 from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
@@ -235,6 +235,9 @@ def test_the_mean_exit_layer_of_many_examples_is_right_in_half_precision(tmp_pat
     mean = (model.exit_histogram * layers).sum() / model.exit_histogram.sum()
     assert metrics["val_exit_layer"] == pytest.approx(mean.item(), abs=1e-4)
     assert model.exit_histogram.sum() == 6_000
+    first, second = trainer(tmp_path, precision="bf16-true").validate(model, [loader(6_000)] * 2, verbose=False)
+    for name in ("val_loss", "val_task_loss", "val_exit_layer", "val_accuracy"):
+        assert second[f"{name}/dataloader_idx_1"] == pytest.approx(first[name], abs=1e-4)
 
 
 def test_a_collapsed_depth_is_a_visible_warning(tmp_path):
@@ -899,6 +902,34 @@ def test_a_subclass_gets_its_own_arguments_back(tmp_path):
     assert DACT.from_pretrained(tmp_path / "model").lambda_reg == 0.3
     copied = copy.deepcopy(model)
     assert copied.config() == model.config()
+
+
+class Doubled(DACT):
+    """A subclass that hands an argument of DACT on as another value."""
+
+    def __init__(self, encoder, lambda_reg: float = 0.1, **kwargs):
+        super().__init__(encoder, lambda_reg=2 * lambda_reg, **kwargs)
+
+
+def test_a_subclass_that_changes_an_argument_is_the_same_after_every_load(tmp_path):
+    model = Doubled(TransformerEncoder(30, 2, 8, 2), output_dimension=3)
+    for _ in range(2):
+        model.save_pretrained(tmp_path)
+        model = Doubled.from_pretrained(tmp_path)
+        assert model.lambda_reg == 0.2
+    assert Doubled.from_pretrained(tmp_path, lambda_reg=0.5).lambda_reg == 1.0
+    assert DACT.from_pretrained(tmp_path).lambda_reg == 0.2
+
+
+def test_a_save_that_is_killed_leaves_no_new_weights_under_an_old_promise(tmp_path, monkeypatch):
+    model = tiny_model()
+    calibrate(model, [random_batch(300)], min_agreement=0.8)
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(persistence, "write_json", lambda *arguments: pytest.fail("killed"))
+    with pytest.raises(pytest.fail.Exception, match="killed"):
+        tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        DACT.from_pretrained(tmp_path)
 
 
 # ------------------------------------------------------------------ somebody else's LightningCLI

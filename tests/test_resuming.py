@@ -139,7 +139,7 @@ def test_a_study_whose_first_trials_failed_goes_on_when_the_cause_is_gone(tmp_pa
 
     run_trials(study, broken, 20, run.locked)
     assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 5
-    with pytest.raises(RuntimeError, match="Once it is mended, run the same command again"):
+    with pytest.raises(RuntimeError, match="Once it is removed, run the same command again"):
         studies.completed(study)
     run_trials(study, lambda trial: 1.0, 8, run.locked, before=5)
     assert [trial.state for trial in study.trials[5:]] == [TrialState.COMPLETE] * 3

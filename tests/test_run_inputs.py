@@ -580,6 +580,8 @@ def test_few_steps_of_the_trainer_count_where_the_epochs_of_the_baseline_are_cho
     for option in ({"limit_train_batches": 60}, {"limit_train_batches": 0.6}, {"accumulate_grad_batches": 2}):
         few = dataclasses.replace(recipe, trainer={**recipe.trainer, **option})
         assert enough_epochs(few.trainer, data, 4, 300) == (5 if "limit_train_batches" in option else 6)
+    few = {**recipe.trainer, "accumulate_grad_batches": 4}  # 6 batches are 2 steps: of 4 batches, and of the other 2
+    assert enough_epochs(few, DataLoaders(6), 4, 28) == 14
     assert enough_epochs(recipe.trainer, DataLoaders(15), 3, 150) == 10
     assert enough_epochs(recipe.trainer, DataLoaders(1), 3, 150) == 21
 

@@ -618,7 +618,7 @@ def test_data_and_a_model_of_ones_own_are_tuned(tmp_path, mode):
     assert Momentous.seen
     assert set(Momentous.seen) == {0.1}
     assert Path(checkpoint).is_file()
-    assert json.loads(Path(metrics).read_text())["test"]["accuracy"] >= 0
+    assert json.loads(Path(metrics).read_text())["test"]["exit_histogram"]
 
 
 def test_workers_need_factories_that_other_processes_can_import():

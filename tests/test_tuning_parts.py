@@ -22,12 +22,14 @@ from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
+from torch.utils.data import DataLoader
 
+from dact.answers import layer_answers
 from dact.factories import DataFactory
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, retries, studies, tensorboard
-from dact.tuning.fitting import Deadline, make_trainer
-from dact.tuning.outcome import Outcome
+from dact.tuning.fitting import Deadline, History, make_trainer
+from dact.tuning.outcome import Outcome, outcome_of
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameLengthPruner, lags
 from dact.tuning.retries import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
 from dact.tuning.run import Run, Winners
@@ -39,6 +41,7 @@ from dact.tuning.storage import open_storage, stopped_by
 from dact.tuning.trial import _recorded_cause
 from dact.tuning.trial_loop import TrialFailed, run_trials
 from dact.tuning.workers import StudyJob, check_workers
+from tests.conftest import random_batch, tiny_model
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -305,6 +308,22 @@ def test_a_new_winner_ends_those_that_were_found_under_the_old_one(tmp_path):
     run.save({"lambda_reg": 0.2})
     run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 2}})
     assert [name.split()[0] for name in run.winners().missing()] == ["external_config", "lambda_reg"]
+
+
+def test_winners_that_are_written_in_part_are_no_winners(tmp_path, monkeypatch):
+    run = Run("run", tmp_path)
+    run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 1}})
+    written = []
+
+    def killed_after_one(path, text):
+        if written:
+            raise KeyboardInterrupt
+        written.append(path.write_text(text))
+
+    monkeypatch.setattr("dact.tuning.run.write_text", killed_after_one)
+    with pytest.raises(KeyboardInterrupt):
+        run.save({"classifier_config": {"num_layers": 2}, "confidence_config": {"num_layers": 2}})
+    assert "confidence_config" in run.winners().missing()[0]
 
 
 def test_running_and_failed_trials_are_not_proposed_again():
@@ -768,3 +787,16 @@ def test_what_no_run_can_do_is_refused_before_any_work():
     assert isinstance(made(), LightningDataModule)
     with pytest.raises(ValueError, match=r"tests.foreign.MyData must take batch_size, which dact tune sets"):
         made(batch_size=4)
+
+
+def test_labels_of_32_bits_are_measured_as_any_others(tmp_path):
+    batch = random_batch(40)
+    short = {**batch, "labels": batch["labels"].int()}
+    model, history = tiny_model(), History()
+    rows = [{name: tensor[row] for name, tensor in short.items()} for row in range(40)]
+    loader = DataLoader(rows, batch_size=16)
+    trainer = make_trainer({"max_epochs": 1, "accelerator": "cpu"}, callbacks=[history], enable_checkpointing=False)
+    trainer.fit(model, loader, loader)
+    for answers in (history.answers, layer_answers(model, [short])):
+        assert torch.equal(answers.target, batch["labels"])
+        assert torch.isfinite(outcome_of(answers, model, None, None).losses).all()

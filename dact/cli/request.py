@@ -30,7 +30,7 @@ EVALUATING = ("validate", "test", "predict", "calibrate")
 OWN_FILES = "TextClassificationData"
 COLUMNS = ("text_column", "text_pair_column", "label_column")
 DIVISION = ("val_file", "seed", "val_fraction", "calibration_fraction")
-NO_LIMIT = 1_000_000  # tokens; nothing is cut
+MOST_TOKENS = 1_000_000  # tokens; nothing is cut
 
 
 @dataclass
@@ -200,7 +200,7 @@ class Request:
             return int(arguments["max_length"])
         file = Path(resolve_pretrained(str(arguments["tokenizer"])), "tokenizer_config.json")
         stored = read_json(file).get("model_max_length") if file.is_file() else None  # 1e30 means no limit
-        return int(min(stored or NO_LIMIT, model.encoder.max_length or NO_LIMIT, NO_LIMIT))
+        return int(min(stored or MOST_TOKENS, model.encoder.max_length or MOST_TOKENS, MOST_TOKENS))
 
 
 def _options(words: list[str]) -> Iterator[tuple[slice, str, str]]:

@@ -78,7 +78,7 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
 
 
 def checkpoint_to_resume(folder: Path, now: dict[str, Any]) -> str | None:
-    """Return the checkpoint from which a run goes on, and say so; None, said as well, if only its model is left.
+    """Return the checkpoint from which a run resumes, and say so; None, said as well, if only its model is left.
 
     Args:
         folder: Folder of the run.
@@ -107,10 +107,10 @@ def _read(path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(
-            f"{path} is damaged ({' '.join(str(error).split())[:100]}): delete it, and resume again"
+            f"{path} is corrupted ({' '.join(str(error).split())[:100]}): delete it, and resume again"
         ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged: delete it, and resume again")
+        raise ValueError(f"{path} is corrupted: delete it, and resume again")
     return content
 
 

@@ -95,7 +95,8 @@ class TuningEngine:
             which no study sees; see `dact.calibrate`. If these are too few for the default promise, an estimate sets
             the dial. With None, the class is provably that of full depth.
         distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; by default
-            half, if the data can carry them. The teacher is the baseline, unless the data has one of its own.
+            that of the model factory or, if it has none and the data can carry them, half. The teacher is the baseline,
+            unless the data has one of its own.
         compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.

@@ -60,7 +60,7 @@ def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int
     batches = len(data.train_dataloader())
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-    per_epoch = max(1, batches // int(trainer.get("accumulate_grad_batches") or 1))
+    per_epoch = max(1, -(-batches // int(trainer.get("accumulate_grad_batches") or 1)))  # the last ones step as well
     return min(max(epochs, -(-steps // per_epoch)), MOST_TIMES * epochs)
 
 
@@ -100,7 +100,7 @@ class History(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         if isinstance(outputs, Mapping) and "layer_probabilities" in outputs:
-            self._seen.append((outputs["layer_probabilities"].cpu(), outputs["h"].cpu(), batch["labels"].cpu()))
+            self._seen.append((outputs["layer_probabilities"].cpu(), outputs["h"].cpu(), batch["labels"].cpu().long()))
 
     @override
     def state_dict(self) -> dict[str, Any]:

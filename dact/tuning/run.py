@@ -159,8 +159,9 @@ class Run:
         }
         before = {name: files[name].read_text() if files[name].is_file() else None for name in texts}
         if before != texts:
-            for name in WINNERS[max(map(WINNERS.index, winners)) + 1 :]:
-                files[name].unlink(missing_ok=True)  # first, so that a kill in between leaves no mixture
+            replaced = [name for name in texts if texts[name] != before[name]]
+            for name in [*WINNERS[max(map(WINNERS.index, winners)) + 1 :], *replaced]:
+                files[name].unlink(missing_ok=True)  # all of them first, so that a kill in between leaves no mixture
         for name, text in texts.items():
             if text != before[name]:
                 write_text(files[name], text)

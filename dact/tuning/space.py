@@ -135,7 +135,7 @@ MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
     "training": {
         "weight_decay": Dimension("float", 1e-4, 1e-1, log=True),
         "warmup_fraction": Dimension("float", 0.0, 0.3, step=0.05),
-        "num_layers": Dimension("int", 1, 1000),  # by default the upper half of the encoder's; see `with_layers`
+        "num_layers": Dimension("int", 1, 1000),  # by default the upper half of the encoder's; see `complete_spaces`
     },
 }
 FROZEN_RATE = "learning_rate"  # in frozen mode only the submodels learn, at submodel_learning_rate

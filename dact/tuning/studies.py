@@ -164,7 +164,7 @@ def completed(study: Study) -> list[FrozenTrial]:
         )
     raise RuntimeError(
         f"{study.study_name}: none of its {len(others)} trials finished. The first cause: trial {others[0].number}: "
-        f"{_cause(others[0])}. Once it is mended, run the same command again, with a larger n_trials if all were used"
+        f"{_cause(others[0])}. Once it is removed, run the same command again, with a larger n_trials if all were used"
     )
 
 
