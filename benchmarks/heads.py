@@ -63,7 +63,7 @@ def measure(run: Path, folder: Path) -> dict[str, dict[str, float]]:
             shutil.copytree(run / "baseline", again.folder / "baseline")
         shutil.rmtree(again.folder / "features", ignore_errors=True)
         surveyed = engine._survey()
-        settings, _ = surveyed.untuned_settings()
+        settings, _ = surveyed.untuned
         with patch.object(prepared, "_divide", divide):
             ready = engine._prepare(again, surveyed)
         with patch.object(fitting, "HEAD_EPOCHS", head_epochs):

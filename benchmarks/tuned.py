@@ -175,7 +175,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         for peer in ("defaults", "multi-exit"):
             calibrate(models[peer], data, **promise)
         speeds = texts_per_second(models, list(data.test_dataloader()))
-    test = {n: evaluate(m, data.test_dataloader(), precision=precision, timed=False) for n, m in models.items()}
+    test = {n: evaluate(m, data.test_dataloader(), precision=precision) for n, m in models.items()}
     right = {n: evaluation.right.double() for n, evaluation in test.items()}
     rows = {}
     for n, evaluation in test.items():

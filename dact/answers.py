@@ -182,13 +182,17 @@ def operating_points(
 
 def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
     """Return `baseline`, or raise an error unless it is one class per example."""
-    baseline = torch.as_tensor(baseline)
-    if baseline.shape != answers.target.shape or baseline.is_floating_point():
+    baseline, classes = torch.as_tensor(baseline).cpu(), answers.a.shape[2]
+    numbers = not baseline.is_floating_point() and baseline.dtype != torch.bool
+    if baseline.shape != answers.target.shape or not numbers:
         raise ValueError(
             f"baseline must hold one class per example, int64 {list(answers.target.shape)}, in the order of the "
             f"examples, got {baseline.dtype} {list(baseline.shape)}"
         )
-    return baseline.cpu()
+    if not ((baseline >= 0) & (baseline < classes)).all():
+        found = f"{baseline.min()} … {baseline.max()}"
+        raise ValueError(f"baseline must hold classes in 0 … {classes - 1}, as the labels do, got {found}")
+    return baseline
 
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
@@ -202,6 +206,17 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     """
     values = values.double()
     return values.mean().item(), values.std().item() / len(values) ** 0.5
+
+
+def careful_mean_and_error(values: Tensor, low: float = -1.0, high: float = 1.0) -> tuple[float, float]:
+    """Return the mean of `values` in [low, high] and the standard error that one more value at either end would give.
+
+    Of a few values without a difference the error would be 0, and of a single difference the mean would be the error.
+    Source: Bonett & Price 2012, *Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on
+    Paired Data*.
+    """
+    more = torch.cat([values.double(), values.new_tensor([low, high], dtype=torch.float64)])
+    return values.double().mean().item(), mean_and_error(more)[1]
 
 
 def share(flags: Tensor) -> float:

@@ -8,14 +8,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from dact import bounds, functional
 from dact.answers import Dial as Dial
 from dact.answers import LayerAnswers as LayerAnswers
-from dact.answers import check_baseline, exits_by_setting, mean_and_error, share
+from dact.answers import careful_mean_and_error, check_baseline, exits_by_setting, mean_and_error, share
 from dact.answers import layer_answers as layer_answers
 from dact.checks import check_choice, check_range
 from dact.encoders.base import Batch
@@ -73,7 +72,7 @@ class Promise:
         if len(given) != 1:
             raise ValueError(
                 "a promise is one of max_accuracy_loss, min_agreement and max_layers, got "
-                + (" and ".join(given) or "none of them")
+                + (f"{' and '.join(given)}: give null (in Python None) for the others" if given else "none of them")
             )
         for name in ("max_accuracy_loss", "min_agreement"):
             value = getattr(self, name)
@@ -224,11 +223,17 @@ def calibrate(
         True
     """
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
+    before = {name: getattr(model, name) for name in ("calibration", *HALTING)}
     model.end_calibration()
-    promise.check(model.exit_rule, model.num_layers)  # before any layer runs
-    batches, chose_checkpoint = _examples(data)
-    answers = layer_answers(model, batches)
-    found = choose_setting(answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=chose_checkpoint)
+    try:
+        promise.check(model.exit_rule, model.num_layers)  # before any layer runs
+        batches, chose_checkpoint = _examples(data)
+        answers = layer_answers(model, batches)
+        found = choose_setting(answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=chose_checkpoint)
+    except BaseException:  # an earlier calibration stays
+        for name, value in before.items():
+            setattr(model, name, value)
+        raise
     model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
     setattr(model, dial, getattr(found, dial))
     if model.temperatures is not None:
@@ -325,14 +330,10 @@ class _Evidence:
         """Return an upper bound on the quantity that the promise limits."""
         confidence, examples = self.promise.confidence, len(exits)
         if confidence is None:
-            values = more = self._values(exits).double()
-            if self.promise.max_layers is None:
-                # The error is that with one more example at either end, as Bonett & Price 2012 (Adjusted Wald
-                # confidence interval for a difference of binomial proportions based on paired data) have it: of a few
-                # examples without a fault it would be 0.
-                lowest = -1 if self.promise.min_agreement is None else 0
-                more = torch.cat([values, values.new_tensor([lowest, 1])])
-            return values.mean().item() + mean_and_error(more)[1]
+            values = self._values(exits).double()
+            if self.promise.max_layers is not None:
+                return sum(mean_and_error(values))
+            return sum(careful_mean_and_error(values, low=-1.0 if self.promise.min_agreement is None else 0.0))
         if self.promise.max_layers is not None:
             return bounds.mean_upper_bound(exits, self.layers, confidence)
         if self.promise.min_agreement is not None:

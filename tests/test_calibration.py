@@ -392,6 +392,9 @@ def test_a_promise_can_be_made_against_a_baseline():
         choose_setting(answers, Promise(max_accuracy_loss=0.0), baseline=answers.target)
     with pytest.raises(ValueError, match=r"one class per example, int64 \[3000\], .* got torch.int64 \[2\]"):
         choose_setting(answers, promise, baseline=baseline[:2])
+    for wrong in (answers.target + 1, torch.full_like(answers.target, -1), answers.target == full):
+        with pytest.raises(ValueError, match="baseline must hold (classes in 0 … 2|one class per example)"):
+            choose_setting(answers, promise, baseline=wrong)
     with pytest.raises(ValueError, match="a baseline goes with max_accuracy_loss"):
         choose_setting(answers, Promise(max_layers=2), baseline=baseline)
 
@@ -560,6 +563,15 @@ def test_another_dial_ends_the_promise_of_the_first():
     model.halting_margin = 0.123
     model.end_calibration()
     assert model.halting_margin == 0.123, "what the user gave counts"
+
+
+def test_a_promise_that_cannot_be_made_leaves_the_earlier_one():
+    model = tiny_model()
+    calibrate(model, [random_batch(800)], min_agreement=0.8)
+    before = model.calibration, model.halting_margin
+    with pytest.raises(ValueError, match="cannot be promised"):
+        calibrate(model, [random_batch(800)], max_layers=1.0001)
+    assert (model.calibration, model.halting_margin) == before
 
 
 def test_a_promise_that_does_not_hold_is_said():

@@ -120,7 +120,8 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     assert best.name == "tuned"
     assert comparisons == [
         "first trial beats default settings",
-        "tuned beats first trial: -1.00 ± 0.15 layers, +0.00 ± 0.00 points",
+        "tuned beats first trial: -1.00 ± 0.15 layers, +0.00 ± 1.39 points",
+        "tuned beats default settings",
         "broken does not beat tuned",
     ]
     assert _best(candidates[:1], lambda candidate: None, 0.0, comparisons).name == "default settings"
@@ -139,6 +140,26 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
         "tuned": Outcome(torch.full((2000,), 4.0), torch.zeros(2000), (torch.rand(2000) < 0.045).float()),
     }
     assert _best([Candidate(name, {}) for name in states], lambda one: states[one.name], 0.01, []).name == "first trial"
+
+    # What may be lost for fewer layers does not add up over candidates that each beat the one before.
+    def lower(layers, worse):
+        lost = torch.zeros(1500)
+        lost[:worse] = 1
+        return Outcome(torch.full((1500,), layers), torch.zeros(1500), lost)
+
+    chain = {"default settings": lower(4.0, 0), "first trial": lower(3.5, 1), "tuned": lower(3.0, 2)}
+    comparisons = []
+    best = _best([Candidate(name, {}) for name in chain], lambda one: chain[one.name], 0.01, comparisons)
+    assert best.name == "first trial"
+    assert comparisons[-1].startswith("tuned does not beat default settings: -1.00")
+
+    # One text is no evidence, however its mean and its error are rounded.
+    for examples in range(100, 1500, 7):
+        none, one = torch.zeros(examples), torch.zeros(examples)
+        one[0] = -1
+        pair = {n: Outcome(none + 3.0, none, lost) for n, lost in (("default settings", none), ("tuned", one))}
+        best = _best([Candidate(name, {}) for name in pair], lambda one, pair=pair: pair[one.name], 0.01, [])
+        assert best.name == "default settings"
 
     # As much as fits of the same settings differ by is no gain, however many examples there are.
     alike = {"default settings": outcome(3.0), "tuned": outcome(2.9)}

@@ -15,7 +15,7 @@ from rich.console import Console
 from dact.tuning.fitting import Deadline
 from dact.tuning.progress import Progress
 from dact.tuning.pruner import PLANNED_EPOCHS
-from dact.tuning.summary import headline, pruning_text, show_summary
+from dact.tuning.summary import _speed, headline, pruning_text, show_summary
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 PROMISE = {"max_accuracy_loss": 0.01, "min_agreement": None, "max_layers": None, "confidence": 0.95}
@@ -34,6 +34,7 @@ def metrics(**changes):
             "accuracy": 0.79 - 0.01 * step,
             "mean_exit_layer": max(1.0, 4 - 0.3 * step),
             "agreement": 1.0,
+            "difference_to_baseline": {"accuracy": 0.003 - 0.01 * step, "standard_error": 0.004},
         }
         for step, margin in enumerate((1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))
     ]
@@ -52,10 +53,10 @@ def test_the_summary_begins_with_what_a_person_wants_to_know():
     found = metrics()
     assert headline(found) == (
         "78.50 % accuracy on test, -0.20 ± 0.40 points against the baseline of 6 layers, at 2.51 layers and 2.0 times its "
-        "speed, under the promise of at most 1.00% of accuracy below its own full depth with 95% confidence"
+        "speed, under the promise of at most 1 point of accuracy below its own full depth with 95% confidence"
     )
     found["calibration"]["promise"]["confidence"] = None
-    assert headline(found).endswith("by the estimate of at most 1.00% of accuracy below its own full depth")
+    assert headline(found).endswith("by the estimate of at most 1 point of accuracy below its own full depth")
     found["calibration"]["promise"] |= {"max_accuracy_loss": None, "max_layers": 2.5}
     assert headline(found).endswith("by the estimate of at most 2.5 layers")
     del found["calibration"]
@@ -194,7 +195,7 @@ def test_columns_that_do_not_fit_are_left_out_whole():
 def test_the_time_left_covers_the_fits_after_the_studies():
     progress = Progress()
     progress.console = Console(width=80, record=True)
-    progress.announce([3, 3, 3], None, epochs_after=8)
+    progress.announce([3, 3, 3], None, trials_after=2, epochs_after=8)
     study = optuna.create_study()
     progress.seconds_per_epoch = 60.0  # as the baseline took
     with progress.study("submodels", study, 1, 0, Deadline(), Deadline()):
@@ -208,10 +209,22 @@ def test_the_time_left_covers_the_fits_after_the_studies():
     )
 
 
+def test_the_speed_at_another_margin_is_never_more_than_its_share():
+    entry = {**metrics()["validation"], "mean_exit_layer": 3.9, "texts_per_second": 1000.0}  # of 4 layers, at 600
+    speeds = [_speed(entry, layers, 4) for layers in (1.0, 2.0, 3.0, 3.9)]
+    assert speeds == sorted(speeds, reverse=True)
+    assert speeds[0] == pytest.approx(3900.0)
+    assert speeds[-1] == pytest.approx(1000.0)
+    entry = {**entry, "mean_exit_layer": 2.0, "texts_per_second": 500.0}  # slower than full depth: noise
+    assert _speed(entry, 1.0, 4) == pytest.approx(500.0)
+    entry = {**entry, "texts_per_second": 900.0}
+    assert 900.0 < _speed(entry, 1.0, 4) < 1800.0
+
+
 def test_the_announcement_names_what_the_deadline_does_not_bound():
     progress = Progress()
     progress.console = Console(width=80, record=True)
-    progress.announce([6, 6, 6], 600.0, epochs_after=8)
+    progress.announce([6, 6, 6], 600.0, trials_after=2, epochs_after=8)
     said = " ".join(progress.console.export_text().split())
     assert said.startswith("6 + 6 + 6 trials, then the final fit")
     assert "The studies end after 10 min; preparation, confirmation and final fit are not bounded" in said

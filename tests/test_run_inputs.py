@@ -254,8 +254,16 @@ def test_a_narrowed_search_space_holds_for_what_no_study_has_chosen_yet(tmp_path
     surveyed = made._survey()
     chosen = {"num_layers": 3, "detach_exits": False, "submodel_learning_rate": 1e-3, "num_epochs": 1}
     assert surveyed.initial == chosen
-    _, recommended = surveyed.untuned_settings()
+    _, recommended = surveyed.untuned
     assert surveyed.initial.items() <= recommended.items()
+
+
+def test_a_narrowed_price_of_layers_is_that_of_the_recommended_settings_as_well(tmp_path):
+    surveyed = engine(tmp_path, search_space={"lambda_reg": {"low": 0.1, "high": 0.5}})._survey()
+    defaults, recommended = surveyed.untuned
+    assert surveyed.first_trials["lambda_reg"][0] == {"lambda_reg": 0.1}
+    assert recommended["lambda_reg"] == 0.1
+    assert defaults["lambda_reg"] == surveyed.model.lambda_reg < 0.1
 
 
 def test_on_few_texts_the_epochs_that_are_tried_make_enough_steps(tmp_path):
@@ -365,9 +373,10 @@ def test_a_search_keeps_what_it_does_not_search_of_the_submodels_of_ones_own(tmp
     own = {"classifier": SubmodelConfig(normalization="layer", activation="relu", hidden_units=48)}
     space = {"classifier_hidden_units": {"choices": [8, 16]}, "num_epochs": {"choices": [1]}}
     made = quick(tmp_path, model=partial(small_model, **own), search_space=space)
-    defaults, recommended = made._survey().untuned_settings()
+    defaults, recommended = made._survey().untuned
+    assert SubmodelConfig(**defaults["classifier"]) == own["classifier"]
+    assert SubmodelConfig(**recommended["classifier"]) == dataclasses.replace(own["classifier"], hidden_units=8)
     for settings in (defaults, recommended):
-        assert SubmodelConfig(**settings["classifier"]) == own["classifier"]
         assert SubmodelConfig(**settings["confidence"]) == SubmodelConfig()
     classifier, _ = made.joint_tune_study("run")
     found = SubmodelConfig(**classifier)

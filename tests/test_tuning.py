@@ -28,8 +28,10 @@ from dact.calibration import Promise
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
+from dact.files import read_tensors
 from dact.tuning.features import Features, FeaturesData, check_features, compute_features
 from dact.tuning.fitting import Deadline, StopAtDeadline, TimeIsUp
+from dact.tuning.outcome import Outcome
 from dact.tuning.retries import CAUSE, is_interrupted
 from dact.tuning.stages import STAGES as ALL_STAGES
 from tests.conftest import free_port, tiny_model
@@ -134,7 +136,8 @@ def test_metrics_have_the_keys_of_the_design(tuned):
         difference = metrics[split]["accuracy"] - metrics["baseline"][split]["accuracy"]
         assert metrics[split]["difference_to_baseline"]["accuracy"] == pytest.approx(difference)
     assert metrics["baseline"]["layers"] == 3
-    assert {"tolerance", "accuracy", "mean_exit_layer", "agreement"} == set(metrics["tolerance_curve"][0])
+    keys = {"tolerance", "accuracy", "mean_exit_layer", "agreement", "difference_to_baseline"}
+    assert keys == set(metrics["tolerance_curve"][0])
     chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
     assert len(metrics["history"]) == chosen["num_epochs"]
     assert all("train_loss" in record for record in metrics["history"])
@@ -293,6 +296,10 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
         elif complete:
             both = values["best/val_task_loss"], values["best/val_exit_layer"]
             assert both == pytest.approx(tuple(trial.values))
+            baseline, outcome = read_tensors(run / "baseline" / "answers.safetensors")[0], Outcome.read(run / name)
+            right = (baseline["classes"] == baseline["targets"])[: len(outcome.lost)]
+            early = right.double().mean() - outcome.lost.double().mean()
+            assert values["best/val_accuracy"] == pytest.approx(early.item())
 
 
 def test_a_tensorboard_server_shows_the_pictures(served):
@@ -478,6 +485,13 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
         ({"max_loss_increase": -0.1}, ValueError, "max_loss_increase must be 0 or more, got -0.1"),
         ({"max_loss_increase": float("nan")}, ValueError, "max_loss_increase must be 0 or more, got nan"),
         ({"max_layers": 0.5}, ValueError, "max_layers must be 1 or more, got 0.5"),
+        ({"max_layers": 1.5}, ValueError, "max_layers=1.5 bounds the choice of lambda_reg by"),
+        ({"lambda_selection": "promise", "promise": None}, ValueError, "needs a promise of max_accuracy_loss"),
+        (
+            {"max_loss_increase": 0.1},
+            ValueError,
+            "max_loss_increase=0.1 goes with lambda_selection='max_loss_increase'",
+        ),
         ({"search_space": {"speed": {}}}, ValueError, "unknown parameter 'speed'"),
         ({"model": tiny_model()}, TypeError, "model must be a function that makes one, got DACT"),
     ],
@@ -1039,7 +1053,8 @@ def test_another_promise_keeps_the_final_fit(copied_run):
     metrics = json.loads((copied_run / "final" / "metrics.json").read_text())
     assert metrics["halting_tolerance"] == 0, "the earlier promise has ended"
     assert metrics["halting_margin"] == metrics["calibration"]["halting_margin"] < 1
-    assert {"margin", "accuracy", "mean_exit_layer", "agreement"} == set(metrics["margin_curve"][0])
+    keys = {"margin", "accuracy", "mean_exit_layer", "agreement", "difference_to_baseline"}
+    assert keys == set(metrics["margin_curve"][0])
     assert weights.read_bytes() == before
     assert metrics["history"][0]["epoch"] == 0
 

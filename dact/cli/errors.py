@@ -42,7 +42,10 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("DACT_TRACEBACK"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
-        print(f"dact: error: {' '.join(str(message).split())}", file=sys.stderr)
+        text = " ".join(str(message).split())
+        # Of an option's several types, the first is the one that was meant.
+        text = re.sub(r"^Does not validate against any of the Union subtypes .*? Errors: - (.*?) - .*", r"\1", text)
+        print(f"dact: error: {text}", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -152,6 +155,8 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
     said = [line for line in [rest, *lines[keys[-1] + 1 :]] if line and not NOISE.match(line)]
     text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(said)).replace(" Given value: ", ". Got value: ")
     value = re.search(r"Got value: (\S+)", text)
+    if "Unexpected import path format" in text and f"{key}.help" in options:
+        return f"{place(section)}{key} has options of its own, which --{key}.help lists, got {value and value[1]}"
     if "Expected a str" in text and re.search(r"Got value: (True|False)", text):
         text += ". YAML reads yes, no, true and false as booleans: put them in quotation marks"
     return f"{place(section, value and value[1])}{key}: {text}"

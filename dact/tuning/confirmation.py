@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from dact.answers import LayerAnswers, layer_answers, mean_and_error
+from dact.answers import LayerAnswers, careful_mean_and_error, layer_answers, mean_and_error
 from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.tuning import tensorboard
 from dact.tuning.checkpointed_fit import FRESH_SEED, CheckpointedFit
@@ -72,14 +72,17 @@ class Verdict:
 def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
     """Fit the candidates under fresh seeds, and choose the first unless another one beats it.
 
-    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same
-    layers, by more than one standard error of the paired difference over the validation examples. That of the
-    layers has the scatter between fits as well. A loss that is larger by no more than its error is the same loss; but
-    if it is more than the promise allows, measured from the baseline, only up to half a point. One that loses more
-    than is allowed, and that much more than another, both by two standard errors, is beaten by it whatever the layers.
-    Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits only two of
-    them in this way: the first, and that of the others which wins on the frozen states. If the final model keeps
-    the frozen encoder, only these states decide. Fits of an earlier call are not repeated.
+    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
+    by more than one standard error of the paired difference over the validation examples. That of the accuracy is that
+    with two more examples, see `careful_mean_and_error`, and that of the layers has the scatter between fits as well. A
+    loss that is larger by no more than its error is the same loss; but if it is more than the promise allows, measured
+    from the baseline, only up to half a point. One that loses more than is allowed, and that much more than another,
+    both by two standard errors, is beaten by it whatever the layers. The winner has beaten the first candidate, and the
+    best before it.
+
+    Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits only two of them in
+    this way: the first, and that of the others which wins on the frozen states. If the final model keeps the frozen
+    encoder, only these states decide. Fits of an earlier call are not repeated.
 
     Args:
         run: The run.
@@ -111,26 +114,37 @@ Measure = Callable[[Candidate], Outcome | None]  # None where the loss is not fi
 def _best(
     candidates: Sequence[Candidate], measure: Measure, allowed: float | None, comparisons: list[str], where: str = ""
 ) -> Candidate:
-    """Compare each candidate with the best before it, append the comparisons as text, and return the last winner."""
-    best, *others = candidates
-    found = measure(best)
+    """Compare candidates in their order, append the comparisons as text, and return the last winner.
+
+    A candidate wins if it beats the best before it and the first, since losses that are within the error add up.
+    """
+    first, *others = candidates
+    best, found = first, {first.name: measure(first)}
     for candidate in others:
-        other = measure(candidate)
-        text, wins = "", other is not None
-        if found is not None and other is not None:
-            within = other.lost.double().mean().item() <= (allowed or 0.0)
-            lost = mean_and_error(other.lost - found.lost)
-            fewer, error = mean_and_error(other.exits - found.exits)
-            layers = fewer, math.hypot(error, SCATTER)
-            own, spread = mean_and_error(found.lost)
-            # As one that answers with one class after the first layer: nothing takes fewer layers.
-            fails = allowed is not None and min(own - 2 * spread, -lost[0] - 2 * lost[1]) > allowed
-            wins = fails or _beats(layers, lost, within)
-            text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
-        comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {best.name}{where}{text}")
-        if wins:
-            best, found = candidate, other
+        found[candidate.name] = measure(candidate)
+        for rival in (best,) if best is first else (best, first):
+            wins, text = _compare(found[candidate.name], found[rival.name], allowed)
+            comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {rival.name}{where}{text}")
+            if not wins:
+                break
+        else:
+            best = candidate
     return best
+
+
+def _compare(other: Outcome | None, found: Outcome | None, allowed: float | None) -> tuple[bool, str]:
+    """Return whether the candidate of `other` beats that of `found`, and a text about the difference."""
+    if other is None or found is None:
+        return other is not None, ""
+    within = other.lost.double().mean().item() <= (allowed or 0.0)
+    lost = careful_mean_and_error(other.lost - found.lost)
+    fewer, error = mean_and_error(other.exits - found.exits)
+    layers = fewer, math.hypot(error, SCATTER)
+    own, spread = careful_mean_and_error(found.lost)
+    # As one that answers with one class after the first layer: nothing takes fewer layers.
+    fails = allowed is not None and min(own - 2 * spread, -lost[0] - 2 * lost[1]) > allowed
+    text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
+    return fails or _beats(layers, lost, within), text
 
 
 def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool) -> bool:
@@ -158,7 +172,7 @@ def _as_final(run: Run, prepared: Prepared, progress: Progress, candidate: Candi
         right = prepared.baseline.right(answers.target)
         found = outcome_of(answers, recipe.make_model(), recipe.promise, right)
         if not known:
-            _log(run, candidate, found, right)
+            _log(run, candidate, found, right, candidate.folder(run))
     if not known:
         write_tensors(path, stored, {"origin": origin})  # kept, since the final model may take over the fit itself
     return found
@@ -198,17 +212,14 @@ def _on_states(run: Run, prepared: Prepared, progress: Progress, candidate: Cand
         return None
     mean = mean_outcome(outcomes)
     mean.save(folder)
-    answers = fit.history.answers
-    _log(run, candidate, mean, None if answers is None else prepared.baseline.right(answers.target))
+    _log(run, candidate, mean, fit.right(prepared), folder / "on_states")
     write_json(
         record, {"origin": origin, "broken": False, "settings": candidate.settings}
     )  # last, since it marks the fits as done
     return mean
 
 
-def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None) -> None:
+def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None, folder: Path) -> None:
     """Log the candidate to TensorBoard as trials are logged; see `outcome_of` for `right`."""
-    accuracy = (1.0 if right is None else right.double().mean().item()) - mean.lost.double().mean().item()
-    metrics = {"val_task_loss": mean.loss, "val_accuracy": accuracy, "val_exit_layer": mean.layers}
-    folder = candidate.folder(run)
-    tensorboard.log_fit(folder, flat(candidate.settings), metrics, f"{run.tag}/{FOLDER}/{folder.name}")
+    name = f"{run.tag}/{folder.relative_to(run.folder)}"
+    tensorboard.log_fit(folder, flat(candidate.settings), mean.metrics(right), name)

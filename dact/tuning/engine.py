@@ -35,13 +35,16 @@ from dact.tuning.recipe import DEFAULT_PROMISE, EncoderTraining, Recipe, trainer
 from dact.tuning.retries import unwatched
 from dact.tuning.run import WINNERS, Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
-from dact.tuning.selection import LambdaSelection, check_rule, select_lambda
+from dact.tuning.selection import MAX_LOSS_INCREASE, LambdaSelection, check_rule, select_lambda
 from dact.tuning.space import build_spaces, describe
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, trials_per_stage
 from dact.tuning.summary import show_summary
 from dact.tuning.survey import Surveyed, survey
 from dact.tuning.trial import Objective
 from dact.tuning.workers import StudyJob, check_workers, run_study
+
+ON_STATES = 2  # candidates that the confirmation fits on frozen states, each as often as a trial of the last study
+MEASURING = 1  # epochs of the baseline in whose time the final model is measured, about
 
 
 class TuningEngine:
@@ -136,7 +139,7 @@ class TuningEngine:
         warm_up_epochs: int = 3,
         final_training: EncoderTraining = "finetune",
         lambda_selection: LambdaSelection | None = None,
-        max_loss_increase: float = 0.02,
+        max_loss_increase: float = MAX_LOSS_INCREASE,
         max_layers: float | None = None,
         workers: int = 1,
         storage: str | optuna.storages.BaseStorage | None = None,
@@ -173,7 +176,12 @@ class TuningEngine:
         self.n_trials = trials_per_stage(n_trials)
         self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
         self.bounded = frozenset(search_space or ())
-        check_rule(lambda_selection, max_loss_increase, max_layers)
+        check_rule(
+            lambda_selection,
+            max_loss_increase,
+            max_layers,
+            promise is not None and promise.max_accuracy_loss is not None,
+        )
         self.select = partial(
             select_lambda, rule=lambda_selection, max_loss_increase=max_loss_increase, max_layers=max_layers
         )
@@ -211,7 +219,9 @@ class TuningEngine:
         totals = zip(opened, self.n_trials.values(), strict=True)
         left = [studies.trials_left(study, n_trials, self.time_out, alone=False) for study, n_trials in totals]
         if any(left):
-            self.progress.announce(left, self.time_out, self.recipe.finetunings * surveyed.initial["num_epochs"])
+            later = ON_STATES if self.recipe.encoder_training == "frozen" else 0
+            epochs = self.recipe.finetunings * surveyed.initial["num_epochs"] + MEASURING
+            self.progress.announce(left, self.time_out, later, epochs)
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):
@@ -387,7 +397,7 @@ class TuningEngine:
 
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
         """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""
-        defaults, recommended = surveyed.untuned_settings()
+        defaults, recommended = surveyed.untuned
         settings = {"default settings": defaults, "first trial": recommended, "tuned": self._winners.settings()}
         candidates = [Candidate(name, chosen) for name, chosen in settings.items()]
         with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):

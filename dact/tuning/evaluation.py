@@ -15,12 +15,15 @@ from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional
 from dact.answers import Dial, LayerAnswers, layer_answers, operating_points, share
-from dact.encoders.base import move
+from dact.encoders.base import Batch, move
 from dact.model import DACT
 from dact.scores import expected_calibration_error, temper
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TIMED_TEXTS = 1024  # texts whose time is taken: more would say little more
+TIMED_TEXTS = 512  # texts whose time is taken: more would say little more …
+ROUNDS = 3  # … than the fastest of several rounds does
+TIMED_SECONDS = 1.0  # of each split, at least: a few texts take more rounds …
+MOST_ROUNDS = 30  # … but no more than these
 MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 
 
@@ -47,7 +50,6 @@ def evaluate(
     loader: DataLoader[Any],
     *,
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
-    timed: bool = True,
 ) -> Evaluation:
     """Return measurements of early exit and of full depth, by the same code.
 
@@ -55,7 +57,6 @@ def evaluate(
         model: Model in eval mode, on the device that it should use.
         loader: Labelled batches.
         precision: Function that returns the context of the Trainer's precision.
-        timed: Whether to measure texts per second as well, on the first `TIMED_TEXTS` texts.
     """
     with precision():
         answers = layer_answers(model, loader)
@@ -64,13 +65,6 @@ def evaluate(
     exits = model.exit_layers(a, p, answers.y)
     weights = None if model.class_weights is None else model.class_weights.cpu()
     entry, full_depth = _quality(a, exits, target, weights), _quality(a, full, target, weights)
-    if timed:
-        entry["texts_per_second"] = _texts_per_second(model, loader, model.halting, precision)
-        full_depth["texts_per_second"] = (
-            entry["texts_per_second"]
-            if model.halting == "never"
-            else _texts_per_second(model, loader, "never", precision)
-        )
     early = functional.answer_at(a, exits)
     entry |= {"full_depth": full_depth, "agreement": share(early.argmax(1) == a[:, -1].argmax(1))}
     right = early.argmax(1) == target
@@ -80,12 +74,33 @@ def evaluate(
     return Evaluation(entry, answers, exits, right)
 
 
-def dial_curve(model: DACT, answers: LayerAnswers, dial: Dial, settings: Sequence[float]) -> list[dict[str, float]]:
-    """Return one record per setting of a dial, with the other dial at full depth."""
-    points = operating_points(answers, settings, replace(model.exit_rule, tolerance=0.0, margin=1.0), dial=dial)
+def dial_curve(
+    model: DACT, answers: LayerAnswers, dial: Dial, settings: Sequence[float], baseline: Tensor
+) -> list[dict[str, Any]]:
+    """Return one record per setting of a dial, with the other dial at full depth.
+
+    Args:
+        model: The model.
+        answers: Answers of all its layers.
+        dial: Name of the dial.
+        settings: Settings of the dial.
+        baseline: Classes that the baseline gives to the same examples, int64 ``[examples]``.
+    """
+    halting = replace(model.exit_rule, tolerance=0.0, margin=1.0)
+    points = operating_points(answers, settings, halting, dial=dial, baseline=baseline)
     kept = ("accuracy", "mean_exit_layer", "agreement")
     name = dial.removeprefix("halting_")
-    return [{name: point.setting, **{key: getattr(point, key) for key in kept}} for point in points]
+    return [
+        {
+            name: point.setting,
+            **{key: getattr(point, key) for key in kept},
+            "difference_to_baseline": {
+                "accuracy": 0 - point.accuracy_loss,
+                "standard_error": point.accuracy_loss_error,
+            },
+        }
+        for point in points
+    ]
 
 
 def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:
@@ -102,29 +117,43 @@ def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -
     }
 
 
-def _texts_per_second(
-    model: DACT,
+@torch.no_grad()
+def texts_per_second(
+    sides: Sequence[tuple[DACT, functional.HaltingRule]],
     loader: DataLoader[Any],
-    halting: functional.HaltingRule,
-    precision: Callable[[], AbstractContextManager[Any]],
-) -> float:
-    """Return the speed of early exit with a halting rule; making the batches is not timed.
+    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> list[float]:
+    """Return the speed of each side on the first `TIMED_TEXTS` texts; making the batches is not timed.
 
-    The faster of two passes counts: in the first one, libraries prepare for new shapes.
+    The sides take turns, so that other work of the machine meets all of them, and the fastest round of each counts.
+
+    Args:
+        sides: Models in eval mode, on the device that they should use, and the halting rule of each.
+        loader: Batches.
+        precision: Function that returns the context of the Trainer's precision.
     """
-    before, texts, seconds = model.halting, 0, [0.0, 0.0]
-    model.halting = halting
+    batches, texts = [], 0
+    for batch in loader:
+        batches.append(move(batch, sides[0][0].device))
+        texts += len(batch["input_ids"])
+        if texts >= TIMED_TEXTS:
+            break
+    seconds: list[list[float]] = [[] for _ in sides]
+    with precision():
+        while len(seconds[0]) < ROUNDS or (
+            len(seconds[0]) < MOST_ROUNDS and sum(map(sum, seconds)) < len(sides) * TIMED_SECONDS
+        ):
+            for (model, rule), found in zip(sides, seconds, strict=True):
+                found.append(_seconds(model, rule, batches))
+    return [texts / min(found) for found in seconds]
+
+
+def _seconds(model: DACT, rule: functional.HaltingRule, batches: Sequence[Batch]) -> float:
+    before, start = model.halting, time.perf_counter()
+    model.halting = rule
     try:
-        with precision():
-            for batch in loader:
-                batch = move(batch, model.device)
-                for turn in range(len(seconds)):
-                    start = time.perf_counter()
-                    model.early_exit(batch).exit_layer.tolist()  # waits for a GPU as well
-                    seconds[turn] += time.perf_counter() - start
-                texts += len(batch["input_ids"])
-                if texts >= TIMED_TEXTS:
-                    break
+        for batch in batches:
+            model.early_exit(batch).exit_layer.tolist()  # waits for a GPU as well
     finally:
         model.halting = before
-    return texts / min(seconds)
+    return time.perf_counter() - start

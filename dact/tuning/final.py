@@ -25,7 +25,7 @@ from dact.tuning import pictures, tensorboard
 from dact.tuning.checkpointed_fit import CheckpointedFit
 from dact.tuning.confirmation import FOLDER, Verdict
 from dact.tuning.digests import data_digest
-from dact.tuning.evaluation import MARGINS, TOLERANCES, Evaluation, dial_curve, evaluate
+from dact.tuning.evaluation import MARGINS, TOLERANCES, Evaluation, dial_curve, evaluate, texts_per_second
 from dact.tuning.fitting import NonFiniteLoss
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
@@ -162,10 +162,12 @@ class FinalFit:
             store_in_checkpoint(fit.checkpoint, model)
         with self.progress.stage("measuring the final model and the baseline"):
             found, against = self._evaluate(model, data), self._evaluate(baseline, data)
+            self._time(model, baseline, data, found, against)
         del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
         kept = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
-        tolerances = dial_curve(model, found["validation"].answers, "halting_tolerance", TOLERANCES)
-        margins = dial_curve(model, found["validation"].answers, "halting_margin", MARGINS)
+        answers, reference = found["validation"].answers, against["validation"].answers.a[:, -1].argmax(dim=1)
+        tolerances = dial_curve(model, answers, "halting_tolerance", TOLERANCES, reference)
+        margins = dial_curve(model, answers, "halting_margin", MARGINS, reference)
         metrics = {
             **_entries(found, against),
             "baseline": {
@@ -208,12 +210,24 @@ class FinalFit:
         whole = self.recipe.whole(self.recipe.make_model())
         return self.prepared.baseline.load(whole.at_full_depth()).eval().to(self.recipe.device)
 
-    def _evaluate(self, model: DACT, data: LightningDataModule, *, timed: bool = True) -> dict[str, Evaluation]:
-        loaders = {"validation": data.val_dataloader(), "test": data.test_dataloader()}
-        return {
-            name: evaluate(model, loader, precision=self.recipe.precision, timed=timed)
-            for name, loader in loaders.items()
-        }
+    def _evaluate(self, model: DACT, data: LightningDataModule) -> dict[str, Evaluation]:
+        return {name: evaluate(model, loader, precision=self.recipe.precision) for name, loader in _splits(data)}
+
+    def _time(
+        self,
+        model: DACT,
+        baseline: DACT,
+        data: LightningDataModule,
+        found: Mapping[str, Evaluation],
+        against: Mapping[str, Evaluation],
+    ) -> None:
+        """Measure the speed of early exit, of the model's full depth and of the baseline in turns."""
+        for name, loader in _splits(data):
+            entries = [found[name].entry, found[name].entry["full_depth"], against[name].entry]
+            sides = [(model, model.halting), (model, "never"), (baseline, "never")]
+            speeds = texts_per_second(sides, loader, self.recipe.precision)
+            for entry, speed in zip(entries, speeds, strict=True):
+                entry["texts_per_second"] = speed
 
     def _log(self, fit: CheckpointedFit, validation: Evaluation) -> None:
         """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its dial."""
@@ -264,13 +278,17 @@ class FinalFit:
             self.progress.note(f"the defaults are not in the table: {error}")
             return
         with self.progress.stage("measuring the defaults"):
-            found = self._evaluate(model, data, timed=False)
-            against = against or self._evaluate(self._baseline(), data, timed=False)
+            found = self._evaluate(model, data)
+            against = against or self._evaluate(self._baseline(), data)
         self._log(fit, found["validation"])
         dials = {"halting_tolerance": model.halting_tolerance, "halting_margin": model.halting_margin}
         entries = {**_entries(found, against), **dials, "layers": model.num_layers, "calibration": model.calibration}
         write_json(folder / "metrics.json", entries)
         shutil.rmtree(fit.checkpoint.parent)
+
+
+def _splits(data: LightningDataModule) -> tuple[tuple[str, Any], ...]:
+    return ("validation", data.val_dataloader()), ("test", data.test_dataloader())
 
 
 def _is_plain(value: Any) -> bool:

@@ -46,6 +46,16 @@ class Outcome:
         """The average exit layer, in [1, layers]."""
         return self.exits.double().mean().item()
 
+    def metrics(self, right: Tensor | None) -> dict[str, float]:
+        """Return the metrics that TensorBoard shows.
+
+        Args:
+            right: As for `outcome_of`.
+        """
+        reference = 1.0 if right is None else right.double().mean().item()
+        accuracy = reference - self.lost.double().mean().item()
+        return {"val_task_loss": self.loss, "val_accuracy": accuracy, "val_exit_layer": self.layers}
+
     def save(self, folder: Path) -> None:
         """Write the outcome into the folder of its trial."""
         write_tensors(folder / FILE, {"exits": self.exits, "losses": self.losses, "lost": self.lost})

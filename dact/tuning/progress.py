@@ -42,7 +42,7 @@ class Progress:
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = self._end = Deadline()
         self._pace = 0.0  # seconds per trial, those of the last study until one of this study has ended
-        self._epochs_after = 0  # of the fits after the studies
+        self._trials_after, self._epochs_after = 0, 0  # of the fits after the studies
 
     @contextlib.contextmanager
     def study(
@@ -100,15 +100,16 @@ class Progress:
         self.seconds_per_epoch = self.seconds_per_epoch or seconds / max(1, begun)
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
-    def announce(self, trials: Sequence[int], time_out: float | None, epochs_after: int) -> None:
+    def announce(self, trials: Sequence[int], time_out: float | None, trials_after: int, epochs_after: int) -> None:
         """Print what the run will do. The time left is shown from the first trial on.
 
         Args:
             trials: Number of trials of each study.
             time_out: Seconds for the studies, or None.
+            trials_after: Number of fits after the studies that take as long as a trial.
             epochs_after: Number of epochs that are trained after the studies.
         """
-        self._epochs_after = epochs_after
+        self._trials_after, self._epochs_after = trials_after, epochs_after
         text = (
             f"{' + '.join(map(str, trials))} trials, then the final fit; the time left is shown from the first trial on"
         )
@@ -172,7 +173,7 @@ class Progress:
             left = min(pace * max(0, self._total - len(ended)), self._deadline.left) + pace * self._later
             left = min(left, self._end.left)
             whole = bool(self._epochs_after and self.seconds_per_epoch)
-            left += self._epochs_after * self.seconds_per_epoch
+            left += pace * self._trials_after + self._epochs_after * self.seconds_per_epoch
             parts.append(f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}")
         return ", ".join(parts)
 

@@ -11,11 +11,12 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from dact.answers import mean_and_error
+from dact.answers import careful_mean_and_error, mean_and_error
 from dact.checks import check_choice, check_range
 from dact.tuning.outcome import Outcome
 
 LambdaSelection = Literal["promise", "one_standard_error", "max_loss_increase", "knee", "max_layers"]
+MAX_LOSS_INCREASE = 0.02
 NOISE_FLOOR = 0.01  # nats; a smaller rise of the task loss does not count
 
 
@@ -37,15 +38,37 @@ class Point:
     outcome: Outcome | None = None
 
 
-def check_rule(rule: LambdaSelection | None, max_loss_increase: float, max_layers: float | None) -> None:
-    """Raise a ``ValueError`` if these are no arguments of `select_lambda`."""
+def check_rule(
+    rule: LambdaSelection | None, max_loss_increase: float, max_layers: float | None, promised: bool
+) -> None:
+    """Raise a ``ValueError`` if these are no arguments of `select_lambda`, or one of them would have no effect.
+
+    Args:
+        rule, max_loss_increase, max_layers: As for `select_lambda`.
+        promised: Whether the run has a promise about its accuracy.
+    """
     if rule is not None:
         check_choice("TuningEngine: lambda_selection", rule, LambdaSelection)
     check_range("TuningEngine: max_loss_increase", max_loss_increase, "[0, inf)")
     if max_layers is not None:
         check_range("TuningEngine: max_layers", max_layers, "[1, inf)")
+        if rule != "max_layers":
+            raise ValueError(
+                f"TuningEngine: max_layers={max_layers:g} bounds the choice of lambda_reg by "
+                f"lambda_selection='max_layers' alone, got lambda_selection={rule!r}; to bound the layers of the final "
+                "model, promise it: promise=Promise(max_layers=…)"
+            )
     elif rule == "max_layers":
         raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
+    if rule == "promise" and not promised:
+        raise ValueError(
+            "TuningEngine: lambda_selection='promise' needs a promise of max_accuracy_loss: give one, or leave it out"
+        )
+    if max_loss_increase != MAX_LOSS_INCREASE and rule not in ("max_loss_increase", "knee"):
+        raise ValueError(
+            f"TuningEngine: max_loss_increase={max_loss_increase:g} goes with "
+            f"lambda_selection='max_loss_increase', got {rule!r}"
+        )
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
@@ -66,7 +89,7 @@ def select_lambda(
     *,
     allowed: float | None = None,
     from_best: bool = False,
-    max_loss_increase: float = 0.02,
+    max_loss_increase: float = MAX_LOSS_INCREASE,
     max_layers: float | None = None,
 ) -> Point:
     """Return the winner of the study.
@@ -126,7 +149,7 @@ def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Po
     if from_best and known:
         best = min((lost for _, lost in known), key=Tensor.mean)
         known = [(point, lost - best) for point, lost in known if len(lost) == len(best)]
-    return [point for point, lost in known if sum(mean_and_error(lost)) <= allowed]
+    return [point for point, lost in known if sum(careful_mean_and_error(lost)) <= allowed]
 
 
 def _error(point: Point, best: Point) -> float:

@@ -225,7 +225,8 @@ def complete_spaces(
                 wider = space[name].holding(values[name])
                 if name not in bounded or wider == space[name]:
                     space[name], start[name] = wider, values[name]
-            kept[stage].append(start)
+            if start:
+                kept[stage].append(start)
     return complete, kept
 
 

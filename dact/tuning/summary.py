@@ -74,15 +74,13 @@ def headline(metrics: Mapping[str, Any]) -> str:
             return f"{text}, with the class of its own full depth by proof"
         return f"{text}, at tolerance {tolerance:g} and margin {margin:g}, without a promise"
     promise = calibration["promise"]
-    kept = next(
-        meaning.format(value)
-        for meaning, value in (
-            ("at most {0:.2%} of accuracy below its own full depth", promise["max_accuracy_loss"]),
-            ("at least {0:.2%} agreement with its own full depth", promise["min_agreement"]),
-            ("at most {0:g} layers", promise["max_layers"]),
-        )
-        if value is not None
-    )
+    if promise["max_accuracy_loss"] is not None:
+        points = 100 * promise["max_accuracy_loss"]
+        kept = f"at most {points:g} point{'s' * (points != 1)} of accuracy below its own full depth"
+    elif promise["min_agreement"] is not None:
+        kept = f"at least {promise['min_agreement']:.2%} agreement with its own full depth"
+    else:
+        kept = f"at most {promise['max_layers']:g} layers"
     if promise["confidence"] is None:
         return f"{text}, by the estimate of {kept}"
     return f"{text}, under the promise of {kept} with {promise['confidence']:.0%} confidence"
@@ -116,7 +114,7 @@ def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
 
 def _operating_points(metrics: Mapping[str, Any], most: int) -> Table:
     """Return the table of what up to `most` other margins would give on validation data, next to the run's setting."""
-    entry, baseline = metrics["validation"], metrics["baseline"]["validation"]
+    entry = metrics["validation"]
     own = {**entry, "margin": metrics["halting_margin"]}
     calibration = metrics.get("calibration")
     by_estimate = calibration is not None and calibration["promise"]["confidence"] is None
@@ -125,7 +123,7 @@ def _operating_points(metrics: Mapping[str, Any], most: int) -> Table:
     points = _spread(metrics["margin_curve"], most) if most > 0 else []
     points = sorted([own, *(point for point in points if point["margin"] != own["margin"])], key=lambda p: -p["margin"])
     for point in points:
-        numbers = f"{100 * point['accuracy']:.2f} %", f"{100 * (point['accuracy'] - baseline['accuracy']):+.2f}"
+        numbers = f"{100 * point['accuracy']:.2f} %", _difference(point)
         layers = point["mean_exit_layer"]
         speed = f"{_speed(entry, layers, metrics['layers']):,.0f}"
         table.add_row(f"{point['margin']:.4g}", *numbers, f"{layers:.2f}", speed, mark if point is own else "")
@@ -144,11 +142,14 @@ def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
 
 
 def _speed(entry: Mapping[str, Any], layers: float, num_layers: int) -> float:
-    """Return texts per second at a mean exit layer, on the line through the times of early exit and full depth."""
+    """Return texts per second at a mean exit layer, on the line through the times of early exit and full depth.
+
+    No layer takes less than no time, or more than its share: two times that are close say little about the slope.
+    """
     early, full = 1 / entry["texts_per_second"], 1 / entry["full_depth"]["texts_per_second"]
-    run = num_layers - entry["mean_exit_layer"]
-    slope = (full - early) / run if run > 0.05 else 0.0
-    return 1 / max(early + slope * (layers - entry["mean_exit_layer"]), 1e-9)
+    own = entry["mean_exit_layer"]
+    slope = (full - early) / (num_layers - own) if num_layers - own >= 1 else early / own
+    return 1 / (early + min(max(slope, 0.0), early / own) * (layers - own))
 
 
 def _plain_table(first: str, *others: str) -> Table:

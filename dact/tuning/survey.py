@@ -23,6 +23,7 @@ CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if 
 FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate; some 150 can show that a point is kept
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
+EPOCHS_TRIED = (2 / 3, 1, 4 / 3)  # parts of the default number of epochs
 HEAD_RATE_FACTOR = 10  # the submodels' rate in the first trial is this multiple of the encoder's …
 HEAD_RATE = 1e-3  # … but at most this
 OF_NO_MODEL = ("batch_size", "num_epochs")  # settings of data and Trainer
@@ -44,6 +45,8 @@ class Surveyed:
         initial: Settings of trials until a study has chosen others.
         submodels: Parameters of the factory's submodels that differ from those of `SubmodelConfig`; a trial replaces
             those that are searched.
+        untuned: Defaults of the factories, and recommended settings, which lie within the bounds that the user gave;
+            see `Winners.settings`.
     """
 
     recipe: Recipe
@@ -56,15 +59,7 @@ class Surveyed:
     first_trials: Starts
     initial: Mapping[str, Any]
     submodels: Mapping[str, Any]
-
-    def untuned_settings(self) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Return the defaults of the factories and the recommended settings; see `Winners.settings`."""
-        recommended, defaults = self.first_trials[TRAINING.name]
-        settings = Winners(**SUBMODELS.parse({**self.submodels, **self.first_trials[SUBMODELS.name][0]})).settings()
-        for first in self.first_trials[LAMBDA_REG.name]:
-            settings |= first
-        defaults, recommended = (TRAINING.parse(one)["external_config"] for one in (defaults, recommended))
-        return {**settings, **defaults}, {**settings, **recommended}
+    untuned: tuple[dict[str, Any], dict[str, Any]]
 
 
 def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, measured: bool = False) -> Surveyed:
@@ -111,26 +106,44 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, size, teacher)
     identity |= {"own_teacher": teacher_digest(data.train_dataloader())} if own_teacher else {}
     first_trials = _first_trials(recipe, model, data)
-    recommended = first_trials[TRAINING.name][0]
     training = spaces[TRAINING.name]
     _check_limit(recipe.trainer, training.get("batch_size"))
-    for name in {*bounded} & training.keys() & recommended.keys():
-        recommended[name] = training[name].nearest(recommended[name])
-    recommended |= TRAINING.parse(recommended)["external_config"]
     if "num_epochs" not in bounded:
         enough = enough_epochs(recipe.trainer, data, recipe.epochs, TAUGHT_STEPS)
         for first in first_trials[TRAINING.name]:
             first["num_epochs"] = enough
-        choices = [round(enough / recipe.epochs * epochs) for epochs in training["num_epochs"].choices or ()]
+        choices = sorted({max(1, round(part * enough)) for part in EPOCHS_TRIED})
         spaces = {**spaces, TRAINING.name: {**training, "num_epochs": Dimension("categorical", choices=choices)}}
+    first_trials = {stage: _within(spaces[stage], trials, bounded) for stage, trials in first_trials.items()}
+    recommended = first_trials[TRAINING.name][0]
+    recommended |= TRAINING.parse(recommended)["external_config"]
     differing = ("submodel_learning_rate", "detach_exits", "num_layers", "num_epochs")
     initial = {name: recommended[name] for name in differing}
     usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
-    submodels = {name: value for name, value in first_trials[SUBMODELS.name][0].items() if value != usual[name]}
+    submodels = {name: value for name, value in first_trials[SUBMODELS.name][-1].items() if value != usual[name]}
+    ends = [{stage: trials[end] for stage, trials in first_trials.items() if trials} for end in (-1, 0)]
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
+    untuned = _settings(ends[0], spaces, submodels), _settings(ends[1], spaces, submodels)
     if measured:
         _check_factory(recipe, spaces, submodels)
-    return Surveyed(recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels)
+    return Surveyed(
+        recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels, untuned
+    )
+
+
+def _within(space: Mapping[str, Dimension], trials: list[dict[str, Any]], bounded: Collection[str]) -> list[Any]:
+    """Return the first trials of a stage, the first of which lies within the bounds that the user gave."""
+    if not trials:
+        return []
+    first = {name: space[name].nearest(v) if name in {*bounded} & space.keys() else v for name, v in trials[0].items()}
+    return [first, *(trial for trial in trials[-1:] if trial != first)]
+
+
+def _settings(params: Mapping[str, Any], spaces: Spaces, submodels: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the parameters of the three stages stand for, those that are searched; see `Winners.settings`."""
+    searched = {stage: {n: v for n, v in one.items() if n in spaces[stage]} for stage, one in params.items()}
+    winners = TRAINING.parse(searched[TRAINING.name]) | SUBMODELS.parse({**submodels, **searched[SUBMODELS.name]})
+    return Winners(**winners).settings() | searched.get(LAMBDA_REG.name, {})
 
 
 def _most_layers(searched: Dimension | None, model: DACT) -> int:

@@ -15,6 +15,7 @@ from optuna import TrialPruned
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
+from torch import Tensor
 
 from dact.model import DACT
 from dact.tuning import tensorboard
@@ -97,7 +98,7 @@ class Objective:
             if outcomes:
                 mean = mean_outcome(outcomes)
                 mean.save(Path(logger.log_dir))
-                metrics |= {"val_task_loss": mean.loss, "val_exit_layer": mean.layers}
+                metrics |= mean.metrics(found.right(self.prepared))
                 layers = torch.cat([outcome.exits for outcome in outcomes]).long()
                 histogram = torch.bincount(layers - 1, minlength=found.model.num_layers).tolist()
                 trial.set_user_attr(EXIT_HISTOGRAM, histogram)
@@ -123,8 +124,12 @@ class Fit:
                 f"{type(self.model).__name__}.validation_step must return what that of DACT returns: "
                 "layer_probabilities and h"
             )
-        right = prepared.baseline.right(self.history.answers.target)
-        return outcome_of(self.history.answers, self.model, prepared.recipe.promise, right)
+        return outcome_of(self.history.answers, self.model, prepared.recipe.promise, self.right(prepared))
+
+    def right(self, prepared: Prepared) -> Tensor | None:
+        """Return whether the baseline classifies each validation example correctly; None if that is unknown."""
+        answers = self.history.answers
+        return None if answers is None else prepared.baseline.right(answers.target)
 
 
 def fit_settings(
