@@ -886,12 +886,12 @@ def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
     assert model.class_names == TextClassifier.from_pretrained(final).class_names == ["minus", "none", "plus"]
 
 
-def test_submodels_learn_on_texts_that_the_frozen_encoder_has_not_seen(tmp_path):
+def test_submodels_learn_on_the_texts_of_the_frozen_encoder(tmp_path):
     made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1)
     prepared = made._objective(ALL_STAGES[0]).prepared
     train, val = (np.load(tmp_path / made.run_tag / "features" / split / "labels.npy") for split in ("train", "val"))
-    assert (len(train), len(val)) == (48, 60), "two fifths of the 120 training texts, and all of validation"
-    assert len(prepared.build({})[1].train.dataset) == 48
+    assert (len(train), len(val)) == (120, 60), "all training texts, and all of validation"
+    assert len(prepared.build({})[1].train.dataset) == 120
 
 
 def test_before_the_first_frozen_trial_everything_is_made_once(tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from dact.files import read_checkpoint, read_json, write_json
 from dact.model import DACT
 from dact.persistence import adopt
 from dact.tuning.digests import digest
-from dact.tuning.fitting import HEAD_EPOCHS, for_states, head_epochs, resumable_fit, seeded
+from dact.tuning.fitting import for_states, head_epochs, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
@@ -47,8 +47,7 @@ class CheckpointedFit:
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
         shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        frozen = {"head_epochs": HEAD_EPOCHS} if self.keep_frozen else {}
-        return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen, **frozen}
+        return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen}
 
     @property
     def seed(self) -> int:

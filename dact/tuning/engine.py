@@ -77,8 +77,8 @@ class TuningEngine:
         search_space: Changes to the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
         encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the states of all
             layers once and trains the submodels on them.
-        warm_up_epochs: With ``"frozen"``: number of epochs in which the encoder is fine-tuned with all exits, on a part
-            of the training examples, before its states are computed; 0 uses the encoder as it is.
+        warm_up_epochs: With ``"frozen"``: number of epochs in which the encoder is fine-tuned with all exits before its
+            states are computed; 0 uses the encoder as it is.
         final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"``
             keeps the encoder of frozen mode.
         lambda_selection: Rule that chooses λ from the third study; see `dact.tuning.selection.select_lambda`. By

@@ -122,26 +122,7 @@ class Features(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(np.asarray(array[rows])) for name, array in self.arrays.items()}
 
 
-class LoaderData(LightningDataModule):
-    """Two loaders as a datamodule.
-
-    Args:
-        train: Loader of the training examples.
-        val: Loader of the validation examples.
-    """
-
-    def __init__(self, train: DataLoader[Any], val: DataLoader[Any]) -> None:
-        super().__init__()
-        self.train, self.val = train, val
-
-    def train_dataloader(self) -> DataLoader[Any]:
-        return self.train
-
-    def val_dataloader(self) -> DataLoader[Any]:
-        return self.val
-
-
-class FeaturesData(LoaderData):
+class FeaturesData(LightningDataModule):
     """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
 
     Args:
@@ -152,8 +133,15 @@ class FeaturesData(LoaderData):
     """
 
     def __init__(self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0) -> None:
+        super().__init__()
         order = LengthGroupedSampler([0] * len(train), batch_size, seed)  # a resumed fit sees the order of its epoch
-        super().__init__(_loader(train, batch_size, order), _loader(val, VALIDATION_BATCH))
+        self.train, self.val = _loader(train, batch_size, order), _loader(val, VALIDATION_BATCH)
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        return self.train
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        return self.val
 
 
 def _loader(features: Features, batch_size: int, order: LengthGroupedSampler | None = None) -> DataLoader[Any]:

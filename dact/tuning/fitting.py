@@ -35,8 +35,8 @@ from dact.model import DACT
 from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
-HEAD_EPOCHS = 7  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
-MOST_HEAD_EPOCHS = 28  # … and with this many they have, however long the encoder is trained
+HEAD_EPOCHS = 3  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
+MOST_HEAD_EPOCHS = 12  # … and with this many they have, however long the encoder is trained
 MIN_STEPS = 300  # optimizer steps in which a pretrained encoder learns its task, also from few texts …
 TAUGHT_STEPS = 150  # … and one that starts from the baseline's encoder and has the baseline as a teacher
 MOST_TIMES = 7  # of the epochs that are asked for, on few examples
@@ -251,18 +251,12 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     return Trainer(**{**defaults, **given, "logger": False, **fixed, "callbacks": callbacks, "plugins": plugins})
 
 
-def for_part(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of the Trainer for a part of the examples: a val_check_interval counts the batches of all."""
-    interval = trainer.get("val_check_interval")
-    if not isinstance(interval, int):
-        return {**trainer}
-    every = trainer.get("check_val_every_n_epoch", 1) or 1
-    return {**trainer, "val_check_interval": None, "check_val_every_n_epoch": every}  # None: Lightning says 1.0 aloud
-
-
 def for_states(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of the Trainer for frozen states, whose batches for validation are others, and few."""
-    return {**for_part(trainer), "limit_val_batches": None}
+    """Return arguments of the Trainer for frozen states, whose batches are others: numbers of batches mean nothing."""
+    given = {**trainer, "limit_val_batches": None}
+    if isinstance(trainer.get("val_check_interval"), int):  # None: Lightning says 1.0 aloud
+        given |= {"val_check_interval": None, "check_val_every_n_epoch": trainer.get("check_val_every_n_epoch") or 1}
+    return given
 
 
 def as_list(value: Any) -> list[Any]:

@@ -9,18 +9,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader
 
-from dact.data.batching import LengthGroupedSampler
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
 from dact.tuning.baseline import Baseline, fit_baseline
 from dact.tuning.digests import digest, encoder_digest, pretrained_digest, tensor_digest
-from dact.tuning.features import Features, FeaturesData, LoaderData, compute_features
-from dact.tuning.fitting import TAUGHT_STEPS, checkpoints_of, enough_epochs, for_part, resumable_fit, seeded
+from dact.tuning.features import Features, FeaturesData, compute_features
+from dact.tuning.fitting import checkpoints_of, enough_epochs, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
@@ -28,7 +26,7 @@ from dact.tuning.space import Spaces
 from dact.tuning.stages import SUBMODELS, Stage
 from dact.tuning.survey import Surveyed
 
-HELD_OUT = 0.4  # share of the training examples on which the submodels learn in frozen mode, and not the encoder
+WARM_UP_STEPS = 90  # optimizer steps in which the encoder of frozen mode learns enough, also from few texts
 ENCODER = "encoder.safetensors"  # weights of frozen mode's encoder, next to its states
 
 
@@ -210,8 +208,9 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
 def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progress: Progress) -> int:
     """Write the states of frozen mode and its encoder's weights, and return the batch size of the data.
 
-    Submodels must learn on states of texts that the encoder was not trained on, as at inference. So the encoder learns
-    on one part of the training examples, and the submodels on the other.
+    The submodels learn on texts that the encoder has learned from, as in the final fit. Both take few steps: states of
+    texts that are known by heart say little about new ones. (Parted texts, a share for each, foretell the final fit
+    worse, since there are fewer of them; benchmarks/heads.py.)
     """
     recipe, data = surveyed.recipe, surveyed.data
     own = surveyed.identity.get("own_teacher")
@@ -222,16 +221,14 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
         model = recipe.make_model(**{**learning, **recommended, "num_layers": layers})
     train, val = data.train_dataloader(), data.val_dataloader()
     batch_size: int = next(iter(train))["labels"].shape[0]
-    seen, held = _divide(len(train.dataset), recipe.seed if recipe.warm_up_epochs else None)
     if recipe.warm_up_epochs:
         inputs = [encoder_digest(model.encoder), surveyed.identity["data"], recipe.warm_up_epochs, recipe.seed]
-        origin = f"{digest(inputs)}/{taught_by}/{HELD_OUT}"
-        part = LoaderData(_loader(train, seen, batch_size, recipe.seed), val)
-        _warm_up(folder, recipe, model, part, origin, progress)
+        _warm_up(folder, recipe, model, data, f"{digest(inputs)}/{taught_by}/{WARM_UP_STEPS}", progress)
     model.encoder.eval().requires_grad_(False)
-    origin = f"{encoder_digest(model.encoder)}/{surveyed.identity['data']}/{taught_by}/{len(held)}"
+    origin = f"{encoder_digest(model.encoder)}/{surveyed.identity['data']}/{taught_by}"
     model.to(recipe.device)
-    compute_features(model.encoder, _loader(train, held, batch_size, None), folder / "train", origin)
+    in_order = DataLoader(train.dataset, batch_size=batch_size, collate_fn=train.collate_fn)
+    compute_features(model.encoder, in_order, folder / "train", origin)
     compute_features(model.encoder, val, folder / "val", origin)
     return batch_size
 
@@ -243,32 +240,12 @@ def _warm_up(
     encoder = folder / ENCODER
     if not encoder.is_file() or read_tensors(encoder)[1].get("origin") != origin:
         model.lambda_reg = 0.0  # layers are free, since only the encoder of this fit is kept
-        checkpoints, steps = checkpoints_of(folder, origin), round((1 - HELD_OUT) * TAUGHT_STEPS)
-        epochs = enough_epochs(recipe.trainer, data, recipe.warm_up_epochs, steps)
+        checkpoints = checkpoints_of(folder, origin)
+        epochs = enough_epochs(recipe.trainer, data, recipe.warm_up_epochs, WARM_UP_STEPS)
         what = "encoder of the studies"
         with seeded(recipe.seed), progress.fit(what, epochs) as bar:
-            resumable_fit(for_part(recipe.trainer), model, data, checkpoints, bar, what=what, epochs=epochs)
+            resumable_fit(recipe.trainer, model, data, checkpoints, bar, what=what, epochs=epochs)
         write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
         shutil.rmtree(checkpoints)
     # Read back even here, so that a resumed run has the same states whatever the precision of the Trainer.
     model.encoder.float().load_state_dict(read_tensors(encoder)[0])
-
-
-def _divide(examples: int, seed: int | None) -> tuple[list[int], list[int]]:
-    """Return rows for the encoder and rows for the submodels; without a seed, all rows for both."""
-    if seed is None:
-        return list(range(examples)), list(range(examples))
-    order = np.random.default_rng(seed).permutation(examples)
-    held = max(1, round(HELD_OUT * examples))
-    return sorted(order[held:].tolist()), sorted(order[:held].tolist())
-
-
-def _loader(loader: DataLoader[Any], rows: list[int], batch_size: int, seed: int | None) -> DataLoader[Any]:
-    """Return a loader over some rows of another loader's examples, in their order or, with a seed, shuffled."""
-    lengths = getattr(loader.dataset, "lengths", None)
-    sampler = None
-    if seed is not None:
-        lengths = [0] * len(rows) if lengths is None else [int(lengths[row]) for row in rows]
-        sampler = LengthGroupedSampler(lengths, batch_size, seed)
-    examples: Any = Subset(loader.dataset, rows)
-    return DataLoader(examples, batch_size=batch_size, sampler=sampler, collate_fn=loader.collate_fn)

@@ -15,7 +15,7 @@ from dact.checks import check_choice, check_count, check_range, check_tolerance
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning.digests import pretrained_digest
-from dact.tuning.fitting import HEAD_EPOCHS, as_list, head_epochs, make_trainer
+from dact.tuning.fitting import as_list, head_epochs, make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
@@ -219,9 +219,7 @@ class Recipe:
         if teacher is not None:
             identity["teacher"] = pretrained_digest(teacher)
         if self.encoder_training == "frozen":
-            identity["warm_up_epochs"] = self.warm_up_epochs
-            if head_epochs(self.epochs) < HEAD_EPOCHS * self.epochs:
-                identity["head_epochs"] = head_epochs(self.epochs)  # earlier trials had no bound
+            identity |= {"warm_up_epochs": self.warm_up_epochs, "head_epochs": head_epochs(self.epochs)}
         return identity
 
 
