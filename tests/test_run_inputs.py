@@ -86,7 +86,7 @@ def test_a_frozen_final_model_trains_as_long_as_the_trials_did(tmp_path):
     assert events.is_file()
     study = optuna.load_study(study_name="run/submodels", storage=f"sqlite:///{tmp_path / 'run' / 'studies.db'}")
     epochs = max(study.trials[0].intermediate_values) + 1
-    assert len(read_json(Path(metrics))["history"]) == epochs == 7
+    assert len(read_json(Path(metrics))["history"]) == epochs == 3
 
 
 @pytest.mark.slow
