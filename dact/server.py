@@ -71,7 +71,9 @@ class PredictRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _name(cls, content: Any) -> Any:
-        unknown = [name for name in content if name not in cls.model_fields] if isinstance(content, dict) else []
+        if not isinstance(content, dict):
+            raise ValueError('expected an object such as {"text": "…"}, sent with Content-Type: application/json')
+        unknown = [name for name in content if name not in cls.model_fields]
         if unknown:
             raise ValueError(f"expected 'text' or 'texts', got {str(unknown[0])[:40]!r}")
         return content
@@ -198,7 +200,7 @@ def serve(
         FileNotFoundError: If there is no model.
         ValueError: If an argument is outside its range, or the model cannot be read.
         OSError: If the port is taken.
-        RuntimeError: If the process that runs the model ends by itself.
+        RuntimeError: If the process that runs the model or the one that answers HTTP ends by itself.
     """
     check_choice("serve: host", host, Host)
     check_count("serve: port", port, 1024, 65535)
@@ -217,23 +219,42 @@ def serve(
     server.app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     server.app.add_exception_handler(400, _say_unreadable)
     before, main = set(multiprocessing.active_children()), os.getpid()
+    stopping, deserted = threading.Event(), threading.Event()
 
     def is_news(record: logging.LogRecord) -> bool:
-        # LitServe's monitor logs that LitServe's manager process is gone: it was stopped, or an error is raised here.
+        # LitServe's monitor logs that LitServe's processes are gone: they were stopped, or an error is raised here.
         gone = record.exc_info is not None and isinstance(record.exc_info[1], (EOFError, OSError))
-        return not (gone and record.msg == "Monitoring worker crashed")
+        crashed = gone and record.msg == "Monitoring worker crashed"
+        return not crashed and not str(record.msg).endswith("Already not alive.")
 
     def stop(number: int, frame: object) -> None:
         if os.getpid() != main:  # a process of the server inherits this handler, and stops by itself
             raise SystemExit(0)
+        stopping.set()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt  # at which LitServe shuts down in order
 
+    def watch() -> None:
+        """Stop if the process that answers HTTP ends, which LitServe would not notice."""
+        http: Any = None
+        while not stopping.wait(server.monitor_internal):
+            if http is None:
+                http = next(
+                    (one for one in multiprocessing.active_children() if one.name.startswith("LitServer")), None
+                )
+            elif not http.is_alive() and all(one.is_alive() for one in server.inference_workers):
+                deserted.set()
+                os.kill(main, signal.SIGTERM)
+                return
+
     sys.warnoptions.append(ITS_SEMAPHORE)
-    handler = signal.signal(signal.SIGTERM, stop)
+    handler, interrupt = signal.signal(signal.SIGTERM, stop), signal.getsignal(signal.SIGINT)
+    if interrupt is signal.default_int_handler:  # and is not ignored
+        signal.signal(signal.SIGINT, stop)
     logger = logging.getLogger("litserve.server")
     logger.addFilter(is_news)
     print(f"serving {path} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it", flush=True)
+    threading.Thread(target=watch, daemon=True).start()
     try:
         server.run(
             host=host, port=port, num_api_servers=1, generate_client_file=False, access_log=False, log_level="warning"
@@ -243,9 +264,11 @@ def serve(
     except (EOFError, ConnectionError) as error:
         raise RuntimeError("the process that runs the model ended by itself, perhaps for lack of memory") from error
     finally:
+        stopping.set()
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGINT, interrupt)
         sys.warnoptions.remove(ITS_SEMAPHORE)
         try:
             for thread in threading.enumerate():
@@ -253,6 +276,8 @@ def serve(
                     thread.join(4 * server.monitor_internal)
         finally:
             logger.removeFilter(is_news)
+    if deserted.is_set():
+        raise RuntimeError("the process that answers HTTP ended by itself")
 
 
 def _check_free(host: str, port: int) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import random
+import warnings
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -457,3 +458,31 @@ def test_errors_count_the_rows_of_the_file(tmp_path):
     (tmp_path / "b.csv").write_bytes("text,label\ngood,pos\n".encode("utf-16"))
     with pytest.raises(ValueError, match="b.csv is in UTF-16: save it in UTF-8"):
         data(str(tmp_path / "b.csv")).setup("fit")
+
+
+def test_labels_that_may_be_mistyped_columns_that_occur_twice_and_other_separators_are_said(tmp_path):
+    def data(name, text):
+        (tmp_path / name).write_text(text)
+        return TextClassificationData(tmp_path / name, tokenizer=word_tokenizer(["a b c"]))
+
+    rows = "".join(f"text {n} ,{label}\n" for n in range(60) for label in ("good", "bad"))
+    made = data("typo.csv", f"text,label\n{rows}x,goood\ny,goood\n")
+    with pytest.warns(UserWarning, match=r"typo\.csv: class goood has very few examples. If that is a mistyped label"):
+        made.setup("fit")
+    assert made.describe_classes().startswith("3 classes: bad 54, good 54, goood")
+    named = TextClassificationData(
+        tmp_path / "typo.csv", tokenizer=word_tokenizer(["a"]), class_names=["good", "goood", "bad"]
+    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*very few examples")
+        named.setup("fit")
+    with pytest.raises(ValueError, match=r"the column 'text' occurs 2 times: rename the others"):
+        data("twice.csv", "text,label,text\na,good,b\n").setup("fit")
+    with pytest.raises(ValueError, match=r"has no column 'text'; it has 'text;label': save it with commas between"):
+        data("semi.csv", "text;label\na;good\n").setup("fit")
+    with pytest.raises(ValueError, match=r"it has ' Text', 'label': set text_column \(.*--data.text_column ' Text'\)"):
+        data("blank.csv", " Text,label\na,good\n").setup("fit")
+    with pytest.raises(ValueError, match=r"class ugly of .* has no example. Add examples of it, or leave it out"):
+        TextClassificationData(
+            tmp_path / "typo.csv", tokenizer=word_tokenizer(["a"]), class_names=["good", "goood", "bad", "ugly"]
+        ).setup("fit")

@@ -187,7 +187,9 @@ def test_where_strings_are_learned_integers_are_no_labels(tmp_path):
 
 
 def test_labels_that_count_from_elsewhere_say_how_to_name_the_classes(tmp_path):
-    with pytest.raises(ValueError, match=r"outside the classes: '-1'.* 0, 1. Give other classes by class_names"):
+    with pytest.raises(
+        ValueError, match=r"outside the classes: '-1'.* 0, 1. Correct the labels; or, for other classes, give them"
+    ):
         data(write(tmp_path, "train", WORDS, ["-1", "1"] * 30)).setup("fit")
     named = data(write(tmp_path, "train", WORDS, ["-1", "1"] * 30), class_names=["-1", "1"])
     named.setup("fit")

@@ -57,6 +57,9 @@ def test_the_summary_begins_with_what_a_person_wants_to_know():
     )
     found["calibration"]["promise"]["confidence"] = None
     assert headline(found).endswith("by the estimate of at most 1 point of accuracy below its own full depth")
+    found["halting_margin"] = 1.0
+    assert headline(found).endswith("with the class of its own full depth by proof"), "whatever was estimated"
+    found["halting_margin"] = 0.83
     found["calibration"]["promise"] |= {"max_accuracy_loss": None, "max_layers": 2.5}
     assert headline(found).endswith("by the estimate of at most 2.5 layers")
     del found["calibration"]

@@ -376,3 +376,17 @@ def test_a_server_whose_model_process_dies_ends_and_says_so(server):
     workers[0].kill()
     assert server.process.wait(90) == 1
     assert "the process that runs the model ended by itself" in server.log.read_text()
+
+
+@pytest.mark.slow
+def test_a_server_whose_http_process_dies_ends_and_says_so(server):
+    listening = [
+        process
+        for process in psutil.Process(server.process.pid).children()
+        if any(one.status == psutil.CONN_LISTEN and one.laddr.port == server.port for one in process.net_connections())
+    ]
+    max(listening, key=lambda process: process.create_time()).kill()  # an older one has only inherited the socket
+    assert server.process.wait(90) == 1
+    log = server.log.read_text()
+    assert "the process that answers HTTP ended by itself" in log
+    assert "Already not alive" not in log

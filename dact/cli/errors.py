@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import inspect
 import os
 import re
@@ -43,6 +44,8 @@ def one_line_errors() -> Iterator[None]:
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         text = " ".join(str(message).split())
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            text += ": free some space, and run the same command again"
         # Of an option's several types, the first is the one that was meant.
         text = re.sub(r"^Does not validate against any of the Union subtypes .*? Errors: - (.*?) - .*", r"\1", text)
         print(f"dact: error: {text}", file=sys.stderr)

@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dact.agreement import names_of_classes
+from dact.data.base import TextDataModule
 from dact.model import DACT
 
 SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}  # metrics of an epoch, and decimals
@@ -56,6 +57,12 @@ class EpochLines(Callback):
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._best = state_dict["best"]
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if isinstance(data, TextDataModule):
+            _say(trainer, data.describe_classes())
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
@@ -26,8 +27,10 @@ from dact.data.batching import (
     length_that_keeps,
 )
 from dact.data.examples import Examples, stratified_split
+from dact.data.labels import listed
 from dact.data.teacher import teacher_probabilities
 from dact.data.tokenizers import PreTrainedTokenizerBase, mostly_unknown, tokenizer_for
+from dact.functional import UNLABELLED
 
 INFERENCE_BATCH = 1024  # examples per batch of test and predict; early exit regroups within a batch
 VALIDATION_BLOCK = 64  # neighbours of similar length in validation
@@ -175,6 +178,14 @@ class TextDataModule(LightningDataModule, ABC):
                 f"{unknown:,} of {len(encoded):,} {split} texts consist mostly of tokens that the tokenizer does not "
                 "know, so that their classes mean little: is it the tokenizer of the encoder, and made for such texts?"
             )
+
+    def describe_classes(self) -> str:
+        """Return a text with the number of training examples of each class; `setup` must have read them."""
+        counts = Counter(self.splits["train"].labels or [])
+        unlabelled = counts.pop(UNLABELLED, 0)
+        names = self.class_names or [str(label) for label in sorted(counts)]
+        text = listed([f"{name} {counts[label]:,}" for label, name in enumerate(names)])
+        return f"{len(names)} classes: {text}" + (f"; {unlabelled:,} texts without a label" if unlabelled else "")
 
     # ------------------------------------------------------------------ batches
 

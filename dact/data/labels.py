@@ -118,7 +118,8 @@ def to_classes(
             f"{source}: {name_rows(outside, rows)} with a label outside the classes: {labels[outside[0]]!r}{meant}. "
             f"The {len(class_names)} classes are {listed(class_names)}"
             + (", counted from 0 in this file" if positions else "")
-            + ". Give other classes by class_names, in their order"
+            + ". Correct the labels; or, for other classes, give them by class_names in their order, and train with "
+            "examples of each"
         )
     return [by_name[str(label).strip()] for label in labels]
 

@@ -108,14 +108,15 @@ def check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any])
     """Raise a ``ValueError`` that names the option to set if a column is not `present`; see `read_rows`."""
     for name, option in columns.items():
         if name not in present:
-            single = len(present) == 1 and path.lower().endswith((".csv", ".tsv"))
-            hint = " (csv has commas between its columns, tsv tabs)" if single else ""
-            if any(str(other).startswith('"') for other in present):
-                hint = " (in tsv a quotation mark is an ordinary character: save it without, or as csv)"
-            raise _Fault(
-                f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}{hint}: set {option} (on the "
-                f"command line --data.{option} NAME)"
-            )
+            names = [str(other) for other in present]
+            meant = next((repr(other) for other in names if other.strip().casefold() == name.casefold()), "NAME")
+            remedy = f"set {option} (on the command line --data.{option} {meant})"
+            if len(names) == 1 and path.lower().endswith((".csv", ".tsv")):
+                tsv = path.lower().endswith(".tsv")
+                remedy = f"save it with {'tabs' if tsv else 'commas'} between its columns, or {remedy}"
+            if any(other.startswith('"') for other in names):
+                remedy = "in tsv a quotation mark is an ordinary character: save it without, or as csv"
+            raise _Fault(f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}: {remedy}")
 
 
 def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
@@ -144,19 +145,21 @@ def _csv(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     import pandas as pd  # type: ignore[import-untyped]
 
     tabs = path.lower().endswith(".tsv")
+    form: dict[str, Any] = {
+        "sep": "\t" if tabs else ",",
+        # A quotation mark in a tsv file is an ordinary character: one alone must not swallow the rows after it.
+        "quoting": csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
+        "dtype": object,
+        "na_filter": False,
+        "skip_blank_lines": False,
+        "encoding": "utf-8-sig",
+        "encoding_errors": "surrogateescape",
+    }
     try:
-        frames = pd.read_csv(
-            path,
-            sep="\t" if tabs else ",",
-            # A quotation mark in a tsv file is an ordinary character: one alone must not swallow the rows after it.
-            quoting=csv.QUOTE_NONE if tabs else csv.QUOTE_MINIMAL,
-            dtype=object,
-            na_filter=False,
-            skip_blank_lines=False,
-            encoding="utf-8-sig",
-            encoding_errors="surrogateescape",
-            chunksize=CHUNK,
-        )
+        header = pd.read_csv(path, header=None, nrows=1, **form).iloc[0].tolist()  # which pandas would number
+        if twice := [name for name in columns if header.count(name) > 1]:
+            raise _Fault(f"{path}: the column {twice[0]!r} occurs {header.count(twice[0])} times: rename the others")
+        frames = pd.read_csv(path, chunksize=CHUNK, **form)
     except pd.errors.EmptyDataError:
         return
     with frames:

@@ -28,6 +28,7 @@ from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
 
 COPIES_SHARE = 0.01  # a larger share of copies deserves a warning
+FEW, FEW_SHARE = 5, 0.002  # fewer examples of a class than this, or a smaller share, may be mistyped labels
 
 
 class TextClassificationData(TextDataModule):
@@ -300,8 +301,12 @@ class TextClassificationData(TextDataModule):
         absent = absent_classes(labels, self.class_names)
         if absent and split == "train":
             raise ValueError(
-                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example. Integer labels count "
-                "from 0; if yours do not, name the classes in their order by class_names"
+                f"{file}: class {listed(absent)} of {listed(self.class_names)} has no example. "
+                + (
+                    "Integer labels count from 0; if yours do not, name the classes in their order by class_names"
+                    if all(map(is_integer, table[self.label_column]))
+                    else "Add examples of it, or leave it out of class_names"
+                )
             )
         if absent and split != "test":
             rank_zero_warn(
@@ -318,6 +323,13 @@ class TextClassificationData(TextDataModule):
         if self.class_names is None:
             self.class_names = learn_class_names(labels, file)
             self._reading = "names"
+            counts = Counter(to_classes(labels, self.class_names, self._reading, file, rows))
+            few = [self.class_names[label] for label, n in counts.items() if n < max(FEW, FEW_SHARE * len(labels))]
+            if few and len(labels) > FEW * len(self.class_names):
+                rank_zero_warn(
+                    f"{file}: class {listed(few)} has very few examples. If that is a mistyped label, correct it; if "
+                    "it is a class, name all classes by class_names, and nothing is said"
+                )
         if (
             self._reading is None
             and split != "train"

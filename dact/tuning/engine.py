@@ -18,6 +18,7 @@ from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.calibration import Promise
 from dact.checks import check_range
+from dact.data.base import TextDataModule
 from dact.factories import default_data, default_model
 from dact.files import remove_partial
 from dact.model import DACT
@@ -222,6 +223,8 @@ class TuningEngine:
             later = ON_STATES if self.recipe.encoder_training == "frozen" else 0
             epochs = self.recipe.finetunings * surveyed.initial["num_epochs"] + MEASURING
             self.progress.announce(left, self.time_out, later, epochs)
+        if isinstance(surveyed.data, TextDataModule):
+            self.progress.note(surveyed.data.describe_classes())
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):

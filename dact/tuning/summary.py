@@ -67,11 +67,10 @@ def headline(metrics: Mapping[str, Any]) -> str:
         text += f", {_difference(test)} points against the baseline of {baseline['layers']} layers"
     speed = test["texts_per_second"] / baseline["test"]["texts_per_second"]
     text += f", at {test['mean_exit_layer']:.2f} layers and {speed:.1f} times its speed"
-    calibration = metrics.get("calibration")
+    calibration, tolerance, margin = metrics.get("calibration"), metrics["halting_tolerance"], metrics["halting_margin"]
+    if tolerance == 0 and margin == 1:
+        return f"{text}, with the class of its own full depth by proof"
     if calibration is None:
-        tolerance, margin = metrics["halting_tolerance"], metrics["halting_margin"]
-        if tolerance == 0 and margin == 1:
-            return f"{text}, with the class of its own full depth by proof"
         return f"{text}, at tolerance {tolerance:g} and margin {margin:g}, without a promise"
     promise = calibration["promise"]
     if promise["max_accuracy_loss"] is not None:
@@ -119,6 +118,8 @@ def _operating_points(metrics: Mapping[str, Any], most: int) -> Table:
     calibration = metrics.get("calibration")
     by_estimate = calibration is not None and calibration["promise"]["confidence"] is None
     mark = "as set" if calibration is None else "set by an estimate" if by_estimate else "promised"
+    if own["margin"] == 1 and metrics["halting_tolerance"] == 0:
+        mark = "by proof"
     table = _plain_table("margin", "accuracy", "to baseline", "layers", "texts/s", "estimates: validation")
     points = _spread(metrics["margin_curve"], most) if most > 0 else []
     points = sorted([own, *(point for point in points if point["margin"] != own["margin"])], key=lambda p: -p["margin"])

@@ -249,7 +249,7 @@ def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
             f"TuningEngine: the promise cannot be kept: {why}. Give the data more validation examples or a "
             "calibration_dataloader, promise less, or ask for an estimate (confidence: null)"
         )
-    note = f"the margin will be set by an estimate, not by a promise: {why}"
+    note = f"the margin will be set by an estimate, not by a promise: {why}. More validation examples would change that"
     estimate = replace(promise, confidence=None)
     # A few examples that no study sees are still better than those that choose the checkpoint.
     return replace(recipe if aside >= FEWEST_ASIDE else given, promise=estimate, note=note)
