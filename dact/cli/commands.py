@@ -374,8 +374,6 @@ class DACTCLI(LightningCLI):
         without = f", and {writer.unlabelled} without a label, with the reason" if writer.unlabelled else ""
         place = "standard output" if output == "-" else writer.path
         print(f"{writer.labelled} predictions are in {place}{without}", file=sys.stderr)
-        if writer.unlabelled and not writer.labelled:
-            raise SystemExit(1)
 
     def test(self, **arguments: Any) -> None:
         self.trainer.test(**arguments)

@@ -61,8 +61,8 @@ class EpochLines(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, TextDataModule):
-            _say(trainer, data.describe_classes())
+        if isinstance(data, TextDataModule) and (text := data.describe_classes()):
+            _say(trainer, text)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

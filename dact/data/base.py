@@ -180,7 +180,9 @@ class TextDataModule(LightningDataModule, ABC):
             )
 
     def describe_classes(self) -> str:
-        """Return a text with the number of training examples of each class; `setup` must have read them."""
+        """Return a text with the number of training examples of each class, empty before `setup` has read them."""
+        if "train" not in self.splits:
+            return ""
         counts = Counter(self.splits["train"].labels or [])
         unlabelled = counts.pop(UNLABELLED, 0)
         names = self.class_names or [str(label) for label in sorted(counts)]

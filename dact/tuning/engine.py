@@ -223,8 +223,8 @@ class TuningEngine:
             later = ON_STATES if self.recipe.encoder_training == "frozen" else 0
             epochs = self.recipe.finetunings * surveyed.initial["num_epochs"] + MEASURING
             self.progress.announce(left, self.time_out, later, epochs)
-        if isinstance(surveyed.data, TextDataModule):
-            self.progress.note(surveyed.data.describe_classes())
+        if isinstance(surveyed.data, TextDataModule) and (text := surveyed.data.describe_classes()):
+            self.progress.note(text)
         prepared = self._prepare(run, surveyed)
         end = Deadline(self.time_out)
         for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):
