@@ -156,17 +156,27 @@ def _halting(model: Any) -> str:
     return f"{setting} There is no promise about the texts whose class differs from that of all layers."
 
 
+def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> str:
+    """Return the content of a promise as text.
+
+    Args:
+        promise: Fields of `dact.calibration.Promise`.
+        against: Name of the reference of accuracy and agreement.
+        layers: Number of layers of the model.
+    """
+    if promise.get("max_accuracy_loss") is not None:
+        points = 100 * promise["max_accuracy_loss"]
+        return f"at most {points:g} point{'s' * (points != 1)} of accuracy below {against}"
+    if promise.get("min_agreement") is not None:
+        return f"at least {100 * promise['min_agreement']:g} % agreement with {against}"
+    return f"at most {promise['max_layers']:g} of {layers} layers on average"
+
+
 def _promise(calibration: Mapping[str, Any], layers: int) -> str:
     """Return the record of `dact.calibrate` as text."""
     promise = calibration["promise"]
     against = "the model's own full depth" if calibration.get("baseline_accuracy") is None else "the baseline"
-    if promise.get("max_accuracy_loss") is not None:
-        points = 100 * promise["max_accuracy_loss"]
-        what = f"at most {points:g} point{'s' * (points != 1)} of accuracy below {against}"
-    elif promise.get("min_agreement") is not None:
-        what = f"at least {100 * promise['min_agreement']:g} % agreement with {against}"
-    else:
-        what = f"at most {promise['max_layers']:g} of {layers} layers on average"
+    what = what_is_promised(promise, against, layers)
     if calibration.get("estimate"):
         first = f"**Estimate, without a confidence:** {what}."
     else:

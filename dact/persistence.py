@@ -63,8 +63,8 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
     if positional and isinstance(positional[0], LayeredEncoder):  # passed on to `base`
         flat |= dict(zip(of_base, positional, strict=False))
     flat |= given.locals[given.keywords] if given.keywords else {}
-    changed = {name for name in flat if name not in of_base or flat[name] is not received[name]}
-    own = {name: flat[name] for name in flat if name in changed and _is_plain(flat[name])}
+    kept = {name: value for name, value in flat.items() if name not in of_base or value is not received[name]}
+    own = {name: value for name, value in kept.items() if _is_plain(value)}
     return {"arguments": own, "passed": [name for name in flat if name in of_base]}
 
 

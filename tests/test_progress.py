@@ -61,7 +61,7 @@ def test_the_summary_begins_with_what_a_person_wants_to_know():
     assert headline(found).endswith("with the class of its own full depth by proof"), "whatever was estimated"
     found["halting_margin"] = 0.83
     found["calibration"]["promise"] |= {"max_accuracy_loss": None, "max_layers": 2.5}
-    assert headline(found).endswith("by the estimate of at most 2.5 layers")
+    assert headline(found).endswith("by the estimate of at most 2.5 of 4 layers on average")
     del found["calibration"]
     assert headline(found).endswith("at tolerance 0 and margin 0.83, without a promise")
     found["halting_margin"] = 1.0

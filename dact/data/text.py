@@ -320,16 +320,10 @@ class TextClassificationData(TextDataModule):
         """Return each label of a file as a class; the training file decides on classes and integer labels."""
         file = self._file(split)
         check_present(labels, file, rows)
+        learned = self.class_names is None
         if self.class_names is None:
             self.class_names = learn_class_names(labels, file)
             self._reading = "names"
-            counts = Counter(to_classes(labels, self.class_names, self._reading, file, rows))
-            few = [self.class_names[label] for label, n in counts.items() if n < max(FEW, FEW_SHARE * len(labels))]
-            if few and len(labels) > FEW * len(self.class_names):
-                rank_zero_warn(
-                    f"{file}: class {listed(few)} has very few examples. If that is a mistyped label, correct it; if "
-                    "it is a class, name all classes by class_names, and nothing is said"
-                )
         if (
             self._reading is None
             and split != "train"
@@ -339,7 +333,15 @@ class TextClassificationData(TextDataModule):
             self.examples("train")
         if self._reading is None:
             self._reading = reading_of(labels, self.class_names, file)
-        return to_classes(labels, self.class_names, self._reading, file, rows)
+        classes = to_classes(labels, self.class_names, self._reading, file, rows)
+        counts = Counter(classes)
+        few = [self.class_names[label] for label in counts if counts[label] < max(FEW, FEW_SHARE * len(classes))]
+        if learned and few and len(classes) > FEW * len(self.class_names):
+            rank_zero_warn(
+                f"{file}: class {listed(few)} has very few examples. If that is a mistyped label, correct it; if it is "
+                "a class, name all classes by class_names, and nothing is said"
+            )
+        return classes
 
     def _texts(self, split: str) -> Examples:
         """Return the texts of a file without labels, each with the reason why it cannot be used or None."""

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dact.files import read_json
+from dact.model_card import what_is_promised
 from dact.tuning.pruner import PLANNED_EPOCHS
 from dact.tuning.studies import finished
 
@@ -73,13 +74,7 @@ def headline(metrics: Mapping[str, Any]) -> str:
     if calibration is None:
         return f"{text}, at tolerance {tolerance:g} and margin {margin:g}, without a promise"
     promise = calibration["promise"]
-    if promise["max_accuracy_loss"] is not None:
-        points = 100 * promise["max_accuracy_loss"]
-        kept = f"at most {points:g} point{'s' * (points != 1)} of accuracy below its own full depth"
-    elif promise["min_agreement"] is not None:
-        kept = f"at least {promise['min_agreement']:.2%} agreement with its own full depth"
-    else:
-        kept = f"at most {promise['max_layers']:g} layers"
+    kept = what_is_promised(promise, "its own full depth", metrics["layers"])
     if promise["confidence"] is None:
         return f"{text}, by the estimate of {kept}"
     return f"{text}, under the promise of {kept} with {promise['confidence']:.0%} confidence"
