@@ -209,17 +209,15 @@ def serve(
     _check_free(host, port)
     path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     info, device = _inspect(path)
-    server = litserve.LitServer(
+    server = _Server(
         _API(path, max_batch, max_wait),
         accelerator=device,
         model_metadata=info,
         max_payload_size=MOST_BYTES,
     )
-    server.monitor_internal = 0.5  # seconds between two looks at the processes
     server.app.add_exception_handler(RequestValidationError, _say_what_is_wrong)
     server.app.add_exception_handler(400, _say_unreadable)
     before, main = set(multiprocessing.active_children()), os.getpid()
-    stopping, deserted = threading.Event(), threading.Event()
 
     def is_news(record: logging.LogRecord) -> bool:
         # LitServe's monitor logs that LitServe's processes are gone: they were stopped, or an error is raised here.
@@ -230,22 +228,9 @@ def serve(
     def stop(number: int, frame: object) -> None:
         if os.getpid() != main:  # a process of the server inherits this handler, and stops by itself
             raise SystemExit(0)
-        stopping.set()
+        server.stopping.set()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise KeyboardInterrupt  # at which LitServe shuts down in order
-
-    def watch() -> None:
-        """Stop if the process that answers HTTP ends, which LitServe would not notice."""
-        http: Any = None
-        while not stopping.wait(server.monitor_internal):
-            if http is None:
-                http = next(
-                    (one for one in multiprocessing.active_children() if one.name.startswith("LitServer")), None
-                )
-            elif not http.is_alive() and all(one.is_alive() for one in server.inference_workers):
-                deserted.set()
-                os.kill(main, signal.SIGTERM)
-                return
 
     sys.warnoptions.append(ITS_SEMAPHORE)
     handler, interrupt = signal.signal(signal.SIGTERM, stop), signal.getsignal(signal.SIGINT)
@@ -254,7 +239,6 @@ def serve(
     logger = logging.getLogger("litserve.server")
     logger.addFilter(is_news)
     print(f"serving {path} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it", flush=True)
-    threading.Thread(target=watch, daemon=True).start()
     try:
         server.run(
             host=host, port=port, num_api_servers=1, generate_client_file=False, access_log=False, log_level="warning"
@@ -264,7 +248,7 @@ def serve(
     except (EOFError, ConnectionError) as error:
         raise RuntimeError("the process that runs the model ended by itself, perhaps for lack of memory") from error
     finally:
-        stopping.set()
+        server.stopping.set()
         for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         signal.signal(signal.SIGTERM, handler)
@@ -276,8 +260,29 @@ def serve(
                     thread.join(4 * server.monitor_internal)
         finally:
             logger.removeFilter(is_news)
-    if deserted.is_set():
+    if server.deserted:
         raise RuntimeError("the process that answers HTTP ended by itself")
+
+
+class _Server(litserve.LitServer):
+    """LitServe that stops as well if the process that answers HTTP ends, which LitServe itself would not notice."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.monitor_internal = 0.5  # seconds between two looks at the processes
+        self.stopping, self.deserted = threading.Event(), False
+
+    def _start_worker_monitoring(self, manager: Any, uvicorn_workers: dict[int, Any]) -> None:
+        """Called when all processes have been started."""
+        super()._start_worker_monitoring(manager, uvicorn_workers)
+        threading.Thread(target=self._watch, args=(list(uvicorn_workers.values()),), daemon=True).start()
+
+    def _watch(self, http: list[Any]) -> None:
+        while not self.stopping.wait(self.monitor_internal):
+            if not all(one.is_alive() for one in http) and all(one.is_alive() for one in self.inference_workers):
+                self.deserted = True
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
 
 
 def _check_free(host: str, port: int) -> None:

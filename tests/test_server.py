@@ -385,7 +385,8 @@ def test_a_server_whose_http_process_dies_ends_and_says_so(server):
         for process in psutil.Process(server.process.pid).children()
         if any(one.status == psutil.CONN_LISTEN and one.laddr.port == server.port for one in process.net_connections())
     ]
-    max(listening, key=lambda process: process.create_time()).kill()  # an older one has only inherited the socket
+    # An older one has only inherited the socket. The youngest may have just been started, and counts from then on.
+    max(listening, key=lambda process: process.create_time()).kill()
     assert server.process.wait(90) == 1
     log = server.log.read_text()
     assert "the process that answers HTTP ended by itself" in log
