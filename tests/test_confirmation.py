@@ -7,11 +7,13 @@ from pathlib import Path
 import optuna
 import pytest
 import torch
+import yaml
 
 from dact import DACT, TuningEngine
 from dact.calibration import Promise
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
+from dact.files import read_json
 from dact.tuning import checkpointed_fit, confirmation, final
 from dact.tuning.confirmation import Candidate, _beats, _best
 from dact.tuning.outcome import Outcome
@@ -31,6 +33,10 @@ def engine(tmp_path, **options):
     made = TuningEngine(model=small_model, data=data, trainer=trainer, log_dir=tmp_path, **options)
     made.progress.console.quiet = True
     return made
+
+
+def studies_of(run, stage):
+    return optuna.load_study(study_name=f"{run.name}/{stage}", storage=f"sqlite:///{run}/studies.db")
 
 
 @pytest.fixture
@@ -62,8 +68,11 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
             engine(tmp_path, promise=promise).run_pipeline("run")
     confirmed = [str(folder.relative_to(run)) for folder in fitted]
     assert confirmed[0] == "confirmation/default_settings/fit"
-    assert confirmed[1:] in (["confirmation/first_trial/fit"], ["confirmation/tuned/fit"])
-    assert len(seeds) == 6, "two candidates, three seeds each"
+    assert confirmed[1:] in ([f"confirmation/{name}/fit"] for name in ("first_trial", "tuned", "runner-up"))
+    tried = {trial.params["lambda_reg"] for trial in studies_of(run, "lambda_reg").get_trials()}
+    winner, second = yaml.safe_load((run / "lambda_reg.yaml").read_text()), read_json(run / "lambda_reg/runner_up.json")
+    assert {winner["lambda_reg"], second["lambda_reg"]} == tried, "the best two of two"
+    assert len(seeds) == 9, "three candidates, three seeds each"
     assert len({*seeds}) == 3
     assert min(seeds) > 2, "not those of the trials"
 
@@ -74,7 +83,7 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     assert DACT.load_from_checkpoint(checkpoint).num_layers == chosen["num_layers"]
     found = json.loads(Path(metrics).read_text())
     text = found["confirmation"]
-    assert text.split(" (")[0] in ("default settings", "first trial", "tuned")
+    assert text.split(" (")[0] in ("default settings", "first trial", "tuned", "runner-up")
     assert "default settings" in text
 
     engine(tmp_path, promise=promise).final_train("run")

@@ -40,7 +40,7 @@ class Candidate:
     """Settings that the final model may have.
 
     Args:
-        name: ``"default settings"``, ``"first trial"`` or ``"tuned"``.
+        name: ``"default settings"``, ``"first trial"``, ``"tuned"`` or ``"runner-up"``, which has another λ.
         settings: See `Winners.settings`.
     """
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
@@ -20,7 +22,7 @@ from dact.calibration import Promise
 from dact.checks import check_range
 from dact.data.base import TextDataModule
 from dact.factories import default_data, default_model
-from dact.files import remove_partial
+from dact.files import read_json, remove_partial, write_json
 from dact.model import DACT
 from dact.tuning import studies
 from dact.tuning.confirmation import Candidate, confirm
@@ -382,9 +384,17 @@ class TuningEngine:
         promise = prepared.recipe.promise
         allowed = None if promise is None else promise.max_accuracy_loss
         frozen = prepared.recipe.encoder_training == "frozen"
-        chosen = stage.pick(trials, outcomes, partial(self.select, allowed=allowed, from_best=frozen))
+        select = partial(self.select, allowed=allowed, from_best=frozen)
+        chosen = stage.pick(trials, outcomes, select)
+        others = [pair for pair in zip(trials, outcomes, strict=True) if pair[0].params != chosen.params]
+        second: dict[str, Any] = {}
+        if stage is LAMBDA_REG and others:
+            with contextlib.suppress(ValueError):  # none within max_layers
+                second = stage.pick([trial for trial, _ in others], [one for _, one in others], select).params
         with run.locked():
             remove_partial(run.pictures(stage).parent)  # of trials whose process died; none is running any more
+            if stage is LAMBDA_REG:
+                write_json(run.runner_up, second)
             if run.save(prepared.winners(stage, chosen.params)):
                 shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show another winner
             if not run.pictures(stage).is_dir():
@@ -402,6 +412,8 @@ class TuningEngine:
         """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""
         defaults, recommended = surveyed.untuned
         settings = {"default settings": defaults, "first trial": recommended, "tuned": self._winners.settings()}
+        if run.runner_up.is_file() and (second := read_json(run.runner_up)):
+            settings["runner-up"] = dataclasses.replace(self._winners, **second).settings()
         candidates = [Candidate(name, chosen) for name, chosen in settings.items()]
         with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):
             verdict = confirm(run, prepared, candidates, self.progress)

@@ -108,6 +108,11 @@ class Run:
         """Return the folder of a study's pictures."""
         return self.folder / stage.name / "study"
 
+    @property
+    def runner_up(self) -> Path:
+        """The file with the second choice of λ, which the confirmation tries as well."""
+        return self.folder / LAMBDA_REG.name / "runner_up.json"
+
     def set_aside(self, stage: Stage) -> None:
         """Rename the folder of a stage whose trials ran under other winners, since new trials start again at 0."""
         folder = self.folder / stage.name
