@@ -3,6 +3,7 @@
 import json
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -10,12 +11,13 @@ import torch
 import yaml
 
 from dact import DACT, TuningEngine
+from dact.answers import LayerAnswers
 from dact.calibration import Promise
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.files import read_json
 from dact.tuning import checkpointed_fit, confirmation, final
-from dact.tuning.confirmation import Candidate, _beats, _best
+from dact.tuning.confirmation import Answered, Candidate, _beats, _best
 from dact.tuning.outcome import Outcome
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -117,10 +119,20 @@ def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(layers, 
     assert _beats(layers, lost, within) == beats
 
 
+class Known:
+    """A candidate whose early exit is known, and whose dial cannot be turned."""
+
+    def __init__(self, *tensors):
+        self.tensors = tensors
+
+    def outcome(self, max_layers=None):
+        return Outcome(*self.tensors) if max_layers is None else None
+
+
 def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     def outcome(layers):
         exits = torch.tensor([layers, layers + 0.1] * 50)
-        return Outcome(exits, torch.zeros(100), torch.zeros(100))
+        return Known(exits, torch.zeros(100), torch.zeros(100))
 
     found = {"default settings": None, "first trial": outcome(3.0), "tuned": outcome(2.0), "broken": None}
     candidates = [Candidate(name, {}) for name in found]
@@ -136,7 +148,7 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     assert _best(candidates[:1], lambda candidate: None, 0.0, comparisons).name == "default settings"
 
     # A default that answers with one class after the first layer has the fewest layers, and loses all the same.
-    wrong = Outcome(torch.ones(100), torch.zeros(100), torch.tensor([1.0, 0.0, 0.0, 0.0] * 25))
+    wrong = Known(torch.ones(100), torch.zeros(100), torch.tensor([1.0, 0.0, 0.0, 0.0] * 25))
     collapsed = {"default settings": wrong, "tuned": outcome(2.9)}
     best = _best([Candidate(name, {}) for name in collapsed], lambda candidate: collapsed[candidate.name], 0.01, [])
     assert best.name == "tuned"
@@ -145,8 +157,8 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     # All candidates miss the baseline on frozen states, so that alone does not decide.
     torch.manual_seed(0)
     states = {
-        "first trial": Outcome(torch.full((2000,), 2.0), torch.zeros(2000), (torch.rand(2000) < 0.050).float()),
-        "tuned": Outcome(torch.full((2000,), 4.0), torch.zeros(2000), (torch.rand(2000) < 0.045).float()),
+        "first trial": Known(torch.full((2000,), 2.0), torch.zeros(2000), (torch.rand(2000) < 0.050).float()),
+        "tuned": Known(torch.full((2000,), 4.0), torch.zeros(2000), (torch.rand(2000) < 0.045).float()),
     }
     assert _best([Candidate(name, {}) for name in states], lambda one: states[one.name], 0.01, []).name == "first trial"
 
@@ -154,7 +166,7 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     def lower(layers, worse):
         lost = torch.zeros(1500)
         lost[:worse] = 1
-        return Outcome(torch.full((1500,), layers), torch.zeros(1500), lost)
+        return Known(torch.full((1500,), layers), torch.zeros(1500), lost)
 
     chain = {"default settings": lower(4.0, 0), "first trial": lower(3.5, 1), "tuned": lower(3.0, 2)}
     comparisons = []
@@ -166,7 +178,7 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     for examples in range(100, 1500, 7):
         none, one = torch.zeros(examples), torch.zeros(examples)
         one[0] = -1
-        pair = {n: Outcome(none + 3.0, none, lost) for n, lost in (("default settings", none), ("tuned", one))}
+        pair = {n: Known(none + 3.0, none, lost) for n, lost in (("default settings", none), ("tuned", one))}
         best = _best([Candidate(name, {}) for name in pair], lambda one, pair=pair: pair[one.name], 0.01, [])
         assert best.name == "default settings"
 
@@ -174,3 +186,39 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     alike = {"default settings": outcome(3.0), "tuned": outcome(2.9)}
     best = _best([Candidate(name, {}) for name in alike], lambda candidate: alike[candidate.name], 0.0, [])
     assert best.name == "default settings"
+
+
+def answered(leads, right, promise=Promise(max_accuracy_loss=0.01)):
+    """Two classes: the lead of each example grows from layer to layer; answers with a small one are a guess."""
+    is_right = torch.where(leads > 0.5, right.unsqueeze(1), torch.rand_like(leads) < 0.5)
+    is_right[:, -1] = right
+    y = torch.stack([(1 + leads) / 2, (1 - leads) / 2], dim=-1)
+    y = torch.where(is_right.unsqueeze(-1), y, y.flip(-1)).double()
+    p = torch.ones_like(leads)
+    p[:, -1] = 0
+    answers = LayerAnswers(y, p, y, torch.zeros(len(leads), dtype=torch.int64))
+    prepared = SimpleNamespace(
+        recipe=SimpleNamespace(promise=promise), baseline=SimpleNamespace(right=lambda target: None)
+    )
+    return Answered(prepared, DACT(encoder=TransformerEncoder(42, 4, 8, 2), output_dimension=2), [answers])
+
+
+def test_a_candidate_that_takes_more_layers_is_compared_at_as_many():
+    """Full depth of the tuned one is two points better, so that its own promise lets it leave later."""
+    torch.manual_seed(0)
+    leads = torch.rand(2000, 4).cumsum(1) / 4
+    default = answered(leads.sqrt(), torch.rand(2000) < 0.70)
+    tuned = answered(leads, torch.rand(2000) < 0.75)
+    assert tuned.outcome().layers > default.outcome().layers + 0.3
+    turned = tuned.outcome(default.outcome().layers)
+    assert default.outcome().layers - 0.2 < turned.layers <= default.outcome().layers
+    pair, comparisons = {"default settings": default, "tuned": tuned}, []
+
+    def best():
+        return _best([Candidate(name, {}) for name in pair], lambda one: pair[one.name], 0.01, comparisons).name
+
+    assert best() == "tuned"
+    assert comparisons[-1].endswith("at as many layers")
+    pair["tuned"] = answered(leads, torch.rand(2000) < 0.70)
+    assert best() == "default settings", "no better at as many layers"
+    assert answered(leads, torch.rand(2000) < 0.75, None).outcome(3.0) is None, "without a promise there is no dial"

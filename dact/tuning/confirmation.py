@@ -17,12 +17,14 @@ from typing import Any
 from torch import Tensor
 
 from dact.answers import LayerAnswers, careful_mean_and_error, layer_answers, mean_and_error
+from dact.calibration import Promise
 from dact.files import read_json, read_tensors, write_json, write_tensors
+from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.checkpointed_fit import FRESH_SEED, CheckpointedFit
 from dact.tuning.digests import digest
 from dact.tuning.fitting import NonFiniteLoss
-from dact.tuning.outcome import MEASURE, Outcome, mean_outcome, outcome_of
+from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.run import Run
@@ -73,12 +75,13 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     """Fit the candidates under fresh seeds, and choose the first unless another one beats it.
 
     A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
-    by more than one standard error of the paired difference over the validation examples. That of the accuracy is that
-    with two more examples, see `careful_mean_and_error`, and that of the layers has the scatter between fits as well. A
-    loss that is larger by no more than its error is the same loss; but if it is more than the promise allows, measured
-    from the baseline, only up to half a point. One that loses more than is allowed, and that much more than another,
-    both by two standard errors, is beaten by it whatever the layers. The winner has beaten the first candidate, and the
-    best before it.
+    by more than one standard error of the paired difference over the validation examples. Of one that takes more
+    layers, where the promise lets examples leave, the dial is turned until it takes no more than the other: each would
+    gain accuracy by taking more. The error of the accuracy is that with two more examples, see
+    `careful_mean_and_error`, and that of the layers has the scatter between fits as well. A loss that is larger by no
+    more than its error is the same loss; but if it is more than the promise allows, measured from the baseline, only up
+    to half a point. One that loses more than is allowed, and that much more than another, both by two standard errors,
+    is beaten by it whatever the layers. The winner has beaten the first candidate, and the best before it.
 
     Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits only two of them in
     this way: the first, and that of the others which wins on the frozen states. If the final model keeps the frozen
@@ -98,9 +101,10 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
         return Verdict(default, f"{default.name}, which tuning chose as well")
     promise = prepared.recipe.promise
     allowed = None if promise is None else promise.max_accuracy_loss
-    on_states = partial(_on_states, run, prepared, progress)
+    given = run, prepared, prepared.recipe.make_model(), progress
+    on_states = partial(_on_states, *given)
     keep_frozen = prepared.recipe.final_training == "frozen"
-    as_final = on_states if keep_frozen else partial(_as_final, run, prepared, progress)
+    as_final = on_states if keep_frozen else partial(_as_final, *given)
     comparisons: list[str] = []
     if not keep_frozen and prepared.states is not None and len(others) > 1:
         others = [_best(others, on_states, allowed, comparisons, " on frozen states")]
@@ -108,7 +112,41 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
 
 
-Measure = Callable[[Candidate], Outcome | None]  # None where the loss is not finite
+@dataclass(frozen=True)
+class Answered:
+    """A candidate's early exit on the validation examples.
+
+    Args:
+        prepared: Shared inputs of its fits.
+        model: A model of the run, for its halting rule and class weights.
+        answers: Answers of each of its fits.
+    """
+
+    prepared: Prepared
+    model: DACT
+    answers: Sequence[LayerAnswers]
+
+    @property
+    def right(self) -> Tensor | None:
+        """Whether the baseline classifies each example correctly; None if that is unknown."""
+        return self.prepared.baseline.right(self.answers[0].target)
+
+    def outcome(self, max_layers: float | None = None) -> Outcome | None:
+        """Return the mean outcome where the promise lets examples leave.
+
+        Args:
+            max_layers: Mean exit layer to which the dial is turned instead. The result is None if there is no dial.
+        """
+        promise = self.prepared.recipe.promise
+        if max_layers is not None:
+            if promise is None:
+                return None
+            promise = Promise(max_layers=max_layers, confidence=None, dial=promise.dial)
+        outcome = mean_outcome([outcome_of(one, self.model, promise, self.right) for one in self.answers])
+        return None if max_layers is not None and outcome.layers > max_layers else outcome
+
+
+Measure = Callable[[Candidate], Answered | None]  # None where the loss is not finite
 
 
 def _best(
@@ -132,19 +170,31 @@ def _best(
     return best
 
 
-def _compare(other: Outcome | None, found: Outcome | None, allowed: float | None) -> tuple[bool, str]:
-    """Return whether the candidate of `other` beats that of `found`, and a text about the difference."""
-    if other is None or found is None:
-        return other is not None, ""
+def _compare(challenger: Answered | None, rival: Answered | None, allowed: float | None) -> tuple[bool, str]:
+    """Return whether one candidate beats another, and a text about the difference.
+
+    Args:
+        challenger, rival: Their answers; None where the loss is not finite.
+        allowed: Loss of accuracy that the promise allows.
+    """
+    if challenger is None or rival is None:
+        return challenger is not None, ""
+    other, found = challenger.outcome(), rival.outcome()
+    assert other is not None and found is not None
     within = other.lost.double().mean().item() <= (allowed or 0.0)
     lost = careful_mean_and_error(other.lost - found.lost)
     fewer, error = mean_and_error(other.exits - found.exits)
     layers = fewer, math.hypot(error, SCATTER)
     own, spread = careful_mean_and_error(found.lost)
     # As one that answers with one class after the first layer: nothing takes fewer layers.
-    fails = allowed is not None and min(own - 2 * spread, -lost[0] - 2 * lost[1]) > allowed
+    beaten = allowed is not None and min(own - 2 * spread, -lost[0] - 2 * lost[1]) > allowed
     text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
-    return fails or _beats(layers, lost, within), text
+    turned = challenger.outcome(found.layers) if other.layers > found.layers else None
+    if turned is not None:
+        less, spread = careful_mean_and_error(turned.lost - found.lost)
+        text += f", {0 - 100 * less:+.2f} ± {100 * spread:.2f} at as many layers"
+        beaten = beaten or less + spread < 0
+    return beaten or _beats(layers, lost, within), text
 
 
 def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool) -> bool:
@@ -160,19 +210,17 @@ def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool)
     return fewer or (sum(lost) < 0 and layers[0] <= layers[1])
 
 
-def _as_final(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
-    """Return the outcome of a candidate that is fitted like the final model."""
-    fit, recipe = candidate.fit(run, prepared), prepared.recipe
+def _as_final(run: Run, prepared: Prepared, model: DACT, progress: Progress, candidate: Candidate) -> Answered | None:
+    """Return the answers of a candidate that is fitted like the final model."""
+    fit = candidate.fit(run, prepared)
     path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.identity)
     known = path.is_file() and read_tensors(path)[1].get("origin") == origin
     stored = read_tensors(path)[0] if known else _fit_and_ask(fit, candidate, progress)
     found = None
     if stored:
-        answers = LayerAnswers(**stored)
-        right = prepared.baseline.right(answers.target)
-        found = outcome_of(answers, recipe.make_model(), recipe.promise, right)
+        found = Answered(prepared, model, [LayerAnswers(**stored)])
         if not known:
-            _log(run, candidate, found, right, candidate.folder(run))
+            _log(run, candidate, found, candidate.folder(run))
     if not known:
         write_tensors(path, stored, {"origin": origin})  # kept, since the final model may take over the fit itself
     return found
@@ -188,38 +236,39 @@ def _fit_and_ask(fit: CheckpointedFit, candidate: Candidate, progress: Progress)
     recipe = fit.prepared.recipe
     data = recipe.data_for("fit")
     with recipe.precision():
-        answers = layer_answers(fit.model(), data.val_dataloader())
+        return _tensors(layer_answers(fit.model(), data.val_dataloader()))
+
+
+def _tensors(answers: LayerAnswers) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}
 
 
-def _on_states(run: Run, prepared: Prepared, progress: Progress, candidate: Candidate) -> Outcome | None:
-    """Return the mean outcome of a candidate over several fits on the states of frozen mode."""
-    recipe = prepared.recipe
-    seeds = [recipe.seed + FRESH_SEED + number for number in range(SEEDS)]
-    folder = candidate.folder(run)
-    origin = digest([candidate.settings, prepared.identity, seeds, MEASURE])
-    record = folder / "outcome.json"
-    if record.is_file() and read_json(record)["origin"] == origin:
-        return None if read_json(record)["broken"] else Outcome.read(folder)
-    outcomes = []
+def _on_states(run: Run, prepared: Prepared, model: DACT, progress: Progress, candidate: Candidate) -> Answered | None:
+    """Return the answers of several fits of a candidate on the states of frozen mode."""
+    seeds = [prepared.recipe.seed + FRESH_SEED + number for number in range(SEEDS)]
+    folder = candidate.folder(run) / "on_states"
+    origin = digest([candidate.settings, prepared.identity, seeds])
+    record, files = folder / "made_of.json", [folder / f"answers_{seed}.safetensors" for seed in seeds]
+    if record.is_file() and (stored := read_json(record))["origin"] == origin:
+        found = [] if stored["broken"] else [LayerAnswers(**read_tensors(file)[0]) for file in files]
+        return Answered(prepared, model, found) if found else None
     try:
         with progress.stage(f"{candidate.name} on frozen states, under fresh seeds"):
-            for seed in seeds:
-                fit = fit_settings(prepared, candidate.settings, seed)
-                outcomes.append(fit.outcome(prepared))
+            found = [fit_settings(prepared, candidate.settings, seed).known_answers for seed in seeds]
     except NonFiniteLoss:
         write_json(record, {"origin": origin, "broken": True})
         return None
-    mean = mean_outcome(outcomes)
-    mean.save(folder)
-    _log(run, candidate, mean, fit.right(prepared), folder / "on_states")
-    write_json(
-        record, {"origin": origin, "broken": False, "settings": candidate.settings}
-    )  # last, since it marks the fits as done
-    return mean
+    for file, answers in zip(files, found, strict=True):
+        write_tensors(file, _tensors(answers))
+    answered = Answered(prepared, model, found)
+    _log(run, candidate, answered, folder)
+    # Last, since it marks the fits as done.
+    write_json(record, {"origin": origin, "broken": False, "settings": candidate.settings})
+    return answered
 
 
-def _log(run: Run, candidate: Candidate, mean: Outcome, right: Tensor | None, folder: Path) -> None:
-    """Log the candidate to TensorBoard as trials are logged; see `outcome_of` for `right`."""
-    name = f"{run.tag}/{folder.relative_to(run.folder)}"
-    tensorboard.log_fit(folder, flat(candidate.settings), mean.metrics(right), name)
+def _log(run: Run, candidate: Candidate, answered: Answered, folder: Path) -> None:
+    """Log the candidate to TensorBoard as trials are logged."""
+    outcome, name = answered.outcome(), f"{run.tag}/{folder.relative_to(run.folder)}"
+    assert outcome is not None
+    tensorboard.log_fit(folder, flat(candidate.settings), outcome.metrics(answered.right), name)

@@ -17,6 +17,7 @@ from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
 from torch import Tensor
 
+from dact.answers import LayerAnswers
 from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.fitting import (
@@ -117,14 +118,23 @@ class Fit:
     model: DACT
     history: History
 
-    def outcome(self, prepared: Prepared) -> Outcome:
-        """Return the outcome of early exit on the validation examples, at the epoch of the lowest val_loss."""
+    @property
+    def known_answers(self) -> LayerAnswers:
+        """The answers to the validation examples at the epoch of the lowest val_loss.
+
+        Raises:
+            ValueError: If the model's validation_step does not return them.
+        """
         if self.history.answers is None:
             raise ValueError(
                 f"{type(self.model).__name__}.validation_step must return what that of DACT returns: "
                 "layer_probabilities and h"
             )
-        return outcome_of(self.history.answers, self.model, prepared.recipe.promise, self.right(prepared))
+        return self.history.answers
+
+    def outcome(self, prepared: Prepared) -> Outcome:
+        """Return the outcome of early exit on the validation examples, at the epoch of the lowest val_loss."""
+        return outcome_of(self.known_answers, self.model, prepared.recipe.promise, self.right(prepared))
 
     def right(self, prepared: Prepared) -> Tensor | None:
         """Return whether the baseline classifies each validation example correctly; None if that is unknown."""
