@@ -16,7 +16,8 @@ the promise that the run made, its dial set on the same calibration examples:
     multi-exit  a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
 The two peers start from the teacher's weights, have its probabilities as half of their targets, and the rates, epochs
 and heads of the tuned model. The best epoch is chosen on validation data, and the test split is evaluated once. Errors are
-standard errors of paired differences over the texts. Each run leaves a file in results/tuned/: a stopped call goes on.
+standard errors of paired differences over the texts. Besides, the tuned model is compared with each of the others by the margin
+that takes as many layers as it on validation texts. Each run leaves a file in results/tuned/: a stopped call goes on.
 """
 
 from __future__ import annotations
@@ -42,11 +43,13 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from dact import DACT, TextClassifier, calibrate
-from dact.answers import mean_and_error
+from dact.answers import LayerAnswers, exits_by_setting, layer_answers, mean_and_error
+from dact.calibration import SETTINGS
 from dact.cli.quiet import quiet
 from dact.encoders.base import Batch
 from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint
+from dact.functional import answer_at
 from dact.outputs import Loss
 from dact.tuning.baseline import Baseline
 from dact.tuning.evaluation import evaluate
@@ -175,6 +178,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         for peer in ("defaults", "multi-exit"):
             calibrate(models[peer], data, **promise)
         speeds = texts_per_second(models, list(data.test_dataloader()))
+        validation = {n: layer_answers(model, data.val_dataloader()) for n, model in models.items()}
     test = {n: evaluate(m, data.test_dataloader(), precision=precision) for n, m in models.items()}
     right = {n: evaluation.right.double() for n, evaluation in test.items()}
     rows = {}
@@ -194,6 +198,11 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
             "above_baseline": mean_and_error(right[n] - right["baseline"]),
             "tuned_above_this": mean_and_error(right["tuned"] - right[n]),
         }
+        if n not in ("baseline", "tuned"):
+            layers = validation[n].exit_layers(models[n].exit_rule).double().mean().item()
+            turned, exits = turned_down(models["tuned"], validation["tuned"], test["tuned"].answers, layers)
+            rows[n]["at_as_many_layers"] = mean_and_error(turned - right[n])
+            rows[n]["tuned_layers_then"] = exits
     return {
         "data": name,
         "seed": seed,
@@ -207,6 +216,15 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         **({"sentences": sentences(folder / "final" / "model")[0]} if name == "vader2000" else {}),
         "models": rows,
     }
+
+
+def turned_down(model: DACT, validation: LayerAnswers, test: LayerAnswers, layers: float) -> tuple[Tensor, float]:
+    """Return which test examples are right, and the mean layers, by the margin that takes `layers` on validation texts."""
+    dial = "halting_margin"
+    exits = exits_by_setting(validation, model.exit_rule, dial)
+    within = [margin for margin in SETTINGS[dial] if exits(margin).double().mean() <= layers]
+    at = exits_by_setting(test, model.exit_rule, dial)(max(within, default=min(SETTINGS[dial])))
+    return (answer_at(test.a, at).argmax(1) == test.target).double(), at.double().mean().item()
 
 
 @torch.no_grad()
@@ -252,8 +270,15 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     for name in ("defaults", "encoder", "multi-exit"):
-        above = points([run["models"][name]["tuned_above_this"] for run in runs])
-        lines.append(f"- tuned less {name}: {above} points of accuracy, {layers_between(runs, name):+.2f} layers")
+        line = f"- tuned less {name}: {points([run['models'][name]['tuned_above_this'] for run in runs])} points of accuracy, "
+        lines.append(f"{line}{layers_between(runs, name):+.2f} layers")
+        turned = [run["models"][name] for run in runs if "at_as_many_layers" in run["models"][name]]
+        if turned:  # runs of an earlier state lack it
+            layers = statistics.mean(row["tuned_layers_then"] - row["mean_exit_layer"] for row in turned)
+            equal = points([row["at_as_many_layers"] for row in turned])
+            lines.append(
+                f"    - with its margin turned down to as many layers ({len(turned)} runs): {equal}, {layers:+.2f} layers"
+            )
     took = Counter(run["took"] for run in runs)
     lines.append(f"- the confirmation took: {', '.join(f'{name} {count} times' for name, count in took.items())}")
     goals = [f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals_of(runs)]
