@@ -76,8 +76,9 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     (folder / "defaults" / "metrics.json").write_text(json.dumps({"test": metrics()["test"]}))
     console = Console(width=80, record=True)
     verdict = (
-        "tuned (tuned beats first trial on frozen states: -0.52 ± 0.02 layers, +0.10 ± 0.40 points; tuned beats default "
-        "settings: -1.93 ± 0.03 layers, -0.10 ± 0.41 points)"
+        "tuned (tuned beats first trial on frozen states: -0.52 ± 0.02 layers, +0.10 ± 0.40 points; runner-up does not "
+        "beat tuned on frozen states: +0.10 ± 0.02 layers, +0.10 ± 0.40 points, +0.10 ± 0.40 at as many layers; tuned "
+        "beats default settings: +0.28 ± 0.15 layers, +1.55 ± 0.73 points, +0.95 ± 0.73 at as many layers)"
     )
     show_summary(console, folder, verdict, [pruned_study()])
     lines = console.export_text().splitlines()
@@ -85,7 +86,8 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     assert max(map(len, lines)) <= 80
     assert str(folder / "model") in "".join(lines)
     text = " ".join(" ".join(lines).split())
-    assert f"settings: {verdict}" in text
+    decisive = "tuned beats default settings: +0.28 ± 0.15 layers, +1.55 ± 0.73 points, +0.95 ± 0.73 at as many layers"
+    assert f"settings: tuned ({decisive})" in text
     assert "pruning ended 1 of 3 trials early" in text
     promised = next(line for line in lines if "promised" in line)
     assert promised.split()[:2] == ["0.83", "78.50"]

@@ -36,11 +36,18 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
     console.print(_operating_points(metrics, POINTS - 3 * len(warnings)))
     for warning in warnings:
         console.print(f"warning: {warning}")
-    console.print(f"settings: {verdict}")
+    console.print(f"settings: {_decisive(verdict)}")
     pruned = pruning_text(studies)
     if pruned:
         console.print(pruned)
     console.print(f"trials and pictures: tensorboard --logdir {folder.parent}", soft_wrap=True)
+
+
+def _decisive(verdict: str) -> str:
+    """Return a verdict with the last comparisons of fits like the final one; metrics.json has all of them."""
+    name, bracket, rest = verdict.partition(" (")
+    comparisons = [one for one in rest.removesuffix(")").split("; ") if " on frozen states" not in one]
+    return f"{name} ({'; '.join(comparisons[-2:])})" if bracket else verdict
 
 
 def _warnings(metrics: Mapping[str, Any]) -> list[str]:
