@@ -123,10 +123,10 @@ class Known:
     """A candidate whose early exit is known, and whose dial cannot be turned."""
 
     def __init__(self, *tensors):
-        self.tensors = tensors
+        self.outcome = Outcome(*tensors)
 
-    def outcome(self, max_layers=None):
-        return Outcome(*self.tensors) if max_layers is None else None
+    def turned_down(self, layers):
+        return None
 
 
 def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
@@ -209,9 +209,9 @@ def test_a_candidate_that_takes_more_layers_is_compared_at_as_many():
     leads = torch.rand(2000, 4).cumsum(1) / 4
     default = answered(leads.sqrt(), torch.rand(2000) < 0.70)
     tuned = answered(leads, torch.rand(2000) < 0.75)
-    assert tuned.outcome().layers > default.outcome().layers + 0.3
-    turned = tuned.outcome(default.outcome().layers)
-    assert default.outcome().layers - 0.2 < turned.layers <= default.outcome().layers
+    assert tuned.outcome.layers > default.outcome.layers + 0.3
+    turned = tuned.turned_down(default.outcome.layers)
+    assert default.outcome.layers - 0.2 < turned.layers <= default.outcome.layers
     pair, comparisons = {"default settings": default, "tuned": tuned}, []
 
     def best():
@@ -221,4 +221,4 @@ def test_a_candidate_that_takes_more_layers_is_compared_at_as_many():
     assert comparisons[-1].endswith("at as many layers")
     pair["tuned"] = answered(leads, torch.rand(2000) < 0.70)
     assert best() == "default settings", "no better at as many layers"
-    assert answered(leads, torch.rand(2000) < 0.75, None).outcome(3.0) is None, "without a promise there is no dial"
+    assert answered(leads, torch.rand(2000) < 0.75, None).turned_down(3.0) is None, "without a promise there is no dial"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -126,24 +126,26 @@ class Answered:
     model: DACT
     answers: Sequence[LayerAnswers]
 
-    @property
+    @cached_property
     def right(self) -> Tensor | None:
         """Whether the baseline classifies each example correctly; None if that is unknown."""
         return self.prepared.baseline.right(self.answers[0].target)
 
-    def outcome(self, max_layers: float | None = None) -> Outcome | None:
-        """Return the mean outcome where the promise lets examples leave.
+    @cached_property
+    def outcome(self) -> Outcome:
+        """The mean outcome where the promise lets examples leave."""
+        return self._under(self.prepared.recipe.promise)
 
-        Args:
-            max_layers: Mean exit layer to which the dial is turned instead. The result is None if there is no dial.
-        """
+    def turned_down(self, layers: float) -> Outcome | None:
+        """Return the mean outcome with the dial turned until `layers` are enough; None if there is no such setting."""
         promise = self.prepared.recipe.promise
-        if max_layers is not None:
-            if promise is None:
-                return None
-            promise = Promise(max_layers=max_layers, confidence=None, dial=promise.dial)
-        outcome = mean_outcome([outcome_of(one, self.model, promise, self.right) for one in self.answers])
-        return None if max_layers is not None and outcome.layers > max_layers else outcome
+        if promise is None:
+            return None
+        outcome = self._under(Promise(max_layers=layers, confidence=None, dial=promise.dial))
+        return outcome if outcome.layers <= layers else None
+
+    def _under(self, promise: Promise | None) -> Outcome:
+        return mean_outcome([outcome_of(one, self.model, promise, self.right) for one in self.answers])
 
 
 Measure = Callable[[Candidate], Answered | None]  # None where the loss is not finite
@@ -179,8 +181,7 @@ def _compare(challenger: Answered | None, rival: Answered | None, allowed: float
     """
     if challenger is None or rival is None:
         return challenger is not None, ""
-    other, found = challenger.outcome(), rival.outcome()
-    assert other is not None and found is not None
+    other, found = challenger.outcome, rival.outcome
     within = other.lost.double().mean().item() <= (allowed or 0.0)
     lost = careful_mean_and_error(other.lost - found.lost)
     fewer, error = mean_and_error(other.exits - found.exits)
@@ -189,7 +190,7 @@ def _compare(challenger: Answered | None, rival: Answered | None, allowed: float
     # As one that answers with one class after the first layer: nothing takes fewer layers.
     beaten = allowed is not None and min(own - 2 * spread, -lost[0] - 2 * lost[1]) > allowed
     text = f": {layers[0]:+.2f} ± {layers[1]:.2f} layers, {0 - 100 * lost[0]:+.2f} ± {100 * lost[1]:.2f} points"
-    turned = challenger.outcome(found.layers) if other.layers > found.layers else None
+    turned = challenger.turned_down(found.layers) if other.layers > found.layers else None
     if turned is not None:
         less, spread = careful_mean_and_error(turned.lost - found.lost)
         text += f", {0 - 100 * less:+.2f} ± {100 * spread:.2f} at as many layers"
@@ -269,6 +270,5 @@ def _on_states(run: Run, prepared: Prepared, model: DACT, progress: Progress, ca
 
 def _log(run: Run, candidate: Candidate, answered: Answered, folder: Path) -> None:
     """Log the candidate to TensorBoard as trials are logged."""
-    outcome, name = answered.outcome(), f"{run.tag}/{folder.relative_to(run.folder)}"
-    assert outcome is not None
-    tensorboard.log_fit(folder, flat(candidate.settings), outcome.metrics(answered.right), name)
+    name = f"{run.tag}/{folder.relative_to(run.folder)}"
+    tensorboard.log_fit(folder, flat(candidate.settings), answered.outcome.metrics(answered.right), name)

@@ -46,7 +46,9 @@ from dact.tuning.survey import Surveyed, survey
 from dact.tuning.trial import Objective
 from dact.tuning.workers import StudyJob, check_workers, run_study
 
-ON_STATES = 2  # candidates that the confirmation fits on frozen states, each as often as a trial of the last study
+ON_STATES = (
+    2  # tuned candidates that the confirmation fits on frozen states, each as often as a trial of the last study
+)
 MEASURING = 1  # epochs of the baseline in whose time the final model is measured, about
 
 
@@ -222,7 +224,9 @@ class TuningEngine:
         totals = zip(opened, self.n_trials.values(), strict=True)
         left = [studies.trials_left(study, n_trials, self.time_out, alone=False) for study, n_trials in totals]
         if any(left):
-            later = ON_STATES if self.recipe.encoder_training == "frozen" else 0
+            defaults, recommended = surveyed.untuned
+            candidates = ON_STATES + (defaults != recommended)
+            later = candidates if self.recipe.encoder_training == "frozen" else 0
             epochs = self.recipe.finetunings * surveyed.initial["num_epochs"] + MEASURING
             self.progress.announce(left, self.time_out, later, epochs)
         if isinstance(surveyed.data, TextDataModule) and (text := surveyed.data.describe_classes()):

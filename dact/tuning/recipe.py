@@ -101,7 +101,7 @@ class Recipe:
     @property
     def finetunings(self) -> int:
         """Largest number of fits after the studies that train the encoder, one of which becomes the final model."""
-        candidates = 0 if self.final_training == "frozen" else 2 if self.encoder_training == "frozen" else 3
+        candidates = 0 if self.final_training == "frozen" else 2 if self.encoder_training == "frozen" else 4
         return candidates + self.compare_defaults
 
     @property

@@ -44,10 +44,11 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
 
 
 def _decisive(verdict: str) -> str:
-    """Return a verdict with the last comparisons of fits like the final one; metrics.json has all of them."""
+    """Return a verdict with the comparisons of fits like the final one that decided; metrics.json has all of them."""
     name, bracket, rest = verdict.partition(" (")
     comparisons = [one for one in rest.removesuffix(")").split("; ") if " on frozen states" not in one]
-    return f"{name} ({'; '.join(comparisons[-2:])})" if bracket else verdict
+    won = [one for one in comparisons if one.startswith(f"{name} beats ")]
+    return f"{name} ({'; '.join((won or comparisons)[-2:])})" if bracket else verdict
 
 
 def _warnings(metrics: Mapping[str, Any]) -> list[str]:
