@@ -199,10 +199,14 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
             "tuned_above_this": mean_and_error(right["tuned"] - right[n]),
         }
         if n not in ("baseline", "tuned"):
-            layers = validation[n].exit_layers(models[n].exit_rule).double().mean().item()
-            turned, exits = turned_down(models["tuned"], validation["tuned"], test["tuned"].answers, layers)
-            rows[n]["at_as_many_layers"] = mean_and_error(turned - right[n])
-            rows[n]["tuned_layers_then"] = exits
+            reached, layers = operating_point(validation[n], validation[n].exit_layers(models[n].exit_rule))
+            parts = models["tuned"], validation["tuned"], test["tuned"].answers
+            turned = {
+                "at_as_many_layers": turned_down(*parts, layers=layers),
+                "as_accurate": turned_down(*parts, accuracy=reached),
+            }
+            for key, (hits, mean) in turned.items():
+                rows[n][key] = {"accuracy": mean_and_error(hits - right[n]), "layers": mean}
     return {
         "data": name,
         "seed": seed,
@@ -218,13 +222,27 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def turned_down(model: DACT, validation: LayerAnswers, test: LayerAnswers, layers: float) -> tuple[Tensor, float]:
-    """Return which test examples are right, and the mean layers, by the margin that takes `layers` on validation texts."""
+def turned_down(
+    model: DACT, validation: LayerAnswers, test: LayerAnswers, *, layers: float = math.inf, accuracy: float = 0.0
+) -> tuple[Tensor, float]:
+    """Turn the margin of `model` and return which test examples are right then, and their mean layers.
+
+    Of the margins with these mean layers or fewer on validation texts, it is the largest; of those that are as accurate
+    as this there, the smallest.
+    """
     dial = "halting_margin"
     exits = exits_by_setting(validation, model.exit_rule, dial)
-    within = [margin for margin in SETTINGS[dial] if exits(margin).double().mean() <= layers]
-    at = exits_by_setting(test, model.exit_rule, dial)(max(within, default=min(SETTINGS[dial])))
+    points = {margin: operating_point(validation, exits(margin)) for margin in sorted(SETTINGS[dial])}
+    within = [margin for margin, (right, mean) in points.items() if mean <= layers and right >= accuracy]
+    margin = max(within, default=min(points)) if layers < math.inf else min(within, default=1.0)
+    at = exits_by_setting(test, model.exit_rule, dial)(margin)
     return (answer_at(test.a, at).argmax(1) == test.target).double(), at.double().mean().item()
+
+
+def operating_point(answers: LayerAnswers, exits: Tensor) -> tuple[float, float]:
+    """Return accuracy and mean layers of examples that leave at `exits`."""
+    right = answer_at(answers.a, exits).argmax(1) == answers.target
+    return right.double().mean().item(), exits.double().mean().item()
 
 
 @torch.no_grad()
@@ -272,13 +290,12 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     for name in ("defaults", "encoder", "multi-exit"):
         line = f"- tuned less {name}: {points([run['models'][name]['tuned_above_this'] for run in runs])} points of accuracy, "
         lines.append(f"{line}{layers_between(runs, name):+.2f} layers")
-        turned = [run["models"][name] for run in runs if "at_as_many_layers" in run["models"][name]]
-        if turned:  # runs of an earlier state lack it
-            layers = statistics.mean(row["tuned_layers_then"] - row["mean_exit_layer"] for row in turned)
-            equal = points([row["at_as_many_layers"] for row in turned])
-            lines.append(
-                f"    - with its margin turned down to as many layers ({len(turned)} runs): {equal}, {layers:+.2f} layers"
-            )
+        for key, how in (("at_as_many_layers", "to as many layers"), ("as_accurate", "until it is as accurate")):
+            turned = [run["models"][name] for run in runs if key in run["models"][name]]
+            if turned:  # runs of an earlier state lack it
+                layers = statistics.mean(row[key]["layers"] - row["mean_exit_layer"] for row in turned)
+                equal = points([row[key]["accuracy"] for row in turned])
+                lines.append(f"    - its margin turned {how} ({len(turned)} runs): {equal}, {layers:+.2f} layers")
     took = Counter(run["took"] for run in runs)
     lines.append(f"- the confirmation took: {', '.join(f'{name} {count} times' for name, count in took.items())}")
     goals = [f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals_of(runs)]

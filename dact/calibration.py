@@ -37,9 +37,8 @@ SETTINGS: dict[str, tuple[float, ...]] = {
 }
 
 # Multiple of the examples that a promise needs from which on the loss of accuracy is bounded by the paired test, in
-# which gains offset losses. With fewer, bounding the losses alone takes fewer layers, since that test pays for not
-# knowing how many answers differ.
-MANY = 4
+# which gains offset losses. Fewer may be too few for that test even without a fault, and the losses alone are bounded.
+MANY = 1.2
 FAULTLESS = math.sqrt(2)  # standard error of a loss of accuracy that no example shows, times their number
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from dact.answers import layer_answers
 from tests.commands import ROOT, dact
 from tests.conftest import random_batch, tiny_model
 
@@ -56,6 +57,7 @@ def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took=
             "above_baseline": [above, 0.004],
             "lost_to_full_depth": [lost, 0.002],
             "tuned_above_this": [tuned_less_defaults, 0.003],
+            "as_accurate": {"accuracy": [0.0, 0.003], "layers": layers - 0.5},
         }
 
     models = {"baseline": row(6.0, 100.0), "defaults": row(3.5, 150.0), "tuned": row(layers, 200.0)}
@@ -72,11 +74,27 @@ def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took=
 def test_the_goals_are_said_to_be_met_or_missed(tuned):
     text = tuned.table([a_run(), a_run()])
     assert "- MISSED" not in text
+    assert "    - its margin turned until it is as accurate (2 runs): +0.00 ± 0.21, -0.50 layers" in text
     assert "- met: vader2000: within a point of the baseline, at most 3 layers, at least 1.7 times as fast" in text
     for change in ({"layers": 3.2}, {"above": -0.02}, {"tuned_less_defaults": -0.01}, {"lost": 0.02}):
         missed = [goal for goal, met in tuned.goals_of([a_run(**change)] * 2) if not met]
         assert missed, change
     assert "no promise broken by more than two standard errors (2 of 2)" in missed
+
+
+def test_the_margin_is_turned_to_as_many_layers_or_as_much_accuracy(tuned):
+    model = tiny_model().eval()
+    batch = random_batch(200)
+    answers = layer_answers(model, [batch])
+    right, layers = tuned.turned_down(model, answers, answers, layers=2.0)
+    model.halting_margin = 1.0
+    deepest = answers.exit_layers(model.exit_rule).double().mean().item()
+    assert 1 <= layers <= 2 < deepest
+    accuracy = right.mean().item()
+    as_right, fewer = tuned.turned_down(model, answers, answers, accuracy=accuracy)
+    assert fewer <= layers
+    assert as_right.mean().item() >= accuracy
+    assert tuned.turned_down(model, answers, answers, accuracy=1.1)[1] == deepest, "no margin reaches it"
 
 
 @pytest.mark.slow
