@@ -36,10 +36,10 @@ SETTINGS: dict[str, tuple[float, ...]] = {
     ),
 }
 
-# Multiple of the examples that a promise needs from which on the loss of accuracy is bounded by the paired test, in
-# which gains offset losses. Fewer may be too few for that test even without a fault, and the losses alone are bounded.
-MANY = 1.2
 FAULTLESS = math.sqrt(2)  # standard error of a loss of accuracy that no example shows, times their number
+# Multiple of the examples that an estimate needs from which on gained examples offset lost ones in it. Among fewer,
+# luck with a few gains would hide what is lost.
+MANY = 4
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,8 @@ class Promise:
             return 2
         if self.max_layers is not None and layers is not None:
             return bounds.examples_for_mean(self.max_layers, layers, self.confidence)
-        return bounds.examples_for_rate(self.allowed, self.confidence)
+        spent = bounds.NUISANCE_SHARE if self.min_agreement is None else 0.0
+        return bounds.examples_for_rate(self.allowed, 1 - (1 - self.confidence) * (1 - spent))
 
     def check(self, halting: Halting, layers: int) -> None:
         """Raise an error if a model of this rule and number of layers cannot be calibrated or keeps the promise anyway.
@@ -179,12 +180,11 @@ def calibrate(
     For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0 (both keep the class of
     full depth by proof), and the last one before the first that fails is taken. This is a fixed sequence of tests, each
     at the full level: the probability that any passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher
-    1995). For a loss of accuracy the test is that of a paired difference, `dact.bounds.difference_p_value`. With fewer
-    than `MANY` times the examples that the promise needs, and for agreement, the one-sided Clopper–Pearson bound (1934)
-    must be small enough: on the rate of examples that full depth has right and early exit has wrong (no accuracy can be
-    lost otherwise), or of examples whose class differs. Against a baseline it is always the paired difference. For
-    `max_layers` settings are tried from the other end, and the bound is the empirical Bernstein bound on the mean exit
-    layer (Maurer & Pontil 2009, theorem 4).
+    1995). For a loss of accuracy, below full depth or a baseline, it is that of a paired difference,
+    `dact.bounds.difference_p_value`. For agreement the one-sided Clopper–Pearson bound (1934) on the rate of examples
+    whose class differs must be small enough. For `max_layers` settings are tried from the other end, and the bound is
+    the empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4). An estimate takes the same
+    values with one standard error added; with few examples it counts the lost ones alone.
 
     Args:
         model: Model that gets the setting and, as `calibration`, the returned record. An earlier promise is dropped
@@ -313,16 +313,14 @@ class _Evidence:
         self.target = answers.target
         self.classes = answers.a.argmax(dim=2)  # [examples, layers]
         self.reference = self.classes[:, -1] if baseline is None else baseline
-        # Of accuracies; otherwise a rate of faults, or a mean, is bounded.
-        needed = None if promise.max_accuracy_loss is None else promise.examples_needed()
-        self.of_difference = baseline is not None or (needed is not None and len(self.target) >= MANY * needed)
+        few = promise.confidence is None and len(self.target) * promise.allowed < MANY * FAULTLESS
+        self.counts_gains = baseline is not None or not few
 
     def keeps(self, exits: Tensor) -> bool:
         """Return whether the promise holds with its confidence."""
-        if self.of_difference and self.promise.confidence is not None:  # faster than the bound
+        if self.promise.max_accuracy_loss is not None and self.promise.confidence is not None:  # faster than the bound
             error = 1 - self.promise.confidence
-            lost, gained = self._discordant(exits)
-            return bounds.difference_p_value(lost, gained, len(exits), self.promise.allowed, error) <= error
+            return bounds.difference_p_value(*self._discordant(exits), len(exits), self.promise.allowed, error) <= error
         return self.bound(exits) <= self.promise.allowed
 
     def bound(self, exits: Tensor) -> float:
@@ -332,15 +330,14 @@ class _Evidence:
             values = self._values(exits).double()
             if self.promise.max_layers is not None:
                 return sum(mean_and_error(values))
-            return sum(careful_mean_and_error(values, low=-1.0 if self.promise.min_agreement is None else 0.0))
+            if self.promise.min_agreement is not None:
+                return sum(careful_mean_and_error(values, low=0.0))
+            return sum(careful_mean_and_error(values if self.counts_gains else values.clip(min=0)))
         if self.promise.max_layers is not None:
             return bounds.mean_upper_bound(exits, self.layers, confidence)
         if self.promise.min_agreement is not None:
             return bounds.binomial_upper_bound(int(self._values(exits).sum()), examples, confidence)
-        lost, gained = self._discordant(exits)
-        if self.of_difference:
-            return bounds.difference_upper_bound(lost, gained, examples, confidence)
-        return bounds.binomial_upper_bound(lost, examples, confidence)
+        return bounds.difference_upper_bound(*self._discordant(exits), examples, confidence)
 
     def refusal(self, exits: Tensor, setting: float) -> str:
         """Return a message that says why even the first setting does not keep the promise, and what can be done."""

@@ -1,7 +1,6 @@
 """The dial: its bounds, what it promises, and where it is stored."""
 
 import json
-import math
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product
@@ -17,7 +16,7 @@ from hypothesis import assume, given, settings
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
 from dact.answers import exits_by_setting, operating_points
 from dact.bounds import binomial_upper_bound, difference_p_value, difference_upper_bound, mean_upper_bound
-from dact.calibration import MANY, SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
+from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
@@ -326,7 +325,7 @@ def test_a_very_sure_classifier_leaves_early():
 
 @pytest.mark.parametrize(
     ("promise", "needed"),
-    [({"max_accuracy_loss": 0.01}, 299), ({"max_accuracy_loss": 0.005}, 598), ({"min_agreement": 0.99}, 299)],
+    [({"max_accuracy_loss": 0.01}, 300), ({"max_accuracy_loss": 0.005}, 600), ({"min_agreement": 0.99}, 299)],
 )
 def test_a_promise_says_how_many_examples_it_takes(promise, needed):
     generator = torch.Generator().manual_seed(0)
@@ -348,8 +347,7 @@ def test_faultless_examples_never_take_more_layers_where_there_are_more_of_them(
     for loss, confidence in product((0.002, 0.01), (0.9, 0.95, 0.999, 0.9999)):
         promise = Promise(max_accuracy_loss=loss, confidence=confidence)
         needed = promise.examples_needed()
-        many = math.ceil(MANY * needed)
-        for examples in {needed, *range(many - 1, min(12_000, many + 300), 100)}:
+        for examples in range(needed, min(12_000, needed + 300), 50):
             assert choose_setting(sure.take(torch.arange(examples)), promise).mean_exit_layer == 1
 
 
@@ -359,8 +357,9 @@ def test_an_allowance_of_nothing_is_left_to_the_proof():
     assert "the class is that of this model's own full depth by proof" in describe(found, 5)
 
 
-def test_an_estimate_keeps_one_standard_error_to_spare():
-    answers = synthetic(300, torch.Generator().manual_seed(3))
+@pytest.mark.parametrize("examples", [250, 400])  # a loss of 0.02 is that of accuracies from 283 examples on
+def test_an_estimate_keeps_one_standard_error_to_spare(examples):
+    answers = synthetic(examples, torch.Generator().manual_seed(3))
     promise = Promise(max_accuracy_loss=0.02, confidence=None)
     found = choose_setting(answers, promise)
     assert found.estimate
@@ -370,8 +369,9 @@ def test_an_estimate_keeps_one_standard_error_to_spare():
         early = functional.answer_at(answers.a, answers.exit_layers(functional.Halting(margin=margin))).argmax(1)
         full = answers.a[:, -1].argmax(1)
         lost = (full == answers.target).double() - (early == answers.target).double()
+        lost = lost.clip(min=0) if examples < 283 else lost  # luck with a few gains would hide what is lost
         one_more_of_each = torch.cat([lost, torch.tensor([1.0, -1.0])])
-        return lost.mean().item() + one_more_of_each.std().item() / 302**0.5
+        return lost.mean().item() + one_more_of_each.std().item() / (examples + 2) ** 0.5
 
     margins = SETTINGS["halting_margin"]
     assert found.bound == pytest.approx(loss(found.halting_margin))
