@@ -11,7 +11,7 @@ from torch import Tensor
 # Share of the error probability that the nuisance parameter of `difference_p_value` takes; the power hardly depends on
 # it.
 NUISANCE_SHARE = 1 / 100
-NUISANCE_POINTS = 128  # number of its values that are tried: between them the p-value is larger by 0.00001 at most
+NUISANCE_POINTS = 128  # number of its values that are tried: between them the p-value is larger by 0.00002 at most
 PSEUDO_EXAMPLES = 4  # discordant ones in the order of outcomes; 3 to 10 have about the same power, 0 has much less
 LEFT_OUT = 1e-9
 
