@@ -36,7 +36,6 @@ SETTINGS: dict[str, tuple[float, ...]] = {
     ),
 }
 
-FAULTLESS = math.sqrt(2)  # standard error of a loss of accuracy that no example shows, times their number
 # Multiple of the examples that an estimate needs from which on gained examples offset lost ones in it. Among fewer,
 # luck with a few gains would hide what is lost.
 MANY = 4
@@ -92,8 +91,8 @@ class Promise:
     def examples_needed(self, layers: int | None = None) -> int | None:
         """Return the fewest examples that can support this promise, if early exit makes no fault on them.
 
-        It is 2 for an estimate, and None for an allowance of 0, which only the proof can keep. For a number of layers
-        it depends on the `layers` of the model, if all examples leave after the first one; without these it is 2.
+        It is 2 for an estimate, even where so few only leave full depth, and None for an allowance of 0, which takes
+        the proof. For a number of layers it depends on `layers`, of the model, and is 2 without these.
         """
         if self.confidence is None or (self.max_layers is not None and layers is None):
             return 2
@@ -271,7 +270,7 @@ def choose_setting(
         raise ValueError(
             f"{name}={value:g} with confidence {promise.confidence:g} takes {needed} examples or more, even if early "
             f"exit makes no fault on them, got {len(answers.target)}: give more, promise less, or ask for an estimate "
-            "(confidence null, in Python None)"
+            f"(confidence null, in Python None), which takes {_for_an_estimate(promise)}"
         )
     exits = exits_by_setting(answers, halting, promise.dial)
     evidence = _Evidence(promise, answers, baseline)
@@ -313,7 +312,7 @@ class _Evidence:
         self.target = answers.target
         self.classes = answers.a.argmax(dim=2)  # [examples, layers]
         self.reference = self.classes[:, -1] if baseline is None else baseline
-        few = promise.confidence is None and len(self.target) * promise.allowed < MANY * FAULTLESS
+        few = promise.confidence is None and len(self.target) < MANY * _for_an_estimate(promise)
         self.counts_gains = baseline is not None or not few
 
     def keeps(self, exits: Tensor) -> bool:
@@ -347,7 +346,7 @@ class _Evidence:
         if promise.max_layers is not None:
             train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
             return (
-                f"{name}={value:g} cannot be promised {how}: the fewest layers that can be promised are {bound:.4g} of "
+                f"{name}={value:g} cannot be promised {how}: the fewest layers that can be promised are {bound:.4f} of "
                 f"{self.layers}, at {promise.dial} {setting:g}. Promise that{train}, or give more examples"
             )
         lost, remedy = mean_and_error(self._values(exits))[0], "promise that, or train a better model"
@@ -414,8 +413,8 @@ def describe(found: Calibration, layers: int) -> str:
         first = (
             f"{setting} keeps {name}={value:g}: the class is that of {against} by proof, and no other setting passed"
         )
-        if found.estimate and name == "max_accuracy_loss" and 0 < value < FAULTLESS / found.examples:
-            first += f", which takes about {math.ceil(FAULTLESS / value)} examples or more"
+        if found.estimate and found.examples < _for_an_estimate(promise) < math.inf:
+            first += f", which takes {_for_an_estimate(promise)} examples or more"
     elif found.estimate:
         first = (
             f"{setting} is an estimate for {name}={value:g}, without a confidence: {bound}, one standard error included"
@@ -436,6 +435,14 @@ def describe(found: Calibration, layers: int) -> str:
             "calibration_fraction before the next fit, or give a calibration_file"
         )
     return "\n".join(lines)
+
+
+def _for_an_estimate(promise: Promise) -> float:
+    """Return the fewest examples that an estimate takes; of accuracy and agreement, if there is no fault among them."""
+    if promise.max_layers is not None:
+        return 2
+    error = 1 if promise.min_agreement is not None else math.sqrt(2)  # of no fault, times the number of examples
+    return math.ceil(error / promise.allowed - 1.5) if promise.allowed else math.inf
 
 
 def _promised(promise: Promise) -> tuple[str, float]:

@@ -296,7 +296,12 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
     assert status == 0, text
     assert re.search("best epoch 1: .* of 2 layers", text)
     model = ["--model", "lightning_logs/cut"]
-    words = ["calibrate", *model, "--data.calibration_file", "train.csv", "--max_accuracy_loss", "0.5"]
+    words = ["calibrate", *model, "--max_accuracy_loss", "0.5", "--data.calibration_file"]
+    status, text = dact_here(*words, "./train.csv", cwd=folder)
+    assert status == 1
+    assert "data.calibration_file=./train.csv is the train_file of the fit: give another file" in text
+    shutil.copy(folder / "train.csv", folder / "other.csv")
+    words.append("other.csv")
     for confidence, kind in (("0.95", "keeps max_accuracy_loss=0.5"), ("null", "is an estimate")):
         status, text = dact_here(*words, "--confidence", confidence, cwd=folder)
         assert status == 0, text

@@ -439,6 +439,9 @@ def test_tune_refuses_what_only_fit_reads(dact_here, tmp_path):
         status, output = dact_here("tune", "--config", GENERATED, *words, cwd=tmp_path)
         assert status == 1
         assert f"dact tune does not read {words[0][2:]}" in output
+    status, output = dact_here("tune", "--config", GENERATED, "--ckpt_path", "last.ckpt", cwd=tmp_path)
+    assert status == 1
+    assert "dact tune does not begin with a checkpoint: leave ckpt_path out" in output
 
 
 class ItemsOfOnesOwn(LightningDataModule):

@@ -141,15 +141,18 @@ def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], l
     agreement = metrics["test_agreement"]
     if promise.get("max_accuracy_loss") is not None:
         loss = metrics[f"test_layer_accuracy/{layers}"] - metrics["test_accuracy"]
-        # An example counts for or against early exit only if its class differs from that of full depth.
-        error = (max(0.0, 1 - agreement - loss**2) / examples) ** 0.5
+        # An example counts for or against early exit only if its class differs from that of full depth. As in
+        # `careful_mean_and_error`, one more is lost and one gained: a few without a fault are no evidence.
+        differ = (examples * (1 - agreement) + 2) / (examples + 2)
+        error = (max(0.0, differ - loss**2) / (examples + 2)) ** 0.5
         excess = loss - promise["max_accuracy_loss"]
         what = (
             f"at most {100 * promise['max_accuracy_loss']:g} points of accuracy below full depth. Here it is "
             f"{100 * loss:.2f} points (standard error at most {100 * error:.2f})"
         )
     elif promise.get("min_agreement") is not None:
-        error = (agreement * (1 - agreement) / examples) ** 0.5
+        agreed = (examples * agreement + 1) / (examples + 2)  # one more that agrees, and one that does not
+        error = (agreed * (1 - agreed) / (examples + 2)) ** 0.5
         excess = promise["min_agreement"] - agreement
         what = (
             f"at least {100 * promise['min_agreement']:g} % agreement with full depth. Here it is "

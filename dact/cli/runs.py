@@ -140,6 +140,13 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
     files = {name: os.path.realpath(then[name]) for name in ("val_file", "train_file") if then.get(name)}
     file = os.path.realpath(given["val_file"]) if given.get("val_file") else None
     is_new = file is not None and file not in files.values()
+    aside = os.path.realpath(given["calibration_file"]) if given.get("calibration_file") else None
+    used = next((name for name, of_fit in files.items() if of_fit == aside), None)
+    if used is not None:
+        raise ValueError(
+            "a promise needs examples that the fit has not seen, but "
+            f"data.calibration_file={given['calibration_file']} is the {used} of the fit: give another file"
+        )
     if before.get("class_path") != now.get("class_path") or given.get("calibration_file") or is_new:
         return
     for name in DIVIDES:
@@ -148,7 +155,8 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
         if name in then and name in given and then[name] != given[name]:
             if name == "calibration_fraction" and not given[name]:
                 continue  # the validation examples, of which the result says that they chose the checkpoint
-            other = ", or give a data.calibration_file" if "calibration_file" in given else ""
+            other = ", or give a data.calibration_file, with data.calibration_fraction 0"
+            other = other if "calibration_file" in given else ""
             raise ValueError(
                 f"a promise needs examples that the fit has set aside, but data.{name} was {then[name]!r} there and is "
                 f"{given[name]!r} here: use the value in the config.yaml of the fit{other}"

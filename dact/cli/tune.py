@@ -43,6 +43,10 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
             f"dact tune does not read {', '.join(ignored)}: it trains with the model's own optimizer and schedule, and "
             "chooses by val_loss. Leave this out, or override configure_optimizers in a class of your own"
         )
+    if config.ckpt_path is not None:
+        raise ValueError(
+            "dact tune does not begin with a checkpoint: leave ckpt_path out, or give model.encoder a folder"
+        )
     if config.run_tag:
         check_tag(Path(config.tuner.log_dir), config.run_tag, "tune")
     plain = yaml.safe_load(parser.dump(config, skip_none=False))

@@ -111,7 +111,10 @@ class TextClassificationData(TextDataModule):
         if integer_labels is not None:
             check_choice("TextClassificationData: integer_labels", integer_labels, Reading)
         if calibration_file is not None and calibration_fraction:
-            raise ValueError("TextClassificationData: give a calibration_file or a calibration_fraction, not both")
+            raise ValueError(
+                "TextClassificationData: give a calibration_file or a calibration_fraction, not both: "
+                f"set calibration_fraction, {calibration_fraction:g}, to 0, or calibration_file to null"
+            )
         files = {
             "train": train_file,
             "val": val_file,

@@ -72,7 +72,8 @@ class TuningEngine:
 
     Args:
         output_dimension: Number of classes.
-        time_out: Minutes for the three studies together, or None for no bound. The final fit is never cut short.
+        time_out: Minutes for the three studies together, or None for no bound. The final fit is never cut short. The
+            attribute of this name has seconds.
         model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what the trial chose.
         data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the same way with
             overrides such as ``batch_size``.
@@ -111,7 +112,6 @@ class TuningEngine:
 
     Attributes:
         classifier_config, confidence_config, external_config, lambda_reg: Winners of the current run, or None.
-        time_out: Seconds for the three studies together, or None.
         spaces: Dimension of each parameter, by stage.
         progress: Console of the run.
         worker_setup: Function that each worker process calls first, or None.

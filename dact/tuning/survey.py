@@ -239,8 +239,12 @@ def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
         note = "the model's own halting settings leave no dial to set: there is no promise about its margin"
         return replace(given, promise=None, note=note)
     recipe, aside = _setting_aside(given)
+    # A few examples that no study sees are still better than those that choose the checkpoint.
+    for_estimate = recipe if aside >= FEWEST_ASIDE or promise.max_layers is not None else given
     needed = promise.examples_needed(layers)
-    if promise.confidence is None or (aside and (needed is None or aside >= needed)):
+    if promise.confidence is None:
+        return for_estimate
+    if aside and (needed is None or aside >= needed):
         return recipe
     kind = type(given.data()).__name__
     why = f"it takes {needed or 'one or more'} examples that no study sees, and {kind} sets {aside} aside"
@@ -249,10 +253,9 @@ def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
             f"TuningEngine: the promise cannot be kept: {why}. Give the data more validation examples or a "
             "calibration_dataloader, promise less, or ask for an estimate (confidence: null)"
         )
-    note = f"the margin will be set by an estimate, not by a promise: {why}. More validation examples would change that"
-    estimate = replace(promise, confidence=None)
-    # A few examples that no study sees are still better than those that choose the checkpoint.
-    return replace(recipe if aside >= FEWEST_ASIDE else given, promise=estimate, note=note)
+    on = "on all validation examples, " if for_estimate is given and recipe is not given else ""
+    note = f"the margin will be set by an estimate, {on}not by a promise: {why}. More validation examples change that"
+    return replace(for_estimate, promise=replace(promise, confidence=None), note=note)
 
 
 def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
