@@ -173,7 +173,8 @@ def test_a_promise_that_becomes_an_estimate_is_said_at_the_start(tmp_path):
     made = engine(tmp_path)
     made.progress.console = Console(file=io.StringIO(), width=300)
     made._survey(measured=True)
-    assert "the margin will be set by an estimate, not by a promise" in made.progress.console.file.getvalue()
+    said = "the margin will be set by an estimate, on all validation examples, not by a promise"
+    assert said in made.progress.console.file.getvalue()
 
 
 def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(tuned):
