@@ -56,6 +56,7 @@ class Promise:
 
     Raises:
         ValueError: If not exactly one is given, or a value is outside its range.
+        TypeError: If a value is not a number.
     """
 
     max_accuracy_loss: float | None = None
@@ -73,14 +74,13 @@ class Promise:
                 + (f"{' and '.join(given)}: give null (in Python None) for the others" if given else "none of them")
             )
         for name in ("max_accuracy_loss", "min_agreement"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value <= 1:
+            if getattr(self, name) is not None:
                 meant = "0.005 is half a point" if name == "max_accuracy_loss" else "0.95 is 95 %"
-                raise ValueError(f"{name} is a share, in [0, 1], got {value}: {meant}")
+                check_range(name, getattr(self, name), "[0, 1]", f"it is a share, {meant}")
         if self.max_layers is not None:
             check_range("max_layers", self.max_layers, "[1, inf]")
-        if self.confidence is not None and not 0 < self.confidence < 1:
-            raise ValueError(f"confidence is a probability, in (0, 1), or None for an estimate, got {self.confidence}")
+        if self.confidence is not None:
+            check_range("confidence", self.confidence, "(0, 1)", "it is a probability, or None for an estimate")
 
     @property
     def allowed(self) -> float:

@@ -72,8 +72,8 @@ class TextClassifier:
             ``torch.autocast``; the weights stay as they are. Half precision may change the class of a few texts.
 
     Raises:
-        ValueError: If `batch_size` is below 1, `dtype` is not one of float32, bfloat16 and float16, or the tokenizer
-            has more ids than the encoder.
+        ValueError: If `batch_size` is below 1, `device` cannot be used here, `dtype` is not one of float32, bfloat16
+            and float16, or the tokenizer has more ids than the encoder.
 
     Example:
         >>> from dact.data import CompositionalSentiment
@@ -95,6 +95,7 @@ class TextClassifier:
         dtype: str | torch.dtype | None = None,
     ) -> None:
         check_count("TextClassifier: batch_size", batch_size)
+        _check_device(device)
         self.dtype = _checked_dtype(dtype)
         self._is_rounded = False
         self.model: Any = model.eval()
@@ -148,6 +149,7 @@ class TextClassifier:
         Raises:
             FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no tokenizer.
         """
+        _check_device(device)
         directory = hub.local_folder(
             directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
         )
@@ -273,6 +275,15 @@ def _kind(entry: object) -> str:
     if isinstance(entry, str):
         return "a text"
     return f"a {type(entry).__name__}" + (f" of {len(entry)}" if isinstance(entry, (tuple, list)) else "")
+
+
+def _check_device(device: str | torch.device | None) -> None:
+    """Raise an error unless tensors can be on `device` here."""
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).strip().partition("\n")[0]
+        raise ValueError(f"TextClassifier: device={str(device)!r} cannot be used here, cpu can: {first}") from error
 
 
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

@@ -181,16 +181,25 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
     [
         ({}, "got none of them"),
         ({"max_layers": 2, "min_agreement": 0.9}, "got min_agreement and max_layers"),
-        ({"max_accuracy_loss": 2}, r"in \[0, 1\], got 2: 0.005 is half a point"),
-        ({"min_agreement": -0.1}, r"min_agreement is a share, in \[0, 1\], got -0.1"),
+        ({"max_accuracy_loss": 2}, r"must be in \[0, 1\], got 2: it is a share, 0.005 is half a point"),
+        ({"min_agreement": -0.1}, r"min_agreement must be in \[0, 1\], got -0.1: it is a share"),
         ({"max_layers": 0.5}, "max_layers must be 1 or more, got 0.5"),
-        ({"max_layers": 2, "confidence": 1.0}, r"in \(0, 1\), or None for an estimate, got 1.0"),
+        (
+            {"max_layers": 2, "confidence": 1.0},
+            r"must be in \(0, 1\), got 1.0: it is a probability, or None for an estimate",
+        ),
         ({"max_layers": 2, "dial": "h"}, "dial must be one of 'halting_tolerance', 'halting_margin', got 'h'"),
     ],
 )
 def test_wrong_promises_are_refused(promise, message):
     with pytest.raises(ValueError, match=message):
         calibrate(tiny_model(), [random_batch()], **promise)
+
+
+@pytest.mark.parametrize("name", ["max_accuracy_loss", "min_agreement", "max_layers", "confidence"])
+def test_a_promise_of_a_word_is_refused(name):
+    with pytest.raises(TypeError, match=f"{name} must be a number, got '0.5'"):
+        Promise(**{"max_layers": 2, name: "0.5"} if name == "confidence" else {name: "0.5"})
 
 
 def test_a_model_that_never_halts_has_no_dial():

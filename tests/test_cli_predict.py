@@ -365,10 +365,21 @@ def test_predictions_never_replace_the_texts(run_of_two_files, dact_here):
     status, text = dact_here("predict", *words[:2], "--data.predict_file", "predictions.csv", cwd=run_of_two_files)
     assert status == 1, "where no --output is given, that is where they go"
     (run_of_two_files / "predictions.csv").unlink()
-    words = ["--model", "lightning_logs/first", "--data.predict_file", "same.csv", "--data.max_length", "-5"]
-    status, text = dact_here("predict", *words, cwd=run_of_two_files)
-    assert status == 1
-    assert "data.max_length must be 1 or more, got -5" in text
+
+
+def test_wrong_options_of_evaluation_are_refused_in_one_line(run_of_two_files, dact_here):
+    (run_of_two_files / "same.csv").write_text("text\nthe screen is great\n")
+    predict, calibrate = ["predict", "--data.predict_file", "same.csv"], ["calibrate", "--max_layers", "2"]
+    margin = ["--model.halting_margin=0.3", "--data.calibration_file", "train.csv"]
+    for words, message in (
+        ([*predict, "--data.max_length", "-5"], "data.max_length must be 1 or more, got -5"),
+        ([*predict, "--data.batch_size", "0"], "data.batch_size must be 1 or more, got 0"),
+        ([*calibrate, "--data.test_file", "train.csv"], "dact calibrate needs --data.calibration_file"),
+        ([*calibrate, *margin], "dact calibrate finds halting_margin itself: leave --model.halting_margin out"),
+    ):
+        status, text = dact_here(*words, "--model", "lightning_logs/first", cwd=run_of_two_files)
+        assert status == 1
+        assert message in text
 
 
 def test_a_failing_file_leaves_no_predictions(run_of_two_files, dact_here):

@@ -149,6 +149,9 @@ def test_half_precision_leaves_the_weights_alone(tokenizer):
         assert sum(one.label == other.label for one, other in zip(exact, half, strict=True)) >= 36
         assert half != exact
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    for device in ("cuda:99", "gpu", torch.device("xpu:99")):
+        with pytest.raises(ValueError, match=f"device='{device}' cannot be used here, cpu can: "):
+            TextClassifier.from_pretrained("absent", device=device)
     with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
         TextClassifier(model, tokenizer, dtype="int8")
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):

@@ -385,6 +385,8 @@ class DACTCLI(LightningCLI):
 
     def calibrate(self, promise: Promise) -> None:
         """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
+        if any(word.startswith(f"--model.{promise.dial}") for word in self.request.model_words()):
+            raise ValueError(f"dact calibrate finds {promise.dial} itself: leave --model.{promise.dial} out")
         plain = yaml.safe_load(self._parser("calibrate").dump(self.config["calibrate"], skip_none=False))
         check_set_aside(self.source, plain.get("data") or {})
         check_storable(self.source)

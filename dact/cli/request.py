@@ -16,6 +16,7 @@ from urllib.request import getproxies
 import yaml
 from huggingface_hub import constants
 
+from dact.checks import check_count
 from dact.cli import LIGHTNING
 from dact.cli.errors import class_parameters, config_files
 from dact.cli.predictions import BATCH, OUTPUT, PredictionData, check_writable
@@ -161,6 +162,13 @@ class Request:
         arguments = data["init_args"]
         if self.command == "predict" and arguments.get("predict_file") is None:
             raise ValueError("dact predict needs --data.predict_file, the file with the texts, or - for standard input")
+        files = ("calibration_file", "val_file", "train_file")
+        if self.command == "calibrate" and not any(arguments.get(file) for file in files):
+            raise ValueError(
+                "dact calibrate needs --data.calibration_file, labelled examples that were used neither to train the "
+                "model nor to choose it"
+            )
+        check_count("data.batch_size", arguments["batch_size"])
         self._take_columns(arguments)
         if self.command != "predict" or str(arguments["predict_file"]).startswith(DATASET):
             if arguments.get("class_names") is None and model.class_names is not None:
