@@ -16,8 +16,9 @@ the promise that the run made, its dial set on the same calibration examples:
     multi-exit  a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
 The two peers start from the teacher's weights, have its probabilities as half of their targets, and the rates, epochs
 and heads of the tuned model. The best epoch is chosen on validation data, and the test split is evaluated once. Errors are
-standard errors of paired differences over the texts. Besides, the tuned model is compared with each of the others by the margin
-that takes as many layers as it on validation texts. Each run leaves a file in results/tuned/: a stopped call goes on.
+standard errors of paired differences over the texts, or between the runs if these are larger. Besides, the tuned model is
+compared with each of the others by the margin that takes as many layers as it on validation texts. Each run leaves a file in
+results/tuned/: a stopped call goes on.
 """
 
 from __future__ import annotations
@@ -55,7 +56,6 @@ from dact.tuning.baseline import Baseline
 from dact.tuning.evaluation import evaluate
 from dact.tuning.fitting import make_trainer, resumable_fit, seeded
 from dact.tuning.recipe import DISTILLATION
-from dact.tuning.survey import CALIBRATION_SHARE
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "tuned"
@@ -162,8 +162,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
     config, final = (yaml.safe_load((folder / file).read_text()) for file in ("whole_config.yaml", "final/config.yaml"))
     promise = metrics["calibration"]["promise"]
-    aside = CALIBRATION_SHARE if promise["confidence"] else 0.0  # too few texts for a promise
-    setting = Setting(folder, seed, config, final, aside)
+    setting = Setting(folder, seed, config, final, final["data"]["init_args"]["calibration_fraction"])
     models = {
         "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
         "defaults": setting.defaults(),
@@ -366,12 +365,15 @@ def layers_between(runs: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def pooled(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the mean of independent means with its standard error."""
-    return statistics.mean(mean for mean, _ in pairs), math.hypot(*(error for _, error in pairs)) / len(pairs)
+    """Return the mean of the means of runs with its standard error, the larger of those of the texts and of the runs."""
+    means = [mean for mean, _ in pairs]
+    of_texts = math.hypot(*(error for _, error in pairs)) / len(pairs)
+    of_runs = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
+    return statistics.mean(means), max(of_texts, of_runs)
 
 
 def points(pairs: Sequence[Sequence[float]]) -> str:
-    """Return the mean of independent means with its standard error, in points."""
+    """Return the mean of the means of runs with its standard error, in points."""
     mean, error = pooled(pairs)
     return f"{100 * mean:+.2f} ± {100 * error:.2f}"
 

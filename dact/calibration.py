@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from lightning.pytorch import LightningDataModule
@@ -18,10 +17,9 @@ from dact.answers import careful_mean_and_error, check_baseline, exits_by_settin
 from dact.answers import layer_answers as layer_answers
 from dact.checks import check_choice, check_range
 from dact.encoders.base import Batch
-from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import Halting
 from dact.model import DACT
-from dact.persistence import HALTING, LEARNED, plain_data, stored_config
+from dact.persistence import HALTING
 from dact.scores import fit_temperatures
 
 # The settings that are tried, from the most layers to the fewest; at the first one a dial has no effect.
@@ -345,9 +343,13 @@ class _Evidence:
         how = "as an estimate" if promise.confidence is None else f"with confidence {promise.confidence:g}"
         if promise.max_layers is not None:
             train = ", train with a larger lambda_reg" if promise.dial == "halting_tolerance" else ""
+            most, remedy = f"the fewest layers that can be promised are {bound:.4f}", f"Promise that{train}, or give"
+            if bound >= self.layers:
+                most = f"{len(exits)} examples support no promise below {self.layers}"
+                remedy = f"It takes {promise.examples_needed(self.layers)} or more{train}: give"
             return (
-                f"{name}={value:g} cannot be promised {how}: the fewest layers that can be promised are {bound:.4f} of "
-                f"{self.layers}, at {promise.dial} {setting:g}. Promise that{train}, or give more examples"
+                f"{name}={value:g} cannot be promised {how}: {most} of {self.layers}, at {promise.dial} {setting:g}. "
+                f"{remedy} more examples"
             )
         lost, remedy = mean_and_error(self._values(exits))[0], "promise that, or train a better model"
         if lost < value:  # the bound tightens with the square root of the number of examples
@@ -382,14 +384,6 @@ def _examples(data: LightningDataModule | Iterable[Batch]) -> tuple[Iterable[Bat
     data.setup("validate")
     set_aside = getattr(data, "calibration_dataloader", lambda: None)()
     return (data.val_dataloader(), True) if set_aside is None else (set_aside, False)
-
-
-def store_in_checkpoint(path: Path, model: DACT) -> None:
-    """Write the halting settings of `model` and what was learned after its fit into a checkpoint of it."""
-    checkpoint = read_checkpoint(path)
-    known = (*HALTING, *LEARNED)
-    stored_config(checkpoint).update({name: plain_data(getattr(model, name)) for name in known})
-    DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 
 def describe(found: Calibration, layers: int) -> str:

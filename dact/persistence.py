@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dact import encoders
+from dact import encoders, files
 from dact.encoders.base import LayeredEncoder
 from dact.files import DurableCheckpointIO, read_json, read_tensors, replacing, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
@@ -184,6 +184,13 @@ def read_checkpoint(path: str | Path, map_location: Any) -> tuple[dict[str, Any]
             f"{path} is not a checkpoint of DACT: it has {', '.join(map(str, checkpoint)) or 'no entries'}"
         )
     return config, checkpoint["state_dict"]
+
+
+def store_in_checkpoint(path: Path, model: Any) -> None:
+    """Write the halting settings of `model` and what was learned after its fit into a checkpoint of it."""
+    checkpoint = files.read_checkpoint(path)
+    stored_config(checkpoint).update({name: plain_data(getattr(model, name)) for name in (*HALTING, *LEARNED)})
+    DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 
 def load(

@@ -16,10 +16,11 @@ from hypothesis import assume, given, settings
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
 from dact.answers import exits_by_setting, operating_points
 from dact.bounds import binomial_upper_bound, difference_p_value, difference_upper_bound, mean_upper_bound
-from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe, store_in_checkpoint
+from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
+from dact.persistence import store_in_checkpoint
 from dact.tuning.outcome import outcome_of
 from dact.tuning.survey import resolve_promise
 from tests import references
@@ -170,6 +171,10 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
         ValueError, match=rf"the fewest layers that can be promised are \d(\.\d+)? of 5, at {dial} {last:g}"
     ) as caught:
         choose_setting(answers, Promise(max_layers=1.0, dial=dial))
+    few = answers.take(torch.arange(5))
+    with pytest.raises(ValueError, match=r"5 examples support no promise below 5 of 5,.* It takes 36 or more") as none:
+        choose_setting(few, Promise(max_layers=2.0, dial=dial))
+    assert "Promise that" not in str(none.value)
     with pytest.raises(ValueError, match="max_layers=9 promises nothing: the model has"):
         choose_setting(answers, Promise(max_layers=9, dial=dial))
     nearest = float(str(caught.value).split("the fewest layers that can be promised are ")[1].split()[0])

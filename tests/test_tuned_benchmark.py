@@ -43,8 +43,10 @@ def test_the_multi_exit_leaves_where_the_lead_of_a_layers_answer_exceeds_the_mar
     assert peer.loss(batch).loss == peer.loss(batch).exit_loss
 
 
-def test_pooled_differences_have_the_error_of_a_mean_of_independent_means(tuned):
+def test_pooled_differences_have_the_larger_error_of_texts_and_runs(tuned):
     assert tuned.points([(0.01, 0.03), (0.03, 0.04)]) == "+2.00 ± 2.50"
+    assert tuned.points([(0.01, 0.003), (0.03, 0.004)]) == "+2.00 ± 1.00"
+    assert tuned.points([(0.01, 0.003)]) == "+1.00 ± 0.30"
 
 
 def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took="tuned"):

@@ -9,12 +9,11 @@ from typing import Any
 import torch
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
-from dact.calibration import store_in_checkpoint
 from dact.encoders import LayeredEncoder
 from dact.files import check_writable_folder
 from dact.hub import HUB_ID, local_folder
 from dact.model import DACT
-from dact.persistence import CONFIG_NAME
+from dact.persistence import CONFIG_NAME, store_in_checkpoint
 
 RUNS = "lightning_logs"  # folder of all runs, in that of the Trainer
 

@@ -9,22 +9,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from dact.answers import LayerAnswers, careful_mean_and_error, layer_answers, mean_and_error
-from dact.calibration import Promise
+from dact.answers import LayerAnswers, careful_mean_and_error, exits_by_setting, layer_answers, mean_and_error
+from dact.calibration import SETTINGS
 from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.checkpointed_fit import FRESH_SEED, CheckpointedFit
 from dact.tuning.digests import digest
 from dact.tuning.fitting import NonFiniteLoss
-from dact.tuning.outcome import Outcome, mean_outcome, outcome_of
+from dact.tuning.outcome import Outcome, mean_outcome, outcome_at, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.run import Run
@@ -134,18 +134,22 @@ class Answered:
     @cached_property
     def outcome(self) -> Outcome:
         """The mean outcome where the promise lets examples leave."""
-        return self._under(self.prepared.recipe.promise)
+        promise = self.prepared.recipe.promise
+        return mean_outcome([outcome_of(one, self.model, promise, self.right) for one in self.answers])
 
     def turned_down(self, layers: float) -> Outcome | None:
         """Return the mean outcome with the dial turned until `layers` are enough; None if there is no such setting."""
-        promise = self.prepared.recipe.promise
+        promise, rule, outcomes = self.prepared.recipe.promise, self.model.exit_rule, []
         if promise is None:
             return None
-        outcome = self._under(Promise(max_layers=layers, confidence=None, dial=promise.dial))
-        return outcome if outcome.layers <= layers else None
-
-    def _under(self, promise: Promise | None) -> Outcome:
-        return mean_outcome([outcome_of(one, self.model, promise, self.right) for one in self.answers])
+        for one in self.answers:
+            exits = exits_by_setting(one, rule, promise.dial)
+            enough = (value for value in SETTINGS[promise.dial] if exits(value).double().mean() <= layers)
+            if (setting := next(enough, None)) is None:
+                return None
+            dial: dict[str, Any] = {promise.dial.removeprefix("halting_"): setting}
+            outcomes.append(outcome_at(replace(rule, **dial), one, self.model, self.right))
+        return mean_outcome(outcomes)
 
 
 Measure = Callable[[Candidate], Answered | None]  # None where the loss is not finite

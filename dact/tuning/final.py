@@ -15,10 +15,11 @@ from lightning.pytorch import LightningDataModule
 
 from dact import plots
 from dact.answers import layer_answers, mean_and_error
-from dact.calibration import calibrate, describe, store_in_checkpoint
+from dact.calibration import calibrate, describe
 from dact.callbacks import save_with_tokenizer
 from dact.files import read_json, replacing_folder, write_json, write_text
 from dact.model import DACT
+from dact.persistence import store_in_checkpoint
 from dact.scores import fit_temperatures
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard

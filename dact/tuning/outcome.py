@@ -78,7 +78,7 @@ def mean_outcome(outcomes: list[Outcome]) -> Outcome:
 
 
 def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, right: Tensor | None) -> Outcome:
-    """Return the outcome of a model's early exit.
+    """Return the outcome of a model's early exit under a promise.
 
     Args:
         answers: Answers of all layers to the examples.
@@ -87,8 +87,12 @@ def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, righ
             confidence. None for the model's own rule.
         right: Whether the baseline classifies each example correctly, bool ``[examples]``; None if that is unknown.
     """
-    target = answers.target
-    exits = answers.exit_layers(_rule(answers, model, promise))
+    return outcome_at(_rule(answers, model, promise), answers, model, right)
+
+
+def outcome_at(rule: Halting, answers: LayerAnswers, model: DACT, right: Tensor | None) -> Outcome:
+    """Return the outcome of early exit by `rule`; the other arguments are those of `outcome_of`."""
+    target, exits = answers.target, answers.exit_layers(rule)
     answer = answer_at(answers.a, exits)
     losses = F.nll_loss(answer.float().clamp_min(SMALLEST_PROBABILITY).log(), target, reduction="none")
     if model.class_weights is not None:
