@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from dact.checks import check_choice, check_class_names, check_count, check_range
+from dact.checks import check_choice, check_class_names, check_count, check_range, check_type
 from dact.encoders.base import LayeredEncoder
 from dact.functional import PonderKind
+from dact.submodels import SubmodelConfig
 
 
 def of_rule(field: str) -> Any:
@@ -29,6 +30,10 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             f"DACT: encoder must be a dact.encoders.LayeredEncoder, got {type(encoder).__name__}. "
             "Subclass it for an encoder of your own"
         )
+    for name in ("classifier", "confidence"):
+        check_type(f"DACT: {name}", given[name], SubmodelConfig, "SubmodelConfig(num_layers=2)")
+    for name in ("detach_exits", "share_submodels"):
+        check_type(f"DACT: {name}", given[name], bool, "True")
     check_count("DACT: output_dimension", classes, least=2, hint="it counts the classes")
     check_choice("DACT: ponder", given["ponder"], PonderKind)
     for name in ("lambda_reg", "exit_loss_weight", "weight_decay"):
@@ -50,6 +55,8 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             check_count(f"DACT: {name}", given[name], hint="it counts tokens")
     for name in ("class_weights", "class_names"):
         value = given[name]
+        if isinstance(value, str):
+            raise TypeError(f"DACT: {name} must be a list with one entry per class, got {value!r}")
         if value is not None and len(value) != classes:
             raise ValueError(f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}")
     weights = given["class_weights"]

@@ -11,11 +11,12 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from dact import bounds, functional
+from dact.agreement import check_agreement
 from dact.answers import Dial as Dial
 from dact.answers import LayerAnswers as LayerAnswers
 from dact.answers import careful_mean_and_error, check_baseline, exits_by_setting, mean_and_error, share
 from dact.answers import layer_answers as layer_answers
-from dact.checks import check_choice, check_range
+from dact.checks import check_choice, check_range, check_type
 from dact.encoders.base import Batch
 from dact.functional import Halting
 from dact.model import DACT
@@ -45,8 +46,8 @@ class Promise:
 
     Args:
         max_accuracy_loss: Largest loss of accuracy below this model's own full depth, or below a baseline, as a share:
-            0.005 is half a point.
-        min_agreement: Smallest share of examples that get the class of this model's own full depth.
+            0.005 is half a point; in [0, 1).
+        min_agreement: Smallest share of examples that get the class of this model's own full depth, in (0, 1].
         max_layers: Largest mean exit layer.
         confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None (null)
             asks for an estimate: the measured value keeps the promise with one standard error to spare.
@@ -71,10 +72,10 @@ class Promise:
                 "a promise is one of max_accuracy_loss, min_agreement and max_layers, got "
                 + (f"{' and '.join(given)}: give null (in Python None) for the others" if given else "none of them")
             )
-        for name in ("max_accuracy_loss", "min_agreement"):
-            if getattr(self, name) is not None:
-                meant = "0.005 is half a point" if name == "max_accuracy_loss" else "0.95 is 95 %"
-                check_range(name, getattr(self, name), "[0, 1]", f"it is a share, {meant}")
+        if self.max_accuracy_loss is not None:
+            check_range("max_accuracy_loss", self.max_accuracy_loss, "[0, 1)", "it is a share, 0.01 is one point")
+        if self.min_agreement is not None:
+            check_range("min_agreement", self.min_agreement, "(0, 1]", "it is a share, 0.95 is 95 %")
         if self.max_layers is not None:
             check_range("max_layers", self.max_layers, "[1, inf]")
         if self.confidence is not None:
@@ -189,9 +190,9 @@ def calibrate(
         data: Labelled examples that were used neither for training nor for any choice: batches, or a datamodule, of
             which ``calibration_dataloader()`` is used or, if there is none, the validation examples. These chose the
             checkpoint, and the record then says so.
-        max_accuracy_loss: Largest loss of accuracy below this model's own full depth, as a share: 0.005 is half a
-            point.
-        min_agreement: Smallest share of examples that get the class of this model's own full depth, in [0, 1].
+        max_accuracy_loss: Largest loss of accuracy below this model's own full depth, as a share in [0, 1): 0.005 is
+            half a point.
+        min_agreement: Smallest share of examples that get the class of this model's own full depth, in (0, 1].
         max_layers: Largest mean exit layer.
         confidence: Probability with which the promise holds for new examples of the same kind, in (0, 1). None asks for
             an estimate instead: the measured value keeps the promise with one standard error to spare.
@@ -205,9 +206,10 @@ def calibrate(
         The setting with its bound, and the measurements on the examples.
 
     Raises:
-        ValueError: If not exactly one promise is given, it cannot be kept (the message says which can), the examples
-            are too few for it (the message says how many it takes), or the other dial or ``halting="never"`` prevents
-            it.
+        TypeError: If the model is no `DACT`, or a batch no dict.
+        ValueError: If data and model do not agree, not exactly one promise is given, it cannot be kept (the message
+            says which can), the examples are too few for it (the message says how many it takes), or the other dial or
+            ``halting="never"`` prevents it.
 
     Example:
         >>> import torch
@@ -219,11 +221,14 @@ def calibrate(
         True
     """
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
+    check_type("calibrate: model", model, DACT, "DACT.from_pretrained(…)")
     before = {name: getattr(model, name) for name in ("calibration", *HALTING)}
     model.end_calibration()
     try:
         promise.check(model.exit_rule, model.num_layers)  # before any layer runs
         batches, chose_checkpoint = _examples(data)
+        if isinstance(data, LightningDataModule):
+            check_agreement(model, data, training=False)
         answers = layer_answers(model, batches)
         found = choose_setting(answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=chose_checkpoint)
     except BaseException:  # an earlier calibration stays
@@ -426,7 +431,7 @@ def describe(found: Calibration, layers: int) -> str:
     if found.chose_checkpoint:
         lines.append(
             "these examples chose the checkpoint, so this is optimistic: set others aside with the data's "
-            "calibration_fraction before the next fit, or give a calibration_file"
+            "calibration_fraction before the next fit, or give a calibration_file or calibration_dataloader"
         )
     return "\n".join(lines)
 

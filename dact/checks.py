@@ -71,6 +71,12 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
         raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
 
 
+def check_type(name: str, value: object, kind: type | tuple[type, ...], such_as: str) -> None:
+    """Raise a ``TypeError`` unless `value` is an object of `kind`, of which the code `such_as` is an example."""
+    if not isinstance(value, kind):
+        raise TypeError(f"{name} must be an object such as {such_as}, got {value!r}")
+
+
 def check_class_names(name: str, value: Sequence[Any] | None) -> None:
     """Raise a ``ValueError`` unless `value` is None or has distinct names."""
     if value is not None and len({str(one) for one in value}) < len(value):

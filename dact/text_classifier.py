@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -17,7 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dact import hub
 from dact.agreement import names_of_classes
-from dact.checks import check_count
+from dact.checks import check_count, check_type
 from dact.data.rows import is_utf8
 from dact.data.tokenizers import (
     PreTrainedTokenizerBase,
@@ -94,6 +94,11 @@ class TextClassifier:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> None:
+        if not hasattr(model, "early_exit"):
+            kind = type(model).__name__
+            raise TypeError(
+                f"TextClassifier: model must be a DACT, got {kind}; from_pretrained loads one from a folder"
+            )
         check_count("TextClassifier: batch_size", batch_size)
         _check_device(device)
         self.dtype = _checked_dtype(dtype)
@@ -104,6 +109,8 @@ class TextClassifier:
         self.batch_size = batch_size
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)
+        such_as = "transformers.AutoTokenizer.from_pretrained(…)"
+        check_type("TextClassifier: tokenizer", tokenizer, PreTrainedTokenizerBase, such_as)
         encoder = getattr(model, "encoder", None)
         if isinstance(encoder, LayeredEncoder):
             encoder.check_tokens(tokenizer, None)
@@ -193,11 +200,11 @@ class TextClassifier:
             texts: Texts, or pairs of texts as tuples or lists of two.
 
         Raises:
-            TypeError: If `texts` is one string, an entry is neither a text nor a pair, or texts and pairs are mixed.
+            TypeError: If `texts` is one string or a table, an entry is neither a text nor a pair, or texts and pairs
+                are mixed.
             ValueError: If a text is empty.
         """
-        if isinstance(texts, str):
-            raise TypeError("expected a sequence of texts, got one string: pass [text]")
+        _check_texts(texts)
         # All texts are checked before the first is classified.
         checked = _checked(enumerate(texts))
         with _Bar(
@@ -215,8 +222,7 @@ class TextClassifier:
 
     def stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
         """Yield one prediction per text from a source of any length, which is read at most one batch ahead."""
-        if isinstance(texts, str):
-            raise TypeError("expected a sequence of texts, got one string: pass [text]")
+        _check_texts(texts)
         source = enumerate(texts)
         while waiting := _checked(islice(source, self.batch_size)):
             yield from self._classify(waiting)
@@ -258,6 +264,13 @@ def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
         if isinstance(entry, str) != isinstance(found[0], str):
             raise TypeError(f"expected only texts or only pairs, got both: {_kind(entry)} at position {row}")
     return found
+
+
+def _check_texts(texts: object) -> None:
+    if isinstance(texts, str):
+        raise TypeError("expected a sequence of texts, got one string: pass [text]")
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # iterating over it gives the names of its columns
+        raise TypeError(f"expected a sequence of texts, got a {type(texts).__name__}: pass one column as a list")
 
 
 def check_text(text: str | Sequence[object], position: int) -> None:

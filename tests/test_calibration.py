@@ -186,8 +186,9 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
     [
         ({}, "got none of them"),
         ({"max_layers": 2, "min_agreement": 0.9}, "got min_agreement and max_layers"),
-        ({"max_accuracy_loss": 2}, r"must be in \[0, 1\], got 2: it is a share, 0.005 is half a point"),
-        ({"min_agreement": -0.1}, r"min_agreement must be in \[0, 1\], got -0.1: it is a share"),
+        ({"max_accuracy_loss": 2}, r"must be in \[0, 1\), got 2: it is a share, 0.01 is one point"),
+        ({"max_accuracy_loss": 1}, r"must be in \[0, 1\), got 1: it is a share, 0.01 is one point"),
+        ({"min_agreement": 0}, r"min_agreement must be in \(0, 1\], got 0: it is a share, 0.95 is 95 %"),
         ({"max_layers": 0.5}, "max_layers must be 1 or more, got 0.5"),
         (
             {"max_layers": 2, "confidence": 1.0},
@@ -205,6 +206,19 @@ def test_wrong_promises_are_refused(promise, message):
 def test_a_promise_of_a_word_is_refused(name):
     with pytest.raises(TypeError, match=f"{name} must be a number, got '0.5'"):
         Promise(**{"max_layers": 2, name: "0.5"} if name == "confidence" else {name: "0.5"})
+
+
+def test_a_promise_is_never_made_on_the_labels_of_other_classes():
+    data = CompositionalSentiment(num_train=10, num_val=400, num_test=10)
+    encoder = TransformerEncoder(data.vocab_size, 2, 8, 2)
+    model = DACT(encoder=encoder, class_names=data.class_names[::-1])
+    with pytest.raises(ValueError, match="the model has the classes .*, in this order, but those of the data are"):
+        calibrate(model, data, max_layers=1.5)
+    assert model.calibration is None
+    with pytest.raises(ValueError, match="token"):
+        calibrate(DACT(encoder=TransformerEncoder(5, 2, 8, 2)), data, max_layers=1.5)
+    with pytest.raises(TypeError, match=r"model must be an object such as DACT.from_pretrained\(…\), got <.*TextClass"):
+        calibrate(TextClassifier(model, data.tokenizer), data, max_layers=1.5)
 
 
 def test_a_model_that_never_halts_has_no_dial():

@@ -170,7 +170,8 @@ def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here, monkeypatc
     before = {path.name: path.read_bytes() for path in downloaded.iterdir()}
     status, text = dact_here("calibrate", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path)
     assert (status, text.count("\n")) == (1, 1), text
-    assert "download it first, by `hf download me/mine --local-dir FOLDER`" in text
+    assert "me/mine is no folder here, and dact calibrate writes to the model: download one from the Hub first" in text
+    assert "by `hf download me/mine --local-dir FOLDER`, and give --model FOLDER" in text
     assert {path.name: path.read_bytes() for path in downloaded.iterdir()} == before
     requests = len(hub.requests)
     (tmp_path / "lightning_logs").mkdir()

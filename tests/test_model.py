@@ -532,6 +532,14 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
     [
         ({"encoder": torch.nn.Linear(1, 1)}, TypeError, "LayeredEncoder, got Linear"),
         ({"output_dimension": 1}, ValueError, "2 or more, got 1"),
+        (
+            {"classifier": {"num_layers": 1}},
+            TypeError,
+            r"classifier must be an object such as SubmodelConfig\(.*got {'n",
+        ),
+        ({"confidence": None}, TypeError, "confidence must be an object such as .*, got None"),
+        ({"detach_exits": "yes"}, TypeError, "detach_exits must be an object such as True, got 'yes'"),
+        ({"class_names": "abc"}, TypeError, "class_names must be a list with one entry per class, got 'abc'"),
         ({"ponder": "q"}, ValueError, "got 'q'"),
         ({"halting": "later"}, ValueError, "got 'later'"),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),

@@ -14,6 +14,7 @@ import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import pandas
 import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
@@ -120,6 +121,8 @@ def test_pairs_are_read_as_the_data_reads_them(classifier, tokenizer):
     ("texts", "error", "message"),
     [
         ("good", TypeError, r"got one string: pass \[text\]"),
+        ({"text": ["good"]}, TypeError, "expected a sequence of texts, got a dict: pass one column as a list"),
+        (pandas.DataFrame({"text": ["good"]}), TypeError, "got a DataFrame: pass one column as a list"),
         (["good", 3], TypeError, "expected texts or pairs of texts, got a int at position 1"),
         ([("good", "bad", "film")], TypeError, "got a tuple of 3 at position 0"),
         ([("good", None)], TypeError, "expected strings, got NoneType at position 0"),
@@ -134,6 +137,14 @@ def test_wrong_texts_are_refused(classifier, texts, error, message):
     if not isinstance(texts, str):
         with pytest.raises(error, match=message):
             list(classifier.stream(texts))
+
+
+def test_wrong_parts_are_refused(tokenizer):
+    for model in ("lightning_logs/first/model", tokenizer):
+        with pytest.raises(TypeError, match="model must be a DACT, got .*; from_pretrained loads one from a folder"):
+            TextClassifier(model, tokenizer)
+    with pytest.raises(TypeError, match="tokenizer must be an object such as transformers.AutoTokenizer.*, got None"):
+        TextClassifier(tiny_model(vocab=20, class_names=NAMES), None)
 
 
 def test_half_precision_leaves_the_weights_alone(tokenizer):

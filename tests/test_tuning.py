@@ -177,6 +177,13 @@ def test_a_promise_that_becomes_an_estimate_is_said_at_the_start(tmp_path):
     assert said in made.progress.console.file.getvalue()
 
 
+def test_data_that_cannot_set_examples_aside_is_told_what_would_help(tmp_path):
+    made = engine(tmp_path, data=WithTest)
+    made.progress.console = Console(file=io.StringIO(), width=300)
+    made._survey(measured=True)
+    assert "WithTest sets 0 aside. A calibration_dataloader changes that" in made.progress.console.file.getvalue()
+
+
 def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(tuned):
     _, run, _ = tuned
     submodels, training, lambdas = (study_of(run.parent, stage) for stage in STAGES)
@@ -385,6 +392,29 @@ def test_a_study_of_ones_own_leaves_the_trials_of_the_run_as_they_are(tmp_path):
     assert list((run / "own" / "lambda_reg" / "trial_0000").glob("events*"))
 
 
+def test_studies_of_ones_own_log_apart_and_start_from_one_baseline(tmp_path):
+    for name in ("first", "second/try"):
+        made = engine(tmp_path)
+        made.run_tag = "mine"
+        made.progress.console = Console(file=io.StringIO())
+        optuna.create_study(study_name=name).optimize(made.submodel_objective, n_trials=1)
+        fitted = "baseline at full depth" in made.progress.console.file.getvalue()
+        assert fitted == (name == "first")
+    folders = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("trial_0000")}
+    assert folders == {"mine/own/first/submodels/trial_0000", "mine/own/second_try/submodels/trial_0000"}
+
+
+def test_a_study_of_ones_own_with_other_objectives_is_refused_before_the_baseline(tmp_path):
+    made = engine(tmp_path)
+    wrong = ((made.lambda_objective, {}), (made.submodel_objective, {"direction": "maximize"}))
+    for objective, options in wrong:
+        with pytest.raises(
+            ValueError, match=r"is for a study that optuna.create_study\(directions=\['minimize'.*got one"
+        ):
+            optuna.create_study(**options).optimize(objective, n_trials=1)
+    assert not list(tmp_path.iterdir())
+
+
 def test_lambda_never_enters_the_task_loss(tmp_path):
     model = partial(small_model, lambda_warmup=0.0, exit_loss_weight=0.0, learning_rate=1e-12)
     made = engine(tmp_path, model=model, promise=None)
@@ -457,12 +487,7 @@ def test_a_baseline_that_breaks_says_what_to_do(tmp_path):
 
 
 def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
-    made = engine(
-        tmp_path,
-        model=lambda **chosen: small_model(
-            **{**chosen, **({"x": chosen["nothing"]} if "submodel_learning_rate" in chosen else {})}
-        ),
-    )
+    made = engine(tmp_path, data=lambda **chosen: chosen["nothing"] if chosen else small_data())
     with pytest.raises(RuntimeError, match=r"none of its 3 trials finished. The first cause: trial 0: KeyError"):
         made.train_tune_study("run")
     assert made.external_config is None
@@ -495,6 +520,21 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
         ),
         ({"search_space": {"speed": {}}}, ValueError, "unknown parameter 'speed'"),
         ({"model": tiny_model()}, TypeError, "model must be a function that makes one, got DACT"),
+        ({"promise": {"max_layers": 2}}, TypeError, "promise must be an object such as Promise.*, got {'max_layers'"),
+        (
+            {"sampler": optuna.samplers.TPESampler},
+            TypeError,
+            r"sampler must be an object such as .*TPESampler\(\), got",
+        ),
+        ({"pruner": "hyperband"}, TypeError, "pruner must be an object such as .*, got 'hyperband'"),
+        ({"storage": 5}, TypeError, "storage must be an object such as 'sqlite:///trials.db', got 5"),
+        ({"callbacks": [1]}, TypeError, r"callbacks must be a list of functions of study and trial, got \[1\]"),
+        ({"callbacks": print}, TypeError, "callbacks must be a list of functions"),
+        (
+            {"trainer": pl.Trainer(logger=False)},
+            TypeError,
+            "trainer must be a dict of the Trainer's arguments, got Trai",
+        ),
     ],
 )
 def test_wrong_options_are_refused(options, kind, message):
@@ -515,8 +555,9 @@ def test_another_space_or_data_set_under_the_same_tag_is_refused(begun):
         engine(begun, search_space={"classifier_dropout": {"high": 0.2}}).joint_tune_study("run")
     with pytest.raises(ValueError, match="made with another data"):
         engine(begun, data=partial(small_data, seed=9)).joint_tune_study("run")
-    with pytest.raises(ValueError, match="run_tag must be a name"):
-        engine(begun).joint_tune_study("../run")
+    for tag in ("../run", 3):
+        with pytest.raises(ValueError, match="run_tag must be a name"):
+            engine(begun).joint_tune_study(tag)
     with pytest.raises(ValueError, match="give both the same"):
         engine(begun, output_dimension=4, encoder_training="frozen").joint_tune_study("other")
 
@@ -586,6 +627,24 @@ class WithTest(WithoutTest):
 class TwoValidations(WithTest):
     def val_dataloader(self):
         return [self._loader(), self._loader()]
+
+
+@pytest.mark.parametrize("mode", ["finetune", "frozen"])
+def test_a_factory_whose_models_share_an_encoder_is_refused(tmp_path, mode):
+    """As where a large encoder is loaded once: the first fit would change what the others start from."""
+    encoder = small_model().encoder
+    before = {name: value.clone() for name, value in encoder.state_dict().items()}
+    made = engine(tmp_path, model=lambda **chosen: DACT(encoder, 3, **chosen), encoder_training=mode)
+    for method in (made.run_pipeline, made.joint_tune_study):
+        with pytest.raises(ValueError, match="model made two models that share weights.* load the encoder within the"):
+            method("run")
+    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_single_study_asks_the_factory_for_what_its_trials_need(tmp_path):
+    with pytest.raises(ValueError, match="model was asked for .* and made one with .*: it must give"):
+        engine(tmp_path, model=lambda **chosen: small_model()).joint_tune_study("run")
 
 
 def test_what_the_end_of_a_run_needs_is_asked_for_at_its_start(tmp_path):
@@ -742,7 +801,7 @@ def test_the_deadline_stops_a_trial_in_flight(tmp_path, monkeypatch):
     trainer = {"max_epochs": 2, "accelerator": "cpu", "callbacks": [Slow()]}
     data = partial(small_data, batch_size=16)
     made = engine(tmp_path, trainer=trainer, n_trials=5, data=data)
-    made._objective(ALL_STAGES[0])  # what trials share is not bounded
+    made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({}))  # what trials share is not bounded
     monkeypatch.setattr(Slow, "seconds", 0.4)
     made.time_out = 2
     start = time.monotonic()
@@ -859,7 +918,7 @@ def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
 def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
     factory = partial(small_model, submodel_learning_rate=1e-9)
     made = engine(tmp_path, model=factory, encoder_training="frozen", warm_up_epochs=0)
-    prepared = made._objective(ALL_STAGES[0]).prepared
+    prepared = made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({})).prepared
     assert prepared.build({"submodel_learning_rate": 0.5})[0].submodel_learning_rate == 0.5
     assert prepared.build({})[0].submodel_learning_rate == 1e-9
     with pytest.raises(ValueError, match="learns in no trial of frozen mode: give submodel_learning_rate"):
@@ -889,7 +948,7 @@ def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
 
 def test_submodels_learn_on_the_texts_of_the_frozen_encoder(tmp_path):
     made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1)
-    prepared = made._objective(ALL_STAGES[0]).prepared
+    prepared = made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({})).prepared
     train, val = (np.load(tmp_path / made.run_tag / "features" / split / "labels.npy") for split in ("train", "val"))
     assert (len(train), len(val)) == (120, 60), "all training texts, and all of validation"
     assert len(prepared.build({})[1].train.dataset) == 120

@@ -223,8 +223,8 @@ def _options(words: list[str]) -> Iterator[tuple[slice, str, str]]:
 def _refuse_hub(model: Any, option: str) -> None:
     if isinstance(model, str) and hub_id(model):
         raise ValueError(
-            f"dact calibrate writes to the model: download it first, by `hf download {model.partition('@')[0]} "
-            f"--local-dir FOLDER`, and give --{option} FOLDER"
+            f"--{option} {model} is no folder here, and dact calibrate writes to the model: download one from the Hub "
+            f"first, by `hf download {model.partition('@')[0]} --local-dir FOLDER`, and give --{option} FOLDER"
         )
 
 

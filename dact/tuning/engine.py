@@ -174,6 +174,7 @@ class TuningEngine:
             seed=seed,
             compare_defaults=compare_defaults,
         )
+        studies.check_parts(storage, sampler, pruner, callbacks)
         self.callbacks = list(callbacks)
         sent = {"model": model, "data": data, "trainer": trainer, "sampler": sampler, "pruner": pruner}
         check_workers(workers, storage, **sent, callbacks=self.callbacks)
@@ -203,7 +204,7 @@ class TuningEngine:
 
     @cached_property
     def run_tag(self) -> str:
-        """The tag of runs without a name: a time stamp, taken once per engine."""
+        """The tag of runs without a name, and of own studies: a time stamp, taken once per engine, unless it is set."""
         return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     # ------------------------------------------------------------------ the methods
@@ -269,17 +270,17 @@ class TuningEngine:
     @isolated()
     def submodel_objective(self, trial: BaseTrial) -> float:
         """Train with the submodels that `trial` suggests; return the validation loss at its best epoch."""
-        return float(self._objective(SUBMODELS)(trial))
+        return float(self._objective(SUBMODELS, trial)(trial))
 
     @isolated()
     def train_tune_objective(self, trial: BaseTrial) -> float:
         """Train with the training parameters that `trial` suggests; return the validation loss at its best epoch."""
-        return float(self._objective(TRAINING)(trial))
+        return float(self._objective(TRAINING, trial)(trial))
 
     @isolated()
     def lambda_objective(self, trial: BaseTrial) -> tuple[float, float]:
         """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer under early exit."""
-        loss, layers = self._objective(LAMBDA_REG)(trial)
+        loss, layers = self._objective(LAMBDA_REG, trial)(trial)
         return loss, layers
 
     @isolated()
@@ -317,8 +318,8 @@ class TuningEngine:
             setattr(self, name, getattr(winners, name))
         return winners
 
-    def _survey(self, *, measured: bool = False) -> Surveyed:
-        surveyed = survey(self.recipe, self.spaces, self.bounded, measured=measured)
+    def _survey(self, stages: Sequence[Stage] = STAGES, *, measured: bool = False) -> Surveyed:
+        surveyed = survey(self.recipe, self.spaces, self.bounded, stages=stages, measured=measured)
         if measured and surveyed.recipe.note:
             self.progress.note(surveyed.recipe.note)
         return surveyed
@@ -342,7 +343,7 @@ class TuningEngine:
     def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
         """Run one study, which may take the time of all three."""
         run = self._begin(run_tag)
-        surveyed = self._survey()
+        surveyed = self._survey([stage])
         study = self._open(stage, run, surveyed)
         return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out))
 
@@ -406,11 +407,12 @@ class TuningEngine:
         self._concluded[study.study_name] = study
         return self._take(run.winners())
 
-    def _objective(self, stage: Stage) -> Objective:
+    def _objective(self, stage: Stage, trial: BaseTrial) -> Objective:
         """Return the objective of a stage, for an Optuna study of the user's own."""
+        studies.check_directions(stage, trial)
         run = self._run or self._begin("")
-        prepared = self._prepared or self._prepare(run, self._survey())
-        return Objective(stage, run, prepared, self._winners.before(stage), Deadline(), own=True)
+        prepared = self._prepared or self._prepare(run, self._survey([stage]))
+        return Objective(stage, run, prepared, self._winners.before(stage), Deadline(), studies.own_folder(trial))
 
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
         """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 
 from dact.calibration import Promise
-from dact.checks import check_choice, check_count, check_range, check_tolerance
+from dact.checks import check_choice, check_count, check_range, check_tolerance, check_type
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning.digests import pretrained_digest
@@ -85,6 +85,8 @@ class Recipe:
                     f"TuningEngine: {name} must be a function that makes one, got {type(factory).__name__}: every "
                     "trial needs an instance of its own"
                 )
+        if self.promise is not None:
+            check_type("TuningEngine: promise", self.promise, Promise, "Promise(max_accuracy_loss=0.01), or None")
         check_choice("TuningEngine: encoder_training", self.encoder_training, EncoderTraining)
         check_choice("TuningEngine: final_training", self.final_training, EncoderTraining)
         if self.final_training == "frozen" and self.encoder_training != "frozen":
@@ -229,6 +231,11 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     Raises:
         TypeError, ValueError: If the user's arguments ask for more than one device, no epoch, or fast_dev_run.
     """
+    if given is not None and not isinstance(given, Mapping):
+        raise TypeError(
+            f"TuningEngine: trainer must be a dict of the Trainer's arguments, got {type(given).__name__}: every trial "
+            "has a Trainer of its own"
+        )
     trainer = {**TRAINER_DEFAULTS, **(given or {})}
     check_count("TuningEngine: max_epochs of the Trainer", trainer["max_epochs"])
     if trainer.get("fast_dev_run"):

@@ -80,7 +80,7 @@ class Run:
     log_dir: Path
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag) or ".." in self.tag:
+        if not isinstance(self.tag, str) or not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag) or ".." in self.tag:
             raise ValueError(
                 f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: it names a folder in "
                 "log_dir"
@@ -100,9 +100,9 @@ class Run:
         """Return the name of a stage's study."""
         return f"{self.tag}/{stage.name}"
 
-    def trial_folder(self, stage: Stage, number: int, *, own: bool = False) -> Path:
-        """Return the folder in which a trial logs; `own` is for those of a study of the user's own."""
-        return self.folder / ("own" if own else "") / stage.name / f"trial_{number:04d}"
+    def trial_folder(self, stage: Stage, number: int, own: str = "") -> Path:
+        """Return the folder in which a trial logs; `own` is the folder for a study of the user's own."""
+        return self.folder / own / stage.name / f"trial_{number:04d}"
 
     def pictures(self, stage: Stage) -> Path:
         """Return the folder of a study's pictures."""

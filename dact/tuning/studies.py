@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.pruners import BasePruner
+from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
+from dact.checks import check_type
 from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, STOPPED, is_counted
 from dact.tuning.run import Run
 from dact.tuning.stages import Stage
@@ -20,6 +23,38 @@ from dact.tuning.storage import corrupted, describe_storage, is_unreachable, ope
 IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
 LIMITS = "ended_under"  # user attribute of a study: the limits under which its deadline ended it
 ORIGIN = "under"  # user attribute of a study: see `archive_if_outdated`
+
+
+def check_parts(storage: Any, sampler: Any, pruner: Any, callbacks: Any) -> None:
+    """Raise a ``TypeError`` unless these are what an Optuna study takes, or None."""
+    for name, value, kind, such_as in (
+        ("storage", storage, (str, BaseStorage), "'sqlite:///trials.db'"),
+        ("sampler", sampler, BaseSampler, "optuna.samplers.TPESampler()"),
+        ("pruner", pruner, BasePruner, "optuna.pruners.MedianPruner()"),
+    ):
+        if value is not None:
+            check_type(f"TuningEngine: {name}", value, kind, such_as)
+    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
+        raise TypeError(f"TuningEngine: callbacks must be a list of functions of study and trial, got {callbacks!r}")
+
+
+def check_directions(stage: Stage, trial: BaseTrial) -> None:
+    """Raise a ``ValueError`` unless the study of a trial has the objectives of a stage."""
+    study = getattr(trial, "study", None)  # a FixedTrial has none
+    if study is None:
+        return
+    directions = [direction.name.lower() for direction in study.directions]
+    if directions != list(stage.directions):
+        raise ValueError(
+            f"the objective of {stage.name} is for a study that optuna.create_study(directions={[*stage.directions]}) "
+            f"makes, got one with {directions}"
+        )
+
+
+def own_folder(trial: BaseTrial) -> str:
+    """Return the folder in a run for the trials of a study of the user's own, which has the name of the study."""
+    study = getattr(trial, "study", None)
+    return "own" if study is None else f"own/{re.sub(r'[^A-Za-z0-9_-]', '_', study.study_name)}"
 
 
 def open_study(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -17,7 +17,7 @@ from dact.tuning.fitting import TAUGHT_STEPS, enough_epochs, seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
 from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
-from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, flat
+from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, flat
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate; some 150 can show that a point is kept
@@ -62,13 +62,21 @@ class Surveyed:
     untuned: tuple[dict[str, Any], dict[str, Any]]
 
 
-def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, measured: bool = False) -> Surveyed:
+def survey(
+    recipe: Recipe,
+    spaces: Spaces,
+    bounded: Collection[str] = (),
+    *,
+    stages: Sequence[Stage] = STAGES,
+    measured: bool = False,
+) -> Surveyed:
     """Build one model and one datamodule, and check that they fit the run.
 
     Args:
         recipe: Recipe of the run.
         spaces: Spaces from `build_spaces`.
         bounded: Names of the parameters whose bounds the user gave; see `complete_spaces`.
+        stages: Stages whose studies will run.
         measured: Whether the run will measure a final model, which needs a test split.
 
     Raises:
@@ -124,8 +132,7 @@ def survey(recipe: Recipe, spaces: Spaces, bounded: Collection[str] = (), *, mea
     ends = [{stage: trials[end] for stage, trials in first_trials.items() if trials} for end in (-1, 0)]
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
     untuned = _settings(ends[0], spaces, submodels), _settings(ends[1], spaces, submodels)
-    if measured:
-        _check_factory(recipe, spaces, submodels)
+    _check_factory(recipe, spaces, submodels, model, stages)
     return Surveyed(
         recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels, untuned
     )
@@ -167,16 +174,20 @@ def _check_order(split: str, loader: DataLoader[Any]) -> None:
         )
 
 
-def _check_factory(recipe: Recipe, spaces: Spaces, submodels: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if the models of the factory are not what the trials ask for.
+def _check_factory(
+    recipe: Recipe, spaces: Spaces, submodels: Mapping[str, Any], first: DACT, stages: Sequence[Stage]
+) -> None:
+    """Raise a ``ValueError`` if the models of the factory are not what the trials ask for, or share weights.
 
     Args:
         recipe: Recipe of the run.
         spaces: Complete spaces.
         submodels: See `Surveyed`.
+        first: Another model of the factory.
+        stages: Stages whose trials will ask.
     """
     winners: dict[str, Any] = {}
-    for stage in STAGES:
+    for stage in stages:
         params = {name: dimension.first for name, dimension in spaces[stage.name].items()}
         winners |= stage.parse({**submodels, **params} if stage is SUBMODELS else params)
     asked = {name: value for name, value in Winners(**winners).settings().items() if name not in OF_NO_MODEL}
@@ -187,6 +198,11 @@ def _check_factory(recipe: Recipe, spaces: Spaces, submodels: Mapping[str, Any])
         raise ValueError(f"TuningEngine: model must take {', '.join(asked)} and give them to DACT: {error}") from error
     except ValueError:
         return  # this combination is refused, and so would be its trial
+    if set(map(id, model.parameters())) & set(map(id, first.parameters())):
+        raise ValueError(
+            "TuningEngine: model made two models that share weights, but each fit must change its own: build or load "
+            "the encoder within the function"
+        )
     for name, value in recipe.overrides(asked).items():
         found = getattr(model, name)
         found = getattr(found, "config", found)
@@ -246,7 +262,8 @@ def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
         return for_estimate
     if aside and (needed is None or aside >= needed):
         return recipe
-    kind = type(given.data()).__name__
+    data = given.data()
+    kind = type(data).__name__
     why = f"it takes {needed or 'one or more'} examples that no study sees, and {kind} sets {aside} aside"
     if asked_for:
         raise ValueError(
@@ -254,7 +271,12 @@ def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
             "calibration_dataloader, promise less, or ask for an estimate (confidence: null)"
         )
     on = "on all validation examples, " if for_estimate is given and recipe is not given else ""
-    note = f"the margin will be set by an estimate, {on}not by a promise: {why}. More validation examples change that"
+    remedy = (
+        "More validation examples change"
+        if hasattr(data, "calibration_fraction")
+        else "A calibration_dataloader changes"
+    )
+    note = f"the margin will be set by an estimate, {on}not by a promise: {why}. {remedy} that"
     return replace(for_estimate, promise=replace(promise, confidence=None), note=note)
 
 

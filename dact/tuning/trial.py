@@ -53,7 +53,7 @@ class Objective:
         prepared: Shared inputs of all trials.
         winners: Winners of the earlier studies.
         deadline: Deadline at which a running trial is stopped.
-        own: Whether the trials are those of a study of the user's own, which must not replace files of the run's.
+        own: Folder in the run for the trials of a study of the user's own, which must not replace files of the run's.
     """
 
     stage: Stage
@@ -61,7 +61,7 @@ class Objective:
     prepared: Prepared
     winners: Winners
     deadline: Deadline
-    own: bool = False
+    own: str = ""
 
     def __call__(self, trial: BaseTrial) -> Any:
         """Train with the parameters that `trial` suggests, and return its value or values at the best epoch.
@@ -173,9 +173,9 @@ def fit_settings(
 @contextlib.contextmanager
 def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
     """Log a trial to TensorBoard: its parameters, the metrics that the block fills in, and its status."""
-    folder = objective.run.trial_folder(objective.stage, trial.number, own=objective.own)
+    folder = objective.run.trial_folder(objective.stage, trial.number, objective.own)
     logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
-    name = f"{objective.run.tag}/{objective.stage.name}/{folder.name}"
+    name = f"{objective.run.tag}/{folder.relative_to(objective.run.folder)}"
     tensorboard.log_parameters(logger.experiment, trial.params, name)
     metrics: dict[str, float] = {}
     succeeded = False
