@@ -252,7 +252,7 @@ class Record(pl.Callback):
 def test_the_baseline_is_its_last_epoch_and_its_teacher_the_one_of_the_lowest_loss(tmp_path):
     EPOCHS.clear()
     engine = TuningEngine(
-        model=lambda **overrides: DACT(encoder=TransformerEncoder(42, 2, 32, 2), learning_rate=1e-2, **overrides),
+        model=lambda **overrides: DACT(TransformerEncoder(42, 2, 32, 2), **{"learning_rate": 1e-2, **overrides}),
         data=partial(CompositionalSentiment, num_train=64, num_val=100, num_test=10, max_depth=3),
         trainer={"max_epochs": 12, "accelerator": "cpu", "callbacks": [Record()]},
         log_dir=tmp_path,
