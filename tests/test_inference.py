@@ -1,13 +1,14 @@
 """The scheduler: full groups of similar length, bounded memory, and the answers of `forward`."""
 
 import itertools
+from unittest import mock
 
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-from dact import DACT, functional
+from dact import DACT, functional, inference
 from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import ALL, encoder_of
 
@@ -50,11 +51,12 @@ def left_padded(batch):
     bias=st.sampled_from([-20.0, 0.0, 0.0, 20.0]),
     tolerance=st.sampled_from([0.0, 0.0, 0.3]),
     lead=st.sampled_from([1.0, 1.0, 0.6, 0.2]),
+    few_shapes=st.booleans(),
     seed=st.integers(0, 1000),
 )
 @torch.no_grad()
 def test_answers_do_not_depend_on_steps_windows_or_order(
-    layers, batch, classes, length, step, window, bias, tolerance, lead, seed
+    layers, batch, classes, length, step, window, bias, tolerance, lead, few_shapes, seed
 ):
     torch.manual_seed(seed)
     model = tiny_model(layers=layers, output_dimension=classes, halting_tolerance=tolerance, halting_margin=lead)
@@ -66,7 +68,8 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
     data = random_batch(batch, length, seed=seed)
     full, distance = distances(model, data)
     order = torch.randperm(batch)
-    early = model.early_exit({name: tensor[order] for name, tensor in data.items()})
+    with mock.patch.object(inference, "_prepares_shapes", return_value=few_shapes):  # but in float32, to compare
+        early = model.early_exit({name: tensor[order] for name, tensor in data.items()})
     clear = distance[order] > CLOSE
     assert torch.equal(early.exit_layer[clear], full.exit_layer[order][clear])
     if bias < 0:
@@ -80,9 +83,11 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
     torch.testing.assert_close(early.probabilities[clear], expected[clear], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("few_shapes", [False, True])
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
-def test_regrouping_serves_every_family(name):
+def test_regrouping_serves_every_family(name, few_shapes, monkeypatch):
+    monkeypatch.setattr(inference, "_prepares_shapes", lambda *_: few_shapes)
     model = scatter_exits(DACT(encoder=encoder_of(name)).eval())
     data = random_batch(40, 14, vocab=100)
     full, distance = distances(model, data)
@@ -188,20 +193,22 @@ def test_steps_have_a_default_size_and_wrong_sizes_are_refused():
             tiny_model(**{name: 0})
 
 
-def test_half_precision_on_a_cpu_sees_few_lengths_and_the_same_classes():
-    model, batch = tiny_model(layers=3), random_batch(40, length=30)
+def test_half_precision_on_a_cpu_sees_few_shapes_and_the_same_classes():
+    model, batch = tiny_model(layers=4), random_batch(3000, length=30)
     seen = set()
     run = model.encoder.layer
 
     def layer(number, hidden, context):
-        seen.add(hidden.shape[1])
+        seen.add(hidden.shape[:2])
         return run(number, hidden, context)
 
     model.encoder.layer = layer
     plain = model.early_exit(batch)
-    assert any(length % 4 for length in seen)
+    assert any(length % 4 for _, length in seen)
+    shapes = len(seen)
     seen.clear()
     with torch.autocast("cpu", torch.bfloat16):
         half = model.early_exit(batch)
-    assert all(length % 4 == 0 or length == batch["input_ids"].shape[1] for length in seen)
+    assert all(length % 4 == 0 or length == batch["input_ids"].shape[1] for _, length in seen)
+    assert len(seen) < shapes
     assert (half.probabilities.argmax(1) == plain.probabilities.argmax(1)).double().mean() > 0.9
