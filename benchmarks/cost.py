@@ -1,4 +1,5 @@
-"""What DACT costs: a training step beside plain fine-tuning, a step of its optimizer, the import, and a command's end.
+"""What DACT costs: a training step beside plain fine-tuning, a step of its optimizer, new shapes in early exit, the
+import, and a command's end.
 
     python benchmarks/cost.py
 
@@ -19,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dact import DACT
+from dact import DACT, inference
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.optimization import schedule
@@ -83,6 +84,38 @@ def optimizer_step(rounds: int) -> dict[str, float]:
     return medians_in_turn({"plain": plain, "dact": own}, rounds)
 
 
+def new_shapes(rounds: int) -> dict[str, float]:
+    """Early exit on 3,000 texts in bfloat16, in fresh processes: groups of as many rows as stay, and filled up."""
+    seconds: dict[str, list[float]] = {"as they are": [], "filled up": []}
+    for _ in range(rounds):
+        for name in seconds:
+            done = subprocess.run([sys.executable, __file__, "--early_exit", name], check=True, stdout=subprocess.PIPE)
+            seconds[name].append(float(done.stdout))
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@torch.no_grad()
+def early_exit(groups: str) -> float:
+    """Return the seconds of early exit of an untrained model whose texts leave evenly over 4 layers."""
+    if groups == "as they are":
+        inference._filled = int
+    data = VaderSentiment(tokenizer=MINILM, batch_size=1024)
+    data.setup("test")
+    batches = list(data.test_dataloader())
+    torch.manual_seed(0)
+    model = DACT(HuggingFaceEncoder(MINILM), num_layers=4).eval()
+    for head in model.classifier:
+        nn.init.normal_(head[-1].weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model.full_depth(batches[0]).layer_probabilities
+        lead = -y.topk(2, dim=2).values.diff(dim=2).squeeze(2).cummax(dim=1).values  # [examples, layers]
+        model.halting_margin = lead[:, 1].median().item()  # half of the texts leave after two layers
+        start = time.perf_counter()
+        for batch in batches:
+            model.early_exit(batch)
+        return time.perf_counter() - start
+
+
 def imports(rounds: int) -> dict[str, float]:
     """Starting Python with each import, in fresh processes."""
 
@@ -111,13 +144,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--imports", type=int, default=9)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--early_exit", choices=["as they are", "filled up"], help="print the seconds of one process")
     arguments = parser.parse_args()
+    if arguments.early_exit:
+        print(early_exit(arguments.early_exit))
+        return
     results = {"threads": torch.get_num_threads(), "torch": torch.__version__}
     results |= {"training step, s": training_step(arguments.steps)}
     results |= {"optimizer step, s": optimizer_step(arguments.steps), "import, s": imports(arguments.imports)}
-    results |= {"end of a command, s": ends(arguments.imports)}
+    results |= {"new shapes, s": new_shapes(arguments.imports), "end of a command, s": ends(arguments.imports)}
     print("| | baseline, s | dact, s | ratio |\n|---|---|---|---|")
-    for name in ("training step, s", "optimizer step, s", "import, s", "end of a command, s"):
+    for name in ("training step, s", "optimizer step, s", "new shapes, s", "import, s", "end of a command, s"):
         baseline, own = results[name].values()
         results[f"{name} ratio"] = own / baseline
         print(f"| {name.removesuffix(', s')} | {baseline:.3f} | {own:.3f} | {own / baseline:.2f} |")

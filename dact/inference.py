@@ -25,7 +25,7 @@ from dact.outputs import DACTOutput
 from dact.submodels import Submodels
 
 # In half precision on a CPU, oneDNN prepares each new shape for about a millisecond. Lengths that are multiples of this
-# make fewer shapes: 1.4 to 1.8 times as fast on VADER. So do groups that are filled up: another 1.15 times.
+# make fewer shapes: 1.4 to 1.8 times as fast on VADER. So do groups that are filled up: another 1.1 times.
 LENGTH_UNIT = 4
 FILLING = 8  # a group is filled up by at most this part of its rows
 # Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU small steps are fast
