@@ -3,7 +3,8 @@
 A window of examples goes through the encoder layer by layer. Within a window, examples of similar length form groups. A
 group enters a layer in one step. The submodels and the halting rule run once per layer for the whole window. After each
 layer, the examples that may halt leave. The remaining groups are cut to their longest example and merged with their
-neighbours until they are full again. So neither padding nor half-empty batches cost what early exit saves.
+neighbours until they are full again. So neither padding nor half-empty batches cost what early exit saves. Where each
+new shape costs time, groups are filled up with a few rows whose results nobody reads.
 """
 
 from __future__ import annotations
@@ -307,6 +308,7 @@ class _Part:
 
 
 def _shrink(encoder: LayeredEncoder, part: _Part, filled: Callable[[int], int]) -> _Group:
+    """Return a group of the examples that stay, filled up with copies of its last row."""
     if part.is_whole:
         return part.group
     if more := filled(len(part.rows)) - len(part.rows):
@@ -316,11 +318,12 @@ def _shrink(encoder: LayeredEncoder, part: _Part, filled: Callable[[int], int]) 
 
 
 def _merge(parts: list[_Part], filled: Callable[[int], int]) -> _Group:
+    """Return one group of the examples of all parts, filled up with rows of zeros."""
     lengths = np.concatenate([part.lengths for part in parts])
     first = parts[0].group
     hidden = first.hidden.new_zeros(filled(len(lengths)), parts[-1].longest, first.hidden.shape[2])
     mask = first.mask.new_zeros(hidden.shape[:2])
-    mask[len(lengths) :] = 1
+    mask[len(lengths) :] = 1  # the filling; attention over padding alone would not be finite
     start = 0
     for part in parts:
         end, width = start + len(part.lengths), part.longest
