@@ -15,7 +15,7 @@ the promise that the run made, its dial set on the same calibration examples:
     encoder     a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
     multi-exit  a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
 The two peers start from the teacher's weights, have its probabilities as half of their targets, and the rates, epochs
-and heads of the tuned model. The best epoch is chosen on validation data, and the test split is evaluated once. Errors are
+and heads of the tuned model. The last epoch counts, and the test split is evaluated once. Errors are
 standard errors of paired differences over the texts, or between the runs if these are larger. Besides, the tuned model is
 compared with each of the others by the margin that takes as many layers as it on validation texts. Each run leaves a file in
 results/tuned/: a stopped call goes on.
@@ -130,11 +130,11 @@ class Setting:
             return self._fit(f"{kind.__name__}-{layers}", model, self.final, baseline.probabilities())
 
     def _fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
-        """Return the model of the best epoch, in eval mode."""
+        """Return the model of the last epoch, in eval mode."""
         checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
         data = self.data(config["data"], teacher)
-        resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, keep_best="best")
-        model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
+        resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs)
+        model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
         return model.cpu().eval()
 
 

@@ -51,12 +51,13 @@ def plain_model():
     return DACT(encoder=encoder, classifier=plain, confidence=plain, learning_rate=3e-3)
 
 
-def fitted(checkpoints, *callbacks, epochs=3, **trainer):
+def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", **trainer):
     """The weights of the last epoch, and the numbers of val_loss."""
     with seeded(0):
         model, data = plain_model(), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", **trainer}
-        history = resumable_fit(arguments, model, data, checkpoints, *callbacks, epochs=epochs, keep_best="best")
+        kept = {"keep": "best", "monitor": monitor}
+        history = resumable_fit(arguments, model, data, checkpoints, *callbacks, epochs=epochs, **kept)
     return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
 
 
@@ -70,6 +71,18 @@ def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
     assert losses.index(min(losses)) == 0
     assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == 0
     assert not (tmp_path / "before").exists()
+
+
+@pytest.mark.parametrize("trainer", [{}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 0.5}])
+def test_without_a_metric_the_last_epoch_is_kept(tmp_path, trainer):
+    """Also if it is not the best, the fit resumed, or nothing validated it."""
+    with pytest.raises(RuntimeError, match="killed"):
+        fitted(tmp_path, Stop(2, 0), monitor=None, **trainer)
+    weights, _ = fitted(tmp_path, Ruin(), monitor=None, **trainer)
+    kept = read_checkpoint(tmp_path / "best.ckpt")
+    assert "optimizer_states" not in kept
+    for name, tensor in weights.items():
+        torch.testing.assert_close(kept["state_dict"][name], tensor, msg=name)
 
 
 def test_a_checkpoint_of_another_folder_is_only_where_a_fit_starts(tmp_path):

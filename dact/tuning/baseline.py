@@ -26,7 +26,7 @@ from dact.files import read_checkpoint, read_tensors, replacing_folder, write_te
 from dact.model import DACT
 from dact.persistence import WEIGHTS_NAME
 from dact.tuning import tensorboard
-from dact.tuning.fitting import MIN_STEPS, checkpoints_of, enough_epochs, resumable_fit, seeded
+from dact.tuning.fitting import MIN_STEPS, MONITOR, checkpoints_of, enough_epochs, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 
@@ -121,7 +121,8 @@ def fit_baseline(
             what="the baseline",
             epochs=epochs,
             log=folder,
-            keep_best="teacher",
+            keep="teacher",
+            monitor=MONITOR,  # whose probabilities are worth more than its classes
         )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     tensorboard.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")

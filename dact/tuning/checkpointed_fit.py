@@ -12,7 +12,7 @@ from dact.files import read_checkpoint, read_json, write_json
 from dact.model import DACT
 from dact.persistence import adopt
 from dact.tuning.digests import digest
-from dact.tuning.fitting import for_states, head_epochs, resumable_fit, seeded
+from dact.tuning.fitting import MONITOR, for_states, head_epochs, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 
@@ -42,12 +42,23 @@ class CheckpointedFit:
         return self.settings is not None and self.prepared.recipe.final_training == "frozen"
 
     @property
+    def monitor(self) -> str | None:
+        """Metric whose lowest value chooses the epoch that is kept; None for the last epoch.
+
+        On a frozen encoder it is that of the trials. A fit of the encoder ends at a learning rate of 0, and its loss
+        rises before its answers get worse, since they get too sure: on few texts the lowest loss may be that of an
+        epoch in which the first layers have not learned yet.
+        """
+        return MONITOR if self.keep_frozen else None
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The inputs of the fit, as plain data."""
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
         shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        return {"settings": self.settings, "setting": digest(shared), "keep_frozen": self.keep_frozen}
+        kept = {"keep_frozen": self.keep_frozen, "monitor": self.monitor}
+        return {"settings": self.settings, "setting": digest(shared), **kept}
 
     @property
     def seed(self) -> int:
@@ -56,13 +67,18 @@ class CheckpointedFit:
 
     @property
     def checkpoint(self) -> Path:
-        """The checkpoint of the best epoch."""
+        """The checkpoint of the epoch that was kept."""
         return self.folder / "checkpoints" / "best.ckpt"
 
     @property
     def history(self) -> list[dict[str, float]]:
         """The logged metrics of every epoch, once the fit is done."""
         return read_json(self.folder / "history.json")
+
+    @property
+    def kept(self) -> dict[str, float]:
+        """The logged metrics of the epoch that was kept."""
+        return self.history[-1] if self.monitor is None else min(self.history, key=lambda epoch: epoch[MONITOR])
 
     @property
     def is_done(self) -> bool:
@@ -84,7 +100,7 @@ class CheckpointedFit:
         write_json(self.folder / "made_of.json", {"fit": self.identity, **measurement})
 
     def __call__(self, what: str, progress: Progress) -> None:
-        """Fit and keep the best epoch; resume from the last epoch of an earlier call.
+        """Fit and keep one epoch; resume from the last epoch of an earlier call.
 
         Args:
             what: Name of the fit, for progress and errors.
@@ -120,13 +136,14 @@ class CheckpointedFit:
                 what=what,
                 epochs=epochs,
                 log=self.folder,
-                keep_best="best",
+                keep="best",
+                monitor=self.monitor,
             )
         write_json(self.folder / "history.json", history.epochs)
         last.unlink()
 
     def model(self) -> DACT:
-        """Return the model of the best epoch, on the device that it should use."""
+        """Return the model of the epoch that was kept, on the device that it should use."""
         recipe, chosen = self.prepared.recipe, self.settings
         if chosen is None:
             model, _ = recipe.untuned(self.prepared.own_teacher)

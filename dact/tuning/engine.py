@@ -285,7 +285,7 @@ class TuningEngine:
 
     @isolated()
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
-        """Confirm the winners, do the final fit, and measure the model of its best epoch.
+        """Confirm the winners, do the final fit, and measure its model.
 
         Returns:
             The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint` reads.

@@ -234,7 +234,7 @@ class FinalFit:
         """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its dial."""
         metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
         metrics |= {
-            "val_loss": min(epoch["val_loss"] for epoch in fit.history),
+            "val_loss": fit.kept["val_loss"],
             "val_exit_layer": validation.entry["mean_exit_layer"],
         }
         name = f"{self.run.tag}/{fit.folder.relative_to(self.run.folder)}"

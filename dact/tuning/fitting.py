@@ -288,7 +288,8 @@ def resumable_fit(
     what: str = "the fit",
     epochs: int,
     log: Path | None = None,
-    keep_best: str | None = None,
+    keep: str | None = None,
+    monitor: str | None = None,
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
@@ -296,24 +297,24 @@ def resumable_fit(
         arguments: Arguments of the Trainer.
         model: Model that only this fit uses.
         data: Datamodule that only this fit uses.
-        checkpoints: Folder of ``last.ckpt`` and the checkpoint that `keep_best` names.
+        checkpoints: Folder of ``last.ckpt`` and the checkpoint that `keep` names.
         *callbacks: Further callbacks.
         what: Name of the fit in errors.
         epochs: Number of epochs.
         log: Folder of a TensorBoard log, or None.
-        keep_best: Name of a checkpoint, without ``.ckpt``, of the epoch with the lowest val_loss; None for no such one.
+        keep: Name, without ``.ckpt``, of a checkpoint without an optimizer; None for no such one.
+        monitor: Metric whose lowest value chooses the epoch of `keep`; None for the last epoch.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
         ValueError: If no validation ran.
     """
     logger = None if log is None else TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
-    # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written. The best has no
-    # optimizer: a fit resumes from the last epoch.
+    # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written.
     kept = [MovableCheckpoint(checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True)]
-    if keep_best is not None:
+    if keep is not None and monitor is not None:
         best = MovableCheckpoint(
-            checkpoints, keep_best, monitor=MONITOR, save_weights_only=True, enable_version_counter=False
+            checkpoints, keep, monitor=monitor, save_weights_only=True, enable_version_counter=False
         )
         kept.insert(0, best)
     history, last = History(), checkpoints / "last.ckpt"
@@ -328,6 +329,8 @@ def resumable_fit(
             f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower that of the model or "
             "learning_rate's high in search_space, or use precision 32-true, under another run_tag"
         ) from error
+    if keep is not None and monitor is None:
+        trainer.save_checkpoint(checkpoints / f"{keep}.ckpt", weights_only=True)
     if logger is not None:
         logger.finalize("success")
     return history
