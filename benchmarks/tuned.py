@@ -138,11 +138,11 @@ class Setting:
         return model.cpu().eval()
 
 
-def tune(name: str, seed: int, folder: Path) -> float | None:
+def tune(name: str, seed: int, folder: Path, *more: str) -> float | None:
     """Run the command unless it has run, keep its whole configuration, and return its seconds; None if it was resumed."""
     clock = folder / "seconds.json"
     if not clock.is_file():
-        file, *overrides = DATA_SETS[name]
+        file, *overrides = [*DATA_SETS[name], *more]
         command = [sys.executable, "-m", "dact", "tune", "--config", str(ROOT / "configs" / file), *overrides]
         command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_tag", folder.name]
         # The defaults are fitted here, so that they are timed as well.
