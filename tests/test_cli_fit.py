@@ -99,7 +99,7 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     assert "was started with another model.learning_rate (0.002 instead of 0.1)" in text
     status, text = dact_here(*words, "--trainer.max_epochs", "3", "--monitor", "val_accuracy", cwd=tmp_path)
     assert status == 1
-    assert "was started with another monitor ('val_loss' instead of 'val_accuracy')" in text
+    assert "was started with another monitor ('last' instead of 'val_accuracy')" in text
     status, text = dact_here(*words, "--trainer.max_epochs", "3", cwd=tmp_path)
     assert status == 0, text
     assert "resuming lightning_logs/first after epoch 2" in text
@@ -193,6 +193,25 @@ def test_a_fit_may_choose_by_macro_f1_and_balance_its_classes(own, dact_here):
         status, text = dact_here("fit", "--config", "config.yaml", "--model.learning_rate", "0.01", cwd=own)
     assert status == 0, text
     assert "where 'no', the largest class, is 90.00 %, macro F1" in text
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_fit_keeps_its_last_epoch_or_the_best_by_a_metric(dact_here, tmp_path, every):
+    kept = {}
+    for monitor in ("last", "val_accuracy"):
+        words = ["--run_tag", monitor, "--monitor", monitor, "--trainer.max_epochs", "3"]
+        # So small that the accuracy stays: the first epoch is not beaten.
+        rates = ["--model.learning_rate", "1e-12", "--model.submodel_learning_rate", "1e-12"]
+        evaluated = ["--trainer.check_val_every_n_epoch", str(every)]
+        status, text = dact_here("fit", "--config", FIT, *SMALL, *words, *rates, *evaluated, cwd=tmp_path)
+        assert status == 0, text
+        run = tmp_path / "lightning_logs" / monitor
+        best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+        kept[monitor] = best["epoch"]
+        stored = DACT.from_pretrained(run / "model").state_dict()
+        assert all(torch.equal(stored[name], tensor) for name, tensor in best["state_dict"].items())
+        assert f"{'last' if monitor == 'last' else 'best'} epoch {best['epoch'] + 1}: accuracy" in text
+    assert kept == {"last": 2, "val_accuracy": every - 1}
 
 
 def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path, monkeypatch):

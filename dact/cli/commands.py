@@ -39,7 +39,7 @@ from dact.factories import DataFactory
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
-Monitor = Literal["val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
+Monitor = Literal["last", "val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
 FILE_OF = {"predict": "predict_file", "test": "test_file", "calibrate": "calibration_file", "validate": "val_file"}
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
 
@@ -116,8 +116,8 @@ class DACTCLI(LightningCLI):
         else:
             _ignore(parser, "run_tag")
         if subcommand == "fit":
-            text = "metric that chooses the best epoch"
-            parser.add_argument("--monitor", type=Monitor, default="val_loss", help=text)
+            text = "epoch that the model is of: the last one, or the best by this metric"
+            parser.add_argument("--monitor", type=Monitor, default="last", help=text)
         else:
             _ignore(parser, "monitor")
         if subcommand == "predict":
@@ -268,11 +268,13 @@ class DACTCLI(LightningCLI):
         if self.subcommand == "fit":
             config = {**config, "logger": self._logger(config)}
             monitor = self._get(self.config, "monitor")
+            monitor, after = ("epoch", True) if monitor == "last" else (monitor, None)
             mode = "min" if monitor.endswith("loss") else "max"
             own = [one for one in given if isinstance(one, ModelCheckpoint)]
             beside = [one for one in own if one.dirpath == own[0].dirpath]
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
-                best = MovableCheckpoint(filename="best", monitor=monitor, mode=mode, enable_version_counter=False)
+                chosen: dict[str, Any] = {"monitor": monitor, "mode": mode, "save_on_train_epoch_end": after}
+                best = MovableCheckpoint(filename="best", enable_version_counter=False, **chosen)
                 added += [best, LastCheckpoint(best)]
             elif own and not any(one.save_last or one.filename == "last" for one in beside):
                 added.append(LastCheckpoint(own[0]))
@@ -356,7 +358,7 @@ class DACTCLI(LightningCLI):
             raise
 
     def _stopped(self, folder: Path | None) -> None:
-        """Keep the best epoch so far as a model, print how to resume, and end the process."""
+        """Keep the chosen epoch so far as a model, print how to resume, and end the process."""
         checkpoint = self.trainer.checkpoint_callback
         last = Path(getattr(checkpoint, "dirpath", None) or "") / LAST
         if not isinstance(checkpoint, ModelCheckpoint) or not last.is_file():

@@ -38,12 +38,16 @@ class Bar(RichProgressBar):
 
 
 class EpochLines(Callback):
-    """Print the metrics of each epoch on one line and, at the end of a fit, those of its best epoch.
+    """Print the metrics of each epoch on one line and, at the end of a fit, those of the epoch that its model is of.
 
     Warn if all validation examples get one class.
+
+    Args:
+        monitor: Metric that chooses the epoch; ``"epoch"`` for the last one.
+        mode: ``"min"`` or ``"max"``.
     """
 
-    def __init__(self, monitor: str = "val_loss", mode: str = "min") -> None:
+    def __init__(self, monitor: str = "epoch", mode: str = "max") -> None:
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self._started = 0.0
         self._labels: Tensor | None = None  # [classes], number of validation examples of each class
@@ -77,6 +81,7 @@ class EpochLines(Callback):
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        metrics["epoch"] = trainer.current_epoch
         values = [f"{_short(name)} {metrics[name]:.{digits}f}" for name, digits in SHOWN.items() if name in metrics]
         last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         seconds = time.monotonic() - self._started
@@ -92,13 +97,13 @@ class EpochLines(Callback):
         if self._best is None or not isinstance(pl_module, DACT):
             return
         _, epoch, metrics, labels, predicted = self._best
-        names = names_of_classes(pl_module)
+        chosen, names = "last" if self.monitor == "epoch" else "best", names_of_classes(pl_module)
         largest = int(labels.argmax())
         share = 100 * labels[largest].item() / max(1, int(labels.sum()))
         _say(
             trainer,
-            f"best epoch {epoch}: accuracy {100 * metrics['val_accuracy']:.2f} % where {names[largest]!r}, the largest "
-            f"class, is {share:.2f} %, macro F1 {metrics['val_macro_f1']:.3f}, "
+            f"{chosen} epoch {epoch}: accuracy {100 * metrics['val_accuracy']:.2f} % where {names[largest]!r}, the "
+            f"largest class, is {share:.2f} %, macro F1 {metrics['val_macro_f1']:.3f}, "
             f"{metrics['val_exit_layer']:.2f} of {pl_module.num_layers} layers",
         )
         if (predicted > 0).sum() == 1:

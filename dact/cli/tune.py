@@ -37,11 +37,11 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     if config.data is None:
         raise ValueError("dact tune needs a data: section; configs/quickstart.yaml shows one")
     ignored = [name for name in ("optimizer", "lr_scheduler") if config.get(name) is not None]
-    ignored += ["monitor"] if config.monitor not in (None, "val_loss") else []
+    ignored += ["monitor"] if config.monitor not in (None, "last") else []
     if ignored:
         raise ValueError(
             f"dact tune does not read {', '.join(ignored)}: it trains with the model's own optimizer and schedule, and "
-            "chooses by val_loss. Leave this out, or override configure_optimizers in a class of your own"
+            "keeps the last epoch. Leave this out, or override configure_optimizers in a class of your own"
         )
     if config.ckpt_path is not None:
         raise ValueError(
