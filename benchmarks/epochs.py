@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from tuned import DATA_SETS, MEASURED_BATCH, ROOT, Setting, points, tune, turned_down
+from tuned import DATA_SETS, MEASURED_BATCH, ROOT, Setting, measured, points, tune, turned_down
 
 from dact import DACT, calibrate
 from dact.answers import layer_answers, mean_and_error
 from dact.cli.quiet import quiet
 from dact.factories import ModelFactory
 from dact.files import read_checkpoint
-from dact.tuning.baseline import Baseline
 from dact.tuning.evaluation import evaluate
 from dact.tuning.fitting import MONITOR, make_trainer, resumable_fit, seeded
-from dact.tuning.recipe import DISTILLATION
 
 RESULTS = Path(__file__).parent / "results" / "epochs"
 
@@ -36,13 +34,10 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     config, final = (yaml.safe_load((folder / file).read_text()) for file in ("whole_config.yaml", "final/config.yaml"))
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
     setting = Setting(folder, seed, config, final, final["data"]["init_args"]["calibration_fraction"])
-    baseline, checkpoints, epochs = Baseline(folder / "baseline"), folder / "both", final["trainer"]["max_epochs"]
+    checkpoints, epochs = folder / "both", final["trainer"]["max_epochs"]
     with seeded(final["seed_everything"]):
         model = ModelFactory(final["model"])()
-        weights = baseline.encoder()
-        model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
-        model.distillation = DISTILLATION
-        learnt = setting.data(final["data"], baseline.probabilities())
+        learnt = setting.data(final["data"], setting.taught(model))
         resumable_fit(setting.trainer, model, learnt, checkpoints, epochs=epochs, keep="lowest", monitor=MONITOR)
     data = setting.data(config["data"], batch_size=MEASURED_BATCH)
     precision = make_trainer(setting.trainer, enable_checkpointing=False).precision_plugin.forward_context
@@ -93,14 +88,10 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
     arguments = parser.parse_args()
     quiet()
-    for name in arguments.data:
-        for seed in arguments.seeds:
-            result = arguments.results / f"{name}-{seed}.json"
-            if not result.is_file():
-                found = run_one(name, seed, arguments.log_dir / f"{name}-{seed}")
-                arguments.results.mkdir(parents=True, exist_ok=True)
-                result.write_text(json.dumps(found, indent=1) + "\n")
-    print(table({path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))}))
+    if unknown := set(arguments.data) - DATA_SETS.keys():
+        parser.error(f"unknown data: {', '.join(sorted(unknown))}; there are {', '.join(DATA_SETS)}")
+    runs = measured(arguments, run_one)
+    print(table(runs) if runs else f"no results in {arguments.results}")
 
 
 if __name__ == "__main__":

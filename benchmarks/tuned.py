@@ -33,7 +33,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -120,14 +120,18 @@ class Setting:
 
     def peer(self, kind: type[DACT], layers: int) -> DACT:
         """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
-        baseline = Baseline(self.folder / "baseline")
-        weights = baseline.encoder()
         with seeded(self.seed):
             dact = ModelFactory(self.final["model"])(num_layers=layers)
             model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
-            model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
-            model.distillation = DISTILLATION
-            return self._fit(f"{kind.__name__}-{layers}", model, self.final, baseline.probabilities())
+            return self._fit(f"{kind.__name__}-{layers}", model, self.final, self.taught(model))
+
+    def taught(self, model: DACT) -> Tensor:
+        """Let `model` start from the baseline's encoder and learn from a teacher; return the teacher's probabilities."""
+        baseline = Baseline(self.folder / "baseline")
+        weights = baseline.encoder()
+        model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
+        model.distillation = DISTILLATION
+        return baseline.probabilities()
 
     def _fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
         """Return the model of the last epoch, in eval mode."""
@@ -407,15 +411,24 @@ def main() -> None:
         right, wrong = sentences(arguments.sentences)
         print("\n".join([*wrong, f"{right} of {right + len(wrong)} sentences right"]))
         return
-    for name in [] if arguments.table else arguments.data:
+    if arguments.table:
+        arguments.data = []
+    runs = [*measured(arguments, run_one).values()]
+    print(table(runs) if runs else f"no results in {arguments.results}")
+
+
+def measured(
+    arguments: argparse.Namespace, measure: Callable[[str, int, Path], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Measure the runs that have no result yet, each into a file of its own; return all stored results by their names."""
+    for name in arguments.data:
         for seed in arguments.seeds:
             result = arguments.results / f"{name}-{seed}.json"
             if not result.is_file():
-                found = run_one(name, seed, arguments.log_dir / f"{name}-{seed}")
+                found = measure(name, seed, arguments.log_dir / f"{name}-{seed}")
                 arguments.results.mkdir(parents=True, exist_ok=True)
                 result.write_text(json.dumps(found, indent=1) + "\n")
-    runs = [json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))]
-    print(table(runs) if runs else f"no results in {arguments.results}")
+    return {path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))}
 
 
 if __name__ == "__main__":

@@ -122,7 +122,7 @@ def fit_baseline(
             epochs=epochs,
             log=folder,
             keep="teacher",
-            monitor=MONITOR,  # whose probabilities are worth more than its classes
+            monitor=MONITOR,  # its probabilities count, which get too sure in later epochs
         )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     tensorboard.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")
