@@ -258,6 +258,18 @@ def test_a_narrowed_search_space_holds_for_what_no_study_has_chosen_yet(tmp_path
     assert surveyed.initial.items() <= recommended.items()
 
 
+def test_trials_that_keep_the_encoder_frozen_do_not_choose_how_it_will_learn(tmp_path):
+    def survey(**options):
+        return engine(tmp_path, encoder_training="frozen", **options)._survey()
+
+    surveyed = survey()
+    assert surveyed.spaces["training"]["detach_exits"].choices == [True]
+    defaults, recommended = surveyed.untuned
+    assert recommended["detach_exits"] and not defaults["detach_exits"]  # as the factory has it
+    for told in ({"final_training": "frozen"}, {"search_space": {"detach_exits": {}}}):
+        assert survey(**told).spaces["training"]["detach_exits"].choices == [True, False]
+
+
 def test_a_narrowed_price_of_layers_is_that_of_the_recommended_settings_as_well(tmp_path):
     surveyed = engine(tmp_path, search_space={"lambda_reg": {"low": 0.1, "high": 0.5}})._survey()
     defaults, recommended = surveyed.untuned

@@ -180,7 +180,8 @@ class TuningEngine:
         check_workers(workers, storage, **sent, callbacks=self.callbacks)
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = trials_per_stage(n_trials)
-        self.spaces = build_spaces(search_space, frozen=encoder_training == "frozen")
+        frozen = encoder_training == "frozen"
+        self.spaces = build_spaces(search_space, frozen=frozen, final_frozen=final_training == "frozen")
         self.bounded = frozenset(search_space or ())
         check_rule(
             lambda_selection,

@@ -139,15 +139,20 @@ MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
     },
 }
 FROZEN_RATE = "learning_rate"  # in frozen mode only the submodels learn, at submodel_learning_rate
+# What attached exits gain on frozen states, they lose in a final fit that trains the encoder (benchmarks/README.md).
+DETACHED = "detach_exits"
 
 
-def build_spaces(changes: Mapping[str, Any] | None, *, frozen: bool = False) -> dict[str, dict[str, Dimension]]:
+def build_spaces(
+    changes: Mapping[str, Any] | None, *, frozen: bool = False, final_frozen: bool = False
+) -> dict[str, dict[str, Dimension]]:
     """Return the spaces of the three stages, with the user's changes.
 
     Args:
         changes: Changes by parameter name, each a `Dimension` or entries of one. Entries without ``type`` narrow the
             default, such as ``{"high": 0.1}``; with ``type`` they replace it. Naming one of `MORE_DIMENSIONS` adds it.
         frozen: Whether only the submodels learn in trials.
+        final_frozen: Whether only they learn in the final fit as well.
 
     Raises:
         ValueError: If a name is unknown or a dimension is not as `Dimension` describes it.
@@ -158,6 +163,8 @@ def build_spaces(changes: Mapping[str, Any] | None, *, frozen: bool = False) -> 
     home = {name: stage for stage, space in known.items() for name in space}
     if frozen:
         del spaces["training"][FROZEN_RATE]
+    if frozen and not final_frozen:
+        spaces["training"][DETACHED] = Dimension("categorical", choices=[True])
     if not isinstance(changes or {}, Mapping):
         raise TypeError(f"search_space: expected a mapping from parameters to their changes, got {changes!r}")
     for name, change in (changes or {}).items():
@@ -191,6 +198,8 @@ def complete_spaces(
 ) -> tuple[Spaces, dict[str, list[dict[str, Any]]]]:
     """Return spaces for an encoder of this number of layers, widened to hold the parameters of the first trials.
 
+    A dimension of one choice stays as it is.
+
     Args:
         spaces: Spaces from `build_spaces`.
         layers: Number of the encoder's layers.
@@ -223,7 +232,8 @@ def complete_spaces(
             start = {}
             for name in [name for name in space if name in values]:
                 wider = space[name].holding(values[name])
-                if name not in bounded or wider == space[name]:
+                fixed = name in bounded or len(space[name].choices or ()) == 1
+                if not fixed or wider == space[name]:
                     space[name], start[name] = wider, values[name]
             if start:
                 kept[stage].append(start)
