@@ -139,7 +139,7 @@ MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
     },
 }
 FROZEN_RATE = "learning_rate"  # in frozen mode only the submodels learn, at submodel_learning_rate
-# What attached exits gain on frozen states, they lose in a final fit that trains the encoder (benchmarks/README.md).
+# What attached exits gain on frozen states, they lose in a final fit that trains the encoder (benchmarks/detached.py).
 DETACHED = "detach_exits"
 
 
