@@ -15,27 +15,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
 from torch import Tensor
-from tuned import MEASURED_BATCH, ROOT, Setting
+from tuned import MEASURED_BATCH, ROOT, Setting, turned_down
 
-from dact.answers import exits_by_setting, layer_answers, mean_and_error
-from dact.calibration import SETTINGS
+from dact.answers import layer_answers, mean_and_error
 from dact.cli.quiet import quiet
 from dact.factories import ModelFactory
-from dact.files import read_checkpoint, write_json
-from dact.functional import answer_at
-from dact.tuning.fitting import make_trainer, resumable_fit, seeded
+from dact.files import write_json
+from dact.tuning.fitting import make_trainer, seeded
 
 RESULTS = Path(__file__).parent / "results" / "detached.json"
 BUDGETS = (1.5, 2.0, 2.5, 3.0)
-DIAL = "halting_margin"
 
 
 def run_one(folder: Path) -> dict[str, Any]:
-    config, final = (yaml.safe_load((folder / file).read_text()) for file in ("whole_config.yaml", "final/config.yaml"))
-    aside = final["data"]["init_args"]["calibration_fraction"]
-    setting = Setting(folder, int(folder.name.rsplit("-", 1)[1]), config, final, aside)
+    setting = Setting.of(folder, int(folder.name.rsplit("-", 1)[1]))
     attached, detached = (right_at(setting, detach) for detach in (False, True))
     gains = [mean_and_error(one - other) for one, other in zip(detached, attached, strict=True)]
     return {
@@ -48,23 +42,13 @@ def run_one(folder: Path) -> dict[str, Any]:
 
 def right_at(setting: Setting, detach: bool) -> list[Tensor]:
     """Fit the final settings, and return which validation texts are right at each budget of layers."""
-    final, checkpoints = setting.final, setting.folder / "peers" / ("detached" if detach else "attached")
-    with seeded(final["seed_everything"]):
-        model = ModelFactory(final["model"])(detach_exits=detach)
-        data = setting.data(final["data"], setting.taught(model))
-        resumable_fit(setting.trainer, model, data, checkpoints, epochs=final["trainer"]["max_epochs"])
-    model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
-    model.cpu().eval()
+    with seeded(setting.final["seed_everything"]):
+        model = ModelFactory(setting.final["model"])(detach_exits=detach)
+        model = setting.fit("detached" if detach else "attached", model, setting.final, setting.taught(model))
     batches = setting.data(setting.config["data"], batch_size=MEASURED_BATCH).val_dataloader()
     with make_trainer(setting.trainer, enable_checkpointing=False).precision_plugin.forward_context():
         answers = layer_answers(model, batches)
-    exits = exits_by_setting(answers, model.exit_rule, DIAL)
-    found = []
-    for budget in BUDGETS:
-        within = (margin for margin in sorted(SETTINGS[DIAL], reverse=True) if exits(margin).double().mean() <= budget)
-        at = exits(next(within, 0.0))
-        found.append((answer_at(answers.a, at).argmax(1) == answers.target).double())
-    return found
+    return [turned_down(model, answers, answers, layers=budget)[0] for budget in BUDGETS]
 
 
 def table(runs: dict[str, dict[str, Any]]) -> str:

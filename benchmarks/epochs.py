@@ -15,7 +15,6 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import yaml
 from tuned import DATA_SETS, MEASURED_BATCH, ROOT, Setting, measured, points, tune, turned_down
 
 from dact import DACT, calibrate
@@ -31,9 +30,9 @@ RESULTS = Path(__file__).parent / "results" / "epochs"
 
 def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     tune(name, seed, folder, "--tuner.n_trials", "1")
-    config, final = (yaml.safe_load((folder / file).read_text()) for file in ("whole_config.yaml", "final/config.yaml"))
+    setting = Setting.of(folder, seed)
+    config, final = setting.config, setting.final
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
-    setting = Setting(folder, seed, config, final, final["data"]["init_args"]["calibration_fraction"])
     checkpoints, epochs = folder / "both", final["trainer"]["max_epochs"]
     with seeded(final["seed_everything"]):
         model = ModelFactory(final["model"])()

@@ -92,14 +92,24 @@ class Setting:
         seed: Seed of the run.
         config: Its configuration, all defaults filled in.
         final: That of its final fit, with what tuning chose.
-        aside: Share of the validation texts that sets the dials: those that were kept from the studies, or none.
     """
 
     folder: Path
     seed: int
     config: dict[str, Any]
     final: dict[str, Any]
-    aside: float
+
+    @classmethod
+    def of(cls, folder: Path, seed: int) -> Setting:
+        """Read that of a finished run."""
+        files = ("whole_config.yaml", "final/config.yaml")
+        return cls(folder, seed, *(yaml.safe_load((folder / file).read_text()) for file in files))
+
+    @property
+    def aside(self) -> float | None:
+        """Share of the validation texts that sets the dials: those that were kept from the studies, or none."""
+        share: float | None = self.final["data"]["init_args"]["calibration_fraction"]
+        return share
 
     @property
     def trainer(self) -> dict[str, Any]:
@@ -116,14 +126,14 @@ class Setting:
     def defaults(self) -> DACT:
         """Return what the configuration makes without tuning."""
         with seeded(self.seed):
-            return self._fit("defaults", ModelFactory(self.config["model"])(), self.config)
+            return self.fit("defaults", ModelFactory(self.config["model"])(), self.config)
 
     def peer(self, kind: type[DACT], layers: int) -> DACT:
         """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
         with seeded(self.seed):
             dact = ModelFactory(self.final["model"])(num_layers=layers)
             model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
-            return self._fit(f"{kind.__name__}-{layers}", model, self.final, self.taught(model))
+            return self.fit(f"{kind.__name__}-{layers}", model, self.final, self.taught(model))
 
     def taught(self, model: DACT) -> Tensor:
         """Let `model` start from the baseline's encoder and learn from a teacher; return the teacher's probabilities."""
@@ -133,8 +143,8 @@ class Setting:
         model.distillation = DISTILLATION
         return baseline.probabilities()
 
-    def _fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
-        """Return the model of the last epoch, in eval mode."""
+    def fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
+        """Fit a model as `config` says, and return that of the last epoch, in eval mode."""
         checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
         data = self.data(config["data"], teacher)
         resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs)
@@ -164,9 +174,9 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Tune, fit the peers, measure, and return what the results file holds."""
     seconds = tune(name, seed, folder)
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
-    config, final = (yaml.safe_load((folder / file).read_text()) for file in ("whole_config.yaml", "final/config.yaml"))
     promise = metrics["calibration"]["promise"]
-    setting = Setting(folder, seed, config, final, final["data"]["init_args"]["calibration_fraction"])
+    setting = Setting.of(folder, seed)
+    config, final = setting.config, setting.final
     models = {
         "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
         "defaults": setting.defaults(),

@@ -82,7 +82,8 @@ class TuningEngine:
         n_trials: Total number of trials of each study, one number or one per study.
         search_space: Changes to the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
         encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the states of all
-            layers once and trains the submodels on them, with detached exits unless `search_space` names them.
+            layers once and trains the submodels on them, with detached exits unless `search_space` names
+            ``detach_exits`` or the final model keeps that encoder.
         warm_up_epochs: With ``"frozen"``: number of epochs in which the encoder is fine-tuned with all exits before its
             states are computed; 0 uses the encoder as it is.
         final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"``

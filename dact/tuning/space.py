@@ -139,8 +139,6 @@ MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
     },
 }
 FROZEN_RATE = "learning_rate"  # in frozen mode only the submodels learn, at submodel_learning_rate
-# What attached exits gain on frozen states, they lose in a final fit that trains the encoder (benchmarks/detached.py).
-DETACHED = "detach_exits"
 
 
 def build_spaces(
@@ -164,7 +162,8 @@ def build_spaces(
     if frozen:
         del spaces["training"][FROZEN_RATE]
     if frozen and not final_frozen:
-        spaces["training"][DETACHED] = Dimension("categorical", choices=[True])
+        # What attached exits gain on frozen states, they lose once the encoder learns (benchmarks/detached.py).
+        spaces["training"]["detach_exits"] = Dimension("categorical", choices=[True])
     if not isinstance(changes or {}, Mapping):
         raise TypeError(f"search_space: expected a mapping from parameters to their changes, got {changes!r}")
     for name, change in (changes or {}).items():
