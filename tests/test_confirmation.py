@@ -17,7 +17,7 @@ from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.files import read_json
 from dact.tuning import checkpointed_fit, confirmation, final
-from dact.tuning.confirmation import Answered, Candidate, _beats, _best
+from dact.tuning.confirmation import Answered, Candidate, _beats, _best, confirm
 from dact.tuning.outcome import Outcome
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -70,7 +70,8 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
             engine(tmp_path, promise=promise).run_pipeline("run")
     confirmed = [str(folder.relative_to(run)) for folder in fitted]
     assert confirmed[0] == "confirmation/default_settings/fit"
-    assert confirmed[1:] in ([f"confirmation/{name}/fit"] for name in ("first_trial", "tuned", "runner-up"))
+    assert confirmed[1] in (f"confirmation/{name}/fit" for name in ("first_trial", "tuned", "runner-up"))
+    assert confirmed[2:] in ([], ["confirmation/first_trial/fit"])
     tried = {trial.params["lambda_reg"] for trial in studies_of(run, "lambda_reg").get_trials()}
     winner, second = yaml.safe_load((run / "lambda_reg.yaml").read_text()), read_json(run / "lambda_reg/runner_up.json")
     assert {winner["lambda_reg"], second["lambda_reg"]} == tried, "the best two of two"
@@ -79,7 +80,8 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     assert min(seeds) > 2, "not those of the trials"
 
     metrics, checkpoint = engine(tmp_path, promise=promise).run_pipeline("run")
-    assert [str(folder.relative_to(run)) for folder in fitted[2:]] == ["final/defaults"], "nothing is fitted twice"
+    again = [str(folder.relative_to(run)) for folder in fitted[len(confirmed) :]]
+    assert again == ["final/defaults"], "nothing is fitted twice"
     assert [path.relative_to(run) for path in run.rglob("*.ckpt")] == [Path("final", "checkpoints", "best.ckpt")]
     chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
     assert DACT.load_from_checkpoint(checkpoint).num_layers == chosen["num_layers"]
@@ -89,7 +91,7 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     assert "default settings" in text
 
     engine(tmp_path, promise=promise).final_train("run")
-    assert len(fitted) == 3
+    assert len(fitted) == len(confirmed) + 1
 
     # The defaults are measured at the promise of the run.
     defaults = json.loads((run / "final" / "defaults" / "metrics.json").read_text())
@@ -186,6 +188,43 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     alike = {"default settings": outcome(3.0), "tuned": outcome(2.9)}
     best = _best([Candidate(name, {}) for name in alike], lambda candidate: alike[candidate.name], 0.0, [])
     assert best.name == "default settings"
+
+
+def test_the_first_trial_gets_its_turn_where_the_winner_on_frozen_states_does_not_beat_the_defaults(monkeypatch):
+    def known(layers, worse=0):
+        lost = torch.zeros(1000)
+        lost[:worse] = 1
+        return Known(torch.full((1000,), layers), torch.zeros(1000), lost)
+
+    on_states = {"first trial": known(2.5), "tuned": known(1.2)}
+    live = {"default settings": known(2.2), "tuned": known(1.2, worse=10), "first trial": known(1.6)}
+    fitted = []
+
+    def as_final(run, prepared, model, progress, candidate):
+        fitted.append(candidate.name)
+        return live[candidate.name]
+
+    monkeypatch.setattr(confirmation, "_as_final", as_final)
+    monkeypatch.setattr(confirmation, "_on_states", lambda *given: on_states[given[-1].name])
+    recipe = SimpleNamespace(promise=Promise(max_accuracy_loss=0.01), final_training="full", make_model=lambda: None)
+    prepared = SimpleNamespace(recipe=recipe, states=object())
+
+    def confirmed(*names):
+        fitted.clear()
+        return confirm(None, prepared, [Candidate(name, {"name": name}) for name in names], None)
+
+    verdict = confirmed("default settings", "first trial", "tuned")
+    assert verdict.chosen.name == "first trial"
+    assert verdict.text.startswith("first trial (tuned beats first trial on frozen states: ")
+    assert "; tuned does not beat default settings: -1.00" in verdict.text
+    assert "; first trial beats default settings: -0.60" in verdict.text
+    assert set(fitted) == live.keys()
+    live["first trial"] = known(2.2)
+    assert confirmed("default settings", "first trial", "tuned").chosen.name == "default settings"
+    assert confirmed("default settings", "tuned").chosen.name == "default settings", "a file with these settings"
+    live["tuned"] = known(1.2)
+    assert confirmed("default settings", "first trial", "tuned").chosen.name == "tuned"
+    assert fitted == ["default settings", "tuned"], "it would be a fit more"
 
 
 def answered(leads, right, promise=Promise(max_accuracy_loss=0.01)):

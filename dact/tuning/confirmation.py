@@ -32,6 +32,7 @@ from dact.tuning.stages import flat
 from dact.tuning.trial import fit_settings
 
 FOLDER = "confirmation"
+FIRST_TRIAL = "first trial"  # the candidate with the recommended settings
 SEEDS = 3  # fits of each candidate on frozen states
 SCATTER = 0.15  # rms difference of the mean exit layer between fits of the same settings (three pairs on 2,000 texts)
 SAME_LOSS = 0.005  # of a candidate outside the promise: largest loss of accuracy that may count as none
@@ -84,8 +85,9 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     is beaten by it whatever the layers. The winner has beaten the first candidate, and the best before it.
 
     Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits only two of them in
-    this way: the first, and that of the others which wins on the frozen states. If the final model keeps the frozen
-    encoder, only these states decide. Fits of an earlier call are not repeated.
+    this way: the first, and that of the others which wins on the frozen states; where the first stays, also the first
+    trial, if that has other settings. If the final model keeps the frozen encoder, only these states decide. Fits of an
+    earlier call are not repeated.
 
     Args:
         run: The run.
@@ -106,9 +108,14 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     keep_frozen = prepared.recipe.final_training == "frozen"
     as_final = on_states if keep_frozen else partial(_as_final, *given)
     comparisons: list[str] = []
+    recommended: list[Candidate] = []
     if not keep_frozen and prepared.states is not None and len(others) > 1:
-        others = [_best(others, on_states, allowed, comparisons, " on frozen states")]
+        winner = _best(others, on_states, allowed, comparisons, " on frozen states")
+        recommended = [other for other in others if other.name == FIRST_TRIAL and other is not winner]
+        others = [winner]
     best = _best([default, *others], as_final, allowed, comparisons)
+    if best is default and recommended:  # what wins on frozen states may be too greedy once the encoder learns
+        best = _best([default, *recommended], as_final, allowed, comparisons)
     return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
 
 

@@ -25,7 +25,7 @@ from dact.factories import default_data, default_model
 from dact.files import read_json, remove_partial, write_json
 from dact.model import DACT
 from dact.tuning import studies
-from dact.tuning.confirmation import Candidate, confirm
+from dact.tuning.confirmation import FIRST_TRIAL, Candidate, confirm
 from dact.tuning.digests import digest
 from dact.tuning.final import FinalFit
 from dact.tuning.fitting import Deadline, isolated
@@ -230,7 +230,8 @@ class TuningEngine:
             defaults, recommended = surveyed.untuned
             candidates = ON_STATES + (defaults != recommended)
             later = candidates if self.recipe.encoder_training == "frozen" else 0
-            epochs = self.recipe.finetunings * surveyed.initial["num_epochs"] + MEASURING
+            fits = self.recipe.finetunings(first_trial=defaults != recommended)
+            epochs = fits * surveyed.initial["num_epochs"] + MEASURING
             self.progress.announce(left, self.time_out, later, epochs)
         if isinstance(surveyed.data, TextDataModule) and (text := surveyed.data.describe_classes()):
             self.progress.note(text)
@@ -419,7 +420,7 @@ class TuningEngine:
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
         """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""
         defaults, recommended = surveyed.untuned
-        settings = {"default settings": defaults, "first trial": recommended, "tuned": self._winners.settings()}
+        settings = {"default settings": defaults, FIRST_TRIAL: recommended, "tuned": self._winners.settings()}
         if run.runner_up.is_file() and (second := read_json(run.runner_up)):
             settings["runner-up"] = dataclasses.replace(self._winners, **second).settings()
         candidates = [Candidate(name, chosen) for name, chosen in settings.items()]

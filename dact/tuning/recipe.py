@@ -100,11 +100,14 @@ class Recipe:
                 raise ValueError("TuningEngine: a promise chooses the halting_tolerance; give one of the two")
         check_count("TuningEngine: seed", self.seed, least=0)
 
-    @property
-    def finetunings(self) -> int:
-        """Largest number of fits after the studies that train the encoder, one of which becomes the final model."""
-        candidates = 0 if self.final_training == "frozen" else 2 if self.encoder_training == "frozen" else 4
-        return candidates + self.compare_defaults
+    def finetunings(self, *, first_trial: bool) -> int:
+        """Return the largest number of fits after the studies that train the encoder; one becomes the final model.
+
+        Args:
+            first_trial: Whether the first trial has other settings than the defaults.
+        """
+        candidates = 2 if self.encoder_training == "frozen" else 3
+        return self.compare_defaults + (0 if self.final_training == "frozen" else candidates + first_trial)
 
     @property
     def epochs(self) -> int:
