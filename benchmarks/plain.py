@@ -146,12 +146,14 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet()
     runs = json.loads(arguments.results.read_text()) if arguments.results.is_file() else []
+    setting = {name: getattr(arguments, name) for name in ("texts", "epochs", "precision")}
     for seed in arguments.seeds:
-        key = {"seed": seed, **{name: getattr(arguments, name) for name in ("texts", "epochs", "precision")}}
+        key = {"seed": seed, **setting}
         if not any(key.items() <= run.items() for run in runs):
             runs.append(run_one(**key))
             arguments.results.write_text(json.dumps(runs, indent=1) + "\n")
     print("| seed | plain, % | baseline of dact, % | difference, points |", "|---" * 4 + "|", sep="\n")
+    runs = [run for run in runs if setting.items() <= run.items()]
     for run in runs:
         numbers = f"{100 * run['plain']:.2f} | {100 * run['baseline']:.2f}"
         print(f"| {run['seed']} | {numbers} | {100 * run['difference']:+.2f} ± {100 * run['standard_error']:.2f} |")
