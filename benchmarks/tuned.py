@@ -357,7 +357,7 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
     goals.append(
         (f"pooled: as accurate as the defaults ({100 * mean:+.2f} ± {100 * error:.2f} points)", mean >= -error)
     )
-    won = [run for run in runs if run["took"] in ("tuned", "runner-up")]
+    won = [run for run in runs if run["took"] != "default settings"]
     if won:
         fewer = -layers_between(won, "defaults")
         text = (
