@@ -206,7 +206,9 @@ def test_the_first_trial_gets_its_turn_where_the_winner_on_frozen_states_does_no
 
     monkeypatch.setattr(confirmation, "_as_final", as_final)
     monkeypatch.setattr(confirmation, "_on_states", lambda *given: on_states[given[-1].name])
-    recipe = SimpleNamespace(promise=Promise(max_accuracy_loss=0.01), final_training="finetune", make_model=lambda: None)
+    recipe = SimpleNamespace(
+        promise=Promise(max_accuracy_loss=0.01), final_training="finetune", make_model=lambda: None
+    )
     prepared = SimpleNamespace(recipe=recipe, states=object())
 
     def confirmed(*names):
