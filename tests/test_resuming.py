@@ -35,10 +35,13 @@ class Stop(Callback):
 
 
 class Ruin(Callback):
-    """Ruin the model after its first epoch, which is then the best."""
+    """Ruin the model after its first epochs, of which the best one is then the best of all."""
+
+    def __init__(self, sound=1):
+        self.sound = sound
 
     def on_validation_start(self, trainer, pl_module):
-        if trainer.current_epoch:
+        if trainer.current_epoch >= self.sound:
             for submodel in pl_module.classifier:
                 torch.nn.init.constant_(submodel[-1].weight, 100.0)
                 submodel[-1].bias.data = torch.tensor([1000.0, 0.0, 0.0])
@@ -63,14 +66,26 @@ def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", **trainer):
 
 def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
     with pytest.raises(RuntimeError, match="killed"):
-        fitted(tmp_path / "before", Stop(1, 0), Ruin())
+        fitted(tmp_path / "before", Stop(2, 0), Ruin(2))
     shutil.move(tmp_path / "before", tmp_path / "after")
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The dirpath has changed")
-        _, losses = fitted(tmp_path / "after", Ruin())
-    assert losses.index(min(losses)) == 0
-    assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == 0
+        _, losses = fitted(tmp_path / "after", Ruin(2))
+    assert losses.index(min(losses[1:])) == 1
+    assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == 1
     assert not (tmp_path / "before").exists()
+
+
+def test_the_first_of_several_epochs_is_not_kept_as_the_best(tmp_path):
+    _, losses = fitted(tmp_path / "several", Ruin())
+    assert losses.index(min(losses)) == 0
+    kept = read_checkpoint(tmp_path / "several" / "best.ckpt")
+    assert kept["epoch"] == 1 + losses[1:].index(min(losses[1:]))
+    assert "optimizer_states" not in kept
+    fitted(tmp_path / "one", epochs=1)
+    assert read_checkpoint(tmp_path / "one" / "best.ckpt")["epoch"] == 0
+    fitted(tmp_path / "ended", max_steps=8)
+    assert read_checkpoint(tmp_path / "ended" / "best.ckpt")["global_step"] == 8, "there was no second epoch"
 
 
 @pytest.mark.parametrize("trainer", [{}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 0.5}])

@@ -2,7 +2,8 @@
 
 Two epochs of that fit are kept. The last one, where the learning rate has fallen to 0, is what results are compared
 with. It is the most accurate one or close to it, and owes nothing to a choice on the validation examples. The epoch of
-the lowest loss is the teacher and the starting point: later ones know the training examples by heart, and teach less.
+the lowest loss, from the second one on, is the teacher and the starting point: later ones know the training examples by
+heart, and teach less.
 """
 
 from __future__ import annotations

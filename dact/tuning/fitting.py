@@ -37,7 +37,7 @@ from dact.signals import StopOnSignal
 MONITOR = "val_loss"
 HEAD_EPOCHS = 3  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
 MOST_HEAD_EPOCHS = 12  # … and with this many they have, however long the encoder is trained
-MIN_STEPS = 300  # optimizer steps in which a pretrained encoder learns its task, also from few texts …
+MIN_STEPS = 250  # optimizer steps in which a pretrained encoder learns its task, also from few texts …
 TAUGHT_STEPS = 150  # … and one that starts from the baseline's encoder and has the baseline as a teacher
 MOST_TIMES = 7  # of the epochs that are asked for, on few examples
 GRACE = 10.0  # seconds that a validation may go on after a deadline
@@ -198,6 +198,32 @@ class StopAtDeadline(Callback):
             raise TimeIsUp
 
 
+class BestLaterEpoch(MovableCheckpoint):
+    """Keep the epoch of the lowest score, without its optimizer, but not the first of several epochs.
+
+    After the first one the learning rate is still high: its probabilities can be the most cautious ones, and have the
+    lowest loss, while it classifies several points worse than the epochs that follow.
+
+    Args:
+        folder: Folder of the checkpoint.
+        name: Its name, without ``.ckpt``.
+        monitor: Metric whose lowest value chooses the epoch.
+    """
+
+    def __init__(self, folder: Path, name: str, monitor: str) -> None:
+        super().__init__(folder, name, monitor=monitor, save_weights_only=True, enable_version_counter=False)
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch > 0 or trainer.max_epochs == 1:
+            super().on_validation_end(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch > 0 or trainer.max_epochs == 1:
+            super().on_train_epoch_end(trainer, pl_module)
+
+
 def _of_validation(name: str) -> bool:
     return name.startswith("val_")
 
@@ -303,7 +329,7 @@ def resumable_fit(
         epochs: Number of epochs.
         log: Folder of a TensorBoard log, or None.
         keep: Name, without ``.ckpt``, of a checkpoint without an optimizer; None for no such one.
-        monitor: Metric whose lowest value chooses the epoch of `keep`; None for the last epoch.
+        monitor: Metric whose lowest value chooses the epoch of `keep` (`BestLaterEpoch`); None for the last epoch.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
@@ -313,10 +339,7 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written.
     kept = [MovableCheckpoint(checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True)]
     if keep is not None and monitor is not None:
-        best = MovableCheckpoint(
-            checkpoints, keep, monitor=monitor, save_weights_only=True, enable_version_counter=False
-        )
-        kept.insert(0, best)
+        kept.insert(0, BestLaterEpoch(checkpoints, keep, monitor))
     history, last = History(), checkpoints / "last.ckpt"
     every = [history, *callbacks, *kept]
     trainer = make_trainer(
@@ -329,7 +352,7 @@ def resumable_fit(
             f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower that of the model or "
             "learning_rate's high in search_space, or use precision 32-true, under another run_tag"
         ) from error
-    if keep is not None and monitor is None:
+    if keep is not None and (monitor is None or not (checkpoints / f"{keep}.ckpt").is_file()):  # or no second epoch
         trainer.save_checkpoint(checkpoints / f"{keep}.ckpt", weights_only=True)
     if logger is not None:
         logger.finalize("success")
