@@ -97,6 +97,11 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
         (["--config", "train.csv"], "train.csv holds no options: --config takes YAML"),
         (["--data", "train.csv"], "--data takes a class, and train.csv is a file: give it as --data.train_file"),
         (["--conf", "config.yaml"], "no option --conf. Did you mean --config?"),
+        pytest.param(
+            ["--trainer.accelerator", "gpu"],
+            "no GPU here that torch can use: leave trainer.accelerator gpu out",
+            marks=pytest.mark.skipif(torch.accelerator.is_available(), reason="there is one"),
+        ),
     ],
 )
 def test_wrong_input_is_one_clear_line_before_training(own, dact_here, arguments, message):

@@ -46,6 +46,8 @@ def one_line_errors() -> Iterator[None]:
         text = " ".join(str(message).split())
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             text += ": free some space, and run the same command again"
+        if text == "No supported gpu backend found!":
+            text = "no GPU here that torch can use: leave trainer.accelerator gpu out, or install a torch for your GPU"
         # Of an option's several types, the first is the one that was meant.
         text = re.sub(r"^Does not validate against any of the Union subtypes .*? Errors: - (.*?) - .*", r"\1", text)
         print(f"dact: error: {text}", file=sys.stderr)
