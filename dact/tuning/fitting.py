@@ -215,13 +215,17 @@ class BestLaterEpoch(MovableCheckpoint):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch > 0 or trainer.max_epochs == 1:
+        if _may_teach(trainer):
             super().on_validation_end(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.current_epoch > 0 or trainer.max_epochs == 1:
+        if _may_teach(trainer):
             super().on_train_epoch_end(trainer, pl_module)
+
+
+def _may_teach(trainer: Trainer) -> bool:
+    return trainer.current_epoch > 0 or trainer.max_epochs == 1
 
 
 def _of_validation(name: str) -> bool:
