@@ -85,6 +85,14 @@ class MultiExit(DACT):
         return replace(found, loss=found.exit_loss)
 
 
+class OneExit(MultiExit):
+    """A classifier on the last layer alone."""
+
+    def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits, h = super()._submodels(batch)
+        return logits[:, -1:], h[:, -1:]
+
+
 @dataclass(frozen=True)
 class Setting:
     """A run of the command, and how the models next to it are fitted: as its final fit is.
@@ -135,6 +143,7 @@ class Setting:
         with seeded(self.seed):
             dact = ModelFactory(self.final["model"])(num_layers=layers)
             model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
+            model.consistency = dact.consistency
             return self.fit(f"{kind.__name__}-{layers}", model, self.final, self.taught(model))
 
     def taught(self, model: DACT) -> Tensor:
@@ -149,7 +158,8 @@ class Setting:
         """Fit a model as `config` says, and return that of the last epoch, in eval mode."""
         checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
         data = self.data(config["data"], teacher)
-        resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs)
+        taught = teacher is not None  # as the final fit is; else as `dact fit` would make it
+        resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, average=taught)
         model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
         return model.cpu().eval()
 
@@ -183,7 +193,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
         "defaults": setting.defaults(),
         "tuned": DACT.from_pretrained(folder / "final" / "model"),
-        "encoder": setting.peer(DACT, math.ceil(metrics["validation"]["mean_exit_layer"])),
+        "encoder": setting.peer(OneExit, math.ceil(metrics["validation"]["mean_exit_layer"])),
         "multi-exit": setting.peer(MultiExit, metrics["layers"]),
     }
     models["multi-exit"].halting = "exact"  # by which a confidence of 1 lets none leave: the margin alone does

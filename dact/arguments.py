@@ -36,12 +36,14 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         check_type(f"DACT: {name}", given[name], bool, "True")
     check_count("DACT: output_dimension", classes, least=2, hint="it counts the classes")
     check_choice("DACT: ponder", given["ponder"], PonderKind)
-    for name in ("lambda_reg", "exit_loss_weight", "weight_decay"):
+    for name in ("lambda_reg", "exit_loss_weight", "consistency", "weight_decay"):
         check_range(f"DACT: {name}", given[name], "[0, inf)")
     if given["detach_exits"] and given["exit_loss_weight"] == 0:
         raise ValueError(
             "DACT: detach_exits needs an exit_loss_weight above 0, got 0: encoder and classifier would learn nothing"
         )
+    if given["consistency"] > 0 and given["exit_loss_weight"] == 0:
+        raise ValueError("DACT: consistency needs an exit_loss_weight above 0, got 0: it is a part of the exit loss")
     check_range("DACT: distillation", given["distillation"], "[0, 1]", "it is the teacher's share of the targets")
     for name in ("lambda_warmup", "warmup_fraction"):
         check_range(f"DACT: {name}", given[name], "[0, 1]", "it is a share of the optimizer steps")

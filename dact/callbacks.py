@@ -1,8 +1,9 @@
-"""Callbacks that draw exits and save the finished model."""
+"""Callbacks that draw exits, average weights and save the finished model."""
 
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,14 +11,17 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
+from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
 from dact import plots
 from dact.agreement import tokenizer_of
+from dact.checks import check_range
 from dact.files import read_checkpoint
 from dact.model import DACT
 from dact.persistence import adopt
@@ -61,6 +65,74 @@ class ExitPlots(Callback):
         if self._depths:
             figure = plots.depth_against_exit(torch.cat(self._depths), torch.cat(self._exits), len(counts))
             writer.add_figure("depth against exit layer", figure, trainer.current_epoch, close=True)
+
+
+class AverageLastSteps(WeightAveraging):
+    """Keep the mean of the weights over the last steps of a fit, instead of those of the last step.
+
+    The mean is that of stochastic weight averaging (Izmailov et al. 2018, *Averaging Weights Leads to Wider Optima and
+    Better Generalization*), under the learning rate that the model has. From the first of these steps on, validation
+    and checkpoints have it as well. A fit that ends before, or whose number of steps is not known, keeps its weights.
+
+    Args:
+        share: Share of the optimizer steps whose weights are averaged, in (0, 1].
+
+    Raises:
+        ValueError: From the fit, if another callback keeps checkpoints of the weights alone, which would not be the
+            mean.
+    """
+
+    def __init__(self, share: float = 0.2) -> None:
+        check_range("AverageLastSteps: share", share, "(0, 1]", "it is a share of the optimizer steps")
+        super().__init__()
+        self.share = share
+        self._before = math.inf  # number of steps after which the mean begins
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit" and any(getattr(one, "save_weights_only", False) for one in trainer.checkpoint_callbacks):
+            raise ValueError(
+                "AverageLastSteps: a checkpoint callback with save_weights_only=True keeps the weights of the last "
+                "step instead of their mean: leave that option out"
+            )
+        self._average_model = None  # it begins later, on the device of the model
+        self._latest_update_step = 0
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if trainer.state.fn == TrainerFn.FITTING and "averaging_state" in checkpoint:  # elsewhere the mean is all
+            self._average_model = AveragedModel(pl_module)
+            super().on_load_checkpoint(trainer, pl_module, checkpoint)
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = trainer.estimated_stepping_batches
+        self._before = (1 - self.share) * steps if 0 < steps < math.inf else math.inf
+        if self._average_model is not None:
+            self._average_model.to(pl_module.device)
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *arguments: Any) -> None:
+        if self._average_model is None and trainer.global_step > self._before:
+            self._average_model = AveragedModel(pl_module)
+        if self._average_model is not None:
+            super().on_train_batch_end(trainer, pl_module, *arguments)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._average_model is not None:
+            super().on_train_end(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._average_model is not None:  # again, for a fit that was complete when it resumed
+            self._copy_average_to_current(pl_module)
+            self._average_model = None
+
+    @override
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._average_model is not None:
+            super().on_save_checkpoint(trainer, pl_module, checkpoint)
 
 
 class MovableCheckpoint(ModelCheckpoint):

@@ -163,6 +163,20 @@ def labels_of(batch: Batch, stage: str) -> Tensor:
     return labels
 
 
+def teacher_of(batch: Batch, share: float) -> Tensor | None:
+    """Return the teacher's probabilities of a batch, or None if its share is 0.
+
+    Raises:
+        KeyError: If the batch has none.
+    """
+    if share > 0 and "teacher" not in batch:
+        raise KeyError(
+            f"distillation={share:g} needs 'teacher' [batch, classes] in training batches, got the keys "
+            f"{sorted(batch)}: give the data a teacher, or set distillation to 0"
+        )
+    return batch["teacher"] if share > 0 else None
+
+
 def _reset(metrics: Any) -> None:
     """Reset metrics, in single precision at least: a sum in half precision soon stops growing."""
     for metric in metrics.values():

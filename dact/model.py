@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from dact import functional, hub, inference, model_card, persistence
 from dact.agreement import Agreement
 from dact.arguments import check_arguments, of_rule
+from dact.consistency import divergence
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, PonderKind
-from dact.metric_logging import MetricLogging, labels_of
+from dact.metric_logging import MetricLogging, labels_of, teacher_of
 from dact.model_card import Metrics
 from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
@@ -51,6 +52,8 @@ class DACT(MetricLogging):
             loss of a_N and the ponder cost train only the confidence. The first layers then answer better.
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
             the label. Training batches then carry ``teacher`` ``[batch, classes]``.
+        consistency: Weight, 0 or more, of the divergence between the y_n of two passes with different dropout masks, a
+            part of the exit loss (`dact.consistency`). Above 0, a step takes twice the time and memory.
         share_submodels: Whether all layers share one pair of submodels instead of having one pair each.
         num_layers: Number of layers that are used, counted from the encoder's first; all of them if left out. *Full
             depth* means these layers. (Under DDP the parameters of the others never get a gradient: use the strategy
@@ -67,10 +70,8 @@ class DACT(MetricLogging):
         weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
         warmup_fraction: Share of the optimizer steps over which the learning rate rises; it then falls to 0.
         class_names: Names of the classes; taken from the datamodule if left out.
-        step_tokens: Number of tokens, padding included, that enter a layer at a time in early exit; if left out, it
-            depends on the kind of device.
-        window_tokens: Number of tokens whose hidden states early exit holds at a time, which bounds its memory; 16
-            steps if left out.
+        step_tokens: Number of tokens, padding included, per layer in a step of early exit; by default by the device.
+        window_tokens: Number of tokens whose states early exit holds at a time; 16 steps by default.
 
     Raises:
         TypeError: If the encoder is not a `LayeredEncoder`.
@@ -106,6 +107,7 @@ class DACT(MetricLogging):
         exit_loss_weight: float = 0.3,
         detach_exits: bool = False,
         distillation: float = 0.0,
+        consistency: float = 0.0,
         share_submodels: bool = False,
         num_layers: int | None = None,
         halting: HaltingRule = "exact",
@@ -132,6 +134,7 @@ class DACT(MetricLogging):
         self.exit_loss_weight = exit_loss_weight
         self.detach_exits = detach_exits
         self.distillation = distillation
+        self.consistency = consistency
         self.share_submodels = share_submodels
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
         self.exit_rule = Halting(halting, halting_tolerance, halting_margin)
@@ -223,7 +226,7 @@ class DACT(MetricLogging):
             nn.init.zeros_(last.weight)
             nn.init.constant_(last.bias, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
-        self.lambda_reg, self.exit_loss_weight, self.distillation = 0.0, 0.0, 0.0
+        self.lambda_reg, self.exit_loss_weight, self.distillation, self.consistency = 0.0, 0.0, 0.0, 0.0
         self.detach_exits = False
         self.halting = "never"
         return self
@@ -241,7 +244,7 @@ class DACT(MetricLogging):
         Args:
             batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation, ``teacher``
                 ``[batch, classes]``. An example labelled -100 learns only from its teacher, with the weight of any
-                other; without a teacher it only adds to the ponder cost.
+                other; without a teacher it only adds to ponder cost and consistency.
             lambda_reg: λ of this step. If left out, it rises from 0 over the first `lambda_warmup` of `total_steps`;
                 `steps_done` counts the calls in train mode. A Trainer sets both; elsewhere set `total_steps`.
 
@@ -250,18 +253,17 @@ class DACT(MetricLogging):
             ValueError: If a label is out of range.
         """
         labels = labels_of(batch, "train")
-        if self.needs_teacher and "teacher" not in batch:
-            raise KeyError(
-                f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training batches, got the "
-                f"keys {sorted(batch)}: give the data a teacher, or set distillation to 0"
-            )
-        teacher = batch["teacher"] if self.needs_teacher else None
+        teacher = teacher_of(batch, self.distillation)
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
-        logits, h = self._submodels(batch)
+        passes = 2 if self.training and self.consistency > 0 and "states" not in batch else 1
+        found = [self._submodels(batch) for _ in range(passes)]  # with different dropout masks
+        logits, h, target = *(torch.cat(parts) for parts in zip(*found, strict=True)), target.repeat(passes, 1)
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         task_loss = functional.task_loss(a[:, -1], target, self.class_weights)
         exit_loss = functional.exit_loss(logits, target, self.class_weights)
+        if passes == 2:
+            exit_loss = exit_loss + self.consistency * divergence(*logits.chunk(2))
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
         price = self._warm_lambda() if lambda_reg is None else lambda_reg
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss

@@ -43,7 +43,8 @@ class Loss:
     Args:
         loss: ``task_loss + λ · ponder_cost + exit_loss_weight · exit_loss``; call ``backward()`` on it.
         task_loss: Negative log-likelihood of a_N, with the teacher's share in its targets.
-        exit_loss: Mean cross-entropy of the layers' own classifications, with the same targets.
+        exit_loss: Mean cross-entropy of the layers' own classifications, with the same targets, and what `consistency`
+            adds to it.
         ponder_cost: ρ.
     """
 

@@ -87,3 +87,9 @@ def is_clear(probabilities, margin):
 def distillation_loss(probabilities, teacher):
     """The cross-entropy of one example's answer to what the teacher says."""
     return -sum(t * math.log(q) for q, t in zip(probabilities, teacher, strict=True))
+
+
+def symmetric_divergence(first, second):
+    """Half of the sum of both Kullback-Leibler divergences between one example's answers."""
+    both = ((first, second), (second, first))
+    return sum(p * (math.log(p) - math.log(q)) for one, other in both for p, q in zip(one, other, strict=True)) / 2

@@ -10,6 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from dact import DACT
 from dact.data import VaderSentiment, vader
+from dact.files import read_checkpoint
 from tests.commands import FIT, GENERATED, QUICKSTART, ROOT, SMALL, VADER, dact
 
 
@@ -217,7 +218,12 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
     trials += ["--tuner.search_space.batch_size", "{choices: [16]}"]  # batches are limited, so their size must be one
     text = command("tune", "--config", QUICKSTART, *trials, "--tuner.compare_defaults", "false")
     assert "points against the baseline of 6 layers" in text
-    assert (tmp_path / "lightning_logs/real/final/model/tokenizer.json").is_file()
+    run = tmp_path / "lightning_logs/real"
+    assert (run / "final/model/tokenizer.json").is_file()
+    command("fit", "--config", run / "final/config.yaml", "--run_tag", "again")
+    averaged = ["--ckpt_path", tmp_path / "lightning_logs/again/checkpoints/last.ckpt"]
+    assert "averaging_state" in read_checkpoint(averaged[1])
+    assert "averag" not in command("test", "--config", run / "final/config.yaml", *averaged).lower()
 
 
 @pytest.mark.slow

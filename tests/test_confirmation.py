@@ -32,7 +32,7 @@ def engine(tmp_path, **options):
     options = {"n_trials": 2, "search_space": space, "encoder_training": "frozen", "warm_up_epochs": 1, **options}
     data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
     trainer = {"max_epochs": 1, "accelerator": "cpu"}
-    made = TuningEngine(model=small_model, data=data, trainer=trainer, log_dir=tmp_path, **options)
+    made = TuningEngine(**{"model": small_model, **options}, data=data, trainer=trainer, log_dir=tmp_path)
     made.progress.console.quiet = True
     return made
 

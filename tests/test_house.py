@@ -14,6 +14,7 @@ PACKAGE = ROOT / "dact"
 LAYERS = [
     {"checks", "files", "plots", "signals", "bounds", "agreement"},
     {"functional", "metrics", "optimization", "outputs", "model_card"},
+    {"consistency"},
     {"hub"},
     {"submodels", "encoders"},
     {"inference", "persistence", "arguments", "metric_logging"},

@@ -548,6 +548,8 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
         ({"lambda_reg": -1.0}, ValueError, "lambda_reg.*got -1.0"),
         ({"lambda_reg": float("nan")}, ValueError, "lambda_reg.*got nan"),
         ({"exit_loss_weight": -1.0}, ValueError, "exit_loss_weight"),
+        ({"consistency": float("inf")}, ValueError, "consistency"),
+        ({"consistency": 1.0, "exit_loss_weight": 0.0}, ValueError, "consistency needs an exit_loss_weight above 0"),
         ({"learning_rate": 0.0}, ValueError, "learning_rate.*got 0.0"),
         ({"submodel_learning_rate": -1.0}, ValueError, "submodel_learning_rate"),
         ({"lambda_warmup": 1.5}, ValueError, "lambda_warmup.*got 1.5"),

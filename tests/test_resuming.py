@@ -1,5 +1,6 @@
 """Runs that resume: in another folder, in the middle of an epoch, after a deadline, or next to another process."""
 
+import re
 import shutil
 import warnings
 
@@ -7,10 +8,11 @@ import optuna
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from optuna.trial import TrialState
 
 from dact import DACT, TuningEngine
-from dact.callbacks import MovableCheckpoint
+from dact.callbacks import AverageLastSteps, MovableCheckpoint
 from dact.encoders import TransformerEncoder
 from dact.files import read_checkpoint
 from dact.submodels import SubmodelConfig
@@ -54,12 +56,12 @@ def plain_model():
     return DACT(encoder=encoder, classifier=plain, confidence=plain, learning_rate=3e-3)
 
 
-def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", **trainer):
+def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", average=False, **trainer):
     """The weights of the last epoch, and the numbers of val_loss."""
     with seeded(0):
         model, data = plain_model(), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", **trainer}
-        kept = {"keep": "best", "monitor": monitor}
+        kept = {"keep": "best", "monitor": monitor, "average": average}
         history = resumable_fit(arguments, model, data, checkpoints, *callbacks, epochs=epochs, **kept)
     return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
 
@@ -98,6 +100,79 @@ def test_without_a_metric_the_last_epoch_is_kept(tmp_path, trainer):
     assert "optimizer_states" not in kept
     for name, tensor in weights.items():
         torch.testing.assert_close(kept["state_dict"][name], tensor, msg=name)
+
+
+class Record(Callback):
+    """The weights after each optimizer step, which the trained model has then."""
+
+    def __init__(self):
+        self.steps = {}
+
+    def on_train_batch_end(self, trainer, pl_module, *arguments):
+        weights = {name: value.double().clone() for name, value in pl_module.state_dict().items()}
+        self.steps[trainer.global_step] = weights
+
+
+@pytest.mark.parametrize("stop", [Stop(1, 0), Stop(9, 0), Stop(10, 3)], ids=["before", "within", "at its end"])
+def test_the_weights_of_the_last_steps_are_averaged_also_after_a_resumption(tmp_path, stop):
+    seen = Record()
+    with pytest.raises(RuntimeError, match="killed"):
+        fitted(tmp_path, seen, stop, epochs=11, monitor=None, average=True)
+    weights, losses = fitted(tmp_path, seen, epochs=11, monitor=None, average=True)
+    steps = max(seen.steps)
+    last = [seen.steps[step] for step in range(steps - steps // 5, steps + 1)]  # the last fifth, rounded up
+    kept, resumable = (read_checkpoint(tmp_path / f"{name}.ckpt")["state_dict"] for name in ("best", "last"))
+    for name, tensor in weights.items():
+        mean = torch.stack([step[name] for step in last]).mean(0).to(tensor.dtype)
+        for found in (tensor, kept[name], resumable[name]):
+            torch.testing.assert_close(found, mean, msg=name)
+    assert any(not torch.equal(seen.steps[steps][name], tensor) for name, tensor in weights.items())
+    _, plain = fitted(tmp_path / "plain", epochs=11, monitor=None)
+    assert plain[:8] == losses[:8], "before, the weights are as they are"
+    assert plain[8:] != losses[8:], "validation has the mean"
+
+
+def test_a_fit_that_was_complete_before_it_resumes_keeps_the_mean(tmp_path):
+    weights, _ = fitted(tmp_path, epochs=2, monitor=None, average=True)
+    (tmp_path / "best.ckpt").unlink()
+    again, _ = fitted(tmp_path, epochs=2, monitor=None, average=True)
+    kept = read_checkpoint(tmp_path / "best.ckpt")["state_dict"]
+    for name, tensor in weights.items():
+        assert torch.equal(again[name], tensor), name
+        assert torch.equal(kept[name], tensor), name
+
+
+def averaging_trainer(folder, **options):
+    kept = ModelCheckpoint(folder, "kept", **options)
+    return Trainer(max_epochs=2, accelerator="cpu", logger=False, callbacks=[AverageLastSteps(share=0.5), kept])
+
+
+def test_a_trainer_tests_the_mean_after_its_fit(tmp_path):
+    trainer, model, data = averaging_trainer(tmp_path), plain_model(), small_data(batch_size=16)
+    trainer.fit(model, data)
+    mean = {name: value.clone() for name, value in model.state_dict().items()}
+    trainer.test(model, data, ckpt_path=tmp_path / "kept.ckpt", weights_only=True, verbose=False)
+    assert all(torch.equal(value, mean[name]) for name, value in model.state_dict().items())
+
+
+def test_checkpoints_that_would_not_hold_the_mean_are_refused(tmp_path):
+    trainer = averaging_trainer(tmp_path, save_weights_only=True)
+    with pytest.raises(ValueError, match="save_weights_only=True keeps the weights of the last step"):
+        trainer.fit(plain_model(), small_data(batch_size=16))
+
+
+def test_weights_that_a_callback_of_the_users_averages_are_averaged_once(tmp_path):
+    with seeded(0):
+        model, data = plain_model(), small_data(batch_size=16)
+        arguments = {"accelerator": "cpu", "callbacks": [EMAWeightAveraging(decay=0.9)]}
+        resumable_fit(arguments, model, data, tmp_path, epochs=1, average=True)
+    kept = read_checkpoint(tmp_path / "last.ckpt")
+    assert [name for name in kept["callbacks"] if "Average" in name or "Averaging" in name] == ["EMAWeightAveraging"]
+
+
+def test_a_share_of_the_steps_is_asked_for():
+    with pytest.raises(ValueError, match=re.escape("share must be in (0, 1], got 0")):
+        AverageLastSteps(share=0)
 
 
 def test_a_checkpoint_of_another_folder_is_only_where_a_fit_starts(tmp_path):

@@ -43,6 +43,17 @@ def test_the_multi_exit_leaves_where_the_lead_of_a_layers_answer_exceeds_the_mar
     assert peer.loss(batch).loss == peer.loss(batch).exit_loss
 
 
+def test_an_encoder_that_was_cut_learns_on_its_last_layer_alone(tuned):
+    dact, batch = tiny_model(consistency=2.0), random_batch()
+    peer = tuned.OneExit.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
+    logits = peer._submodels(batch)[0]
+    assert logits.shape[1] == 1
+    found = peer.eval().loss(batch)
+    last = peer.full_depth(batch).layer_probabilities[:, -1]
+    expected = torch.nn.functional.nll_loss(last.log(), batch["labels"])
+    torch.testing.assert_close(found.loss, expected)
+
+
 def test_pooled_differences_have_the_larger_error_of_texts_and_runs(tuned):
     assert tuned.points([(0.01, 0.03), (0.03, 0.04)]) == "+2.00 ± 2.50"
     assert tuned.points([(0.01, 0.003), (0.03, 0.004)]) == "+2.00 ± 1.00"

@@ -505,6 +505,12 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
         ({"lambda_selection": "best"}, ValueError, "got 'best'"),
         ({"lambda_selection": "max_layers"}, ValueError, "needs max_layers"),
         ({"distillation": 1.5}, ValueError, r"distillation must be in \[0, 1\], got 1.5"),
+        ({"consistency": -1.0}, ValueError, "consistency must be 0 or more, got -1.0"),
+        (
+            {"consistency": 1.0, "encoder_training": "frozen", "final_training": "frozen"},
+            ValueError,
+            "consistency goes with final_training='finetune'",
+        ),
         ({"final_training": "frozen"}, ValueError, "final_training='frozen' goes with encoder_training='frozen'"),
         ({"workers": 2, "storage": optuna.storages.InMemoryStorage()}, ValueError, "cannot share a storage in memory"),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),

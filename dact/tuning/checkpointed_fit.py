@@ -52,13 +52,28 @@ class CheckpointedFit:
         return MONITOR if self.keep_frozen else None
 
     @property
+    def finetunes(self) -> bool:
+        """Whether this is a tuned fit that trains the encoder, with consistency and the mean of the last weights."""
+        return self.settings is not None and not self.keep_frozen
+
+    @property
+    def learning(self) -> dict[str, Any]:
+        """Arguments of its model that no study chooses; see `Prepared`."""
+        return {**self.prepared.learning, **self._finetuning}
+
+    @property
+    def _finetuning(self) -> dict[str, Any]:
+        has_exit_loss = self.settings is not None and self.settings.get("exit_loss_weight") != 0
+        return self.prepared.finetuning if self.finetunes and has_exit_loss else {}
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The inputs of the fit, as plain data."""
         # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
         # calibration_fraction says.
         shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        kept = {"keep_frozen": self.keep_frozen, "monitor": self.monitor}
-        return {"settings": self.settings, "setting": digest(shared), **kept}
+        kept = {"keep_frozen": self.keep_frozen, "monitor": self.monitor, "finetunes": self.finetunes}
+        return {"settings": self.settings, "setting": digest(shared), "learning": self.learning, **kept}
 
     @property
     def seed(self) -> int:
@@ -126,7 +141,7 @@ class CheckpointedFit:
             if self.settings is None:
                 model, data = recipe.untuned(self.prepared.own_teacher)
             else:
-                model, data = self.prepared.build(chosen, unfreeze=not self.keep_frozen)
+                model, data = self.prepared.build({**self._finetuning, **chosen}, unfreeze=not self.keep_frozen)
             history = resumable_fit(
                 for_states(recipe.trainer) if self.keep_frozen else recipe.trainer,
                 model,
@@ -138,6 +153,7 @@ class CheckpointedFit:
                 log=self.folder,
                 keep="best",
                 monitor=self.monitor,
+                average=self.finetunes,
             )
         write_json(self.folder / "history.json", history.epochs)
         last.unlink()
@@ -150,7 +166,7 @@ class CheckpointedFit:
         else:
             chosen = {name: value for name, value in chosen.items() if name not in ("batch_size", "num_epochs")}
             # By the factory: a class or an encoder of the user's own may hold what no checkpoint can rebuild.
-            model = recipe.make_model(**self.prepared.learning, **chosen)
+            model = recipe.make_model(**self.learning, **chosen)
         checkpoint = read_checkpoint(self.checkpoint)
         adopt(model, checkpoint)
         model.load_state_dict(checkpoint["state_dict"])

@@ -108,6 +108,9 @@ class TuningEngine:
         distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; by default
             that of the model factory or, if it has none and the data can carry them, half. The teacher is the baseline,
             unless the data has one of its own.
+        consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder after the studies; by
+            default that of the model factory or, if it has none and its encoder has dropout, 5. With 0, they take half
+            the time and memory.
         compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
@@ -156,6 +159,7 @@ class TuningEngine:
         halting_tolerance: float | None = None,
         promise: Promise | None = DEFAULT_PROMISE,
         distillation: float | None = None,
+        consistency: float | None = None,
         compare_defaults: bool = True,
         log_dir: str | Path = "lightning_logs",
         seed: int = 0,
@@ -171,6 +175,7 @@ class TuningEngine:
             final_training=final_training,
             warm_up_epochs=warm_up_epochs,
             distillation=distillation,
+            consistency=consistency,
             halting_tolerance=halting_tolerance,
             promise=promise,
             seed=seed,
@@ -232,7 +237,10 @@ class TuningEngine:
             candidates = ON_STATES + (defaults != recommended)
             later = candidates if self.recipe.encoder_training == "frozen" else 0
             fits = self.recipe.finetunings(first_trial=defaults != recommended)
-            epochs = fits * surveyed.initial["num_epochs"] + MEASURING
+            passes = 1 + (self.recipe.consistency_of(surveyed.model) > 0)
+            share = surveyed.initial["num_layers"] / surveyed.model.encoder.num_layers  # of the baseline's layers
+            untuned = self.recipe.compare_defaults
+            epochs = (untuned + (fits - untuned) * passes * share) * surveyed.initial["num_epochs"] + MEASURING
             self.progress.announce(left, self.time_out, later, epochs)
         if isinstance(surveyed.data, TextDataModule) and (text := surveyed.data.describe_classes()):
             self.progress.note(text)

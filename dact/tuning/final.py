@@ -16,7 +16,7 @@ from lightning.pytorch import LightningDataModule
 from dact import plots
 from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe
-from dact.callbacks import save_with_tokenizer
+from dact.callbacks import AverageLastSteps, save_with_tokenizer
 from dact.files import read_json, replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.persistence import store_in_checkpoint
@@ -27,7 +27,7 @@ from dact.tuning.checkpointed_fit import CheckpointedFit
 from dact.tuning.confirmation import FOLDER, Verdict
 from dact.tuning.digests import data_digest
 from dact.tuning.evaluation import MARGINS, TOLERANCES, Evaluation, dial_curve, evaluate, texts_per_second
-from dact.tuning.fitting import NonFiniteLoss
+from dact.tuning.fitting import NonFiniteLoss, averages
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
@@ -127,7 +127,9 @@ class FinalFit:
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
         plain = {name: value for name, value in self.recipe.trainer.items() if _is_plain(value)}
-        arguments = self.recipe.overrides({**self.prepared.learning, **chosen})
+        if fit.finetunes and not averages(self.recipe.trainer):
+            plain["callbacks"] = [{"class_path": f"{AverageLastSteps.__module__}.{AverageLastSteps.__qualname__}"}]
+        arguments = self.recipe.overrides({**fit.learning, **chosen})
         overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
         given = {**(data.get("init_args") or {}), **size}
         known = inspect.signature(type(self.recipe.make_data()).__init__).parameters

@@ -20,6 +20,8 @@ from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
     LearningRateMonitor,
     ProgressBar,
+    StochasticWeightAveraging,
+    WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins import CheckpointIO
@@ -28,7 +30,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dact.answers import LayerAnswers
-from dact.callbacks import MovableCheckpoint
+from dact.callbacks import AverageLastSteps, MovableCheckpoint
 from dact.files import DurableCheckpointIO
 from dact.functional import accumulate
 from dact.model import DACT
@@ -37,7 +39,7 @@ from dact.signals import StopOnSignal
 MONITOR = "val_loss"
 HEAD_EPOCHS = 3  # epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
 MOST_HEAD_EPOCHS = 12  # … and with this many they have, however long the encoder is trained
-MIN_STEPS = 300  # optimizer steps in which a pretrained encoder learns its task, also from few texts …
+MIN_STEPS = 250  # optimizer steps in which a pretrained encoder learns its task, also from few texts …
 TAUGHT_STEPS = 150  # … and one that starts from the baseline's encoder and has the baseline as a teacher
 MOST_TIMES = 7  # of the epochs that are asked for, on few examples
 GRACE = 10.0  # seconds that a validation may go on after a deadline
@@ -289,6 +291,12 @@ def for_states(trainer: Mapping[str, Any]) -> dict[str, Any]:
     return given
 
 
+def averages(trainer: Mapping[str, Any]) -> bool:
+    """Return whether a callback of the user's averages weights."""
+    kinds = (StochasticWeightAveraging, WeightAveraging)
+    return any(isinstance(callback, kinds) for callback in as_list(trainer.get("callbacks")))
+
+
 def as_list(value: Any) -> list[Any]:
     """Return a Trainer argument that may be None, one object or several as a list."""
     if value is None:
@@ -320,6 +328,7 @@ def resumable_fit(
     log: Path | None = None,
     keep: str | None = None,
     monitor: str | None = None,
+    average: bool = False,
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
@@ -334,6 +343,7 @@ def resumable_fit(
         log: Folder of a TensorBoard log, or None.
         keep: Name, without ``.ckpt``, of a checkpoint without an optimizer; None for no such one.
         monitor: Metric whose lowest value chooses the epoch of `keep` (`BestLaterEpoch`); None for the last epoch.
+        average: Whether to average the weights of the last steps, unless a callback of the user's averages weights.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
@@ -345,7 +355,8 @@ def resumable_fit(
     if keep is not None and monitor is not None:
         kept.insert(0, BestLaterEpoch(checkpoints, keep, monitor))
     history, last = History(), checkpoints / "last.ckpt"
-    every = [history, *callbacks, *kept]
+    averaging = [AverageLastSteps()] if average and not averages(arguments) else []
+    every = [history, *callbacks, *averaging, *kept]
     trainer = make_trainer(
         arguments, max_epochs=epochs, logger=logger or False, callbacks=every, enable_checkpointing=True
     )

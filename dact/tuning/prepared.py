@@ -18,7 +18,7 @@ from dact.model import DACT
 from dact.tuning.baseline import Baseline, fit_baseline
 from dact.tuning.digests import digest, encoder_digest, pretrained_digest, tensor_digest
 from dact.tuning.features import Features, FeaturesData, compute_features
-from dact.tuning.fitting import checkpoints_of, enough_epochs, resumable_fit, seeded
+from dact.tuning.fitting import MIN_STEPS, checkpoints_of, enough_epochs, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import DISTILLATION, Recipe
 from dact.tuning.run import Run
@@ -45,6 +45,7 @@ class Prepared:
         teacher: File with a teacher's probabilities of the training examples, or None.
         own_teacher: As in `Surveyed`.
         learning: Arguments of all models that set their distillation, if it is not that of the factory.
+        finetuning: As `learning`, for fits of the encoder after the studies: their consistency.
         states: Folder with the states of frozen mode, or None.
         batch_size: Number of examples per training batch of frozen mode if no trial chooses it.
     """
@@ -59,6 +60,7 @@ class Prepared:
     teacher: Path | None
     own_teacher: bool
     learning: dict[str, Any]
+    finetuning: dict[str, Any]
     states: Path | None
     batch_size: int
 
@@ -144,12 +146,14 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         ValueError: If a file of an earlier call is corrupted, or the data cannot carry a teacher's probabilities.
     """
     recipe, data = surveyed.recipe, surveyed.data
-    distillation = surveyed.model.distillation
+    distillation, consistency = surveyed.model.distillation, surveyed.model.consistency
+    weight = recipe.consistency_of(surveyed.model)
     states, batch_size = None, 0
     with run.locked(lambda: progress.stage("waiting for another process, which prepares the run")):
         # Settings that do not change the baseline.
         later = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
-        origin = digest({name: value for name, value in surveyed.identity.items() if name not in later})
+        inputs = {name: value for name, value in surveyed.identity.items() if name not in later}
+        origin = digest({**inputs, "steps": MIN_STEPS})
         baseline = fit_baseline(recipe, run.folder / "baseline", surveyed.model, data, origin, progress)
         teacher = _teach(run.folder / "teacher", surveyed, baseline)
         share = (distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
@@ -169,6 +173,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         teacher=teacher,
         own_teacher=surveyed.own_teacher,
         learning=learning,
+        finetuning={"consistency": weight} if weight != consistency else {},
         states=states,
         batch_size=batch_size,
     )

@@ -42,7 +42,7 @@ class Progress:
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = self._end = Deadline()
         self._pace = 0.0  # seconds per trial, those of the last study until one of this study has ended
-        self._trials_after, self._epochs_after = 0, 0  # of the fits after the studies
+        self._trials_after, self._epochs_after = 0, 0.0  # of the fits after the studies
 
     @contextlib.contextmanager
     def study(
@@ -100,14 +100,14 @@ class Progress:
         self.seconds_per_epoch = self.seconds_per_epoch or seconds / max(1, begun)
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
-    def announce(self, trials: Sequence[int], time_out: float | None, trials_after: int, epochs_after: int) -> None:
+    def announce(self, trials: Sequence[int], time_out: float | None, trials_after: int, epochs_after: float) -> None:
         """Print what the run will do. The time left is shown from the first trial on.
 
         Args:
             trials: Number of trials of each study.
             time_out: Seconds for the studies, or None.
             trials_after: Number of fits after the studies that take as long as a trial.
-            epochs_after: Number of epochs that are trained after the studies.
+            epochs_after: Number of epochs after the studies, in the time that one of the baseline takes.
         """
         self._trials_after, self._epochs_after = trials_after, epochs_after
         text = (

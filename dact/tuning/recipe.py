@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from torch.nn.modules.dropout import _DropoutNd
 
 from dact.calibration import Promise
 from dact.checks import check_choice, check_count, check_range, check_tolerance, check_type
@@ -21,6 +22,7 @@ EncoderTraining = Literal["finetune", "frozen"]
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)  # at most one point below the model's own full depth, by the margin
 TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
 DISTILLATION = 0.5  # share of the teacher in the targets
+CONSISTENCY = 5.0  # weight of two passes' agreement in fits of the encoder after the studies
 COMPARED = (  # arguments of the Trainer that must be equal for the values of trials to be comparable
     "precision",
     "accumulate_grad_batches",
@@ -50,6 +52,8 @@ class Recipe:
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
         distillation: Share of a teacher's probabilities in the training targets, in [0, 1]; None for that of the model
             factory, or for half if the factory has none and the data can carry them.
+        consistency: Weight of the agreement of two passes in fits of the encoder after the studies, 0 or more; None for
+            that of the model factory, or for `CONSISTENCY` if the factory has none and its encoder has dropout.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
         promise: Promise that early exit of the final model must keep, or None.
         calibration_fraction: Share of the validation examples that is set aside for the promise; None for that of the
@@ -70,6 +74,7 @@ class Recipe:
     final_training: EncoderTraining
     warm_up_epochs: int
     distillation: float | None
+    consistency: float | None
     halting_tolerance: float | None
     promise: Promise | None
     seed: int
@@ -94,6 +99,10 @@ class Recipe:
         check_count("TuningEngine: warm_up_epochs", self.warm_up_epochs, least=0)
         if self.distillation is not None:
             check_range("TuningEngine: distillation", self.distillation, "[0, 1]", "it is a share of the targets")
+        if self.consistency is not None:
+            check_range("TuningEngine: consistency", self.consistency, "[0, inf)")
+            if self.final_training == "frozen":
+                raise ValueError("TuningEngine: consistency goes with final_training='finetune', which trains encoders")
         if self.halting_tolerance is not None:
             check_tolerance(self.halting_tolerance)
             if self.promise is not None and self.promise.dial == "halting_tolerance":
@@ -108,6 +117,18 @@ class Recipe:
         """
         candidates = 2 if self.encoder_training == "frozen" else 3
         return self.compare_defaults + (0 if self.final_training == "frozen" else candidates + first_trial)
+
+    def consistency_of(self, model: DACT) -> float:
+        """Return the consistency of fits of the encoder after the studies.
+
+        Args:
+            model: Model of the factory.
+        """
+        if self.consistency is not None:
+            return self.consistency
+        dropouts = (part for part in model.encoder.modules() if isinstance(part, _DropoutNd) and part.training)
+        has_dropout = any(part.p > 0 for part in dropouts)
+        return model.consistency or CONSISTENCY * has_dropout  # without dropout, both passes agree
 
     @property
     def epochs(self) -> int:

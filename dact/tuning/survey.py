@@ -132,7 +132,7 @@ def survey(
     ends = [{stage: trials[end] for stage, trials in first_trials.items() if trials} for end in (-1, 0)]
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
     untuned = _settings(ends[0], spaces, submodels), _settings(ends[1], spaces, submodels)
-    _check_factory(recipe, spaces, submodels, model, stages)
+    _check_factory(recipe, spaces, submodels, model, stages, measured)
     return Surveyed(
         recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels, untuned
     )
@@ -175,7 +175,12 @@ def _check_order(split: str, loader: DataLoader[Any]) -> None:
 
 
 def _check_factory(
-    recipe: Recipe, spaces: Spaces, submodels: Mapping[str, Any], first: DACT, stages: Sequence[Stage]
+    recipe: Recipe,
+    spaces: Spaces,
+    submodels: Mapping[str, Any],
+    first: DACT,
+    stages: Sequence[Stage],
+    finetunes: bool,
 ) -> None:
     """Raise a ``ValueError`` if the models of the factory are not what the trials ask for, or share weights.
 
@@ -185,12 +190,19 @@ def _check_factory(
         submodels: See `Surveyed`.
         first: Another model of the factory.
         stages: Stages whose trials will ask.
+        finetunes: Whether a final fit will ask as well.
     """
     winners: dict[str, Any] = {}
     for stage in stages:
         params = {name: dimension.first for name, dimension in spaces[stage.name].items()}
         winners |= stage.parse({**submodels, **params} if stage is SUBMODELS else params)
     asked = {name: value for name, value in Winners(**winners).settings().items() if name not in OF_NO_MODEL}
+    if (
+        finetunes
+        and recipe.final_training == "finetune"
+        and (weight := recipe.consistency_of(first)) != first.consistency
+    ):
+        asked["consistency"] = weight
     try:
         with seeded(recipe.seed):
             model = recipe.make_model(**asked)

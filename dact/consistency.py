@@ -1,0 +1,34 @@
+"""Consistency: two passes of a batch with different dropout masks must give the same classification (R-Drop)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from dact.functional import at_least_float32
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Return the symmetric Kullback-Leibler divergence between two classifications, mean over batch and layers.
+
+    It is half of KL(p‖q) + KL(q‖p) (Liang et al. 2021, *R-Drop: Regularized Dropout for Neural Networks*, formula 2).
+    There the likelihoods of both passes are summed. `DACT` takes their mean: its weight of 5 is an α of 10 there.
+
+    Args:
+        first: Logits of p, ``[batch, layers, classes]``.
+        second: Logits of q, of the same shape.
+
+    Returns:
+        A scalar, 0 or more, in nats.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Example:
+        >>> import torch
+        >>> divergence(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])).item()
+        0.46211716532707214
+    """
+    if first.shape != second.shape:
+        raise ValueError(f"both passes must have one shape, got {[*first.shape]} and {[*second.shape]}")
+    log_p, log_q = (at_least_float32(logits).log_softmax(dim=-1) for logits in (first, second))
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1).mean() / 2

@@ -1,0 +1,118 @@
+"""Two passes of one batch must agree: the divergence, the loss of a step, and where the engine asks for it."""
+
+from itertools import pairwise
+
+import hypothesis.strategies as st
+import pytest
+import torch
+from hypothesis import given
+
+from dact import DACT, SubmodelConfig
+from dact.consistency import divergence
+from dact.encoders import TransformerEncoder
+from tests import references
+from tests.conftest import random_batch
+from tests.test_confirmation import engine
+
+numbers = st.floats(-20, 20, width=32)
+logits = st.lists(st.lists(st.tuples(numbers, numbers, numbers), min_size=2, max_size=2), min_size=3, max_size=3)
+
+
+@given(logits, logits)
+def test_the_divergence_is_that_of_its_formula(first, second):
+    p, q = torch.tensor(first), torch.tensor(second)
+    pairs = zip(
+        p.double().softmax(-1).flatten(0, 1).tolist(), q.double().softmax(-1).flatten(0, 1).tolist(), strict=True
+    )
+    expected = [references.symmetric_divergence(*pair) for pair in pairs]
+    assert divergence(p, q).item() == pytest.approx(sum(expected) / len(expected), rel=1e-4, abs=1e-5)
+    assert divergence(p, q) == divergence(q, p)
+    assert divergence(p, p) == 0
+
+
+def test_passes_of_other_shapes_are_refused():
+    with pytest.raises(ValueError, match=r"one shape, got \[2, 3, 4\] and \[1, 3, 4\]"):
+        divergence(torch.rand(2, 3, 4), torch.rand(1, 3, 4))
+
+
+def noisy_model(**settings):
+    config = SubmodelConfig(dropout=0.3)
+    encoder = TransformerEncoder(50, 3, 8, 2, dropout=0.2)
+    return DACT(encoder=encoder, classifier=config, confidence=config, lambda_warmup=0.0, **settings)
+
+
+@pytest.mark.parametrize("detached", [False, True])
+def test_a_step_has_the_mean_loss_of_both_passes_and_what_they_differ_by(detached):
+    batch = random_batch(12)
+    settings = {"exit_loss_weight": 0.4, "lambda_reg": 0.1, "detach_exits": detached}
+    twice, once = noisy_model(consistency=2.0, **settings).train(), noisy_model(**settings).train()
+    once.load_state_dict(twice.state_dict())
+    torch.manual_seed(3)
+    found = twice.loss(batch)
+    torch.manual_seed(3)
+    passes = [once.loss(batch) for _ in range(2)]
+    torch.manual_seed(3)
+    y = [once(batch).layer_probabilities.log() for _ in range(2)]
+    apart = divergence(*y)
+    assert apart > 0.001
+    for part in ("task_loss", "ponder_cost"):
+        torch.testing.assert_close(getattr(found, part), sum(getattr(one, part) for one in passes) / 2)
+    torch.testing.assert_close(found.exit_loss, sum(one.exit_loss for one in passes) / 2 + 2.0 * apart)
+    torch.testing.assert_close(found.loss, sum(one.loss for one in passes) / 2 + 0.4 * 2.0 * apart)
+
+
+def test_dropout_changes_the_answers_of_a_model_less_that_has_learned_to_agree():
+    batch, apart = random_batch(32), {}
+    for weight in (0.0, 5.0):
+        torch.manual_seed(0)
+        model = noisy_model(consistency=weight).train()
+        optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+        for _ in range(100):
+            optimizer.zero_grad()
+            model.loss(batch).loss.backward()
+            optimizer.step()
+        answers = [model(batch).layer_probabilities.log() for _ in range(20)]
+        apart[weight] = sum(divergence(*pair).item() for pair in pairwise(answers))
+    assert apart[5.0] < apart[0.0] / 2
+
+
+def test_only_training_of_the_encoder_takes_two_passes():
+    model = noisy_model(consistency=2.0)
+    batch, calls = random_batch(12), []
+    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    states = {"labels": batch["labels"], "states": model.encoder(batch).detach()}
+    for mode, given_batch, expected in ((False, batch, 1), (True, states, 0), (True, batch, 2)):
+        calls.clear()
+        model.train(mode).loss(given_batch)
+        assert len(calls) == expected
+
+
+@pytest.mark.slow
+def test_a_factory_that_does_not_pass_it_on_is_refused_before_any_training(tmp_path):
+    def deaf(**settings):
+        settings.pop("consistency", None)
+        return DACT(encoder=TransformerEncoder(42, 3, 8, 2, dropout=0.1), **settings)
+
+    with pytest.raises(ValueError, match=r"was asked for consistency=5.0 and made one with 0.0"):
+        engine(tmp_path, model=deaf).run_pipeline("run")
+    assert not (tmp_path / "run" / "baseline").exists()
+
+
+def test_the_baseline_is_plain_fine_tuning():
+    assert noisy_model(consistency=2.0).at_full_depth().consistency == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dropout", "asked", "expected"), [(0.1, None, 5.0), (0.0, None, 0.0), (0.1, 0.0, 0.0)])
+def test_the_fits_after_the_studies_ask_for_it(tmp_path, dropout, asked, expected):
+    seen = set()
+
+    def model(**settings):
+        encoder = TransformerEncoder(42, 3, 8, 2, dropout=dropout)
+        seen.add(settings.get("consistency", 0.0))
+        return DACT(**{"learning_rate": 3e-3, **settings, "encoder": encoder})
+
+    engine(tmp_path, model=model, consistency=asked, n_trials=1).run_pipeline("run")
+    assert DACT.from_pretrained(tmp_path / "run/final/model").consistency == expected
+    assert DACT.from_pretrained(tmp_path / "run/baseline/model").consistency == 0
+    assert seen == {0.0, expected}, "trials take one pass"
