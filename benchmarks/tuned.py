@@ -14,9 +14,9 @@ the promise that the run made, its dial set on the same calibration examples:
     defaults    what the configuration makes without tuning
     encoder     a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
     multi-exit  a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
-The two peers start from the teacher's weights, have its probabilities as half of their targets, and the rates, epochs
-and heads of the tuned model. The last epoch counts, and the test split is evaluated once; that of vader2000 is joined by
-two thirds of the training texts that its 2,000 leave out (the speeds are those on the test split). Errors are
+The two peers start from the teacher's weights, have its probabilities as half of their targets, and the rates, epochs,
+heads and consistency of the tuned model. Of all three the last epoch counts, with the mean of the weights over the last
+steps, and the test split is evaluated once; that of vader2000 is joined by two thirds of the training texts that its 2,000 leave out (the speeds are those on the test split). Errors are
 standard errors of paired differences over the texts, or between the runs if these are larger. Besides, the tuned model is
 compared with each of the others by the margin that takes as many layers as it on validation texts. Each run leaves a file in
 results/tuned/: a stopped call goes on.

@@ -45,7 +45,7 @@ class Prepared:
         teacher: File with a teacher's probabilities of the training examples, or None.
         own_teacher: As in `Surveyed`.
         learning: Arguments of all models that set their distillation, if it is not that of the factory.
-        finetuning: As `learning`, for fits of the encoder after the studies: their consistency.
+        finetuning: Arguments of fits of the encoder after the studies; see `Recipe.finetuning`.
         states: Folder with the states of frozen mode, or None.
         batch_size: Number of examples per training batch of frozen mode if no trial chooses it.
     """
@@ -146,8 +146,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         ValueError: If a file of an earlier call is corrupted, or the data cannot carry a teacher's probabilities.
     """
     recipe, data = surveyed.recipe, surveyed.data
-    distillation, consistency = surveyed.model.distillation, surveyed.model.consistency
-    weight = recipe.consistency_of(surveyed.model)
+    distillation, finetuning = surveyed.model.distillation, recipe.finetuning(surveyed.model)
     states, batch_size = None, 0
     with run.locked(lambda: progress.stage("waiting for another process, which prepares the run")):
         # Settings that do not change the baseline.
@@ -173,7 +172,7 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
         teacher=teacher,
         own_teacher=surveyed.own_teacher,
         learning=learning,
-        finetuning={"consistency": weight} if weight != consistency else {},
+        finetuning=finetuning,
         states=states,
         batch_size=batch_size,
     )

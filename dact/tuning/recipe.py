@@ -130,6 +130,15 @@ class Recipe:
         has_dropout = any(part.p > 0 for part in dropouts)
         return model.consistency or CONSISTENCY * has_dropout  # without dropout, both passes agree
 
+    def finetuning(self, model: DACT) -> dict[str, Any]:
+        """Return the arguments of fits of the encoder after the studies that are not those of the factory.
+
+        Args:
+            model: Model of the factory.
+        """
+        weight = self.consistency_of(model)
+        return {"consistency": weight} if self.final_training == "finetune" and weight != model.consistency else {}
+
     @property
     def epochs(self) -> int:
         """Number of epochs if no study chooses it."""

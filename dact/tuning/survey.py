@@ -197,12 +197,8 @@ def _check_factory(
         params = {name: dimension.first for name, dimension in spaces[stage.name].items()}
         winners |= stage.parse({**submodels, **params} if stage is SUBMODELS else params)
     asked = {name: value for name, value in Winners(**winners).settings().items() if name not in OF_NO_MODEL}
-    if (
-        finetunes
-        and recipe.final_training == "finetune"
-        and (weight := recipe.consistency_of(first)) != first.consistency
-    ):
-        asked["consistency"] = weight
+    if finetunes:
+        asked |= recipe.finetuning(first)
     try:
         with seeded(recipe.seed):
             model = recipe.make_model(**asked)
