@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import torch
 from torch import Tensor
 
 from dact.functional import at_least_float32
+
+
+def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch with all of its examples, then all of them again: one run of the encoder is two passes.
+
+    Args:
+        batch: With ``labels`` ``[batch]``. Entries without a row for each of them stay as they are.
+
+    Example:
+        >>> import torch
+        >>> twice({"labels": torch.tensor([0, 1]), "input_ids": torch.tensor([[5, 6], [7, 8]])})["input_ids"].tolist()
+        [[5, 6], [7, 8], [5, 6], [7, 8]]
+    """
+    rows = len(batch["labels"])
+
+    def doubled(entry: Tensor) -> Tensor:
+        return torch.cat([entry, entry]) if isinstance(entry, Tensor) and entry.dim() and len(entry) == rows else entry
+
+    return {name: doubled(entry) for name, entry in batch.items()}
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:

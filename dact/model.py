@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dact import functional, hub, inference, model_card, persistence
 from dact.agreement import Agreement
 from dact.arguments import check_arguments, of_rule
-from dact.consistency import divergence
+from dact.consistency import divergence, twice
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metric_logging import MetricLogging, labels_of, teacher_of
@@ -256,8 +256,8 @@ class DACT(MetricLogging):
         teacher = teacher_of(batch, self.distillation)
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
         passes = 2 if self.training and self.consistency > 0 and "states" not in batch else 1
-        found = [self._submodels(batch) for _ in range(passes)]  # with different dropout masks
-        logits, h, target = *(torch.cat(parts) for parts in zip(*found, strict=True)), target.repeat(passes, 1)
+        logits, h = self._submodels(batch if passes == 1 else twice(batch))  # each row has its own dropout mask
+        target = target.repeat(passes, 1)
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         task_loss = functional.task_loss(a[:, -1], target, self.class_weights)

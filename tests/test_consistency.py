@@ -47,13 +47,14 @@ def test_a_step_has_the_mean_loss_of_both_passes_and_what_they_differ_by(detache
     settings = {"exit_loss_weight": 0.4, "lambda_reg": 0.1, "detach_exits": detached}
     twice, once = noisy_model(consistency=2.0, **settings).train(), noisy_model(**settings).train()
     once.load_state_dict(twice.state_dict())
-    torch.manual_seed(3)
+    seen, submodels, passes = [], twice._submodels, []
+    twice._submodels = lambda batch: seen.append(submodels(batch)) or seen[-1]
     found = twice.loss(batch)
-    torch.manual_seed(3)
-    passes = [once.loss(batch) for _ in range(2)]
-    torch.manual_seed(3)
-    y = [once(batch).layer_probabilities.log() for _ in range(2)]
-    apart = divergence(*y)
+    logits, h = (part.chunk(2) for part in seen[0])
+    for both in zip(logits, h, strict=True):
+        once._submodels = lambda _, both=both: both
+        passes.append(once.loss(batch))
+    apart = divergence(*logits)
     assert apart > 0.001
     for part in ("task_loss", "ponder_cost"):
         torch.testing.assert_close(getattr(found, part), sum(getattr(one, part) for one in passes) / 2)
@@ -78,13 +79,21 @@ def test_dropout_changes_the_answers_of_a_model_less_that_has_learned_to_agree()
 
 def test_only_training_of_the_encoder_takes_two_passes():
     model = noisy_model(consistency=2.0)
-    batch, calls = random_batch(12), []
-    model.encoder.register_forward_hook(lambda *_: calls.append(1))
+    batch, rows = {**random_batch(12), "scale": torch.tensor(2.0), "ids": ["a"] * 12}, []
+    model.classifier.register_forward_hook(lambda _, given, __: rows.append(len(given[0])))
     states = {"labels": batch["labels"], "states": model.encoder(batch).detach()}
-    for mode, given_batch, expected in ((False, batch, 1), (True, states, 0), (True, batch, 2)):
-        calls.clear()
+    for mode, given_batch, expected in ((False, batch, 12), (True, states, 12), (True, batch, 24)):
+        rows.clear()
         model.train(mode).loss(given_batch)
-        assert len(calls) == expected
+        assert rows == [expected]
+
+
+def test_without_dropout_the_second_pass_changes_nothing():
+    config, encoder = SubmodelConfig(dropout=0.0), TransformerEncoder(50, 3, 8, 2, dropout=0.0)
+    model = DACT(encoder=encoder, classifier=config, confidence=config, consistency=2.0)
+    batch = random_batch(12)
+    once, both = (model.train(mode).loss(batch, 0.1).loss for mode in (False, True))
+    torch.testing.assert_close(both, once)
 
 
 @pytest.mark.slow
