@@ -11,15 +11,17 @@
 
 The real command runs first; each seed also divides the data anew. Next to the tuned model and the baseline stand, all at
 the promise that the run made, its dial set on the same calibration examples:
-    defaults    what the configuration makes without tuning
-    encoder     a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
-    multi-exit  a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
-The two peers start from the teacher's weights, have its probabilities as half of their targets, and the rates, epochs,
-heads and consistency of the tuned model. Of all three the last epoch counts, with the mean of the weights over the last
-steps, and the test split is evaluated once; that of vader2000 is joined by two thirds of the training texts that its 2,000 leave out (the speeds are those on the test split). Errors are
-standard errors of paired differences over the texts, or between the runs if these are larger. Besides, the tuned model is
-compared with each of the others by the margin that takes as many layers as it on validation texts. Each run leaves a file in
-results/tuned/: a stopped call goes on.
+    defaults         what the configuration makes without tuning
+    taught defaults  the default settings as the confirmation fitted them, where others won: what tuning adds
+    encoder          a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
+    multi-exit       a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
+The last three start from the teacher's weights and have its probabilities as half of their targets. The two peers have the
+rates, epochs, heads and consistency of the tuned model. Of all models the last epoch counts (of all but the defaults with
+the mean of the weights over the last steps), and the test split is evaluated once; that of vader2000 is joined by two thirds
+of the training texts that its 2,000 leave out (the speeds are those on the test split). Errors are standard errors of paired
+differences over the texts, or between the runs if these are larger. Besides, the tuned model is compared with each of the
+others by the margin that takes as many layers as it on validation texts. Each run leaves a file in results/tuned/: a stopped
+call goes on.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ import yaml
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from dact import DACT, TextClassifier, calibrate
+from dact import DACT, SubmodelConfig, TextClassifier, calibrate
 from dact.answers import LayerAnswers, exits_by_setting, layer_answers, mean_and_error
 from dact.calibration import SETTINGS
 from dact.cli.quiet import quiet
@@ -71,6 +73,7 @@ DATA_SETS = {  # configuration and overrides
     "vader": ["vader.yaml", "--trainer.precision", "bf16-mixed"],
     "tiny": ["reviews.yaml", *["--data.num_train", "400", "--data.num_val", "640", "--data.num_test", "200"], *TINY],
 }
+DEFAULT = "default settings"  # the confirmation's name for them
 TESTED = {"vader2000": {"class_path": "left_out.MoreTests"}}  # a few thousand texts say little of half a point
 MEASURED_BATCH = 1024  # texts that early exit gets at a time
 ROUNDS = 5  # in which the models take turns on the clock
@@ -138,6 +141,17 @@ class Setting:
         with seeded(self.seed):
             return self.fit("defaults", ModelFactory(self.config["model"])(), self.config)
 
+    def taught_defaults(self) -> DACT:
+        """Return the default settings as the confirmation fitted them, with its seed: taught, from the baseline."""
+        file = self.folder / "confirmation" / "default_settings" / "fit" / "made_of.json"
+        made_of = json.loads(file.read_text())["fit"]
+        chosen = {**made_of["learning"], **made_of["settings"]}
+        epochs, size = chosen.pop("num_epochs"), {"batch_size": chosen.pop("batch_size")}
+        submodels = {name: SubmodelConfig(**chosen.pop(name)) for name in ("classifier", "confidence")}
+        with seeded(self.final["seed_everything"]):
+            model = ModelFactory(self.config["model"])(**chosen, **submodels)
+            return self.fit("taught defaults", model, self.config, self.taught(model), epochs=epochs, **size)
+
     def peer(self, kind: type[DACT], layers: int) -> DACT:
         """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
         with seeded(self.seed):
@@ -154,10 +168,18 @@ class Setting:
         model.distillation = DISTILLATION
         return baseline.probabilities()
 
-    def fit(self, name: str, model: DACT, config: dict[str, Any], teacher: Tensor | None = None) -> DACT:
+    def fit(
+        self,
+        name: str,
+        model: DACT,
+        config: dict[str, Any],
+        teacher: Tensor | None = None,
+        epochs: int | None = None,
+        **overrides: Any,
+    ) -> DACT:
         """Fit a model as `config` says, and return that of the last epoch, in eval mode."""
-        checkpoints, epochs = self.folder / "peers" / name, config["trainer"]["max_epochs"]
-        data = self.data(config["data"], teacher)
+        checkpoints, epochs = self.folder / "peers" / name, epochs or config["trainer"]["max_epochs"]
+        data = self.data(config["data"], teacher, **overrides)
         taught = teacher is not None  # as the final fit is; else as `dact fit` would make it
         resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, average=taught)
         model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
@@ -186,6 +208,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     """Tune, fit the peers, measure, and return what the results file holds."""
     seconds = tune(name, seed, folder)
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
+    took = re.split(r"[,(]", metrics["confirmation"])[0].strip()
     promise = metrics["calibration"]["promise"]
     setting = Setting.of(folder, seed)
     config, final = setting.config, setting.final
@@ -193,6 +216,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
         "defaults": setting.defaults(),
         "tuned": DACT.from_pretrained(folder / "final" / "model"),
+        **({"taught defaults": setting.taught_defaults()} if took != DEFAULT else {}),
         "encoder": setting.peer(OneExit, math.ceil(metrics["validation"]["mean_exit_layer"])),
         "multi-exit": setting.peer(MultiExit, metrics["layers"]),
     }
@@ -200,7 +224,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     data = setting.data(config["data"], batch_size=MEASURED_BATCH)
     precision = make_trainer(setting.trainer, enable_checkpointing=False).precision_plugin.forward_context
     with precision():
-        for peer in ("defaults", "multi-exit"):
+        for peer in models.keys() & {"defaults", "taught defaults", "multi-exit"}:
             calibrate(models[peer], data, **promise)
         speeds = texts_per_second(models, list(data.test_dataloader()))
         validation = {n: layer_answers(model, data.val_dataloader()) for n, model in models.items()}
@@ -240,7 +264,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "tuning_seconds": seconds,
         "test_texts": len(right["tuned"]),
         "promise": promise,
-        "took": re.split(r"[,(]", metrics["confirmation"])[0].strip(),
+        "took": took,
         "confirmation": metrics["confirmation"],
         "settings": {**final["model"], "max_epochs": final["trainer"]["max_epochs"]},
         **({"sentences": sentences(folder / "final" / "model")[0]} if name == "vader2000" else {}),
@@ -302,12 +326,13 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     ]
     for data in DATA_SETS:
         own = [run["models"] for run in runs if run["data"] == data]
-        for name in own[0] if own else ():
-            rows = [models[name] for models in own]
-            speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in own]
+        for name in max(own, key=len) if own else ():
+            having = [models for models in own if name in models]
+            rows = [models[name] for models in having]
+            speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in having]
             cells = [
                 f"{data}, {len(own)} seed{'s' * (len(own) > 1)}" if name == "baseline" else "",
-                name,
+                name if len(rows) == len(own) else f"{name} ({len(rows)} of {len(own)})",
                 ", ".join(str(row["layers"]) for row in rows),
                 f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
                 f"{100 * statistics.mean(row['accuracy'] for row in rows):.2f}",
@@ -316,11 +341,15 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    for name in ("defaults", "encoder", "multi-exit"):
-        line = f"- tuned less {name}: {points([run['models'][name]['tuned_above_this'] for run in runs])} points of accuracy, "
-        lines.append(f"{line}{layers_between(runs, name):+.2f} layers")
+    for name in ("defaults", "taught defaults", "encoder", "multi-exit"):
+        having = [run for run in runs if name in run["models"]]
+        if not having:
+            continue
+        apart = points([run["models"][name]["tuned_above_this"] for run in having])
+        fewer = f"{layers_between(having, name):+.2f} layers"
+        lines.append(f"- tuned less {name} ({len(having)} runs): {apart} points of accuracy, {fewer}")
         for key, how in (("at_as_many_layers", "to as many layers"), ("as_accurate", "until it is as accurate")):
-            turned = [run["models"][name] for run in runs if key in run["models"][name]]
+            turned = [run["models"][name] for run in having if key in run["models"][name]]
             if turned:  # runs of an earlier state lack it
                 layers = statistics.mean(row[key]["layers"] - row["mean_exit_layer"] for row in turned)
                 equal = points([row[key]["accuracy"] for row in turned])
@@ -370,13 +399,12 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
     goals.append(
         (f"pooled: as accurate as the defaults ({100 * mean:+.2f} ± {100 * error:.2f} points)", mean >= -error)
     )
-    won = [run for run in runs if run["took"] != "default settings"]
-    if won:
-        fewer = -layers_between(won, "defaults")
-        text = (
-            f"0.3 layers fewer than the defaults where tuning wins ({len(won)} of {len(runs)} runs, {fewer:.2f} fewer)"
-        )
-        goals.append((text, fewer >= 0.3))
+    won = [run for run in runs if run["took"] != DEFAULT]
+    for name in ("defaults", "taught defaults"):
+        if having := [run for run in won if name in run["models"]]:
+            fewer = -layers_between(having, name)
+            where = f"where tuning wins ({len(having)} of {len(runs)} runs, {fewer:.2f} fewer)"
+            goals.append((f"0.3 layers fewer than {name} {where}", fewer >= 0.3))
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
     excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
     broken = sum(over > 2 * error for over, (_, error) in zip(excess, lost, strict=True))

@@ -95,6 +95,17 @@ def test_the_goals_are_said_to_be_met_or_missed(tuned):
     assert "no promise broken by more than two standard errors (2 of 2)" in missed
 
 
+def test_what_tuning_adds_is_told_from_the_runs_that_it_won(tuned):
+    won, lost = a_run(layers=2.4), a_run(took="default settings")
+    won["models"]["taught defaults"] = {**won["models"]["encoder"], "mean_exit_layer": 2.5}
+    text = tuned.table([lost, won])
+    assert "|  | taught defaults (1 of 2) | 4 | 2.50 | 78.00 |" in text
+    assert "- tuned less taught defaults (1 runs): +0.20 ± 0.30 points of accuracy, -0.10 layers" in text
+    assert "- MISSED: 0.3 layers fewer than taught defaults where tuning wins (1 of 2 runs, 0.10 fewer)" in text
+    assert "- met: 0.3 layers fewer than defaults where tuning wins (1 of 2 runs, 1.10 fewer)" in text
+    assert "taught defaults" not in tuned.table([lost])
+
+
 def test_the_margin_is_turned_to_as_many_layers_or_as_much_accuracy(tuned):
     model = tiny_model().eval()
     batch = random_batch(200)
@@ -125,7 +136,8 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tuned
     run = json.loads((tmp_path / "results" / "tiny-0.json").read_text())
     metrics = json.loads((tmp_path / "tiny-0" / "final" / "metrics.json").read_text())
     models = run["models"]
-    assert list(models) == ["baseline", "defaults", "tuned", "encoder", "multi-exit"]
+    taught = ["taught defaults"] * (run["took"] != "default settings")
+    assert list(models) == ["baseline", "defaults", "tuned", *taught, "encoder", "multi-exit"]
     assert run["promise"] == metrics["calibration"]["promise"]
     for name, entry in (("baseline", metrics["baseline"]["test"]), ("tuned", metrics["test"])):
         assert models[name]["accuracy"] == pytest.approx(entry["accuracy"])
