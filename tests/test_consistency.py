@@ -12,7 +12,7 @@ from dact.consistency import divergence
 from dact.encoders import TransformerEncoder
 from tests import references
 from tests.conftest import random_batch
-from tests.test_confirmation import engine
+from tests.test_confirmation import engine, studies_of
 
 numbers = st.floats(-20, 20, width=32)
 logits = st.lists(st.lists(st.tuples(numbers, numbers, numbers), min_size=2, max_size=2), min_size=3, max_size=3)
@@ -105,6 +105,30 @@ def test_a_factory_that_does_not_pass_it_on_is_refused_before_any_training(tmp_p
     with pytest.raises(ValueError, match=r"was asked for consistency=5.0 and made one with 0.0"):
         engine(tmp_path, model=deaf).run_pipeline("run")
     assert not (tmp_path / "run" / "baseline").exists()
+
+
+@pytest.mark.slow
+def test_where_two_passes_run_out_of_memory_the_message_names_the_remedy_and_studies_are_kept(tmp_path):
+    class Hungry(DACT):
+        def loss(self, batch, lambda_reg=None):
+            if self.training and self.consistency:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+            return super().loss(batch, lambda_reg)
+
+    def model(**settings):
+        return Hungry(encoder=TransformerEncoder(42, 3, 8, 2, dropout=0.1), **settings)
+
+    def trials():
+        stages = ("submodels", "training", "lambda_reg")
+        return [trial.datetime_complete for stage in stages for trial in studies_of(tmp_path / "run", stage).trials]
+
+    with pytest.raises(RuntimeError, match=r"ran out of memory: use tuner\.consistency: 0.* 99 GiB"):
+        engine(tmp_path, model=model).run_pipeline("run")
+    before = trials()
+    engine(tmp_path, model=model, consistency=0.0).run_pipeline("run")
+    assert (tmp_path / "run" / "final" / "metrics.json").is_file()
+    assert len(before) == 6
+    assert trials() == before
 
 
 def test_the_baseline_is_plain_fine_tuning():
