@@ -321,22 +321,28 @@ def processor() -> str:
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     lines = [
-        "| data | model | layers kept | mean layers | accuracy, % | above baseline | lost to own full depth | times as fast |",
-        "|---" * 8 + "|",
+        "| data (seeds) | model | layers kept | mean layers | test accuracy, % | macro F1 | above baseline, points "
+        "| tuned above it at as many layers | times as fast |",
+        "|---" * 9 + "|",
     ]
     for data in DATA_SETS:
-        own = [run["models"] for run in runs if run["data"] == data]
-        for name in max(own, key=len) if own else ():
-            having = [models for models in own if name in models]
+        own = [run for run in runs if run["data"] == data]
+        seeds = ", ".join(str(run["seed"]) for run in own)
+        for name in max((run["models"] for run in own), key=len, default=()):
+            having = [run["models"] for run in own if name in run["models"]]
             rows = [models[name] for models in having]
+            above = [row["above_baseline"] for row in rows]
+            turned = [row["at_as_many_layers"]["accuracy"] for row in rows if "at_as_many_layers" in row]
             speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in having]
             cells = [
-                f"{data}, {len(own)} seed{'s' * (len(own) > 1)}" if name == "baseline" else "",
+                f"{data} ({seeds})" if name == "baseline" else "",
                 name if len(rows) == len(own) else f"{name} ({len(rows)} of {len(own)})",
                 ", ".join(str(row["layers"]) for row in rows),
                 f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
                 f"{100 * statistics.mean(row['accuracy'] for row in rows):.2f}",
-                *(points([row[key] for row in rows]) for key in ("above_baseline", "lost_to_full_depth")),
+                f"{statistics.mean(row['macro_f1'] for row in rows):.3f}",
+                points(above) if name != "baseline" else "",
+                points(turned) if turned else "",
                 f"{statistics.mean(speeds):.2f}",
             ]
             lines.append(f"| {' | '.join(cells)} |")
@@ -347,17 +353,21 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             continue
         apart = points([run["models"][name]["tuned_above_this"] for run in having])
         fewer = f"{layers_between(having, name):+.2f} layers"
-        lines.append(f"- tuned less {name} ({len(having)} runs): {apart} points of accuracy, {fewer}")
+        lines.append(f"- tuned less {name} ({counted(having)}): {apart} points of accuracy, {fewer}")
         for key, how in (("at_as_many_layers", "to as many layers"), ("as_accurate", "until it is as accurate")):
             turned = [run["models"][name] for run in having if key in run["models"][name]]
             if turned:  # runs of an earlier state lack it
                 layers = statistics.mean(row[key]["layers"] - row["mean_exit_layer"] for row in turned)
                 equal = points([row[key]["accuracy"] for row in turned])
-                lines.append(f"    - its margin turned {how} ({len(turned)} runs): {equal}, {layers:+.2f} layers")
+                lines.append(f"    - its margin turned {how} ({counted(turned)}): {equal}, {layers:+.2f} layers")
     took = Counter(run["took"] for run in runs)
-    lines.append(f"- the confirmation took: {', '.join(f'{name} {count} times' for name, count in took.items())}")
+    lines.append(f"- the confirmation took: {', '.join(f'{name} in {counted([0] * n)}' for name, n in took.items())}")
     goals = [f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals_of(runs)]
-    return "\n".join([*lines, "", *goals, "", *sorted({f"- {run['machine']}" for run in runs})])
+    return "\n".join([*lines, *goals, *sorted({f"- {run['machine']}" for run in runs})])
+
+
+def counted(runs: Sequence[Any]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
 
 
 def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
@@ -403,7 +413,8 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
     for name in ("defaults", "taught defaults"):
         if having := [run for run in won if name in run["models"]]:
             fewer = -layers_between(having, name)
-            where = f"where tuning wins ({len(having)} of {len(runs)} runs, {fewer:.2f} fewer)"
+            each = ", ".join(f"{run['data']} {-layers_between([run], name):+.2f}" for run in having)
+            where = f"where tuning wins ({len(having)} of {counted(runs)}, {fewer:.2f} fewer: {each})"
             goals.append((f"0.3 layers fewer than {name} {where}", fewer >= 0.3))
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
     excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]

@@ -67,6 +67,7 @@ def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took=
             "mean_exit_layer": layers,
             "texts_per_second": speed,
             "accuracy": accuracy,
+            "macro_f1": 0.7,
             "above_baseline": [above, 0.004],
             "lost_to_full_depth": [lost, 0.002],
             "tuned_above_this": [tuned_less_defaults, 0.003],
@@ -77,6 +78,7 @@ def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took=
     models |= {"encoder": row(3.0, 190.0), "multi-exit": row(2.5, 190.0)}
     return {
         "data": "vader2000",
+        "seed": 0,
         "machine": "a processor",
         "took": took,
         "promise": {"max_accuracy_loss": 0.01},
@@ -99,10 +101,13 @@ def test_what_tuning_adds_is_told_from_the_runs_that_it_won(tuned):
     won, lost = a_run(layers=2.4), a_run(took="default settings")
     won["models"]["taught defaults"] = {**won["models"]["encoder"], "mean_exit_layer": 2.5}
     text = tuned.table([lost, won])
-    assert "|  | taught defaults (1 of 2) | 4 | 2.50 | 78.00 |" in text
-    assert "- tuned less taught defaults (1 runs): +0.20 ± 0.30 points of accuracy, -0.10 layers" in text
-    assert "- MISSED: 0.3 layers fewer than taught defaults where tuning wins (1 of 2 runs, 0.10 fewer)" in text
-    assert "- met: 0.3 layers fewer than defaults where tuning wins (1 of 2 runs, 1.10 fewer)" in text
+    assert "|  | taught defaults (1 of 2) | 4 | 2.50 | 78.00 | 0.700 | -0.50 ± 0.40 |" in text
+    assert "- tuned less taught defaults (1 run): +0.20 ± 0.30 points of accuracy, -0.10 layers" in text
+    assert (
+        "- MISSED: 0.3 layers fewer than taught defaults where tuning wins (1 of 2 runs, 0.10 fewer: vader2000 +0.10)"
+        in text
+    )
+    assert "- met: 0.3 layers fewer than defaults where tuning wins (1 of 2 runs, 1.10 fewer: vader2000 +1.10)" in text
     assert "taught defaults" not in tuned.table([lost])
 
 
@@ -144,4 +149,12 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tuned
     assert models["tuned"]["mean_exit_layer"] == pytest.approx(metrics["test"]["mean_exit_layer"])
     assert models["encoder"]["layers"] - 1 < metrics["validation"]["mean_exit_layer"] <= models["encoder"]["layers"]
     assert models["multi-exit"]["layers"] == metrics["layers"]
-    assert "| tiny, 1 seed | baseline |" in printed
+    assert "| tiny (0) | baseline |" in printed
+
+
+def test_the_documented_table_is_that_of_the_stored_results(tuned):
+    runs = [json.loads(path.read_text()) for path in sorted(tuned.RESULTS.glob("*.json"))]
+    documented = (
+        (ROOT / "benchmarks" / "README.md").read_text().split("<!-- table -->\n")[1].split("\n<!-- /table -->")[0]
+    )
+    assert documented == tuned.table(runs)
