@@ -12,12 +12,12 @@
 The real command runs first; each seed also divides the data anew. Next to the tuned model and the baseline stand, all at
 the promise that the run made, its dial set on the same calibration examples:
     defaults         what the configuration makes without tuning
-    taught defaults  the default settings as the confirmation fitted them, where others won: what tuning adds
+    taught defaults  where other settings won, the default settings as the confirmation fitted them
     encoder          a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
     multi-exit       a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
 The last three start from the teacher's weights and have its probabilities as half of their targets. The two peers have the
-rates, epochs, heads and consistency of the tuned model. Of all models the last epoch counts (of all but the defaults with
-the mean of the weights over the last steps), and the test split is evaluated once; that of vader2000 is joined by two thirds
+rates, epochs, heads and consistency of the tuned model. Of all models the last epoch counts (with the mean of the weights over
+the last steps, but for baseline and defaults), and the test split is evaluated once; that of vader2000 is joined by two thirds
 of the training texts that its 2,000 leave out (the speeds are those on the test split). Errors are standard errors of paired
 differences over the texts, or between the runs if these are larger. Besides, the tuned model is compared with each of the
 others by the margin that takes as many layers as it on validation texts. Each run leaves a file in results/tuned/: a stopped
@@ -141,16 +141,17 @@ class Setting:
         with seeded(self.seed):
             return self.fit("defaults", ModelFactory(self.config["model"])(), self.config)
 
-    def taught_defaults(self) -> DACT:
-        """Return the default settings as the confirmation fitted them, with its seed: taught, from the baseline."""
-        file = self.folder / "confirmation" / "default_settings" / "fit" / "made_of.json"
+    def candidate(self, name: str) -> DACT:
+        """Return a candidate that did not win the confirmation, fitted again as it was: taught, from the baseline."""
+        file = self.folder / "confirmation" / name.replace(" ", "_") / "fit" / "made_of.json"
         made_of = json.loads(file.read_text())["fit"]
         chosen = {**made_of["learning"], **made_of["settings"]}
-        epochs, size = chosen.pop("num_epochs"), {"batch_size": chosen.pop("batch_size")}
+        epochs = chosen.pop("num_epochs", None)  # what is not searched is that of the configuration
+        size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         submodels = {name: SubmodelConfig(**chosen.pop(name)) for name in ("classifier", "confidence")}
         with seeded(self.final["seed_everything"]):
             model = ModelFactory(self.config["model"])(**chosen, **submodels)
-            return self.fit("taught defaults", model, self.config, self.taught(model), epochs=epochs, **size)
+            return self.fit(name, model, self.config, self.taught(model), epochs=epochs, **size)
 
     def peer(self, kind: type[DACT], layers: int) -> DACT:
         """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
@@ -216,7 +217,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
         "defaults": setting.defaults(),
         "tuned": DACT.from_pretrained(folder / "final" / "model"),
-        **({"taught defaults": setting.taught_defaults()} if took != DEFAULT else {}),
+        **({"taught defaults": setting.candidate(DEFAULT)} if took != DEFAULT else {}),
         "encoder": setting.peer(OneExit, math.ceil(metrics["validation"]["mean_exit_layer"])),
         "multi-exit": setting.peer(MultiExit, metrics["layers"]),
     }
@@ -328,15 +329,17 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     for data in DATA_SETS:
         own = [run for run in runs if run["data"] == data]
         seeds = ", ".join(str(run["seed"]) for run in own)
-        for name in max((run["models"] for run in own), key=len, default=()):
-            having = [run["models"] for run in own if name in run["models"]]
-            rows = [models[name] for models in having]
+        for name in ("baseline", "defaults", "tuned", "encoder", "multi-exit") if own else ():
+            rows = [run["models"][name] for run in own]
             above = [row["above_baseline"] for row in rows]
             turned = [row["at_as_many_layers"]["accuracy"] for row in rows if "at_as_many_layers" in row]
-            speeds = [models[name]["texts_per_second"] / models["baseline"]["texts_per_second"] for models in having]
+            speeds = [
+                row["texts_per_second"] / run["models"]["baseline"]["texts_per_second"]
+                for row, run in zip(rows, own, strict=True)
+            ]
             cells = [
                 f"{data} ({seeds})" if name == "baseline" else "",
-                name if len(rows) == len(own) else f"{name} ({len(rows)} of {len(own)})",
+                name,
                 ", ".join(str(row["layers"]) for row in rows),
                 f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
                 f"{100 * statistics.mean(row['accuracy'] for row in rows):.2f}",
@@ -347,21 +350,27 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
-    for name in ("defaults", "taught defaults", "encoder", "multi-exit"):
-        having = [run for run in runs if name in run["models"]]
-        if not having:
-            continue
-        apart = points([run["models"][name]["tuned_above_this"] for run in having])
-        fewer = f"{layers_between(having, name):+.2f} layers"
-        lines.append(f"- tuned less {name} ({counted(having)}): {apart} points of accuracy, {fewer}")
-        for key, how in (("at_as_many_layers", "to as many layers"), ("as_accurate", "until it is as accurate")):
-            turned = [run["models"][name] for run in having if key in run["models"][name]]
+    for name in ("defaults", "encoder", "multi-exit"):
+        apart = points([run["models"][name]["tuned_above_this"] for run in runs])
+        lines.append(f"- tuned less {name}: {apart} points of accuracy, {signed(layers_between(runs, name))} layers")
+        for key, how in (("at_as_many_layers", "as many layers"), ("as_accurate", "as much accuracy")):
+            turned = [run["models"][name] for run in runs if key in run["models"][name]]
             if turned:  # runs of an earlier state lack it
                 layers = statistics.mean(row[key]["layers"] - row["mean_exit_layer"] for row in turned)
                 equal = points([row[key]["accuracy"] for row in turned])
-                lines.append(f"    - its margin turned {how} ({counted(turned)}): {equal}, {layers:+.2f} layers")
+                lines.append(
+                    f"    - its margin turned to {how} on validation texts ({counted(turned)}): {equal}, {signed(layers)} layers"
+                )
     took = Counter(run["took"] for run in runs)
     lines.append(f"- the confirmation took: {', '.join(f'{name} in {counted([0] * n)}' for name, n in took.items())}")
+    for run in runs:
+        if other := run["models"].get("taught defaults"):
+            tuned, taught = (
+                f"{100 * row['accuracy']:.2f} % at {row['mean_exit_layer']:.2f} layers"
+                for row in (run["models"]["tuned"], other)
+            )
+            apart = points([other["tuned_above_this"]])
+            lines.append(f"    - {run['data']} {run['seed']}: {tuned}, taught defaults {taught} ({apart} points)")
     goals = [f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals_of(runs)]
     return "\n".join([*lines, *goals, *sorted({f"- {run['machine']}" for run in runs})])
 
@@ -389,7 +398,9 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
             most, fastest = GOALS[name]
             wanted = "99 % or the baseline's accuracy" if name == "reviews" else "within a point of the baseline"
             right = accuracy >= 0.99 or above >= 0 if name == "reviews" else above >= -0.01
-            seen = f"{100 * accuracy:.2f} %, {100 * above:+.2f} points, {layers:.2f} layers, {speed:.2f} times as fast"
+            seen = (
+                f"{100 * accuracy:.2f} %, {signed(100 * above)} points, {layers:.2f} layers, {speed:.2f} times as fast"
+            )
             limits = f"at most {most:g} layers" + (f", at least {fastest:g} times as fast" if fastest else "")
             goals.append((f"{name}: {wanted}, {limits} ({seen})", right and layers <= most and speed >= fastest))
         if right := [run["sentences"] for run in own if "sentences" in run]:
@@ -397,31 +408,28 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
         if name == "imbalanced":
             shares = [row["majority_share"] for row in rows]
             f1 = [statistics.mean(run["models"][model]["macro_f1"] for run in own) for model in ("tuned", "baseline")]
-            largest = ", ".join(f"{share:.0%}" for share in shares)
+            largest = ", ".join(f"{share:.0%}".replace("%", " %") for share in shares)
             seen = f"{largest} of the answers; macro F1 {f1[0]:.3f}, baseline {f1[1]:.3f}"
             goals.append((f"{name}: no drift to the majority, which is 80 % ({seen})", max(shares) < 0.95))
         mean, error = pooled([run["models"]["defaults"]["tuned_above_this"] for run in own])
-        worse = (
-            f"{name}: not below the defaults by more than two standard errors ({100 * mean:+.2f} ± {100 * error:.2f})"
-        )
+        worse = f"{name}: not below the defaults by more than two standard errors ({points([(mean, error)])})"
         goals.append((worse, mean >= -2 * error))
     mean, error = pooled([run["models"]["defaults"]["tuned_above_this"] for run in runs])
-    goals.append(
-        (f"pooled: as accurate as the defaults ({100 * mean:+.2f} ± {100 * error:.2f} points)", mean >= -error)
-    )
+    goals.append((f"pooled: as accurate as the defaults ({points([(mean, error)])} points)", mean >= -error))
     won = [run for run in runs if run["took"] != DEFAULT]
     for name in ("defaults", "taught defaults"):
         if having := [run for run in won if name in run["models"]]:
-            fewer = -layers_between(having, name)
-            each = ", ".join(f"{run['data']} {-layers_between([run], name):+.2f}" for run in having)
-            where = f"where tuning wins ({len(having)} of {counted(runs)}, {fewer:.2f} fewer: {each})"
-            goals.append((f"0.3 layers fewer than {name} {where}", fewer >= 0.3))
+            more = layers_between(having, name)
+            each = ", ".join(f"{run['data']} {run['seed']} {signed(layers_between([run], name))}" for run in having)
+            part = f"measured in {len(having)} of the {len(won)}, " if len(having) < len(won) else ""
+            where = f"where tuning wins ({len(won)} of {counted(runs)}), {part}0.3 layers fewer than the {name}"
+            goals.append((f"{where} ({signed(more)} layers: {each})", more <= -0.3))
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
     excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
     broken = sum(over > 2 * error for over, (_, error) in zip(excess, lost, strict=True))
     goals.append((f"no promise broken by more than two standard errors ({broken} of {len(runs)})", not broken))
     mean = statistics.mean(excess)
-    return [*goals, (f"loss less promise below 0 on average ({100 * mean:+.2f} points)", mean < 0)]
+    return [*goals, (f"loss less promise below 0 on average ({signed(100 * mean)} points)", mean < 0)]
 
 
 def layers_between(runs: Sequence[dict[str, Any]], name: str) -> float:
@@ -441,7 +449,12 @@ def pooled(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
 def points(pairs: Sequence[Sequence[float]]) -> str:
     """Return the mean of the means of runs with its standard error, in points."""
     mean, error = pooled(pairs)
-    return f"{100 * mean:+.2f} ± {100 * error:.2f}"
+    return f"{signed(100 * mean)} ± {100 * error:.2f}"
+
+
+def signed(value: float) -> str:
+    """Return a value to two digits with its sign, which 0 has not."""
+    return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
 
 
 # ---------------------------------------------------------------------- sentences of one's own

@@ -14,7 +14,7 @@ def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a batch with all of its examples, then all of them again: one run of the encoder is two passes.
 
     Args:
-        batch: With ``labels`` ``[batch]``. Entries without a row for each of them stay as they are.
+        batch: With ``labels`` ``[batch]``. Entries of another length, and those that are no tensors, stay as they are.
 
     Example:
         >>> import torch

@@ -53,7 +53,7 @@ class DACT(MetricLogging):
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
             the label. Training batches then carry ``teacher`` ``[batch, classes]``.
         consistency: Weight, 0 or more, of the divergence between the y_n of two passes with different dropout masks, a
-            part of the exit loss (`dact.consistency`). Above 0, a step takes up to twice the time, twice the memory.
+            part of the exit loss (`dact.consistency`). A step takes up to twice the time and memory. Not for one example.
         share_submodels: Whether all layers share one pair of submodels instead of having one pair each.
         num_layers: Number of layers that are used, counted from the encoder's first; all of them if left out. *Full
             depth* means these layers. (Under DDP the parameters of the others never get a gradient: use the strategy
@@ -255,9 +255,9 @@ class DACT(MetricLogging):
         labels = labels_of(batch, "train")
         teacher = teacher_of(batch, self.distillation)
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
-        passes = 2 if self.training and self.consistency > 0 and "states" not in batch else 1
-        logits, h = self._submodels(batch if passes == 1 else twice(batch))  # each row has its own dropout mask
-        target = target.repeat(passes, 1)
+        # Batch normalization would take two passes of one example for two examples.
+        passes = 2 if self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1 else 1
+        (logits, h), target = self._submodels(twice(batch) if passes == 2 else batch), target.repeat(passes, 1)
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         task_loss = functional.task_loss(a[:, -1], target, self.class_weights)

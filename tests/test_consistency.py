@@ -88,12 +88,28 @@ def test_only_training_of_the_encoder_takes_two_passes():
         assert rows == [expected]
 
 
-def test_without_dropout_the_second_pass_changes_nothing():
+@pytest.mark.parametrize("size", [1, 3, 12])
+def test_without_dropout_the_second_pass_changes_nothing(size):
     config, encoder = SubmodelConfig(dropout=0.0), TransformerEncoder(50, 3, 8, 2, dropout=0.0)
-    model = DACT(encoder=encoder, classifier=config, confidence=config, consistency=2.0)
-    batch = random_batch(12)
+    settings = {"consistency": 2.0, "distillation": 0.5, "class_weights": [0.5, 1.0, 2.0], "output_dimension": 3}
+    model = DACT(encoder=encoder, classifier=config, confidence=config, **settings)
+    batch = random_batch(size)
+    batch = {**batch, "teacher": torch.rand(size, 3).softmax(1), "labels": batch["labels"].clone()}
+    batch["labels"][-1] = -100
     once, both = (model.train(mode).loss(batch, 0.1).loss for mode in (False, True))
     torch.testing.assert_close(both, once)
+
+
+def test_batch_normalization_never_takes_two_passes_of_one_example_for_two():
+    config = SubmodelConfig(normalization="batch", dropout=0.3)
+    encoder = TransformerEncoder(50, 3, 8, 2, dropout=0.2)
+    model = DACT(encoder=encoder, classifier=config, confidence=config, consistency=2.0)
+    norms = [part for part in model.modules() if isinstance(part, torch.nn.BatchNorm1d)]
+    before = [norm.running_var.clone() for norm in norms]
+    model.train().loss(random_batch(1))
+    assert norms and all(map(torch.equal, before, (norm.running_var for norm in norms)))
+    model.loss(random_batch(2))
+    assert not any(map(torch.equal, before, (norm.running_var for norm in norms)))
 
 
 @pytest.mark.slow
@@ -108,10 +124,12 @@ def test_a_factory_that_does_not_pass_it_on_is_refused_before_any_training(tmp_p
 
 
 @pytest.mark.slow
-def test_where_two_passes_run_out_of_memory_the_message_names_the_remedy_and_studies_are_kept(tmp_path):
+def test_where_a_fit_runs_out_of_memory_the_message_names_the_remedy_and_studies_are_kept(tmp_path):
     class Hungry(DACT):
+        most = 0
+
         def loss(self, batch, lambda_reg=None):
-            if self.training and self.consistency:
+            if self.training and (self.consistency or len(batch["labels"]) < self.most):
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
             return super().loss(batch, lambda_reg)
 
@@ -122,13 +140,20 @@ def test_where_two_passes_run_out_of_memory_the_message_names_the_remedy_and_stu
         stages = ("submodels", "training", "lambda_reg")
         return [trial.datetime_complete for stage in stages for trial in studies_of(tmp_path / "run", stage).trials]
 
-    with pytest.raises(RuntimeError, match=r"ran out of memory: use tuner\.consistency: 0.* 99 GiB"):
+    with pytest.raises(
+        RuntimeError, match=r"confirmation of .* ran out of memory: use consistency: 0 of tuner.* 99 GiB"
+    ):
         engine(tmp_path, model=model).run_pipeline("run")
     before = trials()
     engine(tmp_path, model=model, consistency=0.0).run_pipeline("run")
     assert (tmp_path / "run" / "final" / "metrics.json").is_file()
     assert len(before) == 6
     assert trials() == before
+    Hungry.most = 1000
+    with pytest.raises(
+        RuntimeError, match=r"the baseline ran out of memory: use under another run_tag, a smaller batch"
+    ):
+        engine(tmp_path, model=model).run_pipeline("other")
 
 
 def test_the_baseline_is_plain_fine_tuning():

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dact.answers import layer_answers
+from dact.files import read_tensors
 from tests.commands import ROOT, dact
 from tests.conftest import random_batch, tiny_model
 
@@ -89,7 +90,7 @@ def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took=
 def test_the_goals_are_said_to_be_met_or_missed(tuned):
     text = tuned.table([a_run(), a_run()])
     assert "- MISSED" not in text
-    assert "    - its margin turned until it is as accurate (2 runs): +0.00 ± 0.21, -0.50 layers" in text
+    assert "    - its margin turned to as much accuracy on validation texts (2 runs): 0.00 ± 0.21, −0.50 layers" in text
     assert "- met: vader2000: within a point of the baseline, at most 3 layers, at least 1.7 times as fast" in text
     for change in ({"layers": 3.2}, {"above": -0.02}, {"tuned_less_defaults": -0.01}, {"lost": 0.02}):
         missed = [goal for goal, met in tuned.goals_of([a_run(**change)] * 2) if not met]
@@ -101,13 +102,12 @@ def test_what_tuning_adds_is_told_from_the_runs_that_it_won(tuned):
     won, lost = a_run(layers=2.4), a_run(took="default settings")
     won["models"]["taught defaults"] = {**won["models"]["encoder"], "mean_exit_layer": 2.5}
     text = tuned.table([lost, won])
-    assert "|  | taught defaults (1 of 2) | 4 | 2.50 | 78.00 | 0.700 | -0.50 ± 0.40 |" in text
-    assert "- tuned less taught defaults (1 run): +0.20 ± 0.30 points of accuracy, -0.10 layers" in text
-    assert (
-        "- MISSED: 0.3 layers fewer than taught defaults where tuning wins (1 of 2 runs, 0.10 fewer: vader2000 +0.10)"
-        in text
-    )
-    assert "- met: 0.3 layers fewer than defaults where tuning wins (1 of 2 runs, 1.10 fewer: vader2000 +1.10)" in text
+    wins = "where tuning wins (1 of 2 runs), 0.3 layers fewer than the"
+    assert "vader2000 0: 78.00 % at 2.40 layers, taught defaults 78.00 % at 2.50 layers (+0.20 ± 0.30 points)" in text
+    assert f"- MISSED: {wins} taught defaults (−0.10 layers: vader2000 0 −0.10)" in text
+    assert f"- met: {wins} defaults (−1.10 layers: vader2000 0 −1.10)" in text
+    unmeasured = tuned.table([lost, won, a_run()])
+    assert "where tuning wins (2 of 3 runs), measured in 1 of the 2, 0.3 layers fewer than the taught" in unmeasured
     assert "taught defaults" not in tuned.table([lost])
 
 
@@ -150,6 +150,11 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tuned
     assert models["encoder"]["layers"] - 1 < metrics["validation"]["mean_exit_layer"] <= models["encoder"]["layers"]
     assert models["multi-exit"]["layers"] == metrics["layers"]
     assert "| tiny (0) | baseline |" in printed
+    lost = "first trial" if run["took"] == "default settings" else "default settings"
+    setting, stored = tuned.Setting.of(tmp_path / "tiny-0", 0), tmp_path / "tiny-0" / "confirmation"
+    answers = read_tensors(stored / lost.replace(" ", "_") / "answers.safetensors")[0]
+    again = layer_answers(setting.candidate(lost), setting.data(setting.config["data"]).val_dataloader())
+    torch.testing.assert_close(again.a, answers["a"])
 
 
 def test_the_documented_table_is_that_of_the_stored_results(tuned):

@@ -109,8 +109,8 @@ class TuningEngine:
             that of the model factory or, if it has none and the data can carry them, half. The teacher is the baseline,
             unless the data has one of its own.
         consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder after the studies; by
-            default that of the model factory or, if it has none and its encoder has dropout, 5. With 0, they take half
-            the time and memory.
+            default that of the model factory or, if it has none and its encoder has dropout, 5. With 0, they take as
+            little as half of the time and memory.
         compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.

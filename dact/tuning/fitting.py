@@ -347,7 +347,7 @@ def resumable_fit(
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
-        RuntimeError: If the device ran out of memory; the message says what helps.
+        RuntimeError: If PyTorch says that the device is out of memory; the message says what helps.
         ValueError: If no validation ran.
     """
     logger = None if log is None else TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
@@ -369,10 +369,10 @@ def resumable_fit(
             "learning_rate's high in search_space, or use precision 32-true, under another run_tag"
         ) from error
     except torch.OutOfMemoryError as error:
-        fewer = "tuner.consistency: 0, which halves what a step holds; or " if model.consistency else ""
+        passes = "consistency: 0 of tuner and model, so that a step takes one pass; or, " if model.consistency else ""
         raise RuntimeError(
-            f"{what} ran out of memory: use {fewer}a smaller batch_size, shorter texts (data.max_length), or precision "
-            f"bf16-mixed. The device says: {error}"
+            f"{what} ran out of memory: use {passes}under another run_tag, a smaller batch_size, shorter texts "
+            f"(data.max_length) or precision bf16-mixed. The device says: {error}"
         ) from error
     if keep is not None and (monitor is None or not (checkpoints / f"{keep}.ckpt").is_file()):  # or no second epoch
         trainer.save_checkpoint(checkpoints / f"{keep}.ckpt", weights_only=True)
