@@ -53,7 +53,7 @@ class DACT(MetricLogging):
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
             the label. Training batches then carry ``teacher`` ``[batch, classes]``.
         consistency: Weight, 0 or more, of the divergence between the y_n of two passes with different dropout masks, a
-            part of the exit loss (`dact.consistency`). A step takes up to twice the time and memory. Not for one example.
+            part of the exit loss (`dact.consistency`). Above 0, a step takes up to twice the time and memory.
         share_submodels: Whether all layers share one pair of submodels instead of having one pair each.
         num_layers: Number of layers that are used, counted from the encoder's first; all of them if left out. *Full
             depth* means these layers. (Under DDP the parameters of the others never get a gradient: use the strategy
