@@ -359,10 +359,10 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
                 layers = statistics.mean(row[key]["layers"] - row["mean_exit_layer"] for row in turned)
                 equal = points([row[key]["accuracy"] for row in turned])
                 lines.append(
-                    f"    - its margin turned to {how} on validation texts ({counted(turned)}): {equal}, {signed(layers)} layers"
+                    f"    - its margin turned to {how} on validation texts ({counted(len(turned))}): {equal}, {signed(layers)} layers"
                 )
     took = Counter(run["took"] for run in runs)
-    lines.append(f"- the confirmation took: {', '.join(f'{name} in {counted([0] * n)}' for name, n in took.items())}")
+    lines.append(f"- the confirmation took: {', '.join(f'{name} in {counted(n)}' for name, n in took.items())}")
     for run in runs:
         if other := run["models"].get("taught defaults"):
             tuned, taught = (
@@ -375,8 +375,8 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     return "\n".join([*lines, *goals, *sorted({f"- {run['machine']}" for run in runs})])
 
 
-def counted(runs: Sequence[Any]) -> str:
-    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
+def counted(runs: int) -> str:
+    return f"{runs} run{'s' * (runs != 1)}"
 
 
 def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
@@ -422,7 +422,7 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
             more = layers_between(having, name)
             each = ", ".join(f"{run['data']} {run['seed']} {signed(layers_between([run], name))}" for run in having)
             part = f"measured in {len(having)} of the {len(won)}, " if len(having) < len(won) else ""
-            where = f"where tuning wins ({len(won)} of {counted(runs)}), {part}0.3 layers fewer than the {name}"
+            where = f"where tuning wins ({len(won)} of {counted(len(runs))}), {part}0.3 layers fewer than the {name}"
             goals.append((f"{where} ({signed(more)} layers: {each})", more <= -0.3))
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
     excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
