@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from functools import partial
@@ -633,6 +634,21 @@ class WithTest(WithoutTest):
 class TwoValidations(WithTest):
     def val_dataloader(self):
         return [self._loader(), self._loader()]
+
+
+def test_an_encoder_that_cannot_be_copied_is_refused_before_any_fit(tmp_path):
+    """Else the mean of the weights over the last steps would fail after all studies."""
+
+    def locked(**chosen):
+        model = small_model(**chosen)
+        model.encoder.lock = threading.Lock()
+        return model
+
+    with pytest.raises(ValueError, match="needs a copy of the model, but copy.deepcopy fails on it .*lock.*__deepcopy__"):
+        engine(tmp_path, model=locked).run_pipeline("locked")
+    assert not list(tmp_path.rglob("*.ckpt"))
+    frozen = {"encoder_training": "frozen", "final_training": "frozen"}
+    engine(tmp_path, model=locked, **frozen).run_pipeline("frozen")
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])

@@ -50,6 +50,7 @@ ON_STATES = (
     2  # tuned candidates that the confirmation fits on frozen states, each as often as a trial of the last study
 )
 MEASURING = 1  # epochs of the baseline in whose time the final model is measured, about
+TWO_PASSES = 1.5  # times the duration of a step of one pass, about
 
 
 class TuningEngine:
@@ -237,10 +238,10 @@ class TuningEngine:
             candidates = ON_STATES + (defaults != recommended)
             later = candidates if self.recipe.encoder_training == "frozen" else 0
             fits = self.recipe.finetunings(first_trial=defaults != recommended)
-            passes = 1 + (self.recipe.consistency_of(surveyed.model) > 0)
+            step = TWO_PASSES if self.recipe.consistency_of(surveyed.model) > 0 else 1.0
             share = surveyed.initial["num_layers"] / surveyed.model.encoder.num_layers  # of the baseline's layers
             untuned = self.recipe.compare_defaults
-            epochs = (untuned + (fits - untuned) * passes * share) * surveyed.initial["num_epochs"] + MEASURING
+            epochs = (untuned + (fits - untuned) * step * share) * surveyed.initial["num_epochs"] + MEASURING
             self.progress.announce(left, self.time_out, later, epochs)
         if isinstance(surveyed.data, TextDataModule) and (text := surveyed.data.describe_classes()):
             self.progress.note(text)

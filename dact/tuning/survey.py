@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,7 +14,7 @@ from dact.agreement import check_classes
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning.digests import data_digest, digest, encoder_digest, teacher_digest
-from dact.tuning.fitting import TAUGHT_STEPS, enough_epochs, seeded
+from dact.tuning.fitting import TAUGHT_STEPS, averages, enough_epochs, seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
 from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
@@ -102,6 +103,8 @@ def survey(
             raise ValueError(
                 "TuningEngine: the final model is measured on the test split, whose batches have no 'labels'"
             )
+    if measured and recipe.final_training == "finetune" and not averages(recipe.trainer):
+        _check_copy(model)
     check_classes(getattr(data, "class_names", None), recipe.output_dimension)
     if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
         raise ValueError(
@@ -172,6 +175,18 @@ def _check_order(split: str, loader: DataLoader[Any]) -> None:
         raise ValueError(
             f"TuningEngine: models are compared example by example, but the {split} loader {how}: leave that out"
         )
+
+
+def _check_copy(model: DACT) -> None:
+    """Raise a ``ValueError`` if a model has no copy, in which fits after the studies take the mean of its weights."""
+    try:
+        copy.deepcopy(model)
+    except Exception as error:
+        raise ValueError(
+            "TuningEngine: the mean of the weights over the last steps needs a copy of the model, but copy.deepcopy fails "
+            f"on it ({type(error).__name__}: {error}): give the encoder a __deepcopy__, a callback of yours that averages "
+            "weights, or final_training='frozen'"
+        ) from error
 
 
 def _check_factory(
