@@ -644,7 +644,9 @@ def test_an_encoder_that_cannot_be_copied_is_refused_before_any_fit(tmp_path):
         model.encoder.lock = threading.Lock()
         return model
 
-    with pytest.raises(ValueError, match="needs a copy of the model, but copy.deepcopy fails on it .*lock.*__deepcopy__"):
+    with pytest.raises(
+        ValueError, match="needs a copy of the model, but copy.deepcopy fails on it .*lock.*__deepcopy__"
+    ):
         engine(tmp_path, model=locked).run_pipeline("locked")
     assert not list(tmp_path.rglob("*.ckpt"))
     frozen = {"encoder_training": "frozen", "final_training": "frozen"}
