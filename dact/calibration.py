@@ -273,7 +273,7 @@ def choose_setting(
         raise ValueError(
             f"{name}={value:g} with confidence {promise.confidence:g} takes {needed} examples or more, even if early "
             f"exit makes no fault on them, got {len(answers.target)}: give more, promise less, or ask for an estimate "
-            f"(confidence null, in Python None), which takes {_for_an_estimate(promise)}"
+            f"(confidence null, in Python None), which takes {examples_for_an_estimate(promise)}"
         )
     exits = exits_by_setting(answers, halting, promise.dial)
     evidence = _Evidence(promise, answers, baseline)
@@ -315,7 +315,7 @@ class _Evidence:
         self.target = answers.target
         self.classes = answers.a.argmax(dim=2)  # [examples, layers]
         self.reference = self.classes[:, -1] if baseline is None else baseline
-        few = promise.confidence is None and len(self.target) < MANY * _for_an_estimate(promise)
+        few = promise.confidence is None and len(self.target) < MANY * examples_for_an_estimate(promise)
         self.counts_gains = baseline is not None or not few
 
     def keeps(self, exits: Tensor) -> bool:
@@ -412,8 +412,8 @@ def describe(found: Calibration, layers: int) -> str:
         first = (
             f"{setting} keeps {name}={value:g}: the class is that of {against} by proof, and no other setting passed"
         )
-        if found.estimate and found.examples < _for_an_estimate(promise) < math.inf:
-            first += f", which takes {_for_an_estimate(promise)} examples or more"
+        if found.estimate and found.examples < examples_for_an_estimate(promise) < math.inf:
+            first += f", which takes {examples_for_an_estimate(promise)} examples or more"
     elif found.estimate:
         first = (
             f"{setting} is an estimate for {name}={value:g}, without a confidence: {bound}, one standard error included"
@@ -436,7 +436,7 @@ def describe(found: Calibration, layers: int) -> str:
     return "\n".join(lines)
 
 
-def _for_an_estimate(promise: Promise) -> float:
+def examples_for_an_estimate(promise: Promise) -> float:
     """Return the fewest examples that an estimate takes; of accuracy and agreement, if there is no fault among them."""
     if promise.max_layers is not None:
         return 2

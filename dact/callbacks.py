@@ -24,6 +24,7 @@ from dact.agreement import tokenizer_of
 from dact.checks import check_range
 from dact.files import read_checkpoint
 from dact.model import DACT
+from dact.optimization import optimizer_steps
 from dact.persistence import adopt
 
 LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
@@ -106,7 +107,7 @@ class AverageLastSteps(WeightAveraging):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = trainer.estimated_stepping_batches
+        steps = optimizer_steps(trainer)
         self._before = (1 - self.share) * steps if 0 < steps < math.inf else math.inf
         if self._average_model is not None:
             self._average_model.to(pl_module.device)

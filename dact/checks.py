@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any, get_args
 
+from torch import Tensor
+
 MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
 
 
@@ -107,3 +109,13 @@ def check_margin(margin: float) -> None:
 
 def _with_hint(message: str, hint: str) -> str:
     return f"{message}: {hint}" if hint else message
+
+
+def check_probabilities(name: str, rows: Tensor) -> Tensor:
+    """Return rows of probabilities, ``[batch, classes]``; raise a ``ValueError`` if they are none, up to bfloat16."""
+    is_one = (rows.sum(dim=1, keepdim=True) - 1).abs() < 0.05
+    wrong = rows[~((rows >= 0) & is_one).all(dim=1)]
+    if len(wrong):
+        values = ", ".join(f"{value:.3g}" for value in wrong[0].tolist())
+        raise ValueError(f"{name} must hold probabilities, rows that sum to 1, got {values}: logits need a softmax")
+    return rows

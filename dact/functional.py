@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from dact.checks import check_choice, check_margin, check_tolerance
+from dact.checks import check_choice, check_margin, check_probabilities, check_tolerance
 
 HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
@@ -358,7 +358,7 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
         q, ``[batch, classes]``, in float32 or more.
 
     Raises:
-        ValueError: If a label is out of range or the shapes do not fit each other.
+        ValueError: If a label is out of range, the shapes do not fit, or the teacher holds no probabilities.
 
     Example:
         >>> soft_targets(torch.tensor([1, -100]), 2, torch.tensor([[0.5, 0.5], [0.9, 0.1]]), share=0.5).tolist()
@@ -381,10 +381,10 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
     if teacher is None or (share == 0 and not unknown.any()):
         return target
     if teacher.shape != target.shape:
-        wanted, given = list(target.shape), list(teacher.shape)
-        raise ValueError(f"teacher must have the shape [batch, classes] = {wanted}, got {given}")
+        raise ValueError(f"teacher must have the shape [batch, classes] = {[*target.shape]}, got {[*teacher.shape]}")
+    t = check_probabilities("teacher", at_least_float32(teacher))
     shares = unknown.float().clamp_min(share).unsqueeze(1)  # [batch, 1]
-    return (1 - shares) * target + shares * at_least_float32(teacher)
+    return (1 - shares) * target + shares * t
 
 
 def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:

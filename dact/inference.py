@@ -9,6 +9,7 @@ new shape costs time, groups are filled up with a few rows whose results nobody 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -34,6 +35,9 @@ FILLING = 8  # a group is filled up by at most this part of its rows
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
 
+_MODES = threading.Lock()
+_EVALUATED: dict[nn.Module, tuple[int, list[nn.Module]]] = {}  # threads inside `evaluating`, and parts in training mode
+
 Indices = npt.NDArray[np.int64]  # the host tracks which example is where in NumPy arrays
 
 
@@ -49,18 +53,30 @@ class _Group:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for the block, so that dropout changes no answer, and restore each part's mode."""
+    """Put a module into eval mode for the block, so that dropout changes no answer, and restore each part's mode.
+
+    Of several threads within such blocks, the last one restores the modes.
+    """
     parts = [module]
     for part in parts:  # several times faster than `modules`, which hashes each of them
         parts.extend(child for child in part._modules.values() if child is not None)
-    training = [part for part in parts if part.training]
-    if training:
-        module.eval()
+    with _MODES:
+        inside, training = _EVALUATED.get(module, (0, []))
+        if not inside:
+            training = [part for part in parts if part.training]
+            if training:
+                module.eval()
+        _EVALUATED[module] = (inside + 1, training)
     try:
         yield
     finally:
-        for part in training:
-            part.training = True
+        with _MODES:
+            inside, training = _EVALUATED.pop(module)
+            if inside > 1:
+                _EVALUATED[module] = (inside - 1, training)
+            else:
+                for part in training:
+                    part.training = True
 
 
 @torch.no_grad()
@@ -96,7 +112,6 @@ def early_exit(
         ValueError: If the batch is empty, or an example is all padding.
     """
     mask = encoder.mask(batch)
-    batch = {name: entry for name, entry in batch.items() if isinstance(entry, Tensor)}  # nothing else has rows to pick
     if len(mask) == 0:
         raise ValueError("early exit needs at least one example, got a batch of 0")
     of_device = STEP_TOKENS.get(mask.device.type, STEP_TOKENS["cuda"])
@@ -238,8 +253,13 @@ def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, l
         cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
         return cut if index is None else cut.index_select(0, index)
 
-    rowwise = {name: tensor for name, tensor in batch.items() if tensor.dim() and len(tensor) == len(mask)}
-    return _Group(encoder.embed({name: pick(tensor) for name, tensor in rowwise.items()}), pick(mask), lengths)
+    def rows_of(entry: Any) -> Any:  # what has no row for each example stays whole, as in `forward`
+        if isinstance(entry, Tensor):
+            return pick(entry) if entry.dim() and len(entry) == len(mask) else entry
+        is_rowwise = isinstance(entry, (list, tuple)) and len(entry) == len(mask)
+        return [entry[row] for row in rows] if is_rowwise else entry
+
+    return _Group(encoder.embed({name: rows_of(entry) for name, entry in batch.items()}), pick(mask), lengths)
 
 
 def _regroup(

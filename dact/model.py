@@ -21,7 +21,7 @@ from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, PonderKind
 from dact.metric_logging import MetricLogging, labels_of, teacher_of
 from dact.model_card import Metrics
-from dact.optimization import schedule
+from dact.optimization import optimizer_steps, schedule
 from dact.outputs import DACTOutput as DACTOutput
 from dact.outputs import Loss as Loss
 from dact.submodels import SubmodelConfig, Submodels, start_undecided
@@ -316,14 +316,14 @@ class DACT(MetricLogging):
 
     def on_train_start(self) -> None:
         # Infinite or -1 if the end is not known: nothing warms up or decays. Lightning's tuners train more than once.
-        self.total_steps = self.trainer.estimated_stepping_batches
+        self.total_steps = optimizer_steps(self.trainer)
 
     def configure_optimizers(self) -> Any:
         encoder = {id(parameter) for parameter in self.encoder.parameters()}
         others = [one for one in self.parameters() if id(one) not in encoder]  # the submodels', and those of a subclass
         rate = self.submodel_learning_rate or self.learning_rate
         rates = ((self.encoder.parameters(), self.learning_rate), (others, rate))
-        return schedule(rates, self.weight_decay, self.warmup_fraction, self.trainer.estimated_stepping_batches)
+        return schedule(rates, self.weight_decay, self.warmup_fraction, optimizer_steps(self.trainer))
 
     def _forget(self) -> None:
         """Drop what was found for weights that are trained further."""

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
+
+
+def optimizer_steps(trainer: Any) -> float:
+    """Return the number of optimizer steps of a fit; infinite or -1 if its end is not known.
+
+    It is Lightning's estimate, which leaves out what a `GradientAccumulationScheduler` accumulates.
+    """
+    estimate, epochs = float(trainer.estimated_stepping_batches), trainer.max_epochs or -1
+    schedulers = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
+    if not schedulers or not 0 < estimate < math.inf or epochs < 0:
+        return estimate
+    batches = int(trainer.num_training_batches)
+    steps = sum(-(-batches // schedulers[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def schedule(

@@ -29,10 +29,10 @@ from dact.cli import LIGHTNING
 from dact.cli.errors import OneLineParser, config_files, one_line_errors
 from dact.cli.predictions import OUTPUT, PredictionWriter
 from dact.cli.quiet import quiet
-from dact.cli.reports import Bar, EpochLines, promise_line
+from dact.cli.reports import Bar, EpochLines, show_metrics
 from dact.cli.request import EVALUATING, Request
 from dact.cli.runs import balanced_weights, check_set_aside, check_tag, checkpoint_to_resume, stored_model
-from dact.cli.stored import RUNS, check_storable, find_model, store_dial
+from dact.cli.stored import RUNS, check_estimate, check_storable, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
 from dact.factories import DataFactory
@@ -377,13 +377,13 @@ class DACTCLI(LightningCLI):
         place = "standard output" if output == "-" else writer.path
         print(f"{writer.labelled} predictions are in {place}{without}", file=sys.stderr)
 
-    def test(self, **arguments: Any) -> None:
-        self.trainer.test(**arguments)
-        measured = self.model.calibration is not None and self.model.exit_histogram is not None
-        if measured and self.trainer.is_global_zero:
-            metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-            counts = self.model.exit_histogram.cpu()
-            print(promise_line(self.model.calibration, metrics, self.model.num_layers, counts))
+    def validate(self, verbose: bool = True, **arguments: Any) -> None:
+        self.trainer.validate(**arguments, verbose=False)
+        show_metrics(self.trainer, self.model, verbose)
+
+    def test(self, verbose: bool = True, **arguments: Any) -> None:
+        self.trainer.test(**arguments, verbose=False)
+        show_metrics(self.trainer, self.model, verbose, promise=True)
 
     def calibrate(self, promise: Promise) -> None:
         """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
@@ -398,6 +398,7 @@ class DACTCLI(LightningCLI):
         measured: Any = plugin.convert_module(copy.deepcopy(model)).to(self.trainer.strategy.root_device)
         with plugin.forward_context():
             found = calibrate(measured, self.datamodule, **asdict(promise))
+        check_estimate(found, promise)
         setattr(model, promise.dial, getattr(measured, promise.dial))
         model.calibration, model.temperatures = measured.calibration, measured.temperatures
         print(describe(found, model.num_layers))

@@ -174,7 +174,7 @@ class PredictionWriter(Callback):
         labels = outputs.probabilities.argmax(dim=1).tolist()
         temperatures: Any = getattr(pl_module, "temperatures", None)
         probabilities = temper(outputs.probabilities.float(), outputs.exit_layer, temperatures)
-        classified = zip(numbers, labels, probabilities.tolist(), outputs.exit_layer.tolist(), strict=True)
+        classified = zip(numbers, labels, _shortest(probabilities.cpu()), outputs.exit_layer.tolist(), strict=True)
         rows: list[Row] = []
         for number, label, vector, exit_layer in sorted(classified):
             if number < self._next_row:
@@ -229,6 +229,11 @@ class PredictionWriter(Callback):
             columns = list(self._row(0, names, None, [None] * len(names), None))
             self._write = self._open.enter_context(_open_table(self.path, columns))
         self._write(rows)
+
+
+def _shortest(probabilities: Tensor) -> list[list[float]]:
+    """Return float32 values as the shortest decimal numbers that stand for them, which need 9 digits at most."""
+    return [[float(str(value)) for value in row] for row in probabilities.numpy()]
 
 
 def check_writable(path: str | Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Mapping
@@ -17,6 +18,7 @@ from dact.agreement import names_of_classes
 from dact.data.base import TextDataModule
 from dact.model import DACT
 
+FEW_STEPS = 100  # of the optimizer, in which few models learn a task
 SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}  # metrics of an epoch, and decimals
 
 
@@ -82,6 +84,11 @@ class EpochLines(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
         metrics["epoch"] = trainer.current_epoch
+        if not math.isfinite(loss := metrics.get("val_loss", 0.0)):
+            raise RuntimeError(
+                f"the fit broke: val_loss is {loss} after epoch {trainer.current_epoch + 1}. Try a smaller "
+                "learning_rate, or trainer.precision 32-true, under another run_tag"
+            )
         values = [f"{_short(name)} {metrics[name]:.{digits}f}" for name, digits in SHOWN.items() if name in metrics]
         last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         seconds = time.monotonic() - self._started
@@ -107,10 +114,15 @@ class EpochLines(Callback):
             f"{metrics['val_exit_layer']:.2f} of {pl_module.num_layers} layers",
         )
         if (predicted > 0).sum() == 1:
+            remedies = ["more epochs", "another learning_rate"]
+            if trainer.global_step < FEW_STEPS:
+                remedies[:0] = ["a smaller batch_size"]
+            remedies += ["class_weights: balanced"] * (pl_module.class_weights is None)
+            remedies += ["monitor: val_macro_f1"] * (self.monitor != "val_macro_f1")
             rank_zero_warn(
-                f"all validation examples get the class {names[int(predicted.argmax())]!r}: the model tells no classes "
-                "apart yet. Try more epochs, another learning_rate, class_weights: balanced, or "
-                "monitor: val_macro_f1"
+                f"all validation examples get the class {names[int(predicted.argmax())]!r}: after "
+                f"{trainer.global_step} steps of the optimizer the model tells no classes apart yet. Try "
+                f"{', or '.join(remedies)}"
             )
 
 
@@ -128,6 +140,18 @@ def _say(trainer: Trainer, text: str) -> None:
         bar.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
     else:
         print(text, flush=True)
+
+
+def show_metrics(trainer: Trainer, model: DACT, verbose: bool, promise: bool = False) -> None:
+    """Print the metrics of an evaluation, unless it is not `verbose`, and whether the promise of the model holds."""
+    if not trainer.is_global_zero:
+        return
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    width = max(map(len, metrics), default=0)
+    for name, value in metrics.items() if verbose else ():
+        print(f"{name.ljust(width)}  {value:.6g}")
+    if promise and model.calibration is not None and model.exit_histogram is not None:
+        print(promise_line(model.calibration, metrics, model.num_layers, model.exit_histogram.cpu()))
 
 
 def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], layers: int, counts: Tensor) -> str:

@@ -29,6 +29,7 @@ from dact.files import read_json
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 OWN_FILES = "TextClassificationData"
+CONFIG = ("--config", "-c")
 COLUMNS = ("text_column", "text_pair_column", "label_column")
 DIVISION = ("val_file", "seed", "val_fraction", "calibration_fraction")
 MOST_TOKENS = 1_000_000  # tokens; nothing is cut
@@ -56,7 +57,8 @@ class Request:
     def read(cls, words: list[str]) -> Request:
         """Return the request of a command line."""
         command = next(word for word in words if word in LIGHTNING)
-        request = cls(command, list(words), given=list(words))
+        words = _files_first(words, command)
+        request = cls(command, words, given=list(words))
         for file in config_files(words):
             try:
                 content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -209,6 +211,18 @@ class Request:
         file = Path(resolve_pretrained(str(arguments["tokenizer"])), "tokenizer_config.json")
         stored = read_json(file).get("model_max_length") if file.is_file() else None  # 1e30 means no limit
         return int(min(stored or MOST_TOKENS, model.encoder.max_length or MOST_TOKENS, MOST_TOKENS))
+
+
+def _files_first(words: list[str], command: str) -> list[str]:
+    """Return the words with ``--config`` right after the command: other options replace those of files in any order."""
+    start = words.index(command) + 1
+    before, after = words[:start], words[start:]
+    files: list[str] = []
+    others: list[str] = []
+    for place, word in enumerate(after):
+        is_value = place > 0 and after[place - 1] in CONFIG
+        (files if is_value or word.partition("=")[0] in CONFIG else others).append(word)
+    return [*before, *files, *others]
 
 
 def _options(words: list[str]) -> Iterator[tuple[slice, str, str]]:

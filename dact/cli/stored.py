@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
 
+from dact.calibration import Calibration, Promise, examples_for_an_estimate
 from dact.encoders import LayeredEncoder
 from dact.files import check_writable_folder
 from dact.hub import HUB_ID, local_folder
@@ -89,6 +91,16 @@ def check_storable(source: Path) -> None:
         check_writable_folder(
             path if path.is_dir() else path.parent,
             "the model cannot be written: calibrate a copy of it in a folder that can",
+        )
+
+
+def check_estimate(found: Calibration, promise: Promise) -> None:
+    """Raise a ``ValueError`` if an estimate had too few examples, so that only the proof is left, as without any."""
+    needed = examples_for_an_estimate(promise)
+    if found.estimate and found.examples < needed < math.inf:
+        raise ValueError(
+            f"this estimate takes {needed} examples or more, got {found.examples}: give more, or promise less. The "
+            "model is left as it was"
         )
 
 

@@ -144,6 +144,8 @@ class TextClassificationData(TextDataModule):
             check_readable(test, "name the right test_file, or leave it out")
         before = set(self.splits)
         super().setup(stage)
+        if stage == "fit" and test is not None and not test.startswith(DATASET):
+            self.examples("test")  # whose columns and labels are checked
         for split in ("val", "calibration", "test"):
             if split in self.splits and split not in before:
                 self._warn_of_leaks(split)
@@ -233,9 +235,11 @@ class TextClassificationData(TextDataModule):
         counts = Counter(train.labels)
         alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
         if alone:
+            most = 2 * len(alone) > len(self.class_names)
+            doubt = f". Is {self.label_column!r} the column of the labels? They name classes" if most else ""
             raise ValueError(
-                f"{file}: class {', '.join(alone)} has one example only, so a split for validation would leave "
-                "training or validation without it: add examples or give a val_file"
+                f"{file}: class {listed(alone)} has one example only, so a split for validation would leave training "
+                f"or validation without it: correct a mistyped label, add examples or give a val_file{doubt}"
             )
         kept, aside = stratified_split(train.labels, self.val_fraction, self.seed, keys)
         if not aside:

@@ -94,8 +94,8 @@ class LayeredEncoder(nn.Module, ABC):
         Raises:
             TypeError: If the batch is not a dict.
             KeyError: If the batch has no ``input_ids``.
-            ValueError: If the ids or the mask have another shape, a row is all padding, or the batch is padded on the
-                left and positions count from the first column.
+            ValueError: If the ids or the mask have another shape, the encoder does not take so many tokens or such an
+                id, a row is all padding, or the batch is padded on the left and positions count from the first column.
         """
         check_batch(batch)
         ids = batch.get("input_ids")
@@ -105,6 +105,16 @@ class LayeredEncoder(nn.Module, ABC):
             raise ValueError(
                 f"input_ids must have the shape [batch, length], got {list(ids.shape)}: give each example a row of one "
                 "token or more"
+            )
+        if self.max_length is not None and ids.shape[1] > self.max_length:
+            raise ValueError(
+                f"the batch has {ids.shape[1]} tokens per example, but the encoder takes at most {self.max_length}: "
+                f"cut the texts (max_length={self.max_length})"
+            )
+        if self.vocab_size is not None and (ids.numel() and not 0 <= (largest := int(ids.max())) < self.vocab_size):
+            raise ValueError(
+                f"the batch has the token id {largest}, but the encoder knows 0 … {self.vocab_size - 1}: use the "
+                "tokenizer of the encoder, or set its vocab_size"
             )
         mask = batch.get("attention_mask")
         if mask is None:

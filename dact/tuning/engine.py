@@ -424,7 +424,11 @@ class TuningEngine:
         """Return the objective of a stage, for an Optuna study of the user's own."""
         studies.check_directions(stage, trial)
         run = self._run or self._begin("")
-        prepared = self._prepared or self._prepare(run, self._survey([stage]))
+        if (prepared := self._prepared) is None:
+            surveyed = self._survey([stage])
+            studies.check_run(run, surveyed.identity, self.storage)
+            prepared = self._prepare(run, surveyed)
+        studies.check_own(trial, prepared.identity)
         return Objective(stage, run, prepared, self._winners.before(stage), Deadline(), studies.own_folder(trial))
 
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:

@@ -18,6 +18,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
+    GradientAccumulationScheduler,
     LearningRateMonitor,
     ProgressBar,
     StochasticWeightAveraging,
@@ -62,7 +63,9 @@ def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int
     batches = len(data.train_dataloader())
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-    per_epoch = max(1, -(-batches // int(trainer.get("accumulate_grad_batches") or 1)))  # the last ones step as well
+    schedulers = [one for one in as_list(trainer.get("callbacks")) if isinstance(one, GradientAccumulationScheduler)]
+    accumulated = max(schedulers[0].scheduling.values()) if schedulers else trainer.get("accumulate_grad_batches") or 1
+    per_epoch = max(1, -(-batches // int(accumulated)))  # the last ones step as well
     return min(max(epochs, -(-steps // per_epoch)), MOST_TIMES * epochs)
 
 

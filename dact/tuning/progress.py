@@ -85,7 +85,7 @@ class Progress:
         what = f"{what}, {epochs} epoch{'s' * (epochs != 1)}"
         start = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Bars(*columns, console=self.console, transient=True) as bars:
+        with Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
             task, begun = bars.add_task(what, total=None), 0
 
             def begin(trainer: Trainer, _: object) -> None:
@@ -118,7 +118,7 @@ class Progress:
                 f". The studies end after {format_seconds(time_out)}; preparation, confirmation and final fit are not "
                 "bounded"
             )
-        self.console.print(text)
+        self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def waits_for(self, stage: str, trials: Sequence[FrozenTrial]) -> None:
         """Say what to do about trials whose end would not show; see `dact.tuning.retries.unwatched`."""

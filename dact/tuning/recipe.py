@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import copy
+import inspect
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.modules.dropout import _DropoutNd
 
 from dact.calibration import Promise
 from dact.checks import check_choice, check_count, check_range, check_tolerance, check_type
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
-from dact.tuning.digests import pretrained_digest
+from dact.tuning.digests import encoder_digest, pretrained_digest
 from dact.tuning.fitting import as_list, head_epochs, make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
@@ -226,11 +229,11 @@ class Recipe:
         """Return the context of the Trainer's precision, for computations outside a Trainer."""
         return make_trainer(self.trainer, enable_checkpointing=False).precision_plugin.forward_context()
 
-    def identity(self, model: str, data: str, batch_size: Any, teacher: str | None) -> dict[str, Any]:
+    def identity(self, model: DACT, data: str, batch_size: Any, teacher: str | None) -> dict[str, Any]:
         """Return what all trials of a run have in common, as plain data. Only trials of equal identity are comparable.
 
         Args:
-            model: Digest of the factory's model.
+            model: Untrained model of the factory.
             data: Digest of the training and validation examples.
             batch_size: Number of examples per batch in the data of the factory; None if the data does not say it.
             teacher: Teacher that the data names, or None.
@@ -238,7 +241,8 @@ class Recipe:
         identity: dict[str, Any] = {
             "promise": None if self.promise is None else asdict(self.promise),
             "calibration_fraction": self.calibration_fraction,  # which keeps examples from the studies
-            "model": model,
+            "model": model.config(),
+            "encoder's weights": encoder_digest(model.encoder),
             "data": data,
             "trainer": {name: self.trainer[name] for name in COMPARED if name in self.trainer},
             "encoder_training": self.encoder_training,
@@ -248,9 +252,8 @@ class Recipe:
             "batch_size": batch_size,
             "seed": self.seed,
         }
-        callbacks = sorted(type(callback).__qualname__ for callback in as_list(self.trainer.get("callbacks")))
-        if callbacks:
-            identity["callbacks"] = callbacks
+        if callbacks := as_list(self.trainer.get("callbacks")):
+            identity["callbacks"] = {type(callback).__qualname__: _plain_attributes(callback) for callback in callbacks}
         if teacher is not None:
             identity["teacher"] = pretrained_digest(teacher)
         if self.encoder_training == "frozen":
@@ -258,11 +261,17 @@ class Recipe:
         return identity
 
 
+def _plain_attributes(callback: Any) -> dict[str, Any]:
+    """Return what a callback was made with, as far as it is plain data."""
+    return {name: value for name, value in vars(callback).items() if isinstance(value, (str, int, float, dict, list))}
+
+
 def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     """Return the arguments of a Trainer, with dact's defaults where the user gives none.
 
     Raises:
-        TypeError, ValueError: If the user's arguments ask for more than one device, no epoch, or fast_dev_run.
+        TypeError, ValueError: If the user's arguments ask for more than one device, no epoch, or fast_dev_run, the
+            Trainer has no such argument, or a callback cannot be copied.
     """
     if given is not None and not isinstance(given, Mapping):
         raise TypeError(
@@ -276,6 +285,18 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
             "TuningEngine: fast_dev_run writes no checkpoints, which a run needs. For a short run give n_trials=1, "
             "max_epochs=1 and limit_train_batches"
         )
+    if unknown := sorted(given.keys() - inspect.signature(Trainer).parameters.keys() if given else ()):
+        meant = get_close_matches(unknown[0], inspect.signature(Trainer).parameters, n=1)
+        hint = f". Did you mean {meant[0]}?" if meant else ""
+        raise TypeError(f"TuningEngine: the Trainer takes no {', '.join(unknown)}{hint}")
+    for callback in as_list(trainer.get("callbacks")):
+        try:
+            copy.deepcopy(callback)
+        except Exception as error:
+            raise TypeError(
+                f"TuningEngine: every fit gets a copy of each callback, but copy.deepcopy fails on "
+                f"{type(callback).__name__} ({error}): make what cannot be copied in the callback's setup"
+            ) from error
     return {**trainer, "devices": _one_device(trainer)}
 
 

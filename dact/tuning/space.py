@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
@@ -141,6 +142,15 @@ MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
 FROZEN_RATE = "learning_rate"  # in frozen mode only the submodels learn, at submodel_learning_rate
 
 
+def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return changes by parameter; on a command line one may be given as ``batch_size.high``."""
+    nested: dict[str, Any] = {}
+    for path, change in changes.items():
+        name, _, entry = path.partition(".")
+        nested[name] = {**nested.get(name, {}), entry: change} if entry else change
+    return nested
+
+
 def build_spaces(
     changes: Mapping[str, Any] | None, *, frozen: bool = False, final_frozen: bool = False
 ) -> dict[str, dict[str, Dimension]]:
@@ -166,9 +176,11 @@ def build_spaces(
         spaces["training"]["detach_exits"] = Dimension("categorical", choices=[True])
     if not isinstance(changes or {}, Mapping):
         raise TypeError(f"search_space: expected a mapping from parameters to their changes, got {changes!r}")
-    for name, change in (changes or {}).items():
+    for name, change in _nested(changes or {}).items():
         if name not in home:
-            raise ValueError(f"search_space: unknown parameter {name!r}; the parameters are {', '.join(home)}")
+            meant = get_close_matches(name, home, n=1)
+            hint = f"Did you mean {meant[0]}?" if meant else f"The parameters are {', '.join(home)}"
+            raise ValueError(f"search_space: unknown parameter {name!r}. {hint}")
         if frozen and name == FROZEN_RATE:
             raise ValueError(
                 "search_space: learning_rate is that of the encoder, which learns in no trial of frozen mode: give "

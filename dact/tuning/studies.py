@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import optuna
+from lightning.pytorch.utilities import rank_zero_warn
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
@@ -17,11 +18,13 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 from dact.checks import check_type
 from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, STOPPED, is_counted
 from dact.tuning.run import Run
-from dact.tuning.stages import Stage
+from dact.tuning.stages import STAGES, Stage
 from dact.tuning.storage import corrupted, describe_storage, is_unreachable, open_storage, root_cause
 
 IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
 LIMITS = "ended_under"  # user attribute of a study: the limits under which its deadline ended it
+OF_ONE_STUDY = ("search space", "submodels")  # parts of an identity that studies of a run do not share
+LONGEST_CHANGE = 60  # characters up to which an error gives both values of a setting
 ORIGIN = "under"  # user attribute of a study: see `archive_if_outdated`
 
 
@@ -88,18 +91,71 @@ def open_study(
         raise corrupted(where, error) from error
     if directions != stage.directions:
         raise corrupted(where, f"the objectives of {name}")
-    identity = json.loads(json.dumps(identity, default=str))  # as it is stored: a duration as text
     if stored is None and not trials:
-        study.set_user_attr(IDENTITY, identity)
+        study.set_user_attr(IDENTITY, _as_stored(identity))
         return study
-    stored = stored if isinstance(stored, Mapping) else {}
-    different = [key for key in sorted({*identity, *stored}) if stored.get(key) != identity.get(key)]
-    if different:
-        raise ValueError(
-            f"the study {name} in {where} was made with another {', '.join(different)}; trials of both would not "
-            f"compare. Use another run_tag, or the {different[0]} of that time"
-        )
+    _check_identity(f"{name} in {where}", stored, identity)
     return study
+
+
+def check_own(trial: BaseTrial, identity: Mapping[str, Any]) -> None:
+    """Warn if a trial of a study of the user's own does not compare with the first one, which leaves its identity."""
+    study = getattr(trial, "study", None)  # a FixedTrial has none
+    if study is None:
+        return
+    stored = study.user_attrs.get(IDENTITY)
+    if stored is None:
+        study.set_user_attr(IDENTITY, _as_stored(identity))
+    elif changes := _changes(stored, identity):
+        rank_zero_warn(
+            f"trial {trial.number} of the study {study.study_name} has another {', '.join(changes)} than its first "
+            "trial, so that their values do not compare"
+        )
+
+
+def check_run(run: Run, identity: Mapping[str, Any], address: str | BaseStorage | None) -> None:
+    """Raise a ``ValueError`` if the run has studies of another identity, whose inputs objectives would replace."""
+    if address is None and not (run.folder / "studies.db").is_file():
+        return
+    storage = open_storage(address, run.folder)
+    for summary in optuna.get_all_study_summaries(storage, include_best_trial=False):
+        if summary.study_name in map(run.study_name, STAGES) and (stored := summary.user_attrs.get(IDENTITY)):
+            stored = {name: value for name, value in stored.items() if name not in OF_ONE_STUDY}
+            _check_identity(summary.study_name, stored, identity)
+
+
+def _as_stored(identity: Mapping[str, Any]) -> Any:
+    return json.loads(json.dumps(identity, default=str))  # a duration as text
+
+
+def _check_identity(name: str, stored: Any, identity: Mapping[str, Any]) -> None:
+    """Raise a ``ValueError`` if the identity of a study differs from the one that is stored."""
+    if changes := _changes(stored, identity):
+        raise ValueError(
+            f"the study {name} was made with another {', '.join(changes)}; trials of both would not compare. Use "
+            f"another run_tag, or the {changes[0].split(' (')[0]} of that time"
+        )
+
+
+def _changes(stored: Any, identity: Mapping[str, Any]) -> list[str]:
+    """Return in what an identity differs from one that is stored: names, with both values where they can be read."""
+    then, now = _leaves(stored if isinstance(stored, Mapping) else {}), _leaves(_as_stored(identity))
+    different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
+    if "max_epochs" in different:
+        different = [key for key in different if key != "head_epochs"]  # which follow from them
+    values = {key: f"{now.get(key)} instead of {then.get(key)}" for key in different}
+    return [f"{key} ({text})" if len(text) <= LONGEST_CHANGE else key for key, text in values.items()]
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of a tree of dicts by their paths, such as ``model.learning_rate``."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            found |= _leaves(value, f"{prefix}{name}.")
+        else:
+            found[prefix + name] = value
+    return found
 
 
 def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:

@@ -29,14 +29,16 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
         studies: Studies of the run that this process has concluded.
     """
     metrics = read_json(folder / "metrics.json")
-    console.print(f"{headline(metrics)}. The model is in {folder / 'model'}\n")
+    unbroken = not console.is_terminal
+    console.print(f"{headline(metrics)}.", soft_wrap=unbroken)
+    console.print(f"The model is in {folder / 'model'}\n", soft_wrap=True)
     console.print(_comparison(metrics, folder / "defaults" / "metrics.json"))
     console.print()
     warnings = _warnings(metrics)
     console.print(_operating_points(metrics, POINTS - 3 * len(warnings)))
     for warning in warnings:
-        console.print(f"warning: {warning}")
-    console.print(f"settings: {_decisive(verdict)}")
+        console.print(f"warning: {warning}", soft_wrap=unbroken)
+    console.print(f"settings: {_decisive(verdict)}", soft_wrap=unbroken)
     pruned = pruning_text(studies)
     if pruned:
         console.print(pruned)
@@ -56,7 +58,13 @@ def _warnings(metrics: Mapping[str, Any]) -> list[str]:
     entry, layers, found = metrics["validation"], metrics["layers"], []
     if entry["majority_share"] == 1.0:
         found.append("all validation examples get one class: try class_weights, more epochs, or another learning_rate")
-    if layers > 1 and (other := _collapse(entry["mean_exit_layer"], layers)):
+    calibration = metrics.get("calibration")
+    if 1 < layers == entry["mean_exit_layer"] and calibration is not None and metrics["halting_margin"] == 1:
+        found.append(
+            f"every validation example uses all {layers} layers: no margin passed on the {calibration['examples']} "
+            "examples that it was set on. Give more validation examples, or a promise that allows more"
+        )
+    elif layers > 1 and (other := _collapse(entry["mean_exit_layer"], layers)):
         found.append(f"the depth has collapsed: every validation example uses {other}")
     return found
 

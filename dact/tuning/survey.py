@@ -11,9 +11,10 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from dact.agreement import check_classes
+from dact.data.base import TextDataModule
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
-from dact.tuning.digests import data_digest, digest, encoder_digest, teacher_digest
+from dact.tuning.digests import data_digest, teacher_digest
 from dact.tuning.fitting import TAUGHT_STEPS, averages, enough_epochs, seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
@@ -87,17 +88,17 @@ def survey(
         model = recipe.make_model()
         recipe = resolve_promise(recipe, model, _most_layers(spaces[TRAINING.name].get("num_layers"), model))
         data: Any = recipe.make_data()
-    if measured:
-        recipe.make_data(batch_size=1)  # fails early if the factory takes no batch_size
+    again: Any = recipe.make_data(batch_size=1) if measured else recipe.make_data()
     teacher = getattr(data, "teacher", None)
     if teacher is not None:
         data.teacher = None  # it runs once, in `prepare`
     data.prepare_data()
     data.setup("fit")
+    splits = {split: getattr(data, f"{split}_dataloader") for split in ("train", "val")}
     if measured:
         data.setup("test")
         test = data.test_dataloader()
-        data_digest(test)  # fails early if it cannot be measured
+        splits["test"] = data.test_dataloader
         _check_order("test", test)
         if "labels" not in next(iter(test), {}):
             raise ValueError(
@@ -110,11 +111,16 @@ def survey(
         raise ValueError(
             "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
         )
-    examples = data_digest(data.train_dataloader()) + data_digest(data.val_dataloader())
+    digests = {split: data_digest(loader()) for split, loader in splits.items()}
+    if not isinstance(data, TextDataModule):  # which divides its examples by a seed of its own
+        _check_division(again, digests, recipe.seed)
+    if recipe.encoder_training == "frozen":
+        _check_sampler(data.train_dataloader(), recipe.seed)
+    examples = digests["train"] + digests["val"]
     _check_order("validation", data.val_dataloader())
     own_teacher = recipe.distillation != 0 and teacher is None and "teacher" in next(iter(data.train_dataloader()))
     size = getattr(data, "batch_size", None)
-    identity = recipe.identity(digest([model.config(), encoder_digest(model.encoder)]), examples, size, teacher)
+    identity = recipe.identity(model, examples, size, teacher)
     identity |= {"own_teacher": teacher_digest(data.train_dataloader())} if own_teacher else {}
     first_trials = _first_trials(recipe, model, data)
     training = spaces[TRAINING.name]
@@ -177,15 +183,46 @@ def _check_order(split: str, loader: DataLoader[Any]) -> None:
         )
 
 
+def _check_division(again: Any, digests: Mapping[str, str], seed: int) -> None:
+    """Raise a ``ValueError`` if another datamodule of the factory has other examples: each fit gets one of its own."""
+    with seeded(seed + 1):  # as other fits
+        again.prepare_data()
+        again.setup("fit")
+        if "test" in digests:
+            again.setup("test")
+        found = {split: data_digest(getattr(again, f"{split}_dataloader")()) for split in digests}
+    if other := [split for split in digests if found[split] != digests[split]]:
+        raise ValueError(
+            f"TuningEngine: data made two datamodules with other examples for {', '.join(other)}, but each fit gets "
+            "one of its own, and would train on what others are measured on: divide the examples in the same way each "
+            "time, as by random_split(…, generator=torch.Generator().manual_seed(0))"
+        )
+
+
+def _check_sampler(loader: DataLoader[Any], seed: int) -> None:
+    """Raise a ``ValueError`` unless the loader gives each example of its data set once, or drops the last batch."""
+    if loader.batch_sampler is None:  # the data set makes the batches
+        return
+    with seeded(seed):
+        batches = [[*batch] for batch in loader.batch_sampler]
+    rows, examples = [row for batch in batches for row in batch], len(loader.dataset)  # type: ignore[arg-type]
+    if len({*rows}) < len(rows) or examples - len(rows) >= max(map(len, batches), default=1):
+        raise ValueError(
+            "TuningEngine: frozen mode learns from each example of the training data once per epoch, but the sampler "
+            f"of the train loader gives {len({*rows})} of {examples}, {len(rows)} in all: make a data set of those "
+            "examples (torch.utils.data.Subset), or use encoder_training='finetune'"
+        )
+
+
 def _check_copy(model: DACT) -> None:
     """Raise a ``ValueError`` if a model has no copy, in which fits after the studies take the mean of its weights."""
     try:
         copy.deepcopy(model)
     except Exception as error:
         raise ValueError(
-            "TuningEngine: the mean of the weights over the last steps needs a copy of the model, but copy.deepcopy fails "
-            f"on it ({type(error).__name__}: {error}): give the encoder a __deepcopy__, a callback of yours that averages "
-            "weights, or final_training='frozen'"
+            "TuningEngine: the mean of the weights over the last steps needs a copy of the model, but copy.deepcopy "
+            f"fails on it ({type(error).__name__}: {error}): give the encoder a __deepcopy__, a callback of yours that "
+            "averages weights, or final_training='frozen'"
         ) from error
 
 
@@ -237,7 +274,12 @@ def _check_factory(
 
 
 def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> None:
-    """Raise a ``ValueError`` if the Trainer validates on a number of batches while trials differ in their size."""
+    """Raise a ``ValueError`` if the Trainer never trains or validates, or on batches while trials differ in size."""
+    for part in ("limit_train_batches", "limit_val_batches"):
+        if trainer.get(part) == 0:
+            raise ValueError(
+                f"TuningEngine: {part}=0 leaves fits without data, and every fit is validated: leave it out"
+            )
     name = "overfit_batches" if trainer.get("overfit_batches") else "limit_val_batches"
     limit = trainer.get(name)
     all_batches = limit is None or (isinstance(limit, float) and limit == 1)
