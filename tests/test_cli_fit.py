@@ -316,3 +316,36 @@ def test_texts_without_labels_are_refused_without_a_teacher(own, dact_here):
     status, text = dact_here("fit", "--config", "config.yaml", "--data.unlabelled_file", "more.txt", cwd=own)
     assert status == 1
     assert "texts without labels need a teacher: give data.teacher" in text
+
+
+def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact_here):
+    status, output = dact_here(
+        "fit", "--config", "config.yaml", "--run_tag", "nan", "--model.learning_rate", "1e9", cwd=own
+    )
+    assert status == 1
+    assert "the fit broke: val_loss is nan after epoch 1. Try a smaller learning_rate" in output
+    assert not list(own.rglob("nan/model"))
+
+
+def test_options_replace_those_of_files_in_any_order(own, dact_here):
+    words = ["--data.batch_size", "8", "--config", "config.yaml", "--model.lambda_reg=0.25", "--run_tag", "order"]
+    status, output = dact_here("fit", *words, cwd=own)
+    assert status == 0, output
+    config = yaml.safe_load((own / "lightning_logs" / "order" / "config.yaml").read_text())
+    assert config["data"]["init_args"]["batch_size"] == 8
+    assert config["model"]["lambda_reg"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("text\nscreen is great\n", "test.csv has no column 'label'"),
+        ("text,label\nscreen is great,maybe\n", "row 1 with a label outside the classes: 'maybe'"),
+    ],
+)
+def test_a_test_file_that_could_not_be_measured_is_refused_before_the_fit(own, dact_here, content, message):
+    (own / "test.csv").write_text(content)
+    status, output = dact_here("fit", "--config", "config.yaml", "--data.test_file", "test.csv", cwd=own)
+    assert status == 1
+    assert message in output
+    assert "epoch" not in output

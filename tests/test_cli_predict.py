@@ -308,6 +308,24 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
         assert kind in text
         assert "of 2\n" in text
         assert "chose the checkpoint" not in text
+    stored = (folder / "lightning_logs" / "cut" / "model" / "config.json").read_bytes()
+    (folder / "few.csv").write_text("".join((folder / "other.csv").read_text().splitlines(keepends=True)[:9]))
+    few = [
+        "calibrate",
+        *model,
+        "--max_accuracy_loss",
+        "0.01",
+        "--confidence",
+        "null",
+        "--data.calibration_file",
+        "few.csv",
+    ]
+    status, text = dact_here(*few, cwd=folder)
+    assert status == 1
+    assert (
+        "this estimate takes 140 examples or more, got 8: give more, or promise less. The model is left as it" in text
+    )
+    assert stored == (folder / "lightning_logs" / "cut" / "model" / "config.json").read_bytes()
     # Examples that the fit has not set aside are no others afterwards.
     words = ["calibrate", *model, "--config", "my.yaml", "--max_accuracy_loss", "0.5", "--confidence", "null"]
     status, text = dact_here(*words, cwd=folder)

@@ -81,6 +81,9 @@ def test_an_example_without_a_label_or_a_teacher_leaves_the_others_alone(tmp_pat
 def test_a_missing_teacher_and_a_wrong_share_are_clear_errors():
     with pytest.raises(KeyError, match="distillation=0.5 needs 'teacher'"):
         losses(tiny_model(distillation=0.5), random_batch())
+    for teacher in ([2.0, -1.0, 0.0], [0.2, 0.2, 0.2], [float("nan")] * 3):
+        with pytest.raises(ValueError, match="teacher must hold probabilities, .* logits need a softmax"):
+            losses(tiny_model(distillation=0.5), {**random_batch(4), "teacher": torch.tensor([teacher] * 4)})
     with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
         tiny_model(distillation=1.5)
     with pytest.raises(ValueError, match=r"TuningEngine: distillation .* got -1"):

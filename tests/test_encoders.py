@@ -250,6 +250,19 @@ def test_padding_on_either_side_pools_the_same_tokens():
         torch.testing.assert_close(ahead, pool_tokens(right, torch.tensor([[1, 1, 1, 0, 0]]), pooling))
 
 
+def test_batches_that_an_encoder_cannot_take_are_named():
+    encoder = encoder_of("bert")
+    ids = torch.ones(2, encoder.max_length + 1, dtype=torch.long)
+    with pytest.raises(
+        ValueError, match=f"has {encoder.max_length + 1} tokens .* takes at most {encoder.max_length}: cut"
+    ):
+        encoder({"input_ids": ids})
+    with pytest.raises(
+        ValueError, match=f"token id {encoder.vocab_size}, but the encoder knows 0 … {encoder.vocab_size - 1}"
+    ):
+        encoder({"input_ids": torch.tensor([[1, encoder.vocab_size]])})
+
+
 def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path):
     AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(

@@ -4,6 +4,7 @@ import copy
 import json
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given, settings
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
 
@@ -163,7 +165,8 @@ def test_val_loss_has_the_final_lambda_from_the_first_epoch_on(tmp_path):
     assert values[0] == values[1]
 
 
-def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, monkeypatch, scheduled):
     seen, warm = [], DACT._warm_lambda
 
     def watched(model):
@@ -173,7 +176,8 @@ def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, 
     monkeypatch.setattr(DACT, "_warm_lambda", watched)
     model = tiny_model(lambda_reg=0.1, lambda_warmup=0.5, learning_rate=1.0, warmup_fraction=0.25)
     # 10 batches, 2 accumulated: 5 steps an epoch, 20 in all
-    trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2).fit(model, loader(40, 4))
+    two = {"callbacks": [GradientAccumulationScheduler({0: 2})]} if scheduled else {"accumulate_grad_batches": 2}
+    trainer(tmp_path, max_epochs=4, **two).fit(model, loader(40, 4))
     by_step = {step: (weight, rate) for step, weight, rate in seen}
     assert sorted(by_step) == list(range(20))
     for step, (weight, rate) in by_step.items():
@@ -392,6 +396,23 @@ def test_any_module_that_keeps_the_contract_is_an_encoder(tmp_path):
         batch = random_batch()
         assert torch.equal(again(batch).probabilities, model.eval()(batch).probabilities)
         assert torch.equal(again.early_exit(batch).exit_layer, again(batch).exit_layer)
+
+
+class OneOfTwoTasks(LayeredEncoderOfYourUser):
+    """Adds what is known of a whole batch to its embeddings."""
+
+    def embed(self, batch):
+        return super().embed(batch) + 3.0 * batch["task"] + len(batch["names"][0])
+
+
+def test_an_encoder_sees_all_of_a_batch_whichever_way_it_runs():
+    model, batch = scatter_exits(DACT(encoder=OneOfTwoTasks())).eval(), random_batch(20)
+    for task in (0, 1):
+        given = {**batch, "task": torch.tensor(task), "names": ["a"] * 20}
+        with torch.no_grad():
+            forward = model(given)
+        torch.testing.assert_close(model.full_depth(given).layer_probabilities, forward.layer_probabilities)
+        assert torch.equal(model.early_exit(given).exit_layer, forward.exit_layer)
 
 
 # ------------------------------------------------------------------ on disk
@@ -813,6 +834,18 @@ def test_early_exit_in_train_mode_answers_as_in_eval_mode_and_leaves_the_mode_al
     assert model.training
     assert model.encoder.layers[0].training
     assert not model.encoder.layers[1].training
+
+
+def test_threads_that_share_a_model_in_train_mode_get_the_answers_of_eval_mode():
+    model, batch = tiny_model(encoder=TransformerEncoder(50, 2, 16, 2, dropout=0.5)), random_batch(8, vocab=50)
+    model.train()
+    model.encoder.layers[0].eval()  # a part that stays so
+    modes = [part.training for part in model.modules()]
+    expected = model.full_depth(batch).probabilities
+    with ThreadPoolExecutor(4) as pool:
+        for found in pool.map(lambda _: model.full_depth(batch).probabilities, range(60)):
+            torch.testing.assert_close(found, expected)
+    assert [part.training for part in model.modules()] == modes
 
 
 def test_shared_batch_normalization_trains_with_the_statistics_that_it_has_in_eval_mode():

@@ -15,12 +15,13 @@ import pytest
 import torch
 import yaml
 from lightning.pytorch import Callback, LightningDataModule
+from lightning.pytorch.callbacks import EarlyStopping
 from optuna.pruners import HyperbandPruner, MedianPruner, WilcoxonPruner
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rich.console import Console
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from dact import DACT, TuningEngine
 from dact.bounds import mean_upper_bound
@@ -583,6 +584,115 @@ def test_overfitting_a_number_of_batches_counts_as_a_limit(tmp_path):
     trainer = {"max_epochs": 1, "accelerator": "cpu", "overfit_batches": 1}
     with pytest.raises(ValueError, match="overfit_batches=1 counts batches"):
         engine(tmp_path, trainer=trainer).joint_tune_study("run")
+
+
+class Divided(LightningDataModule):
+    """Texts of one word each with labels at random: who is right more often than by chance has seen the answers."""
+
+    def __init__(self, seed=None, sampler=None, batch_size=16):
+        super().__init__()
+        self.seed, self.sampler, self.batch_size = seed, sampler, batch_size
+        labels = torch.randint(3, (300,), generator=torch.Generator().manual_seed(0)).tolist()
+        self.items = [{"input_ids": torch.tensor([row % 40 + 2]), "labels": label} for row, label in enumerate(labels)]
+
+    def setup(self, stage):
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        self.parts = torch.utils.data.random_split(self.items, [0.6, 0.2, 0.2], generator=generator)
+
+    def train_dataloader(self):
+        if self.sampler is None:
+            return DataLoader(self.parts[0], self.batch_size, shuffle=True)
+        return DataLoader(self.items, self.batch_size, sampler=self.sampler)
+
+    def val_dataloader(self):
+        return DataLoader(self.parts[1], self.batch_size)
+
+    def test_dataloader(self):
+        return DataLoader(self.parts[2], self.batch_size)
+
+
+def test_data_that_is_divided_anew_by_each_fit_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"other examples for train, val, test, but .* would train on what others are"):
+        quick(tmp_path, data=Divided).run_pipeline("run")
+    assert not (tmp_path / "run" / "baseline").exists()
+    with pytest.raises(ValueError, match="two datamodules with other examples for train, val, but"):
+        quick(tmp_path, data=Divided).joint_tune_study("run")
+    quick(tmp_path, data=partial(Divided, seed=0)).joint_tune_study("seeded")
+
+
+@pytest.mark.parametrize(
+    ("sampler", "given"),
+    [
+        (SubsetRandomSampler(range(180)), "180 of 300, 180 in all"),
+        (WeightedRandomSampler([1.0] * 300, 300), r"\d+ of 300, 300 in all"),
+    ],
+)
+def test_a_sampler_that_frozen_states_could_not_keep_is_refused(tmp_path, sampler, given):
+    data = partial(Divided, seed=0, sampler=sampler)
+    with pytest.raises(ValueError, match=f"the sampler of the train loader gives {given}: make a data set .*Subset"):
+        quick(tmp_path, data=data, encoder_training="frozen").joint_tune_study("run")
+    quick(tmp_path, data=data).joint_tune_study("finetuned")
+
+
+def tagged(made, tag):
+    made.run_tag = tag
+    return made
+
+
+def test_an_objective_of_ones_own_replaces_nothing_of_a_run_with_other_data(tmp_path):
+    quick(tmp_path).joint_tune_study("run")
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    assert before
+    other = tagged(quick(tmp_path, data=partial(small_data, num_train=80)), "run")
+    with pytest.raises(ValueError, match=r"the study run/submodels was made with another data; .* another run_tag"):
+        optuna.create_study().optimize(other.submodel_objective, n_trials=1)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    optuna.create_study().optimize(tagged(quick(tmp_path), "run").submodel_objective, n_trials=1)
+
+
+def test_a_study_of_ones_own_that_goes_on_with_other_settings_says_so(tmp_path):
+    study = optuna.create_study()
+    study.optimize(tagged(quick(tmp_path), "own").submodel_objective, n_trials=1)
+    other = tagged(quick(tmp_path, seed=3), "another")
+    with pytest.warns(UserWarning, match=r"trial 1 of the study .* has another seed \(3 instead of 0\) than its first"):
+        study.optimize(other.submodel_objective, n_trials=1)
+
+
+class Locked(Callback):
+    def __init__(self):
+        self.lock = threading.Lock()
+
+
+@pytest.mark.parametrize(
+    ("trainer", "kind", "message"),
+    [
+        ({"max_epoch": 3}, TypeError, "the Trainer takes no max_epoch. Did you mean max_epochs?"),
+        ({"callbacks": [Locked()]}, TypeError, "gets a copy of each callback, but copy.deepcopy fails on Locked"),
+        ({"limit_val_batches": 0}, ValueError, "limit_val_batches=0 leaves fits without data"),
+        ({"limit_train_batches": 0}, ValueError, "limit_train_batches=0 leaves fits without data"),
+    ],
+)
+def test_a_trainer_that_no_fit_could_have_is_refused_before_any_training(tmp_path, trainer, kind, message):
+    with pytest.raises(kind, match=message):
+        engine(tmp_path, trainer={"accelerator": "cpu", **trainer}).run_pipeline("run")
+    assert not (tmp_path / "run" / "baseline").exists()
+
+
+def test_a_resumed_run_names_what_has_changed_and_from_what_to_what(tmp_path):
+    def options(patience=1, **trainer):
+        stops = EarlyStopping("val_loss", patience=patience)
+        return {"trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [stops], **trainer}}
+
+    engine(tmp_path, n_trials=1, encoder_training="frozen", **options()).joint_tune_study("run")
+    for change, message in (
+        ({"model": partial(small_model, learning_rate=0.03)}, r"model.learning_rate \(0.03 instead of 0.003\); trials"),
+        (options(max_epochs=2), r"max_epochs \(2 instead of 1\); trials"),
+        (options(patience=9), r"callbacks.EarlyStopping.patience \(9 instead of 1\); trials"),
+    ):
+        with pytest.raises(ValueError, match=rf"run/submodels .* was made with another {message}"):
+            engine(tmp_path, **{"n_trials": 1, "encoder_training": "frozen", **options(), **change}).joint_tune_study(
+                "run"
+            )
 
 
 def test_a_trainer_of_many_options_is_one_that_frozen_trials_and_the_configuration_keep(tmp_path):

@@ -34,7 +34,10 @@ class LayeredEncoder(nn.Module, ABC):
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
-        """Return the hidden state before layer 1, ``[batch, length, hidden]``."""
+        """Return the hidden state before layer 1, ``[batch, length, hidden]``.
+
+        In early exit the batch has some of the rows, and entries without a row for each example as they are.
+        """
 
     def context(self, hidden: Tensor, mask: Tensor) -> Any:
         """Return what every layer needs next to the hidden state, such as attention biases.

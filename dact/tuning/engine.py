@@ -78,9 +78,10 @@ class TuningEngine:
             attribute of this name has seconds.
         model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what the trial chose.
         data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the same way with
-            overrides such as ``batch_size``.
+            overrides such as ``batch_size``; each fit calls it, and all must get the same examples.
         trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the number. A trial runs on
-            one device. dact uses its own logger, checkpoints and progress bars instead of those given here.
+            one device. dact uses its own logger, checkpoints and progress bars instead of those given here, and each
+            fit gets a copy of every callback, so that what a callback collects must go to a file.
         n_trials: Total number of trials of each study, one number or one per study.
         search_space: Changes to the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
         encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the states of all

@@ -24,6 +24,7 @@ from dact.tuning.storage import corrupted, describe_storage, is_unreachable, ope
 IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
 LIMITS = "ended_under"  # user attribute of a study: the limits under which its deadline ended it
 OF_ONE_STUDY = ("search space", "submodels")  # parts of an identity that studies of a run do not share
+FOLLOWS = {"head_epochs": "max_epochs", "encoder's weights": "seed"}  # parts of an identity that follow from others
 LONGEST_CHANGE = 60  # characters up to which an error gives both values of a setting
 ORIGIN = "under"  # user attribute of a study: see `archive_if_outdated`
 
@@ -141,8 +142,7 @@ def _changes(stored: Any, identity: Mapping[str, Any]) -> list[str]:
     """Return in what an identity differs from one that is stored: names, with both values where they can be read."""
     then, now = _leaves(stored if isinstance(stored, Mapping) else {}), _leaves(_as_stored(identity))
     different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    if "max_epochs" in different:
-        different = [key for key in different if key != "head_epochs"]  # which follow from them
+    different = [key for key in different if FOLLOWS.get(key) not in different]
     values = {key: f"{now.get(key)} instead of {then.get(key)}" for key in different}
     return [f"{key} ({text})" if len(text) <= LONGEST_CHANGE else key for key, text in values.items()]
 
