@@ -74,7 +74,7 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     (folder / "defaults").mkdir(parents=True)
     (folder / "metrics.json").write_text(json.dumps(metrics()))
     (folder / "defaults" / "metrics.json").write_text(json.dumps({"test": metrics()["test"]}))
-    console = Console(width=80, record=True)
+    console = Console(width=80, record=True, force_terminal=True)
     verdict = (
         "tuned (tuned beats first trial on frozen states: -0.52 ± 0.02 layers, +0.10 ± 0.40 points; runner-up does not "
         "beat tuned on frozen states: +0.10 ± 0.02 layers, +0.10 ± 0.40 points, +0.10 ± 0.40 at as many layers; tuned "
@@ -95,17 +95,29 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     console = Console(width=80, record=True)
     show_summary(console, folder, verdict, [])
     text = console.export_text()
+    assert f"settings: tuned ({decisive})\n" in text, "in a file, sentences and paths are not broken"
     assert "as set" in text
     assert "promised" not in text
     assert "set by an estimate" not in text
     at_worst = {**metrics()["validation"], "majority_share": 1.0, "mean_exit_layer": 1.0}
     (folder / "metrics.json").write_text(json.dumps(metrics(validation=at_worst)))
-    console = Console(width=80, record=True)
+    console = Console(width=80, record=True, force_terminal=True)
     show_summary(console, folder, verdict, [pruned_study()])
     text = console.export_text()
     assert "warning: all validation examples get one class" in text
     assert "warning: the depth has collapsed" in text
     assert len(text.splitlines()) <= 23
+
+
+def test_a_margin_that_too_few_examples_could_set_is_no_fault_of_the_price(tmp_path):
+    found = metrics(validation={**metrics()["validation"], "mean_exit_layer": 4.0})
+    found |= {"halting_margin": 1.0, "calibration": {**found["calibration"], "examples": 3}}
+    (tmp_path / "metrics.json").write_text(json.dumps(found))
+    console = Console(width=200, record=True)
+    show_summary(console, tmp_path, "", [])
+    text = console.export_text()
+    assert "warning: every validation example uses all 4 layers: no margin passed on the 3 examples that it was" in text
+    assert "lambda_reg" not in text
 
 
 @pytest.mark.parametrize(
