@@ -18,6 +18,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
 
 from dact import DACT, SubmodelConfig, calibrate, functional, persistence
+from dact.answers import layer_answers
 from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
@@ -413,6 +414,7 @@ def test_an_encoder_sees_all_of_a_batch_whichever_way_it_runs():
             forward = model(given)
         torch.testing.assert_close(model.full_depth(given).layer_probabilities, forward.layer_probabilities)
         assert torch.equal(model.early_exit(given).exit_layer, forward.exit_layer)
+        torch.testing.assert_close(layer_answers(model, [given]).y, forward.layer_probabilities)
 
 
 # ------------------------------------------------------------------ on disk

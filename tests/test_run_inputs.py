@@ -35,10 +35,10 @@ from dact.submodels import SubmodelConfig
 from dact.tuning import workers
 from dact.tuning.baseline import _probabilities
 from dact.tuning.digests import digest, teacher_digest
-from dact.tuning.final import _is_plain
 from dact.tuning.fitting import History, enough_epochs
 from dact.tuning.pictures import pareto_picture
 from dact.tuning.pruner import SameLengthPruner
+from dact.tuning.recipe import is_plain
 from dact.tuning.retries import OWNER, unwatched
 from dact.tuning.selection import Point
 from dact.tuning.space import Dimension
@@ -698,7 +698,7 @@ def test_a_resumed_run_names_what_has_changed_and_from_what_to_what(tmp_path):
 def test_a_trainer_of_many_options_is_one_that_frozen_trials_and_the_configuration_keep(tmp_path):
     trainer = {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 3, "enable_progress_bar": True}
     trainer |= {"max_time": datetime.timedelta(minutes=9)}
-    assert _is_plain([0]) and _is_plain({"minutes": 9}) and not _is_plain([Callback()])
+    assert is_plain([0]) and is_plain({"minutes": 9}) and not is_plain([Callback()])
     data = partial(small_data, batch_size=16)  # of frozen states, a batch has 32 or 64
     for tag, interval, epochs in (("a", 7, 1), ("b", 8, None)):  # of 8 batches, of which the warm-up has 5
         given = {**trainer, "val_check_interval": interval, "check_val_every_n_epoch": epochs}

@@ -146,7 +146,7 @@ def show_metrics(trainer: Trainer, model: DACT, verbose: bool, promise: bool = F
     """Print the metrics of an evaluation, unless it is not `verbose`, and whether the promise of the model holds."""
     if not trainer.is_global_zero:
         return
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items() if verbose else ():
         print(f"{name.ljust(width)}  {value:.6g}")

@@ -159,8 +159,8 @@ class LayeredEncoder(nn.Module, ABC):
 
 
 def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Return the tensors of a batch on a device, without its other entries, such as lists of ids."""
-    return {name: tensor.to(device) for name, tensor in batch.items() if isinstance(tensor, Tensor)}
+    """Return a batch whose tensors are on a device; other entries, such as lists of ids, stay as they are."""
+    return {name: entry.to(device) if isinstance(entry, Tensor) else entry for name, entry in batch.items()}
 
 
 def check_batch(batch: object) -> None:

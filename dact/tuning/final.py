@@ -30,7 +30,7 @@ from dact.tuning.evaluation import MARGINS, TOLERANCES, Evaluation, dial_curve, 
 from dact.tuning.fitting import NonFiniteLoss, averages
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
-from dact.tuning.recipe import Recipe
+from dact.tuning.recipe import Recipe, is_plain
 from dact.tuning.run import Run
 from dact.tuning.stages import flat
 
@@ -126,7 +126,7 @@ class FinalFit:
             return chosen
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
-        plain = {name: value for name, value in self.recipe.trainer.items() if _is_plain(value)}
+        plain = {name: value for name, value in self.recipe.trainer.items() if is_plain(value)}
         if fit.finetunes and not averages(self.recipe.trainer):
             plain["callbacks"] = [{"class_path": f"{AverageLastSteps.__module__}.{AverageLastSteps.__qualname__}"}]
         arguments = self.recipe.overrides({**fit.learning, **chosen})
@@ -292,13 +292,6 @@ class FinalFit:
 
 def _splits(data: LightningDataModule) -> tuple[tuple[str, Any], ...]:
     return ("validation", data.val_dataloader()), ("test", data.test_dataloader())
-
-
-def _is_plain(value: Any) -> bool:
-    """Return whether YAML can hold an argument of the Trainer as it is, such as ``[0]`` for devices."""
-    if isinstance(value, dict):
-        return all(map(_is_plain, [*value, *value.values()]))
-    return all(map(_is_plain, value)) if isinstance(value, list) else isinstance(value, (str, int, float, bool))
 
 
 def _entries(found: Mapping[str, Evaluation], against: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:

@@ -263,7 +263,14 @@ class Recipe:
 
 def _plain_attributes(callback: Any) -> dict[str, Any]:
     """Return what a callback was made with, as far as it is plain data."""
-    return {name: value for name, value in vars(callback).items() if isinstance(value, (str, int, float, dict, list))}
+    return {name: value for name, value in vars(callback).items() if is_plain(value)}
+
+
+def is_plain(value: Any) -> bool:
+    """Return whether YAML and JSON can hold a value as it is, such as ``[0]`` for devices."""
+    if isinstance(value, dict):
+        return all(map(is_plain, [*value, *value.values()]))
+    return all(map(is_plain, value)) if isinstance(value, list) else isinstance(value, (str, int, float, bool))
 
 
 def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:

@@ -88,7 +88,8 @@ def survey(
         model = recipe.make_model()
         recipe = resolve_promise(recipe, model, _most_layers(spaces[TRAINING.name].get("num_layers"), model))
         data: Any = recipe.make_data()
-    again: Any = recipe.make_data(batch_size=1) if measured else recipe.make_data()
+    if measured:
+        recipe.make_data(batch_size=1)  # fails early if the factory takes no batch_size
     teacher = getattr(data, "teacher", None)
     if teacher is not None:
         data.teacher = None  # it runs once, in `prepare`
@@ -113,7 +114,7 @@ def survey(
         )
     digests = {split: data_digest(loader()) for split, loader in splits.items()}
     if not isinstance(data, TextDataModule):  # which divides its examples by a seed of its own
-        _check_division(again, digests, recipe.seed)
+        _check_division(recipe, digests)
     if recipe.encoder_training == "frozen":
         _check_sampler(data.train_dataloader(), recipe.seed)
     examples = digests["train"] + digests["val"]
@@ -183,9 +184,10 @@ def _check_order(split: str, loader: DataLoader[Any]) -> None:
         )
 
 
-def _check_division(again: Any, digests: Mapping[str, str], seed: int) -> None:
+def _check_division(recipe: Recipe, digests: Mapping[str, str]) -> None:
     """Raise a ``ValueError`` if another datamodule of the factory has other examples: each fit gets one of its own."""
-    with seeded(seed + 1):  # as other fits
+    with seeded(recipe.seed + 1):  # as other fits
+        again: Any = recipe.make_data()
         again.prepare_data()
         again.setup("fit")
         if "test" in digests:
