@@ -88,7 +88,7 @@ space = {"batch_size": {"choices": [32, 64]}, "num_epochs": {"choices": [1, 2]}}
 for mode in ("frozen", "finetune"):
     before = snapshot()
     engine = TuningEngine(model=model, data=data, n_trials=1, search_space=space, log_dir=mode, warm_up_epochs=1,
-                          trainer={"max_epochs": 1, **quiet}, encoder_training=mode)
+                          trainer={"max_epochs": 1, "deterministic": "warn", "benchmark": True, **quiet}, encoder_training=mode)
     engine.run_pipeline("run")
     found[mode] = changed(before, snapshot())
 """

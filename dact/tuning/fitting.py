@@ -44,7 +44,7 @@ MIN_STEPS = 250  # optimizer steps in which a pretrained encoder learns its task
 TAUGHT_STEPS = 150  # … and one that starts from the baseline's encoder and has the baseline as a teacher
 MOST_TIMES = 7  # of the epochs that are asked for, on few examples
 GRACE = 10.0  # seconds that a validation may go on after a deadline
-SEED_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS")
+PROCESS_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
 
 
 def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int) -> int:
@@ -239,13 +239,19 @@ def _of_validation(name: str) -> bool:
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the caller's random generators at the end of the block, also after an exception."""
+    """Restore the caller's random generators, and what a Trainer sets for its process, also after an exception."""
     failed: BaseException | None = None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only, benchmark = torch.is_deterministic_algorithms_warn_only_enabled(), torch.backends.cudnn.benchmark
+    kept = {name: os.environ.get(name) for name in PROCESS_VARIABLES}
     with isolate_rng():  # by itself, it restores them only after a block that succeeds
         try:
             yield
         except BaseException as error:
             failed = error
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.backends.cudnn.benchmark = benchmark
+    _restore(kept)
     if failed is not None:
         raise failed
 
@@ -253,17 +259,17 @@ def isolated() -> Iterator[None]:
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed all random generators for the block, and restore the caller's generators and variables at its end."""
-    kept = {name: os.environ.get(name) for name in SEED_VARIABLES}
     with isolated():
         seed_everything(seed, workers=True, verbose=False)
-        try:
-            yield
-        finally:
-            for name, value in kept.items():
-                if value is None:
-                    os.environ.pop(name, None)
-                else:
-                    os.environ[name] = value
+        yield
+
+
+def _restore(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
 
 
 def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
