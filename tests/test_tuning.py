@@ -579,7 +579,7 @@ def other_weights(**overrides):
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"model": other_weights}, "model"),
+        ({"model": other_weights}, "encoder's weights"),
         ({"trainer": {"max_epochs": 1, "accelerator": "cpu", "limit_train_batches": 1}}, "trainer"),
         ({"trainer": {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 0.5}}, "trainer"),
         ({"trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [pl.callbacks.Timer()]}}, "callbacks"),

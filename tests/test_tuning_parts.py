@@ -141,7 +141,7 @@ def test_more_devices_for_a_trial_are_refused(trainer):
     [
         ({"lambda_reg": {"type": "categorical", "choices": [0.1]}}, ValueError, "lambda_reg: must be of type float"),
         ({"lambda_reg": {"type": "float", "low": 0.1, "high": 1.0, "step": 0.1}}, ValueError, "without a step"),
-        ({"speed": {"low": 1}}, ValueError, "unknown parameter 'speed'; the parameters are classifier_num_layers"),
+        ({"speed": {"low": 1}}, ValueError, "unknown parameter 'speed'. The parameters are classifier_num_layers"),
         ({"learning_rate": {"lo": 1}}, ValueError, "learning_rate: unknown entry 'lo'; expected type, low"),
         ({"learning_rate": {"low": 1.0}}, ValueError, "learning_rate: the range is empty: low=1.0 is above high=0.002"),
         ({"learning_rate": {"low": "small"}}, TypeError, "low must be a number, got 'small'"),
@@ -542,7 +542,9 @@ def lock_of(folder):
 
 def test_a_setting_that_was_not_stored_is_compared(tmp_path):
     opened(tmp_path)
-    with pytest.raises(ValueError, match="made with another teacher; trials of both would not compare"):
+    with pytest.raises(
+        ValueError, match=r"made with another teacher \(y instead of None\); trials of both would not compare"
+    ):
         opened(tmp_path, {"data": "x", "teacher": "y"})
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import optuna
@@ -140,22 +140,19 @@ def _check_identity(name: str, stored: Any, identity: Mapping[str, Any]) -> None
 
 def _changes(stored: Any, identity: Mapping[str, Any]) -> list[str]:
     """Return in what an identity differs from one that is stored: names, with both values where they can be read."""
-    then, now = _leaves(stored if isinstance(stored, Mapping) else {}), _leaves(_as_stored(identity))
-    different = [key for key in sorted({*then, *now}) if then.get(key) != now.get(key)]
-    different = [key for key in different if FOLLOWS.get(key) not in different]
-    values = {key: f"{now.get(key)} instead of {then.get(key)}" for key in different}
-    return [f"{key} ({text})" if len(text) <= LONGEST_CHANGE else key for key, text in values.items()]
+    found = dict(_differences(stored if isinstance(stored, Mapping) else {}, _as_stored(identity)))
+    texts = {name: f"{now} instead of {then}" for name, (then, now) in found.items() if FOLLOWS.get(name) not in found}
+    return [f"{name} ({text})" if len(text) <= LONGEST_CHANGE else name for name, text in texts.items()]
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values of a tree of dicts by their paths, such as ``model.learning_rate``."""
-    found: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            found |= _leaves(value, f"{prefix}{name}.")
-        else:
-            found[prefix + name] = value
-    return found
+def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the paths, such as ``model.learning_rate``, at which two trees of dicts differ, with both values."""
+    for name in sorted({*then, *now}):
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            yield from _differences(old, new, f"{prefix}{name}.")
+        elif old != new:
+            yield prefix + name, (old, new)
 
 
 def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
