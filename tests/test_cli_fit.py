@@ -327,7 +327,7 @@ def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact
     assert not list(own.rglob("nan/model"))
 
 
-def test_options_replace_those_of_files_in_any_order(own, dact_here):
+def test_options_of_the_data_may_stand_before_the_file_that_names_its_class(own, dact_here):
     words = ["--data.batch_size", "8", "--config", "config.yaml", "--model.lambda_reg=0.25", "--run_tag", "order"]
     status, output = dact_here("fit", *words, cwd=own)
     assert status == 0, output

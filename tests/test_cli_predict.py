@@ -438,7 +438,7 @@ def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_
     done = dact(*words, *TWO, cwd=folder)
     assert "DistributedSampler" not in done.stdout + done.stderr
     alone, both = (
-        {name: float(value) for name, value in re.findall(r"(\w+_\w+\S*) +│ +([\d.]+)", table)}
+        {name: float(value) for name, value in re.findall(r"^(\w+_\w+\S*) +([\d.]+)$", table, re.M)}
         for table in (one, done.stdout)
     )
     assert len(alone) > 8

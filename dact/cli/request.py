@@ -29,7 +29,6 @@ from dact.files import read_json
 
 EVALUATING = ("validate", "test", "predict", "calibrate")
 OWN_FILES = "TextClassificationData"
-CONFIG = ("--config", "-c")
 COLUMNS = ("text_column", "text_pair_column", "label_column")
 DIVISION = ("val_file", "seed", "val_fraction", "calibration_fraction")
 MOST_TOKENS = 1_000_000  # tokens; nothing is cut
@@ -57,8 +56,7 @@ class Request:
     def read(cls, words: list[str]) -> Request:
         """Return the request of a command line."""
         command = next(word for word in words if word in LIGHTNING)
-        words = _files_first(words, command)
-        request = cls(command, words, given=list(words))
+        request = cls(command, list(words), given=list(words))
         for file in config_files(words):
             try:
                 content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -133,9 +131,11 @@ class Request:
         hub_names = ("model.encoder.pretrained", "data.tokenizer", "data.teacher")
         go_offline_without_hub([self.value(name) for name in hub_names])
         data = self.value("data.class_path") or self.value("data")
-        if data is None and any(word.startswith("--data.") for word in self.words):
-            data = OWN_FILES
-            self.words.insert(self.words.index(self.command) + 1, f"--data={data}")
+        own = [place.start for place, name, _ in _options(self.words) if name.startswith("data.")]
+        files = [place for place, word in enumerate(self.words) if word.partition("=")[0] in ("--config", "-c")]
+        if own and (data is None or (isinstance(data, str) and files and own[0] < files[0])):
+            data = data or OWN_FILES
+            self.words.insert(self.words.index(self.command) + 1, f"--data={data}")  # its options need to be known
         known = class_parameters(data) if isinstance(data, str) else None
         if isinstance(known, list) and "tokenizer" in known and not self.gives("data.tokenizer"):
             source = self._tokenizer()
@@ -211,18 +211,6 @@ class Request:
         file = Path(resolve_pretrained(str(arguments["tokenizer"])), "tokenizer_config.json")
         stored = read_json(file).get("model_max_length") if file.is_file() else None  # 1e30 means no limit
         return int(min(stored or MOST_TOKENS, model.encoder.max_length or MOST_TOKENS, MOST_TOKENS))
-
-
-def _files_first(words: list[str], command: str) -> list[str]:
-    """Return the words with ``--config`` right after the command: other options replace those of files in any order."""
-    start = words.index(command) + 1
-    before, after = words[:start], words[start:]
-    files: list[str] = []
-    others: list[str] = []
-    for place, word in enumerate(after):
-        is_value = place > 0 and after[place - 1] in CONFIG
-        (files if is_value or word.partition("=")[0] in CONFIG else others).append(word)
-    return [*before, *files, *others]
 
 
 def _options(words: list[str]) -> Iterator[tuple[slice, str, str]]:

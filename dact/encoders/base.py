@@ -114,20 +114,22 @@ class LayeredEncoder(nn.Module, ABC):
                 f"the batch has {ids.shape[1]} tokens per example, but the encoder takes at most {self.max_length}: "
                 f"cut the texts (max_length={self.max_length})"
             )
-        if self.vocab_size is not None and (ids.numel() and not 0 <= (largest := int(ids.max())) < self.vocab_size):
-            raise ValueError(
-                f"the batch has the token id {largest}, but the encoder knows 0 … {self.vocab_size - 1}: use the "
-                "tokenizer of the encoder, or set its vocab_size"
-            )
         mask = batch.get("attention_mask")
         if mask is None:
-            return torch.ones_like(ids)
+            mask = torch.ones_like(ids)
         if mask.shape != ids.shape:
             raise ValueError(
                 f"attention_mask must have the shape of input_ids {list(ids.shape)} [batch, length], got "
                 f"{list(mask.shape)}"
             )
-        empty = [row for row, tokens in enumerate(mask.sum(dim=1).tolist()) if not tokens]
+        highest = ids.max() if len(ids) else ids.new_zeros(())
+        *counts, largest = torch.cat([mask.sum(dim=1).long(), highest.reshape(1)]).tolist()  # a GPU is waited for once
+        if self.vocab_size is not None and largest >= self.vocab_size:
+            raise ValueError(
+                f"the batch has the token id {largest}, but the encoder knows 0 … {self.vocab_size - 1}: use the "
+                "tokenizer of the encoder, or set its vocab_size"
+            )
+        empty = [row for row, tokens in enumerate(counts) if not tokens]
         if empty:
             raise ValueError(f"rows {empty} of the batch are all padding: each example needs at least one token")
         if self.counts_columns and not mask[:, 0].all():
