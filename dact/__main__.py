@@ -25,9 +25,9 @@ commands:
   dact --version
 
 --model takes the folder of a run, its model/ folder, or a Hub id, OWNER/NAME or
-OWNER/NAME@REVISION. An option on the command line replaces that of files before it. A
-later file replaces an earlier one. A configuration can name any class of any
-installed module, and so run any code: use only files that you trust.
+OWNER/NAME@REVISION. An option replaces that of the files before it, and a later
+file an earlier one. A configuration can name any class of any installed module,
+and so run any code: use only files that you trust.
 """
 
 
