@@ -1,5 +1,6 @@
 """The decisions of tuning, without any training: spaces, selection, where to try next, whom to prune."""
 
+import contextlib
 import dataclasses
 import math
 import random
@@ -739,6 +740,32 @@ def test_a_process_whose_trial_was_completed_by_another_continues_with_the_next(
     run_trials(study, objective, 2, lock_of(tmp_path))
     assert [trial.state.name for trial in study.trials] == ["COMPLETE", "COMPLETE"]
     assert study.trials[0].value == 0.5
+
+
+def test_processes_do_not_start_more_trials_than_were_asked_for(tmp_path):
+    """Another process begins the last trial while this one waits for its turn; then nobody may begin one."""
+    study, held, others = opened(tmp_path), [], []
+
+    @contextlib.contextmanager
+    def turn():
+        if len(held) == 4:  # the sweep and the first trial have had their turns
+            others.append(study.ask())
+        with lock_of(tmp_path)():
+            held.append(True)
+            yield
+            held.append(False)
+
+    class Watched(optuna.samplers.RandomSampler):
+        def before_trial(self, *_):
+            assert held[-1] or len(held) == 4, "a trial of this process begins in its turn"
+
+    def objective(trial):
+        assert not held[-1], "which then is over"
+        return 1.0
+
+    study.sampler = Watched()
+    run_trials(study, objective, 2, turn, idle=lambda: study.tell(others[0], 0.5))
+    assert [trial.value for trial in study.trials] == [1.0, 0.5]
 
 
 def test_each_stage_picks_its_winner():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any
 
 from optuna.exceptions import UpdateFinishedTrialError
@@ -42,9 +42,9 @@ def run_trials(
 ) -> None:
     """Run trials until the study has `n_trials` of them, possibly next to other processes that do the same.
 
-    Before each trial a process counts those that have ended or are running, so that the total exceeds `n_trials` by at
-    most the number of processes minus one. A process returns only when no trial is running any more, even after a
-    deadline, so that all processes see the same winner.
+    Before each trial a process counts those that have ended or are running, and holds the lock until its own has
+    begun: processes that share the folder of the run never start more than `n_trials`. A process returns only when no
+    trial is running any more, even after a deadline, so that all processes see the same winner.
 
     Args:
         study: The study, with its sampler and pruner.
@@ -78,35 +78,45 @@ def run_trials(
         late = stopped or deadline.left == 0 or study.user_attrs.get(STOPPED) == n_trials
         if (len(done) >= n_trials and not running) or hopeless or (late and quiet >= QUIET):
             return
-        due = len(retries_due(trials))  # another process may be about to queue them
-        if late or len(done) + running + due >= n_trials:
-            if running or due:
+        if late or _taken(trials) >= n_trials:
+            if running or retries_due(trials):
                 sweep_now()
             idle()
             time.sleep(POLL if running else POLL / QUIET)
             continue
         started: list[int] = []
+        with ExitStack() as turn:
+            turn.enter_context(lock())
+            if _taken(study.get_trials(deepcopy=False)) >= n_trials:
+                continue  # another process was faster
 
-        def tracked(trial: Trial, started: list[int] = started) -> Any:
-            started.append(trial.number)
-            return objective(trial)
+            def tracked(trial: Trial, started: list[int] = started, turn: ExitStack = turn) -> Any:
+                turn.close()
+                started.append(trial.number)
+                return objective(trial)
 
-        try:
-            study.optimize(
-                tracked,
-                n_trials=1,
-                catch=(TrialFailed, TimeIsUp),
-                callbacks=list(callbacks),
-                gc_after_trial=True,  # a Trainer and its model refer to each other
-            )
-        except (UpdateFinishedTrialError, ValueError) as error:
-            # Optuna refuses to finish a trial twice: another process took this one for dead or, since SQLite does not
-            # lock what it reads, took the same trial from the queue and completed it.
-            told = str(error).startswith("Cannot tell a ")
-            if not (started and (told or was_ended_by_others(study, started[0]))):
-                raise  # from a sampler or a callback
-            continue
+            try:
+                study.optimize(
+                    tracked,
+                    n_trials=1,
+                    catch=(TrialFailed, TimeIsUp),
+                    callbacks=list(callbacks),
+                    gc_after_trial=True,  # a Trainer and its model refer to each other
+                )
+            except (UpdateFinishedTrialError, ValueError) as error:
+                # Optuna refuses to finish a trial twice: another process took this one for dead or, without a folder
+                # in common, took the same trial from an SQLite queue and completed it.
+                told = str(error).startswith("Cannot tell a ")
+                if not (started and (told or was_ended_by_others(study, started[0]))):
+                    raise  # from a sampler or a callback
+                continue
         if study._stop_flag:  # a callback or the sampler called Optuna's study.stop()
             stopped = True
             if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):  # else the same command may try again
                 study.set_user_attr(STOPPED, n_trials)
+
+
+def _taken(trials: Sequence[FrozenTrial]) -> int:
+    """Return how many trials have ended, are running, or are about to be queued again by another process."""
+    counted = sum(is_counted(trial) or trial.state == TrialState.RUNNING for trial in trials)
+    return counted + len(retries_due(trials))
