@@ -93,3 +93,11 @@ def symmetric_divergence(first, second):
     """Half of the sum of both Kullback-Leibler divergences between one example's answers."""
     both = ((first, second), (second, first))
     return sum(p * (math.log(p) - math.log(q)) for one, other in both for p, q in zip(one, other, strict=True)) / 2
+
+
+def brier_score(probabilities, target):
+    """The mean squared distance between probabilities and class, example by example."""
+    distances = []
+    for row, wanted in zip(probabilities.tolist(), target.tolist(), strict=True):
+        distances.append(sum((p - (label == wanted)) ** 2 for label, p in enumerate(row)))
+    return sum(distances) / len(distances)

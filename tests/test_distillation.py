@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
 from dact import DACT, TuningEngine, functional
+from dact.answers import layer_answers
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
@@ -249,10 +250,10 @@ EPOCHS = []
 class Record(pl.Callback):
     def on_validation_end(self, trainer, pl_module):
         weights = {name: weight.clone() for name, weight in pl_module.state_dict().items()}
-        EPOCHS.append((float(trainer.callback_metrics["val_loss"]), weights))
+        EPOCHS.append((float(trainer.callback_metrics["val_brier"]), weights))
 
 
-def test_the_baseline_is_its_last_epoch_and_its_teacher_a_later_one_with_the_lowest_loss(tmp_path):
+def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier_score(tmp_path):
     EPOCHS.clear()
     engine = TuningEngine(
         model=lambda **overrides: DACT(TransformerEncoder(42, 2, 32, 2), **{"learning_rate": 1e-2, **overrides}),
@@ -262,8 +263,8 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_a_later_one_with_the_low
     )
     engine.progress.console.quiet = True
     prepared = engine._prepare(engine._begin("run"), engine._survey())
-    last, (_, lowest) = EPOCHS[-1][1], min(EPOCHS[1:], key=lambda epoch: epoch[0])
-    assert last is not lowest, "on so few examples the loss rises again"
+    last, (score, lowest) = EPOCHS[-1][1], min(EPOCHS, key=lambda epoch: epoch[0])
+    assert last is not lowest, "on so few examples the score rises again"
     baseline, encoder = prepared.baseline.load(prepared.recipe.make_model()).state_dict(), prepared.baseline.encoder()
     assert all(torch.equal(baseline[name], weight) for name, weight in last.items())
     assert all(torch.equal(weight, lowest[f"encoder.{name}"]) for name, weight in encoder.items())
@@ -275,6 +276,8 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_a_later_one_with_the_low
     with torch.no_grad():
         expected = teacher.eval()(batch).probabilities
     torch.testing.assert_close(prepared.baseline.probabilities()[batch["row"]], expected)
+    answers = layer_answers(teacher, data.val_dataloader())
+    assert score == pytest.approx(references.brier_score(answers.a[:, -1], answers.target), abs=1e-5)
 
 
 @pytest.mark.parametrize("own", [True, False])

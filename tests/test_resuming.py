@@ -73,21 +73,15 @@ def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The dirpath has changed")
         _, losses = fitted(tmp_path / "after", Ruin(2))
-    assert losses.index(min(losses[1:])) == 1
-    assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == 1
+    assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == losses.index(min(losses)) < 2
     assert not (tmp_path / "before").exists()
 
 
-def test_the_first_of_several_epochs_is_not_kept_as_the_best(tmp_path):
-    _, losses = fitted(tmp_path / "several", Ruin())
-    assert losses.index(min(losses)) == 0
-    kept = read_checkpoint(tmp_path / "several" / "best.ckpt")
-    assert kept["epoch"] == 1 + losses[1:].index(min(losses[1:]))
+def test_the_epoch_of_the_lowest_metric_is_kept_without_its_optimizer(tmp_path):
+    _, losses = fitted(tmp_path, Ruin(2))
+    kept = read_checkpoint(tmp_path / "best.ckpt")
+    assert kept["epoch"] == losses.index(min(losses)) < 2
     assert "optimizer_states" not in kept
-    fitted(tmp_path / "one", epochs=1)
-    assert read_checkpoint(tmp_path / "one" / "best.ckpt")["epoch"] == 0
-    fitted(tmp_path / "ended", max_steps=8)
-    assert read_checkpoint(tmp_path / "ended" / "best.ckpt")["global_step"] == 8, "there was no second epoch"
 
 
 @pytest.mark.parametrize("trainer", [{}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 0.5}])

@@ -35,7 +35,7 @@ from dact.submodels import SubmodelConfig
 from dact.tuning import workers
 from dact.tuning.baseline import _probabilities
 from dact.tuning.digests import digest, teacher_digest
-from dact.tuning.fitting import History, enough_epochs
+from dact.tuning.fitting import enough_epochs
 from dact.tuning.pictures import pareto_picture
 from dact.tuning.pruner import SameLengthPruner
 from dact.tuning.recipe import is_plain
@@ -43,7 +43,6 @@ from dact.tuning.retries import OWNER, unwatched
 from dact.tuning.selection import Point
 from dact.tuning.space import Dimension
 from dact.tuning.stages import TRAINING
-from dact.tuning.trial import Fit
 from tests.commands import GENERATED
 from tests.test_tuning import engine, small_data, small_model, study_of
 
@@ -737,9 +736,18 @@ def test_pruners_that_look_at_the_whole_study_get_it_as_it_is(pruner):
     assert isinstance(SameLengthPruner.around(MedianPruner()), SameLengthPruner)
 
 
-def test_a_model_whose_validation_returns_nothing_is_named():
-    with pytest.raises(ValueError, match="DACT.validation_step must return what that of DACT returns"):
-        Fit(small_model(), History()).outcome(None)
+class Silent(DACT):
+    def validation_step(self, batch, batch_idx):
+        super().validation_step(batch, batch_idx)
+
+
+def test_a_model_whose_validation_returns_nothing_is_named_before_any_trial(tmp_path):
+    made = engine(tmp_path, model=lambda **overrides: Silent(TransformerEncoder(42, 2, 8, 2), **overrides))
+    with pytest.raises(
+        ValueError, match="Silent.validation_step must return what that of DACT returns: .*; it returns Non"
+    ):
+        made.joint_tune_study("run")
+    assert {trial.state for trial in study_of(tmp_path, "submodels").trials} == {TrialState.WAITING}
 
 
 def test_a_worker_that_died_is_replaced_on_its_device(monkeypatch):

@@ -2,8 +2,8 @@
 
 Two epochs of that fit are kept. The last one, where the learning rate has fallen to 0, is what results are compared
 with. It is the most accurate one or close to it, and owes nothing to a choice on the validation examples. The epoch of
-the lowest loss, from the second one on, is the teacher and the starting point: later ones know the training examples by
-heart, and teach less.
+the lowest Brier score is the teacher and the starting point: later ones know the training examples by heart, and teach
+less.
 """
 
 from __future__ import annotations
@@ -15,24 +15,44 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
+from typing_extensions import override
 
 from dact import signals
 from dact.answers import layer_answers
 from dact.callbacks import save_with_tokenizer
 from dact.encoders.base import move
 from dact.files import read_checkpoint, read_tensors, replacing_folder, write_tensors
+from dact.functional import soft_targets
 from dact.model import DACT
 from dact.persistence import WEIGHTS_NAME
 from dact.tuning import tensorboard
-from dact.tuning.fitting import MIN_STEPS, MONITOR, checkpoints_of, enough_epochs, resumable_fit, seeded
+from dact.tuning.fitting import MIN_STEPS, checkpoints_of, enough_epochs, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 
 DEFAULT_BATCH = 32  # examples per batch of the teacher's answers, for a loader that makes batches of its own
 PACE = "seconds per epoch"
+BRIER = "val_brier"
+
+
+class BrierScore(Callback):
+    """Log ``val_brier``: the mean squared distance between the answer of full depth and the class, in [0, 2].
+
+    It chooses the epoch that teaches (Brier 1950, *Verification of Forecasts Expressed in Terms of Probability*). Its
+    probabilities count, and they get too sure in later epochs. The log loss says so too, but a few answers that are
+    sure and wrong decide it: its lowest value may be that of an epoch that has learned no rare class yet.
+    """
+
+    @override
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+    ) -> None:
+        answer = outputs["layer_probabilities"][:, -1].float()
+        distance = (answer - soft_targets(batch["labels"], answer.shape[1])).square().sum(dim=1).mean()
+        pl_module.log(BRIER, distance, on_epoch=True, batch_size=len(answer), sync_dist=True)
 
 
 @dataclass(frozen=True)
@@ -119,11 +139,12 @@ def fit_baseline(
             data,
             checkpoints,
             bar,
+            BrierScore(),
             what="the baseline",
             epochs=epochs,
             log=folder,
             keep="teacher",
-            monitor=MONITOR,  # its probabilities count, which get too sure in later epochs
+            monitor=BRIER,
         )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     tensorboard.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")

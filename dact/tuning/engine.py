@@ -57,8 +57,8 @@ class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
     A run begins with the *baseline*: the encoder, fine-tuned at full depth. Its last epoch is the reference of every
-    comparison, and its epoch of the lowest loss, from the second one on, is the teacher, and the start of every fit
-    that trains the encoder. Three studies follow. They begin with the defaults of the factories, the second one with
+    comparison, and its epoch of the lowest Brier score is the teacher, and the start of every fit that trains the
+    encoder. Three studies follow. They begin with the defaults of the factories, the second one with
     recommended settings first:
 
     1. ``submodels``: the architectures of classifier and confidence.

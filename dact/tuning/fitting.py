@@ -83,12 +83,13 @@ class History(Callback):
 
     Attributes:
         epochs: One record per validation.
-        answers: Answers of all layers to the validation examples in the epoch of the lowest val_loss, or None.
+        answers: Answers of all layers to the validation examples in the epoch of the lowest val_loss; None before the
+            first epoch and after a resumption.
 
     Raises:
         NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
         KeyError: From the fit, if the model logs no val_loss.
-        ValueError: From the fit, if no validation ran.
+        ValueError: From the fit, if no validation ran, or the model's validation_step returns no answers.
     """
 
     def __init__(self) -> None:
@@ -104,8 +105,12 @@ class History(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        if isinstance(outputs, Mapping) and "layer_probabilities" in outputs:
-            self._seen.append((outputs["layer_probabilities"].cpu(), outputs["h"].cpu(), batch["labels"].cpu().long()))
+        if not (isinstance(outputs, Mapping) and outputs.keys() >= {"layer_probabilities", "h"}):
+            raise ValueError(
+                f"{type(pl_module).__name__}.validation_step must return what that of DACT returns: "
+                f"layer_probabilities and h; it returns {type(outputs).__name__}"
+            )
+        self._seen.append((outputs["layer_probabilities"].cpu(), outputs["h"].cpu(), batch["labels"].cpu().long()))
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -125,7 +130,7 @@ class History(Callback):
         if not math.isfinite(metrics[MONITOR]):
             raise NonFiniteLoss(f"{MONITOR} is {metrics[MONITOR]} after epoch {trainer.current_epoch}")
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
-        if self._seen and self._best == len(self.epochs) - 1:
+        if self._best == len(self.epochs) - 1:
             y, h, target = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
             self.answers = LayerAnswers(*accumulate(y, h), y, target)
         self._seen = []
@@ -201,36 +206,6 @@ class StopAtDeadline(Callback):
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         if time.monotonic() >= self.deadline.end + GRACE:
             raise TimeIsUp
-
-
-class BestLaterEpoch(MovableCheckpoint):
-    """Keep the epoch of the lowest score, without its optimizer, but not the first of several epochs.
-
-    After the first one the learning rate is still high: its probabilities can be the most cautious ones, and have the
-    lowest loss, while it classifies several points worse than the epochs that follow.
-
-    Args:
-        folder: Folder of the checkpoint.
-        name: Its name, without ``.ckpt``.
-        monitor: Metric whose lowest value chooses the epoch.
-    """
-
-    def __init__(self, folder: Path, name: str, monitor: str) -> None:
-        super().__init__(folder, name, monitor=monitor, save_weights_only=True, enable_version_counter=False)
-
-    @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _may_teach(trainer):
-            super().on_validation_end(trainer, pl_module)
-
-    @override
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if _may_teach(trainer):
-            super().on_train_epoch_end(trainer, pl_module)
-
-
-def _may_teach(trainer: Trainer) -> bool:
-    return trainer.current_epoch > 0 or trainer.max_epochs == 1
 
 
 def _of_validation(name: str) -> bool:
@@ -351,7 +326,7 @@ def resumable_fit(
         epochs: Number of epochs.
         log: Folder of a TensorBoard log, or None.
         keep: Name, without ``.ckpt``, of a checkpoint without an optimizer; None for no such one.
-        monitor: Metric whose lowest value chooses the epoch of `keep` (`BestLaterEpoch`); None for the last epoch.
+        monitor: Metric whose lowest value chooses the epoch of `keep`; None for the last epoch.
         average: Whether to average the weights of the last steps, unless a callback of the user's averages weights.
 
     Raises:
@@ -363,7 +338,10 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written.
     kept = [MovableCheckpoint(checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True)]
     if keep is not None and monitor is not None:
-        kept.insert(0, BestLaterEpoch(checkpoints, keep, monitor))
+        best = MovableCheckpoint(
+            checkpoints, keep, monitor=monitor, save_weights_only=True, enable_version_counter=False
+        )
+        kept.insert(0, best)
     history, last = History(), checkpoints / "last.ckpt"
     averaging = [AverageLastSteps()] if average and not averages(arguments) else []
     every = [history, *callbacks, *averaging, *kept]
@@ -383,7 +361,7 @@ def resumable_fit(
             f"{what} ran out of memory: use {passes}under another run_tag, a smaller batch_size, shorter texts "
             f"(data.max_length) or precision bf16-mixed. The device says: {error}"
         ) from error
-    if keep is not None and (monitor is None or not (checkpoints / f"{keep}.ckpt").is_file()):  # or no second epoch
+    if keep is not None and monitor is None:
         trainer.save_checkpoint(checkpoints / f"{keep}.ckpt", weights_only=True)
     if logger is not None:
         logger.finalize("success")

@@ -120,16 +120,8 @@ class Fit:
 
     @property
     def known_answers(self) -> LayerAnswers:
-        """The answers to the validation examples at the epoch of the lowest val_loss.
-
-        Raises:
-            ValueError: If the model's validation_step does not return them.
-        """
-        if self.history.answers is None:
-            raise ValueError(
-                f"{type(self.model).__name__}.validation_step must return what that of DACT returns: "
-                "layer_probabilities and h"
-            )
+        """The answers to the validation examples at the epoch of the lowest val_loss."""
+        assert self.history.answers is not None, "no validation ran"
         return self.history.answers
 
     def outcome(self, prepared: Prepared) -> Outcome:
@@ -138,8 +130,7 @@ class Fit:
 
     def right(self, prepared: Prepared) -> Tensor | None:
         """Return whether the baseline classifies each validation example correctly; None if that is unknown."""
-        answers = self.history.answers
-        return None if answers is None else prepared.baseline.right(answers.target)
+        return prepared.baseline.right(self.known_answers.target)
 
 
 def fit_settings(
