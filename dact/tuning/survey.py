@@ -32,16 +32,10 @@ OF_NO_MODEL = ("batch_size", "num_epochs")  # settings of data and Trainer
 
 
 @dataclass(frozen=True)
-class Surveyed:
-    """A model and a datamodule of the factories, and what all trials of the run have in common.
+class Plan:
+    """What the studies search, and what they begin with.
 
     Args:
-        recipe: Recipe of the run; its promise is one that model and data can keep.
-        model: Untrained model.
-        data: Datamodule, set up for a fit.
-        teacher: Teacher that the data names, or None.
-        own_teacher: Whether the training batches carry a teacher's probabilities by themselves, and are wanted to.
-        identity: Settings that all trials have in common; see `Recipe.identity`.
         spaces: Dimension of each parameter, by stage.
         first_trials: Parameters of the first trials, by stage.
         initial: Settings of trials until a study has chosen others.
@@ -51,17 +45,32 @@ class Surveyed:
             see `Winners.settings`.
     """
 
+    spaces: Spaces
+    first_trials: Starts
+    initial: Mapping[str, Any]
+    submodels: Mapping[str, Any]
+    untuned: tuple[dict[str, Any], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Surveyed(Plan):
+    """A model and a datamodule of the factories, and what all trials of the run have in common.
+
+    Args:
+        recipe: Recipe of the run; its promise is one that model and data can keep.
+        model: Untrained model.
+        data: Datamodule, set up for a fit.
+        teacher: Teacher that the data names, or None.
+        own_teacher: Whether the training batches carry a teacher's probabilities by themselves, and are wanted to.
+        identity: Settings that all trials have in common; see `Recipe.identity`.
+    """
+
     recipe: Recipe
     model: DACT
     data: LightningDataModule
     teacher: str | None
     own_teacher: bool
     identity: dict[str, Any]
-    spaces: Spaces
-    first_trials: Starts
-    initial: Mapping[str, Any]
-    submodels: Mapping[str, Any]
-    untuned: tuple[dict[str, Any], dict[str, Any]]
 
 
 def survey(
@@ -93,6 +102,34 @@ def survey(
     teacher = getattr(data, "teacher", None)
     if teacher is not None:
         data.teacher = None  # it runs once, in `prepare`
+    digests = _digests(recipe, data, measured)
+    if measured and recipe.final_training == "finetune" and not averages(recipe.trainer):
+        _check_copy(model)
+    check_classes(getattr(data, "class_names", None), recipe.output_dimension)
+    if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
+        raise ValueError(
+            "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
+        )
+    own_teacher = recipe.distillation != 0 and teacher is None and "teacher" in next(iter(data.train_dataloader()))
+    size = getattr(data, "batch_size", None)
+    identity = recipe.identity(model, digests["train"] + digests["val"], size, teacher)
+    identity |= {"own_teacher": teacher_digest(data.train_dataloader())} if own_teacher else {}
+    _check_limit(recipe.trainer, spaces[TRAINING.name].get("batch_size"))
+    plan = _plan(recipe, spaces, bounded, model, data)
+    _check_factory(recipe, plan.spaces, plan.submodels, model, stages, measured)
+    return Surveyed(
+        **vars(plan),
+        recipe=recipe,
+        model=model,
+        data=data,
+        teacher=teacher,
+        own_teacher=own_teacher,
+        identity=identity,
+    )
+
+
+def _digests(recipe: Recipe, data: Any, measured: bool) -> dict[str, str]:
+    """Set a datamodule up, check that its loaders fit the run, and return the digest of each split."""
     data.prepare_data()
     data.setup("fit")
     splits = {split: getattr(data, f"{split}_dataloader") for split in ("train", "val")}
@@ -105,33 +142,25 @@ def survey(
             raise ValueError(
                 "TuningEngine: the final model is measured on the test split, whose batches have no 'labels'"
             )
-    if measured and recipe.final_training == "finetune" and not averages(recipe.trainer):
-        _check_copy(model)
-    check_classes(getattr(data, "class_names", None), recipe.output_dimension)
-    if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
-        raise ValueError(
-            "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
-        )
     digests = {split: data_digest(loader()) for split, loader in splits.items()}
     if not isinstance(data, TextDataModule):  # which divides its examples by a seed of its own
         _check_division(recipe, digests)
     if recipe.encoder_training == "frozen":
         _check_sampler(data.train_dataloader(), recipe.seed)
-    examples = digests["train"] + digests["val"]
     _check_order("validation", data.val_dataloader())
-    own_teacher = recipe.distillation != 0 and teacher is None and "teacher" in next(iter(data.train_dataloader()))
-    size = getattr(data, "batch_size", None)
-    identity = recipe.identity(model, examples, size, teacher)
-    identity |= {"own_teacher": teacher_digest(data.train_dataloader())} if own_teacher else {}
+    return digests
+
+
+def _plan(recipe: Recipe, spaces: Spaces, bounded: Collection[str], model: DACT, data: Any) -> Plan:
+    """Return what the studies search and begin with."""
     first_trials = _first_trials(recipe, model, data)
-    training = spaces[TRAINING.name]
-    _check_limit(recipe.trainer, training.get("batch_size"))
     if "num_epochs" not in bounded:
         enough = enough_epochs(recipe.trainer, data, recipe.epochs, TAUGHT_STEPS)
         for first in first_trials[TRAINING.name]:
             first["num_epochs"] = enough
         choices = sorted({max(1, round(part * enough)) for part in EPOCHS_TRIED})
-        spaces = {**spaces, TRAINING.name: {**training, "num_epochs": Dimension("categorical", choices=choices)}}
+        epochs = Dimension("categorical", choices=choices)
+        spaces = {**spaces, TRAINING.name: {**spaces[TRAINING.name], "num_epochs": epochs}}
     first_trials = {stage: _within(spaces[stage], trials, bounded) for stage, trials in first_trials.items()}
     recommended = first_trials[TRAINING.name][0]
     recommended |= TRAINING.parse(recommended)["external_config"]
@@ -142,10 +171,7 @@ def survey(
     ends = [{stage: trials[end] for stage, trials in first_trials.items() if trials} for end in (-1, 0)]
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
     untuned = _settings(ends[0], spaces, submodels), _settings(ends[1], spaces, submodels)
-    _check_factory(recipe, spaces, submodels, model, stages, measured)
-    return Surveyed(
-        recipe, model, data, teacher, own_teacher, identity, spaces, first_trials, initial, submodels, untuned
-    )
+    return Plan(spaces, first_trials, initial, submodels, untuned)
 
 
 def _within(space: Mapping[str, Dimension], trials: list[dict[str, Any]], bounded: Collection[str]) -> list[Any]:
