@@ -50,7 +50,7 @@ class BrierScore(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        answer = outputs["layer_probabilities"][:, -1].float()
+        answer = outputs["layer_probabilities"][:, -1].float()  # [batch, classes]
         distance = (answer - soft_targets(batch["labels"], answer.shape[1])).square().sum(dim=1).mean()
         pl_module.log(BRIER, distance, on_epoch=True, batch_size=len(answer), sync_dist=True)
 

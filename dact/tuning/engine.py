@@ -58,8 +58,8 @@ class TuningEngine:
 
     A run begins with the *baseline*: the encoder, fine-tuned at full depth. Its last epoch is the reference of every
     comparison, and its epoch of the lowest Brier score is the teacher, and the start of every fit that trains the
-    encoder. Three studies follow. They begin with the defaults of the factories, the second one with
-    recommended settings first:
+    encoder. Three studies follow. They begin with the defaults of the factories, the second one with recommended
+    settings first:
 
     1. ``submodels``: the architectures of classifier and confidence.
     2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, and how many layers are kept.

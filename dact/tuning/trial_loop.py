@@ -84,33 +84,8 @@ def run_trials(
             idle()
             time.sleep(POLL if running else POLL / QUIET)
             continue
-        started: list[int] = []
-        with ExitStack() as turn:
-            turn.enter_context(lock())
-            if _taken(study.get_trials(deepcopy=False)) >= n_trials:
-                continue  # another process was faster
-
-            def tracked(trial: Trial, started: list[int] = started, turn: ExitStack = turn) -> Any:
-                turn.close()
-                started.append(trial.number)
-                return objective(trial)
-
-            try:
-                study.optimize(
-                    tracked,
-                    n_trials=1,
-                    catch=(TrialFailed, TimeIsUp),
-                    callbacks=list(callbacks),
-                    gc_after_trial=True,  # a Trainer and its model refer to each other
-                )
-            except (UpdateFinishedTrialError, ValueError) as error:
-                # Optuna refuses to finish a trial twice: another process took this one for dead or, without a folder
-                # in common, took the same trial from an SQLite queue and completed it.
-                told = str(error).startswith("Cannot tell a ")
-                if not (started and (told or was_ended_by_others(study, started[0]))):
-                    raise  # from a sampler or a callback
-                continue
-        if study._stop_flag:  # a callback or the sampler called Optuna's study.stop()
+        ended = _run_one(study, objective, n_trials, lock, callbacks)
+        if ended and study._stop_flag:  # a callback or the sampler called Optuna's study.stop()
             stopped = True
             if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):  # else the same command may try again
                 study.set_user_attr(STOPPED, n_trials)
@@ -120,3 +95,40 @@ def _taken(trials: Sequence[FrozenTrial]) -> int:
     """Return how many trials have ended, are running, or are about to be queued again by another process."""
     counted = sum(is_counted(trial) or trial.state == TrialState.RUNNING for trial in trials)
     return counted + len(retries_due(trials))
+
+
+def _run_one(
+    study: Study,
+    objective: Callable[[Trial], Any],
+    n_trials: int,
+    lock: Callable[[], AbstractContextManager[Any]],
+    callbacks: Sequence[Callable[[Study, FrozenTrial], None]],
+) -> bool:
+    """Run one trial, which begins under the lock; return False if others began the last one, or ended this one."""
+    started: list[int] = []
+    with ExitStack() as turn:
+        turn.enter_context(lock())
+        if _taken(study.get_trials(deepcopy=False)) >= n_trials:
+            return False
+
+        def tracked(trial: Trial) -> Any:
+            turn.close()
+            started.append(trial.number)
+            return objective(trial)
+
+        try:
+            study.optimize(
+                tracked,
+                n_trials=1,
+                catch=(TrialFailed, TimeIsUp),
+                callbacks=list(callbacks),
+                gc_after_trial=True,  # a Trainer and its model refer to each other
+            )
+        except (UpdateFinishedTrialError, ValueError) as error:
+            # Optuna refuses to finish a trial twice: another process took this one for dead or, without a folder in
+            # common, took the same trial from an SQLite queue and completed it.
+            told = str(error).startswith("Cannot tell a ")
+            if not (started and (told or was_ended_by_others(study, started[0]))):
+                raise  # from a sampler or a callback
+            return False
+    return True
