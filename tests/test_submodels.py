@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 
@@ -71,6 +73,48 @@ def test_layers_have_submodels_of_their_own_unless_shared():
     assert len({id(own.of_layer(n)) for n in (1, 2, 3)}) == 3
     assert len({id(shared.of_layer(n)) for n in (1, 2, 3)}) == 1
     assert own(torch.randn(4, 3, 8)).shape == shared(torch.randn(4, 3, 8)).shape == (4, 3, 2)
+
+
+@pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "tanh"])
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_in_training_all_layers_learn_as_if_each_were_called_alone(normalization, activation, depth):
+    config = SubmodelConfig(depth, 8, 0.0, normalization, activation, "inverted_pyramidal")
+    submodels = Submodels(config, num_layers=4, hidden_size=6, output_size=3).double()
+    with torch.no_grad():
+        for parameter in submodels.parameters():
+            parameter.normal_()  # also where all layers start alike
+    alone = copy.deepcopy(submodels)
+    states, direction = torch.randn(5, 4, 6).double(), torch.randn(5, 4, 3).double()
+    expected = torch.stack([alone.of_layer(n)(states[:, n - 1]) for n in range(1, 5)], dim=1)
+    (direction * expected).sum().backward()
+    got = submodels(states)
+    (direction * got).sum().backward()
+    torch.testing.assert_close(got, expected)
+    for (name, ours), theirs in zip(submodels.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+
+
+def test_each_layer_draws_dropout_masks_of_its_own():
+    submodels = Submodels(SubmodelConfig(dropout=0.5), num_layers=3, hidden_size=6, output_size=2)
+    submodels.load_state_dict({name: submodels.state_dict()["0" + name[1:]] for name in submodels.state_dict()})
+    answers = submodels(torch.ones(4, 3, 6))
+    assert len({tuple(answer.tolist()) for answer in answers.flatten(0, 1)}) == 12
+    assert len({tuple(answer.tolist()) for answer in submodels.eval()(torch.ones(4, 3, 6)).flatten(0, 1)}) == 1
+
+
+def test_hooks_and_parametrizations_of_a_layer_hold_in_training():
+    submodels = Submodels(SubmodelConfig(dropout=0.0), num_layers=2, hidden_size=6, output_size=2)
+    seen = []
+    hook = submodels[0][0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    submodels(torch.randn(4, 2, 6))
+    assert seen == [(4, 64)]
+    hook.remove()
+    torch.nn.utils.parametrizations.spectral_norm(submodels[1][0])
+    states = torch.randn(4, 2, 6)
+    torch.testing.assert_close(submodels(states)[:, 1], submodels.of_layer(2)(states[:, 1]), rtol=0.1, atol=0.1)
+    submodels[1][0].parametrizations.weight.original.data.mul_(100)
+    assert submodels(states).abs().max() < 10
 
 
 @pytest.mark.parametrize(
