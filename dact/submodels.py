@@ -24,6 +24,7 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
 }
 
 STACKABLE = {nn.Linear, nn.LayerNorm, nn.Dropout, *ACTIVATIONS.values()}  # parts that act on each example alone
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -147,11 +148,13 @@ class Submodels(nn.ModuleList):
         return torch.stack([self.of_layer(n + 1)(states[:, n]) for n in range(self.num_layers)], dim=1)
 
     def _can_be_stacked(self) -> bool:
-        """Whether every part is of a kind that `_stacked` knows, without a hook that a stacked call would pass over."""
-        parts = [part for submodel in self for part in submodel]  # type: ignore[attr-defined]
-        return all(
-            type(part) in STACKABLE and not part._forward_hooks and not part._forward_pre_hooks for part in parts
-        )
+        """Whether the submodels are of one kind, which `_stacked` knows, and have no hook that it would pass over."""
+        if any(type(submodel) is not nn.Sequential for submodel in self):
+            return False
+        kinds = {tuple((type(part), part.extra_repr()) for part in submodel) for submodel in self}  # type: ignore[attr-defined]
+        if len(kinds) > 1 or not {kind for kind, _ in next(iter(kinds))} <= STACKABLE:
+            return False
+        return not any(getattr(module, hooks) for submodel in self for module in submodel.modules() for hooks in HOOKS)
 
     def _stacked(self, states: Tensor) -> Tensor:
         """Compute what `forward` does with one product per depth of the submodels, instead of one per layer.

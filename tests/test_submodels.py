@@ -103,13 +103,30 @@ def test_each_layer_draws_dropout_masks_of_its_own():
     assert len({tuple(answer.tolist()) for answer in submodels.eval()(torch.ones(4, 3, 6)).flatten(0, 1)}) == 1
 
 
-def test_hooks_and_parametrizations_of_a_layer_hold_in_training():
+@pytest.mark.parametrize("hooked", [lambda submodel: submodel, lambda submodel: submodel[0]])
+def test_hooks_of_a_layer_are_called_in_training(hooked):
     submodels = Submodels(SubmodelConfig(dropout=0.0), num_layers=2, hidden_size=6, output_size=2)
     seen = []
-    hook = submodels[0][0].register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
-    submodels(torch.randn(4, 2, 6))
-    assert seen == [(4, 64)]
-    hook.remove()
+    hooked(submodels[0]).register_forward_hook(lambda module, inputs, output: seen.append(output))
+    answers = submodels(torch.randn(4, 2, 6))
+    assert len(seen) == 1
+    hooked(submodels[1]).register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    answers = submodels(torch.randn(4, 2, 6))
+    answers.sum().backward()
+    assert len(seen) == 3
+
+
+def test_a_layer_that_was_changed_learns_as_changed():
+    submodels = Submodels(SubmodelConfig(dropout=0.0), num_layers=2, hidden_size=6, output_size=2)
+    states = torch.randn(4, 2, 6)
+    submodels[1][1] = torch.nn.Tanh()
+    torch.testing.assert_close(submodels(states)[:, 1], submodels[1](states[:, 1]))
+    submodels[1] = torch.nn.Linear(6, 2)
+    torch.testing.assert_close(submodels(states)[:, 1], submodels[1](states[:, 1]))
+
+
+def test_a_parametrized_layer_learns_by_its_parametrization():
+    submodels = Submodels(SubmodelConfig(dropout=0.0), num_layers=2, hidden_size=6, output_size=2)
     torch.nn.utils.parametrizations.spectral_norm(submodels[1][0])
     states = torch.randn(4, 2, 6)
     torch.testing.assert_close(submodels(states)[:, 1], submodels.of_layer(2)(states[:, 1]), rtol=0.1, atol=0.1)
