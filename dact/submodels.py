@@ -151,7 +151,7 @@ class Submodels(nn.ModuleList):
         """Whether the submodels are of one kind, which `_stacked` knows, and have no hook that it would pass over."""
         if any(type(submodel) is not nn.Sequential for submodel in self):
             return False
-        kinds = {tuple((type(part), part.extra_repr()) for part in submodel) for submodel in self}  # type: ignore[attr-defined]
+        kinds = {tuple((type(part), part.extra_repr()) for part in submodel.children()) for submodel in self}
         if len(kinds) > 1 or not {kind for kind, _ in next(iter(kinds))} <= STACKABLE:
             return False
         return not any(getattr(module, hooks) for submodel in self for module in submodel.modules() for hooks in HOOKS)
