@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -93,13 +92,12 @@ def frozen_step(rounds: int) -> dict[str, float]:
     optimizer = schedule(
         [([*model.classifier.parameters(), *model.confidence.parameters()], 1e-3)], 0.01, 0, float("inf")
     )
-    submodels = (model.classifier, model.confidence)
+    can_be_stacked = Submodels._can_be_stacked
     teacher = torch.randn(32, 3).softmax(dim=1)
     batch = {"states": torch.randn(32, 6, 384), "labels": torch.arange(32) % 3, "teacher": teacher}
 
     def step(alone: bool) -> None:
-        for one in submodels:
-            one._can_be_stacked = (lambda: False) if alone else partial(Submodels._can_be_stacked, one)
+        Submodels._can_be_stacked = (lambda submodels: False) if alone else can_be_stacked
         with torch.autocast("cpu", torch.bfloat16):
             loss = model.loss(batch).loss
         optimizer.zero_grad()

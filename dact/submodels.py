@@ -152,9 +152,10 @@ class Submodels(nn.ModuleList):
         if any(type(submodel) is not nn.Sequential for submodel in self):
             return False
         kinds = {tuple((type(part), part.extra_repr()) for part in submodel.children()) for submodel in self}
-        if len(kinds) > 1 or not {kind for kind, _ in next(iter(kinds))} <= STACKABLE:
+        parts = [part for submodel in self for part in submodel.children()]
+        if len(kinds) > 1 or any(type(part) not in STACKABLE or getattr(part, "bias", part) is None for part in parts):
             return False
-        return not any(getattr(module, hooks) for submodel in self for module in submodel.modules() for hooks in HOOKS)
+        return not any(getattr(module, hooks) for module in (*self, *parts) for hooks in HOOKS)
 
     def _stacked(self, states: Tensor) -> Tensor:
         """Compute what `forward` does with one product per depth of the submodels, instead of one per layer.
@@ -168,7 +169,7 @@ class Submodels(nn.ModuleList):
             if not list(first.parameters()):
                 x = first(x)  # an activation or dropout
                 continue
-            weight = torch.stack([part.weight for part in parts])
+            weight = torch.stack([part.weight for part in parts])  # [layers, out, in], or [layers, width] of a norm
             bias = torch.stack([part.bias for part in parts])[:, None]
             if isinstance(first, nn.Linear):
                 x = torch.baddbmm(bias, x, weight.mT)

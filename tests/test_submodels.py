@@ -108,11 +108,10 @@ def test_hooks_of_a_layer_are_called_in_training(hooked):
     submodels = Submodels(SubmodelConfig(dropout=0.0), num_layers=2, hidden_size=6, output_size=2)
     seen = []
     hooked(submodels[0]).register_forward_hook(lambda module, inputs, output: seen.append(output))
-    answers = submodels(torch.randn(4, 2, 6))
+    submodels(torch.randn(4, 2, 6))
     assert len(seen) == 1
     hooked(submodels[1]).register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
-    answers = submodels(torch.randn(4, 2, 6))
-    answers.sum().backward()
+    submodels(torch.randn(4, 2, 6)).sum().backward()
     assert len(seen) == 3
 
 
@@ -122,6 +121,14 @@ def test_a_layer_that_was_changed_learns_as_changed():
     submodels[1][1] = torch.nn.Tanh()
     torch.testing.assert_close(submodels(states)[:, 1], submodels[1](states[:, 1]))
     submodels[1] = torch.nn.Linear(6, 2)
+    torch.testing.assert_close(submodels(states)[:, 1], submodels[1](states[:, 1]))
+
+
+def test_layers_without_biases_learn():
+    submodels = Submodels(SubmodelConfig(num_layers=0), num_layers=2, hidden_size=6, output_size=2)
+    for submodel in submodels:
+        submodel[0] = torch.nn.Linear(6, 2, bias=False)
+    states = torch.randn(4, 2, 6)
     torch.testing.assert_close(submodels(states)[:, 1], submodels[1](states[:, 1]))
 
 
