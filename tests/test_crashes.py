@@ -347,8 +347,13 @@ def test_a_full_disk_and_a_read_only_folder_are_one_clear_error_each_and_the_run
         (disk / "filler").unlink()
 
     def make_read_only():
-        subprocess.run(["mount", "--bind", disk, disk], check=True)  # (on itself, since files are open for writing)
-        subprocess.run(["mount", "-o", "remount,bind,ro", disk], check=True)
+        # Made elsewhere and then laid over the disk: where the run may write, "mount point is busy" can be the answer.
+        aside = small_disk / "read_only"
+        aside.mkdir()
+        subprocess.run(["mount", "--bind", disk, aside], check=True)
+        subprocess.run(["mount", "-o", "remount,bind,ro", aside], check=True)
+        subprocess.run(["mount", "--bind", aside, disk], check=True)
+        subprocess.run(["umount", aside], check=True)
 
     run_out_of_space("submodels/trial_0001")
     line = stopped_by(small_disk, "training/trial_0001", make_read_only, *SHORT)
