@@ -86,7 +86,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     assert labels is not None
     tokens = classifier.tokenizer(texts, truncation=True, padding=True, return_tensors="pt")
     batch = dict(tokens)
-    layers = model.encoder.num_layers
+    layers = model.num_layers
 
     def run(rule: str) -> Callable[[], Any]:
         return lambda: run_by(model, batch, rule)

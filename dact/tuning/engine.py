@@ -62,7 +62,8 @@ class TuningEngine:
     settings first:
 
     1. ``submodels``: the architectures of classifier and confidence.
-    2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, and how many layers are kept.
+    2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, detached exits (not in frozen
+       mode), and how many layers are kept.
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
     The *confirmation* fits the winners and the default settings again under fresh seeds; the defaults stay unless they
