@@ -31,7 +31,7 @@ LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 
 
 class ExitPlots(Callback):
-    """Draw the exit layers of examples for TensorBoard after each validation epoch.
+    """Draw the exit layers of the examples of the first loader for TensorBoard after each validation epoch.
 
     It draws a histogram of exit layers and, if batches have an entry ``depth``, a figure of depth against exit layer.
     """
@@ -46,9 +46,15 @@ class ExitPlots(Callback):
 
     @override
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
     ) -> None:
-        if isinstance(outputs, Mapping) and "depth" in batch and "exit_layer" in outputs:
+        if dataloader_idx == 0 and isinstance(outputs, Mapping) and "depth" in batch and "exit_layer" in outputs:
             self._depths.append(batch["depth"].cpu())
             self._exits.append(outputs["exit_layer"].cpu())
 
@@ -109,6 +115,8 @@ class AverageLastSteps(WeightAveraging):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = optimizer_steps(trainer)
         self._before = (1 - self.share) * steps if 0 < steps < math.inf else math.inf
+        if trainer.global_step <= self._before:  # a mean that began under an earlier end, before epochs were added
+            self._average_model, self._latest_update_step = None, 0
         if self._average_model is not None:
             self._average_model.to(pl_module.device)
 

@@ -99,7 +99,7 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
     """
     if quantize is not None:
         check_choice("export: quantize", quantize, Quantization)
-    model_dir, output = Path(model_dir), Path(output).absolute()
+    model_dir, output = Path(model_dir).expanduser(), Path(output).expanduser().absolute()
     _check_output(output)
     config = read_json(model_dir / CONFIG_NAME) if (model_dir / CONFIG_NAME).is_file() else None
     if isinstance(config, dict) and not config.get("encoder", True):

@@ -16,6 +16,7 @@ import shutil
 import tempfile
 import zipfile
 from collections.abc import Iterator, Mapping
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +32,16 @@ DIGEST = "sha256"  # key in the metadata of a safetensors file: digest of its te
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary file that replaces `path` at the end, or is removed if an exception leaves the block.
 
-    Only one process at a time may write to a path, or all processes of a fit on several devices.
+    Only one process at a time may write to a path, or all processes of a fit on several devices. If `path` is `shared`,
+    any processes may, each with a temporary file of its own, and the last one to end replaces it.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rank: int = getattr(rank_zero_only, "rank", 0)
-    partial = path.with_name(f".{path.name}.{f'{rank}.' if rank else ''}partial")
+    number = f"{rank}." if rank else ""
+    partial = path.with_name(f".{path.name}.{number}{f'{os.getpid()}.' if shared else ''}partial")
     try:
         yield partial
         _sync(partial)
@@ -116,8 +119,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Write plain data as JSON, atomically."""
-    write_text(path, json.dumps(content, indent=1) + "\n")
+    """Write plain data as JSON, atomically. NumPy's numbers become Python's."""
+    write_text(path, json.dumps(content, indent=1, default=methodcaller("item")) + "\n")
 
 
 def read_json(path: Path) -> Any:

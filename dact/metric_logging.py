@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Set
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class MetricLogging(LightningModule):
     exit_rule: Halting
     ponder: PonderKind
     class_weights: Tensor | None
+    _shown_settings: Set[str] = frozenset()  # hyper-parameters that `show_settings` has saved
     exit_histogram: Tensor | None = None  # of the first loader of the last evaluation
 
     def on_fit_end(self) -> None:
@@ -48,12 +50,18 @@ class MetricLogging(LightningModule):
         self.more_metrics = nn.ModuleDict()  # of further loaders, as they come
 
     def show_settings(self, settings: dict[str, Any]) -> None:
-        """Give the loggers the settings of the model, except for names that the datamodule has: they want one value."""
+        """Give the loggers the settings of the model, except for names that the datamodule has: they want one value.
+
+        Hyper-parameters that a subclass has saved stay as they are.
+        """
         taken = getattr(getattr(self._trainer, "datamodule", None), "hparams", {})
         settings["encoder"] = {k: v for k, v in (settings["encoder"] or {}).items() if not isinstance(v, dict)}
-        for name in self.hparams.keys() & taken.keys():
+        own = self.hparams.keys() - self._shown_settings
+        for name in self._shown_settings & self.hparams.keys() & taken.keys():
             del self.hparams[name]
-        self.save_hyperparameters({name: value for name, value in settings.items() if name not in taken})
+        shown = {name: value for name, value in settings.items() if name not in {*taken, *own}}
+        self._shown_settings = set(shown)
+        self.save_hyperparameters(shown)
 
     def _metrics_of(self, stage: str, loader: int) -> tuple[str, Any]:
         """Return the metrics of one loader and the attribute that holds them."""

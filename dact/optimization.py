@@ -22,7 +22,8 @@ def optimizer_steps(trainer: Any) -> float:
     """
     estimate, epochs = float(trainer.estimated_stepping_batches), trainer.max_epochs or -1
     schedulers = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
-    if not schedulers or not 0 < estimate < math.inf or epochs < 0:
+    endless = math.isinf(trainer.num_training_batches)  # a stream, which max_steps ends
+    if not schedulers or not 0 < estimate < math.inf or epochs < 0 or endless:
         return estimate
     batches = int(trainer.num_training_batches)
     steps = sum(-(-batches // schedulers[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))

@@ -64,7 +64,7 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
         flat |= dict(zip(of_base, positional, strict=False))
     flat |= given.locals[given.keywords] if given.keywords else {}
     kept = {name: value for name, value in flat.items() if name not in of_base or value is not received[name]}
-    own = {name: value for name, value in kept.items() if _is_plain(value)}
+    own = {name: plain_data(value) for name, value in kept.items() if _is_plain(value)}
     return {"arguments": own, "passed": [name for name in flat if name in of_base]}
 
 
@@ -100,7 +100,7 @@ def _is_plain(value: Any) -> bool:
         return all(isinstance(name, str) and _is_plain(entry) for name, entry in value.items())
     if isinstance(value, (list, tuple)):
         return all(map(_is_plain, value))
-    return value is None or type(value) in (str, int, float, bool)
+    return value is None or type(value) in (str, int, float, bool) or isinstance(value, np.generic)
 
 
 def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Model:

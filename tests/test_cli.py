@@ -80,6 +80,10 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
         (["--ckpt_path", "tokenizer"], "--ckpt_path tokenizer is a folder; a checkpoint is a file"),
         (["--run_tag", "../elsewhere"], "run_tag must be a name, got '../elsewhere'"),
+        (
+            ["--run_tag", "7e41234"],
+            "run_tag 7e41234 would be read as a number from a file: give another, such as run-7e41234",
+        ),
         (["--data.lambda_reg", "1"], "error: TextClassificationData has no option 'lambda_reg'"),
         (["--data.test_file", "absent.csv"], "no file absent.csv: name the right test_file"),
         (["--model.distillation", "0.5"], "distillation=0.5 needs a teacher"),

@@ -9,6 +9,7 @@ import signal
 import pandas as pd
 import pytest
 import torch
+from filelock import FileLock
 
 from dact import DACT, TextClassifier
 from dact.cli.reports import promise_line
@@ -368,6 +369,58 @@ def test_where_predictions_go_is_checked_before_anything_else(run_of_two_files, 
     status, text = dact_here("predict", "--model", "absent", "--data.predict_file", "new.txt", cwd=folder)
     assert status == 1
     assert "no model at absent, which does not exist" in text
+
+
+SECTION = "{class_path: dact.data.TextClassificationData, init_args: {predict_file: body.csv, text_column: body}}"
+FORMS = {
+    "a file of the section": ["--data", "section.yaml"],
+    "JSON": [
+        "--data",
+        "TextClassificationData",
+        "--data.init_args",
+        '{"predict_file": "body.csv", "text_column": "body"}',
+    ],
+    "two files that spell the class differently": ["--config", "data.yaml", "--config", "more.yaml"],
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_options_of_the_data_count_in_every_form(run_of_two_files, tmp_path, dact_here, form):
+    model = run_of_two_files / "lightning_logs" / "first"
+    (tmp_path / "body.csv").write_text("body\n" + "\n".join(TEXTS) + "\n")
+    (tmp_path / "section.yaml").write_text(SECTION)
+    (tmp_path / "data.yaml").write_text(f"data: {SECTION}")
+    (tmp_path / "more.yaml").write_text("data: {class_path: TextClassificationData, init_args: {batch_size: 2}}")
+    words = ["predict", "--model", model, *FORMS[form]]
+    status, text = dact_here(*words, "--output", "answers.csv", cwd=tmp_path)
+    assert status == 0, text
+    expected = [answer.label for answer in TextClassifier.from_pretrained(model / "model")(TEXTS)]
+    assert list(pd.read_csv(tmp_path / "answers.csv")["label"].astype(str)) == expected
+    status, text = dact_here(*words, "--output", "body.csv", cwd=tmp_path)
+    assert status == 1
+    assert "--output body.csv is the file with the texts" in text
+
+
+def test_predictions_go_to_the_home_folder(run_of_two_files, tmp_path, dact_here, monkeypatch):
+    """A shell leaves ``~`` as it is in ``--output=~/answers.csv``."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "new.txt").write_text("\n".join(TEXTS))
+    model = run_of_two_files / "lightning_logs" / "first"
+    words = ["--model", model, "--data.predict_file", "new.txt", "--output=~/answers.csv"]
+    status, text = dact_here("predict", *words, cwd=tmp_path)
+    assert status == 0, text
+    assert len(pd.read_csv(tmp_path / "answers.csv")) == len(TEXTS)
+
+
+def test_a_fit_does_not_join_another_that_runs(run_of_two_files, dact_here):
+    run = run_of_two_files / "lightning_logs" / "first"
+    before = (run / "checkpoints" / "last.ckpt").read_bytes()
+    again = ["--config", "my.yaml", "--config", "fewer.yaml", "--run_tag", "first", "--trainer.max_epochs", "2"]
+    with FileLock(run / ".lock"):  # as the other process holds it
+        status, text = dact_here("fit", *again, cwd=run_of_two_files)
+    assert status == 1
+    assert "another dact fit writes to" in text
+    assert (run / "checkpoints" / "last.ckpt").read_bytes() == before
 
 
 def test_predictions_never_replace_the_texts(run_of_two_files, dact_here):

@@ -178,6 +178,11 @@ def test_tables_are_read_as_they_were_written(tmp_path, ending):
         ([("x", 0), ("y", 0)], ("text", "label"), "every label is '0': a classifier needs examples of two classes"),
         ([("x", "a"), ("y", "a")], ("text", "label"), "every label is 'a': a classifier needs examples of two classes"),
         ([("x", "a"), ("y", "b"), ("z", "A")], ("text", "label"), "the labels 'A' and 'a' differ only in case"),
+        (
+            [("x", "0"), ("y", "1"), ("z", "1.0"), ("w", "no")],
+            ("text", "label"),
+            "the labels '1' and '1.0' are the same number",
+        ),
         ([("x", "a"), ("y", "a"), ("z", "b")], ("text", "label"), "class b has one example only"),
         ([("x", "-1"), ("y", "1")] * 3, ("text", "label"), "label outside the classes: '?-1'?"),
         ([("x", "0"), ("y", "2")] * 3, ("text", "label"), "class 1 of 0, 1, 2 has no example"),

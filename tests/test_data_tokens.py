@@ -254,6 +254,8 @@ def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
     assert len(module.splits["train"]) + len(module.splits["val"]) == 30
     assert module.splits["test"].texts == WORDS[40:]
     assert module.splits["test"].labels == [0, 1] * 10
+    (tmp_path / "part #1").symlink_to(folder)
+    assert read_columns(f"dataset:{tmp_path}/part #1#test", {"text": "text_column"})["text"] == WORDS[40:]
     with pytest.raises(ValueError, match=r"expected 'dataset:NAME#SPLIT'"):
         read_columns(f"dataset:{folder}", {})
     with pytest.raises(ValueError, match=r"cannot be loaded by datasets.load_dataset: .*other"):

@@ -2,6 +2,7 @@
 
 import os
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,7 +23,7 @@ def names(folder):
 
 
 def test_an_error_leaves_the_old_file(tmp_path):
-    write_json(tmp_path / "a.json", {"x": 1})
+    write_json(tmp_path / "a.json", {"x": np.int64(1)})
     with pytest.raises(UnicodeEncodeError), replacing(tmp_path / "a.json") as partial:
         partial.write_text("half \ud800")
     assert read_json(tmp_path / "a.json") == {"x": 1}
@@ -94,6 +95,18 @@ def test_tensors_come_back(tmp_path, dtype):
     found, metadata = read_tensors(tmp_path / "x.safetensors")
     assert metadata == {"origin": "here"}
     assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+
+
+def test_processes_that_write_to_one_file_have_temporary_files_of_their_own(tmp_path, monkeypatch):
+    path = tmp_path / "answers.csv"
+    with replacing(path, shared=True) as first:
+        first.write_text("first")
+        monkeypatch.setattr(os, "getpid", lambda: 1)  # as in another process
+        with replacing(path, shared=True) as second:
+            second.write_text("second")
+        assert path.read_text() == "second"
+    assert path.read_text() == "first"
+    assert [file.name for file in tmp_path.iterdir()] == ["answers.csv"]
 
 
 def test_tensors_of_other_tools_are_read_and_a_wrong_digest_is_refused(tmp_path):

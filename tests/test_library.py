@@ -8,8 +8,9 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.tensorboard import SummaryWriter
 
-from dact import DACT, functional
+from dact import DACT, functional, plots
 from dact.calibration import calibrate
 from dact.callbacks import ExitPlots, SavePretrained
 from dact.encoders import TransformerEncoder
@@ -76,6 +77,16 @@ def test_layers_that_were_replaced_are_saved_as_they_are(tmp_path):
 def test_a_fit_that_measures_something_else_draws_no_exits(tmp_path):
     logger = TensorBoardLogger(tmp_path)
     trainer(tmp_path, logger=logger, callbacks=[ExitPlots()]).fit(with_head(), batches(2), batches(1))
+
+
+def test_depths_are_drawn_for_the_examples_of_the_first_loader(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "depth_against_exit", lambda depths, exits, layers: drawn.append((depths, exits)))
+    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *arguments, **options: None)
+    first, second = ([random_batch(size) | {"depth": torch.full((size,), size)}] for size in (3, 5))
+    fit = trainer(tmp_path, logger=TensorBoardLogger(tmp_path), callbacks=[ExitPlots()])
+    fit.fit(tiny_model(layers=2), batches(2), [DataLoader(part, batch_size=None) for part in (first, second)])
+    assert [[len(part) for part in pair] for pair in drawn] == [[3, 3]]
 
 
 class WithHead(DACT):
@@ -145,6 +156,22 @@ def test_a_datamodule_may_have_hyperparameters_of_the_same_name(tmp_path):
     assert "class_names" not in model.hparams and model.hparams["lambda_reg"] == model.lambda_reg
     trainer(tmp_path, logger=True).fit(model, batches(2))
     trainer(tmp_path, logger=True).fit(model, NamedData())  # it had its own in between
+
+
+class OwnHyperparameters(DACT):
+    """A subclass that saves hyperparameters of its own, one of which its datamodule has as well."""
+
+    def __init__(self, class_names=("a", "b", "c"), encoder="tiny"):
+        super().__init__(encoder=TransformerEncoder(50, 2, 16, 2), output_dimension=3)
+        self.save_hyperparameters()
+
+
+def test_hyperparameters_of_a_subclass_stay_as_it_saved_them(tmp_path):
+    model = OwnHyperparameters()
+    trainer(tmp_path, logger=True).fit(model, NamedData(encoder="tiny"))
+    assert model.hparams["class_names"] == ("a", "b", "c")
+    assert model.hparams["encoder"] == "tiny"
+    assert model.hparams["lambda_reg"] == model.lambda_reg
 
 
 def test_a_checkpoint_that_holds_more_than_data_says_what_and_where(tmp_path):

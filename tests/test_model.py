@@ -10,12 +10,13 @@ from pathlib import Path
 
 import hypothesis.strategies as st
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from sklearn.metrics import accuracy_score, f1_score
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from dact import DACT, SubmodelConfig, calibrate, functional, persistence
 from dact.answers import layer_answers
@@ -184,6 +185,17 @@ def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, 
     for step, (weight, rate) in by_step.items():
         assert weight == pytest.approx(0.1 * min(1, step / 10))
         assert rate == pytest.approx((step + 1) / 6 if step < 5 else (20 - step) / 15)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        yield from loader(40, 4)
+
+
+def test_a_stream_may_accumulate_and_end_by_its_steps(tmp_path):
+    fit = trainer(tmp_path, max_epochs=9, max_steps=4, callbacks=[GradientAccumulationScheduler({0: 2})])
+    fit.fit(tiny_model(), DataLoader(Stream(), batch_size=None))
+    assert fit.global_step == 4
 
 
 def test_an_endless_fit_has_a_constant_schedule(tmp_path):
@@ -947,6 +959,19 @@ def test_a_subclass_gets_its_own_arguments_back(tmp_path):
     assert DACT.from_pretrained(tmp_path / "model").lambda_reg == 0.3
     copied = copy.deepcopy(model)
     assert copied.config() == model.config()
+
+
+class Shifted(DACT):
+    """A subclass with a number of its own."""
+
+    def __init__(self, encoder, alpha: float = 0.5, **kwargs):
+        super().__init__(encoder, **kwargs)
+        self.alpha = alpha
+
+
+def test_a_number_of_numpys_that_a_subclass_was_given_is_kept(tmp_path):
+    Shifted(TransformerEncoder(30, 2, 8, 2), alpha=np.linspace(0, 1, 11)[9]).save_pretrained(tmp_path)
+    assert Shifted.from_pretrained(tmp_path).alpha == 0.9
 
 
 class Doubled(DACT):

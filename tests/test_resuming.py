@@ -126,6 +126,18 @@ def test_the_weights_of_the_last_steps_are_averaged_also_after_a_resumption(tmp_
     assert plain[8:] != losses[8:], "validation has the mean"
 
 
+def test_a_mean_begins_anew_when_epochs_are_added_to_a_complete_fit(tmp_path):
+    seen = Record()
+    fitted(tmp_path, epochs=2, monitor=None, average=True)
+    weights, _ = fitted(tmp_path, seen, epochs=10, monitor=None, average=True)
+    steps = max(seen.steps)
+    last = [seen.steps[step] for step in range(steps - steps // 5 + 1, steps + 1)]
+    for name, tensor in weights.items():
+        torch.testing.assert_close(
+            tensor, torch.stack([step[name] for step in last]).mean(0).to(tensor.dtype), msg=name
+        )
+
+
 def test_a_fit_that_was_complete_before_it_resumes_keeps_the_mean(tmp_path):
     weights, _ = fitted(tmp_path, epochs=2, monitor=None, average=True)
     (tmp_path / "best.ckpt").unlink()
@@ -159,9 +171,11 @@ def test_weights_that_a_callback_of_the_users_averages_are_averaged_once(tmp_pat
     with seeded(0):
         model, data = plain_model(), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", "callbacks": [EMAWeightAveraging(decay=0.9)]}
-        resumable_fit(arguments, model, data, tmp_path, epochs=1, average=True)
+        resumable_fit(arguments, model, data, tmp_path, epochs=1, average=True, keep="best", monitor="val_loss")
     kept = read_checkpoint(tmp_path / "last.ckpt")
     assert [name for name in kept["callbacks"] if "Average" in name or "Averaging" in name] == ["EMAWeightAveraging"]
+    best = read_checkpoint(tmp_path / "best.ckpt")["state_dict"]
+    assert all(torch.equal(best[name], value) for name, value in kept["state_dict"].items()), "what was validated"
 
 
 def test_a_share_of_the_steps_is_asked_for():

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import multiprocessing
+import os
 import random
 import shutil
 import subprocess
@@ -21,6 +22,7 @@ import optuna
 import pytest
 import torch
 import yaml
+from lightning.pytorch import Callback
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -1072,6 +1074,38 @@ def test_workers_share_the_trials_of_a_study(tmp_path):
     assert all(trial.state.is_finished() for trial in trials)
     assert len({tuple(trial.user_attrs["owner"]) for trial in trials}) == 2
     assert len({json.dumps(trial.params, sort_keys=True) for trial in trials}) == len(trials)
+
+
+class Marked(Callback):
+    """A callback that changes the weights when a fit has ended, as `StochasticWeightAveraging` does."""
+
+    def on_train_end(self, trainer, pl_module):
+        torch.nn.init.constant_(pl_module.classifier[0][-1].bias, 7.0)
+
+
+def test_the_baseline_is_the_model_as_its_fit_left_it(tmp_path):
+    made = engine(tmp_path, n_trials=1, trainer={"max_epochs": 1, "accelerator": "cpu", "callbacks": [Marked()]})
+    made.joint_tune_study("run")
+    kept = DACT.from_pretrained(tmp_path / "run" / "baseline" / "model")
+    assert (kept.classifier[0][-1].bias == 7.0).all()
+
+
+def data_of_the_environment(folder, **overrides):
+    """Data that leaves in a folder what the environment of each process says."""
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).write_text(os.environ["OF_THE_DATA"])
+    return small_data(**overrides)
+
+
+@pytest.mark.slow
+def test_workers_have_the_environment_that_their_parent_has_then(tmp_path, monkeypatch):
+    for value in ("one", "two"):
+        monkeypatch.setenv("OF_THE_DATA", value)
+        data = partial(data_of_the_environment, tmp_path / value)
+        engine(tmp_path / "logs", data=data, workers=2, n_trials=2).joint_tune_study(value)
+        found = [path.read_text() for path in (tmp_path / value).iterdir()]
+        assert set(found) == {value}
+        assert len(found) > 1, "workers as well"
 
 
 OWN_WORDS = ["good", "bad", "fine", "film", "the"]

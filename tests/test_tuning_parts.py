@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import hypothesis.strategies as st
+import numpy as np
 import optuna
 import psutil
 import pytest
@@ -21,6 +22,7 @@ import torch
 from hypothesis import given, settings
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 from torch.utils.data import DataLoader
@@ -29,6 +31,7 @@ from dact.answers import layer_answers
 from dact.factories import DataFactory
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, retries, studies, tensorboard
+from dact.tuning.digests import digest
 from dact.tuning.fitting import Deadline, History, make_trainer
 from dact.tuning.outcome import Outcome, outcome_of
 from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation, LagPruner, SameLengthPruner, lags
@@ -101,6 +104,12 @@ def test_spaces_hold_what_the_studies_start_from_and_the_layers_of_the_encoder()
     with pytest.raises(ValueError, match="low=2 is above the 1 layers"):
         complete_spaces(given, 1, {})
     assert "num_layers" not in complete_spaces(build_spaces(None), 1, {})[0]["training"]
+    choices = build_spaces({"num_layers": {"type": "categorical", "choices": [1, 2, 8]}})
+    assert complete_spaces(choices, 8, {})[0]["training"]["num_layers"].choices == [1, 2, 8]
+    with pytest.raises(
+        ValueError, match=r"num_layers: choices must be in 1 … 6, the layers of the encoder, got 1, 2, 8"
+    ):
+        complete_spaces(choices, 6, {})
 
 
 @pytest.mark.parametrize(
@@ -117,6 +126,18 @@ def test_tensorboard_takes_every_space(tmp_path, change):
     dimensions = {name: dimension for space in build_spaces(change).values() for name, dimension in space.items()}
     with tensorboard.writer(tmp_path) as writer:
         tensorboard.log_experiment(writer, dimensions)
+        tensorboard.log_parameters(writer, {"submodel_learning_rate": None, "batch_size": 8}, "run/trial_0000")
+
+
+def test_trainers_of_a_run_share_no_strategy():
+    """A Trainer gives its strategy what only one may give it."""
+    given = {"strategy": SingleDeviceStrategy("cpu"), "accelerator": "cpu"}
+    made = [make_trainer(given, enable_checkpointing=False) for _ in range(2)]
+    assert made[0].strategy is not made[1].strategy
+
+
+def test_numbers_of_numpys_have_the_digest_of_their_value():
+    assert digest({"halting_tolerance": np.float32(0.5)}) == digest({"halting_tolerance": 0.5})
 
 
 def test_a_trainer_of_a_run_has_its_own_progress_and_checkpoints():
@@ -623,6 +644,17 @@ def test_a_seeded_sampler_of_ones_own_gives_the_same_parameters_again(tmp_path, 
         found.append([trial.params["x"] for trial in study.trials])
     assert found[0] == found[1]
     assert len({*found[0]}) == 3
+
+
+@pytest.mark.parametrize("sampler", [optuna.samplers.TPESampler(seed=1), optuna.samplers.NSGAIISampler(seed=1)])
+def test_a_sampler_of_ones_own_serves_several_studies(tmp_path, monkeypatch, sampler):
+    monkeypatch.setattr("dact.tuning.workers.run_trials", partial(run_drawing, run_trials))
+    for stage in (SUBMODELS, TRAINING):
+        run = Run("run", tmp_path)
+        study = studies.open_study(run, stage, {}, f"sqlite:///{tmp_path}/studies.db", None)
+        objective = types.SimpleNamespace(run=run, stage=stage, deadline=Deadline())
+        StudyJob(objective, 3, None, sampler, None).run(study, lambda: None)
+        assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 3
 
 
 def test_a_trial_that_died_before_it_could_say_that_it_failed_is_not_repeated(tmp_path):

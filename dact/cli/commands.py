@@ -31,7 +31,7 @@ from dact.cli.predictions import OUTPUT, PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, show_metrics
 from dact.cli.request import EVALUATING, Request
-from dact.cli.runs import balanced_weights, check_set_aside, check_tag, checkpoint_to_resume, stored_model
+from dact.cli.runs import balanced_weights, check_set_aside, check_tag, checkpoint_to_resume, sole_writer, stored_model
 from dact.cli.stored import RUNS, check_estimate, check_storable, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
@@ -342,7 +342,8 @@ class DACTCLI(LightningCLI):
         folder = Path(self.trainer.log_dir) if self.trainer.loggers and self.trainer.log_dir else None
         is_new = folder is not None and not folder.exists()
         try:
-            self.trainer.fit(**arguments)
+            with sole_writer(folder if self.trainer.is_global_zero else None):
+                self.trainer.fit(**arguments)
         except BaseException:
             if signals.stop_requested():
                 self._stopped(folder)

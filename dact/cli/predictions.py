@@ -127,7 +127,7 @@ class PredictionWriter(Callback):
 
     def __init__(self, path: str | Path) -> None:
         check_writable(path)
-        self.path = str(path)
+        self.path = str(Path(path).expanduser())  # a shell leaves the ~ of --output=~/answers.csv as it is
         self.labelled = self.unlabelled = 0
         self._next_row = 0
         self._rank, self._processes = 0, 1
@@ -240,7 +240,7 @@ def check_writable(path: str | Path) -> None:
     """Raise an error unless predictions can be written to `path`."""
     if str(path) == STANDARD_OUTPUT:
         return
-    path = Path(path)
+    path = Path(path).expanduser()
     if (ending := path.suffix.lower()) not in WRITABLE:
         raise ValueError(
             f"{path}: unknown ending {ending!r}, expected one of {', '.join(WRITABLE)}, or - for standard output"
@@ -269,7 +269,8 @@ def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]],
 
         yield write_and_flush
         return
-    with replacing(Path(path).resolve()) as partial:  # what a link names, and not the link
+    # What a link names, and not the link. Another command may write to the same file meanwhile.
+    with replacing(Path(path).resolve(), shared=True) as partial:
         if path.lower().endswith(".parquet"):
             import pyarrow  # type: ignore[import-untyped]
             from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shlex
@@ -18,7 +19,7 @@ from huggingface_hub import constants
 
 from dact.checks import check_count
 from dact.cli import LIGHTNING
-from dact.cli.errors import class_parameters, config_files
+from dact.cli.errors import class_parameters
 from dact.cli.predictions import BATCH, OUTPUT, PredictionData, check_writable
 from dact.cli.runs import fit_data
 from dact.cli.stored import counterpart, find_model, hub_id
@@ -57,14 +58,8 @@ class Request:
         """Return the request of a command line."""
         command = next(word for word in words if word in LIGHTNING)
         request = cls(command, list(words), given=list(words))
-        for file in config_files(words):
-            try:
-                content = yaml.safe_load(file.read_text(encoding="utf-8"))
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file} is not a text file in UTF-8: save it as one") from error
-            except (OSError, yaml.YAMLError):
-                continue  # the parser reports it
-            _merge(request.sections, content if isinstance(content, dict) else {})
+        for section in _sections(words):
+            _merge(request.sections, section)
         if not any(word in ("-h", "--help") for word in words):
             if command == "predict" and isinstance(output := request.value("output") or OUTPUT, str):
                 check_writable(output)  # before anything that takes time
@@ -222,6 +217,28 @@ def _options(words: list[str]) -> Iterator[tuple[slice, str, str]]:
             yield place, name.replace(".init_args.", "."), value if equals else "".join(words[place][1:])
 
 
+def _sections(words: list[str]) -> Iterator[dict[str, Any]]:
+    """Yield, in their order, what ``--config``, ``--data``, ``--data.init_args`` and the like give as file or as JSON."""
+    for _, name, value in _options(["--config" if word == "-c" else word for word in words]):
+        content = None
+        if not re.fullmatch(r"config|(model|data)(\.encoder)?(\.init_args)?", name):
+            continue
+        if name == "config" or value.endswith((".yaml", ".yml", ".json")):
+            try:
+                content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{value} is not a text file in UTF-8: save it as one") from error
+            except (OSError, yaml.YAMLError):
+                continue  # the parser reports it
+        elif value.startswith("{"):
+            with contextlib.suppress(yaml.YAMLError):
+                content = yaml.safe_load(value)
+        if isinstance(content, dict):
+            for part in [] if name == "config" else reversed(name.split(".")):
+                content = {part: content}
+            yield content
+
+
 def _refuse_hub(model: Any, option: str) -> None:
     if isinstance(model, str) and hub_id(model):
         raise ValueError(
@@ -248,7 +265,8 @@ def _merge(base: dict[str, Any], over: dict[str, Any]) -> None:
     for name, value in over.items():
         old = base.get(name)
         if isinstance(value, dict) and isinstance(old, dict):
-            if "class_path" in value and value["class_path"] != old.get("class_path", value["class_path"]):
+            before, now = (str(one.get("class_path", "")).rpartition(".")[2] for one in (old, value))
+            if before and now and before != now:
                 old.clear()
             _merge(old, value)
         else:

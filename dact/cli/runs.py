@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.cli import LightningArgumentParser
 
@@ -36,12 +40,34 @@ def check_tag(runs: Path, tag: str, command: str) -> Path:
     """Return the folder of a run, unless its name is a path or it belongs to another command."""
     if tag in ("", ".", "..") or tag != Path(tag).name:
         raise ValueError(f"run_tag must be a name, got {tag!r}")
+    if re.fullmatch(r"\d+e\d+", tag, re.IGNORECASE):
+        raise ValueError(f"run_tag {tag} would be read as a number from a file: give another, such as run-{tag}")
     folder = runs / tag
     tuned = is_tuned(folder)
     fitted = any((folder / name).exists() for name in ("checkpoints", "model"))
     if (tuned and command == "fit") or (fitted and command == "tune"):
         raise ValueError(f"{folder} belongs to dact {'tune' if tuned else 'fit'}: give another --run_tag")
     return folder
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path | None) -> Iterator[None]:
+    """Hold the lock of the folder of a fit, if it has one and its file system knows locks.
+
+    Raises:
+        ValueError: If another process holds it.
+    """
+    with contextlib.ExitStack() as held:
+        if folder is not None:
+            with contextlib.suppress(OSError, NotImplementedError):
+                folder.mkdir(parents=True, exist_ok=True)
+                try:
+                    held.enter_context(FileLock(folder / ".lock", timeout=0))
+                except Timeout:
+                    raise ValueError(
+                        f"another dact fit writes to {folder} now: wait for its end, or give another --run_tag"
+                    ) from None
+        yield
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:

@@ -48,10 +48,11 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
         names = sorted({str(label).strip() for label in labels}, key=Decimal if are_numbers else None)
     alike: dict[str, str] = {}
     for name in names:
-        if (other := alike.setdefault(name.casefold(), name)) != name:
+        if (other := alike.setdefault(re.sub(r"^(-?\d+)\.0+$", r"\1", name.casefold()), name)) != name:
+            how = "differ only in case" if other.casefold() == name.casefold() else "are the same number"
             raise ValueError(
-                f"{source}: the labels {other!r} and {name!r} differ only in case: write them alike, or, if they are "
-                "different classes, name all classes by class_names"
+                f"{source}: the labels {other!r} and {name!r} {how}: write them alike, or, if they are different "
+                "classes, name all classes by class_names"
             )
     if len(names) == 1:
         raise ValueError(f"{source}: every label is {names[0]!r}: a classifier needs examples of two classes or more")

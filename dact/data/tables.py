@@ -33,7 +33,7 @@ def read_columns(path: str, columns: Mapping[str, str]) -> dict[str, list[Any]]:
 
 def _read_dataset(address: str, columns: Mapping[str, str]) -> dict[str, list[Any]]:
     """Return columns of ``dataset:NAME#SPLIT``."""
-    name, _, split = address.removeprefix(DATASET).partition("#")
+    name, _, split = address.removeprefix(DATASET).rpartition("#")
     if not name or not split:
         raise ValueError(f"{address!r}: expected 'dataset:NAME#SPLIT', such as 'dataset:stanfordnlp/imdb#train'")
     import datasets

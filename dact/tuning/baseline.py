@@ -149,16 +149,15 @@ def fit_baseline(
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
     tensorboard.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")
     model.class_names = model.class_names or getattr(data, "class_names", None)
-    answers: dict[str, Tensor] = {}
     with progress.stage("answers of the baseline"), recipe.precision():
+        # Of the model as the fit left it: a callback of the user's may have changed it after the last checkpoint.
+        found = layer_answers(model.eval().to(recipe.device), data.val_dataloader())
+        answers = {"classes": found.a[:, -1].argmax(1), "targets": found.target}
+        with replacing_folder(folder / "model") as partial:
+            save_with_tokenizer(model.cpu(), data, partial)
         model.load_state_dict(read_checkpoint(checkpoints / "teacher.ckpt")["state_dict"])
         write_tensors(baseline.teacher, model.encoder.state_dict())
-        answers |= _probabilities(model.eval().to(recipe.device), data)
-        model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
-        found = layer_answers(model, data.val_dataloader())
-        answers |= {"classes": found.a[:, -1].argmax(1), "targets": found.target}
-    with replacing_folder(folder / "model") as partial:
-        save_with_tokenizer(model.cpu(), data, partial)
+        answers |= _probabilities(model.to(recipe.device), data)
     facts = {"origin": origin, PACE: str(progress.seconds_per_epoch)}
     write_tensors(baseline.answers, answers, facts)  # last, since it marks the baseline as done
     for left_over in folder.glob("fit_*"):

@@ -13,6 +13,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -24,7 +25,12 @@ from dact.files import file_digest
 
 def digest(content: Any) -> str:
     """Return a digest of plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=as_json).encode()).hexdigest()
+
+
+def as_json(value: Any) -> Any:
+    """Return what JSON has no form for: a number of NumPy's as Python's, anything else, such as a duration, as text."""
+    return value.item() if isinstance(value, np.generic) else str(value)
 
 
 def data_digest(loader: DataLoader[Any]) -> str:

@@ -258,7 +258,9 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     if not fixed.get("logger"):
         left_out += (LearningRateMonitor, DeviceStatsMonitor)
     callbacks = [callback for callback in as_list(given.pop("callbacks", None)) if not isinstance(callback, left_out)]
-    plugins = as_list(given.pop("plugins", None))
+    # Copies, since both keep what a Trainer gives them, and a plugin what its fit has learned, such as a loss scale.
+    plugins = copy.deepcopy(as_list(given.pop("plugins", None)))
+    given |= {"strategy": copy.deepcopy(given["strategy"])} if "strategy" in given else {}
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(DurableCheckpointIO())
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -338,8 +340,10 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written.
     kept = [MovableCheckpoint(checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True)]
     if keep is not None and monitor is not None:
+        # Of weights alone, Lightning would save those of the last step, and not the mean of a callback of the user's.
+        alone = not averages(arguments)
         best = MovableCheckpoint(
-            checkpoints, keep, monitor=monitor, save_weights_only=True, enable_version_counter=False
+            checkpoints, keep, monitor=monitor, save_weights_only=alone, enable_version_counter=False
         )
         kept.insert(0, best)
     history, last = History(), checkpoints / "last.ckpt"

@@ -235,6 +235,11 @@ def complete_spaces(
                     f"search_space: num_layers: low={given.low} is above the {layers} layers of the encoder"
                 )
             training["num_layers"] = replace(given, high=min(given.high, layers))
+        elif not all(isinstance(one, int) and 1 <= one <= layers for one in given.choices or ()):
+            raise ValueError(
+                f"search_space: num_layers: choices must be in 1 … {layers}, the layers of the encoder, got "
+                f"{', '.join(map(str, given.choices or ()))}"
+            )
     elif layers > 1:  # first, since the console may have no room for the last ones
         complete["training"] = {"num_layers": Dimension("int", (layers + 1) // 2, layers), **training}
     kept: dict[str, list[dict[str, Any]]] = {stage: [] for stage in complete}

@@ -16,6 +16,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from dact.checks import check_type
+from dact.tuning.digests import as_json
 from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, STOPPED, is_counted
 from dact.tuning.run import Run
 from dact.tuning.stages import STAGES, Stage
@@ -125,8 +126,8 @@ def check_run(run: Run, identity: Mapping[str, Any], address: str | BaseStorage 
             _check_identity(summary.study_name, stored, identity)
 
 
-def _as_stored(identity: Mapping[str, Any]) -> Any:
-    return json.loads(json.dumps(identity, default=str))  # a duration as text
+def _as_stored(content: Any) -> Any:
+    return json.loads(json.dumps(content, default=as_json))
 
 
 def _check_identity(name: str, stored: Any, identity: Mapping[str, Any]) -> None:
@@ -175,7 +176,7 @@ def reloaded(study: Study) -> Study:
 def end(study: Study, n_trials: int, time_out: float | None, alone: bool) -> None:
     """Record that a deadline ended a study under these limits, unless no trial has a value yet."""
     if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        study.set_user_attr(LIMITS, [n_trials, time_out, alone])
+        study.set_user_attr(LIMITS, _as_stored([n_trials, time_out, alone]))
 
 
 def trials_left(study: Study, n_trials: int, time_out: float | None, alone: bool) -> int:

@@ -31,7 +31,8 @@ def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: s
     """Open the session of a trial. The tab takes sessions of one name for one trial, so names begin with the tag."""
     from tensorboard.plugins.hparams import summary_v2
 
-    _write(writer, summary_v2.hparams_pb(dict(parameters), trial_id=name))
+    known = {name: "none" if value is None else value for name, value in parameters.items()}  # it has no type for None
+    _write(writer, summary_v2.hparams_pb(known, trial_id=name))
 
 
 def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: bool) -> None:

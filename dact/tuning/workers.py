@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import pickle
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
@@ -71,10 +72,10 @@ class StudyJob:
     def run(self, study: Study, idle: Callable[[], None], *more: Callable[[Study, FrozenTrial], None]) -> None:
         """Run trials in this process; see `run_trials`."""
         objective = self.objective
-        study.sampler = self.sampler
+        study.sampler = copy.deepcopy(self.sampler)  # what samplers such as TPE remember is of one study
         begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         if self.is_worker or begun:
-            self.sampler.reseed_rng()  # a seeded one would propose the points of another process again
+            study.sampler.reseed_rng()  # a seeded one would propose the points of another process again
 
         def close_session(trial: FrozenTrial) -> None:
             """Log to TensorBoard that a trial whose process died has ended, and remove its unfinished files."""
@@ -153,7 +154,8 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
 
     def start(number: int) -> BaseProcess:
         # Not a daemon: the data may have processes of its own.
-        process = context.Process(target=_run_worker, args=(job.for_worker(number), threads, method, errors))
+        arguments = (job.for_worker(number), threads, method, dict(os.environ), errors)
+        process = context.Process(target=_run_worker, args=arguments)
         process.start()
         return process
 
@@ -211,9 +213,11 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _run_worker(job: StudyJob, threads: int, method: str | None, errors: Any) -> None:
+def _run_worker(job: StudyJob, threads: int, method: str | None, environment: Mapping[str, str], errors: Any) -> None:
     """Run trials until the study is done, as the main function of a worker process."""
     gc.freeze()  # what was imported lives as long as the process: collections would copy its memory
+    os.environ.clear()
+    os.environ.update(environment)  # of the parent now: the server process has that of the first study
     signals.install()
     # Processes that the data starts here start as they would in the parent, not as this worker did.
     multiprocessing.set_start_method(method, force=True)
