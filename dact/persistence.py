@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from dact import encoders, files
@@ -151,12 +152,28 @@ def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Ma
     for name in (*HALTING, "class_names"):  # may have changed after the constructor of a subclass set them
         if name in config and name not in overrides:
             setattr(model, name, config[name])
+    if cls is not base:
+        _check_rebuilt(model, config, subclass, overrides)
     if layers in (None, model.num_layers):
         _restore_learned(model, learned, overrides)
     elif learned["calibration"] is not None:  # of another full depth
         model.calibration = learned["calibration"]
         model.end_calibration()
     return model
+
+
+def _check_rebuilt(
+    model: Any, config: Mapping[str, Any], subclass: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> None:
+    """Warn if a subclass has made something else of the arguments that it was given before."""
+    then = {name: config[name] for name in subclass["passed"] if name in config} | subclass["arguments"]
+    now = {name: plain_data(getattr(model, name, None)) for name in subclass["passed"]} | model.subclass["arguments"]
+    for name, value in then.items():
+        if name not in overrides and type(value) in (int, float, str) and now.get(name, value) != value:
+            rank_zero_warn(
+                f"{type(model).__name__} has made {name} {now[name]} of {value}, since its __init__ changes this "
+                f"argument, which is stored as changed: give the changed value another name than {name}"
+            )
 
 
 # ------------------------------------------------------------------ checkpoints

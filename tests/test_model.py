@@ -991,6 +991,23 @@ def test_a_subclass_that_changes_an_argument_is_the_same_after_every_load(tmp_pa
     assert DACT.from_pretrained(tmp_path).lambda_reg == 0.2
 
 
+class Scaled(DACT):
+    """A subclass that changes its arguments before it hands them on."""
+
+    def __init__(self, encoder, learning_rate: float = 1e-3, boost: float = 1.0, **kwargs):
+        learning_rate, boost = 2 * learning_rate, 10 * boost
+        super().__init__(encoder, learning_rate=learning_rate, **kwargs)
+
+
+def test_a_subclass_that_would_change_its_arguments_at_each_load_causes_a_warning(tmp_path):
+    Scaled(TransformerEncoder(30, 2, 8, 2), boost=2.0).save_pretrained(tmp_path)
+    with (
+        pytest.warns(UserWarning, match="Scaled has made learning_rate 0.004 of 0.002, since its __init__ changes"),
+        pytest.warns(UserWarning, match="Scaled has made boost 200.0 of 20.0"),
+    ):
+        Scaled.from_pretrained(tmp_path)
+
+
 def test_a_save_that_is_killed_leaves_no_new_weights_under_an_old_promise(tmp_path, monkeypatch):
     model = tiny_model()
     calibrate(model, [random_batch(300)], min_agreement=0.8)
