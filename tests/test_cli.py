@@ -99,6 +99,10 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
         (["--model.encoder", "dact.encoders.TransformEncoder"], "Did you mean TransformerEncoder?"),
         (["--model.output_dimension", "two"], "model.output_dimension: Expected a int. Got value: two"),
         (["--data.class_names", "[no, yes]"], "booleans: put them in quotation marks"),
+        (
+            ["--data.text_column", "Q1: text"],
+            "Got value: {'Q1': 'text'}. Words are read as YAML here: put this option into",
+        ),
         (["--config", "train.csv"], "train.csv holds no options: --config takes YAML"),
         (["--data", "train.csv"], "--data takes a class, and train.csv is a file: give it as --data.train_file"),
         (["--conf", "config.yaml"], "no option --conf. Did you mean --config?"),

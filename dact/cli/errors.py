@@ -162,8 +162,11 @@ def _explain(message: str, files: list[Path], options: set[str]) -> str:
     value = re.search(r"Got value: (\S+)", text)
     if "Unexpected import path format" in text and f"{key}.help" in options:
         return f"{place(section)}{key} has options of its own, which --{key}.help lists, got {value and value[1]}"
+    text, *nested = text.split(". Got value: NestedArg")
     if "Expected a str" in text and re.search(r"Got value: (True|False)", text):
         text += ". YAML reads yes, no, true and false as booleans: put them in quotation marks"
+    elif nested and "Expected a str" in text:  # such as the name of a column with a colon
+        text += ". Words are read as YAML here: put this option into a file, in quotation marks"
     return f"{place(section, value and value[1])}{key}: {text}"
 
 
