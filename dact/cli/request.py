@@ -220,9 +220,9 @@ def _options(words: list[str]) -> Iterator[tuple[slice, str, str]]:
 def _sections(words: list[str]) -> Iterator[dict[str, Any]]:
     """Yield, in their order, what ``--config``, ``--data``, ``--data.init_args`` and so on give as file or as JSON."""
     for _, name, value in _options(["--config" if word == "-c" else word for word in words]):
-        content = None
         if not re.fullmatch(r"config|(model|data)(\.encoder)?(\.init_args)?", name):
             continue
+        content = None
         if name == "config" or value.endswith((".yaml", ".yml", ".json")):
             try:
                 content = yaml.safe_load(Path(value).read_text(encoding="utf-8"))

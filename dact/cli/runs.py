@@ -57,17 +57,23 @@ def sole_writer(folder: Path | None) -> Iterator[None]:
     Raises:
         ValueError: If another process holds it.
     """
-    with contextlib.ExitStack() as held:
-        if folder is not None:
-            with contextlib.suppress(OSError, NotImplementedError):
-                folder.mkdir(parents=True, exist_ok=True)
-                try:
-                    held.enter_context(FileLock(folder / ".lock", timeout=0))
-                except Timeout:
-                    raise ValueError(
-                        f"another dact fit writes to {folder} now: wait for its end, or give another --run_tag"
-                    ) from None
+    if folder is None:
         yield
+        return
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise ValueError(
+            f"another dact fit writes to {folder} now: wait for its end, or give another --run_tag"
+        ) from None
+    except (OSError, NotImplementedError):
+        pass  # no locks on this file system; where nothing can be written, the fit says so
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:

@@ -13,7 +13,6 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -21,16 +20,12 @@ from torch.utils.data import DataLoader
 from dact.encoders import LayeredEncoder
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import file_digest
+from dact.persistence import plain_data
 
 
 def digest(content: Any) -> str:
     """Return a digest of plain data."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, default=as_json).encode()).hexdigest()
-
-
-def as_json(value: Any) -> Any:
-    """Return what JSON has no form for: a number of NumPy's as Python's, anything else, such as a duration, as text."""
-    return value.item() if isinstance(value, np.generic) else str(value)
+    return hashlib.sha256(json.dumps(plain_data(content), sort_keys=True, default=str).encode()).hexdigest()
 
 
 def data_digest(loader: DataLoader[Any]) -> str:

@@ -260,7 +260,8 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
     callbacks = [callback for callback in as_list(given.pop("callbacks", None)) if not isinstance(callback, left_out)]
     # Copies, since both keep what a Trainer gives them, and a plugin what its fit has learned, such as a loss scale.
     plugins = copy.deepcopy(as_list(given.pop("plugins", None)))
-    given |= {"strategy": copy.deepcopy(given["strategy"])} if "strategy" in given else {}
+    if "strategy" in given:
+        given["strategy"] = copy.deepcopy(given["strategy"])
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(DurableCheckpointIO())
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
@@ -327,7 +328,8 @@ def resumable_fit(
         what: Name of the fit in errors.
         epochs: Number of epochs.
         log: Folder of a TensorBoard log, or None.
-        keep: Name, without ``.ckpt``, of a checkpoint without an optimizer; None for no such one.
+        keep: Name, without ``.ckpt``, of a second checkpoint, without an optimizer unless a callback of the user's
+            averages weights; None for no such one.
         monitor: Metric whose lowest value chooses the epoch of `keep`; None for the last epoch.
         average: Whether to average the weights of the last steps, unless a callback of the user's averages weights.
 
@@ -340,10 +342,13 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is written.
     kept = [MovableCheckpoint(checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True)]
     if keep is not None and monitor is not None:
-        # Of weights alone, Lightning would save those of the last step, and not the mean of a callback of the user's.
-        alone = not averages(arguments)
         best = MovableCheckpoint(
-            checkpoints, keep, monitor=monitor, save_weights_only=alone, enable_version_counter=False
+            checkpoints,
+            keep,
+            monitor=monitor,
+            # Of weights alone, Lightning saves those of the last step, and not the mean of a callback of the user's.
+            save_weights_only=not averages(arguments),
+            enable_version_counter=False,
         )
         kept.insert(0, best)
     history, last = History(), checkpoints / "last.ckpt"

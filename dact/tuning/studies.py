@@ -16,7 +16,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from dact.checks import check_type
-from dact.tuning.digests import as_json
+from dact.persistence import plain_data
 from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, STOPPED, is_counted
 from dact.tuning.run import Run
 from dact.tuning.stages import STAGES, Stage
@@ -127,7 +127,7 @@ def check_run(run: Run, identity: Mapping[str, Any], address: str | BaseStorage 
 
 
 def _as_stored(content: Any) -> Any:
-    return json.loads(json.dumps(content, default=as_json))
+    return json.loads(json.dumps(plain_data(content), default=str))  # a duration as text
 
 
 def _check_identity(name: str, stored: Any, identity: Mapping[str, Any]) -> None:
