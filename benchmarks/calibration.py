@@ -2,9 +2,9 @@
 
     python benchmarks/calibration.py
 
-4,000 generated examples, 12 layers, 150 classes. The naive search computes every setting's exit layers from all classes, as
-`dact.functional.exit_layers` does; both must choose the same setting. Seconds are processor time on one thread, the best of three.
-"""
+4,000 generated examples, 12 layers, 150 classes. The naive search computes every setting's exit
+layers from all classes, as `dact.functional.exit_layers` does; both must choose the same setting.
+Seconds are processor time on one thread, the best of three."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 
 from dact import functional
-from dact.bounds import binomial_upper_bound
 from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting
+from dact.calibration.bounds import binomial_upper_bound
 from dact.functional import Halting
 
 RESULTS = Path(__file__).parent / "results" / "calibration.json"
@@ -42,7 +42,9 @@ def naive(answers: LayerAnswers, promise: Promise) -> float:
     chosen, full = 1.0, answers.a[:, -1].argmax(1)
     assert promise.confidence is not None
     for margin in SETTINGS["halting_margin"][1:]:
-        early = functional.answer_at(answers.a, answers.exit_layers(Halting(margin=margin))).argmax(1)
+        early = functional.answer_at(answers.a, answers.exit_layers(Halting(margin=margin))).argmax(
+            1
+        )
         lost = int(((full == answers.target) & (early != answers.target)).sum())
         if binomial_upper_bound(lost, len(early), promise.confidence) > promise.allowed:
             break

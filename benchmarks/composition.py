@@ -1,4 +1,5 @@
-"""The embedded data needs depth: encoders of 1 and 4 layers, equally trained on CompositionalSentiment.
+"""The embedded data needs depth: encoders of 1 and 4 layers, equally trained on
+CompositionalSentiment.
 
 python benchmarks/composition.py
 """
@@ -22,7 +23,8 @@ RESULTS = Path(__file__).parent / "results" / "composition.json"
 
 
 def accuracy_of(num_layers: int, seed: int, epochs: int, num_train: int) -> dict[str, object]:
-    """Train an encoder of `num_layers` layers to full depth and test it, also by the depth of the examples."""
+    """Train an encoder of `num_layers` layers to full depth and test it, also by the depth of the
+    examples."""
     pl.seed_everything(seed)
     data = CompositionalSentiment(num_train=num_train, max_depth=6)
     encoder = TransformerEncoder(data.vocab_size, num_layers, 32, 2, slopes=(1.0, 1.0))
@@ -48,11 +50,18 @@ def accuracy_of(num_layers: int, seed: int, epochs: int, num_train: int) -> dict
                 right.setdefault(depth, []).append(float(hit))
     everything = [hit for hits in right.values() for hit in hits]
     by_depth = {depth: statistics.mean(hits) for depth, hits in sorted(right.items())}
-    return {"layers": num_layers, "seed": seed, "accuracy": statistics.mean(everything), "by_depth": by_depth}
+    return {
+        "layers": num_layers,
+        "seed": seed,
+        "accuracy": statistics.mean(everything),
+        "by_depth": by_depth,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--num_train", type=int, default=40_000)
     parser.add_argument("--seeds", type=int, default=3)
@@ -66,9 +75,13 @@ def main() -> None:
         for seed in range(arguments.seeds)
     ]
     arguments.results.parent.mkdir(exist_ok=True)
-    arguments.results.write_text(json.dumps({"epochs": arguments.epochs, "runs": runs}, indent=1) + "\n")
+    arguments.results.write_text(
+        json.dumps({"epochs": arguments.epochs, "runs": runs}, indent=1) + "\n"
+    )
     depths = list(runs[0]["by_depth"])
-    print("| layers | test accuracy, % | " + " | ".join(f"depth {depth}" for depth in depths) + " |")
+    print(
+        "| layers | test accuracy, % | " + " | ".join(f"depth {depth}" for depth in depths) + " |"
+    )
     print("|---" * (2 + len(depths)) + "|")
     for layers in arguments.layers:
         own = [run for run in runs if run["layers"] == layers]

@@ -2,12 +2,13 @@
 
     python benchmarks/coverage.py
 
-A population of generated answers stands for all texts, so that the truth is known. Each of 1,000 draws has choosing examples and
-as many other examples. On the choosing examples each of four λ takes the best of 12 checkpoints, by the loss of full depth, and
-the rule "promise" takes the λ. Then the margin for "at most one point below full depth" is set with 95 % confidence, and by an
-estimate, on the other examples and on those that chose. A setting breaks the promise if it loses more than a point of the
-population. Further rounds have too few examples for the confidence. numpy generates the answers, dact itself chooses.
-"""
+A population of generated answers stands for all texts, so that the truth is known. Each of 1,000
+draws has choosing examples and as many other examples. On the choosing examples each of four λ
+takes the best of 12 checkpoints, by the loss of full depth, and the rule "promise" takes the λ.
+Then the margin for "at most one point below full depth" is set with 95 % confidence, and by an
+estimate, on the other examples and on those that chose. A setting breaks the promise if it loses
+more than a point of the population. Further rounds have too few examples for the confidence. numpy
+generates the answers, dact itself chooses."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from dact.answers import LayerAnswers, OperatingPoint, operating_points
 from dact.calibration import Promise, choose_setting
+from dact.calibration.answers import LayerAnswers, OperatingPoint, operating_points
 from dact.functional import Halting, accumulate
 from dact.tuning.outcome import outcome_of
 from dact.tuning.selection import Point, select_lambda
@@ -33,12 +34,15 @@ RESULTS = Path(__file__).parent / "results" / "coverage.json"
 LAMBDAS, CHECKPOINTS, LAYERS, CLASSES = (0.005, 0.02, 0.05, 0.1), 12, 6, 3
 PROMISE = Promise(max_accuracy_loss=0.01)
 ESTIMATE = replace(PROMISE, confidence=None)
-MODEL: Any = SimpleNamespace(exit_rule=Halting(), class_weights=None)  # what `outcome_of` asks of a model
+MODEL: Any = SimpleNamespace(
+    exit_rule=Halting(), class_weights=None
+)  # what `outcome_of` asks of a model
 KINDS = {"promise": PROMISE, "estimate": ESTIMATE}
 
 
 def generated(texts: int) -> list[LayerAnswers]:
-    """Return what all checkpoints of all λ, and last a baseline, say of the same texts: hard ones are hard for all."""
+    """Return what all checkpoints of all λ, and last a baseline, say of the same texts: hard ones
+    are hard for all."""
     generator = np.random.default_rng(0)
     target = generator.integers(CLASSES, size=texts)
     label = np.eye(CLASSES)[target][:, None]  # [texts, 1, classes]
@@ -54,26 +58,41 @@ def generated(texts: int) -> list[LayerAnswers]:
     return found
 
 
-def choose(models: list[LayerAnswers], losses: np.ndarray, baseline: torch.Tensor, rows: torch.Tensor) -> int:
+def choose(
+    models: list[LayerAnswers], losses: np.ndarray, baseline: torch.Tensor, rows: torch.Tensor
+) -> int:
     """Return the number of the model that a run would take, by the texts of `rows`."""
-    best = losses[:, rows].mean(1).reshape(len(LAMBDAS), CHECKPOINTS).argmin(1) + CHECKPOINTS * np.arange(len(LAMBDAS))
+    best = losses[:, rows].mean(1).reshape(len(LAMBDAS), CHECKPOINTS).argmin(
+        1
+    ) + CHECKPOINTS * np.arange(len(LAMBDAS))
     points = []
     for lambda_reg, number in zip(LAMBDAS, best, strict=True):
         found = outcome_of(models[number].take(rows), MODEL, PROMISE, baseline[rows])
         points.append(Point(lambda_reg, found.loss, found.layers, found))
-    return int(best[points.index(select_lambda(points, "promise", allowed=PROMISE.max_accuracy_loss))])
+    return int(
+        best[points.index(select_lambda(points, "promise", allowed=PROMISE.max_accuracy_loss))]
+    )
 
 
-def simulate(models: list[LayerAnswers], reference: LayerAnswers, examples: int, draws: int) -> list[dict[str, Any]]:
-    """Return, per way to set the margin, the share that is kept, and the means of loss and layers in the population."""
+def simulate(
+    models: list[LayerAnswers], reference: LayerAnswers, examples: int, draws: int
+) -> list[dict[str, Any]]:
+    """Return, per way to set the margin, the share that is kept, and the means of loss and layers
+    in the population."""
     target = reference.target
     baseline = reference.a[:, -1].argmax(1) == target
-    losses = np.stack([-one.a[:, -1].gather(1, target[:, None])[:, 0].log().numpy() for one in models])
+    losses = np.stack(
+        [-one.a[:, -1].gather(1, target[:, None])[:, 0].log().numpy() for one in models]
+    )
     generator = torch.Generator().manual_seed(0)
     seen: dict[tuple[str, str], list[OperatingPoint]] = {}
     for _ in range(draws):
         parts = dict(
-            zip(("other", "choosing"), torch.randint(len(target), (2, examples), generator=generator), strict=True)
+            zip(
+                ("other", "choosing"),
+                torch.randint(len(target), (2, examples), generator=generator),
+                strict=True,
+            )
         )
         model = models[choose(models, losses, baseline, parts["choosing"])]
         for (kind, promise), (part, rows) in product(KINDS.items(), parts.items()):
@@ -98,18 +117,32 @@ def truth(model: LayerAnswers, margin: float) -> OperatingPoint:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--texts", type=int, default=10_000, help="size of the population")
     parser.add_argument(
-        "--examples", type=int, nargs="+", default=[1500, 1000, 260, 200, 100], help="choosing and other examples, each"
+        "--examples",
+        type=int,
+        nargs="+",
+        default=[1500, 1000, 260, 200, 100],
+        help="choosing and other examples, each",
     )
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     *models, reference = generated(arguments.texts)
-    rows = [row for examples in arguments.examples for row in simulate(models, reference, examples, arguments.draws)]
-    print("| margin set by | on examples | kept, % | mean loss, points | mean layers |", "|---" * 5 + "|", sep="\n")
+    rows = [
+        row
+        for examples in arguments.examples
+        for row in simulate(models, reference, examples, arguments.draws)
+    ]
+    print(
+        "| margin set by | on examples | kept, % | mean loss, points | mean layers |",
+        "|---" * 5 + "|",
+        sep="\n",
+    )
     for row in rows:
         numbers = f"{100 * row['kept']:.1f} | {100 * row['accuracy_loss']:.2f} | {row['mean_exit_layer']:.2f}"
         print(f"| {row['set by']} | {row['on']} | {numbers} |")

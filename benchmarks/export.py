@@ -1,15 +1,17 @@
-"""What ONNX Runtime and int8 add to early exit: raw text in, label out, on the test texts of VADER, on a CPU.
+"""What ONNX Runtime and int8 add to early exit: raw text in, label out, on the test texts of VADER,
+on a CPU.
 
-    python benchmarks/export.py --prepare                       # trains the three models that are not there yet
-    python benchmarks/export.py                                 # measures them, in about six minutes
-    python benchmarks/export.py --full DIR --model DIR --truncated DIR      # measures models that were fitted before
-    python benchmarks/export.py --num_train 300 --epochs 1 --texts 60 --rounds 1 --single 5     # whether it works
+    python benchmarks/export.py --prepare                       # trains the three models that are
+    not there yet python benchmarks/export.py                                 # measures them, in
+    about six minutes python benchmarks/export.py --full DIR --model DIR --truncated DIR      #
+    measures models that were fitted before python benchmarks/export.py --num_train 300 --epochs 1
+    --texts 60 --rounds 1 --single 5     # whether it works
 
-Sides: the pipeline of transformers (float32, batches of 32) on the fine-tuned model of 6 layers; that model through
-`TextClassifier` in PyTorch and on ONNX Runtime, float32 and int8, at full depth; DACT of 4 layers, taught by it, in
-PyTorch and on ONNX Runtime with int8, each at the margin that keeps a point of accuracy; a taught encoder of fewer layers
-with int8. All sides take turns in one run. The machine should be idle: two cores, and nothing else running.
-"""
+Sides: the pipeline of transformers (float32, batches of 32) on the fine-tuned model of 6 layers;
+that model through `TextClassifier` in PyTorch and on ONNX Runtime, float32 and int8, at full depth;
+DACT of 4 layers, taught by it, in PyTorch and on ONNX Runtime with int8, each at the margin that
+keeps a point of accuracy; a taught encoder of fewer layers with int8. All sides take turns in one
+run. The machine should be idle: two cores, and nothing else running."""
 
 from __future__ import annotations
 
@@ -39,17 +41,19 @@ from dact.exporting import export
 
 RESULTS = Path(__file__).parent / "results" / "export.json"
 MODELS = Path(__file__).parent.parent / "lightning_logs" / "benchmark_export"
-PIPELINE = (
-    "from transformers import pipeline; pipeline('text-classification', model={!r}, device='cpu')(['a fine screen'])"
+PIPELINE = "from transformers import pipeline; pipeline('text-classification', model={!r}, device='cpu')(['a fine screen'])"
+CLASSIFIER = (
+    "from dact import TextClassifier; TextClassifier.from_pretrained({!r})(['a fine screen'])"
 )
-CLASSIFIER = "from dact import TextClassifier; TextClassifier.from_pretrained({!r})(['a fine screen'])"
 # Not getrusage, whose peak begins with that of the process that started this one.
 MEMORY = "; print([line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')][0])"
 
 
 def processor() -> str:
     """The name of the processor and the threads that PyTorch uses."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    lines = (
+        Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
+    )
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
 
@@ -63,7 +67,8 @@ def setting(arguments: argparse.Namespace) -> Setting:
 
 
 def trained(name: str, arguments: argparse.Namespace) -> Path:
-    """Return the folder of a model that the frontier benchmark calls so; it is trained unless it is there."""
+    """Return the folder of a model that the frontier benchmark calls so; it is trained unless it is
+    there."""
     shop = Workshop(arguments.models, setting(arguments), arguments.precision, keep_models=True)
     method = Method.parse(name)
     for one in (*method.needs, method):
@@ -74,7 +79,8 @@ def trained(name: str, arguments: argparse.Namespace) -> Path:
 
 
 def exported(folder: Path, quantize: Any, promise: TextDataModule | None = None) -> Path:
-    """The exported folder next to a model's, with a margin that keeps a point of accuracy if `promise` has examples."""
+    """The exported folder next to a model's, with a margin that keeps a point of accuracy if
+    `promise` has examples."""
     output = folder.with_name(f"{folder.name}-{quantize or 'float32'}")
     print(export(folder, output, quantize), flush=True)
     if promise is not None:
@@ -83,14 +89,16 @@ def exported(folder: Path, quantize: Any, promise: TextDataModule | None = None)
 
 
 def keep_promise(folder: Path, data: TextDataModule) -> None:
-    """Set the margin of a model's folder so that at most a point of accuracy is lost, with 95 % confidence."""
+    """Set the margin of a model's folder so that at most a point of accuracy is lost, with 95 %
+    confidence."""
     model = DACT.from_pretrained(folder)
     calibrate(model, data, max_accuracy_loss=0.01, dial="halting_margin")
     model.save_pretrained(folder)
 
 
 def plain_copy(folder: Path) -> Path:
-    """The encoder of a fitted model as transformers saves it; its head is random, so that only its time counts."""
+    """The encoder of a fitted model as transformers saves it; its head is random, so that only its
+    time counts."""
     from transformers import AutoModelForSequenceClassification
 
     classifier = TextClassifier.from_pretrained(folder)
@@ -112,7 +120,8 @@ def plain_copy(folder: Path) -> Path:
 def in_turn(
     sides: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The median seconds of each side and its answers; they take turns, after some texts to warm up."""
+    """The median seconds of each side and its answers; they take turns, after some texts to warm
+    up."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     answers: dict[str, Any] = {}
     for work in sides.values():
@@ -125,8 +134,11 @@ def in_turn(
     return {name: statistics.median(values) for name, values in seconds.items()}, answers
 
 
-def one_at_a_time(sides: dict[str, Callable[[list[str]], object]], texts: Sequence[str]) -> dict[str, dict[str, float]]:
-    """The median and the 95th percentile of the milliseconds for one text; the sides take turns at each text."""
+def one_at_a_time(
+    sides: dict[str, Callable[[list[str]], object]], texts: Sequence[str]
+) -> dict[str, dict[str, float]]:
+    """The median and the 95th percentile of the milliseconds for one text; the sides take turns at
+    each text."""
     milliseconds: dict[str, list[float]] = {name: [] for name in sides}
     for text in [texts[0], *texts]:
         for name, work in sides.items():
@@ -136,12 +148,16 @@ def one_at_a_time(sides: dict[str, Callable[[list[str]], object]], texts: Sequen
     found = {}
     for name, values in milliseconds.items():
         ordered = sorted(values[1:])
-        found[name] = {"median": statistics.median(ordered), "p95": ordered[math.ceil(0.95 * len(ordered)) - 1]}
+        found[name] = {
+            "median": statistics.median(ordered),
+            "p95": ordered[math.ceil(0.95 * len(ordered)) - 1],
+        }
     return found
 
 
 def first_answer(code: str, folder: Path) -> dict[str, float]:
-    """Seconds from the start of a process to its end after one answer, and its memory in MiB at the peak."""
+    """Seconds from the start of a process to its end after one answer, and its memory in MiB at the
+    peak."""
     start = time.perf_counter()
     command = [sys.executable, "-c", code.format(str(folder)) + MEMORY]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -149,7 +165,8 @@ def first_answer(code: str, folder: Path) -> dict[str, float]:
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
-    """First less second, in points, and its standard error: both are whether each example is right."""
+    """First less second, in points, and its standard error: both are whether each example is
+    right."""
     differences = [100.0 * (one - other) for one, other in zip(first, second, strict=True)]
     return {
         "points": statistics.mean(differences),
@@ -158,7 +175,8 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
 
 
 def models(arguments: argparse.Namespace) -> tuple[Path, Path, Path]:
-    """The folders of the fine-tuned model, of DACT and of the truncated encoder, trained if they are not there."""
+    """The folders of the fine-tuned model, of DACT and of the truncated encoder, trained if they
+    are not there."""
     full = arguments.full or trained("baseline-6", arguments)
     dact = arguments.model or trained("dact-4-detached", arguments)
     truncated = arguments.truncated or trained(f"encoder-{arguments.truncated_layers}", arguments)
@@ -205,12 +223,16 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     # The same model at full depth, float32 and int8: what quantisation changes.
     depths = {
         name: [
-            one.label for one in TextClassifier.from_pretrained(folders[f"{name}, early exit"], halting="never")(texts)
+            one.label
+            for one in TextClassifier.from_pretrained(
+                folders[f"{name}, early exit"], halting="never"
+            )(texts)
         ]
         for name in ("float32", "int8")
     }
     depths_right = {
-        name: [one == names[label] for one, label in zip(said, labels, strict=True)] for name, said in depths.items()
+        name: [one == names[label] for one, label in zip(said, labels, strict=True)]
+        for name, said in depths.items()
     }
     single = one_at_a_time(sides, texts[: arguments.single])
     reference = right["PyTorch, full depth"]
@@ -220,12 +242,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "texts": len(texts),
         "seconds in bulk": bulk,
         "accuracy": {name: statistics.mean(values) for name, values in right.items()},
-        "mean exit layer": {name: statistics.mean(one.exit_layer for one in said) for name, said in answers.items()},
+        "mean exit layer": {
+            name: statistics.mean(one.exit_layer for one in said) for name, said in answers.items()
+        },
         "margin": {name: one.model.halting_margin for name, one in classifiers.items()},
-        "less than the fine-tuned model": {name: paired(values, reference) for name, values in right.items()},
+        "less than the fine-tuned model": {
+            name: paired(values, reference) for name, values in right.items()
+        },
         "classes that int8 changes": {
-            "full depth, 6 layers": share_changed(answers["float32, full depth"], answers["int8, full depth"]),
-            "DACT at full depth": statistics.mean(a != b for a, b in zip(*depths.values(), strict=True)),
+            "full depth, 6 layers": share_changed(
+                answers["float32, full depth"], answers["int8, full depth"]
+            ),
+            "DACT at full depth": statistics.mean(
+                a != b for a, b in zip(*depths.values(), strict=True)
+            ),
         },
         "points that int8 loses": {
             "full depth, 6 layers": paired(right["int8, full depth"], right["float32, full depth"]),
@@ -241,7 +271,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def share_changed(first: Sequence[Any], second: Sequence[Any]) -> float:
-    return statistics.mean(one.label != other.label for one, other in zip(first, second, strict=True))
+    return statistics.mean(
+        one.label != other.label for one, other in zip(first, second, strict=True)
+    )
 
 
 # ---------------------------------------------------------------------- the table
@@ -264,14 +296,22 @@ def table(found: dict[str, Any]) -> str:
             f"| {single[name]['median']:.2f} / {single[name]['p95']:.2f} |"
         )
     lines += ["", "| process | first answer, s | memory, MiB |", "|---|---|---|"]
-    lines += [f"| {name} | {one['seconds']:.1f} | {one['MiB']:.0f} |" for name, one in found["first answer"].items()]
+    lines += [
+        f"| {name} | {one['seconds']:.1f} | {one['MiB']:.0f} |"
+        for name, one in found["first answer"].items()
+    ]
     early, less = bulk["int8, early exit"], found["less than the fine-tuned model"]
     truncated = paired_text(less["int8, truncated"])
     changed, lost = found["classes that int8 changes"], found["points that int8 loses"]
     worst_lost = max(-one["points"] for one in lost.values())
     targets = [
         ("int8 with early exit, times the pipeline", bulk["pipeline"] / early, 6.0, "at least"),
-        ("int8 with early exit, times int8 at full depth", bulk["int8, full depth"] / early, 1.8, "at least"),
+        (
+            "int8 with early exit, times int8 at full depth",
+            bulk["int8, full depth"] / early,
+            1.8,
+            "at least",
+        ),
         ("points below the fine-tuned model", -less["int8, early exit"]["points"], 1.0, "at most"),
         ("classes that int8 changes, %", 100 * max(changed.values()), 1.0, "at most"),
         ("points that int8 loses", worst_lost, 0.3, "at most"),
@@ -299,21 +339,35 @@ def paired_text(difference: dict[str, float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument(
-        "--prepare", action="store_true", help="train the models that are not there, and measure nothing"
+        "--prepare",
+        action="store_true",
+        help="train the models that are not there, and measure nothing",
     )
     parser.add_argument("--full", type=Path, help="model folder: the fine-tuned model of 6 layers")
     parser.add_argument("--model", type=Path, help="model folder: DACT; its margin is set anew")
-    parser.add_argument("--truncated", type=Path, help="model folder: the taught encoder of fewer layers")
-    parser.add_argument("--truncated_layers", type=int, default=3, help="layers of the truncated encoder to train")
-    parser.add_argument("--models", type=Path, default=MODELS, help="folder for what is trained here")
+    parser.add_argument(
+        "--truncated", type=Path, help="model folder: the taught encoder of fewer layers"
+    )
+    parser.add_argument(
+        "--truncated_layers", type=int, default=3, help="layers of the truncated encoder to train"
+    )
+    parser.add_argument(
+        "--models", type=Path, default=MODELS, help="folder for what is trained here"
+    )
     parser.add_argument("--num_train", type=int, help="training texts; all of them if left out")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--texts", type=int, default=10**9, help="test texts; all of them if left out")
-    parser.add_argument("--single", type=int, default=300, help="texts that are asked one at a time")
+    parser.add_argument(
+        "--texts", type=int, default=10**9, help="test texts; all of them if left out"
+    )
+    parser.add_argument(
+        "--single", type=int, default=300, help="texts that are asked one at a time"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

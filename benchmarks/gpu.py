@@ -1,4 +1,5 @@
-"""The parts of gpu.sh, each in a process of its own, within a limit of time in all; gpu.sh says what they are.
+"""The parts of gpu.sh, each in a process of its own, within a limit of time in all; gpu.sh says
+what they are.
 
 The results are written after each part, so that a run that is cut off leaves what it has measured.
 """
@@ -26,17 +27,45 @@ RESULTS = HERE / "results" / "gpu.json"
 
 
 def commands(dry: bool, folder: Path) -> dict[str, list[str]]:
-    """The parts by name, those first that matter most; what has results writes NAME.json into `folder`."""
+    """The parts by name, those first that matter most; what has results writes NAME.json into
+    `folder`."""
     speed = [str(HERE / "speed.py"), "shapes", "--results", str(folder / "shapes.json")]
     if dry:
-        speed += ["--shapes", "tiny", "--examples", "8", "--rounds", "1", "--step_tokens", "256", "512"]
+        speed += [
+            "--shapes",
+            "tiny",
+            "--examples",
+            "8",
+            "--rounds",
+            "1",
+            "--step_tokens",
+            "256",
+            "512",
+        ]
         trials = ["--workers", "2", "--trials", "1", "--num_train", "64"]
     else:
         steps = [str(2**power) for power in range(13, 19)]  # 8,192 … 262,144
-        speed += ["--precision", "bf16-mixed", "--examples", "1024", "--rounds", "3", "--step_tokens", *steps]
+        speed += [
+            "--precision",
+            "bf16-mixed",
+            "--examples",
+            "1024",
+            "--rounds",
+            "3",
+            "--step_tokens",
+            *steps,
+        ]
         trials = ["--workers", "1", "12", "--trials", "2", "--num_train", "10000"]
     return {
-        "tests": ["-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", str(HERE.parent / "tests" / "test_gpu.py")],
+        "tests": [
+            "-m",
+            "pytest",
+            "-q",
+            "-rs",
+            "-p",
+            "no:cacheprovider",
+            str(HERE.parent / "tests" / "test_gpu.py"),
+        ],
         "shapes": speed,
         "trials": [__file__, "--part", "trials", "--output", str(folder / "trials.json"), *trials],
     }
@@ -46,11 +75,15 @@ def model(num_tokens: int, layers: int = 6, **overrides: Any) -> DACT:
     from dact.encoders import TransformerEncoder
     from dact.model import DACT
 
-    return DACT(encoder=TransformerEncoder(num_tokens, layers, 64, 4), **{"learning_rate": 2e-3, **overrides})
+    return DACT(
+        encoder=TransformerEncoder(num_tokens, layers, 64, 4),
+        **{"learning_rate": 2e-3, **overrides},
+    )
 
 
 def trials_per_minute(arguments: argparse.Namespace) -> dict[str, float]:
-    """Trials per minute of a study on generated reviews, from its start to its end, by the number of workers."""
+    """Trials per minute of a study on generated reviews, from its start to its end, by the number
+    of workers."""
     from dact import TuningEngine
     from dact.data import CompositionalSentiment
 
@@ -68,7 +101,9 @@ def trials_per_minute(arguments: argparse.Namespace) -> dict[str, float]:
             )
             start = time.perf_counter()
             engine.joint_tune_study(f"workers-{workers}")
-            rates[f"{workers} workers"] = workers * arguments.trials / (time.perf_counter() - start) * 60
+            rates[f"{workers} workers"] = (
+                workers * arguments.trials / (time.perf_counter() - start) * 60
+            )
     return rates
 
 
@@ -78,18 +113,28 @@ def run(name: str, command: list[str], seconds: float) -> dict[str, Any]:
     start = time.monotonic()
     try:
         result = subprocess.run(
-            [sys.executable, *command], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+            [sys.executable, *command],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=seconds,
         )
         status, output = result.returncode, result.stdout
     except subprocess.TimeoutExpired as error:
         raw = error.stdout or b""
         status, output = None, raw.decode() if isinstance(raw, bytes) else raw
     print(output[-2000:], flush=True)
-    return {"status": status, "seconds": round(time.monotonic() - start, 1), "output": output[-2000:]}
+    return {
+        "status": status,
+        "seconds": round(time.monotonic() - start, 1),
+        "output": output[-2000:],
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--dry", action="store_true", help="the smallest sizes, on the CPU")
     parser.add_argument("--seconds", type=float, default=540.0, help="limit of all parts together")
     parser.add_argument("--output", type=Path)
@@ -102,7 +147,9 @@ def main() -> None:
         arguments.output.write_text(json.dumps(trials_per_minute(arguments)))
         return
     if not arguments.dry and not torch.cuda.is_available():
-        raise SystemExit("gpu.sh: there is no GPU here; --dry checks on the CPU whether everything works")
+        raise SystemExit(
+            "gpu.sh: there is no GPU here; --dry checks on the CPU whether everything works"
+        )
     output = arguments.output or (RESULTS.with_name("gpu-dry.json") if arguments.dry else RESULTS)
     end = time.monotonic() + arguments.seconds
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"

@@ -1,14 +1,15 @@
-"""Frozen mode: on which states should the submodels learn, so that a trial tells how the final fit would leave?
+"""Frozen mode: on which states should the submodels learn, so that a trial tells how the final fit
+would leave?
 
     python benchmarks/tuned.py vader2000 --seeds 0 1 2    # leaves the runs, unless they are there
     python benchmarks/heads.py --seeds 0 1 2
 
-The default settings are fitted on frozen states, three times each, as trials of the third study are. The encoder of the
-states learns for few or more epochs, from all texts or from three fifths of them; then the submodels learn from the
-others, or else from all, with few steps (as on two fifths of the texts) or with 2.3 times as many. All leave where the
-promise would set the margin on the studies' validation examples. Next to them stands the final fit of the same
-settings, which trains everything.
-"""
+The default settings are fitted on frozen states, three times each, as trials of the third study
+are. The encoder of the states learns for few or more epochs, from all texts or from three fifths of
+them; then the submodels learn from the others, or else from all, with few steps (as on two fifths
+of the texts) or with 2.3 times as many. All leave where the promise would set the margin on the
+studies' validation examples. Next to them stands the final fit of the same settings, which trains
+everything."""
 
 from __future__ import annotations
 
@@ -29,8 +30,8 @@ import yaml
 from torch.utils.data import DataLoader, Subset
 
 from dact import TuningEngine
-from dact.answers import LayerAnswers
 from dact.calibration import Promise
+from dact.calibration.answers import LayerAnswers
 from dact.cli.quiet import quiet
 from dact.data.batching import LengthGroupedSampler
 from dact.factories import DataFactory, ModelFactory
@@ -42,7 +43,8 @@ from dact.tuning.trial import fit_settings
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "heads.json"
 REPEATS = 3
-SEEN = 0.6  # share of the texts that the encoder learns from, where the submodels learn from the others
+# share of the texts that the encoder learns from, where the submodels learn from the others
+SEEN = 0.6
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,9 @@ def parted(seed: int) -> Iterator[None]:
         lengths = [int(loader.dataset.lengths[row]) for row in rows]
         batch = next(iter(loader))["labels"].shape[0]
         sampler = LengthGroupedSampler(lengths, batch, seed) if seen else None
-        return DataLoader(Subset(loader.dataset, rows), batch, sampler=sampler, collate_fn=loader.collate_fn)
+        return DataLoader(
+            Subset(loader.dataset, rows), batch, sampler=sampler, collate_fn=loader.collate_fn
+        )
 
     def warm_up_of_part(folder: Path, recipe: Any, model: Any, data: Any, *others: Any) -> None:
         whole = data.train_dataloader()
@@ -114,12 +118,17 @@ def measure(run: Path, folder: Path) -> dict[str, dict[str, float]]:
             ready = engine._prepare(again, surveyed)
         most = variant.head_epochs * ready.recipe.epochs
         with patch.multiple(fitting, HEAD_EPOCHS=variant.head_epochs, MOST_HEAD_EPOCHS=most):
-            fits = [fit_settings(ready, settings, ready.recipe.seed + repeat) for repeat in range(REPEATS)]
+            fits = [
+                fit_settings(ready, settings, ready.recipe.seed + repeat)
+                for repeat in range(REPEATS)
+            ]
         found[name] = described(mean_outcome([fit.outcome(ready) for fit in fits]))
     stored = read_tensors(run / "confirmation" / "default_settings" / "answers.safetensors")[0]
     answers = LayerAnswers(**stored)
     right = ready.baseline.right(answers.target)
-    found["the final fit"] = described(outcome_of(answers, ready.recipe.make_model(), ready.recipe.promise, right))
+    found["the final fit"] = described(
+        outcome_of(answers, ready.recipe.make_model(), ready.recipe.promise, right)
+    )
     return found
 
 
@@ -151,22 +160,31 @@ def table(runs: Sequence[dict[str, dict[str, float]]]) -> str:
     lines = [f"| submodels learn on | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
     for variant in runs[0]:
         values = [[run[variant][name] for run in runs] for name in names]
-        cells = [f"{statistics.mean(found):.3f} ({', '.join(f'{value:.2f}' for value in found)})" for found in values]
+        cells = [
+            f"{statistics.mean(found):.3f} ({', '.join(f'{value:.2f}' for value in found)})"
+            for found in values
+        ]
         lines.append(f"| {variant} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
-    parser.add_argument("--log_dir", type=Path, default=ROOT / "lightning_logs", help="where tuned.py left its runs")
+    parser.add_argument(
+        "--log_dir", type=Path, default=ROOT / "lightning_logs", help="where tuned.py left its runs"
+    )
     arguments = parser.parse_args()
     quiet()
     runs = []
     for seed in arguments.seeds:
         with TemporaryDirectory() as folder:
             runs.append(measure(arguments.log_dir / f"vader2000-{seed}", Path(folder)))
-        RESULTS.write_text(json.dumps({"seeds": arguments.seeds[: len(runs)], "runs": runs}, indent=1) + "\n")
+        RESULTS.write_text(
+            json.dumps({"seeds": arguments.seeds[: len(runs)], "runs": runs}, indent=1) + "\n"
+        )
     print(table(runs))
 
 

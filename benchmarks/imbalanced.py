@@ -12,12 +12,16 @@ SIZES = {"train": 450, "val": 300, "test": 1500}
 
 
 class Imbalanced(VaderSentiment):
-    """450 texts of VADER, four fifths of which are positive; validation and test have the same shares."""
+    """450 texts of VADER, four fifths of which are positive; validation and test have the same
+    shares."""
 
     def examples(self, split: str) -> Examples:
         examples = super().examples(split)
         assert examples.labels is not None
-        size, draw = SIZES["test" if split == "predict" else split], random.Random(f"{self.split}/{split}")
+        size, draw = (
+            SIZES["test" if split == "predict" else split],
+            random.Random(f"{self.split}/{split}"),
+        )
         rows: list[int] = []
         for label, share in enumerate(SHARES):
             own = [row for row, other in enumerate(examples.labels) if other == label]

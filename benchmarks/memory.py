@@ -2,10 +2,9 @@
 
     python benchmarks/memory.py
 
-Each number of examples is read, divided and tokenized in a fresh process, from a csv file of texts of 128 tokens with
-the packaged MiniLM's tokenizer. What counts is the slope: the bytes that one more example takes, without those of the
-string that holds its text.
-"""
+Each number of examples is read, divided and tokenized in a fresh process, from a csv file of texts
+of 128 tokens with the packaged MiniLM's tokenizer. What counts is the slope: the bytes that one
+more example takes, without those of the string that holds its text."""
 
 from __future__ import annotations
 
@@ -64,7 +63,8 @@ def write_texts(path: Path, examples: int) -> int:
 
 
 def resident() -> int:
-    """Return the bytes that this process holds in memory, without what its allocators keep for later."""
+    """Return the bytes that this process holds in memory, without what its allocators keep for
+    later."""
     gc.collect()
     pyarrow.default_memory_pool().release_unused()
     ctypes.CDLL("libc.so.6").malloc_trim(0)
@@ -78,14 +78,18 @@ def measure(file: str) -> dict[str, int]:
     before = resident()
     data.setup("fit")
     held = resident()
-    assert {length for split in ("train", "val") for length in data._encoded[split].lengths} == {TOKENS}
+    assert {length for split in ("train", "val") for length in data._encoded[split].lengths} == {
+        TOKENS
+    }
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"before": before, "after": held, "peak": peak}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--examples", type=int, nargs=2, default=[20_000, 60_000], help="two numbers of examples")
+    parser.add_argument(
+        "--examples", type=int, nargs=2, default=[20_000, 60_000], help="two numbers of examples"
+    )
     parser.add_argument("--file", help=argparse.SUPPRESS)  # what a fresh process measures
     arguments = parser.parse_args()
     if arguments.file:
@@ -103,7 +107,8 @@ def main() -> None:
     more = large["examples"] - small["examples"]
     text = (large["text"] - small["text"]) / more
     result = {"tokens": TOKENS, "text_bytes_per_example": round(text), "runs": found} | {
-        f"bytes_per_example_{name}": round((large[name] - small[name]) / more - text) for name in ("after", "peak")
+        f"bytes_per_example_{name}": round((large[name] - small[name]) / more - text)
+        for name in ("after", "peak")
     }
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     print(

@@ -4,11 +4,11 @@
     python benchmarks/outside.py --before ../before              # six runs, about half an hour
     python benchmarks/outside.py --before ../before --rounds 1 --trials 1
 
-Both run the quickstart of the other checkout, the generated reviews in frozen mode, with the same number of trials and each with its
-own search space: the other one's has a learning rate of the frozen encoder, which is refused today. What counts as
-training is what happens inside `fit`, `validate`, `test` and `predict` of Lightning's Trainer; the rest is outside: imports,
-tokenizing, states, studies, pictures, calibration, measurements.
-"""
+Both run the quickstart of the other checkout, the generated reviews in frozen mode, with the same
+number of trials and each with its own search space: the other one's has a learning rate of the
+frozen encoder, which is refused today. What counts as training is what happens inside `fit`,
+`validate`, `test` and `predict` of Lightning's Trainer; the rest is outside: imports, tokenizing,
+states, studies, pictures, calibration, measurements."""
 
 from __future__ import annotations
 
@@ -69,7 +69,14 @@ def measure(checkout: Path, config: dict[str, Any], trials: int) -> dict[str, fl
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "both.yaml").write_text(yaml.safe_dump(config))
         done = subprocess.run(
-            [sys.executable, str(Path(__file__).resolve()), "--", *words, "--trainer.accelerator", "cpu"],
+            [
+                sys.executable,
+                str(Path(__file__).resolve()),
+                "--",
+                *words,
+                "--trainer.accelerator",
+                "cpu",
+            ],
             cwd=folder,
             env={**os.environ, "PYTHONPATH": str(checkout.resolve())},
             capture_output=True,
@@ -86,7 +93,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--"]:
         run_here(sys.argv[2:])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--before", type=Path, required=True, help="the other checkout")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=6, help="trials of each study")
@@ -100,14 +109,22 @@ def main() -> None:
             runs[name].append(measure(checkout, config, arguments.trials))
             print(name, {key: round(value, 1) for key, value in runs[name][-1].items()}, flush=True)
     medians = {
-        name: {key: statistics.median(run[key] for run in found) for key in found[0]} for name, found in runs.items()
+        name: {key: statistics.median(run[key] for run in found) for key in found[0]}
+        for name, found in runs.items()
     }
     print("\n| | all, s | training, s | outside, s |\n|---|---|---|---|")
     for name, found in medians.items():
         print(f"| {name} | {found['all']:.1f} | {found['training']:.1f} | {found['outside']:.1f} |")
-    ratios = [now["outside"] / before["outside"] for before, now in zip(runs["before"], runs["now"], strict=True)]
-    print(f"\noutside of training, now / before, median of the pairs: {statistics.median(ratios):.2f}")
-    arguments.results.write_text(json.dumps({"runs": runs, "medians": medians, "ratios": ratios}, indent=1) + "\n")
+    ratios = [
+        now["outside"] / before["outside"]
+        for before, now in zip(runs["before"], runs["now"], strict=True)
+    ]
+    print(
+        f"\noutside of training, now / before, median of the pairs: {statistics.median(ratios):.2f}"
+    )
+    arguments.results.write_text(
+        json.dumps({"runs": runs, "medians": medians, "ratios": ratios}, indent=1) + "\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,16 +1,18 @@
-"""The baseline of `dact tune` next to plain fine-tuning with transformers, on 2,000 texts of the VADER corpora.
+"""The baseline of `dact tune` next to plain fine-tuning with transformers, on 2,000 texts of the
+VADER corpora.
 
-    python benchmarks/plain.py                                        # 6 seeds, float32
-    python benchmarks/plain.py --precision bf16-mixed                 # as configs/quickstart.yaml has it
+    python benchmarks/plain.py                                        # 6 seeds, float32 python
+    benchmarks/plain.py --precision bf16-mixed                 # as configs/quickstart.yaml has it
     python benchmarks/plain.py --seeds 0 --texts 64 --epochs 1        # to see that it runs
 
-Both sides fine-tune the packaged MiniLM-L6 with mean pooling, on the same batches, with AdamW, a peak rate of 1e-4 that rises
-over a tenth of the steps and falls linearly to 0, gradients clipped at 1, 4 epochs (as `dact tune` takes on so few texts), and
-keep the last epoch. The plain side has the head and the dropout of `AutoModelForSequenceClassification` and a training loop of
-its own. Each seed divides the texts anew. Both are asked about some 8,200 texts that neither has seen: the validation split and
-a third of the training texts that `--texts` leaves out; the test split stays closed. Differences are paired over these texts; the
-error of their mean is that between seeds. A stopped call goes on: finished seeds are read from the results.
-"""
+Both sides fine-tune the packaged MiniLM-L6 with mean pooling, on the same batches, with AdamW, a
+peak rate of 1e-4 that rises over a tenth of the steps and falls linearly to 0, gradients clipped at
+1, 4 epochs (as `dact tune` takes on so few texts), and keep the last epoch. The plain side has the
+head and the dropout of `AutoModelForSequenceClassification` and a training loop of its own. Each
+seed divides the texts anew. Both are asked about some 8,200 texts that neither has seen: the
+validation split and a third of the training texts that `--texts` leaves out; the test split stays
+closed. Differences are paired over these texts; the error of their mean is that between seeds. A
+stopped call goes on: finished seeds are read from the results."""
 
 from __future__ import annotations
 
@@ -31,7 +33,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForSequenceClassification, get_linear_schedule_with_warmup
 
 from dact import DACT
-from dact.answers import mean_and_error
+from dact.calibration.answers import mean_and_error
 from dact.cli.quiet import quiet
 from dact.data import VaderSentiment
 from dact.data.examples import Examples, join
@@ -72,11 +74,15 @@ class Plain(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.whole = AutoModelForSequenceClassification.from_pretrained(resolve_pretrained(MINILM), num_labels=3)
+        self.whole = AutoModelForSequenceClassification.from_pretrained(
+            resolve_pretrained(MINILM), num_labels=3
+        )
 
     def forward(self, batch: Batch) -> Tensor:
         mask = batch["attention_mask"]
-        hidden = self.whole.base_model(input_ids=batch["input_ids"], attention_mask=mask).last_hidden_state
+        hidden = self.whole.base_model(
+            input_ids=batch["input_ids"], attention_mask=mask
+        ).last_hidden_state
         weights = mask.unsqueeze(-1).to(hidden.dtype)
         return self.whole.classifier(self.whole.dropout((hidden * weights).sum(1) / weights.sum(1)))
 
@@ -105,7 +111,9 @@ def plain(data: Unseen, epochs: int, precision: str) -> Tensor:
 def baseline(data: Unseen, epochs: int, precision: str) -> Tensor:
     """Fine-tune at full depth as `dact tune` does first; return which unseen texts are right."""
     options = {"learning_rate": RATE, "weight_decay": DECAY, "warmup_fraction": WARM_UP}
-    model = DACT(encoder=HuggingFaceEncoder(MINILM, pooling="mean"), output_dimension=3, **options).at_full_depth()
+    model = DACT(
+        encoder=HuggingFaceEncoder(MINILM, pooling="mean"), output_dimension=3, **options
+    ).at_full_depth()
     trainer = Trainer(
         max_epochs=epochs,
         precision=precision,
@@ -133,11 +141,19 @@ def run_one(seed: int, texts: int, epochs: int, precision: str) -> dict[str, Any
     mean, error = mean_and_error(found["baseline"] - found["plain"])
     accuracies = {name: values.mean().item() for name, values in found.items()}
     setting = {"seed": seed, "texts": texts, "epochs": epochs, "precision": precision}
-    return {**setting, **accuracies, "unseen": len(found["plain"]), "difference": mean, "standard_error": error}
+    return {
+        **setting,
+        **accuracies,
+        "unseen": len(found["plain"]),
+        "difference": mean,
+        "standard_error": error,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4, 5])
     parser.add_argument("--texts", type=int, default=2000)
     parser.add_argument("--epochs", type=int, default=4)
@@ -152,11 +168,15 @@ def main() -> None:
         if not any(key.items() <= run.items() for run in runs):
             runs.append(run_one(**key))
             arguments.results.write_text(json.dumps(runs, indent=1) + "\n")
-    print("| seed | plain, % | baseline of dact, % | difference, points |", "|---" * 4 + "|", sep="\n")
+    print(
+        "| seed | plain, % | baseline of dact, % | difference, points |", "|---" * 4 + "|", sep="\n"
+    )
     runs = [run for run in runs if setting.items() <= run.items()]
     for run in runs:
         numbers = f"{100 * run['plain']:.2f} | {100 * run['baseline']:.2f}"
-        print(f"| {run['seed']} | {numbers} | {100 * run['difference']:+.2f} ± {100 * run['standard_error']:.2f} |")
+        print(
+            f"| {run['seed']} | {numbers} | {100 * run['difference']:+.2f} ± {100 * run['standard_error']:.2f} |"
+        )
     differences = [run["difference"] for run in runs]
     mean = statistics.mean(differences)
     if len(runs) > 1:

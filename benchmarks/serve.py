@@ -1,12 +1,14 @@
-"""What a server gains by early exit: throughput and latency of ``dact serve`` at three loads, beside halting never.
+"""What a server gains by early exit: throughput and latency of ``dact serve`` at three loads,
+beside halting never.
 
-    python benchmarks/serve.py --model DIR                                 # a folder of `dact export`
-    python benchmarks/serve.py --model DIR --clients 1 4 --seconds 2        # whether it works
+    python benchmarks/serve.py --model DIR                                 # a folder of `dact
+    export` python benchmarks/serve.py --model DIR --clients 1 4 --seconds 2        # whether it
+    works
 
-Two servers of the same model run, one as it is and one with ``halting: never``. They take turns under each load, that of
-so many clients that each ask for one test text of VADER after another over a connection that stays open. Clients and
-servers share the processor, so that the throughput is what is left of it. The machine should be idle otherwise.
-"""
+Two servers of the same model run, one as it is and one with ``halting: never``. They take turns
+under each load, that of so many clients that each ask for one test text of VADER after another over
+a connection that stays open. Clients and servers share the processor, so that the throughput is
+what is left of it. The machine should be idle otherwise."""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def server(model: Path, arguments: argparse.Namespace) -> Iterator[int]:
         port = probe.getsockname()[1]
     options = f"port={port}, max_batch={arguments.max_batch}, max_wait={arguments.max_wait}"
     code = f"from dact.server import serve; serve({str(model)!r}, {options})"
-    process = subprocess.Popen([sys.executable, "-c", code], env={**os.environ, "TOKENIZERS_PARALLELISM": "false"})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "TOKENIZERS_PARALLELISM": "false"}
+    )
     try:
         end = time.monotonic() + START
         while True:
@@ -91,7 +95,9 @@ def load(port: int, texts: list[str], clients: int, seconds: float) -> dict[str,
     for thread in threads:
         thread.join()
     ordered = sorted(milliseconds)
-    percentiles = {f"p{share}": ordered[math.ceil(share / 100 * len(ordered)) - 1] for share in (50, 95, 99)}
+    percentiles = {
+        f"p{share}": ordered[math.ceil(share / 100 * len(ordered)) - 1] for share in (50, 95, 99)
+    }
     return {"requests/s": len(ordered) / max(finished), **percentiles, "failures": len(failures)}
 
 
@@ -117,7 +123,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     with tempfile.TemporaryDirectory() as folder:
         never = without_halting(arguments.model, Path(folder) / "never")
-        with server(arguments.model, arguments) as early_port, server(never, arguments) as never_port:
+        with (
+            server(arguments.model, arguments) as early_port,
+            server(never, arguments) as never_port,
+        ):
             ports = {"early exit": early_port, "halting never": never_port}
             for port in ports.values():
                 load(port, texts, 8, 1.0)  # to warm up
@@ -136,16 +145,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def row(clients: int, sides: dict[str, dict[str, float]]) -> str:
     cells = [
-        f"{one['requests/s']:.0f} | {one['p50']:.1f} / {one['p95']:.1f} / {one['p99']:.1f}" for one in sides.values()
+        f"{one['requests/s']:.0f} | {one['p50']:.1f} / {one['p95']:.1f} / {one['p99']:.1f}"
+        for one in sides.values()
     ]
     failures = sum(one["failures"] for one in sides.values())
     gain = sides["early exit"]["requests/s"] / sides["halting never"]["requests/s"]
-    return f"| {clients} | {' | '.join(cells)} | {gain:.2f} |" + (f" {failures:g} FAILURES" if failures else "")
+    return f"| {clients} | {' | '.join(cells)} | {gain:.2f} |" + (
+        f" {failures:g} FAILURES" if failures else ""
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", type=Path, required=True, help="model folder, in PyTorch or exported")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--model", type=Path, required=True, help="model folder, in PyTorch or exported"
+    )
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="the loads")
     parser.add_argument("--seconds", type=float, default=10.0, help="seconds of each load")
     parser.add_argument("--rounds", type=int, default=3, help="turns of each side")

@@ -1,12 +1,14 @@
-"""What early exit saves in time, beside the same encoder run to full depth through the same scheduler.
+"""What early exit saves in time, beside the same encoder run to full depth through the same
+scheduler.
 
-    python benchmarks/speed.py real --model DIR       # a fitted model/ folder, on the test texts of VADER
-    python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_margin 0.9   # beside a model of more layers
-    python benchmarks/speed.py shapes                 # MiniLM and BERT-base shapes, exits spread evenly over the layers
-    python benchmarks/speed.py shapes --precision bf16-mixed --step_tokens 16384 65536     # a search over its steps
+    python benchmarks/speed.py real --model DIR       # a fitted model/ folder, on the test texts of
+    VADER python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_margin 0.9   #
+    beside a model of more layers python benchmarks/speed.py shapes                 # MiniLM and
+    BERT-base shapes, exits spread evenly over the layers python benchmarks/speed.py shapes
+    --precision bf16-mixed --step_tokens 16384 65536     # a search over its steps
 
-R = N / mean exit layer is what an ideal scheduler would reach. Every ratio is of two sides that take turns in one run.
-"""
+R = N / mean exit layer is what an ideal scheduler would reach. Every ratio is of two sides that
+take turns in one run."""
 
 from __future__ import annotations
 
@@ -33,9 +35,24 @@ from dact.functional import Halting
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 SHAPES = {
-    "tiny": {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 64},
-    "MiniLM": {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536},
-    "BERT-base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072},
+    "tiny": {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+    },
+    "MiniLM": {
+        "hidden_size": 384,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 12,
+        "intermediate_size": 1536,
+    },
+    "BERT-base": {
+        "hidden_size": 768,
+        "num_hidden_layers": 12,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+    },
 }
 
 
@@ -73,12 +90,15 @@ class Nothing(nn.Module):
 
 
 def real(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A fitted model on real texts: in bulk, one at a time, and beside the pipeline of transformers."""
+    """A fitted model on real texts: in bulk, one at a time, and beside the pipeline of
+    transformers."""
     dials = {name: getattr(arguments, name) for name in ("halting_tolerance", "halting_margin")}
     classifier = TextClassifier.from_pretrained(
         arguments.model, **{name: value for name, value in dials.items() if value is not None}
     )
-    full_depth = TextClassifier.from_pretrained(arguments.full_depth or arguments.model, halting="never")
+    full_depth = TextClassifier.from_pretrained(
+        arguments.full_depth or arguments.model, halting="never"
+    )
     model = classifier.model
     data = VaderSentiment(tokenizer=classifier.tokenizer)
     data.setup("test")
@@ -95,7 +115,10 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
     ideal = layers / exits.double().mean().item()
     bulk = in_turn({"full depth": run("never"), "early exit": run(model.halting)}, arguments.rounds)
 
-    few = [dict(classifier.tokenizer([text], truncation=True, return_tensors="pt")) for text in texts[:200]]
+    few = [
+        dict(classifier.tokenizer([text], truncation=True, return_tensors="pt"))
+        for text in texts[:200]
+    ]
     few_exits = torch.cat([model.early_exit(one).exit_layer for one in few])
     one = in_turn(
         {
@@ -126,9 +149,14 @@ def compare(seconds: dict[str, float], ideal: float) -> dict[str, float]:
 
 
 def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, float]:
-    """What both heads and the halting test cost where no example ever leaves, beside the encoder alone."""
+    """What both heads and the halting test cost where no example ever leaves, beside the encoder
+    alone."""
     bare, stays = copy.copy(model), copy.deepcopy(model)
-    bare._modules = {**model._modules, "classifier": Nothing(model.output_dimension), "confidence": Nothing(1)}
+    bare._modules = {
+        **model._modules,
+        "classifier": Nothing(model.output_dimension),
+        "confidence": Nothing(1),
+    }
     # h = 1 and equal probabilities: nobody leaves before the last layer.
     for submodels, bias in ((stays.confidence, 40.0), (stays.classifier, 0.0)):
         for submodel in submodels:
@@ -145,9 +173,14 @@ def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, f
 
 
 def beside_pipeline(
-    classifier: TextClassifier, full_depth: TextClassifier, texts: list[str], labels: list[int], rounds: int
+    classifier: TextClassifier,
+    full_depth: TextClassifier,
+    texts: list[str],
+    labels: list[int],
+    rounds: int,
 ) -> dict[str, float]:
-    """Raw texts in, labels out: transformers' own pipeline, batches of 32, on a model of the full-depth one's shape."""
+    """Raw texts in, labels out: transformers' own pipeline, batches of 32, on a model of the
+    full-depth one's shape."""
     from transformers import AutoModelForSequenceClassification, pipeline
 
     encoder = full_depth.model.encoder
@@ -155,10 +188,18 @@ def beside_pipeline(
     config = copy.deepcopy(encoder.model.config)
     config.num_labels = full_depth.model.output_dimension
     plain = AutoModelForSequenceClassification.from_config(config).eval()
-    pipe = pipeline("text-classification", model=plain, tokenizer=classifier.tokenizer, batch_size=32, device="cpu")
+    pipe = pipeline(
+        "text-classification",
+        model=plain,
+        tokenizer=classifier.tokenizer,
+        batch_size=32,
+        device="cpu",
+    )
     seconds = in_turn(
         {
-            "pipeline": lambda: pipe(texts, truncation=True, max_length=classifier.tokenizer.model_max_length),
+            "pipeline": lambda: pipe(
+                texts, truncation=True, max_length=classifier.tokenizer.model_max_length
+            ),
             "TextClassifier": lambda: classifier(texts),
         },
         rounds,
@@ -166,7 +207,9 @@ def beside_pipeline(
     names = [classifier.class_names[label] for label in labels]
 
     def accuracy(model: TextClassifier) -> float:
-        return statistics.mean(said.label == name for said, name in zip(model(texts), names, strict=True))
+        return statistics.mean(
+            said.label == name for said, name in zip(model(texts), names, strict=True)
+        )
 
     return {
         **seconds,
@@ -177,9 +220,12 @@ def beside_pipeline(
 
 
 class EvenExits(Halting):
-    """Let examples leave at random, as many after each layer; the rule is asked all the same, for its cost."""
+    """Let examples leave at random, as many after each layer; the rule is asked all the same, for
+    its cost."""
 
-    def halts(self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int) -> Tensor:
+    def halts(
+        self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int
+    ) -> Tensor:
         super().halts(a, p, y, remaining, num_layers)
         generator = torch.Generator().manual_seed(num_layers * len(a) + int(remaining))
         return (torch.rand(len(a), generator=generator) < 1 / (remaining + 1)).to(a.device)
@@ -190,10 +236,14 @@ def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import BertConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[arguments.precision]
+    dtype = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}[
+        arguments.precision
+    ]
     results = {}
     for name in arguments.shapes:
-        encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(BertConfig(vocab_size=30522, **SHAPES[name])))
+        encoder = HuggingFaceEncoder.from_model(
+            AutoModel.from_config(BertConfig(vocab_size=30522, **SHAPES[name]))
+        )
         model = DACT(encoder=encoder).eval().to(device)
         for lengths, count in itertools.product(("128", "mixed"), arguments.examples):
             batch = random_batch(count, lengths == "mixed", device)
@@ -209,7 +259,9 @@ def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
                 with torch.autocast(device, dtype, enabled=dtype is not None):
                     ideal = encoder.num_layers / early().exit_layer.double().mean().item()
                     seconds = in_turn({"full depth": full, "early exit": early}, arguments.rounds)
-                key = f"{name}, length {lengths}, {count} examples" + (f", {tokens} tokens a step" if tokens else "")
+                key = f"{name}, length {lengths}, {count} examples" + (
+                    f", {tokens} tokens a step" if tokens else ""
+                )
                 results[key] = {"R": ideal, **seconds, **compare(seconds, ideal)}
                 print(f"{key}: R {ideal:.2f}, {results[key]['share of R']:.2f} R", flush=True)
     return results
@@ -218,7 +270,9 @@ def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
 def random_batch(count: int, mixed: bool, device: str) -> dict[str, Tensor]:
     """Token ids of length 128, or of mixed lengths of 8 to 128."""
     generator = torch.Generator().manual_seed(0)
-    sizes = torch.randint(8, 129, (count,), generator=generator) if mixed else torch.full((count,), 128)
+    sizes = (
+        torch.randint(8, 129, (count,), generator=generator) if mixed else torch.full((count,), 128)
+    )
     mask = (torch.arange(128) < sizes[:, None]).long()
     ids = torch.randint(1000, 30000, (count, 128), generator=generator) * mask
     return {"input_ids": ids.to(device), "attention_mask": mask.to(device)}
@@ -234,23 +288,42 @@ def show(content: dict[str, Any], indent: str = "  ") -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("part", choices=["real", "shapes"])
-    parser.add_argument("--model", type=Path, help="for real: a model/ folder that dact fit or dact tune left")
-    parser.add_argument("--full_depth", type=Path, help="likewise, for the pipeline: the same model if left out")
+    parser.add_argument(
+        "--model", type=Path, help="for real: a model/ folder that dact fit or dact tune left"
+    )
+    parser.add_argument(
+        "--full_depth", type=Path, help="likewise, for the pipeline: the same model if left out"
+    )
     parser.add_argument("--halting_tolerance", type=float)
     parser.add_argument("--halting_margin", type=float)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"])
+    parser.add_argument(
+        "--precision", default="32-true", choices=["32-true", "bf16-mixed", "16-mixed"]
+    )
     parser.add_argument("--examples", type=int, nargs="+", default=[64, 256, 1024])
-    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=["MiniLM", "BERT-base"])
-    parser.add_argument("--step_tokens", type=int, nargs="+", help="for shapes: each of them; the default if left out")
+    parser.add_argument(
+        "--shapes", nargs="+", choices=list(SHAPES), default=["MiniLM", "BERT-base"]
+    )
+    parser.add_argument(
+        "--step_tokens",
+        type=int,
+        nargs="+",
+        help="for shapes: each of them; the default if left out",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     if arguments.part == "real" and arguments.model is None:
         parser.error("real needs --model")
     quiet()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     found = {"real": real, "shapes": shapes}[arguments.part](arguments)
     layers = f", {found['layers']} layers" if "layers" in found else ""

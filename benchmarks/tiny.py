@@ -1,4 +1,5 @@
-"""Early exit next to full depth on a tiny encoder in small batches, where overhead is all that counts.
+"""Early exit next to full depth on a tiny encoder in small batches, where overhead is all that
+counts.
 
 python benchmarks/tiny.py --output tiny.json
 """
@@ -19,14 +20,17 @@ from dact.encoders import TransformerEncoder
 
 
 def spread_model(target: float, batch: dict[str, torch.Tensor]) -> DACT:
-    """A model of 6 layers whose examples leave after about `target` layers on average, at a margin that is searched."""
+    """A model of 6 layers whose examples leave after about `target` layers on average, at a margin
+    that is searched."""
     torch.manual_seed(0)
     model = DACT(encoder=TransformerEncoder(100, 6, 32, 2)).eval()
     torch.nn.init.normal_(model.encoder.tokens.weight)
     for submodel in model.classifier:
         torch.nn.init.normal_(submodel[-1].weight, std=0.5)
     margins = [step / 200 for step in range(200)]
-    model.halting_margin = min(margins, key=lambda margin: abs(mean_exit(model, margin, batch) - target))
+    model.halting_margin = min(
+        margins, key=lambda margin: abs(mean_exit(model, margin, batch) - target)
+    )
     return model
 
 
@@ -37,16 +41,18 @@ def mean_exit(model: DACT, margin: float, batch: dict[str, torch.Tensor]) -> flo
 
 
 def measure(rounds: int) -> dict[str, float | list[float]]:
-    """Return the cost of a batch of 32 by early exit and at full depth, and how many times cheaper early exit is.
+    """Return the cost of a batch of 32 by early exit and at full depth, and how many times cheaper
+    early exit is.
 
-    Each round runs both, in turn one or the other first, and gives one ratio. Processor time is what the batch costs; wall
-    time also holds what other programs of the machine take.
-    """
+    Each round runs both, in turn one or the other first, and gives one ratio. Processor time is
+    what the batch costs; wall time also holds what other programs of the machine take."""
     batch = {"input_ids": torch.randint(3, 100, (32, 12))}
     model = spread_model(4.0, batch)
     rules = {"early exit": model.exit_rule, "full depth": replace(model.exit_rule, rule="never")}
     clocks = {"processor": time.process_time, "wall": time.perf_counter}
-    seconds: dict[str, dict[str, list[float]]] = {clock: {name: [] for name in rules} for clock in clocks}
+    seconds: dict[str, dict[str, list[float]]] = {
+        clock: {name: [] for name in rules} for clock in clocks
+    }
     for turn in range(rounds + 20):  # the first are for warming up
         for name in sorted(rules, reverse=turn % 2 == 1):
             model.exit_rule = rules[name]
@@ -61,8 +67,12 @@ def measure(rounds: int) -> dict[str, float | list[float]]:
     for clock, of in seconds.items():
         early, full = of["early exit"][20:], of["full depth"][20:]
         ratios = [one / other for one, other in zip(full, early, strict=True)]
-        found[f"early exit, {clock} s"], found[f"full depth, {clock} s"] = map(statistics.median, (early, full))
-        found[f"speed-up, {clock}: quartiles"] = [round(ratio, 3) for ratio in statistics.quantiles(ratios, n=4)]
+        found[f"early exit, {clock} s"], found[f"full depth, {clock} s"] = map(
+            statistics.median, (early, full)
+        )
+        found[f"speed-up, {clock}: quartiles"] = [
+            round(ratio, 3) for ratio in statistics.quantiles(ratios, n=4)
+        ]
     return found
 
 

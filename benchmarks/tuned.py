@@ -1,28 +1,30 @@
 """What `dact tune` makes of a data set, next to what a user would take instead, at equal promises.
 
-    python benchmarks/tuned.py vader2000 --seeds 0 1 2    # 2,000 texts of VADER, configs/quickstart.yaml with 6 trials
-    python benchmarks/tuned.py tweets film                # a whole corpus each; also product and newspaper
-    python benchmarks/tuned.py reviews                    # generated reviews, configs/reviews.yaml
-    python benchmarks/tuned.py imbalanced                 # 450 texts, four fifths of them positive
-    python benchmarks/tuned.py vader                      # all VADER corpora, configs/vader.yaml with bf16-mixed
-    python benchmarks/tuned.py tiny --results OTHER       # to see that it runs
-    python benchmarks/tuned.py --table                    # only print the table of the stored results
-    python benchmarks/tuned.py --sentences MODEL          # how many of the 30 sentences of tests/data a model has right
+    python benchmarks/tuned.py vader2000 --seeds 0 1 2    # 2,000 texts of VADER,
+    configs/quickstart.yaml with 6 trials python benchmarks/tuned.py tweets film                # a
+    whole corpus each; also product and newspaper python benchmarks/tuned.py reviews
+    # generated reviews, configs/reviews.yaml python benchmarks/tuned.py imbalanced
+    # 450 texts, four fifths of them positive python benchmarks/tuned.py vader
+    # all VADER corpora, configs/vader.yaml with bf16-mixed python benchmarks/tuned.py tiny
+    --results OTHER       # to see that it runs python benchmarks/tuned.py --table
+    # only print the table of the stored results python benchmarks/tuned.py --sentences MODEL
+    # how many of the 30 sentences of tests/data a model has right
 
-The real command runs first; each seed also divides the data anew. Next to the tuned model and the baseline stand, all at
-the promise that the run made, its dial set on the same calibration examples:
-    defaults         what the configuration makes without tuning
-    taught defaults  where other settings won, the default settings as the confirmation fitted them
-    encoder          a taught encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
-    multi-exit       a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead of y_n
-The last three start from the teacher's weights and have its probabilities as half of their targets. The two peers have the
-rates, epochs, heads and consistency of the tuned model. Of all models the last epoch counts (with the mean of the weights over
-the last steps, but for baseline and defaults), and the test split is evaluated once; that of vader2000 is joined by two thirds
-of the training texts that its 2,000 leave out (the speeds are those on the test split). Errors are standard errors of paired
-differences over the texts, or between the runs if these are larger. Besides, the tuned model is compared with each of the
-others by the margin that takes as many layers as it on validation texts. Each run leaves a file in results/tuned/: a stopped
-call goes on.
-"""
+The real command runs first; each seed also divides the data anew. Next to the tuned model and the
+baseline stand, all at the promise that the run made, its dial set on the same calibration examples:
+    defaults         what the configuration makes without tuning taught defaults  where other
+    settings won, the default settings as the confirmation fitted them encoder          a taught
+    encoder of as many layers as the tuned model uses on validation, rounded up; all of them run
+    multi-exit       a taught multi-exit of as many layers as the tuned model keeps; it leaves by
+    the lead of y_n
+The last three start from the teacher's weights and have its probabilities as half of their targets.
+The two peers have the rates, epochs, heads and consistency of the tuned model. Of all models the
+last epoch counts (with the mean of the weights over the last steps, but for baseline and defaults),
+and the test split is evaluated once; that of vader2000 is joined by two thirds of the training
+texts that its 2,000 leave out (the speeds are those on the test split). Errors are standard errors
+of paired differences over the texts, or between the runs if these are larger. Besides, the tuned
+model is compared with each of the others by the margin that takes as many layers as it on
+validation texts. Each run leaves a file in results/tuned/: a stopped call goes on."""
 
 from __future__ import annotations
 
@@ -47,8 +49,8 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from dact import DACT, SubmodelConfig, TextClassifier, calibrate
-from dact.answers import LayerAnswers, exits_by_setting, layer_answers, mean_and_error
 from dact.calibration import SETTINGS
+from dact.calibration.answers import LayerAnswers, exits_by_setting, layer_answers, mean_and_error
 from dact.cli.quiet import quiet
 from dact.encoders.base import Batch
 from dact.factories import DataFactory, ModelFactory
@@ -65,24 +67,42 @@ RESULTS = Path(__file__).parent / "results" / "tuned"
 SENTENCES = ROOT / "tests" / "data" / "sentences.tsv"
 CORPORA = ("tweets", "film", "product", "newspaper")
 TINY = ["--trainer.max_epochs", "1", "--tuner.n_trials", "1", "--tuner.warm_up_epochs", "1"]
-QUICKSTART = ["quickstart.yaml", "--tuner.n_trials", "6"]  # where it has 4, to end in about 7 minutes
+QUICKSTART = [
+    "quickstart.yaml",
+    "--tuner.n_trials",
+    "6",
+]  # where it has 4, to end in about 7 minutes
 DATA_SETS = {  # configuration and overrides
     "vader2000": QUICKSTART,
-    **{name: [*QUICKSTART, "--data.corpora", f"[{name}]", "--data.num_train", "null"] for name in CORPORA},
+    **{
+        name: [*QUICKSTART, "--data.corpora", f"[{name}]", "--data.num_train", "null"]
+        for name in CORPORA
+    },
     "reviews": ["reviews.yaml"],
     "imbalanced": [*QUICKSTART, "--config", str(ROOT / "benchmarks" / "imbalanced.yaml")],
     "vader": ["vader.yaml", "--trainer.precision", "bf16-mixed"],
-    "tiny": ["reviews.yaml", *["--data.num_train", "400", "--data.num_val", "640", "--data.num_test", "200"], *TINY],
+    "tiny": [
+        "reviews.yaml",
+        *["--data.num_train", "400", "--data.num_val", "640", "--data.num_test", "200"],
+        *TINY,
+    ],
 }
 DEFAULT = "default settings"  # the confirmation's name for them
-TESTED = {"vader2000": {"class_path": "left_out.MoreTests"}}  # a few thousand texts say little of half a point
+TESTED = {
+    "vader2000": {"class_path": "left_out.MoreTests"}
+}  # a few thousand texts say little of half a point
 MEASURED_BATCH = 1024  # texts that early exit gets at a time
 ROUNDS = 5  # in which the models take turns on the clock
-GOALS = {"vader2000": (3.0, 1.7), "vader": (2.7, 0.0), "reviews": (2.5, 0.0)}  # most layers, least gain in speed
+GOALS = {
+    "vader2000": (3.0, 1.7),
+    "vader": (2.7, 0.0),
+    "reviews": (2.5, 0.0),
+}  # most layers, least gain in speed
 
 
 class MultiExit(DACT):
-    """A classifier on every layer, equally weighed; a confidence of 1, so that a_n is y_n and only the margin lets leave."""
+    """A classifier on every layer, equally weighed; a confidence of 1, so that a_n is y_n and only
+    the margin lets leave."""
 
     def loss(self, batch: Batch, lambda_reg: float | None = None) -> Loss:
         found = super().loss(batch, lambda_reg)
@@ -121,7 +141,8 @@ class Setting:
 
     @property
     def aside(self) -> float | None:
-        """Share of the validation texts that sets the dials: those that were kept from the studies, or none."""
+        """Share of the validation texts that sets the dials: those that were kept from the studies,
+        or none."""
         share: float | None = self.final["data"]["init_args"]["calibration_fraction"]
         return share
 
@@ -129,7 +150,9 @@ class Setting:
     def trainer(self) -> dict[str, Any]:
         return {name: value for name, value in self.config["trainer"].items() if value is not None}
 
-    def data(self, section: dict[str, Any], teacher: Tensor | None = None, **overrides: Any) -> LightningDataModule:
+    def data(
+        self, section: dict[str, Any], teacher: Tensor | None = None, **overrides: Any
+    ) -> LightningDataModule:
         data: Any = DataFactory(section)(**overrides)
         data.calibration_fraction, data.teacher_probabilities = self.aside, teacher
         data.prepare_data()
@@ -143,19 +166,23 @@ class Setting:
             return self.fit("defaults", ModelFactory(self.config["model"])(), self.config)
 
     def candidate(self, name: str) -> DACT:
-        """Return a candidate that did not win the confirmation, fitted again as it was: taught, from the baseline."""
+        """Return a candidate that did not win the confirmation, fitted again as it was: taught,
+        from the baseline."""
         file = self.folder / "confirmation" / name.replace(" ", "_") / "fit" / "made_of.json"
         made_of = json.loads(file.read_text())["fit"]
         chosen = {**made_of["learning"], **made_of["settings"]}
         epochs = chosen.pop("num_epochs", None)  # what is not searched is that of the configuration
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
-        submodels = {name: SubmodelConfig(**chosen.pop(name)) for name in ("classifier", "confidence")}
+        submodels = {
+            name: SubmodelConfig(**chosen.pop(name)) for name in ("classifier", "confidence")
+        }
         with seeded(self.final["seed_everything"]):
             model = ModelFactory(self.config["model"])(**chosen, **submodels)
             return self.fit(name, model, self.config, self.taught(model), epochs=epochs, **size)
 
     def peer(self, kind: type[DACT], layers: int) -> DACT:
-        """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning chose."""
+        """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning
+        chose."""
         with seeded(self.seed):
             dact = ModelFactory(self.final["model"])(num_layers=layers)
             model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
@@ -163,7 +190,8 @@ class Setting:
             return self.fit(f"{kind.__name__}-{layers}", model, self.final, self.taught(model))
 
     def taught(self, model: DACT) -> Tensor:
-        """Let `model` start from the baseline's encoder and learn from a teacher; return the teacher's probabilities."""
+        """Let `model` start from the baseline's encoder and learn from a teacher; return the
+        teacher's probabilities."""
         baseline = Baseline(self.folder / "baseline")
         weights = baseline.encoder()
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
@@ -180,7 +208,10 @@ class Setting:
         **overrides: Any,
     ) -> DACT:
         """Fit a model as `config` says, and return that of the last epoch, in eval mode."""
-        checkpoints, epochs = self.folder / "peers" / name, epochs or config["trainer"]["max_epochs"]
+        checkpoints, epochs = (
+            self.folder / "peers" / name,
+            epochs or config["trainer"]["max_epochs"],
+        )
         data = self.data(config["data"], teacher, **overrides)
         taught = teacher is not None  # as the final fit is; else as `dact fit` would make it
         resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, average=taught)
@@ -189,15 +220,33 @@ class Setting:
 
 
 def tune(name: str, seed: int, folder: Path, *more: str) -> float | None:
-    """Run the command unless it has run, keep its whole configuration, and return its seconds; None if it was resumed."""
+    """Run the command unless it has run, keep its whole configuration, and return its seconds; None
+    if it was resumed."""
     clock = folder / "seconds.json"
     if not clock.is_file():
         file, *overrides = [*DATA_SETS[name], *more]
-        command = [sys.executable, "-m", "dact", "tune", "--config", str(ROOT / "configs" / file), *overrides]
-        command += ["--seed_everything", str(seed), "--data.seed", str(seed), "--run_tag", folder.name]
+        command = [
+            sys.executable,
+            "-m",
+            "dact",
+            "tune",
+            "--config",
+            str(ROOT / "configs" / file),
+            *overrides,
+        ]
+        command += [
+            "--seed_everything",
+            str(seed),
+            "--data.seed",
+            str(seed),
+            "--run_tag",
+            folder.name,
+        ]
         # The defaults are fitted here, so that they are timed as well.
         command += ["--tuner.log_dir", str(folder.parent), "--tuner.compare_defaults", "false"]
-        config = subprocess.run([*command, "--print_config"], check=True, stdout=subprocess.PIPE, text=True).stdout
+        config = subprocess.run(
+            [*command, "--print_config"], check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
         resumed, start = folder.exists(), time.perf_counter()
         subprocess.run(command, check=True)
         (folder / "whole_config.yaml").write_text(config)
@@ -222,16 +271,22 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "encoder": setting.peer(OneExit, math.ceil(metrics["validation"]["mean_exit_layer"])),
         "multi-exit": setting.peer(MultiExit, metrics["layers"]),
     }
-    models["multi-exit"].halting = "exact"  # by which a confidence of 1 lets none leave: the margin alone does
+    models[
+        "multi-exit"
+    ].halting = "exact"  # by which a confidence of 1 lets none leave: the margin alone does
     data = setting.data(config["data"], batch_size=MEASURED_BATCH)
-    precision = make_trainer(setting.trainer, enable_checkpointing=False).precision_plugin.forward_context
+    precision = make_trainer(
+        setting.trainer, enable_checkpointing=False
+    ).precision_plugin.forward_context
     with precision():
         for peer in models.keys() & {"defaults", "taught defaults", "multi-exit"}:
             calibrate(models[peer], data, **promise)
         speeds = texts_per_second(models, list(data.test_dataloader()))
         validation = {n: layer_answers(model, data.val_dataloader()) for n, model in models.items()}
     tested = setting.data({**config["data"], **TESTED.get(name, {})}, batch_size=MEASURED_BATCH)
-    test = {n: evaluate(m, tested.test_dataloader(), precision=precision) for n, m in models.items()}
+    test = {
+        n: evaluate(m, tested.test_dataloader(), precision=precision) for n, m in models.items()
+    }
     right = {n: evaluation.right.double() for n, evaluation in test.items()}
     rows = {}
     for n, evaluation in test.items():
@@ -243,7 +298,13 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
             "texts_per_second": speeds[n],
             **{
                 key: evaluation.entry[key]
-                for key in ("accuracy", "macro_f1", "majority_share", "mean_exit_layer", "agreement")
+                for key in (
+                    "accuracy",
+                    "macro_f1",
+                    "majority_share",
+                    "mean_exit_layer",
+                    "agreement",
+                )
             },
             # Paired differences over the texts: mean and standard error.
             "lost_to_full_depth": mean_and_error(full - right[n]),
@@ -251,7 +312,9 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
             "tuned_above_this": mean_and_error(right["tuned"] - right[n]),
         }
         if n not in ("baseline", "tuned"):
-            reached, layers = operating_point(validation[n], validation[n].exit_layers(models[n].exit_rule))
+            reached, layers = operating_point(
+                validation[n], validation[n].exit_layers(models[n].exit_rule)
+            )
             parts = models["tuned"], validation["tuned"], test["tuned"].answers
             turned = {
                 "at_as_many_layers": turned_down(*parts, layers=layers),
@@ -275,17 +338,26 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def turned_down(
-    model: DACT, validation: LayerAnswers, test: LayerAnswers, *, layers: float = math.inf, accuracy: float = 0.0
+    model: DACT,
+    validation: LayerAnswers,
+    test: LayerAnswers,
+    *,
+    layers: float = math.inf,
+    accuracy: float = 0.0,
 ) -> tuple[Tensor, float]:
-    """Turn the margin of `model` and return which test examples are right then, and their mean layers.
+    """Turn the margin of `model` and return which test examples are right then, and their mean
+    layers.
 
-    Of the margins with these mean layers or fewer on validation texts, it is the largest; of those that are as accurate
-    as this there, the smallest.
-    """
+    Of the margins with these mean layers or fewer on validation texts, it is the largest; of those
+    that are as accurate as this there, the smallest."""
     dial = "halting_margin"
     exits = exits_by_setting(validation, model.exit_rule, dial)
-    points = {margin: operating_point(validation, exits(margin)) for margin in sorted(SETTINGS[dial])}
-    within = [margin for margin, (right, mean) in points.items() if mean <= layers and right >= accuracy]
+    points = {
+        margin: operating_point(validation, exits(margin)) for margin in sorted(SETTINGS[dial])
+    }
+    within = [
+        margin for margin, (right, mean) in points.items() if mean <= layers and right >= accuracy
+    ]
     margin = max(within, default=min(points)) if layers < math.inf else min(within, default=1.0)
     at = exits_by_setting(test, model.exit_rule, dial)(margin)
     return (answer_at(test.a, at).argmax(1) == test.target).double(), at.double().mean().item()
@@ -299,7 +371,8 @@ def operating_point(answers: LayerAnswers, exits: Tensor) -> tuple[float, float]
 
 @torch.no_grad()
 def texts_per_second(models: dict[str, DACT], batches: Sequence[Batch]) -> dict[str, float]:
-    """Return the median speed of each model on all batches; they take turns, after one round to warm up.
+    """Return the median speed of each model on all batches; they take turns, after one round to
+    warm up.
 
     Making the batches is not timed.
     """
@@ -315,7 +388,9 @@ def texts_per_second(models: dict[str, DACT], batches: Sequence[Batch]) -> dict[
 
 def processor() -> str:
     """Return the name of the processor, as Linux knows it."""
-    return next(line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line).split(": ")[1]
+    return next(
+        line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
+    ).split(": ")[1]
 
 
 # ---------------------------------------------------------------------- the table
@@ -333,7 +408,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         for name in ("baseline", "defaults", "tuned", "encoder", "multi-exit") if own else ():
             rows = [run["models"][name] for run in own]
             above = [row["above_baseline"] for row in rows]
-            turned = [row["at_as_many_layers"]["accuracy"] for row in rows if "at_as_many_layers" in row]
+            turned = [
+                row["at_as_many_layers"]["accuracy"] for row in rows if "at_as_many_layers" in row
+            ]
             speeds = [
                 row["texts_per_second"] / run["models"]["baseline"]["texts_per_second"]
                 for row, run in zip(rows, own, strict=True)
@@ -353,17 +430,26 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
     lines.append("")
     for name in ("defaults", "encoder", "multi-exit"):
         apart = points([run["models"][name]["tuned_above_this"] for run in runs])
-        lines.append(f"- tuned less {name}: {apart} points of accuracy, {signed(layers_between(runs, name))} layers")
-        for key, how in (("at_as_many_layers", "as many layers"), ("as_accurate", "as much accuracy")):
+        lines.append(
+            f"- tuned less {name}: {apart} points of accuracy, {signed(layers_between(runs, name))} layers"
+        )
+        for key, how in (
+            ("at_as_many_layers", "as many layers"),
+            ("as_accurate", "as much accuracy"),
+        ):
             turned = [run["models"][name] for run in runs if key in run["models"][name]]
             if turned:  # runs of an earlier state lack it
-                layers = statistics.mean(row[key]["layers"] - row["mean_exit_layer"] for row in turned)
+                layers = statistics.mean(
+                    row[key]["layers"] - row["mean_exit_layer"] for row in turned
+                )
                 equal = points([row[key]["accuracy"] for row in turned])
                 lines.append(
                     f"    - its margin turned to {how} on validation texts ({counted(len(turned))}): {equal}, {signed(layers)} layers"
                 )
     took = Counter(run["took"] for run in runs)
-    lines.append(f"- the confirmation took: {', '.join(f'{name} in {counted(n)}' for name, n in took.items())}")
+    lines.append(
+        f"- the confirmation took: {', '.join(f'{name} in {counted(n)}' for name, n in took.items())}"
+    )
     for run in runs:
         if other := run["models"].get("taught defaults"):
             tuned, taught = (
@@ -371,7 +457,9 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
                 for row in (run["models"]["tuned"], other)
             )
             apart = points([other["tuned_above_this"]])
-            lines.append(f"    - {run['data']} {run['seed']}: {tuned}, taught defaults {taught} ({apart} points)")
+            lines.append(
+                f"    - {run['data']} {run['seed']}: {tuned}, taught defaults {taught} ({apart} points)"
+            )
     goals = [f"- {'met' if met else 'MISSED'}: {goal}" for goal, met in goals_of(runs)]
     return "\n".join([*lines, *goals, *sorted({f"- {run['machine']}" for run in runs})])
 
@@ -389,7 +477,8 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
         rows = [run["models"]["tuned"] for run in own]
         layers = statistics.mean(row["mean_exit_layer"] for row in rows)
         speed = statistics.mean(
-            r["models"]["tuned"]["texts_per_second"] / r["models"]["baseline"]["texts_per_second"] for r in own
+            r["models"]["tuned"]["texts_per_second"] / r["models"]["baseline"]["texts_per_second"]
+            for r in own
         )
         accuracy, (above, _) = (
             statistics.mean(row["accuracy"] for row in rows),
@@ -397,50 +486,90 @@ def goals_of(runs: Sequence[dict[str, Any]]) -> list[tuple[str, bool]]:
         )
         if name in GOALS:
             most, fastest = GOALS[name]
-            wanted = "99 % or the baseline's accuracy" if name == "reviews" else "within a point of the baseline"
-            right = accuracy >= 0.99 or above >= 0 if name == "reviews" else above >= -0.01
-            seen = (
-                f"{100 * accuracy:.2f} %, {signed(100 * above)} points, {layers:.2f} layers, {speed:.2f} times as fast"
+            wanted = (
+                "99 % or the baseline's accuracy"
+                if name == "reviews"
+                else "within a point of the baseline"
             )
-            limits = f"at most {most:g} layers" + (f", at least {fastest:g} times as fast" if fastest else "")
-            goals.append((f"{name}: {wanted}, {limits} ({seen})", right and layers <= most and speed >= fastest))
+            right = accuracy >= 0.99 or above >= 0 if name == "reviews" else above >= -0.01
+            seen = f"{100 * accuracy:.2f} %, {signed(100 * above)} points, {layers:.2f} layers, {speed:.2f} times as fast"
+            limits = f"at most {most:g} layers" + (
+                f", at least {fastest:g} times as fast" if fastest else ""
+            )
+            goals.append(
+                (
+                    f"{name}: {wanted}, {limits} ({seen})",
+                    right and layers <= most and speed >= fastest,
+                )
+            )
         if right := [run["sentences"] for run in own if "sentences" in run]:
-            goals.append((f"{name}: at least 24 of 30 own sentences ({', '.join(map(str, right))})", min(right) >= 24))
+            goals.append(
+                (
+                    f"{name}: at least 24 of 30 own sentences ({', '.join(map(str, right))})",
+                    min(right) >= 24,
+                )
+            )
         if name == "imbalanced":
             shares = [row["majority_share"] for row in rows]
-            f1 = [statistics.mean(run["models"][model]["macro_f1"] for run in own) for model in ("tuned", "baseline")]
+            f1 = [
+                statistics.mean(run["models"][model]["macro_f1"] for run in own)
+                for model in ("tuned", "baseline")
+            ]
             largest = ", ".join(f"{share:.0%}".replace("%", " %") for share in shares)
             seen = f"{largest} of the answers; macro F1 {f1[0]:.3f}, baseline {f1[1]:.3f}"
-            goals.append((f"{name}: no drift to the majority, which is 80 % ({seen})", max(shares) < 0.95))
+            goals.append(
+                (f"{name}: no drift to the majority, which is 80 % ({seen})", max(shares) < 0.95)
+            )
         mean, error = pooled([run["models"]["defaults"]["tuned_above_this"] for run in own])
         worse = f"{name}: not below the defaults by more than two standard errors ({points([(mean, error)])})"
         goals.append((worse, mean >= -2 * error))
     mean, error = pooled([run["models"]["defaults"]["tuned_above_this"] for run in runs])
-    goals.append((f"pooled: as accurate as the defaults ({points([(mean, error)])} points)", mean >= -error))
+    goals.append(
+        (f"pooled: as accurate as the defaults ({points([(mean, error)])} points)", mean >= -error)
+    )
     won = [run for run in runs if run["took"] != DEFAULT]
     for name in ("defaults", "taught defaults"):
         if having := [run for run in won if name in run["models"]]:
             more = layers_between(having, name)
-            each = ", ".join(f"{run['data']} {run['seed']} {signed(layers_between([run], name))}" for run in having)
-            part = f"measured in {len(having)} of the {len(won)}, " if len(having) < len(won) else ""
+            each = ", ".join(
+                f"{run['data']} {run['seed']} {signed(layers_between([run], name))}"
+                for run in having
+            )
+            part = (
+                f"measured in {len(having)} of the {len(won)}, " if len(having) < len(won) else ""
+            )
             where = f"where tuning wins ({len(won)} of {counted(len(runs))}), {part}0.3 layers fewer than the {name}"
             goals.append((f"{where} ({signed(more)} layers: {each})", more <= -0.3))
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
-    excess = [mean - run["promise"]["max_accuracy_loss"] for (mean, _), run in zip(lost, runs, strict=True)]
+    excess = [
+        mean - run["promise"]["max_accuracy_loss"]
+        for (mean, _), run in zip(lost, runs, strict=True)
+    ]
     broken = sum(over > 2 * error for over, (_, error) in zip(excess, lost, strict=True))
-    goals.append((f"no promise broken by more than two standard errors ({broken} of {len(runs)})", not broken))
+    goals.append(
+        (
+            f"no promise broken by more than two standard errors ({broken} of {len(runs)})",
+            not broken,
+        )
+    )
     mean = statistics.mean(excess)
-    return [*goals, (f"loss less promise below 0 on average ({signed(100 * mean)} points)", mean < 0)]
+    return [
+        *goals,
+        (f"loss less promise below 0 on average ({signed(100 * mean)} points)", mean < 0),
+    ]
 
 
 def layers_between(runs: Sequence[dict[str, Any]], name: str) -> float:
     """Return by how many layers the tuned model is deeper than another one, on average."""
-    layers = [[run["models"][model]["mean_exit_layer"] for model in ("tuned", name)] for run in runs]
+    layers = [
+        [run["models"][model]["mean_exit_layer"] for model in ("tuned", name)] for run in runs
+    ]
     return statistics.mean(tuned - other for tuned, other in layers)
 
 
 def pooled(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the mean of the means of runs with its standard error, the larger of those of the texts and of the runs."""
+    """Return the mean of the means of runs with its standard error, the larger of those of the
+    texts and of the runs."""
     means = [mean for mean, _ in pairs]
     of_texts = math.hypot(*(error for _, error in pairs)) / len(pairs)
     of_runs = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
@@ -466,22 +595,32 @@ def sentences(model: str | Path) -> tuple[int, list[str]]:
     with SENTENCES.open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     answers = TextClassifier.from_pretrained(model)([row["text"] for row in rows])
-    wrong = [(row, answer) for row, answer in zip(rows, answers, strict=True) if answer.label != row["label"]]
+    wrong = [
+        (row, answer)
+        for row, answer in zip(rows, answers, strict=True)
+        if answer.label != row["label"]
+    ]
     lines = [f"{answer.label} instead of {row['label']}: {row['text']}" for row, answer in wrong]
     return len(rows) - len(wrong), lines
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("data", nargs="*", metavar="DATA", help=f"some of {', '.join(DATA_SETS)}")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--log_dir", type=Path, default=ROOT / "lightning_logs")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results")
-    parser.add_argument("--table", action="store_true", help="print the table of the stored results")
+    parser.add_argument(
+        "--table", action="store_true", help="print the table of the stored results"
+    )
     parser.add_argument("--sentences", metavar="MODEL", help="folder of a model")
     arguments = parser.parse_args()
     if unknown := set(arguments.data) - DATA_SETS.keys():
-        parser.error(f"unknown data: {', '.join(sorted(unknown))}; there are {', '.join(DATA_SETS)}")
+        parser.error(
+            f"unknown data: {', '.join(sorted(unknown))}; there are {', '.join(DATA_SETS)}"
+        )
     quiet()
     if arguments.sentences:
         right, wrong = sentences(arguments.sentences)
@@ -496,7 +635,8 @@ def main() -> None:
 def measured(
     arguments: argparse.Namespace, measure: Callable[[str, int, Path], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Measure the runs that have no result yet, each into a file of its own; return all stored results by their names."""
+    """Measure the runs that have no result yet, each into a file of its own; return all stored
+    results by their names."""
     for name in arguments.data:
         for seed in arguments.seeds:
             result = arguments.results / f"{name}-{seed}.json"
@@ -504,7 +644,9 @@ def measured(
                 found = measure(name, seed, arguments.log_dir / f"{name}-{seed}")
                 arguments.results.mkdir(parents=True, exist_ok=True)
                 result.write_text(json.dumps(found, indent=1) + "\n")
-    return {path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))}
+    return {
+        path.stem: json.loads(path.read_text()) for path in sorted(arguments.results.glob("*.json"))
+    }
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What tuning costs: frozen beside fine-tuned trials, memory of the features, overhead and growth, several workers.
+"""What tuning costs: frozen beside fine-tuned trials, memory of the features, overhead and growth,
+several workers.
 
     python benchmarks/tuning.py                          # everything
     python benchmarks/tuning.py frozen memory            # some of it
@@ -6,9 +7,10 @@
     python benchmarks/tuning.py --texts 200 --trials 12  # everything in small, to see that it runs
 
 frozen    one trial on VADER with MiniLM, frozen and fine-tuned, the same parameters, one epoch each
-memory    private memory while the layer states of 20,000 texts are computed, and while those of one batch are
-overhead  seconds per tiny trial outside of training and validation steps, median of the last 50; growth of the process
-workers   trials per minute of one worker and of several, fine-tuning MiniLM on 2,000 texts for one epoch
+memory    private memory while the layer states of 20,000 texts are computed, and while those of one
+batch are overhead  seconds per tiny trial outside of training and validation steps, median of the
+last 50; growth of the process workers   trials per minute of one worker and of several, fine-tuning
+MiniLM on 2,000 texts for one epoch
 
 What a run does once, such as the baseline, is not counted.
 """
@@ -64,7 +66,11 @@ def vader_data(**overrides: Any) -> VaderSentiment:
 
 
 def make_engine(folder: str, **options: Any) -> TuningEngine:
-    trainer = {"max_epochs": 1, "precision": options.pop("precision", "32-true"), **options.pop("trainer", {})}
+    trainer = {
+        "max_epochs": 1,
+        "precision": options.pop("precision", "32-true"),
+        **options.pop("trainer", {}),
+    }
     engine = TuningEngine(log_dir=folder, trainer=trainer, **options)
     engine.progress.console.quiet = True
     return engine
@@ -124,10 +130,16 @@ def memory(arguments: argparse.Namespace) -> dict[str, float]:
     encoder = HuggingFaceEncoder(MINILM).eval()
     grown = {}
     with tempfile.TemporaryDirectory() as folder:
-        for count in (64, 64, most):  # twice, since the first pass also fills the caches of the libraries
+        for count in (
+            64,
+            64,
+            most,
+        ):  # twice, since the first pass also fills the caches of the libraries
             file = Path(folder, f"{count}.csv")
             longest = sorted(texts, key=len)[-count:] if count == 64 else texts
-            pd.DataFrame({"text": longest, "label": [row % 3 for row in range(count)]}).to_csv(file, index=False)
+            pd.DataFrame({"text": longest, "label": [row % 3 for row in range(count)]}).to_csv(
+                file, index=False
+            )
             data = TextClassificationData(str(file), str(file), tokenizer=MINILM, batch_size=64)
             data.setup("fit")
             states = Path(folder, "states")
@@ -138,7 +150,8 @@ def memory(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 class Steps(pl.Callback):
-    """Seconds inside of training and validation steps; of the class, since every trial gets a copy."""
+    """Seconds inside of training and validation steps; of the class, since every trial gets a
+    copy."""
 
     inside = 0.0
     _start = 0.0
@@ -169,7 +182,9 @@ def overhead(arguments: argparse.Namespace) -> dict[str, float]:
         engine = make_engine(
             folder,
             model=partial(default_model, 3),
-            data=partial(CompositionalSentiment, num_train=512, num_val=128, num_test=128, max_depth=3),
+            data=partial(
+                CompositionalSentiment, num_train=512, num_val=128, num_test=128, max_depth=3
+            ),
             n_trials=arguments.trials,
             encoder_training="frozen",
             warm_up_epochs=0,
@@ -193,7 +208,8 @@ def resident_memory() -> float:
 
 
 def workers(arguments: argparse.Namespace) -> dict[str, float]:
-    """Trials per minute of a study, by the number of workers; a first trial, with which the run is made ready, apart."""
+    """Trials per minute of a study, by the number of workers; a first trial, with which the run is
+    made ready, apart."""
     rates = {}
     with tempfile.TemporaryDirectory() as folder:
         vader = vader_data()
@@ -202,9 +218,14 @@ def workers(arguments: argparse.Namespace) -> dict[str, float]:
         train = vader.splits["train"]
         texts = 2000 if arguments.texts is None else arguments.texts
         file = Path(folder, "train.csv")
-        pd.DataFrame({"text": train.texts[:texts], "label": train.labels[:texts]}).to_csv(file, index=False)
+        pd.DataFrame({"text": train.texts[:texts], "label": train.labels[:texts]}).to_csv(
+            file, index=False
+        )
         data = partial(TextClassificationData, str(file), tokenizer=MINILM)
-        for count, trials in ((1, 2 * arguments.rounds), (arguments.workers, arguments.workers * arguments.rounds)):
+        for count, trials in (
+            (1, 2 * arguments.rounds),
+            (arguments.workers, arguments.workers * arguments.rounds),
+        ):
             for number in (1, 1 + trials):
                 engine = make_engine(
                     folder,
@@ -226,11 +247,17 @@ PARTS = {"frozen": frozen, "memory": memory, "overhead": overhead, "workers": wo
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", choices=[[], *PARTS], default=[])
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--texts", type=int, help="number of texts; all that each part is described with if left out")
+    parser.add_argument(
+        "--texts",
+        type=int,
+        help="number of texts; all that each part is described with if left out",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=2, help="trials of each worker")
@@ -240,7 +267,11 @@ def main() -> None:
     results = json.loads(arguments.results.read_text()) if arguments.results.is_file() else {}
     for name in arguments.parts or PARTS:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-        results[name] = {"device": device, "precision": arguments.precision, **PARTS[name](arguments)}
+        results[name] = {
+            "device": device,
+            "precision": arguments.precision,
+            **PARTS[name](arguments),
+        }
         arguments.results.parent.mkdir(exist_ok=True)
         arguments.results.write_text(json.dumps(results, indent=1) + "\n")
         print(f"\n{name} ({device})")

@@ -1,4 +1,5 @@
-"""dact: a transformer encoder turned into a classifier that spends only as many layers as each example needs."""
+"""dact: a transformer encoder turned into a classifier that spends only as many layers as each
+example needs."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ __version__ = "0.2.0"
 # `export` is not among them: without its extra, `from dact import *` would fail.
 __all__ = ["DACT", "DACTOutput", "SubmodelConfig", "TextClassifier", "TuningEngine", "calibrate"]
 
-# Imported on first use: torch, Lightning, transformers and optuna take seconds, and not every use needs them.
+# Imported on first use: torch, Lightning, transformers and optuna take seconds, and not every use
+# needs them.
 _NAMES = {
     "DACT": "dact.model",
     "DACTOutput": "dact.model",

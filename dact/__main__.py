@@ -1,4 +1,5 @@
-"""``python -m dact`` and the console script ``dact``, which print help without importing Lightning."""
+"""``python -m dact`` and the console script ``dact``, which print help without importing
+Lightning."""
 
 from __future__ import annotations
 
@@ -51,11 +52,16 @@ def _run(words: list[str]) -> None:
     elif LIGHTNING.keys() & set(words):
         from dact.cli.commands import main as run_lightning
 
-        gc.freeze()  # what is imported lives as long as the process: collections and the exit need not visit it
+        # what is imported lives as long as the process: collections and the exit need not visit it
+        gc.freeze()
         run_lightning()
     else:
         meant = get_close_matches(words[0], [*LIGHTNING, *LIGHT], n=1)
-        hint = f"did you mean {meant[0]}?" if meant else f"expected one of {', '.join([*LIGHTNING, *LIGHT])}"
+        hint = (
+            f"did you mean {meant[0]}?"
+            if meant
+            else f"expected one of {', '.join([*LIGHTNING, *LIGHT])}"
+        )
         print(f"dact: error: no command {words[0]!r}: {hint}", file=sys.stderr)
         raise SystemExit(2)
 
@@ -66,13 +72,29 @@ def _run_light(words: list[str]) -> None:
     parser.add_argument("--model", required=True, help="model/ folder, folder of a run, or Hub id")
     if words[0] == "export":
         parser.add_argument("--output", required=True, help="folder to write to")
-        parser.add_argument("--quantize", choices=["int8"], help="quantize the weights of the layers; default: float32")
-    else:
-        parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
-        parser.add_argument("--port", type=int, default=8000, help="port to listen on (default: %(default)s)")
-        parser.add_argument("--max_batch", type=int, default=64, help="most requests in a batch (default: %(default)s)")
         parser.add_argument(
-            "--max_wait", type=float, default=0.002, help="seconds to wait for a fuller batch (default: %(default)s)"
+            "--quantize",
+            choices=["int8"],
+            help="quantize the weights of the layers; default: float32",
+        )
+    else:
+        parser.add_argument(
+            "--host", default="127.0.0.1", help="address to listen on (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--port", type=int, default=8000, help="port to listen on (default: %(default)s)"
+        )
+        parser.add_argument(
+            "--max_batch",
+            type=int,
+            default=64,
+            help="most requests in a batch (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--max_wait",
+            type=float,
+            default=0.002,
+            help="seconds to wait for a fuller batch (default: %(default)s)",
         )
     options = vars(parser.parse_args(words[1:]))
     from dact.cli.errors import one_line_errors

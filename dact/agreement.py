@@ -16,14 +16,16 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
 
     Args:
         model: A `dact.DACT`.
-        datamodule: Any datamodule, set up or not, or None. An attribute that it lacks is not checked: ``tokenizer`` and
-            ``max_length`` against the encoder, ``class_names`` against the model's classes, ``teacher`` and
-            ``teacher_probabilities`` against the model's distillation.
+        datamodule: Any datamodule, set up or not, or None. An attribute that it lacks is not
+            checked: ``tokenizer`` and ``max_length`` against the encoder, ``class_names`` against
+            the model's classes, ``teacher`` and ``teacher_probabilities`` against the model's
+            distillation.
         training: Whether the model will be trained on the data, so that a teacher matters.
 
     Raises:
-        ValueError: If the data has more token ids than the encoder, longer inputs, other classes, or a teacher for a
-            model that learns from none, or if it lacks a teacher that the model needs.
+        ValueError: If the data has more token ids than the encoder, longer inputs, other classes,
+            or a teacher for a model that learns from none, or if it lacks a teacher that the model
+            needs.
     """
     model.encoder.check_tokens(tokenizer_of(datamodule), getattr(datamodule, "max_length", None))
     check_classes(getattr(datamodule, "class_names", None), model.output_dimension)
@@ -38,13 +40,15 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
 
 
 def tokenizer_of(datamodule: Any) -> Any:
-    """Return the tokenizer of a datamodule; None if it has none of the transformers library's kind."""
+    """Return the tokenizer of a datamodule; None if it has none of the transformers library's
+    kind."""
     tokenizer = getattr(datamodule, "tokenizer", None)
     return tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
 
 
 def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
-    """Raise a ``ValueError`` if the data has more or fewer classes than the model; None is not checked."""
+    """Raise a ``ValueError`` if the data has more or fewer classes than the model; None is not
+    checked."""
     if names is not None and len(names) != output_dimension:
         raise ValueError(
             f"the data has {len(names)} classes ({', '.join(map(str, names))}), but the model has "
@@ -53,10 +57,15 @@ def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
 
 
 def check_class_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:
-    """Raise a ``ValueError`` unless both have the same class names in the same order: answers would be wrong."""
+    """Raise a ``ValueError`` unless both have the same class names in the same order: answers would
+    be wrong."""
     if list(of_model) != list(of_data):
         same = sorted(of_model) == sorted(of_data)
-        other = "" if same else ", or load the model with class_names=None, so that it takes those of the data"
+        other = (
+            ""
+            if same
+            else ", or load the model with class_names=None, so that it takes those of the data"
+        )
         raise ValueError(
             f"the model has the classes {', '.join(of_model)}, in this order, but those of the data are "
             f"{', '.join(of_data)}: give the data class_names={list(of_model)}{other}"
@@ -84,7 +93,8 @@ def _check_teacher(model: Any, datamodule: Any) -> None:
 
 
 class Agreement(Callback):
-    """Check that model and data agree, as soon as both are set up. DACT attaches it to its Trainer."""
+    """Check that model and data agree, as soon as both are set up. DACT attaches it to its
+    Trainer."""
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:

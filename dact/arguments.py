@@ -43,15 +43,27 @@ def check_arguments(given: Mapping[str, Any]) -> None:
             "DACT: detach_exits needs an exit_loss_weight above 0, got 0: encoder and classifier would learn nothing"
         )
     if given["consistency"] > 0 and given["exit_loss_weight"] == 0:
-        raise ValueError("DACT: consistency needs an exit_loss_weight above 0, got 0: it is a part of the exit loss")
-    check_range("DACT: distillation", given["distillation"], "[0, 1]", "it is the teacher's share of the targets")
+        raise ValueError(
+            "DACT: consistency needs an exit_loss_weight above 0, got 0: it is a part of the exit loss"
+        )
+    check_range(
+        "DACT: distillation",
+        given["distillation"],
+        "[0, 1]",
+        "it is the teacher's share of the targets",
+    )
     for name in ("lambda_warmup", "warmup_fraction"):
         check_range(f"DACT: {name}", given[name], "[0, 1]", "it is a share of the optimizer steps")
     check_range("DACT: learning_rate", given["learning_rate"], "(0, inf)")
     if given["submodel_learning_rate"] is not None:
         check_range("DACT: submodel_learning_rate", given["submodel_learning_rate"], "(0, inf)")
     if given["num_layers"] is not None:
-        check_count("DACT: num_layers", given["num_layers"], most=encoder.num_layers, hint="the layers of the encoder")
+        check_count(
+            "DACT: num_layers",
+            given["num_layers"],
+            most=encoder.num_layers,
+            hint="the layers of the encoder",
+        )
     for name in ("step_tokens", "window_tokens"):
         if given[name] is not None:
             check_count(f"DACT: {name}", given[name], hint="it counts tokens")
@@ -60,8 +72,14 @@ def check_arguments(given: Mapping[str, Any]) -> None:
         if isinstance(value, str):
             raise TypeError(f"DACT: {name} must be a list with one entry per class, got {value!r}")
         if value is not None and len(value) != classes:
-            raise ValueError(f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}")
+            raise ValueError(
+                f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}"
+            )
     weights = given["class_weights"]
-    if weights is not None and not (all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights)):
-        raise ValueError(f"DACT: class_weights must be finite and 0 or more, one of them above 0, got {[*weights]}")
+    if weights is not None and not (
+        all(math.isfinite(weight) and weight >= 0 for weight in weights) and any(weights)
+    ):
+        raise ValueError(
+            f"DACT: class_weights must be finite and 0 or more, one of them above 0, got {[*weights]}"
+        )
     check_class_names("DACT: class_names", given["class_names"])

@@ -1,4 +1,5 @@
-"""Checks of arguments. Each error is one line that says what was expected, what was given, and the remedy."""
+"""Checks of arguments. Each error is one line that says what was expected, what was given, and the
+remedy."""
 
 from __future__ import annotations
 
@@ -13,13 +14,16 @@ MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise a ``ValueError`` unless `value` is one of the strings of the ``Literal`` type `choices`."""
+    """Raise a ``ValueError`` unless `value` is one of the strings of the ``Literal`` type
+    `choices`."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
 
 
-def check_count(name: str, value: object, least: int = 1, most: int | None = None, hint: str = "") -> None:
+def check_count(
+    name: str, value: object, least: int = 1, most: int | None = None, hint: str = ""
+) -> None:
     """Raise an error unless `value` is a whole number in least … most.
 
     Args:
@@ -46,8 +50,8 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
     Args:
         name: Name of the argument, with its class where that helps.
         value: Value that was given; NaN is in no interval.
-        interval: Interval in mathematical notation: ``"[0, 1)"`` holds 0 and not 1, ``"(0, inf)"`` all finite numbers
-            above 0, ``"(0, inf]"`` infinity as well.
+        interval: Interval in mathematical notation: ``"[0, 1)"`` holds 0 and not 1, ``"(0, inf)"``
+            all finite numbers above 0, ``"(0, inf]"`` infinity as well.
         hint: What the number means or what to do, appended to the message.
 
     Raises:
@@ -74,7 +78,8 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
 
 
 def check_type(name: str, value: object, kind: type | tuple[type, ...], such_as: str) -> None:
-    """Raise a ``TypeError`` unless `value` is an object of `kind`, of which the code `such_as` is an example."""
+    """Raise a ``TypeError`` unless `value` is an object of `kind`, of which the code `such_as` is
+    an example."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be an object such as {such_as}, got {value!r}")
 
@@ -112,10 +117,13 @@ def _with_hint(message: str, hint: str) -> str:
 
 
 def check_probabilities(name: str, rows: Tensor) -> Tensor:
-    """Return rows of probabilities, ``[batch, classes]``; raise a ``ValueError`` if they are none, up to bfloat16."""
+    """Return rows of probabilities, ``[batch, classes]``; raise a ``ValueError`` if they are none,
+    up to bfloat16."""
     is_one = (rows.sum(dim=1, keepdim=True) - 1).abs() < 0.05
     wrong = rows[~((rows >= 0) & is_one).all(dim=1)]
     if len(wrong):
         values = ", ".join(f"{value:.3g}" for value in wrong[0].tolist())
-        raise ValueError(f"{name} must hold probabilities, rows that sum to 1, got {values}: logits need a softmax")
+        raise ValueError(
+            f"{name} must hold probabilities, rows that sum to 1, got {values}: logits need a softmax"
+        )
     return rows

@@ -22,7 +22,7 @@ from dact.encoders.quantization import quantize as quantize_graph
 from dact.files import file_digest, read_json, replacing_folder
 from dact.model import DACT
 from dact.model_card import CARD_NAME, is_written_by_dact
-from dact.persistence import CONFIG_NAME
+from dact.saving import CONFIG_NAME
 
 Quantization = Literal["int8"]
 OPSET = 17  # the first with a layer normalisation of its own
@@ -52,8 +52,10 @@ class Export:
         folder: The folder.
         quantize: ``"int8"``, or None for float32.
         megabytes: Size of the graphs on disk, in millions of bytes.
-        difference: Largest difference of a float32 graph from PyTorch, as a share of its largest value.
-        quantized_difference: The same after quantisation, root mean square over root mean square; None for float32.
+        difference: Largest difference of a float32 graph from PyTorch, as a share of its largest
+            value.
+        quantized_difference: The same after quantisation, root mean square over root mean square;
+            None for float32.
         promise_dropped: Whether the model had a promise, which does not carry over.
     """
 
@@ -77,25 +79,28 @@ class Export:
         return "\n".join(lines)
 
 
-def export(model_dir: str | Path, output: str | Path, quantize: Quantization | None = None) -> Export:
+def export(
+    model_dir: str | Path, output: str | Path, quantize: Quantization | None = None
+) -> Export:
     """Write a model folder whose encoder runs on ONNX Runtime, and return what was written.
 
-    The embedding, each layer and the pooling become graphs of any batch size and length, each compared with PyTorch
-    before the folder appears. `DACT.from_pretrained` and `TextClassifier.from_pretrained` read the folder like any
-    other. A promise that `dact.calibrate` made is dropped, since margins move: calibrate the new folder.
+    The embedding, each layer and the pooling become graphs of any batch size and length, each
+    compared with PyTorch before the folder appears. `DACT.from_pretrained` and
+    `TextClassifier.from_pretrained` read the folder like any other. A promise that `dact.calibrate`
+    made is dropped, since margins move: calibrate the new folder.
 
     Args:
         model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
         output: Folder to write. An earlier export there is replaced.
-        quantize: ``"int8"`` for weights of 8 bits, with one scale per channel, and for activations that are quantised
-            at run time, with one scale per token; float32 if left out. It is meant for processors with VNNI
-            instructions; others lose some accuracy.
+        quantize: ``"int8"`` for weights of 8 bits, with one scale per channel, and for activations
+            that are quantised at run time, with one scale per token; float32 if left out. It is
+            meant for processors with VNNI instructions; others lose some accuracy.
 
     Raises:
         ImportError: If ONNX Runtime or onnx is not installed.
         FileNotFoundError: If there is no model in `model_dir`.
-        ValueError: If `quantize` is unknown, `output` holds something else, the model is exported already, or a graph
-            differs from PyTorch.
+        ValueError: If `quantize` is unknown, `output` holds something else, the model is exported
+            already, or a graph differs from PyTorch.
     """
     if quantize is not None:
         check_choice("export: quantize", quantize, Quantization)
@@ -103,7 +108,9 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
     _check_output(output)
     config = read_json(model_dir / CONFIG_NAME) if (model_dir / CONFIG_NAME).is_file() else None
     if isinstance(config, dict) and not config.get("encoder", True):
-        raise ValueError(f"export: {model_dir} has an encoder of your own, and only those of dact can be exported")
+        raise ValueError(
+            f"export: {model_dir} has an encoder of your own, and only those of dact can be exported"
+        )
     model = DACT.from_pretrained(model_dir)
     encoder = model.encoder
     if isinstance(encoder, OnnxEncoder):
@@ -126,16 +133,22 @@ def export(model_dir: str | Path, output: str | Path, quantize: Quantization | N
                 quantize_graph(path)
             exported = _open(folder, layers, encoder)
             pairs = _outputs(encoder, exported)
-            quantized_difference = _largest((got - right).norm() / right.norm() for right, got in pairs)
+            quantized_difference = _largest(
+                (got - right).norm() / right.norm() for right, got in pairs
+            )
             if not math.isfinite(quantized_difference):
-                raise ValueError("export: with int8 some outputs are no numbers: export this model without quantize")
+                raise ValueError(
+                    "export: with int8 some outputs are no numbers: export this model without quantize"
+                )
         size = sum(path.stat().st_size for path in folder.iterdir())
         model.encoder = exported
         card = output / CARD_NAME
         if card.is_file() and not is_written_by_dact(card):
             shutil.copy(card, folder)  # which saving keeps
         model.save_pretrained(folder)
-        if any((model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        if any(
+            (model_dir / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+        ):
             load_tokenizer(str(model_dir.resolve())).save_pretrained(folder)
     return Export(output, quantize, size / 1e6, difference, quantized_difference, had_promise)
 
@@ -157,8 +170,12 @@ def _check_output(output: Path) -> None:
     config = read_json(output / CONFIG_NAME) if (output / CONFIG_NAME).is_file() else None
     encoder = config.get("encoder") if isinstance(config, dict) else None
     if not isinstance(encoder, dict) or encoder.get("type") != "OnnxEncoder":
-        raise ValueError(f"export: {output} exists and was not written by dact export: give another folder")
-    others = sorted(path.name for path in output.iterdir() if path.is_dir() or not any(map(path.match, WRITTEN)))
+        raise ValueError(
+            f"export: {output} exists and was not written by dact export: give another folder"
+        )
+    others = sorted(
+        path.name for path in output.iterdir() if path.is_dir() or not any(map(path.match, WRITTEN))
+    )
     if others:
         raise ValueError(
             f"export: {output} holds {', '.join(others)}, which no export wrote, and would be replaced: give another "
@@ -173,26 +190,40 @@ class _Traced(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.run = run
-        self.eval()  # the exporter restores the mode of what it traced: that of the encoder must not change
+        # the exporter restores the mode of what it traced: that of the encoder must not change
+        self.eval()
 
     def forward(self, *tensors: Tensor) -> Tensor:
         return self.run(*tensors)
 
 
 def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> list[str]:
-    """Write the graphs of the first layers of an encoder, and return the file names of these layers."""
+    """Write the graphs of the first layers of an encoder, and return the file names of these
+    layers."""
     model: Any = getattr(encoder, "model", None)
     if hasattr(model, "set_attn_implementation"):
-        model.set_attn_implementation("eager")  # the fused one guards against cases that never occur here
-    ids, mask = torch.ones(2, 5, dtype=torch.int64), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
+        model.set_attn_implementation(
+            "eager"
+        )  # the fused one guards against cases that never occur here
+    ids, mask = (
+        torch.ones(2, 5, dtype=torch.int64),
+        torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    )
     inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids), "attention_mask": mask}
     states = {"hidden": encoder.embed(inputs), "mask": mask}
-    _write_graph(folder / EMBED, encoder, lambda *given: encoder.embed(dict(zip(inputs, given, strict=True))), inputs)
+    _write_graph(
+        folder / EMBED,
+        encoder,
+        lambda *given: encoder.embed(dict(zip(inputs, given, strict=True))),
+        inputs,
+    )
     names: dict[str, str] = {}  # layers that share their weights give the same graph
     layers = []
     for n in range(1, num_layers + 1):
         path = folder / f"layer_{n}.onnx"
-        _write_graph(path, encoder, lambda h, m, n=n: encoder.layer(n, h, encoder.context(h, m)), states)
+        _write_graph(
+            path, encoder, lambda h, m, n=n: encoder.layer(n, h, encoder.context(h, m)), states
+        )
         layers.append(names.setdefault(file_digest(path), path.name))
         if layers[-1] != path.name:
             path.unlink()
@@ -201,9 +232,12 @@ def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> lis
     return layers
 
 
-def _write_graph(path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor], inputs: dict[str, Tensor]) -> None:
+def _write_graph(
+    path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor], inputs: dict[str, Tensor]
+) -> None:
     with warnings.catch_warnings():
-        # The tracer warns, and the exporter is deprecated; the graph itself is compared with PyTorch.
+        # The tracer warns, and the exporter is deprecated; the graph itself is compared with
+        # PyTorch.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Traced(encoder, run),
@@ -211,9 +245,11 @@ def _write_graph(path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor]
             path,
             input_names=list(inputs),
             output_names=["output"],
-            dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs} | {"output": {0: "batch"}},
+            dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs}
+            | {"output": {0: "batch"}},
             opset_version=OPSET,
-            dynamo=False,  # the newer exporter needs another package and fixes the sizes that its example has
+            # the newer exporter needs another package and fixes the sizes that its example has
+            dynamo=False,
         )
 
 
@@ -230,7 +266,8 @@ def _open(folder: Path, layers: list[str], encoder: LayeredEncoder) -> OnnxEncod
 
 
 def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the outputs of PyTorch and of each graph for the same input, for batches of other sizes than traced."""
+    """Yield the outputs of PyTorch and of each graph for the same input, for batches of other sizes
+    than traced."""
     generator = torch.Generator().manual_seed(0)
     longest = min(80, encoder.max_length or 80)
     for rows, length in ((3, min(17, longest)), (1, longest), (1, 1)):

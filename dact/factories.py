@@ -1,4 +1,5 @@
-"""Factories that build the model and the data of a configuration file again, with some arguments replaced.
+"""Factories that build the model and the data of a configuration file again, with some arguments
+replaced.
 
 They hold only plain data, so that they can be sent to worker processes.
 """
@@ -28,10 +29,14 @@ class ModelFactory:
         self.section = section
 
     def __call__(self, **overrides: Any) -> DACT:
-        plain = {name: asdict(v) if isinstance(v, SubmodelConfig) else v for name, v in overrides.items()}
+        plain = {
+            name: asdict(v) if isinstance(v, SubmodelConfig) else v for name, v in overrides.items()
+        }
         parser = ArgumentParser(exit_on_error=False)
         parser.add_class_arguments(DACT, "model")
-        return parser.instantiate_classes(parser.parse_object({"model": {**self.section, **plain}})).model
+        return parser.instantiate_classes(
+            parser.parse_object({"model": {**self.section, **plain}})
+        ).model
 
 
 class DataFactory:
@@ -61,9 +66,14 @@ class DataFactory:
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:
-    """Return a model with the small built-in encoder for the embedded data, as in configs/reviews.yaml."""
-    encoder = TransformerEncoder(vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0))
-    return DACT(encoder=encoder, output_dimension=output_dimension, **{"learning_rate": 2e-3, **overrides})
+    """Return a model with the small built-in encoder for the embedded data, as in
+    configs/reviews.yaml."""
+    encoder = TransformerEncoder(
+        vocab_size=42, num_layers=6, hidden_size=32, num_heads=2, slopes=(2.0, 2.0)
+    )
+    return DACT(
+        encoder=encoder, output_dimension=output_dimension, **{"learning_rate": 2e-3, **overrides}
+    )
 
 
 def default_data(**overrides: Any) -> LightningDataModule:

@@ -1,8 +1,7 @@
 """Atomic writes and checked reads.
 
-What is written goes to a temporary name next to its own, reaches the disk, and is then renamed: a crash leaves the old
-file or the new one. What is read is checked as far as the file allows.
-"""
+What is written goes to a temporary name next to its own, reaches the disk, and is then renamed: a
+crash leaves the old file or the new one. What is read is checked as far as the file allows."""
 
 from __future__ import annotations
 
@@ -28,16 +27,18 @@ from safetensors.torch import save
 from torch import Tensor
 from typing_extensions import override
 
-DIGEST = "sha256"  # key in the metadata of a safetensors file: digest of its tensors and its other metadata
+# key in the metadata of a safetensors file: digest of its tensors and its other metadata
+DIGEST = "sha256"
 
 
 @contextlib.contextmanager
 def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
-    """Yield a temporary file that replaces `path` at the end, or is removed if an exception leaves the block.
+    """Yield a temporary file that replaces `path` at the end, or is removed if an exception leaves
+    the block.
 
-    Only one process at a time may write to a path, or all processes of a fit on several devices. If `path` is `shared`,
-    any processes may, each with a temporary file of its own, and the last one to end replaces it.
-    """
+    Only one process at a time may write to a path, or all processes of a fit on several devices. If
+    `path` is `shared`, any processes may, each with a temporary file of its own, and the last one
+    to end replaces it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rank: int = getattr(rank_zero_only, "rank", 0)
     number = f"{rank}." if rank else ""
@@ -56,7 +57,10 @@ def replacing(path: Path, shared: bool = False) -> Iterator[Path]:
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` at the end; see `replacing`."""
     folder = folder.resolve()  # what a link names is replaced, and not the link
-    partial, old = folder.with_name(f".{folder.name}.partial"), folder.with_name(f".{folder.name}.old")
+    partial, old = (
+        folder.with_name(f".{folder.name}.partial"),
+        folder.with_name(f".{folder.name}.old"),
+    )
     _put_back(old)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -76,7 +80,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
 
 
 def _put_back(old: Path) -> None:
-    """Give a folder that was moved aside its name again, or remove it if its successor has that name."""
+    """Give a folder that was moved aside its name again, or remove it if its successor has that
+    name."""
     folder = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
     if old.is_dir() and not folder.exists():
         os.replace(old, folder)
@@ -84,7 +89,8 @@ def _put_back(old: Path) -> None:
 
 
 def check_writable_folder(folder: Path, what: str) -> None:
-    """Raise a ``PermissionError`` that begins with `what` unless files can be written into a folder."""
+    """Raise a ``PermissionError`` that begins with `what` unless files can be written into a
+    folder."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -92,7 +98,8 @@ def check_writable_folder(folder: Path, what: str) -> None:
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove the temporary files and folders that a killed process left under `folder`, and put old folders back."""
+    """Remove the temporary files and folders that a killed process left under `folder`, and put old
+    folders back."""
     for old in folder.rglob(".*.old"):
         _put_back(old)
     for left_over in folder.rglob(".*.partial"):
@@ -105,7 +112,9 @@ def remove_partial(folder: Path) -> None:
 def _sync(path: Path) -> None:
     if os.name == "nt" and path.is_dir():
         return  # folders cannot be opened there
-    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # Windows syncs only what it may write
+    descriptor = os.open(
+        path, os.O_RDWR if os.name == "nt" else os.O_RDONLY
+    )  # Windows syncs only what it may write
     try:
         os.fsync(descriptor)
     finally:
@@ -141,7 +150,9 @@ def file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def write_tensors(
+    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a safetensors file atomically, with a digest of its content."""
     # (Tensors that share memory are refused by the format, so each is a copy.)
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -156,8 +167,8 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Files that other tools wrote or re-saved have no digest, and are read without this check.
 
     Raises:
-        ValueError: If the file is corrupted: it cannot be parsed, or its digest does not match its content. The message
-            names the file.
+        ValueError: If the file is corrupted: it cannot be parsed, or its digest does not match its
+            content. The message names the file.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -167,7 +178,9 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is corrupted or not a safetensors file: {error}") from error
     digest = metadata.pop(DIGEST, None)
     if digest is not None and digest != _digest(tensors, metadata):
-        raise ValueError(f"{path} is corrupted: its content does not have the digest that was stored with it")
+        raise ValueError(
+            f"{path} is corrupted: its content does not have the digest that was stored with it"
+        )
     return tensors, metadata
 
 
@@ -181,7 +194,8 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Return a checkpoint of the Trainer, read under torch's weights-only loading: it cannot run code.
+    """Return a checkpoint of the Trainer, read under torch's weights-only loading: it cannot run
+    code.
 
     Raises:
         ValueError: If it is corrupted or holds more than data; the message names the file.
@@ -193,7 +207,9 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         if broken is not None:
             raise ValueError(f"the checksum of {broken} is wrong")
         return torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # a broken archive, a refused pickle and a foreign file raise many kinds
+    except (
+        Exception
+    ) as error:  # a broken archive, a refused pickle and a foreign file raise many kinds
         refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if refused is not None:
@@ -205,23 +221,30 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """A plugin for the Trainer that writes checkpoints atomically and checks them when they are read.
+    """A plugin for the Trainer that writes checkpoints atomically and checks them when they are
+    read.
 
     An address such as ``s3://…`` is left to Lightning.
     """
 
     @override
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None
+    ) -> None:
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
-        content = io.BytesIO()  # torch's own writer does not distinguish a full disk from other faults
+        content = (
+            io.BytesIO()
+        )  # torch's own writer does not distinguish a full disk from other faults
         torch.save(checkpoint, content)
         with replacing(Path(path)) as partial:
             partial.write_bytes(content.getbuffer())
 
     @override
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    def load_checkpoint(
+        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+    ) -> dict[str, Any]:
         if "://" in str(path):
             return super().load_checkpoint(path, map_location, weights_only)
         if not Path(path).is_file():

@@ -1,18 +1,18 @@
 r"""The arithmetic of DACT, as pure functions on tensors.
 
-For layer :math:`n = 1 \dots N`, with the classifier's output :math:`y_n` (a probability vector) and the
-confidence :math:`h_n \in [0, 1]`:
+For layer :math:`n = 1 \dots N`, with the classifier's output :math:`y_n` (a probability vector) and
+the confidence :math:`h_n \in [0, 1]`:
 
 .. math::
     p_0 = 1, \quad p_n = p_{n-1} h_n, \qquad
     a_0 = 0, \quad a_n = p_{n-1} y_n + (1 - p_{n-1}) a_{n-1}, \qquad
     Y = a_N
 
-Source: Eyzaguirre & Soto, *Differentiable Adaptive Computation Time for Visual Reasoning*, CVPR 2020
-(arXiv 2004.12770), and Eyzaguirre et al., *DACT-BERT*, arXiv 2109.11745.
+Source: Eyzaguirre & Soto, *Differentiable Adaptive Computation Time for Visual Reasoning*, CVPR
+2020 (arXiv 2004.12770), and Eyzaguirre et al., *DACT-BERT*, arXiv 2109.11745.
 
-Shapes are written ``[batch, layers, classes]``; a layer's number is 1-based wherever it is returned.
-"""
+Shapes are written ``[batch, layers, classes]``; a layer's number is 1-based wherever it is
+returned."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ from dact.checks import check_choice, check_margin, check_probabilities, check_t
 HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
 
-# Below this a probability no longer changes the task loss. It keeps 1 / a and sums of it finite in float32 (whose
-# largest number is 3e38), and is far below the smallest probability that a trained softmax gives (e^-69).
+# Below this a probability no longer changes the task loss. It keeps 1 / a and sums of it finite in
+# float32 (whose largest number is 3e38), and is far below the smallest probability that a trained
+# softmax gives (e^-69).
 SMALLEST_PROBABILITY = 1e-30
 UNLABELLED = -100  # the label of an example that only a teacher labels
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices for which the CPU computes the halting rule
@@ -64,7 +65,9 @@ class Halting:
         check_tolerance(self.tolerance)
         check_margin(self.margin)
 
-    def halts(self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int) -> Tensor:
+    def halts(
+        self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int
+    ) -> Tensor:
         """Return which examples leave after a layer; shapes are not checked.
 
         Args:
@@ -85,20 +88,24 @@ class Halting:
         return clear | _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
 
     def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        """Return the first layer after which each example leaves, int64 ``[batch]``; see `exit_layers`."""
+        """Return the first layer after which each example leaves, int64 ``[batch]``; see
+        `exit_layers`."""
         remaining = torch.arange(p.shape[1] - 1, -1, -1, device=p.device)  # [layers]
         return self.halts(a, p, y, remaining, p.shape[1]).int().argmax(dim=1) + 1
 
 
 def _check_layers(name: str, tensor: Tensor, dim: int, shape: str) -> None:
     if tensor.dim() != dim or tensor.shape[1] == 0:
-        raise ValueError(f"{name} must have the shape {shape} with at least one layer, got {list(tensor.shape)}")
+        raise ValueError(
+            f"{name} must have the shape {shape} with at least one layer, got {list(tensor.shape)}"
+        )
     if not tensor.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a float64 tensor as it is and any other in float32: half precision is never summed over layers."""
+    """Return a float64 tensor as it is and any other in float32: half precision is never summed
+    over layers."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -122,12 +129,13 @@ def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     """Return the answer a_n and the remaining share p_n after each layer.
 
     Args:
-        y: Classifier's output of each layer, ``[batch, layers, classes]``, rows are probability vectors.
+        y: Classifier's output of each layer, ``[batch, layers, classes]``, rows are probability
+            vectors.
         h: Confidence of each layer, ``[batch, layers]``, in [0, 1].
 
     Returns:
-        a ``[batch, layers, classes]`` and p ``[batch, layers]``, in float32 or more. a_n is a probability vector,
-        p never increases with n.
+        a ``[batch, layers, classes]`` and p ``[batch, layers]``, in float32 or more. a_n is a
+        probability vector, p never increases with n.
 
     Raises:
         ValueError: If the shapes do not fit each other.
@@ -165,24 +173,29 @@ def can_halt(
     tolerance: float = 0.0,
     num_layers: int | None = None,
 ) -> Tensor:
-    r"""Return whether the answer of an example can no longer change, whatever the remaining layers say.
+    r"""Return whether the answer of an example can no longer change, whatever the remaining layers
+    say.
 
-    With d layers remaining, the largest entry a* of a_n cannot fall below :math:`a^* (1-p_n)^d`, and the runner-up
-    a_ru cannot rise above :math:`1 - (1 - a_{ru}) (1-p_n)^d`. An example may halt when d = 0 or
+    With d layers remaining, the largest entry a* of a_n cannot fall below :math:`a^* (1-p_n)^d`,
+    and the runner-up a_ru cannot rise above :math:`1 - (1 - a_{ru}) (1-p_n)^d`. An example may halt
+    when d = 0 or
 
     .. math::
         \text{exact: } & (1 - p_n)^d (1 + a^* - a_{ru}) > 1 - \text{tolerance} \\
         \text{paper: } & a^* (1 - p_n)^d > a_{ru} + p_n d - \text{tolerance}
 
-    (*paper*: eq. 5 of arXiv 2004.12770; safe, but looser.) Both are computed in float64 with a slack of
-    4 · num_layers · ε, ε being that of `a`'s dtype: rounding and ties never break the guarantee.
+    (*paper*: eq. 5 of arXiv 2004.12770; safe, but looser.) Both are computed in float64 with a
+    slack of 4 · num_layers · ε, ε being that of `a`'s dtype: rounding and ties never break the
+    guarantee.
 
     Args:
         a: a_n, ``[batch, classes]``, each row a probability vector of at least two classes.
         p: p_n, ``[batch]``, in [0, 1].
-        remaining: d, number of layers that remain: one for all, or one per example (int64 ``[batch]``).
+        remaining: d, number of layers that remain: one for all, or one per example (int64
+            ``[batch]``).
         rule: ``"exact"``, ``"paper"``, or ``"never"`` (run every layer).
-        tolerance: Largest probability, in [0, 1), by which the returned class may end behind the final winner.
+        tolerance: Largest probability, in [0, 1), by which the returned class may end behind the
+            final winner.
         num_layers: N, number of layers of the model, for the slack; `remaining` + 1 by default.
 
     Returns:
@@ -198,18 +211,31 @@ def can_halt(
     check_choice("rule", rule, HaltingRule)
     check_tolerance(tolerance)
     if a.dim() != 2 or a.shape[1] < 2:
-        raise ValueError(f"a must have the shape [batch, classes] with at least two classes, got {list(a.shape)}")
+        raise ValueError(
+            f"a must have the shape [batch, classes] with at least two classes, got {list(a.shape)}"
+        )
     if p.shape != a.shape[:1]:
-        raise ValueError(f"p must have the shape [batch] = {list(a.shape[:1])}, got {list(p.shape)}")
+        raise ValueError(
+            f"p must have the shape [batch] = {list(a.shape[:1])}, got {list(p.shape)}"
+        )
     if isinstance(remaining, Tensor) and remaining.shape != p.shape:
-        raise ValueError(f"remaining must be one number or have p's shape {list(p.shape)}, got {list(remaining.shape)}")
+        raise ValueError(
+            f"remaining must be one number or have p's shape {list(p.shape)}, got {list(remaining.shape)}"
+        )
     if isinstance(remaining, int) and remaining < 0:
-        raise ValueError(f"remaining counts the layers still to run and cannot be negative, got {remaining}")
+        raise ValueError(
+            f"remaining counts the layers still to run and cannot be negative, got {remaining}"
+        )
     return _provable(a, p, remaining, rule, tolerance, num_layers)
 
 
 def _provable(
-    a: Tensor, p: Tensor, remaining: int | Tensor, rule: HaltingRule, tolerance: float, num_layers: int | None
+    a: Tensor,
+    p: Tensor,
+    remaining: int | Tensor,
+    rule: HaltingRule,
+    tolerance: float,
+    num_layers: int | None,
 ) -> Tensor:
     """Return what `can_halt` returns, without its checks, for a ``[…, classes]`` and p ``[…]``."""
     if a.device.type in WITHOUT_FLOAT64:
@@ -230,27 +256,34 @@ def _provable(
 
 
 def _proves_nothing(p: Tensor, remaining: int | Tensor, tolerance: float) -> bool:
-    """Return whether p alone rules out a proof for every example, since no lead a* - a_ru exceeds 1; CPU only."""
-    if isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu:  # a GPU would have to wait for p
+    """Return whether p alone rules out a proof for every example, since no lead a* - a_ru exceeds
+    1; CPU only."""
+    if (
+        isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu
+    ):  # a GPU would have to wait for p
         return False
     return p.amin().item() >= 1 - ((1 - tolerance) / 2) ** (1 / remaining)
 
 
 def _lead(y: Tensor) -> Tensor:
-    """Return the probability of the first class minus that of the second, ``[…]``, in float32 or more."""
+    """Return the probability of the first class minus that of the second, ``[…]``, in float32 or
+    more."""
     first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
     return first - second
 
 
 def is_clear(y: Tensor, margin: float) -> Tensor:
-    """Return whether a layer's own classification leads by more than `margin`: its first class over its second.
+    """Return whether a layer's own classification leads by more than `margin`: its first class over
+    its second.
 
-    This is the second halting criterion, next to `can_halt`. It proves nothing about the remaining layers. At few
-    layers it works better than a tolerance (benchmarks/README.md). As a measure of confidence for early exit it is the
-    "softmax response" of Schuster et al., *Confident Adaptive Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
+    This is the second halting criterion, next to `can_halt`. It proves nothing about the remaining
+    layers. At few layers it works better than a tolerance (benchmarks/README.md). As a measure of
+    confidence for early exit it is the "softmax response" of Schuster et al., *Confident Adaptive
+    Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
 
     Args:
-        y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32 or more.
+        y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32
+            or more.
         margin: Margin in [0, 1]; at 1 no example is clear.
 
     Returns:
@@ -276,7 +309,8 @@ def exit_layers(
     y: Tensor | None = None,
     margin: float = 1.0,
 ) -> Tensor:
-    """Return the first layer after which each example may halt: by `can_halt` or, unless never, by `is_clear`.
+    """Return the first layer after which each example may halt: by `can_halt` or, unless never, by
+    `is_clear`.
 
     Args:
         a: ``[batch, layers, classes]``, as `accumulate` returns it.
@@ -318,7 +352,8 @@ def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
 
 
 def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
-    """Return the ponder cost ρ, the mean over the batch of Σ_n p_n (the authors' code) or of Σ_n h_n.
+    """Return the ponder cost ρ, the mean over the batch of Σ_n p_n (the authors' code) or of Σ_n
+    h_n.
 
     Args:
         p: ``[batch, layers]``, in [0, 1].
@@ -338,15 +373,19 @@ def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
     check_choice("ponder", kind, PonderKind)
     _check_layers("p", p, 2, "[batch, layers]")
     if p.shape != h.shape:
-        raise ValueError(f"p and h must have one shape [batch, layers], got {list(p.shape)} and {list(h.shape)}")
+        raise ValueError(
+            f"p and h must have one shape [batch, layers], got {list(p.shape)} and {list(h.shape)}"
+        )
     return at_least_float32(p if kind == "p" else h).sum(dim=1).mean()
 
 
-def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0) -> Tensor:
+def soft_targets(
+    labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0
+) -> Tensor:
     r"""Mix labels with a teacher's probabilities: :math:`q = (1 - s)\, \text{onehot} + s\, t`.
 
-    An example labelled -100, which means no label, learns only from its teacher: its share is 1. Without a teacher it
-    has no target, and its row is all zeros.
+    An example labelled -100, which means no label, learns only from its teacher: its share is 1.
+    Without a teacher it has no target, and its row is all zeros.
 
     Args:
         labels: int64 ``[batch]``, in 0 … classes - 1, or -100.
@@ -358,7 +397,8 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
         q, ``[batch, classes]``, in float32 or more.
 
     Raises:
-        ValueError: If a label is out of range, the shapes do not fit, or the teacher holds no probabilities.
+        ValueError: If a label is out of range, the shapes do not fit, or the teacher holds no
+            probabilities.
 
     Example:
         >>> soft_targets(torch.tensor([1, -100]), 2, torch.tensor([[0.5, 0.5], [0.9, 0.1]]), share=0.5).tolist()
@@ -381,26 +421,31 @@ def soft_targets(labels: Tensor, classes: int, teacher: Tensor | None = None, sh
     if teacher is None or (share == 0 and not unknown.any()):
         return target
     if teacher.shape != target.shape:
-        raise ValueError(f"teacher must have the shape [batch, classes] = {[*target.shape]}, got {[*teacher.shape]}")
+        raise ValueError(
+            f"teacher must have the shape [batch, classes] = {[*target.shape]}, got {[*teacher.shape]}"
+        )
     t = check_probabilities("teacher", at_least_float32(teacher))
     shares = unknown.float().clamp_min(share).unsqueeze(1)  # [batch, 1]
     return (1 - shares) * target + shares * t
 
 
 def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    r"""Return the negative log-likelihood of answers that are probabilities, -log a[target], mean over the batch.
+    r"""Return the negative log-likelihood of answers that are probabilities, -log a[target], mean
+    over the batch.
 
-    There is no second softmax. Probabilities below 1e-30 count as 1e-30, so that values and gradients stay finite. For
-    targets q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`, the convention of
-    `torch.nn.functional.cross_entropy`. With a teacher's probabilities it is distillation at temperature 1 (Hinton et
-    al. 2015, arXiv 1503.02531).
+    There is no second softmax. Probabilities below 1e-30 count as 1e-30, so that values and
+    gradients stay finite. For targets q that are probabilities it is :math:`-\sum_k w_k q_k \log
+    a_k`, the convention of `torch.nn.functional.cross_entropy`. With a teacher's probabilities it
+    is distillation at temperature 1 (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
         a: ``[batch, classes]``, each row a probability vector; computed in float32 or more.
-        target: int64 ``[batch]``, in 0 … classes - 1, or probabilities ``[batch, classes]``, as `soft_targets` makes
-            them. Examples without a target (labelled -100, a row of zeros) are left out.
-        class_weights: w, ``[classes]``, the weight of each class. The mean is over the examples that have a target, not
-            over weights, so that it does not depend on how examples fall into batches.
+        target: int64 ``[batch]``, in 0 … classes - 1, or probabilities ``[batch, classes]``, as
+            `soft_targets` makes them. Examples without a target (labelled -100, a row of zeros) are
+            left out.
+        class_weights: w, ``[classes]``, the weight of each class. The mean is over the examples
+            that have a target, not over weights, so that it does not depend on how examples fall
+            into batches.
 
     Returns:
         A scalar; 0 if no example has a target.
@@ -414,12 +459,17 @@ def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) ->
     """
     if a.dim() != 2 or len(target) != len(a):
         shapes = f"{list(a.shape)} and {list(target.shape)}"
-        raise ValueError(f"a must have the shape [batch, classes] and target [batch] or [batch, classes], got {shapes}")
-    return _cross_entropy(at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log(), target, class_weights)
+        raise ValueError(
+            f"a must have the shape [batch, classes] and target [batch] or [batch, classes], got {shapes}"
+        )
+    return _cross_entropy(
+        at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log(), target, class_weights
+    )
 
 
 def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    """Return the cross-entropy of every layer's own classification (deep supervision), mean over batch and layers.
+    """Return the cross-entropy of every layer's own classification (deep supervision), mean over
+    batch and layers.
 
     Args:
         logits: The classifier's logits, ``[batch, layers, classes]``; y is their softmax.
@@ -436,13 +486,18 @@ def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = Non
     return _cross_entropy(at_least_float32(logits).log_softmax(dim=-1), target, class_weights)
 
 
-def _cross_entropy(log_probabilities: Tensor, target: Tensor, class_weights: Tensor | None) -> Tensor:
-    """Return the mean over the examples that have a target, and over layers if any: ``[batch, (layers,) classes]``."""
+def _cross_entropy(
+    log_probabilities: Tensor, target: Tensor, class_weights: Tensor | None
+) -> Tensor:
+    """Return the mean over the examples that have a target, and over layers if any: ``[batch,
+    (layers,) classes]``."""
     classes = log_probabilities.shape[-1]
     target = soft_targets(target, classes) if target.dim() == 1 else at_least_float32(target)
     wanted = [len(log_probabilities), classes]
     if list(target.shape) != wanted:
-        raise ValueError(f"targets must have the shape [batch, classes] = {wanted}, got {list(target.shape)}")
+        raise ValueError(
+            f"targets must have the shape [batch, classes] = {wanted}, got {list(target.shape)}"
+        )
     with_target = target.any(dim=1).sum().clamp_min(1)
     weighted = target if class_weights is None else target * class_weights
     if log_probabilities.dim() == 3:

@@ -8,7 +8,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TypedDict
 
-from huggingface_hub import CommitOperationAdd, HfApi, constants, errors, hf_hub_download, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    HfApi,
+    constants,
+    errors,
+    hf_hub_download,
+    snapshot_download,
+)
 
 from dact.files import read_json
 from dact.model_card import CARD_NAME, is_written_by_dact
@@ -44,25 +51,31 @@ def local_folder(
     cache_dir: str | Path | None = None,
     local_files_only: bool = False,
 ) -> Path:
-    """Return the folder that `name` stands for, downloaded from the Hub if it is the id of a repository.
+    """Return the folder that `name` stands for, downloaded from the Hub if it is the id of a
+    repository.
 
-    An existing folder of that name takes precedence, as in transformers. Cached files are not downloaded again, and the
-    cache is used if the Hub cannot be reached. The environment variables of huggingface_hub apply, such as
-    ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT`` and ``HF_HUB_ETAG_TIMEOUT``.
+    An existing folder of that name takes precedence, as in transformers. Cached files are not
+    downloaded again, and the cache is used if the Hub cannot be reached. The environment variables
+    of huggingface_hub apply, such as ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN``, ``HF_ENDPOINT``
+    and ``HF_HUB_ETAG_TIMEOUT``.
 
     Args:
-        name: Folder, or Hub id ``"OWNER/NAME"``. A `Path`, and a string that cannot be a Hub id, is always a folder.
+        name: Folder, or Hub id ``"OWNER/NAME"``. A `Path`, and a string that cannot be a Hub id, is
+            always a folder.
         revision: Branch, tag or commit on the Hub; ``main`` if left out.
         token: Access token; the stored login if left out. ``False`` sends none.
         cache_dir: Folder of the cache; that of huggingface_hub if left out.
         local_files_only: Whether to look only in the cache.
 
     Raises:
-        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has; the message says why.
+        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has; the message
+            says why.
     """
     if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         return Path(name).expanduser()
-    fault = None if local_files_only else _ask(HfApi(token=token, library_name="dact"), name, revision)
+    fault = (
+        None if local_files_only else _ask(HfApi(token=token, library_name="dact"), name, revision)
+    )
     try:
         folder = snapshot_download(
             name,
@@ -84,13 +97,18 @@ def local_folder(
 
 
 def folder_of_dact(source: str, local_files_only: bool) -> Path | None:
-    """Return the folder of a model that dact saved, here or on the Hub; None if `source` is something else."""
+    """Return the folder of a model that dact saved, here or on the Hub; None if `source` is
+    something else."""
     config = Path(source, "config.json")
     if not config.parent.is_dir():
         if not HUB_ID.fullmatch(source):
             return None
         try:
-            config = Path(hf_hub_download(source, config.name, local_files_only=local_files_only, library_name="dact"))
+            config = Path(
+                hf_hub_download(
+                    source, config.name, local_files_only=local_files_only, library_name="dact"
+                )
+            )
         except Exception:  # as above; whoever loads it otherwise says why it is not there
             return None
     content = read_json(config) if config.is_file() else None
@@ -102,14 +120,17 @@ def folder_of_dact(source: str, local_files_only: bool) -> Path | None:
 def out_of_reach(pretrained: str) -> bool:
     """Return whether `pretrained` is a Hub id and the Hub does not answer in time.
 
-    Then only the cache should be used: on a network that drops packets, transformers would wait forever.
-    """
-    fault = None if Path(pretrained).is_dir() else _ask(HfApi(library_name="dact"), pretrained, None)
+    Then only the cache should be used: on a network that drops packets, transformers would wait
+    forever."""
+    fault = (
+        None if Path(pretrained).is_dir() else _ask(HfApi(library_name="dact"), pretrained, None)
+    )
     return fault is not None and not isinstance(fault, errors.HfHubHTTPError)
 
 
 def publish(save: Callable[..., None], repo_id: str, options: Publication) -> str:
-    """Publish a model folder as one commit, so that nobody downloads half of it; the repository is created if needed.
+    """Publish a model folder as one commit, so that nobody downloads half of it; the repository is
+    created if needed.
 
     A model card that was written by hand on the Hub is kept.
 
@@ -131,12 +152,16 @@ def publish(save: Callable[..., None], repo_id: str, options: Publication) -> st
     api, revision = HfApi(token=options.get("token"), library_name="dact"), options.get("revision")
     with TemporaryDirectory() as directory:
         folder = Path(directory, "model")
-        save(folder, repo_id=repo_id)  # first, so that nothing is created for a model that cannot be saved
+        save(
+            folder, repo_id=repo_id
+        )  # first, so that nothing is created for a model that cannot be saved
         try:
             fault = _ask(api, repo_id, None)
             if fault is not None and not isinstance(fault, errors.HfHubHTTPError):
                 raise fault
-            full_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+            full_id = api.create_repo(
+                repo_id, private=options.get("private"), exist_ok=True
+            ).repo_id
             if full_id != repo_id:  # the card has the name of the account
                 repo_id = full_id
                 save(folder, repo_id=repo_id)
@@ -145,8 +170,16 @@ def publish(save: Callable[..., None], repo_id: str, options: Publication) -> st
             keeps_card = _has_own_card(api, repo_id, revision, Path(directory, "cache"))
         except Exception as error:  # as above
             raise OSError(f"{repo_id} cannot be published on the Hub: {_reason(error)}") from error
-        files = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
-        additions = [CommitOperationAdd(n, path) for n, path in files.items() if n != CARD_NAME or not keeps_card]
+        files = {
+            path.relative_to(folder).as_posix(): path
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        }
+        additions = [
+            CommitOperationAdd(n, path)
+            for n, path in files.items()
+            if n != CARD_NAME or not keeps_card
+        ]
         try:
             commit = api.create_commit(
                 repo_id,
@@ -161,10 +194,11 @@ def publish(save: Callable[..., None], repo_id: str, options: Publication) -> st
 
 
 def _ask(api: HfApi, repo_id: str, revision: str | None) -> Exception | None:
-    """Return the error with which the Hub answers a request for a repository, None if the repository is there.
+    """Return the error with which the Hub answers a request for a repository, None if the
+    repository is there.
 
-    Unlike the other calls, this one has a time limit: on a network that drops packets they would wait forever.
-    """
+    Unlike the other calls, this one has a time limit: on a network that drops packets they would
+    wait forever."""
     try:
         api.model_info(repo_id, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
     except Exception as error:  # as above

@@ -1,11 +1,11 @@
 """Early exit that really skips the work, on batches that stay full.
 
-A window of examples goes through the encoder layer by layer. Within a window, examples of similar length form groups. A
-group enters a layer in one step. The submodels and the halting rule run once per layer for the whole window. After each
-layer, the examples that may halt leave. The remaining groups are cut to their longest example and merged with their
-neighbours until they are full again. So neither padding nor half-empty batches cost what early exit saves. Where each
-new shape costs time, groups are filled up with a few rows whose results nobody reads.
-"""
+A window of examples goes through the encoder layer by layer. Within a window, examples of similar
+length form groups. A group enters a layer in one step. The submodels and the halting rule run once
+per layer for the whole window. After each layer, the examples that may halt leave. The remaining
+groups are cut to their longest example and merged with their neighbours until they are full again.
+So neither padding nor half-empty batches cost what early exit saves. Where each new shape costs
+time, groups are filled up with a few rows whose results nobody reads."""
 
 from __future__ import annotations
 
@@ -26,17 +26,21 @@ from dact.functional import Halting, accumulate_step, at_least_float32
 from dact.outputs import DACTOutput
 from dact.submodels import Submodels
 
-# In half precision on a CPU, oneDNN prepares each new shape for about a millisecond. Lengths that are multiples of this
-# make fewer shapes: 1.4 to 1.8 times as fast on VADER. So do groups that are filled up: another 1.1 times.
+# In half precision on a CPU, oneDNN prepares each new shape for about a millisecond. Lengths that
+# are multiples of this make fewer shapes: 1.4 to 1.8 times as fast on VADER. So do groups that are
+# filled up: another 1.1 times.
 LENGTH_UNIT = 4
 FILLING = 8  # a group is filled up by at most this part of its rows
-# Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU small steps are fast
-# enough, and large ones waste time on padding. A GPU spends its time launching kernels unless a step is large.
+# Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU
+# small steps are fast enough, and large ones waste time on padding. A GPU spends its time launching
+# kernels unless a step is large.
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
 
 _MODES = threading.Lock()
-_EVALUATED: dict[nn.Module, tuple[int, list[nn.Module]]] = {}  # threads inside `evaluating`, and parts in training mode
+_EVALUATED: dict[
+    nn.Module, tuple[int, list[nn.Module]]
+] = {}  # threads inside `evaluating`, and parts in training mode
 
 Indices = npt.NDArray[np.int64]  # the host tracks which example is where in NumPy arrays
 
@@ -45,7 +49,9 @@ Indices = npt.NDArray[np.int64]  # the host tracks which example is where in Num
 class _Group:
     """Examples of similar length that enter a layer together."""
 
-    hidden: Tensor  # [rows, length, hidden]; the examples are the first rows, and the rest is filling
+    hidden: (
+        Tensor  # [rows, length, hidden]; the examples are the first rows, and the rest is filling
+    )
     mask: Tensor  # [rows, length]
     lengths: Indices  # of the examples, in tokens, left padding included; ascending
     context: Any = None  # what the layers share; None until the encoder is asked for it
@@ -53,7 +59,8 @@ class _Group:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for the block, so that dropout changes no answer, and restore each part's mode.
+    """Put a module into eval mode for the block, so that dropout changes no answer, and restore
+    each part's mode.
 
     Of several threads within such blocks, the last one restores the modes.
     """
@@ -99,10 +106,10 @@ def early_exit(
         confidence: Confidence g, with as many layers.
         batch: Inputs of the encoder, for any number of examples in any order.
         halting: Rule by which examples leave.
-        step_tokens: Number of tokens that enter a layer in one step, padding included. A longer example enters alone.
-            By default it depends on the kind of device.
-        window_tokens: Number of tokens whose hidden states are held in memory at a time; by default 16 times
-            `step_tokens`, or what 16 steps of the device have.
+        step_tokens: Number of tokens that enter a layer in one step, padding included. A longer
+            example enters alone. By default it depends on the kind of device.
+        window_tokens: Number of tokens whose hidden states are held in memory at a time; by default
+            16 times `step_tokens`, or what 16 steps of the device have.
         record: Whether to return y and h as well, zeros after the exit layer.
 
     Returns:
@@ -126,22 +133,28 @@ def early_exit(
     results = _Results(len(lengths), classifier.num_layers, record)
     for rows in _cut(order, lengths[order], window):
         runs = [*_cut(rows, lengths[rows], step)]
-        groups = [*encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)]
-        _run_window(encoder, classifier, confidence, halting, groups, rows, results, step, few_shapes)
+        groups = [
+            *encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)
+        ]
+        _run_window(
+            encoder, classifier, confidence, halting, groups, rows, results, step, few_shapes
+        )
     return results.exits(mask.device)
 
 
 def _prepares_shapes(encoder: LayeredEncoder, device: torch.device) -> bool:
     """Return whether new shapes cost time: in half precision on a CPU."""
     dtype = next((parameter.dtype for parameter in encoder.parameters()), torch.float32)
-    return device.type == "cpu" and (torch.is_autocast_enabled("cpu") or dtype in (torch.bfloat16, torch.float16))
+    return device.type == "cpu" and (
+        torch.is_autocast_enabled("cpu") or dtype in (torch.bfloat16, torch.float16)
+    )
 
 
 class _Results:
     """The results of early exit, by the rows of the batch.
 
-    Each layer overwrites the answers of the examples that enter it, so the last layer of an example decides.
-    """
+    Each layer overwrites the answers of the examples that enter it, so the last layer of an example
+    decides."""
 
     def __init__(self, batch: int, num_layers: int, record: bool) -> None:
         self._layers = np.ones(batch, dtype=np.int64)
@@ -232,7 +245,8 @@ def _send(index: Indices, device: torch.device) -> Tensor:
 
 
 def _cut(rows: Indices, lengths: Indices, most: int) -> Iterator[Indices]:
-    """Cut rows, sorted by length, into runs of at most `most` tokens, padding included, or of one example."""
+    """Cut rows, sorted by length, into runs of at most `most` tokens, padding included, or of one
+    example."""
     if len(rows) * lengths[-1] <= most:
         yield rows
         return
@@ -244,7 +258,9 @@ def _cut(rows: Indices, lengths: Indices, most: int) -> Iterator[Indices]:
     yield rows[start:]
 
 
-def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, lengths: Indices) -> _Group:
+def _embed(
+    encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, lengths: Indices
+) -> _Group:
     """Embed rows of a batch, sorted by length, cut to the longest of them."""
     longest = int(lengths[-1])
     index = None if np.array_equal(rows, np.arange(len(mask))) else _send(rows, mask.device)
@@ -259,13 +275,21 @@ def _embed(encoder: LayeredEncoder, batch: Batch, mask: Tensor, rows: Indices, l
         is_rowwise = isinstance(entry, (list, tuple)) and len(entry) == len(mask)
         return [entry[row] for row in rows] if is_rowwise else entry
 
-    return _Group(encoder.embed({name: rows_of(entry) for name, entry in batch.items()}), pick(mask), lengths)
+    return _Group(
+        encoder.embed({name: rows_of(entry) for name, entry in batch.items()}), pick(mask), lengths
+    )
 
 
 def _regroup(
-    encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int, few_shapes: bool
+    encoder: LayeredEncoder,
+    groups: list[_Group],
+    staying: Indices,
+    index: Tensor,
+    step: int,
+    few_shapes: bool,
 ) -> list[_Group]:
-    """Return the groups without the examples that have left; neighbours that fit into one step are merged.
+    """Return the groups without the examples that have left; neighbours that fit into one step are
+    merged.
 
     Args:
         groups: Groups in the order of their lengths.
@@ -290,11 +314,15 @@ def _regroup(
             else:
                 merged.append([part])
         start, first = start + len(group.lengths), last
-    return [_shrink(encoder, parts[0], filled) if len(parts) == 1 else _merge(parts, filled) for parts in merged]
+    return [
+        _shrink(encoder, parts[0], filled) if len(parts) == 1 else _merge(parts, filled)
+        for parts in merged
+    ]
 
 
 def _filled(rows: int) -> int:
-    """Return a number of rows that recurs: the next multiple of a power of two, which is at most an eighth of them.
+    """Return a number of rows that recurs: the next multiple of a power of two, which is at most an
+    eighth of them.
 
     Example:
         >>> [_filled(rows) for rows in (5, 15, 17, 33, 77, 500)]
@@ -334,7 +362,9 @@ def _shrink(encoder: LayeredEncoder, part: _Part, filled: Callable[[int], int]) 
     if more := filled(len(part.rows)) - len(part.rows):
         part = replace(part, rows=torch.cat([part.rows, part.rows[-1:].expand(more)]))
     hidden, mask = part.pick(part.group.hidden), part.pick(part.group.mask)
-    return _Group(hidden, mask, part.lengths, encoder.keep(part.group.context, part.rows, hidden, mask))
+    return _Group(
+        hidden, mask, part.lengths, encoder.keep(part.group.context, part.rows, hidden, mask)
+    )
 
 
 def _merge(parts: list[_Part], filled: Callable[[int], int]) -> _Group:

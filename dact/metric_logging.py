@@ -21,9 +21,8 @@ from dact.outputs import DACTOutput
 class MetricLogging(LightningModule):
     """The part of DACT that computes and logs metrics.
 
-    Metrics of the first loader are ``val_loss`` and so on; those of further loaders end in ``/dataloader_idx_1`` and so
-    on.
-    """
+    Metrics of the first loader are ``val_loss`` and so on; those of further loaders end in
+    ``/dataloader_idx_1`` and so on."""
 
     output_dimension: int
     num_layers: int
@@ -44,18 +43,22 @@ class MetricLogging(LightningModule):
 
     def make_metrics(self) -> None:
         """Make the metrics; the constructor calls this when it knows classes and layers."""
-        # One set each: sanity checks and a test inside a fit must not add to the counts of validation.
+        # One set each: sanity checks and a test inside a fit must not add to the counts of
+        # validation.
         self.val_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
         self.test_metrics = evaluation_metrics(self.output_dimension, self.num_layers)
         self.more_metrics = nn.ModuleDict()  # of further loaders, as they come
 
     def show_settings(self, settings: dict[str, Any]) -> None:
-        """Give the loggers the settings of the model, except for names that the datamodule has: they want one value.
+        """Give the loggers the settings of the model, except for names that the datamodule has:
+        they want one value.
 
         Hyper-parameters that a subclass has saved stay as they are.
         """
         taken = getattr(getattr(self._trainer, "datamodule", None), "hparams", {})
-        settings["encoder"] = {k: v for k, v in (settings["encoder"] or {}).items() if not isinstance(v, dict)}
+        settings["encoder"] = {
+            k: v for k, v in (settings["encoder"] or {}).items() if not isinstance(v, dict)
+        }
         own = self.hparams.keys() - self._shown_settings
         for name in self._shown_settings & self.hparams.keys() & taken.keys():
             del self.hparams[name]
@@ -69,18 +72,21 @@ class MetricLogging(LightningModule):
             return f"{stage}_metrics", getattr(self, f"{stage}_metrics")
         name = f"{stage}{loader}"
         if name not in self.more_metrics:
-            self.more_metrics[name] = evaluation_metrics(self.output_dimension, self.num_layers).to(self.device)
+            self.more_metrics[name] = evaluation_metrics(self.output_dimension, self.num_layers).to(
+                self.device
+            )
             _reset(self.more_metrics[name])
         return f"more_metrics.{name}", self.more_metrics[name]
 
     def measure(
         self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
     ) -> dict[str, Tensor]:
-        """Update and log the metrics of full depth and of early exit, which is derived from `full` if `early` is None.
+        """Update and log the metrics of full depth and of early exit, which is derived from `full`
+        if `early` is None.
 
         Returns:
-            The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch, layers]``, for
-            callbacks.
+            The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch,
+            layers]``, for callbacks.
         """
         target = labels_of(batch, stage)
         soft = functional.soft_targets(target, self.output_dimension)
@@ -94,7 +100,9 @@ class MetricLogging(LightningModule):
                 f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes unlabelled examples"
             )
         ponder_cost = functional.ponder_cost(full.p, full.h, self.ponder)
-        loss = functional.task_loss(a[:, -1], soft, self.class_weights) + self.lambda_reg * ponder_cost
+        loss = (
+            functional.task_loss(a[:, -1], soft, self.class_weights) + self.lambda_reg * ponder_cost
+        )
         task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
         agreement = (early.probabilities.argmax(dim=1) == a[:, -1].argmax(dim=1)).float().mean()
 
@@ -103,7 +111,9 @@ class MetricLogging(LightningModule):
             # One value per example: without its NaN check, torchmetrics takes no weights.
             metrics[name].update(value.expand(len(target)))
         metrics["exit_layer"].update(early.exit_layer.float())
-        metrics["exit_histogram"].update(torch.bincount(early.exit_layer - 1, minlength=self.num_layers))
+        metrics["exit_histogram"].update(
+            torch.bincount(early.exit_layer - 1, minlength=self.num_layers)
+        )
         metrics["correct"].update((a.argmax(dim=2) == target.unsqueeze(1)).sum(dim=0))
         for name in ("accuracy", "macro_f1"):
             metrics[name].update(early.probabilities, target)
@@ -125,27 +135,42 @@ class MetricLogging(LightningModule):
         }
 
     def _begin_evaluation(self, stage: str) -> None:
-        """Reset all metrics: Lightning resets only scalars, and after `validate` to tensors that no fit can update."""
+        """Reset all metrics: Lightning resets only scalars, and after `validate` to tensors that no
+        fit can update."""
         for loader in self._loaders(stage):
             _reset(self._metrics_of(stage, loader)[1])
 
     def _end_evaluation(self, stage: str) -> None:
-        """Log the accuracy per layer, and keep the exit histogram of the first loader for callbacks."""
+        """Log the accuracy per layer, and keep the exit histogram of the first loader for
+        callbacks."""
         for loader in self._loaders(stage):
             metrics = self._metrics_of(stage, loader)[1]
-            if not metrics["correct"].update_called:  # fewer loaders than before, or a step that does not `measure`
+            if not metrics[
+                "correct"
+            ].update_called:  # fewer loaders than before, or a step that does not `measure`
                 self.exit_histogram = self.exit_histogram if loader else None
                 continue
             # torchmetrics turns a vector of one entry into a scalar: an encoder of one layer.
-            exits, correct = (metrics[name].compute().reshape(-1) for name in ("exit_histogram", "correct"))
+            exits, correct = (
+                metrics[name].compute().reshape(-1) for name in ("exit_histogram", "correct")
+            )
             if not loader:
                 self.exit_histogram = exits.clone()
             values = enumerate(correct / exits.sum(), start=1)
             names = {f"{stage}_layer_accuracy{_suffix(loader)}/{n}": value for n, value in values}
-            self.log_dict(names, on_step=False, on_epoch=True, sync_dist=False, add_dataloader_idx=False)
+            self.log_dict(
+                names, on_step=False, on_epoch=True, sync_dist=False, add_dataloader_idx=False
+            )
 
     def _loaders(self, stage: str) -> list[int]:
-        return [0, *(int(name.removeprefix(stage)) for name in self.more_metrics if name.startswith(stage))]
+        return [
+            0,
+            *(
+                int(name.removeprefix(stage))
+                for name in self.more_metrics
+                if name.startswith(stage)
+            ),
+        ]
 
     def on_validation_epoch_start(self) -> None:
         self._begin_evaluation("val")
@@ -165,9 +190,13 @@ def labels_of(batch: Batch, stage: str) -> Tensor:
     check_batch(batch)
     labels, ids = batch.get("labels"), batch.get("input_ids")
     if not isinstance(labels, Tensor):
-        raise KeyError(f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}")
+        raise KeyError(
+            f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}"
+        )
     if isinstance(ids, Tensor) and labels.dim() and len(labels) != len(ids):
-        raise ValueError(f"labels must be one integer per example, [{len(ids)}], got {list(labels.shape)}")
+        raise ValueError(
+            f"labels must be one integer per example, [{len(ids)}], got {list(labels.shape)}"
+        )
     return labels
 
 
@@ -188,11 +217,15 @@ def teacher_of(batch: Batch, share: float) -> Tensor | None:
 def _reset(metrics: Any) -> None:
     """Reset metrics, in single precision at least: a sum in half precision soon stops growing."""
     for metric in metrics.values():
-        if isinstance(metric, MeanMetric) and metric.weight.dtype in (torch.float16, torch.bfloat16):
+        if isinstance(metric, MeanMetric) and metric.weight.dtype in (
+            torch.float16,
+            torch.bfloat16,
+        ):
             metric.set_dtype(torch.float32)
         metric.reset()
 
 
 def _suffix(loader: int) -> str:
-    """Return the suffix by which Lightning names the metrics of further loaders, empty for the first."""
+    """Return the suffix by which Lightning names the metrics of further loaders, empty for the
+    first."""
     return f"/dataloader_idx_{loader}" if loader else ""

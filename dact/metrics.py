@@ -1,4 +1,5 @@
-"""Metrics of adaptive depth. They are torchmetrics metrics, so that they add up over batches and processes."""
+"""Metrics of adaptive depth. They are torchmetrics metrics, so that they add up over batches and
+processes."""
 
 from __future__ import annotations
 
@@ -29,7 +30,9 @@ class LayerCounts(Metric):
 
     def __init__(self, num_layers: int, **kwargs: Any) -> None:
         super().__init__(**kwargs)
-        self.add_state("counts", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum")
+        self.add_state(
+            "counts", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum"
+        )
 
     def update(self, counts: Tensor) -> None:
         """Add the counts of a batch, int64 ``[layers]``."""
@@ -40,12 +43,18 @@ class LayerCounts(Metric):
         return self.counts
 
 
-AVERAGED = ("loss", "task_loss", "ponder_cost", "agreement")  # values of a batch, averaged over examples
+AVERAGED = (
+    "loss",
+    "task_loss",
+    "ponder_cost",
+    "agreement",
+)  # values of a batch, averaged over examples
 SCALARS = (*AVERAGED, "accuracy", "macro_f1", "exit_layer")
 
 
 def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
-    """Return the metrics of one evaluation: `SCALARS`, and per layer ``exit_histogram`` and the ``correct`` a_n."""
+    """Return the metrics of one evaluation: `SCALARS`, and per layer ``exit_histogram`` and the
+    ``correct`` a_n."""
     # By default a mean ignores NaN, which would hide a broken model.
     means = {name: MeanMetric(nan_strategy="disable") for name in (*AVERAGED, "exit_layer")}
     return nn.ModuleDict(
@@ -60,7 +69,8 @@ def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
 
 
 def collapse(mean_exit_layer: float, layers: int, lambda_reg: float, margin: float) -> str | None:
-    """Return a warning for a model that always leaves after the first or after the last layer, None for any other."""
+    """Return a warning for a model that always leaves after the first or after the last layer, None
+    for any other."""
     if mean_exit_layer == 1.0:
         where, remedy = "the first layer", f"Try a smaller lambda_reg than {lambda_reg:g}"
         remedy += ", or a larger halting_margin" if margin < 1 else ""

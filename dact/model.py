@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
-from dact import functional, hub, inference, model_card, persistence
+from dact import functional, hub, inference, model_card, saving
 from dact.agreement import Agreement
 from dact.arguments import check_arguments, of_rule
 from dact.consistency import divergence, twice
@@ -30,14 +30,16 @@ from dact.submodels import SubmodelConfig, Submodels, start_undecided
 class DACT(MetricLogging):
     r"""A classifier that spends only as many layers of its encoder as each example needs.
 
-    Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times the mean
-    cross-entropy of the layers' own classifications; see `dact.functional` for the symbols and their source. The
-    logged val_loss leaves the exit loss and the λ warm-up out, so that epochs and trials compare; val_task_loss,
-    val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
+    Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times
+    the mean cross-entropy of the layers' own classifications; see `dact.functional` for the symbols
+    and their source. The logged val_loss leaves the exit loss and the λ warm-up out, so that epochs
+    and trials compare; val_task_loss, val_accuracy, val_macro_f1 and val_exit_layer are those of
+    early exit.
 
-    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in float32. Half
-    precision rounds y and h, which may change the class of one example in a few hundred. With several processes,
-    Lightning repeats some validation examples in a fit and, of data of your own, in a test: use one for exact numbers.
+    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in
+    float32. Half precision rounds y and h, which may change the class of one example in a few
+    hundred. With several processes, Lightning repeats some validation examples in a fit and, of
+    data of your own, in a test: use one for exact numbers.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -48,30 +50,40 @@ class DACT(MetricLogging):
         lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0.
         ponder: The ponder cost ρ, ``"p"`` (mean of Σ p_n) or ``"h"`` (mean of Σ h_n).
         exit_loss_weight: Weight of the exit loss, 0 or more.
-        detach_exits: Whether encoder and classifier learn only from the exit loss, as in a multi-exit model, while the
-            loss of a_N and the ponder cost train only the confidence. The first layers then answer better.
-        distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in [0, 1]; the rest is
-            the label. Training batches then carry ``teacher`` ``[batch, classes]``.
-        consistency: Weight, 0 or more, of the divergence between the y_n of two passes with different dropout masks, a
-            part of the exit loss (`dact.consistency`). Above 0, a step takes up to twice the time and memory.
-        share_submodels: Whether all layers share one pair of submodels instead of having one pair each.
-        num_layers: Number of layers that are used, counted from the encoder's first; all of them if left out. *Full
-            depth* means these layers. (Under DDP the parameters of the others never get a gradient: use the strategy
-            ``"ddp_find_unused_parameters_true"``, or cut the encoder itself.)
-        halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see `dact.functional.can_halt`.
-        halting_tolerance: Largest probability, in [0, 1), by which the class that the halting rule returns may end
-            behind the final winner.
-        halting_margin: Lead, in [0, 1], of the first class of y_n over its second above which an example leaves as well
-            (see `dact.functional.is_clear`). It is the second dial: smaller means fewer layers; 1 leaves all to the
-            halting rule.
+        detach_exits: Whether encoder and classifier learn only from the exit loss, as in a
+            multi-exit model, while the loss of a_N and the ponder cost train only the confidence.
+            The first layers then answer better.
+        distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in
+            [0, 1]; the rest is the label. Training batches then carry ``teacher`` ``[batch,
+            classes]``.
+        consistency: Weight, 0 or more, of the divergence between the y_n of two passes with
+            different dropout masks, a part of the exit loss (`dact.consistency`). Above 0, a step
+            takes up to twice the time and memory.
+        share_submodels: Whether all layers share one pair of submodels instead of having one pair
+            each.
+        num_layers: Number of layers that are used, counted from the encoder's first; all of them if
+            left out. *Full depth* means these layers. (Under DDP the parameters of the others never
+            get a gradient: use the strategy ``"ddp_find_unused_parameters_true"``, or cut the
+            encoder itself.)
+        halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see
+            `dact.functional.can_halt`.
+        halting_tolerance: Largest probability, in [0, 1), by which the class that the halting rule
+            returns may end behind the final winner.
+        halting_margin: Lead, in [0, 1], of the first class of y_n over its second above which an
+            example leaves as well (see `dact.functional.is_clear`). It is the second dial: smaller
+            means fewer layers; 1 leaves all to the halting rule.
         class_weights: One weight per class for the training and validation losses.
         learning_rate: Peak learning rate of AdamW.
-        submodel_learning_rate: Peak learning rate of the two submodels; `learning_rate` if left out.
+        submodel_learning_rate: Peak learning rate of the two submodels; `learning_rate` if left
+            out.
         weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
-        warmup_fraction: Share of the optimizer steps over which the learning rate rises; it then falls to 0.
+        warmup_fraction: Share of the optimizer steps over which the learning rate rises; it then
+            falls to 0.
         class_names: Names of the classes; taken from the datamodule if left out.
-        step_tokens: Number of tokens, padding included, per layer in a step of early exit; by default by the device.
-        window_tokens: Number of tokens whose states early exit holds at a time; 16 steps by default.
+        step_tokens: Number of tokens, padding included, per layer in a step of early exit; by
+            default by the device.
+        window_tokens: Number of tokens whose states early exit holds at a time; 16 steps by
+            default.
 
     Raises:
         TypeError: If the encoder is not a `LayeredEncoder`.
@@ -91,8 +103,9 @@ class DACT(MetricLogging):
     halting: HaltingRule = of_rule("rule")
     halting_tolerance: float = of_rule("tolerance")
     halting_margin: float = of_rule("margin")
-    # Lightning's own key would hold the form that LightningCLI writes; this is what `config` returns.
-    CHECKPOINT_HYPER_PARAMS_KEY = persistence.CHECKPOINT_KEY
+    # Lightning's own key would hold the form that LightningCLI writes; this is what `config`
+    # returns.
+    CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
 
     def __init__(
         self,
@@ -123,8 +136,8 @@ class DACT(MetricLogging):
         window_tokens: int | None = None,
     ) -> None:
         super().__init__()
-        persistence.name_plainly(self)
-        self.subclass = persistence.own_arguments(self, DACT)
+        saving.name_plainly(self)
+        self.subclass = saving.own_arguments(self, DACT)
         check_arguments(locals())
         self.encoder = encoder
         self.output_dimension = output_dimension
@@ -148,12 +161,21 @@ class DACT(MetricLogging):
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.calibration: dict[str, Any] | None = None  # what dact.calibrate found
-        self.temperatures: list[float] | None = None  # one per exit layer; they scale scores that are shown
-        self.provenance = model_card.Provenance()  # facts of the run that it was loaded from, for its model card
+        self.temperatures: list[float] | None = (
+            None  # one per exit layer; they scale scores that are shown
+        )
+        self.provenance = (
+            model_card.Provenance()
+        )  # facts of the run that it was loaded from, for its model card
         self.steps_done = 0  # training steps so far, for the warm-up of λ
         self.total_steps = float("inf")  # all training steps; the Trainer knows them
 
-        make = partial(Submodels, num_layers=self.num_layers, hidden_size=encoder.hidden_size, share=share_submodels)
+        make = partial(
+            Submodels,
+            num_layers=self.num_layers,
+            hidden_size=encoder.hidden_size,
+            share=share_submodels,
+        )
         self.classifier = make(classifier, output_size=output_dimension)
         self.confidence = make(confidence, output_size=1)
         start_undecided(self.confidence)
@@ -162,7 +184,8 @@ class DACT(MetricLogging):
     # ------------------------------------------------------------------ the DACT unit
 
     def forward(self, batch: Batch) -> DACTOutput:
-        """Run all layers, as training does. `batch` is a dict of Hugging Face's inputs; labels are not needed."""
+        """Run all layers, as training does. `batch` is a dict of Hugging Face's inputs; labels are
+        not needed."""
         logits, h = self._submodels(batch)
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y, h)
@@ -171,15 +194,17 @@ class DACT(MetricLogging):
     def early_exit(self, batch: Batch) -> DACTOutput:
         """Run each example only as deep as it needs, always in eval mode.
 
-        Large batches are the fastest: examples of similar length go through the layers together, and the remaining
-        ones are regrouped. Neither the batch nor the order of its rows changes an answer, except for rounding in half
-        precision.
-        """
+        Large batches are the fastest: examples of similar length go through the layers together,
+        and the remaining ones are regrouped. Neither the batch nor the order of its rows changes an
+        answer, except for rounding in half precision."""
         return self._inference(batch, self.exit_rule)
 
     def full_depth(self, batch: Batch) -> DACTOutput:
-        """Return what `forward` returns, by the code of `early_exit`: for large batches, in eval mode, no gradients."""
-        output = self._inference(batch, dataclasses.replace(self.exit_rule, rule="never"), record=True)
+        """Return what `forward` returns, by the code of `early_exit`: for large batches, in eval
+        mode, no gradients."""
+        output = self._inference(
+            batch, dataclasses.replace(self.exit_rule, rule="never"), record=True
+        )
         y, h = output.layer_probabilities, output.h
         assert y is not None and h is not None
         a, p = functional.accumulate(y, h)
@@ -199,11 +224,13 @@ class DACT(MetricLogging):
             )
 
     def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        """Return the exit layers of this model, int64 ``[batch]``, from a, p and y; see `functional.exit_layers`."""
+        """Return the exit layers of this model, int64 ``[batch]``, from a, p and y; see
+        `functional.exit_layers`."""
         return self.exit_rule.exit_layers(a, p, y)
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32 or more."""
+        """Return the logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32
+        or more."""
         check_batch(batch)
         if "states" in batch:  # computed before: training of the submodels alone
             states = batch["states"][:, : self.num_layers]
@@ -217,7 +244,8 @@ class DACT(MetricLogging):
         return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
-        """Return this model, changed to plain fine-tuning: all layers run, and only the last one answers and learns.
+        """Return this model, changed to plain fine-tuning: all layers run, and only the last one
+        answers and learns.
 
         Every confidence stays at 1, so that a_N = y_N. This is for baselines and teachers.
         """
@@ -226,7 +254,12 @@ class DACT(MetricLogging):
             nn.init.zeros_(last.weight)
             nn.init.constant_(last.bias, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
-        self.lambda_reg, self.exit_loss_weight, self.distillation, self.consistency = 0.0, 0.0, 0.0, 0.0
+        self.lambda_reg, self.exit_loss_weight, self.distillation, self.consistency = (
+            0.0,
+            0.0,
+            0.0,
+            0.0,
+        )
         self.detach_exits = False
         self.halting = "never"
         return self
@@ -239,14 +272,17 @@ class DACT(MetricLogging):
         return self.distillation > 0
 
     def loss(self, batch: Batch, lambda_reg: float | None = None) -> Loss:
-        """Compute the training loss. It logs nothing and needs no Trainer, so that any module can add it to its own.
+        """Compute the training loss. It logs nothing and needs no Trainer, so that any module can
+        add it to its own.
 
         Args:
-            batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation, ``teacher``
-                ``[batch, classes]``. An example labelled -100 learns only from its teacher, with the weight of any
-                other; without a teacher it only adds to ponder cost and consistency.
-            lambda_reg: λ of this step. If left out, it rises from 0 over the first `lambda_warmup` of `total_steps`;
-                `steps_done` counts the calls in train mode. A Trainer sets both; elsewhere set `total_steps`.
+            batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation,
+                ``teacher`` ``[batch, classes]``. An example labelled -100 learns only from its
+                teacher, with the weight of any other; without a teacher it only adds to ponder cost
+                and consistency.
+            lambda_reg: λ of this step. If left out, it rises from 0 over the first `lambda_warmup`
+                of `total_steps`; `steps_done` counts the calls in train mode. A Trainer sets both;
+                elsewhere set `total_steps`.
 
         Raises:
             KeyError: If the batch has no labels, or distillation no teacher.
@@ -256,8 +292,15 @@ class DACT(MetricLogging):
         teacher = teacher_of(batch, self.distillation)
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
         # Batch normalization would take two passes of one example for two examples.
-        passes = 2 if self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1 else 1
-        (logits, h), target = self._submodels(twice(batch) if passes == 2 else batch), target.repeat(passes, 1)
+        passes = (
+            2
+            if self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1
+            else 1
+        )
+        (logits, h), target = (
+            self._submodels(twice(batch) if passes == 2 else batch),
+            target.repeat(passes, 1),
+        )
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         task_loss = functional.task_loss(a[:, -1], target, self.class_weights)
@@ -275,7 +318,8 @@ class DACT(MetricLogging):
         return Loss(loss, task_loss, exit_loss, ponder_cost)
 
     def _warm_lambda(self) -> float:
-        """Return λ at this step: it rises linearly from 0 over the first `lambda_warmup` of all steps."""
+        """Return λ at this step: it rises linearly from 0 over the first `lambda_warmup` of all
+        steps."""
         trainer = self._trainer
         if trainer is not None and trainer.training and trainer.lightning_module is self:
             self.steps_done = trainer.global_step  # optimizer steps, also after a resume
@@ -287,15 +331,27 @@ class DACT(MetricLogging):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss = self.loss(batch).loss
         size = len(batch["labels"])
-        self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=size, sync_dist=True)
+        self.log(
+            "train_loss",
+            loss,
+            on_step=False,
+            on_epoch=True,
+            prog_bar=True,
+            batch_size=size,
+            sync_dist=True,
+        )
         return loss
 
-    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
+    def validation_step(
+        self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> dict[str, Tensor]:
         return self.measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         # Both full depth and early exit are computed by the code that predicts.
-        return self.measure("test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx)
+        return self.measure(
+            "test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx
+        )
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> DACTOutput:
         return self.early_exit(batch)
@@ -307,7 +363,9 @@ class DACT(MetricLogging):
         return [] if any(isinstance(one, Agreement) for one in trainer.callbacks) else [Agreement()]
 
     def setup(self, stage: str) -> None:
-        self.show_settings({name: value for name, value in self.config().items() if name not in persistence.LEARNED})
+        self.show_settings(
+            {name: value for name, value in self.config().items() if name not in saving.LEARNED}
+        )
         if stage == "fit" and not any(module.training for module in self.modules()):
             self.train()  # a loaded model, which Lightning would train without dropout
 
@@ -315,15 +373,20 @@ class DACT(MetricLogging):
         self._forget()
 
     def on_train_start(self) -> None:
-        # Infinite or -1 if the end is not known: nothing warms up or decays. Lightning's tuners train more than once.
+        # Infinite or -1 if the end is not known: nothing warms up or decays. Lightning's tuners
+        # train more than once.
         self.total_steps = optimizer_steps(self.trainer)
 
     def configure_optimizers(self) -> Any:
         encoder = {id(parameter) for parameter in self.encoder.parameters()}
-        others = [one for one in self.parameters() if id(one) not in encoder]  # the submodels', and those of a subclass
+        others = [
+            one for one in self.parameters() if id(one) not in encoder
+        ]  # the submodels', and those of a subclass
         rate = self.submodel_learning_rate or self.learning_rate
         rates = ((self.encoder.parameters(), self.learning_rate), (others, rate))
-        return schedule(rates, self.weight_decay, self.warmup_fraction, optimizer_steps(self.trainer))
+        return schedule(
+            rates, self.weight_decay, self.warmup_fraction, optimizer_steps(self.trainer)
+        )
 
     def _forget(self) -> None:
         """Drop what was found for weights that are trained further."""
@@ -335,26 +398,30 @@ class DACT(MetricLogging):
         """Drop the calibration, and restore the value that its dial had before."""
         if self.calibration is not None:
             dial = self.calibration["promise"]["dial"]
-            if getattr(self, dial) == self.calibration[dial]:  # a dial that was moved since is the user's own
+            if (
+                getattr(self, dial) == self.calibration[dial]
+            ):  # a dial that was moved since is the user's own
                 setattr(self, dial, self.calibration["instead_of"])
             self.calibration = None
 
     # ------------------------------------------------------------------ on disk
 
     def config(self) -> dict[str, Any]:
-        """Return plain data (strings, numbers, lists, dicts) from which this model can be built again."""
-        return persistence.config_of(self, DACT)
+        """Return plain data (strings, numbers, lists, dicts) from which this model can be built
+        again."""
+        return saving.config_of(self, DACT)
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build a model with fresh weights as `config` describes it; keyword arguments replace its entries."""
-        return persistence.build(cls, DACT, config, overrides)
+        """Build a model with fresh weights as `config` describes it; keyword arguments replace its
+        entries."""
+        return saving.build(cls, DACT, config, overrides)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint[persistence.CHECKPOINT_KEY] = self.config()
+        checkpoint[saving.CHECKPOINT_KEY] = self.config()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        reason = persistence.adopt(self, checkpoint)
+        reason = saving.adopt(self, checkpoint)
         if reason is not None:
             rank_zero_warn(reason)
 
@@ -368,39 +435,51 @@ class DACT(MetricLogging):
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> Self:
-        """Return the model of a checkpoint, under torch's weights-only loading; `pretrained` weights are not read.
+        """Return the model of a checkpoint, under torch's weights-only loading; `pretrained`
+        weights are not read.
 
         Args:
-            checkpoint_path: File that the Trainer's checkpointing wrote, or its address, such as ``s3://…``.
+            checkpoint_path: File that the Trainer's checkpointing wrote, or its address, such as
+                ``s3://…``.
             map_location: As for `torch.load`.
             weights_only: Never False: a checkpoint of dact holds only data.
             encoder: Encoder, built as it was for training; needed only for an encoder of your own.
-            **overrides: Constructor arguments that replace those of the checkpoint, such as ``halting_tolerance=0.3``.
+            **overrides: Constructor arguments that replace those of the checkpoint, such as
+                ``halting_tolerance=0.3``.
 
         Raises:
             FileNotFoundError: If there is no such file.
             ValueError: If the file cannot be read, is not a checkpoint of DACT, or does not fit.
         """
         if weights_only is False:
-            raise ValueError("weights_only=False would let a checkpoint run code; dact's checkpoints load without it")
-        config, weights = persistence.read_checkpoint(checkpoint_path, map_location)
+            raise ValueError(
+                "weights_only=False would let a checkpoint run code; dact's checkpoints load without it"
+            )
+        config, weights = saving.read_checkpoint(checkpoint_path, map_location)
         if encoder is not None:
             overrides["encoder"] = encoder
-        model = persistence.load(cls, DACT, config, weights, str(checkpoint_path), overrides)
+        model = saving.load(cls, DACT, config, weights, str(checkpoint_path), overrides)
         return model.to(map_location) if isinstance(map_location, (str, torch.device)) else model
 
-    def save_pretrained(self, directory: str | Path, *, metrics: Metrics = None, repo_id: str | None = None) -> None:
-        """Write config.json, model.safetensors and a model card into `directory`, which is created if needed.
+    def save_pretrained(
+        self, directory: str | Path, *, metrics: Metrics = None, repo_id: str | None = None
+    ) -> None:
+        """Write config.json, model.safetensors and a model card into `directory`, which is created
+        if needed.
 
         Args:
             directory: Folder to write to. A README.md there that was written by hand is kept.
-            metrics, repo_id: Content of metrics.json, and Hub id, for the card; see `dact.model_card.write_card`.
+            metrics, repo_id: Content of metrics.json, and Hub id, for the card; see
+                `dact.model_card.write_card`.
         """
-        persistence.write_folder(self, DACT, Path(directory))
+        saving.write_folder(self, DACT, Path(directory))
         model_card.write_card(Path(directory), self, metrics, repo_id)
 
-    def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]) -> str:
-        """Publish the model on the Hub in one commit; `TextClassifier.push_to_hub` publishes its tokenizer as well.
+    def push_to_hub(
+        self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]
+    ) -> str:
+        """Publish the model on the Hub in one commit; `TextClassifier.push_to_hub` publishes its
+        tokenizer as well.
 
         Args:
             repo_id: Hub id ``"OWNER/NAME"`` of a repository, which is created if needed.
@@ -426,25 +505,34 @@ class DACT(MetricLogging):
     ) -> Self:
         """Return the model, in eval mode, that `save_pretrained` wrote or `push_to_hub` published.
 
-        Files that other tools re-saved load as well, such as weights in half precision, which are cast to float32.
+        Files that other tools re-saved load as well, such as weights in half precision, which are
+        cast to float32.
 
         Args:
-            directory: A folder with config.json and model.safetensors, or a Hub id ``"OWNER/NAME"``.
+            directory: A folder with config.json and model.safetensors, or a Hub id
+                ``"OWNER/NAME"``.
             encoder: Encoder; needed only for an encoder of your own.
-            revision, token, cache_dir, local_files_only: Options for a Hub id; see `dact.hub.local_folder`.
-            **overrides: Constructor arguments that replace those of the folder, such as ``halting_tolerance=0.3``.
+            revision, token, cache_dir, local_files_only: Options for a Hub id; see
+                `dact.hub.local_folder`.
+            **overrides: Constructor arguments that replace those of the folder, such as
+                ``halting_tolerance=0.3``.
 
         Raises:
-            FileNotFoundError: If there is no such folder or repository, or one of the two files is missing.
+            FileNotFoundError: If there is no such folder or repository, or one of the two files is
+                missing.
             ValueError: If a file cannot be read or does not fit.
         """
         folder = hub.local_folder(
-            directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            directory,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
         )
-        config, weights = persistence.read_folder(folder, DACT)
-        encoder = persistence.encoder_with_files(config, folder) if encoder is None else encoder
+        config, weights = saving.read_folder(folder, DACT)
+        encoder = saving.encoder_with_files(config, folder) if encoder is None else encoder
         if encoder is not None:
             overrides["encoder"] = encoder
-        model = persistence.load(cls, DACT, config, weights, str(directory), overrides).eval()
+        model = saving.load(cls, DACT, config, weights, str(directory), overrides).eval()
         model.provenance = model_card.read_provenance(folder)
         return model

@@ -35,19 +35,23 @@ class Provenance:
 
 
 def read_provenance(folder: Path) -> Provenance:
-    """Return the facts in the files next to the ``model/`` folder of a run; none for any other folder."""
+    """Return the facts in the files next to the ``model/`` folder of a run; none for any other
+    folder."""
     if folder.name not in MODEL_FOLDERS:
         return Provenance()
     metrics = data = None
     with contextlib.suppress(OSError, ValueError):  # not there, or not ours
         metrics = json.loads((folder.parent / "metrics.json").read_text(encoding="utf-8"))
     with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
-        data = _name_of_data(yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8")))
+        data = _name_of_data(
+            yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
+        )
     return Provenance(metrics if isinstance(metrics, dict) else None, data)
 
 
 def _name_of_data(config: Any) -> str | None:
-    """Return the class of the data with the name of its training file, without the folder, which may be private."""
+    """Return the class of the data with the name of its training file, without the folder, which
+    may be private."""
     section = config.get("data") if isinstance(config, dict) else None
     if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
         return None
@@ -56,7 +60,9 @@ def _name_of_data(config: Any) -> str | None:
     return f"{name}, {Path(file).name}" if isinstance(file, str) else name
 
 
-def write_card(folder: Path, model: Any, metrics: Metrics = None, repo_id: str | None = None) -> None:
+def write_card(
+    folder: Path, model: Any, metrics: Metrics = None, repo_id: str | None = None
+) -> None:
     """Write README.md into the folder of a model, unless one is there that was written by hand.
 
     Args:
@@ -142,17 +148,13 @@ def _use(model: Any, repo_id: str | None) -> str:
 
 
 def _halting(model: Any) -> str:
-    setting = (
-        f"Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin {model.halting_margin:.8g}."
-    )
+    setting = f"Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin {model.halting_margin:.8g}."
     if model.halting == "never":
         return f"{setting} Every text runs all {model.num_layers} layers."
     if model.calibration is not None:
         return f"{setting} {_promise(model.calibration, model.num_layers)}"
     if model.halting_tolerance == 0 and model.halting_margin == 1:
-        return (
-            f"{setting} By proof, the class is the one that all {model.num_layers} layers would give; the score is not."
-        )
+        return f"{setting} By proof, the class is the one that all {model.num_layers} layers would give; the score is not."
     return f"{setting} There is no promise about the texts whose class differs from that of all layers."
 
 
@@ -175,7 +177,11 @@ def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> s
 def _promise(calibration: Mapping[str, Any], layers: int) -> str:
     """Return the record of `dact.calibrate` as text."""
     promise = calibration["promise"]
-    against = "the model's own full depth" if calibration.get("baseline_accuracy") is None else "the baseline"
+    against = (
+        "the model's own full depth"
+        if calibration.get("baseline_accuracy") is None
+        else "the baseline"
+    )
     what = what_is_promised(promise, against, layers)
     if calibration.get("estimate"):
         first = f"**Estimate, without a confidence:** {what}."
@@ -190,17 +196,26 @@ def _promise(calibration: Mapping[str, Any], layers: int) -> str:
 
 
 def _measurements(metrics: Mapping[str, Any], kind: str) -> list[str]:
-    """Return the tables of the measurements that `metrics` has, for a model with this kind of encoder."""
+    """Return the tables of the measurements that `metrics` has, for a model with this kind of
+    encoder."""
     parts = []
     before = " before the export to ONNX Runtime" if kind == "OnnxEncoder" else ""
-    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a table of another shape is left out
+    with contextlib.suppress(
+        KeyError, TypeError, AttributeError
+    ):  # a table of another shape is left out
         test, layers = metrics["test"], metrics["layers"]
         rows = [
             ("early exit", test["mean_exit_layer"], test),
             ("the same model at full depth", layers, test["full_depth"]),
         ]
         if "baseline" in metrics:
-            rows.append(("whole encoder, fine-tuned", metrics["baseline"]["layers"], metrics["baseline"]["test"]))
+            rows.append(
+                (
+                    "whole encoder, fine-tuned",
+                    metrics["baseline"]["layers"],
+                    metrics["baseline"]["test"],
+                )
+            )
         table = [
             f"| {name} | {depth:.2f} | {100 * entry['accuracy']:.2f} % | {entry['macro_f1']:.3f} "
             f"| {_speed(entry.get('texts_per_second'))} |"
@@ -216,9 +231,7 @@ def _measurements(metrics: Mapping[str, Any], kind: str) -> list[str]:
             for point in metrics["margin_curve"]
         ]
         head = "| margin | layers | accuracy | agreement with full depth |\n|---|---|---|---|"
-        text = (
-            f"Measured{before} on validation examples: estimates. `from_pretrained(..., halting_margin=...)` sets one."
-        )
+        text = f"Measured{before} on validation examples: estimates. `from_pretrained(..., halting_margin=...)` sets one."
         parts.append(f"## Operating points\n\n{text}\n\n" + "\n".join([head, *table]))
     return parts
 

@@ -21,36 +21,53 @@ def optimizer_steps(trainer: Any) -> float:
     It is Lightning's estimate, which leaves out what a `GradientAccumulationScheduler` accumulates.
     """
     estimate, epochs = float(trainer.estimated_stepping_batches), trainer.max_epochs or -1
-    schedulers = [one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)]
+    schedulers = [
+        one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)
+    ]
     endless = math.isinf(trainer.num_training_batches)  # a stream, which max_steps ends
     if not schedulers or not 0 < estimate < math.inf or epochs < 0 or endless:
         return estimate
     batches = int(trainer.num_training_batches)
-    steps = sum(-(-batches // schedulers[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs))
+    steps = sum(
+        -(-batches // schedulers[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs)
+    )
     return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def schedule(
-    rates: Iterable[tuple[Iterable[nn.Parameter], float]], weight_decay: float, warmup_fraction: float, total: float
+    rates: Iterable[tuple[Iterable[nn.Parameter], float]],
+    weight_decay: float,
+    warmup_fraction: float,
+    total: float,
 ) -> Any:
-    """Return AdamW and its schedule, in a form that `LightningModule.configure_optimizers` may return.
+    """Return AdamW and its schedule, in a form that `LightningModule.configure_optimizers` may
+    return.
 
     Args:
         rates: Parameters, each with their peak learning rate.
         weight_decay: Weight decay of the matrices.
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
-        total: Number of optimizer steps; ``inf`` or -1 for a fit whose end is not known, in which rates are constant.
+        total: Number of optimizer steps; ``inf`` or -1 for a fit whose end is not known, in which
+            rates are constant.
     """
     groups: list[dict[str, Any]] = []  # frozen parameters are in none
     for parameters, rate in rates:
         trained = [parameter for parameter in parameters if parameter.requires_grad]
-        for is_matrix, decay in ((True, weight_decay), (False, 0.0)):  # biases and norms get no decay
+        for is_matrix, decay in (
+            (True, weight_decay),
+            (False, 0.0),
+        ):  # biases and norms get no decay
             if chosen := [parameter for parameter in trained if (parameter.dim() > 1) == is_matrix]:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    # One kernel for all tensors. On a CPU it is not the default, and several times as fast. Other devices may lack it.
-    fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {"cpu", "cuda"}
+    # One kernel for all tensors. On a CPU it is not the default, and several times as fast. Other
+    # devices may lack it.
+    fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {
+        "cpu",
+        "cuda",
+    }
     optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused)
-    # Lightning clips no gradients that an optimizer unscales by itself; without this flag, Lightning unscales them.
+    # Lightning clips no gradients that an optimizer unscales by itself; without this flag,
+    # Lightning unscales them.
     optimizer._step_supports_amp_scaling = False
     if not 0 < total < float("inf"):  # Lightning says -1 for a stream of examples
         return optimizer
@@ -61,8 +78,8 @@ def schedule(
 class WarmupThenDecay(LambdaLR):
     """A learning rate that rises linearly and then falls linearly to 0.
 
-    A parameter group that is added during the fit, as Lightning's `BaseFinetuning` does when it unfreezes layers,
-    starts at the rate that it was given and falls with the others.
+    A parameter group that is added during the fit, as Lightning's `BaseFinetuning` does when it
+    unfreezes layers, starts at the rate that it was given and falls with the others.
 
     Args:
         optimizer: Optimizer whose groups hold their peak rates.
@@ -75,7 +92,9 @@ class WarmupThenDecay(LambdaLR):
 
     @override
     def get_lr(self) -> list[Any]:
-        factor, before = (self.lr_lambdas[0](step) for step in (self.last_epoch, self.last_epoch - 1))
+        factor, before = (
+            self.lr_lambdas[0](step) for step in (self.last_epoch, self.last_epoch - 1)
+        )
         for group in self.optimizer.param_groups:
             if "initial_lr" not in group:
                 group["initial_lr"] = group["lr"] / max(before, 1e-9)

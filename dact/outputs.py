@@ -14,10 +14,11 @@ class DACTOutput:
     """The answers of DACT to a batch.
 
     Args:
-        probabilities: ``[batch, classes]``: a_N from `DACT.forward`, a_n at the exit layer from `DACT.early_exit`.
-            The halting rule guarantees the class of a_N, not its probabilities; the margin guarantees neither.
-        exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`: the last one that the
-            halting rule would have run).
+        probabilities: ``[batch, classes]``: a_N from `DACT.forward`, a_n at the exit layer from
+            `DACT.early_exit`. The halting rule guarantees the class of a_N, not its probabilities;
+            the margin guarantees neither.
+        exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`:
+            the last one that the halting rule would have run).
         layer_probabilities: y, ``[batch, layers, classes]``; from `DACT.forward` only.
         h: The confidence of each layer, ``[batch, layers]``; from `DACT.forward` only.
         p: The remaining share after each layer, ``[batch, layers]``; from `DACT.forward` only.
@@ -30,9 +31,16 @@ class DACTOutput:
     p: Tensor | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
-        """Return the output with its tensors moved or cast by `torch.Tensor.to`, as the Trainer moves predictions."""
-        tensors: dict[str, Any] = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        moved = {name: tensor.to(*args, **kwargs) for name, tensor in tensors.items() if tensor is not None}
+        """Return the output with its tensors moved or cast by `torch.Tensor.to`, as the Trainer
+        moves predictions."""
+        tensors: dict[str, Any] = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
+        }
+        moved = {
+            name: tensor.to(*args, **kwargs)
+            for name, tensor in tensors.items()
+            if tensor is not None
+        }
         return dataclasses.replace(self, **moved)
 
 
@@ -41,10 +49,11 @@ class Loss:
     """The training loss of a batch and its parts, each a scalar.
 
     Args:
-        loss: ``task_loss + λ · ponder_cost + exit_loss_weight · exit_loss``; call ``backward()`` on it.
+        loss: ``task_loss + λ · ponder_cost + exit_loss_weight · exit_loss``; call ``backward()`` on
+            it.
         task_loss: Negative log-likelihood of a_N, with the teacher's share in its targets.
-        exit_loss: Mean cross-entropy of the layers' own classifications, with the same targets, and what `consistency`
-            adds to it.
+        exit_loss: Mean cross-entropy of the layers' own classifications, with the same targets, and
+            what `consistency` adds to it.
         ponder_cost: ρ.
     """
 

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """Make a figure with one pair of axes outside of pyplot: no global state changes, and nothing stays open."""
+    """Make a figure with one pair of axes outside of pyplot: no global state changes, and nothing
+    stays open."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
@@ -35,11 +36,18 @@ def depth_against_exit(depths: Tensor, exit_layers: Tensor, num_layers: int) -> 
         counts = torch.bincount(exit_layers[depths == depth] - 1, minlength=num_layers).float()
         shares[:, depth] = counts / counts.sum().clamp_min(1)
     extent = (-0.5, deepest - 0.5, 0.5, num_layers + 0.5)
-    image = axes.imshow(shares.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=extent)
+    image = axes.imshow(
+        shares.numpy(), origin="lower", aspect="auto", cmap="Blues", vmin=0, vmax=1, extent=extent
+    )
     present = sorted(set(depths.tolist()))
     means = [exit_layers[depths == depth].float().mean().item() for depth in present]
     axes.plot(present, means, "o-", color="tab:red", label="mean exit layer")
-    axes.set(xlabel="depth of the example (steps)", ylabel="exit layer", xticks=present, title="where examples leave")
+    axes.set(
+        xlabel="depth of the example (steps)",
+        ylabel="exit layer",
+        xticks=present,
+        title="where examples leave",
+    )
     axes.set_yticks(range(1, num_layers + 1))
     axes.legend(loc="upper left")
     figure.colorbar(image, label="share of the examples of a depth")

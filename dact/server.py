@@ -1,6 +1,7 @@
 """A server for a fitted model: LitServe around `TextClassifier`, with requests batched together."""
 
-# Annotations are evaluated here, since LitServe reads the types of requests and responses from them.
+# Annotations are evaluated here, since LitServe reads the types of requests and responses from
+# them.
 
 import errno
 import json
@@ -32,15 +33,17 @@ try:
     from fastapi.responses import JSONResponse
     from litserve.loops import BatchedLoop
 except ImportError as error:
-    raise ImportError("dact serve needs LitServe, which is not installed: pip install 'dact[serve]'") from error
+    raise ImportError(
+        "dact serve needs LitServe, which is not installed: pip install 'dact[serve]'"
+    ) from error
 
 MOST_CHARACTERS = 100_000  # of a text; a pair counts as one
 MOST_BYTES = 1_000_000  # of a body
 MOST_TEXTS = 10_000  # of a request, since other clients wait for it
 Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # those that LitServe takes
 
-# LitServe ends its worker by a signal. Python's resource tracker, a process that is started with these options, then
-# frees a semaphore of the worker, and would say so.
+# LitServe ends its worker by a signal. Python's resource tracker, a process that is started with
+# these options, then frees a semaphore of the worker, and would say so.
 ITS_SEMAPHORE = "ignore:resource_tracker:UserWarning"
 
 log = logging.getLogger(__name__)
@@ -49,7 +52,8 @@ Text = str | tuple[str, str]
 
 
 class PredictRequest(BaseModel):
-    """The body of ``POST /predict``: one text, or a list of them; a pair of texts is a list of two."""
+    """The body of ``POST /predict``: one text, or a list of them; a pair of texts is a list of
+    two."""
 
     model_config = ConfigDict(extra="forbid")
     text: Text | None = None
@@ -72,7 +76,9 @@ class PredictRequest(BaseModel):
     @classmethod
     def _name(cls, content: Any) -> Any:
         if not isinstance(content, dict):
-            raise ValueError('expected an object such as {"text": "…"}, sent with Content-Type: application/json')
+            raise ValueError(
+                'expected an object such as {"text": "…"}, sent with Content-Type: application/json'
+            )
         unknown = [name for name in content if name not in cls.model_fields]
         if unknown:
             raise ValueError(f"expected 'text' or 'texts', got {str(unknown[0])[:40]!r}")
@@ -108,10 +114,14 @@ class PredictResponse(BaseModel):
 
 
 class _Loop(BatchedLoop):
-    """A loop that waits for the first request of a batch; LitServe's own polls a thousand times a second."""
+    """A loop that waits for the first request of a batch; LitServe's own polls a thousand times a
+    second."""
 
-    def get_batch_requests(self, lit_api: Any, request_queue: Any, transport: Any) -> tuple[list[Any], list[Any]]:
-        """Return the requests to answer together, and those that waited for longer than the server's time-out."""
+    def get_batch_requests(
+        self, lit_api: Any, request_queue: Any, transport: Any
+    ) -> tuple[list[Any], list[Any]]:
+        """Return the requests to answer together, and those that waited for longer than the
+        server's time-out."""
         taken: list[Any] = []
         end = None
         while len(taken) < lit_api.max_batch_size:
@@ -136,7 +146,8 @@ class _API(litserve.LitAPI):
         self.model = model
 
     def setup(self, device: str) -> None:
-        # Ctrl-C reaches every process of the terminal. This one ends when the server has answered accepted requests.
+        # Ctrl-C reaches every process of the terminal. This one ends when the server has answered
+        # accepted requests.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.classifier = TextClassifier.from_pretrained(self.model)
         self.classifier.model.to(device)
@@ -151,7 +162,9 @@ class _API(litserve.LitAPI):
             return self._classify(requests)
         except Exception as error:
             if len(requests) == 1:
-                log.error("a request failed: %s", type(error).__name__)  # the message may quote the text
+                log.error(
+                    "a request failed: %s", type(error).__name__
+                )  # the message may quote the text
                 return [JSONResponse({"detail": "the model failed on this request"}, 500)]
             # One of them is at fault: classify them one by one, so that the others are answered.
             return [answer for request in requests for answer in self.predict([request])]
@@ -167,7 +180,10 @@ class _API(litserve.LitAPI):
             if rows:
                 answers = self.classifier.stream(texts[row] for row in rows)  # type: ignore[misc]
                 found.update(zip(rows, answers, strict=True))
-        in_order = ({name: getattr(found[row], name) for name in Answer.model_fields} for row in range(len(texts)))
+        in_order = (
+            {name: getattr(found[row], name) for name in Answer.model_fields}
+            for row in range(len(texts))
+        )
         return [{"predictions": [next(in_order) for _ in request.all()]} for request in requests]
 
 
@@ -178,19 +194,23 @@ def serve(
     max_batch: int = 64,
     max_wait: float = 0.002,
 ) -> None:
-    """Serve a model until SIGTERM or Ctrl-C. Requests that were accepted before are still answered. The call blocks.
+    """Serve a model until SIGTERM or Ctrl-C. Requests that were accepted before are still answered.
+    The call blocks.
 
-    Routes: ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` (a pair of texts is a list of two) and answers
-    ``{"predictions": [{"label", "score", "exit_layer"}, …]}``; ``GET /health`` says whether the model is loaded;
-    ``GET /info`` has the classes, layers, dial and promise. A malformed, empty or mistyped request gets 422. A text
-    of over 100,000 characters, more than 10,000 texts or a body of over 1 MB gets 413. If the environment sets
-    LIT_SERVER_API_KEY, requests must carry it in the header ``X-API-Key``. Texts are not logged.
+    Routes: ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` (a pair of texts is a list
+    of two) and answers ``{"predictions": [{"label", "score", "exit_layer"}, …]}``; ``GET /health``
+    says whether the model is loaded; ``GET /info`` has the classes, layers, dial and promise. A
+    malformed, empty or mistyped request gets 422. A text of over 100,000 characters, more than
+    10,000 texts or a body of over 1 MB gets 413. If the environment sets LIT_SERVER_API_KEY,
+    requests must carry it in the header ``X-API-Key``. Texts are not logged.
 
-    Call it in the main thread of a program of its own, since it starts processes and handles SIGTERM.
+    Call it in the main thread of a program of its own, since it starts processes and handles
+    SIGTERM.
 
     Args:
         model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` write it.
-        host: Address to listen on, ``"127.0.0.1"``, ``"0.0.0.0"`` or ``"::"``; only this machine reaches the first.
+        host: Address to listen on, ``"127.0.0.1"``, ``"0.0.0.0"`` or ``"::"``; only this machine
+            reaches the first.
         port: Port to listen on, 1024 to 65535.
         max_batch: Largest number of requests that are classified together, 2 or more.
         max_wait: Seconds that a request may wait for others to join it, 0 or more.
@@ -200,7 +220,8 @@ def serve(
         FileNotFoundError: If there is no model.
         ValueError: If an argument is outside its range, or the model cannot be read.
         OSError: If the port is taken.
-        RuntimeError: If the process that runs the model or the one that answers HTTP ends by itself.
+        RuntimeError: If the process that runs the model or the one that answers HTTP ends by
+            itself.
     """
     check_choice("serve: host", host, Host)
     check_count("serve: port", port, 1024, 65535)
@@ -220,13 +241,16 @@ def serve(
     before, main = set(multiprocessing.active_children()), os.getpid()
 
     def is_news(record: logging.LogRecord) -> bool:
-        # LitServe's monitor logs that LitServe's processes are gone: they were stopped, or an error is raised here.
+        # LitServe's monitor logs that LitServe's processes are gone: they were stopped, or an error
+        # is raised here.
         gone = record.exc_info is not None and isinstance(record.exc_info[1], (EOFError, OSError))
         crashed = gone and record.msg == "Monitoring worker crashed"
         return not crashed and not str(record.msg).endswith("Already not alive.")
 
     def stop(number: int, frame: object) -> None:
-        if os.getpid() != main:  # a process of the server inherits this handler, and stops by itself
+        if (
+            os.getpid() != main
+        ):  # a process of the server inherits this handler, and stops by itself
             raise SystemExit(0)
         server.stopping.set()
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -238,15 +262,25 @@ def serve(
         signal.signal(signal.SIGINT, stop)
     logger = logging.getLogger("litserve.server")
     logger.addFilter(is_news)
-    print(f"serving {path} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it", flush=True)
+    print(
+        f"serving {path} at http://{f'[{host}]' if ':' in host else host}:{port}; Ctrl-C stops it",
+        flush=True,
+    )
     try:
         server.run(
-            host=host, port=port, num_api_servers=1, generate_client_file=False, access_log=False, log_level="warning"
+            host=host,
+            port=port,
+            num_api_servers=1,
+            generate_client_file=False,
+            access_log=False,
+            log_level="warning",
         )
     except KeyboardInterrupt:
         pass  # before it was ready
     except (EOFError, ConnectionError) as error:
-        raise RuntimeError("the process that runs the model ended by itself, perhaps for lack of memory") from error
+        raise RuntimeError(
+            "the process that runs the model ended by itself, perhaps for lack of memory"
+        ) from error
     finally:
         server.stopping.set()
         for process in set(multiprocessing.active_children()) - before:
@@ -256,7 +290,9 @@ def serve(
         sys.warnoptions.remove(ITS_SEMAPHORE)
         try:
             for thread in threading.enumerate():
-                if thread.name == "litserve-monitoring":  # which looks now and then, so perhaps only now
+                if (
+                    thread.name == "litserve-monitoring"
+                ):  # which looks now and then, so perhaps only now
                     thread.join(4 * server.monitor_internal)
         finally:
             logger.removeFilter(is_news)
@@ -265,7 +301,8 @@ def serve(
 
 
 class _Server(litserve.LitServer):
-    """LitServe that stops as well if the process that answers HTTP ends, which LitServe itself would not notice."""
+    """LitServe that stops as well if the process that answers HTTP ends, which LitServe itself
+    would not notice."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -275,20 +312,27 @@ class _Server(litserve.LitServer):
     def _start_worker_monitoring(self, manager: Any, uvicorn_workers: dict[int, Any]) -> None:
         """Called when all processes have been started."""
         super()._start_worker_monitoring(manager, uvicorn_workers)
-        threading.Thread(target=self._watch, args=(list(uvicorn_workers.values()),), daemon=True).start()
+        threading.Thread(
+            target=self._watch, args=(list(uvicorn_workers.values()),), daemon=True
+        ).start()
 
     def _watch(self, http: list[Any]) -> None:
         while not self.stopping.wait(self.monitor_internal):
-            if not all(one.is_alive() for one in http) and all(one.is_alive() for one in self.inference_workers):
+            if not all(one.is_alive() for one in http) and all(
+                one.is_alive() for one in self.inference_workers
+            ):
                 self.deserted = True
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
 
 def _check_free(host: str, port: int) -> None:
-    """Raise an error if another program listens on the port; the server would find out after the model is loaded."""
+    """Raise an error if another program listens on the port; the server would find out after the
+    model is loaded."""
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: one that has ended is none
+        probe.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEADDR, 1
+        )  # as the server does: one that has ended is none
         try:
             probe.bind((host, port))
         except OSError as error:
@@ -298,7 +342,8 @@ def _check_free(host: str, port: int) -> None:
 
 
 def _inspect(model: str) -> tuple[dict[str, Any], str]:
-    """Load a model once to fail early; return the content of ``/info`` and the kind of device that it runs on."""
+    """Load a model once to fail early; return the content of ``/info`` and the kind of device that
+    it runs on."""
     classifier = TextClassifier.from_pretrained(model)
     fitted = classifier.model
     encoder: LayeredEncoder = fitted.encoder
@@ -307,19 +352,29 @@ def _inspect(model: str) -> tuple[dict[str, Any], str]:
         "classes": list(classifier.class_names),
         "layers": fitted.num_layers,
         "halting": fitted.halting,
-        "dial": {"halting_tolerance": fitted.halting_tolerance, "halting_margin": fitted.halting_margin},
+        "dial": {
+            "halting_tolerance": fitted.halting_tolerance,
+            "halting_margin": fitted.halting_margin,
+        },
         "promise": fitted.calibration,
         "runs on": "ONNX Runtime" if exported else "PyTorch",
     }
-    return json.loads(json.dumps(info)), "cuda" if torch.cuda.is_available() and not exported else "cpu"
+    return json.loads(
+        json.dumps(info)
+    ), "cuda" if torch.cuda.is_available() and not exported else "cpu"
 
 
 async def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
-    """Answer 422 without the input: FastAPI would repeat it, and fail if it is not valid Unicode."""
+    """Answer 422 without the input: FastAPI would repeat it, and fail if it is not valid
+    Unicode."""
     faults: Sequence[Any] = getattr(error, "errors", list)()
-    return JSONResponse({"detail": [{name: fault[name] for name in ("loc", "msg", "type")} for fault in faults]}, 422)
+    return JSONResponse(
+        {"detail": [{name: fault[name] for name in ("loc", "msg", "type")} for fault in faults]},
+        422,
+    )
 
 
 async def _say_unreadable(request: Request, error: Exception) -> JSONResponse:
-    """Answer 422 for a body that no parser can read, where FastAPI would answer 400 for some faults."""
+    """Answer 422 for a body that no parser can read, where FastAPI would answer 400 for some
+    faults."""
     return JSONResponse({"detail": "the body is not JSON"}, 422)

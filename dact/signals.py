@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM as a flag that is checked between batches.
 
-Python drops an exception that a signal handler raises inside a finalizer or a weakref callback, so the handler only
-sets a flag. `check` turns the flag into a KeyboardInterrupt at a place where nothing is half done.
-"""
+Python drops an exception that a signal handler raises inside a finalizer or a weakref callback, so
+the handler only sets a flag. `check` turns the flag into a KeyboardInterrupt at a place where
+nothing is half done."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _at_once = False
 
 
 def install() -> None:
-    """Make Ctrl-C and SIGTERM request a stop. This is for commands and workers, which own their process.
+    """Make Ctrl-C and SIGTERM request a stop. This is for commands and workers, which own their
+    process.
 
-    A SIGINT that this process ignores, as in the background of a shell, stays ignored. A second signal raises
-    KeyboardInterrupt at once, for work that has no batches.
-    """
+    A SIGINT that this process ignores, as in the background of a shell, stays ignored. A second
+    signal raises KeyboardInterrupt at once, for work that has no batches."""
     global _requested
     _requested = False
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
@@ -39,7 +39,8 @@ def _request(signal_number: int, frame: Any) -> None:
 
 @contextlib.contextmanager
 def at_once() -> Iterator[None]:
-    """Let the first signal raise KeyboardInterrupt, in a block that may wait for input without end."""
+    """Let the first signal raise KeyboardInterrupt, in a block that may wait for input without
+    end."""
     global _at_once
     _at_once = True
     try:
@@ -66,4 +67,6 @@ class StopOnSignal(Callback):
     def _check(self, *args: Any, **kwargs: Any) -> None:
         check()
 
-    on_train_batch_start = on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _check
+    on_train_batch_start = on_validation_batch_start = on_test_batch_start = (
+        on_predict_batch_start
+    ) = _check

@@ -17,6 +17,7 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 
 from dact import hub
 from dact.agreement import names_of_classes
+from dact.calibration.temperature import temper
 from dact.checks import check_count, check_type
 from dact.data.rows import is_utf8
 from dact.data.tokenizers import (
@@ -29,7 +30,6 @@ from dact.data.tokenizers import (
 from dact.encoders.base import LayeredEncoder
 from dact.model import DACT
 from dact.model_card import Metrics
-from dact.scores import temper
 
 Text = str | tuple[str, str] | list[str]
 NO_LIMIT = 10**20  # a tokenizer's `model_max_length` above it means none
@@ -42,8 +42,9 @@ class Prediction:
 
     Args:
         label: Name of the class.
-        score: Probability of that class at the exit layer, in [0, 1]; calibrated if the model has temperatures. At
-            tolerance 0 and margin 1 the class is that of full depth, but the probability is not.
+        score: Probability of that class at the exit layer, in [0, 1]; calibrated if the model has
+            temperatures. At tolerance 0 and margin 1 the class is that of full depth, but the
+            probability is not.
         exit_layer: Number of the last layer that was run, 1-based.
         probabilities: Probabilities of all classes, by their names.
     """
@@ -57,23 +58,25 @@ class Prediction:
 class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
-    Each text gets exactly one class; several labels per text and regression are not supported. Calls from several
-    threads are safe, and it can be pickled for other processes and machines.
+    Each text gets exactly one class; several labels per text and regression are not supported.
+    Calls from several threads are safe, and it can be pickled for other processes and machines.
 
     Args:
-        model: Model, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of transformers.
-        tokenizer: Tokenizer of the model, which is copied, or its name, as for the data. Texts are cut to the length
-            that tokenizer and encoder take.
-        batch_size: Number of texts that are classified together, 1 or more. More make early exit faster, up to about a
-            thousand on a CPU and ten thousand on a GPU. In float32 no answer depends on it; in half precision rounding
-            may change a few.
+        model: Model, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of
+            transformers.
+        tokenizer: Tokenizer of the model, which is copied, or its name, as for the data. Texts are
+            cut to the length that tokenizer and encoder take.
+        batch_size: Number of texts that are classified together, 1 or more. More make early exit
+            faster, up to about a thousand on a CPU and ten thousand on a GPU. In float32 no answer
+            depends on it; in half precision rounding may change a few.
         device: Device to run on, such as ``"cuda"``; the device of the model if left out.
-        dtype: Precision of the encoder and its heads, such as ``torch.bfloat16`` or ``"bfloat16"``, by
-            ``torch.autocast``; the weights stay as they are. Half precision may change the class of a few texts.
+        dtype: Precision of the encoder and its heads, such as ``torch.bfloat16`` or ``"bfloat16"``,
+            by ``torch.autocast``; the weights stay as they are. Half precision may change the class
+            of a few texts.
 
     Raises:
-        ValueError: If `batch_size` is below 1, `device` cannot be used here, `dtype` is not one of float32, bfloat16
-            and float16, or the tokenizer has more ids than the encoder.
+        ValueError: If `batch_size` is below 1, `device` cannot be used here, `dtype` is not one of
+            float32, bfloat16 and float16, or the tokenizer has more ids than the encoder.
 
     Example:
         >>> from dact.data import CompositionalSentiment
@@ -117,7 +120,9 @@ class TextClassifier:
         longest = getattr(encoder, "max_length", None) or tokenizer.model_max_length
         self.tokenizer = tokenizer_for(tokenizer, min(tokenizer.model_max_length, longest))
         self.class_names = names_of_classes(model)
-        self._tokenizing = threading.Lock()  # a fast tokenizer refuses a second thread ("Already borrowed")
+        self._tokenizing = (
+            threading.Lock()
+        )  # a fast tokenizer refuses a second thread ("Already borrowed")
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_tokenizing"}
@@ -139,14 +144,15 @@ class TextClassifier:
         local_files_only: bool = False,
         **overrides: Any,
     ) -> TextClassifier:
-        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact export`` write it,
-        or of a repository on the Hub.
+        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact
+        export`` write it, or of a repository on the Hub.
 
         Args:
             directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.
             batch_size: As for `TextClassifier`.
             device: As for `TextClassifier`.
-            dtype: As for `TextClassifier`; the weights of the loaded encoder are held in it as well.
+            dtype: As for `TextClassifier`; the weights of the loaded encoder are held in it as
+                well.
             revision: Branch, tag or commit on the Hub.
             token: Access token.
             cache_dir: Folder of the cache.
@@ -154,11 +160,16 @@ class TextClassifier:
             **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
 
         Raises:
-            FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no tokenizer.
+            FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no
+                tokenizer.
         """
         _check_device(device)
         directory = hub.local_folder(
-            directory, revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only
+            directory,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
         )
         model = DACT.from_pretrained(directory, **overrides)
         held = _checked_dtype(dtype) if "encoder" not in overrides else None
@@ -171,10 +182,12 @@ class TextClassifier:
         return classifier
 
     def save_pretrained(self, directory: str | Path, **card: Any) -> None:
-        """Write the model, its tokenizer and a model card into `directory`; see `DACT.save_pretrained`.
+        """Write the model, its tokenizer and a model card into `directory`; see
+        `DACT.save_pretrained`.
 
         Raises:
-            ValueError: If the weights of its encoder were rounded to half precision when it was loaded.
+            ValueError: If the weights of its encoder were rounded to half precision when it was
+                loaded.
         """
         if self._is_rounded:
             raise ValueError(
@@ -184,7 +197,9 @@ class TextClassifier:
         self.model.save_pretrained(directory, **card)
         self.tokenizer.save_pretrained(str(directory))
 
-    def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]) -> str:
+    def push_to_hub(
+        self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]
+    ) -> str:
         """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`."""
         return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, options)
 
@@ -194,14 +209,15 @@ class TextClassifier:
         return getattr(self.model, "device", torch.device("cpu"))
 
     def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
-        """Return one prediction per text, in their order; a progress bar appears on a terminal if it takes long.
+        """Return one prediction per text, in their order; a progress bar appears on a terminal if
+        it takes long.
 
         Args:
             texts: Texts, or pairs of texts as tuples or lists of two.
 
         Raises:
-            TypeError: If `texts` is one string or a table, an entry is neither a text nor a pair, or texts and pairs
-                are mixed.
+            TypeError: If `texts` is one string or a table, an entry is neither a text nor a pair,
+                or texts and pairs are mixed.
             ValueError: If a text is empty.
         """
         _check_texts(texts)
@@ -221,7 +237,8 @@ class TextClassifier:
         return found
 
     def stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
-        """Yield one prediction per text from a source of any length, which is read at most one batch ahead."""
+        """Yield one prediction per text from a source of any length, which is read at most one
+        batch ahead."""
         _check_texts(texts)
         source = enumerate(texts)
         while waiting := _checked(islice(source, self.batch_size)):
@@ -233,13 +250,24 @@ class TextClassifier:
             encoding = tokenize(self.tokenizer, texts, truncation=cut)
         warn_of_unknown(self.tokenizer, encoding, pairs=not isinstance(texts[0], str), stacklevel=4)
         half = self.dtype is not None and self.dtype != torch.float32
-        precision = torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
+        precision = (
+            torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
+        )
         with precision:
-            output = self.model.early_exit({name: value.to(self.device) for name, value in encoding.items()})
+            output = self.model.early_exit(
+                {name: value.to(self.device) for name, value in encoding.items()}
+            )
         labels = output.probabilities.argmax(dim=1)
-        probabilities = temper(output.probabilities, output.exit_layer, getattr(self.model, "temperatures", None))
+        probabilities = temper(
+            output.probabilities, output.exit_layer, getattr(self.model, "temperatures", None)
+        )
         return [
-            Prediction(self.class_names[label], row[label], exit_layer, dict(zip(self.class_names, row, strict=True)))
+            Prediction(
+                self.class_names[label],
+                row[label],
+                exit_layer,
+                dict(zip(self.class_names, row, strict=True)),
+            )
             for label, row, exit_layer in zip(
                 labels.tolist(), probabilities.tolist(), output.exit_layer.tolist(), strict=True
             )
@@ -253,24 +281,33 @@ class _Bar(tqdm):  # type: ignore[misc]
 
 
 def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
-    """Return the texts, or pairs as tuples, of (position, entry); raise an error unless all are of one kind."""
+    """Return the texts, or pairs as tuples, of (position, entry); raise an error unless all are of
+    one kind."""
     found: list[Any] = []
     for row, entry in texts:
         parts = (entry,) if isinstance(entry, str) else entry
         if not isinstance(parts, (tuple, list)) or (len(parts) != 2 and parts is entry):
-            raise TypeError(f"expected texts or pairs of texts, got {_kind(entry)} at position {row}")
+            raise TypeError(
+                f"expected texts or pairs of texts, got {_kind(entry)} at position {row}"
+            )
         check_text(parts, row)
         found.append(entry if isinstance(entry, str) else tuple(parts))
         if isinstance(entry, str) != isinstance(found[0], str):
-            raise TypeError(f"expected only texts or only pairs, got both: {_kind(entry)} at position {row}")
+            raise TypeError(
+                f"expected only texts or only pairs, got both: {_kind(entry)} at position {row}"
+            )
     return found
 
 
 def _check_texts(texts: object) -> None:
     if isinstance(texts, str):
         raise TypeError("expected a sequence of texts, got one string: pass [text]")
-    if isinstance(texts, Mapping) or hasattr(texts, "columns"):  # iterating over it gives the names of its columns
-        raise TypeError(f"expected a sequence of texts, got a {type(texts).__name__}: pass one column as a list")
+    if isinstance(texts, Mapping) or hasattr(
+        texts, "columns"
+    ):  # iterating over it gives the names of its columns
+        raise TypeError(
+            f"expected a sequence of texts, got a {type(texts).__name__}: pass one column as a list"
+        )
 
 
 def check_text(text: str | Sequence[object], position: int) -> None:
@@ -281,13 +318,17 @@ def check_text(text: str | Sequence[object], position: int) -> None:
         if not part.strip():
             raise ValueError(f"the text at position {position} is empty")
         if not is_utf8(part):  # JSON, for one, may hold halves of a character
-            raise ValueError(f"the text at position {position} is not valid Unicode: it has half of a surrogate pair")
+            raise ValueError(
+                f"the text at position {position} is not valid Unicode: it has half of a surrogate pair"
+            )
 
 
 def _kind(entry: object) -> str:
     if isinstance(entry, str):
         return "a text"
-    return f"a {type(entry).__name__}" + (f" of {len(entry)}" if isinstance(entry, (tuple, list)) else "")
+    return f"a {type(entry).__name__}" + (
+        f" of {len(entry)}" if isinstance(entry, (tuple, list)) else ""
+    )
 
 
 def _check_device(device: str | torch.device | None) -> None:
@@ -296,7 +337,9 @@ def _check_device(device: str | torch.device | None) -> None:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         first = str(error).strip().partition("\n")[0]
-        raise ValueError(f"TextClassifier: device={str(device)!r} cannot be used here, cpu can: {first}") from error
+        raise ValueError(
+            f"TextClassifier: device={str(device)!r} cannot be used here, cpu can: {first}"
+        ) from error
 
 
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:

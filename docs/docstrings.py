@@ -12,8 +12,15 @@ class PlainFormulas(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is None:
             return
-        text = re.sub(r":math:`([^`]+)`", lambda found: f"`{plain(found[1])}`", obj.docstring.value, flags=re.DOTALL)
-        text = re.sub(r"\.\. math::\n((?: +.*\n?)+)", lambda found: "\n" + plain(found[1]) + "\n", text)
+        text = re.sub(
+            r":math:`([^`]+)`",
+            lambda found: f"`{plain(found[1])}`",
+            obj.docstring.value,
+            flags=re.DOTALL,
+        )
+        text = re.sub(
+            r"\.\. math::\n((?: +.*\n?)+)", lambda found: "\n" + plain(found[1]) + "\n", text
+        )
         obj.docstring.value = text
 
 

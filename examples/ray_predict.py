@@ -1,15 +1,16 @@
 """Classify a folder of parquet files on all processors and machines of a Ray cluster.
 
-    pip install "dact[ray]"
-    python examples/ray_predict.py --model lightning_logs/mine/final/model --input texts/ --output answers/ --workers 2
+    pip install "dact[ray]" python examples/ray_predict.py --model lightning_logs/mine/final/model
+    --input texts/ --output answers/ --workers 2
 
-Each worker holds the model once and classifies block after block; memory does not grow with the data. Ray replaces a
-worker that dies and repeats the block that it had in hand. The output is a folder of parquet files with all columns of
-the input and `label`, `score` and `exit_layer`. The order of rows is not kept: give them an id.
+Each worker holds the model once and classifies block after block; memory does not grow with the
+data. Ray replaces a worker that dies and repeats the block that it had in hand. The output is a
+folder of parquet files with all columns of the input and `label`, `score` and `exit_layer`. The
+order of rows is not kept: give them an id.
 
-Started as it is, the script uses this machine alone. On a cluster, run it on the head node or set RAY_ADDRESS; the model
-is sent to the workers, so that only the data must be where all of them can read it.
-"""
+Started as it is, the script uses this machine alone. On a cluster, run it on the head node or set
+RAY_ADDRESS; the model is sent to the workers, so that only the data must be where all of them can
+read it."""
 
 from __future__ import annotations
 
@@ -32,12 +33,17 @@ class Classify:
     def __call__(self, block: pa.Table) -> pa.Table:
         found = self.classifier(block[self.column].to_pylist())
         for name in ("label", "score", "exit_layer"):
-            block = block.append_column(name, pa.array([getattr(prediction, name) for prediction in found]))
+            block = block.append_column(
+                name, pa.array([getattr(prediction, name) for prediction in found])
+            )
         return block
 
 
-def classify(texts: Any, classifier: TextClassifier, *, column: str, workers: int, gpus: float = 0) -> Any:
-    """Return `texts` with the columns ``label``, ``score`` and ``exit_layer``; nothing runs before it is used.
+def classify(
+    texts: Any, classifier: TextClassifier, *, column: str, workers: int, gpus: float = 0
+) -> Any:
+    """Return `texts` with the columns ``label``, ``score`` and ``exit_layer``; nothing runs before
+    it is used.
 
     Args:
         texts: A `ray.data.Dataset`.
@@ -61,7 +67,9 @@ def main() -> None:
     """Run the command line above."""
     parser = argparse.ArgumentParser(description="Classify parquet files with Ray Data")
     parser.add_argument("--model", required=True, help="model/ folder or Hub id")
-    parser.add_argument("--input", required=True, help="parquet file or folder, or an address such as s3://…")
+    parser.add_argument(
+        "--input", required=True, help="parquet file or folder, or an address such as s3://…"
+    )
     parser.add_argument("--output", required=True, help="folder to write to")
     parser.add_argument("--column", default="text", help="column with the text")
     parser.add_argument("--workers", type=int, default=1)
@@ -70,7 +78,9 @@ def main() -> None:
     ray.init(ignore_reinit_error=True)
     classifier = TextClassifier.from_pretrained(options.model)
     texts = ray.data.read_parquet(options.input)
-    answers = classify(texts, classifier, column=options.column, workers=options.workers, gpus=options.gpus)
+    answers = classify(
+        texts, classifier, column=options.column, workers=options.workers, gpus=options.gpus
+    )
     answers.write_parquet(options.output)
 
 

@@ -11,8 +11,24 @@ FIT = ROOT / "configs" / "fit.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 GENERATED = ROOT / "configs" / "reviews.yaml"
 VADER = ROOT / "configs" / "vader.yaml"
-SMALL = ["--trainer.max_epochs", "2", "--data.num_train", "600", "--data.num_val", "120", "--data.num_test", "90"]
-SMALL += ["--model.encoder.num_layers", "3", "--model.encoder.hidden_size", "16", "--trainer.accelerator", "cpu"]
+SMALL = [
+    "--trainer.max_epochs",
+    "2",
+    "--data.num_train",
+    "600",
+    "--data.num_val",
+    "120",
+    "--data.num_test",
+    "90",
+]
+SMALL += [
+    "--model.encoder.num_layers",
+    "3",
+    "--model.encoder.hidden_size",
+    "16",
+    "--trainer.accelerator",
+    "cpu",
+]
 OWN = """\
 trainer: {max_epochs: 1, accelerator: cpu, num_sanity_val_steps: 0}
 model:
@@ -24,7 +40,9 @@ data:
   init_args: {train_file: train.csv, tokenizer: ./tokenizer, max_length: 16}
 tuner: {n_trials: 3}
 """
-REVIEWS = "".join(f"screen {i} is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}\n" for i in range(40))
+REVIEWS = "".join(
+    f"screen {i} is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}\n" for i in range(40)
+)
 
 
 def environment(**more):

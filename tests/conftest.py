@@ -12,10 +12,13 @@ import torch
 
 
 def _memory_takes_files(folder="/dev/shm"):
-    """Whether there is room in memory for the files of tests, and scripts among them could be run."""
+    """Whether there is room in memory for the files of tests, and scripts among them could be
+    run."""
     if not os.path.isdir(folder) or os.statvfs(folder).f_flag & os.ST_NOEXEC:
         return False
-    return shutil.disk_usage(folder).free > 4 * 2**30 and psutil.virtual_memory().available > 6 * 2**30
+    return (
+        shutil.disk_usage(folder).free > 4 * 2**30 and psutil.virtual_memory().available > 6 * 2**30
+    )
 
 
 # Files of tests need no disk that outlives a loss of power, on which each sync takes milliseconds.
@@ -35,7 +38,9 @@ from dact.encoders import TransformerEncoder  # noqa: E402
 from tests.commands import FIT, OWN, REVIEWS, SMALL, dact  # noqa: E402
 
 gc.freeze()  # the collection after each trial need not visit what is imported
-torch.set_num_threads(1)  # for fixtures that are made before the first test as well, which must not depend on its place
+torch.set_num_threads(
+    1
+)  # for fixtures that are made before the first test as well, which must not depend on its place
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +78,8 @@ def fitted(tmp_path_factory):
 
 @pytest.fixture
 def own(fitted, tmp_path):
-    """A folder with a file of one's own, a tokenizer, and a configuration with a `tuner:` section."""
+    """A folder with a file of one's own, a tokenizer, and a configuration with a `tuner:`
+    section."""
     shutil.copytree(fitted[1] / "model", tmp_path / "tokenizer")
     (tmp_path / "config.yaml").write_text(OWN)
     (tmp_path / "train.csv").write_text("text,label\n" + REVIEWS)
@@ -81,12 +87,15 @@ def own(fitted, tmp_path):
 
 
 def scatter_exits(model):
-    """Give the submodels of an untrained model random heads, so that its examples leave at many different layers."""
+    """Give the submodels of an untrained model random heads, so that its examples leave at many
+    different layers."""
     generator = torch.Generator().manual_seed(1)
     for submodels, scale in ((model.classifier, 4.0), (model.confidence, 12.0)):
         for submodel in submodels:
             last = submodel[-1]
-            torch.nn.init.normal_(last.weight, std=scale / last.in_features**0.5, generator=generator)
+            torch.nn.init.normal_(
+                last.weight, std=scale / last.in_features**0.5, generator=generator
+            )
             torch.nn.init.zeros_(last.bias)
     return model
 
@@ -96,12 +105,17 @@ def tiny_model(layers=4, hidden=16, vocab=50, **arguments):
     encoder = arguments.pop("encoder", None) or TransformerEncoder(vocab, layers, hidden, 2)
     torch.nn.init.normal_(encoder.tokens.weight) if hasattr(encoder, "tokens") else None
     config = SubmodelConfig(num_layers=1, hidden_units=16, dropout=0.0)
-    return scatter_exits(DACT(encoder=encoder, classifier=config, confidence=config, **arguments).eval())
+    return scatter_exits(
+        DACT(encoder=encoder, classifier=config, confidence=config, **arguments).eval()
+    )
 
 
 def assert_same_answers(found, expected):
-    """Assert that two answers of a TextClassifier are the same but for the last bits: memory may lie otherwise."""
-    assert [(one.label, one.exit_layer) for one in found] == [(one.label, one.exit_layer) for one in expected]
+    """Assert that two answers of a TextClassifier are the same but for the last bits: memory may
+    lie otherwise."""
+    assert [(one.label, one.exit_layer) for one in found] == [
+        (one.label, one.exit_layer) for one in expected
+    ]
     for one, other in zip(found, expected, strict=True):
         assert one.probabilities == pytest.approx(other.probabilities, abs=1e-6)
 
@@ -120,8 +134,8 @@ def random_batch(batch=16, length=12, vocab=50, labels=3, seed=0):
 def forked(module):
     """A context of processes that share one import of `module`, instead of one each.
 
-    A process has one such server, which starts with the first use: that of a study with workers may be it.
-    """
+    A process has one such server, which starts with the first use: that of a study with workers may
+    be it."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["dact.tuning.workers", module])
     return context

@@ -1,4 +1,5 @@
-"""Somebody else's project: a datamodule of their own, and a subclass of DACT with arguments of its own."""
+"""Somebody else's project: a datamodule of their own, and a subclass of DACT with arguments of its
+own."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningCLI

@@ -12,7 +12,8 @@ TOKEN = "hf_of_nobody"
 
 
 class Hub:
-    """Repositories of models: ``repositories[id][branch]`` is a list of commits, each a dict of path and content.
+    """Repositories of models: ``repositories[id][branch]`` is a list of commits, each a dict of
+    path and content.
 
     Writing needs `TOKEN`, and so does reading from the ids in `private`.
     """
@@ -31,7 +32,9 @@ class Hub:
         found = {}
         for commits in self.repositories[repo].values():
             for count in range(len(commits) + 1):
-                found[hashlib.sha1(repr((repo, commits[:count])).encode()).hexdigest()] = commits[:count]
+                found[hashlib.sha1(repr((repo, commits[:count])).encode()).hexdigest()] = commits[
+                    :count
+                ]
         return found
 
     def files(self, repo, sha):
@@ -116,31 +119,57 @@ def serving():
             elif action == "info":  # info/lfs/objects/batch
                 self.large_files(json.loads(self.body))
             elif (sha := hub.sha(repo, revision)) is None:
-                self.answer({"error": f"Invalid rev id: {revision}"}, 404, X_Error_Code="RevisionNotFound")
+                self.answer(
+                    {"error": f"Invalid rev id: {revision}"}, 404, X_Error_Code="RevisionNotFound"
+                )
             elif action == "revision":
                 files = [{"rfilename": name} for name in hub.files(repo, sha)]
-                self.answer({"id": repo, "sha": sha, "siblings": files, "private": repo in hub.private, "tags": []})
+                self.answer(
+                    {
+                        "id": repo,
+                        "sha": sha,
+                        "siblings": files,
+                        "private": repo in hub.private,
+                        "tags": [],
+                    }
+                )
             elif action == "tree":
-                self.answer([entry(name, content) for name, content in hub.files(repo, sha).items()])
+                self.answer(
+                    [entry(name, content) for name, content in hub.files(repo, sha).items()]
+                )
             elif action == "resolve":
                 self.download(hub.files(repo, sha).get("/".join(rest[1:])), sha)
             elif action == "preupload":
                 names = [file["path"] for file in json.loads(self.body)["files"]]
-                modes = {name: "lfs" if name.endswith(".safetensors") else "regular" for name in names}
-                files = [{"path": n, "uploadMode": mode, "shouldIgnore": False} for n, mode in modes.items()]
+                modes = {
+                    name: "lfs" if name.endswith(".safetensors") else "regular" for name in names
+                }
+                files = [
+                    {"path": n, "uploadMode": mode, "shouldIgnore": False}
+                    for n, mode in modes.items()
+                ]
                 self.answer({"files": files})
             elif action == "commit":
                 self.commit(repo, revision)
 
         def large_files(self, asked):
             objects = [
-                {**file, "actions": {"upload": {"href": f"{hub.url}/lfs/{file['oid']}"}}} for file in asked["objects"]
+                {**file, "actions": {"upload": {"href": f"{hub.url}/lfs/{file['oid']}"}}}
+                for file in asked["objects"]
             ]
-            self.answer({"transfer": "basic", "objects": objects}, Content_Type="application/vnd.git-lfs+json")
+            self.answer(
+                {"transfer": "basic", "objects": objects},
+                Content_Type="application/vnd.git-lfs+json",
+            )
 
         def download(self, content, sha):
             if content is None:
-                self.answer({"error": "Entry not found"}, 404, X_Error_Code="EntryNotFound", X_Repo_Commit=sha)
+                self.answer(
+                    {"error": "Entry not found"},
+                    404,
+                    X_Error_Code="EntryNotFound",
+                    X_Repo_Commit=sha,
+                )
             else:
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'
                 self.answer(content, X_Repo_Commit=sha, ETag=etag, Accept_Ranges="bytes")
@@ -156,7 +185,9 @@ def serving():
                     added[value["path"]] = hub.stored[value["oid"]]
             hub.repositories[repo][branch].append(added)
             sha = hub.sha(repo, branch)
-            self.answer({"commitUrl": f"{hub.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True})
+            self.answer(
+                {"commitUrl": f"{hub.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True}
+            )
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -169,7 +200,12 @@ def serving():
 
 
 def entry(name, content):
-    found = {"type": "file", "path": name, "size": len(content), "oid": hashlib.sha1(content).hexdigest()}
+    found = {
+        "type": "file",
+        "path": name,
+        "size": len(content),
+        "oid": hashlib.sha1(content).hexdigest(),
+    }
     if name.endswith(".safetensors"):
         oid = hashlib.sha256(content).hexdigest()
         found["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}

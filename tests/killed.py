@@ -1,9 +1,10 @@
-"""The dact command with a fault planted in it, or watched: ``python -m tests.killed PLAN COMMAND …``.
+"""The dact command with a fault planted in it, or watched: ``python -m tests.killed PLAN COMMAND
+…``.
 
-PLAN is JSON: ``point`` and ``count`` say at which event, and at the how-manieth of its kind, the process kills itself;
-``log`` names a file that gets a line for each epoch of training, with the folder that the fit logs to, the epoch, and how many epochs are planned;
-``peak`` asks for a last line with the most memory that the process held, in MiB.
-"""
+PLAN is JSON: ``point`` and ``count`` say at which event, and at the how-manieth of its kind, the
+process kills itself; ``log`` names a file that gets a line for each epoch of training, with the
+folder that the fit logs to, the epoch, and how many epochs are planned; ``peak`` asks for a last
+line with the most memory that the process held, in MiB."""
 
 import json
 import os
@@ -66,7 +67,9 @@ def plant(point, count):
 def keep_log(file):
     def note(model, *_):
         with Path(file).open("a") as log:
-            log.write(f"{model.trainer.log_dir} {model.trainer.current_epoch} {model.trainer.max_epochs}\n")
+            log.write(
+                f"{model.trainer.log_dir} {model.trainer.current_epoch} {model.trainer.max_epochs}\n"
+            )
 
     around(DACT, "on_train_epoch_start", note)
 

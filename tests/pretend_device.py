@@ -1,9 +1,8 @@
 """A second device made of the CPU: it computes there, but minds what a GPU minds.
 
-Its tensors do not mix with those of the CPU, and every time the host has to wait for a value is counted. So a test on any
-machine finds a tensor that was made on the wrong device, or a wait that a GPU would pay for. It knows no kernels, no
-memory and no speed of a GPU.
-"""
+Its tensors do not mix with those of the CPU, and every time the host has to wait for a value is
+counted. So a test on any machine finds a tensor that was made on the wrong device, or a wait that a
+GPU would pay for. It knows no kernels, no memory and no speed of a GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +16,19 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("pretended")
 DEVICE = torch.device("pretended", 0)
-MIXING = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}  # operations that take both devices
-WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}  # whose result the host must see
+MIXING = {
+    "copy_",
+    "_to_copy",
+    "index",
+    "index_put_",
+    "_index_put_impl_",
+}  # operations that take both devices
+WAITING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+}  # whose result the host must see
 
 
 class There(torch.Tensor):
@@ -42,7 +52,8 @@ class There(torch.Tensor):
 
 
 class _MakingTensors(TorchFunctionMode):
-    """``torch.tensor`` and ``torch.as_tensor`` hide their copy to a device from dispatch modes: make it visible."""
+    """``torch.tensor`` and ``torch.as_tensor`` hide their copy to a device from dispatch modes:
+    make it visible."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -81,8 +92,12 @@ class SecondDevice(TorchDispatchMode):
         tree_map_only(torch.Tensor, found.append, (args, kwargs))
         there = [isinstance(tensor, There) for tensor in found]
         if any(there) and name not in MIXING:
-            strangers = [t for t, is_there in zip(found, there, strict=True) if not is_there and t.dim() > 0]
-            assert not strangers, f"{name} mixes devices: it got {len(strangers)} tensors of the CPU, too"
+            strangers = [
+                t for t, is_there in zip(found, there, strict=True) if not is_there and t.dim() > 0
+            ]
+            assert not strangers, (
+                f"{name} mixes devices: it got {len(strangers)} tensors of the CPU, too"
+            )
         asked = kwargs.get("device")
         goes_there = any(there) if asked is None else asked == DEVICE or asked.type == DEVICE.type
         if asked is not None and goes_there:

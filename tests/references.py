@@ -1,4 +1,5 @@
-"""Naive twins of the arithmetic: one example at a time, in plain Python, written from the formulas alone."""
+"""Naive twins of the arithmetic: one example at a time, in plain Python, written from the formulas
+alone."""
 
 from __future__ import annotations
 
@@ -11,7 +12,10 @@ def accumulate(y, h):
     previous_p, previous_a = 1.0, [0.0] * len(y[0])
     a, p = [], []
     for y_n, h_n in zip(y, h, strict=True):
-        a_n = [previous_p * y_c + (1 - previous_p) * a_c for y_c, a_c in zip(y_n, previous_a, strict=True)]
+        a_n = [
+            previous_p * y_c + (1 - previous_p) * a_c
+            for y_c, a_c in zip(y_n, previous_a, strict=True)
+        ]
         p_n = previous_p * h_n
         a.append(a_n)
         p.append(p_n)
@@ -20,7 +24,8 @@ def accumulate(y, h):
 
 
 def margin(a_n, p_n, d, rule):
-    """By how much the winner is sure to lead at the end, in exact arithmetic on the given numbers."""
+    """By how much the winner is sure to lead at the end, in exact arithmetic on the given
+    numbers."""
     a_n, p_n = [Fraction(x) for x in a_n], Fraction(p_n)
     runner_up, best = sorted(a_n)[-2:]
     if rule == "exact":
@@ -67,7 +72,10 @@ def binomial_upper_bound(faults, examples, confidence):
     low, high = 0.0, 1.0
     for _ in range(60):
         rate = (low + high) / 2
-        few = sum(math.comb(examples, k) * rate**k * (1 - rate) ** (examples - k) for k in range(faults + 1))
+        few = sum(
+            math.comb(examples, k) * rate**k * (1 - rate) ** (examples - k)
+            for k in range(faults + 1)
+        )
         low, high = (rate, high) if few > 1 - confidence else (low, rate)
     return high
 
@@ -92,7 +100,14 @@ def distillation_loss(probabilities, teacher):
 def symmetric_divergence(first, second):
     """Half of the sum of both Kullback-Leibler divergences between one example's answers."""
     both = ((first, second), (second, first))
-    return sum(p * (math.log(p) - math.log(q)) for one, other in both for p, q in zip(one, other, strict=True)) / 2
+    return (
+        sum(
+            p * (math.log(p) - math.log(q))
+            for one, other in both
+            for p, q in zip(one, other, strict=True)
+        )
+        / 2
+    )
 
 
 def brier_score(probabilities, target):

@@ -14,20 +14,29 @@ import torch
 from hypothesis import assume, given, settings
 
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
-from dact.answers import exits_by_setting, operating_points
-from dact.bounds import binomial_upper_bound, difference_p_value, difference_upper_bound, mean_upper_bound
 from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe
+from dact.calibration.answers import exits_by_setting, operating_points
+from dact.calibration.bounds import (
+    binomial_upper_bound,
+    difference_p_value,
+    difference_upper_bound,
+    mean_upper_bound,
+)
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
-from dact.persistence import store_in_checkpoint
+from dact.saving import store_in_checkpoint
 from dact.tuning.outcome import outcome_of
 from dact.tuning.survey import resolve_promise
 from tests import references
 from tests.conftest import random_batch, tiny_model
 
 
-@given(examples=st.integers(1, 60), share=st.floats(0, 1), confidence=st.sampled_from([0.5, 0.9, 0.95, 0.99]))
+@given(
+    examples=st.integers(1, 60),
+    share=st.floats(0, 1),
+    confidence=st.sampled_from([0.5, 0.9, 0.95, 0.99]),
+)
 def test_the_binomial_bound_is_that_of_its_definition(examples, share, confidence):
     faults = round(share * examples)
     expected = references.binomial_upper_bound(faults, examples, confidence)
@@ -38,13 +47,17 @@ def test_the_mean_bound_holds_as_often_as_it_says():
     generator = torch.Generator().manual_seed(0)
     weights = torch.tensor([0.4, 0.1, 0.1, 0.1, 0.05, 0.25])
     mean = (weights * torch.arange(1, 7)).sum().item()
-    draws = torch.multinomial(weights.expand(500, 6), 400, replacement=True, generator=generator) + 1
+    draws = (
+        torch.multinomial(weights.expand(500, 6), 400, replacement=True, generator=generator) + 1
+    )
     bounds = [mean_upper_bound(row, 6, 0.9) for row in draws]
     assert sum(bound < mean for bound in bounds) <= 50
     assert max(bounds) < 4.5
 
 
-@pytest.mark.parametrize(("lost", "gained"), [(0.1, 0.1), (0.3, 0.2), (0.1, 0.0), (0.02, 0.01), (0.45, 0.45)])
+@pytest.mark.parametrize(
+    ("lost", "gained"), [(0.1, 0.1), (0.3, 0.2), (0.1, 0.0), (0.02, 0.01), (0.45, 0.45)]
+)
 @pytest.mark.parametrize("error", [0.05, 0.2])
 def test_the_test_of_a_paired_difference_is_wrong_as_seldom_as_it_says(lost, gained, error):
     """Exactly: summed over all outcomes of 30 examples."""
@@ -58,7 +71,8 @@ def test_the_test_of_a_paired_difference_is_wrong_as_seldom_as_it_says(lost, gai
 
 
 def test_the_test_of_a_paired_difference_spends_most_of_its_error():
-    """Summed over all outcomes of 360 examples, for many shares of discordant ones: wrong in at most 5 %, not far less."""
+    """Summed over all outcomes of 360 examples, for many shares of discordant ones: wrong in at
+    most 5 %, not far less."""
     difference, refuted = 0.01, []
     for lost, gained in product(range(25), range(45)):
         if difference_p_value(lost, gained, 360, difference, 0.05) <= 0.05:
@@ -70,13 +84,20 @@ def test_the_test_of_a_paired_difference_spends_most_of_its_error():
     assert 0.025 < max(wrong) <= 0.05
 
 
-@given(lost=st.integers(0, 30), gained=st.integers(0, 30), more=st.integers(0, 600), difference=st.floats(0.001, 0.2))
+@given(
+    lost=st.integers(0, 30),
+    gained=st.integers(0, 30),
+    more=st.integers(0, 600),
+    difference=st.floats(0.001, 0.2),
+)
 @settings(max_examples=50)
 def test_the_bound_on_a_paired_difference_is_where_its_test_turns(lost, gained, more, difference):
     examples = lost + gained + more + 1
     bound = difference_upper_bound(lost, gained, examples, 0.95)
     assume(abs(difference - bound) > 1e-5)
-    assert (difference_p_value(lost, gained, examples, difference, 1 - 0.95) <= 1 - 0.95) == (difference > bound)
+    assert (difference_p_value(lost, gained, examples, difference, 1 - 0.95) <= 1 - 0.95) == (
+        difference > bound
+    )
 
 
 @given(lost=st.integers(0, 30), gained=st.integers(0, 30), more=st.integers(1, 300))
@@ -84,12 +105,15 @@ def test_the_bound_on_a_paired_difference_is_where_its_test_turns(lost, gained, 
 def test_the_bound_on_a_paired_difference_is_above_what_was_seen(lost, gained, more):
     examples = lost + gained + more
     bound = difference_upper_bound(lost, gained, examples, 0.95)
-    assert (lost - gained) / examples <= bound <= binomial_upper_bound(lost + gained, examples, 0.9975)
+    assert (
+        (lost - gained) / examples <= bound <= binomial_upper_bound(lost + gained, examples, 0.9975)
+    )
     assert bound <= difference_upper_bound(lost + 1, gained, examples + 1, 0.95) + 1e-5
 
 
 def test_the_paired_difference_takes_as_many_examples_as_theory_says():
-    """About 2.7 · d / x² for d discordant examples and none lost on balance, 1,620, and some more for being exact."""
+    """About 2.7 · d / x² for d discordant examples and none lost on balance, 1,620, and some more
+    for being exact."""
     assert difference_p_value(lost=48, gained=48, examples=1600, difference=0.01, error=0.05) > 0.05
     assert difference_p_value(lost=57, gained=57, examples=1900, difference=0.01, error=0.05) < 0.05
 
@@ -166,18 +190,25 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
     budget = (bound_at(careful[0]) + bound_at(last)) / 2
     found = choose_setting(answers, Promise(max_layers=budget, dial=dial))
     assert found.mean_exit_layer <= found.bound <= budget
-    assert bound_at(careful[careful.index(getattr(found, dial)) - 1]) > budget, "no more careful setting would do"
+    assert bound_at(careful[careful.index(getattr(found, dial)) - 1]) > budget, (
+        "no more careful setting would do"
+    )
     with pytest.raises(
-        ValueError, match=rf"the fewest layers that can be promised are \d(\.\d+)? of 5, at {dial} {last:g}"
+        ValueError,
+        match=rf"the fewest layers that can be promised are \d(\.\d+)? of 5, at {dial} {last:g}",
     ) as caught:
         choose_setting(answers, Promise(max_layers=1.0, dial=dial))
     few = answers.take(torch.arange(5))
-    with pytest.raises(ValueError, match=r"5 examples support no promise below 5 of 5,.* It takes 36 or more") as none:
+    with pytest.raises(
+        ValueError, match=r"5 examples support no promise below 5 of 5,.* It takes 36 or more"
+    ) as none:
         choose_setting(few, Promise(max_layers=2.0, dial=dial))
     assert "Promise that" not in str(none.value)
     with pytest.raises(ValueError, match="max_layers=9 promises nothing: the model has"):
         choose_setting(answers, Promise(max_layers=9, dial=dial))
-    nearest = float(str(caught.value).split("the fewest layers that can be promised are ")[1].split()[0])
+    nearest = float(
+        str(caught.value).split("the fewest layers that can be promised are ")[1].split()[0]
+    )
     assert getattr(choose_setting(answers, Promise(max_layers=nearest, dial=dial)), dial) == last
 
 
@@ -188,13 +219,19 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
         ({"max_layers": 2, "min_agreement": 0.9}, "got min_agreement and max_layers"),
         ({"max_accuracy_loss": 2}, r"must be in \[0, 1\), got 2: it is a share, 0.01 is one point"),
         ({"max_accuracy_loss": 1}, r"must be in \[0, 1\), got 1: it is a share, 0.01 is one point"),
-        ({"min_agreement": 0}, r"min_agreement must be in \(0, 1\], got 0: it is a share, 0.95 is 95 %"),
+        (
+            {"min_agreement": 0},
+            r"min_agreement must be in \(0, 1\], got 0: it is a share, 0.95 is 95 %",
+        ),
         ({"max_layers": 0.5}, "max_layers must be 1 or more, got 0.5"),
         (
             {"max_layers": 2, "confidence": 1.0},
             r"must be in \(0, 1\), got 1.0: it is a probability, or None for an estimate",
         ),
-        ({"max_layers": 2, "dial": "h"}, "dial must be one of 'halting_tolerance', 'halting_margin', got 'h'"),
+        (
+            {"max_layers": 2, "dial": "h"},
+            "dial must be one of 'halting_tolerance', 'halting_margin', got 'h'",
+        ),
     ],
 )
 def test_wrong_promises_are_refused(promise, message):
@@ -212,12 +249,17 @@ def test_a_promise_is_never_made_on_the_labels_of_other_classes():
     data = CompositionalSentiment(num_train=10, num_val=400, num_test=10)
     encoder = TransformerEncoder(data.vocab_size, 2, 8, 2)
     model = DACT(encoder=encoder, class_names=data.class_names[::-1])
-    with pytest.raises(ValueError, match="the model has the classes .*, in this order, but those of the data are"):
+    with pytest.raises(
+        ValueError, match="the model has the classes .*, in this order, but those of the data are"
+    ):
         calibrate(model, data, max_layers=1.5)
     assert model.calibration is None
     with pytest.raises(ValueError, match="token"):
         calibrate(DACT(encoder=TransformerEncoder(5, 2, 8, 2)), data, max_layers=1.5)
-    with pytest.raises(TypeError, match=r"model must be an object such as DACT.from_pretrained\(…\), got <.*TextClass"):
+    with pytest.raises(
+        TypeError,
+        match=r"model must be an object such as DACT.from_pretrained\(…\), got <.*TextClass",
+    ):
         calibrate(TextClassifier(model, data.tokenizer), data, max_layers=1.5)
 
 
@@ -227,11 +269,22 @@ def test_a_model_that_never_halts_has_no_dial():
 
 
 def test_a_promise_begins_at_full_depth():
-    for dial, other in (("halting_tolerance", {"halting_margin": 0.5}), ("halting_margin", {"halting_tolerance": 0.5})):
+    for dial, other in (
+        ("halting_tolerance", {"halting_margin": 0.5}),
+        ("halting_margin", {"halting_tolerance": 0.5}),
+    ):
         (name,) = other
-        with pytest.raises(ValueError, match=rf"{dial} is calibrated from full depth on, but the model has {name}=0.5"):
+        with pytest.raises(
+            ValueError,
+            match=rf"{dial} is calibrated from full depth on, but the model has {name}=0.5",
+        ):
             calibrate(tiny_model(**other), [random_batch()], min_agreement=0.9, dial=dial)
-        assert calibrate(tiny_model(**other), [random_batch(2000)], max_layers=3.9, dial=dial).mean_exit_layer < 3.9
+        assert (
+            calibrate(
+                tiny_model(**other), [random_batch(2000)], max_layers=3.9, dial=dial
+            ).mean_exit_layer
+            < 3.9
+        )
 
 
 @pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
@@ -246,7 +299,10 @@ def test_the_setting_is_stored_with_the_model(tmp_path, dial):
     assert again.calibration["promise"]["min_agreement"] == 0.8
     other = DACT.from_pretrained(tmp_path / "model", **{dial: before})
     assert (getattr(other, dial), other.calibration) == (before, None)
-    torch.save({"hyper_parameters": tiny_model().config(), "state_dict": model.state_dict()}, tmp_path / "x.ckpt")
+    torch.save(
+        {"hyper_parameters": tiny_model().config(), "state_dict": model.state_dict()},
+        tmp_path / "x.ckpt",
+    )
     store_in_checkpoint(tmp_path / "x.ckpt", model)
     assert getattr(DACT.load_from_checkpoint(tmp_path / "x.ckpt"), dial) == getattr(found, dial)
 
@@ -300,7 +356,10 @@ def test_a_broken_model_keeps_no_promise():
     [
         ([], "at least two labelled examples are needed, got 0"),
         ([random_batch(1)], "at least two labelled examples are needed, got 1"),
-        ([{"input_ids": torch.ones(2, 2, dtype=torch.long)}], r"need 'labels' \[batch\], got the keys \['input_ids'\]"),
+        (
+            [{"input_ids": torch.ones(2, 2, dtype=torch.long)}],
+            r"need 'labels' \[batch\], got the keys \['input_ids'\]",
+        ),
     ],
 )
 def test_too_little_to_calibrate_on_is_a_clear_error(batches, message):
@@ -310,7 +369,10 @@ def test_too_little_to_calibrate_on_is_a_clear_error(batches, message):
 
 @pytest.mark.parametrize("rule", ["exact", "paper"])
 @given(
-    seed=st.integers(0, 1000), layers=st.integers(1, 6), classes=st.integers(2, 5), other=st.sampled_from([0.0, 0.4])
+    seed=st.integers(0, 1000),
+    layers=st.integers(1, 6),
+    classes=st.integers(2, 5),
+    other=st.sampled_from([0.0, 0.4]),
 )
 @settings(max_examples=25)
 def test_all_settings_at_once_leave_where_each_alone_does(rule, seed, layers, classes, other):
@@ -336,7 +398,8 @@ def test_margins_reach_as_near_to_1_as_float32():
 
 
 def test_a_very_sure_classifier_leaves_early():
-    """Layer 1 is right wherever it leads by more than .999995, and wrong, nearly as sure, in a tenth of the examples."""
+    """Layer 1 is right wherever it leads by more than .999995, and wrong, nearly as sure, in a
+    tenth of the examples."""
     examples = 3000
     target = torch.zeros(examples, dtype=torch.long)
     wrong = torch.arange(examples) < 300
@@ -353,25 +416,34 @@ def test_a_very_sure_classifier_leaves_early():
 
 @pytest.mark.parametrize(
     ("promise", "needed"),
-    [({"max_accuracy_loss": 0.01}, 300), ({"max_accuracy_loss": 0.005}, 600), ({"min_agreement": 0.99}, 299)],
+    [
+        ({"max_accuracy_loss": 0.01}, 300),
+        ({"max_accuracy_loss": 0.005}, 600),
+        ({"min_agreement": 0.99}, 299),
+    ],
 )
 def test_a_promise_says_how_many_examples_it_takes(promise, needed):
     generator = torch.Generator().manual_seed(0)
     assert Promise(**promise).examples_needed() == needed
     with pytest.raises(
-        ValueError, match=rf"takes {needed} examples or more, .* got {needed - 1}: give more, .*estimate"
+        ValueError,
+        match=rf"takes {needed} examples or more, .* got {needed - 1}: give more, .*estimate",
     ):
         choose_setting(synthetic(needed - 1, generator), Promise(**promise))
     target = torch.zeros(needed, dtype=torch.long)
     y = torch.tensor([0.9, 0.1]).repeat(needed, 3, 1)
     sure = LayerAnswers(*functional.accumulate(y, torch.ones(needed, 3)), y, target)
-    assert choose_setting(sure, Promise(**promise)).mean_exit_layer == 1, "where no example is lost, so many are enough"
+    assert choose_setting(sure, Promise(**promise)).mean_exit_layer == 1, (
+        "where no example is lost, so many are enough"
+    )
     assert choose_setting(sure.take(torch.arange(50)), Promise(**promise, confidence=None)).estimate
 
 
 def test_faultless_examples_never_take_more_layers_where_there_are_more_of_them():
     y = torch.tensor([0.9, 0.1]).repeat(12_000, 2, 1)
-    sure = LayerAnswers(*functional.accumulate(y, torch.ones(12_000, 2)), y, torch.zeros(12_000, dtype=torch.long))
+    sure = LayerAnswers(
+        *functional.accumulate(y, torch.ones(12_000, 2)), y, torch.zeros(12_000, dtype=torch.long)
+    )
     for loss, confidence in product((0.002, 0.01), (0.9, 0.95, 0.999, 0.9999)):
         promise = Promise(max_accuracy_loss=loss, confidence=confidence)
         needed = promise.examples_needed()
@@ -380,12 +452,16 @@ def test_faultless_examples_never_take_more_layers_where_there_are_more_of_them(
 
 
 def test_an_allowance_of_nothing_is_left_to_the_proof():
-    found = choose_setting(synthetic(500, torch.Generator().manual_seed(0)), Promise(max_accuracy_loss=0.0))
+    found = choose_setting(
+        synthetic(500, torch.Generator().manual_seed(0)), Promise(max_accuracy_loss=0.0)
+    )
     assert (found.halting_margin, found.bound, found.agreement) == (1.0, 0.0, 1.0)
     assert "the class is that of this model's own full depth by proof" in describe(found, 5)
 
 
-@pytest.mark.parametrize("examples", [250, 400])  # a loss of 0.02 is that of accuracies from 280 examples on
+@pytest.mark.parametrize(
+    "examples", [250, 400]
+)  # a loss of 0.02 is that of accuracies from 280 examples on
 def test_an_estimate_keeps_one_standard_error_to_spare(examples):
     answers = synthetic(examples, torch.Generator().manual_seed(3))
     promise = Promise(max_accuracy_loss=0.02, confidence=None)
@@ -394,17 +470,24 @@ def test_an_estimate_keeps_one_standard_error_to_spare(examples):
     assert found.promise["confidence"] is None
 
     def loss(margin):
-        early = functional.answer_at(answers.a, answers.exit_layers(functional.Halting(margin=margin))).argmax(1)
+        early = functional.answer_at(
+            answers.a, answers.exit_layers(functional.Halting(margin=margin))
+        ).argmax(1)
         full = answers.a[:, -1].argmax(1)
         lost = (full == answers.target).double() - (early == answers.target).double()
-        lost = lost.clip(min=0) if examples < 280 else lost  # luck with a few gains would hide what is lost
+        lost = (
+            lost.clip(min=0) if examples < 280 else lost
+        )  # luck with a few gains would hide what is lost
         one_more_of_each = torch.cat([lost, torch.tensor([1.0, -1.0])])
         return lost.mean().item() + one_more_of_each.std().item() / (examples + 2) ** 0.5
 
     margins = SETTINGS["halting_margin"]
     assert found.bound == pytest.approx(loss(found.halting_margin))
     assert found.bound <= 0.02 < loss(margins[margins.index(found.halting_margin) + 1])
-    assert found.mean_exit_layer < choose_setting(answers, Promise(max_accuracy_loss=0.02)).mean_exit_layer
+    assert (
+        found.mean_exit_layer
+        < choose_setting(answers, Promise(max_accuracy_loss=0.02)).mean_exit_layer
+    )
     text = describe(found, 5)
     assert "is an estimate for max_accuracy_loss=0.02, without a confidence" in text
     agreed = choose_setting(answers, Promise(min_agreement=0.9, confidence=None))
@@ -414,8 +497,12 @@ def test_an_estimate_keeps_one_standard_error_to_spare(examples):
 
 
 def test_a_few_examples_without_a_fault_are_no_evidence_for_an_estimate():
-    y = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).expand(300, -1, -1)  # all layers are right about all of them
-    sure = LayerAnswers(*functional.accumulate(y, torch.full((300, 2), 0.5)), y, torch.zeros(300, dtype=torch.int64))
+    y = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).expand(
+        300, -1, -1
+    )  # all layers are right about all of them
+    sure = LayerAnswers(
+        *functional.accumulate(y, torch.full((300, 2), 0.5)), y, torch.zeros(300, dtype=torch.int64)
+    )
     estimate = Promise(max_accuracy_loss=0.01, confidence=None)
     few = choose_setting(sure.take(torch.arange(60)), estimate)
     assert few.halting_margin == 1
@@ -428,24 +515,38 @@ def test_a_promise_can_be_made_against_a_baseline():
     answers = synthetic(3000, generator)
     full = answers.a[:, -1].argmax(1)
     changed = torch.rand(3000, generator=generator) < 0.04
-    baseline = torch.where(changed, answers.target, full)  # at most as good as the model where it differs, and better
+    baseline = torch.where(
+        changed, answers.target, full
+    )  # at most as good as the model where it differs, and better
     promise = Promise(max_accuracy_loss=0.05)
     found = choose_setting(answers, promise, baseline=baseline)
-    assert choose_setting(answers, promise, baseline=baseline.tolist()) == found, "a list, or an array"
+    assert choose_setting(answers, promise, baseline=baseline.tolist()) == found, (
+        "a list, or an array"
+    )
     own = choose_setting(answers, promise)
-    assert found.baseline_accuracy == (baseline == answers.target).double().mean().item() > found.full_depth_accuracy
+    assert (
+        found.baseline_accuracy
+        == (baseline == answers.target).double().mean().item()
+        > found.full_depth_accuracy
+    )
     assert found.baseline_accuracy - found.accuracy < found.bound <= 0.05
     assert found.mean_exit_layer > own.mean_exit_layer, "the baseline is the better reference here"
     assert "points below the baseline" in describe(found, 5)
     lost = found.baseline_accuracy - found.full_depth_accuracy
-    with pytest.raises(ValueError, match=r"at halting_margin 1 the model is .* and up to .*give about \d+ examples"):
+    with pytest.raises(
+        ValueError, match=r"at halting_margin 1 the model is .* and up to .*give about \d+ examples"
+    ):
         choose_setting(answers, Promise(max_accuracy_loss=lost + 0.001), baseline=baseline)
     with pytest.raises(ValueError, match="promise that, or train a better model"):
         choose_setting(answers, Promise(max_accuracy_loss=0.0), baseline=answers.target)
-    with pytest.raises(ValueError, match=r"one class per example, int64 \[3000\], .* got torch.int64 \[2\]"):
+    with pytest.raises(
+        ValueError, match=r"one class per example, int64 \[3000\], .* got torch.int64 \[2\]"
+    ):
         choose_setting(answers, promise, baseline=baseline[:2])
     for wrong in (answers.target + 1, torch.full_like(answers.target, -1), answers.target == full):
-        with pytest.raises(ValueError, match="baseline must hold (classes in 0 … 2|one class per example)"):
+        with pytest.raises(
+            ValueError, match="baseline must hold (classes in 0 … 2|one class per example)"
+        ):
             choose_setting(answers, promise, baseline=wrong)
     with pytest.raises(ValueError, match="a baseline goes with max_accuracy_loss"):
         choose_setting(answers, Promise(max_layers=2), baseline=baseline)
@@ -472,14 +573,17 @@ def test_a_baseline_promise_is_kept_as_often_as_it_says():
 
 @pytest.mark.parametrize(("examples", "confidence"), [(1000, 0.95), (200, None)])
 def test_candidates_are_measured_at_the_margin_that_the_final_model_would_get(examples, confidence):
-    """By the promise itself, and by an estimate only where the examples are too few for its confidence."""
+    """By the promise itself, and by an estimate only where the examples are too few for its
+    confidence."""
     answers, model = synthetic(examples, torch.Generator().manual_seed(3)), tiny_model(layers=5)
     promise = Promise(max_accuracy_loss=0.01)
     expected = choose_setting(answers, replace(promise, confidence=confidence)).exit_rule
     assert 0 < expected.margin < 1
     found = outcome_of(answers, model, promise, None)
     assert torch.equal(found.exits, answers.exit_layers(expected).float())
-    assert torch.equal(outcome_of(answers, model, None, None).exits, answers.exit_layers(model.exit_rule).float())
+    assert torch.equal(
+        outcome_of(answers, model, None, None).exits, answers.exit_layers(model.exit_rule).float()
+    )
 
 
 def test_operating_points_are_what_each_setting_gives():
@@ -519,7 +623,11 @@ class SetAsideData(OwnData):
 
 def test_examples_that_chose_the_checkpoint_are_named():
     said = {}
-    for name, data in {"validation": OwnData(400), "own": SetAsideData(400), "batches": [random_batch(400)]}.items():
+    for name, data in {
+        "validation": OwnData(400),
+        "own": SetAsideData(400),
+        "batches": [random_batch(400)],
+    }.items():
         model = tiny_model().train()
         before = dict(vars(data)) if isinstance(data, OwnData) else None
         found = calibrate(model, data, min_agreement=0.9)
@@ -556,11 +664,15 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path):
     data.setup("fit")
     seen, kept = (set(data.splits[name].texts) for name in ("val", "calibration"))
     assert len(data.splits["val"]) == len(data.splits["calibration"]) == 200
-    assert sorted(data.splits["val"].texts + data.splits["calibration"].texts) == sorted(whole_validation().texts)
+    assert sorted(data.splits["val"].texts + data.splits["calibration"].texts) == sorted(
+        whole_validation().texts
+    )
     assert seen
     assert kept
     metrics_path, model_path = engine.run_pipeline("run")
-    assert len(np.load(tmp_path / "run" / "features" / "val" / "labels.npy")) == 200, "what the trials measured on"
+    assert len(np.load(tmp_path / "run" / "features" / "val" / "labels.npy")) == 200, (
+        "what the trials measured on"
+    )
     metrics = json.loads(Path(metrics_path).read_text())
     assert sum(metrics["validation"]["exit_histogram"]) == 200
     found = metrics["calibration"]
@@ -578,20 +690,37 @@ def whole_validation():
 
 
 def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
-    engine = TuningEngine(data=pl.LightningDataModule, promise=Promise(max_layers=2), log_dir=tmp_path)
+    engine = TuningEngine(
+        data=pl.LightningDataModule, promise=Promise(max_layers=2), log_dir=tmp_path
+    )
     with pytest.raises(
-        ValueError, match="it takes 19 examples that no study sees, and LightningDataModule sets 0 aside"
+        ValueError,
+        match="it takes 19 examples that no study sees, and LightningDataModule sets 0 aside",
     ):
         resolve_promise(engine.recipe, small_model(), 3)
-    engine = TuningEngine(data=partial(SetAsideData, 19), promise=Promise(max_layers=2), log_dir=tmp_path)
-    assert resolve_promise(engine.recipe, small_model(), 3) == engine.recipe, "batches in a list are counted as well"
-    (tmp_path / "train.csv").write_text("text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(90)))
-    own = partial(TextClassificationData, str(tmp_path / "train.csv"), tokenizer=word_tokenizer(["text"]))
-    engine = TuningEngine(2, data=partial(own, label_column="stars"), promise=Promise(min_agreement=0.9))
+    engine = TuningEngine(
+        data=partial(SetAsideData, 19), promise=Promise(max_layers=2), log_dir=tmp_path
+    )
+    assert resolve_promise(engine.recipe, small_model(), 3) == engine.recipe, (
+        "batches in a list are counted as well"
+    )
+    (tmp_path / "train.csv").write_text(
+        "text,label\n" + "".join(f"text {n},{'ab'[n % 2]}\n" for n in range(90))
+    )
+    own = partial(
+        TextClassificationData, str(tmp_path / "train.csv"), tokenizer=word_tokenizer(["text"])
+    )
+    engine = TuningEngine(
+        2, data=partial(own, label_column="stars"), promise=Promise(min_agreement=0.9)
+    )
     with pytest.raises(ValueError, match="has no column 'stars'"):
         resolve_promise(engine.recipe, small_model(), 3)
-    engine = TuningEngine(2, data=own, promise=Promise(max_accuracy_loss=0.01, confidence=None), log_dir=tmp_path)
-    assert resolve_promise(engine.recipe, small_model(), 3).calibration_fraction is None, "half of so few say nothing"
+    engine = TuningEngine(
+        2, data=own, promise=Promise(max_accuracy_loss=0.01, confidence=None), log_dir=tmp_path
+    )
+    assert resolve_promise(engine.recipe, small_model(), 3).calibration_fraction is None, (
+        "half of so few say nothing"
+    )
     with pytest.raises(ValueError, match="give one of the two"):
         TuningEngine(promise=Promise(max_layers=2, dial="halting_tolerance"), halting_tolerance=0.1)
     engine = TuningEngine(
@@ -600,7 +729,9 @@ def test_a_promise_needs_data_that_can_keep_examples_back(tmp_path):
         log_dir=tmp_path,
         trainer={"accelerator": "cpu"},
     )
-    with pytest.raises(ValueError, match="from full depth on, but the model has halting_tolerance=0.2: set it to 0"):
+    with pytest.raises(
+        ValueError, match="from full depth on, but the model has halting_tolerance=0.2: set it to 0"
+    ):
         resolve_promise(engine.recipe, engine.recipe.make_model(), 6)
 
 
@@ -636,7 +767,8 @@ def test_a_promise_that_does_not_hold_is_said():
     same.on_load_checkpoint(checkpoint)
     assert same.halting_margin == model.halting_margin
     with pytest.warns(
-        UserWarning, match=r"was calibrated for halting exact, .* but this configuration has .* halting_tolerance 0.3,"
+        UserWarning,
+        match=r"was calibrated for halting exact, .* but this configuration has .* halting_tolerance 0.3,",
     ):
         tiny_model(halting_tolerance=0.3).on_load_checkpoint(checkpoint)
 
@@ -647,7 +779,10 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
     assert model.halting_tolerance > 0
     model.save_pretrained(tmp_path)
     assert DACT.from_pretrained(tmp_path).calibration is not None
-    with pytest.warns(UserWarning, match=r"does not hold for halting_margin as given: halting_tolerance is 0.0 again"):
+    with pytest.warns(
+        UserWarning,
+        match=r"does not hold for halting_margin as given: halting_tolerance is 0.0 again",
+    ):
         other = DACT.from_pretrained(tmp_path, halting_margin=0.3)
     assert (other.calibration, other.halting_tolerance) == (None, 0.0)
     own = DACT.from_pretrained(tmp_path, halting="paper", halting_tolerance=model.halting_tolerance)
@@ -655,6 +790,8 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
 
 
 def test_the_engine_refuses_a_promise_of_nothing_before_its_first_trial(tmp_path):
-    engine = TuningEngine(promise=Promise(max_layers=6), log_dir=tmp_path, trainer={"accelerator": "cpu"})
+    engine = TuningEngine(
+        promise=Promise(max_layers=6), log_dir=tmp_path, trainer={"accelerator": "cpu"}
+    )
     with pytest.raises(ValueError, match="max_layers=6 promises nothing: the model has 6 layers"):
         resolve_promise(engine.recipe, engine.recipe.make_model(), 6)

@@ -17,7 +17,13 @@ from tests.commands import FIT, GENERATED, QUICKSTART, ROOT, SMALL, VADER, dact
 def test_fit_leaves_a_checkpoint_and_a_model(fitted):
     _, run, _ = fitted
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-    expected = {"README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    expected = {
+        "README.md",
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
     assert {path.name for path in (run / "model").iterdir()} == expected
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 2
     best = DACT.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
@@ -29,21 +35,48 @@ def test_fit_leaves_a_checkpoint_and_a_model(fitted):
 
 def test_the_console_is_quiet(fitted):
     _, _, done = fitted
-    # So small a model, fitted for so short a time, rightly earns the warning that its depth has collapsed.
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
+    # So small a model, fitted for so short a time, rightly earns the warning that its depth has
+    # collapsed.
+    lines = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if "the depth has collapsed" not in line
+    ]
     text = "\n".join(lines)
-    for noise in ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "treespec", "rank_zero"):
+    for noise in (
+        "Tip",
+        "GPU available",
+        "arning:",
+        "workers",
+        "Seed set",
+        "deprecated",
+        "treespec",
+        "rank_zero",
+    ):
         assert noise not in text, text
     assert "The model is in" in text
-    assert re.search(r"^epoch 1/2: train_loss .* accuracy 0.\d+ layers \d.\d\d, \d+ s$", text, re.MULTILINE)
+    assert re.search(
+        r"^epoch 1/2: train_loss .* accuracy 0.\d+ layers \d.\d\d, \d+ s$", text, re.MULTILINE
+    )
     assert all(len(line) < 80 for line in lines if line.startswith("epoch"))
-    assert re.search(r"^last epoch 2: accuracy .* largest class, is .*, macro F1 .* of 3 layers$", text, re.MULTILINE)
+    assert re.search(
+        r"^last epoch 2: accuracy .* largest class, is .*, macro F1 .* of 3 layers$",
+        text,
+        re.MULTILINE,
+    )
 
 
 def test_tensorboard_has_curves_histograms_and_the_picture(fitted):
     _, run, _ = fitted
     events = EventAccumulator(str(run), size_guidance={"images": 0, "histograms": 0}).Reload()
-    scalars = {"train_loss", "val_loss", "val_task_loss", "val_accuracy", "val_macro_f1", "val_exit_layer"}
+    scalars = {
+        "train_loss",
+        "val_loss",
+        "val_task_loss",
+        "val_accuracy",
+        "val_macro_f1",
+        "val_exit_layer",
+    }
     scalars |= {"val_ponder_cost", "val_agreement", *(f"val_layer_accuracy/{n}" for n in (1, 2, 3))}
     assert scalars <= set(events.Tags()["scalars"])
     assert len(events.Scalars("val_exit_layer")) == 2
@@ -59,7 +92,14 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
     dact("fit", "--config", FIT, *SMALL, "--trainer.max_epochs", "1", cwd=folder)
     assert (folder / "lightning_logs" / "version_1" / "model").is_dir()
     (tmp_path / "config.yaml").write_text("mine: 1\n")
-    arguments = ["--trainer.logger", "false", "--trainer.enable_checkpointing", "false", "--trainer.max_epochs", "1"]
+    arguments = [
+        "--trainer.logger",
+        "false",
+        "--trainer.enable_checkpointing",
+        "false",
+        "--trainer.max_epochs",
+        "1",
+    ]
     dact("fit", "--config", FIT, *SMALL, *arguments, cwd=tmp_path)
     assert (tmp_path / "config.yaml").read_text() == "mine: 1\n"
 
@@ -71,11 +111,17 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
         (["--data.train_file", "train.xls"], "unknown ending '.xls'"),
         (["--data.text_column", "body"], "no column 'body'; it has 'text', 'label'"),
         (["--data.label_column", "class"], "no column 'class'; it has 'text', 'label'"),
-        (["--model.output_dimension", "3"], "the data has 2 classes (no, yes), but the model has output_dimension=3"),
+        (
+            ["--model.output_dimension", "3"],
+            "the data has 2 classes (no, yes), but the model has output_dimension=3",
+        ),
         (["--data.class_names", '["yes", "maybe"]'], "outside the classes: 'no'"),
         (["--model.halting_tolerance", "1.0"], "halting_tolerance must be in [0, 1), got 1.0"),
         (["--model.classifier.num_layers", "-1"], "num_layers must be in 0 … 1000, got -1"),
-        (["--model.encoder.vocab_size", "20"], "the tokenizer has 42 token ids, but the encoder only 20"),
+        (
+            ["--model.encoder.vocab_size", "20"],
+            "the tokenizer has 42 token ids, but the encoder only 20",
+        ),
         (["--data.tokenizer", "nobody/nothing"], "no tokenizer at 'nobody/nothing'"),
         (["--ckpt_path", "absent.ckpt"], "absent.ckpt"),
         (["--ckpt_path", "tokenizer"], "--ckpt_path tokenizer is a folder; a checkpoint is a file"),
@@ -95,16 +141,25 @@ def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):
             ["--model.lamda_reg", "0.1"],
             "no option --model.lamda_reg. Did you mean --model.lambda_reg?",
         ),
-        (["--data.txt_column", "x"], "TextClassificationData has no option 'txt_column'. Did you mean text_column?"),
+        (
+            ["--data.txt_column", "x"],
+            "TextClassificationData has no option 'txt_column'. Did you mean text_column?",
+        ),
         (["--model.encoder", "dact.encoders.TransformEncoder"], "Did you mean TransformerEncoder?"),
-        (["--model.output_dimension", "two"], "model.output_dimension: Expected a int. Got value: two"),
+        (
+            ["--model.output_dimension", "two"],
+            "model.output_dimension: Expected a int. Got value: two",
+        ),
         (["--data.class_names", "[no, yes]"], "booleans: put them in quotation marks"),
         (
             ["--data.text_column", "Q1: text"],
             "Got value: {'Q1': 'text'}. Words are read as YAML here: put this option into",
         ),
         (["--config", "train.csv"], "train.csv holds no options: --config takes YAML"),
-        (["--data", "train.csv"], "--data takes a class, and train.csv is a file: give it as --data.train_file"),
+        (
+            ["--data", "train.csv"],
+            "--data takes a class, and train.csv is a file: give it as --data.train_file",
+        ),
         (["--conf", "config.yaml"], "no option --conf. Did you mean --config?"),
         pytest.param(
             ["--trainer.accelerator", "gpu"],
@@ -131,7 +186,9 @@ def test_a_broken_file_is_named(own, dact_here):
 
 def test_tune_asks_for_the_classes_before_its_first_trial(own, dact_here):
     test = ["--data.test_file", "train.csv"]
-    status, text = dact_here("tune", "--config", "config.yaml", "--model.output_dimension", "3", *test, cwd=own)
+    status, text = dact_here(
+        "tune", "--config", "config.yaml", "--model.output_dimension", "3", *test, cwd=own
+    )
     assert status == 1
     assert "the data has 2 classes (no, yes), but the model has output_dimension=3" in text
     assert "warm-up" not in text
@@ -173,7 +230,9 @@ def test_print_config_round_trips_and_help_is_readable(own):
     assert "--model.lambda_reg" not in text, "of training, which is refused here"
     text = dact("fit", "--help", cwd=own).stdout
     assert text.startswith("usage: dact fit --config FILE [--OPTION ...]")
-    assert text.index("--model.lambda_reg") < text.index("--data") < text.index("--trainer.max_epochs")
+    assert (
+        text.index("--model.lambda_reg") < text.index("--data") < text.index("--trainer.max_epochs")
+    )
     assert "read by" not in text
 
 
@@ -200,8 +259,12 @@ def test_the_configuration_of_a_fit_learns(tmp_path):
 def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
     whole = vader.read_archive
 
-    def an_eighth(archive):  # of each corpus: some measurements reach every text of a split, whatever limits say
-        return {corpus: texts.take(range(0, len(texts), 8)) for corpus, texts in whole(archive).items()}
+    def an_eighth(
+        archive,
+    ):  # of each corpus: some measurements reach every text of a split, whatever limits say
+        return {
+            corpus: texts.take(range(0, len(texts), 8)) for corpus, texts in whole(archive).items()
+        }
 
     def command(*words):
         status, text = dact_here(*words, *small, *limits, cwd=tmp_path)
@@ -223,7 +286,10 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
     data.prepare_data()
     assert len(frame) == frame["label"].notna().sum() == len(data.examples("test")) > 60
     trials = ["--tuner.n_trials", "1", "--tuner.warm_up_epochs", "1", "--run_tag", "real"]
-    trials += ["--tuner.search_space.batch_size", "{choices: [16]}"]  # batches are limited, so their size must be one
+    trials += [
+        "--tuner.search_space.batch_size",
+        "{choices: [16]}",
+    ]  # batches are limited, so their size must be one
     text = command("tune", "--config", QUICKSTART, *trials, "--tuner.compare_defaults", "false")
     assert "points against the baseline of 6 layers" in text
     run = tmp_path / "lightning_logs/real"
@@ -236,10 +302,23 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
 
 @pytest.mark.slow
 def test_tuning_has_a_quiet_console(tmp_path):
-    small = ["--data.num_train", "400", "--data.num_val", "60", "--data.num_test", "60", "--trainer.accelerator", "cpu"]
+    small = [
+        "--data.num_train",
+        "400",
+        "--data.num_val",
+        "60",
+        "--data.num_test",
+        "60",
+        "--trainer.accelerator",
+        "cpu",
+    ]
     small += ["--tuner.n_trials", "1", "--tuner.warm_up_epochs", "1", "--run_tag", "quick"]
     done = dact("tune", "--config", GENERATED, *small, cwd=tmp_path)
-    lines = [line for line in (done.stdout + done.stderr).splitlines() if "the depth has collapsed" not in line]
+    lines = [
+        line
+        for line in (done.stdout + done.stderr).splitlines()
+        if "the depth has collapsed" not in line
+    ]
     text = "\n".join(lines)
     for noise in (
         "Tip",
@@ -254,7 +333,13 @@ def test_tuning_has_a_quiet_console(tmp_path):
         "was configured",
     ):
         assert noise not in text, text
-    for words in ("study submodels: 1 of 1 trials", "study training", "study lambda_reg", "macro F1", "texts/s"):
+    for words in (
+        "study submodels: 1 of 1 trials",
+        "study training",
+        "study lambda_reg",
+        "macro F1",
+        "texts/s",
+    ):
         assert words in text
     assert "tensorboard --logdir lightning_logs/quick" in text
     (tmp_path / "bad.yaml").write_text(GENERATED.read_text().replace("n_trials: 8", "n_trials: 0"))

@@ -1,4 +1,5 @@
-"""``dact fit``: its name, its checkpoints, how it is stopped and resumed, and what it says; and the errors of YAML."""
+"""``dact fit``: its name, its checkpoints, how it is stopped and resumed, and what it says; and the
+errors of YAML."""
 
 import io
 import json
@@ -59,7 +60,9 @@ def fit_scripted(folder, losses, plugins=(), resume_from=None, **arguments):
         **arguments,
     )
     trainer.fit(Scripted(losses), loader, loader, ckpt_path=resume_from)
-    return [torch.load(folder / name, weights_only=True)["epoch"] for name in ("best.ckpt", "last.ckpt")]
+    return [
+        torch.load(folder / name, weights_only=True)["epoch"] for name in ("best.ckpt", "last.ckpt")
+    ]
 
 
 def test_last_is_the_last_epoch_and_best_the_best(tmp_path):
@@ -75,13 +78,21 @@ def test_a_best_epoch_may_be_the_last_one(tmp_path):
 def test_a_resumed_fit_keeps_the_best_epoch_of_before(tmp_path):
     assert fit_scripted(tmp_path, [2.0, 3.0], [DurableCheckpointIO()]) == [0, 1]
     last = tmp_path / "last.ckpt"
-    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5], [DurableCheckpointIO()], resume_from=last) == [0, 2]
-    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5, 1.0], [DurableCheckpointIO()], resume_from=last) == [3, 3]
+    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5], [DurableCheckpointIO()], resume_from=last) == [
+        0,
+        2,
+    ]
+    assert fit_scripted(
+        tmp_path, [2.0, 3.0, 2.5, 1.0], [DurableCheckpointIO()], resume_from=last
+    ) == [3, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
 def test_several_validations_in_an_epoch_still_end_in_its_last_state(tmp_path):
-    assert fit_scripted(tmp_path, [3.0, 4.0], [DurableCheckpointIO()], val_check_interval=0.5) == [0, 1]
+    assert fit_scripted(tmp_path, [3.0, 4.0], [DurableCheckpointIO()], val_check_interval=0.5) == [
+        0,
+        1,
+    ]
 
 
 @pytest.mark.slow
@@ -94,10 +105,14 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     status, text = dact_here(*words, cwd=tmp_path)
     assert status == 1
     assert "run first has finished epoch 2, its last: raise --trainer.max_epochs" in text
-    status, text = dact_here(*words, "--trainer.max_epochs", "3", "--model.learning_rate", "0.1", cwd=tmp_path)
+    status, text = dact_here(
+        *words, "--trainer.max_epochs", "3", "--model.learning_rate", "0.1", cwd=tmp_path
+    )
     assert status == 1
     assert "was started with another model.learning_rate (0.002 instead of 0.1)" in text
-    status, text = dact_here(*words, "--trainer.max_epochs", "3", "--monitor", "val_accuracy", cwd=tmp_path)
+    status, text = dact_here(
+        *words, "--trainer.max_epochs", "3", "--monitor", "val_accuracy", cwd=tmp_path
+    )
     assert status == 1
     assert "was started with another monitor ('last' instead of 'val_accuracy')" in text
     status, text = dact_here(*words, "--trainer.max_epochs", "3", cwd=tmp_path)
@@ -105,7 +120,9 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     assert "resuming lightning_logs/first after epoch 2" in text
     assert re.findall(r"^epoch (\d)", text, re.MULTILINE) == ["3"]
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["epoch"] == 2
-    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None, "a fit from it begins anew"
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None, (
+        "a fit from it begins anew"
+    )
     (run / "checkpoints" / "last.ckpt").unlink()
     status, text = dact_here(*words, "--model.learning_rate", "0.1", cwd=tmp_path)
     assert status == 1
@@ -131,7 +148,9 @@ class Failing(Callback):
 
 
 @pytest.mark.parametrize("kept", ["own", "in another folder", "none"])
-def test_a_fit_that_fails_with_checkpoints_of_ones_own_keeps_what_it_has_logged_and_resumes(dact_here, tmp_path, kept):
+def test_a_fit_that_fails_with_checkpoints_of_ones_own_keeps_what_it_has_logged_and_resumes(
+    dact_here, tmp_path, kept
+):
     callbacks = [{"class_path": "tests.test_cli_fit.Failing"}]
     folder = "elsewhere" if kept == "in another folder" else "lightning_logs/first/checkpoints"
     if kept != "none":
@@ -146,7 +165,9 @@ def test_a_fit_that_fails_with_checkpoints_of_ones_own_keeps_what_it_has_logged_
     last = tmp_path / folder / "last.ckpt"
     assert last.is_file() == (kept != "none")
     if kept == "own":
-        (tmp_path / "more.yaml").write_text(json.dumps({"trainer": {**trainer, "callbacks": callbacks[1:]}}))
+        (tmp_path / "more.yaml").write_text(
+            json.dumps({"trainer": {**trainer, "callbacks": callbacks[1:]}})
+        )
         status, text = dact_here(*words, cwd=tmp_path)
         assert status == 0, text
         assert "resuming lightning_logs/first after epoch 2" in text
@@ -186,11 +207,17 @@ def test_a_fit_may_choose_by_macro_f1_and_balance_its_classes(own, dact_here):
     assert 4.5 < yes < 5.5
     model = DACT.from_pretrained(own / "lightning_logs" / "balanced" / "model")
     assert model.class_weights.tolist() == pytest.approx([no, yes])
-    callbacks = torch.load(own / "lightning_logs/balanced/checkpoints/last.ckpt", weights_only=True)["callbacks"]
+    callbacks = torch.load(
+        own / "lightning_logs/balanced/checkpoints/last.ckpt", weights_only=True
+    )["callbacks"]
     assert any("'monitor': 'val_macro_f1', 'mode': 'max'" in name for name in callbacks)
     # Without weights, a short fit gives everything the largest class, and says so.
-    with pytest.warns(UserWarning, match="all validation examples get the class 'no'.*class_weights: balanced"):
-        status, text = dact_here("fit", "--config", "config.yaml", "--model.learning_rate", "0.01", cwd=own)
+    with pytest.warns(
+        UserWarning, match="all validation examples get the class 'no'.*class_weights: balanced"
+    ):
+        status, text = dact_here(
+            "fit", "--config", "config.yaml", "--model.learning_rate", "0.01", cwd=own
+        )
     assert status == 0, text
     assert "where 'no', the largest class, is 90.00 %, macro F1" in text
 
@@ -203,19 +230,25 @@ def test_a_fit_keeps_its_last_epoch_or_the_best_by_a_metric(dact_here, tmp_path,
         # So small that the accuracy stays: the first epoch is not beaten.
         rates = ["--model.learning_rate", "1e-12", "--model.submodel_learning_rate", "1e-12"]
         evaluated = ["--trainer.check_val_every_n_epoch", str(every)]
-        status, text = dact_here("fit", "--config", FIT, *SMALL, *words, *rates, *evaluated, cwd=tmp_path)
+        status, text = dact_here(
+            "fit", "--config", FIT, *SMALL, *words, *rates, *evaluated, cwd=tmp_path
+        )
         assert status == 0, text
         run = tmp_path / "lightning_logs" / monitor
         best = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
         kept[monitor] = best["epoch"]
         stored = DACT.from_pretrained(run / "model").state_dict()
         assert all(torch.equal(stored[name], tensor) for name, tensor in best["state_dict"].items())
-        assert f"{'last' if monitor == 'last' else 'best'} epoch {best['epoch'] + 1}: accuracy" in text
+        assert (
+            f"{'last' if monitor == 'last' else 'best'} epoch {best['epoch'] + 1}: accuracy" in text
+        )
     assert kept == {"last": 2, "val_accuracy": every - 1}
 
 
 def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path, monkeypatch):
-    monkeypatch.setattr(rich, "_console", None)  # Lightning's bar changes the console of the whole process
+    monkeypatch.setattr(
+        rich, "_console", None
+    )  # Lightning's bar changes the console of the whole process
     screen, bars = io.StringIO(), []
 
     class LastWords(Callback):
@@ -246,7 +279,9 @@ def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path, m
         ("data:", "\tdata:", "my.yaml, line 6: not valid YAML"),
     ],
 )  # fmt: skip
-def test_a_mistake_in_yaml_is_one_line_with_its_place_and_what_was_meant(own, dact_here, before, after, message):
+def test_a_mistake_in_yaml_is_one_line_with_its_place_and_what_was_meant(
+    own, dact_here, before, after, message
+):
     (own / "my.yaml").write_text(OWN.replace(before, after))
     status, text = dact_here("fit", "--config", "my.yaml", cwd=own)
     assert status == 2
@@ -264,7 +299,12 @@ def heavy_modules(*words):
         "print('heavy:', *sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=ROOT, env=environment(), capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, *words],
+        cwd=ROOT,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return done.stdout.partition("heavy:")[2].split(), done.stdout + done.stderr
 
@@ -273,7 +313,11 @@ def heavy_modules(*words):
 def test_what_needs_no_lightning_imports_nothing_heavy(words):
     heavy, text = heavy_modules(*words)
     assert heavy == []
-    expected = {"--version": "dact 0.2", "--help": "--data.help TextClassificationData", "ft": "did you mean fit?"}
+    expected = {
+        "--version": "dact 0.2",
+        "--help": "--data.help TextClassificationData",
+        "ft": "did you mean fit?",
+    }
     assert expected.get(" ".join(words), "dact") in text
 
 
@@ -297,11 +341,18 @@ def test_the_classes_that_the_help_names_have_help_by_their_short_names(words, o
 @pytest.mark.slow
 def test_an_unknown_hub_name_is_one_line_soon_without_a_network(own):
     # An address that refuses connections stands for a network that is down.
-    words = ["--model.encoder", "HuggingFaceEncoder", "--model.encoder.pretrained", "nobody/nothing"]
+    words = [
+        "--model.encoder",
+        "HuggingFaceEncoder",
+        "--model.encoder.pretrained",
+        "nobody/nothing",
+    ]
     started = time.monotonic()
     variables = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(own)}
     env = {
-        k: v for k, v in environment(**variables).items() if k != "HF_HUB_OFFLINE" and not k.lower().endswith("proxy")
+        k: v
+        for k, v in environment(**variables).items()
+        if k != "HF_HUB_OFFLINE" and not k.lower().endswith("proxy")
     }
     command = [sys.executable, "-m", "dact", "fit", *words, "--data.train_file", "train.csv"]
     done = subprocess.run(command, cwd=own, env=env, capture_output=True, text=True, check=False)
@@ -313,14 +364,23 @@ def test_an_unknown_hub_name_is_one_line_soon_without_a_network(own):
 
 def test_texts_without_labels_are_refused_without_a_teacher(own, dact_here):
     (own / "more.txt").write_text("screen 3 is fine\n")
-    status, text = dact_here("fit", "--config", "config.yaml", "--data.unlabelled_file", "more.txt", cwd=own)
+    status, text = dact_here(
+        "fit", "--config", "config.yaml", "--data.unlabelled_file", "more.txt", cwd=own
+    )
     assert status == 1
     assert "texts without labels need a teacher: give data.teacher" in text
 
 
 def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact_here):
     status, output = dact_here(
-        "fit", "--config", "config.yaml", "--run_tag", "nan", "--model.learning_rate", "1e9", cwd=own
+        "fit",
+        "--config",
+        "config.yaml",
+        "--run_tag",
+        "nan",
+        "--model.learning_rate",
+        "1e9",
+        cwd=own,
     )
     assert status == 1
     assert "the fit broke: val_loss is nan after epoch 1. Try a smaller learning_rate" in output
@@ -328,7 +388,15 @@ def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact
 
 
 def test_options_of_the_data_may_stand_before_the_file_that_names_its_class(own, dact_here):
-    words = ["--data.batch_size", "8", "--config", "config.yaml", "--model.lambda_reg=0.25", "--run_tag", "order"]
+    words = [
+        "--data.batch_size",
+        "8",
+        "--config",
+        "config.yaml",
+        "--model.lambda_reg=0.25",
+        "--run_tag",
+        "order",
+    ]
     status, output = dact_here("fit", *words, cwd=own)
     assert status == 0, output
     config = yaml.safe_load((own / "lightning_logs" / "order" / "config.yaml").read_text())
@@ -343,9 +411,13 @@ def test_options_of_the_data_may_stand_before_the_file_that_names_its_class(own,
         ("text,label\nscreen is great,maybe\n", "row 1 with a label outside the classes: 'maybe'"),
     ],
 )
-def test_a_test_file_that_could_not_be_measured_is_refused_before_the_fit(own, dact_here, content, message):
+def test_a_test_file_that_could_not_be_measured_is_refused_before_the_fit(
+    own, dact_here, content, message
+):
     (own / "test.csv").write_text(content)
-    status, output = dact_here("fit", "--config", "config.yaml", "--data.test_file", "test.csv", cwd=own)
+    status, output = dact_here(
+        "fit", "--config", "config.yaml", "--data.test_file", "test.csv", cwd=own
+    )
     assert status == 1
     assert message in output
     assert "epoch" not in output

@@ -39,7 +39,14 @@ def test_test_and_validate_measure_the_checkpoint(fitted, succeed):
         arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt"]
         text = succeed(command, *arguments, "--trainer.logger", "false", cwd=folder)
         stage = "test" if command == "test" else "val"
-        for name in ("accuracy", "exit_layer", "agreement", "macro_f1", "task_loss", "layer_accuracy/3"):
+        for name in (
+            "accuracy",
+            "exit_layer",
+            "agreement",
+            "macro_f1",
+            "task_loss",
+            "layer_accuracy/3",
+        ):
             assert f"{stage}_{name}" in text
 
 
@@ -47,14 +54,27 @@ def test_test_and_validate_measure_the_checkpoint(fitted, succeed):
 def test_predict_writes_one_row_per_input_in_their_order(fitted, succeed, ending):
     folder, run, _ = fitted
     output = folder / f"out.{ending}"
-    arguments = ["--config", FIT, *SMALL, "--ckpt_path", run / "checkpoints" / "best.ckpt", "--output", output]
+    arguments = [
+        "--config",
+        FIT,
+        *SMALL,
+        "--ckpt_path",
+        run / "checkpoints" / "best.ckpt",
+        "--output",
+        output,
+    ]
     succeed("predict", *arguments, "--trainer.logger", "false", cwd=folder)
     if ending == "csv":
         frame = pd.read_csv(output)
     else:
         frame = pd.read_parquet(output) if ending == "parquet" else pd.read_json(output, lines=True)
     names = ["negative", "neutral", "positive"]
-    assert list(frame.columns) == ["label", *(f"probability_{name}" for name in names), "exit_layer", "reason"]
+    assert list(frame.columns) == [
+        "label",
+        *(f"probability_{name}" for name in names),
+        "exit_layer",
+        "reason",
+    ]
     assert len(frame) == 90
     from dact.data import CompositionalSentiment
 
@@ -68,13 +88,19 @@ def test_predict_writes_one_row_per_input_in_their_order(fitted, succeed, ending
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dial", "careful"), [("halting_tolerance", "0.001"), ("halting_margin", "0.999")])
-def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, dact_here, succeed, dial, careful):
+@pytest.mark.parametrize(
+    ("dial", "careful"), [("halting_tolerance", "0.001"), ("halting_margin", "0.999")]
+)
+def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(
+    fitted, tmp_path, dact_here, succeed, dial, careful
+):
     folder, run, _ = fitted
     shutil.copytree(run, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "best.ckpt"
     base = ["--config", FIT, *SMALL, "--ckpt_path", checkpoint]
-    text = succeed("calibrate", *base, "--dial", dial, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder)
+    text = succeed(
+        "calibrate", *base, "--dial", dial, "--max_layers", "2.9", "--confidence", "0.5", cwd=folder
+    )
     assert "keeps max_layers=2.9 with confidence 0.5: taken alone, at most" in text
     assert "mean exit layer" in text
     assert f"wrote {dial}" in text
@@ -84,11 +110,17 @@ def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, 
     outputs = []
     for more in ([], [f"--model.{dial}", careful]):
         output = tmp_path / "out.csv"
-        succeed("predict", *base, "--output", output, "--trainer.logger", "false", *more, cwd=folder)
+        succeed(
+            "predict", *base, "--output", output, "--trainer.logger", "false", *more, cwd=folder
+        )
         outputs.append(pd.read_csv(output)["exit_layer"].mean())
     assert outputs[0] < outputs[1], "the calibrated setting counts unless another one is given"
     text = succeed("test", *base, cwd=folder)
-    assert re.search(rf"^promise of {dial} [\d.]+: at most 2.9 layers. Here it is .*standard error", text, re.MULTILINE)
+    assert re.search(
+        rf"^promise of {dial} [\d.]+: at most 2.9 layers. Here it is .*standard error",
+        text,
+        re.MULTILINE,
+    )
     status, text = dact_here("calibrate", *base, "--dial", dial, "--max_layers", "1", cwd=folder)
     assert status == 1
     assert "the fewest layers that can be promised are" in text
@@ -97,15 +129,37 @@ def test_a_calibrated_checkpoint_keeps_its_promise_in_predict(fitted, tmp_path, 
 @pytest.mark.slow
 def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(own, succeed):
     succeed("fit", "--config", "config.yaml", cwd=own)
-    lines = [b"text", b"the screen is great", b"", b"\xff\xfe", b'"a, ""b"""', b"   ", b"the screen is awful"]
+    lines = [
+        b"text",
+        b"the screen is great",
+        b"",
+        b"\xff\xfe",
+        b'"a, ""b"""',
+        b"   ",
+        b"the screen is awful",
+    ]
     (own / "new.csv").write_bytes(b"\n".join(lines) + b"\n")
     checkpoint = "lightning_logs/version_0/checkpoints/best.ckpt"
-    arguments = ["--config", "config.yaml", "--ckpt_path", checkpoint, "--data.predict_file", "new.csv"]
+    arguments = [
+        "--config",
+        "config.yaml",
+        "--ckpt_path",
+        checkpoint,
+        "--data.predict_file",
+        "new.csv",
+    ]
     # Only the file to predict is needed.
     (own / "train.csv").unlink()
     succeed("predict", *arguments, "--output", "out.csv", cwd=own)
     rows = list(csv.DictReader((own / "out.csv").open()))
-    assert [row["reason"] for row in rows] == ["", "empty text", "not valid UTF-8", "", "empty text", ""]
+    assert [row["reason"] for row in rows] == [
+        "",
+        "empty text",
+        "not valid UTF-8",
+        "",
+        "empty text",
+        "",
+    ]
     assert all((row["label"] in ("yes", "no")) == (row["reason"] == "") for row in rows)
     # A file in which nothing can be classified still gets its rows.
     (own / "new.csv").write_bytes(b"text\n \n\n")
@@ -116,16 +170,28 @@ def test_own_files_fit_and_predict_with_reasons_for_what_cannot_be_classified(ow
 
 def test_a_wrong_checkpoint_or_ending_is_one_clear_line(own, fitted, dact_here):
     checkpoint = ["--ckpt_path", fitted[1] / "checkpoints" / "best.ckpt"]
-    status, text = dact_here("test", "--config", "config.yaml", "--data.test_file", "train.csv", *checkpoint, cwd=own)
+    status, text = dact_here(
+        "test", "--config", "config.yaml", "--data.test_file", "train.csv", *checkpoint, cwd=own
+    )
     assert status == 1
-    assert "train.csv: rows 1, 2, 3, 4, 5 and 35 more with a label outside the classes: 'no'" in text
+    assert (
+        "train.csv: rows 1, 2, 3, 4, 5 and 35 more with a label outside the classes: 'no'" in text
+    )
     status, text = dact_here("predict", "--config", "config.yaml", "--output", "x.csv", cwd=own)
     assert status == 1
-    assert "dact: error: dact predict needs a model: --model with a model/ folder, the folder of a run, such as" in text
+    assert (
+        "dact: error: dact predict needs a model: --model with a model/ folder, the folder of a run, such as"
+        in text
+    )
     assert not (own / "x.csv").exists()
-    _, text = dact_here("predict", "--config", "config.yaml", "--output", "x.txt", *checkpoint, cwd=own)
+    _, text = dact_here(
+        "predict", "--config", "config.yaml", "--output", "x.txt", *checkpoint, cwd=own
+    )
     assert "unknown ending '.txt', expected one of .csv, .jsonl, .parquet" in text
-    assert "Traceback" in dact("test", "--config", "config.yaml", cwd=own, check=False, DACT_TRACEBACK="1").stderr
+    assert (
+        "Traceback"
+        in dact("test", "--config", "config.yaml", cwd=own, check=False, DACT_TRACEBACK="1").stderr
+    )
 
 
 TEXTS = ["the screen is great", "the screen is awful", "great"]
@@ -160,7 +226,14 @@ def test_predict_takes_a_run_a_folder_or_a_checkpoint_without_any_yaml(run_of_tw
         ["--model", run, "--data.predict_file", "new.csv", "--data.text_column", "body"],
         ["--model", f"{run}/model", "--data.predict_file", "new.txt"],
         ["--model", f"{run}/checkpoints/last.ckpt", "--data.predict_file", "new.txt"],
-        ["--config", "my.yaml", "--ckpt_path", f"{run}/checkpoints/best.ckpt", "--data.predict_file", "new.txt"],
+        [
+            "--config",
+            "my.yaml",
+            "--ckpt_path",
+            f"{run}/checkpoints/best.ckpt",
+            "--data.predict_file",
+            "new.txt",
+        ],
     ]
     for words in walks:
         status, text = dact_here("predict", *words, "--output", "answers.csv", cwd=folder)
@@ -173,32 +246,71 @@ def test_predict_takes_a_run_a_folder_or_a_checkpoint_without_any_yaml(run_of_tw
 def test_texts_that_the_tokenizer_does_not_know_are_reported(run_of_two_files):
     folder = run_of_two_files
     (folder / "new.txt").write_text(f"{TEXTS[0]}\nQuarterly figures disappointed analysts\n" * 3)
-    words = ["--model", "lightning_logs/first", "--data.predict_file", "new.txt", "--output", "answers.csv"]
+    words = [
+        "--model",
+        "lightning_logs/first",
+        "--data.predict_file",
+        "new.txt",
+        "--output",
+        "answers.csv",
+    ]
     done = dact("predict", *words, cwd=folder)
-    assert done.stderr.count("some texts consist mostly of tokens that the tokenizer does not know") == 1
+    assert (
+        done.stderr.count("some texts consist mostly of tokens that the tokenizer does not know")
+        == 1
+    )
 
 
-def test_a_setting_on_the_command_line_replaces_that_of_the_stored_model(run_of_two_files, dact_here):
+def test_a_setting_on_the_command_line_replaces_that_of_the_stored_model(
+    run_of_two_files, dact_here
+):
     folder = run_of_two_files
     (folder / "new.txt").write_text("\n".join(TEXTS))
     for margin, layers in (("0", 1), ("1", None)):
-        words = ["--model", "lightning_logs/first", "--model.halting_margin", margin, "--data.predict_file", "new.txt"]
+        words = [
+            "--model",
+            "lightning_logs/first",
+            "--model.halting_margin",
+            margin,
+            "--data.predict_file",
+            "new.txt",
+        ]
         assert dact_here("predict", *words, "--output", "answers.jsonl", cwd=folder)[0] == 0
-        exits = [json.loads(line)["exit_layer"] for line in (folder / "answers.jsonl").read_text().splitlines()]
+        exits = [
+            json.loads(line)["exit_layer"]
+            for line in (folder / "answers.jsonl").read_text().splitlines()
+        ]
         assert layers is None or exits == [layers] * 3
-    words = ["--model", "lightning_logs/first", "--model.halting_margin", "2", "--data.predict_file", "new.txt"]
+    words = [
+        "--model",
+        "lightning_logs/first",
+        "--model.halting_margin",
+        "2",
+        "--data.predict_file",
+        "new.txt",
+    ]
     status, text = dact_here("predict", *words, cwd=folder)
     assert status == 1
     assert "halting_margin" in text
 
 
 def test_a_signal_ends_a_command_that_waits_for_input_or_works(run_of_two_files):
-    words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "-", "--output", "-"]
+    words = [
+        "predict",
+        "--model",
+        "lightning_logs/first",
+        "--data.predict_file",
+        "-",
+        "--output",
+        "-",
+    ]
     for number in (signal.SIGTERM, signal.SIGINT):
         process = warm.start("dact", words, cwd=run_of_two_files, env=environment())
         process.stdin.write("the screen is great\n" * 2100)
         process.stdin.flush()
-        assert process.stdout.readline().startswith("label,")  # it has answered some, and waits for more
+        assert process.stdout.readline().startswith(
+            "label,"
+        )  # it has answered some, and waits for more
         process.send_signal(number)
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 130, errors
@@ -207,7 +319,15 @@ def test_a_signal_ends_a_command_that_waits_for_input_or_works(run_of_two_files)
 
 def test_a_reader_of_predictions_may_have_had_enough(run_of_two_files):
     (run_of_two_files / "many.txt").write_text("the screen is great\n" * 9000)
-    words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "many.txt", "--output", "-"]
+    words = [
+        "predict",
+        "--model",
+        "lightning_logs/first",
+        "--data.predict_file",
+        "many.txt",
+        "--output",
+        "-",
+    ]
     process = warm.start("dact", words, cwd=run_of_two_files, env=environment())
     assert process.stdout.readline().startswith("label,")
     process.stdout.close()
@@ -220,27 +340,48 @@ def test_a_dial_of_a_file_is_not_ignored_without_a_word(run_of_two_files, dact_h
     (folder / "dial.yaml").write_text("model: {halting_margin: 0.25}\n")
     words = ["--model", "lightning_logs/first", "--data.test_file", "train.csv"]
     with pytest.warns(
-        UserWarning, match="1.0 in the stored model, and not 0.25 as in the file.*--model.halting_margin 0.25"
+        UserWarning,
+        match="1.0 in the stored model, and not 0.25 as in the file.*--model.halting_margin 0.25",
     ):
         dact_here("test", "--config", "dial.yaml", *words, cwd=folder)
 
 
 @pytest.mark.slow
-def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_files, tmp_path, dact_here, succeed):
+def test_columns_and_the_division_of_the_fit_count_for_its_model(
+    run_of_two_files, tmp_path, dact_here, succeed
+):
     shutil.copytree(run_of_two_files / "tokenizer", tmp_path / "tokenizer")
-    rows = [f"screen {i},is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}" for i in range(60)]
+    rows = [
+        f"screen {i},is {'great' if i % 2 else 'awful'},{'yes' if i % 2 else 'no'}"
+        for i in range(60)
+    ]
     (tmp_path / "pairs.csv").write_text("first,second,class\n" + "\n".join(rows) + "\n")
     config = (run_of_two_files / "my.yaml").read_text().replace("train.csv", "pairs.csv")
     columns = "text_column: first, text_pair_column: second, label_column: class, seed: 7, val_fraction: 0.4, calibration_fraction: 0.5, "
     (tmp_path / "my.yaml").write_text(
-        config.replace("{train_file", "{" + columns + "train_file").replace("max_epochs: 1", "max_epochs: 12")
+        config.replace("{train_file", "{" + columns + "train_file").replace(
+            "max_epochs: 1", "max_epochs: 12"
+        )
     )
-    succeed("fit", "--config", "my.yaml", "--run_tag", "pairs", "--model.learning_rate", "0.01", cwd=tmp_path)
+    succeed(
+        "fit",
+        "--config",
+        "my.yaml",
+        "--run_tag",
+        "pairs",
+        "--model.learning_rate",
+        "0.01",
+        cwd=tmp_path,
+    )
     model = ["--model", "lightning_logs/pairs"]
     text = succeed("test", *model, "--data.test_file", "pairs.csv", cwd=tmp_path)
     assert float(re.search(r"test_accuracy\W+([\d.]+)", text).group(1)) > 0.9
-    succeed("predict", *model, "--data.predict_file", "pairs.csv", "--output", "out.csv", cwd=tmp_path)
-    assert (pd.read_csv(tmp_path / "out.csv")["label"] == pd.read_csv(tmp_path / "pairs.csv")["class"]).mean() > 0.9
+    succeed(
+        "predict", *model, "--data.predict_file", "pairs.csv", "--output", "out.csv", cwd=tmp_path
+    )
+    assert (
+        pd.read_csv(tmp_path / "out.csv")["label"] == pd.read_csv(tmp_path / "pairs.csv")["class"]
+    ).mean() > 0.9
     validated = []
     data = TextClassificationData.setup
 
@@ -251,7 +392,9 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_file
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(TextClassificationData, "setup", noted)
         succeed("validate", *model, "--data.train_file", "pairs.csv", cwd=tmp_path)
-        (tmp_path / "others.csv").write_text((tmp_path / "pairs.csv").read_text().replace("screen", "battery"))
+        (tmp_path / "others.csv").write_text(
+            (tmp_path / "pairs.csv").read_text().replace("screen", "battery")
+        )
         succeed("validate", *model, "--data.val_file", "others.csv", cwd=tmp_path)
     fitted = TextClassificationData(
         str(tmp_path / "pairs.csv"),
@@ -269,7 +412,15 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(run_of_two_file
 
 
 def test_rows_of_standard_input_are_answered_before_it_ends(run_of_two_files):
-    words = ["predict", "--model", "lightning_logs/first", "--data.predict_file", "-", "--output", "-"]
+    words = [
+        "predict",
+        "--model",
+        "lightning_logs/first",
+        "--data.predict_file",
+        "-",
+        "--output",
+        "-",
+    ]
     process = warm.start("dact", words, cwd=run_of_two_files, env=environment())
     process.stdin.write("the screen is great\n" * 4000)
     process.stdin.flush()
@@ -283,16 +434,35 @@ def test_rows_of_standard_input_are_answered_before_it_ends(run_of_two_files):
 
 
 def test_test_without_yaml_measures_own_files(run_of_two_files):
-    done = dact("test", "--model", "lightning_logs/first", "--data.test_file", "train.csv", cwd=run_of_two_files)
+    done = dact(
+        "test",
+        "--model",
+        "lightning_logs/first",
+        "--data.test_file",
+        "train.csv",
+        cwd=run_of_two_files,
+    )
     assert "test_accuracy" in done.stdout
     assert [path.name for path in (run_of_two_files / "lightning_logs").iterdir()] == ["first"]
 
 
-def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_of_two_files, tmp_path, dact_here):
-    """As `dact tune` makes it. A file of calibration examples is all that calibration needs, and chose no checkpoint."""
+def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(
+    run_of_two_files, tmp_path, dact_here
+):
+    """As `dact tune` makes it. A file of calibration examples is all that calibration needs, and
+    chose no checkpoint."""
     folder = tmp_path / "copy"
     shutil.copytree(run_of_two_files, folder)
-    words = ["--config", "my.yaml", "--config", "fewer.yaml", "--model.num_layers", "2", "--run_tag", "cut"]
+    words = [
+        "--config",
+        "my.yaml",
+        "--config",
+        "fewer.yaml",
+        "--model.num_layers",
+        "2",
+        "--run_tag",
+        "cut",
+    ]
     status, text = dact_here("fit", *words, cwd=folder)
     assert status == 0, text
     assert re.search("last epoch 1: .* of 2 layers", text)
@@ -300,7 +470,9 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
     words = ["calibrate", *model, "--max_accuracy_loss", "0.5", "--data.calibration_file"]
     status, text = dact_here(*words, "./train.csv", cwd=folder)
     assert status == 1
-    assert "data.calibration_file=./train.csv is the train_file of the fit: give another file" in text
+    assert (
+        "data.calibration_file=./train.csv is the train_file of the fit: give another file" in text
+    )
     shutil.copy(folder / "train.csv", folder / "other.csv")
     words.append("other.csv")
     for confidence, kind in (("0.95", "keeps max_accuracy_loss=0.5"), ("null", "is an estimate")):
@@ -310,7 +482,9 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
         assert "of 2\n" in text
         assert "chose the checkpoint" not in text
     stored = (folder / "lightning_logs" / "cut" / "model" / "config.json").read_bytes()
-    (folder / "few.csv").write_text("".join((folder / "other.csv").read_text().splitlines(keepends=True)[:9]))
+    (folder / "few.csv").write_text(
+        "".join((folder / "other.csv").read_text().splitlines(keepends=True)[:9])
+    )
     few = [
         "calibrate",
         *model,
@@ -324,15 +498,29 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
     status, text = dact_here(*few, cwd=folder)
     assert status == 1
     assert (
-        "this estimate takes 140 examples or more, got 8: give more, or promise less. The model is left as it" in text
+        "this estimate takes 140 examples or more, got 8: give more, or promise less. The model is left as it"
+        in text
     )
     assert stored == (folder / "lightning_logs" / "cut" / "model" / "config.json").read_bytes()
     # Examples that the fit has not set aside are no others afterwards.
-    words = ["calibrate", *model, "--config", "my.yaml", "--max_accuracy_loss", "0.5", "--confidence", "null"]
+    words = [
+        "calibrate",
+        *model,
+        "--config",
+        "my.yaml",
+        "--max_accuracy_loss",
+        "0.5",
+        "--confidence",
+        "null",
+    ]
     status, text = dact_here(*words, cwd=folder)
     assert status == 0, text
     assert "chose the checkpoint" in text
-    wrong = (("calibration_fraction", "0.5", "0.0"), ("seed", "7", "0"), ("val_file", "./train.csv", "None"))
+    wrong = (
+        ("calibration_fraction", "0.5", "0.0"),
+        ("seed", "7", "0"),
+        ("val_file", "./train.csv", "None"),
+    )
     for option, value, before in wrong:
         status, text = dact_here(*words, f"--data.{option}", value, cwd=folder)
         assert status == 1
@@ -344,12 +532,20 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_and_tested(run_o
     status, text = dact_here("test", *model, "--data.test_file", "train.csv", cwd=folder)
     assert status == 0, text
     assert re.search(r"^estimate of halting_margin .* on these 40 examples$", text, re.MULTILINE)
-    for command, option in (("validate", "val_file"), ("calibrate", "calibration_file"), ("test", "test_file")):
+    for command, option in (
+        ("validate", "val_file"),
+        ("calibrate", "calibration_file"),
+        ("test", "test_file"),
+    ):
         status, text = dact_here(command, *model, cwd=folder)
         assert status == 1
         assert f"given by --config, or --data.{option}" in text
-    TextClassifier.from_pretrained(folder / "lightning_logs/cut/model").model.save_pretrained(folder / "bare")
-    status, text = dact_here("predict", "--model", "bare", "--data.predict_file", "train.csv", cwd=folder)
+    TextClassifier.from_pretrained(folder / "lightning_logs/cut/model").model.save_pretrained(
+        folder / "bare"
+    )
+    status, text = dact_here(
+        "predict", "--model", "bare", "--data.predict_file", "train.csv", cwd=folder
+    )
     assert status == 1
     assert "no tokenizer is stored with bare: give --data.tokenizer" in text
 
@@ -366,7 +562,9 @@ def test_where_predictions_go_is_checked_before_anything_else(run_of_two_files, 
         status, text = dact_here("predict", *words, cwd=folder)
         assert status == 1
         assert message in text
-    status, text = dact_here("predict", "--model", "absent", "--data.predict_file", "new.txt", cwd=folder)
+    status, text = dact_here(
+        "predict", "--model", "absent", "--data.predict_file", "new.txt", cwd=folder
+    )
     assert status == 1
     assert "no model at absent, which does not exist" in text
 
@@ -380,7 +578,12 @@ FORMS = {
         "--data.init_args",
         '{"predict_file": "body.csv", "text_column": "body"}',
     ],
-    "two files that spell the class differently": ["--config", "data.yaml", "--config", "more.yaml"],
+    "two files that spell the class differently": [
+        "--config",
+        "data.yaml",
+        "--config",
+        "more.yaml",
+    ],
 }
 
 
@@ -390,7 +593,9 @@ def test_options_of_the_data_count_in_every_form(run_of_two_files, tmp_path, dac
     (tmp_path / "body.csv").write_text("body\n" + "\n".join(TEXTS) + "\n")
     (tmp_path / "section.yaml").write_text(SECTION)
     (tmp_path / "data.yaml").write_text(f"data: {SECTION}")
-    (tmp_path / "more.yaml").write_text("data: {class_path: TextClassificationData, init_args: {batch_size: 2}}")
+    (tmp_path / "more.yaml").write_text(
+        "data: {class_path: TextClassificationData, init_args: {batch_size: 2}}"
+    )
     words = ["predict", "--model", model, *FORMS[form]]
     status, text = dact_here(*words, "--output", "answers.csv", cwd=tmp_path)
     assert status == 0, text
@@ -415,7 +620,16 @@ def test_predictions_go_to_the_home_folder(run_of_two_files, tmp_path, dact_here
 def test_a_fit_does_not_join_another_that_runs(run_of_two_files, dact_here):
     run = run_of_two_files / "lightning_logs" / "first"
     before = (run / "checkpoints" / "last.ckpt").read_bytes()
-    again = ["--config", "my.yaml", "--config", "fewer.yaml", "--run_tag", "first", "--trainer.max_epochs", "2"]
+    again = [
+        "--config",
+        "my.yaml",
+        "--config",
+        "fewer.yaml",
+        "--run_tag",
+        "first",
+        "--trainer.max_epochs",
+        "2",
+    ]
     with FileLock(run / ".lock"):  # as the other process holds it
         status, text = dact_here("fit", *again, cwd=run_of_two_files)
     assert status == 1
@@ -425,28 +639,48 @@ def test_a_fit_does_not_join_another_that_runs(run_of_two_files, dact_here):
 
 def test_predictions_never_replace_the_texts(run_of_two_files, dact_here):
     (run_of_two_files / "same.csv").write_text("text\nthe screen is great\n")
-    words = ["--model", "lightning_logs/first", "--data.predict_file", "same.csv", "--output", "./same.csv"]
+    words = [
+        "--model",
+        "lightning_logs/first",
+        "--data.predict_file",
+        "same.csv",
+        "--output",
+        "./same.csv",
+    ]
     status, text = dact_here("predict", *words, cwd=run_of_two_files)
     assert status == 1
-    assert "--output ./same.csv is the file with the texts, and would replace it: name another" in text
+    assert (
+        "--output ./same.csv is the file with the texts, and would replace it: name another" in text
+    )
     status, text = dact_here("predict", *words[:4], "--out", "same.csv", cwd=run_of_two_files)
     assert status == 2, "a shortened option"
     assert "no option --out. Did you mean --output?" in text
     (run_of_two_files / "predictions.csv").write_text("text\nthe screen is great\n")
-    status, text = dact_here("predict", *words[:2], "--data.predict_file", "predictions.csv", cwd=run_of_two_files)
+    status, text = dact_here(
+        "predict", *words[:2], "--data.predict_file", "predictions.csv", cwd=run_of_two_files
+    )
     assert status == 1, "where no --output is given, that is where they go"
     (run_of_two_files / "predictions.csv").unlink()
 
 
 def test_wrong_options_of_evaluation_are_refused_in_one_line(run_of_two_files, dact_here):
     (run_of_two_files / "same.csv").write_text("text\nthe screen is great\n")
-    predict, calibrate = ["predict", "--data.predict_file", "same.csv"], ["calibrate", "--max_layers", "2"]
+    predict, calibrate = (
+        ["predict", "--data.predict_file", "same.csv"],
+        ["calibrate", "--max_layers", "2"],
+    )
     margin = ["--model.halting_margin=0.3", "--data.calibration_file", "train.csv"]
     for words, message in (
         ([*predict, "--data.max_length", "-5"], "data.max_length must be 1 or more, got -5"),
         ([*predict, "--data.batch_size", "0"], "data.batch_size must be 1 or more, got 0"),
-        ([*calibrate, "--data.test_file", "train.csv"], "dact calibrate needs --data.calibration_file"),
-        ([*calibrate, *margin], "dact calibrate finds halting_margin itself: leave --model.halting_margin out"),
+        (
+            [*calibrate, "--data.test_file", "train.csv"],
+            "dact calibrate needs --data.calibration_file",
+        ),
+        (
+            [*calibrate, *margin],
+            "dact calibrate finds halting_margin itself: leave --model.halting_margin out",
+        ),
     ):
         status, text = dact_here(*words, "--model", "lightning_logs/first", cwd=run_of_two_files)
         assert status == 1
@@ -455,7 +689,14 @@ def test_wrong_options_of_evaluation_are_refused_in_one_line(run_of_two_files, d
 
 def test_a_failing_file_leaves_no_predictions(run_of_two_files, dact_here):
     (run_of_two_files / "broken.jsonl").write_text(json.dumps({"text": "great"}) + "\n{broken\n")
-    words = ["--model", "lightning_logs/first", "--data.predict_file", "broken.jsonl", "--output", "none.csv"]
+    words = [
+        "--model",
+        "lightning_logs/first",
+        "--data.predict_file",
+        "broken.jsonl",
+        "--output",
+        "none.csv",
+    ]
     status, text = dact_here("predict", *words, cwd=run_of_two_files)
     assert status == 1
     assert "broken.jsonl: line 2 is no JSON" in text
@@ -467,7 +708,9 @@ TWO = ["--trainer.accelerator", "cpu", "--trainer.devices", "2", "--trainer.stra
 
 
 @pytest.mark.slow
-def test_two_processes_classify_each_row_once_and_measure_each_example_once(run_of_two_files, dact_here, succeed):
+def test_two_processes_classify_each_row_once_and_measure_each_example_once(
+    run_of_two_files, dact_here, succeed
+):
     folder, model = run_of_two_files, ["--model", "lightning_logs/first"]
     texts = [f"the screen is {('great', 'awful', 'poor')[n % 3]} {n}" for n in range(2501)]
     texts[1030] = ""
@@ -504,9 +747,18 @@ def test_the_memory_of_predict_does_not_grow_with_the_file(run_of_two_files):
     for rows in (5_000, 105_000):
         lines = "".join(f"the screen is great {n}\n" for n in range(rows))
         (run_of_two_files / "large.csv").write_text("text\n" + lines)
-        words = ["--model", "lightning_logs/first", "--data.predict_file", "large.csv", "--output", "large.parquet"]
+        words = [
+            "--model",
+            "lightning_logs/first",
+            "--data.predict_file",
+            "large.csv",
+            "--output",
+            "large.parquet",
+        ]
         plan = json.dumps({"peak": True})
-        process = warm.start("tests.killed", [plan, "predict", *words], cwd=run_of_two_files, env=environment())
+        process = warm.start(
+            "tests.killed", [plan, "predict", *words], cwd=run_of_two_files, env=environment()
+        )
         said, errors = process.communicate(timeout=500)
         assert process.returncode == 0, errors
         assert f"{rows} predictions" in errors
@@ -565,7 +817,9 @@ def test_a_datamodule_of_ones_own_works_with_every_command(tmp_path, dact_here):
     for command in ("test", "validate"):
         status, text = dact_here(command, *stored, cwd=tmp_path)
         assert status == 0, text
-    status, text = dact_here("calibrate", *stored, "--max_layers", "1.99", "--confidence", "0.1", cwd=tmp_path)
+    status, text = dact_here(
+        "calibrate", *stored, "--max_layers", "1.99", "--confidence", "0.1", cwd=tmp_path
+    )
     assert "halting_margin" in text
     status, text = dact_here("predict", *stored, "--output", "x.csv", cwd=tmp_path)
     assert status == 0, text
@@ -580,7 +834,9 @@ def test_a_datamodule_of_ones_own_works_with_every_command(tmp_path, dact_here):
         assert status == 1
         assert text.count("dact: error:") == 1
         assert message in text.replace("got a tuple", "got a list")
-    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["own"], "failed fits leave no folder"
+    assert [path.name for path in (tmp_path / "lightning_logs").iterdir()] == ["own"], (
+        "failed fits leave no folder"
+    )
     status, text = dact_here("test", *stored, "--data.kind", "unlabelled", cwd=tmp_path)
     assert status == 1
     assert "a batch for test has the label -100: only training takes unlabelled examples" in text
@@ -597,10 +853,17 @@ def test_a_run_of_tune_stands_for_its_final_model(fitted, tmp_path):
 
 @pytest.mark.parametrize(
     ("full", "early", "agreement", "verdict"),
-    [(0.9, 0.895, 0.98, "holds"), (0.9, 0.888, 0.98, "is within its error"), (0.9, 0.8, 0.88, "does not hold")],
+    [
+        (0.9, 0.895, 0.98, "holds"),
+        (0.9, 0.888, 0.98, "is within its error"),
+        (0.9, 0.8, 0.88, "does not hold"),
+    ],
 )
 def test_a_promise_is_judged_with_its_standard_error(full, early, agreement, verdict):
-    calibration = {"promise": {"max_accuracy_loss": 0.01, "dial": "halting_margin"}, "halting_margin": 0.9}
+    calibration = {
+        "promise": {"max_accuracy_loss": 0.01, "dial": "halting_margin"},
+        "halting_margin": 0.9,
+    }
     metrics = {"test_accuracy": early, "test_layer_accuracy/2": full, "test_agreement": agreement}
     line = promise_line(calibration, metrics, 2, torch.tensor([500, 500]))
     assert f"it {verdict} on these 1000 examples" in line

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from dact import DACT, TuningEngine
-from dact.answers import LayerAnswers
 from dact.calibration import Promise
+from dact.calibration.answers import LayerAnswers
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.files import read_json
@@ -29,16 +29,26 @@ def small_model(**overrides):
 
 def engine(tmp_path, **options):
     space = {"batch_size": {"choices": [32]}, "num_epochs": {"choices": [1]}}
-    options = {"n_trials": 2, "search_space": space, "encoder_training": "frozen", "warm_up_epochs": 1, **options}
+    options = {
+        "n_trials": 2,
+        "search_space": space,
+        "encoder_training": "frozen",
+        "warm_up_epochs": 1,
+        **options,
+    }
     data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
     trainer = {"max_epochs": 1, "accelerator": "cpu"}
-    made = TuningEngine(**{"model": small_model, **options}, data=data, trainer=trainer, log_dir=tmp_path)
+    made = TuningEngine(
+        **{"model": small_model, **options}, data=data, trainer=trainer, log_dir=tmp_path
+    )
     made.progress.console.quiet = True
     return made
 
 
 def studies_of(run, stage):
-    return optuna.load_study(study_name=f"{run.name}/{stage}", storage=f"sqlite:///{run}/studies.db")
+    return optuna.load_study(
+        study_name=f"{run.name}/{stage}", storage=f"sqlite:///{run}/studies.db"
+    )
 
 
 @pytest.fixture
@@ -56,24 +66,35 @@ def fitted(monkeypatch):
 
 
 @pytest.mark.slow
-def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winner(tmp_path, fitted, monkeypatch):
+def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winner(
+    tmp_path, fitted, monkeypatch
+):
     def killed(*arguments, **options):
         raise KeyboardInterrupt
 
     seeds = []
     on_states = confirmation.fit_settings
-    monkeypatch.setattr(confirmation, "fit_settings", lambda *given: seeds.append(given[2]) or on_states(*given))
+    monkeypatch.setattr(
+        confirmation, "fit_settings", lambda *given: seeds.append(given[2]) or on_states(*given)
+    )
     run, promise = tmp_path / "run", Promise(max_layers=2.2, confidence=None)
     with monkeypatch.context() as patched:
-        patched.setattr(final, "evaluate", killed)  # after the fits, while the final model is measured
+        patched.setattr(
+            final, "evaluate", killed
+        )  # after the fits, while the final model is measured
         with pytest.raises(KeyboardInterrupt):
             engine(tmp_path, promise=promise).run_pipeline("run")
     confirmed = [str(folder.relative_to(run)) for folder in fitted]
     assert confirmed[0] == "confirmation/default_settings/fit"
-    assert confirmed[1] in (f"confirmation/{name}/fit" for name in ("first_trial", "tuned", "runner-up"))
+    assert confirmed[1] in (
+        f"confirmation/{name}/fit" for name in ("first_trial", "tuned", "runner-up")
+    )
     assert confirmed[2:] in ([], ["confirmation/first_trial/fit"])
     tried = {trial.params["lambda_reg"] for trial in studies_of(run, "lambda_reg").get_trials()}
-    winner, second = yaml.safe_load((run / "lambda_reg.yaml").read_text()), read_json(run / "lambda_reg/runner_up.json")
+    winner, second = (
+        yaml.safe_load((run / "lambda_reg.yaml").read_text()),
+        read_json(run / "lambda_reg/runner_up.json"),
+    )
     assert {winner["lambda_reg"], second["lambda_reg"]} == tried, "the best two of two"
     assert len(seeds) == 9, "three candidates, three seeds each"
     assert len({*seeds}) == 3
@@ -82,7 +103,9 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
     metrics, checkpoint = engine(tmp_path, promise=promise).run_pipeline("run")
     again = [str(folder.relative_to(run)) for folder in fitted[len(confirmed) :]]
     assert again == ["final/defaults"], "nothing is fitted twice"
-    assert [path.relative_to(run) for path in run.rglob("*.ckpt")] == [Path("final", "checkpoints", "best.ckpt")]
+    assert [path.relative_to(run) for path in run.rglob("*.ckpt")] == [
+        Path("final", "checkpoints", "best.ckpt")
+    ]
     chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
     assert DACT.load_from_checkpoint(checkpoint).num_layers == chosen["num_layers"]
     found = json.loads(Path(metrics).read_text())
@@ -109,15 +132,32 @@ def test_two_candidates_are_fitted_as_the_final_model_which_takes_over_the_winne
         ((-0.5, 0.1), (0.0, 0.005), False, True),  # fewer layers at the same accuracy
         ((-0.05, 0.1), (0.0, 0.005), True, False),  # not by more than the error
         ((-0.5, 0.1), (0.01, 0.005), False, False),  # fewer, and worse
-        ((-0.5, 0.1), (0.01, 0.005), True, False),  # the same, though no worse than the promise allows
-        ((-0.5, 0.1), (0.01, 0.016), True, True),  # fewer, and no worse as far as the examples can tell
-        ((-0.5, 0.1), (0.01, 0.016), False, False),  # the same, where the promise allows less than is lost
+        (
+            (-0.5, 0.1),
+            (0.01, 0.005),
+            True,
+            False,
+        ),  # the same, though no worse than the promise allows
+        (
+            (-0.5, 0.1),
+            (0.01, 0.016),
+            True,
+            True,
+        ),  # fewer, and no worse as far as the examples can tell
+        (
+            (-0.5, 0.1),
+            (0.01, 0.016),
+            False,
+            False,
+        ),  # the same, where the promise allows less than is lost
         ((0.05, 0.1), (-0.01, 0.005), False, True),  # better at the same layers
         ((0.5, 0.1), (-0.01, 0.005), True, False),  # better, and more layers
         ((0.0, 0.0), (0.0, 0.0), True, False),
     ],
 )
-def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(layers, lost, within, beats):
+def test_the_defaults_stay_unless_they_are_beaten_by_one_standard_error(
+    layers, lost, within, beats
+):
     assert _beats(layers, lost, within) == beats
 
 
@@ -136,7 +176,12 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
         exits = torch.tensor([layers, layers + 0.1] * 50)
         return Known(exits, torch.zeros(100), torch.zeros(100))
 
-    found = {"default settings": None, "first trial": outcome(3.0), "tuned": outcome(2.0), "broken": None}
+    found = {
+        "default settings": None,
+        "first trial": outcome(3.0),
+        "tuned": outcome(2.0),
+        "broken": None,
+    }
     candidates = [Candidate(name, {}) for name in found]
     comparisons = []
     best = _best(candidates, lambda candidate: found[candidate.name], 0.0, comparisons)
@@ -147,32 +192,59 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
         "tuned beats default settings",
         "broken does not beat tuned",
     ]
-    assert _best(candidates[:1], lambda candidate: None, 0.0, comparisons).name == "default settings"
+    assert (
+        _best(candidates[:1], lambda candidate: None, 0.0, comparisons).name == "default settings"
+    )
 
-    # A default that answers with one class after the first layer has the fewest layers, and loses all the same.
+    # A default that answers with one class after the first layer has the fewest layers, and loses
+    # all the same.
     wrong = Known(torch.ones(100), torch.zeros(100), torch.tensor([1.0, 0.0, 0.0, 0.0] * 25))
     collapsed = {"default settings": wrong, "tuned": outcome(2.9)}
-    best = _best([Candidate(name, {}) for name in collapsed], lambda candidate: collapsed[candidate.name], 0.01, [])
+    best = _best(
+        [Candidate(name, {}) for name in collapsed],
+        lambda candidate: collapsed[candidate.name],
+        0.01,
+        [],
+    )
     assert best.name == "tuned"
-    best = _best([Candidate(name, {}) for name in collapsed], lambda candidate: collapsed[candidate.name], None, [])
+    best = _best(
+        [Candidate(name, {}) for name in collapsed],
+        lambda candidate: collapsed[candidate.name],
+        None,
+        [],
+    )
     assert best.name == "default settings", "nothing was promised about accuracy"
     # All candidates miss the baseline on frozen states, so that alone does not decide.
     torch.manual_seed(0)
     states = {
-        "first trial": Known(torch.full((2000,), 2.0), torch.zeros(2000), (torch.rand(2000) < 0.050).float()),
-        "tuned": Known(torch.full((2000,), 4.0), torch.zeros(2000), (torch.rand(2000) < 0.045).float()),
+        "first trial": Known(
+            torch.full((2000,), 2.0), torch.zeros(2000), (torch.rand(2000) < 0.050).float()
+        ),
+        "tuned": Known(
+            torch.full((2000,), 4.0), torch.zeros(2000), (torch.rand(2000) < 0.045).float()
+        ),
     }
-    assert _best([Candidate(name, {}) for name in states], lambda one: states[one.name], 0.01, []).name == "first trial"
+    assert (
+        _best([Candidate(name, {}) for name in states], lambda one: states[one.name], 0.01, []).name
+        == "first trial"
+    )
 
-    # What may be lost for fewer layers does not add up over candidates that each beat the one before.
+    # What may be lost for fewer layers does not add up over candidates that each beat the one
+    # before.
     def lower(layers, worse):
         lost = torch.zeros(1500)
         lost[:worse] = 1
         return Known(torch.full((1500,), layers), torch.zeros(1500), lost)
 
-    chain = {"default settings": lower(4.0, 0), "first trial": lower(3.5, 1), "tuned": lower(3.0, 2)}
+    chain = {
+        "default settings": lower(4.0, 0),
+        "first trial": lower(3.5, 1),
+        "tuned": lower(3.0, 2),
+    }
     comparisons = []
-    best = _best([Candidate(name, {}) for name in chain], lambda one: chain[one.name], 0.01, comparisons)
+    best = _best(
+        [Candidate(name, {}) for name in chain], lambda one: chain[one.name], 0.01, comparisons
+    )
     assert best.name == "first trial"
     assert comparisons[-1].startswith("tuned does not beat default settings: -1.00")
 
@@ -180,24 +252,37 @@ def test_candidates_challenge_the_best_before_them_and_broken_ones_never_win():
     for examples in range(100, 1500, 7):
         none, one = torch.zeros(examples), torch.zeros(examples)
         one[0] = -1
-        pair = {n: Known(none + 3.0, none, lost) for n, lost in (("default settings", none), ("tuned", one))}
-        best = _best([Candidate(name, {}) for name in pair], lambda one, pair=pair: pair[one.name], 0.01, [])
+        pair = {
+            n: Known(none + 3.0, none, lost)
+            for n, lost in (("default settings", none), ("tuned", one))
+        }
+        best = _best(
+            [Candidate(name, {}) for name in pair], lambda one, pair=pair: pair[one.name], 0.01, []
+        )
         assert best.name == "default settings"
 
     # As much as fits of the same settings differ by is no gain, however many examples there are.
     alike = {"default settings": outcome(3.0), "tuned": outcome(2.9)}
-    best = _best([Candidate(name, {}) for name in alike], lambda candidate: alike[candidate.name], 0.0, [])
+    best = _best(
+        [Candidate(name, {}) for name in alike], lambda candidate: alike[candidate.name], 0.0, []
+    )
     assert best.name == "default settings"
 
 
-def test_the_first_trial_gets_its_turn_where_the_winner_on_frozen_states_does_not_beat_the_defaults(monkeypatch):
+def test_the_first_trial_gets_its_turn_where_the_winner_on_frozen_states_does_not_beat_the_defaults(
+    monkeypatch,
+):
     def known(layers, worse=0):
         lost = torch.zeros(1000)
         lost[:worse] = 1
         return Known(torch.full((1000,), layers), torch.zeros(1000), lost)
 
     on_states = {"first trial": known(2.5), "tuned": known(1.2)}
-    live = {"default settings": known(2.2), "tuned": known(1.2, worse=10), "first trial": known(1.6)}
+    live = {
+        "default settings": known(2.2),
+        "tuned": known(1.2, worse=10),
+        "first trial": known(1.6),
+    }
     fitted = []
 
     def as_final(run, prepared, model, progress, candidate):
@@ -223,14 +308,17 @@ def test_the_first_trial_gets_its_turn_where_the_winner_on_frozen_states_does_no
     assert set(fitted) == live.keys()
     live["first trial"] = known(2.2)
     assert confirmed("default settings", "first trial", "tuned").chosen.name == "default settings"
-    assert confirmed("default settings", "tuned").chosen.name == "default settings", "a file with these settings"
+    assert confirmed("default settings", "tuned").chosen.name == "default settings", (
+        "a file with these settings"
+    )
     live["tuned"] = known(1.2)
     assert confirmed("default settings", "first trial", "tuned").chosen.name == "tuned"
     assert fitted == ["default settings", "tuned"], "it would be a fit more"
 
 
 def answered(leads, right, promise=Promise(max_accuracy_loss=0.01)):
-    """Two classes: the lead of each example grows from layer to layer; answers with a small one are a guess."""
+    """Two classes: the lead of each example grows from layer to layer; answers with a small one are
+    a guess."""
     is_right = torch.where(leads > 0.5, right.unsqueeze(1), torch.rand_like(leads) < 0.5)
     is_right[:, -1] = right
     y = torch.stack([(1 + leads) / 2, (1 - leads) / 2], dim=-1)
@@ -241,11 +329,14 @@ def answered(leads, right, promise=Promise(max_accuracy_loss=0.01)):
     prepared = SimpleNamespace(
         recipe=SimpleNamespace(promise=promise), baseline=SimpleNamespace(right=lambda target: None)
     )
-    return Answered(prepared, DACT(encoder=TransformerEncoder(42, 4, 8, 2), output_dimension=2), [answers])
+    return Answered(
+        prepared, DACT(encoder=TransformerEncoder(42, 4, 8, 2), output_dimension=2), [answers]
+    )
 
 
 def test_a_candidate_that_takes_more_layers_is_compared_at_as_many():
-    """Full depth of the tuned one is two points better, so that its own promise lets it leave later."""
+    """Full depth of the tuned one is two points better, so that its own promise lets it leave
+    later."""
     torch.manual_seed(0)
     leads = torch.rand(2000, 4).cumsum(1) / 4
     default = answered(leads.sqrt(), torch.rand(2000) < 0.70)
@@ -256,10 +347,14 @@ def test_a_candidate_that_takes_more_layers_is_compared_at_as_many():
     pair, comparisons = {"default settings": default, "tuned": tuned}, []
 
     def best():
-        return _best([Candidate(name, {}) for name in pair], lambda one: pair[one.name], 0.01, comparisons).name
+        return _best(
+            [Candidate(name, {}) for name in pair], lambda one: pair[one.name], 0.01, comparisons
+        ).name
 
     assert best() == "tuned"
     assert comparisons[-1].endswith("at as many layers")
     pair["tuned"] = answered(leads, torch.rand(2000) < 0.70)
     assert best() == "default settings", "no better at as many layers"
-    assert answered(leads, torch.rand(2000) < 0.75, None).turned_down(3.0) is None, "without a promise there is no dial"
+    assert answered(leads, torch.rand(2000) < 0.75, None).turned_down(3.0) is None, (
+        "without a promise there is no dial"
+    )

@@ -1,4 +1,5 @@
-"""Two passes of one batch must agree: the divergence, the loss of a step, and where the engine asks for it."""
+"""Two passes of one batch must agree: the divergence, the loss of a step, and where the engine asks
+for it."""
 
 from itertools import pairwise
 
@@ -15,17 +16,23 @@ from tests.conftest import random_batch
 from tests.test_confirmation import engine, studies_of
 
 numbers = st.floats(-20, 20, width=32)
-logits = st.lists(st.lists(st.tuples(numbers, numbers, numbers), min_size=2, max_size=2), min_size=3, max_size=3)
+logits = st.lists(
+    st.lists(st.tuples(numbers, numbers, numbers), min_size=2, max_size=2), min_size=3, max_size=3
+)
 
 
 @given(logits, logits)
 def test_the_divergence_is_that_of_its_formula(first, second):
     p, q = torch.tensor(first), torch.tensor(second)
     pairs = zip(
-        p.double().softmax(-1).flatten(0, 1).tolist(), q.double().softmax(-1).flatten(0, 1).tolist(), strict=True
+        p.double().softmax(-1).flatten(0, 1).tolist(),
+        q.double().softmax(-1).flatten(0, 1).tolist(),
+        strict=True,
     )
     expected = [references.symmetric_divergence(*pair) for pair in pairs]
-    assert divergence(p, q).item() == pytest.approx(sum(expected) / len(expected), rel=1e-4, abs=1e-5)
+    assert divergence(p, q).item() == pytest.approx(
+        sum(expected) / len(expected), rel=1e-4, abs=1e-5
+    )
     assert divergence(p, q) == divergence(q, p)
     assert divergence(p, p) == 0
 
@@ -38,7 +45,9 @@ def test_passes_of_other_shapes_are_refused():
 def noisy_model(**settings):
     config = SubmodelConfig(dropout=0.3)
     encoder = TransformerEncoder(50, 3, 8, 2, dropout=0.2)
-    return DACT(encoder=encoder, classifier=config, confidence=config, lambda_warmup=0.0, **settings)
+    return DACT(
+        encoder=encoder, classifier=config, confidence=config, lambda_warmup=0.0, **settings
+    )
 
 
 @pytest.mark.parametrize("detached", [False, True])
@@ -57,8 +66,12 @@ def test_a_step_has_the_mean_loss_of_both_passes_and_what_they_differ_by(detache
     apart = divergence(*logits)
     assert apart > 0.001
     for part in ("task_loss", "ponder_cost"):
-        torch.testing.assert_close(getattr(found, part), sum(getattr(one, part) for one in passes) / 2)
-    torch.testing.assert_close(found.exit_loss, sum(one.exit_loss for one in passes) / 2 + 2.0 * apart)
+        torch.testing.assert_close(
+            getattr(found, part), sum(getattr(one, part) for one in passes) / 2
+        )
+    torch.testing.assert_close(
+        found.exit_loss, sum(one.exit_loss for one in passes) / 2 + 2.0 * apart
+    )
     torch.testing.assert_close(found.loss, sum(one.loss for one in passes) / 2 + 0.4 * 2.0 * apart)
 
 
@@ -91,7 +104,12 @@ def test_only_training_of_the_encoder_takes_two_passes():
 @pytest.mark.parametrize("size", [1, 3, 12])
 def test_without_dropout_the_second_pass_changes_nothing(size):
     config, encoder = SubmodelConfig(dropout=0.0), TransformerEncoder(50, 3, 8, 2, dropout=0.0)
-    settings = {"consistency": 2.0, "distillation": 0.5, "class_weights": [0.5, 1.0, 2.0], "output_dimension": 3}
+    settings = {
+        "consistency": 2.0,
+        "distillation": 0.5,
+        "class_weights": [0.5, 1.0, 2.0],
+        "output_dimension": 3,
+    }
     model = DACT(encoder=encoder, classifier=config, confidence=config, **settings)
     batch = random_batch(size)
     batch = {**batch, "teacher": torch.rand(size, 3).softmax(1), "labels": batch["labels"].clone()}
@@ -138,10 +156,15 @@ def test_where_a_fit_runs_out_of_memory_the_message_names_the_remedy_and_studies
 
     def trials():
         stages = ("submodels", "training", "lambda_reg")
-        return [trial.datetime_complete for stage in stages for trial in studies_of(tmp_path / "run", stage).trials]
+        return [
+            trial.datetime_complete
+            for stage in stages
+            for trial in studies_of(tmp_path / "run", stage).trials
+        ]
 
     with pytest.raises(
-        RuntimeError, match=r"confirmation of .* ran out of memory: use consistency: 0 of tuner.* 99 GiB"
+        RuntimeError,
+        match=r"confirmation of .* ran out of memory: use consistency: 0 of tuner.* 99 GiB",
     ):
         engine(tmp_path, model=model).run_pipeline("run")
     before = trials()
@@ -151,7 +174,8 @@ def test_where_a_fit_runs_out_of_memory_the_message_names_the_remedy_and_studies
     assert trials() == before
     Hungry.most = 1000
     with pytest.raises(
-        RuntimeError, match=r"the baseline ran out of memory: use under another run_tag, a smaller batch"
+        RuntimeError,
+        match=r"the baseline ran out of memory: use under another run_tag, a smaller batch",
     ):
         engine(tmp_path, model=model).run_pipeline("other")
 
@@ -161,7 +185,9 @@ def test_the_baseline_is_plain_fine_tuning():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("dropout", "asked", "expected"), [(0.1, None, 5.0), (0.0, None, 0.0), (0.1, 0.0, 0.0)])
+@pytest.mark.parametrize(
+    ("dropout", "asked", "expected"), [(0.1, None, 5.0), (0.0, None, 0.0), (0.1, 0.0, 0.0)]
+)
 def test_the_fits_after_the_studies_ask_for_it(tmp_path, dropout, asked, expected):
     seen = set()
 

@@ -1,4 +1,5 @@
-"""What a tuning run survives: kills, stops, full disks, lost storages. Real processes, real files."""
+"""What a tuning run survives: kills, stops, full disks, lost storages. Real processes, real
+files."""
 
 import contextlib
 import json
@@ -49,7 +50,8 @@ tuner:
     batch_size: {choices: [32, 64]}
     num_epochs: {choices: [1, 2]}
 """
-# What a test does not look at: the comparison with default settings, and fits of more than an epoch.
+# What a test does not look at: the comparison with default settings, and fits of more than an
+# epoch.
 SHORT = ["--tuner.compare_defaults", "false", "--tuner.search_space.num_epochs", "{choices: [1]}"]
 
 
@@ -64,7 +66,9 @@ def start(folder, *options, plan=None, tag="run"):
     words = ["tune", "--config", "tune.yaml", "--run_tag", tag, *options]
     if plan is None:
         return warm.start("dact", words, cwd=folder, env=environment(), merged=True)
-    return warm.start("tests.killed", [json.dumps(plan), *words], cwd=folder, env=environment(), merged=True)
+    return warm.start(
+        "tests.killed", [json.dumps(plan), *words], cwd=folder, env=environment(), merged=True
+    )
 
 
 def finish(process, seconds=300):
@@ -99,15 +103,20 @@ def trials_of(folder, stage, tag="run", storage=None):
 def check_whole(folder, totals, tag="run", storage=None, extra=0):
     """Every trial is there exactly once, nothing is left running, and the final model is whole.
 
-    `extra`: by how many trials a study may exceed its total, which is the number of processes less one.
-    """
+    `extra`: by how many trials a study may exceed its total, which is the number of processes less
+    one."""
     for stage, total in zip(STAGES, totals, strict=True):
         trials = trials_of(folder, stage, tag, storage)
         assert [trial.number for trial in trials] == list(range(len(trials)))
         left = [trial for trial in trials if not trial.state.is_finished()]
         if extra:
-            # Processes that begin the last trials at once may leave no room for a retry, which stays in the queue.
-            left = [trial for trial in left if trial.state != TrialState.WAITING or RETRY_OF not in trial.user_attrs]
+            # Processes that begin the last trials at once may leave no room for a retry, which
+            # stays in the queue.
+            left = [
+                trial
+                for trial in left
+                if trial.state != TrialState.WAITING or RETRY_OF not in trial.user_attrs
+            ]
         assert not [(stage, trial.number, trial.state.name) for trial in left]
         assert total <= sum(map(is_counted, trials)) <= total + extra
         again = [trial.user_attrs[RETRY_OF] for trial in trials if RETRY_OF in trial.user_attrs]
@@ -129,18 +138,27 @@ def check_whole(folder, totals, tag="run", storage=None, extra=0):
     epochs = read_json(run / "final" / "made_of.json")["fit"]["settings"].get("num_epochs", 1)
     assert [record["epoch"] for record in metrics["history"]] == list(range(epochs))
     DACT.load_from_checkpoint(run / "final" / "checkpoints" / "best.ckpt")
-    assert not (run / "final" / "checkpoints" / "last.ckpt").exists(), "of use only to a fit that is not done"
-    assert len(TextClassifier.from_pretrained(run / "final" / "model")(["the screen is great ."])) == 1
+    assert not (run / "final" / "checkpoints" / "last.ckpt").exists(), (
+        "of use only to a fit that is not done"
+    )
+    assert (
+        len(TextClassifier.from_pretrained(run / "final" / "model")(["the screen is great ."])) == 1
+    )
     assert not [path for path in run.rglob("*") if path.name.endswith((".partial", ".old"))]
     return metrics
 
 
 def ended_trials(folder):
-    """What all trials that ended have found, also those of studies that ran under earlier winners, in any order."""
+    """What all trials that ended have found, also those of studies that ran under earlier winners,
+    in any order."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    storage = optuna.storages.RDBStorage(f"sqlite:///{folder / 'lightning_logs' / 'run' / 'studies.db'}")
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{folder / 'lightning_logs' / 'run' / 'studies.db'}"
+    )
     return {
-        json.dumps([name.split("/")[1], trial.state.name, trial.params, trial.values], sort_keys=True)
+        json.dumps(
+            [name.split("/")[1], trial.state.name, trial.params, trial.values], sort_keys=True
+        )
         for name in optuna.get_all_study_names(storage)
         for trial in optuna.load_study(study_name=name, storage=storage).trials
         if trial.state.is_finished()
@@ -163,8 +181,12 @@ def test_thirty_kills_lose_nothing(folder):
         options = ["--tuner.n_trials", total, "--tuner.workers", 2 if how == "worker" else 1]
         plan = None
         if how in POINTS:
-            # A run of one more trial per study has few of some events; one that reaches its end makes the next longer.
-            plan = {"point": how, "count": generator.randint(1, 3 if how in ("replace", "ask", "tell") else 15)}
+            # A run of one more trial per study has few of some events; one that reaches its end
+            # makes the next longer.
+            plan = {
+                "point": how,
+                "count": generator.randint(1, 3 if how in ("replace", "ask", "tell") else 15),
+            }
         process = start(folder, *options, plan=plan)
         if how == "time":
             time.sleep(generator.uniform(0, 4))
@@ -177,18 +199,26 @@ def test_thirty_kills_lose_nothing(folder):
                 return process.poll() is None
 
             def workers(parent=parent):
-                servers = [child for child in parent.children() if "forkserver" in " ".join(child.cmdline())]
+                servers = [
+                    child
+                    for child in parent.children()
+                    if "forkserver" in " ".join(child.cmdline())
+                ]
                 return [worker for server in servers for worker in server.children()]
 
             try:
-                wait_for(lambda workers=workers, running=running: len(workers()) == 2 or not running())
+                wait_for(
+                    lambda workers=workers, running=running: len(workers()) == 2 or not running()
+                )
                 time.sleep(generator.uniform(0, 1))  # with more, most runs have ended
                 children = workers()
                 generator.choice(children).kill()
                 time.sleep(generator.uniform(0, 1))
                 children += workers()
                 process.kill()
-                psutil.wait_procs(children, timeout=60)  # one that has just been started still imports
+                psutil.wait_procs(
+                    children, timeout=60
+                )  # one that has just been started still imports
                 assert not any(child.is_running() for child in children)
             except (psutil.Error, IndexError):
                 pass  # it had finished before
@@ -210,7 +240,14 @@ def test_thirty_kills_lose_nothing(folder):
 @pytest.mark.slow
 def test_a_killed_fit_of_a_candidate_for_the_final_model_resumes_with_its_epoch(folder):
     log = folder / "epochs.log"
-    options = ["--tuner.n_trials", 1, "--trainer.max_epochs", 8, "--tuner.search_space.num_epochs", "{choices: [8]}"]
+    options = [
+        "--tuner.n_trials",
+        1,
+        "--trainer.max_epochs",
+        8,
+        "--tuner.search_space.num_epochs",
+        "{choices: [8]}",
+    ]
     options += ["--tuner.encoder_training", "finetune", "--tuner.compare_defaults", "false"]
     plan = {"log": str(log)}
     process = start(folder, *options, plan=plan)
@@ -218,7 +255,11 @@ def test_a_killed_fit_of_a_candidate_for_the_final_model_resumes_with_its_epoch(
 
     def epochs():
         lines = log.read_text().splitlines() if log.exists() else []
-        return [int(line.split()[1]) for line in lines if line.split()[0].endswith("/default_settings/fit")]
+        return [
+            int(line.split()[1])
+            for line in lines
+            if line.split()[0].endswith("/default_settings/fit")
+        ]
 
     wait_for(lambda: len(epochs()) >= 4, process)
     process.kill()
@@ -324,7 +365,8 @@ def fill(disk):
 
 
 def stopped_by(folder, moment, fault, *options):
-    """Start a run, bring `fault` about once `moment` exists, and give the line with which the command ended."""
+    """Start a run, bring `fault` about once `moment` exists, and give the line with which the
+    command ended."""
     process = start(folder, *options)
     wait_for((folder / "lightning_logs" / "run" / moment).exists, process)
     fault()
@@ -337,7 +379,9 @@ def stopped_by(folder, moment, fault, *options):
 
 
 @pytest.mark.slow
-def test_a_full_disk_and_a_read_only_folder_are_one_clear_error_each_and_the_run_resumes(small_disk):
+def test_a_full_disk_and_a_read_only_folder_are_one_clear_error_each_and_the_run_resumes(
+    small_disk,
+):
     disk = small_disk / "lightning_logs"
 
     def run_out_of_space(moment):
@@ -347,7 +391,8 @@ def test_a_full_disk_and_a_read_only_folder_are_one_clear_error_each_and_the_run
         (disk / "filler").unlink()
 
     def make_read_only():
-        # Made elsewhere and then laid over the disk: where the run may write, "mount point is busy" can be the answer.
+        # Made elsewhere and then laid over the disk: where the run may write, "mount point is busy"
+        # can be the answer.
         aside = small_disk / "read_only"
         aside.mkdir()
         subprocess.run(["mount", "--bind", disk, aside], check=True)
@@ -373,7 +418,9 @@ def test_a_full_disk_and_a_read_only_folder_are_one_clear_error_each_and_the_run
 
 
 def find_postgres(program):
-    found = shutil.which(program) or next(map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}")), None)
+    found = shutil.which(program) or next(
+        map(str, Path("/usr/lib/postgresql").glob(f"*/bin/{program}")), None
+    )
     if found is None:
         assert not os.environ.get("CI"), "CI must have PostgreSQL"
         pytest.skip("needs PostgreSQL")
@@ -385,7 +432,11 @@ class Postgres:
 
     def __init__(self, home):
         self.data, self.port = home / "data", free_port()
-        self.user = {"user": "postgres", "group": "postgres", "extra_groups": []} if os.geteuid() == 0 else {}
+        self.user = (
+            {"user": "postgres", "group": "postgres", "extra_groups": []}
+            if os.geteuid() == 0
+            else {}
+        )
         if self.user:
             shutil.chown(home, "postgres", "postgres")
         self.run("initdb", "-D", self.data, "-A", "trust", "-U", "postgres", "--no-sync")
@@ -393,7 +444,14 @@ class Postgres:
 
     def run(self, program, *arguments):
         command = [find_postgres(program), *map(str, arguments)]
-        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT, cwd="/", **self.user)
+        subprocess.run(
+            command,
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.STDOUT,
+            cwd="/",
+            **self.user,
+        )
 
     def start(self):
         settings = f"-p {self.port} -h 127.0.0.1 -k {self.data} -F"
@@ -431,7 +489,11 @@ def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(fol
     postgres.start()
 
     def owners():
-        trials = [trial for stage in STAGES for trial in trials_of(folder, stage, storage=postgres.address)]
+        trials = [
+            trial
+            for stage in STAGES
+            for trial in trials_of(folder, stage, storage=postgres.address)
+        ]
         return {tuple(trial.user_attrs["owner"]) for trial in trials if "owner" in trial.user_attrs}
 
     alone = owners()
@@ -443,7 +505,11 @@ def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(fol
         """Once there is this trial, kill the process that has begun the newest one."""
         wait_for((run / stage / moment).exists)
         trials = trials_of(folder, stage, storage=postgres.address)
-        begun = [trial.user_attrs["owner"][1] for trial in reversed(trials) if "owner" in trial.user_attrs]
+        begun = [
+            trial.user_attrs["owner"][1]
+            for trial in reversed(trials)
+            if "owner" in trial.user_attrs
+        ]
         victim = next(process for pid in begun for process in processes if process.pid == pid)
         victim.kill()
         processes.remove(victim)
@@ -455,12 +521,17 @@ def test_a_lost_storage_is_one_clear_error_and_four_processes_resume_the_run(fol
     metrics = check_whole(folder, [8] * 3, storage=postgres.address, extra=3)
     assert len(owners() - alone) >= 3
     lines = [line for line in log.read_text().splitlines() if line.split()[0].endswith("/fit")]
-    assert len(lines) == len(set(lines)) >= len(metrics["history"]), "exactly one fitted each candidate"
-    # And where the one that makes the final model is killed, the command makes it when it is started again.
+    assert len(lines) == len(set(lines)) >= len(metrics["history"]), (
+        "exactly one fitted each candidate"
+    )
+    # And where the one that makes the final model is killed, the command makes it when it is
+    # started again.
     shutil.rmtree(run / "final")
     log.unlink()
     process = start(folder, *options, plan=plan)
-    wait_for(lambda: log.exists() and log.read_text().partition(" ")[0].endswith("run/final"), process)
+    wait_for(
+        lambda: log.exists() and log.read_text().partition(" ")[0].endswith("run/final"), process
+    )
     process.kill()
     process.wait()
     assert not (run / "final" / "metrics.json").exists()

@@ -1,4 +1,5 @@
-"""Files that were damaged or come from elsewhere: a clear error that names them, never code, never a wrong result."""
+"""Files that were damaged or come from elsewhere: a clear error that names them, never code, never
+a wrong result."""
 
 import pickletools
 import random
@@ -29,7 +30,12 @@ small_data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test
 
 
 def engine(folder, **options):
-    options = {"trainer": {"max_epochs": 1, "accelerator": "cpu"}, "n_trials": 4, "log_dir": folder, **options}
+    options = {
+        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
+        "n_trials": 4,
+        "log_dir": folder,
+        **options,
+    }
     space = {"num_epochs": {"choices": [1, 2]}}
     made = TuningEngine(model=small_model, data=small_data, search_space=space, **options)
     made.progress.console.quiet = True
@@ -119,7 +125,9 @@ def open_studies(made):
     return [made._open(stage, run, surveyed) for stage in STAGES]
 
 
-@pytest.mark.parametrize("damage", [lambda db: db[: len(db) // 2], lambda db: b"x" * 100 + db[100:]])
+@pytest.mark.parametrize(
+    "damage", [lambda db: db[: len(db) // 2], lambda db: b"x" * 100 + db[100:]]
+)
 def test_a_corrupted_database_is_refused_by_name(run, damage):
     path = run / "studies.db"
     sound = path.read_bytes()
@@ -140,7 +148,9 @@ def test_a_study_with_other_objectives_is_refused(run):
     connection.commit()
     connection.close()
     try:
-        with pytest.raises(ValueError, match=r"studies\.db is corrupted \(the objectives of run/submodels\)"):
+        with pytest.raises(
+            ValueError, match=r"studies\.db is corrupted \(the objectives of run/submodels\)"
+        ):
             open_studies(engine(run.parent, encoder_training="frozen", warm_up_epochs=1))
     finally:
         path.write_bytes(sound)
@@ -194,7 +204,9 @@ def test_a_run_leaves_no_pickle_but_checkpoints_that_hold_data_alone(run):
         assert not is_pickle(path.read_bytes()), path
         assert not zipfile.is_zipfile(path), path
     connection = sqlite3.connect(run / "studies.db")
-    for (table,) in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+    for (table,) in connection.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table'"
+    ).fetchall():
         for row in connection.execute(f"SELECT * FROM {table}"):
             assert not any(isinstance(value, bytes) for value in row), f"{table} holds bytes"
     assert scanned > 20
@@ -217,7 +229,8 @@ def test_a_run_tag_never_leaves_the_log_folder(tmp_path, tag):
 
 @pytest.mark.slow
 def test_many_trials_leave_nothing_behind(tmp_path):
-    """Memory, open files, threads and processes stay, and each trial takes some kilobytes on disk."""
+    """Memory, open files, threads and processes stay, and each trial takes some kilobytes on
+    disk."""
     import psutil
 
     process, readings = psutil.Process(), {}
@@ -234,9 +247,9 @@ def test_many_trials_leave_nothing_behind(tmp_path):
         if trial.number in (12, 31):
             readings[trial.number] = usage()
 
-    engine(tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=32, callbacks=[watch]).joint_tune_study(
-        "run"
-    )
+    engine(
+        tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=32, callbacks=[watch]
+    ).joint_tune_study("run")
     early, late = readings[12], readings[31]
     assert late["memory"] - early["memory"] < 19
     assert late["files"] <= early["files"] + 5

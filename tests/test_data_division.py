@@ -1,4 +1,5 @@
-"""How examples are divided into splits: by class, by text, and with labels that mean the same in every file."""
+"""How examples are divided into splits: by class, by text, and with labels that mean the same in
+every file."""
 
 import warnings
 from collections import Counter
@@ -58,7 +59,11 @@ def test_a_division_is_complete_and_keeps_copies_together(rows, fraction, seed):
     assert {keys[row] for row in aside} <= allowed
 
 
-@given(st.lists(st.integers(0, 3), min_size=8, max_size=200), st.sampled_from([0.1, 0.25, 0.5]), st.integers(0, 3))
+@given(
+    st.lists(st.integers(0, 3), min_size=8, max_size=200),
+    st.sampled_from([0.1, 0.25, 0.5]),
+    st.integers(0, 3),
+)
 def test_without_copies_each_class_gives_its_share(labels, fraction, seed):
     _, aside = stratified_split(labels, fraction, seed)
     counts = Counter(labels)
@@ -74,7 +79,9 @@ def test_a_file_with_every_text_twice_shares_none_between_training_and_validatio
     texts = [*WORDS, *(f"  {word.upper()} " for word in WORDS)]
     file = write(tmp_path, "train", texts, ["a", "b", "c"] * 40)
     module = data(file, val_fraction=0.25, calibration_fraction=0.5)
-    with pytest.warns(UserWarning, match=r"train\.csv: 50% of the examples are copies of another one"):
+    with pytest.warns(
+        UserWarning, match=r"train\.csv: 50% of the examples are copies of another one"
+    ):
         module.setup("fit")
     assert not texts_of(module, "train") & texts_of(module, "val", "calibration")
     assert not texts_of(module, "val") & texts_of(module, "calibration")
@@ -93,9 +100,13 @@ def test_copies_between_given_files_are_counted(tmp_path):
         warnings.simplefilter("error")
         module.setup("test")
     module = data(train, val_file=test, calibration_file=test, test_file=test)
-    with pytest.warns(UserWarning, match="100% of the calibration texts are in the validation data as well"):
+    with pytest.warns(
+        UserWarning, match="100% of the calibration texts are in the validation data as well"
+    ):
         module.setup("fit")
-    with pytest.warns(UserWarning, match="100% of the test texts are in the calibration data as well"):
+    with pytest.warns(
+        UserWarning, match="100% of the test texts are in the calibration data as well"
+    ):
         module.setup("test")
 
 
@@ -108,7 +119,9 @@ def test_what_calibrates_is_in_no_training_even_if_the_validation_file_is(tmp_pa
     assert fitted.splits["calibration"] == calibrated.splits["calibration"]
     assert len(fitted.splits["calibration"]) == 10
     assert not texts_of(fitted, "calibration") & texts_of(fitted, "train", "val")
-    with pytest.raises(ValueError, match=r"calibration_fraction=0.25 of 40 validation examples sets none aside"):
+    with pytest.raises(
+        ValueError, match=r"calibration_fraction=0.25 of 40 validation examples sets none aside"
+    ):
         data(val, val_file=val, calibration_fraction=0.25).setup("fit")
 
 
@@ -117,16 +130,22 @@ def test_validation_is_never_left_empty(tmp_path):
     module = data(train, val_fraction=0.1, calibration_fraction=0.99)
     module.setup("fit")
     assert Counter(module.splits["val"].labels) == {0: 1, 1: 1, 2: 1}
-    with pytest.raises(ValueError, match="no class has two distinct texts, so no example is left for validation"):
+    with pytest.raises(
+        ValueError, match="no class has two distinct texts, so no example is left for validation"
+    ):
         data(write(tmp_path, "same", ["word1", "word2"] * 9, ["a", "b"] * 9)).setup("fit")
     with pytest.raises(ValueError, match=r"calibration_fraction must be in \[0, 1\), got 1"):
         data(train, calibration_fraction=1)
 
 
 def test_a_class_of_one_copied_text_stays_in_training(tmp_path):
-    file = write(tmp_path, "train", [*WORDS[:20], "same", "same", "same"], ["a", "b"] * 10 + ["c"] * 3)
+    file = write(
+        tmp_path, "train", [*WORDS[:20], "same", "same", "same"], ["a", "b"] * 10 + ["c"] * 3
+    )
     module = data(file)
-    with pytest.warns(UserWarning, match="class c has copies of one text only, which stay in training"):
+    with pytest.warns(
+        UserWarning, match="class c has copies of one text only, which stay in training"
+    ):
         module.setup("fit")
     assert Counter(module.splits["train"].labels)[2] == 3
 
@@ -142,7 +161,9 @@ def test_a_calibration_file_is_what_calibrates(tmp_path):
         labels, rows = (torch.cat([batch[name] for batch in batches]) for name in ("labels", "row"))
         assert labels[rows.argsort()].tolist() == [1, 0] * 10
     assert data(train).calibration_dataloader() is None
-    with pytest.raises(ValueError, match="give a calibration_file or a calibration_fraction, not both"):
+    with pytest.raises(
+        ValueError, match="give a calibration_file or a calibration_fraction, not both"
+    ):
         data(train, calibration_file=other, calibration_fraction=0.5)
     absent = data(train, calibration_file=str(tmp_path / "absent.csv"))
     with pytest.raises(FileNotFoundError, match=r"there is no file .*absent\.csv"):
@@ -153,7 +174,8 @@ def test_a_calibration_file_is_what_calibrates(tmp_path):
 
 
 def test_integer_labels_mean_in_every_file_what_they_mean_in_training(tmp_path):
-    """Classes "1", "2", "3": labels 1 and 2 of a test file are positions where the training file counts from 0."""
+    """Classes "1", "2", "3": labels 1 and 2 of a test file are positions where the training file
+    counts from 0."""
     counted = write(tmp_path, "counted", WORDS, ["0", "1", "2"] * 20)
     named = write(tmp_path, "named", WORDS, ["1", "2", "3"] * 20)
     test = write(tmp_path, "test", WORDS[:2], ["1", "2"])
@@ -167,7 +189,10 @@ def test_integer_labels_mean_in_every_file_what_they_mean_in_training(tmp_path):
 
 def test_integer_labels_that_may_be_names_or_positions_are_refused(tmp_path):
     test = write(tmp_path, "test", WORDS[:2], ["1", "2"])
-    with pytest.raises(ValueError, match=r"labels 1, 2 may be names or positions of the classes 1, 2, 3: say which by"):
+    with pytest.raises(
+        ValueError,
+        match=r"labels 1, 2 may be names or positions of the classes 1, 2, 3: say which by",
+    ):
         data(test_file=test, class_names=["1", "2", "3"]).setup("test")
     with pytest.raises(ValueError, match="labels 0, 1 may be names or positions"):
         data(write(tmp_path, "train", WORDS, ["0", "1"] * 30), class_names=["1", "0"]).setup("fit")
@@ -175,20 +200,26 @@ def test_integer_labels_that_may_be_names_or_positions_are_refused(tmp_path):
         module = data(test_file=test, class_names=["1", "2", "3"], integer_labels=reading)
         module.setup("test")
         assert module.splits["test"].labels == expected
-    with pytest.raises(ValueError, match="integer_labels must be one of 'names', 'positions', got 'yes'"):
+    with pytest.raises(
+        ValueError, match="integer_labels must be one of 'names', 'positions', got 'yes'"
+    ):
         data(integer_labels="yes")
 
 
 def test_where_strings_are_learned_integers_are_no_labels(tmp_path):
     train = write(tmp_path, "train", WORDS, ["good", "bad"] * 30)
     module = data(train, test_file=write(tmp_path, "test", WORDS[:2], ["0", "1"]))
-    with pytest.raises(ValueError, match=r"test\.csv: rows 1, 2 with a label outside the classes: '0'.* are bad, good"):
+    with pytest.raises(
+        ValueError,
+        match=r"test\.csv: rows 1, 2 with a label outside the classes: '0'.* are bad, good",
+    ):
         module.setup("test")
 
 
 def test_labels_that_count_from_elsewhere_say_how_to_name_the_classes(tmp_path):
     with pytest.raises(
-        ValueError, match=r"outside the classes: '-1'.* 0, 1. Correct the labels; or, for other classes, give them"
+        ValueError,
+        match=r"outside the classes: '-1'.* 0, 1. Correct the labels; or, for other classes, give them",
     ):
         data(write(tmp_path, "train", WORDS, ["-1", "1"] * 30)).setup("fit")
     named = data(write(tmp_path, "train", WORDS, ["-1", "1"] * 30), class_names=["-1", "1"])
@@ -197,12 +228,18 @@ def test_labels_that_count_from_elsewhere_say_how_to_name_the_classes(tmp_path):
         data(class_names=["bad", "bad"])
 
 
-@pytest.mark.parametrize(("ending", "mark", "what"), [("csv", ",", "commas"), ("tsv", "\t", "tabs")])
+@pytest.mark.parametrize(
+    ("ending", "mark", "what"), [("csv", ",", "commas"), ("tsv", "\t", "tabs")]
+)
 def test_rows_with_more_values_than_columns_are_refused(tmp_path, ending, mark, what):
     path = tmp_path / f"train.{ending}"
-    path.write_text(f"text{mark}label\n" + f"good{mark} a nice film{mark}pos\nbad{mark} an awful film{mark}neg\n" * 20)
+    path.write_text(
+        f"text{mark}label\n"
+        + f"good{mark} a nice film{mark}pos\nbad{mark} an awful film{mark}neg\n" * 20
+    )
     with pytest.raises(
-        ValueError, match=f"row 1 has 3 values, and the header has 2 columns: put texts that hold {what}"
+        ValueError,
+        match=f"row 1 has 3 values, and the header has 2 columns: put texts that hold {what}",
     ):
         data(str(path)).setup("fit")
 
@@ -213,10 +250,14 @@ def test_rows_with_more_values_than_columns_are_refused(tmp_path, ending, mark, 
 def test_texts_without_labels_are_for_a_teacher_alone(tmp_path):
     train = write(tmp_path, "train", WORDS[:40], ["a", "b"] * 20)
     (tmp_path / "more.txt").write_text("\n".join([*WORDS[30:], "", "something"]))
-    module = data(train, unlabelled_file=str(tmp_path / "more.txt"), batch_size=8, calibration_fraction=0.5)
+    module = data(
+        train, unlabelled_file=str(tmp_path / "more.txt"), batch_size=8, calibration_fraction=0.5
+    )
     assert module.needs_teacher
     assert not data(train).needs_teacher
-    with pytest.warns(UserWarning, match=r"more\.txt: 1 of 32 texts cannot be used, and \d are in validation"):
+    with pytest.warns(
+        UserWarning, match=r"more\.txt: 1 of 32 texts cannot be used, and \d are in validation"
+    ):
         module.setup("fit")
     texts, labels = module.splits["train"].texts, module.splits["train"].labels
     count = sum(label >= 0 for label in labels)
@@ -282,7 +323,9 @@ def test_each_corpus_has_a_division_of_its_own(tmp_path, monkeypatch):
         assert len(whole[split]) / 322 == pytest.approx(share, abs=0.03)
     assert splits(split=0, seed=5) == whole == splits(seed=0)
     assert splits(split=1) == splits(seed=1) != whole
-    with pytest.raises(ValueError, match=r"must be some of tweets, film, product, newspaper, got \[\]"):
+    with pytest.raises(
+        ValueError, match=r"must be some of tweets, film, product, newspaper, got \[\]"
+    ):
         VaderSentiment(corpora=[])
 
 
@@ -297,7 +340,9 @@ def test_a_fit_reads_calibration_examples_that_it_never_sees():
 
     rows = set()
     module = CompositionalSentiment(num_train=50, num_val=60, num_test=10, calibration_fraction=0.5)
-    pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(Seen(), module)
+    pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
+        Seen(), module
+    )
     assert rows == set(range(50))
     assert len(module.splits["val"]) == len(module.splits["calibration"]) == 30
     assert not texts_of(module, "calibration") & texts_of(module, "train", "val")

@@ -1,4 +1,5 @@
-"""Tokens and batches: the caller's tokenizer stays as it was, padding stands on the right, and memory stays small."""
+"""Tokens and batches: the caller's tokenizer stays as it was, padding stands on the right, and
+memory stays small."""
 
 import copy
 import io
@@ -24,11 +25,16 @@ WORDS = [f"word{number}" for number in range(60)]
 
 
 def bert_tokenizer(**arguments):
-    vocabulary = {word: number for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
+    vocabulary = {
+        word: number
+        for number, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])
+    }
     return BertTokenizerFast(vocab=vocabulary, **arguments)
 
 
-TEXTS = st.lists(st.lists(st.sampled_from([*WORDS, "other"]), max_size=9).map(" ".join), min_size=1, max_size=6)
+TEXTS = st.lists(
+    st.lists(st.sampled_from([*WORDS, "other"]), max_size=9).map(" ".join), min_size=1, max_size=6
+)
 
 
 @given(TEXTS, st.booleans(), st.booleans())
@@ -51,7 +57,10 @@ def write(folder, texts, labels=("a", "b"), **columns):
 
 def texts_of_length(count, tokens):
     """Texts of so many tokens, [CLS] and [SEP] included."""
-    return [" ".join(WORDS[(row + n * (1 + row // 60)) % 60] for n in range(tokens - 2)) for row in range(count)]
+    return [
+        " ".join(WORDS[(row + n * (1 + row // 60)) % 60] for n in range(tokens - 2))
+        for row in range(count)
+    ]
 
 
 def test_a_tokenizer_that_was_given_is_never_changed(tmp_path):
@@ -97,7 +106,10 @@ def test_answers_do_not_depend_on_what_stands_in_a_batch(tmp_path):
     items, collate = module._encoded["test"], module.test_dataloader().collate_fn
     together, apart = (
         torch.cat(
-            [bert(**{k: v for k, v in batch.items() if k not in ("row", "labels")}).pooler_output for batch in made]
+            [
+                bert(**{k: v for k, v in batch.items() if k not in ("row", "labels")}).pooler_output
+                for batch in made
+            ]
         )
         for made in ([collate(items)], [collate([item]) for item in items])
     )
@@ -113,7 +125,9 @@ def test_batches_are_those_of_the_tokenizer_itself(sizes, max_length, paired):
     texts = [" ".join(WORDS[:one]) for one, _ in sizes]
     pairs = [" ".join(WORDS[30 : 30 + other]) for _, other in sizes] if paired else None
     tokenizer, own = bert_tokenizer(), bert_tokenizer(model_max_length=8)
-    expected = tokenizer(texts, pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt")
+    expected = tokenizer(
+        texts, pairs, truncation=True, max_length=max_length, padding=True, return_tensors="pt"
+    )
     encoded, cut = encode(Examples(texts, pairs, labels=list(range(len(texts)))), own, max_length)
     batch = collate(encoded, {})
     assert {"input_ids", "attention_mask", "token_type_ids"} == set(expected)
@@ -149,12 +163,18 @@ def test_an_example_of_128_tokens_takes_less_than_a_kilobyte_beside_its_text(tmp
 
 def test_texts_that_are_cut_are_counted_with_the_length_that_would_do(tmp_path):
     texts = [text for tokens in range(11, 31) for text in texts_of_length(10, tokens)]
-    module = TextClassificationData(write(tmp_path, texts), tokenizer=bert_tokenizer(), max_length=24)
-    with pytest.warns(UserWarning, match=r"of the train texts are longer than max_length=24 tokens") as seen:
+    module = TextClassificationData(
+        write(tmp_path, texts), tokenizer=bert_tokenizer(), max_length=24
+    )
+    with pytest.warns(
+        UserWarning, match=r"of the train texts are longer than max_length=24 tokens"
+    ) as seen:
         module.setup("fit")
     train = sorted(len(text.split()) + 2 for text in module.splits["train"].texts)
     share = sum(length > 24 for length in train) / len(train)
-    message = next(str(warning.message) for warning in seen if "of the train" in str(warning.message))
+    message = next(
+        str(warning.message) for warning in seen if "of the train" in str(warning.message)
+    )
     assert message.startswith(f"{share:.0%} of the train texts")
     assert f"max_length={train[-1 - len(train) // 100]} would keep 99% of them whole" in message
 
@@ -174,13 +194,18 @@ def test_short_texts_say_nothing(tmp_path, recwarn):
 
 
 @pytest.mark.parametrize(
-    ("texts", "count"), [(["ja", "nein"], 2), (["word1 word2", "ja word1 word2", "ja nein word1"], 1)]
+    ("texts", "count"),
+    [(["ja", "nein"], 2), (["word1 word2", "ja word1 word2", "ja nein word1"], 1)],
 )
 def test_texts_that_the_tokenizer_does_not_know_are_counted(tmp_path, texts, count):
     """BERT's tokenizer here knows the words of `WORDS` alone."""
     (tmp_path / "new.txt").write_text("\n".join([*texts, *WORDS]))
-    module = TextClassificationData(predict_file=str(tmp_path / "new.txt"), tokenizer=bert_tokenizer())
-    with pytest.warns(UserWarning, match=f"^{count} of {len(texts) + len(WORDS)} predict texts consist mostly of"):
+    module = TextClassificationData(
+        predict_file=str(tmp_path / "new.txt"), tokenizer=bert_tokenizer()
+    )
+    with pytest.warns(
+        UserWarning, match=f"^{count} of {len(texts) + len(WORDS)} predict texts consist mostly of"
+    ):
         module.setup("predict")
 
 
@@ -210,7 +235,9 @@ def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
     (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbf" + content)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + content)))
     address = str(tmp_path / "texts.txt") if source == "file" else "-"
-    module = TextClassificationData(predict_file=address, tokenizer=word_tokenizer(WORDS), text_column="review")
+    module = TextClassificationData(
+        predict_file=address, tokenizer=word_tokenizer(WORDS), text_column="review"
+    )
     module.setup("predict")
     examples = module.splits["predict"]
     assert examples.texts == ["word1 word2", "", "naïve 🙂", "\ufffd word3", "\ufefflast"]
@@ -221,8 +248,13 @@ def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
 
 def test_a_header_among_lines_of_text_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"review,label\nword1,good\n")))
-    module = TextClassificationData(predict_file="-", tokenizer=word_tokenizer(WORDS), text_column="review")
-    with pytest.warns(UserWarning, match="without a header, was expected: the first line, 'review,label', counts as a"):
+    module = TextClassificationData(
+        predict_file="-", tokenizer=word_tokenizer(WORDS), text_column="review"
+    )
+    with pytest.warns(
+        UserWarning,
+        match="without a header, was expected: the first line, 'review,label', counts as a",
+    ):
         module.setup("predict")
 
 
@@ -238,7 +270,9 @@ def test_lines_are_read_one_at_a_time(tmp_path):
 
 def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
+    features = datasets.Features(
+        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
+    )
     rows = {"text": WORDS, "label": [row % 2 for row in range(60)]}
     folder = tmp_path / "reviews"
     folder.mkdir()
@@ -246,7 +280,9 @@ def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
     table.select(range(40)).to_parquet(folder / "train.parquet")
     table.select(range(40, 60)).to_parquet(folder / "test.parquet")
     module = TextClassificationData(
-        f"dataset:{folder}#train[:30]", test_file=f"dataset:{folder}#test", tokenizer=word_tokenizer(WORDS)
+        f"dataset:{folder}#train[:30]",
+        test_file=f"dataset:{folder}#test",
+        tokenizer=word_tokenizer(WORDS),
     )
     module.setup("fit")
     module.setup("test")
@@ -255,7 +291,10 @@ def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
     assert module.splits["test"].texts == WORDS[40:]
     assert module.splits["test"].labels == [0, 1] * 10
     (tmp_path / "part #1").symlink_to(folder)
-    assert read_columns(f"dataset:{tmp_path}/part #1#test", {"text": "text_column"})["text"] == WORDS[40:]
+    assert (
+        read_columns(f"dataset:{tmp_path}/part #1#test", {"text": "text_column"})["text"]
+        == WORDS[40:]
+    )
     with pytest.raises(ValueError, match=r"expected 'dataset:NAME#SPLIT'"):
         read_columns(f"dataset:{folder}", {})
     with pytest.raises(ValueError, match=r"cannot be loaded by datasets.load_dataset: .*other"):

@@ -1,4 +1,5 @@
-"""On a second device: nothing is made on the wrong one, and the host waits once per layer. (See `pretend_device`.)"""
+"""On a second device: nothing is made on the wrong one, and the host waits once per layer. (See
+`pretend_device`.)"""
 
 import pytest
 import torch
@@ -22,7 +23,10 @@ def test_early_exit_answers_there_as_on_the_cpu(name):
     here, full = model.early_exit(BATCH), model(BATCH)
     with SecondDevice():
         move(model)
-        there, full_there = model.early_exit(on_second_device(BATCH)), model(on_second_device(BATCH))
+        there, full_there = (
+            model.early_exit(on_second_device(BATCH)),
+            model(on_second_device(BATCH)),
+        )
         assert there.exit_layer.device == DEVICE
         assert there.exit_layer.tolist() == here.exit_layer.tolist()
         torch.testing.assert_close(there.probabilities.cpu(), here.probabilities)
@@ -37,13 +41,20 @@ def test_the_host_waits_once_per_layer_however_many_groups_there_are(rule):
     for step_tokens in (24, 10_000):  # a group for each example, and one for all
         model = scatter_exits(
             tiny_model(
-                LAYERS, vocab=100, step_tokens=step_tokens, window_tokens=10_000, halting=rule, halting_margin=0.1
+                LAYERS,
+                vocab=100,
+                step_tokens=step_tokens,
+                window_tokens=10_000,
+                halting=rule,
+                halting_margin=0.1,
             )
         )
         with SecondDevice() as device:
             move(model).early_exit(on_second_device(BATCH))
         waits.append(device.waits)
-    assert waits == [2 + LAYERS - 1] * 2, "for the mask, for the lengths, and for who may leave each layer but the last"
+    assert waits == [2 + LAYERS - 1] * 2, (
+        "for the mask, for the lengths, and for who may leave each layer but the last"
+    )
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModel, AutoModelForSequenceClassification, BertConfig
 
 from dact import DACT, TuningEngine, functional
-from dact.answers import layer_answers
+from dact.calibration.answers import layer_answers
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
@@ -21,7 +21,9 @@ def test_the_loss_is_that_of_its_formula():
     answers = torch.rand(5, 4, 3).softmax(-1)
     teacher = torch.rand(5, 3).softmax(-1)
     expected = [
-        references.distillation_loss(answers[i, n].tolist(), teacher[i].tolist()) for i in range(5) for n in range(4)
+        references.distillation_loss(answers[i, n].tolist(), teacher[i].tolist())
+        for i in range(5)
+        for n in range(4)
     ]
     loss = functional.exit_loss(answers.log(), teacher)
     assert loss.item() == pytest.approx(sum(expected) / 20, rel=1e-5)
@@ -58,7 +60,10 @@ def test_an_example_without_a_label_learns_from_its_teacher_alone():
     batch = random_batch(12)
     batch["teacher"] = torch.rand(12, 3).softmax(dim=1)
     unlabelled = {**batch, "labels": torch.where(torch.arange(12) < 5, -100, batch["labels"])}
-    models = {share: tiny_model(distillation=share, exit_loss_weight=0.0, lambda_reg=0.0) for share in (0.25, 1.0)}
+    models = {
+        share: tiny_model(distillation=share, exit_loss_weight=0.0, lambda_reg=0.0)
+        for share in (0.25, 1.0)
+    }
     models[1.0].load_state_dict(models[0.25].state_dict())
     whole = losses(models[0.25], unlabelled)
     parts = [
@@ -74,17 +79,26 @@ def test_an_example_without_a_label_or_a_teacher_leaves_the_others_alone(tmp_pat
     rest = {name: tensor[5:] for name, tensor in batch.items()}
     torch.testing.assert_close(losses(model, {**batch, "labels": labels}), losses(model, rest))
     assert losses(model, {**batch, "labels": torch.full((12,), -100)}) == 0
-    trainer = pl.Trainer(logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False)
+    trainer = pl.Trainer(
+        logger=False, accelerator="cpu", enable_progress_bar=False, enable_checkpointing=False
+    )
     with pytest.raises(ValueError, match="a batch for val has the label -100"):
-        trainer.validate(model, torch.utils.data.DataLoader([{**batch, "labels": labels}], None), verbose=False)
+        trainer.validate(
+            model, torch.utils.data.DataLoader([{**batch, "labels": labels}], None), verbose=False
+        )
 
 
 def test_a_missing_teacher_and_a_wrong_share_are_clear_errors():
     with pytest.raises(KeyError, match="distillation=0.5 needs 'teacher'"):
         losses(tiny_model(distillation=0.5), random_batch())
     for teacher in ([2.0, -1.0, 0.0], [0.2, 0.2, 0.2], [float("nan")] * 3):
-        with pytest.raises(ValueError, match="teacher must hold probabilities, .* logits need a softmax"):
-            losses(tiny_model(distillation=0.5), {**random_batch(4), "teacher": torch.tensor([teacher] * 4)})
+        with pytest.raises(
+            ValueError, match="teacher must hold probabilities, .* logits need a softmax"
+        ):
+            losses(
+                tiny_model(distillation=0.5),
+                {**random_batch(4), "teacher": torch.tensor([teacher] * 4)},
+            )
     with pytest.raises(ValueError, match=r"in \[0, 1\], got 1.5"):
         tiny_model(distillation=1.5)
     with pytest.raises(ValueError, match=r"TuningEngine: distillation .* got -1"):
@@ -98,7 +112,11 @@ def test_full_depth_is_the_last_layer_alone():
     assert (output.exit_layer == 4).all()
     model.train()
     losses(model, batch).backward()
-    learned = [n for n, p in model.classifier.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0]
+    learned = [
+        n
+        for n, p in model.classifier.named_parameters()
+        if p.grad is not None and p.grad.abs().sum() > 0
+    ]
     assert learned
     assert all(name.startswith("3.") for name in learned)
     assert all(parameter.grad is None for parameter in model.confidence.parameters())
@@ -109,14 +127,19 @@ WORDS = ["good", "bad", "fine", "the", "film"]
 
 @pytest.fixture
 def taught_folder(tmp_path):
-    """A training file, and three teachers in folders: of dact, of Hugging Face, and one that was never fine-tuned."""
+    """A training file, and three teachers in folders: of dact, of Hugging Face, and one that was
+    never fine-tuned."""
     rows = ["the film good", "the film bad", "fine", "good good", "bad"] * 4
     labels = ["plus", "minus", "none", "plus", "minus"] * 4
     write_table(tmp_path / "train.csv", {"text": rows, "label": labels})
     tokenizer = word_tokenizer(WORDS)
-    own = DACT(encoder=TransformerEncoder(len(tokenizer), 2, 8, 2), class_names=["none", "plus", "minus"])
+    own = DACT(
+        encoder=TransformerEncoder(len(tokenizer), 2, 8, 2), class_names=["none", "plus", "minus"]
+    )
     own.save_pretrained(tmp_path / "own")
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2)
+    config = BertConfig(
+        vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=2, num_attention_heads=2
+    )
     config.intermediate_size, config.num_labels = 32, 3
     AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "hub")
     AutoModel.from_config(config).save_pretrained(tmp_path / "encoder")
@@ -127,7 +150,11 @@ def taught_folder(tmp_path):
 
 def data_of(folder, teacher, **more):
     return TextClassificationData(
-        str(folder / "train.csv"), tokenizer=word_tokenizer(WORDS), teacher=str(folder / teacher), batch_size=4, **more
+        str(folder / "train.csv"),
+        tokenizer=word_tokenizer(WORDS),
+        teacher=str(folder / teacher),
+        batch_size=4,
+        **more,
     )
 
 
@@ -145,7 +172,10 @@ def test_batches_carry_what_the_teacher_says(taught_folder):
             texts = [data.splits["train"].texts[row] for row in batch["row"]]
             tokens = tokenizer(texts, padding=True, return_tensors="pt")
             # The classes of the data, in its order; those of the second teacher have no names.
-            own_answer, hub_answer = own(tokens).probabilities[:, [2, 0, 1]], hub(**tokens).logits.softmax(-1)
+            own_answer, hub_answer = (
+                own(tokens).probabilities[:, [2, 0, 1]],
+                hub(**tokens).logits.softmax(-1),
+            )
             expected = own_answer if name == "own" else hub_answer
             torch.testing.assert_close(batch["teacher"], expected, atol=1e-5, rtol=1e-4)
         assert all("teacher" not in batch for batch in data.val_dataloader())
@@ -159,10 +189,16 @@ def ask(data):
 def test_teachers_that_do_not_fit_are_refused(taught_folder):
     with pytest.raises(ValueError, match="it was not fine-tuned for sequence classification"):
         ask(data_of(taught_folder, "encoder"))
-    with pytest.raises(ValueError, match="no sequence-classification model at|there is none at|no tokenizer at"):
+    with pytest.raises(
+        ValueError, match="no sequence-classification model at|there is none at|no tokenizer at"
+    ):
         ask(data_of(taught_folder, "nowhere"))
-    write_table(taught_folder / "train.csv", {"text": WORDS * 4, "label": ["a", "b", "a", "b", "b"] * 4})
-    with pytest.raises(ValueError, match="has the classes none, plus, minus, but the data has a, b"):
+    write_table(
+        taught_folder / "train.csv", {"text": WORDS * 4, "label": ["a", "b", "a", "b", "b"] * 4}
+    )
+    with pytest.raises(
+        ValueError, match="has the classes none, plus, minus, but the data has a, b"
+    ):
         ask(data_of(taught_folder, "own"))
 
 
@@ -185,7 +221,9 @@ def test_a_teacher_labels_texts_without_labels(taught_folder):
     ask(data)
     assert not data.needs_teacher
     batches = list(data.train_dataloader())
-    rows, labels, teacher = (torch.cat([batch[name] for batch in batches]) for name in ("row", "labels", "teacher"))
+    rows, labels, teacher = (
+        torch.cat([batch[name] for batch in batches]) for name in ("row", "labels", "teacher")
+    )
     unlabelled = [data.splits["train"].texts[row] for row in rows[labels == -100]]
     assert sorted(unlabelled) == ["bad bad", "the good film"]
     torch.testing.assert_close(teacher.sum(1), torch.ones(len(rows)))
@@ -193,7 +231,11 @@ def test_a_teacher_labels_texts_without_labels(taught_folder):
 
 def test_a_fit_with_a_teacher_learns_its_answers(taught_folder):
     model = DACT(
-        encoder=TransformerEncoder(8, 2, 16, 2), distillation=1.0, lambda_reg=0.0, learning_rate=1e-2, lambda_warmup=0.0
+        encoder=TransformerEncoder(8, 2, 16, 2),
+        distillation=1.0,
+        lambda_reg=0.0,
+        learning_rate=1e-2,
+        lambda_warmup=0.0,
     )
     data = data_of(taught_folder, "own")
     trainer = pl.Trainer(max_epochs=60, accelerator="cpu", logger=False, enable_checkpointing=False)
@@ -212,7 +254,9 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     def made():
         engine = TuningEngine(
             model=model,
-            data=partial(CompositionalSentiment, num_train=100, num_val=60, num_test=60, max_depth=2),
+            data=partial(
+                CompositionalSentiment, num_train=100, num_val=60, num_test=60, max_depth=2
+            ),
             trainer={"max_epochs": 1, "accelerator": "cpu"},
             n_trials=1,
             distillation=0.5,
@@ -237,7 +281,9 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
     weights = prepared.baseline.encoder()
-    assert all(torch.equal(started.encoder.state_dict()[name], weight) for name, weight in weights.items())
+    assert all(
+        torch.equal(started.encoder.state_dict()[name], weight) for name, weight in weights.items()
+    )
     fresh = prepared.recipe.make_model().encoder.state_dict()
     assert not all(torch.equal(fresh[name], weight) for name, weight in weights.items())
     torch.testing.assert_close(batch["teacher"], prepared.baseline.probabilities()[batch["row"]])
@@ -256,7 +302,9 @@ class Record(pl.Callback):
 def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier_score(tmp_path):
     EPOCHS.clear()
     engine = TuningEngine(
-        model=lambda **overrides: DACT(TransformerEncoder(42, 2, 32, 2), **{"learning_rate": 1e-2, **overrides}),
+        model=lambda **overrides: DACT(
+            TransformerEncoder(42, 2, 32, 2), **{"learning_rate": 1e-2, **overrides}
+        ),
         data=partial(CompositionalSentiment, num_train=64, num_val=100, num_test=10, max_depth=3),
         trainer={"max_epochs": 12, "accelerator": "cpu", "callbacks": [Record()]},
         log_dir=tmp_path,
@@ -265,7 +313,10 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier
     prepared = engine._prepare(engine._begin("run"), engine._survey())
     last, (score, lowest) = EPOCHS[-1][1], min(EPOCHS, key=lambda epoch: epoch[0])
     assert last is not lowest, "on so few examples the score rises again"
-    baseline, encoder = prepared.baseline.load(prepared.recipe.make_model()).state_dict(), prepared.baseline.encoder()
+    baseline, encoder = (
+        prepared.baseline.load(prepared.recipe.make_model()).state_dict(),
+        prepared.baseline.encoder(),
+    )
     assert all(torch.equal(baseline[name], weight) for name, weight in last.items())
     assert all(torch.equal(weight, lowest[f"encoder.{name}"]) for name, weight in encoder.items())
     teacher = prepared.recipe.make_model().at_full_depth()
@@ -277,14 +328,20 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier
         expected = teacher.eval()(batch).probabilities
     torch.testing.assert_close(prepared.baseline.probabilities()[batch["row"]], expected)
     answers = layer_answers(teacher, data.val_dataloader())
-    assert score == pytest.approx(references.brier_score(answers.a[:, -1], answers.target), abs=1e-5)
+    assert score == pytest.approx(
+        references.brier_score(answers.a[:, -1], answers.target), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_is_named(tmp_path, own):
     data = CompositionalSentiment(num_train=10, num_val=3)
     config = BertConfig(
-        hidden_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=6, num_labels=3
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=6,
+        num_labels=3,
     )
     if own:
         encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(config))
@@ -294,5 +351,7 @@ def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_is_named(tmp_pa
     data.tokenizer.save_pretrained(tmp_path)
     data.teacher = str(tmp_path)
     data.setup("fit")
-    with pytest.raises(ValueError, match="takes at most 6 tokens, but the data is cut to max_length=80: lower"):
+    with pytest.raises(
+        ValueError, match="takes at most 6 tokens, but the data is cut to max_length=80: lower"
+    ):
         data.train_dataloader()

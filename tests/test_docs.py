@@ -1,4 +1,5 @@
-"""The documents do what they say: their Python and their commands run, the pages build, and the package can be published."""
+"""The documents do what they say: their Python and their commands run, the pages build, and the
+package can be published."""
 
 import contextlib
 import io
@@ -74,13 +75,19 @@ def stand_in(text):
 
 @pytest.fixture
 def desk(tmp_path, monkeypatch):
-    """A folder with what a reader of the documents has: files of their own, and a small encoder for the large one."""
+    """A folder with what a reader of the documents has: files of their own, and a small encoder for
+    the large one."""
     words = ["the", "of", "order", "is", "was", *"0123456789"]
     words += ["screen", "battery", "camera", "great", "superb", "poor", "awful"]
     tokenizer = word_tokenizer(words)
     tokenizer.save_pretrained(tmp_path / "encoder")
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 6, "num_attention_heads": 2}
+    shape = {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+    }
     BertModel(BertConfig(vocab_size=len(tokenizer), **shape)).save_pretrained(tmp_path / "encoder")
     rows = [
         f"the {noun} of order {number} {verb} {adjective},{label}"
@@ -98,7 +105,11 @@ def desk(tmp_path, monkeypatch):
         file.write_text(stand_in(file.read_text()))
     tools = tmp_path / "bin"
     tools.mkdir()
-    for name, words in {"dact": "-m dact", "python": "", "tensorboard": "-m tensorboard.main"}.items():
+    for name, words in {
+        "dact": "-m dact",
+        "python": "",
+        "tensorboard": "-m tensorboard.main",
+    }.items():
         (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {words} "$@"\n')
         (tools / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
@@ -153,7 +164,12 @@ class Reader:
 
     def shell(self, command):
         return subprocess.run(
-            ["bash", "-c", command], env=environment(), capture_output=True, text=True, timeout=300, check=False
+            ["bash", "-c", command],
+            env=environment(),
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
         )
 
     def start(self, command):
@@ -162,11 +178,16 @@ class Reader:
         asked = re.search(r"--port (\d+)", command)
         self.ports[asked[1] if asked else "8000"] = port
         command = re.sub(r" --port \d+", "", command).removesuffix(" &")
-        server = subprocess.Popen(["bash", "-c", f"exec {command} --port {port}"], env=environment())
+        server = subprocess.Popen(
+            ["bash", "-c", f"exec {command} --port {port}"], env=environment()
+        )
         self.servers.append(server)
         for _ in range(600):
             assert server.poll() is None, f"{self.page.name}: {command} ended"
-            with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            with (
+                contextlib.suppress(OSError),
+                socket.create_connection(("127.0.0.1", port), timeout=1),
+            ):
                 return
             time.sleep(0.2)
         raise AssertionError(f"{self.page.name}: {command} does not listen")
@@ -180,7 +201,10 @@ class Reader:
 
 @pytest.mark.parametrize(
     "page",
-    [pytest.param(page, marks=pytest.mark.slow if has_commands(page) else (), id=page.stem) for page in PAGES],
+    [
+        pytest.param(page, marks=pytest.mark.slow if has_commands(page) else (), id=page.stem)
+        for page in PAGES
+    ],
 )
 @pytest.mark.timeout(1800)
 def test_a_reader_who_types_what_a_page_says_succeeds(page, desk, dact_here, hub):  # noqa: F811
@@ -196,8 +220,12 @@ def test_every_block_of_the_documents_has_a_language_that_is_known():
     for page in PAGES:
         text = re.sub(BLOCK, "", page.read_text())
         assert "```" not in text, f"{page}: a block is not closed, or has no language"
-        assert {block.language for block in blocks(page)} <= {"bash", "python", "yaml", "text"}, page
-        assert not [block for block in blocks(page) if block.language == "text" and "dact " in block.text], page
+        assert {block.language for block in blocks(page)} <= {"bash", "python", "yaml", "text"}, (
+            page
+        )
+        assert not [
+            block for block in blocks(page) if block.language == "text" and "dact " in block.text
+        ], page
         assert all(block.title for block in blocks(page) if block.language == "yaml"), (
             f"{page}: YAML that nothing reads"
         )
@@ -219,13 +247,29 @@ def test_the_readme_is_a_page_and_a_half():
 
 
 def test_the_pages_build(tmp_path):
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "--quiet",
+        "--site-dir",
+        str(tmp_path / "site"),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     pages = {path.parent.name for path in (tmp_path / "site").rglob("index.html")}
     assert {page.stem for page in DOCS.glob("*.md")} - {"index"} <= pages
     api = (tmp_path / "site" / "api" / "index.html").read_text()
-    for name in ("DACT", "TuningEngine", "TextClassifier", "calibrate", "accumulate", "TextClassificationData"):
+    for name in (
+        "DACT",
+        "TuningEngine",
+        "TextClassifier",
+        "calibrate",
+        "accumulate",
+        "TextClassificationData",
+    ):
         assert f'.{name}"' in api, name
     assert ":math:" not in api
 
@@ -233,7 +277,9 @@ def test_the_pages_build(tmp_path):
 @pytest.mark.slow
 def test_a_wheel_and_an_sdist_can_be_published(tmp_path):
     source = tmp_path / "source"
-    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "lightning_logs", "build", "dist")
+    ignored = shutil.ignore_patterns(
+        ".*", "*.egg-info", "__pycache__", "lightning_logs", "build", "dist"
+    )
     shutil.copytree(ROOT, source, ignore=ignored)
     build = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(tmp_path / "dist")]
     done = subprocess.run(build, cwd=source, capture_output=True, text=True, check=False)

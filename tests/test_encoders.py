@@ -1,4 +1,5 @@
-"""Every encoder: its layers one by one are the plain forward pass, and only the layers that are asked for run."""
+"""Every encoder: its layers one by one are the plain forward pass, and only the layers that are
+asked for run."""
 
 import json
 
@@ -77,7 +78,11 @@ def test_every_family_is_tested():
 def test_layer_by_layer_equals_the_plain_forward_of_the_library(name, padded):
     torch.manual_seed(3)
     model = AutoModel.from_config(config_of(name)).eval()
-    batch = {k: v for k, v in BATCH.items() if k in (("input_ids", "attention_mask") if padded else ("input_ids",))}
+    batch = {
+        k: v
+        for k, v in BATCH.items()
+        if k in (("input_ids", "attention_mask") if padded else ("input_ids",))
+    }
     plain = model(**batch, output_hidden_states=True)
     encoder = HuggingFaceEncoder.from_model(model).eval()
     mask, hidden = encoder.mask(batch), encoder.embed(batch)
@@ -116,8 +121,14 @@ def test_one_forward_gives_the_pooled_states_of_every_layer(name, pooling):
         reached = encoder.model(**BATCH, output_hidden_states=True).hidden_states[inner::inner]
         if name == "modernbert":
             reached = [*map(encoder.model.final_norm, reached[:-1]), reached[-1]]
-    weights = mask / mask.sum(1, keepdim=True) if pooling == "mean" else torch.eye(mask.shape[1])[mask.argmax(1)]
-    expected = torch.stack([torch.einsum("bl,bld->bd", weights.to(state), state) for state in reached], dim=1)
+    weights = (
+        mask / mask.sum(1, keepdim=True)
+        if pooling == "mean"
+        else torch.eye(mask.shape[1])[mask.argmax(1)]
+    )
+    expected = torch.stack(
+        [torch.einsum("bl,bld->bd", weights.to(state), state) for state in reached], dim=1
+    )
     torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
 
 
@@ -130,7 +141,9 @@ def test_dropping_examples_leaves_the_others_as_they_were(name):
     rows = torch.arange(9)
     for n in range(1, LAYERS + 1):
         hidden = encoder.layer(n, hidden, encoder.context(hidden, mask))
-        torch.testing.assert_close(encoder.pool(n, hidden, mask), full[rows, n - 1], atol=2e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            encoder.pool(n, hidden, mask), full[rows, n - 1], atol=2e-5, rtol=1e-4
+        )
         keep = torch.arange(len(rows)) % 3 != n % 3
         rows, hidden, mask = rows[keep], hidden[keep], mask[keep]
 
@@ -183,7 +196,9 @@ def test_fewer_layers_are_the_first_ones(name, tmp_path):
     torch.testing.assert_close(encoder(BATCH), states[:, :2])
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize(
+    "name", ["bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert"]
+)
 def test_a_fine_tuned_classifier_serves_and_its_head_is_left_aside(name, tmp_path, caplog):
     model = AutoModelForSequenceClassification.from_config(config_of(name))
     model.save_pretrained(tmp_path)
@@ -219,7 +234,9 @@ def test_an_encoder_starts_from_a_model_that_dact_trained(tmp_path, name):
             torch.testing.assert_close(first, model.encoder(batch)[:, :1])
     weights, _ = read_tensors(tmp_path / "model.safetensors")
     lost = next(key for key in weights if key.startswith("encoder.model."))
-    write_tensors(tmp_path / "model.safetensors", {key: w for key, w in weights.items() if key != lost})
+    write_tensors(
+        tmp_path / "model.safetensors", {key: w for key, w in weights.items() if key != lost}
+    )
     with pytest.raises(ValueError, match=r"lacks 1 weights of the encoder, such as"):
         HuggingFaceEncoder(str(tmp_path))
 
@@ -236,7 +253,10 @@ def test_the_mean_of_many_large_tokens_is_finite_in_half_precision():
     mask[1, 5000:] = 0
     for dtype in (torch.float16, torch.bfloat16):
         with torch.autocast("cpu", dtype):
-            pooled = [pool_tokens(hidden, mask, "mean"), pool_tokens(hidden.to(dtype), mask, "mean")]
+            pooled = [
+                pool_tokens(hidden, mask, "mean"),
+                pool_tokens(hidden.to(dtype), mask, "mean"),
+            ]
         for found in [*pooled, pool_tokens(hidden.to(dtype), mask, "mean")]:
             torch.testing.assert_close(found.float(), torch.full((2, 4), 12.0), rtol=1e-2, atol=0)
 
@@ -247,18 +267,22 @@ def test_padding_on_either_side_pools_the_same_tokens():
     right = torch.cat([hidden, torch.full((1, 2, 4), 9.0)], dim=1)
     for pooling in ("mean", "first"):
         ahead = pool_tokens(left, torch.tensor([[0, 0, 1, 1, 1]]), pooling)
-        torch.testing.assert_close(ahead, pool_tokens(right, torch.tensor([[1, 1, 1, 0, 0]]), pooling))
+        torch.testing.assert_close(
+            ahead, pool_tokens(right, torch.tensor([[1, 1, 1, 0, 0]]), pooling)
+        )
 
 
 def test_batches_that_an_encoder_cannot_take_are_named():
     encoder = encoder_of("bert")
     ids = torch.ones(2, encoder.max_length + 1, dtype=torch.long)
     with pytest.raises(
-        ValueError, match=f"has {encoder.max_length + 1} tokens .* takes at most {encoder.max_length}: cut"
+        ValueError,
+        match=f"has {encoder.max_length + 1} tokens .* takes at most {encoder.max_length}: cut",
     ):
         encoder({"input_ids": ids})
     with pytest.raises(
-        ValueError, match=f"token id {encoder.vocab_size}, but the encoder knows 0 … {encoder.vocab_size - 1}"
+        ValueError,
+        match=f"token id {encoder.vocab_size}, but the encoder knows 0 … {encoder.vocab_size - 1}",
     ):
         encoder({"input_ids": torch.tensor([[1, encoder.vocab_size]])})
 
@@ -266,7 +290,8 @@ def test_batches_that_an_encoder_cannot_take_are_named():
 def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path):
     AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=1).save_pretrained(tmp_path)
     with pytest.raises(
-        ValueError, match=r"'gpt2'.*albert, bert, deberta-v2, distilbert, electra, modernbert, mpnet, rob"
+        ValueError,
+        match=r"'gpt2'.*albert, bert, deberta-v2, distilbert, electra, modernbert, mpnet, rob",
     ):
         HuggingFaceEncoder(str(tmp_path))
 
@@ -342,7 +367,9 @@ def test_resolve_leaves_hub_ids_alone(tmp_path):
     assert resolve_pretrained(str(tmp_path)) == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"])
+@pytest.mark.parametrize(
+    "name", ["attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"]
+)
 def test_a_configuration_cannot_name_code_to_load(tmp_path, name):
     foreign = {"auto_map": {"AutoModel": "evil.Model"}}.get(name, "someone/kernels:evil")
     config = encoder_of("bert").config()
@@ -353,4 +380,8 @@ def test_a_configuration_cannot_name_code_to_load(tmp_path, name):
     (tmp_path / "config.json").write_text(json.dumps({**stored, name: foreign}))
     loaded = HuggingFaceEncoder(str(tmp_path))
     assert "evil" not in str(vars(loaded.model.config))
-    assert loaded.model.config._attn_implementation == encoder.model.config._attn_implementation == "sdpa"
+    assert (
+        loaded.model.config._attn_implementation
+        == encoder.model.config._attn_implementation
+        == "sdpa"
+    )

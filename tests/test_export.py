@@ -1,4 +1,5 @@
-"""Exported models: the same classes and exit layers on ONNX Runtime, from folders that are read like any other."""
+"""Exported models: the same classes and exit layers on ONNX Runtime, from folders that are read
+like any other."""
 
 import copy
 import importlib
@@ -54,16 +55,27 @@ def test_every_family_gives_the_classes_and_exit_layers_of_pytorch(name, tmp_pat
     exported = DACT.from_pretrained(tmp_path / "onnx")
     assert isinstance(exported.encoder, OnnxEncoder)
     assert not list(exported.encoder.parameters())
-    for batch in (random_batch(33, 24, vocab=100), random_batch(1, 1, vocab=100), random_batch(5, 60, vocab=100)):
+    for batch in (
+        random_batch(33, 24, vocab=100),
+        random_batch(1, 1, vocab=100),
+        random_batch(5, 60, vocab=100),
+    ):
         expected, got = model.early_exit(batch), exported.early_exit(batch)
         full = model.full_depth(batch)
-        # Outside a margin of 1e-4 in the class and in the layers' own leads, which the dial compares with 0.5.
-        near = (leads(full.layer_probabilities.flatten(0, 1)).view(len(full.h), -1) - 0.5).abs().amin(dim=1) < MARGIN
+        # Outside a margin of 1e-4 in the class and in the layers' own leads, which the dial
+        # compares with 0.5.
+        near = (
+            leads(full.layer_probabilities.flatten(0, 1)).view(len(full.h), -1) - 0.5
+        ).abs().amin(dim=1) < MARGIN
         sure = (leads(expected.probabilities) > MARGIN) & ~near
         assert sure.float().mean() > 0.8
         assert torch.equal(got.exit_layer[sure], expected.exit_layer[sure])
-        assert torch.equal(got.probabilities.argmax(1)[sure], expected.probabilities.argmax(1)[sure])
-        torch.testing.assert_close(got.probabilities[sure], expected.probabilities[sure], atol=1e-4, rtol=0)
+        assert torch.equal(
+            got.probabilities.argmax(1)[sure], expected.probabilities.argmax(1)[sure]
+        )
+        torch.testing.assert_close(
+            got.probabilities[sure], expected.probabilities[sure], atol=1e-4, rtol=0
+        )
 
 
 def test_examples_still_leave_at_different_layers(tmp_path):
@@ -84,16 +96,23 @@ def test_only_the_layers_that_the_model_uses_are_exported(tmp_path):
 def test_layers_that_share_their_weights_share_a_graph(tmp_path):
     DACT(encoder=encoder_of("albert-groups")).save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "onnx")
-    assert sorted(path.name for path in (tmp_path / "onnx").glob("layer_*")) == ["layer_1.onnx", "layer_3.onnx"]
+    assert sorted(path.name for path in (tmp_path / "onnx").glob("layer_*")) == [
+        "layer_1.onnx",
+        "layer_3.onnx",
+    ]
 
 
 def test_the_text_classifier_reads_an_exported_folder_like_any_other(tmp_path):
     data = fitted_folder(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "onnx")
-    plain, exported = (TextClassifier.from_pretrained(tmp_path / name) for name in ("model", "onnx"))
+    plain, exported = (
+        TextClassifier.from_pretrained(tmp_path / name) for name in ("model", "onnx")
+    )
     texts = data.examples("test").texts
     expected, got = plain(texts), exported(texts)
-    assert [(one.label, one.exit_layer) for one in got] == [(one.label, one.exit_layer) for one in expected]
+    assert [(one.label, one.exit_layer) for one in got] == [
+        (one.label, one.exit_layer) for one in expected
+    ]
     assert [one.score for one in got] == pytest.approx([one.score for one in expected], abs=1e-4)
 
 
@@ -131,7 +150,9 @@ def test_int8_keeps_its_levels_for_a_text_next_to_an_outlier(tmp_path):
     hidden, mask = torch.randn(2, 6, encoder.hidden_size), torch.ones(2, 6, dtype=torch.int64)
     hidden[1] *= 1000
     with torch.no_grad():
-        expected, got = (one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small))
+        expected, got = (
+            one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small)
+        )
     assert (got[0] - expected[0]).norm() < 0.001 * expected[0].norm()
 
 
@@ -145,7 +166,9 @@ def test_int8_keeps_rows_of_large_weights_apart(tmp_path):
     torch.manual_seed(0)
     hidden, mask = torch.randn(4, 6, encoder.hidden_size), torch.ones(4, 6, dtype=torch.int64)
     with torch.no_grad():
-        expected, got = (one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small))
+        expected, got = (
+            one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small)
+        )
     assert (got - expected).norm() < 0.005 * expected.norm()
 
 
@@ -155,7 +178,10 @@ def test_int8_serves_every_family(tmp_path):
         # The first token, since the mean is exported in the test of every family.
         model = scatter_exits(DACT(encoder=encoder_of(name, pooling="first")).eval())
         model.save_pretrained(tmp_path / name)
-        assert export(tmp_path / name, tmp_path / f"{name}-int8", quantize="int8").quantized_difference < 0.1
+        assert (
+            export(tmp_path / name, tmp_path / f"{name}-int8", quantize="int8").quantized_difference
+            < 0.1
+        )
         assert b"MatMulInteger" in (tmp_path / f"{name}-int8" / "layer_1.onnx").read_bytes()
 
 
@@ -273,7 +299,9 @@ def test_a_graph_that_differs_from_pytorch_leaves_no_folder(tmp_path, monkeypatc
     monkeypatch.setattr(
         TransformerEncoder,
         "layer",
-        lambda self, n, hidden, context: plain(self, n, hidden, context) + (0.1 if torch.jit.is_tracing() else 0.0),
+        lambda self, n, hidden, context: (
+            plain(self, n, hidden, context) + (0.1 if torch.jit.is_tracing() else 0.0)
+        ),
     )
     with pytest.raises(ValueError, match=r"differs from PyTorch"):
         export(tmp_path / "model", tmp_path / "onnx")
@@ -295,7 +323,9 @@ def test_a_place_that_cannot_be_replaced_is_refused_before_the_work(tmp_path, mo
     (tmp_path / "mounted").mkdir()
     monkeypatch.setattr(exporting.os.path, "ismount", lambda path: path.name == "mounted")
     monkeypatch.setattr(DACT, "from_pretrained", None)
-    with pytest.raises(ValueError, match=r"mounted is a mount point.*give a folder in it, such as .*mounted/model"):
+    with pytest.raises(
+        ValueError, match=r"mounted is a mount point.*give a folder in it, such as .*mounted/model"
+    ):
         export(tmp_path / "model", tmp_path / "mounted")
 
 
@@ -304,13 +334,19 @@ def test_an_encoder_of_ones_own_is_refused_in_words_that_help(tmp_path):
         pass
 
     DACT(encoder=Own(50, 2, 8, 2)).save_pretrained(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"has an encoder of your own, and only those of dact can be exported"):
+    with pytest.raises(
+        ValueError, match=r"has an encoder of your own, and only those of dact can be exported"
+    ):
         export(tmp_path / "model", tmp_path / "onnx")
 
 
 def test_export_leaves_its_host_program_as_it_was(tmp_path):
     saved(tmp_path / "model")
-    state, filters, handlers = torch.get_rng_state(), list(warnings.filters), list(logging.root.handlers)
+    state, filters, handlers = (
+        torch.get_rng_state(),
+        list(warnings.filters),
+        list(logging.root.handlers),
+    )
     export(tmp_path / "model", tmp_path / "onnx", quantize="int8")
     assert torch.equal(torch.get_rng_state(), state)
     assert warnings.filters == filters
@@ -323,7 +359,9 @@ def test_a_checkpoint_says_where_the_graphs_are_wanted(tmp_path):
     saved(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "onnx")
     config = json.loads((tmp_path / "onnx" / "config.json").read_text())["encoder"]
-    with pytest.raises(ValueError, match=r"the graphs of an exported encoder lie in the model's folder"):
+    with pytest.raises(
+        ValueError, match=r"the graphs of an exported encoder lie in the model's folder"
+    ):
         from_config(config)
 
 
@@ -342,4 +380,9 @@ def test_the_encoder_of_the_packaged_model_runs_as_graphs(tmp_path):
     report = export(tmp_path / "model", tmp_path / "int8", quantize="int8")
     assert report.difference < 1e-5
     shutil.rmtree(tmp_path / "model")
-    assert DACT.from_pretrained(tmp_path / "int8").early_exit(random_batch(vocab=1000)).exit_layer.tolist() == [1] * 16
+    assert (
+        DACT.from_pretrained(tmp_path / "int8")
+        .early_exit(random_batch(vocab=1000))
+        .exit_layer.tolist()
+        == [1] * 16
+    )

@@ -80,7 +80,12 @@ def test_a_folder_comes_back_where_its_successor_cannot_be_renamed(tmp_path, mon
 
 def test_a_folder_is_freed_of_what_a_killed_process_left(tmp_path):
     (tmp_path / "inner" / "model").mkdir(parents=True)
-    for name in ("kept.json", ".answers.partial", "inner/.model.partial/weights", "inner/.model.old/weights"):
+    for name in (
+        "kept.json",
+        ".answers.partial",
+        "inner/.model.partial/weights",
+        "inner/.model.old/weights",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("")
     remove_partial(tmp_path)
@@ -90,7 +95,12 @@ def test_a_folder_is_freed_of_what_a_killed_process_left(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
 def test_tensors_come_back(tmp_path, dtype):
     shared = torch.arange(6).view(2, 3).to(dtype)
-    tensors = {"a": shared, "b": shared.t(), "empty": torch.zeros(0, 3, dtype=dtype), "scalar": shared[0, 0]}
+    tensors = {
+        "a": shared,
+        "b": shared.t(),
+        "empty": torch.zeros(0, 3, dtype=dtype),
+        "scalar": shared[0, 0],
+    }
     write_tensors(tmp_path / "x.safetensors", tensors, {"origin": "here"})
     found, metadata = read_tensors(tmp_path / "x.safetensors")
     assert metadata == {"origin": "here"}
@@ -119,7 +129,9 @@ def test_tensors_of_other_tools_are_read_and_a_wrong_digest_is_refused(tmp_path)
     with safe_open(tmp_path / "x.safetensors", "pt") as file:
         metadata = file.metadata()
     save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata)
-    with pytest.raises(ValueError, match=r"x\.safetensors is corrupted: its content does not have the digest"):
+    with pytest.raises(
+        ValueError, match=r"x\.safetensors is corrupted: its content does not have the digest"
+    ):
         read_tensors(tmp_path / "x.safetensors")
 
 

@@ -25,8 +25,12 @@ def answers(texts=200, layers=4, seed=0):
 def test_the_rules_leave_where_the_package_leaves(margin):
     y, h, _ = answers()
     a, p = functional.accumulate(y, h)
-    assert torch.equal(rules.by_margin(y, h).exits(margin), functional.exit_layers(a, p, y=y, margin=margin))
-    assert torch.equal(rules.by_tolerance(y, h).exits(margin), functional.exit_layers(a, p, tolerance=1 - margin))
+    assert torch.equal(
+        rules.by_margin(y, h).exits(margin), functional.exit_layers(a, p, y=y, margin=margin)
+    )
+    assert torch.equal(
+        rules.by_tolerance(y, h).exits(margin), functional.exit_layers(a, p, tolerance=1 - margin)
+    )
 
 
 @pytest.mark.parametrize("budget", [1.0, 1.5, 2.5, 4.0])
@@ -44,16 +48,26 @@ def test_what_is_fitted_leaves_the_proof_alone(kind):
     y, h, target = answers()
     for fit in rules.FITS[kind].values():
         policy = fit(y, h, target)(y, h)
-        assert torch.allclose(policy.answers.sum(dim=-1), torch.ones(policy.answers.shape[:2]), atol=1e-4)
+        assert torch.allclose(
+            policy.answers.sum(dim=-1), torch.ones(policy.answers.shape[:2]), atol=1e-4
+        )
         assert policy.proven[:, -1].all()
         assert policy.exits(1e9).max() <= y.shape[1]
 
 
 def test_texts_without_a_class_come_on_top_of_the_labelled_ones(tmp_path, monkeypatch):
     made = Examples([f"text {row}" for row in range(160)], labels=[row % 3 for row in range(160)])
-    whole = {corpus: made.take(range(40 * place, 40 * place + 40)) for place, corpus in enumerate(vader.CORPORA)}
+    whole = {
+        corpus: made.take(range(40 * place, 40 * place + 40))
+        for place, corpus in enumerate(vader.CORPORA)
+    }
     monkeypatch.setattr(vader, "read_archive", lambda archive: whole)
-    of_both = {"tokenizer": word_tokenizer(["text"]), "root": str(tmp_path), "num_train": 30, "split": 1}
+    of_both = {
+        "tokenizer": word_tokenizer(["text"]),
+        "root": str(tmp_path),
+        "num_train": 30,
+        "split": 1,
+    }
     plain, more = vader.VaderSentiment(**of_both), data.WithUnlabelled(num_unlabelled=20, **of_both)
     train = more.examples("train")
     assert train.take(range(30)) == plain.examples("train")
@@ -72,7 +86,9 @@ def taught_batch():
 
 def make_learner(name):
     encoder = TransformerEncoder(20, num_layers=2, hidden_size=8, num_heads=2)
-    return Learner(method=Method.parse(name), mask_token=3, encoder=encoder, distillation=0.5).eval()
+    return Learner(
+        method=Method.parse(name), mask_token=3, encoder=encoder, distillation=0.5
+    ).eval()
 
 
 def test_a_plain_learner_learns_as_the_package_does():
@@ -110,4 +126,6 @@ def test_a_multi_exit_runs_in_the_package_as_its_rule_says():
     expected = rules.by_lead(output.layer_probabilities, output.h).exits(model.halting_margin)
     assert torch.equal(early.exit_layer, expected)
     assert 1 < expected.double().mean() < 3
-    torch.testing.assert_close(early.probabilities, functional.answer_at(output.layer_probabilities, expected))
+    torch.testing.assert_close(
+        early.probabilities, functional.answer_at(output.layer_probabilities, expected)
+    )

@@ -11,14 +11,18 @@ RULES = ("exact", "paper")
 
 @st.composite
 def layer_outputs(draw, max_batch=6):
-    """y [batch, layers, classes] and h [batch, layers], from flat to saturated, near-ties included."""
+    """y [batch, layers, classes] and h [batch, layers], from flat to saturated, near-ties
+    included."""
     batch, layers = draw(st.integers(1, max_batch)), draw(st.integers(1, 24))
     classes = draw(st.integers(2, 20))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
     sharpness = draw(st.sampled_from([1e-6, 0.1, 1.0, 10.0, 1000.0]))
     y = (sharpness * torch.randn(batch, layers, classes, generator=generator)).softmax(-1)
     shift = draw(st.sampled_from([-30.0, -6.0, -2.0, 0.0, 3.0, 30.0]))
-    h = (draw(st.sampled_from([0.1, 1.0, 20.0])) * torch.randn(batch, layers, generator=generator) + shift).sigmoid()
+    h = (
+        draw(st.sampled_from([0.1, 1.0, 20.0])) * torch.randn(batch, layers, generator=generator)
+        + shift
+    ).sigmoid()
     if draw(st.booleans()):  # a near-tie of the first two classes
         y[..., :2] = y[..., :2].amax(-1, keepdim=True)
         y = y / y.sum(-1, keepdim=True)
@@ -30,7 +34,9 @@ def test_accumulate_equals_its_naive_twin(outputs):
     y, h = outputs
     a, p = functional.accumulate(y.double(), h.double())
     for row in range(len(y)):
-        expected_a, expected_p = references.accumulate(y[row].double().tolist(), h[row].double().tolist())
+        expected_a, expected_p = references.accumulate(
+            y[row].double().tolist(), h[row].double().tolist()
+        )
         torch.testing.assert_close(a[row], torch.tensor(expected_a, dtype=torch.double))
         torch.testing.assert_close(p[row], torch.tensor(expected_p, dtype=torch.double))
 
@@ -51,17 +57,29 @@ def test_exit_layers_equal_their_naive_twin_away_from_the_edge(outputs, rule, to
     layers = p.shape[1]
     for row in range(len(a)):
         margins = [
-            references.margin(a[row, n].tolist(), p[row, n].item(), layers - 1 - n, rule) for n in range(layers - 1)
+            references.margin(a[row, n].tolist(), p[row, n].item(), layers - 1 - n, rule)
+            for n in range(layers - 1)
         ]
         if any(abs(float(margin) + tolerance) < 1e-4 for margin in margins):
             continue  # within the slack the rule waits; the properties below cover that edge
-        assert exits[row] == references.exit_layer(a[row].tolist(), p[row].tolist(), rule, tolerance)
+        assert exits[row] == references.exit_layer(
+            a[row].tolist(), p[row].tolist(), rule, tolerance
+        )
 
 
 @settings(max_examples=300)
-@given(layer_outputs(), layer_outputs(), st.sampled_from(RULES), st.sampled_from([0.0, 0.01, 0.2, 0.7]), st.booleans())
-def test_whatever_follows_the_class_stays_within_the_tolerance(outputs, others, rule, tolerance, adversarial):
-    """After the exit, replace what the remaining layers say: by random outputs, or by the worst case."""
+@given(
+    layer_outputs(),
+    layer_outputs(),
+    st.sampled_from(RULES),
+    st.sampled_from([0.0, 0.01, 0.2, 0.7]),
+    st.booleans(),
+)
+def test_whatever_follows_the_class_stays_within_the_tolerance(
+    outputs, others, rule, tolerance, adversarial
+):
+    """After the exit, replace what the remaining layers say: by random outputs, or by the worst
+    case."""
     y, h = outputs
     a, p = functional.accumulate(y, h)
     exits = functional.exit_layers(a, p, rule, tolerance)
@@ -98,7 +116,9 @@ def test_exact_never_exits_later_than_paper(outputs, tolerance):
 def test_fewer_layers_never_come_from_a_smaller_tolerance(outputs, rule, one, other):
     a, p = functional.accumulate(*outputs)
     low, high = sorted((one, other))
-    assert (functional.exit_layers(a, p, rule, high) <= functional.exit_layers(a, p, rule, low)).all()
+    assert (
+        functional.exit_layers(a, p, rule, high) <= functional.exit_layers(a, p, rule, low)
+    ).all()
 
 
 def test_the_bounds_are_those_of_the_worst_case():
@@ -134,7 +154,9 @@ def test_task_loss_equals_its_naive_twin(outputs, weighted):
     y = outputs[0][:, 0].double().clamp_min(1e-20)
     target = torch.arange(len(y)) % y.shape[1]
     weights = torch.rand(y.shape[1], dtype=torch.double) if weighted else None
-    expected = references.task_loss(y.tolist(), target.tolist(), weights.tolist() if weighted else None)
+    expected = references.task_loss(
+        y.tolist(), target.tolist(), weights.tolist() if weighted else None
+    )
     assert functional.task_loss(y, target, weights).item() == pytest.approx(expected, rel=1e-9)
 
 
@@ -142,8 +164,11 @@ def test_task_loss_equals_its_naive_twin(outputs, weighted):
 @pytest.mark.parametrize("spread", [0.0, 1.0, 60.0, 200.0])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_gradients_are_finite_at_saturation(logit, spread, autocast):
-    """h -> 0, h -> 1 and y -> one-hot, right or wrong, in float32 whatever the precision of the states."""
-    logits = (spread * torch.tensor([[[1.0, 0.0, -1.0]] * 4, [[-1.0, 0.0, 1.0]] * 4])).requires_grad_()
+    """h -> 0, h -> 1 and y -> one-hot, right or wrong, in float32 whatever the precision of the
+    states."""
+    logits = (
+        spread * torch.tensor([[[1.0, 0.0, -1.0]] * 4, [[-1.0, 0.0, 1.0]] * 4])
+    ).requires_grad_()
     confidence = torch.full((2, 4), logit, requires_grad=True)
     cast = torch.float32 if autocast is None else autocast
     y = functional.at_least_float32(logits.to(cast)).softmax(-1)
@@ -175,19 +200,47 @@ A, P = functional.accumulate(Y, H)
     ("call", "kind", "message"),
     [
         (lambda: functional.accumulate(Y, H[:, :2]), ValueError, r"\[2, 3, 4\].*\[2, 2\]"),
-        (lambda: functional.accumulate(Y[0], H), ValueError, r"y must have the shape .*got \[3, 4\]"),
+        (
+            lambda: functional.accumulate(Y[0], H),
+            ValueError,
+            r"y must have the shape .*got \[3, 4\]",
+        ),
         (lambda: functional.accumulate(Y[:, :0], H[:, :0]), ValueError, "at least one layer"),
         (lambda: functional.accumulate(Y.long(), H), TypeError, "int64"),
-        (lambda: functional.can_halt(A[:, 0], P, 1), ValueError, r"p must have the shape .*got \[2, 3\]"),
+        (
+            lambda: functional.can_halt(A[:, 0], P, 1),
+            ValueError,
+            r"p must have the shape .*got \[2, 3\]",
+        ),
         (lambda: functional.can_halt(A[:, 0, :1], P[:, 0], 1), ValueError, "two classes"),
         (lambda: functional.can_halt(A[:, 0], P[:, 0], -1), ValueError, "got -1"),
-        (lambda: functional.can_halt(A[:, 0], P[:, 0], torch.tensor([1])), ValueError, r"got \[1\]"),
-        (lambda: functional.can_halt(A[:, 0], P[:, 0], 1, "soon"), ValueError, "'exact', 'paper', 'never', got 'soon'"),
-        (lambda: functional.can_halt(A[:, 0], P[:, 0], 1, tolerance=1.0), ValueError, r"\[0, 1\), got 1.0"),
+        (
+            lambda: functional.can_halt(A[:, 0], P[:, 0], torch.tensor([1])),
+            ValueError,
+            r"got \[1\]",
+        ),
+        (
+            lambda: functional.can_halt(A[:, 0], P[:, 0], 1, "soon"),
+            ValueError,
+            "'exact', 'paper', 'never', got 'soon'",
+        ),
+        (
+            lambda: functional.can_halt(A[:, 0], P[:, 0], 1, tolerance=1.0),
+            ValueError,
+            r"\[0, 1\), got 1.0",
+        ),
         (lambda: functional.exit_layers(A, P[:1]), ValueError, r"\[1, 3\]"),
         (lambda: functional.exit_layers(A, P, tolerance=-0.1), ValueError, "got -0.1"),
-        (lambda: functional.exit_layers(A, P, margin=1.5), ValueError, r"halting_margin must be in \[0, 1\], got 1.5"),
-        (lambda: functional.exit_layers(A, P, margin=0.5), ValueError, "a margin of 0.5 needs y like a, .* got None"),
+        (
+            lambda: functional.exit_layers(A, P, margin=1.5),
+            ValueError,
+            r"halting_margin must be in \[0, 1\], got 1.5",
+        ),
+        (
+            lambda: functional.exit_layers(A, P, margin=0.5),
+            ValueError,
+            "a margin of 0.5 needs y like a, .* got None",
+        ),
         (lambda: functional.ponder_cost(P, H, "x"), ValueError, "got 'x'"),
         (lambda: functional.ponder_cost(P, H[:1]), ValueError, r"\[1, 3\]"),
         (lambda: functional.task_loss(A, torch.zeros(2)), ValueError, r"\[2, 3, 4\]"),
@@ -208,7 +261,9 @@ def test_wrong_input_is_refused_with_what_came(call, kind, message):
 )
 def test_a_clear_lead_lets_examples_leave_sooner(layers, classes, margin, rule, seed, scale):
     generator = torch.Generator().manual_seed(seed)
-    y = (torch.randn(20, layers, classes, generator=generator, dtype=torch.float64) * scale).softmax(dim=2)
+    y = (
+        torch.randn(20, layers, classes, generator=generator, dtype=torch.float64) * scale
+    ).softmax(dim=2)
     h = torch.rand(20, layers, generator=generator, dtype=torch.float64)
     a, p = functional.accumulate(y, h)
     clear = [[references.is_clear(layer, margin) for layer in example] for example in y.tolist()]
@@ -234,5 +289,7 @@ def test_a_layer_lets_leave_who_is_clear_or_proved(outputs, margin, tolerance, r
         expected = functional.can_halt(a[:, n], p[:, n], remaining, rule, tolerance, layers)
         if rule != "never":
             expected = expected | functional.is_clear(y[:, n], margin)
-        halts = functional.Halting(rule, tolerance, margin).halts(a[:, n], p[:, n], y[:, n], remaining, layers)
+        halts = functional.Halting(rule, tolerance, margin).halts(
+            a[:, n], p[:, n], y[:, n], remaining, layers
+        )
         assert torch.equal(halts, expected)

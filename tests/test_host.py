@@ -1,4 +1,5 @@
-"""A program that uses dact as a library finds itself as it was: nothing of it is muted, seeded or reset."""
+"""A program that uses dact as a library finds itself as it was: nothing of it is muted, seeded or
+reset."""
 
 import json
 import os
@@ -78,7 +79,8 @@ before = snapshot()
 trainer.fit(built, loaded)
 trainer.validate(built, loaded)
 after = snapshot()
-for name in ("python's generator", "numpy's generator", "torch's generator"):  # training draws from them
+# training draws from them
+for name in ("python's generator", "numpy's generator", "torch's generator"):
     before[name] = after[name]
 found["fit"] = changed(before, after)
 """
@@ -113,7 +115,8 @@ lengths = {"model_max_length": tokenizer.model_max_length, "padding_side": token
 before = {**snapshot(), **lengths}
 load(tokenizer)
 after = {**snapshot(), **{name: getattr(tokenizer, name) for name in lengths}}
-for name in ("python's generator", "numpy's generator", "torch's generator"):  # a shuffle draws from them
+# a shuffle draws from them
+for name in ("python's generator", "numpy's generator", "torch's generator"):
     before[name] = after[name]
 found["tokenizer"] = changed(before, after)
 """
@@ -122,11 +125,17 @@ found["tokenizer"] = changed(before, after)
 def changes(code, folder):
     """Return what a program with this code finds changed, by the name of what it did."""
     program = f"{HEAD}\nfound = {{}}\n{code}\nprint('CHANGED' + json.dumps(found, default=str))"
-    # A number of threads that changes must show, so all of them are used; but they need not spin while they wait.
+    # A number of threads that changes must show, so all of them are used; but they need not spin
+    # while they wait.
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     env.pop("OMP_NUM_THREADS", None)
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=folder, env=env, capture_output=True, text=True, timeout=500
+        [sys.executable, "-c", program],
+        cwd=folder,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=500,
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.rsplit("CHANGED", 1)[1])

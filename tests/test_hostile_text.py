@@ -50,7 +50,9 @@ def hostile_texts(number, megabytes):
         elif kind == 3 and row < 12 * megabytes:
             yield "".join(generator.choices("good bad\n", k=1000)) * 1000
         else:
-            yield "".join(generator.choices(generator.choice(alphabets), k=generator.randint(1, 200)))
+            yield "".join(
+                generator.choices(generator.choice(alphabets), k=generator.randint(1, 200))
+            )
 
 
 @pytest.fixture
@@ -68,7 +70,15 @@ def folder(tmp_path):
 
 def predict(folder, name, output):
     """Predict a file; the most memory that this took, in MiB."""
-    words = ["predict", "--config", "predict.yaml", "--ckpt_path", "model.ckpt", "--data.predict_file", name]
+    words = [
+        "predict",
+        "--config",
+        "predict.yaml",
+        "--ckpt_path",
+        "model.ckpt",
+        "--data.predict_file",
+        name,
+    ]
     words = [json.dumps({"peak": True}), *words, "--output", output]
     process = warm.start("tests.killed", words, cwd=folder, env=environment())
     said, errors = process.communicate(timeout=500)
@@ -86,7 +96,10 @@ def check_rows(frame, texts):
     for text, label, reason in zip(texts, frame["label"], frame["reason"], strict=True):
         if not isinstance(text, str):
             assert isinstance(reason, str), text
-            assert reason == "no text" if text is None else reason.startswith("not a string"), (text, reason)
+            assert reason == "no text" if text is None else reason.startswith("not a string"), (
+                text,
+                reason,
+            )
         elif not text.strip():
             assert reason == "empty text", (text, reason)
         else:
@@ -95,12 +108,16 @@ def check_rows(frame, texts):
 
 @pytest.mark.slow
 def test_ten_thousand_hostile_texts_each_get_a_row(folder):
-    # Five megabyte-long rows first, so that the second measurement has five times as many rows and as much text.
+    # Five megabyte-long rows first, so that the second measurement has five times as many rows and
+    # as much text.
     small = list(hostile_texts(NUMBER // 5, 5))
     texts = list(hostile_texts(NUMBER, 25))
     sizes, peaks = [], []
     for name, rows in (("small", small), ("large", texts)):
-        lines = [json.dumps({"text": text, "n": n}, ensure_ascii=n % 2 == 0) for n, text in enumerate(rows)]
+        lines = [
+            json.dumps({"text": text, "n": n}, ensure_ascii=n % 2 == 0)
+            for n, text in enumerate(rows)
+        ]
         file = folder / f"{name}.jsonl"
         file.write_text("\n".join(lines) + "\n", encoding="utf-8", errors="surrogatepass")
         sizes.append(file.stat().st_size / 2**20)
@@ -115,7 +132,12 @@ def test_mixed_encodings_get_a_row_or_a_reason(folder):
     lines, valid = [], []
     for row in range(500):
         encoding = generator.choice(["utf-8", "latin-1", "utf-16-le"]) if row % 2 else "utf-8"
-        content = "good é bad".encode(encoding).replace(b"\n", b" ").replace(b"\r", b" ").replace(b"\x00", b"")
+        content = (
+            "good é bad".encode(encoding)
+            .replace(b"\n", b" ")
+            .replace(b"\r", b" ")
+            .replace(b"\x00", b"")
+        )
         lines.append(b"%d\t" % row + content)
         valid.append(encoding == "utf-8")
     (folder / "mixed.tsv").write_bytes(b"n\ttext\n" + b"\n".join(lines) + b"\n")

@@ -9,8 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "dact"
-# From the bottom upwards: a file imports only from layers below its own. A name with a slash is a file of a package;
-# files of encoders/ and data/ that are not listed share the layer of their package and do not import each other in a circle.
+# From the bottom upwards: a file imports only from layers below its own. A name with a slash is a
+# file of a package; files of encoders/ and data/ that are not listed share the layer of their
+# package and do not import each other in a circle.
 LAYERS = [
     {"checks", "files", "plots", "signals", "bounds", "agreement"},
     {"functional", "metrics", "optimization", "outputs", "model_card"},
@@ -57,7 +58,8 @@ def file_of(path):
 
 
 def imports_of(path):
-    """Return all modules of dact that a file imports, anywhere in it, those for type checking included."""
+    """Return all modules of dact that a file imports, anywhere in it, those for type checking
+    included."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.split(".")[0] == "dact")
@@ -82,7 +84,11 @@ def layer_of(path):
 
 
 def modules():
-    return [path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py" or path.parent != PACKAGE]
+    return [
+        path
+        for path in PACKAGE.rglob("*.py")
+        if path.name != "__init__.py" or path.parent != PACKAGE
+    ]
 
 
 def test_imports_run_downwards_only():
@@ -91,7 +97,9 @@ def test_imports_run_downwards_only():
             source = source_of(name)
             assert source is not None, f"{path} imports {name}"
             if source.parent == PACKAGE and source.name == "__init__.py":
-                assert layer_of(path) > layer_of(PACKAGE / "model.py"), f"{path} imports dact itself"
+                assert layer_of(path) > layer_of(PACKAGE / "model.py"), (
+                    f"{path} imports dact itself"
+                )
             elif file_of(source) != file_of(path):
                 assert layer_of(source) < layer_of(path), f"{path} imports {name}"
 

@@ -43,7 +43,9 @@ def hub(monkeypatch, tmp_path):
     """A Hub with an empty cache in front of it."""
     with serving() as found:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)  # a protocol of its own, for large files
+        monkeypatch.setattr(
+            constants, "HF_HUB_DISABLE_XET", True
+        )  # a protocol of its own, for large files
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
         template = f"{found.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -61,7 +63,9 @@ def test_a_classifier_comes_back_from_the_hub_as_it_was(hub, classifier):
     address = classifier.push_to_hub("me/mine", metrics=METRICS, token=TOKEN)
     assert address.startswith(f"{hub.url}/me/mine/commit/")
     assert_same_answers(TextClassifier.from_pretrained("me/mine")(TEXTS), classifier(TEXTS))
-    assert len(hub.repositories["me/mine"]["main"]) == 1, "one commit: nobody downloads half a model"
+    assert len(hub.repositories["me/mine"]["main"]) == 1, (
+        "one commit: nobody downloads half a model"
+    )
     assert len(hub.stored) == 1, "the weights go the way of large files"
     page = hub.repositories["me/mine"]["main"][0]["README.md"].decode()
     assert 'TextClassifier.from_pretrained("me/mine")' in page
@@ -70,7 +74,9 @@ def test_a_classifier_comes_back_from_the_hub_as_it_was(hub, classifier):
 
 @pytest.mark.parametrize("option", ["is_private", "commit_mesage"])
 def test_a_misspelled_option_publishes_nothing(hub, classifier, option):
-    with pytest.raises(TypeError, match=f"push_to_hub has no option {option}: expected some of token, private"):
+    with pytest.raises(
+        TypeError, match=f"push_to_hub has no option {option}: expected some of token, private"
+    ):
         classifier.push_to_hub("me/mine", token=TOKEN, **{option: True})
     assert not hub.repositories
 
@@ -85,7 +91,12 @@ def test_a_model_that_cannot_be_saved_creates_no_repository(hub, classifier, tmp
 
 def test_a_model_of_dact_on_the_hub_is_an_encoder_and_a_teacher(hub, tmp_path):
     words = word_tokenizer(["good", "bad"])
-    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+    shape = {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
     bert = HuggingFaceEncoder.from_model(BertModel(BertConfig(vocab_size=len(words), **shape)))
     taught = TextClassifier(DACT(encoder=bert, class_names=NAMES), words)
     taught.push_to_hub("me/bert", token=TOKEN)
@@ -113,7 +124,11 @@ def test_a_revision_is_a_branch_or_a_commit(hub):
     address = first.push_to_hub("me/two", token=TOKEN)
     second.push_to_hub("me/two", revision="next", token=TOKEN)
     second.push_to_hub("me/two", token=TOKEN)
-    assert DACT.from_pretrained("me/two", revision=address.rsplit("/", 1)[-1]).class_names == ["a", "b", "c"]
+    assert DACT.from_pretrained("me/two", revision=address.rsplit("/", 1)[-1]).class_names == [
+        "a",
+        "b",
+        "c",
+    ]
     assert DACT.from_pretrained("me/two", revision="next").class_names == ["x", "y", "z"]
     assert DACT.from_pretrained("me/two").class_names == ["x", "y", "z"]
     with pytest.raises(FileNotFoundError, match="me/two at revision absent .*has no such revision"):
@@ -124,7 +139,9 @@ def test_the_cache_answers_without_a_network(hub, classifier, monkeypatch):
     classifier.push_to_hub("me/mine", token=TOKEN)
     expected = TextClassifier.from_pretrained("me/mine")(TEXTS)
     before = len(hub.requests)
-    assert_same_answers(TextClassifier.from_pretrained("me/mine", local_files_only=True)(TEXTS), expected)
+    assert_same_answers(
+        TextClassifier.from_pretrained("me/mine", local_files_only=True)(TEXTS), expected
+    )
     assert len(hub.requests) == before
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_same_answers(TextClassifier.from_pretrained("me/mine")(TEXTS), expected)
@@ -135,8 +152,13 @@ def test_the_cache_answers_without_a_network(hub, classifier, monkeypatch):
 
 def test_only_data_is_downloaded(hub):
     tiny_model().push_to_hub("me/mine", token=TOKEN)
-    hub.repositories["me/mine"]["main"].append({"model.pkl": b"no", "code.py": b"no", "training.ckpt": b"no"})
-    assert {path.name for path in local_folder("me/mine").iterdir()} == {"config.json", "model.safetensors"}
+    hub.repositories["me/mine"]["main"].append(
+        {"model.pkl": b"no", "code.py": b"no", "training.ckpt": b"no"}
+    )
+    assert {path.name for path in local_folder("me/mine").iterdir()} == {
+        "config.json",
+        "model.safetensors",
+    }
 
 
 def test_a_folder_comes_before_the_hub(hub, tmp_path, monkeypatch):
@@ -159,8 +181,12 @@ def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here, monkeypatc
     for address in ("me/mine", "me/mine@next"):
         status, text = dact_here(*predict, address, cwd=tmp_path)
         assert status == 0, text
-        assert pd.read_csv(tmp_path / "answers.csv")["label"].tolist() == [found.label for found in classifier(TEXTS)]
-    status, text = dact_here("test", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path)
+        assert pd.read_csv(tmp_path / "answers.csv")["label"].tolist() == [
+            found.label for found in classifier(TEXTS)
+        ]
+    status, text = dact_here(
+        "test", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path
+    )
     assert status == 0, text
     assert "test_accuracy" in text
     status, text = dact_here("export", "--model", "me/mine", "--output", "exported", cwd=tmp_path)
@@ -168,9 +194,14 @@ def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here, monkeypatc
     assert (tmp_path / "exported" / "config.json").is_file()
     downloaded = local_folder("me/mine", local_files_only=True)
     before = {path.name: path.read_bytes() for path in downloaded.iterdir()}
-    status, text = dact_here("calibrate", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path)
+    status, text = dact_here(
+        "calibrate", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path
+    )
     assert (status, text.count("\n")) == (1, 1), text
-    assert "me/mine is no folder here, and dact calibrate writes to the model: download one from the Hub first" in text
+    assert (
+        "me/mine is no folder here, and dact calibrate writes to the model: download one from the Hub first"
+        in text
+    )
     assert "by `hf download me/mine --local-dir FOLDER`, and give --model FOLDER" in text
     assert {path.name: path.read_bytes() for path in downloaded.iterdir()} == before
     requests = len(hub.requests)
@@ -178,7 +209,10 @@ def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here, monkeypatc
     status, text = dact_here(*predict, "lightning_logs/mien", cwd=tmp_path)
     assert "no model at lightning_logs/mien, which does not exist" in text
     assert len(hub.requests) == requests, "the name of a run is not looked for on the Hub"
-    for address, reason in (("me/absent", "no such repository"), ("me/mine@absent", "has no such revision")):
+    for address, reason in (
+        ("me/absent", "no such repository"),
+        ("me/mine@absent", "has no such revision"),
+    ):
         status, text = dact_here(*predict, address, cwd=tmp_path)
         assert (status, text.count("\n")) == (1, 1), text
         assert reason in text
@@ -200,7 +234,9 @@ def test_a_card_that_was_written_by_hand_is_kept(hub, tmp_path):
     model.save_pretrained(tmp_path)
     model.halting_margin = 0.25
     model.save_pretrained(tmp_path)
-    assert "margin 0.25" in (tmp_path / "README.md").read_text(), "its own card is brought up to date"
+    assert "margin 0.25" in (tmp_path / "README.md").read_text(), (
+        "its own card is brought up to date"
+    )
     (tmp_path / "README.md").write_text("my own words")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own words"
@@ -236,7 +272,9 @@ def test_a_wrong_name_is_one_line_within_seconds(network, hub, tmp_path, monkeyp
         with pytest.raises(FileNotFoundError) as caught:
             TextClassifier.from_pretrained("nobody/nothing")
     assert time.monotonic() - start < 10
-    assert str(caught.value).startswith("there is no folder nobody/nothing, and no model nobody/nothing on the Hub: ")
+    assert str(caught.value).startswith(
+        "there is no folder nobody/nothing, and no model nobody/nothing on the Hub: "
+    )
     assert reasons[network] in str(caught.value)
     assert "\n" not in str(caught.value)
 
@@ -257,11 +295,17 @@ def test_a_wrong_pretrained_name_ends_in_time_where_nobody_answers(load, hub, mo
 
 @pytest.mark.slow
 def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
-    """As people use it: another process, which knows the Hub by HF_ENDPOINT and its token by HF_TOKEN."""
+    """As people use it: another process, which knows the Hub by HF_ENDPOINT and its token by
+    HF_TOKEN."""
     classifier.save_pretrained(tmp_path / "model")
     publish = "import sys, dact; dact.TextClassifier.from_pretrained(sys.argv[1]).push_to_hub('mine', private=True)"
     use = "import dact; print(dact.TextClassifier.from_pretrained('me/mine')(['not bad'])[0].label)"
-    known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
+    known = {
+        "HF_ENDPOINT": hub.url,
+        "HF_HOME": str(tmp_path / "home"),
+        "HF_TOKEN": TOKEN,
+        "HF_HUB_DISABLE_XET": "1",
+    }
 
     def run(code, **variables):
         return subprocess.run(
@@ -281,7 +325,10 @@ def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
     folder = tmp_path / "run" / "model"
     tiny_model(class_names=NAMES).save_pretrained(folder)
     (folder.parent / "metrics.json").write_text(json.dumps(METRICS))
-    data = {"class_path": "dact.data.TextClassificationData", "init_args": {"train_file": "/home/somebody/mine.csv"}}
+    data = {
+        "class_path": "dact.data.TextClassificationData",
+        "init_args": {"train_file": "/home/somebody/mine.csv"},
+    }
     (folder.parent / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     DACT.from_pretrained(folder).save_pretrained(tmp_path / "elsewhere")
     text = (tmp_path / "elsewhere" / "README.md").read_text()
@@ -304,7 +351,11 @@ def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
 
 
 def test_numbers_of_another_model_are_left_out(tmp_path):
-    for metrics in ({**METRICS, "layers": 5}, [1, 2], {"layers": 4, "test": 3, "margin_curve": None}):
+    for metrics in (
+        {**METRICS, "layers": 5},
+        [1, 2],
+        {"layers": 4, "test": 3, "margin_curve": None},
+    ):
         folder = tmp_path / "model"
         tiny_model().save_pretrained(folder)
         (tmp_path / "metrics.json").write_text(json.dumps(metrics))
@@ -338,6 +389,10 @@ def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
 def test_the_three_lines_of_a_card_load_the_model(tmp_path, classifier, capsys):
     classifier.save_pretrained(tmp_path)
     code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("path/to/this/folder", str(tmp_path)).replace("a text", "bad").replace("another text", "good")
+    code = (
+        code.replace("path/to/this/folder", str(tmp_path))
+        .replace("a text", "bad")
+        .replace("another text", "good")
+    )
     exec(compile(code, "README.md", "exec"), {})
     assert "exit_layer" in capsys.readouterr().out

@@ -12,7 +12,9 @@ from dact import DACT, functional, inference
 from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import ALL, encoder_of
 
-CLOSE = 1e-4  # closer to the halting rule's limit than this, float32 may leave a layer earlier or later
+CLOSE = (
+    1e-4  # closer to the halting rule's limit than this, float32 may leave a layer earlier or later
+)
 
 
 def distances(model, batch):
@@ -22,10 +24,16 @@ def distances(model, batch):
     layers = a.shape[1]
     top = a.double().topk(2, dim=2).values
     remaining = torch.arange(layers - 1, -1, -1)
-    lead = (1 - p.double()) ** remaining * (1 + top[..., 0] - top[..., 1]) - 1 + model.halting_tolerance
+    lead = (
+        (1 - p.double()) ** remaining * (1 + top[..., 0] - top[..., 1])
+        - 1
+        + model.halting_tolerance
+    )
     said = full.layer_probabilities.topk(2, dim=2).values
     clear = said[..., 0] - said[..., 1] - model.halting_margin
-    return full, torch.minimum(lead.abs(), clear.abs())[:, :-1].amin(dim=1) if layers > 1 else torch.ones(len(a))
+    return full, torch.minimum(lead.abs(), clear.abs())[:, :-1].amin(
+        dim=1
+    ) if layers > 1 else torch.ones(len(a))
 
 
 def left_padded(batch):
@@ -59,16 +67,22 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
     layers, batch, classes, length, step, window, bias, tolerance, lead, few_shapes, seed
 ):
     torch.manual_seed(seed)
-    model = tiny_model(layers=layers, output_dimension=classes, halting_tolerance=tolerance, halting_margin=lead)
+    model = tiny_model(
+        layers=layers, output_dimension=classes, halting_tolerance=tolerance, halting_margin=lead
+    )
     for submodel in model.classifier:  # so that what an untrained model says lies apart
         submodel[-1].weight.mul_(10)
     model.step_tokens, model.window_tokens = step, window
-    for submodel in model.confidence:  # all leave at layer 1 (h near 0), none leaves early (h near 1), or some do
+    for submodel in (
+        model.confidence
+    ):  # all leave at layer 1 (h near 0), none leaves early (h near 1), or some do
         submodel[-1].bias.fill_(bias)
     data = random_batch(batch, length, seed=seed)
     full, distance = distances(model, data)
     order = torch.randperm(batch)
-    with mock.patch.object(inference, "_prepares_shapes", return_value=few_shapes):  # but in float32, to compare
+    with mock.patch.object(
+        inference, "_prepares_shapes", return_value=few_shapes
+    ):  # but in float32, to compare
         early = model.early_exit({name: tensor[order] for name, tensor in data.items()})
     clear = distance[order] > CLOSE
     assert torch.equal(early.exit_layer[clear], full.exit_layer[order][clear])
@@ -77,7 +91,9 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
     if bias > 0 and tolerance == 0 and lead == 1:
         assert (early.exit_layer == layers).all()
     if tolerance == 0 and lead == 1:
-        assert torch.equal(early.probabilities.argmax(1)[clear], full.probabilities.argmax(1)[order][clear])
+        assert torch.equal(
+            early.probabilities.argmax(1)[clear], full.probabilities.argmax(1)[order][clear]
+        )
     a, _ = functional.accumulate(full.layer_probabilities, full.h)
     expected = functional.answer_at(a, full.exit_layer)[order]
     torch.testing.assert_close(early.probabilities[clear], expected[clear], atol=1e-4, rtol=1e-3)
@@ -103,7 +119,9 @@ def test_regrouping_serves_every_family(name, few_shapes, monkeypatch):
 @torch.no_grad()
 def test_left_padding_is_as_good_as_right_where_positions_are_counted_from_the_first_token(name):
     model, data = tiny_model(encoder=encoder_of(name)), random_batch(30, 14)
-    data["input_ids"][data["attention_mask"] == 0] = 1 if name == "mpnet" else 0  # MPNet's padding id is fixed
+    data["input_ids"][data["attention_mask"] == 0] = (
+        1 if name == "mpnet" else 0
+    )  # MPNet's padding id is fixed
     model.step_tokens = 40
     right, left = model.early_exit(data), model.early_exit(left_padded(data))
     assert torch.equal(left.exit_layer, right.exit_layer)
@@ -128,7 +146,9 @@ def test_steps_and_windows_keep_their_bounds_and_stay_full(step, window):
     embed = model.encoder.embed
     model.encoder.embed = lambda batch: embedded.append(batch["input_ids"].shape) or embed(batch)
     for number, module in enumerate(model.encoder.layers, 1):
-        module.register_forward_hook(lambda m, inputs, output, number=number: entered.append((number, inputs[0].shape)))
+        module.register_forward_hook(
+            lambda m, inputs, output, number=number: entered.append((number, inputs[0].shape))
+        )
     exits = model.early_exit(data).exit_layer
     assert all(shape[0] == 1 or shape[0] * shape[1] <= step for _, shape in entered)
     assert all(rows == 1 or rows * length <= step for rows, length in embedded)
@@ -153,7 +173,9 @@ def test_recorded_layers_are_those_of_forward():
     model.step_tokens = 50
     full, recorded = model(data), model.full_depth(data)
     for name in ("probabilities", "layer_probabilities", "h", "p"):
-        torch.testing.assert_close(getattr(recorded, name), getattr(full, name), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            getattr(recorded, name), getattr(full, name), atol=1e-5, rtol=1e-4
+        )
     assert torch.equal(recorded.exit_layer, full.exit_layer)
 
 

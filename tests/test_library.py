@@ -20,11 +20,15 @@ from tests.conftest import random_batch, tiny_model
 
 def trainer(folder, **arguments):
     options = {"max_epochs": 1, "accelerator": "cpu", "logger": False, "enable_progress_bar": False}
-    return pl.Trainer(default_root_dir=folder, enable_model_summary=False, **{**options, **arguments})
+    return pl.Trainer(
+        default_root_dir=folder, enable_model_summary=False, **{**options, **arguments}
+    )
 
 
 def batches(number, **arguments):
-    return DataLoader([random_batch(seed=seed, **arguments) for seed in range(number)], batch_size=None)
+    return DataLoader(
+        [random_batch(seed=seed, **arguments) for seed in range(number)], batch_size=None
+    )
 
 
 class Stream(IterableDataset):
@@ -40,7 +44,9 @@ def test_a_stream_of_unknown_length_trains_at_constant_rates_and_the_final_lambd
         (model._warm_lambda(), model.optimizers().param_groups[0]["lr"])
     )
     before = model.encoder.tokens.weight.clone()
-    trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(model, DataLoader(Stream(), batch_size=None))
+    trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(
+        model, DataLoader(Stream(), batch_size=None)
+    )
     assert seen == [(model.lambda_reg, 1e-2)] * 12
     assert not torch.equal(model.encoder.tokens.weight, before)
 
@@ -56,7 +62,10 @@ def test_a_subclass_of_an_encoder_is_never_rebuilt_as_its_base(tmp_path):
     model = DACT(encoder=LastToken(50, 2, 8, 2))
     fit = trainer(tmp_path, callbacks=[SavePretrained()], enable_checkpointing=True)
     fit.fit(model, batches(4), batches(1))
-    folder, checkpoint = Path(fit.checkpoint_callback.dirpath).parent / "model", fit.checkpoint_callback.best_model_path
+    folder, checkpoint = (
+        Path(fit.checkpoint_callback.dirpath).parent / "model",
+        fit.checkpoint_callback.best_model_path,
+    )
     for load in (DACT.from_pretrained, lambda _: DACT.load_from_checkpoint(checkpoint)):
         with pytest.raises(ValueError, match="encoder"):
             load(folder)
@@ -70,27 +79,40 @@ def test_layers_that_were_replaced_are_saved_as_they_are(tmp_path):
     model.encoder.layers[0].adapter = torch.nn.Linear(2, 2)  # as adapters do
     fit = trainer(tmp_path, callbacks=[SavePretrained()], enable_checkpointing=True)
     fit.fit(model, batches(2), batches(1))
-    saved = read_tensors(Path(fit.checkpoint_callback.dirpath).parent / "model" / "model.safetensors")[0]
-    assert torch.equal(saved["encoder.layers.0.adapter.weight"], model.encoder.layers[0].adapter.weight)
+    saved = read_tensors(
+        Path(fit.checkpoint_callback.dirpath).parent / "model" / "model.safetensors"
+    )[0]
+    assert torch.equal(
+        saved["encoder.layers.0.adapter.weight"], model.encoder.layers[0].adapter.weight
+    )
 
 
 def test_a_fit_that_measures_something_else_draws_no_exits(tmp_path):
     logger = TensorBoardLogger(tmp_path)
-    trainer(tmp_path, logger=logger, callbacks=[ExitPlots()]).fit(with_head(), batches(2), batches(1))
+    trainer(tmp_path, logger=logger, callbacks=[ExitPlots()]).fit(
+        with_head(), batches(2), batches(1)
+    )
 
 
 def test_depths_are_drawn_for_the_examples_of_the_first_loader(tmp_path, monkeypatch):
     drawn = []
-    monkeypatch.setattr(plots, "depth_against_exit", lambda depths, exits, layers: drawn.append((depths, exits)))
+    monkeypatch.setattr(
+        plots, "depth_against_exit", lambda depths, exits, layers: drawn.append((depths, exits))
+    )
     monkeypatch.setattr(SummaryWriter, "add_figure", lambda *arguments, **options: None)
     first, second = ([random_batch(size) | {"depth": torch.full((size,), size)}] for size in (3, 5))
     fit = trainer(tmp_path, logger=TensorBoardLogger(tmp_path), callbacks=[ExitPlots()])
-    fit.fit(tiny_model(layers=2), batches(2), [DataLoader(part, batch_size=None) for part in (first, second)])
+    fit.fit(
+        tiny_model(layers=2),
+        batches(2),
+        [DataLoader(part, batch_size=None) for part in (first, second)],
+    )
     assert [[len(part) for part in pair] for pair in drawn] == [[3, 3]]
 
 
 class WithHead(DACT):
-    """A model with a head and a training step of its own, and a validation that measures nothing."""
+    """A model with a head and a training step of its own, and a validation that measures
+    nothing."""
 
     def __init__(self, **arguments):
         super().__init__(**arguments)
@@ -99,7 +121,9 @@ class WithHead(DACT):
 
     def training_step(self, batch, batch_idx):
         found = self.loss(batch)
-        self.seen.append((self.trainer.global_step, round(self._warm_lambda() / self.lambda_reg, 3)))
+        self.seen.append(
+            (self.trainer.global_step, round(self._warm_lambda() / self.lambda_reg, 3))
+        )
         return found.loss + self.extra(self.encoder.first_states(batch, 1)[:, 0]).square().mean()
 
     def validation_step(self, batch, batch_idx):
@@ -117,7 +141,9 @@ def test_what_a_subclass_adds_is_trained_under_the_lambda_of_the_optimizer_steps
     fit.fit(model, batches(8), batches(1))
     assert not torch.equal(model.extra.weight, before)
     assert model.seen == [(step, min(1.0, step / 4)) for step in range(8) for _ in (1, 2)]
-    assert not [name for name in fit.callback_metrics if "layer_accuracy" in name], "of no measurement"
+    assert not [name for name in fit.callback_metrics if "layer_accuracy" in name], (
+        "of no measurement"
+    )
     assert not [warning for warning in recwarn if "update" in str(warning.message)]
     resumed = with_head()
     path = fit.checkpoint_callback.best_model_path
@@ -184,7 +210,9 @@ def test_a_checkpoint_that_holds_more_than_data_says_what_and_where(tmp_path):
 
 def test_what_remains_may_be_an_integer_of_numpy():
     a, p = torch.tensor([[0.9, 0.1]]), torch.tensor([0.01])
-    assert functional.can_halt(a, p, np.int64(2)).item() is functional.can_halt(a, p, 2).item() is True
+    assert (
+        functional.can_halt(a, p, np.int64(2)).item() is functional.can_halt(a, p, 2).item() is True
+    )
     assert functional.can_halt(a, torch.tensor([1.0]), np.int64(0)).item() is True
 
 
@@ -206,14 +234,20 @@ def test_a_model_with_compiled_parts_is_saved_loaded_and_resumed_under_plain_nam
     model.save_pretrained(tmp_path / "model")
     batch = random_batch()
     expected = model.eval()(batch).probabilities
-    for loaded in (DACT.load_from_checkpoint(tmp_path / "a.ckpt"), DACT.from_pretrained(tmp_path / "model")):
+    for loaded in (
+        DACT.load_from_checkpoint(tmp_path / "a.ckpt"),
+        DACT.from_pretrained(tmp_path / "model"),
+    ):
         torch.testing.assert_close(loaded.eval()(batch).probabilities, expected)
     for again in (model.train(), tiny_model(layers=2)):
-        trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(again, data, ckpt_path=tmp_path / "a.ckpt")
+        trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(
+            again, data, ckpt_path=tmp_path / "a.ckpt"
+        )
         assert again.trainer.global_step == 8
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)  # as earlier versions wrote it
     checkpoint["state_dict"] = {
-        name.replace("layers.0.", "layers.0._orig_mod."): weight for name, weight in checkpoint["state_dict"].items()
+        name.replace("layers.0.", "layers.0._orig_mod."): weight
+        for name, weight in checkpoint["state_dict"].items()
     }
     torch.save(checkpoint, tmp_path / "a.ckpt")
     loaded = DACT.load_from_checkpoint(tmp_path / "a.ckpt").eval()
@@ -237,5 +271,7 @@ def test_a_folder_of_a_later_version_says_which_one_wrote_it(tmp_path, name, val
     tiny_model().save_pretrained(tmp_path)
     config = read_json(tmp_path / "config.json") | {"written_by": "dact 9.9", name: value}
     write_json(tmp_path / "config.json", config)
-    with pytest.raises(ValueError, match=r"written by dact 9\.9 and .*(new_option|dact/9).*install that version"):
+    with pytest.raises(
+        ValueError, match=r"written by dact 9\.9 and .*(new_option|dact/9).*install that version"
+    ):
         DACT.from_pretrained(tmp_path)

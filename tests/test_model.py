@@ -18,8 +18,8 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader, IterableDataset
 
-from dact import DACT, SubmodelConfig, calibrate, functional, persistence
-from dact.answers import layer_answers
+from dact import DACT, SubmodelConfig, calibrate, functional, saving
+from dact.calibration.answers import layer_answers
 from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
@@ -36,7 +36,12 @@ def loader(examples=64, batch_size=16, seed=0, length=12):
 
 
 def trainer(tmp_path, **arguments):
-    arguments = {"max_epochs": 2, "enable_progress_bar": False, "enable_model_summary": False, **arguments}
+    arguments = {
+        "max_epochs": 2,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        **arguments,
+    }
     arguments = {"logger": False, "enable_checkpointing": False, "accelerator": "cpu", **arguments}
     return pl.Trainer(default_root_dir=tmp_path, **arguments)
 
@@ -74,14 +79,18 @@ def test_forward_gives_all_layers_without_labels():
 @torch.no_grad()
 def test_early_exit_is_forward_stopped_early(layers, batch, classes, length, tolerance, rule, seed):
     torch.manual_seed(seed)
-    model = tiny_model(layers=layers, output_dimension=classes, halting=rule, halting_tolerance=tolerance)
+    model = tiny_model(
+        layers=layers, output_dimension=classes, halting=rule, halting_tolerance=tolerance
+    )
     data = random_batch(batch, length, seed=seed)
     full, early = model(data), model.early_exit(data)
     assert torch.equal(early.exit_layer, full.exit_layer)
     if tolerance == 0:
         assert torch.equal(early.probabilities.argmax(1), full.probabilities.argmax(1))
     a, _ = functional.accumulate(full.layer_probabilities, full.h)
-    torch.testing.assert_close(early.probabilities, functional.answer_at(a, full.exit_layer), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        early.probabilities, functional.answer_at(a, full.exit_layer), atol=1e-4, rtol=1e-3
+    )
 
 
 @torch.no_grad()
@@ -105,7 +114,9 @@ def test_batch_size_and_order_change_nothing():
     for row in range(24):
         single = model.early_exit({name: tensor[row : row + 1] for name, tensor in batch.items()})
         assert single.exit_layer[0] == whole.exit_layer[row]
-        torch.testing.assert_close(single.probabilities[0], whole.probabilities[row], atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            single.probabilities[0], whole.probabilities[row], atol=1e-5, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -128,7 +139,9 @@ def test_validation_measures_early_exit_itself(tmp_path):
         full, early = model.eval()(batch), model.early_exit(batch)
     labels, answers = batch["labels"].tolist(), early.probabilities.argmax(1).tolist()
     assert metrics["val_accuracy"] == pytest.approx(accuracy_score(labels, answers))
-    assert metrics["val_macro_f1"] == pytest.approx(f1_score(labels, answers, average="macro"), abs=1e-6)
+    assert metrics["val_macro_f1"] == pytest.approx(
+        f1_score(labels, answers, average="macro"), abs=1e-6
+    )
     assert metrics["val_exit_layer"] == pytest.approx(early.exit_layer.double().mean().item())
     assert metrics["val_task_loss"] == pytest.approx(
         references.task_loss(early.probabilities.tolist(), labels), rel=1e-4
@@ -137,18 +150,23 @@ def test_validation_measures_early_exit_itself(tmp_path):
     expected = references.task_loss(full.probabilities.tolist(), labels) + 0.07 * cost
     assert metrics["val_loss"] == pytest.approx(expected, rel=1e-4)
     assert metrics["val_ponder_cost"] == pytest.approx(cost, rel=1e-4)
-    assert metrics["val_agreement"] == pytest.approx(accuracy_score(full.probabilities.argmax(1).tolist(), answers))
+    assert metrics["val_agreement"] == pytest.approx(
+        accuracy_score(full.probabilities.argmax(1).tolist(), answers)
+    )
     a, _ = functional.accumulate(full.layer_probabilities, full.h)
     for n in range(1, 6):
         expected = accuracy_score(labels, a[:, n - 1].argmax(1).tolist())
         assert metrics[f"val_layer_accuracy/{n}"] == pytest.approx(expected)
-    assert model.exit_histogram.tolist() == torch.bincount(early.exit_layer - 1, minlength=5).tolist()
+    assert (
+        model.exit_histogram.tolist() == torch.bincount(early.exit_layer - 1, minlength=5).tolist()
+    )
 
 
 def test_class_weights_weigh_examples_and_not_batches(tmp_path):
     model = tiny_model(class_weights=[1.0, 5.0, 0.5], lambda_reg=0.0)
     losses = [
-        trainer(tmp_path).validate(model, loader(60, batch_size=size), verbose=False)[0]["val_loss"] for size in (7, 60)
+        trainer(tmp_path).validate(model, loader(60, batch_size=size), verbose=False)[0]["val_loss"]
+        for size in (7, 60)
     ]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     batch = random_batch(60)
@@ -161,24 +179,42 @@ def test_class_weights_weigh_examples_and_not_batches(tmp_path):
 def test_val_loss_has_the_final_lambda_from_the_first_epoch_on(tmp_path):
     """λ warms up in training only, and neither exit loss nor warm-up touches val_loss."""
     torch.manual_seed(0)
-    models = [tiny_model(lambda_reg=0.5, lambda_warmup=warmup, exit_loss_weight=w) for warmup, w in ((0, 0), (1, 9))]
+    models = [
+        tiny_model(lambda_reg=0.5, lambda_warmup=warmup, exit_loss_weight=w)
+        for warmup, w in ((0, 0), (1, 9))
+    ]
     models[1].load_state_dict(models[0].state_dict())
-    values = [trainer(tmp_path).validate(model, loader(), verbose=False)[0]["val_loss"] for model in models]
+    values = [
+        trainer(tmp_path).validate(model, loader(), verbose=False)[0]["val_loss"]
+        for model in models
+    ]
     assert values[0] == values[1]
 
 
 @pytest.mark.parametrize("scheduled", [False, True])
-def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, monkeypatch, scheduled):
+def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(
+    tmp_path, monkeypatch, scheduled
+):
     seen, warm = [], DACT._warm_lambda
 
     def watched(model):
-        seen.append((model.trainer.global_step, warm(model), model.trainer.optimizers[0].param_groups[0]["lr"]))
+        seen.append(
+            (
+                model.trainer.global_step,
+                warm(model),
+                model.trainer.optimizers[0].param_groups[0]["lr"],
+            )
+        )
         return seen[-1][1]
 
     monkeypatch.setattr(DACT, "_warm_lambda", watched)
     model = tiny_model(lambda_reg=0.1, lambda_warmup=0.5, learning_rate=1.0, warmup_fraction=0.25)
     # 10 batches, 2 accumulated: 5 steps an epoch, 20 in all
-    two = {"callbacks": [GradientAccumulationScheduler({0: 2})]} if scheduled else {"accumulate_grad_batches": 2}
+    two = (
+        {"callbacks": [GradientAccumulationScheduler({0: 2})]}
+        if scheduled
+        else {"accumulate_grad_batches": 2}
+    )
     trainer(tmp_path, max_epochs=4, **two).fit(model, loader(40, 4))
     by_step = {step: (weight, rate) for step, weight, rate in seen}
     assert sorted(by_step) == list(range(20))
@@ -193,7 +229,9 @@ class Stream(IterableDataset):
 
 
 def test_a_stream_may_accumulate_and_end_by_its_steps(tmp_path):
-    fit = trainer(tmp_path, max_epochs=9, max_steps=4, callbacks=[GradientAccumulationScheduler({0: 2})])
+    fit = trainer(
+        tmp_path, max_epochs=9, max_steps=4, callbacks=[GradientAccumulationScheduler({0: 2})]
+    )
     fit.fit(tiny_model(), DataLoader(Stream(), batch_size=None))
     assert fit.global_step == 4
 
@@ -206,7 +244,9 @@ def test_an_endless_fit_has_a_constant_schedule(tmp_path):
 
 def test_decay_spares_biases_and_norms_and_submodels_have_a_rate_of_their_own():
     model = tiny_model(learning_rate=0.1, submodel_learning_rate=0.2, weight_decay=0.3)
-    model.trainer = pl.Trainer(max_steps=9, logger=False, enable_checkpointing=False, accelerator="cpu")
+    model.trainer = pl.Trainer(
+        max_steps=9, logger=False, enable_checkpointing=False, accelerator="cpu"
+    )
     model.trainer.fit_loop.setup_data = lambda: None
     groups = model.configure_optimizers()["optimizer"].param_groups
     assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
@@ -247,19 +287,28 @@ def test_every_precision_trains(tmp_path, precision, normalization):
 def test_the_mean_exit_layer_of_many_examples_is_right_in_half_precision(tmp_path):
     model = tiny_model()
     # In bfloat16, a sum that grows by 16, the size of a batch, stops at 4,096.
-    (metrics,) = trainer(tmp_path, precision="bf16-true").validate(model, loader(6_000), verbose=False)
+    (metrics,) = trainer(tmp_path, precision="bf16-true").validate(
+        model, loader(6_000), verbose=False
+    )
     layers = torch.arange(1, 5)
     mean = (model.exit_histogram * layers).sum() / model.exit_histogram.sum()
     assert metrics["val_exit_layer"] == pytest.approx(mean.item(), abs=1e-4)
     assert model.exit_histogram.sum() == 6_000
-    first, second = trainer(tmp_path, precision="bf16-true").validate(model, [loader(6_000)] * 2, verbose=False)
+    first, second = trainer(tmp_path, precision="bf16-true").validate(
+        model, [loader(6_000)] * 2, verbose=False
+    )
     for name in ("val_loss", "val_task_loss", "val_exit_layer", "val_accuracy"):
         assert second[f"{name}/dataloader_idx_1"] == pytest.approx(first[name], abs=1e-4)
 
 
 def test_a_collapsed_depth_is_a_visible_warning(tmp_path):
-    for lambda_reg, words in ((50.0, "first layer.*smaller lambda_reg"), (0.0, "all 4 layers.*larger lambda_reg")):
-        model = tiny_model(lambda_reg=lambda_reg, lambda_warmup=0.0, learning_rate=3e-2 if lambda_reg else 1e-9)
+    for lambda_reg, words in (
+        (50.0, "first layer.*smaller lambda_reg"),
+        (0.0, "all 4 layers.*larger lambda_reg"),
+    ):
+        model = tiny_model(
+            lambda_reg=lambda_reg, lambda_warmup=0.0, learning_rate=3e-2 if lambda_reg else 1e-9
+        )
         if not lambda_reg:
             for n in range(1, 5):
                 torch.nn.init.zeros_(model.confidence.of_layer(n)[-1].weight)
@@ -277,7 +326,11 @@ def _two_processes(rank, port, folder):
     import os
 
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        NODE_RANK="0",
+        LOCAL_RANK=str(rank),
     )
     torch.set_num_threads(1)
     pl.seed_everything(0)
@@ -292,9 +345,14 @@ def _two_processes(rank, port, folder):
     seen = Seen()
     fit.callbacks.append(seen)
     fit.fit_loop.max_epochs = 3
-    fit.fit(model, datamodule=CompositionalSentiment(num_train=101, num_val=20, num_test=20, batch_size=8))
+    fit.fit(
+        model,
+        datamodule=CompositionalSentiment(num_train=101, num_val=20, num_test=20, batch_size=8),
+    )
     model.save_pretrained(f"{folder}/model")  # as a script says it, in both processes
-    torch.save({"weights": weights, "metrics": metrics, "batches": seen.batches}, f"{folder}/rank{rank}.pt")
+    torch.save(
+        {"weights": weights, "metrics": metrics, "batches": seen.batches}, f"{folder}/rank{rank}.pt"
+    )
 
 
 class Seen(pl.Callback):
@@ -310,7 +368,10 @@ class Seen(pl.Callback):
 @pytest.mark.slow
 def test_two_processes_train_one_model(tmp_path):
     context, port = forked(__name__), free_port()
-    processes = [context.Process(target=_two_processes, args=(rank, port, str(tmp_path))) for rank in range(2)]
+    processes = [
+        context.Process(target=_two_processes, args=(rank, port, str(tmp_path)))
+        for rank in range(2)
+    ]
     for process in processes:
         process.start()
     for process in processes:
@@ -319,14 +380,33 @@ def test_two_processes_train_one_model(tmp_path):
     first, second = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert torch.equal(first["weights"], second["weights"])
     # (The two processes see different training examples, so that equal values are those of both.)
-    for name in ("train_loss", "val_loss", "val_accuracy", "val_exit_layer", "val_task_loss", "val_layer_accuracy/1"):
+    for name in (
+        "train_loss",
+        "val_loss",
+        "val_accuracy",
+        "val_exit_layer",
+        "val_task_loss",
+        "val_layer_accuracy/1",
+    ):
         assert first["metrics"][name] == second["metrics"][name], name
-    # Both see all training examples of a datamodule of dact's, texts of similar length at the same time.
-    assert sorted({row for rank in (first, second) for rows, _ in rank["batches"] for row in rows}) == list(range(101))
+    # Both see all training examples of a datamodule of dact's, texts of similar length at the same
+    # time.
+    assert sorted(
+        {row for rank in (first, second) for rows, _ in rank["batches"] for row in rows}
+    ) == list(range(101))
     assert sum(len(rows) for rank in (first, second) for rows, _ in rank["batches"]) == 102
-    assert all(abs(one[1] - other[1]) <= 1 for one, other in zip(first["batches"], second["batches"], strict=True))
-    assert DACT.from_pretrained(tmp_path / "model").class_names == ["negative", "neutral", "positive"]
-    assert not [path.name for path in (tmp_path / "model").iterdir() if path.name.endswith("partial")]
+    assert all(
+        abs(one[1] - other[1]) <= 1
+        for one, other in zip(first["batches"], second["batches"], strict=True)
+    )
+    assert DACT.from_pretrained(tmp_path / "model").class_names == [
+        "negative",
+        "neutral",
+        "positive",
+    ]
+    assert not [
+        path.name for path in (tmp_path / "model").iterdir() if path.name.endswith("partial")
+    ]
     # What both halves measured together is what one process measures of everything.
     model = tiny_model(lambda_reg=0.05)
     torch.nn.utils.vector_to_parameters(first["weights"], model.parameters())
@@ -346,11 +426,14 @@ def test_a_loaded_model_is_trained_with_dropout(tmp_path):
     partly = DACT.from_pretrained(tmp_path)
     partly.classifier.train()
     trainer(tmp_path, max_epochs=1).fit(partly, loader(), loader(seed=1))
-    assert not any(module.training for module in partly.encoder.modules()), "what was frozen on purpose stays so"
+    assert not any(module.training for module in partly.encoder.modules()), (
+        "what was frozen on purpose stays so"
+    )
 
 
 class DataOfYourUser(pl.LightningDataModule):
-    """Numbers as the names of its classes, and a tokenizer of a kind that transformers does not know."""
+    """Numbers as the names of its classes, and a tokenizer of a kind that transformers does not
+    know."""
 
     class_names = (1, 2, 3)
 
@@ -404,7 +487,9 @@ def test_any_module_that_keeps_the_contract_is_an_encoder(tmp_path):
     fit.save_checkpoint(tmp_path / "own.ckpt")
     with pytest.raises(ValueError, match="pass encoder="):
         DACT.load_from_checkpoint(tmp_path / "own.ckpt")
-    again = DACT.load_from_checkpoint(tmp_path / "own.ckpt", encoder=LayeredEncoderOfYourUser()).eval()
+    again = DACT.load_from_checkpoint(
+        tmp_path / "own.ckpt", encoder=LayeredEncoderOfYourUser()
+    ).eval()
     with torch.no_grad():
         batch = random_batch()
         assert torch.equal(again(batch).probabilities, model.eval()(batch).probabilities)
@@ -424,7 +509,9 @@ def test_an_encoder_sees_all_of_a_batch_whichever_way_it_runs():
         given = {**batch, "task": torch.tensor(task), "names": ["a"] * 20}
         with torch.no_grad():
             forward = model(given)
-        torch.testing.assert_close(model.full_depth(given).layer_probabilities, forward.layer_probabilities)
+        torch.testing.assert_close(
+            model.full_depth(given).layer_probabilities, forward.layer_probabilities
+        )
         assert torch.equal(model.early_exit(given).exit_layer, forward.exit_layer)
         torch.testing.assert_close(layer_answers(model, [given]).y, forward.layer_probabilities)
 
@@ -435,7 +522,9 @@ def test_an_encoder_sees_all_of_a_batch_whichever_way_it_runs():
 def hugging_face_model(**arguments):
     from transformers import AutoModel
 
-    return tiny_model(encoder=HuggingFaceEncoder.from_model(AutoModel.from_config(config_of("bert"))), **arguments)
+    return tiny_model(
+        encoder=HuggingFaceEncoder.from_model(AutoModel.from_config(config_of("bert"))), **arguments
+    )
 
 
 @pytest.mark.parametrize("build", [tiny_model, hugging_face_model])
@@ -475,7 +564,9 @@ def test_a_resumed_fit_goes_on(tmp_path):
     with pytest.raises(SystemExit):
         trainer(tmp_path, max_epochs=4, callbacks=[Stop()]).fit(parts, loader(), loader(seed=1))
     resumed = tiny_model(layers=2)
-    trainer(tmp_path, max_epochs=4).fit(resumed, loader(), loader(seed=1), ckpt_path=str(tmp_path / "half.ckpt"))
+    trainer(tmp_path, max_epochs=4).fit(
+        resumed, loader(), loader(seed=1), ckpt_path=str(tmp_path / "half.ckpt")
+    )
     for name, tensor in whole.state_dict().items():
         torch.testing.assert_close(resumed.state_dict()[name], tensor, msg=name)
 
@@ -507,7 +598,9 @@ def test_the_margin_moves_the_exits_and_nothing_else():
             model.halting_margin = margin
             output = model(batch)
             for name in ("probabilities", "h", "p"):
-                assert torch.equal(getattr(output, name), getattr(before, name)), "full depth is what it was"
+                assert torch.equal(getattr(output, name), getattr(before, name)), (
+                    "full depth is what it was"
+                )
             y = output.layer_probabilities
             left = output.exit_layer < before.exit_layer
             leads = [(i, n) for i, n in enumerate(output.exit_layer.tolist()) if left[i]]
@@ -531,7 +624,9 @@ def test_broken_files_are_clear_errors(tmp_path):
     tiny_model().save_pretrained(tmp_path / "model")
     with pytest.raises(FileNotFoundError, match=r"has no config\.json: .*such as .*model$"):
         DACT.from_pretrained(tmp_path)
-    with pytest.raises(TypeError, match="DACT has no argument 'tolerance': expected one of .*halting_tolerance"):
+    with pytest.raises(
+        TypeError, match="DACT has no argument 'tolerance': expected one of .*halting_tolerance"
+    ):
         DACT.from_pretrained(tmp_path / "model", tolerance=0.1)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "output_dimension": 5}))
@@ -541,7 +636,9 @@ def test_broken_files_are_clear_errors(tmp_path):
     with pytest.raises(ValueError, match="does not describe a model of dact"):
         DACT.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "model.safetensors").write_bytes(b"\x00")
-    with pytest.raises(ValueError, match=r"model\.safetensors is corrupted or not a safetensors file"):
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors is corrupted or not a safetensors file"
+    ):
         DACT.from_pretrained(tmp_path / "model")
 
 
@@ -555,8 +652,12 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
         (tiny_model(layers=layers + 1), f"such as {layers} layers instead of {layers + 1}"),
         (tiny_model(output_dimension=4), "such as .* instead of"),
     ):
-        with pytest.raises(ValueError, match=f"the checkpoint does not fit this model .*{difference}"):
-            trainer(tmp_path).test(other, loader(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False)
+        with pytest.raises(
+            ValueError, match=f"the checkpoint does not fit this model .*{difference}"
+        ):
+            trainer(tmp_path).test(
+                other, loader(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False
+            )
 
 
 # ------------------------------------------------------------------ wrong input
@@ -573,8 +674,16 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
             r"classifier must be an object such as SubmodelConfig\(.*got {'n",
         ),
         ({"confidence": None}, TypeError, "confidence must be an object such as .*, got None"),
-        ({"detach_exits": "yes"}, TypeError, "detach_exits must be an object such as True, got 'yes'"),
-        ({"class_names": "abc"}, TypeError, "class_names must be a list with one entry per class, got 'abc'"),
+        (
+            {"detach_exits": "yes"},
+            TypeError,
+            "detach_exits must be an object such as True, got 'yes'",
+        ),
+        (
+            {"class_names": "abc"},
+            TypeError,
+            "class_names must be a list with one entry per class, got 'abc'",
+        ),
         ({"ponder": "q"}, ValueError, "got 'q'"),
         ({"halting": "later"}, ValueError, "got 'later'"),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
@@ -584,14 +693,22 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
         ({"lambda_reg": float("nan")}, ValueError, "lambda_reg.*got nan"),
         ({"exit_loss_weight": -1.0}, ValueError, "exit_loss_weight"),
         ({"consistency": float("inf")}, ValueError, "consistency"),
-        ({"consistency": 1.0, "exit_loss_weight": 0.0}, ValueError, "consistency needs an exit_loss_weight above 0"),
+        (
+            {"consistency": 1.0, "exit_loss_weight": 0.0},
+            ValueError,
+            "consistency needs an exit_loss_weight above 0",
+        ),
         ({"learning_rate": 0.0}, ValueError, "learning_rate.*got 0.0"),
         ({"submodel_learning_rate": -1.0}, ValueError, "submodel_learning_rate"),
         ({"lambda_warmup": 1.5}, ValueError, "lambda_warmup.*got 1.5"),
         ({"class_weights": [1.0]}, ValueError, r"one entry per class \(3\), got 1"),
         ({"class_names": ["a"]}, ValueError, r"one entry per class \(3\), got 1"),
         ({"class_names": ["a", "b", "a"]}, ValueError, "class_names must be distinct, got a, b, a"),
-        ({"class_weights": [1.0, -1.0, 1.0]}, ValueError, "class_weights must be finite and 0 or more"),
+        (
+            {"class_weights": [1.0, -1.0, 1.0]},
+            ValueError,
+            "class_weights must be finite and 0 or more",
+        ),
         ({"class_weights": [0.0, 0.0, 0.0]}, ValueError, "one of them above 0"),
     ],
 )
@@ -607,8 +724,17 @@ def test_training_without_labels_is_refused(tmp_path):
 
 
 def quick_trainer(tmp_path, **arguments):
-    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
-    return pl.Trainer(max_epochs=1, default_root_dir=tmp_path, **{"enable_checkpointing": False, **quiet, **arguments})
+    quiet = {
+        "logger": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    return pl.Trainer(
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        **{"enable_checkpointing": False, **quiet, **arguments},
+    )
 
 
 def test_a_trainer_of_ones_own_predicts_and_searches_for_a_learning_rate(tmp_path):
@@ -637,26 +763,41 @@ def test_what_else_a_batch_carries_is_left_alone():
     for step in (model.validation_step, model.test_step):
         with pytest.raises(KeyError, match="needs 'labels' .batch., a tensor, got the keys"):
             step({"input_ids": batch["input_ids"]}, 0)
-        with pytest.raises(ValueError, match=r"labels must be one integer per example, .20., got .8."):
+        with pytest.raises(
+            ValueError, match=r"labels must be one integer per example, .20., got .8."
+        ):
             step({**batch, "labels": batch["labels"][:8]}, 0)
     for call in (model, model.early_exit):
         with pytest.raises(KeyError, match="needs 'input_ids' .batch, length., a tensor"):
             call({**batch, "input_ids": batch["input_ids"].tolist()})
-        with pytest.raises(ValueError, match=r"input_ids must have the shape \[batch, length\], got \[20\]"):
+        with pytest.raises(
+            ValueError, match=r"input_ids must have the shape \[batch, length\], got \[20\]"
+        ):
             call({"input_ids": batch["input_ids"][:, 0]})
 
 
 def test_a_checkpoint_whose_classes_stand_in_another_order_is_refused(tmp_path):
-    model, batches = tiny_model(class_names=["a", "b", "c"]), DataLoader([random_batch(8)], batch_size=None)
+    model, batches = (
+        tiny_model(class_names=["a", "b", "c"]),
+        DataLoader([random_batch(8)], batch_size=None),
+    )
     trainer = quick_trainer(tmp_path)
     trainer.fit(model, batches, batches)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     other = tiny_model(class_names=["c", "b", "a"])
-    with pytest.raises(ValueError, match=r"the classes a, b, c, in this order, but here they are c, b, a"):
-        quick_trainer(tmp_path).test(other, batches, ckpt_path=tmp_path / "x.ckpt", weights_only=True)
+    with pytest.raises(
+        ValueError, match=r"the classes a, b, c, in this order, but here they are c, b, a"
+    ):
+        quick_trainer(tmp_path).test(
+            other, batches, ckpt_path=tmp_path / "x.ckpt", weights_only=True
+        )
     with pytest.raises(ValueError, match="weights_only=False would let a checkpoint run code"):
         DACT.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=False)
-    assert DACT.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).class_names == ["a", "b", "c"]
+    assert DACT.load_from_checkpoint(tmp_path / "x.ckpt", weights_only=True).class_names == [
+        "a",
+        "b",
+        "c",
+    ]
 
 
 def test_a_checkpoint_may_lie_at_an_address(tmp_path):
@@ -695,19 +836,29 @@ def test_files_of_version_0_1_0_load_and_answer_as_they_did(name):
     ids = torch.tensor(expected["input_ids"])
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     full, early = model(batch), model.early_exit(batch)
-    torch.testing.assert_close(full.probabilities, torch.tensor(expected[name]["full"]), atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(early.probabilities, torch.tensor(expected[name]["early"]), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        full.probabilities, torch.tensor(expected[name]["full"]), atol=1e-5, rtol=1e-4
+    )
+    torch.testing.assert_close(
+        early.probabilities, torch.tensor(expected[name]["early"]), atol=1e-5, rtol=1e-4
+    )
     assert early.exit_layer.tolist() == expected[name]["exit_layer"]
     assert model.class_names == ["even", "odd"]
     assert model.temperatures is None
     if name == "model":
-        assert model.halting_margin == expected[name]["halting_margin"] == model.calibration["halting_margin"]
+        assert (
+            model.halting_margin
+            == expected[name]["halting_margin"]
+            == model.calibration["halting_margin"]
+        )
 
 
 def test_a_trainer_reads_a_checkpoint_of_version_0_1_0(tmp_path):
     built = DACT.load_from_checkpoint(EARLIER / "best.ckpt", class_names=None)
     batch = {"input_ids": torch.randint(3, 12, (8, 6)), "labels": torch.randint(0, 2, (8,))}
-    trainer(tmp_path).test(built, DataLoader([batch], None), ckpt_path=str(EARLIER / "best.ckpt"), verbose=False)
+    trainer(tmp_path).test(
+        built, DataLoader([batch], None), ckpt_path=str(EARLIER / "best.ckpt"), verbose=False
+    )
     assert built.class_names == ["even", "odd"]
 
 
@@ -718,30 +869,43 @@ def test_weights_that_another_tool_saved_in_half_precision_load_into_float32(tmp
     model = tiny_model()
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
-    save_file({name: weight.half() for name, weight in weights.items()}, tmp_path / "model.safetensors")
+    save_file(
+        {name: weight.half() for name, weight in weights.items()}, tmp_path / "model.safetensors"
+    )
     again = DACT.from_pretrained(tmp_path)
     assert {parameter.dtype for parameter in again.parameters()} == {torch.float32}
     batch = random_batch()
-    torch.testing.assert_close(again(batch).probabilities, model(batch).probabilities, atol=0.02, rtol=0.1)
+    torch.testing.assert_close(
+        again(batch).probabilities, model(batch).probabilities, atol=0.02, rtol=0.1
+    )
     name = "encoder.tokens.weight"
     save_file({**weights, name: weights[name][:, :8].contiguous()}, tmp_path / "model.safetensors")
     with pytest.raises(
-        ValueError, match=rf"does not fit this model \(1 differences, such as {name}: \[50, 8\] instead of"
+        ValueError,
+        match=rf"does not fit this model \(1 differences, such as {name}: \[50, 8\] instead of",
     ):
         DACT.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("entry", "size"),
-    [("vocab_size", 10**12), ("num_layers", 10**9), ("hidden_size", 10**12), ("feedforward_size", 10**12)],
+    [
+        ("vocab_size", 10**12),
+        ("num_layers", 10**9),
+        ("hidden_size", 10**12),
+        ("feedforward_size", 10**12),
+    ],
 )
-def test_a_description_that_asks_for_more_memory_than_there_is_ends_in_one_line(tmp_path, entry, size):
+def test_a_description_that_asks_for_more_memory_than_there_is_ends_in_one_line(
+    tmp_path, entry, size
+):
     tiny_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config["encoder"][entry] = size
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        ValueError, match=r"does not fit this model .* instead of|must be in 1 … 1000|cannot be built"
+        ValueError,
+        match=r"does not fit this model .* instead of|must be in 1 … 1000|cannot be built",
     ) as caught:
         DACT.from_pretrained(tmp_path)
     assert "\n" not in str(caught.value)
@@ -754,11 +918,19 @@ def test_a_description_that_asks_for_more_memory_than_there_is_ends_in_one_line(
 def test_the_first_layers_of_an_encoder_are_a_model_of_their_own(tmp_path):
     whole, batch = tiny_model(layers=6), random_batch(20)
     model = DACT(
-        encoder=whole.encoder, classifier=whole.classifier.config, confidence=whole.confidence.config, num_layers=3
+        encoder=whole.encoder,
+        classifier=whole.classifier.config,
+        confidence=whole.confidence.config,
+        num_layers=3,
     )
     model.eval()
-    for part, source in ((model.classifier, whole.classifier), (model.confidence, whole.confidence)):
-        part.load_state_dict({name: weight for name, weight in source.state_dict().items() if int(name[0]) < 3})
+    for part, source in (
+        (model.classifier, whole.classifier),
+        (model.confidence, whole.confidence),
+    ):
+        part.load_state_dict(
+            {name: weight for name, weight in source.state_dict().items() if int(name[0]) < 3}
+        )
     deep, states = whole(batch), {"states": whole.encoder(batch)}
     entered = []
     for number, layer in enumerate(model.encoder.layers, start=1):
@@ -774,7 +946,9 @@ def test_the_first_layers_of_an_encoder_are_a_model_of_their_own(tmp_path):
     assert again.num_layers == 3
     assert again.encoder.num_layers == 6
     assert torch.equal(again(batch).probabilities, output.probabilities)
-    with pytest.raises(ValueError, match=r"num_layers must be in 1 … 6, got 7: the layers of the encoder"):
+    with pytest.raises(
+        ValueError, match=r"num_layers must be in 1 … 6, got 7: the layers of the encoder"
+    ):
         tiny_model(layers=6, num_layers=7)
 
 
@@ -782,7 +956,10 @@ def test_the_first_layers_of_an_encoder_are_a_model_of_their_own(tmp_path):
 
 
 def test_the_loss_needs_no_trainer_and_warms_lambda_up_by_its_own_counter():
-    model, batch = tiny_model(lambda_reg=0.5, lambda_warmup=0.5, exit_loss_weight=0.2).train(), random_batch()
+    model, batch = (
+        tiny_model(lambda_reg=0.5, lambda_warmup=0.5, exit_loss_weight=0.2).train(),
+        random_batch(),
+    )
     model.total_steps = 8
     for step in range(6):
         parts = model.loss(batch)
@@ -790,7 +967,9 @@ def test_the_loss_needs_no_trainer_and_warms_lambda_up_by_its_own_counter():
         expected = parts.task_loss + price * parts.ponder_cost + 0.2 * parts.exit_loss
         torch.testing.assert_close(parts.loss, expected)
     fixed = model.loss(batch, lambda_reg=3.0)
-    torch.testing.assert_close(fixed.loss, fixed.task_loss + 3 * fixed.ponder_cost + 0.2 * fixed.exit_loss)
+    torch.testing.assert_close(
+        fixed.loss, fixed.task_loss + 3 * fixed.ponder_cost + 0.2 * fixed.exit_loss
+    )
     fixed.loss.backward()
     assert model.encoder.tokens.weight.grad.abs().sum() > 0
     model.eval()
@@ -815,7 +994,9 @@ def test_another_module_adds_the_loss_to_its_own(tmp_path):
     outer = Outer()
     before = copy.deepcopy(outer.state_dict())
     trainer(tmp_path).fit(outer, loader())
-    changed = [name for name, weight in outer.state_dict().items() if not torch.equal(weight, before[name])]
+    changed = [
+        name for name, weight in outer.state_dict().items() if not torch.equal(weight, before[name])
+    ]
     assert any(name.startswith("dact.encoder") for name in changed)
 
 
@@ -826,12 +1007,20 @@ def test_another_module_adds_the_loss_to_its_own(tmp_path):
         ([0, -1], ValueError, r"labels must be in 0 … 2 .* got -1"),
         ([0.5, 1.0], ValueError, r"labels must be integers of the shape \[batch\]"),
         ([[0], [1]], ValueError, r"labels must be integers of the shape \[batch\]"),
-        ([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]], ValueError, "several labels per example and numbers as targets are not"),
+        (
+            [[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]],
+            ValueError,
+            "several labels per example and numbers as targets are not",
+        ),
     ],
 )
 def test_labels_that_are_no_classes_get_one_line(labels, kind, message):
     model, batch = tiny_model(), {**random_batch(2), "labels": torch.tensor(labels)}
-    for step in (model.loss, partial(model.validation_step, batch_idx=0), partial(model.test_step, batch_idx=0)):
+    for step in (
+        model.loss,
+        partial(model.validation_step, batch_idx=0),
+        partial(model.test_step, batch_idx=0),
+    ):
         with pytest.raises(kind, match=message):
             step(batch)
 
@@ -851,7 +1040,10 @@ def test_early_exit_in_train_mode_answers_as_in_eval_mode_and_leaves_the_mode_al
 
 
 def test_threads_that_share_a_model_in_train_mode_get_the_answers_of_eval_mode():
-    model, batch = tiny_model(encoder=TransformerEncoder(50, 2, 16, 2, dropout=0.5)), random_batch(8, vocab=50)
+    model, batch = (
+        tiny_model(encoder=TransformerEncoder(50, 2, 16, 2, dropout=0.5)),
+        random_batch(8, vocab=50),
+    )
     model.train()
     model.encoder.layers[0].eval()  # a part that stays so
     modes = [part.training for part in model.modules()]
@@ -871,7 +1063,9 @@ def test_shared_batch_normalization_trains_with_the_statistics_that_it_has_in_ev
     for _ in range(200):
         trained = model.classifier(states)
     with torch.no_grad():
-        torch.testing.assert_close(model.eval().classifier(states), trained.detach(), atol=0.05, rtol=0.05)
+        torch.testing.assert_close(
+            model.eval().classifier(states), trained.detach(), atol=0.05, rtol=0.05
+        )
 
 
 # ------------------------------------------------------------------ what Lightning has
@@ -909,7 +1103,9 @@ def test_an_encoder_that_lightning_unfreezes_later_trains(tmp_path):
 
     model = tiny_model(learning_rate=1e-2)
     before = model.encoder.tokens.weight.detach().clone()
-    trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze(), Watch()]).fit(model, loader(), loader(seed=1))
+    trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze(), Watch()]).fit(
+        model, loader(), loader(seed=1)
+    )
     assert not torch.equal(model.encoder.tokens.weight, before)
     added = [step[-1] for step in rates if len(step) > len(rates[0])]
     assert added[0] == pytest.approx(1e-3)
@@ -920,7 +1116,10 @@ def test_an_encoder_that_lightning_unfreezes_later_trains(tmp_path):
 def test_every_logger_gets_the_settings(tmp_path):
     import yaml
 
-    loggers = [pl.loggers.TensorBoardLogger(tmp_path, "board"), pl.loggers.CSVLogger(tmp_path, "table")]
+    loggers = [
+        pl.loggers.TensorBoardLogger(tmp_path, "board"),
+        pl.loggers.CSVLogger(tmp_path, "table"),
+    ]
     model = tiny_model(lambda_reg=0.125)
     trainer(tmp_path, max_epochs=1, logger=loggers).fit(model, loader(), loader(seed=1))
     for name in ("board", "table"):
@@ -970,7 +1169,9 @@ class Shifted(DACT):
 
 
 def test_a_number_of_numpys_that_a_subclass_was_given_is_kept(tmp_path):
-    Shifted(TransformerEncoder(30, 2, 8, 2), alpha=np.linspace(0, 1, 11)[9]).save_pretrained(tmp_path)
+    Shifted(TransformerEncoder(30, 2, 8, 2), alpha=np.linspace(0, 1, 11)[9]).save_pretrained(
+        tmp_path
+    )
     assert Shifted.from_pretrained(tmp_path).alpha == 0.9
 
 
@@ -1002,7 +1203,10 @@ class Scaled(DACT):
 def test_a_subclass_that_would_change_its_arguments_at_each_load_causes_a_warning(tmp_path):
     Scaled(TransformerEncoder(30, 2, 8, 2), boost=2.0).save_pretrained(tmp_path)
     with (
-        pytest.warns(UserWarning, match="Scaled has made learning_rate 0.004 of 0.002, since its __init__ changes"),
+        pytest.warns(
+            UserWarning,
+            match="Scaled has made learning_rate 0.004 of 0.002, since its __init__ changes",
+        ),
         pytest.warns(UserWarning, match="Scaled has made boost 200.0 of 20.0"),
     ):
         Scaled.from_pretrained(tmp_path)
@@ -1012,7 +1216,7 @@ def test_a_save_that_is_killed_leaves_no_new_weights_under_an_old_promise(tmp_pa
     model = tiny_model()
     calibrate(model, [random_batch(300)], min_agreement=0.8)
     model.save_pretrained(tmp_path)
-    monkeypatch.setattr(persistence, "write_json", lambda *arguments: pytest.fail("killed"))
+    monkeypatch.setattr(saving, "write_json", lambda *arguments: pytest.fail("killed"))
     with pytest.raises(pytest.fail.Exception, match="killed"):
         tiny_model().save_pretrained(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
@@ -1022,7 +1226,12 @@ def test_a_save_that_is_killed_leaves_no_new_weights_under_an_old_promise(tmp_pa
 # ------------------------------------------------------------------ somebody else's LightningCLI
 
 SETTINGS = {
-    "trainer": {"max_epochs": 1, "accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False},
+    "trainer": {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    },
     "model": {
         "encoder": {
             "class_path": "dact.encoders.TransformerEncoder",
@@ -1044,7 +1253,10 @@ def test_every_command_of_a_foreign_cli_takes_the_checkpoint(tmp_path):
     settings["trainer"] |= {"default_root_dir": str(tmp_path), "logger": False}
     checkpoint = tmp_path / "checkpoints" / "epoch=0-step=4.ckpt"
     for number, (command, *more) in enumerate(COMMANDS):
-        arguments = {command: {**settings, **({"ckpt_path": str(checkpoint)} if number else {})}, "subcommand": command}
+        arguments = {
+            command: {**settings, **({"ckpt_path": str(checkpoint)} if number else {})},
+            "subcommand": command,
+        }
         arguments[command]["trainer"] = {**settings["trainer"], "max_epochs": 2 if more else 1}
         cli = LightningCLI(MyDACT, MyData, args=arguments, save_config_callback=None)
         assert cli.model.focus == 0.5
@@ -1086,14 +1298,23 @@ def test_detached_exits_learn_as_a_multi_exit_does_and_the_confidence_as_ever():
     detached.load_state_dict(joint.state_dict())
     batch = random_batch(12)
     loss = {"joint": joint.loss(batch), "detached": detached.loss(batch)}
-    torch.testing.assert_close(loss["joint"].loss, loss["detached"].loss)  # only who learns from it differs
+    torch.testing.assert_close(
+        loss["joint"].loss, loss["detached"].loss
+    )  # only who learns from it differs
 
     def gradients(model, value):
         model.zero_grad()
         value.backward(retain_graph=True)
-        return {name: weight.grad.clone() for name, weight in model.named_parameters() if weight.grad is not None}
+        return {
+            name: weight.grad.clone()
+            for name, weight in model.named_parameters()
+            if weight.grad is not None
+        }
 
-    exits, learned = gradients(joint, 0.5 * loss["joint"].exit_loss), gradients(detached, loss["detached"].loss)
+    exits, learned = (
+        gradients(joint, 0.5 * loss["joint"].exit_loss),
+        gradients(detached, loss["detached"].loss),
+    )
     others = {name for name in learned if not name.startswith("confidence")}
     assert others and others == {name for name in exits if not name.startswith("confidence")}
     torch.testing.assert_close({n: learned[n] for n in others}, {n: exits[n] for n in others})

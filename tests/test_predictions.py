@@ -37,7 +37,10 @@ def predict(writer, data, **trainer):
 def test_a_file_has_the_labels_and_the_tempered_scores_of_the_classifier(tmp_path):
     (tmp_path / "new.txt").write_text("\n".join(TEXTS[:13]))
     tokenizer = word_tokenizer(WORDS)
-    predict(PredictionWriter(tmp_path / "out.csv"), PredictionData(str(tmp_path / "new.txt"), tokenizer, batch_size=5))
+    predict(
+        PredictionWriter(tmp_path / "out.csv"),
+        PredictionData(str(tmp_path / "new.txt"), tokenizer, batch_size=5),
+    )
     frame = pd.read_csv(tmp_path / "out.csv")
     expected = TextClassifier(model(), tokenizer)(TEXTS[:13])
     assert frame["label"].tolist() == [prediction.label for prediction in expected]
@@ -48,11 +51,17 @@ def test_a_file_has_the_labels_and_the_tempered_scores_of_the_classifier(tmp_pat
 
 def _process(rank, port, folder, output):
     os.environ.update(
-        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        WORLD_SIZE="2",
+        NODE_RANK="0",
+        LOCAL_RANK=str(rank),
     )
     torch.set_num_threads(1)
     file = f"{folder}/new.csv"
-    data = TextClassificationData(predict_file=file, tokenizer=word_tokenizer(WORDS), batch_size=8, max_length=16)
+    data = TextClassificationData(
+        predict_file=file, tokenizer=word_tokenizer(WORDS), batch_size=8, max_length=16
+    )
     writer = PredictionWriter(f"{folder}/{output}")
     predict(writer, data, devices=2, strategy="ddp")
     assert writer.path == f"{folder}/out-{rank + 1}-of-2.parquet"
@@ -60,7 +69,8 @@ def _process(rank, port, folder, output):
 
 @pytest.mark.slow
 def test_two_processes_write_a_file_each_and_every_row_once(tmp_path):
-    """Of a datamodule; test_cli_predict.py has the same of `PredictionData`, through the command."""
+    """Of a datamodule; test_cli_predict.py has the same of `PredictionData`, through the
+    command."""
     pd.DataFrame({"text": TEXTS}).to_csv(tmp_path / "new.csv", index=False)
     context, port = forked(__name__), free_port()
     arguments = [(rank, port, str(tmp_path), "out.parquet") for rank in range(2)]
@@ -84,7 +94,9 @@ def test_two_processes_write_a_file_each_and_every_row_once(tmp_path):
 
 def test_several_processes_cannot_share_standard_output(tmp_path):
     trainer = type("Trainer", (), {"world_size": 2, "global_rank": 0})()
-    with pytest.raises(ValueError, match="2 processes cannot share standard output: use one device, or name a file"):
+    with pytest.raises(
+        ValueError, match="2 processes cannot share standard output: use one device, or name a file"
+    ):
         PredictionWriter("-").setup(trainer, model(), "predict")
     data = PredictionData("-", word_tokenizer(WORDS))
     data.trainer = trainer
@@ -94,8 +106,15 @@ def test_several_processes_cannot_share_standard_output(tmp_path):
 
 def bare_tokenizer(words):
     """A tokenizer that adds no token of its own, and cleans some characters away."""
-    plain = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, **{w: i for i, w in enumerate(words, 2)}}, "[UNK]"))
-    plain.normalizer, plain.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    plain = Tokenizer(
+        models.WordLevel(
+            {"[PAD]": 0, "[UNK]": 1, **{w: i for i, w in enumerate(words, 2)}}, "[UNK]"
+        )
+    )
+    plain.normalizer, plain.pre_tokenizer = (
+        normalizers.BertNormalizer(),
+        pre_tokenizers.BertPreTokenizer(),
+    )
     return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
 
 
@@ -105,7 +124,11 @@ def test_a_text_without_tokens_has_a_reason_and_stops_nothing(tmp_path):
     assert [batch["row"].tolist() for batch in data.predict_dataloader()] == [[0, 2]]
     assert data.unusable == {1: "no tokens"}
     (tmp_path / "train.csv").write_text("text,label\ngood,a\n\x01,b\nfine,a\nbad,b\n")
-    with pytest.raises(ValueError, match=r"the tokenizer has no token for the text '\\x01': leave it out"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has no token for the text '\\x01': leave it out"
+    ):
         TextClassificationData(
-            str(tmp_path / "train.csv"), str(tmp_path / "train.csv"), tokenizer=bare_tokenizer(["good", "fine"])
+            str(tmp_path / "train.csv"),
+            str(tmp_path / "train.csv"),
+            tokenizer=bare_tokenizer(["good", "fine"]),
         ).setup("fit")

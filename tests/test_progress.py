@@ -26,7 +26,9 @@ def metrics(**changes):
     speed = {"texts_per_second": 900.0, "macro_f1": 0.712, "majority_share": 0.4}
     entry = {"accuracy": 0.785, "mean_exit_layer": 2.51, **speed}
     entry |= {"difference_to_baseline": {"accuracy": -0.002, "standard_error": 0.004}}
-    entry |= {"full_depth": {**entry, "accuracy": 0.79, "mean_exit_layer": 4, "texts_per_second": 600.0}}
+    entry |= {
+        "full_depth": {**entry, "accuracy": 0.79, "mean_exit_layer": 4, "texts_per_second": 600.0}
+    }
     baseline = {"accuracy": 0.787, "macro_f1": 0.72, "texts_per_second": 450.0}
     curve = [
         {
@@ -36,9 +38,15 @@ def metrics(**changes):
             "agreement": 1.0,
             "difference_to_baseline": {"accuracy": 0.003 - 0.01 * step, "standard_error": 0.004},
         }
-        for step, margin in enumerate((1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1))
+        for step, margin in enumerate(
+            (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+        )
     ]
-    found = {"test": entry, "validation": entry, "baseline": {"layers": 6, "test": baseline, "validation": baseline}}
+    found = {
+        "test": entry,
+        "validation": entry,
+        "baseline": {"layers": 6, "test": baseline, "validation": baseline},
+    }
     found |= {
         "layers": 4,
         "halting_tolerance": 0.0,
@@ -56,9 +64,13 @@ def test_the_summary_begins_with_what_a_person_wants_to_know():
         "speed, under the promise of at most 1 point of accuracy below its own full depth with 95% confidence"
     )
     found["calibration"]["promise"]["confidence"] = None
-    assert headline(found).endswith("by the estimate of at most 1 point of accuracy below its own full depth")
+    assert headline(found).endswith(
+        "by the estimate of at most 1 point of accuracy below its own full depth"
+    )
     found["halting_margin"] = 1.0
-    assert headline(found).endswith("with the class of its own full depth by proof"), "whatever was estimated"
+    assert headline(found).endswith("with the class of its own full depth by proof"), (
+        "whatever was estimated"
+    )
     found["halting_margin"] = 0.83
     found["calibration"]["promise"] |= {"max_accuracy_loss": None, "max_layers": 2.5}
     assert headline(found).endswith("by the estimate of at most 2.5 of 4 layers on average")
@@ -95,7 +107,9 @@ def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
     console = Console(width=80, record=True)
     show_summary(console, folder, verdict, [])
     text = console.export_text()
-    assert f"settings: tuned ({decisive})\n" in text, "in a file, sentences and paths are not broken"
+    assert f"settings: tuned ({decisive})\n" in text, (
+        "in a file, sentences and paths are not broken"
+    )
     assert "as set" in text
     assert "promised" not in text
     assert "set by an estimate" not in text
@@ -116,12 +130,16 @@ def test_a_margin_that_too_few_examples_could_set_is_no_fault_of_the_price(tmp_p
     console = Console(width=200, record=True)
     show_summary(console, tmp_path, "", [])
     text = console.export_text()
-    assert "warning: every validation example uses all 4 layers: no margin passed on the 3 examples that it was" in text
+    assert (
+        "warning: every validation example uses all 4 layers: no margin passed on the 3 examples that it was"
+        in text
+    )
     assert "lambda_reg" not in text
 
 
 @pytest.mark.parametrize(
-    ("layers", "said"), [(1.0, "one layer. If that costs"), (4.0, "all 4 layers. Try a larger"), (2.0, "")]
+    ("layers", "said"),
+    [(1.0, "one layer. If that costs"), (4.0, "all 4 layers. Try a larger"), (2.0, "")],
 )
 def test_a_final_model_whose_depth_has_collapsed_says_so(tmp_path, layers, said):
     entry = {**metrics()["validation"], "mean_exit_layer": layers}
@@ -137,7 +155,11 @@ def pruned_study():
     """Two whole trials of 4 and 2 epochs, and one of 4 that was pruned after its first."""
     study = optuna.create_study()
     start = datetime(2026, 1, 1)
-    for state, planned, done in ((TrialState.COMPLETE, 4, 4), (TrialState.COMPLETE, 2, 2), (TrialState.PRUNED, 4, 1)):
+    for state, planned, done in (
+        (TrialState.COMPLETE, 4, 4),
+        (TrialState.COMPLETE, 2, 2),
+        (TrialState.PRUNED, 4, 1),
+    ):
         trial = create_trial(
             state=state,
             value=0.5,
@@ -153,7 +175,8 @@ def pruned_study():
 
 def test_the_summary_says_what_pruning_saved():
     assert (
-        pruning_text([pruned_study()]) == "pruning ended 1 of 3 trials early and saved 30% of the time of all of them"
+        pruning_text([pruned_study()])
+        == "pruning ended 1 of 3 trials early and saved 30% of the time of all of them"
     )
     assert pruning_text([]) == ""
     study = optuna.create_study()
@@ -227,12 +250,20 @@ def test_the_time_left_covers_the_fits_after_the_studies():
 
 
 def test_the_speed_at_another_margin_is_never_more_than_its_share():
-    entry = {**metrics()["validation"], "mean_exit_layer": 3.9, "texts_per_second": 1000.0}  # of 4 layers, at 600
+    entry = {
+        **metrics()["validation"],
+        "mean_exit_layer": 3.9,
+        "texts_per_second": 1000.0,
+    }  # of 4 layers, at 600
     speeds = [_speed(entry, layers, 4) for layers in (1.0, 2.0, 3.0, 3.9)]
     assert speeds == sorted(speeds, reverse=True)
     assert speeds[0] == pytest.approx(3900.0)
     assert speeds[-1] == pytest.approx(1000.0)
-    entry = {**entry, "mean_exit_layer": 2.0, "texts_per_second": 500.0}  # slower than full depth: noise
+    entry = {
+        **entry,
+        "mean_exit_layer": 2.0,
+        "texts_per_second": 500.0,
+    }  # slower than full depth: noise
     assert _speed(entry, 1.0, 4) == pytest.approx(500.0)
     entry = {**entry, "texts_per_second": 900.0}
     assert 900.0 < _speed(entry, 1.0, 4) < 1800.0
@@ -244,4 +275,7 @@ def test_the_announcement_names_what_the_deadline_does_not_bound():
     progress.announce([6, 6, 6], 600.0, trials_after=2, epochs_after=8)
     said = " ".join(progress.console.export_text().split())
     assert said.startswith("6 + 6 + 6 trials, then the final fit")
-    assert "The studies end after 10 min; preparation, confirmation and final fit are not bounded" in said
+    assert (
+        "The studies end after 10 min; preparation, confirmation and final fit are not bounded"
+        in said
+    )

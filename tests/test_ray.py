@@ -22,7 +22,8 @@ pytest.importorskip("ray")
 FILES, ROWS = 16, 50
 # The second lets all of its servers listen on 127.0.0.1 alone, as on a Mac.
 ALONE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
-# A cluster of this machine alone, in which a file takes a worker a second; then the script as a person starts it.
+# A cluster of this machine alone, in which a file takes a worker a second; then the script as a
+# person starts it.
 START = """
 import runpy, sys, time, dact, ray
 
@@ -37,7 +38,8 @@ class Slow(dact.TextClassifier):
 dact.TextClassifier = Slow
 ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv.pop(1))
 context = ray.data.DataContext.get_current()
-context.target_min_block_size, context.target_max_block_size = 1, 2000  # bytes, so that files are not taken together
+# bytes, so that files are not taken together
+context.target_min_block_size, context.target_max_block_size = 1, 2000
 runpy.run_path(sys.argv.pop(1), run_name="__main__")
 """
 
@@ -45,17 +47,36 @@ runpy.run_path(sys.argv.pop(1), run_name="__main__")
 @pytest.mark.slow
 def test_every_row_is_classified_once_though_a_worker_dies(tmp_path):
     words = ["good", "bad", "film", "very", "not", "the"]
-    classifier = TextClassifier(tiny_model(vocab=20, class_names=["minus", "none", "plus"]), word_tokenizer(words))
+    classifier = TextClassifier(
+        tiny_model(vocab=20, class_names=["minus", "none", "plus"]), word_tokenizer(words)
+    )
     classifier.save_pretrained(tmp_path / "model")
-    texts = [" ".join(words[(row + step) % 6] for step in range(row % 9 + 1)) for row in range(FILES * ROWS)]
+    texts = [
+        " ".join(words[(row + step) % 6] for step in range(row % 9 + 1))
+        for row in range(FILES * ROWS)
+    ]
     (tmp_path / "texts").mkdir()
     for file in range(FILES):
         rows = range(file * ROWS, (file + 1) * ROWS)
         table = pd.DataFrame({"id": rows, "text": [texts[row] for row in rows]})
         table.to_parquet(tmp_path / "texts" / f"{file:03}.parquet")
     with tempfile.TemporaryDirectory(prefix="ray") as ray_folder:  # a short path: sockets lie in it
-        words = ["--model", tmp_path / "model", "--input", tmp_path / "texts", "--output", tmp_path / "answers"]
-        command = [sys.executable, "-c", START, ray_folder, ROOT / "examples" / "ray_predict.py", *words]
+        words = [
+            "--model",
+            tmp_path / "model",
+            "--input",
+            tmp_path / "texts",
+            "--output",
+            tmp_path / "answers",
+        ]
+        command = [
+            sys.executable,
+            "-c",
+            START,
+            ray_folder,
+            ROOT / "examples" / "ray_predict.py",
+            *words,
+        ]
         with (tmp_path / "log.txt").open("w") as log:
             script = subprocess.Popen(
                 [*map(str, command), "--workers", "2"], cwd=tmp_path, stdout=log, stderr=log,

@@ -1,4 +1,5 @@
-"""Runs that resume: in another folder, in the middle of an epoch, after a deadline, or next to another process."""
+"""Runs that resume: in another folder, in the middle of an epoch, after a deadline, or next to
+another process."""
 
 import re
 import shutil
@@ -62,7 +63,9 @@ def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", average=False,
         model, data = plain_model(), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", **trainer}
         kept = {"keep": "best", "monitor": monitor, "average": average}
-        history = resumable_fit(arguments, model, data, checkpoints, *callbacks, epochs=epochs, **kept)
+        history = resumable_fit(
+            arguments, model, data, checkpoints, *callbacks, epochs=epochs, **kept
+        )
     return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
 
 
@@ -73,7 +76,9 @@ def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="The dirpath has changed")
         _, losses = fitted(tmp_path / "after", Ruin(2))
-    assert read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == losses.index(min(losses)) < 2
+    assert (
+        read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == losses.index(min(losses)) < 2
+    )
     assert not (tmp_path / "before").exists()
 
 
@@ -84,7 +89,9 @@ def test_the_epoch_of_the_lowest_metric_is_kept_without_its_optimizer(tmp_path):
     assert "optimizer_states" not in kept
 
 
-@pytest.mark.parametrize("trainer", [{}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 0.5}])
+@pytest.mark.parametrize(
+    "trainer", [{}, {"check_val_every_n_epoch": 2}, {"val_check_interval": 0.5}]
+)
 def test_without_a_metric_the_last_epoch_is_kept(tmp_path, trainer):
     """Also if it is not the best, the fit resumed, or nothing validated it."""
     with pytest.raises(RuntimeError, match="killed"):
@@ -107,15 +114,21 @@ class Record(Callback):
         self.steps[trainer.global_step] = weights
 
 
-@pytest.mark.parametrize("stop", [Stop(1, 0), Stop(9, 0), Stop(10, 3)], ids=["before", "within", "at its end"])
+@pytest.mark.parametrize(
+    "stop", [Stop(1, 0), Stop(9, 0), Stop(10, 3)], ids=["before", "within", "at its end"]
+)
 def test_the_weights_of_the_last_steps_are_averaged_also_after_a_resumption(tmp_path, stop):
     seen = Record()
     with pytest.raises(RuntimeError, match="killed"):
         fitted(tmp_path, seen, stop, epochs=11, monitor=None, average=True)
     weights, losses = fitted(tmp_path, seen, epochs=11, monitor=None, average=True)
     steps = max(seen.steps)
-    last = [seen.steps[step] for step in range(steps - steps // 5, steps + 1)]  # the last fifth, rounded up
-    kept, resumable = (read_checkpoint(tmp_path / f"{name}.ckpt")["state_dict"] for name in ("best", "last"))
+    last = [
+        seen.steps[step] for step in range(steps - steps // 5, steps + 1)
+    ]  # the last fifth, rounded up
+    kept, resumable = (
+        read_checkpoint(tmp_path / f"{name}.ckpt")["state_dict"] for name in ("best", "last")
+    )
     for name, tensor in weights.items():
         mean = torch.stack([step[name] for step in last]).mean(0).to(tensor.dtype)
         for found in (tensor, kept[name], resumable[name]):
@@ -150,7 +163,9 @@ def test_a_fit_that_was_complete_before_it_resumes_keeps_the_mean(tmp_path):
 
 def averaging_trainer(folder, **options):
     kept = ModelCheckpoint(folder, "kept", **options)
-    return Trainer(max_epochs=2, accelerator="cpu", logger=False, callbacks=[AverageLastSteps(share=0.5), kept])
+    return Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, callbacks=[AverageLastSteps(share=0.5), kept]
+    )
 
 
 def test_a_trainer_tests_the_mean_after_its_fit(tmp_path):
@@ -163,7 +178,9 @@ def test_a_trainer_tests_the_mean_after_its_fit(tmp_path):
 
 def test_checkpoints_that_would_not_hold_the_mean_are_refused(tmp_path):
     trainer = averaging_trainer(tmp_path, save_weights_only=True)
-    with pytest.raises(ValueError, match="save_weights_only=True keeps the weights of the last step"):
+    with pytest.raises(
+        ValueError, match="save_weights_only=True keeps the weights of the last step"
+    ):
         trainer.fit(plain_model(), small_data(batch_size=16))
 
 
@@ -171,11 +188,24 @@ def test_weights_that_a_callback_of_the_users_averages_are_averaged_once(tmp_pat
     with seeded(0):
         model, data = plain_model(), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", "callbacks": [EMAWeightAveraging(decay=0.9)]}
-        resumable_fit(arguments, model, data, tmp_path, epochs=1, average=True, keep="best", monitor="val_loss")
+        resumable_fit(
+            arguments,
+            model,
+            data,
+            tmp_path,
+            epochs=1,
+            average=True,
+            keep="best",
+            monitor="val_loss",
+        )
     kept = read_checkpoint(tmp_path / "last.ckpt")
-    assert [name for name in kept["callbacks"] if "Average" in name or "Averaging" in name] == ["EMAWeightAveraging"]
+    assert [name for name in kept["callbacks"] if "Average" in name or "Averaging" in name] == [
+        "EMAWeightAveraging"
+    ]
     best = read_checkpoint(tmp_path / "best.ckpt")["state_dict"]
-    assert all(torch.equal(best[name], value) for name, value in kept["state_dict"].items()), "what was validated"
+    assert all(torch.equal(best[name], value) for name, value in kept["state_dict"].items()), (
+        "what was validated"
+    )
 
 
 def test_a_share_of_the_steps_is_asked_for():
@@ -186,10 +216,14 @@ def test_a_share_of_the_steps_is_asked_for():
 def test_a_checkpoint_of_another_folder_is_only_where_a_fit_starts(tmp_path):
     fitted(tmp_path / "first", epochs=2)
     for _ in range(2):  # the second time there is a best checkpoint already
-        best = MovableCheckpoint(tmp_path / "second", "best", monitor="val_loss", enable_version_counter=False)
+        best = MovableCheckpoint(
+            tmp_path / "second", "best", monitor="val_loss", enable_version_counter=False
+        )
         trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, callbacks=[best])
         start = tmp_path / "first" / "last.ckpt"
-        trainer.fit(plain_model(), datamodule=small_data(batch_size=16), ckpt_path=start, weights_only=True)
+        trainer.fit(
+            plain_model(), datamodule=small_data(batch_size=16), ckpt_path=start, weights_only=True
+        )
         assert best.best_model_path == str(tmp_path / "second" / "best.ckpt")
         assert read_checkpoint(best.best_model_path)["epoch"] == 2
 

@@ -1,4 +1,5 @@
-"""What factories, data and options may be in a run: each is used as it says, or refused before any work."""
+"""What factories, data and options may be in a run: each is used as it says, or refused before any
+work."""
 
 import dataclasses
 import datetime
@@ -21,11 +22,17 @@ from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import TrialState
 from rich.console import Console
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
 from dact import DACT, TuningEngine
-from dact.bounds import mean_upper_bound
 from dact.calibration import Promise
+from dact.calibration.bounds import mean_upper_bound
 from dact.cli.tune import _quiet_studies
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
@@ -48,7 +55,9 @@ from tests.test_tuning import engine, small_data, small_model, study_of
 
 
 def quick(folder, **options):
-    return engine(folder, **{"n_trials": 1, "trainer": {"max_epochs": 1, "accelerator": "cpu"}, **options})
+    return engine(
+        folder, **{"n_trials": 1, "trainer": {"max_epochs": 1, "accelerator": "cpu"}, **options}
+    )
 
 
 @pytest.mark.slow
@@ -78,13 +87,20 @@ def test_a_teacher_that_only_one_factory_asks_for_is_none_for_the_untuned_defaul
 
 @pytest.mark.slow
 def test_a_frozen_final_model_trains_as_long_as_the_trials_did(tmp_path):
-    options = {"encoder_training": "frozen", "final_training": "frozen", "warm_up_epochs": 1, "compare_defaults": False}
+    options = {
+        "encoder_training": "frozen",
+        "final_training": "frozen",
+        "warm_up_epochs": 1,
+        "compare_defaults": False,
+    }
     made = quick(tmp_path, search_space={"num_epochs": {"choices": [1]}}, **options)
     metrics, _ = made.run_pipeline("run")
     frozen = tmp_path / "run" / "submodels" / "trial_0000"
     events = next(frozen.glob("events*"))
     assert events.is_file()
-    study = optuna.load_study(study_name="run/submodels", storage=f"sqlite:///{tmp_path / 'run' / 'studies.db'}")
+    study = optuna.load_study(
+        study_name="run/submodels", storage=f"sqlite:///{tmp_path / 'run' / 'studies.db'}"
+    )
     epochs = max(study.trials[0].intermediate_values) + 1
     assert len(read_json(Path(metrics))["history"]) == epochs == 3
 
@@ -104,7 +120,9 @@ def test_other_examples_for_the_promise_set_it_anew(tmp_path):
 
     data = partial(Own, num_train=120, num_val=60, num_test=60)
     promise = Promise(max_accuracy_loss=0.2, confidence=0.5)
-    metrics, _ = quick(tmp_path, data=data, promise=promise, compare_defaults=False).run_pipeline("run")
+    metrics, _ = quick(tmp_path, data=data, promise=promise, compare_defaults=False).run_pipeline(
+        "run"
+    )
     assert read_json(Path(metrics))["calibration"]["examples"] == 30
     Own.aside = 2
     again = quick(tmp_path, data=data, promise=promise, compare_defaults=False)
@@ -152,8 +170,15 @@ def test_trials_are_never_compared_on_different_examples(tmp_path):
     engine(tmp_path, trainer=trainer, n_trials=1, search_space=space).joint_tune_study("a")
     # The states of all validation examples are one batch, of which there is no half.
     half = {**trainer, "limit_val_batches": 0.5}
-    frozen = {"encoder_training": "frozen", "warm_up_epochs": 0, "search_space": space, "n_trials": 1}
-    engine(tmp_path, trainer=half, data=partial(small_data, batch_size=16), **frozen).joint_tune_study("b")
+    frozen = {
+        "encoder_training": "frozen",
+        "warm_up_epochs": 0,
+        "search_space": space,
+        "n_trials": 1,
+    }
+    engine(
+        tmp_path, trainer=half, data=partial(small_data, batch_size=16), **frozen
+    ).joint_tune_study("b")
 
 
 class TaughtData(LightningDataModule):
@@ -169,7 +194,11 @@ class TaughtData(LightningDataModule):
     def train_dataloader(self):
         batches = [*self.inner.train_dataloader()]
         return DataLoader(
-            [{**batch, "teacher": torch.full((len(batch["labels"]), 3), 1 / 3)} for batch in batches], None
+            [
+                {**batch, "teacher": torch.full((len(batch["labels"]), 3), 1 / 3)}
+                for batch in batches
+            ],
+            None,
         )
 
     def val_dataloader(self):
@@ -186,7 +215,12 @@ def test_a_teacher_that_the_batches_of_ones_own_data_carry_teaches_the_trials(tm
     model, _ = made.recipe.untuned(made._prepared.own_teacher)
     assert model.distillation == 0.7
     for own, asked, share in ((0.7, 0.5, 0.5), (0.7, 0.0, 0.0), (0.0, None, 0.5)):
-        made = quick(tmp_path, model=partial(small_model, distillation=own), data=TaughtData, distillation=asked)
+        made = quick(
+            tmp_path,
+            model=partial(small_model, distillation=own),
+            data=TaughtData,
+            distillation=asked,
+        )
         made.joint_tune_study(f"run-{own}-{asked}")
         assert made._prepared.build({})[0].distillation == share
 
@@ -212,7 +246,9 @@ def test_the_configuration_of_a_final_fit_has_only_options_that_its_data_knows(t
     section = {"class_path": "tests.test_run_inputs.Verdicts", "init_args": {}}
     encoder = {"vocab_size": 42, "num_layers": 2, "hidden_size": 8, "num_heads": 2}
     model = {"encoder": {"class_path": "dact.encoders.TransformerEncoder", "init_args": encoder}}
-    made = quick(tmp_path, model=ModelFactory(model), data=DataFactory(section), compare_defaults=False)
+    made = quick(
+        tmp_path, model=ModelFactory(model), data=DataFactory(section), compare_defaults=False
+    )
     metrics, _ = made.run_pipeline("run")
     written = yaml.safe_load((Path(metrics).parent / "config.yaml").read_text())
     assert isinstance(DataFactory(written["data"])(), Verdicts)
@@ -222,14 +258,27 @@ def test_the_configuration_of_a_final_fit_has_only_options_that_its_data_knows(t
 def test_the_same_command_adds_no_trial_to_a_study_that_a_callback_has_stopped(tmp_path):
     for _ in range(3):
         stop = optuna.study.MaxTrialsCallback(1, states=None)
-        made = engine(tmp_path, n_trials=3, callbacks=[stop], encoder_training="frozen", warm_up_epochs=0)
+        made = engine(
+            tmp_path, n_trials=3, callbacks=[stop], encoder_training="frozen", warm_up_epochs=0
+        )
         made.joint_tune_study("run")
-        assert len([trial for trial in study_of(tmp_path, "submodels").trials if trial.state.is_finished()]) == 1
+        assert (
+            len(
+                [
+                    trial
+                    for trial in study_of(tmp_path, "submodels").trials
+                    if trial.state.is_finished()
+                ]
+            )
+            == 1
+        )
 
 
 def test_a_warning_of_the_data_is_shown_once_for_all_trials(monkeypatch):
     shown = []
-    monkeypatch.setattr(warnings, "showwarning", lambda message, *arguments: shown.append(str(message)))
+    monkeypatch.setattr(
+        warnings, "showwarning", lambda message, *arguments: shown.append(str(message))
+    )
     monkeypatch.setattr("threading.excepthook", threading.excepthook)
     monkeypatch.setattr("dact.cli.tune.quiet", lambda: None)
     level = optuna.logging.get_verbosity()
@@ -252,7 +301,12 @@ def test_a_narrowed_search_space_holds_for_what_no_study_has_chosen_yet(tmp_path
     }
     made = engine(tmp_path, search_space=space)
     surveyed = made._survey()
-    chosen = {"num_layers": 3, "detach_exits": False, "submodel_learning_rate": 1e-3, "num_epochs": 1}
+    chosen = {
+        "num_layers": 3,
+        "detach_exits": False,
+        "submodel_learning_rate": 1e-3,
+        "num_epochs": 1,
+    }
     assert surveyed.initial == chosen
     _, recommended = surveyed.untuned
     assert surveyed.initial.items() <= recommended.items()
@@ -282,7 +336,9 @@ def test_on_few_texts_the_epochs_that_are_tried_make_enough_steps(tmp_path):
     trainer = {"max_epochs": 3, "accelerator": "cpu"}
     few = partial(small_data, num_train=480, batch_size=32)  # 15 steps an epoch
     surveyed = engine(tmp_path, trainer=trainer, data=few, search_space={})._survey()
-    assert surveyed.spaces["training"]["num_epochs"].choices == [7, 10, 13], "in place of 2, 3 and 4"
+    assert surveyed.spaces["training"]["num_epochs"].choices == [7, 10, 13], (
+        "in place of 2, 3 and 4"
+    )
     assert [trial["num_epochs"] for trial in surveyed.first_trials["training"]] == [10, 10]
     many = partial(small_data, num_train=4800, batch_size=32)
     surveyed = engine(tmp_path, trainer=trainer, data=many, search_space={})._survey()
@@ -302,7 +358,11 @@ def test_on_few_texts_the_epochs_that_are_tried_make_enough_steps(tmp_path):
     ],
 )
 def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, nearest):
-    assert dimension.nearest(value) == pytest.approx(nearest) if isinstance(nearest, float) else nearest
+    assert (
+        dimension.nearest(value) == pytest.approx(nearest)
+        if isinstance(nearest, float)
+        else nearest
+    )
     assert dimension.holding(dimension.nearest(value)) == dimension
 
 
@@ -317,7 +377,9 @@ class Own(DACT):
 @pytest.mark.slow
 def test_a_class_with_an_argument_that_is_no_plain_data_is_tuned(tmp_path):
     def factory(**overrides):
-        return Own(abs, encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
+        return Own(
+            abs, encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides}
+        )
 
     metrics, _ = quick(tmp_path, model=factory, compare_defaults=False).run_pipeline("run")
     assert read_json(Path(metrics))["layers"] in (2, 3)
@@ -327,7 +389,9 @@ def test_a_number_of_layers_that_too_few_examples_can_promise_is_refused_before_
     needed = Promise(max_layers=1.2).examples_needed(3)
     exits = torch.ones(needed, dtype=torch.long)
     assert mean_upper_bound(exits, 3, 0.95) <= 1.2 < mean_upper_bound(exits[1:], 3, 0.95)
-    with pytest.raises(ValueError, match=f"it takes {needed} examples that no study sees, and .* sets 30 aside"):
+    with pytest.raises(
+        ValueError, match=f"it takes {needed} examples that no study sees, and .* sets 30 aside"
+    ):
         engine(tmp_path, promise=Promise(max_layers=1.2)).joint_tune_study("run")
 
 
@@ -337,9 +401,15 @@ def test_a_price_of_nothing_is_drawn():
 
 
 def test_durations_and_wrong_kinds_of_options_are_understood(tmp_path):
-    made = engine(tmp_path, trainer={"max_epochs": 1, "max_time": datetime.timedelta(hours=1), "accelerator": "cpu"})
+    made = engine(
+        tmp_path,
+        trainer={"max_epochs": 1, "max_time": datetime.timedelta(hours=1), "accelerator": "cpu"},
+    )
     assert digest(made._survey().identity)
-    for options, message in (({"n_trials": 2.5}, "got 2.5"), ({"search_space": ["a"]}, "expected a mapping")):
+    for options, message in (
+        ({"n_trials": 2.5}, "got 2.5"),
+        ({"search_space": ["a"]}, "expected a mapping"),
+    ):
         with pytest.raises((TypeError, ValueError), match=message):
             TuningEngine(log_dir=tmp_path, **options)
 
@@ -353,7 +423,9 @@ def test_a_final_fit_whose_checkpoint_is_gone_is_made_again_whole(tmp_path):
     Path(checkpoint).unlink()
     made.final_train("run")
     assert Path(checkpoint).is_file()
-    assert {path.name for path in final.iterdir()} >= {name for name in before if not name.startswith("events")}
+    assert {path.name for path in final.iterdir()} >= {
+        name for name in before if not name.startswith("events")
+    }
 
 
 def test_a_finished_study_leaves_no_unfinished_file_of_a_trial_that_died(tmp_path):
@@ -387,7 +459,9 @@ def test_a_search_keeps_what_it_does_not_search_of_the_submodels_of_ones_own(tmp
     made = quick(tmp_path, model=partial(small_model, **own), search_space=space)
     defaults, recommended = made._survey().untuned
     assert SubmodelConfig(**defaults["classifier"]) == own["classifier"]
-    assert SubmodelConfig(**recommended["classifier"]) == dataclasses.replace(own["classifier"], hidden_units=8)
+    assert SubmodelConfig(**recommended["classifier"]) == dataclasses.replace(
+        own["classifier"], hidden_units=8
+    )
     for settings in (defaults, recommended):
         assert SubmodelConfig(**settings["confidence"]) == SubmodelConfig()
     classifier, _ = made.joint_tune_study("run")
@@ -410,7 +484,9 @@ def test_a_teacher_of_the_data_is_left_out_where_the_user_wants_no_distillation(
 
 
 @pytest.mark.slow
-def test_a_promise_that_the_final_model_cannot_keep_costs_nothing_that_was_computed(tmp_path, monkeypatch):
+def test_a_promise_that_the_final_model_cannot_keep_costs_nothing_that_was_computed(
+    tmp_path, monkeypatch
+):
     def refuse(*arguments, **options):
         raise ValueError("the fewest layers that can be promised are 2.90 of 3")
 
@@ -424,21 +500,33 @@ def test_a_promise_that_the_final_model_cannot_keep_costs_nothing_that_was_compu
     assert "kept without its promise: the fewest layers that can be promised are 2.90 of 3" in said
 
 
-def test_the_seed_of_a_command_leaves_the_division_of_the_data_to_the_data(dact_here, tmp_path, monkeypatch):
+def test_the_seed_of_a_command_leaves_the_division_of_the_data_to_the_data(
+    dact_here, tmp_path, monkeypatch
+):
     seeds = []
     monkeypatch.setattr(
-        TuningEngine, "run_pipeline", lambda self, tag: seeds.append((self.recipe.seed, self.recipe.data().seed))
+        TuningEngine,
+        "run_pipeline",
+        lambda self, tag: seeds.append((self.recipe.seed, self.recipe.data().seed)),
     )
-    status, output = dact_here("tune", "--config", GENERATED, "--seed_everything", "3", cwd=tmp_path)
+    status, output = dact_here(
+        "tune", "--config", GENERATED, "--seed_everything", "3", cwd=tmp_path
+    )
     assert (status, seeds) == (0, [(3, 0)]), output
 
 
-def test_a_null_in_the_trainer_section_of_tune_is_not_replaced_by_a_default(dact_here, tmp_path, monkeypatch):
+def test_a_null_in_the_trainer_section_of_tune_is_not_replaced_by_a_default(
+    dact_here, tmp_path, monkeypatch
+):
     clips = []
     monkeypatch.setattr(
-        TuningEngine, "run_pipeline", lambda self, tag: clips.append(self.recipe.trainer["gradient_clip_val"])
+        TuningEngine,
+        "run_pipeline",
+        lambda self, tag: clips.append(self.recipe.trainer["gradient_clip_val"]),
     )
-    plain = "".join(line for line in GENERATED.read_text().splitlines(True) if "gradient_clip_val" not in line)
+    plain = "".join(
+        line for line in GENERATED.read_text().splitlines(True) if "gradient_clip_val" not in line
+    )
     (tmp_path / "plain.yaml").write_text(plain)
     for words in ([], ["--trainer.gradient_clip_val", "null"]):
         status, output = dact_here("tune", "--config", "plain.yaml", *words, cwd=tmp_path)
@@ -451,13 +539,16 @@ def test_tune_refuses_what_only_fit_reads(dact_here, tmp_path):
         status, output = dact_here("tune", "--config", GENERATED, *words, cwd=tmp_path)
         assert status == 1
         assert f"dact tune does not read {words[0][2:]}" in output
-    status, output = dact_here("tune", "--config", GENERATED, "--ckpt_path", "last.ckpt", cwd=tmp_path)
+    status, output = dact_here(
+        "tune", "--config", GENERATED, "--ckpt_path", "last.ckpt", cwd=tmp_path
+    )
     assert status == 1
     assert "dact tune does not begin with a checkpoint: leave ckpt_path out" in output
 
 
 class ItemsOfOnesOwn(LightningDataModule):
-    """Data as Hugging Face users have it: items with a `label`, which become `labels` in a batch."""
+    """Data as Hugging Face users have it: items with a `label`, which become `labels` in a
+    batch."""
 
     def __init__(self, shift=0, batch_size=32, teacher=None, ids=0, **loaders):
         super().__init__()
@@ -489,7 +580,9 @@ class ItemsOfOnesOwn(LightningDataModule):
                 items.append({**item, "teacher": torch.rand(3, generator=generator).softmax(0)})
 
         def collate(items):
-            ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
+            ids = torch.nn.utils.rnn.pad_sequence(
+                [item["input_ids"] for item in items], batch_first=True
+            )
             batch = {"input_ids": ids, "attention_mask": (ids != 0).long()}
             batch["labels"] = torch.tensor([item["label"] for item in items])
             if self.ids:
@@ -500,7 +593,11 @@ class ItemsOfOnesOwn(LightningDataModule):
                 del batch["labels"]
             return batch
 
-        options = {name: value for name, value in self.loaders.items() if name not in ("unlabelled", "split")}
+        options = {
+            name: value
+            for name, value in self.loaders.items()
+            if name not in ("unlabelled", "split")
+        }
         options = options if split == self.loaders.get("split", "test") else {}
         if options.pop("batches", False):
             own = BatchSampler(RandomSampler(items), self.batch_size, drop_last=False)
@@ -518,13 +615,17 @@ class ItemsOfOnesOwn(LightningDataModule):
 
 
 @pytest.mark.parametrize("change", [{"shift": 1}, {"teacher": 1}])
-def test_other_labels_or_another_teacher_of_ones_own_data_are_refused_under_the_same_tag(tmp_path, change):
+def test_other_labels_or_another_teacher_of_ones_own_data_are_refused_under_the_same_tag(
+    tmp_path, change
+):
     def data(**more):
         return partial(ItemsOfOnesOwn, **({"teacher": 0} | more))
 
     quick(tmp_path, data=data()).joint_tune_study("run")
     quick(tmp_path, data=data()).joint_tune_study("run")
-    with pytest.raises(ValueError, match=r"run/submodels .* was made with another (data|own_teacher)"):
+    with pytest.raises(
+        ValueError, match=r"run/submodels .* was made with another (data|own_teacher)"
+    ):
         quick(tmp_path, data=data(**change)).joint_tune_study("run")
 
 
@@ -532,13 +633,21 @@ def test_other_labels_or_another_teacher_of_ones_own_data_are_refused_under_the_
     ("options", "message"),
     [
         ({"shuffle": True}, "example by example, but the test loader shuffles"),
-        ({"shuffle": True, "split": "val"}, "example by example, but the validation loader shuffles"),
+        (
+            {"shuffle": True, "split": "val"},
+            "example by example, but the validation loader shuffles",
+        ),
         ({"batches": True}, "example by example, but the test loader shuffles"),
         ({"drop_last": True}, r"but the test loader drops the last examples \(drop_last\)"),
-        ({"unlabelled": True}, "the final model is measured on the test split, whose batches have no 'labels'"),
+        (
+            {"unlabelled": True},
+            "the final model is measured on the test split, whose batches have no 'labels'",
+        ),
     ],
 )
-def test_what_could_not_be_measured_at_the_end_is_refused_before_any_training(tmp_path, options, message):
+def test_what_could_not_be_measured_at_the_end_is_refused_before_any_training(
+    tmp_path, options, message
+):
     with pytest.raises(ValueError, match=message):
         quick(tmp_path, data=partial(ItemsOfOnesOwn, **options)).run_pipeline("run")
     assert not (tmp_path / "run" / "baseline").exists()
@@ -574,9 +683,13 @@ def test_a_promise_of_layers_is_checked_for_the_most_that_a_run_keeps(tmp_path):
     promise, space = Promise(max_layers=2.0, confidence=None), {"num_layers": {"low": 1, "high": 2}}
     fewer = partial(small_model, num_layers=2)
     with pytest.raises(ValueError, match="max_layers=2 promises nothing: the model has 2 layers"):
-        quick(tmp_path, model=fewer, promise=promise, search_space=space).joint_tune_study("bounded")
+        quick(tmp_path, model=fewer, promise=promise, search_space=space).joint_tune_study(
+            "bounded"
+        )
     quick(tmp_path, model=fewer, promise=promise).joint_tune_study("free")  # a trial may keep three
-    quick(tmp_path, promise=promise, search_space=space).joint_tune_study("own")  # the default settings do
+    quick(tmp_path, promise=promise, search_space=space).joint_tune_study(
+        "own"
+    )  # the default settings do
 
 
 def test_overfitting_a_number_of_batches_counts_as_a_limit(tmp_path):
@@ -586,13 +699,17 @@ def test_overfitting_a_number_of_batches_counts_as_a_limit(tmp_path):
 
 
 class Divided(LightningDataModule):
-    """Texts of one word each with labels at random: who is right more often than by chance has seen the answers."""
+    """Texts of one word each with labels at random: who is right more often than by chance has seen
+    the answers."""
 
     def __init__(self, seed=None, sampler=None, batch_size=16):
         super().__init__()
         self.seed, self.sampler, self.batch_size = seed, sampler, batch_size
         labels = torch.randint(3, (300,), generator=torch.Generator().manual_seed(0)).tolist()
-        self.items = [{"input_ids": torch.tensor([row % 40 + 2]), "labels": label} for row, label in enumerate(labels)]
+        self.items = [
+            {"input_ids": torch.tensor([row % 40 + 2]), "labels": label}
+            for row, label in enumerate(labels)
+        ]
 
     def setup(self, stage):
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
@@ -611,7 +728,10 @@ class Divided(LightningDataModule):
 
 
 def test_data_that_is_divided_anew_by_each_fit_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"other examples for train, val, test, but .* would train on what others are"):
+    with pytest.raises(
+        ValueError,
+        match=r"other examples for train, val, test, but .* would train on what others are",
+    ):
         quick(tmp_path, data=Divided).run_pipeline("run")
     assert not (tmp_path / "run" / "baseline").exists()
     with pytest.raises(ValueError, match="two datamodules with other examples for train, val, but"):
@@ -628,7 +748,9 @@ def test_data_that_is_divided_anew_by_each_fit_is_refused(tmp_path):
 )
 def test_a_sampler_that_frozen_states_could_not_keep_is_refused(tmp_path, sampler, given):
     data = partial(Divided, seed=0, sampler=sampler)
-    with pytest.raises(ValueError, match=f"the sampler of the train loader gives {given}: make a data set .*Subset"):
+    with pytest.raises(
+        ValueError, match=f"the sampler of the train loader gives {given}: make a data set .*Subset"
+    ):
         quick(tmp_path, data=data, encoder_training="frozen").joint_tune_study("run")
     quick(tmp_path, data=data).joint_tune_study("finetuned")
 
@@ -643,7 +765,9 @@ def test_an_objective_of_ones_own_replaces_nothing_of_a_run_with_other_data(tmp_
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
     assert before
     other = tagged(quick(tmp_path, data=partial(small_data, num_train=80)), "run")
-    with pytest.raises(ValueError, match=r"the study run/submodels was made with another data; .* another run_tag"):
+    with pytest.raises(
+        ValueError, match=r"the study run/submodels was made with another data; .* another run_tag"
+    ):
         optuna.create_study().optimize(other.submodel_objective, n_trials=1)
     assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
     optuna.create_study().optimize(tagged(quick(tmp_path), "run").submodel_objective, n_trials=1)
@@ -653,7 +777,10 @@ def test_a_study_of_ones_own_that_goes_on_with_other_settings_says_so(tmp_path):
     study = optuna.create_study()
     study.optimize(tagged(quick(tmp_path), "own").submodel_objective, n_trials=1)
     other = tagged(quick(tmp_path, seed=3), "another")
-    with pytest.warns(UserWarning, match=r"trial 1 of the study .* has another seed \(3 instead of 0\) than its first"):
+    with pytest.warns(
+        UserWarning,
+        match=r"trial 1 of the study .* has another seed \(3 instead of 0\) than its first",
+    ):
         study.optimize(other.submodel_objective, n_trials=1)
 
 
@@ -666,12 +793,18 @@ class Locked(Callback):
     ("trainer", "kind", "message"),
     [
         ({"max_epoch": 3}, TypeError, "the Trainer takes no max_epoch. Did you mean max_epochs?"),
-        ({"callbacks": [Locked()]}, TypeError, "gets a copy of each callback, but copy.deepcopy fails on Locked"),
+        (
+            {"callbacks": [Locked()]},
+            TypeError,
+            "gets a copy of each callback, but copy.deepcopy fails on Locked",
+        ),
         ({"limit_val_batches": 0}, ValueError, "limit_val_batches=0 leaves fits without data"),
         ({"limit_train_batches": 0}, ValueError, "limit_train_batches=0 leaves fits without data"),
     ],
 )
-def test_a_trainer_that_no_fit_could_have_is_refused_before_any_training(tmp_path, trainer, kind, message):
+def test_a_trainer_that_no_fit_could_have_is_refused_before_any_training(
+    tmp_path, trainer, kind, message
+):
     with pytest.raises(kind, match=message):
         engine(tmp_path, trainer={"accelerator": "cpu", **trainer}).run_pipeline("run")
     assert not (tmp_path / "run" / "baseline").exists()
@@ -684,24 +817,37 @@ def test_a_resumed_run_names_what_has_changed_and_from_what_to_what(tmp_path):
 
     engine(tmp_path, n_trials=1, encoder_training="frozen", **options()).joint_tune_study("run")
     for change, message in (
-        ({"model": partial(small_model, learning_rate=0.03)}, r"model.learning_rate \(0.03 instead of 0.003\); trials"),
+        (
+            {"model": partial(small_model, learning_rate=0.03)},
+            r"model.learning_rate \(0.03 instead of 0.003\); trials",
+        ),
         (options(max_epochs=2), r"max_epochs \(2 instead of 1\); trials"),
         (options(patience=9), r"callbacks.EarlyStopping.patience \(9 instead of 1\); trials"),
     ):
         with pytest.raises(ValueError, match=rf"run/submodels .* was made with another {message}"):
-            engine(tmp_path, **{"n_trials": 1, "encoder_training": "frozen", **options(), **change}).joint_tune_study(
-                "run"
-            )
+            engine(
+                tmp_path, **{"n_trials": 1, "encoder_training": "frozen", **options(), **change}
+            ).joint_tune_study("run")
 
 
 def test_a_trainer_of_many_options_is_one_that_frozen_trials_and_the_configuration_keep(tmp_path):
-    trainer = {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 3, "enable_progress_bar": True}
+    trainer = {
+        "max_epochs": 1,
+        "accelerator": "cpu",
+        "val_check_interval": 3,
+        "enable_progress_bar": True,
+    }
     trainer |= {"max_time": datetime.timedelta(minutes=9)}
     assert is_plain([0]) and is_plain({"minutes": 9}) and not is_plain([Callback()])
     data = partial(small_data, batch_size=16)  # of frozen states, a batch has 32 or 64
-    for tag, interval, epochs in (("a", 7, 1), ("b", 8, None)):  # of 8 batches, of which the warm-up has 5
+    for tag, interval, epochs in (
+        ("a", 7, 1),
+        ("b", 8, None),
+    ):  # of 8 batches, of which the warm-up has 5
         given = {**trainer, "val_check_interval": interval, "check_val_every_n_epoch": epochs}
-        made = quick(tmp_path, trainer=given, data=data, encoder_training="frozen", warm_up_epochs=1)
+        made = quick(
+            tmp_path, trainer=given, data=data, encoder_training="frozen", warm_up_epochs=1
+        )
         made.joint_tune_study(tag)
         assert study_of(tmp_path, "submodels", tag).trials[0].state == TrialState.COMPLETE
 
@@ -710,10 +856,19 @@ def test_few_steps_of_the_trainer_count_where_the_epochs_of_the_baseline_are_cho
     recipe = engine(Path("unused"), trainer={"max_epochs": 4, "accelerator": "cpu"}).recipe
     data = DataLoaders(100)
     assert enough_epochs(recipe.trainer, data, recipe.epochs, 300) == 4
-    for option in ({"limit_train_batches": 60}, {"limit_train_batches": 0.6}, {"accumulate_grad_batches": 2}):
+    for option in (
+        {"limit_train_batches": 60},
+        {"limit_train_batches": 0.6},
+        {"accumulate_grad_batches": 2},
+    ):
         few = dataclasses.replace(recipe, trainer={**recipe.trainer, **option})
-        assert enough_epochs(few.trainer, data, 4, 300) == (5 if "limit_train_batches" in option else 6)
-    few = {**recipe.trainer, "accumulate_grad_batches": 4}  # 6 batches are 2 steps: of 4 batches, and of the other 2
+        assert enough_epochs(few.trainer, data, 4, 300) == (
+            5 if "limit_train_batches" in option else 6
+        )
+    few = {
+        **recipe.trainer,
+        "accumulate_grad_batches": 4,
+    }  # 6 batches are 2 steps: of 4 batches, and of the other 2
     assert enough_epochs(few, DataLoaders(6), 4, 28) == 14
     assert enough_epochs(recipe.trainer, DataLoaders(15), 3, 150) == 10
     assert enough_epochs(recipe.trainer, DataLoaders(1), 3, 150) == 21
@@ -742,9 +897,12 @@ class Silent(DACT):
 
 
 def test_a_model_whose_validation_returns_nothing_is_named_before_any_trial(tmp_path):
-    made = engine(tmp_path, model=lambda **overrides: Silent(TransformerEncoder(42, 2, 8, 2), **overrides))
+    made = engine(
+        tmp_path, model=lambda **overrides: Silent(TransformerEncoder(42, 2, 8, 2), **overrides)
+    )
     with pytest.raises(
-        ValueError, match="Silent.validation_step must return what that of DACT returns: .*; it returns Non"
+        ValueError,
+        match="Silent.validation_step must return what that of DACT returns: .*; it returns Non",
     ):
         made.joint_tune_study("run")
     assert {trial.state for trial in study_of(tmp_path, "submodels").trials} == {TrialState.WAITING}

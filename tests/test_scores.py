@@ -6,7 +6,7 @@ import torch
 
 from dact import DACT, calibrate, functional
 from dact.calibration import LayerAnswers
-from dact.scores import expected_calibration_error, fit_temperatures, temper
+from dact.calibration.temperature import expected_calibration_error, fit_temperatures, temper
 from tests.conftest import random_batch, tiny_model
 
 
@@ -23,7 +23,10 @@ def answers_of(scale, examples=4000, seed=0):
 
 def test_the_calibration_error_is_that_of_its_definition():
     generator = torch.Generator().manual_seed(0)
-    scores, correct = torch.rand(500, generator=generator), torch.rand(500, generator=generator) < 0.7
+    scores, correct = (
+        torch.rand(500, generator=generator),
+        torch.rand(500, generator=generator) < 0.7,
+    )
     expected = 0.0
     for bin in range(10):
         inside = (scores > bin / 10) & (scores <= (bin + 1) / 10)
@@ -54,9 +57,12 @@ def test_temperatures_are_found_and_make_scores_mean_what_they_say():
 def test_a_temperature_that_does_not_help_is_1():
     answers = answers_of([1.0, 1.0], examples=300)
     kept = [
-        fit_temperatures(answers_of([1.0, 1.0], 300, seed), torch.ones(300, dtype=torch.long)) for seed in range(20)
+        fit_temperatures(answers_of([1.0, 1.0], 300, seed), torch.ones(300, dtype=torch.long))
+        for seed in range(20)
     ]
-    assert sum(temperatures[0] == 1 for temperatures in kept) >= 14, "a gain within its error does not count"
+    assert sum(temperatures[0] == 1 for temperatures in kept) >= 14, (
+        "a gain within its error does not count"
+    )
     assert all(temperatures[1] == 1 for temperatures in kept), "no example leaves there"
     few = torch.full((300,), 2)
     few[:9] = 1
@@ -88,8 +94,16 @@ def test_temperatures_are_stored_with_the_model(tmp_path):
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    loaded = (DACT.from_pretrained(tmp_path / "model"), DACT.load_from_checkpoint(tmp_path / "x.ckpt").eval())
+    loaded = (
+        DACT.from_pretrained(tmp_path / "model"),
+        DACT.load_from_checkpoint(tmp_path / "x.ckpt").eval(),
+    )
     for other in loaded:
         assert other.temperatures == [2.0, 0.5, 1.0, 3.0]
         assert torch.equal(other.early_exit(batch).exit_layer, model.early_exit(batch).exit_layer)
-    assert DACT.from_pretrained(tmp_path / "model", halting_margin=0.5).temperatures == [2.0, 0.5, 1.0, 3.0]
+    assert DACT.from_pretrained(tmp_path / "model", halting_margin=0.5).temperatures == [
+        2.0,
+        0.5,
+        1.0,
+        3.0,
+    ]

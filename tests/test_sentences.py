@@ -1,4 +1,5 @@
-"""Sentences of plain English, negations among them, that no data set holds: what a person would try first."""
+"""Sentences of plain English, negations among them, that no data set holds: what a person would try
+first."""
 
 import csv
 import re
@@ -10,7 +11,9 @@ import pytest
 from tests.commands import ROOT, environment
 
 SENTENCES = ROOT / "tests" / "data" / "sentences.tsv"
-FITTED = ROOT / "lightning_logs" / "first" / "final" / "model"  # what the README's first command leaves
+FITTED = (
+    ROOT / "lightning_logs" / "first" / "final" / "model"
+)  # what the README's first command leaves
 ENOUGH = 24
 
 
@@ -18,10 +21,17 @@ def sentences_right(model, cwd):
     """Return how many sentences the script finds right, and what it printed."""
     command = [sys.executable, str(ROOT / "benchmarks" / "tuned.py"), "--sentences", str(model)]
     done = subprocess.run(
-        command, cwd=cwd, env=environment(PYTHONPATH=str(ROOT)), capture_output=True, text=True, check=False
+        command,
+        cwd=cwd,
+        env=environment(PYTHONPATH=str(ROOT)),
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return int(re.search(r"^(\d+) of 30 sentences right$", done.stdout, re.MULTILINE).group(1)), done.stdout
+    return int(
+        re.search(r"^(\d+) of 30 sentences right$", done.stdout, re.MULTILINE).group(1)
+    ), done.stdout
 
 
 def test_there_are_thirty_different_sentences_with_negations_in_every_class():
@@ -42,7 +52,8 @@ def test_the_script_counts_the_sentences_that_a_model_has_right(fitted, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not FITTED.is_dir(), reason="no fitted quickstart: dact tune --config configs/quickstart.yaml --run_tag first"
+    not FITTED.is_dir(),
+    reason="no fitted quickstart: dact tune --config configs/quickstart.yaml --run_tag first",
 )
 def test_the_quickstarts_model_reads_the_sentences_of_a_person(tmp_path):
     right, printed = sentences_right(FITTED, tmp_path)

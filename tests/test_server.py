@@ -1,4 +1,5 @@
-"""The server, over real HTTP against the real process: answers, refusals, load, and an orderly end."""
+"""The server, over real HTTP against the real process: answers, refusals, load, and an orderly
+end."""
 
 import contextlib
 import http.client
@@ -37,7 +38,11 @@ def folder(tmp_path_factory):
     """A small fitted model whose examples leave at several layers."""
     torch.manual_seed(0)
     data = CompositionalSentiment(num_train=2000, num_val=100, num_test=100)
-    model = DACT(encoder=TransformerEncoder(data.vocab_size, 3, 16, 2), learning_rate=5e-3, halting_margin=0.6)
+    model = DACT(
+        encoder=TransformerEncoder(data.vocab_size, 3, 16, 2),
+        learning_rate=5e-3,
+        halting_margin=0.6,
+    )
     trainer = pl.Trainer(
         max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path_factory.mktemp("fit"),
@@ -66,7 +71,12 @@ class Server:
             cwd=where,
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "LIT_SERVER_API_KEY": KEY["X-API-Key"]},
+            env={
+                **os.environ,
+                "PYTHONPATH": str(ROOT),
+                "OMP_NUM_THREADS": "1",
+                "LIT_SERVER_API_KEY": KEY["X-API-Key"],
+            },
         )
 
     def connection(self):
@@ -75,7 +85,12 @@ class Server:
     def ask(self, method, path, body=None, headers=JSON, connection=None):
         """(status, content) of one request."""
         connection = connection or self.connection()
-        connection.request(method, path, body if isinstance(body, (bytes, type(None))) else json.dumps(body), headers)
+        connection.request(
+            method,
+            path,
+            body if isinstance(body, (bytes, type(None))) else json.dumps(body),
+            headers,
+        )
         response = connection.getresponse()
         content = response.read().decode()
         return response.status, json.loads(content) if content.startswith(("{", "[")) else content
@@ -124,7 +139,8 @@ def servers():
 
 @pytest.fixture
 def server(folder, servers, tmp_path_factory):
-    """A server that runs: the last one, since a start takes seconds, or a new one where a test has ended that."""
+    """A server that runs: the last one, since a start takes seconds, or a new one where a test has
+    ended that."""
     if not servers or servers[-1].process.poll() is not None:
         servers.append(Server(folder, tmp_path_factory.mktemp("server") / "cwd"))
         servers[-1].wait()
@@ -138,15 +154,34 @@ def offline(folder):
 
 def reviews(number, seed=1):
     """Distinct texts: the number of each is in its words."""
-    texts = CompositionalSentiment(num_train=3, num_val=3, num_test=number, seed=seed).examples("test").texts
-    digits = ["the", "screen", "sound", "price", "battery", "camera", "speaker", "keyboard", "display", "phone"]
-    return [f"{text} {' '.join(digits[int(d)] for d in str(row))}" for row, text in enumerate(texts)]
+    texts = (
+        CompositionalSentiment(num_train=3, num_val=3, num_test=number, seed=seed)
+        .examples("test")
+        .texts
+    )
+    digits = [
+        "the",
+        "screen",
+        "sound",
+        "price",
+        "battery",
+        "camera",
+        "speaker",
+        "keyboard",
+        "display",
+        "phone",
+    ]
+    return [
+        f"{text} {' '.join(digits[int(d)] for d in str(row))}" for row, text in enumerate(texts)
+    ]
 
 
 def same(got, expected):
-    """Whether answers of the server are those of TextClassifier; scores may differ in rounding, by the batch."""
+    """Whether answers of the server are those of TextClassifier; scores may differ in rounding, by
+    the batch."""
     return len(got) == len(expected) and all(
-        (one["label"], one["exit_layer"]) == (other.label, other.exit_layer) and abs(one["score"] - other.score) < 1e-5
+        (one["label"], one["exit_layer"]) == (other.label, other.exit_layer)
+        and abs(one["score"] - other.score) < 1e-5
         for one, other in zip(got, expected, strict=True)
     )
 
@@ -216,7 +251,9 @@ def test_a_body_that_cannot_be_answered_gets_a_status_that_says_so(server, body,
 
 def test_a_body_sent_in_pieces_is_measured_as_it_comes(server):
     connection = server.connection()
-    connection.request("POST", "/predict", (b"a" * 100_000 for _ in range(20)), JSON, encode_chunked=True)
+    connection.request(
+        "POST", "/predict", (b"a" * 100_000 for _ in range(20)), JSON, encode_chunked=True
+    )
     assert connection.getresponse().status == 413
 
 
@@ -238,8 +275,13 @@ def stubbed():
 
 
 def test_a_request_that_fails_does_not_take_others_with_it():
-    first, poisoned, last = stubbed().predict([PredictRequest(text=text) for text in ("good", "poison", "bad")])
-    assert [answer["label"] for answer in first["predictions"] + last["predictions"]] == ["good", "bad"]
+    first, poisoned, last = stubbed().predict(
+        [PredictRequest(text=text) for text in ("good", "poison", "bad")]
+    )
+    assert [answer["label"] for answer in first["predictions"] + last["predictions"]] == [
+        "good",
+        "bad",
+    ]
     assert poisoned.status_code == 500, "the fault is not that of the client"
 
 
@@ -268,7 +310,10 @@ def test_a_port_that_is_in_use_is_named_with_the_option(folder, dact_here, tmp_p
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status, text = dact_here("serve", "--model", folder, "--port", port, cwd=tmp_path)
-    assert (status, text) == (1, f"dact: error: port {port} of 127.0.0.1 is in use: give another --port\n")
+    assert (status, text) == (
+        1,
+        f"dact: error: port {port} of 127.0.0.1 is in use: give another --port\n",
+    )
 
 
 def test_a_missing_model_is_an_error_before_anything_starts(tmp_path):
@@ -277,7 +322,9 @@ def test_a_missing_model_is_an_error_before_anything_starts(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_texts(server, offline):
+def test_two_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_texts(
+    server, offline
+):
     number, clients = 2_000, 64
     texts = reviews(number)
     assert len(set(texts)) == number
@@ -295,7 +342,9 @@ def test_two_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_
         list(pool.map(client, range(clients)))
     assert [status for status, _ in answers] == [200] * number
     wrong = [
-        row for row, (_, content) in enumerate(answers) if not same(content["predictions"], expected[row : row + 1])
+        row
+        for row, (_, content) in enumerate(answers)
+        if not same(content["predictions"], expected[row : row + 1])
     ]
     assert not wrong
 
@@ -319,7 +368,9 @@ def test_sigterm_answers_what_was_taken_and_a_restart_serves_the_same_clients(
 
     def ask(start):
         connection = server.connection()
-        connection.request("POST", "/predict", json.dumps({"texts": texts[start : start + 1500]}), JSON)
+        connection.request(
+            "POST", "/predict", json.dumps({"texts": texts[start : start + 1500]}), JSON
+        )
         sent.wait()
         response = connection.getresponse()
         return response.status, json.loads(response.read())
@@ -383,9 +434,13 @@ def test_a_server_whose_http_process_dies_ends_and_says_so(server):
     listening = [
         process
         for process in psutil.Process(server.process.pid).children()
-        if any(one.status == psutil.CONN_LISTEN and one.laddr.port == server.port for one in process.net_connections())
+        if any(
+            one.status == psutil.CONN_LISTEN and one.laddr.port == server.port
+            for one in process.net_connections()
+        )
     ]
-    # An older one has only inherited the socket. The youngest may have just been started, and counts from then on.
+    # An older one has only inherited the socket. The youngest may have just been started, and
+    # counts from then on.
     max(listening, key=lambda process: process.create_time()).kill()
     assert server.process.wait(90) == 1
     log = server.log.read_text()

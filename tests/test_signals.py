@@ -14,7 +14,9 @@ from tests.conftest import random_batch, tiny_model
 @pytest.fixture
 def _installed():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell ignores in the background
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which a shell ignores in the background
     signals.install()
     yield
     for number, handler in before.items():

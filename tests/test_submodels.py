@@ -24,14 +24,21 @@ def test_widths_follow_the_strategy(strategy, widths):
 
 
 def test_an_odd_bow_tie_has_one_narrow_middle_and_widths_never_reach_zero():
-    assert SubmodelConfig(num_layers=5, hidden_units=64, layer_strategy="bow_tie").hidden_widths() == [
+    assert SubmodelConfig(
+        num_layers=5, hidden_units=64, layer_strategy="bow_tie"
+    ).hidden_widths() == [
         64,
         32,
         16,
         32,
         64,
     ]
-    assert min(SubmodelConfig(num_layers=8, hidden_units=4, layer_strategy="pyramidal").hidden_widths()) == 1
+    assert (
+        min(
+            SubmodelConfig(num_layers=8, hidden_units=4, layer_strategy="pyramidal").hidden_widths()
+        )
+        == 1
+    )
     assert SubmodelConfig(num_layers=0).hidden_widths() == []
 
 
@@ -39,7 +46,11 @@ def test_an_odd_bow_tie_has_one_narrow_middle_and_widths_never_reach_zero():
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "tanh"])
 def test_every_architecture_trains(normalization, activation):
     config = SubmodelConfig(
-        num_layers=2, hidden_units=8, normalization=normalization, activation=activation, dropout=0.5
+        num_layers=2,
+        hidden_units=8,
+        normalization=normalization,
+        activation=activation,
+        dropout=0.5,
     )
     model = config.build(6, 3)
     model(torch.randn(4, 6)).sum().backward()
@@ -59,7 +70,9 @@ def test_batch_normalization_takes_a_batch_of_one_and_keeps_its_statistics():
 @pytest.mark.parametrize("layers", [1, 2, 3, 6, 12, 24])
 @pytest.mark.parametrize("share", [False, True])
 def test_the_confidence_starts_undecided_whatever_the_depth(layers, share):
-    confidence = Submodels(SubmodelConfig(dropout=0), num_layers=layers, hidden_size=8, output_size=1, share=share)
+    confidence = Submodels(
+        SubmodelConfig(dropout=0), num_layers=layers, hidden_size=8, output_size=1, share=share
+    )
     start_undecided(confidence)
     h = confidence(100 * torch.randn(5, layers, 8)).squeeze(-1).sigmoid()
     p = h.cumprod(dim=1)
@@ -78,7 +91,9 @@ def test_layers_have_submodels_of_their_own_unless_shared():
 @pytest.mark.parametrize("normalization", ["none", "batch", "layer"])
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu", "gelu", "tanh"])
 @pytest.mark.parametrize("depth", [0, 1, 3])
-def test_in_training_all_layers_learn_as_if_each_were_called_alone(normalization, activation, depth):
+def test_in_training_all_layers_learn_as_if_each_were_called_alone(
+    normalization, activation, depth
+):
     config = SubmodelConfig(depth, 8, 0.0, normalization, activation, "inverted_pyramidal")
     submodels = Submodels(config, num_layers=4, hidden_size=6, output_size=3).double()
     with torch.no_grad():
@@ -97,10 +112,20 @@ def test_in_training_all_layers_learn_as_if_each_were_called_alone(normalization
 
 def test_each_layer_draws_dropout_masks_of_its_own():
     submodels = Submodels(SubmodelConfig(dropout=0.5), num_layers=3, hidden_size=6, output_size=2)
-    submodels.load_state_dict({name: submodels.state_dict()["0" + name[1:]] for name in submodels.state_dict()})
+    submodels.load_state_dict(
+        {name: submodels.state_dict()["0" + name[1:]] for name in submodels.state_dict()}
+    )
     answers = submodels(torch.ones(4, 3, 6))
     assert len({tuple(answer.tolist()) for answer in answers.flatten(0, 1)}) == 12
-    assert len({tuple(answer.tolist()) for answer in submodels.eval()(torch.ones(4, 3, 6)).flatten(0, 1)}) == 1
+    assert (
+        len(
+            {
+                tuple(answer.tolist())
+                for answer in submodels.eval()(torch.ones(4, 3, 6)).flatten(0, 1)
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.parametrize("hooked", [lambda submodel: submodel, lambda submodel: submodel[0]])
@@ -110,7 +135,9 @@ def test_hooks_of_a_layer_are_called_in_training(hooked):
     hooked(submodels[0]).register_forward_hook(lambda module, inputs, output: seen.append(output))
     submodels(torch.randn(4, 2, 6))
     assert len(seen) == 1
-    hooked(submodels[1]).register_full_backward_hook(lambda module, inputs, outputs: seen.append(outputs[0]))
+    hooked(submodels[1]).register_full_backward_hook(
+        lambda module, inputs, outputs: seen.append(outputs[0])
+    )
     submodels(torch.randn(4, 2, 6)).sum().backward()
     assert len(seen) == 3
 
@@ -136,7 +163,9 @@ def test_a_parametrized_layer_learns_by_its_parametrization():
     submodels = Submodels(SubmodelConfig(dropout=0.0), num_layers=2, hidden_size=6, output_size=2)
     torch.nn.utils.parametrizations.spectral_norm(submodels[1][0])
     states = torch.randn(4, 2, 6)
-    torch.testing.assert_close(submodels(states)[:, 1], submodels.of_layer(2)(states[:, 1]), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(
+        submodels(states)[:, 1], submodels.of_layer(2)(states[:, 1]), rtol=0.1, atol=0.1
+    )
     submodels[1][0].parametrizations.weight.original.data.mul_(100)
     assert submodels(states).abs().max() < 10
 

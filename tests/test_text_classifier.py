@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
 from dact import DACT, DACTOutput, TextClassifier, text_classifier
+from dact.calibration.temperature import temper
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import HuggingFaceEncoder
-from dact.scores import temper
 from tests.conftest import assert_same_answers, tiny_model
 
 WORDS = ["good", "bad", "film", "very", "not", "the"]
@@ -44,39 +44,64 @@ def test_a_prediction_has_the_probabilities_of_all_classes(classifier):
     for prediction in classifier(TEXTS):
         assert list(prediction.probabilities) == NAMES
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
-        assert prediction.score == prediction.probabilities[prediction.label] == max(prediction.probabilities.values())
+        assert (
+            prediction.score
+            == prediction.probabilities[prediction.label]
+            == max(prediction.probabilities.values())
+        )
 
 
 @pytest.mark.parametrize(
-    "unknown", ["Quarterly figures", "bad quarterly figures", ("bad", "quarterly figures disappoint")]
+    "unknown",
+    ["Quarterly figures", "bad quarterly figures", ("bad", "quarterly figures disappoint")],
 )
 def test_a_text_that_the_tokenizer_does_not_know_causes_a_warning(classifier, unknown):
-    with pytest.warns(UserWarning, match="consist mostly of tokens that the tokenizer does not know") as seen:
+    with pytest.warns(
+        UserWarning, match="consist mostly of tokens that the tokenizer does not know"
+    ) as seen:
         classifier([unknown])
     assert seen[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        classifier(["bad figures", "Not good."] if isinstance(unknown, str) else [("bad film", "figures")])
+        classifier(
+            ["bad figures", "Not good."] if isinstance(unknown, str) else [("bad film", "figures")]
+        )
 
 
 def test_many_threads_get_the_answers_of_one(classifier):
-    texts = [[f"{' '.join(WORDS[: 1 + number % 6])} " * (1 + number % 5)] * (1 + number % 9) for number in range(64)]
+    texts = [
+        [f"{' '.join(WORDS[: 1 + number % 6])} " * (1 + number % 5)] * (1 + number % 9)
+        for number in range(64)
+    ]
     expected = [classifier(some) for some in texts]
     before = threading.active_count()
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(classifier, texts))
-    assert [[p.label for p in some] for some in found] == [[p.label for p in some] for some in expected]
-    assert [[p.exit_layer for p in some] for some in found] == [[p.exit_layer for p in some] for some in expected]
+    assert [[p.label for p in some] for some in found] == [
+        [p.label for p in some] for some in expected
+    ]
+    assert [[p.exit_layer for p in some] for some in found] == [
+        [p.exit_layer for p in some] for some in expected
+    ]
     assert threading.active_count() == before, "no thread stays behind"
 
 
 def bert():
-    return BertConfig(vocab_size=20, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+    return BertConfig(
+        vocab_size=20,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+    )
 
 
 def test_a_classifier_survives_pickling(classifier, tokenizer):
     encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(bert()))
-    for one in (classifier, TextClassifier(tiny_model(encoder=encoder, class_names=NAMES), tokenizer)):
+    for one in (
+        classifier,
+        TextClassifier(tiny_model(encoder=encoder, class_names=NAMES), tokenizer),
+    ):
         again = pickle.loads(pickle.dumps(one))
         assert_same_answers(again(TEXTS), one(TEXTS))
 
@@ -93,15 +118,26 @@ def test_two_classifiers_share_a_tokenizer_between_threads(tokenizer):
 def test_texts_longer_than_the_encoder_are_cut(tokenizer, limit):
     if limit is not None:
         tokenizer.model_max_length = limit
-    before = copy.deepcopy(tokenizer.init_kwargs), tokenizer.model_max_length, tokenizer.backend_tokenizer.to_str()
-    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 8}
+    before = (
+        copy.deepcopy(tokenizer.init_kwargs),
+        tokenizer.model_max_length,
+        tokenizer.backend_tokenizer.to_str(),
+    )
+    sizes = {
+        "hidden_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
     config = BertConfig(vocab_size=20, max_position_embeddings=8, **sizes)
     encoder = HuggingFaceEncoder.from_model(BertModel(config))
     classifier = TextClassifier(DACT(encoder=encoder, class_names=NAMES), tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = classifier(["good film " * 50, "good film good film good film good"])
-    assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-5), "[CLS] and the first seven words"
+    assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-5), (
+        "[CLS] and the first seven words"
+    )
     after = tokenizer.init_kwargs, tokenizer.model_max_length, tokenizer.backend_tokenizer.to_str()
     assert after == before, "the caller's tokenizer stays as it is"
 
@@ -110,7 +146,10 @@ def test_pairs_are_read_as_the_data_reads_them(classifier, tokenizer):
     first, second = ["good film", "bad"], ["very good", "the film"]
     encoding = tokenizer(first, second, padding=True, return_tensors="pt")
     expected = classifier.model.early_exit(dict(encoding)).probabilities
-    for pairs in (list(zip(first, second, strict=True)), [list(pair) for pair in zip(first, second, strict=True)]):
+    for pairs in (
+        list(zip(first, second, strict=True)),
+        [list(pair) for pair in zip(first, second, strict=True)],
+    ):
         found = classifier(pairs)
         rows = torch.tensor([list(prediction.probabilities.values()) for prediction in found])
         torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
@@ -121,8 +160,16 @@ def test_pairs_are_read_as_the_data_reads_them(classifier, tokenizer):
     ("texts", "error", "message"),
     [
         ("good", TypeError, r"got one string: pass \[text\]"),
-        ({"text": ["good"]}, TypeError, "expected a sequence of texts, got a dict: pass one column as a list"),
-        (pandas.DataFrame({"text": ["good"]}), TypeError, "got a DataFrame: pass one column as a list"),
+        (
+            {"text": ["good"]},
+            TypeError,
+            "expected a sequence of texts, got a dict: pass one column as a list",
+        ),
+        (
+            pandas.DataFrame({"text": ["good"]}),
+            TypeError,
+            "got a DataFrame: pass one column as a list",
+        ),
         (["good", 3], TypeError, "expected texts or pairs of texts, got a int at position 1"),
         ([("good", "bad", "film")], TypeError, "got a tuple of 3 at position 0"),
         ([("good", None)], TypeError, "expected strings, got NoneType at position 0"),
@@ -141,9 +188,14 @@ def test_wrong_texts_are_refused(classifier, texts, error, message):
 
 def test_wrong_parts_are_refused(tokenizer):
     for model in ("lightning_logs/first/model", tokenizer):
-        with pytest.raises(TypeError, match="model must be a DACT, got .*; from_pretrained loads one from a folder"):
+        with pytest.raises(
+            TypeError, match="model must be a DACT, got .*; from_pretrained loads one from a folder"
+        ):
             TextClassifier(model, tokenizer)
-    with pytest.raises(TypeError, match="tokenizer must be an object such as transformers.AutoTokenizer.*, got None"):
+    with pytest.raises(
+        TypeError,
+        match="tokenizer must be an object such as transformers.AutoTokenizer.*, got None",
+    ):
         TextClassifier(tiny_model(vocab=20, class_names=NAMES), None)
 
 
@@ -163,7 +215,9 @@ def test_half_precision_leaves_the_weights_alone(tokenizer):
     for device in ("cuda:99", "gpu", torch.device("xpu:99")):
         with pytest.raises(ValueError, match=f"device='{device}' cannot be used here, cpu can: "):
             TextClassifier.from_pretrained("absent", device=device)
-    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"):
+    with pytest.raises(
+        ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"
+    ):
         TextClassifier(model, tokenizer, dtype="int8")
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         TextClassifier(model, tokenizer, batch_size=0)
@@ -193,7 +247,9 @@ class Constant:
 
     def early_exit(self, batch):
         rows = len(batch["input_ids"])
-        return DACTOutput(torch.tensor([[0.25, 0.75]]).repeat(rows, 1), torch.ones(rows, dtype=torch.long))
+        return DACTOutput(
+            torch.tensor([[0.25, 0.75]]).repeat(rows, 1), torch.ones(rows, dtype=torch.long)
+        )
 
 
 def test_any_model_with_early_exit_and_class_names_serves(tokenizer):
@@ -204,7 +260,9 @@ def test_any_model_with_early_exit_and_class_names_serves(tokenizer):
 
 def test_a_tokenizer_of_another_encoder_is_refused_at_once():
     many = word_tokenizer([f"word{number}" for number in range(100)])
-    with pytest.raises(ValueError, match=r"the tokenizer has 103 token ids, but the encoder only 20"):
+    with pytest.raises(
+        ValueError, match=r"the tokenizer has 103 token ids, but the encoder only 20"
+    ):
         TextClassifier(tiny_model(vocab=20, class_names=NAMES), many)
 
 
@@ -246,10 +304,18 @@ def test_a_bar_is_shown_on_a_terminal_alone(monkeypatch):
 def test_a_folder_gives_a_classifier_that_knows_its_settings(classifier, tokenizer, tmp_path):
     classifier.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again = TextClassifier.from_pretrained(tmp_path, batch_size=3, device="cpu", dtype="float32", halting="never")
+    again = TextClassifier.from_pretrained(
+        tmp_path, batch_size=3, device="cpu", dtype="float32", halting="never"
+    )
     assert (again.batch_size, again.dtype, again.model.halting) == (3, torch.float32, "never")
     assert {prediction.exit_layer for prediction in again(TEXTS)} == {4}
     half = TextClassifier.from_pretrained(tmp_path, dtype="bfloat16")
     assert {parameter.dtype for parameter in half.model.encoder.parameters()} == {torch.bfloat16}
-    assert sum(one.label == other.label for one, other in zip(half(TEXTS), classifier(TEXTS), strict=True)) >= 36
+    assert (
+        sum(
+            one.label == other.label
+            for one, other in zip(half(TEXTS), classifier(TEXTS), strict=True)
+        )
+        >= 36
+    )
     assert AutoTokenizer.from_pretrained(Path(tmp_path)).get_vocab() == again.tokenizer.get_vocab()

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dact.answers import layer_answers
+from dact.calibration.answers import layer_answers
 from dact.files import read_tensors
 from tests.commands import ROOT, dact
 from tests.conftest import random_batch, tiny_model
@@ -90,9 +90,20 @@ def a_run(layers=2.4, above=-0.005, tuned_less_defaults=0.002, lost=0.004, took=
 def test_the_goals_are_said_to_be_met_or_missed(tuned):
     text = tuned.table([a_run(), a_run()])
     assert "- MISSED" not in text
-    assert "    - its margin turned to as much accuracy on validation texts (2 runs): 0.00 ± 0.21, −0.50 layers" in text
-    assert "- met: vader2000: within a point of the baseline, at most 3 layers, at least 1.7 times as fast" in text
-    for change in ({"layers": 3.2}, {"above": -0.02}, {"tuned_less_defaults": -0.01}, {"lost": 0.02}):
+    assert (
+        "    - its margin turned to as much accuracy on validation texts (2 runs): 0.00 ± 0.21, −0.50 layers"
+        in text
+    )
+    assert (
+        "- met: vader2000: within a point of the baseline, at most 3 layers, at least 1.7 times as fast"
+        in text
+    )
+    for change in (
+        {"layers": 3.2},
+        {"above": -0.02},
+        {"tuned_less_defaults": -0.01},
+        {"lost": 0.02},
+    ):
         missed = [goal for goal, met in tuned.goals_of([a_run(**change)] * 2) if not met]
         assert missed, change
     assert "no promise broken by more than two standard errors (2 of 2)" in missed
@@ -103,11 +114,17 @@ def test_what_tuning_adds_is_told_from_the_runs_that_it_won(tuned):
     won["models"]["taught defaults"] = {**won["models"]["encoder"], "mean_exit_layer": 2.5}
     text = tuned.table([lost, won])
     wins = "where tuning wins (1 of 2 runs), 0.3 layers fewer than the"
-    assert "vader2000 0: 78.00 % at 2.40 layers, taught defaults 78.00 % at 2.50 layers (+0.20 ± 0.30 points)" in text
+    assert (
+        "vader2000 0: 78.00 % at 2.40 layers, taught defaults 78.00 % at 2.50 layers (+0.20 ± 0.30 points)"
+        in text
+    )
     assert f"- MISSED: {wins} taught defaults (−0.10 layers: vader2000 0 −0.10)" in text
     assert f"- met: {wins} defaults (−1.10 layers: vader2000 0 −1.10)" in text
     unmeasured = tuned.table([lost, won, a_run()])
-    assert "where tuning wins (2 of 3 runs), measured in 1 of the 2, 0.3 layers fewer than the taught" in unmeasured
+    assert (
+        "where tuning wins (2 of 3 runs), measured in 1 of the 2, 0.3 layers fewer than the taught"
+        in unmeasured
+    )
     assert "taught defaults" not in tuned.table([lost])
 
 
@@ -123,11 +140,15 @@ def test_the_margin_is_turned_to_as_many_layers_or_as_much_accuracy(tuned):
     as_right, fewer = tuned.turned_down(model, answers, answers, accuracy=accuracy)
     assert fewer <= layers
     assert as_right.mean().item() >= accuracy
-    assert tuned.turned_down(model, answers, answers, accuracy=1.1)[1] == deepest, "no margin reaches it"
+    assert tuned.turned_down(model, answers, answers, accuracy=1.1)[1] == deepest, (
+        "no margin reaches it"
+    )
 
 
 @pytest.mark.slow
-def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tuned, tmp_path, monkeypatch, capsys):
+def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(
+    tuned, tmp_path, monkeypatch, capsys
+):
     def run_command(command, **_):
         assert command[:3] == [sys.executable, "-m", "dact"]
         return dact(*command[3:], cwd=tmp_path)
@@ -147,19 +168,28 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(tuned
     for name, entry in (("baseline", metrics["baseline"]["test"]), ("tuned", metrics["test"])):
         assert models[name]["accuracy"] == pytest.approx(entry["accuracy"])
     assert models["tuned"]["mean_exit_layer"] == pytest.approx(metrics["test"]["mean_exit_layer"])
-    assert models["encoder"]["layers"] - 1 < metrics["validation"]["mean_exit_layer"] <= models["encoder"]["layers"]
+    assert (
+        models["encoder"]["layers"] - 1
+        < metrics["validation"]["mean_exit_layer"]
+        <= models["encoder"]["layers"]
+    )
     assert models["multi-exit"]["layers"] == metrics["layers"]
     assert "| tiny (0) | baseline |" in printed
     lost = "first trial" if run["took"] == "default settings" else "default settings"
     setting, stored = tuned.Setting.of(tmp_path / "tiny-0", 0), tmp_path / "tiny-0" / "confirmation"
     answers = read_tensors(stored / lost.replace(" ", "_") / "answers.safetensors")[0]
-    again = layer_answers(setting.candidate(lost), setting.data(setting.config["data"]).val_dataloader())
+    again = layer_answers(
+        setting.candidate(lost), setting.data(setting.config["data"]).val_dataloader()
+    )
     torch.testing.assert_close(again.a, answers["a"])
 
 
 def test_the_documented_table_is_that_of_the_stored_results(tuned):
     runs = [json.loads(path.read_text()) for path in sorted(tuned.RESULTS.glob("*.json"))]
     documented = (
-        (ROOT / "benchmarks" / "README.md").read_text().split("<!-- table -->\n")[1].split("\n<!-- /table -->")[0]
+        (ROOT / "benchmarks" / "README.md")
+        .read_text()
+        .split("<!-- table -->\n")[1]
+        .split("\n<!-- /table -->")[0]
     )
     assert documented == tuned.table(runs)

@@ -53,7 +53,13 @@ small_data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test
 
 def engine(tmp_path, **options):
     space = {"batch_size": {"choices": [32, 64]}, "num_epochs": {"choices": [1, 2]}}
-    options = {"model": small_model, "data": small_data, "n_trials": 3, "search_space": space, **options}
+    options = {
+        "model": small_model,
+        "data": small_data,
+        "n_trials": 3,
+        "search_space": space,
+        **options,
+    }
     options = {"trainer": {"max_epochs": 1, "accelerator": "cpu"}, "log_dir": tmp_path, **options}
     made = TuningEngine(**options)
     made.progress.console.quiet = True
@@ -61,7 +67,9 @@ def engine(tmp_path, **options):
 
 
 def study_of(tmp_path, stage, tag="run"):
-    return optuna.load_study(study_name=f"{tag}/{stage}", storage=f"sqlite:///{tmp_path / tag / 'studies.db'}")
+    return optuna.load_study(
+        study_name=f"{tag}/{stage}", storage=f"sqlite:///{tmp_path / tag / 'studies.db'}"
+    )
 
 
 # ------------------------------------------------------------------ the whole
@@ -72,7 +80,9 @@ def tuned(request, tmp_path_factory):
     """An engine after its pipeline, and where it ran."""
     folder = tmp_path_factory.mktemp(request.param)
     made = engine(folder, encoder_training=request.param, warm_up_epochs=1, time_out=60)
-    made.progress.console = Console(file=io.StringIO(), width=150, force_terminal=True, color_system=None)
+    made.progress.console = Console(
+        file=io.StringIO(), width=150, force_terminal=True, color_system=None
+    )
     return made, folder / "run", made.run_pipeline("run")
 
 
@@ -90,11 +100,25 @@ def test_the_pipeline_leaves_what_the_design_lists(tuned):
     assert stored["lambda_reg"] == {"lambda_reg": made.lambda_reg}
     SubmodelConfig(**stored["classifier_config"])
     SubmodelConfig(**stored["confidence_config"])
-    expected = {"batch_size", "submodel_learning_rate", "num_epochs", "exit_loss_weight", "detach_exits", "num_layers"}
+    expected = {
+        "batch_size",
+        "submodel_learning_rate",
+        "num_epochs",
+        "exit_loss_weight",
+        "detach_exits",
+        "num_layers",
+    }
     finetuned = {"learning_rate"} if made.recipe.encoder_training == "finetune" else set()
     assert set(stored["external_config"]) == expected | finetuned
     final = {path.name for path in (run / "final").iterdir()}
-    assert {"checkpoints", "config.yaml", "metrics.json", "model", "dials.png", "exit_histogram.png"} <= final
+    assert {
+        "checkpoints",
+        "config.yaml",
+        "metrics.json",
+        "model",
+        "dials.png",
+        "exit_histogram.png",
+    } <= final
     assert [path.name for path in (run / "final" / "checkpoints").iterdir()] == ["best.ckpt"]
     assert not list(run.glob("*/trial_*/**/*.ckpt"))
 
@@ -110,7 +134,9 @@ def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
     data = small_data()
     data.setup("test")
     metrics = json.loads((run / "final" / "metrics.json").read_text())
-    plain = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run)
+    plain = pl.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run
+    )
     measured = plain.test(model, data, verbose=False)[0]
     assert measured["test_accuracy"] == pytest.approx(metrics["test"]["accuracy"])
     assert measured["test_exit_layer"] == pytest.approx(metrics["test"]["mean_exit_layer"])
@@ -125,9 +151,30 @@ def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
 def test_metrics_have_the_keys_of_the_design(tuned):
     _, run, _ = tuned
     metrics = json.loads((run / "final" / "metrics.json").read_text())
-    keys = {"validation", "test", "baseline", "tolerance_curve", "margin_curve", "history", "lambda_reg", "layers"}
-    assert set(metrics) == keys | {"halting_tolerance", "halting_margin", "calibration", "confirmation"}
-    quality = {"accuracy", "macro_f1", "majority_share", "task_loss", "mean_exit_layer", "exit_histogram"}
+    keys = {
+        "validation",
+        "test",
+        "baseline",
+        "tolerance_curve",
+        "margin_curve",
+        "history",
+        "lambda_reg",
+        "layers",
+    }
+    assert set(metrics) == keys | {
+        "halting_tolerance",
+        "halting_margin",
+        "calibration",
+        "confirmation",
+    }
+    quality = {
+        "accuracy",
+        "macro_f1",
+        "majority_share",
+        "task_loss",
+        "mean_exit_layer",
+        "exit_histogram",
+    }
     quality |= {"texts_per_second"}
     early = {"full_depth", "agreement", "difference_to_baseline"}
     for split, more in (("validation", set()), ("test", {"calibration_error"})):
@@ -135,7 +182,12 @@ def test_metrics_have_the_keys_of_the_design(tuned):
         assert set(metrics[split]["full_depth"]) == quality
         assert sum(metrics[split]["exit_histogram"]) == 60
         assert metrics[split]["full_depth"]["mean_exit_layer"] == metrics["layers"]
-        assert set(metrics["baseline"][split]) == {"accuracy", "macro_f1", "task_loss", "texts_per_second"}
+        assert set(metrics["baseline"][split]) == {
+            "accuracy",
+            "macro_f1",
+            "task_loss",
+            "texts_per_second",
+        }
         difference = metrics[split]["accuracy"] - metrics["baseline"][split]["accuracy"]
         assert metrics[split]["difference_to_baseline"]["accuracy"] == pytest.approx(difference)
     assert metrics["baseline"]["layers"] == 3
@@ -158,7 +210,9 @@ def test_the_studies_hold_what_the_objectives_say(tuned):
     assert all(len(trial.values) == 2 for trial in lambdas.trials)
     assert all(1 <= trial.values[1] <= 3 for trial in lambdas.trials)
     assert made.lambda_reg in [trial.params["lambda_reg"] for trial in lambdas.trials]
-    fits = 3 if made.recipe.encoder_training == "frozen" else 1  # of each trial, on 60 validation examples
+    fits = (
+        3 if made.recipe.encoder_training == "frozen" else 1
+    )  # of each trial, on 60 validation examples
     assert all(sum(trial.user_attrs["exit_histogram"]) == 60 * fits for trial in lambdas.trials)
     for study in (submodels, training):
         for trial in study.trials:
@@ -184,7 +238,10 @@ def test_data_that_cannot_set_examples_aside_is_told_what_would_help(tmp_path):
     made = engine(tmp_path, data=WithTest)
     made.progress.console = Console(file=io.StringIO(), width=300)
     made._survey(measured=True)
-    assert "WithTest sets 0 aside. A calibration_dataloader changes that" in made.progress.console.file.getvalue()
+    assert (
+        "WithTest sets 0 aside. A calibration_dataloader changes that"
+        in made.progress.console.file.getvalue()
+    )
 
 
 def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(tuned):
@@ -193,7 +250,9 @@ def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(t
     config = SubmodelConfig()
     assert submodels.trials[0].params["classifier_hidden_units"] == config.hidden_units
     first, own = (trial.params for trial in training.trials[:2])
-    assert (first["num_layers"], own["num_layers"]) == (2, 3), "two thirds of the layers, and all of them"
+    assert (first["num_layers"], own["num_layers"]) == (2, 3), (
+        "two thirds of the layers, and all of them"
+    )
     assert own["submodel_learning_rate"] == 3e-3
     assert lambdas.trials[0].params["lambda_reg"] == small_model().lambda_reg
 
@@ -219,7 +278,11 @@ def test_the_baseline_is_the_whole_encoder_even_if_the_model_keeps_fewer_layers(
     made = engine(tmp_path, model=cut, n_trials=1, encoder_training="frozen", warm_up_epochs=1)
     metrics = json.loads(Path(made.run_pipeline("run")[0]).read_text())
     first = study_of(tmp_path, "training").trials[0]
-    assert (metrics["baseline"]["layers"], metrics["layers"], first.params["num_layers"]) == (3, 2, 2)
+    assert (metrics["baseline"]["layers"], metrics["layers"], first.params["num_layers"]) == (
+        3,
+        2,
+        2,
+    )
     assert first.distributions["num_layers"].high == 3, "trials may keep all layers"
     assert Features(tmp_path / "run" / "features" / "train").arrays["states"].shape[1] == 3
 
@@ -241,7 +304,9 @@ def test_trials_are_in_the_hparams_tab_with_their_status(tuned):
     for trial in study_of(run.parent, "training").trials:
         events = EventAccumulator(str(run / "training" / f"trial_{trial.number:04d}")).Reload()
         records = events.PluginTagToContent("hparams")
-        start = plugin_data_pb2.HParamsPluginData.FromString(records[metadata.SESSION_START_INFO_TAG])
+        start = plugin_data_pb2.HParamsPluginData.FromString(
+            records[metadata.SESSION_START_INFO_TAG]
+        )
         assert set(start.session_start_info.hparams) == set(trial.params)
         end = plugin_data_pb2.HParamsPluginData.FromString(records[metadata.SESSION_END_INFO_TAG])
         complete = trial.state == optuna.trial.TrialState.COMPLETE
@@ -252,11 +317,24 @@ def test_trials_are_in_the_hparams_tab_with_their_status(tuned):
 
 @pytest.fixture(scope="module")
 def served(tuned):
-    """A TensorBoard server that has read a run; what it answers to a path, with a body for a POST."""
+    """A TensorBoard server that has read a run; what it answers to a path, with a body for a
+    POST."""
     _, run, _ = tuned
     port = free_port()
-    command = [sys.executable, "-m", "tensorboard.main", "--logdir", run, "--port", port, "--load_fast", "false"]
-    server = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    command = [
+        sys.executable,
+        "-m",
+        "tensorboard.main",
+        "--logdir",
+        run,
+        "--port",
+        port,
+        "--load_fast",
+        "false",
+    ]
+    server = subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
 
     def ask(path, body=None):
         data = None if body is None else json.dumps(body).encode()
@@ -287,27 +365,46 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
     }
     assert "best/val_accuracy" in {info["name"]["tag"] for info in experiment["metricInfos"]}
     states = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"]
-    question = {"experimentName": "", "allowedStatuses": states, "colParams": [], "startIndex": 0, "sliceSize": 100}
+    question = {
+        "experimentName": "",
+        "allowedStatuses": states,
+        "colParams": [],
+        "startIndex": 0,
+        "sliceSize": 100,
+    }
     found = served("hparams/session_groups", question)["sessionGroups"]
-    assert all(group["name"].startswith("run/") for group in found), "trials of several runs are different trials"
+    assert all(group["name"].startswith("run/") for group in found), (
+        "trials of several runs are different trials"
+    )
     groups = {group["name"].removeprefix("run/"): group for group in found}
     trials = {
-        f"{stage}/trial_{trial.number:04d}": trial for stage in STAGES for trial in study_of(run.parent, stage).trials
+        f"{stage}/trial_{trial.number:04d}": trial
+        for stage in STAGES
+        for trial in study_of(run.parent, stage).trials
     }
-    fits = {"baseline", "final", "final/defaults"} | {name for name in groups if name.startswith("confirmation/")}
+    fits = {"baseline", "final", "final/defaults"} | {
+        name for name in groups if name.startswith("confirmation/")
+    }
     assert "confirmation/default_settings" in fits
     assert groups.keys() == trials.keys() | fits
     for name, trial in trials.items():
         complete = trial.state == optuna.trial.TrialState.COMPLETE
-        assert [session["status"] for session in groups[name]["sessions"]] == [states[0] if complete else states[1]]
+        assert [session["status"] for session in groups[name]["sessions"]] == [
+            states[0] if complete else states[1]
+        ]
         assert groups[name]["hparams"].keys() == trial.params.keys()
-        values = {value["name"]["tag"]: value["value"] for value in groups[name].get("metricValues", [])}
+        values = {
+            value["name"]["tag"]: value["value"] for value in groups[name].get("metricValues", [])
+        }
         if complete and len(trial.values) == 1:
             assert values["best/val_loss"] == pytest.approx(trial.value)
         elif complete:
             both = values["best/val_task_loss"], values["best/val_exit_layer"]
             assert both == pytest.approx(tuple(trial.values))
-            baseline, outcome = read_tensors(run / "baseline" / "answers.safetensors")[0], Outcome.read(run / name)
+            baseline, outcome = (
+                read_tensors(run / "baseline" / "answers.safetensors")[0],
+                Outcome.read(run / name),
+            )
             right = (baseline["classes"] == baseline["targets"])[: len(outcome.lost)]
             early = right.double().mean() - outcome.lost.double().mean()
             assert values["best/val_accuracy"] == pytest.approx(early.item())
@@ -316,11 +413,16 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
 def test_a_tensorboard_server_shows_the_pictures(served):
     tags = {run: set(content) for run, content in served("images/tags").items()}
     assert tags["submodels/study"] >= {"optimization history"}
-    assert tags["lambda_reg/study"] >= {"Pareto front", "exit histogram", "history of the task loss"}
+    assert tags["lambda_reg/study"] >= {
+        "Pareto front",
+        "exit histogram",
+        "history of the task loss",
+    }
     assert tags["final"] >= {"dials", "exit histogram", "depth against exit layer"}
     scalars = set(served("scalars/tags")["final"])
     assert {
-        f"operating points by margin in %/{name}" for name in ("accuracy", "mean_exit_layer", "agreement")
+        f"operating points by margin in %/{name}"
+        for name in ("accuracy", "mean_exit_layer", "agreement")
     } <= scalars
 
 
@@ -334,12 +436,19 @@ def test_the_studies_open_in_optuna_dashboard(tuned):
     def ask(path):
         status = []
         environ = {"wsgi.input": io.BytesIO(), "wsgi.errors": sys.stderr, "wsgi.url_scheme": "http"}
-        environ |= {"REQUEST_METHOD": "GET", "PATH_INFO": path, "SERVER_NAME": "x", "SERVER_PORT": "1"}
+        environ |= {
+            "REQUEST_METHOD": "GET",
+            "PATH_INFO": path,
+            "SERVER_NAME": "x",
+            "SERVER_PORT": "1",
+        }
         body = b"".join(app(environ, lambda line, headers, info=None: status.append(line)))
         assert status == ["200 OK"], (path, status)
         return json.loads(body)
 
-    studies = {study["study_name"]: study["study_id"] for study in ask("/api/studies")["study_summaries"]}
+    studies = {
+        study["study_name"]: study["study_id"] for study in ask("/api/studies")["study_summaries"]
+    }
     assert set(studies) == {f"run/{stage}" for stage in STAGES}
     for name, number in studies.items():
         trials = ask(f"/api/studies/{number}")["trials"]
@@ -361,7 +470,11 @@ def test_two_runs_with_one_seed_give_the_same_weights(tuned, tmp_path):
     engine(tmp_path, encoder_training="finetune", warm_up_epochs=1).run_pipeline("run")
     found = []
     for folder in (tuned[1].parent, tmp_path):
-        trials = [(trial.params, trial.values) for stage in STAGES for trial in study_of(folder, stage).trials]
+        trials = [
+            (trial.params, trial.values)
+            for stage in STAGES
+            for trial in study_of(folder, stage).trials
+        ]
         model = folder / "run" / "final" / "model" / "model.safetensors"
         found.append((json.dumps(trials), model.read_bytes()))
     assert found[0] == found[1]
@@ -376,8 +489,19 @@ def test_objectives_serve_a_study_of_ones_own(tmp_path, mode):
     study = optuna.create_study()
     study.optimize(made.submodel_objective, n_trials=1)
     assert study.best_value > 0
-    fixed = {**study.best_params, "learning_rate": 1e-3, "submodel_learning_rate": 1e-3, "batch_size": 64}
-    fixed |= {"num_epochs": 1, "num_layers": 2, "exit_loss_weight": 0.3, "detach_exits": True, "lambda_reg": 0.05}
+    fixed = {
+        **study.best_params,
+        "learning_rate": 1e-3,
+        "submodel_learning_rate": 1e-3,
+        "batch_size": 64,
+    }
+    fixed |= {
+        "num_epochs": 1,
+        "num_layers": 2,
+        "exit_loss_weight": 0.3,
+        "detach_exits": True,
+        "lambda_reg": 0.05,
+    }
     value = made.train_tune_objective(optuna.trial.FixedTrial(fixed))
     assert isinstance(value, float)
     loss, layers = made.lambda_objective(optuna.trial.FixedTrial(fixed, number=1))
@@ -391,7 +515,9 @@ def test_a_study_of_ones_own_leaves_the_trials_of_the_run_as_they_are(tmp_path):
     run = tmp_path / "run"
     before = {path: path.read_bytes() for path in (run / "lambda_reg").rglob("*") if path.is_file()}
     made.lambda_objective(optuna.trial.FixedTrial({"lambda_reg": 0.3}, number=0))
-    assert {path: path.read_bytes() for path in (run / "lambda_reg").rglob("*") if path.is_file()} == before
+    assert {
+        path: path.read_bytes() for path in (run / "lambda_reg").rglob("*") if path.is_file()
+    } == before
     assert list((run / "own" / "lambda_reg" / "trial_0000").glob("events*"))
 
 
@@ -404,7 +530,10 @@ def test_studies_of_ones_own_log_apart_and_start_from_one_baseline(tmp_path):
         fitted = "baseline at full depth" in made.progress.console.file.getvalue()
         assert fitted == (name == "first")
     folders = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("trial_0000")}
-    assert folders == {"mine/own/first/submodels/trial_0000", "mine/own/second_try/submodels/trial_0000"}
+    assert folders == {
+        "mine/own/first/submodels/trial_0000",
+        "mine/own/second_try/submodels/trial_0000",
+    }
 
 
 def test_a_study_of_ones_own_with_other_objectives_is_refused_before_the_baseline(tmp_path):
@@ -412,7 +541,8 @@ def test_a_study_of_ones_own_with_other_objectives_is_refused_before_the_baselin
     wrong = ((made.lambda_objective, {}), (made.submodel_objective, {"direction": "maximize"}))
     for objective, options in wrong:
         with pytest.raises(
-            ValueError, match=r"is for a study that optuna.create_study\(directions=\['minimize'.*got one"
+            ValueError,
+            match=r"is for a study that optuna.create_study\(directions=\['minimize'.*got one",
         ):
             optuna.create_study(**options).optimize(objective, n_trials=1)
     assert not list(tmp_path.iterdir())
@@ -425,7 +555,9 @@ def test_lambda_never_enters_the_task_loss(tmp_path):
         made.lambda_objective(optuna.trial.FixedTrial({"lambda_reg": value}, number=number))
         for number, value in enumerate((1e-3, 1.0))
     ]
-    assert values[0] == pytest.approx(values[1], rel=1e-4), "an untrained model has one task loss, whatever λ costs"
+    assert values[0] == pytest.approx(values[1], rel=1e-4), (
+        "an untrained model has one task loss, whatever λ costs"
+    )
 
 
 def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp_path):
@@ -443,7 +575,9 @@ def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp
 def test_final_train_lists_what_is_still_untuned(tmp_path):
     made = engine(tmp_path, n_trials=1)
     made.joint_tune_study("run")
-    with pytest.raises(RuntimeError, match=r"external_config \(train_tune_study\), lambda_reg \(lambda_reg_study\)"):
+    with pytest.raises(
+        RuntimeError, match=r"external_config \(train_tune_study\), lambda_reg \(lambda_reg_study\)"
+    ):
         made.final_train("run")
     with pytest.raises(RuntimeError, match="classifier_config"):
         engine(tmp_path).final_train("other")
@@ -463,7 +597,9 @@ class Breaks(DACT):
         return result
 
 
-@pytest.mark.parametrize(("how", "state"), [("nan", "PRUNED"), ("inf", "PRUNED"), ("memory", "FAIL")])
+@pytest.mark.parametrize(
+    ("how", "state"), [("nan", "PRUNED"), ("inf", "PRUNED"), ("memory", "FAIL")]
+)
 def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how, state):
     kind = type("Broken", (Breaks,), {"how": how})
     made = engine(
@@ -483,7 +619,10 @@ def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how,
 
 def test_a_baseline_that_breaks_says_what_to_do(tmp_path):
     kind = type("Broken", (Breaks,), {"how": "nan"})
-    made = engine(tmp_path, model=lambda **o: kind(encoder=TransformerEncoder(42, 2, 8, 2), learning_rate=0.01, **o))
+    made = engine(
+        tmp_path,
+        model=lambda **o: kind(encoder=TransformerEncoder(42, 2, 8, 2), learning_rate=0.01, **o),
+    )
     message = "the baseline broke: val_loss is nan after epoch 0. Its learning rate is 0.01: lower that of the model"
     with pytest.raises(RuntimeError, match=message):
         made.joint_tune_study("run")
@@ -491,7 +630,9 @@ def test_a_baseline_that_breaks_says_what_to_do(tmp_path):
 
 def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
     made = engine(tmp_path, data=lambda **chosen: chosen["nothing"] if chosen else small_data())
-    with pytest.raises(RuntimeError, match=r"none of its 3 trials finished. The first cause: trial 0: KeyError"):
+    with pytest.raises(
+        RuntimeError, match=r"none of its 3 trials finished. The first cause: trial 0: KeyError"
+    ):
         made.train_tune_study("run")
     assert made.external_config is None
 
@@ -514,14 +655,30 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
             ValueError,
             "consistency goes with final_training='finetune'",
         ),
-        ({"final_training": "frozen"}, ValueError, "final_training='frozen' goes with encoder_training='frozen'"),
-        ({"workers": 2, "storage": optuna.storages.InMemoryStorage()}, ValueError, "cannot share a storage in memory"),
+        (
+            {"final_training": "frozen"},
+            ValueError,
+            "final_training='frozen' goes with encoder_training='frozen'",
+        ),
+        (
+            {"workers": 2, "storage": optuna.storages.InMemoryStorage()},
+            ValueError,
+            "cannot share a storage in memory",
+        ),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
         ({"max_loss_increase": -0.1}, ValueError, "max_loss_increase must be 0 or more, got -0.1"),
-        ({"max_loss_increase": float("nan")}, ValueError, "max_loss_increase must be 0 or more, got nan"),
+        (
+            {"max_loss_increase": float("nan")},
+            ValueError,
+            "max_loss_increase must be 0 or more, got nan",
+        ),
         ({"max_layers": 0.5}, ValueError, "max_layers must be 1 or more, got 0.5"),
         ({"max_layers": 1.5}, ValueError, "max_layers=1.5 bounds the choice of lambda_reg by"),
-        ({"lambda_selection": "promise", "promise": None}, ValueError, "needs a promise of max_accuracy_loss"),
+        (
+            {"lambda_selection": "promise", "promise": None},
+            ValueError,
+            "needs a promise of max_accuracy_loss",
+        ),
         (
             {"max_loss_increase": 0.1},
             ValueError,
@@ -529,15 +686,31 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
         ),
         ({"search_space": {"speed": {}}}, ValueError, "unknown parameter 'speed'"),
         ({"model": tiny_model()}, TypeError, "model must be a function that makes one, got DACT"),
-        ({"promise": {"max_layers": 2}}, TypeError, "promise must be an object such as Promise.*, got {'max_layers'"),
+        (
+            {"promise": {"max_layers": 2}},
+            TypeError,
+            "promise must be an object such as Promise.*, got {'max_layers'",
+        ),
         (
             {"sampler": optuna.samplers.TPESampler},
             TypeError,
             r"sampler must be an object such as .*TPESampler\(\), got",
         ),
-        ({"pruner": "hyperband"}, TypeError, "pruner must be an object such as .*, got 'hyperband'"),
-        ({"storage": 5}, TypeError, "storage must be an object such as 'sqlite:///trials.db', got 5"),
-        ({"callbacks": [1]}, TypeError, r"callbacks must be a list of functions of study and trial, got \[1\]"),
+        (
+            {"pruner": "hyperband"},
+            TypeError,
+            "pruner must be an object such as .*, got 'hyperband'",
+        ),
+        (
+            {"storage": 5},
+            TypeError,
+            "storage must be an object such as 'sqlite:///trials.db', got 5",
+        ),
+        (
+            {"callbacks": [1]},
+            TypeError,
+            r"callbacks must be a list of functions of study and trial, got \[1\]",
+        ),
         ({"callbacks": print}, TypeError, "callbacks must be a list of functions"),
         (
             {"trainer": pl.Trainer(logger=False)},
@@ -553,7 +726,8 @@ def test_wrong_options_are_refused(options, kind, message):
 
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory):
-    """A log folder with a run whose first study has a trial; calls that are refused leave it as it is."""
+    """A log folder with a run whose first study has a trial; calls that are refused leave it as it
+    is."""
     folder = tmp_path_factory.mktemp("begun")
     engine(folder, n_trials=1).joint_tune_study("run")
     return folder
@@ -583,8 +757,20 @@ def other_weights(**overrides):
     [
         ({"model": other_weights}, "encoder's weights"),
         ({"trainer": {"max_epochs": 1, "accelerator": "cpu", "limit_train_batches": 1}}, "trainer"),
-        ({"trainer": {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 0.5}}, "trainer"),
-        ({"trainer": {"max_epochs": 1, "accelerator": "cpu", "callbacks": [pl.callbacks.Timer()]}}, "callbacks"),
+        (
+            {"trainer": {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 0.5}},
+            "trainer",
+        ),
+        (
+            {
+                "trainer": {
+                    "max_epochs": 1,
+                    "accelerator": "cpu",
+                    "callbacks": [pl.callbacks.Timer()],
+                }
+            },
+            "callbacks",
+        ),
         ({"promise": Promise(min_agreement=0.5)}, "promise"),
     ],
 )
@@ -601,7 +787,10 @@ class WithoutTest(pl.LightningDataModule):
         self.batch_size = batch_size
 
     def _loader(self):
-        rows = [(torch.randint(3, 42, (5,), generator=torch.Generator().manual_seed(i)), i % 3) for i in range(24)]
+        rows = [
+            (torch.randint(3, 42, (5,), generator=torch.Generator().manual_seed(i)), i % 3)
+            for i in range(24)
+        ]
 
         def collate(items):
             ids, labels = zip(*items, strict=True)
@@ -647,7 +836,8 @@ def test_an_encoder_that_cannot_be_copied_is_refused_before_any_fit(tmp_path):
         return model
 
     with pytest.raises(
-        ValueError, match="needs a copy of the model, but copy.deepcopy fails on it .*lock.*__deepcopy__"
+        ValueError,
+        match="needs a copy of the model, but copy.deepcopy fails on it .*lock.*__deepcopy__",
     ):
         engine(tmp_path, model=locked).run_pipeline("locked")
     assert not list(tmp_path.rglob("*.ckpt"))
@@ -657,19 +847,27 @@ def test_an_encoder_that_cannot_be_copied_is_refused_before_any_fit(tmp_path):
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
 def test_a_factory_whose_models_share_an_encoder_is_refused(tmp_path, mode):
-    """As where a large encoder is loaded once: the first fit would change what the others start from."""
+    """As where a large encoder is loaded once: the first fit would change what the others start
+    from."""
     encoder = small_model().encoder
     before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    made = engine(tmp_path, model=lambda **chosen: DACT(encoder, 3, **chosen), encoder_training=mode)
+    made = engine(
+        tmp_path, model=lambda **chosen: DACT(encoder, 3, **chosen), encoder_training=mode
+    )
     for method in (made.run_pipeline, made.joint_tune_study):
-        with pytest.raises(ValueError, match="model made two models that share weights.* load the encoder within the"):
+        with pytest.raises(
+            ValueError,
+            match="model made two models that share weights.* load the encoder within the",
+        ):
             method("run")
     assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
     assert not (tmp_path / "run").exists()
 
 
 def test_a_single_study_asks_the_factory_for_what_its_trials_need(tmp_path):
-    with pytest.raises(ValueError, match="model was asked for .* and made one with .*: it must give"):
+    with pytest.raises(
+        ValueError, match="model was asked for .* and made one with .*: it must give"
+    ):
         engine(tmp_path, model=lambda **chosen: small_model()).joint_tune_study("run")
 
 
@@ -680,10 +878,19 @@ def test_what_the_end_of_a_run_needs_is_asked_for_at_its_start(tmp_path):
         engine(tmp_path, n_trials=1, data=lambda: WithTest()).run_pipeline("run")
     with pytest.raises(TypeError, match="tuning needs one DataLoader .* for validation, got list"):
         engine(tmp_path, n_trials=1, data=TwoValidations).run_pipeline("run")
-    with pytest.raises(ValueError, match="model must take .*lambda_reg and give them to DACT: .* 'learning_rate'"):
-        engine(tmp_path, model=lambda **chosen: small_model(**{"learning_rate": 0.1}, **chosen)).run_pipeline("run")
-    with pytest.raises(ValueError, match="model was asked for lambda_reg=0.001 and made one with 0.02: it must give"):
-        engine(tmp_path, model=lambda **o: small_model(**{**o, "lambda_reg": 0.02})).run_pipeline("run")
+    with pytest.raises(
+        ValueError, match="model must take .*lambda_reg and give them to DACT: .* 'learning_rate'"
+    ):
+        engine(
+            tmp_path, model=lambda **chosen: small_model(**{"learning_rate": 0.1}, **chosen)
+        ).run_pipeline("run")
+    with pytest.raises(
+        ValueError,
+        match="model was asked for lambda_reg=0.001 and made one with 0.02: it must give",
+    ):
+        engine(tmp_path, model=lambda **o: small_model(**{**o, "lambda_reg": 0.02})).run_pipeline(
+            "run"
+        )
     assert not list(tmp_path.rglob("trial_*"))
 
 
@@ -699,7 +906,9 @@ class Momentous(DACT):
     def configure_optimizers(self):
         self.seen.append(self.momentum)
         return torch.optim.SGD(
-            [p for p in self.parameters() if p.requires_grad], lr=self.learning_rate, momentum=self.momentum
+            [p for p in self.parameters() if p.requires_grad],
+            lr=self.learning_rate,
+            momentum=self.momentum,
         )
 
 
@@ -709,11 +918,17 @@ def test_data_and_a_model_of_ones_own_are_tuned(tmp_path, mode):
     Momentous.seen.clear()
 
     def model(classifier=None, confidence=None, **arguments):  # no more than what studies choose
-        submodels = {} if classifier is None else {"classifier": classifier, "confidence": confidence}
+        submodels = (
+            {} if classifier is None else {"classifier": classifier, "confidence": confidence}
+        )
         assert not arguments.keys() & {"distillation", "encoder"}
-        return Momentous(encoder=TransformerEncoder(42, 2, 8, 2), momentum=0.1, **submodels, **arguments)
+        return Momentous(
+            encoder=TransformerEncoder(42, 2, 8, 2), momentum=0.1, **submodels, **arguments
+        )
 
-    made = engine(tmp_path, n_trials=1, model=model, data=WithTest, encoder_training=mode, warm_up_epochs=1)
+    made = engine(
+        tmp_path, n_trials=1, model=model, data=WithTest, encoder_training=mode, warm_up_epochs=1
+    )
     metrics, checkpoint = made.run_pipeline("run")
     assert Momentous.seen
     assert set(Momentous.seen) == {0.1}
@@ -723,7 +938,8 @@ def test_data_and_a_model_of_ones_own_are_tuned(tmp_path, mode):
 
 def test_workers_need_factories_that_other_processes_can_import():
     with pytest.raises(
-        TypeError, match="with several workers, data must be a function that other processes can import"
+        TypeError,
+        match="with several workers, data must be a function that other processes can import",
     ):
         TuningEngine(workers=2, model=small_model, data=lambda **overrides: small_data(**overrides))
 
@@ -735,7 +951,9 @@ def test_another_selection_draws_the_pictures_anew(tmp_path):
     drawn = picture.stat().st_mtime_ns
     engine(tmp_path).lambda_reg_study("run")
     assert picture.stat().st_mtime_ns == drawn, "the same choice"
-    (tmp_path / "run" / "lambda_reg.yaml").write_text("lambda_reg: 0.5\n")  # as another selection had chosen
+    (tmp_path / "run" / "lambda_reg.yaml").write_text(
+        "lambda_reg: 0.5\n"
+    )  # as another selection had chosen
     engine(tmp_path).lambda_reg_study("run")
     assert picture.stat().st_mtime_ns != drawn
 
@@ -751,7 +969,8 @@ def test_winners_of_one_run_do_not_enter_another(tmp_path):
 
 @pytest.mark.slow
 def test_trials_under_earlier_winners_are_ignored_and_kept(tmp_path):
-    """The first study continues, and another trial wins: what came after it was measured with another architecture."""
+    """The first study continues, and another trial wins: what came after it was measured with
+    another architecture."""
     made = engine(tmp_path, n_trials=2)
     made.joint_tune_study("run")
     made.train_tune_study("run")
@@ -794,8 +1013,12 @@ def test_what_all_trials_share_does_not_take_from_the_time_of_the_studies(tmp_pa
     from dact.tuning import engine as module
 
     given, prepare = [], module.prepare
-    monkeypatch.setattr(module, "prepare", lambda *arguments: (time.sleep(1), prepare(*arguments))[1])
-    monkeypatch.setattr(module.TuningEngine, "_tune", lambda self, *arguments: given.append(arguments[4].left))
+    monkeypatch.setattr(
+        module, "prepare", lambda *arguments: (time.sleep(1), prepare(*arguments))[1]
+    )
+    monkeypatch.setattr(
+        module.TuningEngine, "_tune", lambda self, *arguments: given.append(arguments[4].left)
+    )
     monkeypatch.setattr(module.TuningEngine, "_finish", lambda *arguments: ("", ""))
     engine(tmp_path, time_out=1).run_pipeline("run")
     assert given == pytest.approx([20, 30, 60], abs=0.5)
@@ -814,7 +1037,8 @@ def test_time_out_is_in_minutes_and_kept_in_seconds():
 
 
 class Slow(pl.Callback):
-    """Sleeps after each batch for `seconds`, which belong to the class since every fit has a copy of its callbacks."""
+    """Sleeps after each batch for `seconds`, which belong to the class since every fit has a copy
+    of its callbacks."""
 
     seconds: ClassVar[float] = 0.0
 
@@ -923,7 +1147,9 @@ def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
             seen.append((trainer.current_epoch, batch["states"].sum().item()))
 
     def fit(epochs, ckpt_path=None):
-        features = FeaturesData(Features(tmp_path / "val"), Features(tmp_path / "val"), batch_size=16)
+        features = FeaturesData(
+            Features(tmp_path / "val"), Features(tmp_path / "val"), batch_size=16
+        )
         torch.manual_seed(0)
         trainer = pl.Trainer(
             max_epochs=epochs, accelerator="cpu", logger=False, enable_progress_bar=False, callbacks=[Orders()],
@@ -938,7 +1164,9 @@ def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
     seen.clear()
     fit(2)
     assert resumed == seen
-    assert [value for epoch, value in seen if epoch == 0] != [value for epoch, value in seen if epoch == 1]
+    assert [value for epoch, value in seen if epoch == 0] != [
+        value for epoch, value in seen if epoch == 1
+    ]
 
 
 def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
@@ -947,14 +1175,21 @@ def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
     prepared = made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({})).prepared
     assert prepared.build({"submodel_learning_rate": 0.5})[0].submodel_learning_rate == 0.5
     assert prepared.build({})[0].submodel_learning_rate == 1e-9
-    with pytest.raises(ValueError, match="learns in no trial of frozen mode: give submodel_learning_rate"):
+    with pytest.raises(
+        ValueError, match="learns in no trial of frozen mode: give submodel_learning_rate"
+    ):
         engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
 
 
 @pytest.mark.slow
 def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
     space = {"num_epochs": {"choices": [1]}, "batch_size": {"choices": [16]}}
-    options = {"encoder_training": "frozen", "warm_up_epochs": 1, "n_trials": 1, "compare_defaults": False}
+    options = {
+        "encoder_training": "frozen",
+        "warm_up_epochs": 1,
+        "n_trials": 1,
+        "compare_defaults": False,
+    }
     options |= {"model": own_model, "data": partial(own_data, tmp_path), "search_space": space}
     final = tmp_path / "run" / "final" / "model"
     made = engine(tmp_path, final_training="frozen", **options)
@@ -963,19 +1198,34 @@ def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
 
     warmed = load_file(tmp_path / "run" / "features" / "encoder.safetensors")
     model = DACT.load_from_checkpoint(model_path)
-    assert all(torch.equal(tensor, warmed[name]) for name, tensor in model.encoder.state_dict().items())
+    assert all(
+        torch.equal(tensor, warmed[name]) for name, tensor in model.encoder.state_dict().items()
+    )
     # One's own text keeps its class names, whatever the final fit trains on.
-    assert model.class_names == TextClassifier.from_pretrained(final).class_names == ["minus", "none", "plus"]
+    assert (
+        model.class_names
+        == TextClassifier.from_pretrained(final).class_names
+        == ["minus", "none", "plus"]
+    )
     _, model_path = engine(tmp_path, **options).final_train("run")
     model = DACT.load_from_checkpoint(model_path)
-    assert not all(torch.equal(tensor, warmed[name]) for name, tensor in model.encoder.state_dict().items())
-    assert model.class_names == TextClassifier.from_pretrained(final).class_names == ["minus", "none", "plus"]
+    assert not all(
+        torch.equal(tensor, warmed[name]) for name, tensor in model.encoder.state_dict().items()
+    )
+    assert (
+        model.class_names
+        == TextClassifier.from_pretrained(final).class_names
+        == ["minus", "none", "plus"]
+    )
 
 
 def test_submodels_learn_on_the_texts_of_the_frozen_encoder(tmp_path):
     made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1)
     prepared = made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({})).prepared
-    train, val = (np.load(tmp_path / made.run_tag / "features" / split / "labels.npy") for split in ("train", "val"))
+    train, val = (
+        np.load(tmp_path / made.run_tag / "features" / split / "labels.npy")
+        for split in ("train", "val")
+    )
     assert (len(train), len(val)) == (120, 60), "all training texts, and all of validation"
     assert len(prepared.build({})[1].train.dataset) == 120
 
@@ -1002,10 +1252,14 @@ def test_before_the_first_frozen_trial_everything_is_made_once(tmp_path, monkeyp
     monkeypatch.setattr(base, "encode", counting("encoded", base.encode))
     monkeypatch.setattr(studies.optuna, "create_study", counting("opened", optuna.create_study))
     monkeypatch.setattr(trial.Objective, "__call__", first_trial)
-    made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1, model=counting("models", small_model))
+    made = engine(
+        tmp_path, encoder_training="frozen", warm_up_epochs=1, model=counting("models", small_model)
+    )
     with pytest.raises(KeyboardInterrupt):
         made.run_pipeline("run")
-    assert seen["models"] <= 3, "one as it is, one that tries the arguments of a trial, one whose encoder is frozen"
+    assert seen["models"] <= 3, (
+        "one as it is, one that tries the arguments of a trial, one whose encoder is frozen"
+    )
     assert seen["encoded"] == 1, "the training text is tokenized once"
     assert seen["opened"] == 3, "each study once"
 
@@ -1015,7 +1269,11 @@ def test_before_the_first_frozen_trial_everything_is_made_once(tmp_path, monkeyp
     [
         ({"batch_size": 50, "drop_last": True}, "gives 50 of its 60"),
         (
-            {"sampler": torch.utils.data.RandomSampler(range(60), replacement=True, num_samples=70)},
+            {
+                "sampler": torch.utils.data.RandomSampler(
+                    range(60), replacement=True, num_samples=70
+                )
+            },
             "gives more of its 60",
         ),
     ],
@@ -1057,7 +1315,8 @@ def test_corrupted_features_are_never_read(tmp_path):
 
 
 def _same_arrays(folder, sound):
-    """Return whether the values are those that were written: a flipped bit of padding in a header changes nothing."""
+    """Return whether the values are those that were written: a flipped bit of padding in a header
+    changes nothing."""
     return all(
         np.array_equal(np.load(path), np.lib.format.read_array(io.BytesIO(content)))
         for path, content in sound.items()
@@ -1077,14 +1336,19 @@ def test_workers_share_the_trials_of_a_study(tmp_path):
 
 
 class Marked(Callback):
-    """A callback that changes the weights when a fit has ended, as `StochasticWeightAveraging` does."""
+    """A callback that changes the weights when a fit has ended, as `StochasticWeightAveraging`
+    does."""
 
     def on_train_end(self, trainer, pl_module):
         torch.nn.init.constant_(pl_module.classifier[0][-1].bias, 7.0)
 
 
 def test_the_baseline_is_the_model_as_its_fit_left_it(tmp_path):
-    made = engine(tmp_path, n_trials=1, trainer={"max_epochs": 1, "accelerator": "cpu", "callbacks": [Marked()]})
+    made = engine(
+        tmp_path,
+        n_trials=1,
+        trainer={"max_epochs": 1, "accelerator": "cpu", "callbacks": [Marked()]},
+    )
     made.joint_tune_study("run")
     kept = DACT.from_pretrained(tmp_path / "run" / "baseline" / "model")
     assert (kept.classifier[0][-1].bias == 7.0).all()
@@ -1115,7 +1379,10 @@ def own_data(folder, **overrides):
     tokenizer = word_tokenizer(OWN_WORDS)
     texts = ["the film good", "bad film", "fine", "good good", "the bad"] * 12
     if not (folder / "train.csv").exists():
-        write_table(folder / "train.csv", {"text": texts, "label": ["plus", "minus", "none", "plus", "minus"] * 12})
+        write_table(
+            folder / "train.csv",
+            {"text": texts, "label": ["plus", "minus", "none", "plus", "minus"] * 12},
+        )
     file = str(folder / "train.csv")
     return TextClassificationData(file, test_file=file, tokenizer=tokenizer, **overrides)
 
@@ -1134,7 +1401,9 @@ def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
     assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
     again = engine(tmp_path, n_trials=1, **options)
     again.run_pipeline("run")
-    assert (tmp_path / "run" / "final" / "defaults" / "metrics.json").is_file(), "asked for later, measured later"
+    assert (tmp_path / "run" / "final" / "defaults" / "metrics.json").is_file(), (
+        "asked for later, measured later"
+    )
 
 
 FINAL = {
@@ -1182,7 +1451,9 @@ def test_the_final_fit_of_other_data_or_winners_is_not_taken_for_this_one(copied
     metrics = copied_run / "final" / "metrics.json"
     first = json.loads(metrics.read_text())
     engine(copied_run.parent, **FINAL, data=partial(small_data, num_test=90)).final_train("run")
-    assert sum(json.loads(metrics.read_text())["test"]["exit_histogram"]) == 90, "another test split"
+    assert sum(json.loads(metrics.read_text())["test"]["exit_histogram"]) == 90, (
+        "another test split"
+    )
     engine(copied_run.parent, **FINAL, data=partial(small_data, num_train=80)).final_train("run")
     assert json.loads(metrics.read_text())["history"] != first["history"], "other training data"
 
@@ -1213,9 +1484,14 @@ def test_the_final_model_of_earlier_winners_stays_until_the_new_one_is_whole(tmp
     kind.flag.touch()
     options["seed"] = 1  # another fit
     for _ in range(2):  # the second call resumes, and says the same
-        with pytest.raises(RuntimeError, match=r"the final fit of 'run' broke: val_loss is nan after epoch 0.*lower"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"the final fit of 'run' broke: val_loss is nan after epoch 0.*lower",
+        ):
             engine(tmp_path, **options).final_train("run")
-        assert TextClassifier.from_pretrained(run / "final.old" / "model")(["the screen is great ."])
+        assert TextClassifier.from_pretrained(run / "final.old" / "model")(
+            ["the screen is great ."]
+        )
     kind.flag.unlink()
     metrics, _ = engine(tmp_path, **options).final_train("run")
     assert not (run / "final.old").exists()
@@ -1234,5 +1510,10 @@ def test_workers_may_load_data_with_processes_of_their_own(tmp_path):
     made = engine(tmp_path, model=own_model, data=data, workers=2, n_trials=2, search_space=space)
     made.worker_setup = partial(note_start_method, noted)
     made.joint_tune_study("run")
-    assert [trial.state.name for trial in study_of(tmp_path, "submodels").trials] == ["COMPLETE", "COMPLETE"]
-    assert noted.read_text() == multiprocessing.get_start_method(), "as in the parent, where a fork imports nothing"
+    assert [trial.state.name for trial in study_of(tmp_path, "submodels").trials] == [
+        "COMPLETE",
+        "COMPLETE",
+    ]
+    assert noted.read_text() == multiprocessing.get_start_method(), (
+        "as in the parent, where a fork imports nothing"
+    )

@@ -1,4 +1,5 @@
-"""The decisions of tuning, without any training: spaces, selection, where to try next, whom to prune."""
+"""The decisions of tuning, without any training: spaces, selection, where to try next, whom to
+prune."""
 
 import contextlib
 import dataclasses
@@ -21,13 +22,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    RichProgressBar,
+)
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from optuna.samplers import RandomSampler
 from optuna.trial import TrialState
 from torch.utils.data import DataLoader
 
-from dact.answers import layer_answers
+from dact.calibration.answers import layer_answers
 from dact.factories import DataFactory
 from dact.submodels import SubmodelConfig
 from dact.tuning import TuningEngine, retries, studies, tensorboard
@@ -39,7 +45,14 @@ from dact.tuning.retries import CAUSE, DEATHS, INTERRUPTED, OWNER, RETRY_OF
 from dact.tuning.run import Run, Winners
 from dact.tuning.sampler import CurveSampler, SeededSampler
 from dact.tuning.selection import Point, next_lambda, pareto_front, select_lambda
-from dact.tuning.space import DEFAULT_SPACES, MORE_DIMENSIONS, Dimension, build_spaces, complete_spaces, describe
+from dact.tuning.space import (
+    DEFAULT_SPACES,
+    MORE_DIMENSIONS,
+    Dimension,
+    build_spaces,
+    complete_spaces,
+    describe,
+)
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
 from dact.tuning.storage import open_storage, stopped_by
 from dact.tuning.trial import _recorded_cause
@@ -57,7 +70,10 @@ def test_every_default_dimension_can_be_suggested(stage):
     study = optuna.create_study()
     for _ in range(20):
         trial = study.ask()
-        values = {name: dimension.suggest(trial, name) for name, dimension in DEFAULT_SPACES[stage].items()}
+        values = {
+            name: dimension.suggest(trial, name)
+            for name, dimension in DEFAULT_SPACES[stage].items()
+        }
         assert trial.params == values
     if stage == "submodels":
         winners = Winners(**SUBMODELS.parse(values))
@@ -68,7 +84,10 @@ def test_every_default_dimension_can_be_suggested(stage):
 
 def test_spaces_are_narrowed_and_replaced():
     spaces = build_spaces(
-        {"learning_rate": {"high": 1e-4}, "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8}}
+        {
+            "learning_rate": {"high": 1e-4},
+            "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8},
+        }
     )
     assert spaces["training"]["learning_rate"] == Dimension("float", 2e-5, 1e-4, log=True)
     assert spaces["training"]["batch_size"] == Dimension("int", 8, 64, step=8)
@@ -78,15 +97,26 @@ def test_spaces_are_narrowed_and_replaced():
 def test_more_dimensions_are_searched_where_the_space_names_them():
     assert "classifier_activation" not in build_spaces(None)["submodels"]
     spaces = build_spaces({"classifier_activation": {}, "weight_decay": {"high": 0.01}})
-    assert spaces["submodels"]["classifier_activation"] == MORE_DIMENSIONS["submodels"]["classifier_activation"]
+    assert (
+        spaces["submodels"]["classifier_activation"]
+        == MORE_DIMENSIONS["submodels"]["classifier_activation"]
+    )
     assert spaces["training"]["weight_decay"] == Dimension("float", 1e-4, 0.01, log=True)
 
 
 def test_spaces_hold_what_the_studies_start_from_and_the_layers_of_the_encoder():
-    start = {"batch_size": 48, "learning_rate": 5e-3, "exit_loss_weight": 0.35, "num_layers": 6, "unknown": 1}
+    start = {
+        "batch_size": 48,
+        "learning_rate": 5e-3,
+        "exit_loss_weight": 0.35,
+        "num_layers": 6,
+        "unknown": 1,
+    }
     spaces, starts = complete_spaces(build_spaces(None), 6, {"training": [start]})
     training = spaces["training"]
-    assert starts["training"] == [{name: value for name, value in start.items() if name != "unknown"}]
+    assert starts["training"] == [
+        {name: value for name, value in start.items() if name != "unknown"}
+    ]
     assert training["batch_size"].choices == [32, 64, 48]
     assert training["learning_rate"] == Dimension("float", 2e-5, 5e-3, log=True)
     assert training["exit_loss_weight"] == Dimension("float", 0.1, 1.0), "the step would miss it"
@@ -107,7 +137,8 @@ def test_spaces_hold_what_the_studies_start_from_and_the_layers_of_the_encoder()
     choices = build_spaces({"num_layers": {"type": "categorical", "choices": [1, 2, 8]}})
     assert complete_spaces(choices, 8, {})[0]["training"]["num_layers"].choices == [1, 2, 8]
     with pytest.raises(
-        ValueError, match=r"num_layers: choices must be in 1 … 6, the layers of the encoder, got 1, 2, 8"
+        ValueError,
+        match=r"num_layers: choices must be in 1 … 6, the layers of the encoder, got 1, 2, 8",
     ):
         complete_spaces(choices, 6, {})
 
@@ -123,10 +154,16 @@ def test_spaces_hold_what_the_studies_start_from_and_the_layers_of_the_encoder()
     ],
 )
 def test_tensorboard_takes_every_space(tmp_path, change):
-    dimensions = {name: dimension for space in build_spaces(change).values() for name, dimension in space.items()}
+    dimensions = {
+        name: dimension
+        for space in build_spaces(change).values()
+        for name, dimension in space.items()
+    }
     with tensorboard.writer(tmp_path) as writer:
         tensorboard.log_experiment(writer, dimensions)
-        tensorboard.log_parameters(writer, {"submodel_learning_rate": None, "batch_size": 8}, "run/trial_0000")
+        tensorboard.log_parameters(
+            writer, {"submodel_learning_rate": None, "batch_size": 8}, "run/trial_0000"
+        )
 
 
 def test_trainers_of_a_run_share_no_strategy():
@@ -142,17 +179,24 @@ def test_numbers_of_numpys_have_the_digest_of_their_value():
 
 def test_a_trainer_of_a_run_has_its_own_progress_and_checkpoints():
     given = [ModelCheckpoint(), RichProgressBar(), LearningRateMonitor(), EarlyStopping("val_loss")]
-    kinds = {type(one) for one in make_trainer({"callbacks": given}, enable_checkpointing=False).callbacks}
+    kinds = {
+        type(one)
+        for one in make_trainer({"callbacks": given}, enable_checkpointing=False).callbacks
+    }
     assert EarlyStopping in kinds
     assert not kinds & {ModelCheckpoint, RichProgressBar, LearningRateMonitor}
 
 
-@pytest.mark.parametrize(("devices", "kept"), [("auto", 1), (1, 1), ("1", "1"), ([3], [3]), ("2,", "2,")])
+@pytest.mark.parametrize(
+    ("devices", "kept"), [("auto", 1), (1, 1), ("1", "1"), ([3], [3]), ("2,", "2,")]
+)
 def test_a_trial_runs_on_one_device(devices, kept):
     assert TuningEngine(trainer={"devices": devices}).recipe.trainer["devices"] == kept
 
 
-@pytest.mark.parametrize("trainer", [{"devices": 2}, {"devices": -1}, {"devices": [0, 1]}, {"num_nodes": 2}])
+@pytest.mark.parametrize(
+    "trainer", [{"devices": 2}, {"devices": -1}, {"devices": [0, 1]}, {"num_nodes": 2}]
+)
 def test_more_devices_for_a_trial_are_refused(trainer):
     with pytest.raises(ValueError, match="a trial runs on one device of one node"):
         TuningEngine(trainer=trainer)
@@ -161,19 +205,47 @@ def test_more_devices_for_a_trial_are_refused(trainer):
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"lambda_reg": {"type": "categorical", "choices": [0.1]}}, ValueError, "lambda_reg: must be of type float"),
-        ({"lambda_reg": {"type": "float", "low": 0.1, "high": 1.0, "step": 0.1}}, ValueError, "without a step"),
-        ({"speed": {"low": 1}}, ValueError, "unknown parameter 'speed'. The parameters are classifier_num_layers"),
-        ({"learning_rate": {"lo": 1}}, ValueError, "learning_rate: unknown entry 'lo'; expected type, low"),
-        ({"learning_rate": {"low": 1.0}}, ValueError, "learning_rate: the range is empty: low=1.0 is above high=0.002"),
+        (
+            {"lambda_reg": {"type": "categorical", "choices": [0.1]}},
+            ValueError,
+            "lambda_reg: must be of type float",
+        ),
+        (
+            {"lambda_reg": {"type": "float", "low": 0.1, "high": 1.0, "step": 0.1}},
+            ValueError,
+            "without a step",
+        ),
+        (
+            {"speed": {"low": 1}},
+            ValueError,
+            "unknown parameter 'speed'. The parameters are classifier_num_layers",
+        ),
+        (
+            {"learning_rate": {"lo": 1}},
+            ValueError,
+            "learning_rate: unknown entry 'lo'; expected type, low",
+        ),
+        (
+            {"learning_rate": {"low": 1.0}},
+            ValueError,
+            "learning_rate: the range is empty: low=1.0 is above high=0.002",
+        ),
         ({"learning_rate": {"low": "small"}}, TypeError, "low must be a number, got 'small'"),
         ({"learning_rate": {"low": 0.0}}, ValueError, "log needs low above 0"),
         ({"learning_rate": 0.1}, TypeError, "expected a mapping"),
         ({"classifier_num_layers": {"high": 2.5}}, TypeError, "high must be an integer, got 2.5"),
         ({"batch_size": {"choices": []}}, ValueError, "needs a list of choices"),
         ({"batch_size": {"low": 1}}, ValueError, "no low, high, step or log"),
-        ({"lambda_reg": {"type": "real", "low": 0, "high": 1}}, ValueError, "type must be .* got 'real'"),
-        ({"lambda_reg": {"type": "float", "low": 0.1}}, TypeError, "high must be a number, got None"),
+        (
+            {"lambda_reg": {"type": "real", "low": 0, "high": 1}},
+            ValueError,
+            "type must be .* got 'real'",
+        ),
+        (
+            {"lambda_reg": {"type": "float", "low": 0.1}},
+            TypeError,
+            "high must be a number, got None",
+        ),
     ],
 )
 def test_wrong_spaces_are_refused(changes, kind, message):
@@ -231,10 +303,14 @@ def outcome(losses=(), lost=()):
 def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error():
     def point(layers, lost, examples=400):
         faults = round(lost * examples)
-        return Point(1 / layers, 0.5, layers, outcome(lost=[1.0] * faults + [0.0] * (examples - faults)))
+        return Point(
+            1 / layers, 0.5, layers, outcome(lost=[1.0] * faults + [0.0] * (examples - faults))
+        )
 
     trials = [point(4.0, 0.0), point(3.0, 0.0025), point(2.0, 0.0075), point(1.0, 0.05)]
-    assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, "0.0075 ± 0.0043 is not within 0.01"
+    assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, (
+        "0.0075 ± 0.0043 is not within 0.01"
+    )
     assert select_lambda(trials, "promise", allowed=0.02).layers == 2.0
     assert select_lambda(trials, "promise", allowed=0.1).layers == 1.0
 
@@ -245,14 +321,18 @@ def test_on_frozen_states_the_promise_is_measured_from_the_most_accurate_trial()
     worse = lost.clone()
     worse[20:22] = 1.0
     trials = [
-        Point(lambda_reg, loss, layers, Outcome(torch.full((400,), layers), torch.zeros(400), values))
+        Point(
+            lambda_reg, loss, layers, Outcome(torch.full((400,), layers), torch.zeros(400), values)
+        )
         for lambda_reg, loss, layers, values in (
             (0.001, 0.1, 4.0, lost),
             (0.02, 0.2, 3.0, worse),
             (1.0, 0.9, 1.0, torch.ones(400)),
         )
     ]
-    assert select_lambda(trials, "promise", allowed=0.01, from_best=True).layers == 3.0, "0.005 ± 0.0035 more"
+    assert select_lambda(trials, "promise", allowed=0.01, from_best=True).layers == 3.0, (
+        "0.005 ± 0.0035 more"
+    )
     assert select_lambda(trials, "promise", allowed=0.01).layers == 4.0, (
         "none is within: one standard error of the loss"
     )
@@ -282,7 +362,9 @@ def test_the_winner_is_never_beaten(trials):
         chosen = select_lambda(trials, rule)
         assert chosen in front
         assert not any(
-            p.loss <= chosen.loss and p.layers <= chosen.layers and (p.loss, p.layers) != (chosen.loss, chosen.layers)
+            p.loss <= chosen.loss
+            and p.layers <= chosen.layers
+            and (p.loss, p.layers) != (chosen.loss, chosen.layers)
             for p in trials
         )
 
@@ -306,7 +388,9 @@ def test_trials_go_where_the_curve_bends(bend):
     # As many at random, on the log scale, rarely do so well.
     generator = random.Random(0)
     drawn = [10 ** generator.uniform(-3, 0) for _ in range(1200)]
-    assert len(steep) / 12 > 1.3 * sum(1.05 < layers_at(value, bend) < 5.95 for value in drawn) / 1200
+    assert (
+        len(steep) / 12 > 1.3 * sum(1.05 < layers_at(value, bend) < 5.95 for value in drawn) / 1200
+    )
 
 
 def test_a_lambda_outside_of_the_range_does_not_stop_the_search_within_it():
@@ -326,10 +410,15 @@ def test_a_new_winner_ends_those_that_were_found_under_the_old_one(tmp_path):
     assert not run.save({"external_config": {"num_epochs": 2}})
     assert run.winners() == whole
     run.save({"external_config": {"num_epochs": 3}})
-    assert run.winners() == dataclasses.replace(whole, external_config={"num_epochs": 3}, lambda_reg=None)
+    assert run.winners() == dataclasses.replace(
+        whole, external_config={"num_epochs": 3}, lambda_reg=None
+    )
     run.save({"lambda_reg": 0.2})
     run.save({"classifier_config": {"num_layers": 1}, "confidence_config": {"num_layers": 2}})
-    assert [name.split()[0] for name in run.winners().missing()] == ["external_config", "lambda_reg"]
+    assert [name.split()[0] for name in run.winners().missing()] == [
+        "external_config",
+        "lambda_reg",
+    ]
 
 
 def test_winners_that_are_written_in_part_are_no_winners(tmp_path, monkeypatch):
@@ -355,7 +444,9 @@ def test_running_and_failed_trials_are_not_proposed_again():
 
 def test_the_sampler_drives_a_study():
     study = optuna.create_study(directions=["minimize", "minimize"], sampler=CurveSampler())
-    study.optimize(lambda t: (0.5, layers_at(t.suggest_float("lambda_reg", 1e-3, 1, log=True))), n_trials=8)
+    study.optimize(
+        lambda t: (0.5, layers_at(t.suggest_float("lambda_reg", 1e-3, 1, log=True))), n_trials=8
+    )
     assert [t.params["lambda_reg"] for t in study.trials[:2]] == [1e-3, 1.0]
     assert len({t.params["lambda_reg"] for t in study.trials}) == 8
 
@@ -402,7 +493,8 @@ def test_the_bad_half_is_pruned_and_none_of_the_other():
 
 
 def test_a_trial_is_compared_only_with_trials_of_its_length():
-    """Short trials are ahead at every epoch, since their learning rate falls sooner; long ones must survive them."""
+    """Short trials are ahead at every epoch, since their learning rate falls sooner; long ones must
+    survive them."""
     lengths = {0: 3, 1: 8}
 
     def epochs_of(number):
@@ -411,11 +503,16 @@ def test_a_trial_is_compared_only_with_trials_of_its_length():
     trials = run_study(SameLengthPruner(LagPruner()), lambda number: False, epochs_of)
     assert all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
     alone = run_study(LagPruner(), lambda number: False, epochs_of)
-    assert any(t.state == optuna.trial.TrialState.PRUNED for t in alone), "which is why the wrapper is there"
+    assert any(t.state == optuna.trial.TrialState.PRUNED for t in alone), (
+        "which is why the wrapper is there"
+    )
 
 
 def test_any_pruner_of_optuna_can_be_wrapped():
-    for pruner in (optuna.pruners.MedianPruner(n_startup_trials=2), optuna.pruners.SuccessiveHalvingPruner()):
+    for pruner in (
+        optuna.pruners.MedianPruner(n_startup_trials=2),
+        optuna.pruners.SuccessiveHalvingPruner(),
+    ):
         trials = run_study(SameLengthPruner(pruner), lambda number: number % 2 == 1)
         assert any(t.state == optuna.trial.TrialState.PRUNED for t in trials)
 
@@ -428,7 +525,9 @@ def test_run_tags_are_names(tag):
     assert Run(tag, Path("logs")).folder == Path("logs") / tag
 
 
-@pytest.mark.parametrize("tag", ["../x", "a/b", "/abs", "..", "a..b", ".hidden", "a b", "x\n", "-x", "a\\b"])
+@pytest.mark.parametrize(
+    "tag", ["../x", "a/b", "/abs", "..", "a..b", ".hidden", "a b", "x\n", "-x", "a\\b"]
+)
 def test_run_tags_that_lead_elsewhere_are_refused(tag):
     with pytest.raises(ValueError, match="run_tag must be a name"):
         Run(tag, Path("logs"))
@@ -505,7 +604,9 @@ def test_two_processes_never_draw_the_same_lambda(tmp_path):
     """Both begin a trial before either has drawn."""
     storage = open_storage(None, tmp_path)
     directions = ["minimize", "minimize"]
-    study = optuna.create_study(study_name="x", storage=storage, directions=directions, sampler=CurveSampler())
+    study = optuna.create_study(
+        study_name="x", storage=storage, directions=directions, sampler=CurveSampler()
+    )
     for _ in range(4):
         first, second = study.ask(), study.ask()
         drawn = {}
@@ -565,7 +666,8 @@ def lock_of(folder):
 def test_a_setting_that_was_not_stored_is_compared(tmp_path):
     opened(tmp_path)
     with pytest.raises(
-        ValueError, match=r"made with another teacher \(y instead of None\); trials of both would not compare"
+        ValueError,
+        match=r"made with another teacher \(y instead of None\); trials of both would not compare",
     ):
         opened(tmp_path, {"data": "x", "teacher": "y"})
 
@@ -588,7 +690,9 @@ def test_trials_that_somebody_adds_are_welcome(tmp_path):
 def test_optunas_own_callbacks_may_stop_a_study(tmp_path):
     study = opened(tmp_path)
     stop = optuna.study.MaxTrialsCallback(2, states=(TrialState.COMPLETE,))
-    run_trials(study, lambda trial: trial.suggest_float("x", 0, 1), 9, lock_of(tmp_path), callbacks=[stop])
+    run_trials(
+        study, lambda trial: trial.suggest_float("x", 0, 1), 9, lock_of(tmp_path), callbacks=[stop]
+    )
     assert len(study.trials) == 2
     assert studies.trials_left(study, 9, None, True) == 0, "the same command adds none"
     assert studies.trials_left(study, 10, None, True) == 8
@@ -621,7 +725,9 @@ def test_workers_cannot_be_sent_what_a_notebook_defines(monkeypatch):
     notebook = types.ModuleType("__main__")
     exec("def make_model(**chosen): ...", vars(notebook))
     monkeypatch.setitem(sys.modules, "__main__", notebook)
-    with pytest.raises(TypeError, match=r"model must be a function that other processes can import.*notebook"):
+    with pytest.raises(
+        TypeError, match=r"model must be a function that other processes can import.*notebook"
+    ):
         check_workers(2, None, model=notebook.make_model)
     notebook.__file__ = __file__
     check_workers(2, None, model=notebook.make_model)
@@ -646,7 +752,9 @@ def test_a_seeded_sampler_of_ones_own_gives_the_same_parameters_again(tmp_path, 
     assert len({*found[0]}) == 3
 
 
-@pytest.mark.parametrize("sampler", [optuna.samplers.TPESampler(seed=1), optuna.samplers.NSGAIISampler(seed=1)])
+@pytest.mark.parametrize(
+    "sampler", [optuna.samplers.TPESampler(seed=1), optuna.samplers.NSGAIISampler(seed=1)]
+)
 def test_a_sampler_of_ones_own_serves_several_studies(tmp_path, monkeypatch, sampler):
     monkeypatch.setattr("dact.tuning.workers.run_trials", partial(run_drawing, run_trials))
     for stage in (SUBMODELS, TRAINING):
@@ -740,7 +848,9 @@ def test_parameters_whose_process_died_three_times_are_not_run_again(tmp_path):
     assert len(set(values[: retries.MAX_DEATHS])) == 1
     assert values[retries.MAX_DEATHS] != values[0]
     assert [trial.number for trial in studies.finished(study)] == [retries.MAX_DEATHS - 1]
-    with pytest.raises(RuntimeError, match="its process died without a word, 3 times with these parameters"):
+    with pytest.raises(
+        RuntimeError, match="its process died without a word, 3 times with these parameters"
+    ):
         studies.completed(study)
 
 
@@ -751,7 +861,9 @@ def test_a_process_whose_trial_was_taken_away_continues_with_the_next(tmp_path):
         value = trial.suggest_float("x", 0, 1)
         with _recorded_cause(trial):
             if trial.number == 0:
-                optuna.load_study(study_name=study.study_name, storage=study._storage).tell(0, state=TrialState.FAIL)
+                optuna.load_study(study_name=study.study_name, storage=study._storage).tell(
+                    0, state=TrialState.FAIL
+                )
             trial.report(value, 0)
         return value
 
@@ -775,7 +887,8 @@ def test_a_process_whose_trial_was_completed_by_another_continues_with_the_next(
 
 
 def test_processes_do_not_start_more_trials_than_were_asked_for(tmp_path):
-    """Another process begins the last trial while this one waits for its turn; then nobody may begin one."""
+    """Another process begins the last trial while this one waits for its turn; then nobody may
+    begin one."""
     study, held, others = opened(tmp_path), [], []
 
     @contextlib.contextmanager
@@ -803,11 +916,16 @@ def test_processes_do_not_start_more_trials_than_were_asked_for(tmp_path):
 def test_each_stage_picks_its_winner():
     space = {"lambda_reg": optuna.distributions.FloatDistribution(0.0, 1.0)}
     curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]
-    both = [optuna.create_trial(params={"lambda_reg": x}, distributions=space, values=[*xs]) for x, *xs in curve]
+    both = [
+        optuna.create_trial(params={"lambda_reg": x}, distributions=space, values=[*xs])
+        for x, *xs in curve
+    ]
     one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
     select = select_lambda
     assert [stage.pick(one, [None] * 3, select) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
-    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[1], "by default within one standard error, or 0.01"
+    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[1], (
+        "by default within one standard error, or 0.01"
+    )
     select = partial(select_lambda, rule="max_layers", max_layers=1.5)
     assert LAMBDA_REG.pick(both, [None] * 3, select) == both[2]
 
@@ -815,12 +933,16 @@ def test_each_stage_picks_its_winner():
 def test_stages_are_data():
     assert [stage.name for stage in STAGES] == ["submodels", "training", "lambda_reg"]
     assert [stage.prunes for stage in STAGES] == [True, True, False]
-    assert LAMBDA_REG.read({"val_task_loss": 0.5, "val_exit_layer": 2.0, "val_loss": 9.0}) == (0.5, 2.0)
+    assert LAMBDA_REG.read({"val_task_loss": 0.5, "val_exit_layer": 2.0, "val_loss": 9.0}) == (
+        0.5,
+        2.0,
+    )
     assert all(hasattr(TuningEngine, stage.method) for stage in STAGES)
 
 
 def test_the_last_trial_of_a_study_is_the_retry_of_one_that_another_process_lost(tmp_path):
-    """A process that looks between the loss of a trial and its return to the queue waits, and draws no new one."""
+    """A process that looks between the loss of a trial and its return to the queue waits, and draws
+    no new one."""
     study = optuna.create_study(storage=f"sqlite:///{tmp_path / 'studies.db'}")
 
     def objective(trial):
@@ -846,7 +968,9 @@ def test_what_no_run_can_do_is_refused_before_any_work():
         TuningEngine(trainer={"fast_dev_run": True})
     made = DataFactory({"class_path": "tests.foreign.MyData", "init_args": {}})
     assert isinstance(made(), LightningDataModule)
-    with pytest.raises(ValueError, match=r"tests.foreign.MyData must take batch_size, which dact tune sets"):
+    with pytest.raises(
+        ValueError, match=r"tests.foreign.MyData must take batch_size, which dact tune sets"
+    ):
         made(batch_size=4)
 
 
@@ -856,7 +980,9 @@ def test_labels_of_32_bits_are_measured_as_any_others(tmp_path):
     model, history = tiny_model(), History()
     rows = [{name: tensor[row] for name, tensor in short.items()} for row in range(40)]
     loader = DataLoader(rows, batch_size=16)
-    trainer = make_trainer({"max_epochs": 1, "accelerator": "cpu"}, callbacks=[history], enable_checkpointing=False)
+    trainer = make_trainer(
+        {"max_epochs": 1, "accelerator": "cpu"}, callbacks=[history], enable_checkpointing=False
+    )
     trainer.fit(model, loader, loader)
     for answers in (history.answers, layer_answers(model, [short])):
         assert torch.equal(answers.target, batch["labels"])

@@ -1,4 +1,5 @@
-"""Wrong or unusual input: refused in one line, or used as it says; code in a model's folder never runs."""
+"""Wrong or unusual input: refused in one line, or used as it says; code in a model's folder never
+runs."""
 
 import contextlib
 import json
@@ -48,7 +49,9 @@ def folder(fitted, tmp_path):
 
 
 def test_code_in_the_folder_of_a_tokenizer_or_teacher_never_runs(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("builtins.input", lambda *_: "y")  # as the first text of standard input may say
+    monkeypatch.setattr(
+        "builtins.input", lambda *_: "y"
+    )  # as the first text of standard input may say
     marker = tmp_path / "ran"
     config = read_json(folder / "tokenizer_config.json")
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
@@ -67,12 +70,15 @@ def test_code_in_the_folder_of_a_tokenizer_or_teacher_never_runs(folder, tmp_pat
 
 
 @pytest.mark.parametrize(
-    ("name", "text"), [("tokenizer.json", '{"model": {"type": "New"}}'), ("tokenizer_config.json", "[]")]
+    ("name", "text"),
+    [("tokenizer.json", '{"model": {"type": "New"}}'), ("tokenizer_config.json", "[]")],
 )
 def test_a_tokenizer_that_cannot_be_read_is_one_line(folder, dact_here, tmp_path, name, text):
     (folder / name).write_text(text)
     (tmp_path / "new.csv").write_text("text\nfine\n")
-    status, output = dact_here("predict", "--model", folder, "--data.predict_file", "new.csv", cwd=tmp_path)
+    status, output = dact_here(
+        "predict", "--model", folder, "--data.predict_file", "new.csv", cwd=tmp_path
+    )
     assert status
     assert "no tokenizer at" in output
     assert "Traceback" not in output
@@ -98,7 +104,9 @@ def test_a_model_of_other_classes_never_answers_by_their_position(tmp_path):
     data = CompositionalSentiment(num_train=60, num_val=30, num_test=30)
     model = DACT(encoder=TransformerEncoder(42, 2, 8, 2), class_names=["sports", "tech", "world"])
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(ValueError, match="load the model with class_names=None, so that it takes those of the data"):
+    with pytest.raises(
+        ValueError, match="load the model with class_names=None, so that it takes those of the data"
+    ):
         trainer.fit(model, data)
     check_class_order(["a", "b"], ["a", "b"])
     with pytest.raises(ValueError, match=r"give the data class_names=\['b', 'a'\]$"):
@@ -114,15 +122,28 @@ def test_prediction_cuts_where_the_text_classifier_does(folder, dact_here, tmp_p
     (tmp_path / "new.csv").write_text("text\n" + "\n".join(texts) + "\n")
     answers = TextClassifier.from_pretrained(folder)(texts)
     for options, same in (((), True), (("--data.init_args.max_length", 2), False)):
-        words = ["predict", "--model", folder, "--data.predict_file", "new.csv", "--output", "out.jsonl", *options]
+        words = [
+            "predict",
+            "--model",
+            folder,
+            "--data.predict_file",
+            "new.csv",
+            "--output",
+            "out.jsonl",
+            *options,
+        ]
         status, output = dact_here(*words, cwd=tmp_path)
         assert not status, output
         found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        scores = [row[f"probability_{answer.label}"] for row, answer in zip(found, answers, strict=True)]
+        scores = [
+            row[f"probability_{answer.label}"] for row, answer in zip(found, answers, strict=True)
+        ]
         assert (scores == pytest.approx([answer.score for answer in answers], abs=1e-4)) == same
 
 
-def test_options_of_training_are_refused_where_a_stored_model_is_evaluated(folder, dact_here, tmp_path):
+def test_options_of_training_are_refused_where_a_stored_model_is_evaluated(
+    folder, dact_here, tmp_path
+):
     (tmp_path / "new.csv").write_text("text\nfine\n")
     words = ["predict", "--model", folder, "--data.predict_file", "new.csv"]
     status, output = dact_here(*words, "--model.num_layers", 2, cwd=tmp_path)
@@ -160,7 +181,15 @@ def test_calibrating_by_command_fits_the_temperatures_again(fitted, dact_here, t
     model.temperatures = [7.0] * model.num_layers
     model.save_pretrained(source)
     shutil.rmtree(tmp_path / "run" / "checkpoints")
-    words = ["calibrate", "--model", source, "--config", fitted[1] / "config.yaml", "--max_accuracy_loss", 0.2]
+    words = [
+        "calibrate",
+        "--model",
+        source,
+        "--config",
+        fitted[1] / "config.yaml",
+        "--max_accuracy_loss",
+        0.2,
+    ]
     status, output = dact_here(*words, "--confidence", "null", cwd=fitted[0])
     assert not status, output
     assert DACT.from_pretrained(source).temperatures != [7.0] * model.num_layers
@@ -200,7 +229,9 @@ def test_what_belongs_to_no_example_is_left_out_of_early_exit():
     model = tiny_model()
     batch = {"input_ids": torch.randint(3, 50, (4, 5))}
     more = {**batch, "step": torch.tensor(3)}
-    torch.testing.assert_close(model.early_exit(more).probabilities, model.early_exit(batch).probabilities)
+    torch.testing.assert_close(
+        model.early_exit(more).probabilities, model.early_exit(batch).probabilities
+    )
 
 
 def test_a_pair_of_texts_counts_as_one_however_it_is_sent():
@@ -221,7 +252,9 @@ def test_a_run_that_is_not_found_is_named_with_what_to_do(dact_here, tmp_path):
         "lightning_logs/half": "is a run of dact tune without its final model: resume it with the command that began it",
     }
     for model, text in expected.items():
-        status, output = dact_here("predict", "--model", model, "--data.predict_file", "x.csv", cwd=tmp_path)
+        status, output = dact_here(
+            "predict", "--model", model, "--data.predict_file", "x.csv", cwd=tmp_path
+        )
         assert status == 1
         assert text in output
 
@@ -231,7 +264,9 @@ def test_no_progress_bar_stands_among_predictions_on_a_terminal(folder, tmp_path
     (tmp_path / "new.txt").write_text("the screen is great\n" * 3)
     words = ["predict", "--model", folder, "--data.predict_file", "new.txt", "--output", "-"]
     terminal, slave = pty.openpty()
-    with subprocess.Popen([sys.executable, "-m", "dact", *words], cwd=tmp_path, stdout=slave, stderr=slave):
+    with subprocess.Popen(
+        [sys.executable, "-m", "dact", *words], cwd=tmp_path, stdout=slave, stderr=slave
+    ):
         os.close(slave)
         text = b""
         with contextlib.suppress(OSError):  # of a terminal whose other end is closed
@@ -248,15 +283,26 @@ def test_numbers_and_names_of_numpy_are_saved_as_plain_ones(tmp_path):
     encoder = TransformerEncoder(vocab_size=np.int64(42), num_layers=2, hidden_size=8, num_heads=2)
     classifier = SubmodelConfig(hidden_units=np.int64(8))
     names = np.array(["bad", "fair", "good"])
-    model = DACT(encoder=encoder, lambda_reg=np.float64(0.1), class_names=list(names), classifier=classifier)
-    trainer = Trainer(max_epochs=1, limit_train_batches=1, limit_val_batches=1, default_root_dir=tmp_path)
+    model = DACT(
+        encoder=encoder, lambda_reg=np.float64(0.1), class_names=list(names), classifier=classifier
+    )
+    trainer = Trainer(
+        max_epochs=1, limit_train_batches=1, limit_val_batches=1, default_root_dir=tmp_path
+    )
     batch = {"input_ids": torch.randint(3, 42, (4, 5)), "labels": torch.randint(0, 3, (4,))}
     loader = DataLoader([batch], batch_size=None)
     trainer.fit(model, loader, loader)
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     model.save_pretrained(tmp_path / "model")
-    for loaded in (DACT.load_from_checkpoint(tmp_path / "one.ckpt"), DACT.from_pretrained(tmp_path / "model")):
-        assert (loaded.lambda_reg, loaded.class_names, loaded.encoder.vocab_size) == (0.1, [*map(str, names)], 42)
+    for loaded in (
+        DACT.load_from_checkpoint(tmp_path / "one.ckpt"),
+        DACT.from_pretrained(tmp_path / "model"),
+    ):
+        assert (loaded.lambda_reg, loaded.class_names, loaded.encoder.vocab_size) == (
+            0.1,
+            [*map(str, names)],
+            42,
+        )
 
 
 def test_answers_that_are_no_numbers_are_an_error_and_no_class(folder):
@@ -273,7 +319,9 @@ def test_weights_that_were_rounded_for_speed_are_not_saved(folder, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
-def test_an_exported_model_from_elsewhere_names_no_file_outside_its_folder(folder, tmp_path, monkeypatch):
+def test_an_exported_model_from_elsewhere_names_no_file_outside_its_folder(
+    folder, tmp_path, monkeypatch
+):
     exported = tmp_path / "a" / "exported"
     export(folder, exported)
     monkeypatch.chdir(tmp_path / "a")
@@ -287,7 +335,9 @@ def test_an_exported_model_from_elsewhere_names_no_file_outside_its_folder(folde
     config["encoder"]["digests"]["payload.onnx"] = config["encoder"]["digests"][layers[0]]
     layers[0] = "../../payload.onnx"
     (exported / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="the name of a graph must be that of a file in this folder"):
+    with pytest.raises(
+        ValueError, match="the name of a graph must be that of a file in this folder"
+    ):
         DACT.from_pretrained(exported)
 
 
@@ -303,16 +353,29 @@ def test_files_of_ones_own_next_to_an_export_are_not_replaced(folder, tmp_path):
 def test_no_folder_makes_transformers_load_a_kernel(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(
         "transformers.modeling_utils.PreTrainedModel._check_and_adjust_attn_implementation",
-        lambda self, wanted, *_, **__: wanted if wanted in (None, "eager", "sdpa") else pytest.fail(f"loads {wanted}"),
+        lambda self, wanted, *_, **__: (
+            wanted if wanted in (None, "eager", "sdpa") else pytest.fail(f"loads {wanted}")
+        ),
     )
-    config = BertConfig(vocab_size=50, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=8)
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
     teacher = tmp_path / "teacher"
     BertForSequenceClassification(config).save_pretrained(teacher)
     own = tmp_path / "own"
     DACT(encoder=HuggingFaceEncoder.from_model(BertModel(config))).save_pretrained(own)
-    kernel = {"attribute_map": {"kernel": "_attn_implementation"}, "kernel": "kernels-community/any"}
+    kernel = {
+        "attribute_map": {"kernel": "_attn_implementation"},
+        "kernel": "kernels-community/any",
+    }
     described = read_json(teacher / "config.json")
-    (teacher / "config.json").write_text(json.dumps({**described, "attn_implementation": "kernels-community/any"}))
+    (teacher / "config.json").write_text(
+        json.dumps({**described, "attn_implementation": "kernels-community/any"})
+    )
     assert load_sequence_classifier(str(teacher))[1]
     described = read_json(own / "config.json")
     described["encoder"]["model"] |= kernel

@@ -1,9 +1,9 @@
 """Commands in processes of their own that need no seconds for their imports.
 
-``python -m tests.warm FD`` imports what the commands do, and waits on a socket. For each request it forks a process, which
-is then a command like any other: with its own arguments, folder, environment, standard streams and exit status. `start` is
-what the tests call. Whatever looks at imports, terminals or the start of a process starts Python itself instead.
-"""
+``python -m tests.warm FD`` imports what the commands do, and waits on a socket. For each request it
+forks a process, which is then a command like any other: with its own arguments, folder,
+environment, standard streams and exit status. `start` is what the tests call. Whatever looks at
+imports, terminals or the start of a process starts Python itself instead."""
 
 import atexit
 import functools
@@ -38,7 +38,8 @@ IMPORTED = (  # the commands, and what they and their libraries import when it i
 
 
 class Process:
-    """A process that `start` has started, with the methods of `subprocess.Popen` that the tests use."""
+    """A process that `start` has started, with the methods of `subprocess.Popen` that the tests
+    use."""
 
     def __init__(self, pid, status, stdin, stdout, stderr):
         self.pid, self.stdin, self.stdout, self.stderr = pid, stdin, stdout, stderr
@@ -67,13 +68,16 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, text=None, timeout=None):
-        """Send `text`, close standard input, and return what comes out, like `subprocess.Popen.communicate`."""
+        """Send `text`, close standard input, and return what comes out, like
+        `subprocess.Popen.communicate`."""
         said = {}
 
         def read(name, file):
             said[name] = file.read()
 
-        files = {name: file for name in ("stdout", "stderr") if (file := getattr(self, name)) is not None}
+        files = {
+            name: file for name in ("stdout", "stderr") if (file := getattr(self, name)) is not None
+        }
         readers = [threading.Thread(target=read, args=item, daemon=True) for item in files.items()]
         for reader in readers:
             reader.start()
@@ -122,7 +126,9 @@ def _server():
     os.set_inheritable(theirs.fileno(), True)
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.warm", str(theirs.fileno())]
-    process = subprocess.Popen(command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, pass_fds=[theirs.fileno()], start_new_session=True
+    )
     theirs.close()
     atexit.register(process.kill)
     return ours
@@ -167,7 +173,9 @@ def serve(connection):
 def become(request):
     """Be the command that is asked for."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+        signal.signal(
+            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        )
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
@@ -189,5 +197,6 @@ def become(request):
 if __name__ == "__main__":
     for module in IMPORTED:
         importlib.import_module(module)
-    gc.freeze()  # a collection in a forked process would copy the memory of everything that is imported
+    # a collection in a forked process would copy the memory of everything that is imported
+    gc.freeze()
     become(serve(socket.socket(fileno=int(sys.argv[1]))))

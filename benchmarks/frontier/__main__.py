@@ -1,18 +1,20 @@
 """Accuracy against layers: DACT next to taught encoders and multi-exits, all trained alike.
 
-    python -m benchmarks.frontier --data vader-2000 tweets newspaper --splits 0 1 --methods dact-4 multi-4 encoder-3
-    python -m benchmarks.frontier --report                            # only print the tables of the stored records
+    python -m benchmarks.frontier --data vader-2000 tweets newspaper --splits 0 1 --methods dact-4
+    multi-4 encoder-3 python -m benchmarks.frontier --report                            # only print
+    the tables of the stored records
 
-Run it from the root of the repository. A method is a kind, a number of layers and options, such as ``dact-4-exits``:
+Run it from the root of the repository. A method is a kind, a number of layers and options, such as
+``dact-4-exits``:
 
 {kinds}
 
 Options: {options}.
 
-Every training leaves a small record in benchmarks/results/frontier/, so that a stopped run resumes; its models and the
-answers of its layers stay in `--cache`, which belongs in no commit. What a method starts from is trained first. Margins, and
-whatever is fitted after training, are chosen on validation texts alone.
-"""
+Every training leaves a small record in benchmarks/results/frontier/, so that a stopped run resumes;
+its models and the answers of its layers stay in `--cache`, which belongs in no commit. What a
+method starts from is trained first. Margins, and whatever is fitted after training, are chosen on
+validation texts alone."""
 
 from __future__ import annotations
 
@@ -35,22 +37,38 @@ def main() -> None:
         options="; ".join(f"{name} ({what})" for name, what in OPTIONS.items()),
     )
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.frontier", description=text, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.frontier",
+        description=text,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data", nargs="+", default=["vader-2000", "tweets", "newspaper"], help="see data.Setting")
-    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1], help="divisions of each data set")
+    parser.add_argument(
+        "--data", nargs="+", default=["vader-2000", "tweets", "newspaper"], help="see data.Setting"
+    )
+    parser.add_argument(
+        "--splits", nargs="+", type=int, default=[0, 1], help="divisions of each data set"
+    )
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
-    parser.add_argument("--methods", nargs="+", type=Method.parse, default=[], help="such as dact-4-exits")
+    parser.add_argument(
+        "--methods", nargs="+", type=Method.parse, default=[], help="such as dact-4-exits"
+    )
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch_size", type=int, default=32)
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--cache", type=Path, default=Path("lightning_logs") / "frontier", help="for models")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("lightning_logs") / "frontier", help="for models"
+    )
     parser.add_argument("--keep_models", action="store_true", help="for benchmarks/speed.py")
-    parser.add_argument("--opened", action="store_true", help=f"the comparison is decided: allow {', '.join(CLOSED)}")
+    parser.add_argument(
+        "--opened",
+        action="store_true",
+        help=f"the comparison is decided: allow {', '.join(CLOSED)}",
+    )
     parser.add_argument("--report", action="store_true", help="train nothing")
     arguments = parser.parse_args()
     if not arguments.opened and set(CLOSED) & {name.split("-")[0] for name in arguments.data}:
-        parser.error(f"{', '.join(CLOSED)} are for the end alone, when everything is decided: --opened")
+        parser.error(
+            f"{', '.join(CLOSED)} are for the end alone, when everything is decided: --opened"
+        )
     quiet()
     warnings.filterwarnings("ignore")
     for name in arguments.data if not arguments.report else ():

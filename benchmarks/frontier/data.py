@@ -22,8 +22,9 @@ class Setting:
     """A data set, one division of it, and how long everything trains on it.
 
     Args:
-        name: ``"vader"`` (all corpora), one corpus, or ``"generated"`` (composed reviews, for a small encoder from
-            scratch), with a number of training texts after a hyphen: ``"vader-2000"``.
+        name: ``"vader"`` (all corpora), one corpus, or ``"generated"`` (composed reviews, for a
+            small encoder from scratch), with a number of training texts after a hyphen:
+            ``"vader-2000"``.
         split: Which division into training, validation and test texts.
         epochs: Passes over the training texts, the same for every method.
         batch_size: Texts per optimizer step.
@@ -36,7 +37,9 @@ class Setting:
 
     def __post_init__(self) -> None:
         if self.source not in (*CORPORA, "vader", "generated"):
-            raise ValueError(f"the data set must be vader, generated or one of {', '.join(CORPORA)}, got {self.name!r}")
+            raise ValueError(
+                f"the data set must be vader, generated or one of {', '.join(CORPORA)}, got {self.name!r}"
+            )
 
     @property
     def source(self) -> str:
@@ -55,7 +58,8 @@ class WithUnlabelled(VaderSentiment):
 
     Args:
         num_train: Number of labelled training texts, the same ones that `VaderSentiment` takes.
-        num_unlabelled: Number of training texts without their class, drawn from the others; at most all of them.
+        num_unlabelled: Number of training texts without their class, drawn from the others; at most
+            all of them.
         **arguments: Those of `VaderSentiment`.
     """
 
@@ -68,7 +72,9 @@ class WithUnlabelled(VaderSentiment):
         if split != "train":
             return examples
         assert examples.labels is not None
-        others, kept = stratified_split(examples.labels, self.num_labelled / len(examples), self.split)
+        others, kept = stratified_split(
+            examples.labels, self.num_labelled / len(examples), self.split
+        )
         chosen = random.Random(self.split).sample(others, min(self.num_unlabelled, len(others)))
         labels = [examples.labels[row] for row in kept] + [UNLABELLED for _ in chosen]
         return replace(examples.take([*kept, *chosen]), labels=labels)
@@ -76,7 +82,8 @@ class WithUnlabelled(VaderSentiment):
 
 @lru_cache(maxsize=4)
 def make_data(setting: Setting, num_unlabelled: int = 0) -> TextDataModule:
-    """Return the data of a setting, tokenized once per process. Set `teacher_probabilities` before each training."""
+    """Return the data of a setting, tokenized once per process. Set `teacher_probabilities` before
+    each training."""
     data: TextDataModule
     sizes: dict[str, Any] = {"batch_size": setting.batch_size}
     if setting.num_train is not None:

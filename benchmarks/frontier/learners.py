@@ -1,4 +1,5 @@
-"""The training steps that are compared: DACT's own, a multi-exit's, and both with other weights of the exits."""
+"""The training steps that are compared: DACT's own, a multi-exit's, and both with other weights of
+the exits."""
 
 from __future__ import annotations
 
@@ -14,14 +15,17 @@ from dact.outputs import Loss
 from .methods import Method
 
 DRAWS = 5  # margins per step for the option `weighted`
-SHARPNESS = 1.0  # β of the weights softmax(−β |n − exit|) at the end of the training; it rises from 0
+SHARPNESS = (
+    1.0  # β of the weights softmax(−β |n − exit|) at the end of the training; it rises from 0
+)
 MASKED = 0.1  # share of the tokens that the option `live` hides
 
 
 class Learner(DACT):
     """DACT with the training loss of a `Method`.
 
-    The plain loss is that of DACT. Texts without a class (a label below 0) learn from the teacher alone.
+    The plain loss is that of DACT. Texts without a class (a label below 0) learn from the teacher
+    alone.
 
     Args:
         method: What is trained.
@@ -41,11 +45,15 @@ class Learner(DACT):
         self._teacher = [teacher.eval()]
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        return super().training_step(self._masked_view(batch) if self._teacher else batch, batch_idx)
+        return super().training_step(
+            self._masked_view(batch) if self._teacher else batch, batch_idx
+        )
 
     def loss(self, batch: Batch, lambda_reg: float | None = None) -> Loss:
         """Compute what the method minimises; see `DACT.loss`. Every batch carries ``teacher``."""
-        target = functional.soft_targets(batch["labels"], self.output_dimension, batch["teacher"], self.distillation)
+        target = functional.soft_targets(
+            batch["labels"], self.output_dimension, batch["teacher"], self.distillation
+        )
         states = self.encoder(batch)
         logits = functional.at_least_float32(self.classifier(states))
         y = logits.softmax(dim=-1)
@@ -59,7 +67,9 @@ class Learner(DACT):
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
         price = self._warm_lambda() if lambda_reg is None else lambda_reg
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
-        return Loss(exit_loss if self.method.kind == "multi" else loss, task_loss, exit_loss, ponder_cost)
+        return Loss(
+            exit_loss if self.method.kind == "multi" else loss, task_loss, exit_loss, ponder_cost
+        )
 
     def _exit_weights(self, y: Tensor) -> Tensor:
         """The weight of each exit for each example ``[batch, layers]``; rows sum to 1."""
@@ -83,7 +93,9 @@ class Learner(DACT):
         """The batch with some tokens masked (never the first), and the teacher's answers to it."""
         assert self.mask_token is not None
         tokens = batch["input_ids"]
-        hidden = (torch.rand(tokens.shape, device=tokens.device) < MASKED) & (batch["attention_mask"] > 0)
+        hidden = (torch.rand(tokens.shape, device=tokens.device) < MASKED) & (
+            batch["attention_mask"] > 0
+        )
         hidden[:, 0] = False
         view = {**batch, "input_ids": tokens.masked_fill(hidden, self.mask_token)}
         return {**view, "teacher": self._teacher[0].to(tokens.device)(view).probabilities}

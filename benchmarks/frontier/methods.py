@@ -1,4 +1,5 @@
-"""The trainings that are compared, by name: a kind, a number of layers and options, such as ``dact-4-exits``."""
+"""The trainings that are compared, by name: a kind, a number of layers and options, such as
+``dact-4-exits``."""
 
 from __future__ import annotations
 
@@ -46,8 +47,12 @@ class Method:
     def __post_init__(self) -> None:
         unknown = [option for option in self.options if option not in OPTIONS]
         if self.kind not in KINDS or unknown:
-            raise ValueError(f"{self}: expected a kind of {', '.join(KINDS)} and options of {', '.join(OPTIONS)}")
-        foreign = [option for option in self.options if option in DACT_ALONE and self.kind != "dact"]
+            raise ValueError(
+                f"{self}: expected a kind of {', '.join(KINDS)} and options of {', '.join(OPTIONS)}"
+            )
+        foreign = [
+            option for option in self.options if option in DACT_ALONE and self.kind != "dact"
+        ]
         if foreign:
             raise ValueError(f"{self}: {', '.join(foreign)} needs DACT")
 

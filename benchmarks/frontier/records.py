@@ -1,4 +1,5 @@
-"""The small JSON of each training: its operating points, and which test texts were right at them."""
+"""The small JSON of each training: its operating points, and which test texts were right at
+them."""
 
 from __future__ import annotations
 
@@ -26,12 +27,19 @@ ALL = "all layers"  # the rule under which nothing leaves early
 def record(shop: Workshop, method: Method, seed: int) -> dict[str, Any]:
     """Measure a training at all budgets under all rules for its kind, and write that down."""
     said = shop.answers(method, seed)
-    y, h, target = ({split: said[f"{split}_{what}"] for split in ("val", "test")} for what in ("y", "h", "target"))
+    y, h, target = (
+        {split: said[f"{split}_{what}"] for split in ("val", "test")}
+        for what in ("y", "h", "target")
+    )
     last = {split: _last(method, y[split], h[split]) for split in y}
     points = {
         ALL: {
-            "val": _measured(last["val"], torch.full_like(target["val"], method.layers), target["val"]),
-            "test": _measured(last["test"], torch.full_like(target["test"], method.layers), target["test"]),
+            "val": _measured(
+                last["val"], torch.full_like(target["val"], method.layers), target["val"]
+            ),
+            "test": _measured(
+                last["test"], torch.full_like(target["test"], method.layers), target["test"]
+            ),
             "correct": pack(last["test"].argmax(dim=1) == target["test"]),
         }
     }
@@ -47,10 +55,13 @@ def record(shop: Workshop, method: Method, seed: int) -> dict[str, Any]:
     for name, fit in FITS.get(method.kind, {}).items():
         found["rules"][name] = _points(fit, y, h, target, name in PAIRED)
     if method.kind in FITS:
-        answers = functional.accumulate(y["test"], h["test"])[0] if method.kind == "dact" else y["test"]
+        answers = (
+            functional.accumulate(y["test"], h["test"])[0] if method.kind == "dact" else y["test"]
+        )
         found["oracle"] = oracle(answers, target["test"])
         found["by layer"] = [
-            (answers[:, n].argmax(dim=1) == target["test"]).double().mean().item() for n in range(method.layers)
+            (answers[:, n].argmax(dim=1) == target["test"]).double().mean().item()
+            for n in range(method.layers)
         ]
     path = path_of(shop.setting, method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,14 +72,20 @@ def record(shop: Workshop, method: Method, seed: int) -> dict[str, Any]:
 def _points(
     fit: Fit, y: dict[str, Tensor], h: dict[str, Tensor], target: dict[str, Tensor], paired: bool
 ) -> dict[str, Any]:
-    """The points of one rule. On validation texts they are cross-fitted: of each half by what the other half chose."""
+    """The points of one rule. On validation texts they are cross-fitted: of each half by what the
+    other half chose."""
     rule = fit(y["val"], h["val"], target["val"])
     val, test = rule(y["val"], h["val"]), rule(y["test"], h["test"])
     halves = [torch.arange(len(target["val"])) % 2 == half for half in (0, 1)]
     crossed: list[tuple[Policy, Policy, Tensor]] = []
     for chosen in halves:
         other = fit(y["val"][chosen], h["val"][chosen], target["val"][chosen])
-        crossed.append((*(other(y["val"][part], h["val"][part]) for part in (chosen, ~chosen)), target["val"][~chosen]))  # type: ignore[arg-type]
+        crossed.append(
+            (
+                *(other(y["val"][part], h["val"][part]) for part in (chosen, ~chosen)),
+                target["val"][~chosen],
+            )
+        )  # type: ignore[arg-type]
     points: dict[str, Any] = {}
     for budget in BUDGETS:
         margin = val.margin_for(budget)
@@ -119,4 +136,6 @@ def pack(correct: Tensor) -> str:
 
 
 def unpack(packed: str, texts: int) -> np.ndarray[Any, Any]:
-    return np.unpackbits(np.frombuffer(base64.b64decode(packed), dtype=np.uint8))[:texts].astype(bool)
+    return np.unpackbits(np.frombuffer(base64.b64decode(packed), dtype=np.uint8))[:texts].astype(
+        bool
+    )

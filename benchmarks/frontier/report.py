@@ -1,4 +1,5 @@
-"""Tables from the records: accuracy at each budget, and paired differences over the texts of all divisions."""
+"""Tables from the records: accuracy at each budget, and paired differences over the texts of all
+divisions."""
 
 from __future__ import annotations
 
@@ -55,7 +56,8 @@ class Entrant:
         return set(records.get(self.method, {}))
 
     def point(self, records: Records, key: Key, budget: float | None) -> dict[str, Any]:
-        """Its layers and accuracy at a budget; those of all its layers without one, or if it does not adapt."""
+        """Its layers and accuracy at a budget; those of all its layers without one, or if it does
+        not adapt."""
         rules = records[self.method][key]["rules"]
         if budget is None or not self.adapts:
             (everything,) = rules[ALL].values()
@@ -65,9 +67,13 @@ class Entrant:
 
 DACT = Entrant("dact-4-detached", "DACT")
 PEER = Entrant("multi-4", "fair peer")  # a multi-exit of the same layers
-ENCODERS = tuple(Entrant(f"encoder-{layers}", f"encoder of {layers} layers") for layers in (2, 3, 4))
+ENCODERS = tuple(
+    Entrant(f"encoder-{layers}", f"encoder of {layers} layers") for layers in (2, 3, 4)
+)
 WHOLE = Entrant(f"baseline-{FULL}", "full depth")
-TAUGHT = Entrant(f"encoder-{FULL}", "full depth, taught")  # trained again from WHOLE, as all others are
+TAUGHT = Entrant(
+    f"encoder-{FULL}", "full depth, taught"
+)  # trained again from WHOLE, as all others are
 PEERS = (PEER, Entrant("multi-3", "multi-exit of 3 layers"), *ENCODERS, TAUGHT, WHOLE)
 
 
@@ -97,7 +103,8 @@ class Difference:
     Args:
         gain: Mean over the test texts of all divisions, each the mean over its seeds.
         text_error: Standard error from the texts alone.
-        training_error: Standard error from the scatter between divisions, each weighed by its texts.
+        training_error: Standard error from the scatter between divisions, each weighed by its
+            texts.
         val_gain: The same on validation texts, mean over the trainings.
         divisions: Number of data sets times divisions.
         trainings: Number of pairs of trainings.
@@ -115,7 +122,9 @@ class Difference:
     @property
     def error(self) -> float:
         """The larger of the two."""
-        return max(error for error in (self.text_error, self.training_error) if not math.isnan(error))
+        return max(
+            error for error in (self.text_error, self.training_error) if not math.isnan(error)
+        )
 
     def __str__(self) -> str:
         return f"{self.gain:+.2f} ± {self.error:.2f} ({self.val_gain:+.2f})"
@@ -139,7 +148,9 @@ def difference(records: Records, left: Entrant, right: Entrant, budget: float) -
     return Difference(
         gain=mean,
         text_error=float(pooled.std(ddof=1)) / math.sqrt(len(pooled)),
-        training_error=math.sqrt(spread * count / (count - 1)) / len(pooled) if count > 1 else math.nan,
+        training_error=math.sqrt(spread * count / (count - 1)) / len(pooled)
+        if count > 1
+        else math.nan,
         val_gain=statistics.mean(val_gains),
         divisions=count,
         trainings=len(keys),
@@ -147,8 +158,11 @@ def difference(records: Records, left: Entrant, right: Entrant, budget: float) -
     )
 
 
-def mean_point(records: Records, entrant: Entrant, keys: Iterable[Key], budget: float | None) -> tuple[float, float]:
-    """Mean layers and test accuracy in %, over the texts of all divisions, each the mean over its seeds as in `difference`."""
+def mean_point(
+    records: Records, entrant: Entrant, keys: Iterable[Key], budget: float | None
+) -> tuple[float, float]:
+    """Mean layers and test accuracy in %, over the texts of all divisions, each the mean over its
+    seeds as in `difference`."""
     by_setting: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for key in keys:
         point = entrant.point(records, key, budget)["test"]
@@ -172,9 +186,13 @@ def overview_table(records: Records, data: Iterable[str]) -> list[str]:
         own = of_data(records, [name])
         shared = DACT.keys(own) & WHOLE.keys(own)
 
-        def cell(*places: tuple[Entrant, float | None], own: Records = own, shared: set[Key] = shared) -> str:
+        def cell(
+            *places: tuple[Entrant, float | None], own: Records = own, shared: set[Key] = shared
+        ) -> str:
             return " / ".join(
-                f"{mean_point(own, entrant, shared, budget)[1]:.2f}" if shared <= entrant.keys(own) else "–"
+                f"{mean_point(own, entrant, shared, budget)[1]:.2f}"
+                if shared <= entrant.keys(own)
+                else "–"
                 for entrant, budget in places
             )
 
@@ -184,14 +202,17 @@ def overview_table(records: Records, data: Iterable[str]) -> list[str]:
             cell((TAUGHT, None)),
             cell(*((encoder, None) for encoder in ENCODERS)),
             *(cell(*((entrant, budget) for budget in budgets)) for entrant in (DACT, PEER)),
-            " / ".join("" if gain is None else f"{gain.gain:+.2f} ± {gain.error:.2f}" for gain in gains),
+            " / ".join(
+                "" if gain is None else f"{gain.gain:+.2f} ± {gain.error:.2f}" for gain in gains
+            ),
         ]
         lines.append(_row(f"{name} ({len(shared)})", cells))
     return lines
 
 
 def accuracy_table(records: Records, data: str) -> list[str]:
-    """Test accuracy at mean layers of what is compared on one data set; of what has been trained wherever DACT has."""
+    """Test accuracy at mean layers of what is compared on one data set; of what has been trained
+    wherever DACT has."""
     records = of_data(records, [data])
     shared = DACT.keys(records) & WHOLE.keys(records)
     lines = _head(f"{data}: test accuracy, %", "all layers")
@@ -207,20 +228,31 @@ def accuracy_table(records: Records, data: str) -> list[str]:
 
 
 def peer_table(records: Records, corner: str) -> list[str]:
-    """How far DACT is above each of its peers; above a cut encoder at the budget of its layers, or at the largest one."""
+    """How far DACT is above each of its peers; above a cut encoder at the budget of its layers, or
+    at the largest one."""
     lines = _head(corner)
     for peer in PEERS:
         depth = peer.parsed.layers
         own = min(depth, BUDGETS[-1])
-        budgets = [budget for budget in BUDGETS if (peer.adapts and budget <= depth) or depth == FULL or budget == own]
+        budgets = [
+            budget
+            for budget in BUDGETS
+            if (peer.adapts and budget <= depth) or depth == FULL or budget == own
+        ]
         found = {budget: difference(records, DACT, peer, budget) for budget in budgets}
         if any(found.values()):
-            lines.append(_row(f"DACT less {peer} ({_size(found.values())})", map(_cell, map(found.get, BUDGETS))))
+            lines.append(
+                _row(
+                    f"DACT less {peer} ({_size(found.values())})",
+                    map(_cell, map(found.get, BUDGETS)),
+                )
+            )
     return lines
 
 
 def idea_table(records: Records, kind: str) -> list[str]:
-    """What each option changes: less the same training without it, or of 4 layers, wherever both were trained."""
+    """What each option changes: less the same training without it, or of 4 layers, wherever both
+    were trained."""
     lines = _head("less the same without the option, or of 4 layers")
     for method in sorted(records):
         parsed = Method.parse(method)
@@ -228,25 +260,40 @@ def idea_table(records: Records, kind: str) -> list[str]:
         detached = {"detached"} & set(parsed.options)
         if parsed.kind != kind or (parsed.layers == layers and not parsed.options):
             continue
-        kept = parsed.options if parsed.layers != layers else detached if len(parsed.options) > 1 else ()
+        kept = (
+            parsed.options
+            if parsed.layers != layers
+            else detached
+            if len(parsed.options) > 1
+            else ()
+        )
         plain = Entrant(str(Method(kind, layers, tuple(kept))))
         found = [difference(records, Entrant(method), plain, budget) for budget in BUDGETS]
         if found[0]:
-            lines.append(_row(f"`{method}`, {', '.join(found[0].data)} ({_size(found)})", map(_cell, found)))
+            lines.append(
+                _row(f"`{method}`, {', '.join(found[0].data)} ({_size(found)})", map(_cell, found))
+            )
     return lines
 
 
 def rule_table(records: Records, kind: str) -> list[str]:
-    """What each rule gains over the plain one, which comes first: mean over all trainings of a kind.
+    """What each rule gains over the plain one, which comes first: mean over all trainings of a
+    kind.
 
-    A cell has the gain on test texts ± its standard error over the divisions and, in brackets, that on validation texts,
-    where each half is measured with what was fitted to the other.
-    """
-    found = [record for name, by_key in records.items() if name.startswith(f"{kind}-") for record in by_key.values()]
+    A cell has the gain on test texts ± its standard error over the divisions and, in brackets, that
+    on validation texts, where each half is measured with what was fitted to the other."""
+    found = [
+        record
+        for name, by_key in records.items()
+        if name.startswith(f"{kind}-")
+        for record in by_key.values()
+    ]
     plain, *others = FITS[kind]
     lines = _head(f"{len(found)} trainings, less `{plain}`")
     for rule in others:
-        having = [record for record in found if rule in record["rules"]]  # a rule may be younger than a record
+        having = [
+            record for record in found if rule in record["rules"]
+        ]  # a rule may be younger than a record
         if not having:
             continue
         cells = []
@@ -255,21 +302,27 @@ def rule_table(records: Records, kind: str) -> list[str]:
                 split: [
                     (
                         record["setting"],
-                        points[rule][budget][split]["accuracy"] - points[plain][budget][split]["accuracy"],
+                        points[rule][budget][split]["accuracy"]
+                        - points[plain][budget][split]["accuracy"],
                     )
                     for record in having
                     for points in [record["rules"]]
                 ]
                 for split in ("val", "test")
             }
-            mean, val = (statistics.mean(gain for _, gain in gains[split]) for split in ("test", "val"))
+            mean, val = (
+                statistics.mean(gain for _, gain in gains[split]) for split in ("test", "val")
+            )
             cells.append(f"{mean:+.2f} ± {_error(gains['test']):.2f} ({val:+.2f})")
-        lines.append(_row(rule + ("" if len(having) == len(found) else f" ({len(having)} trainings)"), cells))
+        lines.append(
+            _row(rule + ("" if len(having) == len(found) else f" ({len(having)} trainings)"), cells)
+        )
     return lines
 
 
 def oracle_table(records: Records, data: str) -> list[str]:
-    """What the layers of DACT and its peer could do, mean over the trainings; see `rules.oracle`."""
+    """What the layers of DACT and its peer could do, mean over the trainings; see
+    `rules.oracle`."""
     lines = [
         f"| {data} | right at some layer, % | first such layer | all layers, % | first layer with that class | by layer, % |",
         "|---|---|---|---|---|---|",
@@ -278,8 +331,13 @@ def oracle_table(records: Records, data: str) -> list[str]:
         found = list(of_data(records, [data]).get(entrant.method, {}).values())
         if not found:
             continue
-        known = {name: statistics.mean(r["oracle"][name] for r in found) for name in found[0]["oracle"]}
-        depths = [100 * statistics.mean(values) for values in zip(*(r["by layer"] for r in found), strict=True)]
+        known = {
+            name: statistics.mean(r["oracle"][name] for r in found) for name in found[0]["oracle"]
+        }
+        depths = [
+            100 * statistics.mean(values)
+            for values in zip(*(r["by layer"] for r in found), strict=True)
+        ]
         lines.append(
             f"| {entrant} ({len(found)}) | {known['accuracy']:.1f} | {known['layers']:.2f} | {depths[-1]:.2f} "
             f"| {known['layers for the class of all']:.2f} | {' / '.join(f'{depth:.1f}' for depth in depths)} |"
@@ -303,7 +361,10 @@ def tables(records: Records) -> str:
     for name in data:
         parts += [accuracy_table(records, name), peer_table(of_data(records, [name]), name)]
     parts += ["## Options", *(idea_table(records, kind) for kind in FITS)]
-    parts += ["## Rules, and what is fitted after training", *(rule_table(records, kind) for kind in FITS)]
+    parts += [
+        "## Rules, and what is fitted after training",
+        *(rule_table(records, kind) for kind in FITS),
+    ]
     parts += ["## What the layers could do", *(oracle_table(records, name) for name in data)]
     return "\n\n".join(part if isinstance(part, str) else "\n".join(part) for part in parts) + "\n"
 
@@ -334,14 +395,19 @@ def draw(records: Records, path: Path) -> None:
     for axes in panels[len(names) :]:
         axes.set_axis_off()
     labelled = {
-        label: line for axes in figure.axes for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
+        label: line
+        for axes in figure.axes
+        for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(labelled))
+    figure.legend(
+        labelled.values(), labelled.keys(), loc="outside lower center", ncols=len(labelled)
+    )
     figure.savefig(path, dpi=100)
 
 
 def _error(gains: Sequence[tuple[str, float]]) -> float:
-    """The standard error of the mean of gains by setting; trainings of one setting share their texts."""
+    """The standard error of the mean of gains by setting; trainings of one setting share their
+    texts."""
     mean = statistics.mean(gain for _, gain in gains)
     by_setting: dict[str, float] = defaultdict(float)
     for setting, gain in gains:
@@ -368,4 +434,6 @@ def _cell(found: Difference | None) -> str:
 def _size(found: Iterable[Difference | None]) -> str:
     known: Sequence[Difference] = [each for each in found if each]
     divisions, trainings = known[0].divisions, known[0].trainings
-    return f"{divisions} division{'s' * (divisions > 1)}, {trainings} training{'s' * (trainings > 1)}"
+    return (
+        f"{divisions} division{'s' * (divisions > 1)}, {trainings} training{'s' * (trainings > 1)}"
+    )

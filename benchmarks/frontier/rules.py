@@ -1,8 +1,9 @@
-"""When a text leaves, and with which answer: rules over what all layers said, and what is fitted to them afterwards.
+"""When a text leaves, and with which answer: rules over what all layers said, and what is fitted to
+them afterwards.
 
-A *rule* turns y and h of some texts into a `Policy`; one number, the margin, then trades layers for accuracy. A *fit* makes
-a rule from validation texts, so that the constants of a rule never see a test text.
-"""
+A *rule* turns y and h of some texts into a `Policy`; one number, the margin, then trades layers for
+accuracy. A *fit* makes a rule from validation texts, so that the constants of a rule never see a
+test text."""
 
 from __future__ import annotations
 
@@ -17,7 +18,9 @@ from dact import functional
 
 BUDGETS = (1.5, 2.0, 2.5, 3.0, 3.5)  # mean layers
 ALL_LEAVE = -1e9  # a margin at which all texts leave after the first layer
-BASES = tuple(round(0.4 * 1.15**step, 3) for step in range(16))  # c of the margin schedule, 0.4 … 3.3
+BASES = tuple(
+    round(0.4 * 1.15**step, 3) for step in range(16)
+)  # c of the margin schedule, 0.4 … 3.3
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,8 @@ class Policy:
     """What a rule says of some texts.
 
     Args:
-        score: ``[texts, layers]``, float64; a text leaves after the first layer whose score is above the margin.
+        score: ``[texts, layers]``, float64; a text leaves after the first layer whose score is
+            above the margin.
         answers: ``[texts, layers, classes]``, the answer of what leaves after each layer.
         proven: bool ``[texts, layers]``: leaves there whatever the margin; true for the last layer.
     """
@@ -50,17 +54,21 @@ class Policy:
 
 
 Rule = Callable[[Tensor, Tensor], Policy]  # of y [texts, layers, classes] and h [texts, layers]
-Fit = Callable[[Tensor, Tensor, Tensor], Rule]  # of validation texts: y, h and their classes [texts]
+Fit = Callable[
+    [Tensor, Tensor, Tensor], Rule
+]  # of validation texts: y, h and their classes [texts]
 
 
 def lead(answers: Tensor) -> Tensor:
-    """Return the first class's probability less the second's, float64 ``[…]``, rounded as the package rounds it."""
+    """Return the first class's probability less the second's, float64 ``[…]``, rounded as the
+    package rounds it."""
     first, second = answers.topk(2, dim=-1).values.unbind(dim=-1)
     return (first - second).double()
 
 
 def log_of(probabilities: Tensor) -> Tensor:
-    """Return the logarithm, finite also where a probability is 0; see `functional.SMALLEST_PROBABILITY`."""
+    """Return the logarithm, finite also where a probability is 0; see
+    `functional.SMALLEST_PROBABILITY`."""
     return probabilities.clamp_min(functional.SMALLEST_PROBABILITY).log()
 
 
@@ -133,7 +141,8 @@ def plain(rule: Rule) -> Fit:
 
 
 def scheduled(fit: Fit, by_hits: bool = True) -> Fit:
-    """The threshold of layer n is 1 − (1 − margin) c^(n−1), with the c that is best in the mean over the budgets.
+    """The threshold of layer n is 1 − (1 − margin) c^(n−1), with the c that is best in the mean
+    over the budgets.
 
     What leaves is worth its hits or, with less noise, its confidence at one temperature per layer.
     """
@@ -142,7 +151,9 @@ def scheduled(fit: Fit, by_hits: bool = True) -> Fit:
         rule = fit(y, h, target)
         policy = rule(y, h)
         if by_hits:
-            worth = (policy.answers.argmax(dim=-1) == target.unsqueeze(1)).float()  # [texts, layers]
+            worth = (
+                policy.answers.argmax(dim=-1) == target.unsqueeze(1)
+            ).float()  # [texts, layers]
         else:
             worth = calibrated(policy.answers, target)(policy.answers).amax(dim=-1)
 
@@ -159,7 +170,8 @@ def scheduled(fit: Fit, by_hits: bool = True) -> Fit:
 
 
 def bend(policy: Policy, base: float) -> Policy:
-    """The policy under the margin schedule: leaving at 1 − (1 − margin) c^(n−1) is leaving with this score at margin."""
+    """The policy under the margin schedule: leaving at 1 − (1 − margin) c^(n−1) is leaving with
+    this score at margin."""
     depth = torch.arange(policy.score.shape[1])
     return replace(policy, score=1 - (1 - policy.score) / base**depth)
 
@@ -174,10 +186,11 @@ def calibrated(answers: Tensor, target: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def scaled(rule: Rule, with_bias: bool = True) -> Fit:
-    """The rule on softmax(w_n log y_n + b_n), with one w and one b per class for each exit, fitted by the likelihood.
+    """The rule on softmax(w_n log y_n + b_n), with one w and one b per class for each exit, fitted
+    by the likelihood.
 
-    It can be folded into the last linear map of each classifier, so it costs nothing and leaves the proof as it is.
-    """
+    It can be folded into the last linear map of each classifier, so it costs nothing and leaves the
+    proof as it is."""
 
     def fitted(y: Tensor, h: Tensor, target: Tensor) -> Rule:
         log_weights = torch.zeros(1, y.shape[1], 1, requires_grad=True)
@@ -187,7 +200,9 @@ def scaled(rule: Rule, with_bias: bool = True) -> Fit:
             return log_weights.exp() * log_of(y) + bias
 
         def loss() -> Tensor:
-            return likelihood_loss(scale(y), target) + 1e-3 * (log_weights.square().sum() + bias.square().sum())
+            return likelihood_loss(scale(y), target) + 1e-3 * (
+                log_weights.square().sum() + bias.square().sum()
+            )
 
         minimise([log_weights, bias] if with_bias else [log_weights], loss)
 
@@ -201,15 +216,17 @@ def scaled(rule: Rule, with_bias: bool = True) -> Fit:
 
 
 def mixed(rule: Rule) -> Fit:
-    """What leaves by its margin has the answer softmax(Σ_{i≤n} w_ni log y_i + b_n) and leaves by its lead; what is proven
-    keeps its own.
-    """
+    """What leaves by its margin has the answer softmax(Σ_{i≤n} w_ni log y_i + b_n) and leaves by
+    its lead; what is proven keeps its own."""
 
     def fitted(y: Tensor, h: Tensor, target: Tensor) -> Rule:
         layers, classes = y.shape[1:]
         allowed = torch.ones(layers, layers).tril()
         start = torch.eye(layers) * 0.5 + allowed / (2 * allowed.sum(dim=1, keepdim=True))
-        weights, bias = start.clone().requires_grad_(), torch.zeros(layers, classes, requires_grad=True)
+        weights, bias = (
+            start.clone().requires_grad_(),
+            torch.zeros(layers, classes, requires_grad=True),
+        )
 
         def mix(y: Tensor) -> Tensor:
             return torch.einsum("tic,ni->tnc", log_of(y), weights * allowed) + bias
@@ -225,7 +242,11 @@ def mixed(rule: Rule) -> Fit:
             with torch.no_grad():
                 answers = mix(y).softmax(dim=-1)
             kept = policy.proven & ~last_alone(policy.score)
-            return Policy(lead(answers), torch.where(kept.unsqueeze(-1), policy.answers, answers), policy.proven)
+            return Policy(
+                lead(answers),
+                torch.where(kept.unsqueeze(-1), policy.answers, answers),
+                policy.proven,
+            )
 
         return mixed_rule
 
@@ -233,15 +254,19 @@ def mixed(rule: Rule) -> Fit:
 
 
 def gated(rule: Rule) -> Fit:
-    """The rule, but what leaves is what gains least by going on: a text for which the last layer is right, and this one not.
+    """The rule, but what leaves is what gains least by going on: a text for which the last layer is
+    right, and this one not.
 
-    The chance of that is a logistic function of the lead and its square, with slopes for all layers and an offset for each.
-    """
+    The chance of that is a logistic function of the lead and its square, with slopes for all layers
+    and an offset for each."""
 
     def fitted(y: Tensor, h: Tensor, target: Tensor) -> Rule:
         right = rule(y, h).answers.argmax(dim=-1) == target.unsqueeze(1)
         gains = (right[:, -1:] & ~right)[:, :-1].float()
-        slopes, offsets = torch.tensor([2.0, 0.0], requires_grad=True), torch.zeros(y.shape[1] - 1, requires_grad=True)
+        slopes, offsets = (
+            torch.tensor([2.0, 0.0], requires_grad=True),
+            torch.zeros(y.shape[1] - 1, requires_grad=True),
+        )
 
         def staying(y: Tensor) -> Tensor:
             ahead = lead(y)[:, :-1].float()
@@ -249,14 +274,19 @@ def gated(rule: Rule) -> Fit:
 
         minimise(
             [slopes, offsets],
-            lambda: binary_cross_entropy_with_logits(-staying(y), gains) + 1e-3 * slopes.square().sum(),
+            lambda: (
+                binary_cross_entropy_with_logits(-staying(y), gains) + 1e-3 * slopes.square().sum()
+            ),
         )
 
         def gated_rule(y: Tensor, h: Tensor) -> Policy:
             policy = rule(y, h)
             with torch.no_grad():
                 score = staying(y).double()
-            return replace(policy, score=torch.cat([score, score.new_full((len(score), 1), float("inf"))], dim=1))
+            return replace(
+                policy,
+                score=torch.cat([score, score.new_full((len(score), 1), float("inf"))], dim=1),
+            )
 
         return gated_rule
 
@@ -264,7 +294,8 @@ def gated(rule: Rule) -> Fit:
 
 
 def likelihood_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """The cross-entropy of logits ``[texts, layers, classes]``, summed over the layers, mean over the texts."""
+    """The cross-entropy of logits ``[texts, layers, classes]``, summed over the layers, mean over
+    the texts."""
     return -logits.log_softmax(dim=-1)[torch.arange(len(target)), :, target].sum(dim=1).mean()
 
 
@@ -280,7 +311,9 @@ def minimise(parameters: list[Tensor], loss: Callable[[], Tensor]) -> None:
     optimizer.step(closure)
 
 
-FITS: dict[str, dict[str, Fit]] = {  # by kind of training; the first is the plain rule that everything is compared with
+FITS: dict[
+    str, dict[str, Fit]
+] = {  # by kind of training; the first is the plain rule that everything is compared with
     "dact": {
         "margin": plain(by_margin),
         "tolerance": plain(by_tolerance),
@@ -325,12 +358,13 @@ PAIRED = (
 
 
 def oracle(answers: Tensor, target: Tensor) -> dict[str, float]:
-    """What one could do who knows which layers are right, from answers ``[texts, layers, classes]``.
+    """What one could do who knows which layers are right, from answers ``[texts, layers,
+    classes]``.
 
     Returns:
-        ``accuracy``: the share of the texts, in %, that some layer has right, and ``layers``: the mean number of the first
-        such layer (1 where there is none). ``layers for the class of all``: the mean number of the first layer that
-        has the class of the last one.
+        ``accuracy``: the share of the texts, in %, that some layer has right, and ``layers``: the
+        mean number of the first such layer (1 where there is none). ``layers for the class of
+        all``: the mean number of the first layer that has the class of the last one.
     """
     classes = answers.argmax(dim=-1)
     right, same = classes == target.unsqueeze(1), classes == classes[:, -1:]

@@ -28,18 +28,22 @@ EXIT_WEIGHTS = {"heavy": 30.0, "exits": 3.0, "detached": 1.0}  # by option; 0.3 
 LAMBDA, TEACHER_SHARE = 0.05, 0.5
 FOLDS = 3  # of the option `crossfit`
 NUM_UNLABELLED = {"unlabelled": 6_000, "plenty": 15_000}  # by option
-NUM_TEACHERS = 3  # baselines (of the seeds 0, 1, …) whose mean is the teacher under the option `averaged`
+NUM_TEACHERS = (
+    3  # baselines (of the seeds 0, 1, …) whose mean is the teacher under the option `averaged`
+)
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where trainings of one setting leave their models and answers; nothing of it belongs in the repository.
+    """Where trainings of one setting leave their models and answers; nothing of it belongs in the
+    repository.
 
     Args:
         cache: Folder for all settings.
         setting: The data and the length of the training.
         precision: As for the Trainer of Lightning.
-        keep_models: Save each model as `dact.DACT.from_pretrained` reads it, for benchmarks/speed.py.
+        keep_models: Save each model as `dact.DACT.from_pretrained` reads it, for
+            benchmarks/speed.py.
     """
 
     cache: Path
@@ -56,7 +60,8 @@ class Workshop:
         return self.cache / str(self.setting) / f"{method}.{seed}"
 
     def answers(self, method: Method, seed: int) -> dict[str, Tensor]:
-        """What the layers say: ``val_y`` and ``test_y`` ``[texts, layers, classes]``, ``…_h``, and ``…_target``."""
+        """What the layers say: ``val_y`` and ``test_y`` ``[texts, layers, classes]``, ``…_h``, and
+        ``…_target``."""
         return read_tensors(self.home(method, seed) / "answers.safetensors")[0]
 
     def is_done(self, method: Method, seed: int) -> bool:
@@ -65,9 +70,13 @@ class Workshop:
     def train(self, method: Method, seed: int) -> None:
         """Train one model. What it starts from must have been trained."""
         pl.seed_everything(seed, verbose=False)
-        data = make_data(self.setting, sum(NUM_UNLABELLED.get(option, 0) for option in method.options))
+        data = make_data(
+            self.setting, sum(NUM_UNLABELLED.get(option, 0) for option in method.options)
+        )
         start = time.perf_counter()
-        data.teacher_probabilities = None if method.kind == "baseline" else self._teacher(method, seed, data)
+        data.teacher_probabilities = (
+            None if method.kind == "baseline" else self._teacher(method, seed, data)
+        )
         model = make_model(self.setting, method, data.tokenizer.mask_token_id)
         for other in method.needs:  # whoever has a teacher starts from its encoder
             parts = ("encoder", "classifier") if other.kind == "multi" else ("encoder",)
@@ -77,7 +86,10 @@ class Workshop:
         epochs = self.setting.epochs * (2 if "long" in method.options else 1)
         fit(model, data, epochs, self.precision)
         seconds = time.perf_counter() - start
-        if method in (Method("baseline", FULL), Method("multi", method.layers)):  # others may start from it
+        if method in (
+            Method("baseline", FULL),
+            Method("multi", method.layers),
+        ):  # others may start from it
             write_tensors(self.home(method, seed) / "model.safetensors", model.state_dict())
         if self.keep_models:
             model.class_names = data.class_names
@@ -87,20 +99,31 @@ class Workshop:
         for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
             y, h, target, row = self._ask(model, loader)
             order = row.argsort()
-            said |= {f"{split}_y": y[order], f"{split}_h": h[order], f"{split}_target": target[order]}
-        write_tensors(self.home(method, seed) / "answers.safetensors", said, {"seconds": f"{seconds:.1f}"})
+            said |= {
+                f"{split}_y": y[order],
+                f"{split}_h": h[order],
+                f"{split}_target": target[order],
+            }
+        write_tensors(
+            self.home(method, seed) / "answers.safetensors", said, {"seconds": f"{seconds:.1f}"}
+        )
 
     def _teacher(self, method: Method, seed: int, data: TextDataModule) -> Tensor:
         """The targets of the training texts ``[texts, classes]``, in their order."""
         if "crossfit" in method.options:
             return self._kept(f"crossfit.{seed}", lambda: self._cross_fitted(seed, data))
         if "stronger" in method.options:
-            return self._kept(f"stronger.{seed}", lambda: self._taught(self.of_all_texts._baseline(seed), data))
+            return self._kept(
+                f"stronger.{seed}", lambda: self._taught(self.of_all_texts._baseline(seed), data)
+            )
         seeds = range(NUM_TEACHERS) if "averaged" in method.options else [seed]
         name = next((option for option in method.options if option in NUM_UNLABELLED), "labelled")
         return torch.stack(
             [
-                self._kept(f"teacher-{name}.{other}", lambda other=other: self._taught(self._baseline(other), data))
+                self._kept(
+                    f"teacher-{name}.{other}",
+                    lambda other=other: self._taught(self._baseline(other), data),
+                )
                 for other in seeds
             ]
         ).mean(dim=0)
@@ -130,7 +153,9 @@ class Workshop:
         for fold in range(FOLDS):
             held_out = set(order[fold::FOLDS])
             model = make_model(self.setting, method)
-            data._encoded["train"] = items.take([row for row in range(len(items)) if row not in held_out])
+            data._encoded["train"] = items.take(
+                [row for row in range(len(items)) if row not in held_out]
+            )
             fit(model, data, self.setting.epochs, self.precision)
             data._encoded["train"] = items.take(sorted(held_out))
             y, _, _, row = self._ask(model, data.train_dataloader())
@@ -140,7 +165,8 @@ class Workshop:
 
     @torch.no_grad()
     def _ask(self, model: DACT, loader: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y and h of all layers, and the labels and rows of the texts, in the order of the loader."""
+        """y and h of all layers, and the labels and rows of the texts, in the order of the
+        loader."""
         model.eval().to(DEVICE)
         y, h, target, rows = [], [], [], []
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
@@ -163,19 +189,28 @@ def make_model(setting: Setting, method: Method, mask_token: int | None = None) 
         rates = {"learning_rate": 2e-3}
     else:
         encoder = HuggingFaceEncoder(MINILM, num_layers=method.layers, pooling="mean")
-    arguments: dict[str, Any] = {"encoder": encoder, "classifier": HEAD, "confidence": HEAD, **rates}
+    arguments: dict[str, Any] = {
+        "encoder": encoder,
+        "classifier": HEAD,
+        "confidence": HEAD,
+        **rates,
+    }
     if method.kind == "baseline":  # plain fine-tuning has one rate
         return DACT(**{**arguments, "submodel_learning_rate": None}).at_full_depth()
     model = Learner(
         method=method,
         mask_token=mask_token,
         lambda_reg=0.0 if "free" in method.options else LAMBDA,
-        exit_loss_weight=next((weight for name, weight in EXIT_WEIGHTS.items() if name in method.options), 0.3),
+        exit_loss_weight=next(
+            (weight for name, weight in EXIT_WEIGHTS.items() if name in method.options), 0.3
+        ),
         **arguments,
     )
     if method.kind == "encoder":
         model.at_full_depth()
-    if method.kind == "multi":  # h = 1 for ever: a_n is y_n, and the margin alone decides when a text leaves
+    if (
+        method.kind == "multi"
+    ):  # h = 1 for ever: a_n is y_n, and the margin alone decides when a text leaves
         model.at_full_depth().halting = "exact"
     model.distillation = TEACHER_SHARE
     return model

@@ -31,7 +31,14 @@ from dact.cli.predictions import OUTPUT, PredictionWriter
 from dact.cli.quiet import quiet
 from dact.cli.reports import Bar, EpochLines, show_metrics
 from dact.cli.request import EVALUATING, Request
-from dact.cli.runs import balanced_weights, check_set_aside, check_tag, checkpoint_to_resume, sole_writer, stored_model
+from dact.cli.runs import (
+    balanced_weights,
+    check_set_aside,
+    check_tag,
+    checkpoint_to_resume,
+    sole_writer,
+    stored_model,
+)
 from dact.cli.stored import RUNS, check_estimate, check_storable, find_model, store_dial
 from dact.cli.tune import add_tuner_arguments, stopped_by_user, tune
 from dact.encoders import LayeredEncoder
@@ -40,7 +47,12 @@ from dact.files import DurableCheckpointIO
 from dact.model import DACT
 
 Monitor = Literal["last", "val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
-FILE_OF = {"predict": "predict_file", "test": "test_file", "calibrate": "calibration_file", "validate": "val_file"}
+FILE_OF = {
+    "predict": "predict_file",
+    "test": "test_file",
+    "calibrate": "calibration_file",
+    "validate": "val_file",
+}
 AT_INFERENCE = ("halting", "halting_tolerance", "halting_margin", "step_tokens", "window_tokens")
 
 
@@ -62,7 +74,8 @@ class DACTTrainer(Trainer):
 
     @staticmethod
     def calibrate() -> None:
-        """Find the halting margin, or tolerance, that keeps a promise, and store it with the model."""
+        """Find the halting margin, or tolerance, that keeps a promise, and store it with the
+        model."""
 
     @staticmethod
     def tune() -> None:
@@ -77,7 +90,8 @@ class StoredModel(DACT):
 
 
 class DACTCLI(LightningCLI):
-    """``dact fit | validate | test | predict | calibrate | tune``, all of which read the same files."""
+    """``dact fit | validate | test | predict | calibrate | tune``, all of which read the same
+    files."""
 
     def __init__(self, request: Request, **arguments: Any) -> None:
         self.request = request
@@ -94,22 +108,30 @@ class DACTCLI(LightningCLI):
     # ------------------------------------------------------------------ options
 
     @override
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if subcommand != self.request.command:  # adding options takes time, so only this command gets them
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        if (
+            subcommand != self.request.command
+        ):  # adding options takes time, so only this command gets them
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "tune":
             add_tuner_arguments(parser)
             _ignore(parser, "ckpt_path", "weights_only")
         else:
-            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help="options of dact tune")
+            parser.add_argument(
+                "--tuner", type=dict[str, Any] | None, default=None, help="options of dact tune"
+            )
             if subcommand == "calibrate":
                 parser.add_class_arguments(Promise, instantiate=False)
                 text = "checkpoint of a fit, model/ folder, or folder of a run; --model takes the last two as well"
                 parser.add_argument("--ckpt_path", type=str | None, default=None, help=text)
                 _ignore(parser, "weights_only")
             else:
-                parser.set_defaults({"weights_only": True})  # a checkpoint from elsewhere must not run code
+                parser.set_defaults(
+                    {"weights_only": True}
+                )  # a checkpoint from elsewhere must not run code
         if subcommand in ("fit", "tune"):
             text = "name of the run, and of its folder in lightning_logs; giving the same name again resumes the run"
             parser.add_argument("--run_tag", type=str, default="", help=text)
@@ -151,12 +173,21 @@ class DACTCLI(LightningCLI):
             name = action.dest.removeprefix("model.")
             if action.dest == "model":
                 action.metavar, action.help = "RUN", "model/ folder, folder of a run, or Hub id"
-            elif name != action.dest and not name.startswith("encoder") and name not in AT_INFERENCE:
-                action.help = SUPPRESS  # of training: the config.yaml of a fit holds it, and nothing else may set it
-        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True, required=not evaluating)
-        groups["data"].title = "The data: TextClassificationData for one's own files, or any LightningDataModule"
+            elif (
+                name != action.dest and not name.startswith("encoder") and name not in AT_INFERENCE
+            ):
+                # of training: the config.yaml of a fit holds it, and nothing else may set it
+                action.help = SUPPRESS
+        parser.add_lightning_class_args(
+            LightningDataModule, "data", subclass_mode=True, required=not evaluating
+        )
+        groups[
+            "data"
+        ].title = "The data: TextClassificationData for one's own files, or any LightningDataModule"
         parser.add_lightning_class_args(self.trainer_class, "trainer")
-        parser.set_defaults({f"trainer.{name}": value for name, value in self.trainer_defaults.items()})
+        parser.set_defaults(
+            {f"trainer.{name}": value for name, value in self.trainer_defaults.items()}
+        )
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -207,7 +238,8 @@ class DACTCLI(LightningCLI):
         self.trainer = self.instantiate_trainer()
 
     def _overrides(self) -> dict[str, Any]:
-        """Return the inference settings on the command line; those in files belong to the fit, and are ignored."""
+        """Return the inference settings on the command line; those in files belong to the fit, and
+        are ignored."""
         words = self.request.model_words()
         if not words:
             return {}
@@ -221,7 +253,8 @@ class DACTCLI(LightningCLI):
         return {name: given[name] for name in AT_INFERENCE if name in given}
 
     def _name_ignored_dials(self, given: Namespace, overrides: dict[str, Any]) -> None:
-        """Warn if a file sets inference settings, other than the usual ones, that the stored model does not have."""
+        """Warn if a file sets inference settings, other than the usual ones, that the stored model
+        does not have."""
         usual = inspect.signature(DACT.__init__).parameters
         for name in AT_INFERENCE:
             value, own = given.get(name), getattr(self.model, name)
@@ -232,7 +265,8 @@ class DACTCLI(LightningCLI):
                 )
 
     def _complete_model(self, config: Namespace) -> None:
-        """Complete a configuration with the number of classes, and balanced class weights, of the training data."""
+        """Complete a configuration with the number of classes, and balanced class weights, of the
+        training data."""
         asked = config.model.class_weights == "balanced"
         if not asked and config.model.output_dimension is not None:
             return
@@ -260,7 +294,11 @@ class DACTCLI(LightningCLI):
         added: list[Callback] = [signals.StopOnSignal()]
         if config.get("enable_progress_bar") is not False and not _has(given, ProgressBar):
             to_output = self.subcommand == "predict" and self._get(self.config, "output") == "-"
-            shown = sys.stdout.isatty() if not to_output else sys.stderr.isatty() and not sys.stdout.isatty()
+            shown = (
+                sys.stdout.isatty()
+                if not to_output
+                else sys.stderr.isatty() and not sys.stdout.isatty()
+            )
             if shown or config.get("enable_progress_bar"):
                 added.append(Bar(console_kwargs={"stderr": to_output}))
             else:
@@ -273,14 +311,21 @@ class DACTCLI(LightningCLI):
             own = [one for one in given if isinstance(one, ModelCheckpoint)]
             beside = [one for one in own if one.dirpath == own[0].dirpath]
             if config.get("enable_checkpointing") is not False and not _has(given, Checkpoint):
-                chosen: dict[str, Any] = {"monitor": monitor, "mode": mode, "save_on_train_epoch_end": after}
+                chosen: dict[str, Any] = {
+                    "monitor": monitor,
+                    "mode": mode,
+                    "save_on_train_epoch_end": after,
+                }
                 best = MovableCheckpoint(filename="best", enable_version_counter=False, **chosen)
                 added += [best, LastCheckpoint(best)]
             elif own and not any(one.save_last or one.filename == "last" for one in beside):
                 added.append(LastCheckpoint(own[0]))
             added += [ExitPlots(), SavePretrained(), EpochLines(monitor, mode)]
         elif config.get("logger") is None:
-            config = {**config, "logger": False}  # its folder would hold nothing that is not printed
+            config = {
+                **config,
+                "logger": False,
+            }  # its folder would hold nothing that is not printed
         plugins = config.get("plugins") or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not _has(plugins, CheckpointIO):
@@ -292,7 +337,9 @@ class DACTCLI(LightningCLI):
         if not tag:
             return logger
         if logger not in (None, True):
-            raise ValueError("--run_tag names the folder of the default logger: leave trainer.logger out, or the tag")
+            raise ValueError(
+                "--run_tag names the folder of the default logger: leave trainer.logger out, or the tag"
+            )
         return TensorBoardLogger(config.get("default_root_dir") or ".", name=RUNS, version=tag)
 
     # ------------------------------------------------------------------ commands
@@ -326,20 +373,27 @@ class DACTCLI(LightningCLI):
             )
         if not config.run_tag:
             return
-        folder = check_tag(Path(config.trainer.default_root_dir or ".") / RUNS, config.run_tag, "fit")
-        if checkpoint is None and (any(folder.glob("checkpoints/*.ckpt")) or (folder / "model").exists()):
+        folder = check_tag(
+            Path(config.trainer.default_root_dir or ".") / RUNS, config.run_tag, "fit"
+        )
+        if checkpoint is None and (
+            any(folder.glob("checkpoints/*.ckpt")) or (folder / "model").exists()
+        ):
             self._complete_model(config)
             now = yaml.safe_load(self._parser("fit").dump(config, skip_none=False))
             config.ckpt_path = checkpoint_to_resume(folder, now)
 
     def fit(self, **arguments: Any) -> None:
-        """Fit. A run that fails before its first epoch leaves no folder; one that is stopped keeps its best model."""
+        """Fit. A run that fails before its first epoch leaves no folder; one that is stopped keeps
+        its best model."""
         if getattr(self.datamodule, "needs_teacher", False):
             raise ValueError(
                 "texts without labels need a teacher: give data.teacher, and the model a distillation above 0, or "
                 "leave the unlabelled_file out"
             )
-        folder = Path(self.trainer.log_dir) if self.trainer.loggers and self.trainer.log_dir else None
+        folder = (
+            Path(self.trainer.log_dir) if self.trainer.loggers and self.trainer.log_dir else None
+        )
         is_new = folder is not None and not folder.exists()
         try:
             with sole_writer(folder if self.trainer.is_global_zero else None):
@@ -363,10 +417,18 @@ class DACTCLI(LightningCLI):
         checkpoint = self.trainer.checkpoint_callback
         last = Path(getattr(checkpoint, "dirpath", None) or "") / LAST
         if not isinstance(checkpoint, ModelCheckpoint) or not last.is_file():
-            raise SystemExit(stopped_by_user("before its first epoch ended: there is nothing to resume"))
+            raise SystemExit(
+                stopped_by_user("before its first epoch ended: there is nothing to resume")
+            )
         SavePretrained().on_fit_end(self.trainer, self.model)
-        is_default = folder is not None and folder.parent.name == RUNS and last.parent.parent == folder
-        name, value = ("run_tag", folder.name) if is_default and folder is not None else ("ckpt_path", str(last))
+        is_default = (
+            folder is not None and folder.parent.name == RUNS and last.parent.parent == folder
+        )
+        name, value = (
+            ("run_tag", folder.name)
+            if is_default and folder is not None
+            else ("ckpt_path", str(last))
+        )
         raise SystemExit(stopped_by_user(resume_with=self.request.again(name, value)))
 
     def predict(self, **arguments: Any) -> None:
@@ -374,7 +436,11 @@ class DACTCLI(LightningCLI):
         writer = PredictionWriter(output)
         self.trainer.callbacks.append(writer)  # type: ignore[attr-defined]
         self.trainer.predict(**arguments, return_predictions=False)
-        without = f", and {writer.unlabelled} without a label, with the reason" if writer.unlabelled else ""
+        without = (
+            f", and {writer.unlabelled} without a label, with the reason"
+            if writer.unlabelled
+            else ""
+        )
         place = "standard output" if output == "-" else writer.path
         print(f"{writer.labelled} predictions are in {place}{without}", file=sys.stderr)
 
@@ -389,14 +455,20 @@ class DACTCLI(LightningCLI):
     def calibrate(self, promise: Promise) -> None:
         """Calibrate the stored model, and write the dial to its checkpoint and its folder."""
         if any(word.startswith(f"--model.{promise.dial}") for word in self.request.model_words()):
-            raise ValueError(f"dact calibrate finds {promise.dial} itself: leave --model.{promise.dial} out")
-        plain = yaml.safe_load(self._parser("calibrate").dump(self.config["calibrate"], skip_none=False))
+            raise ValueError(
+                f"dact calibrate finds {promise.dial} itself: leave --model.{promise.dial} out"
+            )
+        plain = yaml.safe_load(
+            self._parser("calibrate").dump(self.config["calibrate"], skip_none=False)
+        )
         check_set_aside(self.source, plain.get("data") or {})
         check_storable(self.source)
         model, plugin = self.model, self.trainer.precision_plugin
         before = getattr(model, promise.dial)
         model.end_calibration()
-        measured: Any = plugin.convert_module(copy.deepcopy(model)).to(self.trainer.strategy.root_device)
+        measured: Any = plugin.convert_module(copy.deepcopy(model)).to(
+            self.trainer.strategy.root_device
+        )
         with plugin.forward_context():
             found = calibrate(measured, self.datamodule, **asdict(promise))
         check_estimate(found, promise)
@@ -421,12 +493,19 @@ def run() -> DACTCLI:
     """Run the command line of this process."""
     quiet()
     # A configuration may name classes of files next to it, or in this folder.
-    sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))]
+    sys.path += [
+        str(folder.absolute())
+        for folder in (Path(), *(file.parent for file in config_files(sys.argv[1:])))
+    ]
     request = Request.read(sys.argv[1:])
-    # jsonargparse's own usage line names a hundred options, which the groups below it explain anyway.
+    # jsonargparse's own usage line names a hundred options, which the groups below it explain
+    # anyway.
     files = {name: f"--model RUN --data.{option} FILE" for name, option in FILE_OF.items()}
     texts = {
-        name: {"usage": f"dact {name} {files.get(name, '--config FILE')} [--OPTION ...]", "description": text}
+        name: {
+            "usage": f"dact {name} {files.get(name, '--config FILE')} [--OPTION ...]",
+            "description": text,
+        }
         for name, text in LIGHTNING.items()
     }
     return DACTCLI(
@@ -443,6 +522,7 @@ def run() -> DACTCLI:
 
 
 def main() -> None:
-    """Run the command line of this process; an error of use ends it with one line instead of a traceback."""
+    """Run the command line of this process; an error of use ends it with one line instead of a
+    traceback."""
     with one_line_errors():
         run()

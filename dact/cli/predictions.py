@@ -22,12 +22,12 @@ from typing_extensions import override
 
 from dact import signals
 from dact.agreement import names_of_classes
+from dact.calibration.temperature import temper
 from dact.checks import check_count
 from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
 from dact.data.tokenizers import tokenize, warn_of_unknown
 from dact.files import check_writable_folder, replacing
 from dact.model import DACTOutput
-from dact.scores import temper
 
 WRITABLE = (".csv", ".jsonl", ".parquet")
 STANDARD_OUTPUT = "-"
@@ -37,17 +37,19 @@ Row = dict[str, Any]
 
 
 class PredictionData(LightningDataModule):
-    """The texts of a file, or of standard input, to classify. Several processes take turns, a batch each.
+    """The texts of a file, or of standard input, to classify. Several processes take turns, a batch
+    each.
 
     Args:
-        predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is standard input, with
-            one text a line.
-        tokenizer, text_column, text_pair_column, max_length: As for `dact.data.TextClassificationData`.
+        predict_file: csv, tsv, json lines, parquet or txt (one text a line) by ending; ``-`` is
+            standard input, with one text a line.
+        tokenizer, text_column, text_pair_column, max_length: As for
+            `dact.data.TextClassificationData`.
         batch_size: Number of texts that are read at a time.
 
     Attributes:
-        unusable: Reasons why rows cannot be classified, by row number from 0, for rows that have been read and not yet
-            written.
+        unusable: Reasons why rows cannot be classified, by row number from 0, for rows that have
+            been read and not yet written.
     """
 
     def __init__(
@@ -73,10 +75,15 @@ class PredictionData(LightningDataModule):
         self.unusable: dict[int, str] = {}
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Yield batches of usable texts with their ``row`` numbers, and record in `unusable` why others are not."""
-        rank, processes = (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        """Yield batches of usable texts with their ``row`` numbers, and record in `unusable` why
+        others are not."""
+        rank, processes = (
+            (0, 1) if self.trainer is None else (self.trainer.global_rank, self.trainer.world_size)
+        )
         if processes > 1 and self.predict_file == STANDARD_INPUT:
-            raise ValueError(f"standard input has one reader, not {processes}: use one device, or give a file")
+            raise ValueError(
+                f"standard input has one reader, not {processes}: use one device, or give a file"
+            )
         rows = enumerate(read_rows(self.predict_file, self.columns))
         waiting = signals.at_once if self.predict_file == STANDARD_INPUT else contextlib.nullcontext
         while True:
@@ -86,7 +93,9 @@ class PredictionData(LightningDataModule):
                 return
             if window[0][0] // self.batch_size % processes != rank:
                 continue
-            faults = {row: fault for row, texts in window if (fault := text_fault(texts)) is not None}
+            faults = {
+                row: fault for row, texts in window if (fault := text_fault(texts)) is not None
+            }
             self.unusable |= faults
             usable = [(row, texts) for row, texts in window if row not in faults]
             if not usable:
@@ -107,18 +116,20 @@ class PredictionData(LightningDataModule):
 
 
 class PredictionWriter(Callback):
-    """Write one row per input, in input order: label, the probability of each class, exit layer, and the reason why an
-    input could not be classified.
+    """Write one row per input, in input order: label, the probability of each class, exit layer,
+    and the reason why an input could not be classified.
 
-    Label and probabilities are those of `TextClassifier`, scaled by the temperatures of the model if it has them.
+    Label and probabilities are those of `TextClassifier`, scaled by the temperatures of the model
+    if it has them.
 
-    A batch may carry the numbers of its rows, from 0, as ``row`` ``[batch]``; otherwise rows are counted. A number that
-    no batch carries is a row without a label, whose reason is in ``unusable`` of the datamodule. With several
-    processes, each writes the rows that it classified, with their numbers, to a file of its own.
+    A batch may carry the numbers of its rows, from 0, as ``row`` ``[batch]``; otherwise rows are
+    counted. A number that no batch carries is a row without a label, whose reason is in
+    ``unusable`` of the datamodule. With several processes, each writes the rows that it classified,
+    with their numbers, to a file of its own.
 
     Args:
-        path: csv, json lines or parquet by ending; ``-`` writes csv to standard output. The first of three processes
-            writes to ``NAME-1-of-3.csv`` instead.
+        path: csv, json lines or parquet by ending; ``-`` writes csv to standard output. The first
+            of three processes writes to ``NAME-1-of-3.csv`` instead.
 
     Attributes:
         path: File to which this process writes.
@@ -127,7 +138,9 @@ class PredictionWriter(Callback):
 
     def __init__(self, path: str | Path) -> None:
         check_writable(path)
-        self.path = str(Path(path).expanduser())  # a shell leaves the ~ of --output=~/answers.csv as it is
+        self.path = str(
+            Path(path).expanduser()
+        )  # a shell leaves the ~ of --output=~/answers.csv as it is
         self.labelled = self.unlabelled = 0
         self._next_row = 0
         self._rank, self._processes = 0, 1
@@ -151,7 +164,9 @@ class PredictionWriter(Callback):
                 f"{self._processes} processes cannot share standard output: use one device, or name a file"
             )
         path = Path(self.path)
-        first, own = (path.with_stem(f"{path.stem}-{n}-of-{self._processes}") for n in (1, self._rank + 1))
+        first, own = (
+            path.with_stem(f"{path.stem}-{n}-of-{self._processes}") for n in (1, self._rank + 1)
+        )
         self.path = str(own)
         rank_zero_info(
             f"{self._processes} processes write one file each, {first} and so on. Their column row is the number of an "
@@ -170,11 +185,21 @@ class PredictionWriter(Callback):
                 f"the batches have no 'row' [batch], by which the rows of {self._processes} processes could be told "
                 "apart: add it, or use one device"
             )
-        numbers = batch["row"].tolist() if numbered else list(range(self._next_row, self._next_row + count))
+        numbers = (
+            batch["row"].tolist()
+            if numbered
+            else list(range(self._next_row, self._next_row + count))
+        )
         labels = outputs.probabilities.argmax(dim=1).tolist()
         temperatures: Any = getattr(pl_module, "temperatures", None)
         probabilities = temper(outputs.probabilities.float(), outputs.exit_layer, temperatures)
-        classified = zip(numbers, labels, _shortest(probabilities.cpu()), outputs.exit_layer.tolist(), strict=True)
+        classified = zip(
+            numbers,
+            labels,
+            _shortest(probabilities.cpu()),
+            outputs.exit_layer.tolist(),
+            strict=True,
+        )
         rows: list[Row] = []
         for number, label, vector, exit_layer in sorted(classified):
             if number < self._next_row:
@@ -189,27 +214,39 @@ class PredictionWriter(Callback):
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        # Not in on_predict_end: a file in which nothing can be classified gives no batch, but has rows to write.
+        # Not in on_predict_end: a file in which nothing can be classified gives no batch, but has
+        # rows to write.
         if stage == "predict":
             names, last = names_of_classes(pl_module), max(self._reasons, default=-1)
             self._write_rows(names, self._without_label(names, last + 1))
             self._open.close()
 
     @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
         self._open.__exit__(type(exception), exception, exception.__traceback__)
 
     def _without_label(self, names: Sequence[str], end: int) -> list[Row]:
-        """Return the rows before `end` that no batch carried; with several processes, only those of this one."""
+        """Return the rows before `end` that no batch carried; with several processes, only those of
+        this one."""
         numbers: Iterable[int] = range(self._next_row, end)
         if self._processes > 1:
-            # A stream has only the reasons of this process; data that holds all its examples has those of all.
-            mine = (number for number in numbers if self._is_stream or number % self._processes == self._rank)
+            # A stream has only the reasons of this process; data that holds all its examples has
+            # those of all.
+            mine = (
+                number
+                for number in numbers
+                if self._is_stream or number % self._processes == self._rank
+            )
             numbers = [number for number in mine if number in self._reasons]
         found = list(numbers)
         self.unlabelled += len(found)
         nothing = [None] * len(names)
-        return [self._row(n, names, None, nothing, None, self._reasons.pop(n, "not in the data")) for n in found]
+        return [
+            self._row(n, names, None, nothing, None, self._reasons.pop(n, "not in the data"))
+            for n in found
+        ]
 
     def _row(
         self,
@@ -220,7 +257,9 @@ class PredictionWriter(Callback):
         exit_layer: int | None,
         reason: str | None = None,
     ) -> Row:
-        probabilities = {f"probability_{name}": value for name, value in zip(names, vector, strict=True)}
+        probabilities = {
+            f"probability_{name}": value for name, value in zip(names, vector, strict=True)
+        }
         row = {"label": label, **probabilities, "exit_layer": exit_layer, "reason": reason}
         return row if self._processes == 1 else {"row": number, **row}
 
@@ -232,7 +271,8 @@ class PredictionWriter(Callback):
 
 
 def _shortest(probabilities: Tensor) -> list[list[float]]:
-    """Return float32 values as the shortest decimal numbers that stand for them, which need 9 digits at most."""
+    """Return float32 values as the shortest decimal numbers that stand for them, which need 9
+    digits at most."""
     return [[float(str(value)) for value in row] for row in probabilities.numpy()]
 
 
@@ -250,7 +290,9 @@ def check_writable(path: str | Path) -> None:
     except RuntimeError as error:
         raise ValueError(f"{path} is a link that leads nowhere: name a file to write to") from error
     if path.exists() and not path.is_file() and not path.is_dir():
-        raise ValueError(f"{path} is no regular file: name one to write to, or - for standard output")
+        raise ValueError(
+            f"{path} is no regular file: name one to write to, or - for standard output"
+        )
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder: name a file to write to")
     above = next(folder for folder in path.parents if folder.exists())
@@ -259,7 +301,8 @@ def check_writable(path: str | Path) -> None:
 
 @contextlib.contextmanager
 def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]], None]]:
-    """Yield a function that writes rows. The file is complete at the end, and absent after an exception."""
+    """Yield a function that writes rows. The file is complete at the end, and absent after an
+    exception."""
     if path == STANDARD_OUTPUT:
         write = _csv_writer(sys.stdout, columns)
 
@@ -277,15 +320,25 @@ def _open_table(path: str, columns: list[str]) -> Iterator[Callable[[list[Row]],
 
             kinds = {"row": pyarrow.int64(), "exit_layer": pyarrow.int64()}
             kinds |= {"label": pyarrow.string(), "reason": pyarrow.string()}
-            schema = pyarrow.schema([(name, kinds.get(name, pyarrow.float64())) for name in columns])
+            schema = pyarrow.schema(
+                [(name, kinds.get(name, pyarrow.float64())) for name in columns]
+            )
             with ParquetWriter(partial, schema) as writer:
-                yield lambda rows: writer.write_table(pyarrow.Table.from_pylist(rows, schema)) if rows else None
+                yield (
+                    lambda rows: (
+                        writer.write_table(pyarrow.Table.from_pylist(rows, schema))
+                        if rows
+                        else None
+                    )
+                )
             return
         with partial.open("w", encoding="utf-8", newline="") as file:
             if path.lower().endswith(".csv"):
                 yield _csv_writer(file, columns)
             else:
-                yield lambda rows: file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+                yield lambda rows: file.writelines(
+                    json.dumps(row, ensure_ascii=False) + "\n" for row in rows
+                )
 
 
 def _csv_writer(file: Any, columns: list[str]) -> Callable[[list[Row]], None]:

@@ -19,13 +19,15 @@ _WARNINGS = (
     r".*does not have many workers.*",
     r".*number of training batches .* is smaller than the logging interval.*",
     r".*Checkpoint directory .* exists and is not empty.*",
-    r".*callbacks used to create the checkpoint need to be provided.*",  # to test a model, none is needed
+    # to test a model, none is needed
+    r".*callbacks used to create the checkpoint need to be provided.*",
     r".*is an instance of `nn\.Module` and is already saved.*",
     r".*It is recommended to use `self\.log\(.*sync_dist=True\)`.*",
     r".*Precision 16-mixed is not supported by the model summary.*",
     r".*configure_optimizers` will be overridden by.*",
     r".*module\(s\) in eval mode at the start of training.*",  # a frozen encoder is meant to be
-    r".*`ModelCheckpoint\(monitor='val_(loss|task_loss|accuracy|macro_f1)'\)` could not find.*",  # no validation ran
+    # no validation ran
+    r".*`ModelCheckpoint\(monitor='val_(loss|task_loss|accuracy|macro_f1)'\)` could not find.*",
     r".*is an experimental feature.*",
     r".*is experimental \(supported from.*",
 )
@@ -36,8 +38,14 @@ def _worth_reading(record: logging.LogRecord) -> bool:
 
 
 def quiet() -> None:
-    """Silence exactly the messages above, and show other warnings without the line of code that raised them."""
-    for name in ("lightning.pytorch", "lightning.fabric", "lightning", ""):  # the last one is the root logger
+    """Silence exactly the messages above, and show other warnings without the line of code that
+    raised them."""
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "lightning",
+        "",
+    ):  # the last one is the root logger
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_worth_reading)
     for pattern in _WARNINGS:

@@ -1,4 +1,5 @@
-"""Console lines of the commands: one per epoch, the result of a fit, and whether a promise holds on a test."""
+"""Console lines of the commands: one per epoch, the result of a fit, and whether a promise holds on
+a test."""
 
 from __future__ import annotations
 
@@ -19,11 +20,17 @@ from dact.data.base import TextDataModule
 from dact.model import DACT
 
 FEW_STEPS = 100  # of the optimizer, in which few models learn a task
-SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}  # metrics of an epoch, and decimals
+SHOWN = {
+    "train_loss": 3,
+    "val_loss": 3,
+    "val_accuracy": 3,
+    "val_exit_layer": 2,
+}  # metrics of an epoch, and decimals
 
 
 class Bar(RichProgressBar):
-    """A progress bar of one line; the metrics of an epoch have a line of their own, see `EpochLines`."""
+    """A progress bar of one line; the metrics of an epoch have a line of their own, see
+    `EpochLines`."""
 
     @override
     def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
@@ -32,7 +39,9 @@ class Bar(RichProgressBar):
     @override
     def _get_train_description(self, current_epoch: int) -> str:
         last = "" if self.trainer.max_epochs in (None, -1) else f"/{self.trainer.max_epochs}"
-        return f"Epoch {current_epoch + 1}{last}".ljust(len(self.validation_description))  # Lightning counts from 0
+        return f"Epoch {current_epoch + 1}{last}".ljust(
+            len(self.validation_description)
+        )  # Lightning counts from 0
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -40,7 +49,8 @@ class Bar(RichProgressBar):
 
 
 class EpochLines(Callback):
-    """Print the metrics of each epoch on one line and, at the end of a fit, those of the epoch that its model is of.
+    """Print the metrics of each epoch on one line and, at the end of a fit, those of the epoch that
+    its model is of.
 
     Warn if all validation examples get one class.
 
@@ -53,7 +63,9 @@ class EpochLines(Callback):
         self.monitor, self.sign = monitor, 1 if mode == "min" else -1
         self._started = 0.0
         self._labels: Tensor | None = None  # [classes], number of validation examples of each class
-        self._predicted: Tensor | None = None  # [classes], number of validation examples that got the class
+        self._predicted: Tensor | None = (
+            None  # [classes], number of validation examples that got the class
+        )
         self._best: tuple[float, int, dict[str, float], Tensor, Tensor] | None = None
 
     @override
@@ -78,26 +90,45 @@ class EpochLines(Callback):
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if isinstance(pl_module, DACT):
             counts: Any = pl_module.val_metrics["macro_f1"]  # the counts per class of this process
-            self._labels, self._predicted = (counts.tp + counts.fn).cpu(), (counts.tp + counts.fp).cpu()
+            self._labels, self._predicted = (
+                (counts.tp + counts.fn).cpu(),
+                (counts.tp + counts.fp).cpu(),
+            )
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+        metrics = {
+            name: value.item()
+            for name, value in trainer.callback_metrics.items()
+            if value.numel() == 1
+        }
         metrics["epoch"] = trainer.current_epoch
         if not math.isfinite(loss := metrics.get("val_loss", 0.0)):
             raise RuntimeError(
                 f"the fit broke: val_loss is {loss} after epoch {trainer.current_epoch + 1}. Try a smaller "
                 "learning_rate, or trainer.precision 32-true, under another run_tag"
             )
-        values = [f"{_short(name)} {metrics[name]:.{digits}f}" for name, digits in SHOWN.items() if name in metrics]
+        values = [
+            f"{_short(name)} {metrics[name]:.{digits}f}"
+            for name, digits in SHOWN.items()
+            if name in metrics
+        ]
         last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
         seconds = time.monotonic() - self._started
         # Less than 80 characters.
-        _say(trainer, f"epoch {trainer.current_epoch + 1}{last}: {' '.join(values)}, {seconds:.0f} s")
+        _say(
+            trainer, f"epoch {trainer.current_epoch + 1}{last}: {' '.join(values)}, {seconds:.0f} s"
+        )
         if self.monitor in metrics and self._labels is not None and self._predicted is not None:
             score = self.sign * metrics[self.monitor]
             if self._best is None or score < self._best[0]:
-                self._best = (score, trainer.current_epoch + 1, metrics, self._labels, self._predicted)
+                self._best = (
+                    score,
+                    trainer.current_epoch + 1,
+                    metrics,
+                    self._labels,
+                    self._predicted,
+                )
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -127,8 +158,11 @@ class EpochLines(Callback):
 
 
 def _short(name: str) -> str:
-    """Return the name of a metric without its stage, such as ``accuracy``; the losses keep their stage."""
-    return name if name.endswith("loss") else name.removeprefix("val_").replace("exit_layer", "layers")
+    """Return the name of a metric without its stage, such as ``accuracy``; the losses keep their
+    stage."""
+    return (
+        name if name.endswith("loss") else name.removeprefix("val_").replace("exit_layer", "layers")
+    )
 
 
 def _say(trainer: Trainer, text: str) -> None:
@@ -143,19 +177,27 @@ def _say(trainer: Trainer, text: str) -> None:
 
 
 def show_metrics(trainer: Trainer, model: DACT, verbose: bool, promise: bool = False) -> None:
-    """Print the metrics of an evaluation, unless it is not `verbose`, and whether the promise of the model holds."""
+    """Print the metrics of an evaluation, unless it is not `verbose`, and whether the promise of
+    the model holds."""
     if not trainer.is_global_zero:
         return
-    metrics = {name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1}
+    metrics = {
+        name: value.item() for name, value in trainer.callback_metrics.items() if value.numel() == 1
+    }
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items() if verbose else ():
         print(f"{name.ljust(width)}  {value:.6g}")
     if promise and model.calibration is not None and model.exit_histogram is not None:
-        print(promise_line(model.calibration, metrics, model.num_layers, model.exit_histogram.cpu()))
+        print(
+            promise_line(model.calibration, metrics, model.num_layers, model.exit_histogram.cpu())
+        )
 
 
-def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], layers: int, counts: Tensor) -> str:
-    """Return a line that says whether a promise holds on test labels, with the standard error of the measurement.
+def promise_line(
+    calibration: Mapping[str, Any], metrics: Mapping[str, float], layers: int, counts: Tensor
+) -> str:
+    """Return a line that says whether a promise holds on test labels, with the standard error of
+    the measurement.
 
     Args:
         calibration: Content of `DACT.calibration`.
@@ -170,8 +212,9 @@ def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], l
     agreement = metrics["test_agreement"]
     if promise.get("max_accuracy_loss") is not None:
         loss = metrics[f"test_layer_accuracy/{layers}"] - metrics["test_accuracy"]
-        # An example counts for or against early exit only if its class differs from that of full depth. As in
-        # `careful_mean_and_error`, one more is lost and one gained: a few without a fault are no evidence.
+        # An example counts for or against early exit only if its class differs from that of full
+        # depth. As in `careful_mean_and_error`, one more is lost and one gained: a few without a
+        # fault are no evidence.
         differ = (examples * (1 - agreement) + 2) / (examples + 2)
         error = (max(0.0, differ - loss**2) / (examples + 2)) ** 0.5
         excess = loss - promise["max_accuracy_loss"]
@@ -180,7 +223,9 @@ def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], l
             f"{100 * loss:.2f} points (standard error at most {100 * error:.2f})"
         )
     elif promise.get("min_agreement") is not None:
-        agreed = (examples * agreement + 1) / (examples + 2)  # one more that agrees, and one that does not
+        agreed = (examples * agreement + 1) / (
+            examples + 2
+        )  # one more that agrees, and one that does not
         error = (agreed * (1 - agreed) / (examples + 2)) ** 0.5
         excess = promise["min_agreement"] - agreement
         what = (
@@ -194,7 +239,13 @@ def promise_line(calibration: Mapping[str, Any], metrics: Mapping[str, float], l
         error = (max(0.0, squares - mean**2) / examples) ** 0.5
         excess = mean - promise["max_layers"]
         what = f"at most {promise['max_layers']:g} layers. Here it is {mean:.2f} (standard error {error:.2f})"
-    verdict = "holds" if excess <= 0 else "is within its error" if excess <= 2 * error else "does not hold"
+    verdict = (
+        "holds"
+        if excess <= 0
+        else "is within its error"
+        if excess <= 2 * error
+        else "does not hold"
+    )
     dial = promise["dial"]
     kind = "estimate" if calibration.get("estimate") else "promise"
     return f"{kind} of {dial} {calibration[dial]:.8g}: {what}: it {verdict} on these {examples} examples"

@@ -1,4 +1,5 @@
-"""Runs of ``dact fit``: the owner of a folder, checks before a run is resumed, and values from its training data."""
+"""Runs of ``dact fit``: the owner of a folder, checks before a run is resumed, and values from its
+training data."""
 
 from __future__ import annotations
 
@@ -41,12 +42,16 @@ def check_tag(runs: Path, tag: str, command: str) -> Path:
     if tag in ("", ".", "..") or tag != Path(tag).name:
         raise ValueError(f"run_tag must be a name, got {tag!r}")
     if re.fullmatch(r"\d+e\d+", tag, re.IGNORECASE):
-        raise ValueError(f"run_tag {tag} would be read as a number from a file: give another, such as run-{tag}")
+        raise ValueError(
+            f"run_tag {tag} would be read as a number from a file: give another, such as run-{tag}"
+        )
     folder = runs / tag
     tuned = is_tuned(folder)
     fitted = any((folder / name).exists() for name in ("checkpoints", "model"))
     if (tuned and command == "fit") or (fitted and command == "tune"):
-        raise ValueError(f"{folder} belongs to dact {'tune' if tuned else 'fit'}: give another --run_tag")
+        raise ValueError(
+            f"{folder} belongs to dact {'tune' if tuned else 'fit'}: give another --run_tag"
+        )
     return folder
 
 
@@ -77,7 +82,8 @@ def sole_writer(folder: Path | None) -> Iterator[None]:
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
-    """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of that class.
+    """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of
+    that class.
 
     `data` must be set up for fit.
     """
@@ -94,7 +100,8 @@ def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
 
 
 def check_same_run(folder: Path, now: dict[str, Any]) -> None:
-    """Raise an error that names the first option of model or data, or the monitor, with which a run was not started.
+    """Raise an error that names the first option of model or data, or the monitor, with which a run
+    was not started.
 
     `now` is the configuration of a fit, as its config.yaml would hold it.
     """
@@ -110,7 +117,8 @@ def check_same_run(folder: Path, now: dict[str, Any]) -> None:
 
 
 def checkpoint_to_resume(folder: Path, now: dict[str, Any]) -> str | None:
-    """Return the checkpoint from which a run resumes, and say so; None, said as well, if only its model is left.
+    """Return the checkpoint from which a run resumes, and say so; None, said as well, if only its
+    model is left.
 
     Args:
         folder: Folder of the run.
@@ -161,7 +169,8 @@ def fit_data(source: Path) -> dict[str, Any]:
 
 
 def check_set_aside(source: Path, now: dict[str, Any]) -> None:
-    """Raise an error if data would promise on other examples than those that the fit of a model has set aside.
+    """Raise an error if data would promise on other examples than those that the fit of a model has
+    set aside.
 
     Args:
         source: Checkpoint or model/ folder of a run; elsewhere nothing is known of a fit.
@@ -169,7 +178,9 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
     """
     before = fit_data(source)
     then, given = before.get("init_args", {}), dict(now.get("init_args") or {})
-    files = {name: os.path.realpath(then[name]) for name in ("val_file", "train_file") if then.get(name)}
+    files = {
+        name: os.path.realpath(then[name]) for name in ("val_file", "train_file") if then.get(name)
+    }
     file = os.path.realpath(given["val_file"]) if given.get("val_file") else None
     is_new = file is not None and file not in files.values()
     aside = os.path.realpath(given["calibration_file"]) if given.get("calibration_file") else None
@@ -182,11 +193,16 @@ def check_set_aside(source: Path, now: dict[str, Any]) -> None:
     if before.get("class_path") != now.get("class_path") or given.get("calibration_file") or is_new:
         return
     for name in DIVIDES:
-        if name in ("val_file", "val_fraction") and file is not None and file == files.get("val_file"):
+        if (
+            name in ("val_file", "val_fraction")
+            and file is not None
+            and file == files.get("val_file")
+        ):
             continue
         if name in then and name in given and then[name] != given[name]:
             if name == "calibration_fraction" and not given[name]:
-                continue  # the validation examples, of which the result says that they chose the checkpoint
+                # the validation examples, of which the result says that they chose the checkpoint
+                continue
             other = ", or give a data.calibration_file, with data.calibration_fraction 0"
             other = other if "calibration_file" in given else ""
             raise ValueError(
@@ -205,7 +221,8 @@ def _first_difference(before: Any, now: Any, path: str) -> str:
 
 
 def stored_model(source: Path, encoder: Any, **overrides: Any) -> DACT:
-    """Return a stored model; if it cannot rebuild its own encoder, with that of a configuration's ``model.encoder``."""
+    """Return a stored model; if it cannot rebuild its own encoder, with that of a configuration's
+    ``model.encoder``."""
     try:
         return load_model(source, **overrides)
     except ValueError:
@@ -213,7 +230,9 @@ def stored_model(source: Path, encoder: Any, **overrides: Any) -> DACT:
             raise
         builder = LightningArgumentParser(exit_on_error=False)
         builder.add_subclass_arguments(LayeredEncoder, "encoder")
-        own: LayeredEncoder = builder.instantiate_classes(builder.parse_object({"encoder": encoder})).encoder
+        own: LayeredEncoder = builder.instantiate_classes(
+            builder.parse_object({"encoder": encoder})
+        ).encoder
         if own.config() is not None:
             raise
     return load_model(source, own, **overrides)

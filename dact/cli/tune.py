@@ -19,17 +19,30 @@ from dact.factories import DataFactory, ModelFactory
 
 
 def add_tuner_arguments(parser: LightningArgumentParser) -> None:
-    """Add the options of the engine to a parser, except those that have sections of their own, and its defaults."""
+    """Add the options of the engine to a parser, except those that have sections of their own, and
+    its defaults."""
     from dact.tuning import TuningEngine
     from dact.tuning.recipe import TRAINER_DEFAULTS
 
-    elsewhere: set[int | str] = {"output_dimension", "model", "data", "trainer", "seed", "callbacks"}
-    parser.add_class_arguments(TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False)
+    elsewhere: set[int | str] = {
+        "output_dimension",
+        "model",
+        "data",
+        "trainer",
+        "seed",
+        "callbacks",
+    }
+    parser.add_class_arguments(
+        TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False
+    )
     parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
 
 
-def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type, request: Request) -> None:
-    """Run the pipeline on the sections of a configuration; `request` is for the message that says how to resume."""
+def tune(
+    parser: LightningArgumentParser, config: Namespace, trainer_class: type, request: Request
+) -> None:
+    """Run the pipeline on the sections of a configuration; `request` is for the message that says
+    how to resume."""
     from dact.tuning import TuningEngine
     from dact.tuning.recipe import TRAINER_DEFAULTS
     from dact.tuning.storage import describe_storage, root_cause, stopped_by
@@ -54,9 +67,13 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
     builder = LightningArgumentParser(exit_on_error=False)
     builder.add_lightning_class_args(trainer_class, "trainer")  # type: ignore[arg-type]
     add_tuner_arguments(builder)
-    ready = builder.instantiate_classes(builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]}))
+    ready = builder.instantiate_classes(
+        builder.parse_object({"trainer": plain["trainer"], "tuner": plain["tuner"]})
+    )
     trainer = {
-        name: value for name, value in vars(ready.trainer).items() if value is not None or name in TRAINER_DEFAULTS
+        name: value
+        for name, value in vars(ready.trainer).items()
+        if value is not None or name in TRAINER_DEFAULTS
     }
     engine = TuningEngine(
         plain["model"]["output_dimension"],
@@ -81,7 +98,9 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
         if not isinstance(cause, OSError) and isinstance(engine.storage, str):
             where += f", storage {describe_storage(engine.storage, engine.log_dir / tag)}"
         # The message of a storage that cannot be opened already names its address.
-        reason = str(cause) if isinstance(cause, ConnectionError) and str(cause) else root_cause(cause)
+        reason = (
+            str(cause) if isinstance(cause, ConnectionError) and str(cause) else root_cause(cause)
+        )
         raise RuntimeError(
             f"{where}: {reason.rstrip('.')}. Finished work is kept: fix this and run the same command again"
         ) from error
@@ -89,7 +108,9 @@ def tune(parser: LightningArgumentParser, config: Namespace, trainer_class: type
 
 def stopped_by_user(text: str = "", resume_with: str = "") -> int:
     """Print that a command was stopped, and return its exit status."""
-    print(f"\ndact: stopped{f' {text}' if text else f'; resume with: {resume_with}'}", file=sys.stderr)
+    print(
+        f"\ndact: stopped{f' {text}' if text else f'; resume with: {resume_with}'}", file=sys.stderr
+    )
     return 130
 
 
@@ -102,7 +123,8 @@ def _quiet_studies() -> None:
     show = threading.excepthook
 
     def hook(arguments: threading.ExceptHookArgs) -> None:
-        """Show no error of a disk or a storage: the main thread meets the same error and reports it."""
+        """Show no error of a disk or a storage: the main thread meets the same error and reports
+        it."""
         module = arguments.exc_type.__module__.partition(".")[0]
         if not issubclass(arguments.exc_type, OSError) and module not in ("optuna", "sqlalchemy"):
             show(arguments)

@@ -1,4 +1,5 @@
-"""From examples to batches: token ids in few bytes, padded batches, and an order that needs little padding."""
+"""From examples to batches: token ids in few bytes, padded batches, and an order that needs little
+padding."""
 
 from __future__ import annotations
 
@@ -26,13 +27,14 @@ MASK = "attention_mask"
 class Encoded(Dataset[dict[str, Any]]):
     """The usable examples of a split as token ids, 4 to 5 bytes a token.
 
-    An item is a dict of its token arrays ``[length]``, its ``row`` in the split, and its ``labels`` and ``depth`` if
-    the data has them. The attention mask is made with the batch.
+    An item is a dict of its token arrays ``[length]``, its ``row`` in the split, and its ``labels``
+    and ``depth`` if the data has them. The attention mask is made with the batch.
 
     Args:
-        tokens: ``input_ids`` (int32) and the tokenizer's other values per token, such as ``token_type_ids`` (int8),
-            each ``[tokens of all examples]``.
-        offsets: int64 ``[examples + 1]``; example i has the tokens from ``offsets[i]`` to ``offsets[i + 1]``.
+        tokens: ``input_ids`` (int32) and the tokenizer's other values per token, such as
+            ``token_type_ids`` (int8), each ``[tokens of all examples]``.
+        offsets: int64 ``[examples + 1]``; example i has the tokens from ``offsets[i]`` to
+            ``offsets[i + 1]``.
         columns: ``row``, ``labels`` and ``depth``, each int64 ``[examples]``.
     """
 
@@ -62,11 +64,16 @@ class Encoded(Dataset[dict[str, Any]]):
             for name, values in self.tokens.items()
         }
         offsets = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)], dtype=np.int64)
-        columns = {name: values[np.asarray(indices, dtype=np.int64)] for name, values in self.columns.items()}
+        columns = {
+            name: values[np.asarray(indices, dtype=np.int64)]
+            for name, values in self.columns.items()
+        }
         return Encoded(tokens, offsets, columns)
 
 
-def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int) -> tuple[Encoded, list[int]]:
+def encode(
+    examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[Encoded, list[int]]:
     """Tokenize the usable examples.
 
     Args:
@@ -86,14 +93,20 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
     given = [examples.texts] if examples.pairs is None else [examples.texts, examples.pairs]
     for portion in portions(*given):
         texts = [column[portion] for column in given]
-        encoding = tokenizer(*texts, truncation=True, max_length=max_length, return_attention_mask=False)
+        encoding = tokenizer(
+            *texts, truncation=True, max_length=max_length, return_attention_mask=False
+        )
         for name, found in encoding.items():
             values = tokens.setdefault(name, array("b" if name == "token_type_ids" else "i"))
             for example in found:
                 values.extend(example)
         lengths += map(len, encoding["input_ids"])
-        if (empty := next((row for row, ids in enumerate(encoding["input_ids"]) if not ids), None)) is not None:
-            raise ValueError(f"the tokenizer has no token for the text {texts[0][empty]!r}: leave it out")
+        if (
+            empty := next((row for row, ids in enumerate(encoding["input_ids"]) if not ids), None)
+        ) is not None:
+            raise ValueError(
+                f"the tokenizer has no token for the text {texts[0][empty]!r}: leave it out"
+            )
         full = [row for row, ids in enumerate(encoding["input_ids"]) if len(ids) == max_length]
         if full:  # only the whole text tells whether it was cut, and by how much
             again = [[column[row] for row in full] for column in texts]
@@ -101,9 +114,16 @@ def encode(examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: i
             cut += [len(ids) for ids in whole["input_ids"] if len(ids) > max_length]
     columns = {"row": rows, "labels": examples.labels, "depth": examples.depths}
     encoded = Encoded(
-        {name: np.frombuffer(values, dtype=f"i{values.itemsize}") for name, values in tokens.items()},
+        {
+            name: np.frombuffer(values, dtype=f"i{values.itemsize}")
+            for name, values in tokens.items()
+        },
         np.cumsum(lengths, dtype=np.int64),
-        {name: np.asarray(values, dtype=np.int64) for name, values in columns.items() if values is not None},
+        {
+            name: np.asarray(values, dtype=np.int64)
+            for name, values in columns.items()
+            if values is not None
+        },
     )
     return encoded, cut
 
@@ -114,7 +134,8 @@ def length_that_keeps(share: float, examples: int, cut: Sequence[int]) -> int:
     Args:
         share: Share of the examples, in (0, 1).
         examples: Number of examples.
-        cut: Numbers of tokens of the examples that are cut now: more than ``(1 - share) * examples`` of them.
+        cut: Numbers of tokens of the examples that are cut now: more than ``(1 - share) *
+            examples`` of them.
     """
     return sorted(cut, reverse=True)[int((1 - share) * examples)]
 
@@ -127,11 +148,12 @@ def collate(
     Args:
         items: Examples of `Encoded`.
         padding: Value that pads each token array; 0 for those that are not named.
-        teacher: Class probabilities ``[training examples, classes]``, of which the batch gets its rows.
+        teacher: Class probabilities ``[training examples, classes]``, of which the batch gets its
+            rows.
 
     Returns:
-        ``input_ids``, ``attention_mask`` and other token arrays ``[batch, length]``, ``row``, ``labels`` and ``depth``
-        ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
+        ``input_ids``, ``attention_mask`` and other token arrays ``[batch, length]``, ``row``,
+        ``labels`` and ``depth`` ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
     """
     batch: dict[str, Tensor] = {}
     for name in items[0]:
@@ -139,7 +161,9 @@ def collate(
             batch[name] = torch.tensor([item[name] for item in items])
         else:
             values = [torch.from_numpy(item[name]) for item in items]
-            batch[name] = pad_sequence(values, batch_first=True, padding_value=padding.get(name, 0)).long()
+            batch[name] = pad_sequence(
+                values, batch_first=True, padding_value=padding.get(name, 0)
+            ).long()
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch[MASK] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     if teacher is not None:
@@ -148,10 +172,12 @@ def collate(
 
 
 class LengthGroupedSampler(Sampler[int]):
-    """A random order in which the examples of a batch have similar lengths, so that little padding is computed.
+    """A random order in which the examples of a batch have similar lengths, so that little padding
+    is computed.
 
-    The examples are shuffled, sorted by length within groups of 50 batches, and the batches are shuffled. The order
-    depends only on the seed and the epoch, so that a resumed run continues as if it had never stopped.
+    The examples are shuffled, sorted by length within groups of 50 batches, and the batches are
+    shuffled. The order depends only on the seed and the epoch, so that a resumed run continues as
+    if it had never stopped.
 
     Args:
         lengths: Number of tokens of each example.
@@ -163,7 +189,8 @@ class LengthGroupedSampler(Sampler[int]):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; the Trainer calls this at the start of each epoch."""
+        """Choose the epoch whose order comes next; the Trainer calls this at the start of each
+        epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -176,7 +203,10 @@ class LengthGroupedSampler(Sampler[int]):
         batches = []
         for start in range(0, len(order), group):
             by_length = sorted(order[start : start + group], key=lambda row: self.lengths[row])
-            batches += [by_length[i : i + self.batch_size] for i in range(0, len(by_length), self.batch_size)]
+            batches += [
+                by_length[i : i + self.batch_size]
+                for i in range(0, len(by_length), self.batch_size)
+            ]
         # A short batch stays last: the DataLoader cuts the order into batches from its beginning.
         last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
         generator.shuffle(batches)
@@ -187,8 +217,8 @@ class LengthGroupedSampler(Sampler[int]):
 class SharedLengthGroupedSampler(DistributedSampler[int]):
     """The share of one of several processes in an order of `LengthGroupedSampler`.
 
-    All of them take part in each batch, so that none waits for another with longer texts. A few examples are repeated
-    if they cannot be shared equally.
+    All of them take part in each batch, so that none waits for another with longer texts. A few
+    examples are repeated if they cannot be shared equally.
 
     Args:
         lengths: Number of tokens of each example.
@@ -198,8 +228,11 @@ class SharedLengthGroupedSampler(DistributedSampler[int]):
         rank: Number of this one, from 0.
     """
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, num_replicas: int, rank: int) -> None:
-        super().__init__(range(len(lengths)), num_replicas, rank)  # type: ignore[arg-type]  # only its length counts
+    def __init__(
+        self, lengths: Sequence[int], batch_size: int, seed: int, num_replicas: int, rank: int
+    ) -> None:
+        # only its length counts
+        super().__init__(range(len(lengths)), num_replicas, rank)  # type: ignore[arg-type]
         self.whole = LengthGroupedSampler(lengths, batch_size * num_replicas, seed)
 
     def __iter__(self) -> Iterator[int]:

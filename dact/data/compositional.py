@@ -1,4 +1,5 @@
-"""CompositionalSentiment: generated product reviews whose class has to be composed, step by step."""
+"""CompositionalSentiment: generated product reviews whose class has to be composed, step by
+step."""
 
 from __future__ import annotations
 
@@ -17,14 +18,19 @@ GRADES = (
     ("average", "ordinary", "okay", "middling"),
     ("great", "superb", "excellent", "wonderful"),
 )
-# Each adverb exchanges two grades: good and bad, good and average, bad and average. No two of them commute.
+# Each adverb exchanges two grades: good and bad, good and average, bad and average. No two of them
+# commute.
 MODIFIERS = {"ironically": (0, 2), "modestly": (1, 2), "charitably": (0, 1)}
 EMPHASIS = ("really", "quite", "simply", "just")
 NOUNS = ("battery", "screen", "keyboard", "camera", "speaker", "charger", "hinge", "stand")
 REMARKS = ("honestly", "overall", "so far", "for me")
 CONCESSIONS = ("although {aside} , {main}", "{main} , although {aside}", "{aside} , but {main}")
 EMPHASIS_SHARE, CONCESSION_SHARE, REMARK_SHARE = 0.3, 0.3, 0.5
-TEXT_SHARES = {"val": range(0, 10), "test": range(10, 20), "train": range(20, 100)}  # by a checksum of the text
+TEXT_SHARES = {
+    "val": range(0, 10),
+    "test": range(10, 20),
+    "train": range(20, 100),
+}  # by a checksum of the text
 
 
 def modify(grade: int, modifier: str) -> int:
@@ -34,7 +40,8 @@ def modify(grade: int, modifier: str) -> int:
 
 
 def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
-    """Draw a clause and its grade. Modifiers apply from the adjective outwards; emphasis words change nothing."""
+    """Draw a clause and its grade. Modifiers apply from the adjective outwards; emphasis words
+    change nothing."""
     grade = generator.randrange(3)
     words = [generator.choice(GRADES[grade])]
     for step in range(modifiers + 1):
@@ -59,11 +66,12 @@ def split_of(text: str) -> str:
 def generate_review(
     generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
 ) -> tuple[str, int, int]:
-    """Draw a review whose text is accepted: class and depth are uniform and independent of each other.
+    """Draw a review whose text is accepted: class and depth are uniform and independent of each
+    other.
 
     Returns:
-        The words, separated by blanks; the class, 0 negative, 1 neutral, 2 positive; and the depth, the number of steps
-        that compose the class: modifiers, plus one for a concession.
+        The words, separated by blanks; the class, 0 negative, 1 neutral, 2 positive; and the depth,
+        the number of steps that compose the class: modifiers, plus one for a concession.
     """
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
@@ -88,17 +96,26 @@ def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
 
 def _vocabulary() -> list[str]:
     """Return all words of the generator."""
-    phrases = [*NOUNS, *MODIFIERS, *EMPHASIS, *REMARKS, *CONCESSIONS, *sum(GRADES, ()), "the is . ,"]
+    phrases = [
+        *NOUNS,
+        *MODIFIERS,
+        *EMPHASIS,
+        *REMARKS,
+        *CONCESSIONS,
+        *sum(GRADES, ()),
+        "the is . ,",
+    ]
     return [word for phrase in phrases for word in phrase.split() if not word.startswith("{")]
 
 
 class CompositionalSentiment(TextDataModule):
     """Embedded data: English-like product reviews, generated from a seed, without a download.
 
-    The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps whose order matters:
-    "ironically" exchanges good and bad, "modestly" good and average, "charitably" bad and average, applied from the
-    adjective outwards; in a concession the main clause counts. Emphasis words and remarks change nothing. Deep reviews
-    need several layers: see benchmarks/README.md. No text is in two splits. Batches have the ``depth`` of each example.
+    The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps
+    whose order matters: "ironically" exchanges good and bad, "modestly" good and average,
+    "charitably" bad and average, applied from the adjective outwards; in a concession the main
+    clause counts. Emphasis words and remarks change nothing. Deep reviews need several layers: see
+    benchmarks/README.md. No text is in two splits. Batches have the ``depth`` of each example.
 
     Args:
         num_train: Number of training reviews.
@@ -107,7 +124,8 @@ class CompositionalSentiment(TextDataModule):
         max_depth: Largest number of steps, 0 or more.
         seed: Seed for the reviews and for the order in training.
         batch_size: Number of examples per batch.
-        calibration_fraction: Share of the validation reviews, in [0, 1), that is set aside for `dact.calibrate`.
+        calibration_fraction: Share of the validation reviews, in [0, 1), that is set aside for
+            `dact.calibrate`.
 
     Raises:
         ValueError: If a number is outside its range.

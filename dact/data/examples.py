@@ -18,9 +18,11 @@ class Examples:
     Args:
         texts: One string per example.
         pairs: Second text of each example, for text pairs.
-        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; None for prediction.
+        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; None
+            for prediction.
         depths: Number of steps that compose each example, if the data knows it.
-        reasons: Reason why an example cannot be used, None if it can; only prediction has such examples.
+        reasons: Reason why an example cannot be used, None if it can; only prediction has such
+            examples.
     """
 
     texts: list[str]
@@ -38,18 +40,24 @@ class Examples:
         return Examples(**{name: c and [c[row] for row in rows] for name, c in columns.items()})
 
     def text_keys(self) -> list[bytes]:
-        """Return a digest of each normalised text or text pair: examples of equal keys are copies of each other."""
+        """Return a digest of each normalised text or text pair: examples of equal keys are copies
+        of each other."""
         if self.pairs is None:
             return [text_key(text) for text in self.texts]
         return [text_key(text, pair) for text, pair in zip(self.texts, self.pairs, strict=True)]
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """Return the examples of all `parts`, one after the other; a column stays if every part has it."""
+    """Return the examples of all `parts`, one after the other; a column stays if every part has
+    it."""
 
     def column(name: str) -> Any:
         columns = [getattr(part, name) for part in parts]
-        return None if any(values is None for values in columns) else [value for values in columns for value in values]
+        return (
+            None
+            if any(values is None for values in columns)
+            else [value for values in columns for value in values]
+        )
 
     return Examples(**{field.name: column(field.name) for field in fields(Examples)})
 
@@ -61,7 +69,9 @@ def text_key(*texts: str) -> bytes:
         >>> text_key("Good  film ") == text_key("good film") != text_key("goodfilm")
         True
     """
-    normal = "\0".join(" ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts)
+    normal = "\0".join(
+        " ".join(unicodedata.normalize("NFKC", text).casefold().split()) for text in texts
+    )
     return hashlib.blake2b(normal.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
@@ -76,8 +86,9 @@ def stratified_split(
 
     Args:
         labels: Class of each row. Copies of a text count for the class of the first of them.
-        fraction: Share of the rows to set aside, in (0, 1). Of each class with two distinct texts or more, at least
-            one is set aside and at least one is kept; a class with a single text is kept.
+        fraction: Share of the rows to set aside, in (0, 1). Of each class with two distinct texts
+            or more, at least one is set aside and at least one is kept; a class with a single text
+            is kept.
         seed: Seed for the draw.
         keys: Rows of equal keys are copies of a text; all rows differ if left out.
         stay: Keys of texts that may not be set aside.
@@ -98,7 +109,9 @@ def stratified_split(
     for label in sorted(classes):
         texts = classes[label]
         seen += sum(map(len, texts))
-        room = round(fraction * seen) - len(aside)  # the next class makes up for what this one cannot give
+        room = round(fraction * seen) - len(
+            aside
+        )  # the next class makes up for what this one cannot give
         candidates = [rows for rows in texts if keys is None or keys[rows[0]] not in stay]
         most = min(len(candidates), len(texts) - 1)
         chosen = 0

@@ -16,11 +16,14 @@ def is_integer(label: Any) -> bool:
     """Return whether a label is an integer, also as a string."""
     if isinstance(label, bool):
         return False
-    return isinstance(label, int) or (isinstance(label, str) and re.fullmatch(r"-?\d+", label.strip()) is not None)
+    return isinstance(label, int) or (
+        isinstance(label, str) and re.fullmatch(r"-?\d+", label.strip()) is not None
+    )
 
 
 def whole(labels: Sequence[Any]) -> Sequence[Any]:
-    """Return labels as integers if all of them are whole numbers, such as 2.0 or "2.0", and otherwise as they are."""
+    """Return labels as integers if all of them are whole numbers, such as 2.0 or "2.0", and
+    otherwise as they are."""
     texts = [str(label).strip() for label in labels]
     is_whole = all(re.fullmatch(r"-?\d+(\.0+)?", text) for text in texts)
     return [int(text.partition(".")[0]) for text in texts] if is_whole else labels
@@ -30,7 +33,8 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
     """Return the classes of a training file: 0 … the largest integer, or the sorted strings.
 
     Raises:
-        ValueError: If a label is missing, there is only one class, or an integer is larger than the number of rows.
+        ValueError: If a label is missing, there is only one class, or an integer is larger than the
+            number of rows.
     """
     check_present(labels, source)
     are_numbers = not any(isinstance(label, (str, bool)) for label in labels)
@@ -45,29 +49,43 @@ def learn_class_names(labels: Sequence[Any], source: str) -> list[str]:
             )
         names = [str(label) for label in range(largest + 1)]
     else:
-        names = sorted({str(label).strip() for label in labels}, key=Decimal if are_numbers else None)
+        names = sorted(
+            {str(label).strip() for label in labels}, key=Decimal if are_numbers else None
+        )
     alike: dict[str, str] = {}
     for name in names:
-        if (other := alike.setdefault(re.sub(r"^(-?\d+)\.0+$", r"\1", name.casefold()), name)) != name:
-            how = "differ only in case" if other.casefold() == name.casefold() else "are the same number"
+        if (
+            other := alike.setdefault(re.sub(r"^(-?\d+)\.0+$", r"\1", name.casefold()), name)
+        ) != name:
+            how = (
+                "differ only in case"
+                if other.casefold() == name.casefold()
+                else "are the same number"
+            )
             raise ValueError(
                 f"{source}: the labels {other!r} and {name!r} {how}: write them alike, or, if they are different "
                 "classes, name all classes by class_names"
             )
     if len(names) == 1:
-        raise ValueError(f"{source}: every label is {names[0]!r}: a classifier needs examples of two classes or more")
+        raise ValueError(
+            f"{source}: every label is {names[0]!r}: a classifier needs examples of two classes or more"
+        )
     return names
 
 
 def reading_of(labels: Sequence[Any], class_names: Sequence[str], source: str) -> Reading:
-    """Return whether integer labels are names or positions of classes, as the labels of one file show.
+    """Return whether integer labels are names or positions of classes, as the labels of one file
+    show.
 
     Raises:
         ValueError: If both are possible and mean different classes.
     """
     if not any(map(_is_number, class_names)):
         return "positions"
-    names, counted = set(class_names), {str(position): name for position, name in enumerate(class_names)}
+    names, counted = (
+        set(class_names),
+        {str(position): name for position, name in enumerate(class_names)},
+    )
     texts = {str(label).strip() for label in labels}
     if not texts <= names:
         labels = whole(labels)
@@ -87,7 +105,11 @@ def reading_of(labels: Sequence[Any], class_names: Sequence[str], source: str) -
 
 
 def to_classes(
-    labels: Sequence[Any], class_names: Sequence[str], reading: Reading, source: str, rows: Sequence[int] | None = None
+    labels: Sequence[Any],
+    class_names: Sequence[str],
+    reading: Reading,
+    source: str,
+    rows: Sequence[int] | None = None,
 ) -> list[int]:
     """Return each label as a class, 0 … classes - 1.
 
@@ -114,7 +136,9 @@ def to_classes(
     outside = [row for row, label in enumerate(labels) if str(label).strip() not in by_name]
     if outside:
         wrong = str(labels[outside[0]]).strip().casefold()
-        meant = next((f", perhaps {name!r}" for name in class_names if name.casefold() == wrong), "")
+        meant = next(
+            (f", perhaps {name!r}" for name in class_names if name.casefold() == wrong), ""
+        )
         raise ValueError(
             f"{source}: {name_rows(outside, rows)} with a label outside the classes: {labels[outside[0]]!r}{meant}. "
             f"The {len(class_names)} classes are {listed(class_names)}"
@@ -136,7 +160,8 @@ def _is_number(text: str) -> bool:
 
 
 def _by_number(class_names: Iterable[str]) -> dict[Decimal, str]:
-    """Return the classes whose names are numbers, such as 1, 01 and 1.0, by their values, if no two have the same."""
+    """Return the classes whose names are numbers, such as 1, 01 and 1.0, by their values, if no two
+    have the same."""
     found: dict[Decimal, list[str]] = defaultdict(list)
     for name in class_names:
         if _is_number(name):
@@ -146,7 +171,11 @@ def _by_number(class_names: Iterable[str]) -> dict[Decimal, str]:
 
 def check_present(labels: Sequence[Any], source: str, rows: Sequence[int] | None = None) -> None:
     """Raise a ValueError if a label is missing, or is no label."""
-    missing = [row for row, label in enumerate(labels) if label != label or label is None or str(label).strip() == ""]
+    missing = [
+        row
+        for row, label in enumerate(labels)
+        if label != label or label is None or str(label).strip() == ""
+    ]
     if missing:
         raise ValueError(
             f"{source}: {name_rows(missing, rows)} without a label: label or delete them. Texts without labels are for "
@@ -162,7 +191,9 @@ def check_present(labels: Sequence[Any], source: str, rows: Sequence[int] | None
 
 def listed(names: Sequence[str], limit: int = 10) -> str:
     """Return the names with commas, at most `limit` of them."""
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+    return ", ".join(names[:limit]) + (
+        f" and {len(names) - limit} more" if len(names) > limit else ""
+    )
 
 
 def name_rows(rows: Sequence[int], within: Sequence[int] | None = None, limit: int = 5) -> str:

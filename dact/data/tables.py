@@ -14,8 +14,9 @@ def read_columns(path: str, columns: Mapping[str, str]) -> dict[str, list[Any]]:
     """Return some columns of a table by name.
 
     Args:
-        path: A file or standard input, as for `read_rows`; or ``"dataset:NAME#SPLIT"``, a split of the data set that
-            `datasets.load_dataset` finds under a name on the Hub or in a folder. Its class labels become names.
+        path: A file or standard input, as for `read_rows`; or ``"dataset:NAME#SPLIT"``, a split of
+            the data set that `datasets.load_dataset` finds under a name on the Hub or in a folder.
+            Its class labels become names.
         columns: See `read_rows`.
 
     Raises:
@@ -35,7 +36,9 @@ def _read_dataset(address: str, columns: Mapping[str, str]) -> dict[str, list[An
     """Return columns of ``dataset:NAME#SPLIT``."""
     name, _, split = address.removeprefix(DATASET).rpartition("#")
     if not name or not split:
-        raise ValueError(f"{address!r}: expected 'dataset:NAME#SPLIT', such as 'dataset:stanfordnlp/imdb#train'")
+        raise ValueError(
+            f"{address!r}: expected 'dataset:NAME#SPLIT', such as 'dataset:stanfordnlp/imdb#train'"
+        )
     import datasets
 
     bars, level = datasets.is_progress_bar_enabled(), datasets.logging.get_verbosity()
@@ -45,7 +48,9 @@ def _read_dataset(address: str, columns: Mapping[str, str]) -> dict[str, list[An
         table = datasets.load_dataset(name, split=split)
     except Exception as error:  # datasets, huggingface_hub and pyarrow raise many kinds
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{address!r} cannot be loaded by datasets.load_dataset: {reason}") from error
+        raise ValueError(
+            f"{address!r} cannot be loaded by datasets.load_dataset: {reason}"
+        ) from error
     finally:  # as the caller had them
         datasets.logging.set_verbosity(level)
         if bars:
@@ -57,5 +62,7 @@ def _read_dataset(address: str, columns: Mapping[str, str]) -> dict[str, list[An
     for name in columns:
         feature = table.features[name]
         if isinstance(feature, datasets.ClassLabel):  # -1 stands for a label that is kept secret
-            found[name] = [None if label in (None, -1) else feature.int2str(label) for label in found[name]]
+            found[name] = [
+                None if label in (None, -1) else feature.int2str(label) for label in found[name]
+            ]
     return found

@@ -22,11 +22,12 @@ from dact.model import DACT
 def teacher_probabilities(
     teacher: str, train: Examples, class_names: list[str], max_length: int, device: torch.device
 ) -> Tensor:
-    """Return a fine-tuned model's probabilities of examples, ``[examples, classes]``, in the order of `class_names`.
+    """Return a fine-tuned model's probabilities of examples, ``[examples, classes]``, in the order
+    of `class_names`.
 
     Args:
-        teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub id, a local folder,
-            or ``"package:NAME/PATH"``.
+        teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub
+            id, a local folder, or ``"package:NAME/PATH"``.
         train: Examples.
         class_names: Classes of the data.
         max_length: Number of tokens to which longer inputs are cut.
@@ -54,14 +55,21 @@ def teacher_probabilities(
         chosen = ([column[row] for row in rows] for column in columns)
         batch = move(tokenize(tokenizer, *chosen, truncation=True, max_length=max_length), device)
         answers[rows] = (
-            model(batch).probabilities if isinstance(model, DACT) else model(**batch).logits.softmax(-1)
+            model(batch).probabilities
+            if isinstance(model, DACT)
+            else model(**batch).logits.softmax(-1)
         ).cpu()
-    known = [names.index(name) for name in class_names] if set(names) == set(class_names) else slice(None)
+    known = (
+        [names.index(name) for name in class_names]
+        if set(names) == set(class_names)
+        else slice(None)
+    )
     return answers[:, known]
 
 
 def _load(teacher: str) -> tuple[Any, list[str], int | None]:
-    """Return the model, the names of its classes, and the most tokens that it takes, None if there is no bound."""
+    """Return the model, the names of its classes, and the most tokens that it takes, None if there
+    is no bound."""
     source = resolve_pretrained(teacher)
     own = folder_of_dact(source, out_of_reach(source))
     if own is not None:
@@ -72,7 +80,8 @@ def _load(teacher: str) -> tuple[Any, list[str], int | None]:
 
 
 def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> None:
-    """Raise a ValueError unless the names are the same, in any order, or say nothing, such as LABEL_0."""
+    """Raise a ValueError unless the names are the same, in any order, or say nothing, such as
+    LABEL_0."""
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))
     if len(names) != len(class_names) or not (nameless or set(names) == set(class_names)):
         raise ValueError(

@@ -23,7 +23,8 @@ from dact.hub import out_of_reach
 
 
 def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokenizerBase:
-    """Return a loaded tokenizer. It pads on the right, since absolute positions count from the left.
+    """Return a loaded tokenizer. It pads on the right, since absolute positions count from the
+    left.
 
     Args:
         pretrained: A Hub id, a local folder or ``"package:NAME/PATH"``.
@@ -35,7 +36,10 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
     try:
         source = resolve_pretrained(pretrained)
         return AutoTokenizer.from_pretrained(
-            source, padding_side="right", trust_remote_code=False, local_files_only=out_of_reach(source)
+            source,
+            padding_side="right",
+            trust_remote_code=False,
+            local_files_only=out_of_reach(source),
         )
     except Exception as error:  # the libraries raise many kinds
         raise ValueError(
@@ -45,23 +49,34 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
         ) from error
 
 
-def tokenizer_for(tokenizer: str | PreTrainedTokenizerBase, max_length: int) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that cuts texts to `max_length` tokens and pads on the right, even after it is saved.
+def tokenizer_for(
+    tokenizer: str | PreTrainedTokenizerBase, max_length: int
+) -> PreTrainedTokenizerBase:
+    """Return a tokenizer that cuts texts to `max_length` tokens and pads on the right, even after
+    it is saved.
 
     Args:
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from.
         max_length: Number of tokens that are kept.
     """
-    own = load_tokenizer(str(tokenizer)) if isinstance(tokenizer, (str, Path)) else copy.deepcopy(tokenizer)
+    own = (
+        load_tokenizer(str(tokenizer))
+        if isinstance(tokenizer, (str, Path))
+        else copy.deepcopy(tokenizer)
+    )
     own.model_max_length = max_length
     own.padding_side = "right"
     return own
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any) -> dict[str, Tensor]:
-    """Return token ids and what belongs to them, padded on the right: int64 ``[texts, tokens]`` by name.
+def tokenize(
+    tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any
+) -> dict[str, Tensor]:
+    """Return token ids and what belongs to them, padded on the right: int64 ``[texts, tokens]`` by
+    name.
 
-    It is what ``padding=True, return_tensors="pt"`` gives, without the nested lists that transformers makes.
+    It is what ``padding=True, return_tensors="pt"`` gives, without the nested lists that
+    transformers makes.
 
     Args:
         tokenizer: Tokenizer.
@@ -70,7 +85,9 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **option
     """
     encoding: dict[str, list[Any]] = {"input_ids": []}
     for rows in portions(*texts):
-        part = tokenizer(*(column[rows] for column in texts), return_attention_mask=False, **options)
+        part = tokenizer(
+            *(column[rows] for column in texts), return_attention_mask=False, **options
+        )
         for name, examples in part.items():
             encoding.setdefault(name, []).extend(examples)
     lengths = np.fromiter(map(len, encoding["input_ids"]), np.int64)
@@ -87,12 +104,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **option
 def mostly_unknown(
     tokenizer: PreTrainedTokenizerBase, ids: NDArray[Any], lengths: NDArray[Any], *, pairs: bool
 ) -> NDArray[np.bool_]:
-    """Return for each text whether the tokenizer does not know most of its tokens, bool ``[texts]``.
+    """Return for each text whether the tokenizer does not know most of its tokens, bool
+    ``[texts]``.
 
     Args:
         tokenizer: Tokenizer.
         ids: Token ids of all texts, one text after another.
-        lengths: Number of tokens of each text; those that the tokenizer adds count, but not as the text's.
+        lengths: Number of tokens of each text; those that the tokenizer adds count, but not as the
+            text's.
         pairs: Whether the texts are pairs.
     """
     owner = np.repeat(np.arange(len(lengths)), lengths)
@@ -101,9 +120,14 @@ def mostly_unknown(
 
 
 def warn_of_unknown(
-    tokenizer: PreTrainedTokenizerBase, encoding: Mapping[str, Tensor], *, pairs: bool, stacklevel: int = 2
+    tokenizer: PreTrainedTokenizerBase,
+    encoding: Mapping[str, Tensor],
+    *,
+    pairs: bool,
+    stacklevel: int = 2,
 ) -> None:
-    """Warn if a text, of those that `tokenize` has encoded, is mostly unknown to the tokenizer; Python says it once."""
+    """Warn if a text, of those that `tokenize` has encoded, is mostly unknown to the tokenizer;
+    Python says it once."""
     mask = encoding["attention_mask"].bool()
     ids, lengths = encoding["input_ids"][mask].numpy(), mask.sum(dim=1).numpy()
     if mostly_unknown(tokenizer, ids, lengths, pairs=pairs).any():
@@ -114,7 +138,8 @@ def warn_of_unknown(
 
 
 def portions(*texts: Sequence[Any], characters: int = 1_000_000) -> Iterator[slice]:
-    """Yield slices of rows with about `characters` characters, since a tokenizer needs far more memory than its texts.
+    """Yield slices of rows with about `characters` characters, since a tokenizer needs far more
+    memory than its texts.
 
     Args:
         *texts: Texts or pairs of texts; or first and second texts.
@@ -131,7 +156,8 @@ def portions(*texts: Sequence[Any], characters: int = 1_000_000) -> Iterator[sli
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that knows `words` in lower case; other words become ``[UNK]``, and ``[CLS]`` comes first."""
+    """Return a tokenizer that knows `words` in lower case; other words become ``[UNK]``, and
+    ``[CLS]`` comes first."""
     special = ["[PAD]", "[UNK]", "[CLS]"]
     vocabulary = {word: index for index, word in enumerate([*special, *sorted(set(words))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

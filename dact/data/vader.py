@@ -29,20 +29,23 @@ CORPORA = {  # names of the corpora, and of their files
 
 
 class VaderSentiment(TextDataModule):
-    """The four human-rated corpora of VADER: tweets, film and product reviews, newspaper editorials.
+    """The four human-rated corpora of VADER: tweets, film and product reviews, newspaper
+    editorials.
 
-    They have 23,703 texts, each with the mean rating of ten raters in [-4, 4]: below -0.5 is negative, above 0.5
-    positive, between them neutral. Credit: C. J. Hutto and E. Gilbert, *VADER: A Parsimonious Rule-based Model for
-    Sentiment Analysis of Social Media Text*, ICWSM 2014 (MIT licence). The source distribution of the package
-    vaderSentiment 3.3.2 (2.4 MB) is fetched once with pip and verified by its checksum. Each corpus is divided by
-    itself: three quarters for training, an eighth for validation and an eighth for the test, with the copies of a text
-    in one split.
+    They have 23,703 texts, each with the mean rating of ten raters in [-4, 4]: below -0.5 is
+    negative, above 0.5 positive, between them neutral. Credit: C. J. Hutto and E. Gilbert, *VADER:
+    A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text*, ICWSM 2014 (MIT
+    licence). The source distribution of the package vaderSentiment 3.3.2 (2.4 MB) is fetched once
+    with pip and verified by its checksum. Each corpus is divided by itself: three quarters for
+    training, an eighth for validation and an eighth for the test, with the copies of a text in one
+    split.
 
     Args:
-        tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub id, a local folder
-            or ``"package:NAME/PATH"``.
-        corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and ``"newspaper"``; all of
-            them if left out. The division of a corpus does not depend on the choice.
+        tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
+            id, a local folder or ``"package:NAME/PATH"``.
+        corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and
+            ``"newspaper"``; all of them if left out. The division of a corpus does not depend on
+            the choice.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
         num_train: Number of training texts to use, a stratified part, to study small data sets.
         max_length: Number of tokens to which longer texts are cut.
@@ -50,7 +53,8 @@ class VaderSentiment(TextDataModule):
         num_workers: Number of processes that prepare batches.
         seed: Seed for the order in training and, unless `split` is given, for the division.
         split: Number of the division, 0 or more; `seed` if left out.
-        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for `dact.calibrate`.
+        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
+            `dact.calibrate`.
         teacher: Fine-tuned model to learn from; see `dact.data.base.TextDataModule`.
 
     Raises:
@@ -91,9 +95,13 @@ class VaderSentiment(TextDataModule):
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"
         self.corpora = list(CORPORA) if corpora is None else corpora
         if not self.corpora or not set(self.corpora) <= CORPORA.keys():
-            raise ValueError(f"VaderSentiment: corpora must be some of {', '.join(CORPORA)}, got {corpora!r}")
+            raise ValueError(
+                f"VaderSentiment: corpora must be some of {', '.join(CORPORA)}, got {corpora!r}"
+            )
         if split is not None and split < 0:
-            raise ValueError(f"VaderSentiment: split is the number of a division, 0 or more, got {split}")
+            raise ValueError(
+                f"VaderSentiment: split is the number of a division, 0 or more, got {split}"
+            )
         self.split = seed if split is None else split
         self.num_train = num_train
         self.class_names = list(CLASS_NAMES)
@@ -128,7 +136,8 @@ class VaderSentiment(TextDataModule):
 def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[str, Examples]]:
     """Divide each corpus into ``train``, ``val`` and ``test``.
 
-    A text that several corpora have goes to the same split in all of them: that of the first corpus.
+    A text that several corpora have goes to the same split in all of them: that of the first
+    corpus.
 
     Args:
         whole: Examples of every corpus.
@@ -144,7 +153,8 @@ def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[st
         for split, rows in (("train", train), ("val", val), ("test", test)):
             home |= {keys[row]: split for row in rows}
         divisions[corpus] = {
-            split: examples.take([row for row, key in enumerate(keys) if home[key] == split]) for split in DIVISION
+            split: examples.take([row for row, key in enumerate(keys) if home[key] == split])
+            for split in DIVISION
         }
     return divisions
 
@@ -160,12 +170,21 @@ def _split(
 
 
 def fetch(archive: Path) -> None:
-    """Fetch the source distribution with pip, which verifies it before it looks inside, and keep it at `archive`."""
+    """Fetch the source distribution with pip, which verifies it before it looks inside, and keep it
+    at `archive`."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:"]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--no-binary=:all:",
+        ]
         command += ["--require-hashes", "--dest", folder, "--requirement", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = list(Path(folder).glob("*.tar.gz"))
@@ -189,7 +208,9 @@ def read_archive(archive: Path) -> dict[str, Examples]:
     content = archive.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
-        raise ValueError(f"{archive} has the SHA-256 {digest}, expected {SHA256}: delete it and retry")
+        raise ValueError(
+            f"{archive} has the SHA-256 {digest}, expected {SHA256}: delete it and retry"
+        )
     read = {}
     with tarfile.open(fileobj=io.BytesIO(content)) as outer:
         inner = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
@@ -201,7 +222,9 @@ def read_archive(archive: Path) -> dict[str, Examples]:
                 name = next(n for n in corpora.getnames() if n.endswith(f"/{stem}_GroundTruth.txt"))
                 file = corpora.extractfile(name)
                 assert file is not None
-                for line in io.TextIOWrapper(file, encoding="utf-8", errors="replace", newline="\n"):
+                for line in io.TextIOWrapper(
+                    file, encoding="utf-8", errors="replace", newline="\n"
+                ):
                     _, rating, text = line.split("\t", 2)
                     texts.append(text.strip())
                     labels.append(0 if float(rating) < -0.5 else 2 if float(rating) > 0.5 else 1)

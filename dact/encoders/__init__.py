@@ -12,7 +12,14 @@ from dact.encoders.transformer import TransformerEncoder
 if TYPE_CHECKING:
     from dact.encoders.onnx import OnnxEncoder
 
-__all__ = ["Batch", "HuggingFaceEncoder", "LayeredEncoder", "OnnxEncoder", "TransformerEncoder", "from_config"]
+__all__ = [
+    "Batch",
+    "HuggingFaceEncoder",
+    "LayeredEncoder",
+    "OnnxEncoder",
+    "TransformerEncoder",
+    "from_config",
+]
 
 
 def __getattr__(name: str) -> Any:
@@ -33,7 +40,10 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
     Raises:
         ValueError: If the description is missing or names no built-in encoder.
     """
-    kind, rest = (config or {}).get("type"), {key: value for key, value in (config or {}).items() if key != "type"}
+    kind, rest = (
+        (config or {}).get("type"),
+        {key: value for key, value in (config or {}).items() if key != "type"},
+    )
     if kind == "TransformerEncoder":
         return TransformerEncoder(**rest)
     if kind == "HuggingFaceEncoder":

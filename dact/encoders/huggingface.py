@@ -1,7 +1,7 @@
 """Hugging Face models as layered encoders: eight families, each run layer by layer.
 
-For each family, running the layers one by one gives the same states as the plain forward pass of transformers 5.
-"""
+For each family, running the layers one by one gives the same states as the plain forward pass of
+transformers 5."""
 
 from __future__ import annotations
 
@@ -16,8 +16,17 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_bidirectional_mask, create_bidirectional_sliding_window_mask
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_bidirectional_sliding_window_mask,
+)
 
 from dact.checks import MOST_LAYERS, check_choice, check_count
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
@@ -32,9 +41,15 @@ LOADING: dict[str, Any] = {
     "output_loading_info": True,
     "trust_remote_code": False,
 }
-# Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or modules next to it.
-# An attribute map would give them other names.
-RUNS_CODE = ("attn_implementation", "experts_implementation", "auto_map", "kernel_config", "attribute_map")
+# Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or
+# modules next to it. An attribute map would give them other names.
+RUNS_CODE = (
+    "attn_implementation",
+    "experts_implementation",
+    "auto_map",
+    "kernel_config",
+    "attribute_map",
+)
 
 
 def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
@@ -42,7 +57,8 @@ def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
 
 
 def _is_matrix(bias: Any) -> bool:
-    """Return whether a bias is ``[batch, 1, length, length]``, the usual shape; foreign attention may make others."""
+    """Return whether a bias is ``[batch, 1, length, length]``, the usual shape; foreign attention
+    may make others."""
     return isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[-1] == bias.shape[-2]
 
 
@@ -55,11 +71,14 @@ class _Family:
         layer: Function from (model, 1-based layer, hidden, context) to the hidden state after it.
         context: Function from (model, hidden, mask) to what all layers share.
         inputs: Names of the batch entries that the embedding takes.
-        norm: Function from the model to the norm after its last layer, for families with unnormalised layers.
+        norm: Function from the model to the norm after its last layer, for families with
+            unnormalised layers.
     """
 
     embed: Callable[..., Tensor] = lambda model, inputs: model.embeddings(**inputs)
-    layer: Callable[..., Tensor] = lambda model, layer, hidden, context: model.encoder.layer[layer - 1](hidden, context)
+    layer: Callable[..., Tensor] = lambda model, layer, hidden, context: model.encoder.layer[
+        layer - 1
+    ](hidden, context)
     context: Callable[[Any, Tensor, Tensor], Any] = _attention_bias
     inputs: tuple[str, ...] = ("input_ids", "token_type_ids")
     norm: Callable[[Any], nn.Module | None] = lambda model: None
@@ -79,21 +98,31 @@ def _mpnet_context(model: Any, hidden: Tensor, mask: Tensor) -> tuple[Any, Tenso
     return _attention_bias(model, hidden, mask), model.encoder.compute_position_bias(hidden)
 
 
-def _deberta_context(model: Any, hidden: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _deberta_context(
+    model: Any, hidden: Tensor, mask: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     encoder = model.encoder
-    return mask, encoder.get_attention_mask(mask), encoder.get_rel_pos(hidden), encoder.get_rel_embedding()
+    return (
+        mask,
+        encoder.get_attention_mask(mask),
+        encoder.get_rel_pos(hidden),
+        encoder.get_rel_embedding(),
+    )
 
 
 def _deberta_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
     mask, bias, positions, embeddings = context
-    output = model.encoder.layer[layer - 1](hidden, bias, relative_pos=positions, rel_embeddings=embeddings)[0]
+    output = model.encoder.layer[layer - 1](
+        hidden, bias, relative_pos=positions, rel_embeddings=embeddings
+    )[0]
     if layer == 1 and model.encoder.conv is not None:
         output = model.encoder.conv(hidden, output, mask)
     return output
 
 
 def _modernbert_context(model: Any, hidden: Tensor, mask: Tensor) -> dict[str, tuple[Any, Any]]:
-    """Return (attention bias, rotary embedding) for each kind of layer, full and sliding-window attention."""
+    """Return (attention bias, rotary embedding) for each kind of layer, full and sliding-window
+    attention."""
     positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
     arguments = {"config": model.config, "inputs_embeds": hidden, "attention_mask": mask}
     biases = {
@@ -115,23 +144,34 @@ FAMILIES: dict[str, _Family] = {
     "roberta": _Family(),
     "electra": _Family(embed=_electra_embed),
     "distilbert": _Family(
-        layer=lambda model, layer, hidden, context: model.transformer.layer[layer - 1](hidden, context),
+        layer=lambda model, layer, hidden, context: model.transformer.layer[layer - 1](
+            hidden, context
+        ),
         inputs=("input_ids",),
     ),
     "albert": _Family(
-        embed=lambda model, inputs: model.encoder.embedding_hidden_mapping_in(model.embeddings(**inputs)),
+        embed=lambda model, inputs: model.encoder.embedding_hidden_mapping_in(
+            model.embeddings(**inputs)
+        ),
         layer=_albert_layer,
     ),
     "mpnet": _Family(
-        layer=lambda model, layer, hidden, context: model.encoder.layer[layer - 1](hidden, *context)[0],
+        layer=lambda model, layer, hidden, context: model.encoder.layer[layer - 1](
+            hidden, *context
+        )[0],
         context=_mpnet_context,
         inputs=("input_ids",),
     ),
     "deberta-v2": _Family(
-        layer=_deberta_layer, context=_deberta_context, inputs=("input_ids", "token_type_ids", "attention_mask")
+        layer=_deberta_layer,
+        context=_deberta_context,
+        inputs=("input_ids", "token_type_ids", "attention_mask"),
     ),
     "modernbert": _Family(
-        layer=_modernbert_layer, context=_modernbert_context, inputs=("input_ids",), norm=lambda model: model.final_norm
+        layer=_modernbert_layer,
+        context=_modernbert_context,
+        inputs=("input_ids",),
+        norm=lambda model: model.final_norm,
     ),
 }
 
@@ -139,18 +179,20 @@ FAMILIES: dict[str, _Family] = {
 class HuggingFaceEncoder(LayeredEncoder):
     """A pretrained encoder of the transformers library.
 
-    Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights are loaded in
-    float32 whatever their type in the checkpoint. A head for another task is ignored, which is logged.
+    Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights
+    are loaded in float32 whatever their type in the checkpoint. A head for another task is ignored,
+    which is logged.
 
     Args:
-        pretrained: Hub id, local folder, or ``"package:NAME/PATH"`` (a folder inside an installed package). From a
-            ``model/`` folder that dact wrote, only the encoder is loaded.
-        pooling: ``"mean"`` of the tokens or the ``"first"`` token. In the early layers of a sentence encoder, the first
-            token says little about the text.
+        pretrained: Hub id, local folder, or ``"package:NAME/PATH"`` (a folder inside an installed
+            package). From a ``model/`` folder that dact wrote, only the encoder is loaded.
+        pooling: ``"mean"`` of the tokens or the ``"first"`` token. In the early layers of a
+            sentence encoder, the first token says little about the text.
         num_layers: Number of layers to keep, counted from the first; all by default.
 
     Raises:
-        ValueError: If the model cannot be found, is of another family, lacks weights, or has fewer layers.
+        ValueError: If the model cannot be found, is of another family, lacks weights, or has fewer
+            layers.
 
     Example:
         >>> from transformers import BertConfig
@@ -160,7 +202,9 @@ class HuggingFaceEncoder(LayeredEncoder):
         torch.Size([1, 2, 16])
     """
 
-    def __init__(self, pretrained: str, *, pooling: Pooling = "mean", num_layers: int | None = None) -> None:
+    def __init__(
+        self, pretrained: str, *, pooling: Pooling = "mean", num_layers: int | None = None
+    ) -> None:
         super().__init__()
         self._adopt(_load(pretrained, num_layers), pooling)
 
@@ -168,8 +212,8 @@ class HuggingFaceEncoder(LayeredEncoder):
     def from_model(cls, model: PreTrainedModel, *, pooling: Pooling = "mean") -> HuggingFaceEncoder:
         """Return an encoder around a model that is already in memory.
 
-        The encoder takes it over: it is put into train mode, and loses its pooler. Give a copy to keep it as it is.
-        """
+        The encoder takes it over: it is put into train mode, and loses its pooler. Give a copy to
+        keep it as it is."""
         encoder = cls.__new__(cls)
         LayeredEncoder.__init__(encoder)
         encoder._adopt(model, pooling)
@@ -177,7 +221,8 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def from_config(cls, model: dict[str, Any], pooling: Pooling) -> HuggingFaceEncoder:
-        """Build the encoder that `config` described, with random weights; no pretrained model is read."""
+        """Build the encoder that `config` described, with random weights; no pretrained model is
+        read."""
         config = _config_from(model)
         return cls.from_model(AutoModel.from_config(config, dtype=torch.float32), pooling=pooling)
 
@@ -187,15 +232,19 @@ class HuggingFaceEncoder(LayeredEncoder):
         model = model.base_model  # without the head of another task
         if getattr(model, "pooler", None) is not None:
             model.pooler = None  # never used here, and DDP refuses parameters without a gradient
-        self.model = model.train()  # loaded models are in eval mode, which Lightning would keep: no dropout
+        self.model = (
+            model.train()
+        )  # loaded models are in eval mode, which Lightning would keep: no dropout
         self.pooling = pooling
         self.num_layers = model.config.num_hidden_layers
         self.hidden_size = model.config.hidden_size
         self.vocab_size = model.config.vocab_size
         self.max_length = longest_input(model)
-        # RoBERTa and MPNet count positions from the first token; the others with absolute positions from the first
-        # column.
-        self.counts_columns = self.max_length is not None and _position_table(model).padding_idx is None
+        # RoBERTa and MPNet count positions from the first token; the others with absolute positions
+        # from the first column.
+        self.counts_columns = (
+            self.max_length is not None and _position_table(model).padding_idx is None
+        )
 
     @property
     def _family(self) -> _Family:  # no attribute, since functions without a name cannot be pickled
@@ -213,7 +262,9 @@ class HuggingFaceEncoder(LayeredEncoder):
         return self._family.context(self.model, hidden, mask)
 
     def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
-        if self._family.context is not _attention_bias or not (context is None or _is_matrix(context)):
+        if self._family.context is not _attention_bias or not (
+            context is None or _is_matrix(context)
+        ):
             return self.context(hidden, mask)
         length = hidden.shape[1]
         # None means that no position is masked, which holds for some of the rows as well.
@@ -230,13 +281,19 @@ class HuggingFaceEncoder(LayeredEncoder):
         if type(self) is not HuggingFaceEncoder:
             return None  # a subclass may pool or embed in a way of its own
         model = json.loads(self.model.config.to_json_string(use_diff=False))
-        for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):  # these say how it was loaded
+        for name in (
+            "_name_or_path",
+            "architectures",
+            "transformers_version",
+            "dtype",
+        ):  # these say how it was loaded
             model.pop(name, None)
         return {"type": "HuggingFaceEncoder", "pooling": self.pooling, "model": model}
 
 
 def longest_input(model: PreTrainedModel) -> int | None:
-    """Return the number of positions in the embedding; None for families with relative positions only."""
+    """Return the number of positions in the embedding; None for families with relative positions
+    only."""
     table = _position_table(model)
     if table is None:
         return None
@@ -260,11 +317,14 @@ def _check_family(model_type: str | None, what: str) -> _Family:
 
 
 def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
-    """Build the library's configuration from a file's entries, without those that run code or need unbounded memory."""
+    """Build the library's configuration from a file's entries, without those that run code or need
+    unbounded memory."""
     _check_family(described.get("model_type"), "the encoder's configuration")
     harmless = {name: value for name, value in described.items() if _is_harmless(name)}
     # Also before: some configurations make a list with an entry for each layer.
-    check_count("the encoder's num_hidden_layers", harmless.get("num_hidden_layers", 1), most=MOST_LAYERS)
+    check_count(
+        "the encoder's num_hidden_layers", harmless.get("num_hidden_layers", 1), most=MOST_LAYERS
+    )
     config: PreTrainedConfig = AutoConfig.for_model(**harmless)
     _make_harmless(config)
     return config
@@ -275,7 +335,9 @@ def _make_harmless(config: PreTrainedConfig) -> None:
     for name in [name for name in vars(config) if not _is_harmless(name)]:
         delattr(config, name)
     config._attn_implementation = config._experts_implementation = None  # the library's own choice
-    check_count("the encoder's num_hidden_layers", getattr(config, "num_hidden_layers", 1), most=MOST_LAYERS)
+    check_count(
+        "the encoder's num_hidden_layers", getattr(config, "num_hidden_layers", 1), most=MOST_LAYERS
+    )
 
 
 def _is_harmless(name: str) -> bool:
@@ -285,7 +347,10 @@ def _is_harmless(name: str) -> bool:
 @contextmanager
 def _quiet_transformers() -> Any:
     """Keep the library's load report and progress bar off the console."""
-    level, bar = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    level, bar = (
+        transformers.logging.get_verbosity(),
+        transformers.logging.is_progress_bar_enabled(),
+    )
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -303,7 +368,9 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     if own is not None:
         return _load_own(own, num_layers, pretrained)
     try:
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=cached)
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=cached
+        )
     except (OSError, ValueError) as error:
         raise ValueError(
             f"no encoder at pretrained={pretrained!r}. Expected a Hub id (with a network, or downloaded before), a "
@@ -314,15 +381,22 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     _keep_layers(config, num_layers, pretrained)
     try:
         with _quiet_transformers():
-            model, report = AutoModel.from_pretrained(source, config=config, local_files_only=cached, **LOADING)
+            model, report = AutoModel.from_pretrained(
+                source, config=config, local_files_only=cached, **LOADING
+            )
     except Exception as error:  # the library raises many kinds for a bad file
-        raise ValueError(f"the weights of pretrained={pretrained!r} cannot be read: {error}") from error
+        raise ValueError(
+            f"the weights of pretrained={pretrained!r} cannot be read: {error}"
+        ) from error
     missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
     if missing:
         raise ValueError(
             f"pretrained={pretrained!r} lacks {len(missing)} weights of the encoder, such as {missing[0]!r}"
         )
-    heads = sorted({key.split(".")[0] for key in report["unexpected_keys"]} - {"encoder", "layers", "transformer"})
+    heads = sorted(
+        {key.split(".")[0] for key in report["unexpected_keys"]}
+        - {"encoder", "layers", "transformer"}
+    )
     if heads:
         log.info("%s: ignored weights outside the encoder: %s", pretrained, ", ".join(heads))
     return model
@@ -340,17 +414,22 @@ def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrain
     _keep_layers(config, num_layers, pretrained)
     model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
     prefix = "encoder.model."
-    weights = {n.removeprefix(prefix): w for n, w in read_tensors(folder / "model.safetensors")[0].items()}
+    weights = {
+        n.removeprefix(prefix): w for n, w in read_tensors(folder / "model.safetensors")[0].items()
+    }
     known = [name for name in model.state_dict() if not name.startswith("pooler.")]
     absent = [name for name in known if name not in weights]
     if absent:
-        raise ValueError(f"pretrained={pretrained!r} lacks {len(absent)} weights of the encoder, such as {absent[0]!r}")
+        raise ValueError(
+            f"pretrained={pretrained!r} lacks {len(absent)} weights of the encoder, such as {absent[0]!r}"
+        )
     model.load_state_dict({name: weights[name] for name in known}, strict=False)
     return model
 
 
 def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
-    """Return a fine-tuned sequence-classification model and the names of its classes, in the order of its outputs.
+    """Return a fine-tuned sequence-classification model and the names of its classes, in the order
+    of its outputs.
 
     Raises:
         ValueError: If there is no such model, or it lacks weights of its classifier.
@@ -358,7 +437,9 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
     try:
         source = resolve_pretrained(pretrained)
         cached = out_of_reach(source)
-        config = AutoConfig.from_pretrained(source, trust_remote_code=False, local_files_only=cached)
+        config = AutoConfig.from_pretrained(
+            source, trust_remote_code=False, local_files_only=cached
+        )
         _make_harmless(config)
         with _quiet_transformers():
             model, report = AutoModelForSequenceClassification.from_pretrained(
@@ -383,7 +464,9 @@ def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: s
     available = config.num_hidden_layers
     if num_layers is None:
         return
-    check_count("num_layers", num_layers, most=available, hint=f"these are the layers of {pretrained!r}")
+    check_count(
+        "num_layers", num_layers, most=available, hint=f"these are the layers of {pretrained!r}"
+    )
     if getattr(config, "num_hidden_groups", 1) > 1 and num_layers < available:
         raise ValueError(
             f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all {available}"

@@ -1,4 +1,5 @@
-"""OnnxEncoder: the encoder of a folder that `dact.export` wrote, with its layers as ONNX Runtime graphs."""
+"""OnnxEncoder: the encoder of a folder that `dact.export` wrote, with its layers as ONNX Runtime
+graphs."""
 
 from __future__ import annotations
 
@@ -28,26 +29,28 @@ EMBED, POOL = "embed.onnx", "pool.onnx"
 class OnnxEncoder(LayeredEncoder):
     """An encoder whose embedding, layers and pooling are graphs that ONNX Runtime runs on the CPU.
 
-    It keeps the contract of `LayeredEncoder`, so early exit, calibration and `TextClassifier` work as they do with
-    PyTorch. It has no parameters: only the submodels can be trained. Steps of early exit run side by side, each in one
-    thread, as many at a time as PyTorch uses threads.
+    It keeps the contract of `LayeredEncoder`, so early exit, calibration and `TextClassifier` work
+    as they do with PyTorch. It has no parameters: only the submodels can be trained. Steps of early
+    exit run side by side, each in one thread, as many at a time as PyTorch uses threads.
 
     Args:
         folder: Folder with the graphs.
-        layers: File names of the layers' graphs, from the first layer to the last. Layers that share their weights
-            share a graph.
+        layers: File names of the layers' graphs, from the first layer to the last. Layers that
+            share their weights share a graph.
         hidden_size: Width of the hidden state.
         vocab_size: Number of token ids, None if unknown.
         max_length: Longest input in tokens, None if there is no bound.
         digests: SHA-256 of each file, in hexadecimal.
-        counts_columns: Whether positions count from the first column, so that padding must be on the right.
+        counts_columns: Whether positions count from the first column, so that padding must be on
+            the right.
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
         ValueError: If a graph is missing or corrupted.
     """
 
-    step_tokens = 1024  # enough for one thread; larger steps have more padding and leave a thread idle at the end
+    # enough for one thread; larger steps have more padding and leave a thread idle at the end
+    step_tokens = 1024
 
     def __init__(
         self,
@@ -63,7 +66,9 @@ class OnnxEncoder(LayeredEncoder):
         super().__init__()
         for name in layers:
             if Path(name).name != name:  # a folder from elsewhere must not name files outside of it
-                raise ValueError(f"{folder}: the name of a graph must be that of a file in this folder, got {name!r}")
+                raise ValueError(
+                    f"{folder}: the name of a graph must be that of a file in this folder, got {name!r}"
+                )
         self.folder = Path(folder).absolute()
         self.num_layers = len(layers)
         self.hidden_size = hidden_size
@@ -73,14 +78,17 @@ class OnnxEncoder(LayeredEncoder):
         self._layers = tuple(layers)
         self._digests = dict(digests)
         self._graphs = {
-            name: _Graph(self.folder / name, self._digests) for name in (EMBED, *dict.fromkeys(layers), POOL)
+            name: _Graph(self.folder / name, self._digests)
+            for name in (EMBED, *dict.fromkeys(layers), POOL)
         }
 
     def embed(self, batch: Batch) -> Tensor:
         ids = batch["input_ids"].long()
         # Hugging Face's own default for absent token types is zeros.
         types = batch.get("token_type_ids", torch.zeros_like(ids))
-        return self._graphs[EMBED](input_ids=ids, token_type_ids=types.long(), attention_mask=self.mask(batch).long())
+        return self._graphs[EMBED](
+            input_ids=ids, token_type_ids=types.long(), attention_mask=self.mask(batch).long()
+        )
 
     def context(self, hidden: Tensor, mask: Tensor) -> Tensor:
         return mask.long()
@@ -132,7 +140,9 @@ class _Graph:
             raise ValueError(f"{path} is corrupted: its content is not what dact.export wrote")
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1  # the steps of early exit run side by side instead
-        self._session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+        self._session = onnxruntime.InferenceSession(
+            path, options, providers=["CPUExecutionProvider"]
+        )
         self._inputs = [entry.name for entry in self._session.get_inputs()]
         self._origin = path, digests
 

@@ -12,13 +12,16 @@ def resolve_pretrained(pretrained: str) -> str:
     """Return the Hub id or the folder that `pretrained` stands for.
 
     Args:
-        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"``, a folder inside an installed package.
+        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"``, a folder inside an
+            installed package.
 
     Returns:
-        The argument itself, a folder with its ``~`` expanded, or the absolute path of the folder in the package.
+        The argument itself, a folder with its ``~`` expanded, or the absolute path of the folder in
+        the package.
 
     Raises:
-        ValueError: If the package is not installed or has no such folder, or a local path does not exist.
+        ValueError: If the package is not installed or has no such folder, or a local path does not
+            exist.
 
     Example:
         >>> resolve_pretrained("google-bert/bert-base-uncased")
@@ -29,7 +32,9 @@ def resolve_pretrained(pretrained: str) -> str:
         looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1
         path = Path(pretrained).expanduser()
         if looks_local and not path.is_dir():
-            raise ValueError(f"pretrained={pretrained!r} looks like a local folder, but there is none at {path}")
+            raise ValueError(
+                f"pretrained={pretrained!r} looks like a local folder, but there is none at {path}"
+            )
         return str(path) if looks_local else pretrained
     name, _, inside = pretrained.removeprefix(PREFIX).partition("/")
     spec = find_spec(name) if name.isidentifier() else None

@@ -12,21 +12,23 @@ from onnx import helper, numpy_helper
 from dact.files import replacing
 
 LEVELS = 127  # levels of a weight on either side of zero
-# Level of zero among the 256 of an activation, which the kernels want unsigned; that of GELU's output is lower.
+# Level of zero among the 256 of an activation, which the kernels want unsigned; that of GELU's
+# output is lower.
 ZERO, ZERO_OF_GELU = 128, 32
 LEAST_GELU = -0.17  # GELU never falls below it
-OUTLIER = 8.0  # rows this many times as large as the median row of a matrix would spoil the scales of the others
+# rows this many times as large as the median row of a matrix would spoil the scales of the others
+OUTLIER = 8.0
 
 
 def quantize(path: Path) -> None:
     """Replace a graph by one that multiplies integers of 8 bits.
 
-    Weights have a scale per output channel. The inputs of a matrix have one per token, computed at run time: some
-    tokens, such as BERT's first, hold values ten times as large as all others (Sun et al. 2024, arXiv 2402.17762), and
-    one scale for all tokens, as in ONNX Runtime's own dynamic quantisation, would leave the others few levels. Such
-    values come from single rows of a matrix with large weights: these rows stay in float32. Embeddings are looked up
-    in 16 bits, which is as fast as 8 bits and more accurate.
-    """
+    Weights have a scale per output channel. The inputs of a matrix have one per token, computed at
+    run time: some tokens, such as BERT's first, hold values ten times as large as all others (Sun
+    et al. 2024, arXiv 2402.17762), and one scale for all tokens, as in ONNX Runtime's own dynamic
+    quantisation, would leave the others few levels. Such values come from single rows of a matrix
+    with large weights: these rows stay in float32. Embeddings are looked up in 16 bits, which is as
+    fast as 8 bits and more accurate."""
     model = onnx.load(path)
     rewriting = _Rewriting(model.graph)
     rewriting.run()
@@ -49,7 +51,11 @@ class _Rewriting:
 
     def run(self) -> None:
         for node in self.graph.node:
-            if node.op_type == "MatMul" and self._is_matrix(node.input[1]) and node.input[0] not in self.constants:
+            if (
+                node.op_type == "MatMul"
+                and self._is_matrix(node.input[1])
+                and node.input[0] not in self.constants
+            ):
                 self._multiply(node.input[0], node.input[1], node.output[0])
             elif node.op_type == "Gather" and self._is_matrix(node.input[0]) and not _axis(node):
                 self._look_up(node.input[0], node.input[1], node.output[0])
@@ -59,7 +65,9 @@ class _Rewriting:
         del self.graph.node[:], self.graph.initializer[:]
         self.graph.node.extend(self.nodes)
         self.graph.initializer.extend(
-            numpy_helper.from_array(value, name) for name, value in self.constants.items() if name in used
+            numpy_helper.from_array(value, name)
+            for name, value in self.constants.items()
+            if name in used
         )
 
     def _is_matrix(self, name: str) -> bool:
@@ -100,13 +108,15 @@ class _Rewriting:
             self._node("Mul", product, token_scales, output=output)
 
     def _is_gelu(self, x: str) -> bool:
-        """Return whether ``x`` is GELU as PyTorch exports it, ``u (erf(u / √2) + 1) 0.5``, with no gate on top."""
+        """Return whether ``x`` is GELU as PyTorch exports it, ``u (erf(u / √2) + 1) 0.5``, with no
+        gate on top."""
         maker = self.makers.get(x)
         halved = maker is not None and any(self._ends_in(name, "Constant") for name in maker.input)
         return halved and self._ends_in(x, "Mul", "Mul", "Add", "Erf")
 
     def _ends_in(self, x: str, kind: str, *before: str) -> bool:
-        """Return whether a node of this kind makes ``x``, with nodes of the kinds `before` in front of it."""
+        """Return whether a node of this kind makes ``x``, with nodes of the kinds `before` in front
+        of it."""
         maker = self.makers.get(x)
         if maker is None or maker.op_type != kind:
             return False
@@ -115,8 +125,12 @@ class _Rewriting:
     def _by_token(self, x: str, width: int, gelu: bool) -> tuple[str, str, str]:
         """Return ``x`` in 8 bits, ``[..., width]``, its scales, ``[..., 1]``, and its zero."""
         level = ZERO_OF_GELU if gelu else ZERO
-        largest = self._node("ReduceMax", x if gelu else self._node("Abs", x), axes=[-1], keepdims=1)
-        scales = self._node("Mul", largest, self._constant(f"dact.share_{level}", np.float32(1 / (255 - level))))
+        largest = self._node(
+            "ReduceMax", x if gelu else self._node("Abs", x), axes=[-1], keepdims=1
+        )
+        scales = self._node(
+            "Mul", largest, self._constant(f"dact.share_{level}", np.float32(1 / (255 - level)))
+        )
         if gelu:
             least = self._constant("dact.least_gelu", np.float32(-LEAST_GELU / level))
             scales = self._node("Max", scales, least)

@@ -12,17 +12,19 @@ from torch import Tensor, nn
 from dact.checks import MOST_LAYERS, check_choice, check_count, check_range
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 
-# Added to the attention logits where a head must not look. It is finite, so that a row of padding does not give NaN,
-# and it fits into float16.
+# Added to the attention logits where a head must not look. It is finite, so that a row of padding
+# does not give NaN, and it fits into float16.
 HIDDEN_FROM_VIEW = -1e4
 
 
 class TransformerEncoder(LayeredEncoder):
-    """A pre-norm transformer encoder (Vaswani et al. 2017, arXiv 1706.03762) with linear position biases.
+    """A pre-norm transformer encoder (Vaswani et al. 2017, arXiv 1706.03762) with linear position
+    biases.
 
-    The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), in both directions: half of the heads look back
-    and half look ahead, each with its own slope. The first layers see the neighbourhood of a word, and each further
-    layer sees farther. The length of the input is not bounded.
+    The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), in both directions: half of
+    the heads look back and half look ahead, each with its own slope. The first layers see the
+    neighbourhood of a word, and each further layer sees farther. The length of the input is not
+    bounded.
 
     Args:
         vocab_size: Number of token ids, 2 or more.
@@ -32,8 +34,9 @@ class TransformerEncoder(LayeredEncoder):
         pooling: ``"mean"`` of the tokens or the ``"first"`` token.
         feedforward_size: Width inside the feed-forward part; 4 times `hidden_size` by default.
         dropout: Dropout probability in [0, 1).
-        slopes: Steepest and flattest slope of the biases per token of distance, above 0. The slopes of the heads lie
-            between them in steps of equal ratio. Steeper heads see a smaller neighbourhood.
+        slopes: Steepest and flattest slope of the biases per token of distance, above 0. The slopes
+            of the heads lie between them in steps of equal ratio. Steeper heads see a smaller
+            neighbourhood.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -94,7 +97,8 @@ class TransformerEncoder(LayeredEncoder):
         self.tokens = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.tokens.weight, std=0.05)
         self.layers = nn.ModuleList(
-            _Layer(hidden_size, num_heads, feedforward_size or 4 * hidden_size, dropout) for _ in range(num_layers)
+            _Layer(hidden_size, num_heads, feedforward_size or 4 * hidden_size, dropout)
+            for _ in range(num_layers)
         )
         # Pre-norm layers leave an unnormalised sum behind: one norm serves the exits of all layers.
         self.norm = nn.LayerNorm(hidden_size)
@@ -106,9 +110,12 @@ class TransformerEncoder(LayeredEncoder):
         return self.tokens(batch["input_ids"])
 
     def context(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return the attention bias, ``[batch, heads, length, length]``, of distance, direction and padding."""
+        """Return the attention bias, ``[batch, heads, length, length]``, of distance, direction and
+        padding."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        distance = positions.unsqueeze(0) - positions.unsqueeze(1)  # [length, length], key minus query
+        distance = positions.unsqueeze(0) - positions.unsqueeze(
+            1
+        )  # [length, length], key minus query
         falling = -self.slopes.view(-1, 1, 1) * distance.abs()  # [heads / 2, length, length]
         back = falling.masked_fill(distance > 0, HIDDEN_FROM_VIEW)
         ahead = falling.masked_fill(distance < 0, HIDDEN_FROM_VIEW)
@@ -132,12 +139,15 @@ class TransformerEncoder(LayeredEncoder):
 
 
 class _Layer(nn.Module):
-    """Attention with a bias, then a feed-forward part. Each follows a norm and is added to its input.
+    """Attention with a bias, then a feed-forward part. Each follows a norm and is added to its
+    input.
 
-    PyTorch's own layer cannot be used: in eval mode its fast path ignores a bias of one matrix per head.
-    """
+    PyTorch's own layer cannot be used: in eval mode its fast path ignores a bias of one matrix per
+    head."""
 
-    def __init__(self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float
+    ) -> None:
         super().__init__()
         self.num_heads, self.dropout = num_heads, dropout
         self.attention_norm = nn.LayerNorm(hidden_size)
@@ -155,9 +165,13 @@ class _Layer(nn.Module):
     def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
         # [batch, length, 3 * hidden] -> three of [batch, heads, length, hidden / heads]
         projected = self.queries_keys_values(self.attention_norm(hidden))
-        queries, keys, values = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        queries, keys, values = projected.unflatten(-1, (3, self.num_heads, -1)).permute(
+            2, 0, 3, 1, 4
+        )
         dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(queries, keys, values, bias.to(queries.dtype), dropout)
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, bias.to(queries.dtype), dropout
+        )
         attended = self.attention_output(attended.transpose(1, 2).flatten(2))
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
         return hidden + self.feedforward(hidden)

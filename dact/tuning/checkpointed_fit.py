@@ -10,7 +10,7 @@ from typing import Any
 
 from dact.files import read_checkpoint, read_json, write_json
 from dact.model import DACT
-from dact.persistence import adopt
+from dact.saving import adopt
 from dact.tuning.digests import digest
 from dact.tuning.fitting import MONITOR, for_states, head_epochs, resumable_fit, seeded
 from dact.tuning.prepared import Prepared
@@ -28,8 +28,9 @@ class CheckpointedFit:
     Args:
         prepared: Shared inputs of the run's fits.
         folder: Folder of the fit.
-        settings: Arguments of model and data; see `Winners.settings`. None stands for the untuned defaults of the
-            factories, which do not start from the baseline, and have no teacher unless the factories give them one.
+        settings: Arguments of model and data; see `Winners.settings`. None stands for the untuned
+            defaults of the factories, which do not start from the baseline, and have no teacher
+            unless the factories give them one.
     """
 
     prepared: Prepared
@@ -45,15 +46,15 @@ class CheckpointedFit:
     def monitor(self) -> str | None:
         """Metric whose lowest value chooses the epoch that is kept; None for the last epoch.
 
-        On a frozen encoder it is that of the trials. A fit of the encoder ends at a learning rate of 0, and its loss
-        rises before its answers get worse, since they get too sure: on few texts the lowest loss may be that of an
-        epoch in which the first layers have not learned yet.
-        """
+        On a frozen encoder it is that of the trials. A fit of the encoder ends at a learning rate
+        of 0, and its loss rises before its answers get worse, since they get too sure: on few texts
+        the lowest loss may be that of an epoch in which the first layers have not learned yet."""
         return MONITOR if self.keep_frozen else None
 
     @property
     def finetunes(self) -> bool:
-        """Whether this is a tuned fit that trains the encoder, with consistency and the mean of the last weights."""
+        """Whether this is a tuned fit that trains the encoder, with consistency and the mean of the
+        last weights."""
         return self.settings is not None and not self.keep_frozen
 
     @property
@@ -69,11 +70,24 @@ class CheckpointedFit:
     @property
     def identity(self) -> dict[str, Any]:
         """The inputs of the fit, as plain data."""
-        # The dial is set after the fit. The promise matters only by the examples that are set aside for it, which
-        # calibration_fraction says.
-        shared = {n: v for n, v in self.prepared.identity.items() if n not in ("halting_tolerance", "promise")}
-        kept = {"keep_frozen": self.keep_frozen, "monitor": self.monitor, "finetunes": self.finetunes}
-        return {"settings": self.settings, "setting": digest(shared), "learning": self.learning, **kept}
+        # The dial is set after the fit. The promise matters only by the examples that are set aside
+        # for it, which calibration_fraction says.
+        shared = {
+            n: v
+            for n, v in self.prepared.identity.items()
+            if n not in ("halting_tolerance", "promise")
+        }
+        kept = {
+            "keep_frozen": self.keep_frozen,
+            "monitor": self.monitor,
+            "finetunes": self.finetunes,
+        }
+        return {
+            "settings": self.settings,
+            "setting": digest(shared),
+            "learning": self.learning,
+            **kept,
+        }
 
     @property
     def seed(self) -> int:
@@ -93,12 +107,18 @@ class CheckpointedFit:
     @property
     def kept(self) -> dict[str, float]:
         """The logged metrics of the epoch that was kept."""
-        return self.history[-1] if self.monitor is None else min(self.history, key=lambda epoch: epoch[MONITOR])
+        return (
+            self.history[-1]
+            if self.monitor is None
+            else min(self.history, key=lambda epoch: epoch[MONITOR])
+        )
 
     @property
     def is_done(self) -> bool:
         """Whether an earlier call has finished it."""
-        return (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self.is_begun
+        return (
+            (self.folder / "history.json").is_file() and self.checkpoint.is_file() and self.is_begun
+        )
 
     @property
     def is_begun(self) -> bool:
@@ -111,7 +131,8 @@ class CheckpointedFit:
         return read_json(path) if path.is_file() else {}
 
     def record(self, **measurement: Any) -> None:
-        """Write ``made_of.json``: the identity of the fit and, by name, the inputs of the fit's measurement."""
+        """Write ``made_of.json``: the identity of the fit and, by name, the inputs of the fit's
+        measurement."""
         write_json(self.folder / "made_of.json", {"fit": self.identity, **measurement})
 
     def __call__(self, what: str, progress: Progress) -> None:
@@ -141,7 +162,9 @@ class CheckpointedFit:
             if self.settings is None:
                 model, data = recipe.untuned(self.prepared.own_teacher)
             else:
-                model, data = self.prepared.build({**self._finetuning, **chosen}, unfreeze=not self.keep_frozen)
+                model, data = self.prepared.build(
+                    {**self._finetuning, **chosen}, unfreeze=not self.keep_frozen
+                )
             history = resumable_fit(
                 for_states(recipe.trainer) if self.keep_frozen else recipe.trainer,
                 model,
@@ -164,8 +187,13 @@ class CheckpointedFit:
         if chosen is None:
             model, _ = recipe.untuned(self.prepared.own_teacher)
         else:
-            chosen = {name: value for name, value in chosen.items() if name not in ("batch_size", "num_epochs")}
-            # By the factory: a class or an encoder of the user's own may hold what no checkpoint can rebuild.
+            chosen = {
+                name: value
+                for name, value in chosen.items()
+                if name not in ("batch_size", "num_epochs")
+            }
+            # By the factory: a class or an encoder of the user's own may hold what no checkpoint
+            # can rebuild.
             model = recipe.make_model(**self.learning, **chosen)
         checkpoint = read_checkpoint(self.checkpoint)
         adopt(model, checkpoint)

@@ -1,9 +1,9 @@
-"""The confirmation: the winners against the defaults under fresh seeds, before the final model is measured.
+"""The confirmation: the winners against the defaults under fresh seeds, before the final model is
+measured.
 
-Of the runs of hyperparameter optimisation that improve on validation data, one in ten ends worse than the default
-(arXiv 2506.19540): the best of many trials owes part of its lead to luck. So the defaults stay unless something beats
-them.
-"""
+Of the runs of hyperparameter optimisation that improve on validation data, one in ten ends worse
+than the default (arXiv 2506.19540): the best of many trials owes part of its lead to luck. So the
+defaults stay unless something beats them."""
 
 from __future__ import annotations
 
@@ -16,8 +16,14 @@ from typing import Any
 
 from torch import Tensor
 
-from dact.answers import LayerAnswers, careful_mean_and_error, exits_by_setting, layer_answers, mean_and_error
 from dact.calibration import SETTINGS
+from dact.calibration.answers import (
+    LayerAnswers,
+    careful_mean_and_error,
+    exits_by_setting,
+    layer_answers,
+    mean_and_error,
+)
 from dact.files import read_json, read_tensors, write_json, write_tensors
 from dact.model import DACT
 from dact.tuning import tensorboard
@@ -34,8 +40,12 @@ from dact.tuning.trial import fit_settings
 FOLDER = "confirmation"
 FIRST_TRIAL = "first trial"  # the candidate with the recommended settings
 SEEDS = 3  # fits of each candidate on frozen states
-SCATTER = 0.15  # rms difference of the mean exit layer between fits of the same settings (three pairs on 2,000 texts)
-SAME_LOSS = 0.005  # of a candidate outside the promise: largest loss of accuracy that may count as none
+# rms difference of the mean exit layer between fits of the same settings (three pairs on 2,000
+# texts)
+SCATTER = 0.15
+SAME_LOSS = (
+    0.005  # of a candidate outside the promise: largest loss of accuracy that may count as none
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,8 @@ class Candidate:
     """Settings that the final model may have.
 
     Args:
-        name: ``"default settings"``, ``"first trial"``, ``"tuned"`` or ``"runner-up"``, which has another λ.
+        name: ``"default settings"``, ``"first trial"``, ``"tuned"`` or ``"runner-up"``, which has
+            another λ.
         settings: See `Winners.settings`.
     """
 
@@ -72,22 +83,26 @@ class Verdict:
     text: str
 
 
-def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progress: Progress) -> Verdict:
+def confirm(
+    run: Run, prepared: Prepared, candidates: Sequence[Candidate], progress: Progress
+) -> Verdict:
     """Fit the candidates under fresh seeds, and choose the first unless another one beats it.
 
-    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less at the same layers,
-    by more than one standard error of the paired difference over the validation examples. Of one that takes more
-    layers, where the promise lets examples leave, the dial is turned until it takes no more than the other: each would
-    gain accuracy by taking more. The error of the accuracy is that with two more examples, see
-    `careful_mean_and_error`, and that of the layers has the scatter between fits as well. A loss that is larger by no
-    more than its error is the same loss; but if it is more than the promise allows, measured from the baseline, only up
-    to half a point. One that loses more than is allowed, and that much more than another, both by two standard errors,
-    is beaten by it whatever the layers. The winner has beaten the first candidate, and the best before it.
+    A candidate beats another if it takes fewer layers at the same loss of accuracy, or loses less
+    at the same layers, by more than one standard error of the paired difference over the validation
+    examples. Of one that takes more layers, where the promise lets examples leave, the dial is
+    turned until it takes no more than the other: each would gain accuracy by taking more. The error
+    of the accuracy is that with two more examples, see `careful_mean_and_error`, and that of the
+    layers has the scatter between fits as well. A loss that is larger by no more than its error is
+    the same loss; but if it is more than the promise allows, measured from the baseline, only up to
+    half a point. One that loses more than is allowed, and that much more than another, both by two
+    standard errors, is beaten by it whatever the layers. The winner has beaten the first candidate,
+    and the best before it.
 
-    Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits only two of them in
-    this way: the first, and that of the others which wins on the frozen states; where the first stays, also the first
-    trial, if that has other settings. If the final model keeps the frozen encoder, only these states decide. Fits of an
-    earlier call are not repeated.
+    Candidates are fitted like the final model, which reuses the fit of the winner. Frozen mode fits
+    only two of them in this way: the first, and that of the others which wins on the frozen states;
+    where the first stays, also the first trial, if that has other settings. If the final model
+    keeps the frozen encoder, only these states decide. Fits of an earlier call are not repeated.
 
     Args:
         run: The run.
@@ -111,10 +126,14 @@ def confirm(run: Run, prepared: Prepared, candidates: Sequence[Candidate], progr
     recommended: list[Candidate] = []
     if not keep_frozen and prepared.states is not None and len(others) > 1:
         winner = _best(others, on_states, allowed, comparisons, " on frozen states")
-        recommended = [other for other in others if other.name == FIRST_TRIAL and other is not winner]
+        recommended = [
+            other for other in others if other.name == FIRST_TRIAL and other is not winner
+        ]
         others = [winner]
     best = _best([default, *others], as_final, allowed, comparisons)
-    if best is default and recommended:  # what wins on frozen states may be too greedy once the encoder learns
+    if (
+        best is default and recommended
+    ):  # what wins on frozen states may be too greedy once the encoder learns
         best = _best([default, *recommended], as_final, allowed, comparisons)
     return Verdict(best, f"{best.name} ({'; '.join(comparisons)})")
 
@@ -142,16 +161,21 @@ class Answered:
     def outcome(self) -> Outcome:
         """The mean outcome where the promise lets examples leave."""
         promise = self.prepared.recipe.promise
-        return mean_outcome([outcome_of(one, self.model, promise, self.right) for one in self.answers])
+        return mean_outcome(
+            [outcome_of(one, self.model, promise, self.right) for one in self.answers]
+        )
 
     def turned_down(self, layers: float) -> Outcome | None:
-        """Return the mean outcome with the dial turned until `layers` are enough; None if there is no such setting."""
+        """Return the mean outcome with the dial turned until `layers` are enough; None if there is
+        no such setting."""
         promise, rule, outcomes = self.prepared.recipe.promise, self.model.exit_rule, []
         if promise is None:
             return None
         for one in self.answers:
             exits = exits_by_setting(one, rule, promise.dial)
-            enough = (value for value in SETTINGS[promise.dial] if exits(value).double().mean() <= layers)
+            enough = (
+                value for value in SETTINGS[promise.dial] if exits(value).double().mean() <= layers
+            )
             if (setting := next(enough, None)) is None:
                 return None
             dial: dict[str, Any] = {promise.dial.removeprefix("halting_"): setting}
@@ -163,19 +187,26 @@ Measure = Callable[[Candidate], Answered | None]  # None where the loss is not f
 
 
 def _best(
-    candidates: Sequence[Candidate], measure: Measure, allowed: float | None, comparisons: list[str], where: str = ""
+    candidates: Sequence[Candidate],
+    measure: Measure,
+    allowed: float | None,
+    comparisons: list[str],
+    where: str = "",
 ) -> Candidate:
-    """Compare candidates in their order, append the comparisons as text, and return the last winner.
+    """Compare candidates in their order, append the comparisons as text, and return the last
+    winner.
 
-    A candidate wins if it beats the best before it and the first, since losses that are within the error add up.
-    """
+    A candidate wins if it beats the best before it and the first, since losses that are within the
+    error add up."""
     first, *others = candidates
     best, found = first, {first.name: measure(first)}
     for candidate in others:
         found[candidate.name] = measure(candidate)
         for rival in (best,) if best is first else (best, first):
             wins, text = _compare(found[candidate.name], found[rival.name], allowed)
-            comparisons.append(f"{candidate.name} {'beats' if wins else 'does not beat'} {rival.name}{where}{text}")
+            comparisons.append(
+                f"{candidate.name} {'beats' if wins else 'does not beat'} {rival.name}{where}{text}"
+            )
             if not wins:
                 break
         else:
@@ -183,7 +214,9 @@ def _best(
     return best
 
 
-def _compare(challenger: Answered | None, rival: Answered | None, allowed: float | None) -> tuple[bool, str]:
+def _compare(
+    challenger: Answered | None, rival: Answered | None, allowed: float | None
+) -> tuple[bool, str]:
     """Return whether one candidate beats another, and a text about the difference.
 
     Args:
@@ -213,8 +246,8 @@ def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool)
     """Return whether the second of two candidates beats the first.
 
     Args:
-        layers: Mean and standard error, with the scatter between fits, of the paired difference in layers, second
-            minus first.
+        layers: Mean and standard error, with the scatter between fits, of the paired difference in
+            layers, second minus first.
         lost: The same of the loss of accuracy.
         within: Whether the second loses no more than is allowed.
     """
@@ -222,7 +255,9 @@ def _beats(layers: tuple[float, float], lost: tuple[float, float], within: bool)
     return fewer or (sum(lost) < 0 and layers[0] <= layers[1])
 
 
-def _as_final(run: Run, prepared: Prepared, model: DACT, progress: Progress, candidate: Candidate) -> Answered | None:
+def _as_final(
+    run: Run, prepared: Prepared, model: DACT, progress: Progress, candidate: Candidate
+) -> Answered | None:
     """Return the answers of a candidate that is fitted like the final model."""
     fit = candidate.fit(run, prepared)
     path, origin = candidate.folder(run) / "answers.safetensors", digest(fit.identity)
@@ -234,12 +269,17 @@ def _as_final(run: Run, prepared: Prepared, model: DACT, progress: Progress, can
         if not known:
             _log(run, candidate, found, candidate.folder(run))
     if not known:
-        write_tensors(path, stored, {"origin": origin})  # kept, since the final model may take over the fit itself
+        write_tensors(
+            path, stored, {"origin": origin}
+        )  # kept, since the final model may take over the fit itself
     return found
 
 
-def _fit_and_ask(fit: CheckpointedFit, candidate: Candidate, progress: Progress) -> dict[str, Tensor]:
-    """Fit a candidate, and return all its layers' answers to the validation examples; empty if the fit broke."""
+def _fit_and_ask(
+    fit: CheckpointedFit, candidate: Candidate, progress: Progress
+) -> dict[str, Tensor]:
+    """Fit a candidate, and return all its layers' answers to the validation examples; empty if the
+    fit broke."""
     try:
         fit(f"confirmation of the {candidate.name}", progress)
     except NonFiniteLoss as error:
@@ -255,18 +295,27 @@ def _tensors(answers: LayerAnswers) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in vars(answers).items() if tensor is not None}
 
 
-def _on_states(run: Run, prepared: Prepared, model: DACT, progress: Progress, candidate: Candidate) -> Answered | None:
+def _on_states(
+    run: Run, prepared: Prepared, model: DACT, progress: Progress, candidate: Candidate
+) -> Answered | None:
     """Return the answers of several fits of a candidate on the states of frozen mode."""
     seeds = [prepared.recipe.seed + FRESH_SEED + number for number in range(SEEDS)]
     folder = candidate.folder(run) / "on_states"
     origin = digest([candidate.settings, prepared.identity, seeds])
-    record, files = folder / "made_of.json", [folder / f"answers_{seed}.safetensors" for seed in seeds]
+    record, files = (
+        folder / "made_of.json",
+        [folder / f"answers_{seed}.safetensors" for seed in seeds],
+    )
     if record.is_file() and (stored := read_json(record))["origin"] == origin:
-        found = [] if stored["broken"] else [LayerAnswers(**read_tensors(file)[0]) for file in files]
+        found = (
+            [] if stored["broken"] else [LayerAnswers(**read_tensors(file)[0]) for file in files]
+        )
         return Answered(prepared, model, found) if found else None
     try:
         with progress.stage(f"{candidate.name} on frozen states, under fresh seeds"):
-            found = [fit_settings(prepared, candidate.settings, seed).known_answers for seed in seeds]
+            found = [
+                fit_settings(prepared, candidate.settings, seed).known_answers for seed in seeds
+            ]
     except NonFiniteLoss:
         write_json(record, {"origin": origin, "broken": True})
         return None
@@ -282,4 +331,6 @@ def _on_states(run: Run, prepared: Prepared, model: DACT, progress: Progress, ca
 def _log(run: Run, candidate: Candidate, answered: Answered, folder: Path) -> None:
     """Log the candidate to TensorBoard as trials are logged."""
     name = f"{run.tag}/{folder.relative_to(run.folder)}"
-    tensorboard.log_fit(folder, flat(candidate.settings), answered.outcome.metrics(answered.right), name)
+    tensorboard.log_fit(
+        folder, flat(candidate.settings), answered.outcome.metrics(answered.right), name
+    )

@@ -1,8 +1,8 @@
 """Digests of the inputs of a run: data, encoders and teachers.
 
-An *identity* is plain data that must be equal for trials or fits to be comparable. An *origin* is the digest of all
-inputs of a result, which is stored with it: a result of another origin is made again.
-"""
+An *identity* is plain data that must be equal for trials or fits to be comparable. An *origin* is
+the digest of all inputs of a result, which is stored with it: a result of another origin is made
+again."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from torch.utils.data import DataLoader
 from dact.encoders import LayeredEncoder
 from dact.encoders.pretrained import resolve_pretrained
 from dact.files import file_digest
-from dact.persistence import plain_data
+from dact.saving import plain_data
 
 
 def digest(content: Any) -> str:
     """Return a digest of plain data."""
-    return hashlib.sha256(json.dumps(plain_data(content), sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(plain_data(content), sort_keys=True, default=str).encode()
+    ).hexdigest()
 
 
 def data_digest(loader: DataLoader[Any]) -> str:
@@ -44,11 +46,15 @@ def data_digest(loader: DataLoader[Any]) -> str:
         )
     for row in range(len(examples)):
         example = examples[row]
-        item = example if isinstance(example, Mapping) else loader.collate_fn([example])  # batches are mappings
+        item = (
+            example if isinstance(example, Mapping) else loader.collate_fn([example])
+        )  # batches are mappings
         if "input_ids" not in item:
             raise KeyError(f"an example needs 'input_ids', got the keys {sorted(item)}")
         label = item["labels"] if "labels" in item else _entry(loader, example, "labels")
-        found.update(json.dumps([item["input_ids"], label], default=methodcaller("tolist")).encode())
+        found.update(
+            json.dumps([item["input_ids"], label], default=methodcaller("tolist")).encode()
+        )
     return found.hexdigest()
 
 
@@ -62,7 +68,8 @@ def teacher_digest(loader: DataLoader[Any]) -> str:
 
 
 def _entry(loader: DataLoader[Any], item: Any, name: str) -> Any:
-    """Return an entry of an example, which may get it only as part of a batch; None if it has none."""
+    """Return an entry of an example, which may get it only as part of a batch; None if it has
+    none."""
     if isinstance(item, Mapping) and name in item:
         return item[name]
     # Without a batch_sampler, the data set makes the batches.
@@ -71,7 +78,8 @@ def _entry(loader: DataLoader[Any], item: Any, name: str) -> Any:
 
 
 def pretrained_digest(pretrained: str) -> str:
-    """Return a digest of the files of a local model folder, or of the name of a model on the Hub."""
+    """Return a digest of the files of a local model folder, or of the name of a model on the
+    Hub."""
     folder = Path(resolve_pretrained(pretrained))
     found = hashlib.sha256(pretrained.encode())
     for path in sorted(folder.glob("*")) if folder.is_dir() else []:
@@ -82,7 +90,11 @@ def pretrained_digest(pretrained: str) -> str:
 
 def tensor_digest(tensor: Tensor | None) -> str:
     """Return a digest of a tensor's values, or an empty string for None."""
-    return "" if tensor is None else hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+    return (
+        ""
+        if tensor is None
+        else hashlib.sha256(tensor.cpu().contiguous().numpy().tobytes()).hexdigest()
+    )
 
 
 def encoder_digest(encoder: LayeredEncoder) -> str:
@@ -90,5 +102,7 @@ def encoder_digest(encoder: LayeredEncoder) -> str:
     found = hashlib.sha256(json.dumps(encoder.config(), sort_keys=True, default=str).encode())
     for name, tensor in encoder.state_dict().items():
         found.update(name.encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(
+            tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+        )
     return found.hexdigest()

@@ -46,9 +46,9 @@ from dact.tuning.survey import Surveyed, survey
 from dact.tuning.trial import Objective
 from dact.tuning.workers import StudyJob, check_workers, run_study
 
-ON_STATES = (
-    2  # tuned candidates that the confirmation fits on frozen states, each as often as a trial of the last study
-)
+# tuned candidates that the confirmation fits on frozen states, each as often as a trial of the last
+# study
+ON_STATES = 2
 MEASURING = 1  # epochs of the baseline in whose time the final model is measured, about
 TWO_PASSES = 1.5  # times the duration of a step of one pass, about
 
@@ -56,70 +56,80 @@ TWO_PASSES = 1.5  # times the duration of a step of one pass, about
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
-    A run begins with the *baseline*: the encoder, fine-tuned at full depth. Its last epoch is the reference of every
-    comparison, and its epoch of the lowest Brier score is the teacher, and the start of every fit that trains the
-    encoder. Three studies follow. They begin with the defaults of the factories, the second one with recommended
-    settings first:
+    A run begins with the *baseline*: the encoder, fine-tuned at full depth. Its last epoch is the
+    reference of every comparison, and its epoch of the lowest Brier score is the teacher, and the
+    start of every fit that trains the encoder. Three studies follow. They begin with the defaults
+    of the factories, the second one with recommended settings first:
 
-    1. ``submodels``: the architectures of classifier and confidence.
-    2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, detached exits (not in frozen
+    1. ``submodels``: the architectures of classifier and confidence. 2. ``training``: batch size,
+    learning rates, epochs, the weight of the exit loss, detached exits (not in frozen
        mode), and how many layers are kept.
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
-    The *confirmation* fits the winners and the default settings again under fresh seeds; the defaults stay unless they
-    are beaten. The final fit, its promise and its measurements come last.
+    The *confirmation* fits the winners and the default settings again under fresh seeds; the
+    defaults stay unless they are beaten. The final fit, its promise and its measurements come last.
 
-    All objectives are measured on one validation split, at the epoch of the lowest val_loss. All files are written to
-    ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier study finds a new winner, later studies
-    start over; their old trials are kept under another name and ignored.
+    All objectives are measured on one validation split, at the epoch of the lowest val_loss. All
+    files are written to ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier
+    study finds a new winner, later studies start over; their old trials are kept under another name
+    and ignored.
 
     Args:
         output_dimension: Number of classes.
-        time_out: Minutes for the three studies together, or None for no bound. The final fit is never cut short. The
-            attribute of this name has seconds.
-        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what the trial chose.
-        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the same way with
-            overrides such as ``batch_size``; each fit calls it, and all must get the same examples.
-        trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the number. A trial runs on
-            one device. dact uses its own logger, checkpoints and progress bars instead of those given here, and each
-            fit gets a copy of every callback, so that what a callback collects must go to a file.
+        time_out: Minutes for the three studies together, or None for no bound. The final fit is
+            never cut short. The attribute of this name has seconds.
+        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what
+            the trial chose.
+        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the
+            same way with overrides such as ``batch_size``; each fit calls it, and all must get the
+            same examples.
+        trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the
+            number. A trial runs on one device. dact uses its own logger, checkpoints and progress
+            bars instead of those given here, and each fit gets a copy of every callback, so that
+            what a callback collects must go to a file.
         n_trials: Total number of trials of each study, one number or one per study.
-        search_space: Changes to the default ranges, by parameter; see `dact.tuning.space.build_spaces`.
-        encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the states of all
-            layers once and trains the submodels on them, with detached exits unless `search_space` names
-            ``detach_exits`` or the final model keeps that encoder.
-        warm_up_epochs: With ``"frozen"``: number of epochs in which the encoder is fine-tuned with all exits before its
-            states are computed; 0 uses the encoder as it is.
-        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's encoder; ``"frozen"``
-            keeps the encoder of frozen mode.
-        lambda_selection: Rule that chooses λ from the third study; see `dact.tuning.selection.select_lambda`. By
-            default ``"promise"`` if the promise is one of `max_accuracy_loss`, else ``"one_standard_error"``.
-        max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best, 0 or more.
+        search_space: Changes to the default ranges, by parameter; see
+            `dact.tuning.space.build_spaces`.
+        encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the
+            states of all layers once and trains the submodels on them, with detached exits unless
+            `search_space` names ``detach_exits`` or the final model keeps that encoder.
+        warm_up_epochs: With ``"frozen"``: number of epochs in which the encoder is fine-tuned with
+            all exits before its states are computed; 0 uses the encoder as it is.
+        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's
+            encoder; ``"frozen"`` keeps the encoder of frozen mode.
+        lambda_selection: Rule that chooses λ from the third study; see
+            `dact.tuning.selection.select_lambda`. By default ``"promise"`` if the promise is one of
+            `max_accuracy_loss`, else ``"one_standard_error"``.
+        max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best,
+            0 or more.
         max_layers: For ``"max_layers"``: budget of layers, 1 or more.
-        workers: Number of processes that run trials of one study side by side; on a machine with several GPUs each uses
-            one of its own.
+        workers: Number of processes that run trials of one study side by side; on a machine with
+            several GPUs each uses one of its own.
         storage: Address of an Optuna storage, or a storage; an sqlite file if left out.
         sampler: Sampler of the first two studies; TPE if left out.
-        pruner: Pruner of the first two studies. It sees only trials of the same planned length, unless it is Hyperband
-            or Wilcoxon's.
+        pruner: Pruner of the first two studies. It sees only trials of the same planned length,
+            unless it is Hyperband or Wilcoxon's.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
-        halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if left out.
-        promise: Promise that early exit of the tuned model must keep; by default at most one point of accuracy below
-            the model's own full depth, with 95 % confidence. Its dial is calibrated on half of the validation examples,
-            which no study sees; see `dact.calibrate`. If these are too few for the default promise, an estimate sets
-            the dial. With None, the class is provably that of full depth.
-        distillation: Share of a teacher's probabilities in the training targets of all trials, in [0, 1]; by default
-            that of the model factory or, if it has none and the data can carry them, half. The teacher is the baseline,
-            unless the data has one of its own.
-        consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder after the studies; by
-            default that of the model factory or, if it has none and its encoder has dropout, 5. With 0, they take as
-            little as half of the time and memory.
+        halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if
+            left out.
+        promise: Promise that early exit of the tuned model must keep; by default at most one point
+            of accuracy below the model's own full depth, with 95 % confidence. Its dial is
+            calibrated on half of the validation examples, which no study sees; see
+            `dact.calibrate`. If these are too few for the default promise, an estimate sets the
+            dial. With None, the class is provably that of full depth.
+        distillation: Share of a teacher's probabilities in the training targets of all trials, in
+            [0, 1]; by default that of the model factory or, if it has none and the data can carry
+            them, half. The teacher is the baseline, unless the data has one of its own.
+        consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder
+            after the studies; by default that of the model factory or, if it has none and its
+            encoder has dropout, 5. With 0, they take as little as half of the time and memory.
         compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
 
     Attributes:
-        classifier_config, confidence_config, external_config, lambda_reg: Winners of the current run, or None.
+        classifier_config, confidence_config, external_config, lambda_reg: Winners of the current
+            run, or None.
         spaces: Dimension of each parameter, by stage.
         progress: Console of the run.
         worker_setup: Function that each worker process calls first, or None.
@@ -186,12 +196,20 @@ class TuningEngine:
         )
         studies.check_parts(storage, sampler, pruner, callbacks)
         self.callbacks = list(callbacks)
-        sent = {"model": model, "data": data, "trainer": trainer, "sampler": sampler, "pruner": pruner}
+        sent = {
+            "model": model,
+            "data": data,
+            "trainer": trainer,
+            "sampler": sampler,
+            "pruner": pruner,
+        }
         check_workers(workers, storage, **sent, callbacks=self.callbacks)
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = trials_per_stage(n_trials)
         frozen = encoder_training == "frozen"
-        self.spaces = build_spaces(search_space, frozen=frozen, final_frozen=final_training == "frozen")
+        self.spaces = build_spaces(
+            search_space, frozen=frozen, final_frozen=final_training == "frozen"
+        )
         self.bounded = frozenset(search_space or ())
         check_rule(
             lambda_selection,
@@ -200,7 +218,10 @@ class TuningEngine:
             promise is not None and promise.max_accuracy_loss is not None,
         )
         self.select = partial(
-            select_lambda, rule=lambda_selection, max_loss_increase=max_loss_increase, max_layers=max_layers
+            select_lambda,
+            rule=lambda_selection,
+            max_loss_increase=max_loss_increase,
+            max_layers=max_layers,
         )
         self.workers = workers
         self.storage = storage
@@ -215,7 +236,8 @@ class TuningEngine:
 
     @cached_property
     def run_tag(self) -> str:
-        """The tag of runs without a name, and of own studies: a time stamp, taken once per engine, unless it is set."""
+        """The tag of runs without a name, and of own studies: a time stamp, taken once per engine,
+        unless it is set."""
         return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     # ------------------------------------------------------------------ the methods
@@ -234,16 +256,23 @@ class TuningEngine:
         surveyed = self._survey(measured=True)
         opened = [self._open(stage, run, surveyed) for stage in STAGES]
         totals = zip(opened, self.n_trials.values(), strict=True)
-        left = [studies.trials_left(study, n_trials, self.time_out, alone=False) for study, n_trials in totals]
+        left = [
+            studies.trials_left(study, n_trials, self.time_out, alone=False)
+            for study, n_trials in totals
+        ]
         if any(left):
             defaults, recommended = surveyed.untuned
             candidates = ON_STATES + (defaults != recommended)
             later = candidates if self.recipe.encoder_training == "frozen" else 0
             fits = self.recipe.finetunings(first_trial=defaults != recommended)
             step = TWO_PASSES if self.recipe.consistency_of(surveyed.model) > 0 else 1.0
-            share = surveyed.initial["num_layers"] / surveyed.model.encoder.num_layers  # of the baseline's layers
+            share = (
+                surveyed.initial["num_layers"] / surveyed.model.encoder.num_layers
+            )  # of the baseline's layers
             untuned = self.recipe.compare_defaults
-            epochs = (untuned + (fits - untuned) * step * share) * surveyed.initial["num_epochs"] + MEASURING
+            epochs = (untuned + (fits - untuned) * step * share) * surveyed.initial[
+                "num_epochs"
+            ] + MEASURING
             self.progress.announce(left, self.time_out, later, epochs)
         if isinstance(surveyed.data, TextDataModule) and (text := surveyed.data.describe_classes()):
             self.progress.note(text)
@@ -284,17 +313,20 @@ class TuningEngine:
 
     @isolated()
     def submodel_objective(self, trial: BaseTrial) -> float:
-        """Train with the submodels that `trial` suggests; return the validation loss at its best epoch."""
+        """Train with the submodels that `trial` suggests; return the validation loss at its best
+        epoch."""
         return float(self._objective(SUBMODELS, trial)(trial))
 
     @isolated()
     def train_tune_objective(self, trial: BaseTrial) -> float:
-        """Train with the training parameters that `trial` suggests; return the validation loss at its best epoch."""
+        """Train with the training parameters that `trial` suggests; return the validation loss at
+        its best epoch."""
         return float(self._objective(TRAINING, trial)(trial))
 
     @isolated()
     def lambda_objective(self, trial: BaseTrial) -> tuple[float, float]:
-        """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer under early exit."""
+        """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer under
+        early exit."""
         loss, layers = self._objective(LAMBDA_REG, trial)(trial)
         return loss, layers
 
@@ -303,7 +335,8 @@ class TuningEngine:
         """Confirm the winners, do the final fit, and measure its model.
 
         Returns:
-            The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint` reads.
+            The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint`
+            reads.
 
         Raises:
             RuntimeError: If a study has no winner yet; the message lists which.
@@ -319,7 +352,8 @@ class TuningEngine:
     # ------------------------------------------------------------------ the steps of a run
 
     def _begin(self, run_tag: str) -> Run:
-        """Make a run the current one of this engine, with the winners that are on disk, and return it."""
+        """Make a run the current one of this engine, with the winners that are on disk, and return
+        it."""
         run = Run(run_tag or self.run_tag, self.log_dir)
         if run != self._run:
             self._run, self._prepared = run, None
@@ -348,10 +382,14 @@ class TuningEngine:
         identity = {"search space": describe(surveyed.spaces[stage.name]), **surveyed.identity}
         if stage is SUBMODELS and surveyed.submodels:
             identity["submodels"] = dict(surveyed.submodels)
-        with run.locked(lambda: self.progress.stage("waiting for another process, which opens the studies")):
+        with run.locked(
+            lambda: self.progress.stage("waiting for another process, which opens the studies")
+        ):
             pruner = SameLengthPruner.around(self.pruner) if stage.prunes else None
             study = studies.open_study(run, stage, identity, self.storage, pruner)
-            studies.start_with(study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]])
+            studies.start_with(
+                study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]]
+            )
         self.progress.waits_for(stage.name, unwatched(study))
         return study
 
@@ -363,7 +401,13 @@ class TuningEngine:
         return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out))
 
     def _tune(
-        self, stage: Stage, run: Run, prepared: Prepared, study: Study, deadline: Deadline, end: Deadline | None = None
+        self,
+        stage: Stage,
+        run: Run,
+        prepared: Prepared,
+        study: Study,
+        deadline: Deadline,
+        end: Deadline | None = None,
     ) -> Winners:
         """Run the remaining trials of a study, save its winner, and return the winners so far.
 
@@ -384,8 +428,20 @@ class TuningEngine:
             shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials
             objective = Objective(stage, run, prepared, before, deadline)
             sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
-            job = StudyJob(objective, n_trials, self.storage, sampler, study.pruner, self.callbacks, self.worker_setup)
-            later = 0 if alone else sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
+            job = StudyJob(
+                objective,
+                n_trials,
+                self.storage,
+                sampler,
+                study.pruner,
+                self.callbacks,
+                self.worker_setup,
+            )
+            later = (
+                0
+                if alone
+                else sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
+            )
             with self.progress.study(stage.name, study, n_trials, later, deadline, end or deadline):
                 run_study(job, study, self.workers, self.progress.refresh)
             if deadline.left == 0:
@@ -398,7 +454,8 @@ class TuningEngine:
         return self._conclude(stage, run, prepared, study)
 
     def _conclude(self, stage: Stage, run: Run, prepared: Prepared, study: Study) -> Winners:
-        """Pick the winner of a study, save it, draw the study's pictures, and return the winners so far."""
+        """Pick the winner of a study, save it, draw the study's pictures, and return the winners so
+        far."""
         trials = studies.completed(study)
         outcomes = [Outcome.read(run.trial_folder(stage, trial.number)) for trial in trials]
         promise = prepared.recipe.promise
@@ -406,13 +463,19 @@ class TuningEngine:
         frozen = prepared.recipe.encoder_training == "frozen"
         select = partial(self.select, allowed=allowed, from_best=frozen)
         chosen = stage.pick(trials, outcomes, select)
-        others = [pair for pair in zip(trials, outcomes, strict=True) if pair[0].params != chosen.params]
+        others = [
+            pair for pair in zip(trials, outcomes, strict=True) if pair[0].params != chosen.params
+        ]
         second: dict[str, Any] = {}
         if stage is LAMBDA_REG and others:
             with contextlib.suppress(ValueError):  # none within max_layers
-                second = stage.pick([trial for trial, _ in others], [one for _, one in others], select).params
+                second = stage.pick(
+                    [trial for trial, _ in others], [one for _, one in others], select
+                ).params
         with run.locked():
-            remove_partial(run.pictures(stage).parent)  # of trials whose process died; none is running any more
+            remove_partial(
+                run.pictures(stage).parent
+            )  # of trials whose process died; none is running any more
             if stage is LAMBDA_REG:
                 write_json(run.runner_up, second)
             if run.save(prepared.winners(stage, chosen.params)):
@@ -431,18 +494,29 @@ class TuningEngine:
             studies.check_run(run, surveyed.identity, self.storage)
             prepared = self._prepare(run, surveyed)
         studies.check_own(trial, prepared.identity)
-        return Objective(stage, run, prepared, self._winners.before(stage), Deadline(), studies.own_folder(trial))
+        return Objective(
+            stage, run, prepared, self._winners.before(stage), Deadline(), studies.own_folder(trial)
+        )
 
     def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
-        """Confirm the winners, do the final fit, and return the paths of metrics.json and of the checkpoint."""
+        """Confirm the winners, do the final fit, and return the paths of metrics.json and of the
+        checkpoint."""
         defaults, recommended = surveyed.untuned
-        settings = {"default settings": defaults, FIRST_TRIAL: recommended, "tuned": self._winners.settings()}
+        settings = {
+            "default settings": defaults,
+            FIRST_TRIAL: recommended,
+            "tuned": self._winners.settings(),
+        }
         if run.runner_up.is_file() and (second := read_json(run.runner_up)):
             settings["runner-up"] = dataclasses.replace(self._winners, **second).settings()
         candidates = [Candidate(name, chosen) for name, chosen in settings.items()]
-        with run.locked(lambda: self.progress.stage("waiting for another process, which does the final fit")):
+        with run.locked(
+            lambda: self.progress.stage("waiting for another process, which does the final fit")
+        ):
             verdict = confirm(run, prepared, candidates, self.progress)
             paths = FinalFit(run, prepared, verdict, self.progress)()
-            concluded = [study for name, study in self._concluded.items() if name.startswith(f"{run.tag}/")]
+            concluded = [
+                study for name, study in self._concluded.items() if name.startswith(f"{run.tag}/")
+            ]
             show_summary(self.progress.console, run.final, verdict.text, concluded)
             return paths

@@ -14,10 +14,10 @@ from torch.utils.data import DataLoader
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional
-from dact.answers import Dial, LayerAnswers, layer_answers, operating_points, share
+from dact.calibration.answers import Dial, LayerAnswers, layer_answers, operating_points, share
+from dact.calibration.temperature import expected_calibration_error, temper
 from dact.encoders.base import Batch, move
 from dact.model import DACT
-from dact.scores import expected_calibration_error, temper
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 TIMED_TEXTS = 512  # texts whose time is taken: more would say little more …
@@ -109,7 +109,9 @@ def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -
     labels = answer.argmax(1)
     return {
         "accuracy": (labels == target).double().mean().item(),
-        "macro_f1": multiclass_f1_score(answer, target, num_classes=classes, average="macro").item(),
+        "macro_f1": multiclass_f1_score(
+            answer, target, num_classes=classes, average="macro"
+        ).item(),
         "majority_share": torch.bincount(labels, minlength=classes).max().item() / len(labels),
         "task_loss": functional.task_loss(answer, target, weights).item(),
         "mean_exit_layer": exits.double().mean().item(),
@@ -123,12 +125,15 @@ def texts_per_second(
     loader: DataLoader[Any],
     precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> list[float]:
-    """Return the speed of each side on the first `TIMED_TEXTS` texts; making the batches is not timed.
+    """Return the speed of each side on the first `TIMED_TEXTS` texts; making the batches is not
+    timed.
 
-    The sides take turns, so that other work of the machine meets all of them, and the fastest round of each counts.
+    The sides take turns, so that other work of the machine meets all of them, and the fastest round
+    of each counts.
 
     Args:
-        sides: Models in eval mode, on the device that they should use, and the halting rule of each.
+        sides: Models in eval mode, on the device that they should use, and the halting rule of
+            each.
         loader: Batches.
         precision: Function that returns the context of the Trainer's precision.
     """

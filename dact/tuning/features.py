@@ -1,8 +1,8 @@
-"""Frozen mode's data: the pooled states of all layers, computed once and read from disk by every trial.
+"""Frozen mode's data: the pooled states of all layers, computed once and read from disk by every
+trial.
 
-A split is a folder with one ``.npy`` file per array. It also has ``made_of.json``, which is written last and holds a
-digest of each file.
-"""
+A split is a folder with one ``.npy`` file per array. It also has ``made_of.json``, which is written
+last and holds a digest of each file."""
 
 from __future__ import annotations
 
@@ -24,18 +24,25 @@ from dact.encoders.base import move
 from dact.files import file_digest, read_json, replacing_folder, write_json
 
 SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
-DTYPES: dict[str, np.dtype[Any]] = {"states": SINGLE, "labels": WHOLE, "depth": WHOLE, "teacher": SINGLE}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "states": SINGLE,
+    "labels": WHOLE,
+    "depth": WHOLE,
+    "teacher": SINGLE,
+}
 MADE_OF = "made_of.json"
 VALIDATION_BATCH = 1024
 
 
 @torch.no_grad()
-def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, origin: str) -> None:
+def compute_features(
+    encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, origin: str
+) -> None:
     """Write the pooled states of every example, with only one batch at a time in memory.
 
-    The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]`` and, where the data
-    has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``, in the order of the loader. Nothing is
-    computed if `folder` holds intact files of this origin.
+    The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]``
+    and, where the data has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``,
+    in the order of the loader. Nothing is computed if `folder` holds intact files of this origin.
 
     Args:
         encoder: Encoder in eval mode, on the device that it should use.
@@ -50,19 +57,31 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
         return
     device = next(encoder.parameters()).device
     examples = len(loader.dataset)  # type: ignore[arg-type]
-    shapes: dict[str, tuple[int, ...]] = {"states": (examples, encoder.num_layers, encoder.hidden_size)}
+    shapes: dict[str, tuple[int, ...]] = {
+        "states": (examples, encoder.num_layers, encoder.hidden_size)
+    }
     first = next(iter(loader))
-    shapes |= {name: (examples, *first[name].shape[1:]) for name in ("labels", "depth", "teacher") if name in first}
+    shapes |= {
+        name: (examples, *first[name].shape[1:])
+        for name in ("labels", "depth", "teacher")
+        if name in first
+    }
     given = 0
     with replacing_folder(folder) as partial:
         with ExitStack() as stack:
             # Not memory-mapped: a full disk would then crash the process.
-            files = {name: stack.enter_context((partial / f"{name}.npy").open("wb")) for name in shapes}
+            files = {
+                name: stack.enter_context((partial / f"{name}.npy").open("wb")) for name in shapes
+            }
             for name, file in files.items():
                 descr = np.lib.format.dtype_to_descr(DTYPES[name])
                 header = {"descr": descr, "fortran_order": False, "shape": shapes[name]}
                 np.lib.format.write_array_header_1_0(file, header)
-            for batch in track(loader, description=f"Layer states of {examples:,} {folder.name} texts", transient=True):
+            for batch in track(
+                loader,
+                description=f"Layer states of {examples:,} {folder.name} texts",
+                transient=True,
+            ):
                 signals.check()
                 states = encoder(move(batch, device)).float().cpu()
                 given += len(states)
@@ -97,7 +116,9 @@ def check_features(folder: Path, origin: str) -> bool:
             if file_digest(folder / f"{name}.npy") != expected:
                 raise ValueError(f"{name}.npy is not what was written")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{folder} is corrupted ({error}): delete it, and it will be computed again") from error
+        raise ValueError(
+            f"{folder} is corrupted ({error}): delete it, and it will be computed again"
+        ) from error
     return True
 
 
@@ -111,7 +132,8 @@ class Features(Dataset[dict[str, Tensor]]):
     def __init__(self, folder: Path) -> None:
         # Copy-on-write: torch needs writable memory, and the files must not change.
         self.arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in read_json(folder / MADE_OF)["files"]
+            name: np.load(folder / f"{name}.npy", mmap_mode="c")
+            for name in read_json(folder / MADE_OF)["files"]
         }
 
     def __len__(self) -> int:
@@ -119,11 +141,14 @@ class Features(Dataset[dict[str, Tensor]]):
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         """Return the batch of these rows, which torch's loaders ask for as a whole."""
-        return {name: torch.from_numpy(np.asarray(array[rows])) for name, array in self.arrays.items()}
+        return {
+            name: torch.from_numpy(np.asarray(array[rows])) for name, array in self.arrays.items()
+        }
 
 
 class FeaturesData(LightningDataModule):
-    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
+    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels``
+    ``[batch]``.
 
     Args:
         train: Training examples.
@@ -132,9 +157,13 @@ class FeaturesData(LightningDataModule):
         seed: Seed for the order in training.
     """
 
-    def __init__(self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0) -> None:
+    def __init__(
+        self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0
+    ) -> None:
         super().__init__()
-        order = LengthGroupedSampler([0] * len(train), batch_size, seed)  # a resumed fit sees the order of its epoch
+        order = LengthGroupedSampler(
+            [0] * len(train), batch_size, seed
+        )  # a resumed fit sees the order of its epoch
         self.train, self.val = _loader(train, batch_size, order), _loader(val, VALIDATION_BATCH)
 
     def train_dataloader(self) -> DataLoader[Any]:
@@ -144,5 +173,7 @@ class FeaturesData(LightningDataModule):
         return self.val
 
 
-def _loader(features: Features, batch_size: int, order: LengthGroupedSampler | None = None) -> DataLoader[Any]:
+def _loader(
+    features: Features, batch_size: int, order: LengthGroupedSampler | None = None
+) -> DataLoader[Any]:
     return DataLoader(features, batch_size, sampler=order, collate_fn=lambda batch: batch)

@@ -1,4 +1,5 @@
-"""The final fit with all winners: checkpoints, measurements, pictures, and the model to take away."""
+"""The final fit with all winners: checkpoints, measurements, pictures, and the model to take
+away."""
 
 from __future__ import annotations
 
@@ -14,19 +15,26 @@ import yaml
 from lightning.pytorch import LightningDataModule
 
 from dact import plots
-from dact.answers import layer_answers, mean_and_error
 from dact.calibration import calibrate, describe
+from dact.calibration.answers import layer_answers, mean_and_error
+from dact.calibration.temperature import fit_temperatures
 from dact.callbacks import AverageLastSteps, save_with_tokenizer
 from dact.files import read_json, replacing_folder, write_json, write_text
 from dact.model import DACT
-from dact.persistence import store_in_checkpoint
-from dact.scores import fit_temperatures
+from dact.saving import store_in_checkpoint
 from dact.submodels import SubmodelConfig
 from dact.tuning import pictures, tensorboard
 from dact.tuning.checkpointed_fit import CheckpointedFit
 from dact.tuning.confirmation import FOLDER, Verdict
 from dact.tuning.digests import data_digest
-from dact.tuning.evaluation import MARGINS, TOLERANCES, Evaluation, dial_curve, evaluate, texts_per_second
+from dact.tuning.evaluation import (
+    MARGINS,
+    TOLERANCES,
+    Evaluation,
+    dial_curve,
+    evaluate,
+    texts_per_second,
+)
 from dact.tuning.fitting import NonFiniteLoss, averages
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
@@ -59,10 +67,11 @@ class FinalFit:
         return self.prepared.recipe
 
     def __call__(self) -> tuple[str, str]:
-        """Fit, measure and write ``<run>/final``, except for what is already done. The caller holds the run's lock.
+        """Fit, measure and write ``<run>/final``, except for what is already done. The caller holds
+        the run's lock.
 
-        A fit that the confirmation has finished is reused. The final model of earlier winners stays as ``final.old``
-        until the new one is complete.
+        A fit that the confirmation has finished is reused. The final model of earlier winners stays
+        as ``final.old`` until the new one is complete.
 
         Returns:
             The paths of metrics.json and of the best checkpoint.
@@ -91,10 +100,13 @@ class FinalFit:
         return str(metrics), str(fit.checkpoint)
 
     def _make_room(self, fit: CheckpointedFit, old: Path, data: LightningDataModule) -> None:
-        """Remove from ``<run>/final`` what does not belong to a fit, and put there what the confirmation did of it."""
+        """Remove from ``<run>/final`` what does not belong to a fit, and put there what the
+        confirmation did of it."""
         folder, recipe = fit.folder, self.recipe
         promise = None if recipe.promise is None else asdict(recipe.promise)
-        aside: Any = data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else None
+        aside: Any = (
+            data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else None
+        )
         measurement = {
             "test": data_digest(data.test_dataloader()),
             "calibration": data_digest(aside) if promise and hasattr(aside, "dataset") else None,
@@ -102,7 +114,9 @@ class FinalFit:
             "tolerance": recipe.halting_tolerance,
         }
         if not fit.is_begun:
-            if (folder / "metrics.json").is_file():  # an earlier final model stays until the new one is complete
+            if (
+                folder / "metrics.json"
+            ).is_file():  # an earlier final model stays until the new one is complete
                 shutil.rmtree(old, ignore_errors=True)
                 os.replace(folder, old)
             shutil.rmtree(folder, ignore_errors=True)
@@ -110,17 +124,22 @@ class FinalFit:
             if confirmed.is_done:
                 os.replace(confirmed.folder, folder)
         if fit.made_of() != {"fit": fit.identity, **measurement}:
-            (folder / "metrics.json").unlink(missing_ok=True)  # another promise or test split measures the fit again
+            (folder / "metrics.json").unlink(
+                missing_ok=True
+            )  # another promise or test split measures the fit again
             shutil.rmtree(folder / "defaults", ignore_errors=True)
             write_text(folder / "config.yaml", yaml.safe_dump(self._config(fit), sort_keys=False))
             fit.record(**measurement)
 
     def _config(self, fit: CheckpointedFit) -> dict[str, Any]:
-        """Return the configuration of the final fit: a complete file if the factories come from one.
+        """Return the configuration of the final fit: a complete file if the factories come from
+        one.
 
-        Data that can name a teacher names the baseline's model; other data leaves ``dact fit`` without a teacher.
-        """
-        model, data = (getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data))
+        Data that can name a teacher names the baseline's model; other data leaves ``dact fit``
+        without a teacher."""
+        model, data = (
+            getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data)
+        )
         chosen = dict(fit.settings or {})
         if model is None or data is None:
             return chosen
@@ -128,13 +147,19 @@ class FinalFit:
         epochs = chosen.pop("num_epochs", self.recipe.epochs)
         plain = {name: value for name, value in self.recipe.trainer.items() if is_plain(value)}
         if fit.finetunes and not averages(self.recipe.trainer):
-            plain["callbacks"] = [{"class_path": f"{AverageLastSteps.__module__}.{AverageLastSteps.__qualname__}"}]
+            plain["callbacks"] = [
+                {"class_path": f"{AverageLastSteps.__module__}.{AverageLastSteps.__qualname__}"}
+            ]
         arguments = self.recipe.overrides({**fit.learning, **chosen})
-        overrides = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()}
+        overrides = {
+            n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()
+        }
         given = {**(data.get("init_args") or {}), **size}
         known = inspect.signature(type(self.recipe.make_data()).__init__).parameters
         passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        if self.recipe.calibration_fraction is not None and ("calibration_fraction" in known or passes_on):
+        if self.recipe.calibration_fraction is not None and (
+            "calibration_fraction" in known or passes_on
+        ):
             given["calibration_fraction"] = self.recipe.calibration_fraction
         if self.prepared.teacher is not None and given.get("teacher") is None:
             if "teacher" in known:
@@ -149,7 +174,8 @@ class FinalFit:
         }
 
     def _measure(self, folder: Path, fit: CheckpointedFit, data: LightningDataModule) -> None:
-        """Write metrics.json, pictures and the model/ folder. Only here, once, is the test split used."""
+        """Write metrics.json, pictures and the model/ folder. Only here, once, is the test split
+        used."""
         model, baseline = fit.model(), self._baseline()
         before = (model.calibration, model.temperatures)
         try:
@@ -168,14 +194,19 @@ class FinalFit:
             self._time(model, baseline, data, found, against)
         del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
         kept = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
-        answers, reference = found["validation"].answers, against["validation"].answers.a[:, -1].argmax(dim=1)
+        answers, reference = (
+            found["validation"].answers,
+            against["validation"].answers.a[:, -1].argmax(dim=1),
+        )
         tolerances = dial_curve(model, answers, "halting_tolerance", TOLERANCES, reference)
         margins = dial_curve(model, answers, "halting_margin", MARGINS, reference)
         metrics = {
             **_entries(found, against),
             "baseline": {
                 "layers": baseline.num_layers,
-                **{name: {key: entry.entry[key] for key in kept} for name, entry in against.items()},
+                **{
+                    name: {key: entry.entry[key] for key in kept} for name, entry in against.items()
+                },
             },
             "tolerance_curve": tolerances,
             "margin_curve": margins,
@@ -197,7 +228,8 @@ class FinalFit:
         write_json(folder / "metrics.json", metrics)  # last, since it marks everything as done
 
     def _set_dial(self, model: DACT, data: LightningDataModule) -> str:
-        """Set the dial of a model for the promise of the run, and return a text about the result, or an empty one."""
+        """Set the dial of a model for the promise of the run, and return a text about the result,
+        or an empty one."""
         promise = self.recipe.promise
         if promise is None or (promise.max_layers or 0) >= model.num_layers:
             model.end_calibration()  # of a promise that is no longer asked for
@@ -214,7 +246,10 @@ class FinalFit:
         return self.prepared.baseline.load(whole.at_full_depth()).eval().to(self.recipe.device)
 
     def _evaluate(self, model: DACT, data: LightningDataModule) -> dict[str, Evaluation]:
-        return {name: evaluate(model, loader, precision=self.recipe.precision) for name, loader in _splits(data)}
+        return {
+            name: evaluate(model, loader, precision=self.recipe.precision)
+            for name, loader in _splits(data)
+        }
 
     def _time(
         self,
@@ -224,7 +259,8 @@ class FinalFit:
         found: Mapping[str, Evaluation],
         against: Mapping[str, Evaluation],
     ) -> None:
-        """Measure the speed of early exit, of the model's full depth and of the baseline in turns."""
+        """Measure the speed of early exit, of the model's full depth and of the baseline in
+        turns."""
         for name, loader in _splits(data):
             entries = [found[name].entry, found[name].entry["full_depth"], against[name].entry]
             sides = [(model, model.halting), (model, "never"), (baseline, "never")]
@@ -233,7 +269,8 @@ class FinalFit:
                 entry["texts_per_second"] = speed
 
     def _log(self, fit: CheckpointedFit, validation: Evaluation) -> None:
-        """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its dial."""
+        """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its
+        dial."""
         metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
         metrics |= {
             "val_loss": fit.kept["val_loss"],
@@ -242,9 +279,14 @@ class FinalFit:
         name = f"{self.run.tag}/{fit.folder.relative_to(self.run.folder)}"
         tensorboard.log_fit(fit.folder, flat(fit.settings or {}), metrics, name)
 
-    def _draw(self, folder: Path, found: Mapping[str, Evaluation], metrics: Mapping[str, Any]) -> None:
+    def _draw(
+        self, folder: Path, found: Mapping[str, Evaluation], metrics: Mapping[str, Any]
+    ) -> None:
         validation, test, layers = found["validation"].entry, found["test"], metrics["layers"]
-        own, baseline = (validation["mean_exit_layer"], validation["accuracy"]), metrics["baseline"]["validation"]
+        own, baseline = (
+            (validation["mean_exit_layer"], validation["accuracy"]),
+            metrics["baseline"]["validation"],
+        )
         curves = metrics["tolerance_curve"], metrics["margin_curve"]
         figures = {
             "dials": pictures.dials_picture(*curves, layers, own, baseline["accuracy"]),
@@ -259,13 +301,19 @@ class FinalFit:
             for point in reversed(metrics["margin_curve"]):
                 for name in ("accuracy", "mean_exit_layer", "agreement"):
                     writer.add_scalar(
-                        f"operating points by margin in %/{name}", point[name], round(100 * point["margin"])
+                        f"operating points by margin in %/{name}",
+                        point[name],
+                        round(100 * point["margin"]),
                     )
 
     def _measure_defaults(
-        self, folder: Path, data: LightningDataModule, against: Mapping[str, Evaluation] | None = None
+        self,
+        folder: Path,
+        data: LightningDataModule,
+        against: Mapping[str, Evaluation] | None = None,
     ) -> None:
-        """Fit the untuned defaults of the factories, and measure them under the promise of the run."""
+        """Fit the untuned defaults of the factories, and measure them under the promise of the
+        run."""
         fit = CheckpointedFit(self.prepared, folder, None)
         if (folder / "metrics.json").is_file():
             return
@@ -284,8 +332,16 @@ class FinalFit:
             found = self._evaluate(model, data)
             against = against or self._evaluate(self._baseline(), data)
         self._log(fit, found["validation"])
-        dials = {"halting_tolerance": model.halting_tolerance, "halting_margin": model.halting_margin}
-        entries = {**_entries(found, against), **dials, "layers": model.num_layers, "calibration": model.calibration}
+        dials = {
+            "halting_tolerance": model.halting_tolerance,
+            "halting_margin": model.halting_margin,
+        }
+        entries = {
+            **_entries(found, against),
+            **dials,
+            "layers": model.num_layers,
+            "calibration": model.calibration,
+        }
         write_json(folder / "metrics.json", entries)
         shutil.rmtree(fit.checkpoint.parent)
 
@@ -294,7 +350,9 @@ def _splits(data: LightningDataModule) -> tuple[tuple[str, Any], ...]:
     return ("validation", data.val_dataloader()), ("test", data.test_dataloader())
 
 
-def _entries(found: Mapping[str, Evaluation], against: Mapping[str, Evaluation]) -> dict[str, dict[str, Any]]:
+def _entries(
+    found: Mapping[str, Evaluation], against: Mapping[str, Evaluation]
+) -> dict[str, dict[str, Any]]:
     """Return the entries of a model, each with its paired difference to the baseline."""
     for name, evaluation in found.items():
         if len(evaluation.right) == len(against[name].right):

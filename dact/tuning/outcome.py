@@ -1,4 +1,5 @@
-"""The outcome of early exit: where each example leaves, and what it loses, at the margin that the promise would set."""
+"""The outcome of early exit: where each example leaves, and what it loses, at the margin that the
+promise would set."""
 
 from __future__ import annotations
 
@@ -10,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dact.answers import LayerAnswers
 from dact.calibration import Promise, choose_setting
+from dact.calibration.answers import LayerAnswers
 from dact.files import read_tensors, write_tensors
 from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
 from dact.model import DACT
 
 FILE = "validation.safetensors"
 MEASURE = 3  # version of `outcome_of`: outcomes of an earlier one do not compare
-EXIT_HISTOGRAM = "exit_histogram"  # user attribute of a trial: number of examples that left after each layer
+EXIT_HISTOGRAM = (
+    "exit_histogram"  # user attribute of a trial: number of examples that left after each layer
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +31,9 @@ class Outcome:
     Args:
         exits: Exit layer of each example, float ``[examples]``; of several fits, their mean.
         losses: Task loss of each example, ``[examples]``.
-        lost: Paired loss of accuracy of each example, ``[examples]``: 1 if only the baseline is right, -1 if only early
-            exit is right, else 0. If the baseline's answers are unknown, 1 where early exit is wrong.
+        lost: Paired loss of accuracy of each example, ``[examples]``: 1 if only the baseline is
+            right, -1 if only early exit is right, else 0. If the baseline's answers are unknown, 1
+            where early exit is wrong.
     """
 
     exits: Tensor
@@ -58,7 +62,9 @@ class Outcome:
 
     def save(self, folder: Path) -> None:
         """Write the outcome into the folder of its trial."""
-        write_tensors(folder / FILE, {"exits": self.exits, "losses": self.losses, "lost": self.lost})
+        write_tensors(
+            folder / FILE, {"exits": self.exits, "losses": self.losses, "lost": self.lost}
+        )
 
     @classmethod
     def read(cls, folder: Path) -> Outcome | None:
@@ -74,18 +80,23 @@ class Outcome:
 def mean_outcome(outcomes: list[Outcome]) -> Outcome:
     """Return the mean, example by example, of fits that differ only by their seed."""
     names = ("exits", "losses", "lost")
-    return Outcome(*(torch.stack([getattr(one, name) for one in outcomes]).mean(0) for name in names))
+    return Outcome(
+        *(torch.stack([getattr(one, name) for one in outcomes]).mean(0) for name in names)
+    )
 
 
-def outcome_of(answers: LayerAnswers, model: DACT, promise: Promise | None, right: Tensor | None) -> Outcome:
+def outcome_of(
+    answers: LayerAnswers, model: DACT, promise: Promise | None, right: Tensor | None
+) -> Outcome:
     """Return the outcome of a model's early exit under a promise.
 
     Args:
         answers: Answers of all layers to the examples.
         model: The model, for its halting rule and class weights.
-        promise: Promise that sets the dial, as in the final model; by estimate if these are too few examples for its
-            confidence. None for the model's own rule.
-        right: Whether the baseline classifies each example correctly, bool ``[examples]``; None if that is unknown.
+        promise: Promise that sets the dial, as in the final model; by estimate if these are too few
+            examples for its confidence. None for the model's own rule.
+        right: Whether the baseline classifies each example correctly, bool ``[examples]``; None if
+            that is unknown.
     """
     return outcome_at(_rule(answers, model, promise), answers, model, right)
 
@@ -94,7 +105,9 @@ def outcome_at(rule: Halting, answers: LayerAnswers, model: DACT, right: Tensor 
     """Return the outcome of early exit by `rule`; the other arguments are those of `outcome_of`."""
     target, exits = answers.target, answers.exit_layers(rule)
     answer = answer_at(answers.a, exits)
-    losses = F.nll_loss(answer.float().clamp_min(SMALLEST_PROBABILITY).log(), target, reduction="none")
+    losses = F.nll_loss(
+        answer.float().clamp_min(SMALLEST_PROBABILITY).log(), target, reduction="none"
+    )
     if model.class_weights is not None:
         losses = losses * model.class_weights.cpu()[target]
     reference = torch.ones(len(target)) if right is None else right.float()

@@ -41,7 +41,9 @@ def draw_study(
     """
     figures = study_pictures(study, len(completed))
     if len(study.directions) == 2:
-        points = {trial.number: Point(trial.params["lambda_reg"], *trial.values) for trial in completed}
+        points = {
+            trial.number: Point(trial.params["lambda_reg"], *trial.values) for trial in completed
+        }
         figures["Pareto front"] = pareto_picture(list(points.values()), points[chosen.number])
         exits = [
             (trial.params["lambda_reg"], trial.user_attrs[EXIT_HISTOGRAM])
@@ -52,7 +54,9 @@ def draw_study(
             figures["exit histogram"] = exits_picture(exits, chosen.params["lambda_reg"])
     with replacing_folder(folder) as partial_folder:
         with tensorboard.writer(partial_folder) as writer:
-            dimensions = {name: dimension for space in spaces.values() for name, dimension in space.items()}
+            dimensions = {
+                name: dimension for space in spaces.values() for name, dimension in space.items()
+            }
             tensorboard.log_experiment(writer, dimensions)
             tensorboard.log_figures(writer, figures, partial_folder)
 
@@ -98,9 +102,19 @@ def pareto_picture(points: list[Point], chosen: Point) -> Any:
         norm="log" if all(point.lambda_reg > 0 for point in points) else "linear",
         label="trials",
     )
-    axes.plot([point.layers for point in front], [point.loss for point in front], "-", alpha=0.5, label="Pareto front")
-    axes.plot(chosen.layers, chosen.loss, "o", ms=14, mfc="none", mec="tab:red", mew=2, label="chosen")
-    axes.set(xlabel="mean exit layer", ylabel="task loss", title="loss against layers, by lambda_reg")
+    axes.plot(
+        [point.layers for point in front],
+        [point.loss for point in front],
+        "-",
+        alpha=0.5,
+        label="Pareto front",
+    )
+    axes.plot(
+        chosen.layers, chosen.loss, "o", ms=14, mfc="none", mec="tab:red", mew=2, label="chosen"
+    )
+    axes.set(
+        xlabel="mean exit layer", ylabel="task loss", title="loss against layers, by lambda_reg"
+    )
     axes.legend()
     figure.colorbar(colours, label="lambda_reg")
     return figure
@@ -113,7 +127,8 @@ def dials_picture(
     own: tuple[float, float],
     baseline: float,
 ) -> Any:
-    """Draw accuracy and agreement against the mean exit layer, over the tolerance and over the margin.
+    """Draw accuracy and agreement against the mean exit layer, over the tolerance and over the
+    margin.
 
     Args:
         tolerances: One record per tolerance.
@@ -146,7 +161,17 @@ def dials_picture(
                     )
         axes.margins(y=0.2)
     upper.axhline(100 * baseline, color="grey", linestyle="--", linewidth=1, label="baseline")
-    upper.plot(own[0], 100 * own[1], "o", ms=12, mfc="none", mec="tab:red", mew=2, linestyle="none", label="as set")
+    upper.plot(
+        own[0],
+        100 * own[1],
+        "o",
+        ms=12,
+        mfc="none",
+        mec="tab:red",
+        mew=2,
+        linestyle="none",
+        label="as set",
+    )
     upper.legend(fontsize=7)
     upper.set(ylabel="accuracy, %", title="validation, with the setting of the dial at each point")
     lower.set(xlabel=f"mean exit layer of {layers}", ylabel="agreement with\nfull depth, %")
@@ -158,12 +183,17 @@ def exit_picture(entry: Mapping[str, Any]) -> Any:
     figure, axes = plots.new_figure()
     counts = entry["exit_histogram"]
     axes.bar(range(1, len(counts) + 1), counts)
-    axes.set(xlabel="exit layer", ylabel="examples", title=f"test: mean exit layer {entry['mean_exit_layer']:.2f}")
+    axes.set(
+        xlabel="exit layer",
+        ylabel="examples",
+        title=f"test: mean exit layer {entry['mean_exit_layer']:.2f}",
+    )
     return figure
 
 
 def exits_picture(trials: Sequence[tuple[float, Sequence[int]]], chosen: float) -> Any:
-    """Draw the shares of validation examples that leave after each layer, for each λ that was tried.
+    """Draw the shares of validation examples that leave after each layer, for each λ that was
+    tried.
 
     Args:
         trials: λ and exit histogram of each trial.
@@ -178,10 +208,23 @@ def exits_picture(trials: Sequence[tuple[float, Sequence[int]]], chosen: float) 
     for layer in range(layers):
         shares = [counts[layer] / sum(counts) for _, counts in trials]
         shade = colormaps["viridis_r"]((layer + 1) / layers)  # deeper layers are darker
-        axes.bar(range(len(trials)), shares, bottom=base, width=0.9, color=shade, label=f"layer {layer + 1}")
+        axes.bar(
+            range(len(trials)),
+            shares,
+            bottom=base,
+            width=0.9,
+            color=shade,
+            label=f"layer {layer + 1}",
+        )
         base = [under + share for under, share in zip(base, shares, strict=True)]
     names = [f"{value:.2g}" + (" *" if value == chosen else "") for value, _ in trials]
     axes.set_xticks(range(len(trials)), names, rotation=60, fontsize=7)
-    axes.set(xlabel="lambda_reg (* chosen)", ylabel="share of the validation examples", title="exit histogram by trial")
-    figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", reverse=True, fontsize=7)
+    axes.set(
+        xlabel="lambda_reg (* chosen)",
+        ylabel="share of the validation examples",
+        title="exit histogram by trial",
+    )
+    figure.legend(
+        *axes.get_legend_handles_labels(), loc="outside right center", reverse=True, fontsize=7
+    )
     return figure

@@ -1,4 +1,5 @@
-"""The shared inputs of a run's fits: the baseline and, in frozen mode, an encoder and its states, each made once."""
+"""The shared inputs of a run's fits: the baseline and, in frozen mode, an encoder and its states,
+each made once."""
 
 from __future__ import annotations
 
@@ -26,13 +27,16 @@ from dact.tuning.space import Spaces
 from dact.tuning.stages import SUBMODELS, Stage
 from dact.tuning.survey import Surveyed
 
-WARM_UP_STEPS = 90  # optimizer steps in which the encoder of frozen mode learns enough, also from few texts
+WARM_UP_STEPS = (
+    90  # optimizer steps in which the encoder of frozen mode learns enough, also from few texts
+)
 ENCODER = "encoder.safetensors"  # weights of frozen mode's encoder, next to its states
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """The shared inputs of all fits of a run. It is small to send to another process, which reads the files on demand.
+    """The shared inputs of all fits of a run. It is small to send to another process, which reads
+    the files on demand.
 
     Args:
         recipe: Recipe of the run.
@@ -44,7 +48,8 @@ class Prepared:
         baseline: Baseline of the run.
         teacher: File with a teacher's probabilities of the training examples, or None.
         own_teacher: As in `Surveyed`.
-        learning: Arguments of all models that set their distillation, if it is not that of the factory.
+        learning: Arguments of all models that set their distillation, if it is not that of the
+            factory.
         finetuning: Arguments of fits of the encoder after the studies; see `Recipe.finetuning`.
         states: Folder with the states of frozen mode, or None.
         batch_size: Number of examples per training batch of frozen mode if no trial chooses it.
@@ -75,7 +80,8 @@ class Prepared:
         Args:
             settings: Arguments of both as plain values; see `Winners.settings`.
             seed: Seed for the order of states in frozen mode; that of the recipe if left out.
-            unfreeze: Whether the encoder is trained even in frozen mode, starting from the teacher's weights.
+            unfreeze: Whether the encoder is trained even in frozen mode, starting from the
+                teacher's weights.
         """
         chosen = dict(settings)
         size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
@@ -93,10 +99,12 @@ class Prepared:
         return stage.parse({**self.submodels, **params} if stage == SUBMODELS else params)
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
-        """Return a new datamodule. If there is a teacher, its training batches carry the teacher's probabilities."""
+        """Return a new datamodule. If there is a teacher, its training batches carry the teacher's
+        probabilities."""
         data = self.recipe.make_data(**overrides)
         if getattr(data, "teacher", None) is not None:
-            data.teacher = None  # type: ignore[attr-defined]  # it has answered, or is not asked for
+            # it has answered, or is not asked for
+            data.teacher = None  # type: ignore[attr-defined]
         if self.teacher is not None:
             data.teacher_probabilities = self._probabilities  # type: ignore[attr-defined]
         return data
@@ -104,7 +112,10 @@ class Prepared:
     def _on_states(self, chosen: dict[str, Any]) -> DACT:
         """Return a model with new submodels on the frozen encoder."""
         if type(self._base) is DACT:  # without building another encoder
-            overrides = {"encoder": self._base.encoder, **self.recipe.overrides({**self.learning, **chosen})}
+            overrides = {
+                "encoder": self._base.encoder,
+                **self.recipe.overrides({**self.learning, **chosen}),
+            }
             return DACT.from_config(self._base.config(), **overrides)
         # A class of the user's may have more arguments than a configuration knows.
         model = self.recipe.make_model(**self.learning, **chosen)
@@ -134,7 +145,8 @@ class Prepared:
 
 
 def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
-    """Make the shared inputs of all fits, or reuse those of an earlier call. Only one process at a time does it.
+    """Make the shared inputs of all fits, or reuse those of an earlier call. Only one process at a
+    time does it.
 
     Args:
         run: The run.
@@ -143,19 +155,31 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
 
     Raises:
         NonFiniteLoss: If the loss of the baseline or of frozen mode's encoder is not finite.
-        ValueError: If a file of an earlier call is corrupted, or the data cannot carry a teacher's probabilities.
+        ValueError: If a file of an earlier call is corrupted, or the data cannot carry a teacher's
+            probabilities.
     """
     recipe, data = surveyed.recipe, surveyed.data
     distillation, finetuning = surveyed.model.distillation, recipe.finetuning(surveyed.model)
     states, batch_size = None, 0
     with run.locked(lambda: progress.stage("waiting for another process, which prepares the run")):
         # Settings that do not change the baseline.
-        later = ("promise", "halting_tolerance", "distillation", "teacher", "encoder_training", "warm_up_epochs")
+        later = (
+            "promise",
+            "halting_tolerance",
+            "distillation",
+            "teacher",
+            "encoder_training",
+            "warm_up_epochs",
+        )
         inputs = {name: value for name, value in surveyed.identity.items() if name not in later}
         origin = digest({**inputs, "steps": MIN_STEPS})
-        baseline = fit_baseline(recipe, run.folder / "baseline", surveyed.model, data, origin, progress)
+        baseline = fit_baseline(
+            recipe, run.folder / "baseline", surveyed.model, data, origin, progress
+        )
         teacher = _teach(run.folder / "teacher", surveyed, baseline)
-        share = (distillation if recipe.distillation is None else recipe.distillation) or DISTILLATION
+        share = (
+            distillation if recipe.distillation is None else recipe.distillation
+        ) or DISTILLATION
         share = share if surveyed.own_teacher or teacher is not None else 0.0
         learning = {"distillation": share} if share != distillation else {}
         if recipe.encoder_training == "frozen":
@@ -179,7 +203,8 @@ def prepare(run: Run, surveyed: Surveyed, progress: Progress) -> Prepared:
 
 
 def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
-    """Return the file with the probabilities of the teacher: that of the baseline, or one that the data names."""
+    """Return the file with the probabilities of the teacher: that of the baseline, or one that the
+    data names."""
     data: Any = surveyed.data
     asked_for = surveyed.recipe.distillation
     if asked_for == 0 or surveyed.own_teacher:
@@ -209,25 +234,39 @@ def _teach(folder: Path, surveyed: Surveyed, baseline: Baseline) -> Path | None:
 # ---------------------------------------------------------------------- frozen mode
 
 
-def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progress: Progress) -> int:
-    """Write the states of frozen mode and its encoder's weights, and return the batch size of the data.
+def _freeze(
+    folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progress: Progress
+) -> int:
+    """Write the states of frozen mode and its encoder's weights, and return the batch size of the
+    data.
 
-    The submodels learn on texts that the encoder has learned from, as in the final fit. Both take few steps: states of
-    texts that are known by heart say little about new ones. (Parted texts, a share for each, foretell the final fit
-    worse, since there are fewer of them; benchmarks/heads.py.)
-    """
+    The submodels learn on texts that the encoder has learned from, as in the final fit. Both take
+    few steps: states of texts that are known by heart say little about new ones. (Parted texts, a
+    share for each, foretell the final fit worse, since there are fewer of them;
+    benchmarks/heads.py.)"""
     recipe, data = surveyed.recipe, surveyed.data
     own = surveyed.identity.get("own_teacher")
     taught_by = own or tensor_digest(getattr(data, "teacher_probabilities", None))
     with seeded(recipe.seed):
-        recommended = {name: surveyed.initial[name] for name in ("submodel_learning_rate", "detach_exits")}
-        layers = surveyed.model.encoder.num_layers  # all of them, since trials choose how many they keep
+        recommended = {
+            name: surveyed.initial[name] for name in ("submodel_learning_rate", "detach_exits")
+        }
+        layers = (
+            surveyed.model.encoder.num_layers
+        )  # all of them, since trials choose how many they keep
         model = recipe.make_model(**{**learning, **recommended, "num_layers": layers})
     train, val = data.train_dataloader(), data.val_dataloader()
     batch_size: int = next(iter(train))["labels"].shape[0]
     if recipe.warm_up_epochs:
-        inputs = [encoder_digest(model.encoder), surveyed.identity["data"], recipe.warm_up_epochs, recipe.seed]
-        _warm_up(folder, recipe, model, data, f"{digest(inputs)}/{taught_by}/{WARM_UP_STEPS}", progress)
+        inputs = [
+            encoder_digest(model.encoder),
+            surveyed.identity["data"],
+            recipe.warm_up_epochs,
+            recipe.seed,
+        ]
+        _warm_up(
+            folder, recipe, model, data, f"{digest(inputs)}/{taught_by}/{WARM_UP_STEPS}", progress
+        )
     model.encoder.eval().requires_grad_(False)
     origin = f"{encoder_digest(model.encoder)}/{surveyed.identity['data']}/{taught_by}"
     model.to(recipe.device)
@@ -238,7 +277,12 @@ def _freeze(folder: Path, surveyed: Surveyed, learning: Mapping[str, Any], progr
 
 
 def _warm_up(
-    folder: Path, recipe: Recipe, model: DACT, data: LightningDataModule, origin: str, progress: Progress
+    folder: Path,
+    recipe: Recipe,
+    model: DACT,
+    data: LightningDataModule,
+    origin: str,
+    progress: Progress,
 ) -> None:
     """Warm up the model's encoder, or load the weights that an earlier call wrote."""
     encoder = folder / ENCODER
@@ -251,5 +295,6 @@ def _warm_up(
             resumable_fit(recipe.trainer, model, data, checkpoints, bar, what=what, epochs=epochs)
         write_tensors(encoder, model.encoder.state_dict(), {"origin": origin})
         shutil.rmtree(checkpoints)
-    # Read back even here, so that a resumed run has the same states whatever the precision of the Trainer.
+    # Read back even here, so that a resumed run has the same states whatever the precision of the
+    # Trainer.
     model.encoder.float().load_state_dict(read_tensors(encoder)[0])

@@ -23,7 +23,13 @@ from dact.tuning.retries import OWNER
 from dact.tuning.studies import finished
 
 ROWS = 12  # trials in sight
-COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan", "WAITING": "dim"}
+COLOURS = {
+    "COMPLETE": "green",
+    "PRUNED": "yellow",
+    "FAIL": "red",
+    "RUNNING": "cyan",
+    "WAITING": "dim",
+}
 
 
 class Progress:
@@ -31,7 +37,8 @@ class Progress:
 
     Attributes:
         console: Where everything is printed.
-        seconds_per_epoch: Pace of the first fit, which is that of the baseline, or 0; by it the time left is estimated.
+        seconds_per_epoch: Pace of the first fit, which is that of the baseline, or 0; by it the
+            time left is estimated.
     """
 
     def __init__(self) -> None:
@@ -41,7 +48,9 @@ class Progress:
         self._study: Study | None = None
         self._stage, self._total, self._later, self._start, self._before = "", 0, 0, 0.0, 0
         self._deadline = self._end = Deadline()
-        self._pace = 0.0  # seconds per trial, those of the last study until one of this study has ended
+        self._pace = (
+            0.0  # seconds per trial, those of the last study until one of this study has ended
+        )
         self._trials_after, self._epochs_after = 0, 0.0  # of the fits after the studies
 
     @contextlib.contextmanager
@@ -84,8 +93,15 @@ class Progress:
         """Show the progress of a fit of some epochs, and yield the callback that reports it."""
         what = f"{what}, {epochs} epoch{'s' * (epochs != 1)}"
         start = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-        with Bars(*columns, console=self.console, transient=True, disable=not self.console.is_terminal) as bars:
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TimeRemainingColumn(),
+        )
+        with Bars(
+            *columns, console=self.console, transient=True, disable=not self.console.is_terminal
+        ) as bars:
             task, begun = bars.add_task(what, total=None), 0
 
             def begin(trainer: Trainer, _: object) -> None:
@@ -95,24 +111,27 @@ class Progress:
                 total = (trainer.max_epochs or 1) * batches
                 bars.update(task, total=total, completed=trainer.current_epoch * batches)
 
-            yield LambdaCallback(on_train_epoch_start=begin, on_train_batch_end=lambda *_: bars.advance(task))
+            yield LambdaCallback(
+                on_train_epoch_start=begin, on_train_batch_end=lambda *_: bars.advance(task)
+            )
         seconds = time.monotonic() - start
         self.seconds_per_epoch = self.seconds_per_epoch or seconds / max(1, begun)
         self.console.print(f"{what}: {format_seconds(seconds)}")
 
-    def announce(self, trials: Sequence[int], time_out: float | None, trials_after: int, epochs_after: float) -> None:
+    def announce(
+        self, trials: Sequence[int], time_out: float | None, trials_after: int, epochs_after: float
+    ) -> None:
         """Print what the run will do. The time left is shown from the first trial on.
 
         Args:
             trials: Number of trials of each study.
             time_out: Seconds for the studies, or None.
             trials_after: Number of fits after the studies that take as long as a trial.
-            epochs_after: Number of epochs after the studies, in the time that one of the baseline takes.
+            epochs_after: Number of epochs after the studies, in the time that one of the baseline
+                takes.
         """
         self._trials_after, self._epochs_after = trials_after, epochs_after
-        text = (
-            f"{' + '.join(map(str, trials))} trials, then the final fit; the time left is shown from the first trial on"
-        )
+        text = f"{' + '.join(map(str, trials))} trials, then the final fit; the time left is shown from the first trial on"
         if time_out is not None:
             text += (
                 f". The studies end after {format_seconds(time_out)}; preparation, confirmation and final fit are not "
@@ -121,7 +140,8 @@ class Progress:
         self.console.print(text, soft_wrap=not self.console.is_terminal)
 
     def waits_for(self, stage: str, trials: Sequence[FrozenTrial]) -> None:
-        """Say what to do about trials whose end would not show; see `dact.tuning.retries.unwatched`."""
+        """Say what to do about trials whose end would not show; see
+        `dact.tuning.retries.unwatched`."""
         for trial in trials:
             self.note(
                 f"study {stage}: waits for trial {trial.number}, which runs on {trial.user_attrs[OWNER][0]}, since the "
@@ -150,11 +170,17 @@ class Progress:
         columns += [(_head(name), _width(name, trials)) for name in names]
         table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for column, (head, width) in enumerate(columns):
-            table.add_column(head, width=width, justify="left" if column == 1 else "right", vertical="bottom")
+            table.add_column(
+                head, width=width, justify="left" if column == 1 else "right", vertical="bottom"
+            )
         for trial in trials[-ROWS:]:
-            values = [f"{value:.4f}" for value in trial.values] if trial.values else [""] * len(heads)
+            values = (
+                [f"{value:.4f}" for value in trial.values] if trial.values else [""] * len(heads)
+            )
             state = f"[{COLOURS[trial.state.name]}]{trial.state.name.lower()}[/]"
-            parameters = [short(trial.params[name]) if name in trial.params else "" for name in names]
+            parameters = [
+                short(trial.params[name]) if name in trial.params else "" for name in names
+            ]
             style = "bold" if any(trial.number == one.number for one in best) else ""
             table.add_row(str(trial.number), state, *values, *parameters, style=style)
         title = f"study {self._stage}: {len(ended)} of {self._total} trials"
@@ -170,11 +196,16 @@ class Progress:
         if here:
             self._pace = (time.monotonic() - self._start) / here
         if pace := self._pace:
-            left = min(pace * max(0, self._total - len(ended)), self._deadline.left) + pace * self._later
+            left = (
+                min(pace * max(0, self._total - len(ended)), self._deadline.left)
+                + pace * self._later
+            )
             left = min(left, self._end.left)
             whole = bool(self._epochs_after and self.seconds_per_epoch)
             left += pace * self._trials_after + self._epochs_after * self.seconds_per_epoch
-            parts.append(f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}")
+            parts.append(
+                f"about {format_seconds(left)} left for {'the whole run' if whole else 'all trials'}"
+            )
         return ", ".join(parts)
 
 
@@ -187,7 +218,8 @@ def _best(trials: Sequence[FrozenTrial], study: Study) -> list[FrozenTrial]:
 
 
 def _fitting(trials: Sequence[FrozenTrial], width: int) -> list[str]:
-    """Return the parameters in which trials differ, or those of a single one, as many as fit into `width`."""
+    """Return the parameters in which trials differ, or those of a single one, as many as fit into
+    `width`."""
     single = sum(bool(trial.params) for trial in trials) < 2
     chosen = []
     for name in dict.fromkeys(name for trial in trials for name in trial.params):
@@ -201,14 +233,21 @@ def _fitting(trials: Sequence[FrozenTrial], width: int) -> list[str]:
 
 def _head(name: str) -> str:
     """Return the name of a parameter as the head of a narrow column, with one word per line."""
-    for long, short_form in (("classifier", "cls"), ("confidence", "conf"), ("submodel_learning_rate", "head_rate")):
+    for long, short_form in (
+        ("classifier", "cls"),
+        ("confidence", "conf"),
+        ("submodel_learning_rate", "head_rate"),
+    ):
         name = name.replace(long, short_form)
     return name.replace("num_", "").replace("_", " ")
 
 
 def _width(name: str, trials: Sequence[FrozenTrial]) -> int:
     """Return the width of a parameter's column."""
-    words = [*_head(name).split(), *(short(trial.params[name]) for trial in trials if name in trial.params)]
+    words = [
+        *_head(name).split(),
+        *(short(trial.params[name]) for trial in trials if name in trial.params),
+    ]
     return max(map(len, words))
 
 

@@ -12,16 +12,17 @@ from optuna.trial import BaseTrial, FrozenTrial, TrialState
 from typing_extensions import override
 
 NOISE = 0.1  # share of a loss by which the same parameters differ from one epoch to the next
-PLANNED_EPOCHS = "planned_epochs"  # user attribute of a trial: the number of epochs it trains unless it is stopped
+# user attribute of a trial: the number of epochs it trains unless it is stopped
+PLANNED_EPOCHS = "planned_epochs"
 
 
 def lags(losses: Sequence[float], others: Sequence[Sequence[float]], min_finished: int) -> bool:
     """Return whether a trial lags so far behind that it should be stopped.
 
-    At each epoch every finished trial has a best loss so far. The better half of these spans the range from the best to
-    the median. A trial lags if its own best loss exceeds the median by more than that span and by more than a tenth of
-    the median, which is the noise of one epoch. So no trial is stopped if all are good. If half of them are bad, the
-    bad ones are stopped.
+    At each epoch every finished trial has a best loss so far. The better half of these spans the
+    range from the best to the median. A trial lags if its own best loss exceeds the median by more
+    than that span and by more than a tenth of the median, which is the noise of one epoch. So no
+    trial is stopped if all are good. If half of them are bad, the bad ones are stopped.
 
     Args:
         losses: Losses of the trial, one per validation so far.
@@ -59,8 +60,9 @@ def _losses(trial: FrozenTrial) -> list[float]:
 class SameLengthPruner(BasePruner):
     """Show another pruner only the trials of the same planned length.
 
-    A trial of three epochs looks better than one of eight at the same epoch, since its learning rate has fallen
-    further, and ends worse. Hyperband and Wilcoxon's pruner look at the study in ways of their own, and get it whole.
+    A trial of three epochs looks better than one of eight at the same epoch, since its learning
+    rate has fallen further, and ends worse. Hyperband and Wilcoxon's pruner look at the study in
+    ways of their own, and get it whole.
 
     Args:
         pruner: Any pruner of Optuna.
@@ -71,7 +73,8 @@ class SameLengthPruner(BasePruner):
 
     @classmethod
     def around(cls, pruner: BasePruner) -> BasePruner:
-        """Return a pruner for one study: a copy of `pruner`, around which is one of this kind where it can be."""
+        """Return a pruner for one study: a copy of `pruner`, around which is one of this kind where
+        it can be."""
         own = copy.deepcopy(pruner)  # Hyperband keeps what it has learned from the first study
         return own if isinstance(own, (HyperbandPruner, WilcoxonPruner)) else cls(own)
 
@@ -79,7 +82,9 @@ class SameLengthPruner(BasePruner):
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         planned, same_length = trial.user_attrs.get(PLANNED_EPOCHS), copy.copy(study)
         same_length.get_trials = lambda *args, **kwargs: [  # type: ignore[method-assign]
-            other for other in study.get_trials(*args, **kwargs) if other.user_attrs.get(PLANNED_EPOCHS) == planned
+            other
+            for other in study.get_trials(*args, **kwargs)
+            if other.user_attrs.get(PLANNED_EPOCHS) == planned
         ]
         return self.pruner.prune(same_length, trial)
 
@@ -87,8 +92,8 @@ class SameLengthPruner(BasePruner):
 class EveryValidation:
     """A trial that numbers its own reports.
 
-    Optuna's Lightning callback reports under the number of the epoch, and Optuna ignores a second report under the same
-    number: with several validations per epoch only the first would count.
+    Optuna's Lightning callback reports under the number of the epoch, and Optuna ignores a second
+    report under the same number: with several validations per epoch only the first would count.
 
     Args:
         trial: The trial that gets the reports.

@@ -19,16 +19,21 @@ from optuna.trial import FrozenTrial, TrialState
 
 STOPPED = "stopped_at"  # user attribute of a study: the n_trials before which Optuna's study.stop() ended it
 CAUSE = "cause"  # user attribute of a trial that was pruned or failed: why
-DEATHS = "deaths"  # user attribute: how often the process of an earlier trial with these parameters died
+DEATHS = (
+    "deaths"  # user attribute: how often the process of an earlier trial with these parameters died
+)
 INTERRUPTED = "interrupted"  # user attribute of a trial that was stopped from outside
 OWNER = "owner"  # user attribute: host, process id and start of the process that runs a trial
-RETRY_OF = "retry_of"  # user attribute: number of the interrupted trial whose parameters are tried again
+RETRY_OF = (
+    "retry_of"  # user attribute: number of the interrupted trial whose parameters are tried again
+)
 MAX_DEATHS = 3  # parameters whose process died this often are not tried again
 NAMELESS = 10.0  # seconds after which a running trial without an owner is taken for dead
 
 
 def is_interrupted(trial: FrozenTrial) -> bool:
-    """Return whether a trial was stopped from outside or its process died, so that its parameters are tried again."""
+    """Return whether a trial was stopped from outside or its process died, so that its parameters
+    are tried again."""
     if trial.state != TrialState.FAIL or CAUSE in trial.user_attrs:
         return False
     return INTERRUPTED in trial.user_attrs or trial.user_attrs.get(DEATHS, 0) + 1 < MAX_DEATHS
@@ -40,21 +45,24 @@ def is_counted(trial: FrozenTrial) -> bool:
 
 
 def retries_due(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
-    """Return the interrupted trials whose parameters are not queued again yet; `sweep` does that."""
+    """Return the interrupted trials whose parameters are not queued again yet; `sweep` does
+    that."""
     queued = {trial.user_attrs.get(RETRY_OF) for trial in trials}
     return [trial for trial in trials if is_interrupted(trial) and trial.number not in queued]
 
 
 def owner() -> list[Any]:
-    """Return host, id and start time of this process, by which others can tell whether it is alive."""
+    """Return host, id and start time of this process, by which others can tell whether it is
+    alive."""
     return [socket.gethostname(), os.getpid(), psutil.Process().create_time()]
 
 
 def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list[FrozenTrial]:
-    """Fail running trials whose process on this host is gone, and queue interrupted parameters again.
+    """Fail running trials whose process on this host is gone, and queue interrupted parameters
+    again.
 
-    Dead trials of other hosts are found by Optuna's heartbeats, after a grace period. On this host, a command that is
-    restarted right after a crash need not wait for it.
+    Dead trials of other hosts are found by Optuna's heartbeats, after a grace period. On this host,
+    a command that is restarted right after a crash need not wait for it.
 
     Args:
         study: The study.
@@ -76,7 +84,8 @@ def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list
                     continue  # it has just ended
                 orphans.append(trial)
         for trial in retries_due(study.get_trials(deepcopy=False)):
-            # A trial that died before it drew all of its parameters must keep those that it was queued with.
+            # A trial that died before it drew all of its parameters must keep those that it was
+            # queued with.
             params = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
             deaths = trial.user_attrs.get(DEATHS, 0) + (INTERRUPTED not in trial.user_attrs)
             study.enqueue_trial(params, user_attrs={RETRY_OF: trial.number, DEATHS: deaths})
@@ -84,7 +93,8 @@ def sweep(study: Study, lock: Callable[[], AbstractContextManager[Any]]) -> list
 
 
 def unwatched(study: Study) -> list[FrozenTrial]:
-    """Return the running trials of other hosts, if the storage has no heartbeats by which their end would show."""
+    """Return the running trials of other hosts, if the storage has no heartbeats by which their end
+    would show."""
     if is_heartbeat_enabled(study._storage):
         return []
     here = socket.gethostname()
@@ -110,7 +120,8 @@ def _has_died(trial: FrozenTrial) -> bool:
         return True  # this process runs one trial at a time, and now none
     try:
         found = psutil.Process(process)
-        # Process ids are reused. Start times are compared loosely, since the clock may have been set meanwhile.
+        # Process ids are reused. Start times are compared loosely, since the clock may have been
+        # set meanwhile.
         return found.status() == psutil.STATUS_ZOMBIE or abs(found.create_time() - started) > 10
     except psutil.NoSuchProcess:
         return True

@@ -58,7 +58,11 @@ class Winners:
         """Return which winners are missing, each with the method that finds it."""
         methods = (SUBMODELS.method, SUBMODELS.method, TRAINING.method, LAMBDA_REG.method)
         names = [field.name for field in dataclasses.fields(self)]
-        return [f"{name} ({by})" for name, by in zip(names, methods, strict=True) if getattr(self, name) is None]
+        return [
+            f"{name} ({by})"
+            for name, by in zip(names, methods, strict=True)
+            if getattr(self, name) is None
+        ]
 
 
 WINNERS = tuple(field.name for field in dataclasses.fields(Winners))
@@ -80,7 +84,11 @@ class Run:
     log_dir: Path
 
     def __post_init__(self) -> None:
-        if not isinstance(self.tag, str) or not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag) or ".." in self.tag:
+        if (
+            not isinstance(self.tag, str)
+            or not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag)
+            or ".." in self.tag
+        ):
             raise ValueError(
                 f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: it names a folder in "
                 "log_dir"
@@ -101,7 +109,8 @@ class Run:
         return f"{self.tag}/{stage.name}"
 
     def trial_folder(self, stage: Stage, number: int, own: str = "") -> Path:
-        """Return the folder in which a trial logs; `own` is the folder for a study of the user's own."""
+        """Return the folder in which a trial logs; `own` is the folder for a study of the user's
+        own."""
         return self.folder / own / stage.name / f"trial_{number:04d}"
 
     def pictures(self, stage: Stage) -> Path:
@@ -114,20 +123,29 @@ class Run:
         return self.folder / LAMBDA_REG.name / "runner_up.json"
 
     def set_aside(self, stage: Stage) -> None:
-        """Rename the folder of a stage whose trials ran under other winners, since new trials start again at 0."""
+        """Rename the folder of a stage whose trials ran under other winners, since new trials start
+        again at 0."""
         folder = self.folder / stage.name
-        number = next(n for n in itertools.count(1) if not folder.with_name(f"{stage.name}.outdated_{n}").exists())
+        number = next(
+            n
+            for n in itertools.count(1)
+            if not folder.with_name(f"{stage.name}.outdated_{n}").exists()
+        )
         if folder.is_dir():
             os.replace(folder, folder.with_name(f"{stage.name}.outdated_{number}"))
 
     @contextlib.contextmanager
-    def locked(self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Iterator[None]:
-        """Hold the lock of the run, which one process at a time can hold, on all hosts that share the folder.
+    def locked(
+        self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+    ) -> Iterator[None]:
+        """Hold the lock of the run, which one process at a time can hold, on all hosts that share
+        the folder.
 
         The operating system releases the lock when its holder dies. Do not nest.
 
         Args:
-            waiting: Function that returns a context, such as a status line, which is entered while waiting.
+            waiting: Function that returns a context, such as a status line, which is entered while
+                waiting.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(self.folder / ".lock", poll_interval=0.05)
@@ -159,14 +177,20 @@ class Run:
         """
         files = {name: self.folder / f"{name}.yaml" for name in WINNERS}
         texts = {
-            name: yaml.safe_dump(value if isinstance(value, dict) else {name: value}, sort_keys=False)
+            name: yaml.safe_dump(
+                value if isinstance(value, dict) else {name: value}, sort_keys=False
+            )
             for name, value in winners.items()
         }
-        before = {name: files[name].read_text() if files[name].is_file() else None for name in texts}
+        before = {
+            name: files[name].read_text() if files[name].is_file() else None for name in texts
+        }
         if before != texts:
             replaced = [name for name in texts if texts[name] != before[name]]
             for name in [*WINNERS[max(map(WINNERS.index, winners)) + 1 :], *replaced]:
-                files[name].unlink(missing_ok=True)  # all of them first, so that a kill in between leaves no mixture
+                files[name].unlink(
+                    missing_ok=True
+                )  # all of them first, so that a kill in between leaves no mixture
         for name, text in texts.items():
             if text != before[name]:
                 write_text(files[name], text)

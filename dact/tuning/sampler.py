@@ -1,4 +1,5 @@
-"""Samplers of the studies. Their draws depend only on the seed, the number of the trial and the trials before it."""
+"""Samplers of the studies. Their draws depend only on the seed, the number of the trial and the
+trials before it."""
 
 from __future__ import annotations
 
@@ -20,8 +21,8 @@ PATIENCE = 5.0  # seconds to wait for the λ of a trial that another process has
 class SeededSampler(TPESampler):
     """Sample with TPE, seeded for each trial from the trial's number.
 
-    So a resumed study proposes what it would have proposed without the stop, processes that share a study never draw
-    the same, and neighbouring seeds have nothing in common.
+    So a resumed study proposes what it would have proposed without the stop, processes that share a
+    study never draw the same, and neighbouring seeds have nothing in common.
 
     Args:
         seed: Seed of the run.
@@ -38,23 +39,36 @@ class SeededSampler(TPESampler):
 
 
 class CurveSampler(RandomSampler):
-    """Draw lambda_reg where the mean exit layer changes most; see `dact.tuning.selection.next_lambda`.
+    """Draw lambda_reg where the mean exit layer changes most; see
+    `dact.tuning.selection.next_lambda`.
 
-    Nothing is drawn at random: the same trials lead to the same next one. Processes that share a study take turns in
-    the order of their trial numbers, so that no two draw the same λ.
-    """
+    Nothing is drawn at random: the same trials lead to the same next one. Processes that share a
+    study take turns in the order of their trial numbers, so that no two draw the same λ."""
 
     @override
     def sample_independent(
-        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+        self,
+        study: Study,
+        trial: FrozenTrial,
+        param_name: str,
+        param_distribution: BaseDistribution,
     ) -> float:
         assert isinstance(param_distribution, FloatDistribution)
         end = time.monotonic() + PATIENCE
         while _undecided(study, trial, param_name) and time.monotonic() < end:
             time.sleep(0.02)
-        others = [t for t in study.get_trials(deepcopy=False) if t.number != trial.number and param_name in t.params]
-        tried = [(t.params[param_name], t.values[1] if t.state == TrialState.COMPLETE else None) for t in others]
-        return next_lambda(tried, param_distribution.low, param_distribution.high, param_distribution.log)
+        others = [
+            t
+            for t in study.get_trials(deepcopy=False)
+            if t.number != trial.number and param_name in t.params
+        ]
+        tried = [
+            (t.params[param_name], t.values[1] if t.state == TrialState.COMPLETE else None)
+            for t in others
+        ]
+        return next_lambda(
+            tried, param_distribution.low, param_distribution.high, param_distribution.log
+        )
 
 
 def _undecided(study: Study, trial: FrozenTrial, name: str) -> bool:

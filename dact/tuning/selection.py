@@ -11,11 +11,13 @@ from typing import Literal
 import numpy as np
 from torch import Tensor
 
-from dact.answers import careful_mean_and_error, mean_and_error
+from dact.calibration.answers import careful_mean_and_error, mean_and_error
 from dact.checks import check_choice, check_range
 from dact.tuning.outcome import Outcome
 
-LambdaSelection = Literal["promise", "one_standard_error", "max_loss_increase", "knee", "max_layers"]
+LambdaSelection = Literal[
+    "promise", "one_standard_error", "max_loss_increase", "knee", "max_layers"
+]
 MAX_LOSS_INCREASE = 0.02
 NOISE_FLOOR = 0.01  # nats; a smaller rise of the task loss does not count
 
@@ -28,8 +30,8 @@ class Point:
         lambda_reg: λ.
         loss: Average task loss under early exit.
         layers: Average exit layer.
-        outcome: Early exit on each validation example, in one order for all trials; None for a trial that was added by
-            hand.
+        outcome: Early exit on each validation example, in one order for all trials; None for a
+            trial that was added by hand.
     """
 
     lambda_reg: float
@@ -41,7 +43,8 @@ class Point:
 def check_rule(
     rule: LambdaSelection | None, max_loss_increase: float, max_layers: float | None, promised: bool
 ) -> None:
-    """Raise a ``ValueError`` if these are no arguments of `select_lambda`, or one of them would have no effect.
+    """Raise a ``ValueError`` if these are no arguments of `select_lambda`, or one of them would
+    have no effect.
 
     Args:
         rule, max_loss_increase, max_layers: As for `select_lambda`.
@@ -59,7 +62,9 @@ def check_rule(
                 "model, promise it: promise=Promise(max_layers=…)"
             )
     elif rule == "max_layers":
-        raise ValueError("TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers")
+        raise ValueError(
+            "TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers"
+        )
     if rule == "promise" and not promised:
         raise ValueError(
             "TuningEngine: lambda_selection='promise' needs a promise of max_accuracy_loss: give one, or leave it out"
@@ -72,7 +77,8 @@ def check_rule(
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other point beats in one objective without losing in the other, by rising layers.
+    """Return the points that no other point beats in one objective without losing in the other, by
+    rising layers.
 
     Of equal points, the one with the smallest λ stays.
     """
@@ -96,18 +102,20 @@ def select_lambda(
 
     Args:
         points: All finished trials, at least one.
-        rule: ``"promise"``: the fewest layers whose paired loss of accuracy plus its standard error is within
-            `allowed`; if there are none, as ``"one_standard_error"``. ``"one_standard_error"``: the fewest layers
-            whose task loss is within one paired standard error of the best, or 0.01 nats if that is more (after
-            Breiman et al. 1984, *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers
-            whose loss is within a share of the best loss. ``"knee"``: the point of the front farthest below the chord
-            between its ends, both objectives scaled to [0, 1] (after Satopää et al. 2011, *Finding a Kneedle in a
-            Haystack*); with fewer than three points, as ``"max_loss_increase"``. ``"max_layers"``: the best loss within
-            a budget of layers.
-            By default ``"promise"`` if `allowed` is given, else ``"one_standard_error"``.
+        rule: ``"promise"``: the fewest layers whose paired loss of accuracy plus its standard error
+            is within `allowed`; if there are none, as ``"one_standard_error"``.
+            ``"one_standard_error"``: the fewest layers whose task loss is within one paired
+            standard error of the best, or 0.01 nats if that is more (after Breiman et al. 1984,
+            *Classification and Regression Trees*). ``"max_loss_increase"``: the fewest layers whose
+            loss is within a share of the best loss. ``"knee"``: the point of the front farthest
+            below the chord between its ends, both objectives scaled to [0, 1] (after Satopää et al.
+            2011, *Finding a Kneedle in a Haystack*); with fewer than three points, as
+            ``"max_loss_increase"``. ``"max_layers"``: the best loss within a budget of layers. By
+            default ``"promise"`` if `allowed` is given, else ``"one_standard_error"``.
         allowed: For ``"promise"``: largest loss of accuracy, as a share.
-        from_best: For ``"promise"``: whether losses are measured from the most accurate point instead of the baseline,
-            which no point may reach in frozen mode, whose encoder has learned from fewer texts.
+        from_best: For ``"promise"``: whether losses are measured from the most accurate point
+            instead of the baseline, which no point may reach in frozen mode, whose encoder has
+            learned from fewer texts.
         max_loss_increase: For ``"max_loss_increase"``: share of the best loss, 0 or more.
         max_layers: For ``"max_layers"``: budget of layers.
 
@@ -125,7 +133,11 @@ def select_lambda(
         rule = "one_standard_error"
     if rule == "one_standard_error":
         best = front[-1]
-        return next(point for point in front if point.loss - best.loss <= max(NOISE_FLOOR, _error(point, best)))
+        return next(
+            point
+            for point in front
+            if point.loss - best.loss <= max(NOISE_FLOOR, _error(point, best))
+        )
     if rule == "max_layers":
         if max_layers is None:
             raise ValueError("lambda_selection='max_layers' needs max_layers, the budget of layers")
@@ -144,8 +156,13 @@ def select_lambda(
 
 
 def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Point]:
-    """Return the points whose loss of accuracy plus its standard error is within `allowed`; see `select_lambda`."""
-    known = [(point, point.outcome.lost.double()) for point in points if point.outcome and len(point.outcome.lost) > 1]
+    """Return the points whose loss of accuracy plus its standard error is within `allowed`; see
+    `select_lambda`."""
+    known = [
+        (point, point.outcome.lost.double())
+        for point in points
+        if point.outcome and len(point.outcome.lost) > 1
+    ]
     if from_best and known:
         best = min((lost for _, lost in known), key=Tensor.mean)
         known = [(point, lost - best) for point, lost in known if len(lost) == len(best)]
@@ -153,7 +170,8 @@ def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Po
 
 
 def _error(point: Point, best: Point) -> float:
-    """Return the standard error of the paired difference of two points' losses, 0 if it is unknown."""
+    """Return the standard error of the paired difference of two points' losses, 0 if it is
+    unknown."""
     if point.outcome is None or best.outcome is None:
         return 0.0
     losses, others = point.outcome.losses.double(), best.outcome.losses.double()
@@ -161,21 +179,26 @@ def _error(point: Point, best: Point) -> float:
 
 
 def _distance_below_chord(point: Point, first: Point, last: Point) -> float:
-    """Return a number proportional to the distance below the chord between the ends of the front, (0, 1) and (1, 0)."""
+    """Return a number proportional to the distance below the chord between the ends of the front,
+    (0, 1) and (1, 0)."""
     x = (point.layers - first.layers) / (last.layers - first.layers)
     y = (point.loss - last.loss) / (first.loss - last.loss)
     return 1 - x - y
 
 
-def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: float, log: bool = True) -> float:
-    """Return where the curve of layers over λ bends: the middle of the interval with the largest change.
+def next_lambda(
+    tried: Sequence[tuple[float, float | None]], low: float, high: float, log: bool = True
+) -> float:
+    """Return where the curve of layers over λ bends: the middle of the interval with the largest
+    change.
 
-    The curve is flat at both ends, where every example uses all layers or one, and trials there tell nothing. So the
-    first two trials take the ends, and each further one halves the interval with the largest change of the mean exit
-    layer, weighted by its width.
+    The curve is flat at both ends, where every example uses all layers or one, and trials there
+    tell nothing. So the first two trials take the ends, and each further one halves the interval
+    with the largest change of the mean exit layer, weighted by its width.
 
     Args:
-        tried: λ and mean exit layer of earlier trials; None while a trial is running or where it failed.
+        tried: λ and mean exit layer of earlier trials; None while a trial is running or where it
+            failed.
         low: Lower end of λ, above 0 on a log scale.
         high: Upper end of λ.
         log: Whether to halve on a log scale.
@@ -184,8 +207,12 @@ def next_lambda(tried: Sequence[tuple[float, float | None]], low: float, high: f
         The next λ in [low, high].
     """
     to, back = (math.log, math.exp) if log else (float, float)
-    tried = [(value, layers) for value, layers in tried if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)]
-    known = sorted({(value, layers) for value, layers in tried if layers is not None}) or [(low, 0.0)]
+    tried = [
+        (value, layers) for value, layers in tried if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)
+    ]
+    known = sorted({(value, layers) for value, layers in tried if layers is not None}) or [
+        (low, 0.0)
+    ]
     places = sorted({value for value, _ in tried})
     for end in (low, high):
         if not any(math.isclose(end, value, rel_tol=1e-9) for value in places):

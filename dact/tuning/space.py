@@ -1,4 +1,5 @@
-"""The search spaces of the studies: typed dimensions, their defaults, and the user's changes to them."""
+"""The search spaces of the studies: typed dimensions, their defaults, and the user's changes to
+them."""
 
 from __future__ import annotations
 
@@ -40,10 +41,18 @@ class Dimension:
 
     def __post_init__(self) -> None:
         if self.type == "categorical":
-            if isinstance(self.choices, str) or not isinstance(self.choices, Sequence) or not self.choices:
-                raise ValueError(f"a categorical dimension needs a list of choices, got {self.choices!r}")
+            if (
+                isinstance(self.choices, str)
+                or not isinstance(self.choices, Sequence)
+                or not self.choices
+            ):
+                raise ValueError(
+                    f"a categorical dimension needs a list of choices, got {self.choices!r}"
+                )
             if (self.low, self.high, self.step, self.log) != (None, None, None, False):
-                raise ValueError("a categorical dimension has choices, and no low, high, step or log")
+                raise ValueError(
+                    "a categorical dimension has choices, and no low, high, step or log"
+                )
             return
         if self.type not in ("float", "int"):
             raise ValueError(f"type must be 'float', 'int' or 'categorical', got {self.type!r}")
@@ -55,12 +64,16 @@ class Dimension:
                 continue
             whole = isinstance(value, int) or (isinstance(value, float) and self.type == "float")
             if isinstance(value, bool) or not whole or not math.isfinite(value):
-                raise TypeError(f"{name} must be {'an integer' if self.type == 'int' else 'a number'}, got {value!r}")
+                raise TypeError(
+                    f"{name} must be {'an integer' if self.type == 'int' else 'a number'}, got {value!r}"
+                )
         assert self.low is not None and self.high is not None
         if self.low > self.high:
             raise ValueError(f"the range is empty: low={self.low} is above high={self.high}")
         if self.log and (self.low <= 0 or self.step is not None):
-            raise ValueError(f"log needs low above 0 and no step, got low={self.low} and step={self.step}")
+            raise ValueError(
+                f"log needs low above 0 and no step, got low={self.low} and step={self.step}"
+            )
         if self.step is not None and self.step <= 0:
             raise ValueError(f"step must be above 0, got {self.step}")
 
@@ -76,12 +89,15 @@ class Dimension:
             return self if value in self.choices else replace(self, choices=[*self.choices, value])
         assert self.low is not None and self.high is not None
         low, high, step = min(self.low, value), max(self.high, value), self.step
-        if step is not None and not math.isclose(round((value - low) / step) * step, value - low, abs_tol=1e-9):
+        if step is not None and not math.isclose(
+            round((value - low) / step) * step, value - low, abs_tol=1e-9
+        ):
             step = None
         return replace(self, low=low, high=high, step=step, log=self.log and low > 0)
 
     def nearest(self, value: Any) -> Any:
-        """Return the value of the dimension that is nearest to `value`: of choices without it, the first."""
+        """Return the value of the dimension that is nearest to `value`: of choices without it, the
+        first."""
         if self.type == "categorical":
             assert self.choices is not None
             return value if value in self.choices else self.first
@@ -91,7 +107,9 @@ class Dimension:
         inside = min(max(value, self.low), self.high)
         if self.step is None:
             return inside
-        steps = min(round((inside - self.low) / self.step), math.floor((self.high - self.low) / self.step))
+        steps = min(
+            round((inside - self.low) / self.step), math.floor((self.high - self.low) / self.step)
+        )
         return self.low + steps * self.step
 
     def suggest(self, trial: BaseTrial, name: str) -> Any:
@@ -101,16 +119,23 @@ class Dimension:
             return trial.suggest_categorical(name, list(self.choices))
         assert self.low is not None and self.high is not None
         if self.type == "int":
-            return trial.suggest_int(name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log)
+            return trial.suggest_int(
+                name, int(self.low), int(self.high), step=int(self.step or 1), log=self.log
+            )
         return trial.suggest_float(name, self.low, self.high, step=self.step, log=self.log)
 
 
 def _of_both(**dimensions: Dimension) -> dict[str, Dimension]:
     """Return the dimensions of the classifier's and the confidence's architecture."""
-    return {f"{prefix}_{name}": one for prefix in ("classifier", "confidence") for name, one in dimensions.items()}
+    return {
+        f"{prefix}_{name}": one
+        for prefix in ("classifier", "confidence")
+        for name, one in dimensions.items()
+    }
 
 
-# Few dimensions, so that few trials can tell; `MORE_DIMENSIONS` are searched where the search space names them.
+# Few dimensions, so that few trials can tell; `MORE_DIMENSIONS` are searched where the search space
+# names them.
 DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
     "submodels": _of_both(
         num_layers=Dimension("int", 0, 2),
@@ -131,12 +156,16 @@ MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {
     "submodels": _of_both(
         normalization=Dimension("categorical", choices=["none", "batch", "layer"]),
         activation=Dimension("categorical", choices=["relu", "leaky_relu", "gelu", "tanh"]),
-        layer_strategy=Dimension("categorical", choices=["constant", "pyramidal", "inverted_pyramidal", "bow_tie"]),
+        layer_strategy=Dimension(
+            "categorical", choices=["constant", "pyramidal", "inverted_pyramidal", "bow_tie"]
+        ),
     ),
     "training": {
         "weight_decay": Dimension("float", 1e-4, 1e-1, log=True),
         "warmup_fraction": Dimension("float", 0.0, 0.3, step=0.05),
-        "num_layers": Dimension("int", 1, 1000),  # by default the upper half of the encoder's; see `complete_spaces`
+        "num_layers": Dimension(
+            "int", 1, 1000
+        ),  # by default the upper half of the encoder's; see `complete_spaces`
     },
 }
 FROZEN_RATE = "learning_rate"  # in frozen mode only the submodels learn, at submodel_learning_rate
@@ -157,8 +186,9 @@ def build_spaces(
     """Return the spaces of the three stages, with the user's changes.
 
     Args:
-        changes: Changes by parameter name, each a `Dimension` or entries of one. Entries without ``type`` narrow the
-            default, such as ``{"high": 0.1}``; with ``type`` they replace it. Naming one of `MORE_DIMENSIONS` adds it.
+        changes: Changes by parameter name, each a `Dimension` or entries of one. Entries without
+            ``type`` narrow the default, such as ``{"high": 0.1}``; with ``type`` they replace it.
+            Naming one of `MORE_DIMENSIONS` adds it.
         frozen: Whether only the submodels learn in trials.
         final_frozen: Whether only they learn in the final fit as well.
 
@@ -167,15 +197,21 @@ def build_spaces(
         TypeError: If a bound is of the wrong type.
     """
     spaces = {stage: dict(space) for stage, space in DEFAULT_SPACES.items()}
-    known = {stage: {**space, **MORE_DIMENSIONS.get(stage, {})} for stage, space in DEFAULT_SPACES.items()}
+    known = {
+        stage: {**space, **MORE_DIMENSIONS.get(stage, {})}
+        for stage, space in DEFAULT_SPACES.items()
+    }
     home = {name: stage for stage, space in known.items() for name in space}
     if frozen:
         del spaces["training"][FROZEN_RATE]
     if frozen and not final_frozen:
-        # What attached exits gain on frozen states, they lose once the encoder learns (benchmarks/detached.py).
+        # What attached exits gain on frozen states, they lose once the encoder learns
+        # (benchmarks/detached.py).
         spaces["training"]["detach_exits"] = Dimension("categorical", choices=[True])
     if not isinstance(changes or {}, Mapping):
-        raise TypeError(f"search_space: expected a mapping from parameters to their changes, got {changes!r}")
+        raise TypeError(
+            f"search_space: expected a mapping from parameters to their changes, got {changes!r}"
+        )
     for name, change in _nested(changes or {}).items():
         if name not in home:
             meant = get_close_matches(name, home, n=1)
@@ -207,7 +243,8 @@ Starts = Mapping[str, Sequence[Mapping[str, Any]]]
 def complete_spaces(
     spaces: Spaces, layers: int, starts: Starts, bounded: Collection[str] = ()
 ) -> tuple[Spaces, dict[str, list[dict[str, Any]]]]:
-    """Return spaces for an encoder of this number of layers, widened to hold the parameters of the first trials.
+    """Return spaces for an encoder of this number of layers, widened to hold the parameters of the
+    first trials.
 
     A dimension of one choice stays as it is.
 
@@ -215,8 +252,8 @@ def complete_spaces(
         spaces: Spaces from `build_spaces`.
         layers: Number of the encoder's layers.
         starts: Parameters of the first trials, by stage.
-        bounded: Names of the parameters whose bounds the user gave. They are not widened; the sampler draws the
-            parameter of a first trial that lies outside.
+        bounded: Names of the parameters whose bounds the user gave. They are not widened; the
+            sampler draws the parameter of a first trial that lies outside.
 
     Returns:
         The spaces, and the first trials without parameters that no study searches.
@@ -241,7 +278,10 @@ def complete_spaces(
                 f"{', '.join(map(str, given.choices or ()))}"
             )
     elif layers > 1:  # first, since the console may have no room for the last ones
-        complete["training"] = {"num_layers": Dimension("int", (layers + 1) // 2, layers), **training}
+        complete["training"] = {
+            "num_layers": Dimension("int", (layers + 1) // 2, layers),
+            **training,
+        }
     kept: dict[str, list[dict[str, Any]]] = {stage: [] for stage in complete}
     for stage, space in complete.items():
         for values in starts.get(stage, ()):
@@ -260,10 +300,14 @@ def _changed(default: Dimension, change: Any) -> Dimension:
     if isinstance(change, Dimension):
         return change
     if not isinstance(change, Mapping):
-        raise TypeError(f"expected a mapping such as {{type: float, low: 0.1, high: 0.5}}, got {change!r}")
+        raise TypeError(
+            f"expected a mapping such as {{type: float, low: 0.1, high: 0.5}}, got {change!r}"
+        )
     unknown = set(change) - set(asdict(default))
     if unknown:
-        raise ValueError(f"unknown entry {sorted(unknown)[0]!r}; expected {', '.join(asdict(default))}")
+        raise ValueError(
+            f"unknown entry {sorted(unknown)[0]!r}; expected {', '.join(asdict(default))}"
+        )
     return Dimension(**(change if "type" in change else {**asdict(default), **change}))
 
 

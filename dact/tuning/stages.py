@@ -1,4 +1,5 @@
-"""The three stages as data: what a trial's parameters mean, what its value is, and which trial wins."""
+"""The three stages as data: what a trial's parameters mean, what its value is, and which trial
+wins."""
 
 from __future__ import annotations
 
@@ -29,10 +30,12 @@ class Stage:
         directions: Direction of each objective.
         parse: Function from the parameters of a trial to the winners they stand for, by name.
         read: Function from the metrics of a trial's best epoch to its value or values.
-        pick: Function from the completed trials, their outcomes and the rule that chooses λ to the winner.
-        early_exit: Whether the value is that of early exit, at the margin that the promise would set. Such trials keep
-            their `Outcome`.
-        repeats: Number of fits per trial on frozen states, where one takes seconds; they differ by their seed.
+        pick: Function from the completed trials, their outcomes and the rule that chooses λ to the
+            winner.
+        early_exit: Whether the value is that of early exit, at the margin that the promise would
+            set. Such trials keep their `Outcome`.
+        repeats: Number of fits per trial on frozen states, where one takes seconds; they differ by
+            their seed.
     """
 
     name: str
@@ -51,19 +54,25 @@ class Stage:
 
 
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
-    """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one for all or each."""
+    """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one
+    for all or each."""
     numbers = list(n_trials) if isinstance(n_trials, Sequence) else [n_trials] * len(STAGES)
     valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
     if len(numbers) != len(STAGES) or not valid:
-        raise ValueError(f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}")
+        raise ValueError(
+            f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}"
+        )
     return dict(zip((stage.name for stage in STAGES), numbers, strict=True))
 
 
 def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"classifier_dropout": …, "confidence_dropout": …}`` as one configuration per submodel."""
+    """Return ``{"classifier_dropout": …, "confidence_dropout": …}`` as one configuration per
+    submodel."""
     return {
         f"{prefix}_config": {
-            name: params[f"{prefix}_{name}"] for name in SUBMODEL_FIELDS if f"{prefix}_{name}" in params
+            name: params[f"{prefix}_{name}"]
+            for name in SUBMODEL_FIELDS
+            if f"{prefix}_{name}" in params
         }
         for prefix in ("classifier", "confidence")
     }
@@ -74,7 +83,9 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         flat |= (
-            {f"{name}_{key}": entry for key, entry in value.items()} if isinstance(value, Mapping) else {name: value}
+            {f"{name}_{key}": entry for key, entry in value.items()}
+            if isinstance(value, Mapping)
+            else {name: value}
         )
     return flat
 
@@ -82,7 +93,9 @@ def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
 def _training(params: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(params)
     if settings.get("exit_loss_weight") == 0:
-        settings["detach_exits"] = False  # detached from the rest, encoder and classifier would learn nothing
+        settings["detach_exits"] = (
+            False  # detached from the rest, encoder and classifier would learn nothing
+        )
     return {"external_config": settings}
 
 
@@ -102,8 +115,17 @@ def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select)
     return trials[points.index(select(points))]
 
 
-SUBMODELS = Stage("submodels", "joint_tune_study", ("minimize",), _submodels, itemgetter("val_loss"), _lowest_value)
-TRAINING = Stage("training", "train_tune_study", ("minimize",), _training, itemgetter("val_loss"), _lowest_value)
+SUBMODELS = Stage(
+    "submodels",
+    "joint_tune_study",
+    ("minimize",),
+    _submodels,
+    itemgetter("val_loss"),
+    _lowest_value,
+)
+TRAINING = Stage(
+    "training", "train_tune_study", ("minimize",), _training, itemgetter("val_loss"), _lowest_value
+)
 LAMBDA_REG = Stage(
     "lambda_reg",
     "lambda_reg_study",

@@ -1,4 +1,5 @@
-"""The storage of a run's studies: how it is opened, and how its errors differ from those of a trial."""
+"""The storage of a run's studies: how it is opened, and how its errors differ from those of a
+trial."""
 
 from __future__ import annotations
 
@@ -19,21 +20,29 @@ class RunStopped(RuntimeError):
 
 
 def environment_error(error: BaseException | None) -> BaseException | None:
-    """Return the cause of an error if a disk or a storage failed; None if the error is that of a trial.
+    """Return the cause of an error if a disk or a storage failed; None if the error is that of a
+    trial.
 
     A missing file and a broken pipe are errors of a trial's code; other system errors are not.
     """
     for cause in _chain(error):
         if isinstance(cause, (RunStopped, StorageInternalError, SQLAlchemyError)):
             return cause
-        if isinstance(cause, OSError) and not isinstance(cause, (FileNotFoundError, BrokenPipeError)):
+        if isinstance(cause, OSError) and not isinstance(
+            cause, (FileNotFoundError, BrokenPipeError)
+        ):
             return cause
     return None
 
 
 def stopped_by(error: BaseException) -> BaseException | None:
-    """Return the failure of a disk or a storage that ended a run; None if the error's own message says what to do."""
-    return None if isinstance(error, (ValueError, TypeError, LookupError)) else environment_error(error)
+    """Return the failure of a disk or a storage that ended a run; None if the error's own message
+    says what to do."""
+    return (
+        None
+        if isinstance(error, (ValueError, TypeError, LookupError))
+        else environment_error(error)
+    )
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -58,7 +67,8 @@ def root_cause(error: BaseException) -> str:
 
 
 def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
-    """Return where the studies are, for messages: a file, or an address without user and password."""
+    """Return where the studies are, for messages: a file, or an address without user and
+    password."""
     if isinstance(address, BaseStorage):
         return f"the storage ({type(address).__name__})"
     if address is None:
@@ -67,7 +77,8 @@ def describe_storage(address: str | BaseStorage | None, folder: Path) -> str:
 
 
 def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage:
-    """Return the storage of the studies: an sqlite file in `folder` unless an address says otherwise.
+    """Return the storage of the studies: an sqlite file in `folder` unless an address says
+    otherwise.
 
     Raises:
         ConnectionError: If it cannot be opened.
@@ -79,10 +90,17 @@ def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage
     where = describe_storage(address, folder)
     try:
         # A URL object, since a question mark in a path would end an address.
-        url = URL.create("sqlite", database=str(folder / "studies.db")) if address is None else make_url(address)
+        url = (
+            URL.create("sqlite", database=str(folder / "studies.db"))
+            if address is None
+            else make_url(address)
+        )
     except ArgumentError as error:
         raise _cannot_be_opened(where, error) from error
-    if url.drivername in ("postgres", "postgresql"):  # the default driver depends on the version of SQLAlchemy
+    if url.drivername in (
+        "postgres",
+        "postgresql",
+    ):  # the default driver depends on the version of SQLAlchemy
         url = url.set(drivername="postgresql+psycopg")
     sqlite = url.drivername.startswith("sqlite")
     if sqlite and url.database:
@@ -92,7 +110,9 @@ def open_storage(address: str | BaseStorage | None, folder: Path) -> BaseStorage
             warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, used on purpose
             return RDBStorage(
                 url.render_as_string(hide_password=False),
-                engine_kwargs={"connect_args": {"timeout": 60}} if sqlite else {"pool_pre_ping": True},
+                engine_kwargs={"connect_args": {"timeout": 60}}
+                if sqlite
+                else {"pool_pre_ping": True},
                 heartbeat_interval=30,
                 grace_period=120,
             )
@@ -113,7 +133,9 @@ def _check_sqlite(file: Path) -> None:
     try:
         with contextlib.closing(sqlite3.connect(file, timeout=60)) as connection:
             verdict = connection.execute("PRAGMA integrity_check").fetchone()[0]
-    except sqlite3.OperationalError as error:  # its content may be fine: a lock, a full disk, missing rights
+    except (
+        sqlite3.OperationalError
+    ) as error:  # its content may be fine: a lock, a full disk, missing rights
         raise ConnectionError(f"{file} cannot be read: {error}") from error
     except sqlite3.DatabaseError as error:
         verdict = str(error)
@@ -123,9 +145,14 @@ def _check_sqlite(file: Path) -> None:
 
 def corrupted(where: str, what: object) -> ValueError:
     """Return the error for a storage whose content cannot be right."""
-    return ValueError(f"{where} is corrupted ({what}): restore an intact copy, or start again under another run_tag")
+    return ValueError(
+        f"{where} is corrupted ({what}): restore an intact copy, or start again under another run_tag"
+    )
 
 
 def is_unreachable(error: BaseException | None) -> bool:
     """Return whether a storage could not be reached; its content may be intact."""
-    return any(isinstance(cause, (OperationalError, InterfaceError, ConnectionError)) for cause in _chain(error))
+    return any(
+        isinstance(cause, (OperationalError, InterfaceError, ConnectionError))
+        for cause in _chain(error)
+    )

@@ -16,16 +16,28 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial, TrialState
 
 from dact.checks import check_type
-from dact.persistence import plain_data
+from dact.saving import plain_data
 from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, STOPPED, is_counted
 from dact.tuning.run import Run
 from dact.tuning.stages import STAGES, Stage
-from dact.tuning.storage import corrupted, describe_storage, is_unreachable, open_storage, root_cause
+from dact.tuning.storage import (
+    corrupted,
+    describe_storage,
+    is_unreachable,
+    open_storage,
+    root_cause,
+)
 
 IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
 LIMITS = "ended_under"  # user attribute of a study: the limits under which its deadline ended it
-OF_ONE_STUDY = ("search space", "submodels")  # parts of an identity that studies of a run do not share
-FOLLOWS = {"head_epochs": "max_epochs", "encoder's weights": "seed"}  # parts of an identity that follow from others
+OF_ONE_STUDY = (
+    "search space",
+    "submodels",
+)  # parts of an identity that studies of a run do not share
+FOLLOWS = {
+    "head_epochs": "max_epochs",
+    "encoder's weights": "seed",
+}  # parts of an identity that follow from others
 LONGEST_CHANGE = 60  # characters up to which an error gives both values of a setting
 ORIGIN = "under"  # user attribute of a study: see `archive_if_outdated`
 
@@ -40,7 +52,9 @@ def check_parts(storage: Any, sampler: Any, pruner: Any, callbacks: Any) -> None
         if value is not None:
             check_type(f"TuningEngine: {name}", value, kind, such_as)
     if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-        raise TypeError(f"TuningEngine: callbacks must be a list of functions of study and trial, got {callbacks!r}")
+        raise TypeError(
+            f"TuningEngine: callbacks must be a list of functions of study and trial, got {callbacks!r}"
+        )
 
 
 def check_directions(stage: Stage, trial: BaseTrial) -> None:
@@ -57,15 +71,21 @@ def check_directions(stage: Stage, trial: BaseTrial) -> None:
 
 
 def own_folder(trial: BaseTrial) -> str:
-    """Return the folder in a run for the trials of a study of the user's own, which has the name of the study."""
+    """Return the folder in a run for the trials of a study of the user's own, which has the name of
+    the study."""
     study = getattr(trial, "study", None)
     return "own" if study is None else f"own/{re.sub(r'[^A-Za-z0-9_-]', '_', study.study_name)}"
 
 
 def open_study(
-    run: Run, stage: Stage, identity: Mapping[str, Any], address: str | BaseStorage | None, pruner: BasePruner | None
+    run: Run,
+    stage: Stage,
+    identity: Mapping[str, Any],
+    address: str | BaseStorage | None,
+    pruner: BasePruner | None,
 ) -> Study:
-    """Create or load a study, and check that its trials are comparable. The caller holds the lock of the run.
+    """Create or load a study, and check that its trials are comparable. The caller holds the lock
+    of the run.
 
     Args:
         run: The run.
@@ -82,7 +102,11 @@ def open_study(
     storage = open_storage(address, run.folder)
     try:
         study = optuna.create_study(
-            study_name=name, storage=storage, directions=stage.directions, pruner=pruner, load_if_exists=True
+            study_name=name,
+            storage=storage,
+            directions=stage.directions,
+            pruner=pruner,
+            load_if_exists=True,
         )
         stored = study.user_attrs.get(IDENTITY)
         trials = study.get_trials(deepcopy=False)
@@ -101,7 +125,8 @@ def open_study(
 
 
 def check_own(trial: BaseTrial, identity: Mapping[str, Any]) -> None:
-    """Warn if a trial of a study of the user's own does not compare with the first one, which leaves its identity."""
+    """Warn if a trial of a study of the user's own does not compare with the first one, which
+    leaves its identity."""
     study = getattr(trial, "study", None)  # a FixedTrial has none
     if study is None:
         return
@@ -116,12 +141,15 @@ def check_own(trial: BaseTrial, identity: Mapping[str, Any]) -> None:
 
 
 def check_run(run: Run, identity: Mapping[str, Any], address: str | BaseStorage | None) -> None:
-    """Raise a ``ValueError`` if the run has studies of another identity, whose inputs objectives would replace."""
+    """Raise a ``ValueError`` if the run has studies of another identity, whose inputs objectives
+    would replace."""
     if address is None and not (run.folder / "studies.db").is_file():
         return
     storage = open_storage(address, run.folder)
     for summary in optuna.get_all_study_summaries(storage, include_best_trial=False):
-        if summary.study_name in map(run.study_name, STAGES) and (stored := summary.user_attrs.get(IDENTITY)):
+        if summary.study_name in map(run.study_name, STAGES) and (
+            stored := summary.user_attrs.get(IDENTITY)
+        ):
             stored = {name: value for name, value in stored.items() if name not in OF_ONE_STUDY}
             _check_identity(summary.study_name, stored, identity)
 
@@ -140,14 +168,24 @@ def _check_identity(name: str, stored: Any, identity: Mapping[str, Any]) -> None
 
 
 def _changes(stored: Any, identity: Mapping[str, Any]) -> list[str]:
-    """Return in what an identity differs from one that is stored: names, with both values where they can be read."""
+    """Return in what an identity differs from one that is stored: names, with both values where
+    they can be read."""
     found = dict(_differences(stored if isinstance(stored, Mapping) else {}, _as_stored(identity)))
-    texts = {name: f"{now} instead of {then}" for name, (then, now) in found.items() if FOLLOWS.get(name) not in found}
-    return [f"{name} ({text})" if len(text) <= LONGEST_CHANGE else name for name, text in texts.items()]
+    texts = {
+        name: f"{now} instead of {then}"
+        for name, (then, now) in found.items()
+        if FOLLOWS.get(name) not in found
+    }
+    return [
+        f"{name} ({text})" if len(text) <= LONGEST_CHANGE else name for name, text in texts.items()
+    ]
 
 
-def _differences(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the paths, such as ``model.learning_rate``, at which two trees of dicts differ, with both values."""
+def _differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any]]:
+    """Yield the paths, such as ``model.learning_rate``, at which two trees of dicts differ, with
+    both values."""
     for name in sorted({*then, *now}):
         old, new = then.get(name), now.get(name)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
@@ -163,14 +201,19 @@ def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
         study: The study.
         first_trials: Parameters of its first trials.
     """
-    if len(study.get_trials(deepcopy=False)) < len(first_trials):  # some exist if a kill came between two of them
+    if len(study.get_trials(deepcopy=False)) < len(
+        first_trials
+    ):  # some exist if a kill came between two of them
         for params in first_trials:
             study.enqueue_trial(dict(params), skip_if_exists=True)
 
 
 def reloaded(study: Study) -> Study:
-    """Return the study of this name as it is now: another process may have archived the one that was opened."""
-    return optuna.load_study(study_name=study.study_name, storage=study._storage, pruner=study.pruner)
+    """Return the study of this name as it is now: another process may have archived the one that
+    was opened."""
+    return optuna.load_study(
+        study_name=study.study_name, storage=study._storage, pruner=study.pruner
+    )
 
 
 def end(study: Study, n_trials: int, time_out: float | None, alone: bool) -> None:
@@ -180,7 +223,8 @@ def end(study: Study, n_trials: int, time_out: float | None, alone: bool) -> Non
 
 
 def trials_left(study: Study, n_trials: int, time_out: float | None, alone: bool) -> int:
-    """Return how many trials a study lacks; none if a deadline, a callback or its sampler ended it under these limits.
+    """Return how many trials a study lacks; none if a deadline, a callback or its sampler ended it
+    under these limits.
 
     Args:
         study: The study.
@@ -197,8 +241,8 @@ def trials_left(study: Study, n_trials: int, time_out: float | None, alone: bool
 def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
     """Return a study whose trials all ran under the current winners of the studies before it.
 
-    A study that ran under other winners is kept under another name, and a new one takes its place. The caller holds the
-    lock of the run.
+    A study that ran under other winners is kept under another name, and a new one takes its place.
+    The caller holds the lock of the run.
 
     Args:
         study: The study.
@@ -214,15 +258,25 @@ def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
         return study, 0
     trials = study.get_trials(deepcopy=False)
     storage, name, pruner = study._storage, study.study_name, study.pruner
-    known = {summary.study_name for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)}
-    number = next(number for number in range(1, len(known) + 2) if f"{name}/outdated_{number}" not in known)
+    known = {
+        summary.study_name
+        for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
+    }
+    number = next(
+        number for number in range(1, len(known) + 2) if f"{name}/outdated_{number}" not in known
+    )
     identity, directions = study.user_attrs.get(IDENTITY), study.directions
     if trials:
         optuna.copy_study(
-            from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=f"{name}/outdated_{number}"
+            from_study_name=name,
+            from_storage=storage,
+            to_storage=storage,
+            to_study_name=f"{name}/outdated_{number}",
         )
     optuna.delete_study(study_name=name, storage=storage)
-    study = optuna.create_study(study_name=name, storage=storage, directions=directions, pruner=pruner)
+    study = optuna.create_study(
+        study_name=name, storage=storage, directions=directions, pruner=pruner
+    )
     study.set_user_attr(IDENTITY, identity)
     study.set_user_attr(ORIGIN, origin)
     for trial in trials[:2]:  # the first trials are the same

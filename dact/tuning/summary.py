@@ -1,4 +1,5 @@
-"""The last screen of a tuning run: the results of the final model, comparisons, and where everything is."""
+"""The last screen of a tuning run: the results of the final model, comparisons, and where
+everything is."""
 
 from __future__ import annotations
 
@@ -46,9 +47,12 @@ def show_summary(console: Console, folder: Path, verdict: str, studies: Sequence
 
 
 def _decisive(verdict: str) -> str:
-    """Return a verdict with the comparisons of fits like the final one that decided; metrics.json has all of them."""
+    """Return a verdict with the comparisons of fits like the final one that decided; metrics.json
+    has all of them."""
     name, bracket, rest = verdict.partition(" (")
-    comparisons = [one for one in rest.removesuffix(")").split("; ") if " on frozen states" not in one]
+    comparisons = [
+        one for one in rest.removesuffix(")").split("; ") if " on frozen states" not in one
+    ]
     won = [one for one in comparisons if one.startswith(f"{name} beats ")]
     return f"{name} ({'; '.join((won or comparisons)[-2:])})" if bracket else verdict
 
@@ -57,9 +61,15 @@ def _warnings(metrics: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the final model and what to do."""
     entry, layers, found = metrics["validation"], metrics["layers"], []
     if entry["majority_share"] == 1.0:
-        found.append("all validation examples get one class: try class_weights, more epochs, or another learning_rate")
+        found.append(
+            "all validation examples get one class: try class_weights, more epochs, or another learning_rate"
+        )
     calibration = metrics.get("calibration")
-    if 1 < layers == entry["mean_exit_layer"] and calibration is not None and metrics["halting_margin"] == 1:
+    if (
+        1 < layers == entry["mean_exit_layer"]
+        and calibration is not None
+        and metrics["halting_margin"] == 1
+    ):
         found.append(
             f"every validation example uses all {layers} layers: no margin passed on the {calibration['examples']} "
             "examples that it was set on. Give more validation examples, or a promise that allows more"
@@ -73,7 +83,11 @@ def _collapse(mean: float, layers: int) -> str:
     """Return how the depth has collapsed and what to do, an empty string if it has not."""
     if mean == 1:
         return "one layer. If that costs accuracy, try a smaller lambda_reg"
-    return f"all {layers} layers. Try a larger lambda_reg, or a promise that allows more" if mean == layers else ""
+    return (
+        f"all {layers} layers. Try a larger lambda_reg, or a promise that allows more"
+        if mean == layers
+        else ""
+    )
 
 
 def headline(metrics: Mapping[str, Any]) -> str:
@@ -84,7 +98,11 @@ def headline(metrics: Mapping[str, Any]) -> str:
         text += f", {_difference(test)} points against the baseline of {baseline['layers']} layers"
     speed = test["texts_per_second"] / baseline["test"]["texts_per_second"]
     text += f", at {test['mean_exit_layer']:.2f} layers and {speed:.1f} times its speed"
-    calibration, tolerance, margin = metrics.get("calibration"), metrics["halting_tolerance"], metrics["halting_margin"]
+    calibration, tolerance, margin = (
+        metrics.get("calibration"),
+        metrics["halting_tolerance"],
+        metrics["halting_margin"],
+    )
     if tolerance == 0 and margin == 1:
         return f"{text}, with the class of its own full depth by proof"
     if calibration is None:
@@ -104,7 +122,8 @@ def _difference(entry: Mapping[str, Any]) -> str:
 
 
 def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
-    """Return the table of the final model next to the baseline and the defaults, on the test split."""
+    """Return the table of the final model next to the baseline and the defaults, on the test
+    split."""
     test, layers, baseline = metrics["test"], metrics["layers"], metrics["baseline"]
     table = _plain_table("test", "accuracy", "to baseline", "macro F1", "layers", "texts/s")
     rows = {
@@ -123,7 +142,8 @@ def _comparison(metrics: Mapping[str, Any], defaults: Path) -> Table:
 
 
 def _operating_points(metrics: Mapping[str, Any], most: int) -> Table:
-    """Return the table of what up to `most` other margins would give on validation data, next to the run's setting."""
+    """Return the table of what up to `most` other margins would give on validation data, next to
+    the run's setting."""
     entry = metrics["validation"]
     own = {**entry, "margin": metrics["halting_margin"]}
     calibration = metrics.get("calibration")
@@ -131,14 +151,21 @@ def _operating_points(metrics: Mapping[str, Any], most: int) -> Table:
     mark = "as set" if calibration is None else "set by an estimate" if by_estimate else "promised"
     if own["margin"] == 1 and metrics["halting_tolerance"] == 0:
         mark = "by proof"
-    table = _plain_table("margin", "accuracy", "to baseline", "layers", "texts/s", "estimates: validation")
+    table = _plain_table(
+        "margin", "accuracy", "to baseline", "layers", "texts/s", "estimates: validation"
+    )
     points = _spread(metrics["margin_curve"], most) if most > 0 else []
-    points = sorted([own, *(point for point in points if point["margin"] != own["margin"])], key=lambda p: -p["margin"])
+    points = sorted(
+        [own, *(point for point in points if point["margin"] != own["margin"])],
+        key=lambda p: -p["margin"],
+    )
     for point in points:
         numbers = f"{100 * point['accuracy']:.2f} %", _difference(point)
         layers = point["mean_exit_layer"]
         speed = f"{_speed(entry, layers, metrics['layers']):,.0f}"
-        table.add_row(f"{point['margin']:.4g}", *numbers, f"{layers:.2f}", speed, mark if point is own else "")
+        table.add_row(
+            f"{point['margin']:.4g}", *numbers, f"{layers:.2f}", speed, mark if point is own else ""
+        )
     return table
 
 
@@ -154,10 +181,11 @@ def _spread(points: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str,
 
 
 def _speed(entry: Mapping[str, Any], layers: float, num_layers: int) -> float:
-    """Return texts per second at a mean exit layer, on the line through the times of early exit and full depth.
+    """Return texts per second at a mean exit layer, on the line through the times of early exit and
+    full depth.
 
-    No layer takes less than no time, or more than its share: two times that are close say little about the slope.
-    """
+    No layer takes less than no time, or more than its share: two times that are close say little
+    about the slope."""
     early, full = 1 / entry["texts_per_second"], 1 / entry["full_depth"]["texts_per_second"]
     own = entry["mean_exit_layer"]
     slope = (full - early) / (num_layers - own) if num_layers - own >= 1 else early / own
@@ -180,10 +208,16 @@ def pruning_text(studies: Sequence[Study]) -> str:
     if not ended:
         return ""
     complete = [trial for trial in ended if trial.state == TrialState.COMPLETE]
-    pruned = [trial for trial in ended if trial.state == TrialState.PRUNED and trial.intermediate_values]
+    pruned = [
+        trial for trial in ended if trial.state == TrialState.PRUNED and trial.intermediate_values
+    ]
     # Validations per planned epoch: frozen mode has several.
     rate = max(
-        (len(trial.intermediate_values) / trial.user_attrs.get(PLANNED_EPOCHS, 1) for trial in complete), default=0
+        (
+            len(trial.intermediate_values) / trial.user_attrs.get(PLANNED_EPOCHS, 1)
+            for trial in complete
+        ),
+        default=0,
     )
     saved = 0.0
     for trial in pruned:

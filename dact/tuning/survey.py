@@ -1,4 +1,5 @@
-"""The survey before a run: one model and one datamodule, their checks, their promise, and the first trials."""
+"""The survey before a run: one model and one datamodule, their checks, their promise, and the first
+trials."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, flat
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
-FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate; some 150 can show that a point is kept
+# examples below which none are set aside for an estimate; some 150 can show that a point is kept
+FEWEST_ASIDE = 200
 RANDOM = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 LAYERS_KEPT = 2 / 3  # of the encoder's layers, in the first trial
 EPOCHS_TRIED = (2 / 3, 1, 4 / 3)  # parts of the default number of epochs
@@ -39,10 +41,10 @@ class Plan:
         spaces: Dimension of each parameter, by stage.
         first_trials: Parameters of the first trials, by stage.
         initial: Settings of trials until a study has chosen others.
-        submodels: Parameters of the factory's submodels that differ from those of `SubmodelConfig`; a trial replaces
-            those that are searched.
-        untuned: Defaults of the factories, and recommended settings, which lie within the bounds that the user gave;
-            see `Winners.settings`.
+        submodels: Parameters of the factory's submodels that differ from those of `SubmodelConfig`;
+            a trial replaces those that are searched.
+        untuned: Defaults of the factories, and recommended settings, which lie within the bounds
+            that the user gave; see `Winners.settings`.
     """
 
     spaces: Spaces
@@ -61,7 +63,8 @@ class Surveyed(Plan):
         model: Untrained model.
         data: Datamodule, set up for a fit.
         teacher: Teacher that the data names, or None.
-        own_teacher: Whether the training batches carry a teacher's probabilities by themselves, and are wanted to.
+        own_teacher: Whether the training batches carry a teacher's probabilities by themselves, and
+            are wanted to.
         identity: Settings that all trials have in common; see `Recipe.identity`.
     """
 
@@ -95,7 +98,9 @@ def survey(
     """
     with seeded(recipe.seed):
         model = recipe.make_model()
-        recipe = resolve_promise(recipe, model, _most_layers(spaces[TRAINING.name].get("num_layers"), model))
+        recipe = resolve_promise(
+            recipe, model, _most_layers(spaces[TRAINING.name].get("num_layers"), model)
+        )
         data: Any = recipe.make_data()
     if measured:
         recipe.make_data(batch_size=1)  # fails early if the factory takes no batch_size
@@ -110,7 +115,11 @@ def survey(
         raise ValueError(
             "TuningEngine: texts without labels need a teacher: give a distillation above 0, or leave them out"
         )
-    own_teacher = recipe.distillation != 0 and teacher is None and "teacher" in next(iter(data.train_dataloader()))
+    own_teacher = (
+        recipe.distillation != 0
+        and teacher is None
+        and "teacher" in next(iter(data.train_dataloader()))
+    )
     size = getattr(data, "batch_size", None)
     identity = recipe.identity(model, digests["train"] + digests["val"], size, teacher)
     identity |= {"own_teacher": teacher_digest(data.train_dataloader())} if own_teacher else {}
@@ -129,7 +138,8 @@ def survey(
 
 
 def _digests(recipe: Recipe, data: Any, measured: bool) -> dict[str, str]:
-    """Set a datamodule up, check that its loaders fit the run, and return the digest of each split."""
+    """Set a datamodule up, check that its loaders fit the run, and return the digest of each
+    split."""
     data.prepare_data()
     data.setup("fit")
     splits = {split: getattr(data, f"{split}_dataloader") for split in ("train", "val")}
@@ -161,36 +171,58 @@ def _plan(recipe: Recipe, spaces: Spaces, bounded: Collection[str], model: DACT,
         choices = sorted({max(1, round(part * enough)) for part in EPOCHS_TRIED})
         epochs = Dimension("categorical", choices=choices)
         spaces = {**spaces, TRAINING.name: {**spaces[TRAINING.name], "num_epochs": epochs}}
-    first_trials = {stage: _within(spaces[stage], trials, bounded) for stage, trials in first_trials.items()}
+    first_trials = {
+        stage: _within(spaces[stage], trials, bounded) for stage, trials in first_trials.items()
+    }
     recommended = first_trials[TRAINING.name][0]
     recommended |= TRAINING.parse(recommended)["external_config"]
     differing = ("submodel_learning_rate", "detach_exits", "num_layers", "num_epochs")
     initial = {name: recommended[name] for name in differing}
     usual = flat({"classifier": asdict(SubmodelConfig()), "confidence": asdict(SubmodelConfig())})
-    submodels = {name: value for name, value in first_trials[SUBMODELS.name][-1].items() if value != usual[name]}
-    ends = [{stage: trials[end] for stage, trials in first_trials.items() if trials} for end in (-1, 0)]
+    submodels = {
+        name: value
+        for name, value in first_trials[SUBMODELS.name][-1].items()
+        if value != usual[name]
+    }
+    ends = [
+        {stage: trials[end] for stage, trials in first_trials.items() if trials} for end in (-1, 0)
+    ]
     spaces, first_trials = complete_spaces(spaces, model.encoder.num_layers, first_trials, bounded)
     untuned = _settings(ends[0], spaces, submodels), _settings(ends[1], spaces, submodels)
     return Plan(spaces, first_trials, initial, submodels, untuned)
 
 
-def _within(space: Mapping[str, Dimension], trials: list[dict[str, Any]], bounded: Collection[str]) -> list[Any]:
-    """Return the first trials of a stage, the first of which lies within the bounds that the user gave."""
+def _within(
+    space: Mapping[str, Dimension], trials: list[dict[str, Any]], bounded: Collection[str]
+) -> list[Any]:
+    """Return the first trials of a stage, the first of which lies within the bounds that the user
+    gave."""
     if not trials:
         return []
-    first = {name: space[name].nearest(v) if name in {*bounded} & space.keys() else v for name, v in trials[0].items()}
+    first = {
+        name: space[name].nearest(v) if name in {*bounded} & space.keys() else v
+        for name, v in trials[0].items()
+    }
     return [first, *(trial for trial in trials[-1:] if trial != first)]
 
 
-def _settings(params: Mapping[str, Any], spaces: Spaces, submodels: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the parameters of the three stages stand for, those that are searched; see `Winners.settings`."""
-    searched = {stage: {n: v for n, v in one.items() if n in spaces[stage]} for stage, one in params.items()}
-    winners = TRAINING.parse(searched[TRAINING.name]) | SUBMODELS.parse({**submodels, **searched[SUBMODELS.name]})
+def _settings(
+    params: Mapping[str, Any], spaces: Spaces, submodels: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what the parameters of the three stages stand for, those that are searched; see
+    `Winners.settings`."""
+    searched = {
+        stage: {n: v for n, v in one.items() if n in spaces[stage]} for stage, one in params.items()
+    }
+    winners = TRAINING.parse(searched[TRAINING.name]) | SUBMODELS.parse(
+        {**submodels, **searched[SUBMODELS.name]}
+    )
     return Winners(**winners).settings() | searched.get(LAMBDA_REG.name, {})
 
 
 def _most_layers(searched: Dimension | None, model: DACT) -> int:
-    """Return the most layers that a model of the run keeps: those of the default settings, or of a trial."""
+    """Return the most layers that a model of the run keeps: those of the default settings, or of a
+    trial."""
     if searched is None:
         return model.encoder.num_layers
     high = searched.high if searched.choices is None else max(searched.choices)
@@ -199,7 +231,8 @@ def _most_layers(searched: Dimension | None, model: DACT) -> int:
 
 
 def _check_order(split: str, loader: DataLoader[Any]) -> None:
-    """Raise a ``ValueError`` if a loader does not give all examples in one order, by which models are compared."""
+    """Raise a ``ValueError`` if a loader does not give all examples in one order, by which models
+    are compared."""
     batches = getattr(loader, "batch_sampler", None)
     drops = getattr(loader, "drop_last", False) or getattr(batches, "drop_last", False)
     samplers = getattr(loader, "sampler", None), getattr(batches, "sampler", None)
@@ -211,7 +244,8 @@ def _check_order(split: str, loader: DataLoader[Any]) -> None:
 
 
 def _check_division(recipe: Recipe, digests: Mapping[str, str]) -> None:
-    """Raise a ``ValueError`` if another datamodule of the factory has other examples: each fit gets one of its own."""
+    """Raise a ``ValueError`` if another datamodule of the factory has other examples: each fit gets
+    one of its own."""
     with seeded(recipe.seed + 1):  # as other fits
         again: Any = recipe.make_data()
         again.prepare_data()
@@ -228,7 +262,8 @@ def _check_division(recipe: Recipe, digests: Mapping[str, str]) -> None:
 
 
 def _check_sampler(loader: DataLoader[Any], seed: int) -> None:
-    """Raise a ``ValueError`` unless the loader gives each example of its data set once, or drops the last batch."""
+    """Raise a ``ValueError`` unless the loader gives each example of its data set once, or drops
+    the last batch."""
     if loader.batch_sampler is None:  # the data set makes the batches
         return
     with seeded(seed):
@@ -243,7 +278,8 @@ def _check_sampler(loader: DataLoader[Any], seed: int) -> None:
 
 
 def _check_copy(model: DACT) -> None:
-    """Raise a ``ValueError`` if a model has no copy, in which fits after the studies take the mean of its weights."""
+    """Raise a ``ValueError`` if a model has no copy, in which fits after the studies take the mean
+    of its weights."""
     try:
         copy.deepcopy(model)
     except Exception as error:
@@ -262,7 +298,8 @@ def _check_factory(
     stages: Sequence[Stage],
     finetunes: bool,
 ) -> None:
-    """Raise a ``ValueError`` if the models of the factory are not what the trials ask for, or share weights.
+    """Raise a ``ValueError`` if the models of the factory are not what the trials ask for, or share
+    weights.
 
     Args:
         recipe: Recipe of the run.
@@ -276,14 +313,20 @@ def _check_factory(
     for stage in stages:
         params = {name: dimension.first for name, dimension in spaces[stage.name].items()}
         winners |= stage.parse({**submodels, **params} if stage is SUBMODELS else params)
-    asked = {name: value for name, value in Winners(**winners).settings().items() if name not in OF_NO_MODEL}
+    asked = {
+        name: value
+        for name, value in Winners(**winners).settings().items()
+        if name not in OF_NO_MODEL
+    }
     if finetunes:
         asked |= recipe.finetuning(first)
     try:
         with seeded(recipe.seed):
             model = recipe.make_model(**asked)
     except TypeError as error:
-        raise ValueError(f"TuningEngine: model must take {', '.join(asked)} and give them to DACT: {error}") from error
+        raise ValueError(
+            f"TuningEngine: model must take {', '.join(asked)} and give them to DACT: {error}"
+        ) from error
     except ValueError:
         return  # this combination is refused, and so would be its trial
     if set(map(id, model.parameters())) & set(map(id, first.parameters())):
@@ -302,7 +345,8 @@ def _check_factory(
 
 
 def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> None:
-    """Raise a ``ValueError`` if the Trainer never trains or validates, or on batches while trials differ in size."""
+    """Raise a ``ValueError`` if the Trainer never trains or validates, or on batches while trials
+    differ in size."""
     for part in ("limit_train_batches", "limit_val_batches"):
         if trainer.get(part) == 0:
             raise ValueError(
@@ -325,8 +369,9 @@ def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> No
 def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
     """Return the recipe with a promise that model and data can keep.
 
-    A promise that the user gave must be kept with its confidence. The default promise becomes an estimate if the data
-    cannot set enough examples aside, and is dropped if the model has a halting rule without its dial.
+    A promise that the user gave must be kept with its confidence. The default promise becomes an
+    estimate if the data cannot set enough examples aside, and is dropped if the model has a halting
+    rule without its dial.
 
     Args:
         given: Recipe of the user.
@@ -374,7 +419,8 @@ def resolve_promise(given: Recipe, model: DACT, layers: int) -> Recipe:
 
 
 def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
-    """Return the recipe with examples set aside, if the data can do so, and the number of these examples."""
+    """Return the recipe with examples set aside, if the data can do so, and the number of these
+    examples."""
     recipe, data = given, given.data()
     has_own = getattr(data, "calibration_file", None) or getattr(data, "calibration_fraction", None)
     if not has_own and hasattr(data, "calibration_fraction"):
@@ -386,7 +432,9 @@ def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
     try:
         data.setup("validate")
         loader = data.calibration_dataloader()
-    except ValueError:  # too few examples to divide, unless the data as it was given has the same fault
+    except (
+        ValueError
+    ):  # too few examples to divide, unless the data as it was given has the same fault
         as_given = given.data()
         as_given.prepare_data()
         as_given.setup("validate")
@@ -394,12 +442,22 @@ def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
     if loader is None:
         return recipe, 0
     dataset = getattr(loader, "dataset", None)
-    return recipe, sum(len(batch["labels"]) for batch in loader) if dataset is None else len(dataset)
+    return recipe, sum(len(batch["labels"]) for batch in loader) if dataset is None else len(
+        dataset
+    )
 
 
-def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dict[str, list[dict[str, Any]]]:
-    """Return the parameters of the first trials, by stage: recommended ones, and the factories' defaults."""
-    submodels = flat({"classifier": asdict(model.classifier.config), "confidence": asdict(model.confidence.config)})
+def _first_trials(
+    recipe: Recipe, model: DACT, data: LightningDataModule
+) -> dict[str, list[dict[str, Any]]]:
+    """Return the parameters of the first trials, by stage: recommended ones, and the factories'
+    defaults."""
+    submodels = flat(
+        {
+            "classifier": asdict(model.classifier.config),
+            "confidence": asdict(model.confidence.config),
+        }
+    )
     rate = model.learning_rate
     defaults = {
         "batch_size": getattr(data, "batch_size", None),
@@ -415,7 +473,8 @@ def _first_trials(recipe: Recipe, model: DACT, data: LightningDataModule) -> dic
     defaults = {name: value for name, value in defaults.items() if value is not None}
     recommended = {
         **defaults,
-        "submodel_learning_rate": model.submodel_learning_rate or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
+        "submodel_learning_rate": model.submodel_learning_rate
+        or max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
         "detach_exits": model.exit_loss_weight > 0,
         "num_layers": min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers))),
     }

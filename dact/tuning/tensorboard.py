@@ -1,8 +1,7 @@
 """Trials in TensorBoard's HParams tab, with their real metrics and status.
 
-Lightning's own hyper-parameter logging gives every trial the status of success and a metric of -1, so the records of
-the plugin are written here, through its public summaries.
-"""
+Lightning's own hyper-parameter logging gives every trial the status of success and a metric of -1,
+so the records of the plugin are written here, through its public summaries."""
 
 from __future__ import annotations
 
@@ -28,15 +27,19 @@ def writer(folder: Path) -> SummaryWriter:
 
 
 def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: str) -> None:
-    """Open the session of a trial. The tab takes sessions of one name for one trial, so names begin with the tag."""
+    """Open the session of a trial. The tab takes sessions of one name for one trial, so names begin
+    with the tag."""
     from tensorboard.plugins.hparams import summary_v2
 
-    known = {name: "none" if value is None else value for name, value in parameters.items()}  # it has no type for None
+    known = {
+        name: "none" if value is None else value for name, value in parameters.items()
+    }  # it has no type for None
     _write(writer, summary_v2.hparams_pb(known, trial_id=name))
 
 
 def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: bool) -> None:
-    """Close the session of a trial with the metrics of its best epoch; pruned and failed trials count as failures."""
+    """Close the session of a trial with the metrics of its best epoch; pruned and failed trials
+    count as failures."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
@@ -45,11 +48,17 @@ def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: 
             writer.add_scalar(f"best/{name}", metrics[name])
     status = "STATUS_SUCCESS" if succeeded else "STATUS_FAILURE"
     end = plugin_data_pb2.SessionEndInfo(status=api_pb2.Status.Value(status))
-    record = metadata.create_summary_metadata(plugin_data_pb2.HParamsPluginData(session_end_info=end))
-    _write(writer, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)]))
+    record = metadata.create_summary_metadata(
+        plugin_data_pb2.HParamsPluginData(session_end_info=end)
+    )
+    _write(
+        writer, Summary(value=[Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)])
+    )
 
 
-def log_fit(folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, float], name: str) -> None:
+def log_fit(
+    folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, float], name: str
+) -> None:
     """Log a finished fit as trials are logged.
 
     Args:
@@ -66,17 +75,20 @@ def log_fit(folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, f
 def log_experiment(writer: SummaryWriter, parameters: Mapping[str, Dimension]) -> None:
     """Write the record that tells the HParams tab which parameters and metrics there are.
 
-    The tab uses the first such record below its folder for all runs there, so every record names those of all studies.
-    """
+    The tab uses the first such record below its folder for all runs there, so every record names
+    those of all studies."""
     from tensorboard.plugins.hparams import summary_v2
 
-    hparams = [summary_v2.HParam(name, _domain(dimension)) for name, dimension in parameters.items()]
+    hparams = [
+        summary_v2.HParam(name, _domain(dimension)) for name, dimension in parameters.items()
+    ]
     metrics = [summary_v2.Metric(f"best/{name}", display_name=name) for name in METRICS]
     _write(writer, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
 
 
 def log_figures(writer: SummaryWriter, figures: Mapping[str, Figure], folder: Path) -> None:
-    """Write figures as pictures in TensorBoard, and as PNG files of a folder. Each is drawn once."""
+    """Write figures as pictures in TensorBoard, and as PNG files of a folder. Each is drawn
+    once."""
     from tensorboard.compat.proto.summary_pb2 import Summary
 
     for name, figure in figures.items():
@@ -95,7 +107,9 @@ def _domain(dimension: Dimension) -> Any:
     if dimension.choices is not None:  # which must be of one type
         kinds = {type(choice) for choice in dimension.choices}
         alike: Any = None if len(kinds) == 1 else float if kinds == {int, float} else str
-        return summary_v2.Discrete([choice if alike is None else alike(choice) for choice in dimension.choices])
+        return summary_v2.Discrete(
+            [choice if alike is None else alike(choice) for choice in dimension.choices]
+        )
     assert dimension.low is not None and dimension.high is not None
     if dimension.type == "int":
         return summary_v2.IntInterval(int(dimension.low), int(dimension.high))

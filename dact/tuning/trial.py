@@ -17,7 +17,7 @@ from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
 from torch import Tensor
 
-from dact.answers import LayerAnswers
+from dact.calibration.answers import LayerAnswers
 from dact.model import DACT
 from dact.tuning import tensorboard
 from dact.tuning.fitting import (
@@ -53,7 +53,8 @@ class Objective:
         prepared: Shared inputs of all trials.
         winners: Winners of the earlier studies.
         deadline: Deadline at which a running trial is stopped.
-        own: Folder in the run for the trials of a study of the user's own, which must not replace files of the run's.
+        own: Folder in the run for the trials of a study of the user's own, which must not replace
+            files of the run's.
     """
 
     stage: Stage
@@ -64,7 +65,8 @@ class Objective:
     own: str = ""
 
     def __call__(self, trial: BaseTrial) -> Any:
-        """Train with the parameters that `trial` suggests, and return its value or values at the best epoch.
+        """Train with the parameters that `trial` suggests, and return its value or values at the
+        best epoch.
 
         Raises:
             TrialPruned: If the study stopped it, or its loss is not finite.
@@ -125,16 +127,24 @@ class Fit:
         return self.history.answers
 
     def outcome(self, prepared: Prepared) -> Outcome:
-        """Return the outcome of early exit on the validation examples, at the epoch of the lowest val_loss."""
-        return outcome_of(self.known_answers, self.model, prepared.recipe.promise, self.right(prepared))
+        """Return the outcome of early exit on the validation examples, at the epoch of the lowest
+        val_loss."""
+        return outcome_of(
+            self.known_answers, self.model, prepared.recipe.promise, self.right(prepared)
+        )
 
     def right(self, prepared: Prepared) -> Tensor | None:
-        """Return whether the baseline classifies each validation example correctly; None if that is unknown."""
+        """Return whether the baseline classifies each validation example correctly; None if that is
+        unknown."""
         return prepared.baseline.right(self.known_answers.target)
 
 
 def fit_settings(
-    prepared: Prepared, settings: Mapping[str, Any], seed: int, callbacks: Sequence[Callback] = (), logger: Any = False
+    prepared: Prepared,
+    settings: Mapping[str, Any],
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    logger: Any = False,
 ) -> Fit:
     """Fit a new model without checkpoints, as trials and their confirmation do.
 
@@ -156,14 +166,19 @@ def fit_settings(
         epochs, given = head_epochs(epochs), for_states(given)
     with seeded(seed):
         model, data = prepared.build(settings, seed=seed)
-        trainer = make_trainer(given, max_epochs=epochs, logger=logger, callbacks=every, enable_checkpointing=False)
+        trainer = make_trainer(
+            given, max_epochs=epochs, logger=logger, callbacks=every, enable_checkpointing=False
+        )
         fit(trainer, model, data)
     return Fit(model, history)
 
 
 @contextlib.contextmanager
-def _logged(objective: Objective, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
-    """Log a trial to TensorBoard: its parameters, the metrics that the block fills in, and its status."""
+def _logged(
+    objective: Objective, trial: BaseTrial
+) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
+    """Log a trial to TensorBoard: its parameters, the metrics that the block fills in, and its
+    status."""
     folder = objective.run.trial_folder(objective.stage, trial.number, objective.own)
     logger = TensorBoardLogger(folder.parent, name="", version=folder.name, default_hp_metric=False)
     name = f"{objective.run.tag}/{folder.relative_to(objective.run.folder)}"

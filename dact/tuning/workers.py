@@ -47,7 +47,8 @@ class StudyJob:
         sampler: Sampler of the study.
         pruner: Pruner of the study, or None.
         callbacks: Optuna callbacks, called after each trial.
-        setup: Function that a worker process calls first, such as one that installs log filters, or None.
+        setup: Function that a worker process calls first, such as one that installs log filters, or
+            None.
         before: Number of trials that had ended when the command began.
         is_worker: Whether a worker process runs it.
     """
@@ -69,16 +70,22 @@ class StudyJob:
         objective = replace(self.objective, prepared=replace(prepared, recipe=recipe))
         return replace(self, objective=objective, is_worker=True)
 
-    def run(self, study: Study, idle: Callable[[], None], *more: Callable[[Study, FrozenTrial], None]) -> None:
+    def run(
+        self, study: Study, idle: Callable[[], None], *more: Callable[[Study, FrozenTrial], None]
+    ) -> None:
         """Run trials in this process; see `run_trials`."""
         objective = self.objective
-        study.sampler = copy.deepcopy(self.sampler)  # what samplers such as TPE remember is of one study
+        study.sampler = copy.deepcopy(
+            self.sampler
+        )  # what samplers such as TPE remember is of one study
         begun = any(trial.state != TrialState.WAITING for trial in study.get_trials(deepcopy=False))
         if self.is_worker or begun:
-            study.sampler.reseed_rng()  # a seeded one would propose the points of another process again
+            # a seeded one would propose the points of another process again
+            study.sampler.reseed_rng()
 
         def close_session(trial: FrozenTrial) -> None:
-            """Log to TensorBoard that a trial whose process died has ended, and remove its unfinished files."""
+            """Log to TensorBoard that a trial whose process died has ended, and remove its
+            unfinished files."""
             folder = objective.run.trial_folder(objective.stage, trial.number)
             if folder.is_dir():
                 remove_partial(folder)
@@ -114,11 +121,15 @@ def check_workers(workers: int, storage: str | BaseStorage | None, **sent: Any) 
     if workers == 1:
         return
     if isinstance(storage, InMemoryStorage):
-        raise ValueError("TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file")
+        raise ValueError(
+            "TuningEngine: workers cannot share a storage in memory; leave storage out for an sqlite file"
+        )
     main = sys.modules["__main__"]
     for name, argument in sent.items():
         try:
-            if b"__main__" in pickle.dumps(argument) and not os.path.isfile(getattr(main, "__file__", None) or ""):
+            if b"__main__" in pickle.dumps(argument) and not os.path.isfile(
+                getattr(main, "__file__", None) or ""
+            ):
                 raise TypeError("it was defined in a notebook or on standard input")
         except Exception as error:
             what = "something that can be pickled"
@@ -127,20 +138,25 @@ def check_workers(workers: int, storage: str | BaseStorage | None, **sent: Any) 
                     "a function that other processes can import, such as one at the top of a module or a "
                     "functools.partial of it"
                 )
-            raise TypeError(f"TuningEngine: with several workers, {name} must be {what}: {error}") from None
+            raise TypeError(
+                f"TuningEngine: with several workers, {name} must be {what}: {error}"
+            ) from None
 
 
 def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., None]) -> None:
-    """Run a study to its end, in this process or in several; a worker process that dies is replaced.
+    """Run a study to its end, in this process or in several; a worker process that dies is
+    replaced.
 
     Args:
         job: Job of the study.
         study: The same study, opened in this process.
         workers: Number of processes.
-        refresh: Function that redraws the state of the study; it accepts the arguments of an Optuna callback.
+        refresh: Function that redraws the state of the study; it accepts the arguments of an Optuna
+            callback.
 
     Raises:
-        RuntimeError: If a worker ended with an error, whose message it has, or if workers keep dying.
+        RuntimeError: If a worker ended with an error, whose message it has, or if workers keep
+            dying.
         RunStopped: If a disk or the storage failed.
     """
     job = replace(job, before=len(finished(study)))
@@ -149,7 +165,9 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
         return
     context = _context()
     errors = context.SimpleQueue()
-    method = multiprocessing.get_start_method(allow_none=True)  # asking without it would fix the host program's method
+    method = multiprocessing.get_start_method(
+        allow_none=True
+    )  # asking without it would fix the host program's method
     threads = max(1, torch.get_num_threads() // workers)
 
     def start(number: int) -> BaseProcess:
@@ -166,9 +184,13 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
             time.sleep(POLL)
             signals.check()
             refresh()
-            ended = {number: process for number, process in processes.items() if not process.is_alive()}
+            ended = {
+                number: process for number, process in processes.items() if not process.is_alive()
+            }
             died = [number for number, process in ended.items() if process.exitcode != 0]
-            processes = {number: process for number, process in processes.items() if number not in ended}
+            processes = {
+                number: process for number, process in processes.items() if number not in ended
+            }
             if not errors.empty():
                 kind, message = errors.get()
                 raise kind(message)
@@ -177,8 +199,12 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
                 deaths, done = (deaths if now_done == done else 0) + len(died), now_done
                 if deaths > workers * (MAX_DEATHS + 1):
                     codes = ", ".join(str(process.exitcode) for process in ended.values())
-                    raise RuntimeError(f"the workers of {study.study_name} keep dying (exit codes {codes})")
-                processes |= {number: start(number) for number in died}  # on the device of the one that died
+                    raise RuntimeError(
+                        f"the workers of {study.study_name} keep dying (exit codes {codes})"
+                    )
+                processes |= {
+                    number: start(number) for number in died
+                }  # on the device of the one that died
     finally:
         _stop([*processes.values()])
         if processes:  # a stopped worker may leave a trial that is still marked as running
@@ -190,11 +216,11 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
 
 
 def _context() -> ForkServerContext | SpawnContext:
-    """Return the context that starts workers: on Linux as forks of a server process that has only imported modules.
+    """Return the context that starts workers: on Linux as forks of a server process that has only
+    imported modules.
 
-    A fresh interpreter would spend seconds on its imports, for each worker of each study. The server process has no
-    threads and uses no GPU. On other systems a fork is not safe.
-    """
+    A fresh interpreter would spend seconds on its imports, for each worker of each study. The
+    server process has no threads and uses no GPU. On other systems a fork is not safe."""
     if sys.platform != "linux":
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
@@ -213,11 +239,15 @@ def _stop(processes: list[BaseProcess]) -> None:
             process.join()
 
 
-def _run_worker(job: StudyJob, threads: int, method: str | None, environment: Mapping[str, str], errors: Any) -> None:
+def _run_worker(
+    job: StudyJob, threads: int, method: str | None, environment: Mapping[str, str], errors: Any
+) -> None:
     """Run trials until the study is done, as the main function of a worker process."""
     gc.freeze()  # what was imported lives as long as the process: collections would copy its memory
     os.environ.clear()
-    os.environ.update(environment)  # of the parent now: the server process has that of the first study
+    os.environ.update(
+        environment
+    )  # of the parent now: the server process has that of the first study
     signals.install()
     # Processes that the data starts here start as they would in the parent, not as this worker did.
     multiprocessing.set_start_method(method, force=True)
@@ -228,7 +258,9 @@ def _run_worker(job: StudyJob, threads: int, method: str | None, environment: Ma
     try:
         run = job.objective.run
         storage = open_storage(job.storage, run.folder)
-        study = load_study(study_name=run.study_name(job.objective.stage), storage=storage, pruner=job.pruner)
+        study = load_study(
+            study_name=run.study_name(job.objective.stage), storage=storage, pruner=job.pruner
+        )
         job.run(study, lambda: None)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -8,11 +8,13 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-# Share of the error probability that the nuisance parameter of `difference_p_value` takes; the power hardly depends on
-# it.
+# Share of the error probability that the nuisance parameter of `difference_p_value` takes; the
+# power hardly depends on it.
 NUISANCE_SHARE = 1 / 100
-NUISANCE_POINTS = 128  # number of its values that are tried: between them the p-value is larger by 0.00002 at most
-PSEUDO_EXAMPLES = 4  # discordant ones in the order of outcomes; 3 to 10 have about the same power, 0 has much less
+# number of its values that are tried: between them the p-value is larger by 0.00002 at most
+NUISANCE_POINTS = 128
+# discordant ones in the order of outcomes; 3 to 10 have about the same power, 0 has much less
+PSEUDO_EXAMPLES = 4
 LEFT_OUT = 1e-9
 
 
@@ -32,13 +34,17 @@ def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float
     """
     from scipy.special import betaincinv
 
-    return 1.0 if faults == examples else float(betaincinv(faults + 1, examples - faults, confidence))
+    return (
+        1.0 if faults == examples else float(betaincinv(faults + 1, examples - faults, confidence))
+    )
 
 
 def examples_for_rate(rate: float, confidence: float) -> int | None:
-    """Return the fewest examples whose `binomial_upper_bound` is at most `rate` if there is no fault among them.
+    """Return the fewest examples whose `binomial_upper_bound` is at most `rate` if there is no
+    fault among them.
 
-    That is log(1 - confidence) / log(1 - rate), rounded up; None for a rate of 0, which no number of examples can show.
+    That is log(1 - confidence) / log(1 - rate), rounded up; None for a rate of 0, which no number
+    of examples can show.
 
     Example:
         >>> examples_for_rate(0.01, 0.95)
@@ -50,17 +56,21 @@ def examples_for_rate(rate: float, confidence: float) -> int | None:
 
 
 @lru_cache(4096)  # settings next to each other often have the same counts
-def difference_p_value(lost: int, gained: int, examples: int, difference: float, error: float) -> float:
+def difference_p_value(
+    lost: int, gained: int, examples: int, difference: float, error: float
+) -> float:
     r"""Return an exact p-value for "the expected paired difference is `difference` or more".
 
-    An example is lost (+1), gained (-1) or neither (0). With the share of discordant examples d as nuisance parameter,
-    the number of discordant examples M is binomial(n, d), and given M the lost ones are binomial(M, (1 + δ/d)/2) for an
-    expected difference δ. The p-value is the probability of the outcomes up to the one seen, maximised over the d in a
-    one-sided Clopper–Pearson interval, plus the error probability of that interval (Berger & Boos 1994, *P values
-    maximized over a confidence set for the nuisance parameter*). Outcomes are ordered by the approximate upper limit
-    lost - gained + z √(M + 4), with the normal quantile z of the error and four examples more as in Agresti & Coull
-    1998. It is exact whatever the order (Buehler 1957; for paired proportions Lloyd & Moldovan 2007); by this one it
-    takes nearly as few examples as the approximation does.
+    An example is lost (+1), gained (-1) or neither (0). With the share of discordant examples d as
+    nuisance parameter, the number of discordant examples M is binomial(n, d), and given M the lost
+    ones are binomial(M, (1 + δ/d)/2) for an expected difference δ. The p-value is the probability
+    of the outcomes up to the one seen, maximised over the d in a one-sided Clopper–Pearson
+    interval, plus the error probability of that interval (Berger & Boos 1994, *P values maximized
+    over a confidence set for the nuisance parameter*). Outcomes are ordered by the approximate
+    upper limit lost - gained + z √(M + 4), with the normal quantile z of the error and four
+    examples more as in Agresti & Coull 1998. It is exact whatever the order (Buehler 1957; for
+    paired proportions Lloyd & Moldovan 2007); by this one it takes nearly as few examples as the
+    approximation does.
 
     Args:
         lost: Number of examples that only the reference classifies correctly.
@@ -82,17 +92,19 @@ def difference_p_value(lost: int, gained: int, examples: int, difference: float,
         return spent
     # Closer together where d is small, since there the p-value varies fastest.
     discordant = difference + (most - difference) * np.linspace(0, 1, NUISANCE_POINTS)[:, None] ** 2
-    # The sum over the number of discordant examples leaves out a probability of at most LEFT_OUT at either end, by
-    # Bernstein's inequality.
+    # The sum over the number of discordant examples leaves out a probability of at most LEFT_OUT at
+    # either end, by Bernstein's inequality.
     log = -math.log(LEFT_OUT)
     first, last = (
-        examples * share + sign * (log / 3 + math.sqrt(log**2 / 9 + 2 * log * examples * share * (1 - share)))
+        examples * share
+        + sign * (log / 3 + math.sqrt(log**2 / 9 + 2 * log * examples * share * (1 - share)))
         for share, sign in ((difference, -1), (most, 1))
     )
     number = np.arange(max(0, math.floor(first)), min(examples, math.ceil(last)) + 1)[None, :]
     ways = gammaln(examples + 1) - gammaln(number + 1) - gammaln(examples - number + 1)
     probability = np.exp(ways + xlogy(number, discordant) + xlog1py(examples - number, -discordant))
-    # The most lost examples, of each number of discordant ones, that do not exceed the outcome seen in that order.
+    # The most lost examples, of each number of discordant ones, that do not exceed the outcome seen
+    # in that order.
     z = NormalDist().inv_cdf(1 - error)
     limit = lost - gained + z * math.sqrt(lost + gained + PSEUDO_EXAMPLES)
     most_lost = np.floor((number + limit - z * np.sqrt(number + PSEUDO_EXAMPLES)) / 2 + 1e-9)
@@ -102,7 +114,8 @@ def difference_p_value(lost: int, gained: int, examples: int, difference: float,
 
 
 def difference_upper_bound(lost: int, gained: int, examples: int, confidence: float) -> float:
-    """Return an upper bound on the expected paired difference (lost minus gained), by inverting `difference_p_value`.
+    """Return an upper bound on the expected paired difference (lost minus gained), by inverting
+    `difference_p_value`.
 
     Args:
         lost: Number of examples that only the reference classifies correctly.
@@ -121,16 +134,20 @@ def difference_upper_bound(lost: int, gained: int, examples: int, confidence: fl
     low, high = max(0.0, (lost - gained) / examples), 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        refuted = difference_p_value(lost, gained, examples, middle, 1 - confidence) <= 1 - confidence
+        refuted = (
+            difference_p_value(lost, gained, examples, middle, 1 - confidence) <= 1 - confidence
+        )
         low, high = (low, middle) if refuted else (middle, high)
     return high
 
 
 def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
-    r"""Return the empirical Bernstein upper bound on the mean exit layer (Maurer & Pontil 2009, theorem 4).
+    r"""Return the empirical Bernstein upper bound on the mean exit layer (Maurer & Pontil 2009,
+    theorem 4).
 
-    With n examples, sample variance V and δ = 1 - confidence, for values in an interval of length N - 1:
-    :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`, and never above N.
+    With n examples, sample variance V and δ = 1 - confidence, for values in an interval of length N
+    - 1: :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`, and never
+    above N.
 
     Args:
         exits: Exit layers, int64 ``[examples]``, in 1 … layers; at least two.
@@ -144,10 +161,13 @@ def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
 
 
 def examples_for_mean(most: float, layers: int, confidence: float) -> int:
-    """Return the fewest examples whose `mean_upper_bound` is at most `most` if all of them leave after the first layer.
+    """Return the fewest examples whose `mean_upper_bound` is at most `most` if all of them leave
+    after the first layer.
 
     Example:
         >>> examples_for_mean(2.0, 6, 0.95)
         45
     """
-    return 1 + math.ceil(7 * (layers - 1) * math.log(2 / (1 - confidence)) / (3 * max(most - 1, 1e-9)))
+    return 1 + math.ceil(
+        7 * (layers - 1) * math.log(2 / (1 - confidence)) / (3 * max(most - 1, 1e-9))
+    )

@@ -1,4 +1,5 @@
-"""The answers of all layers to labelled examples, and the exit layers that each setting of a dial gives."""
+"""The answers of all layers to labelled examples, and the exit layers that each setting of a dial
+gives."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class LayerAnswers:
 
 
 def check_finite(probabilities: Tensor) -> None:
-    """Raise a ``ValueError`` if a probability is not a number: of such answers, the first class would be taken."""
+    """Raise a ``ValueError`` if a probability is not a number: of such answers, the first class
+    would be taken."""
     if not probabilities.isfinite().all():
         raise ValueError(
             "the model's answers are not finite: train it again with a smaller learning rate or in precision 32-true, "
@@ -60,7 +62,8 @@ def check_finite(probabilities: Tensor) -> None:
 
 @torch.no_grad()
 def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
-    """Return the answers of all layers to labelled batches, in the precision of the surrounding ``torch.autocast``.
+    """Return the answers of all layers to labelled batches, in the precision of the surrounding
+    ``torch.autocast``.
 
     Args:
         model: Model, on the device that it should use.
@@ -68,8 +71,8 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
 
     Raises:
         TypeError: If a batch is not a dict.
-        ValueError: If a batch has no labels, a label is no class of the model, an answer is not finite, or there are
-            fewer than two examples.
+        ValueError: If a batch has no labels, a label is no class of the model, an answer is not
+            finite, or there are fewer than two examples.
     """
     parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
     for batch in batches:
@@ -80,7 +83,9 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         target = batch["labels"]
         functional.soft_targets(target, model.output_dimension)  # checks them
         if (target == functional.UNLABELLED).any():
-            raise ValueError(f"a label is {functional.UNLABELLED}: what is measured on needs its labels")
+            raise ValueError(
+                f"a label is {functional.UNLABELLED}: what is measured on needs its labels"
+            )
         output = model.full_depth(move(batch, model.device))
         assert output.layer_probabilities is not None
         assert output.h is not None
@@ -97,11 +102,13 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     return LayerAnswers(**{name: torch.cat(tensors) for name, tensors in parts.items() if tensors})
 
 
-def exits_by_setting(answers: LayerAnswers, halting: Halting, dial: Dial) -> Callable[[float], Tensor]:
+def exits_by_setting(
+    answers: LayerAnswers, halting: Halting, dial: Dial
+) -> Callable[[float], Tensor]:
     """Return a function from settings of a dial to exit layers, int64 ``[examples]``.
 
-    Its results are those of `LayerAnswers.exit_layers`, hundreds of times as fast, since everything that does not
-    depend on the setting is computed once.
+    Its results are those of `LayerAnswers.exit_layers`, hundreds of times as fast, since everything
+    that does not depend on the setting is computed once.
 
     Args:
         answers: Answers of all layers.
@@ -109,14 +116,17 @@ def exits_by_setting(answers: LayerAnswers, halting: Halting, dial: Dial) -> Cal
         dial: Name of the dial.
     """
     # The two criteria need only the first and the second class: [examples, layers, 2].
-    a, y = answers.a.topk(2, dim=-1).values, functional.at_least_float32(answers.y).topk(2, dim=-1).values
+    a, y = (
+        answers.a.topk(2, dim=-1).values,
+        functional.at_least_float32(answers.y).topk(2, dim=-1).values,
+    )
     if dial == "halting_tolerance":
         return lambda tolerance: replace(halting, tolerance=tolerance).exit_layers(a, answers.p, y)
     latest = replace(halting, margin=1.0).exit_layers(a, answers.p, y)
     if halting.rule == "never":
         return lambda margin: latest
-    # By the margin, an example leaves at the first layer where the largest lead so far exceeds it. That is one more
-    # than the number of layers where it does not.
+    # By the margin, an example leaves at the first layer where the largest lead so far exceeds it.
+    # That is one more than the number of layers where it does not.
     lead = (y[..., 0] - y[..., 1]).cummax(dim=1).values  # [examples, layers]
 
     def exits(margin: float) -> Tensor:
@@ -134,8 +144,8 @@ class OperatingPoint:
         accuracy: Accuracy of early exit, in [0, 1].
         mean_exit_layer: Mean exit layer, in [1, layers].
         agreement: Share of the examples that get the class of the model's own full depth.
-        accuracy_loss: Accuracy of the reference minus that of early exit; the reference is the model's own full depth
-            unless a baseline was given.
+        accuracy_loss: Accuracy of the reference minus that of early exit; the reference is the
+            model's own full depth unless a baseline was given.
         accuracy_loss_error: Standard error of that paired difference.
     """
 
@@ -162,10 +172,13 @@ def operating_points(
         settings: Settings of the dial.
         halting: Halting rule, whose `dial` is replaced by the settings.
         dial: Name of the dial.
-        baseline: Classes of a reference on the same examples, int64 ``[examples]``; the model's own full depth if left
-            out.
+        baseline: Classes of a reference on the same examples, int64 ``[examples]``; the model's own
+            full depth if left out.
     """
-    exits, classes = exits_by_setting(answers, halting, dial), answers.a.argmax(dim=2)  # classes [examples, layers]
+    exits, classes = (
+        exits_by_setting(answers, halting, dial),
+        answers.a.argmax(dim=2),
+    )  # classes [examples, layers]
     full = classes[:, -1]
     reference = (full if baseline is None else check_baseline(baseline, answers)) == answers.target
     points = []
@@ -175,7 +188,9 @@ def operating_points(
         right = early == answers.target
         loss, error = mean_and_error(reference.double() - right.double())
         points.append(
-            OperatingPoint(setting, share(right), at.double().mean().item(), share(early == full), loss, error)
+            OperatingPoint(
+                setting, share(right), at.double().mean().item(), share(early == full), loss, error
+            )
         )
     return points
 
@@ -191,7 +206,9 @@ def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
         )
     if not ((baseline >= 0) & (baseline < classes)).all():
         found = f"{baseline.min()} … {baseline.max()}"
-        raise ValueError(f"baseline must hold classes in 0 … {classes - 1}, as the labels do, got {found}")
+        raise ValueError(
+            f"baseline must hold classes in 0 … {classes - 1}, as the labels do, got {found}"
+        )
     return baseline
 
 
@@ -208,13 +225,15 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
 
-def careful_mean_and_error(values: Tensor, low: float = -1.0, high: float = 1.0) -> tuple[float, float]:
-    """Return the mean of `values` in [low, high] and the standard error that one more value at either end would give.
+def careful_mean_and_error(
+    values: Tensor, low: float = -1.0, high: float = 1.0
+) -> tuple[float, float]:
+    """Return the mean of `values` in [low, high] and the standard error that one more value at
+    either end would give.
 
-    Of a few values without a difference the error would be 0, and of a single difference the mean would be the error.
-    Source: Bonett & Price 2012, *Adjusted Wald Confidence Interval for a Difference of Binomial Proportions Based on
-    Paired Data*.
-    """
+    Of a few values without a difference the error would be 0, and of a single difference the mean
+    would be the error. Source: Bonett & Price 2012, *Adjusted Wald Confidence Interval for a
+    Difference of Binomial Proportions Based on Paired Data*."""
     more = torch.cat([values.double(), values.new_tensor([low, high], dtype=torch.float64)])
     return values.double().mean().item(), mean_and_error(more)[1]
 

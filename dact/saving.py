@@ -1,4 +1,5 @@
-"""The files of a model: config.json, model.safetensors, and its entry in a checkpoint. They hold data, never code."""
+"""The files of a model: config.json, model.safetensors, and its entry in a checkpoint. They hold
+data, never code."""
 
 from __future__ import annotations
 
@@ -18,16 +19,27 @@ from torch import Tensor, nn
 
 from dact import encoders, files
 from dact.encoders.base import LayeredEncoder
-from dact.files import DurableCheckpointIO, read_json, read_tensors, replacing, write_json, write_tensors
+from dact.files import (
+    DurableCheckpointIO,
+    read_json,
+    read_tensors,
+    replacing,
+    write_json,
+    write_tensors,
+)
 from dact.submodels import SubmodelConfig, Submodels
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/1"
 COMPILED = "_orig_mod."  # in the names of what torch.compile has wrapped
-HALTING = ("halting", "halting_tolerance", "halting_margin")  # attributes that decide when an example halts
-# Where a checkpoint holds `config_of`. LightningCLI reads "hyper_parameters" as its own and refuses other formats
-# there.
+HALTING = (
+    "halting",
+    "halting_tolerance",
+    "halting_margin",
+)  # attributes that decide when an example halts
+# Where a checkpoint holds `config_of`. LightningCLI reads "hyper_parameters" as its own and refuses
+# other formats there.
 CHECKPOINT_KEY = "dact"
 EARLIER_KEY = "hyper_parameters"  # where version 0.1.0 had it
 LEARNED = ("temperatures", "calibration")  # attributes that no constructor takes
@@ -39,7 +51,8 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def own_arguments(model: object, base: type) -> dict[str, Any] | None:
-    """Return the arguments that a subclass was called with. Only the constructor of `base` may call this.
+    """Return the arguments that a subclass was called with. Only the constructor of `base` may call
+    this.
 
     Lightning's `save_hyperparameters` inspects the calling constructors in the same way.
 
@@ -48,13 +61,18 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
         base: `DACT`, whose arguments are stored with the model's attributes.
 
     Returns:
-        ``arguments``, the arguments that only the subclass has or that it hands to `base` as something else, and
-        ``passed``, the names of the arguments of `base` that it takes. None for an object of `base` itself.
+        ``arguments``, the arguments that only the subclass has or that it hands to `base` as
+        something else, and ``passed``, the names of the arguments of `base` that it takes. None for
+        an object of `base` itself.
     """
     frame, outermost = inspect.currentframe(), None
     frame = frame.f_back if frame else None
     received = dict(frame.f_locals) if frame else {}
-    while frame and frame.f_code.co_name == "__init__" and frame.f_locals.get(frame.f_code.co_varnames[0]) is model:
+    while (
+        frame
+        and frame.f_code.co_name == "__init__"
+        and frame.f_locals.get(frame.f_code.co_varnames[0]) is model
+    ):
         frame, outermost = frame.f_back, frame
     if type(model) is base or outermost is None:
         return None
@@ -64,7 +82,11 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
     if positional and isinstance(positional[0], LayeredEncoder):  # passed on to `base`
         flat |= dict(zip(of_base, positional, strict=False))
     flat |= given.locals[given.keywords] if given.keywords else {}
-    kept = {name: value for name, value in flat.items() if name not in of_base or value is not received[name]}
+    kept = {
+        name: value
+        for name, value in flat.items()
+        if name not in of_base or value is not received[name]
+    }
     own = {name: plain_data(value) for name, value in kept.items() if _is_plain(value)}
     return {"arguments": own, "passed": [name for name in flat if name in of_base]}
 
@@ -72,16 +94,20 @@ def own_arguments(model: object, base: type) -> dict[str, Any] | None:
 def config_of(model: Any, base: type) -> dict[str, Any]:
     """Return plain data (strings, numbers, lists, dicts) from which `build` makes this model again.
 
-    An argument of a subclass that is not plain data is left out, and must be passed when the model is loaded.
-    """
-    config = {name: plain_data(getattr(model, name)) for name in (*inspect.signature(base).parameters, *LEARNED)}
+    An argument of a subclass that is not plain data is left out, and must be passed when the model
+    is loaded."""
+    config = {
+        name: plain_data(getattr(model, name))
+        for name in (*inspect.signature(base).parameters, *LEARNED)
+    }
     if model.subclass is not None:
         config["subclass"] = {"name": type(model).__qualname__, **model.subclass}
     return config
 
 
 def plain_data(value: Any) -> Any:
-    """Return a value as the types that a checkpoint may hold: NumPy's numbers and strings would need code to read."""
+    """Return a value as the types that a checkpoint may hold: NumPy's numbers and strings would
+    need code to read."""
     value = getattr(value, "_orig_mod", value)  # what torch.compile has wrapped
     if isinstance(value, LayeredEncoder):
         return plain_data(value.config())
@@ -104,7 +130,9 @@ def _is_plain(value: Any) -> bool:
     return value is None or type(value) in (str, int, float, bool) or isinstance(value, np.generic)
 
 
-def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Mapping[str, Any]) -> Model:
+def build(
+    cls: type[Model], base: type, config: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> Model:
     """Build a model with fresh weights as `config_of` described it.
 
     Args:
@@ -115,13 +143,16 @@ def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Ma
 
     Raises:
         TypeError: If the constructor has no argument of the name of an override.
-        ValueError: If the encoder cannot be rebuilt, an argument is missing, or one is outside its range.
+        ValueError: If the encoder cannot be rebuilt, an argument is missing, or one is outside its
+            range.
     """
     known = inspect.signature(cls).parameters
     is_open = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     for name in overrides.keys() - known.keys():
         if not is_open:
-            raise TypeError(f"{cls.__name__} has no argument {name!r}: expected one of {', '.join(known)}")
+            raise TypeError(
+                f"{cls.__name__} has no argument {name!r}: expected one of {', '.join(known)}"
+            )
     config = dict(config)
     learned, layers = {name: config.pop(name, None) for name in LEARNED}, config.get("num_layers")
     subclass = config.pop("subclass", None) or {"arguments": {}, "passed": list(config)}
@@ -149,7 +180,10 @@ def build(cls: type[Model], base: type, config: Mapping[str, Any], overrides: Ma
     if "encoder" in arguments and not isinstance(arguments["encoder"], LayeredEncoder):
         arguments["encoder"] = encoders.from_config(arguments["encoder"])
     model: Any = cls(**arguments)
-    for name in (*HALTING, "class_names"):  # may have changed after the constructor of a subclass set them
+    for name in (
+        *HALTING,
+        "class_names",
+    ):  # may have changed after the constructor of a subclass set them
         if name in config and name not in overrides:
             setattr(model, name, config[name])
     if cls is not base:
@@ -166,10 +200,18 @@ def _check_rebuilt(
     model: Any, config: Mapping[str, Any], subclass: Mapping[str, Any], overrides: Mapping[str, Any]
 ) -> None:
     """Warn if a subclass has made something else of the arguments that it was given before."""
-    then = {name: config[name] for name in subclass["passed"] if name in config} | subclass["arguments"]
-    now = {name: plain_data(getattr(model, name, None)) for name in subclass["passed"]} | model.subclass["arguments"]
+    then = {name: config[name] for name in subclass["passed"] if name in config} | subclass[
+        "arguments"
+    ]
+    now = {
+        name: plain_data(getattr(model, name, None)) for name in subclass["passed"]
+    } | model.subclass["arguments"]
     for name, value in then.items():
-        if name not in overrides and type(value) in (int, float, str) and now.get(name, value) != value:
+        if (
+            name not in overrides
+            and type(value) in (int, float, str)
+            and now.get(name, value) != value
+        ):
             rank_zero_warn(
                 f"{type(model).__name__} has made {name} {now[name]} of {value}, since its __init__ changes this "
                 f"argument, which is stored as changed: give the changed value another name than {name}"
@@ -180,14 +222,17 @@ def _check_rebuilt(
 
 
 def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the description of the model in a checkpoint of DACT, as a reference: changes to it change the checkpoint.
+    """Return the description of the model in a checkpoint of DACT, as a reference: changes to it
+    change the checkpoint.
 
     Empty if there is none. Checkpoints of version 0.1.0 have it under ``hyper_parameters``.
     """
     return checkpoint.get(CHECKPOINT_KEY) or checkpoint.get(EARLIER_KEY) or {}
 
 
-def read_checkpoint(path: str | Path, map_location: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_checkpoint(
+    path: str | Path, map_location: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the description and the weights in a checkpoint of DACT, a file or an address.
 
     Raises:
@@ -204,9 +249,12 @@ def read_checkpoint(path: str | Path, map_location: Any) -> tuple[dict[str, Any]
 
 
 def store_in_checkpoint(path: Path, model: Any) -> None:
-    """Write the halting settings of `model` and what was learned after its fit into a checkpoint of it."""
+    """Write the halting settings of `model` and what was learned after its fit into a checkpoint of
+    it."""
     checkpoint = files.read_checkpoint(path)
-    stored_config(checkpoint).update({name: plain_data(getattr(model, name)) for name in (*HALTING, *LEARNED)})
+    stored_config(checkpoint).update(
+        {name: plain_data(getattr(model, name)) for name in (*HALTING, *LEARNED)}
+    )
     DurableCheckpointIO().save_checkpoint(checkpoint, path)
 
 
@@ -229,9 +277,13 @@ def load(
             with torch.device("meta"):
                 skeleton = build(cls, base, config, overrides)
         except RuntimeError as error:  # the product of the sizes overflows
-            raise ValueError(f"{where} describes a model that cannot be built: {str(error).splitlines()[0]}") from error
+            raise ValueError(
+                f"{where} describes a model that cannot be built: {str(error).splitlines()[0]}"
+            ) from error
         check_weights(skeleton, weights, where)
-    with torch.random.fork_rng(devices=[]):  # random weights are made first, which must not move the caller's generator
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # random weights are made first, which must not move the caller's generator
         model = build(cls, base, config, overrides)
     check_weights(model, weights, where)
     model.load_state_dict(weights)
@@ -239,15 +291,23 @@ def load(
 
 
 def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
-    """Raise a one-line ``ValueError`` if names or shapes of `weights` are not those of the model."""
-    own, weights = model.state_dict(), {name.replace(COMPILED, ""): weight for name, weight in weights.items()}
+    """Raise a one-line ``ValueError`` if names or shapes of `weights` are not those of the
+    model."""
+    own, weights = (
+        model.state_dict(),
+        {name.replace(COMPILED, ""): weight for name, weight in weights.items()},
+    )
     different = [
         f"{name}: {list(weights[name].shape)} instead of {list(own[name].shape)}"
         for name in own
         if name in weights and weights[name].shape != own[name].shape
     ]
     absent, unknown = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    faults = different + [f"{name} is missing" for name in absent] + [f"{name} is unknown" for name in unknown]
+    faults = (
+        different
+        + [f"{name} is missing" for name in absent]
+        + [f"{name} is unknown" for name in unknown]
+    )
     if not faults:
         return
     layers = len({name.split(".")[1] for name in weights if name.startswith("confidence.")})
@@ -265,13 +325,15 @@ def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
 
 
 def halts_as(model: Any, calibration: Mapping[str, Any], dial: Any) -> bool:
-    """Return whether the halting settings of `model` are those of a calibration, with `dial` as the dial's value."""
+    """Return whether the halting settings of `model` are those of a calibration, with `dial` as the
+    dial's value."""
     then = {name: calibration[name] for name in HALTING} | {calibration["promise"]["dial"]: dial}
     return then == {name: getattr(model, name) for name in HALTING}
 
 
 def _restore_learned(model: Any, learned: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Give a new model its temperatures, and its calibration unless an override changed the settings behind it."""
+    """Give a new model its temperatures, and its calibration unless an override changed the
+    settings behind it."""
     model.temperatures = learned["temperatures"]
     calibration = learned["calibration"]
     if calibration is None:
@@ -301,7 +363,11 @@ def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
     check_weights(model, checkpoint["state_dict"], "the checkpoint")
     config = stored_config(checkpoint)
     stored = config.get("class_names")
-    if stored is not None and model.class_names is not None and list(stored) != list(model.class_names):
+    if (
+        stored is not None
+        and model.class_names is not None
+        and list(stored) != list(model.class_names)
+    ):
         raise ValueError(
             f"the checkpoint has the classes {', '.join(stored)}, in this order, but here they are "
             f"{', '.join(model.class_names)}: give the data class_names={list(stored)}, or train again"
@@ -317,9 +383,14 @@ def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
         setattr(model, dial, calibration[dial])
         model.calibration = calibration
         return None
-    if halts_as(model, calibration, dial=calibration[dial]):  # a dial that was moved since is the user's own
+    if halts_as(
+        model, calibration, dial=calibration[dial]
+    ):  # a dial that was moved since is the user's own
         return None
-    then, now = _halting_of(calibration), _halting_of({name: getattr(model, name) for name in HALTING})
+    then, now = (
+        _halting_of(calibration),
+        _halting_of({name: getattr(model, name) for name in HALTING}),
+    )
     return f"The checkpoint was calibrated for {then}, but this configuration has {now}; its calibration is ignored"
 
 
@@ -331,13 +402,16 @@ def _halting_of(settings: Mapping[str, Any]) -> str:
 
 
 def name_plainly(model: nn.Module) -> None:
-    """Keep the prefix that torch.compile gives to a part of the model out of the names of its weights."""
+    """Keep the prefix that torch.compile gives to a part of the model out of the names of its
+    weights."""
     model.register_state_dict_post_hook(_without_prefix)
     model.register_load_state_dict_pre_hook(_with_prefix)
 
 
 def _without_prefix(module: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for name in [name for name in state if name.startswith(prefix) and COMPILED in name[len(prefix) :]]:
+    for name in [
+        name for name in state if name.startswith(prefix) and COMPILED in name[len(prefix) :]
+    ]:
         state[prefix + name[len(prefix) :].replace(COMPILED, "")] = state.pop(name)
 
 
@@ -372,22 +446,33 @@ def write_folder(model: Any, base: type, directory: Path) -> None:
 
 
 def read_folder(directory: Path, base: type) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the configuration and the weights in a folder that `write_folder` wrote, or another tool re-saved.
+    """Return the configuration and the weights in a folder that `write_folder` wrote, or another
+    tool re-saved.
 
     Raises:
         FileNotFoundError: If the folder or one of the two files is missing.
         ValueError: If a file cannot be read, or is of a version of dact that writes more.
     """
     if not directory.is_dir():
-        raise FileNotFoundError(f"there is no folder {directory}: expected one that save_pretrained wrote")
+        raise FileNotFoundError(
+            f"there is no folder {directory}: expected one that save_pretrained wrote"
+        )
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
-            inside = [path for path in (directory / "model", directory / "final" / "model") if path.is_dir()]
+            inside = [
+                path
+                for path in (directory / "model", directory / "final" / "model")
+                if path.is_dir()
+            ]
             hint = f", such as {inside[0]}" if inside else ""
-            raise FileNotFoundError(f"{directory} has no {name}: expected a folder that save_pretrained wrote{hint}")
+            raise FileNotFoundError(
+                f"{directory} has no {name}: expected a folder that save_pretrained wrote{hint}"
+            )
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)
-    if not isinstance(config, dict) or not str(kind := config.pop("format", None)).startswith("dact/"):
+    if not isinstance(config, dict) or not str(kind := config.pop("format", None)).startswith(
+        "dact/"
+    ):
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
     written_by = config.pop("written_by", "dact")
     unknown = sorted(config.keys() - {*inspect.signature(base).parameters, *LEARNED, "subclass"})
@@ -403,4 +488,8 @@ def read_folder(directory: Path, base: type) -> tuple[dict[str, Any], dict[str, 
 def encoder_with_files(config: Mapping[str, Any], directory: Path) -> LayeredEncoder | None:
     """Return the encoder of a folder if it consists of files instead of weights, None otherwise."""
     described = config.get("encoder") or {}
-    return encoders.from_config(described, directory) if described.get("type") == "OnnxEncoder" else None
+    return (
+        encoders.from_config(described, directory)
+        if described.get("type") == "OnnxEncoder"
+        else None
+    )

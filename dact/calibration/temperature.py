@@ -10,17 +10,18 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from dact import functional
-from dact.answers import LayerAnswers, check_finite
+from dact.calibration.answers import LayerAnswers, check_finite
 
 LARGEST_TEMPERATURE = 8.0  # and 1/8 is the smallest
 FOLDS = 5
 
 
 def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) -> float:
-    """Return the expected calibration error, Σ (share of a bin) · |its accuracy - its mean score|, in [0, 1].
+    """Return the expected calibration error, Σ (share of a bin) · |its accuracy - its mean score|,
+    in [0, 1].
 
-    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, arXiv 1706.04599, with bins of equal
-    width.
+    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, arXiv 1706.04599,
+    with bins of equal width.
 
     Args:
         scores: Probability of the returned class, ``[examples]``, in [0, 1].
@@ -34,10 +35,14 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
     return binary_calibration_error(scores.float(), correct.int(), n_bins=bins, norm="l1").item()
 
 
-def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float] | None) -> Tensor:
-    """Return probabilities q proportional to p^(1/T), T being the temperature of an example's exit layer.
+def temper(
+    probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float] | None
+) -> Tensor:
+    """Return probabilities q proportional to p^(1/T), T being the temperature of an example's exit
+    layer.
 
-    The order of the classes stays as it is, apart from rounding: take the class from the input, not from the result.
+    The order of the classes stays as it is, apart from rounding: take the class from the input, not
+    from the result.
 
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
@@ -48,22 +53,26 @@ def temper(probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[fl
         ``[batch, classes]``, in float32 or more.
 
     Raises:
-        ValueError: If a probability is not a number: of such answers, the first class would be taken.
+        ValueError: If a probability is not a number: of such answers, the first class would be
+            taken.
     """
     check_finite(probabilities)
     if temperatures is None:
         return probabilities
-    log = functional.at_least_float32(probabilities).clamp_min(functional.SMALLEST_PROBABILITY).log()
+    log = (
+        functional.at_least_float32(probabilities).clamp_min(functional.SMALLEST_PROBABILITY).log()
+    )
     factors = 1 / torch.tensor(temperatures, dtype=log.dtype, device=log.device)
     return (log * factors[exit_layers - 1].unsqueeze(1)).softmax(dim=1)
 
 
 def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
-    """Return one temperature per exit layer, fitted by the negative log-likelihood of early exit there.
+    """Return one temperature per exit layer, fitted by the negative log-likelihood of early exit
+    there.
 
-    A temperature is kept only where it helps: in five-fold cross-validation the mean gain must exceed its standard
-    error. Elsewhere it is 1, as for layers at which hardly any example leaves. Source of temperature scaling: Guo et
-    al. 2017, arXiv 1706.04599.
+    A temperature is kept only where it helps: in five-fold cross-validation the mean gain must
+    exceed its standard error. Elsewhere it is 1, as for layers at which hardly any example leaves.
+    Source of temperature scaling: Guo et al. 2017, arXiv 1706.04599.
 
     Args:
         answers: Answers of all layers to labelled examples that were not used for training.
@@ -90,7 +99,10 @@ def _fit_temperature(log: Tensor, target: Tensor) -> float:
     for held_out in range(FOLDS):
         kept, tried = fold != held_out, fold == held_out
         temperature = _best_temperature(log[kept], target[kept])
-        gains.append(_losses(log[tried], target[tried], 1.0) - _losses(log[tried], target[tried], temperature))
+        gains.append(
+            _losses(log[tried], target[tried], 1.0)
+            - _losses(log[tried], target[tried], temperature)
+        )
     gain = torch.cat(gains)
     helps = gain.mean().item() > gain.std().item() / len(gain) ** 0.5
     return _best_temperature(log, target) if helps else 1.0
@@ -101,7 +113,9 @@ def _best_temperature(log: Tensor, target: Tensor) -> float:
 
     most = math.log(LARGEST_TEMPERATURE)
     found = minimize_scalar(
-        lambda exponent: _losses(log, target, math.exp(exponent)).mean().item(), bounds=(-most, most), method="bounded"
+        lambda exponent: _losses(log, target, math.exp(exponent)).mean().item(),
+        bounds=(-most, most),
+        method="bounded",
     )
     return math.exp(found.x)
 
