@@ -73,8 +73,8 @@ class Export:
         lines = [f"{self.folder}: {self.megabytes:.1f} MB of graphs, {checked}"]
         if self.promise_dropped:
             lines.append(
-                "its promise was dropped, since answers differ a little: it has the dials that the fit set. Set them "
-                "again with dact calibrate on this folder"
+                "it leaves early as before, but its promise was dropped, since answers differ a little. Renew it with "
+                "dact calibrate on this folder"
             )
         return "\n".join(lines)
 
@@ -86,8 +86,9 @@ def export(
 
     The embedding, each layer and the pooling become graphs of any batch size and length, each
     compared with PyTorch before the folder appears. `DACT.from_pretrained` and
-    `TextClassifier.from_pretrained` read the folder like any other. A promise that `dact.calibrate`
-    made is dropped, since margins move: calibrate the new folder.
+    `TextClassifier.from_pretrained` read the folder like any other. The halting rule stays. A promise
+    that `dact.calibrate` made is dropped, since answers differ a little: calibrate the new folder to
+    renew it.
 
     Args:
         model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
@@ -116,7 +117,7 @@ def export(
     if isinstance(encoder, OnnxEncoder):
         raise ValueError(f"export: {model_dir} was exported already: give the folder of the fit")
     had_promise = model.calibration is not None
-    model.end_calibration()
+    model.calibration = None  # the halting rule stays
     with replacing_folder(output) as folder, torch.no_grad():
         layers = _write_graphs(encoder, model.num_layers, folder)
         exported = _open(folder, layers, encoder)

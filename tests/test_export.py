@@ -206,7 +206,7 @@ def test_the_function_is_dact_export():
     assert callable(dact.export)
 
 
-def test_a_promise_is_dropped_and_can_be_set_again_on_the_exported_folder(tmp_path):
+def test_the_dial_stays_the_promise_is_dropped_and_can_be_renewed_on_the_exported_folder(tmp_path):
     data = fitted_folder(tmp_path / "model")
     data.setup("validate")
     model = DACT.from_pretrained(tmp_path / "model")
@@ -219,7 +219,7 @@ def test_a_promise_is_dropped_and_can_be_set_again_on_the_exported_folder(tmp_pa
     assert "dact calibrate" in str(report)
     exported = DACT.from_pretrained(tmp_path / "onnx")
     assert exported.calibration is None
-    assert exported.halting_margin == 1
+    assert exported.halting_margin == model.halting_margin
     calibrate(exported, data, min_agreement=0.5, dial="halting_margin")
     exported.save_pretrained(tmp_path / "onnx")
     again = DACT.from_pretrained(tmp_path / "onnx")
