@@ -32,11 +32,11 @@ from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.files import read_tensors
-from dact.tuning.features import Features, FeaturesData, check_features, compute_features
-from dact.tuning.fitting import Deadline, StopAtDeadline, TimeIsUp
-from dact.tuning.outcome import Outcome
-from dact.tuning.retries import CAUSE, is_interrupted
+from dact.tuning.features import Features, FeaturesData, compute_features
+from dact.tuning.outcome import OUTCOME, Outcome
 from dact.tuning.stages import STAGES as ALL_STAGES
+from dact.tuning.trainer import Deadline, StopAtDeadline, TimeIsUp
+from dact.tuning.trial import CAUSE
 from tests.conftest import free_port, tiny_model
 from tests.tables import write_table
 
@@ -70,6 +70,10 @@ def study_of(tmp_path, stage, tag="run"):
     return optuna.load_study(
         study_name=f"{tag}/{stage}", storage=f"sqlite:///{tmp_path / tag / 'studies.db'}"
     )
+
+
+def chosen_settings(run):
+    return json.loads((run / "run.json").read_text())["steps"]["confirmation"]["settings"]
 
 
 # ------------------------------------------------------------------ the whole
@@ -126,7 +130,7 @@ def test_the_pipeline_leaves_what_the_design_lists(tuned):
 def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
     _, run, (_, model_path) = tuned
     model = DACT.load_from_checkpoint(model_path)
-    chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
+    chosen = chosen_settings(run)
     assert SubmodelConfig(**chosen["classifier"]) == model.classifier.config
     assert model.submodel_learning_rate == chosen["submodel_learning_rate"]
     assert model.num_layers == chosen["num_layers"]
@@ -193,7 +197,7 @@ def test_metrics_have_the_keys_of_the_design(tuned):
     assert metrics["baseline"]["layers"] == 3
     keys = {"tolerance", "accuracy", "mean_exit_layer", "agreement", "difference_to_baseline"}
     assert keys == set(metrics["tolerance_curve"][0])
-    chosen = json.loads((run / "final" / "made_of.json").read_text())["fit"]["settings"]
+    chosen = chosen_settings(run)
     assert len(metrics["history"]) == chosen["num_epochs"]
     assert all("train_loss" in record for record in metrics["history"])
 
@@ -217,31 +221,6 @@ def test_the_studies_hold_what_the_objectives_say(tuned):
     for study in (submodels, training):
         for trial in study.trials:
             assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
-
-
-def test_a_resumed_run_knows_the_pace_of_its_baseline(tmp_path):
-    first, again = engine(tmp_path), engine(tmp_path)
-    for made in (first, again):
-        made._prepare(made._begin("run"), made._survey())
-    assert again.progress.seconds_per_epoch == first.progress.seconds_per_epoch > 0
-
-
-def test_a_promise_that_becomes_an_estimate_is_said_at_the_start(tmp_path):
-    made = engine(tmp_path)
-    made.progress.console = Console(file=io.StringIO(), width=300)
-    made._survey(measured=True)
-    said = "the margin will be set by an estimate, on all validation examples, not by a promise"
-    assert said in made.progress.console.file.getvalue()
-
-
-def test_data_that_cannot_set_examples_aside_is_told_what_would_help(tmp_path):
-    made = engine(tmp_path, data=WithTest)
-    made.progress.console = Console(file=io.StringIO(), width=300)
-    made._survey(measured=True)
-    assert (
-        "WithTest sets 0 aside. A calibration_dataloader changes that"
-        in made.progress.console.file.getvalue()
-    )
 
 
 def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(tuned):
@@ -536,18 +515,6 @@ def test_studies_of_ones_own_log_apart_and_start_from_one_baseline(tmp_path):
     }
 
 
-def test_a_study_of_ones_own_with_other_objectives_is_refused_before_the_baseline(tmp_path):
-    made = engine(tmp_path)
-    wrong = ((made.lambda_objective, {}), (made.submodel_objective, {"direction": "maximize"}))
-    for objective, options in wrong:
-        with pytest.raises(
-            ValueError,
-            match=r"is for a study that optuna.create_study\(directions=\['minimize'.*got one",
-        ):
-            optuna.create_study(**options).optimize(objective, n_trials=1)
-    assert not list(tmp_path.iterdir())
-
-
 def test_lambda_never_enters_the_task_loss(tmp_path):
     model = partial(small_model, lambda_warmup=0.0, exit_loss_weight=0.0, learning_rate=1e-12)
     made = engine(tmp_path, model=model, promise=None)
@@ -615,17 +582,6 @@ def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how,
     assert 0 < len(broken) < 8
     assert all(trial.state.name == state and trial.user_attrs[CAUSE] for trial in broken)
     assert all(trial.state.name != "FAIL" for trial in trials if trial not in broken)
-
-
-def test_a_baseline_that_breaks_says_what_to_do(tmp_path):
-    kind = type("Broken", (Breaks,), {"how": "nan"})
-    made = engine(
-        tmp_path,
-        model=lambda **o: kind(encoder=TransformerEncoder(42, 2, 8, 2), learning_rate=0.01, **o),
-    )
-    message = "the baseline broke: val_loss is nan after epoch 0. Its learning rate is 0.01: lower that of the model"
-    with pytest.raises(RuntimeError, match=message):
-        made.joint_tune_study("run")
 
 
 def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
@@ -745,40 +701,6 @@ def test_another_space_or_data_set_under_the_same_tag_is_refused(begun):
         engine(begun, output_dimension=4, encoder_training="frozen").joint_tune_study("other")
 
 
-def other_weights(**overrides):
-    model = small_model(**overrides)
-    with torch.no_grad():
-        model.encoder.tokens.weight.add_(1.0)
-    return model
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"model": other_weights}, "encoder's weights"),
-        ({"trainer": {"max_epochs": 1, "accelerator": "cpu", "limit_train_batches": 1}}, "trainer"),
-        (
-            {"trainer": {"max_epochs": 1, "accelerator": "cpu", "val_check_interval": 0.5}},
-            "trainer",
-        ),
-        (
-            {
-                "trainer": {
-                    "max_epochs": 1,
-                    "accelerator": "cpu",
-                    "callbacks": [pl.callbacks.Timer()],
-                }
-            },
-            "callbacks",
-        ),
-        ({"promise": Promise(min_agreement=0.5)}, "promise"),
-    ],
-)
-def test_what_trials_would_not_compare_under_is_refused(begun, changes, what):
-    with pytest.raises(ValueError, match=f"made with another .*{what}"):
-        engine(begun, n_trials=2, **changes).joint_tune_study("run")
-
-
 class WithoutTest(pl.LightningDataModule):
     """Data of somebody else: batches of dicts, examples that are tuples, and no test split."""
 
@@ -820,78 +742,6 @@ class WithTest(WithoutTest):
     def test_dataloader(self):
         assert "test" in self.ready
         return self._loader()
-
-
-class TwoValidations(WithTest):
-    def val_dataloader(self):
-        return [self._loader(), self._loader()]
-
-
-def test_an_encoder_that_cannot_be_copied_is_refused_before_any_fit(tmp_path):
-    """Else the mean of the weights over the last steps would fail after all studies."""
-
-    def locked(**chosen):
-        model = small_model(**chosen)
-        model.encoder.lock = threading.Lock()
-        return model
-
-    with pytest.raises(
-        ValueError,
-        match="needs a copy of the model, but copy.deepcopy fails on it .*lock.*__deepcopy__",
-    ):
-        engine(tmp_path, model=locked).run_pipeline("locked")
-    assert not list(tmp_path.rglob("*.ckpt"))
-    frozen = {"encoder_training": "frozen", "final_training": "frozen"}
-    engine(tmp_path, model=locked, **frozen).run_pipeline("frozen")
-
-
-@pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_a_factory_whose_models_share_an_encoder_is_refused(tmp_path, mode):
-    """As where a large encoder is loaded once: the first fit would change what the others start
-    from."""
-    encoder = small_model().encoder
-    before = {name: value.clone() for name, value in encoder.state_dict().items()}
-    made = engine(
-        tmp_path, model=lambda **chosen: DACT(encoder, 3, **chosen), encoder_training=mode
-    )
-    for method in (made.run_pipeline, made.joint_tune_study):
-        with pytest.raises(
-            ValueError,
-            match="model made two models that share weights.* load the encoder within the",
-        ):
-            method("run")
-    assert all(torch.equal(before[name], value) for name, value in encoder.state_dict().items())
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_single_study_asks_the_factory_for_what_its_trials_need(tmp_path):
-    with pytest.raises(
-        ValueError, match="model was asked for .* and made one with .*: it must give"
-    ):
-        engine(tmp_path, model=lambda **chosen: small_model()).joint_tune_study("run")
-
-
-def test_what_the_end_of_a_run_needs_is_asked_for_at_its_start(tmp_path):
-    with pytest.raises(Exception, match="test_dataloader"):
-        engine(tmp_path, n_trials=1, data=WithoutTest).run_pipeline("run")
-    with pytest.raises(TypeError, match="batch_size"):
-        engine(tmp_path, n_trials=1, data=lambda: WithTest()).run_pipeline("run")
-    with pytest.raises(TypeError, match="tuning needs one DataLoader .* for validation, got list"):
-        engine(tmp_path, n_trials=1, data=TwoValidations).run_pipeline("run")
-    with pytest.raises(
-        ValueError, match="model must take .*lambda_reg and give them to DACT: .* 'learning_rate'"
-    ):
-        engine(
-            tmp_path, model=lambda **chosen: small_model(**{"learning_rate": 0.1}, **chosen)
-        ).run_pipeline("run")
-    with pytest.raises(
-        ValueError,
-        match="model was asked for lambda_reg=0.001 and made one with 0.02: it must give",
-    ):
-        engine(tmp_path, model=lambda **o: small_model(**{**o, "lambda_reg": 0.02})).run_pipeline(
-            "run"
-        )
-    assert not list(tmp_path.rglob("trial_*"))
 
 
 class Momentous(DACT):
@@ -936,28 +786,6 @@ def test_data_and_a_model_of_ones_own_are_tuned(tmp_path, mode):
     assert json.loads(Path(metrics).read_text())["test"]["exit_histogram"]
 
 
-def test_workers_need_factories_that_other_processes_can_import():
-    with pytest.raises(
-        TypeError,
-        match="with several workers, data must be a function that other processes can import",
-    ):
-        TuningEngine(workers=2, model=small_model, data=lambda **overrides: small_data(**overrides))
-
-
-@pytest.mark.slow
-def test_another_selection_draws_the_pictures_anew(tmp_path):
-    engine(tmp_path).lambda_reg_study("run")
-    picture = tmp_path / "run" / "lambda_reg" / "study" / "Pareto_front.png"
-    drawn = picture.stat().st_mtime_ns
-    engine(tmp_path).lambda_reg_study("run")
-    assert picture.stat().st_mtime_ns == drawn, "the same choice"
-    (tmp_path / "run" / "lambda_reg.yaml").write_text(
-        "lambda_reg: 0.5\n"
-    )  # as another selection had chosen
-    engine(tmp_path).lambda_reg_study("run")
-    assert picture.stat().st_mtime_ns != drawn
-
-
 def test_winners_of_one_run_do_not_enter_another(tmp_path):
     made = engine(tmp_path, n_trials=1)
     made.joint_tune_study("one")
@@ -996,32 +824,7 @@ def test_trials_under_earlier_winners_are_ignored_and_kept(tmp_path):
     other.lambda_reg_study("run")
     assert len(study_of(tmp_path, "lambda_reg").trials) == 2
     assert len(study_of(tmp_path, "submodels").trials) == 2, "nothing comes before the first study"
-
-
 # ------------------------------------------------------------------ time
-
-
-def test_a_run_says_what_it_will_do_and_shows_the_time_left_from_the_first_trial_on(tuned):
-    made, _, _ = tuned
-    said = made.progress.console.file.getvalue()
-    assert "3 + 3 + 3 trials, then the final fit" in said
-    assert "The studies end after 60 min" in said
-    assert " left for the whole run" in said
-
-
-def test_what_all_trials_share_does_not_take_from_the_time_of_the_studies(tmp_path, monkeypatch):
-    from dact.tuning import engine as module
-
-    given, prepare = [], module.prepare
-    monkeypatch.setattr(
-        module, "prepare", lambda *arguments: (time.sleep(1), prepare(*arguments))[1]
-    )
-    monkeypatch.setattr(
-        module.TuningEngine, "_tune", lambda self, *arguments: given.append(arguments[4].left)
-    )
-    monkeypatch.setattr(module.TuningEngine, "_finish", lambda *arguments: ("", ""))
-    engine(tmp_path, time_out=1).run_pipeline("run")
-    assert given == pytest.approx([20, 30, 60], abs=0.5)
 
 
 def test_a_trial_without_a_validation_says_so(tmp_path):
@@ -1116,13 +919,11 @@ def test_features_are_the_states_of_the_encoder_and_are_computed_once(tmp_path):
     encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
     data.setup("fit")
     folder = tmp_path / "train"
-    compute_features(encoder, data.val_dataloader(), folder, "x")
-    compute_features(encoder, data.val_dataloader(), tmp_path / "val", "x")
+    compute_features(encoder, data.val_dataloader(), folder)
+    compute_features(encoder, data.val_dataloader(), tmp_path / "val")
     before = (folder / "states.npy").stat().st_mtime_ns
-    compute_features(encoder, data.val_dataloader(), folder, "x")
+    compute_features(encoder, data.val_dataloader(), folder)
     assert (folder / "states.npy").stat().st_mtime_ns == before
-    compute_features(encoder, data.val_dataloader(), folder, "y")
-    assert (folder / "states.npy").stat().st_mtime_ns != before
     features = FeaturesData(Features(folder), Features(tmp_path / "val"), batch_size=7)
     stored = next(iter(features.val_dataloader()))
     plain = list(data.val_dataloader())
@@ -1139,7 +940,7 @@ def test_features_are_the_states_of_the_encoder_and_are_computed_once(tmp_path):
 def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
     encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
     data.setup("fit")
-    compute_features(encoder, data.val_dataloader(), tmp_path / "val", "x")
+    compute_features(encoder, data.val_dataloader(), tmp_path / "val")
     seen = []
 
     class Orders(pl.Callback):
@@ -1230,40 +1031,6 @@ def test_submodels_learn_on_the_texts_of_the_frozen_encoder(tmp_path):
     assert len(prepared.build({})[1].train.dataset) == 120
 
 
-def test_before_the_first_frozen_trial_everything_is_made_once(tmp_path, monkeypatch):
-    counts = {"models": 0, "encoded": 0, "opened": 0}
-    training = small_data().examples("train").texts
-
-    def counting(name, original):
-        def counted(*arguments, **options):
-            counts[name] += name != "encoded" or arguments[0].texts == training
-            return original(*arguments, **options)
-
-        return counted
-
-    from dact.data import base
-    from dact.tuning import studies, trial
-
-    def first_trial(*arguments, **options):
-        seen.update(counts)
-        raise KeyboardInterrupt
-
-    seen = {}
-    monkeypatch.setattr(base, "encode", counting("encoded", base.encode))
-    monkeypatch.setattr(studies.optuna, "create_study", counting("opened", optuna.create_study))
-    monkeypatch.setattr(trial.Objective, "__call__", first_trial)
-    made = engine(
-        tmp_path, encoder_training="frozen", warm_up_epochs=1, model=counting("models", small_model)
-    )
-    with pytest.raises(KeyboardInterrupt):
-        made.run_pipeline("run")
-    assert seen["models"] <= 3, (
-        "one as it is, one that tries the arguments of a trial, one whose encoder is frozen"
-    )
-    assert seen["encoded"] == 1, "the training text is tokenized once"
-    assert seen["opened"] == 3, "each study once"
-
-
 @pytest.mark.parametrize(
     ("loader", "message"),
     [
@@ -1284,44 +1051,8 @@ def test_features_are_of_every_example_once_or_not_at_all(tmp_path, loader, mess
     whole = data.val_dataloader()
     other = torch.utils.data.DataLoader(whole.dataset, collate_fn=whole.collate_fn, **loader)
     with pytest.raises(ValueError, match=message):
-        compute_features(encoder, other, tmp_path / "val", "x")
+        compute_features(encoder, other, tmp_path / "val")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_corrupted_features_are_never_read(tmp_path):
-    encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
-    data.setup("fit")
-    folder = tmp_path / "val"
-    compute_features(encoder, data.val_dataloader(), folder, "x")
-    assert check_features(folder, "x")
-    assert not check_features(folder, "y")
-    generator = random.Random(0)
-    sound = {path: path.read_bytes() for path in sorted(folder.iterdir())}
-    for number in range(200):
-        path = generator.choice(list(sound))
-        content = bytearray(sound[path])
-        if number % 4 == 0:
-            content = content[: generator.randrange(len(content))]
-        else:
-            content[generator.randrange(len(content))] ^= 1 << generator.randrange(8)
-        path.write_bytes(content)
-        try:
-            # A changed fingerprint makes them features of something else, which are computed again.
-            sound_still = not check_features(folder, "x") or _same_arrays(folder, sound)
-            assert sound_still, path
-        except ValueError as error:
-            assert str(folder) in str(error)  # noqa: PT017 - either outcome is right
-        path.write_bytes(sound[path])
-
-
-def _same_arrays(folder, sound):
-    """Return whether the values are those that were written: a flipped bit of padding in a header
-    changes nothing."""
-    return all(
-        np.array_equal(np.load(path), np.lib.format.read_array(io.BytesIO(content)))
-        for path, content in sound.items()
-        if path.suffix == ".npy"
-    )
 
 
 @pytest.mark.slow
@@ -1352,24 +1083,6 @@ def test_the_baseline_is_the_model_as_its_fit_left_it(tmp_path):
     made.joint_tune_study("run")
     kept = DACT.from_pretrained(tmp_path / "run" / "baseline" / "model")
     assert (kept.classifier[0][-1].bias == 7.0).all()
-
-
-def data_of_the_environment(folder, **overrides):
-    """Data that leaves in a folder what the environment of each process says."""
-    folder.mkdir(exist_ok=True)
-    (folder / str(os.getpid())).write_text(os.environ["OF_THE_DATA"])
-    return small_data(**overrides)
-
-
-@pytest.mark.slow
-def test_workers_have_the_environment_that_their_parent_has_then(tmp_path, monkeypatch):
-    for value in ("one", "two"):
-        monkeypatch.setenv("OF_THE_DATA", value)
-        data = partial(data_of_the_environment, tmp_path / value)
-        engine(tmp_path / "logs", data=data, workers=2, n_trials=2).joint_tune_study(value)
-        found = [path.read_text() for path in (tmp_path / value).iterdir()]
-        assert set(found) == {value}
-        assert len(found) > 1, "workers as well"
 
 
 OWN_WORDS = ["good", "bad", "fine", "film", "the"]
@@ -1412,108 +1125,3 @@ FINAL = {
     "compare_defaults": False,
     "promise": Promise(min_agreement=0.5, dial="halting_tolerance"),
 }
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory):
-    """The folder of a run with the options `FINAL`."""
-    folder = tmp_path_factory.mktemp("final")
-    engine(folder, **FINAL).run_pipeline("run")
-    return folder / "run"
-
-
-@pytest.fixture
-def copied_run(whole_run, tmp_path):
-    """A copy of it, below `tmp_path`."""
-    return shutil.copytree(whole_run, tmp_path / "run")
-
-
-@pytest.mark.slow
-def test_another_promise_keeps_the_final_fit(copied_run):
-    weights = copied_run / "final" / "model" / "model.safetensors"
-    before = weights.read_bytes()
-    metrics = json.loads((copied_run / "final" / "metrics.json").read_text())
-    assert metrics["calibration"]["promise"]["min_agreement"] == 0.5
-    assert metrics["halting_tolerance"] > 0
-    other = {**FINAL, "promise": Promise(min_agreement=0.5, dial="halting_margin")}
-    engine(copied_run.parent, **other).final_train("run")
-    metrics = json.loads((copied_run / "final" / "metrics.json").read_text())
-    assert metrics["halting_tolerance"] == 0, "the earlier promise has ended"
-    assert metrics["halting_margin"] == metrics["calibration"]["halting_margin"] < 1
-    keys = {"margin", "accuracy", "mean_exit_layer", "agreement", "difference_to_baseline"}
-    assert keys == set(metrics["margin_curve"][0])
-    assert weights.read_bytes() == before
-    assert metrics["history"][0]["epoch"] == 0
-
-
-@pytest.mark.slow
-def test_the_final_fit_of_other_data_or_winners_is_not_taken_for_this_one(copied_run):
-    metrics = copied_run / "final" / "metrics.json"
-    first = json.loads(metrics.read_text())
-    engine(copied_run.parent, **FINAL, data=partial(small_data, num_test=90)).final_train("run")
-    assert sum(json.loads(metrics.read_text())["test"]["exit_histogram"]) == 90, (
-        "another test split"
-    )
-    engine(copied_run.parent, **FINAL, data=partial(small_data, num_train=80)).final_train("run")
-    assert json.loads(metrics.read_text())["history"] != first["history"], "other training data"
-
-
-class BreaksInTheFinalFit(DACT):
-    """A model whose loss is not a number as soon as a file says so."""
-
-    flag: ClassVar[Path]
-
-    def validation_step(self, batch, batch_idx):
-        result = super().validation_step(batch, batch_idx)
-        if self.flag.exists() and str(self.trainer.log_dir).endswith(("final", "fit")):
-            self.val_metrics["loss"].update(torch.tensor(float("nan")))
-        return result
-
-
-@pytest.mark.slow
-def test_the_final_model_of_earlier_winners_stays_until_the_new_one_is_whole(tmp_path):
-    kind = type("Broken", (BreaksInTheFinalFit,), {"flag": tmp_path / "break"})
-    options = {
-        "n_trials": 1,
-        "search_space": {"num_epochs": {"choices": [1]}},
-        "compare_defaults": False,
-        "model": lambda **chosen: kind(encoder=TransformerEncoder(42, 2, 8, 2), **chosen),
-    }
-    run = tmp_path / "run"
-    engine(tmp_path, **options).run_pipeline("run")
-    kind.flag.touch()
-    options["seed"] = 1  # another fit
-    for _ in range(2):  # the second call resumes, and says the same
-        with pytest.raises(
-            RuntimeError,
-            match=r"the final fit of 'run' broke: val_loss is nan after epoch 0.*lower",
-        ):
-            engine(tmp_path, **options).final_train("run")
-        assert TextClassifier.from_pretrained(run / "final.old" / "model")(
-            ["the screen is great ."]
-        )
-    kind.flag.unlink()
-    metrics, _ = engine(tmp_path, **options).final_train("run")
-    assert not (run / "final.old").exists()
-    assert len(json.loads(Path(metrics).read_text())["history"]) == 1
-
-
-@pytest.mark.slow
-def note_start_method(file):
-    file.write_text(multiprocessing.get_start_method())
-
-
-@pytest.mark.slow
-def test_workers_may_load_data_with_processes_of_their_own(tmp_path):
-    space = {"num_epochs": {"choices": [1]}, "batch_size": {"choices": [16]}}
-    data, noted = partial(own_data, tmp_path, num_workers=1), tmp_path / "method"
-    made = engine(tmp_path, model=own_model, data=data, workers=2, n_trials=2, search_space=space)
-    made.worker_setup = partial(note_start_method, noted)
-    made.joint_tune_study("run")
-    assert [trial.state.name for trial in study_of(tmp_path, "submodels").trials] == [
-        "COMPLETE",
-        "COMPLETE",
-    ]
-    assert noted.read_text() == multiprocessing.get_start_method(), (
-        "as in the parent, where a fork imports nothing"
-    )

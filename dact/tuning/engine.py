@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
@@ -18,119 +17,107 @@ from optuna.samplers import BaseSampler
 from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
+from dact.agreement import check_classes
 from dact.calibration import Promise
 from dact.checks import check_range
 from dact.data.base import TextDataModule
 from dact.factories import default_data, default_model
-from dact.files import read_json, remove_partial, write_json
 from dact.model import DACT
-from dact.tuning import studies
-from dact.tuning.confirmation import FIRST_TRIAL, Candidate, confirm
-from dact.tuning.digests import digest
-from dact.tuning.final import FinalFit
-from dact.tuning.fitting import Deadline, isolated
-from dact.tuning.outcome import MEASURE, Outcome
-from dact.tuning.pictures import draw_study
+from dact.tuning import report, studies
+from dact.tuning.confirmation import confirm
+from dact.tuning.final import final_fit
+from dact.tuning.outcome import OUTCOME, Outcome
+from dact.tuning.plan import make_plan
 from dact.tuning.prepared import Prepared, prepare
 from dact.tuning.progress import Progress
-from dact.tuning.pruner import LagPruner, SameLengthPruner
-from dact.tuning.recipe import DEFAULT_PROMISE, EncoderTraining, Recipe, trainer_arguments
-from dact.tuning.retries import unwatched
-from dact.tuning.run import WINNERS, Run, Winners
-from dact.tuning.sampler import CurveSampler, SeededSampler
+from dact.tuning.recipe import (
+    DEFAULT_PROMISE,
+    EncoderTraining,
+    Recipe,
+    resolve_promise,
+    trainer_arguments,
+)
+from dact.tuning.run import Run
+from dact.tuning.search import CurveSampler, LagPruner, SameLengthPruner, SeededSampler
 from dact.tuning.selection import MAX_LOSS_INCREASE, LambdaSelection, check_rule, select_lambda
-from dact.tuning.space import build_spaces, describe
+from dact.tuning.settings import WINNERS, Settings, Winners
+from dact.tuning.space import build_spaces
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, trials_per_stage
-from dact.tuning.summary import show_summary
-from dact.tuning.survey import Surveyed, survey
+from dact.tuning.trainer import Deadline, isolated, seeded
 from dact.tuning.trial import Objective
-from dact.tuning.workers import StudyJob, check_workers, run_study
-
-# tuned candidates that the confirmation fits on frozen states, each as often as a trial of the last
-# study
-ON_STATES = 2
-MEASURING = 1  # epochs of the baseline in whose time the final model is measured, about
-TWO_PASSES = 1.5  # times the duration of a step of one pass, about
 
 
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
-    A run begins with the *baseline*: the encoder, fine-tuned at full depth. Its last epoch is the
-    reference of every comparison, and its epoch of the lowest Brier score is the teacher, and the
-    start of every fit that trains the encoder. Three studies follow. They begin with the defaults
-    of the factories, the second one with recommended settings first:
+    A run begins with the whole encoder, fine-tuned with one head. Its last epoch is what results
+    are compared with, and its epoch of the lowest Brier score is the teacher, and the start of every
+    fit that trains the encoder. Three studies follow, which begin with the recommended settings:
 
-    1. ``submodels``: the architectures of classifier and confidence. 2. ``training``: batch size,
-    learning rates, epochs, the weight of the exit loss, detached exits (not in frozen
-       mode), and how many layers are kept.
+    1. ``submodels``: the architectures of classifier and confidence.
+    2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, detached exits
+       (not in frozen mode), and how many layers are kept.
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
-    The *confirmation* fits the winners and the default settings again under fresh seeds; the
-    defaults stay unless they are beaten. The final fit, its promise and its measurements come last.
+    Then the recommended and the tuned settings are fitted again under new seeds. The tuned ones are
+    used only if that shows that they save layers, or gain accuracy, by more than its standard error.
+    The final fit, its promise and its measurements come last.
 
     All objectives are measured on one validation split, at the epoch of the lowest val_loss. All
     files are written to ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier
-    study finds a new winner, later studies start over; their old trials are kept under another name
-    and ignored.
+    study finds a new winner, later studies start over.
 
     Args:
         output_dimension: Number of classes.
         time_out: Minutes for the three studies together, or None for no bound. The final fit is
             never cut short. The attribute of this name has seconds.
-        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what
-            the trial chose.
-        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the
-            same way with overrides such as ``batch_size``; each fit calls it, and all must get the
-            same examples.
+        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what the
+            trial chose.
+        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the same
+            way with overrides such as ``batch_size``; all must get the same examples.
         trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the
             number. A trial runs on one device. dact uses its own logger, checkpoints and progress
-            bars instead of those given here, and each fit gets a copy of every callback, so that
-            what a callback collects must go to a file.
-        n_trials: Total number of trials of each study, one number or one per study.
+            bars, and each fit gets a copy of every callback.
+        n_trials: Total number of trials of each study, one number or one per study. With 0, the
+            recommended settings are fitted without a study.
         search_space: Changes to the default ranges, by parameter; see
             `dact.tuning.space.build_spaces`.
         encoder_training: ``"finetune"`` trains everything in every trial; ``"frozen"`` computes the
-            states of all layers once and trains the submodels on them, with detached exits unless
-            `search_space` names ``detach_exits`` or the final model keeps that encoder.
+            states of all layers once and trains the submodels on them.
         warm_up_epochs: With ``"frozen"``: number of epochs in which the encoder is fine-tuned with
             all exits before its states are computed; 0 uses the encoder as it is.
-        final_training: ``"finetune"`` trains everything in the final fit, from the baseline's
-            encoder; ``"frozen"`` keeps the encoder of frozen mode.
-        lambda_selection: Rule that chooses λ from the third study; see
-            `dact.tuning.selection.select_lambda`. By default ``"promise"`` if the promise is one of
-            `max_accuracy_loss`, else ``"one_standard_error"``.
-        max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best,
-            0 or more.
+        final_training: ``"finetune"`` trains everything in the final fit, from the whole encoder's
+            weights; ``"frozen"`` keeps the encoder of frozen mode.
+        lambda_selection: Rule that chooses λ; see `dact.tuning.selection.select_lambda`. Defaults to
+            ``"promise"`` if the promise is about accuracy, else to ``"one_standard_error"``.
+        max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best.
         max_layers: For ``"max_layers"``: budget of layers, 1 or more.
         workers: Number of processes that run trials of one study side by side; on a machine with
             several GPUs each uses one of its own.
-        storage: Address of an Optuna storage, or a storage; an sqlite file if left out.
+        storage: Address of an Optuna storage, or a storage; an sqlite file if left out. Machines
+            that run the same tag with the same server share the trials.
         sampler: Sampler of the first two studies; TPE if left out.
-        pruner: Pruner of the first two studies. It sees only trials of the same planned length,
-            unless it is Hyperband or Wilcoxon's.
+        pruner: Pruner of the first two studies, which sees only trials of the same planned length.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
-        halting_tolerance: Tolerance of the tuned model, in [0, 1); that of the model factory if
-            left out.
+        halting_tolerance: Tolerance of the tuned model, in [0, 1); the factory's if left out.
         promise: Promise that early exit of the tuned model must keep; by default at most one point
-            of accuracy below the model's own full depth, with 95 % confidence. Its dial is
-            calibrated on half of the validation examples, which no study sees; see
-            `dact.calibrate`. If these are too few for the default promise, an estimate sets the
-            dial. With None, the class is provably that of full depth.
+            of accuracy below the same model without early exit, with 95 % confidence. Its dial is
+            calibrated on half of the validation examples, which no study sees. If these are too few
+            for the default promise, an estimate sets the dial. With None, the class is provably that
+            of all layers.
         distillation: Share of a teacher's probabilities in the training targets of all trials, in
-            [0, 1]; by default that of the model factory or, if it has none and the data can carry
-            them, half. The teacher is the baseline, unless the data has one of its own.
+            [0, 1]. Defaults to the factory's value, or 0.5 if it has none and the data supports a
+            teacher. The teacher is the whole encoder, unless the data has one of its own.
         consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder
-            after the studies; by default that of the model factory or, if it has none and its
-            encoder has dropout, 5. With 0, they take as little as half of the time and memory.
-        compare_defaults: Whether to fit and measure the untuned defaults of the factories as well.
+            after the studies. Defaults to the factory's value, or 5 if it has none and its encoder
+            has dropout. With 0, they take as little as half of the time and memory.
+        compare_defaults: Whether to fit and measure the untuned factories as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
 
     Attributes:
         classifier_config, confidence_config, external_config, lambda_reg: Winners of the current
             run, or None.
-        spaces: Dimension of each parameter, by stage.
         progress: Console of the run.
         worker_setup: Function that each worker process calls first, or None.
 
@@ -194,50 +181,34 @@ class TuningEngine:
             seed=seed,
             compare_defaults=compare_defaults,
         )
-        studies.check_parts(storage, sampler, pruner, callbacks)
-        self.callbacks = list(callbacks)
-        sent = {
-            "model": model,
-            "data": data,
-            "trainer": trainer,
-            "sampler": sampler,
-            "pruner": pruner,
-        }
-        check_workers(workers, storage, **sent, callbacks=self.callbacks)
+        check_rule(lambda_selection, max_layers)
+        studies.check_workers(workers, storage)
+        frozen, final_frozen = encoder_training == "frozen", final_training == "frozen"
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = trials_per_stage(n_trials)
-        frozen = encoder_training == "frozen"
-        self.spaces = build_spaces(
-            search_space, frozen=frozen, final_frozen=final_training == "frozen"
-        )
-        self.bounded = frozenset(search_space or ())
-        check_rule(
-            lambda_selection,
-            max_loss_increase,
-            max_layers,
-            promise is not None and promise.max_accuracy_loss is not None,
-        )
+        self.search_space = dict(search_space or {})
+        self.spaces = build_spaces(search_space, frozen=frozen, final_frozen=final_frozen)
         self.select = partial(
             select_lambda,
             rule=lambda_selection,
             max_loss_increase=max_loss_increase,
             max_layers=max_layers,
+            allowed=None if promise is None else promise.max_accuracy_loss,
+            from_best=frozen,
         )
         self.workers = workers
         self.storage = storage
         self.sampler = sampler or SeededSampler(seed)
         self.pruner = pruner or LagPruner()
+        self.callbacks = list(callbacks)
         self.log_dir = Path(log_dir)
         self.progress = Progress()
         self.worker_setup: Callable[[], None] | None = None
-        self._run: Run | None = None
         self._prepared: Prepared | None = None
-        self._concluded: dict[str, Study] = {}
 
     @cached_property
     def run_tag(self) -> str:
-        """The tag of runs without a name, and of own studies: a time stamp, taken once per engine,
-        unless it is set."""
+        """The tag of runs without a name: a time stamp, taken once per engine, unless it is set."""
         return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     # ------------------------------------------------------------------ the methods
@@ -252,35 +223,12 @@ class TuningEngine:
         Returns:
             The paths of metrics.json and of the checkpoint.
         """
-        run = self._begin(run_tag)
-        surveyed = self._survey(measured=True)
-        opened = [self._open(stage, run, surveyed) for stage in STAGES]
-        totals = zip(opened, self.n_trials.values(), strict=True)
-        left = [
-            studies.trials_left(study, n_trials, self.time_out, alone=False)
-            for study, n_trials in totals
-        ]
-        if any(left):
-            defaults, recommended = surveyed.untuned
-            candidates = ON_STATES + (defaults != recommended)
-            later = candidates if self.recipe.encoder_training == "frozen" else 0
-            fits = self.recipe.finetunings(first_trial=defaults != recommended)
-            step = TWO_PASSES if self.recipe.consistency_of(surveyed.model) > 0 else 1.0
-            share = (
-                surveyed.initial["num_layers"] / surveyed.model.encoder.num_layers
-            )  # of the baseline's layers
-            untuned = self.recipe.compare_defaults
-            epochs = (untuned + (fits - untuned) * step * share) * surveyed.initial[
-                "num_epochs"
-            ] + MEASURING
-            self.progress.announce(left, self.time_out, later, epochs)
-        if isinstance(surveyed.data, TextDataModule) and (text := surveyed.data.describe_classes()):
-            self.progress.note(text)
-        prepared = self._prepare(run, surveyed)
-        end = Deadline(self.time_out)
-        for stage, study, stages_left in zip(STAGES, opened, (3, 2, 1), strict=True):
-            self._tune(stage, run, prepared, study, Deadline(end.left / stages_left), end)
-        return self._finish(run, prepared, surveyed)
+        with self._run(run_tag, measured=True) as prepared:
+            end = Deadline(self.time_out)
+            for stage, stages_left in zip(STAGES, (3, 2, 1), strict=True):
+                if self.n_trials[stage.name]:
+                    self._tune(stage, prepared, Deadline(end.left / stages_left))
+            return self._finish(prepared)
 
     @isolated()
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
@@ -313,210 +261,127 @@ class TuningEngine:
 
     @isolated()
     def submodel_objective(self, trial: BaseTrial) -> float:
-        """Train with the submodels that `trial` suggests; return the validation loss at its best
-        epoch."""
-        return float(self._objective(SUBMODELS, trial)(trial))
+        """Train with the submodels that `trial` suggests; return the lowest validation loss."""
+        return float(self._objective(SUBMODELS, trial))
 
     @isolated()
     def train_tune_objective(self, trial: BaseTrial) -> float:
-        """Train with the training parameters that `trial` suggests; return the validation loss at
-        its best epoch."""
-        return float(self._objective(TRAINING, trial)(trial))
+        """Train with the parameters that `trial` suggests; return the lowest validation loss."""
+        return float(self._objective(TRAINING, trial))
 
     @isolated()
     def lambda_objective(self, trial: BaseTrial) -> tuple[float, float]:
-        """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer under
-        early exit."""
-        loss, layers = self._objective(LAMBDA_REG, trial)(trial)
+        """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer."""
+        loss, layers = self._objective(LAMBDA_REG, trial)
         return loss, layers
 
     @isolated()
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
-        """Confirm the winners, do the final fit, and measure its model.
+        """Fit recommended and tuned settings again, do the final fit, and measure its model.
 
         Returns:
-            The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint`
-            reads.
+            The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint` reads.
 
         Raises:
             RuntimeError: If a study has no winner yet; the message lists which.
         """
-        run = self._begin(run_tag)
-        if missing := self._winners.missing():
-            raise RuntimeError(
-                f"final_train of {run.tag!r}: not tuned yet: {', '.join(missing)}. Run these studies first"
-            )
-        surveyed = self._survey(measured=True)
-        return self._finish(run, self._prepare(run, surveyed), surveyed)
+        with self._run(run_tag, measured=True) as prepared:
+            if any(self.n_trials.values()) and (missing := prepared.run.winners().missing()):
+                raise RuntimeError(
+                    f"final_train of {prepared.run.tag!r}: not tuned yet: {', '.join(missing)}. Run "
+                    "joint_tune_study, train_tune_study and lambda_reg_study first"
+                )
+            return self._finish(prepared)
 
     # ------------------------------------------------------------------ the steps of a run
 
-    def _begin(self, run_tag: str) -> Run:
-        """Make a run the current one of this engine, with the winners that are on disk, and return
-        it."""
+    @contextlib.contextmanager
+    def _run(self, run_tag: str, measured: bool = False) -> Iterator[Prepared]:
+        """Open a run, and make the shared inputs of its fits as far as they are not there.
+
+        Args:
+            run_tag: Name of the run; `run_tag` of the engine if empty.
+            measured: Whether a final model will be measured, which needs a test split.
+        """
         run = Run(run_tag or self.run_tag, self.log_dir)
-        if run != self._run:
-            self._run, self._prepared = run, None
-        self._take(run.winners())
-        return run
+        with seeded(self.recipe.seed):
+            model = self.recipe.make_model()
+        recipe = resolve_promise(self.recipe, model)
+        data: Any = recipe.make_data()
+        configuration = recipe.configuration(model, data)
+        configuration["tuner"]["search_space"] = {n: str(v) for n, v in self.search_space.items()}
+        with run.opened(configuration):
+            self._take(run.winners())
+            data.prepare_data()
+            for stage in ("fit", "test") if measured else ("fit",):
+                data.setup(stage)
+            check_classes(getattr(data, "class_names", None), recipe.output_dimension)
+            if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
+                raise ValueError("TuningEngine: texts without labels need a distillation above 0")
+            if measured and recipe.note:
+                self.progress.note(recipe.note)
+            if isinstance(data, TextDataModule):
+                self.progress.note(data.describe_classes())
+            plan = make_plan(recipe, self.spaces, self.search_space, model, data)
+            self._prepared = prepare(recipe, run, plan, model, data, self.progress)
+            yield self._prepared
 
     def _take(self, winners: Winners) -> Winners:
         """Set winners as attributes of the engine, and return them."""
-        self._winners = winners
         for name in WINNERS:
             setattr(self, name, getattr(winners, name))
         return winners
 
-    def _survey(self, stages: Sequence[Stage] = STAGES, *, measured: bool = False) -> Surveyed:
-        surveyed = survey(self.recipe, self.spaces, self.bounded, stages=stages, measured=measured)
-        if measured and surveyed.recipe.note:
-            self.progress.note(surveyed.recipe.note)
-        return surveyed
-
-    def _prepare(self, run: Run, surveyed: Surveyed) -> Prepared:
-        self._prepared = prepare(run, surveyed, self.progress)
-        return self._prepared
-
-    def _open(self, stage: Stage, run: Run, surveyed: Surveyed) -> Study:
-        """Open a study and queue its first trials."""
-        identity = {"search space": describe(surveyed.spaces[stage.name]), **surveyed.identity}
-        if stage is SUBMODELS and surveyed.submodels:
-            identity["submodels"] = dict(surveyed.submodels)
-        with run.locked(
-            lambda: self.progress.stage("waiting for another process, which opens the studies")
-        ):
-            pruner = SameLengthPruner.around(self.pruner) if stage.prunes else None
-            study = studies.open_study(run, stage, identity, self.storage, pruner)
-            studies.start_with(
-                study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]]
-            )
-        self.progress.waits_for(stage.name, unwatched(study))
-        return study
-
     def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
         """Run one study, which may take the time of all three."""
-        run = self._begin(run_tag)
-        surveyed = self._survey([stage])
-        study = self._open(stage, run, surveyed)
-        return self._tune(stage, run, self._prepare(run, surveyed), study, Deadline(self.time_out))
+        with self._run(run_tag) as prepared:
+            return self._tune(stage, prepared, Deadline(self.time_out))
 
-    def _tune(
-        self,
-        stage: Stage,
-        run: Run,
-        prepared: Prepared,
-        study: Study,
-        deadline: Deadline,
-        end: Deadline | None = None,
-    ) -> Winners:
-        """Run the remaining trials of a study, save its winner, and return the winners so far.
+    def _tune(self, stage: Stage, prepared: Prepared, deadline: Deadline) -> Winners:
+        """Run the trials that a study lacks, save its winner, and return the winners so far."""
+        run, n_trials = prepared.run, self.n_trials[stage.name]
+        limits, done = [n_trials, self.time_out], run.result(stage.name)
+        if done is not None and done["limits"] == limits:
+            return self._take(run.winners())
+        before = run.winners(before=stage)
+        study = studies.open_study(run, stage, self.storage, before)
+        job = studies.StudyJob(
+            objective=Objective(stage, prepared, before, deadline),
+            n_trials=n_trials,
+            storage=self.storage,
+            sampler=CurveSampler() if stage is LAMBDA_REG else copy.deepcopy(self.sampler),
+            pruner=SameLengthPruner(self.pruner) if stage.prunes else None,
+            callbacks=self.callbacks,
+            first_trials=prepared.plan.first_trials[stage.name],
+            setup=self.worker_setup,
+        )
+        with self.progress.study(stage.name, study, n_trials, deadline):
+            studies.run_study(job, study, self.workers, self.progress.refresh)
 
-        `end` is the deadline of all studies, None if this one is called alone.
-        """
-        alone = end is None
-        before = self._winners.before(stage)
-        with run.locked():
-            origin = digest([before.settings(), MEASURE] if stage.early_exit else before.settings())
-            study, outdated = studies.archive_if_outdated(studies.reloaded(study), origin)
-            if outdated:
-                run.set_aside(stage)
-        if outdated:
-            why = "ran under other winners, or were measured otherwise, and are ignored"
-            self.progress.note(f"study {stage.name}: {outdated} trials {why}")
-        n_trials = self.n_trials[stage.name]
-        if studies.trials_left(study, n_trials, self.time_out, alone):
-            shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show fewer trials
-            objective = Objective(stage, run, prepared, before, deadline)
-            sampler = CurveSampler() if stage is LAMBDA_REG else self.sampler
-            job = StudyJob(
-                objective,
-                n_trials,
-                self.storage,
-                sampler,
-                study.pruner,
-                self.callbacks,
-                self.worker_setup,
-            )
-            later = (
-                0
-                if alone
-                else sum(self.n_trials[other.name] for other in STAGES[STAGES.index(stage) + 1 :])
-            )
-            with self.progress.study(stage.name, study, n_trials, later, deadline, end or deadline):
-                run_study(job, study, self.workers, self.progress.refresh)
-            if deadline.left == 0:
-                studies.end(study, n_trials, self.time_out, alone)
-        elif len(studies.finished(study)) < n_trials:
-            self.progress.note(
-                f"study {stage.name}: it was ended before its n_trials; a larger n_trials continues it, or, after a "
-                "deadline, a larger time_out"
-            )
-        return self._conclude(stage, run, prepared, study)
-
-    def _conclude(self, stage: Stage, run: Run, prepared: Prepared, study: Study) -> Winners:
-        """Pick the winner of a study, save it, draw the study's pictures, and return the winners so
-        far."""
         trials = studies.completed(study)
-        outcomes = [Outcome.read(run.trial_folder(stage, trial.number)) for trial in trials]
-        promise = prepared.recipe.promise
-        allowed = None if promise is None else promise.max_accuracy_loss
-        frozen = prepared.recipe.encoder_training == "frozen"
-        select = partial(self.select, allowed=allowed, from_best=frozen)
-        chosen = stage.pick(trials, outcomes, select)
-        others = [
-            pair for pair in zip(trials, outcomes, strict=True) if pair[0].params != chosen.params
-        ]
-        second: dict[str, Any] = {}
-        if stage is LAMBDA_REG and others:
-            with contextlib.suppress(ValueError):  # none within max_layers
-                second = stage.pick(
-                    [trial for trial, _ in others], [one for _, one in others], select
-                ).params
-        with run.locked():
-            remove_partial(
-                run.pictures(stage).parent
-            )  # of trials whose process died; none is running any more
-            if stage is LAMBDA_REG:
-                write_json(run.runner_up, second)
-            if run.save(prepared.winners(stage, chosen.params)):
-                shutil.rmtree(run.pictures(stage), ignore_errors=True)  # they show another winner
-            if not run.pictures(stage).is_dir():
-                draw_study(run.pictures(stage), study, trials, chosen, prepared.spaces)
-        self._concluded[study.study_name] = study
+        outcomes = [Outcome.unpacked(trial.user_attrs.get(OUTCOME)) for trial in trials]
+        chosen = stage.pick(trials, outcomes, self.select)
+        run.save(stage, prepared.plan.winners(stage, chosen.params), limits)
+        report.draw_study(run.pictures(stage), study, trials, chosen, prepared.plan.spaces)
         return self._take(run.winners())
 
-    def _objective(self, stage: Stage, trial: BaseTrial) -> Objective:
-        """Return the objective of a stage, for an Optuna study of the user's own."""
-        studies.check_directions(stage, trial)
-        run = self._run or self._begin("")
-        if (prepared := self._prepared) is None:
-            surveyed = self._survey([stage])
-            studies.check_run(run, surveyed.identity, self.storage)
-            prepared = self._prepare(run, surveyed)
-        studies.check_own(trial, prepared.identity)
-        return Objective(
-            stage, run, prepared, self._winners.before(stage), Deadline(), studies.own_folder(trial)
-        )
+    def _objective(self, stage: Stage, trial: BaseTrial) -> Any:
+        """Return the value of a trial of a custom study, in the current run of this engine."""
+        if self._prepared is None:
+            with self._run(""):
+                pass
+        assert self._prepared is not None
+        run = self._prepared.run
+        name = getattr(getattr(trial, "study", None), "study_name", "")
+        folder = "own" if not name else f"own/{name.replace('/', '_')}"
+        before = run.winners(before=stage)
+        return Objective(stage, self._prepared, before, Deadline(), folder)(trial)
 
-    def _finish(self, run: Run, prepared: Prepared, surveyed: Surveyed) -> tuple[str, str]:
-        """Confirm the winners, do the final fit, and return the paths of metrics.json and of the
-        checkpoint."""
-        defaults, recommended = surveyed.untuned
-        settings = {
-            "default settings": defaults,
-            FIRST_TRIAL: recommended,
-            "tuned": self._winners.settings(),
-        }
-        if run.runner_up.is_file() and (second := read_json(run.runner_up)):
-            settings["runner-up"] = dataclasses.replace(self._winners, **second).settings()
-        candidates = [Candidate(name, chosen) for name, chosen in settings.items()]
-        with run.locked(
-            lambda: self.progress.stage("waiting for another process, which does the final fit")
-        ):
-            verdict = confirm(run, prepared, candidates, self.progress)
-            paths = FinalFit(run, prepared, verdict, self.progress)()
-            concluded = [
-                study for name, study in self._concluded.items() if name.startswith(f"{run.tag}/")
-            ]
-            show_summary(self.progress.console, run.final, verdict.text, concluded)
-            return paths
+    def _finish(self, prepared: Prepared) -> tuple[str, str]:
+        """Choose the settings, do the final fit, and return the paths of metrics and checkpoint."""
+        run, tuned = prepared.run, prepared.run.winners().settings()
+        verdict = run.step("confirmation", confirm, prepared, tuned, self.progress)
+        chosen = Settings.of(verdict["settings"])
+        paths = run.step("final", final_fit, prepared, chosen, verdict["text"], self.progress)
+        report.show_summary(self.progress.console, run.final)
+        return paths["metrics"], paths["checkpoint"]

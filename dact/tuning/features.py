@@ -1,8 +1,4 @@
-"""Frozen mode's data: the pooled states of all layers, computed once and read from disk by every
-trial.
-
-A split is a folder with one ``.npy`` file per array. It also has ``made_of.json``, which is written
-last and holds a digest of each file."""
+"""Frozen mode's data: the pooled states of all layers, computed once and read by every trial."""
 
 from __future__ import annotations
 
@@ -21,105 +17,55 @@ from dact import signals
 from dact.data.batching import LengthGroupedSampler
 from dact.encoders import LayeredEncoder
 from dact.encoders.base import move
-from dact.files import file_digest, read_json, replacing_folder, write_json
+from dact.files import replacing_folder
 
 SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
-DTYPES: dict[str, np.dtype[Any]] = {
-    "states": SINGLE,
-    "labels": WHOLE,
-    "depth": WHOLE,
-    "teacher": SINGLE,
-}
-MADE_OF = "made_of.json"
+DTYPES = {"states": SINGLE, "labels": WHOLE, "depth": WHOLE, "teacher": SINGLE}
 VALIDATION_BATCH = 1024
 
 
 @torch.no_grad()
-def compute_features(
-    encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path, origin: str
-) -> None:
+def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: Path) -> None:
     """Write the pooled states of every example, with only one batch at a time in memory.
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]``
     and, where the data has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``,
-    in the order of the loader. Nothing is computed if `folder` holds intact files of this origin.
+    in the order of the loader. Each is a ``.npy`` file.
 
     Args:
         encoder: Encoder in eval mode, on the device that it should use.
         loader: Loader that gives every example once.
         folder: Destination; written whole or not at all.
-        origin: Digest of the encoder and the data.
 
     Raises:
-        ValueError: If the files are corrupted, or the loader does not give every example once.
+        ValueError: If the loader does not give every example once.
     """
-    if check_features(folder, origin):
-        return
-    device = next(encoder.parameters()).device
-    examples = len(loader.dataset)  # type: ignore[arg-type]
+    device, first = next(encoder.parameters()).device, next(iter(loader))
+    examples, given = len(loader.dataset), 0  # type: ignore[arg-type]
     shapes: dict[str, tuple[int, ...]] = {
-        "states": (examples, encoder.num_layers, encoder.hidden_size)
+        "states": (examples, encoder.num_layers, encoder.hidden_size),
+        **{name: (examples, *first[name].shape[1:]) for name in DTYPES if name in first},
     }
-    first = next(iter(loader))
-    shapes |= {
-        name: (examples, *first[name].shape[1:])
-        for name in ("labels", "depth", "teacher")
-        if name in first
-    }
-    given = 0
-    with replacing_folder(folder) as partial:
-        with ExitStack() as stack:
-            # Not memory-mapped: a full disk would then crash the process.
-            files = {
-                name: stack.enter_context((partial / f"{name}.npy").open("wb")) for name in shapes
-            }
+    with replacing_folder(folder) as partial, ExitStack() as stack:
+        # Not memory-mapped: a full disk would then crash the process.
+        files = {n: stack.enter_context((partial / f"{n}.npy").open("wb")) for n in shapes}
+        for name, file in files.items():
+            descr = np.lib.format.dtype_to_descr(DTYPES[name])
+            header = {"descr": descr, "fortran_order": False, "shape": shapes[name]}
+            np.lib.format.write_array_header_1_0(file, header)
+        title = f"Layer states of {examples:,} {folder.name} texts"
+        for batch in track(loader, description=title, transient=True):
+            signals.check()
+            states = encoder(move(batch, device)).float().cpu()
+            given += len(states)
             for name, file in files.items():
-                descr = np.lib.format.dtype_to_descr(DTYPES[name])
-                header = {"descr": descr, "fortran_order": False, "shape": shapes[name]}
-                np.lib.format.write_array_header_1_0(file, header)
-            for batch in track(
-                loader,
-                description=f"Layer states of {examples:,} {folder.name} texts",
-                transient=True,
-            ):
-                signals.check()
-                states = encoder(move(batch, device)).float().cpu()
-                given += len(states)
-                if given > examples:
-                    break
-                for name, file in files.items():
-                    rows = states if name == "states" else batch[name]
-                    file.write(rows.numpy().astype(DTYPES[name]).tobytes())
+                rows = states if name == "states" else batch[name]
+                file.write(rows.numpy().astype(DTYPES[name]).tobytes())
         if given != examples:
             raise ValueError(
-                f"frozen mode needs every example once, but the {folder.name} loader gives "
-                f"{'more' if given > examples else given} of its {examples}: leave out drop_last and samplers that "
-                "repeat or skip, or use encoder_training=finetune"
+                f"frozen mode needs every example once, but the {folder.name} loader gives {given} of "
+                f"its {examples}: leave out drop_last and samplers, or use encoder_training=finetune"
             )
-        written = {name: file_digest(partial / f"{name}.npy") for name in files}
-        write_json(partial / MADE_OF, {"origin": origin, "files": written})
-
-
-def check_features(folder: Path, origin: str) -> bool:
-    """Return whether `folder` holds features of this origin, unchanged since they were written.
-
-    Raises:
-        ValueError: If the files are corrupted; the message names the folder.
-    """
-    if not folder.is_dir():
-        return False
-    try:
-        made_of = read_json(folder / MADE_OF)
-        if made_of.get("origin") != origin:
-            return False
-        for name, expected in made_of["files"].items():
-            if file_digest(folder / f"{name}.npy") != expected:
-                raise ValueError(f"{name}.npy is not what was written")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(
-            f"{folder} is corrupted ({error}): delete it, and it will be computed again"
-        ) from error
-    return True
 
 
 class Features(Dataset[dict[str, Tensor]]):
@@ -131,24 +77,20 @@ class Features(Dataset[dict[str, Tensor]]):
 
     def __init__(self, folder: Path) -> None:
         # Copy-on-write: torch needs writable memory, and the files must not change.
-        self.arrays = {
-            name: np.load(folder / f"{name}.npy", mmap_mode="c")
-            for name in read_json(folder / MADE_OF)["files"]
-        }
+        files = sorted(folder.glob("*.npy"))
+        self.arrays = {file.stem: np.load(file, mmap_mode="c") for file in files}
 
     def __len__(self) -> int:
         return len(self.arrays["states"])
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
         """Return the batch of these rows, which torch's loaders ask for as a whole."""
-        return {
-            name: torch.from_numpy(np.asarray(array[rows])) for name, array in self.arrays.items()
-        }
+        arrays = self.arrays.items()
+        return {name: torch.from_numpy(np.asarray(array[rows])) for name, array in arrays}
 
 
 class FeaturesData(LightningDataModule):
-    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels``
-    ``[batch]``.
+    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
 
     Args:
         train: Training examples.
@@ -157,14 +99,12 @@ class FeaturesData(LightningDataModule):
         seed: Seed for the order in training.
     """
 
-    def __init__(
-        self, train: Features, val: Features, *, batch_size: int = 64, seed: int = 0
-    ) -> None:
+    def __init__(self, train: Features, val: Features, *, batch_size: int, seed: int) -> None:
         super().__init__()
-        order = LengthGroupedSampler(
-            [0] * len(train), batch_size, seed
-        )  # a resumed fit sees the order of its epoch
-        self.train, self.val = _loader(train, batch_size, order), _loader(val, VALIDATION_BATCH)
+        # A resumed fit sees the order of its epoch.
+        order = LengthGroupedSampler([0] * len(train), batch_size, seed)
+        self.train = _loader(train, batch_size, order)
+        self.val = _loader(val, VALIDATION_BATCH, None)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.train
@@ -173,7 +113,5 @@ class FeaturesData(LightningDataModule):
         return self.val
 
 
-def _loader(
-    features: Features, batch_size: int, order: LengthGroupedSampler | None = None
-) -> DataLoader[Any]:
-    return DataLoader(features, batch_size, sampler=order, collate_fn=lambda batch: batch)
+def _loader(features: Features, size: int, order: LengthGroupedSampler | None) -> DataLoader[Any]:
+    return DataLoader(features, size, sampler=order, collate_fn=lambda batch: batch)

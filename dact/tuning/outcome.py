@@ -1,27 +1,24 @@
-"""The outcome of early exit: where each example leaves, and what it loses, at the margin that the
-promise would set."""
+"""The outcome of early exit: where each example leaves, and what it loses, at the promise's margin."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
-from dataclasses import dataclass, replace
-from pathlib import Path
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dact.calibration import Promise, choose_setting
-from dact.calibration.answers import LayerAnswers
-from dact.files import read_tensors, write_tensors
+from dact.calibration import LayerAnswers, Promise, choose_setting
 from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
 from dact.model import DACT
 
-FILE = "validation.safetensors"
-MEASURE = 3  # version of `outcome_of`: outcomes of an earlier one do not compare
-EXIT_HISTOGRAM = (
-    "exit_histogram"  # user attribute of a trial: number of examples that left after each layer
-)
+OUTCOME = "outcome"  # user attribute of a trial: its `Outcome`, packed
+EXIT_HISTOGRAM = "exit_histogram"  # user attribute: number of examples that left after each layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,9 +28,9 @@ class Outcome:
     Args:
         exits: Exit layer of each example, float ``[examples]``; of several fits, their mean.
         losses: Task loss of each example, ``[examples]``.
-        lost: Paired loss of accuracy of each example, ``[examples]``: 1 if only the baseline is
-            right, -1 if only early exit is right, else 0. If the baseline's answers are unknown, 1
-            where early exit is wrong.
+        lost: Paired loss of accuracy of each example, ``[examples]``: 1 if only the whole encoder
+            is right, -1 if only early exit is, else 0. If the whole encoder's answers are unknown,
+            1 where early exit is wrong.
     """
 
     exits: Tensor
@@ -51,38 +48,33 @@ class Outcome:
         return self.exits.double().mean().item()
 
     def metrics(self, right: Tensor | None) -> dict[str, float]:
-        """Return the metrics that TensorBoard shows.
-
-        Args:
-            right: As for `outcome_of`.
-        """
+        """Return the metrics that TensorBoard shows; `right` is as for `outcome_of`."""
         reference = 1.0 if right is None else right.double().mean().item()
         accuracy = reference - self.lost.double().mean().item()
-        return {"val_task_loss": self.loss, "val_accuracy": accuracy, "val_exit_layer": self.layers}
+        return {
+            "val_task_loss": self.loss,
+            "val_accuracy": accuracy,
+            "val_exit_layer": self.layers,
+        }
 
-    def save(self, folder: Path) -> None:
-        """Write the outcome into the folder of its trial."""
-        write_tensors(
-            folder / FILE, {"exits": self.exits, "losses": self.losses, "lost": self.lost}
-        )
+    def packed(self) -> str:
+        """Return the outcome as text, for the storage that all machines of a study share."""
+        rows = torch.stack([self.exits, self.losses, self.lost]).float().numpy()
+        return base64.b64encode(zlib.compress(rows.tobytes())).decode()
 
     @classmethod
-    def read(cls, folder: Path) -> Outcome | None:
-        """Return what `save` wrote, or None if the file is missing.
-
-        Raises:
-            ValueError: If it is corrupted.
-        """
-        path = folder / FILE
-        return cls(**read_tensors(path)[0]) if path.is_file() else None
+    def unpacked(cls, text: str | None) -> Outcome | None:
+        """Return what `packed` returned; None for None, of a trial that was added by hand."""
+        if text is None:
+            return None
+        values = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.float32)
+        return cls(*torch.from_numpy(values.copy()).reshape(3, -1))
 
 
-def mean_outcome(outcomes: list[Outcome]) -> Outcome:
+def mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
     """Return the mean, example by example, of fits that differ only by their seed."""
-    names = ("exits", "losses", "lost")
-    return Outcome(
-        *(torch.stack([getattr(one, name) for one in outcomes]).mean(0) for name in names)
-    )
+    columns = ([getattr(one, field.name) for one in outcomes] for field in fields(Outcome))
+    return Outcome(*(torch.stack(column).mean(0) for column in columns))
 
 
 def outcome_of(
@@ -92,26 +84,20 @@ def outcome_of(
 
     Args:
         answers: Answers of all layers to the examples.
-        model: The model, for its halting rule and class weights.
-        promise: Promise that sets the dial, as in the final model; by estimate if these are too few
-            examples for its confidence. None for the model's own rule.
-        right: Whether the baseline classifies each example correctly, bool ``[examples]``; None if
-            that is unknown.
+        model: Model, for its halting rule and class weights.
+        promise: Promise that sets the dial, as in the final model, by an estimate if the examples
+            are too few for its confidence. None for the model's own rule.
+        right: Whether the whole encoder classifies each example correctly, bool ``[examples]``;
+            None if that is unknown.
     """
-    return outcome_at(_rule(answers, model, promise), answers, model, right)
-
-
-def outcome_at(rule: Halting, answers: LayerAnswers, model: DACT, right: Tensor | None) -> Outcome:
-    """Return the outcome of early exit by `rule`; the other arguments are those of `outcome_of`."""
-    target, exits = answers.target, answers.exit_layers(rule)
+    target, exits = answers.target, answers.exit_layers(_rule(answers, model, promise))
     answer = answer_at(answers.a, exits)
-    losses = F.nll_loss(
-        answer.float().clamp_min(SMALLEST_PROBABILITY).log(), target, reduction="none"
-    )
+    log = answer.float().clamp_min(SMALLEST_PROBABILITY).log()
+    losses = F.nll_loss(log, target, reduction="none")
     if model.class_weights is not None:
         losses = losses * model.class_weights.cpu()[target]
     reference = torch.ones(len(target)) if right is None else right.float()
-    return Outcome(exits.float(), losses.float(), reference - (answer.argmax(1) == target).float())
+    return Outcome(exits.float(), losses, reference - (answer.argmax(1) == target).float())
 
 
 def _rule(answers: LayerAnswers, model: DACT, promise: Promise | None) -> Halting:

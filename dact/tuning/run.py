@@ -1,14 +1,12 @@
-"""A run on disk: its name, its folders, its lock, and the winners of its studies."""
+"""A run on disk: one folder with one manifest, which holds its configuration and its finished steps."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,56 +14,11 @@ from typing import Any
 import yaml
 from filelock import FileLock, Timeout
 
-from dact import signals
-from dact.files import write_text
-from dact.submodels import SubmodelConfig
-from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
+from dact.files import file_digest, read_json, write_json, write_text
+from dact.tuning.settings import WINNERS, Winners
+from dact.tuning.stages import STAGES, Stage
 
-
-@dataclass(frozen=True)
-class Winners:
-    """The winners of a run's studies; None where a study has no winner yet.
-
-    Args:
-        classifier_config: Arguments of the classifier's `SubmodelConfig`.
-        confidence_config: Arguments of the confidence's `SubmodelConfig`.
-        external_config: Arguments of the model and the data by name, and ``num_epochs``.
-        lambda_reg: λ.
-    """
-
-    classifier_config: dict[str, Any] | None = None
-    confidence_config: dict[str, Any] | None = None
-    external_config: dict[str, Any] | None = None
-    lambda_reg: float | None = None
-
-    def before(self, stage: Stage) -> Winners:
-        """Return only the winners of the studies before `stage`."""
-        if stage is SUBMODELS:
-            return Winners()
-        if stage is TRAINING:
-            return Winners(self.classifier_config, self.confidence_config)
-        return dataclasses.replace(self, lambda_reg=None)
-
-    def settings(self) -> dict[str, Any]:
-        """Return the chosen arguments of model and data as plain values, and ``num_epochs``."""
-        settings: dict[str, Any] = {}
-        if self.classifier_config is not None:
-            settings |= {"classifier": self.classifier_config, "confidence": self.confidence_config}
-        settings |= self.external_config or {}
-        return settings if self.lambda_reg is None else {**settings, "lambda_reg": self.lambda_reg}
-
-    def missing(self) -> list[str]:
-        """Return which winners are missing, each with the method that finds it."""
-        methods = (SUBMODELS.method, SUBMODELS.method, TRAINING.method, LAMBDA_REG.method)
-        names = [field.name for field in dataclasses.fields(self)]
-        return [
-            f"{name} ({by})"
-            for name, by in zip(names, methods, strict=True)
-            if getattr(self, name) is None
-        ]
-
-
-WINNERS = tuple(field.name for field in dataclasses.fields(Winners))
+STEPS = ("baseline", "teacher", "features", *(stage.name for stage in STAGES), "confirmation", "final")
 
 
 @dataclass(frozen=True)
@@ -77,21 +30,17 @@ class Run:
         log_dir: Folder that holds all runs.
 
     Raises:
-        ValueError: If the tag is not a plain name, and could lead out of the log folder.
+        ValueError: If the tag is not a plain name.
     """
 
     tag: str
     log_dir: Path
 
     def __post_init__(self) -> None:
-        if (
-            not isinstance(self.tag, str)
-            or not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag)
-            or ".." in self.tag
-        ):
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", str(self.tag)) or ".." in self.tag:
             raise ValueError(
-                f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: it names a folder in "
-                "log_dir"
+                f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: it "
+                "names a folder in log_dir"
             )
 
     @property
@@ -104,110 +53,145 @@ class Run:
         """The folder of the final fit."""
         return self.folder / "final"
 
+    @property
+    def manifest(self) -> Path:
+        """The file with the configuration of the run and the results of its finished steps."""
+        return self.folder / "run.json"
+
     def study_name(self, stage: Stage) -> str:
         """Return the name of a stage's study."""
         return f"{self.tag}/{stage.name}"
 
     def trial_folder(self, stage: Stage, number: int, own: str = "") -> Path:
-        """Return the folder in which a trial logs; `own` is the folder for a study of the user's
-        own."""
+        """Return the folder in which a trial logs; `own` is the folder of a custom study."""
         return self.folder / own / stage.name / f"trial_{number:04d}"
 
     def pictures(self, stage: Stage) -> Path:
         """Return the folder of a study's pictures."""
         return self.folder / stage.name / "study"
 
-    @property
-    def runner_up(self) -> Path:
-        """The file with the second choice of λ, which the confirmation tries as well."""
-        return self.folder / LAMBDA_REG.name / "runner_up.json"
-
-    def set_aside(self, stage: Stage) -> None:
-        """Rename the folder of a stage whose trials ran under other winners, since new trials start
-        again at 0."""
-        folder = self.folder / stage.name
-        number = next(
-            n
-            for n in itertools.count(1)
-            if not folder.with_name(f"{stage.name}.outdated_{n}").exists()
-        )
-        if folder.is_dir():
-            os.replace(folder, folder.with_name(f"{stage.name}.outdated_{number}"))
-
     @contextlib.contextmanager
-    def locked(
-        self, waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
-    ) -> Iterator[None]:
-        """Hold the lock of the run, which one process at a time can hold, on all hosts that share
-        the folder.
-
-        The operating system releases the lock when its holder dies. Do not nest.
+    def opened(self, configuration: Mapping[str, Any]) -> Iterator[None]:
+        """Hold the lock of the run, and compare its configuration with that of its beginning.
 
         Args:
-            waiting: Function that returns a context, such as a status line, which is entered while
-                waiting.
+            configuration: Everything that results depend on, as plain data that JSON can hold.
+
+        Raises:
+            ValueError: If another process holds the lock, or the run began with another
+                configuration.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", poll_interval=0.05)
+        lock = FileLock(self.folder / ".lock", timeout=0)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire()
         except Timeout:
-            with waiting():
-                while not lock.is_locked:
-                    signals.check()
-                    with contextlib.suppress(Timeout):
-                        lock.acquire(timeout=0.5)
+            raise ValueError(
+                f"another process works on run {self.tag!r} in {self.log_dir}: wait for its end, or "
+                "give another run_tag"
+            ) from None
         try:
+            self._compare(configuration)
             yield
         finally:
             lock.release()
 
-    def winners(self) -> Winners:
-        """Return the winners that are on disk.
-
-        Raises:
-            ValueError: If a file is corrupted; the message names it.
-        """
-        return Winners(**{name: _read(self.folder / f"{name}.yaml", name) for name in WINNERS})
-
-    def save(self, winners: Mapping[str, Any]) -> bool:
-        """Write the winners of a study, and return whether they differ from the earlier ones.
-
-        Winners of later studies, which ran under the earlier ones, are then removed.
-        """
-        files = {name: self.folder / f"{name}.yaml" for name in WINNERS}
-        texts = {
-            name: yaml.safe_dump(
-                value if isinstance(value, dict) else {name: value}, sort_keys=False
+    def _compare(self, configuration: Mapping[str, Any]) -> None:
+        content = self._read()
+        if "configuration" not in content:
+            self._write({"configuration": configuration, "steps": {}})
+        elif difference := next(differences(content["configuration"], configuration), None):
+            name, then, now = difference
+            raise ValueError(
+                f"run {self.tag!r} began with another {name} ({_short(then)}, now {_short(now)}): use "
+                "that of its beginning, or give another run_tag"
             )
-            for name, value in winners.items()
-        }
-        before = {
-            name: files[name].read_text() if files[name].is_file() else None for name in texts
-        }
-        if before != texts:
-            replaced = [name for name in texts if texts[name] != before[name]]
-            for name in [*WINNERS[max(map(WINNERS.index, winners)) + 1 :], *replaced]:
-                files[name].unlink(
-                    missing_ok=True
-                )  # all of them first, so that a kill in between leaves no mixture
-        for name, text in texts.items():
-            if text != before[name]:
-                write_text(files[name], text)
-        return before != texts
+
+    # ------------------------------------------------------------------ steps
+
+    def step(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Return the stored result of a step, or call `function`, store what it returns, and return it."""
+        if (stored := self.result(name)) is not None:
+            return stored
+        result = function(*arguments)
+        self.store(name, result)
+        return result
+
+    def result(self, name: str) -> Any:
+        """Return the stored result of a step, None if it is not done."""
+        return self._read().get("steps", {}).get(name)
+
+    def store(self, name: str, result: Any) -> None:
+        """Store the result of a step, as plain data."""
+        content = self._read()
+        self._write({**content, "steps": {**content.get("steps", {}), name: result}})
+
+    def drop_after(self, name: str) -> None:
+        """Forget the results of the steps after `name`, which are then done again."""
+        content, dropped = self._read(), STEPS[STEPS.index(name) + 1 :]
+        for one in ("confirmation", "final"):
+            self.set_aside(one)
+        kept = {one: result for one, result in content["steps"].items() if one not in dropped}
+        self._write({**content, "steps": kept})
+
+    def set_aside(self, name: str) -> None:
+        """Rename a folder of the run whose content belongs to other winners."""
+        folder = self.folder / name
+        numbered = (folder.with_name(f"{name}.outdated_{n}") for n in itertools.count(1))
+        if folder.is_dir():
+            os.replace(folder, next(other for other in numbered if not other.exists()))
+
+    def _read(self) -> dict[str, Any]:
+        return read_json(self.manifest) if self.manifest.is_file() else {}
+
+    def _write(self, content: Mapping[str, Any]) -> None:
+        write_json(self.manifest, content)
+
+    # ------------------------------------------------------------------ winners
+
+    def winners(self, before: Stage | None = None) -> Winners:
+        """Return the winners of the finished studies, or of those before a stage."""
+        found: dict[str, Any] = {}
+        for stage in STAGES[: None if before is None else STAGES.index(before)]:
+            found |= (self.result(stage.name) or {}).get("winners", {})
+        return Winners(**found)
+
+    def save(self, stage: Stage, winners: Mapping[str, Any], limits: Any) -> None:
+        """Store the winners of a study and the limits under which it ended.
+
+        New winners make the steps after the study start over.
+
+        Args:
+            stage: Stage of the study.
+            winners: Winners by name; each is also written as a YAML file.
+            limits: Number of trials and seconds that the study had.
+        """
+        before = self.result(stage.name)
+        if before is not None and before["winners"] != winners:
+            self.drop_after(stage.name)
+        for name in WINNERS:
+            value = winners.get(name)
+            content = value if isinstance(value, Mapping) else {name: value}
+            if name in winners:
+                write_text(self.folder / f"{name}.yaml", yaml.safe_dump(content, sort_keys=False))
+        self.store(stage.name, {"winners": dict(winners), "limits": limits})
 
 
-def _read(path: Path, name: str) -> Any:
-    if not path.is_file():
-        return None
-    try:
-        content = yaml.safe_load(path.read_text())
-        if name == "lambda_reg":
-            return float(content["lambda_reg"])
-        if name != "external_config":
-            SubmodelConfig(**content)
-        return dict(content)
-    except (yaml.YAMLError, TypeError, ValueError, KeyError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is corrupted ({' '.join(str(error).split())[:100]}): delete it, and its study writes it again"
-        ) from error
+def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Yield the dotted names at which two trees of dicts differ, with both values."""
+    if isinstance(then, Mapping) and isinstance(now, Mapping):
+        for key in {**then, **now}:
+            yield from differences(then.get(key), now.get(key), f"{name}.{key}".removeprefix("."))
+    elif then != now:
+        yield name, then, now
+
+
+def digests_of(files: Mapping[str, Any]) -> dict[str, Any]:
+    """Return size and SHA-256 of the files of a datamodule that exist, by path."""
+    paths = [Path(file) for file in files.values() if file and Path(file).is_file()]
+    return {str(path): [path.stat().st_size, file_digest(path)] for path in paths}
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -1,293 +1,157 @@
-"""The studies in their storage: how they are opened, archived and read."""
+"""The studies in their storage: how they are opened, resumed, shared by processes, and read.
+
+A trial that was killed, interrupted or cut by a deadline is a failed one without a cause. It does
+not count, and its parameters are tried again.
+"""
 
 from __future__ import annotations
 
+import gc
 import json
-import re
-from collections.abc import Iterator, Mapping, Sequence
+import multiprocessing
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
-from lightning.pytorch.utilities import rank_zero_warn
+import torch
+from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import BaseStorage
-from optuna.study import Study
-from optuna.trial import BaseTrial, FrozenTrial, TrialState
-
-from dact.checks import check_type
-from dact.saving import plain_data
-from dact.tuning.retries import CAUSE, MAX_DEATHS, RETRY_OF, STOPPED, is_counted
-from dact.tuning.run import Run
-from dact.tuning.stages import STAGES, Stage
-from dact.tuning.storage import (
-    corrupted,
-    describe_storage,
-    is_unreachable,
-    open_storage,
-    root_cause,
+from optuna.storages import (
+    BaseStorage,
+    InMemoryStorage,
+    RDBStorage,
+    RetryHeartbeatStaleTrialCallback,
 )
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import URL, make_url
 
-IDENTITY = "setting"  # user attribute of a study: settings that its trials have in common
-LIMITS = "ended_under"  # user attribute of a study: the limits under which its deadline ended it
-OF_ONE_STUDY = (
-    "search space",
-    "submodels",
-)  # parts of an identity that studies of a run do not share
-FOLLOWS = {
-    "head_epochs": "max_epochs",
-    "encoder's weights": "seed",
-}  # parts of an identity that follow from others
-LONGEST_CHANGE = 60  # characters up to which an error gives both values of a setting
-ORIGIN = "under"  # user attribute of a study: see `archive_if_outdated`
+from dact import signals
+from dact.tuning.run import Run
+from dact.tuning.settings import Winners
+from dact.tuning.stages import Stage
+from dact.tuning.trial import CAUSE, Objective
+
+UNDER = "under"  # user attribute of a study: winners of the earlier studies that its trials ran under
+POLL = 0.5  # seconds between two looks at other processes
+StudyCallback = Callable[[Study, FrozenTrial], None]
 
 
-def check_parts(storage: Any, sampler: Any, pruner: Any, callbacks: Any) -> None:
-    """Raise a ``TypeError`` unless these are what an Optuna study takes, or None."""
-    for name, value, kind, such_as in (
-        ("storage", storage, (str, BaseStorage), "'sqlite:///trials.db'"),
-        ("sampler", sampler, BaseSampler, "optuna.samplers.TPESampler()"),
-        ("pruner", pruner, BasePruner, "optuna.pruners.MedianPruner()"),
-    ):
-        if value is not None:
-            check_type(f"TuningEngine: {name}", value, kind, such_as)
-    if not isinstance(callbacks, Sequence) or not all(map(callable, callbacks)):
-        raise TypeError(
-            f"TuningEngine: callbacks must be a list of functions of study and trial, got {callbacks!r}"
+# ---------------------------------------------------------------------- opening
+
+
+def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
+    """Return the storage of the studies: an sqlite file in the run's folder unless told otherwise.
+
+    Heartbeats tell that the process of a trial has died, on any machine; the trial is then tried
+    again.
+    """
+    if isinstance(address, BaseStorage):
+        return address
+    # A URL object, since a question mark in a path would end an address.
+    own = URL.create("sqlite", database=str(run.folder / "studies.db"))
+    url = own if address is None else make_url(address)
+    if url.drivername in ("postgres", "postgresql"):  # whose default driver depends on SQLAlchemy
+        url = url.set(drivername="postgresql+psycopg")
+    options: dict[str, Any] = {"pool_pre_ping": True}
+    if url.drivername.startswith("sqlite"):
+        options = {"connect_args": {"timeout": 60}}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, used on purpose
+        return RDBStorage(
+            url.render_as_string(hide_password=False),
+            engine_kwargs=options,
+            heartbeat_interval=30,
+            grace_period=120,
+            heartbeat_stale_trial_callback=_retry(),
         )
 
 
-def check_directions(stage: Stage, trial: BaseTrial) -> None:
-    """Raise a ``ValueError`` unless the study of a trial has the objectives of a stage."""
-    study = getattr(trial, "study", None)  # a FixedTrial has none
-    if study is None:
-        return
-    directions = [direction.name.lower() for direction in study.directions]
-    if directions != list(stage.directions):
-        raise ValueError(
-            f"the objective of {stage.name} is for a study that optuna.create_study(directions={[*stage.directions]}) "
-            f"makes, got one with {directions}"
-        )
-
-
-def own_folder(trial: BaseTrial) -> str:
-    """Return the folder in a run for the trials of a study of the user's own, which has the name of
-    the study."""
-    study = getattr(trial, "study", None)
-    return "own" if study is None else f"own/{re.sub(r'[^A-Za-z0-9_-]', '_', study.study_name)}"
+def _retry() -> RetryHeartbeatStaleTrialCallback:
+    """Return the callback that queues the parameters of a dead trial again, at most twice."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ExperimentalWarning)
+        return RetryHeartbeatStaleTrialCallback(max_retry=2)
 
 
 def open_study(
-    run: Run,
-    stage: Stage,
-    identity: Mapping[str, Any],
-    address: str | BaseStorage | None,
-    pruner: BasePruner | None,
+    run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners
 ) -> Study:
-    """Create or load a study, and check that its trials are comparable. The caller holds the lock
-    of the run.
+    """Create or load the study of a stage.
+
+    If its trials ran under other winners of the studies before it, it is kept under another name,
+    and a new study takes its place.
 
     Args:
-        run: The run.
+        run: The run, whose lock the caller holds.
         stage: The stage.
-        identity: Settings that all trials of the study have in common, as plain data.
-        address: Address of the storage, or a storage; None for the run's own file.
-        pruner: Pruner, for a study of one objective.
-
-    Raises:
-        ConnectionError: If the storage cannot be reached.
-        ValueError: If the study was made with another identity, or is corrupted.
+        address: Storage, its address, or None for the run's own file.
+        before: Winners of the studies before it.
     """
-    name, where = run.study_name(stage), describe_storage(address, run.folder)
-    storage = open_storage(address, run.folder)
-    try:
-        study = optuna.create_study(
-            study_name=name,
-            storage=storage,
-            directions=stage.directions,
-            pruner=pruner,
-            load_if_exists=True,
-        )
-        stored = study.user_attrs.get(IDENTITY)
-        trials = study.get_trials(deepcopy=False)
-        directions = tuple(direction.name.lower() for direction in study.directions)
-    except Exception as error:
-        if is_unreachable(error):
-            raise ConnectionError(f"{where} cannot be read: {root_cause(error)}") from error
-        raise corrupted(where, error) from error
-    if directions != stage.directions:
-        raise corrupted(where, f"the objectives of {name}")
-    if stored is None and not trials:
-        study.set_user_attr(IDENTITY, _as_stored(identity))
-        return study
-    _check_identity(f"{name} in {where}", stored, identity)
+    storage, name = open_storage(address, run), run.study_name(stage)
+    create = {"study_name": name, "storage": storage, "directions": stage.directions}
+    study = optuna.create_study(**create, load_if_exists=True)
+    under = json.dumps(before.settings().arguments(), sort_keys=True)
+    if study.user_attrs.get(UNDER, under) != under:
+        names = {one.study_name for one in optuna.get_all_study_summaries(storage)}
+        number = next(n for n in range(1, len(names) + 2) if f"{name}/outdated_{n}" not in names)
+        kept = {"to_storage": storage, "to_study_name": f"{name}/outdated_{number}"}
+        optuna.copy_study(from_study_name=name, from_storage=storage, **kept)
+        optuna.delete_study(study_name=name, storage=storage)
+        study = optuna.create_study(**create)
+        run.set_aside(stage.name)
+    study.set_user_attr(UNDER, under)
+    if address is None:
+        fail_running(study)
     return study
 
 
-def check_own(trial: BaseTrial, identity: Mapping[str, Any]) -> None:
-    """Warn if a trial of a study of the user's own does not compare with the first one, which
-    leaves its identity."""
-    study = getattr(trial, "study", None)  # a FixedTrial has none
-    if study is None:
-        return
-    stored = study.user_attrs.get(IDENTITY)
-    if stored is None:
-        study.set_user_attr(IDENTITY, _as_stored(identity))
-    elif changes := _changes(stored, identity):
-        rank_zero_warn(
-            f"trial {trial.number} of the study {study.study_name} has another {', '.join(changes)} than its first "
-            "trial, so that their values do not compare"
-        )
+def fail_running(study: Study) -> None:
+    """Fail the running trials of a study whose processes are known to be gone."""
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
 
 
-def check_run(run: Run, identity: Mapping[str, Any], address: str | BaseStorage | None) -> None:
-    """Raise a ``ValueError`` if the run has studies of another identity, whose inputs objectives
-    would replace."""
-    if address is None and not (run.folder / "studies.db").is_file():
-        return
-    storage = open_storage(address, run.folder)
-    for summary in optuna.get_all_study_summaries(storage, include_best_trial=False):
-        if summary.study_name in map(run.study_name, STAGES) and (
-            stored := summary.user_attrs.get(IDENTITY)
-        ):
-            stored = {name: value for name, value in stored.items() if name not in OF_ONE_STUDY}
-            _check_identity(summary.study_name, stored, identity)
-
-
-def _as_stored(content: Any) -> Any:
-    return json.loads(json.dumps(plain_data(content), default=str))  # a duration as text
-
-
-def _check_identity(name: str, stored: Any, identity: Mapping[str, Any]) -> None:
-    """Raise a ``ValueError`` if the identity of a study differs from the one that is stored."""
-    if changes := _changes(stored, identity):
-        raise ValueError(
-            f"the study {name} was made with another {', '.join(changes)}; trials of both would not compare. Use "
-            f"another run_tag, or the {changes[0].split(' (')[0]} of that time"
-        )
-
-
-def _changes(stored: Any, identity: Mapping[str, Any]) -> list[str]:
-    """Return in what an identity differs from one that is stored: names, with both values where
-    they can be read."""
-    found = dict(_differences(stored if isinstance(stored, Mapping) else {}, _as_stored(identity)))
-    texts = {
-        name: f"{now} instead of {then}"
-        for name, (then, now) in found.items()
-        if FOLLOWS.get(name) not in found
-    }
-    return [
-        f"{name} ({text})" if len(text) <= LONGEST_CHANGE else name for name, text in texts.items()
-    ]
-
-
-def _differences(
-    then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any]]:
-    """Yield the paths, such as ``model.learning_rate``, at which two trees of dicts differ, with
-    both values."""
-    for name in sorted({*then, *now}):
-        old, new = then.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            yield from _differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            yield prefix + name, (old, new)
-
-
-def start_with(study: Study, first_trials: Sequence[Mapping[str, Any]]) -> None:
-    """Queue the first trials of a new study. The caller holds the lock of the run.
+def queue(study: Study, first_trials: Sequence[Any], missing: int) -> None:
+    """Queue the first trials of a new study, and the parameters of interrupted trials again.
 
     Args:
         study: The study.
         first_trials: Parameters of its first trials.
+        missing: Number of trials that the study lacks; no more are queued.
     """
-    if len(study.get_trials(deepcopy=False)) < len(
-        first_trials
-    ):  # some exist if a kill came between two of them
-        for params in first_trials:
-            study.enqueue_trial(dict(params), skip_if_exists=True)
-
-
-def reloaded(study: Study) -> Study:
-    """Return the study of this name as it is now: another process may have archived the one that
-    was opened."""
-    return optuna.load_study(
-        study_name=study.study_name, storage=study._storage, pruner=study.pruner
-    )
-
-
-def end(study: Study, n_trials: int, time_out: float | None, alone: bool) -> None:
-    """Record that a deadline ended a study under these limits, unless no trial has a value yet."""
-    if study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
-        study.set_user_attr(LIMITS, _as_stored([n_trials, time_out, alone]))
-
-
-def trials_left(study: Study, n_trials: int, time_out: float | None, alone: bool) -> int:
-    """Return how many trials a study lacks; none if a deadline, a callback or its sampler ended it
-    under these limits.
-
-    Args:
-        study: The study.
-        n_trials: Total number of trials.
-        time_out: Seconds of all studies together.
-        alone: Whether this study may take all of them, and not only its share.
-    """
-    *limits, had_all = study.user_attrs.get(LIMITS, [None, None, False])
-    is_closed = limits == [n_trials, time_out] and (had_all or not alone)
-    is_closed = is_closed or study.user_attrs.get(STOPPED) == n_trials
-    return 0 if is_closed else max(0, n_trials - len(finished(study)))
-
-
-def archive_if_outdated(study: Study, origin: str) -> tuple[Study, int]:
-    """Return a study whose trials all ran under the current winners of the studies before it.
-
-    A study that ran under other winners is kept under another name, and a new one takes its place.
-    The caller holds the lock of the run.
-
-    Args:
-        study: The study.
-        origin: Digest of the winners of the studies before it, and of how its trials are measured.
-
-    Returns:
-        The study to continue, and the number of trials that are ignored from now on.
-    """
-    stored = study.user_attrs.get(ORIGIN)
-    if stored is None:
-        study.set_user_attr(ORIGIN, origin)
-    if stored in (None, origin):
-        return study, 0
     trials = study.get_trials(deepcopy=False)
-    storage, name, pruner = study._storage, study.study_name, study.pruner
-    known = {
-        summary.study_name
-        for summary in optuna.get_all_study_summaries(storage, include_best_trial=False)
-    }
-    number = next(
-        number for number in range(1, len(known) + 2) if f"{name}/outdated_{number}" not in known
-    )
-    identity, directions = study.user_attrs.get(IDENTITY), study.directions
-    if trials:
-        optuna.copy_study(
-            from_study_name=name,
-            from_storage=storage,
-            to_storage=storage,
-            to_study_name=f"{name}/outdated_{number}",
-        )
-    optuna.delete_study(study_name=name, storage=storage)
-    study = optuna.create_study(
-        study_name=name, storage=storage, directions=directions, pruner=pruner
-    )
-    study.set_user_attr(IDENTITY, identity)
-    study.set_user_attr(ORIGIN, origin)
-    for trial in trials[:2]:  # the first trials are the same
-        if "fixed_params" in trial.system_attrs and RETRY_OF not in trial.user_attrs:
-            study.enqueue_trial(trial.system_attrs["fixed_params"], skip_if_exists=True)
-    return study, sum(is_counted(trial) for trial in trials)
+    if all(trial.state == TrialState.WAITING for trial in trials):
+        for params in first_trials[:missing]:
+            study.enqueue_trial(dict(params), skip_if_exists=True)
+        return
+    waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+    retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
+    again = [t for t in trials if _was_interrupted(t) and t.number not in retried]
+    for trial in again[: max(0, missing - waiting)]:
+        _retry()(study, trial)
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def _was_interrupted(trial: FrozenTrial) -> bool:
+    return trial.state == TrialState.FAIL and CAUSE not in trial.user_attrs
 
 
 def finished(study: Study) -> list[FrozenTrial]:
     """Return the trials that count: completed, pruned, or failed by their own fault."""
-    return [trial for trial in study.get_trials(deepcopy=False) if is_counted(trial)]
+    trials = study.get_trials(deepcopy=False)
+    return [one for one in trials if one.state.is_finished() and not _was_interrupted(one)]
 
 
 def completed(study: Study) -> list[FrozenTrial]:
@@ -299,18 +163,194 @@ def completed(study: Study) -> list[FrozenTrial]:
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if trials:
         return trials
-    others = finished(study)
-    if not others:
+    if not (others := finished(study)):
         raise RuntimeError(
-            f"{study.study_name}: time_out ended the study before any trial finished; raise time_out, or train for "
-            "fewer epochs under another run_tag"
+            f"{study.study_name}: time_out ended the study before any trial finished: raise time_out, "
+            "or train for fewer epochs under another run_tag"
         )
+    first = others[0]
     raise RuntimeError(
-        f"{study.study_name}: none of its {len(others)} trials finished. The first cause: trial {others[0].number}: "
-        f"{_cause(others[0])}. Once it is removed, run the same command again, with a larger n_trials if all were used"
+        f"{study.study_name}: none of its {len(others)} trials finished. Trial {first.number}: "
+        f"{first.user_attrs.get(CAUSE)}. Once the cause is removed, use another run_tag, or a larger "
+        "n_trials"
     )
 
 
-def _cause(trial: FrozenTrial) -> str:
-    died = f"its process died without a word, {MAX_DEATHS} times with these parameters (out of memory?)"
-    return str(trial.user_attrs.get(CAUSE, died if trial.state == TrialState.FAIL else "pruned"))
+# ---------------------------------------------------------------------- running
+
+
+@dataclass(frozen=True)
+class StudyJob:
+    """Everything that a process needs to run trials of a study.
+
+    Args:
+        objective: Objective of the study.
+        n_trials: Total number of trials.
+        storage: Storage, its address, or None for the run's own file.
+        sampler: Sampler of the study.
+        pruner: Pruner of the study, or None.
+        callbacks: Optuna callbacks, called after each trial.
+        first_trials: Parameters of the first trials.
+        setup: Function that a worker process calls first, or None.
+    """
+
+    objective: Objective
+    n_trials: int
+    storage: str | BaseStorage | None
+    sampler: BaseSampler
+    pruner: BasePruner | None
+    callbacks: Sequence[StudyCallback] = ()
+    first_trials: Sequence[Mapping[str, Any]] = ()
+    setup: Callable[[], None] | None = None
+
+    def for_worker(self, worker: int) -> StudyJob:
+        """Return the job of one worker process, by its number from 0."""
+        prepared = self.objective.prepared.for_worker(worker, torch.cuda.device_count())
+        return replace(self, objective=replace(self.objective, prepared=prepared))
+
+    def missing(self, study: Study) -> int:
+        """Return how many trials the study lacks; none after the deadline."""
+        if self.objective.deadline.left == 0:
+            return 0
+        return max(0, self.n_trials - len(finished(study)))
+
+    def run(self, study: Study, n_trials: int, *more: StudyCallback) -> None:
+        """Run up to `n_trials` trials in this process."""
+
+        def stop_when_done(study: Study, trial: FrozenTrial) -> None:
+            signals.check()
+            if self.missing(study) == 0:  # other machines may have run some
+                study.stop()
+
+        study.optimize(
+            self.objective,
+            n_trials=n_trials,
+            catch=(Exception,),
+            callbacks=[*self.callbacks, *more, stop_when_done],
+            gc_after_trial=True,  # a Trainer and its model refer to each other
+        )
+
+
+def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., None]) -> None:
+    """Run the trials that a study lacks, in this process or in a pool of workers.
+
+    If a worker dies, the pool ends, and this process runs the rest. A study on a server returns when
+    no machine runs a trial of it any more, so that all of them see the same winner.
+
+    Args:
+        job: Job of the study.
+        study: The same study, opened in this process.
+        workers: Number of processes.
+        refresh: Function that redraws the state of the study; it accepts the arguments of an Optuna
+            callback.
+    """
+    study.sampler, study.pruner = job.sampler, job.pruner or study.pruner
+    if finished(study):
+        study.sampler.reseed_rng()  # a seeded sampler would propose the same points again
+    if workers > 1 and (missing := job.missing(study)):
+        queue(study, job.first_trials, missing)
+        try:
+            _run_pool(job, missing, workers, refresh)
+        except BrokenProcessPool:
+            pass
+        finally:
+            if job.storage is None:
+                fail_running(study)
+    while missing := job.missing(study):
+        queue(study, job.first_trials, missing)
+        job.run(study, missing, refresh)
+        if job.storage is None or missing == job.missing(study):
+            break
+        _wait_for_others(study, refresh)
+
+
+def _wait_for_others(study: Study, refresh: Callable[..., None]) -> None:
+    """Wait until no process runs a trial any more; one whose heartbeats have ended counts as dead."""
+    while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            optuna.storages.fail_stale_trials(study)
+        time.sleep(POLL)
+        signals.check()
+        refresh()
+
+
+# ---------------------------------------------------------------------- workers
+
+
+def check_workers(workers: int, storage: str | BaseStorage | None) -> None:
+    """Raise a ``ValueError`` if this number of processes cannot share a storage."""
+    if workers < 1:
+        raise ValueError(f"TuningEngine: workers must be 1 or more, got {workers}")
+    if workers > 1 and isinstance(storage, InMemoryStorage):
+        raise ValueError("TuningEngine: workers cannot share a storage in memory: leave it out")
+
+
+def _run_pool(job: StudyJob, n_trials: int, workers: int, refresh: Callable[..., None]) -> None:
+    """Run trials in a pool of processes, one trial after another in each.
+
+    Raises:
+        BrokenProcessPool: If a worker dies.
+    """
+    # On Linux workers are forks of a server process that has only imported modules: a fresh
+    # interpreter would spend seconds on its imports. On other systems a fork is not safe.
+    context: Any = multiprocessing.get_context("spawn")
+    if sys.platform == "linux":
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([__name__])
+    threads = max(1, torch.get_num_threads() // workers)
+    number = context.Value("i", 0)
+    begun = (job, number, threads, dict(os.environ))
+    pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=begun)
+    pending = {pool.submit(_run_one) for _ in range(n_trials)}
+    try:
+        while pending:
+            done, pending = wait(pending, timeout=POLL, return_when=FIRST_COMPLETED)
+            for future in done:
+                future.result()
+            signals.check()
+            refresh()
+    finally:
+        for process in list((pool._processes or {}).values()) if pending else []:
+            process.terminate()  # which interrupts its trial
+        pool.shutdown(cancel_futures=True)
+
+
+_job: StudyJob | None = None  # of a worker process
+_study: Study | None = None
+
+
+def _begin_worker(job: StudyJob, number: Any, threads: int, environment: dict[str, str]) -> None:
+    """Make this process a worker, which ends with its parent."""
+    global _job, _study
+    gc.freeze()  # what was imported lives as long as the process
+    os.environ.update(environment)
+    signals.install()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if job.setup is not None:
+        job.setup()
+    torch.set_num_threads(threads)
+    with number.get_lock():
+        worker = number.value
+        number.value += 1
+    _job = job.for_worker(worker)
+    stage, run = job.objective.stage, job.objective.prepared.run
+    storage = open_storage(job.storage, run)
+    options = {"sampler": job.sampler, "pruner": job.pruner}
+    _study = optuna.load_study(study_name=run.study_name(stage), storage=storage, **options)
+    _study.sampler.reseed_rng()
+
+
+def _run_one() -> None:
+    """Run one trial in a worker process, unless the study has all of them."""
+    assert _job is not None and _study is not None
+    if _job.missing(_study):
+        _job.run(_study, 1)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent ends: a killed command must not leave workers behind."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

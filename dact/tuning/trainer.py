@@ -1,10 +1,9 @@
-"""A fit: a fresh Trainer, the record of its epochs, its deadline, and how it resumes."""
+"""A fresh Trainer for each fit: the record of its epochs, its deadline, and how it resumes."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import math
 import os
 import time
@@ -14,18 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import (
-    Callback,
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    seed_everything,
-)
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
     GradientAccumulationScheduler,
     LearningRateMonitor,
+    ModelCheckpoint,
     ProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -36,31 +30,30 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
 
-from dact.calibration.answers import LayerAnswers
-from dact.callbacks import AverageLastSteps, MovableCheckpoint
+from dact.calibration import LayerAnswers
+from dact.callbacks import AverageLastSteps
 from dact.files import DurableCheckpointIO
 from dact.functional import accumulate
 from dact.model import DACT
 from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
-# epochs on frozen states per epoch of the final fit; with fewer, the submodels have not learned …
-HEAD_EPOCHS = 3
-MOST_HEAD_EPOCHS = 12  # … and with this many they have, however long the encoder is trained
-MIN_STEPS = (
-    250  # optimizer steps in which a pretrained encoder learns its task, also from few texts …
-)
-TAUGHT_STEPS = (
-    150  # … and one that starts from the baseline's encoder and has the baseline as a teacher
-)
-MOST_TIMES = 7  # of the epochs that are asked for, on few examples
-GRACE = 10.0  # seconds that a validation may go on after a deadline
+# Epochs on frozen states per epoch of the final fit: with fewer the submodels have not learned,
+# and with the largest number they have, however long the encoder is trained.
+HEAD_EPOCHS, MOST_HEAD_EPOCHS = 3, 12
+# Optimizer steps in which a pretrained encoder learns its task, also from few texts, and in which
+# one does that starts from the whole encoder's weights and has it as a teacher.
+MIN_STEPS, TAUGHT_STEPS = 250, 150
+MOST_TIMES = 7  # times the epochs that are asked for
+GRACE = 10.0  # seconds that a validation may take beyond a deadline
 PROCESS_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
 
 
+# ---------------------------------------------------------------------- epochs
+
+
 def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int) -> int:
-    """Return `epochs` or, on few examples, as many as make `steps` optimizer steps, but at most
-    `MOST_TIMES` as many.
+    """Return `epochs` or, on few examples, as many as make `steps` optimizer steps.
 
     Few epochs of few steps leave a pretrained encoder where it began, and it answers with the
     majority class (Mosbach et al. 2021, *On the Stability of Fine-tuning BERT*).
@@ -70,27 +63,23 @@ def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int
         data: Datamodule that is set up for a fit.
         epochs: Number of epochs.
         steps: Number of optimizer steps.
+
+    Returns:
+        The number of epochs, at most `MOST_TIMES` as many as asked for.
     """
-    limit = trainer.get("overfit_batches") or trainer.get("limit_train_batches")
-    batches = len(data.train_dataloader())
+    batches, limit = len(data.train_dataloader()), trainer.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-    schedulers = [
-        one
-        for one in as_list(trainer.get("callbacks"))
-        if isinstance(one, GradientAccumulationScheduler)
-    ]
-    accumulated = (
-        max(schedulers[0].scheduling.values())
-        if schedulers
-        else trainer.get("accumulate_grad_batches") or 1
-    )
-    per_epoch = max(1, -(-batches // int(accumulated)))  # the last ones step as well
-    return min(max(epochs, -(-steps // per_epoch)), MOST_TIMES * epochs)
+    accumulated = trainer.get("accumulate_grad_batches") or 1
+    for callback in as_list(trainer.get("callbacks")):
+        if isinstance(callback, GradientAccumulationScheduler):
+            accumulated = max(callback.scheduling.values())
+    per_epoch = max(1, math.ceil(batches / int(accumulated)))
+    return min(max(epochs, math.ceil(steps / per_epoch)), MOST_TIMES * epochs)
 
 
 def head_epochs(epochs: int) -> int:
-    """Return the number of epochs on frozen states that stand for a fit of this many epochs."""
+    """Return the number of epochs on frozen states that stands for a fit of this many epochs."""
     return min(HEAD_EPOCHS * epochs, MOST_HEAD_EPOCHS)
 
 
@@ -109,8 +98,7 @@ class History(Callback):
     Raises:
         NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
         KeyError: From the fit, if the model logs no val_loss.
-        ValueError: From the fit, if no validation ran, or the model's validation_step returns no
-            answers.
+        ValueError: From the fit, if no validation ran.
     """
 
     def __init__(self) -> None:
@@ -126,14 +114,8 @@ class History(Callback):
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
-        if not (isinstance(outputs, Mapping) and outputs.keys() >= {"layer_probabilities", "h"}):
-            raise ValueError(
-                f"{type(pl_module).__name__}.validation_step must return what that of DACT returns: "
-                f"layer_probabilities and h; it returns {type(outputs).__name__}"
-            )
-        self._seen.append(
-            (outputs["layer_probabilities"].cpu(), outputs["h"].cpu(), batch["labels"].cpu().long())
-        )
+        answers = outputs["layer_probabilities"], outputs["h"], batch["labels"].long()
+        self._seen.append(tuple(tensor.cpu() for tensor in answers))  # type: ignore[arg-type]
 
     @override
     def state_dict(self) -> dict[str, Any]:
@@ -147,21 +129,15 @@ class History(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.sanity_checking:
             return
-        metrics = {
-            name: value.item()
-            for name, value in trainer.callback_metrics.items()
-            if _of_validation(name)
-        }
+        metrics = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val_")}
         if MONITOR not in metrics:
-            raise KeyError(
-                f"the model logs no {MONITOR}; it logs {', '.join(sorted(metrics)) or 'nothing'}"
-            )
+            logged = ", ".join(sorted(metrics)) or "nothing"
+            raise KeyError(f"the model logs no {MONITOR}; it logs {logged}")
         if not math.isfinite(metrics[MONITOR]):
-            raise NonFiniteLoss(
-                f"{MONITOR} is {metrics[MONITOR]} after epoch {trainer.current_epoch}"
-            )
+            raise NonFiniteLoss(f"{MONITOR} is {metrics[MONITOR]} in epoch {trainer.current_epoch}")
+
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
-        if self._best == len(self.epochs) - 1:
+        if self.best is self.epochs[-1]:
             y, h, target = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
             self.answers = LayerAnswers(*accumulate(y, h), y, target)
         self._seen = []
@@ -170,32 +146,28 @@ class History(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Only now do the training metrics belong to this epoch; its validation came before.
         if self.epochs and self.epochs[-1]["epoch"] == trainer.current_epoch:
-            metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
-            self.epochs[-1] |= {
-                name: value for name, value in metrics.items() if not _of_validation(name)
-            }
+            metrics = {n: v.item() for n, v in trainer.callback_metrics.items()}
+            self.epochs[-1] |= {n: v for n, v in metrics.items() if not n.startswith("val_")}
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self.epochs:
             raise ValueError(
-                f"no validation ran in {trainer.max_epochs} epochs, and a fit has no value without one: change the "
-                "Trainer's check_val_every_n_epoch or limit_val_batches, or a max_steps or max_time that is too short"
+                f"no validation ran in {trainer.max_epochs} epochs: change the Trainer's "
+                "check_val_every_n_epoch, limit_val_batches, max_steps or max_time"
             )
-
-    @property
-    def _best(self) -> int:
-        return min(range(len(self.epochs)), key=lambda index: self.epochs[index][MONITOR])
 
     @property
     def best(self) -> dict[str, float]:
         """The metrics of the epoch with the lowest validation loss."""
-        return self.epochs[self._best]
+        return min(self.epochs, key=lambda epoch: epoch[MONITOR])
+
+
+# ---------------------------------------------------------------------- deadlines
 
 
 class TimeIsUp(Exception):
-    """The deadline of a study passed in the middle of a trial, whose parameters are tried again
-    later."""
+    """The deadline of a study passed in the middle of a trial."""
 
     def __init__(self) -> None:
         super().__init__("time_out ended the study in the middle of this trial")
@@ -242,101 +214,81 @@ class StopAtDeadline(Callback):
             raise TimeIsUp
 
 
-def _of_validation(name: str) -> bool:
-    return name.startswith("val_")
+# ---------------------------------------------------------------------- the process
 
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the caller's random generators, and what a Trainer sets for its process, also after
-    an exception."""
+    """Restore the caller's random generators, and what a Trainer sets for its process."""
     failed: BaseException | None = None
     deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only, benchmark = (
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-        torch.backends.cudnn.benchmark,
-    )
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
     kept = {name: os.environ.get(name) for name in PROCESS_VARIABLES}
-    with isolate_rng():  # by itself, it restores them only after a block that succeeds
+    with isolate_rng():  # by itself, it restores nothing after an exception
         try:
             yield
         except BaseException as error:
             failed = error
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.backends.cudnn.benchmark = benchmark
-    _restore(kept)
+    for name, value in kept.items():
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     if failed is not None:
         raise failed
 
 
 @contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed all random generators for the block, and restore the caller's generators and variables
-    at its end."""
+    """Seed all random generators for the block, and restore the caller's at its end."""
     with isolated():
         seed_everything(seed, workers=True, verbose=False)
         yield
 
 
-def _restore(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
+# ---------------------------------------------------------------------- the Trainer
 
 
 def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
-    """Return a fresh Trainer with the user's arguments, which dact's replace, and copies of the
-    user's callbacks.
+    """Return a fresh Trainer with the user's arguments and copies of the user's callbacks.
 
     dact shows progress, keeps checkpoints and logs by itself. So progress bars and checkpoint
-    callbacks are left out, and without a logger the callbacks that need one."""
-    given = {**arguments}
+    callbacks are left out, and without a logger the callbacks that need one.
+
+    Args:
+        arguments: The user's arguments.
+        **fixed: Arguments that replace them; ``callbacks`` are added.
+    """
+    given = dict(arguments)
     left_out: tuple[type, ...] = (Checkpoint, ProgressBar)
     if not fixed.get("logger"):
         left_out += (LearningRateMonitor, DeviceStatsMonitor)
-    callbacks = [
-        callback
-        for callback in as_list(given.pop("callbacks", None))
-        if not isinstance(callback, left_out)
-    ]
-    # Copies, since both keep what a Trainer gives them, and a plugin what its fit has learned, such
-    # as a loss scale.
+    callbacks = [c for c in as_list(given.pop("callbacks", None)) if not isinstance(c, left_out)]
+    # Copies: callbacks keep what a Trainer gives them, and a plugin keeps its loss scale.
     plugins = copy.deepcopy(as_list(given.pop("plugins", None)))
-    if "strategy" in given:
-        given["strategy"] = copy.deepcopy(given["strategy"])
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(DurableCheckpointIO())
+    if "strategy" in given:
+        given["strategy"] = copy.deepcopy(given["strategy"])
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
+    added = fixed.pop("callbacks", [])
     fixed["enable_progress_bar"] = False
-    callbacks = [*copy.deepcopy(callbacks), StopOnSignal(), *fixed.pop("callbacks", [])]
-    return Trainer(
-        **{
-            **defaults,
-            **given,
-            "logger": False,
-            **fixed,
-            "callbacks": callbacks,
-            "plugins": plugins,
-        }
-    )
+    fixed["callbacks"] = [*copy.deepcopy(callbacks), StopOnSignal(), *added]
+    return Trainer(**{**defaults, **given, "logger": False, **fixed, "plugins": plugins})
 
 
 def for_states(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of the Trainer for frozen states, whose batches are others: numbers of
-    batches mean nothing."""
+    """Return arguments of the Trainer for frozen states, in whose batches numbers mean nothing."""
     given = {**trainer, "limit_val_batches": None}
-    if isinstance(trainer.get("val_check_interval"), int):  # None: Lightning says 1.0 aloud
-        given |= {
-            "val_check_interval": None,
-            "check_val_every_n_epoch": trainer.get("check_val_every_n_epoch") or 1,
-        }
+    if isinstance(trainer.get("val_check_interval"), int):
+        given |= {"val_check_interval": None, "check_val_every_n_epoch": 1}
     return given
 
 
 def averages(trainer: Mapping[str, Any]) -> bool:
-    """Return whether a callback of the user's averages weights."""
+    """Return whether a callback of the user averages weights."""
     kinds = (StochasticWeightAveraging, WeightAveraging)
     return any(isinstance(callback, kinds) for callback in as_list(trainer.get("callbacks")))
 
@@ -348,17 +300,14 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def fit(
-    trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None
-) -> None:
-    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C, which Lightning turns into
-    SystemExit.
+def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None) -> None:
+    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C instead of Lightning's SystemExit.
 
-    It does not warn of a collapsed depth: studies try extremes on purpose, and the summary says it
-    of the final model."""
+    It does not warn that all texts leave at one layer: studies try extremes on purpose.
+    """
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="the depth has collapsed.*")
+            warnings.filterwarnings("ignore", message=".*every validation example.*")
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:
         raise KeyboardInterrupt from error
@@ -370,7 +319,6 @@ def resumable_fit(
     data: LightningDataModule,
     checkpoints: Path,
     *callbacks: Callback,
-    what: str = "the fit",
     epochs: int,
     log: Path | None = None,
     keep: str | None = None,
@@ -385,78 +333,52 @@ def resumable_fit(
         data: Datamodule that only this fit uses.
         checkpoints: Folder of ``last.ckpt`` and the checkpoint that `keep` names.
         *callbacks: Further callbacks.
-        what: Name of the fit in errors.
         epochs: Number of epochs.
         log: Folder of a TensorBoard log, or None.
-        keep: Name, without ``.ckpt``, of a second checkpoint, without an optimizer unless a
-            callback of the user's averages weights; None for no such one.
+        keep: Name, without ``.ckpt``, of a second checkpoint; None for no such one.
         monitor: Metric whose lowest value chooses the epoch of `keep`; None for the last epoch.
-        average: Whether to average the weights of the last steps, unless a callback of the user's
+        average: Whether to average the weights of the last steps, unless a callback of the user
             averages weights.
 
     Raises:
-        NonFiniteLoss: If val_loss is NaN or infinite; the message says what to change.
-        RuntimeError: If PyTorch says that the device is out of memory; the message says what helps.
+        NonFiniteLoss: If val_loss is NaN or infinite.
         ValueError: If no validation ran.
     """
-    logger = (
-        None
-        if log is None
-        else TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
-    )
-    # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is
-    # written.
-    kept = [
-        MovableCheckpoint(
-            checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True
-        )
-    ]
+    logger: Any = False
+    if log is not None:
+        logger = TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
+    every: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
+    # Two callbacks: ``save_last`` would write last.ckpt only in epochs in which the best is written.
+    kept = [ModelCheckpoint(checkpoints, "last", **every)]
     if keep is not None and monitor is not None:
-        best = MovableCheckpoint(
+        # With save_weights_only, Lightning would save the raw weights instead of an average.
+        weights_only = not averages(arguments)
+        best = ModelCheckpoint(
             checkpoints,
             keep,
             monitor=monitor,
-            # Of weights alone, Lightning saves those of the last step, and not the mean of a
-            # callback of the user's.
-            save_weights_only=not averages(arguments),
+            save_weights_only=weights_only,
             enable_version_counter=False,
         )
         kept.insert(0, best)
-    history, last = History(), checkpoints / "last.ckpt"
     averaging = [AverageLastSteps()] if average and not averages(arguments) else []
-    every = [history, *callbacks, *averaging, *kept]
+    history, last = History(), checkpoints / "last.ckpt"
     trainer = make_trainer(
         arguments,
         max_epochs=epochs,
-        logger=logger or False,
-        callbacks=every,
+        logger=logger,
+        callbacks=[history, *callbacks, *averaging, *kept],
         enable_checkpointing=True,
     )
     try:
         fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
     except NonFiniteLoss as error:
         raise NonFiniteLoss(
-            f"{what} broke: {error}. Its learning rate is {model.learning_rate:g}: lower that of the model or "
-            "learning_rate's high in search_space, or use precision 32-true, under another run_tag"
-        ) from error
-    except torch.OutOfMemoryError as error:
-        passes = (
-            "consistency: 0 of tuner and model, so that a step takes one pass; or, "
-            if model.consistency
-            else ""
-        )
-        raise RuntimeError(
-            f"{what} ran out of memory: use {passes}under another run_tag, a smaller batch_size, shorter texts "
-            f"(data.max_length) or precision bf16-mixed. The device says: {error}"
+            f"{error}, at learning_rate {model.learning_rate:g}: lower it, or learning_rate's high in "
+            "search_space, or use precision 32-true, under another run_tag"
         ) from error
     if keep is not None and monitor is None:
         trainer.save_checkpoint(checkpoints / f"{keep}.ckpt", weights_only=True)
-    if logger is not None:
+    if logger:
         logger.finalize("success")
     return history
-
-
-def checkpoints_of(folder: Path, origin: str) -> Path:
-    """Return the folder of an unfinished fit's checkpoints, from which a fit of another origin does
-    not resume."""
-    return folder / f"fit_{hashlib.sha256(origin.encode()).hexdigest()[:16]}"

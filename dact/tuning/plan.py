@@ -1,0 +1,85 @@
+"""The plan of a run: what the studies search, and what they begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lightning.pytorch import LightningDataModule
+from optuna.distributions import CategoricalDistribution
+
+from dact.model import DACT
+from dact.tuning.trainer import TAUGHT_STEPS, enough_epochs
+from dact.tuning.recipe import Recipe, as_written, recommended
+from dact.tuning.settings import Settings, flat
+from dact.tuning.space import Spaces, complete_spaces, nearest
+from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
+
+EPOCHS_TRIED = (2 / 3, 1, 4 / 3)  # parts of the recommended number of epochs
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the studies search, and what they begin with.
+
+    Args:
+        spaces: Dimension of each parameter, by stage.
+        first_trials: Parameters of the first trials, by stage.
+        recommended: The recommended settings, within the user's bounds: what differs from the
+            factories' own.
+        submodels: Parameters of the factory's submodels, which a trial replaces as far as they are
+            searched.
+    """
+
+    spaces: Spaces
+    first_trials: Mapping[str, Sequence[Mapping[str, Any]]]
+    recommended: Settings
+    submodels: Mapping[str, Any]
+
+    def winners(self, stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the winners that the parameters of a trial stand for; see `Stage.parse`."""
+        return stage.parse({**self.submodels, **params} if stage is SUBMODELS else params)
+
+
+def make_plan(
+    recipe: Recipe,
+    spaces: Spaces,
+    bounded: Collection[str],
+    model: DACT,
+    data: LightningDataModule,
+) -> Plan:
+    """Return the plan of a run.
+
+    Args:
+        recipe: Recipe of the run.
+        spaces: Spaces from `build_spaces`.
+        bounded: Names of the parameters whose ranges the user gave.
+        model: Model of the factory.
+        data: Datamodule of the factory, set up for a fit.
+    """
+    size = getattr(data, "batch_size", None)
+    epochs = recipe.epochs
+    training = dict(spaces[TRAINING.name])
+    if "num_epochs" not in bounded:
+        epochs = enough_epochs(recipe.trainer, data, epochs, TAUGHT_STEPS)
+        choices = sorted({max(1, round(part * epochs)) for part in EPOCHS_TRIED})
+        training["num_epochs"] = CategoricalDistribution(choices)
+        spaces = {**spaces, TRAINING.name: training}
+
+    written, advised = as_written(model, size, epochs), recommended(model, size, epochs)
+    inside = {
+        name: nearest(training[name], value) if name in {*bounded} & training.keys() else value
+        for name, value in advised.arguments().items()
+    }
+    own = written.arguments()
+    differing = {name: value for name, value in inside.items() if value != own.get(name)}
+    submodels = flat({name: own[name] for name in ("classifier", "confidence")})
+    starts = {
+        SUBMODELS.name: [submodels],
+        TRAINING.name: [inside, *([own] if differing else [])],
+        LAMBDA_REG.name: [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else [],
+    }
+    complete, first_trials = complete_spaces(spaces, model.encoder.num_layers, starts, bounded)
+    chosen = Settings.of({**differing, "num_epochs": inside["num_epochs"]})
+    return Plan(complete, first_trials, chosen, submodels)

@@ -1,0 +1,88 @@
+"""The settings of a fit, and the winners of the studies, from which they follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a fit is made with.
+
+    Args:
+        model: Arguments of `DACT` that replace those of the factory, as plain values.
+        batch_size: Number of examples per training batch; that of the data if None.
+        num_epochs: Number of epochs; that of the Trainer if None.
+    """
+
+    model: Mapping[str, Any] = field(default_factory=dict)
+    batch_size: int | None = None
+    num_epochs: int | None = None
+
+    @classmethod
+    def of(cls, arguments: Mapping[str, Any]) -> Settings:
+        """Return the settings in arguments by name, ``batch_size`` and ``num_epochs`` among them."""
+        model = {n: v for n, v in arguments.items() if n not in ("batch_size", "num_epochs")}
+        return cls(model, arguments.get("batch_size"), arguments.get("num_epochs"))
+
+    def arguments(self) -> dict[str, Any]:
+        """Return all settings by name, as `of` takes them."""
+        others = {"batch_size": self.batch_size, "num_epochs": self.num_epochs}
+        return {**self.model, **{name: value for name, value in others.items() if value is not None}}
+
+    def updated(self, other: Settings) -> Settings:
+        """Return these settings, with those that `other` has in their place."""
+        return Settings.of({**self.arguments(), **other.arguments()})
+
+    def flat(self) -> dict[str, Any]:
+        """Return the settings under the names of the studies' parameters."""
+        return flat(self.arguments())
+
+
+def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``{"classifier": {"dropout": 0.1}}`` as ``{"classifier_dropout": 0.1}``."""
+    found: dict[str, Any] = {}
+    for name, value in arguments.items():
+        nested = value if isinstance(value, Mapping) else {}
+        found |= {f"{name}_{key}": entry for key, entry in nested.items()}
+        if not nested:
+            found[name] = value
+    return found
+
+
+@dataclass(frozen=True)
+class Winners:
+    """The winners of a run's studies; None where a study has no winner yet.
+
+    Args:
+        classifier_config: Arguments of the classifier's `SubmodelConfig`.
+        confidence_config: Arguments of the confidence's `SubmodelConfig`.
+        external_config: Arguments of the model and the data by name, and ``num_epochs``.
+        lambda_reg: λ.
+    """
+
+    classifier_config: dict[str, Any] | None = None
+    confidence_config: dict[str, Any] | None = None
+    external_config: dict[str, Any] | None = None
+    lambda_reg: float | None = None
+
+    def settings(self) -> Settings:
+        """Return the settings that the winners stand for."""
+        chosen: dict[str, Any] = dict(self.external_config or {})
+        if self.classifier_config is not None:
+            chosen["classifier"] = self.classifier_config
+        if self.confidence_config is not None:
+            chosen["confidence"] = self.confidence_config
+        if self.lambda_reg is not None:
+            chosen["lambda_reg"] = self.lambda_reg
+        return Settings.of(chosen)
+
+    def missing(self) -> list[str]:
+        """Return the names of the winners that are missing."""
+        return [name for name in WINNERS if getattr(self, name) is None]
+
+
+WINNERS = tuple(one.name for one in dataclasses.fields(Winners))

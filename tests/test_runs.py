@@ -1,0 +1,419 @@
+"""A run on disk and its studies: the manifest, what is resumed, and what is refused."""
+
+import multiprocessing
+from functools import partial
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.storages import JournalStorage
+from optuna.storages.journal import JournalFileBackend
+from optuna.trial import TrialState
+
+from dact import DACT
+from dact.calibration import Promise
+from dact.data import TextClassificationData
+from dact.data.tokenizers import word_tokenizer
+from dact.encoders import TransformerEncoder
+from dact.files import read_json
+from dact.tuning import studies
+from dact.tuning.recipe import trainer_arguments
+from dact.tuning.run import Run
+from dact.tuning.settings import Settings, Winners
+from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
+from dact.tuning.trainer import Deadline, TimeIsUp, enough_epochs, make_trainer
+from dact.tuning.trial import CAUSE
+from tests.test_tuning import engine, small_data, small_model, study_of
+
+PARTS = {"classifier_config": {"dropout": 0.1}, "confidence_config": {"dropout": 0.2}}
+
+
+# ------------------------------------------------------------------ the manifest
+
+
+@pytest.mark.parametrize("tag", ["a", "2026-12-02_10-00-00", "my.run_2"])
+def test_run_tags_are_names(tag, tmp_path):
+    assert Run(tag, tmp_path).folder == tmp_path / tag
+
+
+@pytest.mark.parametrize("tag", ["", "..", "../run", "a/b", "/tmp", ".hidden", "a b", 3.5])
+def test_run_tags_that_lead_elsewhere_are_refused(tag, tmp_path):
+    with pytest.raises(ValueError, match="run_tag must be a name"):
+        Run(tag, tmp_path)
+
+
+def test_a_step_that_is_done_is_not_done_again(tmp_path):
+    run, calls = Run("run", tmp_path), []
+    with run.opened({"seed": 0}):
+        for _ in range(2):
+            assert run.step("baseline", lambda: calls.append(1) or {"epochs": 3}) == {"epochs": 3}
+    assert len(calls) == 1
+    assert read_json(run.manifest) == {
+        "configuration": {"seed": 0},
+        "steps": {"baseline": {"epochs": 3}},
+    }
+
+
+def test_new_winners_make_the_later_steps_start_over(tmp_path):
+    run = Run("run", tmp_path)
+    with run.opened({}):
+        run.save(SUBMODELS, PARTS, [3, None])
+        run.save(TRAINING, {"external_config": {"num_epochs": 2}}, [3, None])
+        run.save(LAMBDA_REG, {"lambda_reg": 0.1}, [3, None])
+        run.store("final", {"metrics": "x"})
+        run.final.mkdir()
+        run.save(SUBMODELS, PARTS, [4, None])
+        assert run.winners().lambda_reg == 0.1, "the same winner: nothing starts over"
+        run.save(SUBMODELS, {**PARTS, "classifier_config": {"dropout": 0.3}}, [5, None])
+    assert run.winners() == Winners({"dropout": 0.3}, {"dropout": 0.2})
+    assert run.result("final") is None
+    assert (run.folder / "final.outdated_1").is_dir()
+    assert "dropout: 0.3" in (run.folder / "classifier_config.yaml").read_text()
+
+
+def test_winners_are_settings_of_the_model_and_the_data():
+    winners = Winners(**PARTS, external_config={"batch_size": 8, "learning_rate": 1e-3})
+    found = winners.settings().updated(Settings({"lambda_reg": 0.5}, num_epochs=2))
+    assert found == Settings.of(
+        {
+            "batch_size": 8,
+            "num_epochs": 2,
+            "learning_rate": 1e-3,
+            "classifier": {"dropout": 0.1},
+            "confidence": {"dropout": 0.2},
+            "lambda_reg": 0.5,
+        }
+    )
+    assert found.flat()["classifier_dropout"] == 0.1
+    assert winners.missing() == ["lambda_reg"]
+
+
+def hold(folder, ready, done):
+    with Run("run", folder).opened({}):
+        ready.set()
+        done.wait(60)
+
+
+def test_a_second_command_under_the_same_tag_is_refused(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, done = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path, ready, done))
+    process.start()
+    ready.wait(60)
+    with pytest.raises(ValueError, match="another process works on run 'run'.*another run_tag"):
+        with Run("run", tmp_path).opened({}):
+            pass
+    done.set()
+    process.join()
+    with Run("run", tmp_path).opened({}):
+        pass
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory):
+    """A log folder with a run whose first study has a trial."""
+    folder = tmp_path_factory.mktemp("begun")
+    engine(folder, n_trials=1).joint_tune_study("run")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"model": partial(small_model, weight_decay=0.5)}, "model.weight_decay"),
+        ({"data": partial(small_data, seed=9)}, "data.seed"),
+        ({"trainer": {"max_epochs": 2, "accelerator": "cpu"}}, "trainer.max_epochs"),
+        ({"promise": Promise(min_agreement=0.5, confidence=None)}, "tuner.promise"),
+        ({"search_space": {"classifier_dropout": {"high": 0.2}}}, "tuner.search_space"),
+        ({"seed": 1}, "tuner.seed"),
+    ],
+)
+def test_another_configuration_under_the_same_tag_is_refused(begun, changes, what):
+    with pytest.raises(ValueError, match=f"run 'run' began with another {what}"):
+        engine(begun, n_trials=2, **changes).joint_tune_study("run")
+
+
+def test_numbers_of_trials_and_workers_are_not_compared(begun):
+    engine(begun, n_trials=1, time_out=30, workers=2).joint_tune_study("run")
+
+
+def write(file, rows):
+    file.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
+
+
+def test_a_changed_data_file_under_the_same_tag_is_refused(tmp_path):
+    rows = [(f"screen {i} is {('great', 'awful')[i % 2]}", ("yes", "no")[i % 2]) for i in range(40)]
+    words = "screen is great awful yes no".split()
+    tokenizer = word_tokenizer([*words, *map(str, range(40))])
+
+    def data(**overrides):
+        files = {"train_file": tmp_path / "train.csv", "test_file": tmp_path / "train.csv"}
+        return TextClassificationData(**files, tokenizer=tokenizer, max_length=8, **overrides)
+
+    def model(**overrides):
+        encoder = TransformerEncoder(len(tokenizer), 2, 8, 2)
+        return DACT(encoder=encoder, output_dimension=2, **overrides)
+
+    options = {"model": model, "data": data, "output_dimension": 2, "n_trials": 1}
+    write(tmp_path / "train.csv", rows)
+    engine(tmp_path, **options).joint_tune_study("run")
+    write(tmp_path / "train.csv", sorted(rows))
+    with pytest.raises(ValueError, match="began with another files.*train.csv"):
+        engine(tmp_path, **options).joint_tune_study("run")
+
+
+# ------------------------------------------------------------------ studies
+
+
+def open_one(tmp_path, storage=None, stage=SUBMODELS, before=None):
+    run = Run("run", tmp_path)
+    run.folder.mkdir(exist_ok=True)
+    return studies.open_study(run, stage, storage, before or Winners())
+
+
+def job_of(objective, n_trials, storage=None, **options):
+    """A job whose objective is any function of a trial."""
+    objective.deadline = options.pop("deadline", Deadline())
+    sampler = optuna.samplers.RandomSampler(seed=0)
+    return studies.StudyJob(objective, n_trials, storage, sampler, None, **options)
+
+
+def states(study):
+    return [trial.state.name for trial in study.get_trials(deepcopy=False)]
+
+
+def quiet(*_):
+    pass
+
+
+def test_an_interrupted_trial_does_not_count_and_runs_again_with_its_parameters(tmp_path):
+    study = open_one(tmp_path)
+
+    def objective(trial):
+        x = trial.suggest_float("x", 0, 1)
+        if trial.number == 1:
+            raise KeyboardInterrupt
+        return x
+
+    with pytest.raises(KeyboardInterrupt):
+        studies.run_study(job_of(objective, 3), study, 1, quiet)
+    assert states(study) == ["COMPLETE", "FAIL"]
+    again = open_one(tmp_path)
+    studies.run_study(job_of(objective, 3), again, 1, quiet)
+    assert states(again) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert again.trials[2].params == again.trials[1].params
+    assert len({trial.params["x"] for trial in again.trials}) == 3, "no other point is drawn twice"
+
+
+def test_a_trial_whose_process_died_is_failed_and_runs_again(tmp_path):
+    study = open_one(tmp_path)
+    dead = study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    assert states(study) == ["RUNNING"]
+    again = open_one(tmp_path)
+    assert states(again) == ["FAIL"]
+    studies.run_study(job_of(lambda trial: trial.suggest_float("x", 0, 1), 1), again, 1, quiet)
+    assert states(again) == ["FAIL", "COMPLETE"]
+    assert again.trials[1].params == dead.params
+
+
+def test_parameters_whose_process_dies_again_and_again_are_given_up(tmp_path):
+    for _ in range(3):
+        study = open_one(tmp_path)
+        studies.queue(study, [{"x": 0.5}], 1)
+        study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
+    study = open_one(tmp_path)
+    studies.queue(study, [{"x": 0.5}], 1)
+    assert states(study) == ["FAIL"] * 3
+
+
+def test_a_study_whose_every_trial_fails_ends_and_says_why(tmp_path):
+    study = open_one(tmp_path)
+
+    def broken(trial):
+        trial.set_user_attr(CAUSE, "KeyError: 'nothing'")
+        raise KeyError("nothing")
+
+    studies.run_study(job_of(broken, 3), study, 1, quiet)
+    assert states(study) == ["FAIL"] * 3
+    with pytest.raises(RuntimeError, match="none of its 3 trials finished. Trial 0: KeyError"):
+        studies.completed(study)
+
+
+def test_a_trial_that_a_deadline_cuts_runs_again_with_more_time(tmp_path):
+    study, over = open_one(tmp_path), Deadline(1000)
+
+    def objective(trial):
+        trial.suggest_float("x", 0, 1)
+        if over.left:
+            over.end = 0.0
+            raise TimeIsUp
+        return 1.0
+
+    studies.run_study(job_of(objective, 3, deadline=over), study, 1, quiet)
+    assert states(study) == ["FAIL"]
+    with pytest.raises(RuntimeError, match="raise time_out"):
+        studies.completed(study)
+    studies.run_study(job_of(objective, 2), open_one(tmp_path), 1, quiet)
+    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
+    assert study.trials[1].params == study.trials[0].params
+
+
+def test_trials_that_were_queued_before_the_run_come_first(tmp_path):
+    run = Run("run", tmp_path)
+    run.folder.mkdir()
+    mine = optuna.create_study(
+        study_name="run/submodels", storage=studies.open_storage(None, run), direction="minimize"
+    )
+    mine.enqueue_trial({"x": 0.25})
+    study = open_one(tmp_path)
+    job = job_of(lambda t: t.suggest_float("x", 0, 1), 3, first_trials=[{"x": 0.75}])
+    studies.run_study(job, study, 1, quiet)
+    assert [trial.params["x"] for trial in study.trials[:2]] == [0.25, 0.75]
+    assert states(study) == ["COMPLETE"] * 3
+
+
+def test_a_callback_of_optuna_may_stop_a_study(tmp_path):
+    study = open_one(tmp_path)
+    job = job_of(lambda trial: 1.0, 5, callbacks=[lambda study, trial: study.stop()])
+    studies.run_study(job, study, 1, quiet)
+    assert states(study) == ["COMPLETE"]
+
+
+def test_trials_under_other_winners_are_kept_under_another_name(tmp_path):
+    study = open_one(tmp_path, stage=TRAINING, before=Winners(**PARTS))
+    studies.run_study(job_of(lambda trial: 1.0, 2), study, 1, quiet)
+    (tmp_path / "run" / "training" / "trial_0000").mkdir(parents=True)
+    same = open_one(tmp_path, stage=TRAINING, before=Winners(**PARTS))
+    assert len(same.trials) == 2
+    other = open_one(tmp_path, stage=TRAINING, before=Winners({"dropout": 0.9}))
+    assert other.trials == []
+    kept = optuna.load_study(study_name="run/training/outdated_1", storage=other._storage)
+    assert len(kept.trials) == 2
+    assert (tmp_path / "run" / "training.outdated_1" / "trial_0000").is_dir()
+
+
+@pytest.mark.parametrize("name", ["a?b", "plain"])
+def test_a_question_mark_in_a_path_is_part_of_it(tmp_path, name):
+    folder = tmp_path / name
+    folder.mkdir()
+    open_one(folder)
+    assert (folder / "run" / "studies.db").is_file()
+
+
+def test_any_storage_of_optuna_serves(tmp_path):
+    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
+    made = engine(tmp_path, n_trials=1, storage=storage, promise=None)
+    assert made.lambda_reg_study("run") > 0
+    assert optuna.get_all_study_names(storage) == ["run/lambda_reg"]
+
+
+def test_a_study_that_is_done_is_not_opened_again(tmp_path, monkeypatch):
+    engine(tmp_path, n_trials=1).joint_tune_study("run")
+    monkeypatch.setattr(studies, "open_study", lambda *_: pytest.fail("opened"))
+    engine(tmp_path, n_trials=1).joint_tune_study("run")
+
+
+def share(folder, address):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    made = engine(folder, n_trials=4, storage=address, compare_defaults=False)
+    made.run_pipeline("run")
+
+
+@pytest.mark.slow
+def test_two_machines_that_share_a_storage_finish_the_studies_together(tmp_path):
+    """Each has a folder of its own, and ends with a final model of its own."""
+    address = f"sqlite:///{tmp_path / 'shared.db'}"
+    optuna.storages.RDBStorage(address)
+    context = multiprocessing.get_context("spawn")
+    folders = [tmp_path / "one", tmp_path / "two"]
+    processes = [context.Process(target=share, args=(folder, address)) for folder in folders]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
+    lambdas = []
+    for stage in (SUBMODELS, TRAINING, LAMBDA_REG):
+        study = optuna.load_study(study_name=f"run/{stage.name}", storage=address)
+        assert 4 <= len(studies.finished(study)) <= 5
+        assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
+    for folder in folders:
+        assert (folder / "run" / "final" / "metrics.json").is_file()
+        lambdas.append((folder / "run" / "lambda_reg.yaml").read_text())
+    assert lambdas[0] == lambdas[1], "both see the same winner"
+
+
+# ------------------------------------------------------------------ fits
+
+
+@pytest.mark.parametrize(("devices", "kept"), [("auto", 1), (None, 1), (1, 1), ([0], [0]), ("1,", "1,")])
+def test_a_trial_runs_on_one_device(devices, kept):
+    assert trainer_arguments({"devices": devices})["devices"] == kept
+
+
+@pytest.mark.parametrize("given", [{"devices": 2}, {"devices": "0,1"}, {"devices": -1}, {"num_nodes": 2}])
+def test_more_devices_for_a_trial_are_refused(given):
+    with pytest.raises(ValueError, match="a trial runs on one device"):
+        trainer_arguments(given)
+
+
+def test_a_mistyped_argument_of_the_trainer_is_named():
+    with pytest.raises(TypeError, match="no max_epoch: did you mean max_epochs"):
+        trainer_arguments({"max_epoch": 3})
+
+
+@pytest.mark.parametrize(("gpus", "given"), [(1, [1, 1, 1]), (2, [[0], [1], [0]])])
+def test_workers_take_gpus_of_their_own(gpus, given):
+    recipe = engine(Path("unused")).recipe
+    recipe = recipe.__class__(**{**vars(recipe), "trainer": trainer_arguments({})})
+    assert [recipe.for_worker(n, gpus).trainer["devices"] for n in range(3)] == given
+
+
+def test_a_trainer_of_a_run_has_its_own_progress_checkpoints_and_copies_of_callbacks():
+    from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, Timer
+
+    timer = Timer()
+    given = {"callbacks": [RichProgressBar(), ModelCheckpoint(), timer], "accelerator": "cpu"}
+    trainer = make_trainer(given, enable_checkpointing=False)
+    kinds = [type(callback) for callback in trainer.callbacks]
+    assert Timer in kinds
+    assert timer not in trainer.callbacks
+    assert not {RichProgressBar, ModelCheckpoint} & {*kinds}
+
+
+@pytest.mark.parametrize(
+    ("trainer", "epochs"),
+    [({}, 25), ({"accumulate_grad_batches": 2}, 28), ({"limit_train_batches": 1}, 28)],
+)
+def test_on_few_texts_the_epochs_make_enough_steps(trainer, epochs):
+    data = small_data(batch_size=20)
+    data.setup("fit")
+    assert enough_epochs(trainer, data, 4, 150) == epochs
+
+
+def test_a_teacher_of_the_batches_teaches_the_trials(tmp_path):
+    """Data that carries a teacher of its own is not taught by the whole encoder."""
+
+    def data(**overrides):
+        made = small_data(**overrides)
+        made.teacher_probabilities = torch.full((120, 3), 1 / 3)
+        return made
+
+    made = engine(tmp_path, n_trials=1, data=data)
+    made.joint_tune_study("run")
+    assert made._prepared.teacher is None
+    assert made._prepared.learning == {"distillation": 0.5}
+
+
+def test_a_run_without_trials_fits_the_recommended_settings(tmp_path):
+    made = engine(tmp_path, n_trials=0, compare_defaults=False)
+    metrics, checkpoint = made.run_pipeline("run")
+    model = DACT.load_from_checkpoint(checkpoint)
+    assert (model.num_layers, model.detach_exits, model.distillation) == (2, True, 0.5)
+    assert not (tmp_path / "run" / "studies.db").exists()
+    assert read_json(Path(metrics))["test"]["accuracy"] > 0
+
+
+def test_trials_of_the_engine_are_found_by_name(begun):
+    assert len(study_of(begun, "submodels").trials) == 1
