@@ -1,11 +1,10 @@
 """What ONNX Runtime and int8 add to early exit: raw text in, label out, on the test texts of VADER,
 on a CPU.
 
-    python benchmarks/export.py --prepare                       # trains the three models that are
-    not there yet python benchmarks/export.py                                 # measures them, in
-    about six minutes python benchmarks/export.py --full DIR --model DIR --truncated DIR      #
-    measures models that were fitted before python benchmarks/export.py --num_train 300 --epochs 1
-    --texts 60 --rounds 1 --single 5     # whether it works
+    python -m benchmarks.export --prepare    # trains the three models that are not there yet
+    python -m benchmarks.export              # measures them, in about six minutes
+    python -m benchmarks.export --full DIR --model DIR --truncated DIR    # models fitted before
+    python -m benchmarks.export --num_train 300 --epochs 1 --texts 60 --rounds 1 --single 5
 
 Sides: the pipeline of transformers (float32, batches of 32) on the fine-tuned model of 6 layers;
 that model through `TextClassifier` in PyTorch and on ONNX Runtime, float32 and int8, at full depth;
@@ -29,10 +28,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from frontier.data import Setting, make_data
-from frontier.methods import Method
-from frontier.training import Workshop
 
+from benchmarks.frontier.data import Setting, make_data
+from benchmarks.frontier.methods import Method
+from benchmarks.frontier.training import Workshop
 from dact import DACT, TextClassifier, calibrate
 from dact.cli.quiet import quiet
 from dact.data.base import TextDataModule
@@ -71,7 +70,7 @@ def trained(name: str, arguments: argparse.Namespace) -> Path:
     there."""
     shop = Workshop(arguments.models, setting(arguments), arguments.precision, keep_models=True)
     method = Method.parse(name)
-    for one in (*method.needs, method):
+    for one in dict.fromkeys((shop.whole, method)):
         if not shop.is_done(one, arguments.seed):
             print(f"training {one}", flush=True)
             shop.train(one, arguments.seed)
