@@ -33,13 +33,12 @@ from dact.tuning.outcome import MEASURE, Outcome
 from dact.tuning.pictures import draw_study
 from dact.tuning.prepared import Prepared, prepare
 from dact.tuning.progress import Progress
-from dact.tuning.pruner import LagPruner, SameLengthPruner
 from dact.tuning.recipe import DEFAULT_PROMISE, EncoderTraining, Recipe, trainer_arguments
 from dact.tuning.retries import unwatched
 from dact.tuning.run import WINNERS, Run, Winners
-from dact.tuning.sampler import CurveSampler, SeededSampler
+from dact.tuning.search import CurveSampler, LagPruner, SameLengthPruner, SeededSampler
 from dact.tuning.selection import MAX_LOSS_INCREASE, LambdaSelection, check_rule, select_lambda
-from dact.tuning.space import build_spaces, describe
+from dact.tuning.space import build_spaces
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, trials_per_stage
 from dact.tuning.summary import show_summary
 from dact.tuning.survey import Surveyed, survey
@@ -211,12 +210,7 @@ class TuningEngine:
             search_space, frozen=frozen, final_frozen=final_training == "frozen"
         )
         self.bounded = frozenset(search_space or ())
-        check_rule(
-            lambda_selection,
-            max_loss_increase,
-            max_layers,
-            promise is not None and promise.max_accuracy_loss is not None,
-        )
+        check_rule(lambda_selection, max_layers)
         self.select = partial(
             select_lambda,
             rule=lambda_selection,
@@ -379,13 +373,14 @@ class TuningEngine:
 
     def _open(self, stage: Stage, run: Run, surveyed: Surveyed) -> Study:
         """Open a study and queue its first trials."""
-        identity = {"search space": describe(surveyed.spaces[stage.name]), **surveyed.identity}
+        plain = {name: str(one) for name, one in surveyed.spaces[stage.name].items()}
+        identity = {"search space": plain, **surveyed.identity}
         if stage is SUBMODELS and surveyed.submodels:
             identity["submodels"] = dict(surveyed.submodels)
         with run.locked(
             lambda: self.progress.stage("waiting for another process, which opens the studies")
         ):
-            pruner = SameLengthPruner.around(self.pruner) if stage.prunes else None
+            pruner = SameLengthPruner(self.pruner) if stage.prunes else None
             study = studies.open_study(run, stage, identity, self.storage, pruner)
             studies.start_with(
                 study, surveyed.first_trials[stage.name][: self.n_trials[stage.name]]

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from optuna.distributions import CategoricalDistribution
 from torch.utils.data import DataLoader, RandomSampler, SubsetRandomSampler, WeightedRandomSampler
 
 from dact.agreement import check_classes
@@ -19,7 +20,7 @@ from dact.tuning.digests import data_digest, teacher_digest
 from dact.tuning.fitting import TAUGHT_STEPS, averages, enough_epochs, seeded
 from dact.tuning.recipe import DEFAULT_PROMISE, Recipe
 from dact.tuning.run import Winners
-from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces
+from dact.tuning.space import Dimension, Spaces, Starts, complete_spaces, nearest
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, flat
 
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
@@ -169,7 +170,7 @@ def _plan(recipe: Recipe, spaces: Spaces, bounded: Collection[str], model: DACT,
         for first in first_trials[TRAINING.name]:
             first["num_epochs"] = enough
         choices = sorted({max(1, round(part * enough)) for part in EPOCHS_TRIED})
-        epochs = Dimension("categorical", choices=choices)
+        epochs = CategoricalDistribution(choices)
         spaces = {**spaces, TRAINING.name: {**spaces[TRAINING.name], "num_epochs": epochs}}
     first_trials = {
         stage: _within(spaces[stage], trials, bounded) for stage, trials in first_trials.items()
@@ -200,7 +201,7 @@ def _within(
     if not trials:
         return []
     first = {
-        name: space[name].nearest(v) if name in {*bounded} & space.keys() else v
+        name: nearest(space[name], v) if name in {*bounded} & space.keys() else v
         for name, v in trials[0].items()
     }
     return [first, *(trial for trial in trials[-1:] if trial != first)]
@@ -225,8 +226,10 @@ def _most_layers(searched: Dimension | None, model: DACT) -> int:
     trial."""
     if searched is None:
         return model.encoder.num_layers
-    high = searched.high if searched.choices is None else max(searched.choices)
-    assert high is not None
+    if isinstance(searched, CategoricalDistribution):
+        high: Any = max(searched.choices)  # type: ignore[type-var]
+    else:
+        high = searched.high
     return max(model.num_layers, min(int(high), model.encoder.num_layers))
 
 
@@ -311,7 +314,7 @@ def _check_factory(
     """
     winners: dict[str, Any] = {}
     for stage in stages:
-        params = {name: dimension.first for name, dimension in spaces[stage.name].items()}
+        params = {name: nearest(dimension, 0) for name, dimension in spaces[stage.name].items()}
         winners |= stage.parse({**submodels, **params} if stage is SUBMODELS else params)
     asked = {
         name: value
@@ -357,7 +360,9 @@ def _check_limit(trainer: Mapping[str, Any], batch_size: Dimension | None) -> No
     all_batches = limit is None or (isinstance(limit, float) and limit == 1)
     if all_batches or batch_size is None:
         return
-    choices = batch_size.choices or [batch_size.low, batch_size.high]
+    choices: Any = getattr(batch_size, "choices", None) or [
+        getattr(batch_size, end) for end in ("low", "high")
+    ]
     if len({*choices}) > 1:
         raise ValueError(
             f"TuningEngine: {name}={limit} counts batches, and the trials try several batch_size, so that they would "

@@ -35,9 +35,10 @@ from dact.tuning.fitting import (
 )
 from dact.tuning.outcome import EXIT_HISTOGRAM, Outcome, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
-from dact.tuning.pruner import PLANNED_EPOCHS, EveryValidation
 from dact.tuning.retries import CAUSE, INTERRUPTED, OWNER, owner
 from dact.tuning.run import Run, Winners
+from dact.tuning.search import PLANNED_EPOCHS
+from dact.tuning.space import suggest
 from dact.tuning.stages import Stage
 from dact.tuning.storage import environment_error
 from dact.tuning.trial_loop import TrialFailed
@@ -76,7 +77,7 @@ class Objective:
         trial.set_user_attr(OWNER, owner())
         space = self.prepared.spaces[self.stage.name]
         with _recorded_cause(trial):
-            params = {name: dimension.suggest(trial, name) for name, dimension in space.items()}
+            params = {name: suggest(trial, name, dimension) for name, dimension in space.items()}
             chosen = Winners(**self.prepared.winners(self.stage, params)).settings()
             settings = {**self.prepared.initial, **self.winners.settings(), **chosen}
             return self.stage.read(self._train(trial, settings))
@@ -87,8 +88,7 @@ class Objective:
         trial.set_user_attr(PLANNED_EPOCHS, settings.get("num_epochs", recipe.epochs))
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
-            counted: Any = EveryValidation(trial)
-            callbacks.append(PyTorchLightningPruningCallback(counted, monitor=MONITOR))
+            callbacks.append(PyTorchLightningPruningCallback(trial, monitor=MONITOR))
         repeats = self.stage.repeats if recipe.encoder_training == "frozen" else 1
         outcomes = []
         with _logged(self, trial) as (logger, metrics):
