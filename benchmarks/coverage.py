@@ -144,7 +144,8 @@ def main() -> None:
         sep="\n",
     )
     for row in rows:
-        numbers = f"{100 * row['kept']:.1f} | {100 * row['accuracy_loss']:.2f} | {row['mean_exit_layer']:.2f}"
+        kept, lost = 100 * row["kept"], 100 * row["accuracy_loss"]
+        numbers = f"{kept:.1f} | {lost:.2f} | {row['mean_exit_layer']:.2f}"
         print(f"| {row['set by']} | {row['on']} | {numbers} |")
     arguments.results.write_text(
         json.dumps({"texts": arguments.texts, "draws": arguments.draws, "rows": rows}, indent=1)

@@ -1,9 +1,8 @@
 """What a server gains by early exit: throughput and latency of ``dact serve`` at three loads,
 beside halting never.
 
-    python benchmarks/serve.py --model DIR                                 # a folder of `dact
-    export` python benchmarks/serve.py --model DIR --clients 1 4 --seconds 2        # whether it
-    works
+    python benchmarks/serve.py --model DIR                             # a folder of `dact export`
+    python benchmarks/serve.py --model DIR --clients 1 4 --seconds 2   # whether it works
 
 Two servers of the same model run, one as it is and one with ``halting: never``. They take turns
 under each load, that of so many clients that each ask for one test text of VADER after another over
@@ -170,9 +169,8 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     heading = "requests/s | p50 / p95 / p99, ms"
-    print(
-        f"| clients | early exit: {heading} | halting never: {heading} | times the requests/s |\n|---|---|---|---|---|---|"
-    )
+    print(f"| clients | early exit: {heading} | halting never: {heading} | times the requests/s |")
+    print("|---|---|---|---|---|---|")
     found = measure(arguments)
     arguments.results.parent.mkdir(parents=True, exist_ok=True)
     arguments.results.write_text(json.dumps(found, indent=1) + "\n")

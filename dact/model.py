@@ -10,12 +10,12 @@ from typing import Any, Self, Unpack
 
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor, nn
 
 from dact import functional, hub, inference, model_card, saving
 from dact.agreement import Agreement
-from dact.arguments import check_arguments, of_rule
+from dact.arguments import check_arguments
 from dact.consistency import divergence, twice
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, PonderKind
@@ -73,7 +73,8 @@ class DACT(MetricLogging):
             example leaves as well (see `dact.functional.is_clear`). It is the second dial: smaller
             means fewer layers; 1 leaves all to the halting rule.
         class_weights: One weight per class for the training and validation losses.
-        learning_rate: Peak learning rate of AdamW.
+        learning_rate: Peak learning rate of AdamW; the encoder's `default_learning_rate` if left
+            out, which a fit says.
         submodel_learning_rate: Peak learning rate of the two submodels; `learning_rate` if left
             out.
         weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
@@ -100,9 +101,6 @@ class DACT(MetricLogging):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
-    halting: HaltingRule = of_rule("rule")
-    halting_tolerance: float = of_rule("tolerance")
-    halting_margin: float = of_rule("margin")
     # Lightning's own key would hold the form that LightningCLI writes; this is what `config`
     # returns.
     CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
@@ -127,7 +125,7 @@ class DACT(MetricLogging):
         halting_tolerance: float = 0.0,
         halting_margin: float = 1.0,
         class_weights: list[float] | None = None,
-        learning_rate: float = 1e-4,
+        learning_rate: float | None = None,
         submodel_learning_rate: float | None = None,
         weight_decay: float = 0.01,
         warmup_fraction: float = 0.1,
@@ -151,7 +149,10 @@ class DACT(MetricLogging):
         self.share_submodels = share_submodels
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
         self.exit_rule = Halting(halting, halting_tolerance, halting_margin)
-        self.learning_rate = learning_rate
+        self.rate_is_by_encoder = learning_rate is None
+        self.learning_rate = (
+            encoder.default_learning_rate if learning_rate is None else learning_rate
+        )
         self.submodel_learning_rate = submodel_learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
@@ -160,7 +161,7 @@ class DACT(MetricLogging):
         self.window_tokens = window_tokens
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        self.calibration: dict[str, Any] | None = None  # what dact.calibrate found
+        self.calibration = None
         self.temperatures: list[float] | None = (
             None  # one per exit layer; they scale scores that are shown
         )
@@ -180,6 +181,47 @@ class DACT(MetricLogging):
         self.confidence = make(confidence, output_size=1)
         start_undecided(self.confidence)
         self.make_metrics()
+
+    # ------------------------------------------------------------------ the halting rule
+
+    @property
+    def halting(self) -> HaltingRule:
+        """The rule of `exit_rule`."""
+        return self.exit_rule.rule
+
+    @halting.setter
+    def halting(self, rule: HaltingRule) -> None:
+        self.exit_rule = dataclasses.replace(self.exit_rule, rule=rule)
+
+    @property
+    def halting_tolerance(self) -> float:
+        """The tolerance of `exit_rule`."""
+        return self.exit_rule.tolerance
+
+    @halting_tolerance.setter
+    def halting_tolerance(self, tolerance: float) -> None:
+        self.exit_rule = self.exit_rule.with_dial("halting_tolerance", tolerance)
+
+    @property
+    def halting_margin(self) -> float:
+        """The margin of `exit_rule`."""
+        return self.exit_rule.margin
+
+    @halting_margin.setter
+    def halting_margin(self, margin: float) -> None:
+        self.exit_rule = self.exit_rule.with_dial("halting_margin", margin)
+
+    @property
+    def calibration(self) -> dict[str, Any] | None:
+        """The record of `dact.calibrate`; None unless it was made for the present halting rule."""
+        record = self._calibration
+        if record is None or Halting(*(record[name] for name in saving.HALTING)) != self.exit_rule:
+            return None
+        return record
+
+    @calibration.setter
+    def calibration(self, record: dict[str, Any] | None) -> None:
+        self._calibration = record
 
     # ------------------------------------------------------------------ the DACT unit
 
@@ -311,10 +353,6 @@ class DACT(MetricLogging):
         price = self._warm_lambda() if lambda_reg is None else lambda_reg
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
         self.steps_done += self.training
-        if loss.requires_grad and self.training:
-            self._forget()
-        elif loss.requires_grad:  # of a model in eval mode, which may only be looked at
-            loss.register_hook(lambda _: self._forget())
         return Loss(loss, task_loss, exit_loss, ponder_cost)
 
     def _warm_lambda(self) -> float:
@@ -370,7 +408,14 @@ class DACT(MetricLogging):
             self.train()  # a loaded model, which Lightning would train without dropout
 
     def on_fit_start(self) -> None:
-        self._forget()
+        # They belong to the weights before the fit.
+        self.calibration = self.temperatures = None
+        self.provenance = model_card.Provenance()
+        if self.rate_is_by_encoder:
+            rank_zero_info(
+                f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
+                f"{self.encoder.hidden_size}; set learning_rate to change it"
+            )
 
     def on_train_start(self) -> None:
         # Infinite or -1 if the end is not known: nothing warms up or decays. Lightning's tuners
@@ -387,22 +432,6 @@ class DACT(MetricLogging):
         return schedule(
             rates, self.weight_decay, self.warmup_fraction, optimizer_steps(self.trainer)
         )
-
-    def _forget(self) -> None:
-        """Drop what was found for weights that are trained further."""
-        self.end_calibration()
-        self.temperatures = None
-        self.provenance = model_card.Provenance()
-
-    def end_calibration(self) -> None:
-        """Drop the calibration, and restore the value that its dial had before."""
-        if self.calibration is not None:
-            dial = self.calibration["promise"]["dial"]
-            if (
-                getattr(self, dial) == self.calibration[dial]
-            ):  # a dial that was moved since is the user's own
-                setattr(self, dial, self.calibration["instead_of"])
-            self.calibration = None
 
     # ------------------------------------------------------------------ on disk
 
@@ -421,9 +450,7 @@ class DACT(MetricLogging):
         checkpoint[saving.CHECKPOINT_KEY] = self.config()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        reason = saving.adopt(self, checkpoint)
-        if reason is not None:
-            rank_zero_warn(reason)
+        saving.adopt(self, checkpoint)
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]

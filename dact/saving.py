@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
-import warnings
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -188,11 +187,9 @@ def build(
             setattr(model, name, config[name])
     if cls is not base:
         _check_rebuilt(model, config, subclass, overrides)
-    if layers in (None, model.num_layers):
-        _restore_learned(model, learned, overrides)
-    elif learned["calibration"] is not None:  # of another full depth
-        model.calibration = learned["calibration"]
-        model.end_calibration()
+    if layers in (None, model.num_layers):  # they do not hold for another full depth
+        for name in LEARNED:
+            setattr(model, name, learned[name])
     return model
 
 
@@ -321,81 +318,22 @@ def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
     )
 
 
-# ------------------------------------------------------------------ a calibration and the model that it was made for
-
-
-def halts_as(model: Any, calibration: Mapping[str, Any], dial: Any) -> bool:
-    """Return whether the halting settings of `model` are those of a calibration, with `dial` as the
-    dial's value."""
-    then = {name: calibration[name] for name in HALTING} | {calibration["promise"]["dial"]: dial}
-    return then == {name: getattr(model, name) for name in HALTING}
-
-
-def _restore_learned(model: Any, learned: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """Give a new model its temperatures, and its calibration unless an override changed the
-    settings behind it."""
-    model.temperatures = learned["temperatures"]
-    calibration = learned["calibration"]
-    if calibration is None:
-        return
-    dial = calibration["promise"]["dial"]
-    if halts_as(model, calibration, dial=calibration[dial]):
-        model.calibration = calibration
-    elif dial not in overrides and getattr(model, dial) == calibration[dial]:
-        setattr(model, dial, calibration["instead_of"])
-        warnings.warn(
-            f"The model was calibrated for {_halting_of(calibration)}, and its promise does not hold for "
-            f"{', '.join(sorted(overrides.keys() & {*HALTING}))} as given: {dial} is {calibration['instead_of']} "
-            "again, as before the calibration. Give both, or calibrate again",
-            stacklevel=2,
-        )
-
-
-def adopt(model: Any, checkpoint: Mapping[str, Any]) -> str | None:
+def adopt(model: Any, checkpoint: Mapping[str, Any]) -> None:
     """Give a model the class names, temperatures and calibration of a checkpoint that it loads.
-
-    Returns:
-        The reason why the calibration is ignored, None if it is not.
 
     Raises:
         ValueError: If weights or class names of the checkpoint are not those of the model.
     """
     check_weights(model, checkpoint["state_dict"], "the checkpoint")
     config = stored_config(checkpoint)
-    stored = config.get("class_names")
-    if (
-        stored is not None
-        and model.class_names is not None
-        and list(stored) != list(model.class_names)
-    ):
+    stored, own = config.get("class_names"), model.class_names
+    if stored is not None and own is not None and list(stored) != list(own):
         raise ValueError(
             f"the checkpoint has the classes {', '.join(stored)}, in this order, but here they are "
-            f"{', '.join(model.class_names)}: give the data class_names={list(stored)}, or train again"
+            f"{', '.join(own)}: give the data class_names={list(stored)}, or train again"
         )
-    model.class_names = model.class_names or stored
-    model.temperatures = config.get("temperatures")
-    model.end_calibration()
-    calibration = config.get("calibration")
-    if calibration is None:
-        return None
-    dial = calibration["promise"]["dial"]
-    if halts_as(model, calibration, dial=calibration["instead_of"]):
-        setattr(model, dial, calibration[dial])
-        model.calibration = calibration
-        return None
-    if halts_as(
-        model, calibration, dial=calibration[dial]
-    ):  # a dial that was moved since is the user's own
-        return None
-    then, now = (
-        _halting_of(calibration),
-        _halting_of({name: getattr(model, name) for name in HALTING}),
-    )
-    return f"The checkpoint was calibrated for {then}, but this configuration has {now}; its calibration is ignored"
-
-
-def _halting_of(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {settings[name]}" for name in HALTING)
+    model.class_names = own or stored
+    model.calibration, model.temperatures = config.get("calibration"), config.get("temperatures")
 
 
 # ------------------------------------------------------------------ weights

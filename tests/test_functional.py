@@ -4,6 +4,7 @@ import torch
 from hypothesis import given, settings
 
 from dact import functional
+from dact.functional import Halting
 from tests import references
 
 RULES = ("exact", "paper")
@@ -293,3 +294,11 @@ def test_a_layer_lets_leave_who_is_clear_or_proved(outputs, margin, tolerance, r
             a[:, n], p[:, n], y[:, n], remaining, layers
         )
         assert torch.equal(halts, expected)
+
+
+def test_a_dial_is_turned_by_its_name():
+    halting = Halting("paper", 0.1, 0.5)
+    assert halting.with_dial("halting_tolerance", 0.2) == Halting("paper", 0.2, 0.5)
+    assert halting.with_dial("halting_margin", 0.2) == Halting("paper", 0.1, 0.2)
+    with pytest.raises(ValueError, match=r"halting_margin must be in \[0, 1\], got 2"):
+        halting.with_dial("halting_margin", 2)

@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from dact import DACT, functional, plots
-from dact.calibration import calibrate
 from dact.callbacks import ExitPlots, SavePretrained
 from dact.encoders import TransformerEncoder
 from dact.files import read_json, read_tensors, write_json
@@ -150,18 +149,6 @@ def test_what_a_subclass_adds_is_trained_under_the_lambda_of_the_optimizer_steps
     trainer(tmp_path, max_epochs=4).fit(resumed, batches(8), ckpt_path=path, weights_only=True)
     assert [step for step, _ in resumed.seen] == [*range(8, 24)]
     assert resumed.seen[0][1] == 0.5, "it goes on where it was: the warm-up has 16 steps now"
-
-
-def test_a_promise_ends_where_a_loop_of_ones_own_trains_the_model():
-    model = tiny_model(layers=2).eval()
-    calibrate(model, [random_batch(200)], min_agreement=0.5)
-    with torch.no_grad():
-        model.loss(random_batch())
-    assert model.calibration is not None, "a loss that is only looked at changes nothing"
-    loss = model.loss(random_batch()).loss
-    assert model.calibration is not None
-    loss.backward()
-    assert model.calibration is None
 
 
 class NamedData(pl.LightningDataModule):

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader, IterableDataset
+from transformers import AutoModel, BertConfig
 
 from dact import DACT, SubmodelConfig, calibrate, functional, saving
 from dact.calibration.answers import layer_answers
@@ -1324,3 +1326,25 @@ def test_detached_exits_learn_as_a_multi_exit_does_and_the_confidence_as_ever():
     assert DACT.from_config(detached.config(), encoder=detached.encoder).detach_exits
     with pytest.raises(ValueError, match="detach_exits needs an exit_loss_weight above 0"):
         tiny_model(exit_loss_weight=0.0, detach_exits=True)
+
+
+@pytest.mark.parametrize(("width", "rate"), [(64, 1e-4), (768, 3e-5), (1024, 2e-5)])
+def test_the_learning_rate_follows_the_width_of_a_pretrained_encoder(width, rate, caplog):
+    config = BertConfig(
+        vocab_size=9,
+        hidden_size=width,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    model = DACT(encoder=HuggingFaceEncoder.from_model(AutoModel.from_config(config)))
+    assert model.learning_rate == model.config()["learning_rate"] == rate
+    assert DACT(encoder=model.encoder, learning_rate=0.5).learning_rate == 0.5
+
+
+def test_a_fit_says_which_learning_rate_the_encoder_has_chosen(tmp_path, caplog):
+    logging.getLogger("lightning.pytorch").addHandler(caplog.handler)
+    for arguments, said in (({}, True), ({"learning_rate": 1e-3}, False)):
+        caplog.clear()
+        trainer(tmp_path).fit(tiny_model(**arguments), DataLoader([random_batch()], None))
+        assert ("learning_rate is 0.0001" in caplog.text) == said

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from dact.tuning.fitting import Deadline
 from dact.tuning.progress import Progress
-from dact.tuning.pruner import PLANNED_EPOCHS
+from dact.tuning.search import PLANNED_EPOCHS
 from dact.tuning.summary import _speed, headline, pruning_text, show_summary
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

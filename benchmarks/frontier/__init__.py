@@ -1,2 +1,1 @@
-"""Accuracy against layers: DACT next to taught encoders and multi-exits. `__main__.py` has the
-commands."""
+"""Accuracy against layers: DACT next to taught encoders and multi-exits; `__main__.py` runs it."""

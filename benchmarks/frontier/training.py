@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from dact import DACT, SubmodelConfig
 from dact.data.base import TextDataModule
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
-from dact.encoders.base import LayeredEncoder, move
+from dact.encoders.base import move
 from dact.files import read_tensors, write_tensors
 
-from .data import MINILM, Setting, make_data
-from .learners import Learner
-from .methods import FULL, Method
+from .data import Setting, make_data
+from .methods import Method
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEAD = SubmodelConfig(num_layers=1, hidden_units=64)
-RATE, HEAD_RATE = 1e-4, 1e-3  # many heads in little time need a larger rate than the encoder
-EXIT_WEIGHTS = {"heavy": 30.0, "exits": 3.0, "detached": 1.0}  # by option; 0.3 without one
+HEAD_RATE = 1e-3  # many heads in little time need a larger rate than the encoder
 LAMBDA, TEACHER_SHARE = 0.05, 0.5
-FOLDS = 3  # of the option `crossfit`
 NUM_UNLABELLED = {"unlabelled": 6_000, "plenty": 15_000}  # by option
-NUM_TEACHERS = (
-    3  # baselines (of the seeds 0, 1, …) whose mean is the teacher under the option `averaged`
-)
 
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where trainings of one setting leave their models and answers; nothing of it belongs in the
-    repository.
+    """Where trainings of one setting leave their models and answers, outside of the repository.
 
     Args:
         cache: Folder for all settings.
@@ -52,174 +45,110 @@ class Workshop:
     keep_models: bool = False
 
     @property
-    def of_all_texts(self) -> Workshop:
-        """The workshop of all VADER texts, whose divisions hold those of their parts."""
-        return replace(self, setting=Setting("vader", self.setting.split, epochs=2, batch_size=64))
+    def whole(self) -> Method:
+        """The whole encoder, fine-tuned without a teacher; it teaches the others."""
+        return Method("baseline", self.setting.encoder.num_layers)
 
     def home(self, method: Method, seed: int) -> Path:
         return self.cache / str(self.setting) / f"{method}.{seed}"
 
     def answers(self, method: Method, seed: int) -> dict[str, Tensor]:
-        """What the layers say: ``val_y`` and ``test_y`` ``[texts, layers, classes]``, ``…_h``, and
-        ``…_target``."""
+        """Return what the layers say: ``val_y`` and ``test_y`` ``[texts, layers, classes]``,
+        ``…_h`` and ``…_target``."""
         return read_tensors(self.home(method, seed) / "answers.safetensors")[0]
 
     def is_done(self, method: Method, seed: int) -> bool:
         return (self.home(method, seed) / "answers.safetensors").is_file()
 
     def train(self, method: Method, seed: int) -> None:
-        """Train one model. What it starts from must have been trained."""
+        """Train one model; all but the whole encoder need the whole one to be trained."""
         pl.seed_everything(seed, verbose=False)
-        data = make_data(
-            self.setting, sum(NUM_UNLABELLED.get(option, 0) for option in method.options)
-        )
+        home = self.home(method, seed)
+        unlabelled = sum(NUM_UNLABELLED.get(option, 0) for option in method.options)
+        data = make_data(self.setting, unlabelled)
         start = time.perf_counter()
-        data.teacher_probabilities = (
-            None if method.kind == "baseline" else self._teacher(method, seed, data)
-        )
-        model = make_model(self.setting, method, data.tokenizer.mask_token_id)
-        for other in method.needs:  # whoever has a teacher starts from its encoder
-            parts = ("encoder", "classifier") if other.kind == "multi" else ("encoder",)
-            start_from(model, self.home(other, seed) / "model.safetensors", parts)
-        if isinstance(model, Learner) and "live" in method.options:
-            model.learn_from(self._baseline(seed))
-        epochs = self.setting.epochs * (2 if "long" in method.options else 1)
-        fit(model, data, epochs, self.precision)
+        data.teacher_probabilities = None
+        model = make_model(self.setting, method)
+        if method.kind != "baseline":
+            data.teacher_probabilities = self._teacher(seed, data, unlabelled)
+            start_from(model, self.home(self.whole, seed) / "model.safetensors")
+        fit(model, data, self.setting.epochs, self.precision)
         seconds = time.perf_counter() - start
-        if method in (
-            Method("baseline", FULL),
-            Method("multi", method.layers),
-        ):  # others may start from it
-            write_tensors(self.home(method, seed) / "model.safetensors", model.state_dict())
+
+        if method == self.whole:
+            write_tensors(home / "model.safetensors", model.state_dict())
         if self.keep_models:
             model.class_names = data.class_names
-            model.save_pretrained(self.home(method, seed) / "model")
-            data.tokenizer.save_pretrained(self.home(method, seed) / "model")
+            model.save_pretrained(home / "model")
+            data.tokenizer.save_pretrained(home / "model")
         said: dict[str, Tensor] = {}
         for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
             y, h, target, row = self._ask(model, loader)
             order = row.argsort()
-            said |= {
-                f"{split}_y": y[order],
-                f"{split}_h": h[order],
-                f"{split}_target": target[order],
-            }
-        write_tensors(
-            self.home(method, seed) / "answers.safetensors", said, {"seconds": f"{seconds:.1f}"}
-        )
+            said |= {f"{split}_y": y[order], f"{split}_h": h[order]}
+            said[f"{split}_target"] = target[order]
+        write_tensors(home / "answers.safetensors", said, {"seconds": f"{seconds:.1f}"})
 
-    def _teacher(self, method: Method, seed: int, data: TextDataModule) -> Tensor:
-        """The targets of the training texts ``[texts, classes]``, in their order."""
-        if "crossfit" in method.options:
-            return self._kept(f"crossfit.{seed}", lambda: self._cross_fitted(seed, data))
-        if "stronger" in method.options:
-            return self._kept(
-                f"stronger.{seed}", lambda: self._taught(self.of_all_texts._baseline(seed), data)
-            )
-        seeds = range(NUM_TEACHERS) if "averaged" in method.options else [seed]
-        name = next((option for option in method.options if option in NUM_UNLABELLED), "labelled")
-        return torch.stack(
-            [
-                self._kept(
-                    f"teacher-{name}.{other}",
-                    lambda other=other: self._taught(self._baseline(other), data),
-                )
-                for other in seeds
-            ]
-        ).mean(dim=0)
-
-    def _kept(self, name: str, make: Any) -> Tensor:
-        """A tensor that is made once and kept beside the trainings."""
-        path = self.cache / str(self.setting) / f"{name}.safetensors"
+    def _teacher(self, seed: int, data: TextDataModule, unlabelled: int) -> Tensor:
+        """Return the teacher's answers to the training texts ``[texts, classes]``, which are kept
+        beside the trainings."""
+        path = self.cache / str(self.setting) / f"teacher-{unlabelled}.{seed}.safetensors"
         if not path.is_file():
-            write_tensors(path, {"p": make()})
+            teacher = make_model(self.setting, self.whole)
+            weights = read_tensors(self.home(self.whole, seed) / "model.safetensors")[0]
+            teacher.load_state_dict(weights)
+            y, _, _, row = self._ask(teacher, data.train_dataloader())
+            write_tensors(path, {"p": y[row.argsort(), -1].contiguous()})
         return read_tensors(path)[0]["p"]
-
-    def _baseline(self, seed: int) -> DACT:
-        method = Method("baseline", FULL)
-        model = make_model(self.setting, method)
-        model.load_state_dict(read_tensors(self.home(method, seed) / "model.safetensors")[0])
-        return model
-
-    def _taught(self, teacher: DACT, data: TextDataModule) -> Tensor:
-        y, _, _, row = self._ask(teacher, data.train_dataloader())
-        return y[row.argsort(), -1]
-
-    def _cross_fitted(self, seed: int, data: TextDataModule) -> Tensor:
-        items = data._encoded["train"]
-        order = torch.randperm(len(items), generator=torch.Generator().manual_seed(seed)).tolist()
-        answers = torch.empty(len(items), 3)
-        method = Method("baseline", FULL)
-        for fold in range(FOLDS):
-            held_out = set(order[fold::FOLDS])
-            model = make_model(self.setting, method)
-            data._encoded["train"] = items.take(
-                [row for row in range(len(items)) if row not in held_out]
-            )
-            fit(model, data, self.setting.epochs, self.precision)
-            data._encoded["train"] = items.take(sorted(held_out))
-            y, _, _, row = self._ask(model, data.train_dataloader())
-            answers[row] = y[:, -1]
-        data._encoded["train"] = items
-        return answers
 
     @torch.no_grad()
     def _ask(self, model: DACT, loader: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """y and h of all layers, and the labels and rows of the texts, in the order of the
-        loader."""
+        """Return y and h of all layers, and the labels and rows of the texts, in the loader's
+        order."""
         model.eval().to(DEVICE)
-        y, h, target, rows = [], [], [], []
+        found = []
         with torch.autocast(DEVICE.type, torch.bfloat16, enabled=self.precision == "bf16-mixed"):
             for batch in loader:
                 output = model.full_depth(move(batch, DEVICE))
                 assert output.layer_probabilities is not None
                 assert output.h is not None
-                y.append(output.layer_probabilities.float().cpu())
-                h.append(output.h.float().cpu())
-                target.append(batch["labels"])
-                rows.append(batch["row"])
-        return torch.cat(y), torch.cat(h), torch.cat(target), torch.cat(rows)
+                said = output.layer_probabilities.float().cpu(), output.h.float().cpu()
+                found.append((*said, batch["labels"].cpu(), batch["row"].cpu()))
+        y, h, target, row = (torch.cat(part) for part in zip(*found, strict=True))
+        return y, h, target, row
 
 
-def make_model(setting: Setting, method: Method, mask_token: int | None = None) -> Learner | DACT:
-    rates: dict[str, Any] = {"learning_rate": RATE, "submodel_learning_rate": HEAD_RATE}
-    encoder: LayeredEncoder
+def make_model(setting: Setting, method: Method) -> DACT:
+    arguments: dict[str, Any] = {"classifier": HEAD, "confidence": HEAD}
     if setting.source == "generated":
-        encoder = TransformerEncoder(42, method.layers, 32, 2, slopes=(2.0, 2.0))
-        rates = {"learning_rate": 2e-3}
+        arguments["encoder"] = TransformerEncoder(42, method.layers, 32, 2, slopes=(2.0, 2.0))
+        arguments["learning_rate"] = 2e-3
     else:
-        encoder = HuggingFaceEncoder(MINILM, num_layers=method.layers, pooling="mean")
-    arguments: dict[str, Any] = {
-        "encoder": encoder,
-        "classifier": HEAD,
-        "confidence": HEAD,
-        **rates,
-    }
-    if method.kind == "baseline":  # plain fine-tuning has one rate
-        return DACT(**{**arguments, "submodel_learning_rate": None}).at_full_depth()
-    model = Learner(
-        method=method,
-        mask_token=mask_token,
-        lambda_reg=0.0 if "free" in method.options else LAMBDA,
-        exit_loss_weight=next(
-            (weight for name, weight in EXIT_WEIGHTS.items() if name in method.options), 0.3
-        ),
-        **arguments,
-    )
-    if method.kind == "encoder":
+        pretrained = setting.encoder.pretrained
+        encoder = HuggingFaceEncoder(pretrained, num_layers=method.layers, pooling="mean")
+        arguments |= {"encoder": encoder, "learning_rate": setting.encoder.rate}
+        if method.kind != "baseline":  # plain fine-tuning has one rate
+            arguments["submodel_learning_rate"] = HEAD_RATE
+
+    model = DACT(lambda_reg=LAMBDA, **arguments)
+    if method.kind == "dact":
+        model.detach_exits = "detached" in method.options
+    else:
         model.at_full_depth()
-    if (
-        method.kind == "multi"
-    ):  # h = 1 for ever: a_n is y_n, and the margin alone decides when a text leaves
-        model.at_full_depth().halting = "exact"
-    model.distillation = TEACHER_SHARE
+    if method.kind == "multi":  # h = 1 for ever: a_n is y_n, and the margin alone decides
+        model.detach_exits = True
+        model.halting = "exact"
+    if model.detach_exits:
+        model.exit_loss_weight = 1.0
+    if method.kind != "baseline":
+        model.distillation = TEACHER_SHARE
     return model
 
 
-def start_from(model: nn.Module, path: Path, parts: tuple[str, ...]) -> None:
-    """Give parts of a model the weights of another model's, as far as it has such layers."""
+def start_from(model: DACT, path: Path) -> None:
+    """Give the encoder of a model the weights of another model's, as far as it has such layers."""
     weights, _ = read_tensors(path)
-    own = {name for name in model.state_dict() if name.split(".")[0] in parts}
+    own = {name for name in model.state_dict() if name.startswith("encoder.")}
     model.load_state_dict({name: weights[name] for name in own}, strict=False)
 
 

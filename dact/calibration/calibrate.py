@@ -29,7 +29,6 @@ from dact.checks import check_choice, check_range, check_type
 from dact.encoders.base import Batch
 from dact.functional import Halting
 from dact.model import DACT
-from dact.saving import HALTING
 
 # The settings that are tried, from the most layers to the fewest; at the first one a dial has no
 # effect.
@@ -225,8 +224,8 @@ def calibrate(
     standard error added; with few examples it counts the lost ones alone.
 
     Args:
-        model: Model that gets the setting and, as `calibration`, the returned record. An earlier
-            promise is dropped first; temperatures, if the model has any, are fitted again.
+        model: Model that gets the setting and, as `calibration`, the returned record. The dial of an
+            earlier promise starts anew; temperatures, if the model has any, are fitted again.
         data: Labelled examples that were used neither for training nor for any choice: batches, or
             a datamodule, of which ``calibration_dataloader()`` is used or, if there is none, the
             validation examples. These chose the checkpoint, and the record then says so.
@@ -265,23 +264,19 @@ def calibrate(
     """
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
     check_type("calibrate: model", model, DACT, "DACT.from_pretrained(…)")
-    before = {name: getattr(model, name) for name in ("calibration", *HALTING)}
-    model.end_calibration()
-    try:
-        promise.check(model.exit_rule, model.num_layers)  # before any layer runs
-        batches, chose_checkpoint = _examples(data)
-        if isinstance(data, LightningDataModule):
-            check_agreement(model, data, training=False)
-        answers = layer_answers(model, batches)
-        found = choose_setting(
-            answers, promise, model.exit_rule, baseline=baseline, chose_checkpoint=chose_checkpoint
-        )
-    except BaseException:  # an earlier calibration stays
-        for name, value in before.items():
-            setattr(model, name, value)
-        raise
-    model.calibration = {**asdict(found), "instead_of": getattr(model, dial)}
-    setattr(model, dial, getattr(found, dial))
+    halting = model.exit_rule
+    if model.calibration is not None:  # the dial of an earlier promise starts anew
+        earlier = model.calibration["promise"]["dial"]
+        halting = halting.with_dial(earlier, SETTINGS[earlier][0])
+    promise.check(halting, model.num_layers)  # before any layer runs
+    batches, chose_checkpoint = _examples(data)
+    if isinstance(data, LightningDataModule):
+        check_agreement(model, data, training=False)
+    answers = layer_answers(model, batches)
+    found = choose_setting(
+        answers, promise, halting, baseline=baseline, chose_checkpoint=chose_checkpoint
+    )
+    model.exit_rule, model.calibration = found.exit_rule, asdict(found)
     if model.temperatures is not None:
         model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))
     return found

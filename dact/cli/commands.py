@@ -465,14 +465,13 @@ class DACTCLI(LightningCLI):
         check_storable(self.source)
         model, plugin = self.model, self.trainer.precision_plugin
         before = getattr(model, promise.dial)
-        model.end_calibration()
         measured: Any = plugin.convert_module(copy.deepcopy(model)).to(
             self.trainer.strategy.root_device
         )
         with plugin.forward_context():
             found = calibrate(measured, self.datamodule, **asdict(promise))
         check_estimate(found, promise)
-        setattr(model, promise.dial, getattr(measured, promise.dial))
+        model.exit_rule = measured.exit_rule
         model.calibration, model.temperatures = measured.calibration, measured.temperatures
         print(describe(found, model.num_layers))
         print(*store_dial(self.source, model, promise.dial), sep="\n")

@@ -24,8 +24,8 @@ from dact import signals
 from dact.agreement import names_of_classes
 from dact.calibration.temperature import temper
 from dact.checks import check_count
-from dact.data.rows import STANDARD_INPUT, check_readable, read_rows, text_fault
-from dact.data.tokenizers import tokenize, warn_of_unknown
+from dact.data.files import STANDARD_INPUT, check_readable, read_rows, text_fault
+from dact.data.tokenizers import tokenize
 from dact.files import check_writable_folder, replacing
 from dact.model import DACTOutput
 
@@ -107,7 +107,6 @@ class PredictionData(LightningDataModule):
             self.unusable |= {int(row): "no tokens" for row in encoding["row"][~has_tokens]}
             if has_tokens.any():
                 kept = {name: values[has_tokens] for name, values in encoding.items()}
-                warn_of_unknown(self.tokenizer, kept, pairs=len(texts) > 1)
                 yield kept
 
     @override

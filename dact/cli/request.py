@@ -23,7 +23,7 @@ from dact.cli.errors import class_parameters
 from dact.cli.predictions import BATCH, OUTPUT, PredictionData, check_writable
 from dact.cli.runs import fit_data
 from dact.cli.stored import counterpart, find_model, hub_id
-from dact.data.tables import (
+from dact.data.files import (
     DATASET,
 )  # with its package, whose classes a configuration names without it
 from dact.data.tokenizers import load_tokenizer

@@ -1,14 +1,12 @@
-"""TextDataModule: what all datamodules of text have in common."""
+"""What models, commands and tuning rely on in a datamodule, and what datamodules of text share."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
@@ -16,6 +14,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
+from typing_extensions import override
 
 from dact.checks import check_count, check_range
 from dact.data.batching import (
@@ -29,20 +28,59 @@ from dact.data.batching import (
 from dact.data.examples import Examples, stratified_split
 from dact.data.labels import listed
 from dact.data.teacher import teacher_probabilities
-from dact.data.tokenizers import PreTrainedTokenizerBase, mostly_unknown, tokenizer_for
+from dact.data.tokenizers import PreTrainedTokenizerBase, tokenizer_for
 from dact.functional import UNLABELLED
 
-INFERENCE_BATCH = 1024  # examples per batch of test and predict; early exit regroups within a batch
-VALIDATION_BLOCK = 64  # neighbours of similar length in validation
+# Examples per batch of test and predict; early exit regroups within a batch.
+INFERENCE_BATCH = 1024
+# Neighbours of similar length in validation.
+VALIDATION_BLOCK = 64
+# A larger share of texts that are cut is worth a warning.
+CUT_SHARE = 0.01
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
-EVALUATING = (TrainerFn.VALIDATING, TrainerFn.TESTING)
-CUT_SHARE = 0.01  # a larger share of texts that are cut deserves a warning …
-UNKNOWN_SHARE = (
-    0.01  # … and of texts that are mostly unknown to the tokenizer; in prediction a single one does
-)
 
 
-class TextDataModule(LightningDataModule, ABC):
+class ClassificationDataModule(LightningDataModule):
+    """What `DACT`, `dact.calibrate`, the commands and tuning ask of a datamodule.
+
+    Derive from it, or have the same attributes: one that is missing counts as its default here.
+    Batches are dicts with ``labels`` and what the encoder takes; see *Data of your own* in the
+    documentation.
+
+    Attributes:
+        class_names: Names of the classes in their order.
+        tokenizer: Tokenizer of the batches, which is stored with the model.
+        max_length: Number of tokens to which inputs are cut.
+        batch_size: Number of examples per training batch.
+        teacher: Name of a fine-tuned model whose probabilities training batches carry as
+            ``teacher`` ``[batch, classes]``.
+        teacher_probabilities: The ``teacher`` of each training example, ``[examples, classes]``.
+            Tuning sets it to teach with probabilities of its own; batches then carry ``teacher``,
+            and ``row``, the number of each example.
+        calibration_fraction: Share of the validation examples that is set aside for
+            `calibration_dataloader`, in [0, 1).
+        needs_teacher: Whether there are training texts that only a teacher can label.
+    """
+
+    class_names: list[str] | None = None
+    tokenizer: Any = None
+    max_length: int | None = None
+    batch_size: int | None = None
+    teacher: str | None = None
+    teacher_probabilities: Tensor | None = None
+    calibration_fraction: float = 0.0
+    needs_teacher: bool = False
+
+    def calibration_dataloader(self) -> Any:
+        """Return labelled batches that are used for no training and no choice, or None."""
+        return None
+
+    def describe_classes(self) -> str:
+        """Return a line about the classes of the training examples, which may be empty."""
+        return ""
+
+
+class TextDataModule(ClassificationDataModule, ABC):
     """A datamodule that tokenizes text, makes batches of similar length, and pads each to its
     longest text.
 
@@ -52,7 +90,7 @@ class TextDataModule(LightningDataModule, ABC):
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
             id, a local folder or ``"package:NAME/PATH"``. If None, `suggest_tokenizer` must be
             called before `setup`.
-        max_length: Number of tokens to which longer inputs are cut.
+        max_length: Number of tokens to which longer inputs are cut, 3 or more.
         batch_size: Number of examples per batch in training and validation, 1 or more. Batches of
             test and predict have 1,024 or more, which early exit divides by itself.
         num_workers: Number of processes that prepare batches; with 0 the training process does.
@@ -69,9 +107,6 @@ class TextDataModule(LightningDataModule, ABC):
         teacher_probabilities: The ``teacher`` of training batches, ``[training examples,
             classes]``: set before `train_dataloader` is called, or computed there by `teacher`.
     """
-
-    class_names: list[str] | None = None
-    needs_teacher = False
 
     def __init__(
         self,
@@ -91,13 +126,13 @@ class TextDataModule(LightningDataModule, ABC):
         check_range(f"{name}: calibration_fraction", calibration_fraction, "[0, 1)")
         self._given_tokenizer = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
-        self.max_length = max_length
-        self.batch_size = batch_size
+        self.max_length: int = max_length
+        self.batch_size: int = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.calibration_fraction = calibration_fraction
-        self.teacher = teacher and str(teacher)  # a Path is welcome
-        self.teacher_probabilities: Tensor | None = None
+        # A Path is welcome.
+        self.teacher = teacher and str(teacher)
         self.splits: dict[str, Examples] = {}
         self._encoded: dict[str, Encoded] = {}
 
@@ -105,15 +140,15 @@ class TextDataModule(LightningDataModule, ABC):
     def examples(self, split: str) -> Examples:
         """Return the examples of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
 
-    def texts_of_training(self) -> Collection[bytes]:
-        """Return the keys of training texts that may be in validation as well; they are never set
-        aside."""
-        return ()
-
-    # ------------------------------------------------------------------ the tokenizer
+    def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
+        """Return the rows of validation examples that are kept, and those that
+        `calibration_fraction` sets aside for calibration."""
+        assert validation.labels is not None
+        keys = validation.text_keys()
+        return stratified_split(validation.labels, self.calibration_fraction, self.seed, keys)
 
     @property
-    def tokenizer(self) -> PreTrainedTokenizerBase:
+    def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
         """The tokenizer of this data, loaded or copied on first access.
 
         Raises:
@@ -122,15 +157,10 @@ class TextDataModule(LightningDataModule, ABC):
         if self._tokenizer is None:
             if self._given_tokenizer is None:
                 raise ValueError(
-                    f"{type(self).__name__}: there is no tokenizer: give the one of the encoder, a Hub id, a local "
-                    "folder or 'package:NAME/PATH'"
+                    f"{type(self).__name__}: there is no tokenizer: give the one of the encoder, a "
+                    "Hub id, a local folder or 'package:NAME/PATH'"
                 )
-            tokenizer = tokenizer_for(self._given_tokenizer, self.max_length)
-            if tokenizer.pad_token_id is None:
-                raise ValueError(
-                    f"{type(self).__name__}: the tokenizer has no padding token: set its pad_token"
-                )
-            self._tokenizer = tokenizer
+            self._tokenizer = tokenizer_for(self._given_tokenizer, self.max_length)
         return self._tokenizer
 
     def suggest_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase) -> None:
@@ -138,19 +168,12 @@ class TextDataModule(LightningDataModule, ABC):
         if self._given_tokenizer is None:
             self._given_tokenizer = tokenizer
 
-    # ------------------------------------------------------------------ setup
-
+    @override
     def setup(self, stage: str) -> None:
         for split in SPLITS[stage]:
             if split not in self._encoded:
                 for name, examples in self._parts(split).items():
-                    self.splits[name] = examples
-                    encoded, cut = encode(examples, self.tokenizer, self.max_length)
-                    self._encoded[name] = (
-                        _with_little_padding(encoded) if name in ("val", "calibration") else encoded
-                    )
-                    self._warn_of_cuts(name, cut)
-                    self._warn_of_unknown(name, encoded)
+                    self._encode(name, examples)
 
     def _parts(self, split: str) -> dict[str, Examples]:
         """Return the examples of a split and, with those of validation, those that are set aside
@@ -158,44 +181,34 @@ class TextDataModule(LightningDataModule, ABC):
         examples = self.examples(split)
         if split != "val" or not self.calibration_fraction:
             return {split: examples}
-        assert examples.labels is not None
-        kept, aside = stratified_split(
-            examples.labels,
-            self.calibration_fraction,
-            self.seed,
-            examples.text_keys(),
-            self.texts_of_training(),
-        )
+        kept, aside = self.set_aside(examples)
         if not aside:
             raise ValueError(
-                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} of {len(examples)} "
-                "validation examples sets none aside, since no class has two distinct texts that training does not "
-                "have: give more validation examples"
+                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} of "
+                f"{len(examples)} validation examples sets none aside, since no class has two "
+                "distinct texts: give more validation examples"
             )
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
 
-    def _warn_of_cuts(self, split: str, cut: Sequence[int]) -> None:
-        examples = len(self._encoded[split])
-        if len(cut) > CUT_SHARE * examples:
-            needed = length_that_keeps(1 - CUT_SHARE, examples, cut)
+    def _encode(self, split: str, examples: Examples) -> None:
+        encoded, cut = encode(examples, self.tokenizer, self.max_length)
+        if len(cut) > CUT_SHARE * len(encoded):
+            needed = length_that_keeps(1 - CUT_SHARE, len(encoded), cut)
             rank_zero_warn(
-                f"{len(cut) / examples:.0%} of the {split} texts are longer than max_length={self.max_length} tokens "
-                f"and are cut; max_length={needed} would keep {1 - CUT_SHARE:.0%} of them whole, if the encoder takes "
-                "that many"
+                f"{len(cut) / len(encoded):.0%} of the {split} texts are longer than "
+                f"max_length={self.max_length} tokens and are cut; max_length={needed} would keep "
+                f"{1 - CUT_SHARE:.0%} of them whole, if the encoder takes that many"
             )
+        if split in ("val", "calibration"):
+            # Validation compares fits example by example, so there is one order whatever the batch
+            # size: neighbours have similar lengths, and the blocks are shuffled, so that the
+            # Trainer's limit_val_batches keeps texts of all lengths.
+            order = LengthGroupedSampler(encoded.lengths, VALIDATION_BLOCK, seed=0)
+            encoded = encoded.take(list(order))
+        self.splits[split] = examples
+        self._encoded[split] = encoded
 
-    def _warn_of_unknown(self, split: str, encoded: Encoded) -> None:
-        pairs = self.splits[split].pairs is not None
-        lengths = np.diff(encoded.offsets)
-        unknown = int(
-            mostly_unknown(self.tokenizer, encoded.tokens["input_ids"], lengths, pairs=pairs).sum()
-        )
-        if unknown > (0 if split == "predict" else UNKNOWN_SHARE * len(encoded)):
-            rank_zero_warn(
-                f"{unknown:,} of {len(encoded):,} {split} texts consist mostly of tokens that the tokenizer does not "
-                "know, so that their classes mean little: is it the tokenizer of the encoder, and made for such texts?"
-            )
-
+    @override
     def describe_classes(self) -> str:
         """Return a text with the number of training examples of each class, empty before `setup`
         has read them."""
@@ -205,11 +218,8 @@ class TextDataModule(LightningDataModule, ABC):
         unlabelled = counts.pop(UNLABELLED, 0)
         names = self.class_names or [str(label) for label in sorted(counts)]
         text = listed([f"{name} {counts[label]:,}" for label, name in enumerate(names)])
-        return f"{len(names)} classes: {text}" + (
-            f"; {unlabelled:,} texts without a label" if unlabelled else ""
-        )
-
-    # ------------------------------------------------------------------ batches
+        more = f"; {unlabelled:,} texts without a label" if unlabelled else ""
+        return f"{len(names)} classes: {text}{more}"
 
     def _loader(self, split: str) -> DataLoader[Any]:
         if split not in self._encoded:
@@ -217,78 +227,66 @@ class TextDataModule(LightningDataModule, ABC):
                 f"{type(self).__name__}: the {split} split is not set up; call setup() first"
             )
         items, tokenizer = self._encoded[split], self.tokenizer
+        teacher = self.teacher_probabilities if split == "train" else None
         padding = {
             "input_ids": tokenizer.pad_token_id,
             "token_type_ids": tokenizer.pad_token_type_id,
         }
-        training = split == "train"
-        sampler: Sampler[int] | None = None
-        trainer = self.trainer
-        shares: Any = (
-            None
-            if trainer is None or trainer.world_size == 1
-            else trainer.distributed_sampler_kwargs
-        )
-        if training and shares:
-            sampler = SharedLengthGroupedSampler(
-                items.lengths, self.batch_size, self.seed, **shares
-            )
-        elif training:
-            sampler = LengthGroupedSampler(items.lengths, self.batch_size, self.seed)
-        elif shares and trainer is not None and trainer.state.fn in EVALUATING:
-            # Lightning's own sampler repeats some examples. In a fit it must: all processes take
-            # equally many steps.
-            sampler = UnrepeatedDistributedSampler(items, **shares, shuffle=False)
+        batch_size = self.batch_size
+        if split in ("test", "predict"):
+            batch_size = max(batch_size, INFERENCE_BATCH)
         return DataLoader(
             items,
-            batch_size=max(self.batch_size, INFERENCE_BATCH)
-            if split in ("test", "predict")
-            else self.batch_size,
-            sampler=sampler,
+            batch_size=batch_size,
+            sampler=self._sampler(split, items),
             # Not a method: processes that prepare batches get two numbers and the teacher, not the
             # whole datamodule.
-            collate_fn=partial(
-                collate, padding=padding, teacher=self.teacher_probabilities if training else None
-            ),
+            collate_fn=partial(collate, padding=padding, teacher=teacher),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
 
+    def _sampler(self, split: str, items: Encoded) -> Sampler[int] | None:
+        shares: Any = None
+        if self.trainer is not None and self.trainer.world_size > 1:
+            shares = self.trainer.distributed_sampler_kwargs
+        if split == "train":
+            order = (items.lengths, self.batch_size, self.seed)
+            if shares:
+                return SharedLengthGroupedSampler(*order, **shares)
+            return LengthGroupedSampler(*order)
+        evaluating = (TrainerFn.VALIDATING, TrainerFn.TESTING)
+        if shares and self.trainer is not None and self.trainer.state.fn in evaluating:
+            # Lightning's own sampler repeats some examples. In a fit it must: all processes take
+            # equally many steps.
+            return UnrepeatedDistributedSampler(items, **shares, shuffle=False)
+        return None
+
+    @override
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches in training order; the teacher runs when this is first called."""
-        if (
-            self.teacher is not None
-            and self.teacher_probabilities is None
-            and "train" in self.splits
-        ):
+        if self.teacher and self.teacher_probabilities is None and "train" in self.splits:
             assert self.class_names is not None
-            device = (
-                torch.device("cpu") if self.trainer is None else self.trainer.strategy.root_device
-            )
+            device = torch.device("cpu")
+            if self.trainer is not None:
+                device = self.trainer.strategy.root_device
             self.teacher_probabilities = teacher_probabilities(
                 self.teacher, self.splits["train"], self.class_names, self.max_length, device
             )
         return self._loader("train")
 
+    @override
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")
 
+    @override
     def calibration_dataloader(self) -> DataLoader[Any] | None:
-        """Return the examples that are used for no training and no choice, or None if none are set
-        aside."""
         return self._loader("calibration") if self.calibration_fraction else None
 
+    @override
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
 
+    @override
     def predict_dataloader(self) -> DataLoader[Any]:
         return self._loader("predict")
-
-
-def _with_little_padding(encoded: Encoded) -> Encoded:
-    """Return the examples in a fixed order in which neighbours have similar lengths, whatever the
-    batch size.
-
-    Validation compares fits example by example, so all of them must see one order. The blocks are
-    shuffled, so that the Trainer's `limit_val_batches` keeps texts of all lengths."""
-    return encoded.take(list(LengthGroupedSampler(encoded.lengths, VALIDATION_BLOCK, seed=0)))

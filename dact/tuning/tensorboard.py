@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from optuna.distributions import CategoricalDistribution, IntDistribution
+
 from dact.files import replacing
 from dact.tuning.space import Dimension
 
@@ -104,14 +106,13 @@ def _domain(dimension: Dimension) -> Any:
     """Return the range as the tab's filters need it."""
     from tensorboard.plugins.hparams import summary_v2
 
-    if dimension.choices is not None:  # which must be of one type
+    if isinstance(dimension, CategoricalDistribution):  # which must be of one type
         kinds = {type(choice) for choice in dimension.choices}
         alike: Any = None if len(kinds) == 1 else float if kinds == {int, float} else str
         return summary_v2.Discrete(
             [choice if alike is None else alike(choice) for choice in dimension.choices]
         )
-    assert dimension.low is not None and dimension.high is not None
-    if dimension.type == "int":
+    if isinstance(dimension, IntDistribution):
         return summary_v2.IntInterval(int(dimension.low), int(dimension.high))
     return summary_v2.RealInterval(float(dimension.low), float(dimension.high))
 

@@ -1,0 +1,41 @@
+"""Selections of VADER's texts for benchmarks/tuned.py: more test texts, and unequal classes."""
+
+from __future__ import annotations
+
+import random
+
+from dact.data import VaderSentiment
+from dact.data.examples import Examples, join
+
+SHARES = (0.06, 0.14, 0.80)  # of the classes, which are negative, neutral and positive
+SIZES = {"train": 450, "val": 300, "test": 1500}
+
+
+class MoreTests(VaderSentiment):
+    """VADER whose test split is joined by two thirds of the training texts that a small
+    `num_train` leaves out."""
+
+    def examples(self, split: str) -> Examples:
+        if split != "test":
+            return super().examples(split)
+        whole = VaderSentiment(split=self.split).examples("train")
+        seen = set(self.examples("train").text_keys())
+        left_out = [row for row, key in enumerate(whole.text_keys()) if key not in seen]
+        taken = [row for place, row in enumerate(left_out) if place % 3]
+        return join([super().examples("test"), whole.take(taken)])
+
+
+class Imbalanced(VaderSentiment):
+    """450 texts of VADER, four fifths of which are positive; validation and test have the same
+    shares."""
+
+    def examples(self, split: str) -> Examples:
+        examples = super().examples(split)
+        assert examples.labels is not None
+        size = SIZES["test" if split == "predict" else split]
+        draw = random.Random(f"{self.split}/{split}")
+        rows: list[int] = []
+        for label, share in enumerate(SHARES):
+            own = [row for row, other in enumerate(examples.labels) if other == label]
+            rows += draw.sample(own, round(share * size))
+        return examples.take(sorted(rows))

@@ -1,0 +1,246 @@
+"""Rows of tables: files, standard input and splits of `datasets`, in bounded memory."""
+
+from __future__ import annotations
+
+import csv
+import difflib
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import IO, Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
+
+READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
+STANDARD_INPUT = "-"
+DATASET = "dataset:"
+DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+QUOTE = (
+    "put a text that holds the separator, a quotation mark or a line break in quotation marks, and "
+    "double those within it"
+)
+CHUNK = 4096  # rows that are decoded at a time
+
+# A run reads a file once per trial.
+say_once = cache(rank_zero_info)
+
+
+def check_readable(path: str) -> None:
+    """Raise an error unless `path` is ``-``, a data set, or an existing file of a known kind.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If its ending is unknown.
+    """
+    if path == STANDARD_INPUT or path.startswith(DATASET):
+        return
+    if (ending := Path(path).suffix.lower()) not in READABLE:
+        raise ValueError(
+            f"{path}: unknown ending {ending!r}, expected one of {', '.join(READABLE)}"
+        )
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+
+
+def read_rows(
+    path: str, columns: Mapping[str, str], delimiter: str | None = None
+) -> Iterator[list[Any]]:
+    """Yield the values of `columns` of each row, in their order.
+
+    In csv and tsv every value is a string. A byte that is not UTF-8 becomes a lone surrogate.
+
+    Args:
+        path: csv, tsv, json lines, parquet or txt by ending; ``-`` for standard input; or
+            ``"dataset:NAME#SPLIT"`` for a split that `datasets.load_dataset` finds under a name on
+            the Hub or in a folder. txt and standard input have one text a line, and no columns.
+        columns: The option that names each column, such as ``text_column``, by the name of the
+            column.
+        delimiter: Separator of a csv file; a comma, semicolon or tab by its header if left out.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the ending is unknown, a column is missing, the file has no rows, or a row
+            cannot be read.
+    """
+    check_readable(path)
+    ending = Path(path).suffix.lower()
+    if path.startswith(DATASET):
+        rows = _dataset(path, columns)
+    elif path == STANDARD_INPUT or ending == ".txt":
+        rows = _lines(path, columns)
+    elif ending == ".parquet":
+        rows = _parquet(path, columns)
+    elif ending in (".json", ".jsonl"):
+        rows = _json(path, columns)
+    else:
+        rows = _csv(path, columns, delimiter)
+
+    row = None
+    for row in rows:
+        yield row
+    if row is None:
+        raise ValueError(f"{path} has no rows")
+
+
+def first_row(path: str) -> int:
+    """Return the number of the first row of data as a spreadsheet shows it: a header is row 1."""
+    return 2 if path.lower().endswith((".csv", ".tsv")) else 1
+
+
+def text_fault(texts: Sequence[Any]) -> str | None:
+    """Return why the text or the two texts of a row cannot be used, or None."""
+    for text in texts:
+        if text is None or text != text:
+            return "no text"
+        if not isinstance(text, str):
+            return f"not a text but {str(text)[:40]!r}"
+        if not text.strip():
+            return "empty text"
+        if not is_utf8(text):
+            return "not valid UTF-8"
+    return None
+
+
+def is_utf8(text: str) -> bool:
+    """Return whether a text can be encoded: a lone surrogate, as from broken escapes, cannot."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def suggestion(word: str, known: Sequence[str]) -> str:
+    """Return ``, perhaps 'NAME'`` for the name that resembles `word`, or an empty string."""
+    by_folded = {name.strip().casefold(): name for name in known}
+    close = difflib.get_close_matches(word.strip().casefold(), by_folded, 1)
+    return f", perhaps {by_folded[close[0]]!r}" if close else ""
+
+
+# ---------------------------------------------------------------------- one reader per kind
+
+
+def check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any]) -> None:
+    """Raise a ``ValueError`` that names the option to set unless all `columns` are `present`."""
+    names = [str(name) for name in present]
+    if not all(map(is_utf8, names)):
+        raise ValueError(f"{path} is not in UTF-8: save it in UTF-8")
+    for name, option in columns.items():
+        if name not in names:
+            raise ValueError(
+                f"{path} has no column {name!r}; it has {', '.join(map(repr, names))}: "
+                f"set {option}{suggestion(name, names)}"
+            )
+
+
+def _open(path: str) -> IO[str]:
+    return Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+
+
+def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
+    if len(columns) > 1:
+        raise ValueError(
+            f"{path} has one text a line, and no column {list(columns)[1]!r}: "
+            "give csv or json lines instead"
+        )
+    with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as lines:
+        for number, line in enumerate(lines):
+            text = line.decode(errors="surrogateescape").rstrip("\r\n")
+            yield [text if number else text.removeprefix("\ufeff")]
+
+
+def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterator[list[Any]]:
+    tsv = path.lower().endswith(".tsv")
+    csv.field_size_limit(2**31 - 1)
+    with _open(path) as file:
+        if delimiter is None:
+            delimiter = "\t" if tsv else _guess_delimiter(path, file.readline(), columns)
+            file.seek(0)
+        # A quotation mark in a tsv file is an ordinary character: one alone must not swallow the
+        # rows after it.
+        quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
+        reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
+        header = next(reader, None)
+        if header is None:
+            return
+        check_columns(path, columns, header)
+        places = [header.index(name) for name in columns]
+        number = 1
+        try:
+            for number, row in enumerate(reader, start=2):
+                if len(row) > len(header):
+                    found = f"row {number} has {len(row)} values, and the header {len(header)}"
+                    raise ValueError(f"{path}: {found}: {QUOTE}")
+                row += [""] * (len(header) - len(row))
+                yield [row[place] for place in places]
+        except csv.Error as error:
+            raise ValueError(f"{path}: row {number + 1}: {error}: {QUOTE}") from None
+
+
+def _guess_delimiter(path: str, header: str, columns: Mapping[str, str]) -> str:
+    """Return the delimiter that gives the most of the expected columns, then the most columns."""
+
+    def found(delimiter: str) -> tuple[int, int]:
+        names = next(csv.reader([header], delimiter=delimiter), [])
+        return sum(name in names for name in columns), len(names)
+
+    delimiter = max(DELIMITERS, key=found)
+    if delimiter != ",":
+        say_once(f"{path}: {DELIMITERS[delimiter]} separate the columns (delimiter sets another)")
+    return delimiter
+
+
+def _json(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
+    with _open(path) as file:
+        start = next((line.lstrip()[0] for line in file if line.strip()), "")
+        file.seek(0)
+        records = json.load(file) if start == "[" else _records(path, file)
+        for number, record in enumerate(records):
+            if not isinstance(record, dict):
+                raise ValueError(f"{path}: row {number + 1} is not an object with columns")
+            if number == 0:
+                check_columns(path, columns, list(record))
+            yield [record.get(name) for name in columns]
+
+
+def _records(path: str, lines: IO[str]) -> Iterator[Any]:
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
+
+
+def _parquet(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
+    from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+
+    with ParquetFile(path) as file:
+        check_columns(path, columns, file.schema_arrow.names)
+        for batch in file.iter_batches(batch_size=CHUNK, columns=list(columns)):
+            values = [batch.column(name).to_pylist() for name in columns]
+            yield from map(list, zip(*values, strict=True))
+
+
+def _dataset(address: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
+    import datasets
+
+    name, _, split = address.removeprefix(DATASET).rpartition("#")
+    if not name or not split:
+        raise ValueError(
+            f"{address!r}: expected 'dataset:NAME#SPLIT', such as 'dataset:stanfordnlp/imdb#train'"
+        )
+    table = datasets.load_dataset(name, split=split)
+    check_columns(address, columns, table.column_names)
+    for batch in table.select_columns(list(columns)).iter(batch_size=CHUNK):
+        for column in columns:
+            feature = table.features[column]
+            if isinstance(feature, datasets.ClassLabel):
+                # -1 stands for a label that is kept secret.
+                known = [label not in (None, -1) for label in batch[column]]
+                names = zip(batch[column], known, strict=True)
+                batch[column] = [feature.int2str(n) if is_known else None for n, is_known in names]
+        yield from map(list, zip(*(batch[column] for column in columns), strict=True))

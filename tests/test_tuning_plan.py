@@ -1,0 +1,492 @@
+"""The decisions of tuning without any training: spaces, the choice of λ, proposals and pruning."""
+
+import math
+import random
+import threading
+import time
+from functools import partial
+
+import hypothesis.strategies as st
+import optuna
+import pytest
+import torch
+from hypothesis import given, settings
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+
+from dact.submodels import SubmodelConfig
+from dact.tuning import TuningEngine, tensorboard
+from dact.tuning.outcome import Outcome
+from dact.tuning.search import (
+    PLANNED_EPOCHS,
+    CurveSampler,
+    LagPruner,
+    SameLengthPruner,
+    SeededSampler,
+    lags,
+)
+from dact.tuning.selection import Point, check_rule, next_lambda, pareto_front, select_lambda
+from dact.tuning.space import (
+    DEFAULT_SPACES,
+    MORE_DIMENSIONS,
+    build_spaces,
+    complete_spaces,
+    holding,
+    nearest,
+    suggest,
+)
+from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+# ------------------------------------------------------------------ spaces
+
+
+@pytest.mark.parametrize("stage", DEFAULT_SPACES)
+def test_every_default_dimension_can_be_suggested(stage):
+    study = optuna.create_study()
+    for _ in range(20):
+        trial = study.ask()
+        values = {name: suggest(trial, name, one) for name, one in DEFAULT_SPACES[stage].items()}
+        assert trial.params == values
+    if stage == "submodels":
+        for config in SUBMODELS.parse(values).values():
+            assert set(config) == {"num_layers", "hidden_units", "dropout"}
+            SubmodelConfig(**config)
+
+
+def test_spaces_are_narrowed_and_replaced():
+    changes = {
+        "learning_rate": {"high": 1e-4},
+        "submodel_learning_rate.low": 1e-3,
+        "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8},
+        "classifier_dropout": FloatDistribution(0, 1),
+    }
+    spaces = build_spaces(changes)
+    assert spaces["training"]["learning_rate"] == FloatDistribution(2e-5, 1e-4, log=True)
+    assert spaces["training"]["submodel_learning_rate"] == FloatDistribution(1e-3, 1e-2, log=True)
+    assert spaces["training"]["batch_size"] == IntDistribution(8, 64, step=8)
+    assert spaces["submodels"]["classifier_dropout"] == FloatDistribution(0, 1)
+    assert spaces["lambda_reg"] == DEFAULT_SPACES["lambda_reg"]
+
+
+def test_more_dimensions_are_searched_where_the_space_names_them():
+    more = MORE_DIMENSIONS["submodels"]["classifier_activation"]
+    assert "classifier_activation" not in build_spaces(None)["submodels"]
+    spaces = build_spaces({"classifier_activation": {}, "weight_decay": {"high": 0.01}})
+    assert spaces["submodels"]["classifier_activation"] == more
+    assert spaces["training"]["weight_decay"] == FloatDistribution(1e-4, 0.01, log=True)
+
+
+def test_frozen_trials_choose_neither_the_rate_of_the_encoder_nor_attached_exits():
+    training = build_spaces(None, frozen=True)["training"]
+    assert "learning_rate" not in training
+    assert training["detach_exits"].choices == (True,)
+    both = build_spaces(None, frozen=True, final_frozen=True)["training"]
+    assert both["detach_exits"].choices == (True, False)
+    with pytest.raises(ValueError, match="Did you mean submodel_learning_rate"):
+        build_spaces({"learning_rate": {"high": 1e-3}}, frozen=True)
+
+
+def test_spaces_hold_the_first_trials_and_the_layers_of_the_encoder():
+    start = {
+        "batch_size": 48,
+        "learning_rate": 5e-3,
+        "exit_loss_weight": 0.35,
+        "num_layers": 6,
+        "unknown": 1,
+    }
+    spaces, starts = complete_spaces(build_spaces(None), 6, {"training": [start]})
+    training = spaces["training"]
+    assert starts["training"] == [
+        {name: value for name, value in start.items() if name != "unknown"}
+    ]
+    assert training["batch_size"].choices == (32, 64, 48)
+    assert training["learning_rate"] == FloatDistribution(2e-5, 5e-3, log=True)
+    assert training["exit_loss_weight"] == FloatDistribution(0.1, 1.0), "the step would miss it"
+    assert training["num_layers"] == IntDistribution(3, 6)
+    study = optuna.create_study()
+    study.enqueue_trial(starts["training"][0])
+    trial = study.ask()
+    values = {name: suggest(trial, name, dimension) for name, dimension in training.items()}
+    assert values == {**values, **starts["training"][0]}
+
+    given = build_spaces({"num_layers": {"low": 2, "high": 4}})
+    assert complete_spaces(given, 3, {})[0]["training"]["num_layers"] == IntDistribution(2, 3)
+    spaces, starts = complete_spaces(given, 6, {"training": [start]}, bounded={"num_layers"})
+    assert spaces["training"]["num_layers"] == IntDistribution(2, 4), "the bounds of the user hold"
+    assert starts["training"][0]["num_layers"] == 4
+    assert "num_layers" not in complete_spaces(build_spaces(None), 1, {})[0]["training"]
+
+
+@pytest.mark.parametrize(
+    ("dimension", "value", "close"),
+    [
+        (FloatDistribution(0.1, 1.0), 3.0, 1.0),
+        (FloatDistribution(0.1, 1.0), 0.5, 0.5),
+        (FloatDistribution(0.0, 0.2, step=0.1), 0.24, 0.2),
+        (IntDistribution(2, 6), 1, 2),
+        (IntDistribution(2, 6, step=2), 9, 6),
+        (CategoricalDistribution(["a", "b"]), "c", "a"),
+        (CategoricalDistribution(["a", "b"]), "b", "b"),
+    ],
+)
+def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, close):
+    found = nearest(dimension, value)
+    assert found == (pytest.approx(close) if isinstance(close, float) else close)
+    assert dimension._contains(dimension.to_internal_repr(found))
+    wider = holding(dimension, value)
+    assert wider._contains(wider.to_internal_repr(value))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"lambda_reg": {"high": 1}},
+        {"weight_decay": {"type": "float", "low": 0, "high": 0.1}},
+        {"classifier_dropout": {"type": "categorical", "choices": [0, 0.3]}},
+        {"batch_size": {"type": "int", "low": 8, "high": 64}},
+        {"classifier_hidden_units": {"choices": [True, 16]}},
+    ],
+)
+def test_tensorboard_takes_every_space(tmp_path, change):
+    dimensions = {
+        name: one for space in build_spaces(change).values() for name, one in space.items()
+    }
+    with tensorboard.writer(tmp_path) as writer:
+        tensorboard.log_experiment(writer, dimensions)
+        tensorboard.log_parameters(
+            writer, {"submodel_learning_rate": None, "batch_size": 8}, "run/trial_0000"
+        )
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "said"),
+    [
+        ("speed", {"low": 1}, "The parameters are classifier_num_layers"),
+        ("batchsize", {"low": 1}, "Did you mean batch_size"),
+        ("learning_rate", {"lo": 1}, "'lo'.*Give low, high"),
+        ("learning_rate", {"low": 1.0}, "low=1.0, high=0.002"),
+        ("learning_rate", {"low": "small"}, "'small'"),
+        ("learning_rate", 0.1, "float"),
+        ("batch_size", {"choices": []}, "one or more"),
+        ("lambda_reg", {"type": "real", "low": 0, "high": 1}, "'real'.*type: float"),
+        ("lambda_reg", {"type": "float", "low": 0.1}, "high"),
+    ],
+)
+def test_wrong_spaces_are_refused(name, change, said):
+    with pytest.raises(ValueError, match=f"search_space: .*{name}.*{said}"):
+        build_spaces({name: change})
+
+
+# ------------------------------------------------------------------ choosing λ
+
+CURVE = [
+    Point(0.001, 0.50, 6.0),
+    Point(0.01, 0.501, 5.0),
+    Point(0.03, 0.505, 3.0),
+    Point(0.05, 0.507, 3.2),  # beaten by the one before
+    Point(0.1, 0.60, 2.0),
+    Point(1.0, 0.90, 1.0),
+]
+
+
+def test_the_front_leaves_out_what_is_beaten():
+    assert [point.layers for point in pareto_front(CURVE)] == [1.0, 2.0, 3.0, 5.0, 6.0]
+
+
+@pytest.mark.parametrize(
+    ("rule", "options", "layers"),
+    [
+        ("one_standard_error", {}, 3.0),
+        ("promise", {"allowed": 0.01}, 3.0),
+        ("max_loss_increase", {}, 3.0),
+        ("max_loss_increase", {"max_loss_increase": 0.0}, 6.0),
+        ("max_loss_increase", {"max_loss_increase": 0.25}, 2.0),
+        ("knee", {}, 3.0),
+        ("max_layers", {"max_layers": 5.5}, 5.0),
+        ("max_layers", {"max_layers": 1.0}, 1.0),
+    ],
+)
+def test_every_rule_chooses_as_it_says(rule, options, layers):
+    assert select_lambda(CURVE, rule, **options).layers == layers
+
+
+@pytest.mark.parametrize("rule", ["max_loss_increase", "knee"])
+def test_small_equal_and_collapsed_fronts_are_handled(rule):
+    one = Point(0.1, 0.5, 3.0)
+    assert select_lambda([one], rule) == one
+    assert select_lambda([one, Point(0.01, 0.5, 3.0)], rule) == Point(0.01, 0.5, 3.0)
+    ends = [Point(0.001, 0.5, 6.0), Point(1.0, 0.9, 1.0)]
+    assert select_lambda(ends, rule) == ends[0]
+    assert select_lambda([Point(0.1, 0.5, 1.0), Point(0.2, 0.5, 1.0)], rule).lambda_reg == 0.1
+
+
+def outcome(losses=(), lost=()):
+    return Outcome(torch.ones(0), torch.tensor(losses), torch.tensor(lost))
+
+
+def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error():
+    def point(layers, lost, examples=400):
+        faults = round(lost * examples)
+        return Point(
+            1 / layers, 0.5, layers, outcome(lost=[1.0] * faults + [0.0] * (examples - faults))
+        )
+
+    trials = [point(4.0, 0.0), point(3.0, 0.0025), point(2.0, 0.0075), point(1.0, 0.05)]
+    assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, (
+        "0.0075 ± 0.0043 is not within 0.01"
+    )
+    assert select_lambda(trials, "promise", allowed=0.02).layers == 2.0
+    assert select_lambda(trials, "promise", allowed=0.1).layers == 1.0
+
+
+def test_on_frozen_states_the_promise_is_measured_from_the_most_accurate_trial():
+    lost = torch.zeros(400)
+    lost[:20] = 1.0  # 5 points below the baseline, all of them, as on the states of frozen mode
+    worse = lost.clone()
+    worse[20:22] = 1.0
+    trials = [
+        Point(
+            lambda_reg, loss, layers, Outcome(torch.full((400,), layers), torch.zeros(400), values)
+        )
+        for lambda_reg, loss, layers, values in (
+            (0.001, 0.1, 4.0, lost),
+            (0.02, 0.2, 3.0, worse),
+            (1.0, 0.9, 1.0, torch.ones(400)),
+        )
+    ]
+    assert select_lambda(trials, "promise", allowed=0.01, from_best=True).layers == 3.0, (
+        "0.005 ± 0.0035 more"
+    )
+    assert select_lambda(trials, "promise", allowed=0.01).layers == 4.0, (
+        "none is within: one standard error of the loss"
+    )
+
+
+def test_one_standard_error_is_that_of_the_paired_difference():
+    noise = [0.4, 0.6] * 50
+    best = Point(0.01, 0.5, 4.0, outcome(losses=noise))
+    alike = Point(0.1, 0.52, 2.0, outcome(losses=[value + 0.02 for value in noise]))
+    scattered = Point(0.2, 0.52, 2.0, outcome(losses=[value + 0.02 for value in reversed(noise)]))
+    assert select_lambda([best, alike]).layers == 4.0, "always worse by 0.02"
+    assert select_lambda([best, scattered]).layers == 2.0, "0.02 ± 0.02"
+
+
+def test_the_rule_of_a_budget_needs_one():
+    with pytest.raises(ValueError, match="max_layers"):
+        check_rule("max_layers", None)
+    with pytest.raises(ValueError, match="'promise' and 3"):
+        check_rule("promise", 3)
+
+
+def test_an_impossible_budget_names_the_fewest_layers():
+    with pytest.raises(ValueError, match="no trial uses at most 0.5 layers; the fewest are 1.00"):
+        select_lambda(CURVE, "max_layers", max_layers=0.5)
+
+
+points = st.builds(Point, st.floats(1e-4, 1), st.floats(0.1, 2), st.floats(1, 6))
+
+
+@given(st.lists(points, min_size=1, max_size=20))
+def test_the_winner_is_never_beaten(trials):
+    front = pareto_front(trials)
+    for rule in ("one_standard_error", "max_loss_increase", "knee"):
+        chosen = select_lambda(trials, rule)
+        assert chosen in front
+        assert not any(
+            p.loss <= chosen.loss
+            and p.layers <= chosen.layers
+            and (p.loss, p.layers) != (chosen.loss, chosen.layers)
+            for p in trials
+        )
+
+
+def layers_at(value, bend=0.05, steep=8):
+    """Six layers, falling to one around the bend."""
+    return 1 + 5 / (1 + math.exp(steep * math.log(value / bend)))
+
+
+@settings(max_examples=30)
+@given(st.floats(0.005, 0.3))
+def test_trials_go_where_the_curve_bends(bend):
+    tried = []
+    for _ in range(12):
+        value = next_lambda(tried, 1e-3, 1.0)
+        assert 1e-3 <= value <= 1.0
+        tried.append((value, layers_at(value, bend)))
+    assert len({value for value, _ in tried}) == 12
+    steep = [value for value, layers in tried if 1.05 < layers < 5.95]
+    assert len(steep) >= 5
+    # As many at random, on the log scale, rarely do so well.
+    generator = random.Random(0)
+    drawn = [10 ** generator.uniform(-3, 0) for _ in range(1200)]
+    assert (
+        len(steep) / 12 > 1.3 * sum(1.05 < layers_at(value, bend) < 5.95 for value in drawn) / 1200
+    )
+
+
+def test_a_lambda_outside_of_the_range_does_not_stop_the_search_within_it():
+    tried = [(0.02, 6.0), (3.0, 1.0)]
+    for _ in range(6):
+        value = next_lambda(tried, 1e-3, 1.0)
+        tried.append((value, layers_at(value)))
+    assert len({value for value, _ in tried}) == 8
+
+
+def test_running_and_failed_trials_are_not_proposed_again():
+    tried = [(1e-3, 6.0), (1.0, 1.0), (next_lambda([(1e-3, 6.0), (1.0, 1.0)], 1e-3, 1.0), None)]
+    assert next_lambda(tried, 1e-3, 1.0) not in [value for value, _ in tried]
+
+
+def test_the_sampler_drives_a_study():
+    study = optuna.create_study(directions=["minimize", "minimize"], sampler=CurveSampler())
+    study.optimize(
+        lambda t: (0.5, layers_at(t.suggest_float("lambda_reg", 1e-3, 1, log=True))), n_trials=8
+    )
+    assert [t.params["lambda_reg"] for t in study.trials[:2]] == [1e-3, 1.0]
+    assert len({t.params["lambda_reg"] for t in study.trials}) == 8
+
+
+# ------------------------------------------------------------------ pruning
+
+
+def test_lagging_is_relative_to_the_better_half():
+    field = [[0.9, 0.5], [0.8, 0.4], [0.85, 0.45], [2.0, 1.9]]
+    assert lags([1.9], field, min_finished=3)
+    assert not lags([0.92], field, min_finished=3)
+    assert not lags([1.9], field[:2], min_finished=3)
+    assert not lags([2.5, 0.45], field, min_finished=3), "the best epoch so far counts"
+
+
+def run_study(pruner, half_of, epochs_of=lambda number: 5, trials=40):
+    """A study of scripted curves: half of the trials are bad from the first epoch on."""
+    generator = random.Random(0)
+
+    def objective(trial):
+        bad = half_of(trial.number)
+        epochs = epochs_of(trial.number)
+        trial.set_user_attr(PLANNED_EPOCHS, epochs)
+        trial.set_user_attr("bad", bad)
+        for epoch in range(epochs):
+            value = (1.1 if bad else 0.9 * 0.7 ** (epoch * 5 / epochs)) + 0.02 * generator.random()
+            trial.report(value, epoch)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return value
+
+    study = optuna.create_study(pruner=pruner, sampler=optuna.samplers.RandomSampler(seed=0))
+    study.optimize(objective, n_trials=trials)
+    return study.trials
+
+
+def test_the_bad_half_is_pruned_and_none_of_the_other():
+    trials = run_study(SameLengthPruner(LagPruner()), lambda number: number % 2 == 1)
+    pruned = [t for t in trials if t.state == optuna.trial.TrialState.PRUNED]
+    assert all(t.user_attrs["bad"] for t in pruned)
+    late_and_bad = [t for t in trials[8:] if t.user_attrs["bad"]]
+    assert all(t in pruned for t in late_and_bad)
+    assert all(len(t.intermediate_values) < 5 for t in pruned)
+
+
+def test_a_trial_is_compared_only_with_trials_of_its_length():
+    """Short trials are ahead at every epoch, since their learning rate falls sooner; long ones must
+    survive them."""
+    lengths = {0: 3, 1: 8}
+
+    def epochs_of(number):
+        return lengths[number % 2]
+
+    trials = run_study(SameLengthPruner(LagPruner()), lambda number: False, epochs_of)
+    assert all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
+    alone = run_study(LagPruner(), lambda number: False, epochs_of)
+    assert any(t.state == optuna.trial.TrialState.PRUNED for t in alone), (
+        "which is why the wrapper is there"
+    )
+
+
+def test_any_pruner_of_optuna_can_be_wrapped():
+    for pruner in (
+        optuna.pruners.MedianPruner(n_startup_trials=2),
+        optuna.pruners.HyperbandPruner(max_resource=4),
+        optuna.pruners.SuccessiveHalvingPruner(),
+    ):
+        trials = run_study(SameLengthPruner(pruner), lambda number: number % 2 == 1)
+        assert any(t.state == optuna.trial.TrialState.PRUNED for t in trials)
+
+
+# ------------------------------------------------------------------ sampling
+
+
+def draws(seed, trials=5):
+    study = optuna.create_study(sampler=SeededSampler(seed))
+    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=trials)
+    return [trial.params["x"] for trial in study.trials]
+
+
+def test_neighbouring_seeds_share_no_random_trial():
+    assert draws(7) == draws(7)
+    assert not set(draws(7)) & set(draws(8))
+
+
+def test_a_resumed_study_proposes_what_it_would_have_proposed():
+    study = optuna.create_study(sampler=SeededSampler(3))
+    for _ in range(8):
+        study.sampler = SeededSampler(3)  # as a new process has it
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
+    assert [trial.params["x"] for trial in study.trials] == draws(3, 8)
+
+
+def test_two_processes_never_draw_the_same_lambda(tmp_path):
+    """Both begin a trial before either has drawn."""
+    storage = f"sqlite:///{tmp_path}/studies.db"
+    directions = ["minimize", "minimize"]
+    study = optuna.create_study(
+        study_name="x", storage=storage, directions=directions, sampler=CurveSampler()
+    )
+    for _ in range(4):
+        first, second = study.ask(), study.ask()
+        drawn = {}
+
+        def draw(trial, drawn=drawn):
+            drawn[trial.number] = trial.suggest_float("lambda_reg", 1e-3, 1.0, log=True)
+
+        late = threading.Thread(target=draw, args=(second,))
+        late.start()
+        time.sleep(0.1)
+        assert not drawn, "the second waits for the first"
+        draw(first)
+        late.join()
+        for trial in (first, second):
+            study.tell(trial, (0.5, layers_at(drawn[trial.number])))
+    values = [trial.params["lambda_reg"] for trial in study.trials]
+    assert len(set(values)) == len(values) == 8
+
+
+# ------------------------------------------------------------------ stages
+
+
+def test_each_stage_picks_its_winner():
+    space = {"lambda_reg": optuna.distributions.FloatDistribution(0.0, 1.0)}
+    curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]
+    both = [
+        optuna.create_trial(params={"lambda_reg": x}, distributions=space, values=[*xs])
+        for x, *xs in curve
+    ]
+    one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
+    select = select_lambda
+    assert [stage.pick(one, [None] * 3, select) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
+    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[1], (
+        "by default within one standard error, or 0.01"
+    )
+    select = partial(select_lambda, rule="max_layers", max_layers=1.5)
+    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[2]
+
+
+def test_stages_are_data():
+    assert [stage.name for stage in STAGES] == ["submodels", "training", "lambda_reg"]
+    assert [stage.prunes for stage in STAGES] == [True, True, False]
+    assert LAMBDA_REG.read({"val_task_loss": 0.5, "val_exit_layer": 2.0, "val_loss": 9.0}) == (
+        0.5,
+        2.0,
+    )
+    assert all(hasattr(TuningEngine, stage.method) for stage in STAGES)
