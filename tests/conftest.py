@@ -137,7 +137,7 @@ def forked(module):
     A process has one such server, which starts with the first use: that of a study with workers may
     be it."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["dact.tuning.workers", module])
+    context.set_forkserver_preload(["dact.tuning.studies", module])
     return context
 
 

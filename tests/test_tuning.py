@@ -3,13 +3,8 @@
 import contextlib
 import io
 import json
-import multiprocessing
-import os
-import random
-import shutil
 import subprocess
 import sys
-import threading
 import time
 import urllib.request
 from functools import partial
@@ -33,7 +28,7 @@ from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.files import read_tensors
 from dact.tuning.features import Features, FeaturesData, compute_features
-from dact.tuning.outcome import OUTCOME, Outcome
+from dact.tuning.outcome import Outcome
 from dact.tuning.stages import STAGES as ALL_STAGES
 from dact.tuning.trainer import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.trial import CAUSE
@@ -824,6 +819,8 @@ def test_trials_under_earlier_winners_are_ignored_and_kept(tmp_path):
     other.lambda_reg_study("run")
     assert len(study_of(tmp_path, "lambda_reg").trials) == 2
     assert len(study_of(tmp_path, "submodels").trials) == 2, "nothing comes before the first study"
+
+
 # ------------------------------------------------------------------ time
 
 

@@ -30,7 +30,11 @@ FRESH_SEED = 1000  # added to the seed of the run for fits after the studies
 
 
 def fit_settings(
-    prepared: Prepared, settings: Settings, seed: int, callbacks: Sequence[Callback] = (), logger: Any = False
+    prepared: Prepared,
+    settings: Settings,
+    seed: int,
+    callbacks: Sequence[Callback] = (),
+    logger: Any = False,
 ) -> tuple[DACT, History]:
     """Fit a new model without checkpoints, as trials do.
 

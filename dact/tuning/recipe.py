@@ -242,7 +242,13 @@ class Recipe:
         """
         trainer = {n: v for n, v in self.trainer.items() if n not in NOT_COMPARED and is_plain(v)}
         own = {n: v for n, v in vars(data).items() if not n.startswith("_") and is_plain(v)}
-        names = ("encoder_training", "final_training", "warm_up_epochs", "distillation", "consistency")
+        names = (
+            "encoder_training",
+            "final_training",
+            "warm_up_epochs",
+            "distillation",
+            "consistency",
+        )
         tuner = {name: getattr(self, name) for name in (*names, "halting_tolerance", "seed")}
         tuner["promise"] = None if self.promise is None else asdict(self.promise)
         content = {
@@ -345,8 +351,11 @@ def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
     own_file = (getattr(data, "files", None) or {}).get("calibration")
     if getattr(data, "calibration_fraction", None) == 0 and own_file is None:
         recipe = replace(given, calibration_fraction=CALIBRATION_SHARE)
-    data = recipe.data_for("validate")
-    loader = getattr(data, "calibration_dataloader", lambda: None)()
+    try:
+        data = recipe.data_for("validate")
+        loader = getattr(data, "calibration_dataloader", lambda: None)()
+    except ValueError:  # too few examples to divide; the fits say so of any other fault
+        loader = None
     if loader is None:
         return given, 0
     return recipe, len(loader.dataset)

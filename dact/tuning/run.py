@@ -18,7 +18,14 @@ from dact.files import file_digest, read_json, write_json, write_text
 from dact.tuning.settings import WINNERS, Winners
 from dact.tuning.stages import STAGES, Stage
 
-STEPS = ("baseline", "teacher", "features", *(stage.name for stage in STAGES), "confirmation", "final")
+STEPS = (
+    "baseline",
+    "teacher",
+    "features",
+    *(stage.name for stage in STAGES),
+    "confirmation",
+    "final",
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +44,7 @@ class Run:
     log_dir: Path
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", str(self.tag)) or ".." in self.tag:
+        if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag) or ".." in self.tag:
             raise ValueError(
                 f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: it "
                 "names a folder in log_dir"

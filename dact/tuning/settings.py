@@ -31,7 +31,10 @@ class Settings:
     def arguments(self) -> dict[str, Any]:
         """Return all settings by name, as `of` takes them."""
         others = {"batch_size": self.batch_size, "num_epochs": self.num_epochs}
-        return {**self.model, **{name: value for name, value in others.items() if value is not None}}
+        return {
+            **self.model,
+            **{name: value for name, value in others.items() if value is not None},
+        }
 
     def updated(self, other: Settings) -> Settings:
         """Return these settings, with those that `other` has in their place."""

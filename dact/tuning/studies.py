@@ -41,7 +41,9 @@ from dact.tuning.settings import Winners
 from dact.tuning.stages import Stage
 from dact.tuning.trial import CAUSE, Objective
 
-UNDER = "under"  # user attribute of a study: winners of the earlier studies that its trials ran under
+UNDER = (
+    "under"  # user attribute of a study: winners of the earlier studies that its trials ran under
+)
 POLL = 0.5  # seconds between two looks at other processes
 StudyCallback = Callable[[Study, FrozenTrial], None]
 
@@ -83,9 +85,7 @@ def _retry() -> RetryHeartbeatStaleTrialCallback:
         return RetryHeartbeatStaleTrialCallback(max_retry=2)
 
 
-def open_study(
-    run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners
-) -> Study:
+def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners) -> Study:
     """Create or load the study of a stage.
 
     If its trials ran under other winners of the studies before it, it is kept under another name,

@@ -13,7 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import (
+    Callback,
+    LightningDataModule,
+    LightningModule,
+    Trainer,
+    seed_everything,
+)
 from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
@@ -300,7 +306,9 @@ def as_list(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def fit(trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None) -> None:
+def fit(
+    trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None
+) -> None:
     """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C instead of Lightning's SystemExit.
 
     It does not warn that all texts leave at one layer: studies try extremes on purpose.
