@@ -1,28 +1,18 @@
-"""Runs that resume: in another folder, in the middle of an epoch, after a deadline, or next to
-another process."""
+"""Fits that resume: in the middle of an epoch, with an average of weights, or after a deadline."""
 
 import re
-import shutil
-import warnings
 
-import optuna
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
-from optuna.trial import TrialState
 
 from dact import DACT, TuningEngine
-from dact.callbacks import AverageLastSteps, MovableCheckpoint
+from dact.callbacks import AverageLastSteps
 from dact.encoders import TransformerEncoder
 from dact.files import read_checkpoint
 from dact.submodels import SubmodelConfig
-from dact.tuning import studies
-from dact.tuning.fitting import Deadline, resumable_fit, seeded
-from dact.tuning.retries import CAUSE
-from dact.tuning.run import Run
-from dact.tuning.stages import SUBMODELS, TRAINING
-from dact.tuning.trial_loop import TrialFailed, run_trials
+from dact.tuning.trainer import Deadline, resumable_fit, seeded
 from tests.test_tuning import engine, small_data, study_of
 
 
@@ -45,9 +35,8 @@ class Ruin(Callback):
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.current_epoch >= self.sound:
-            for submodel in pl_module.classifier:
-                torch.nn.init.constant_(submodel[-1].weight, 100.0)
-                submodel[-1].bias.data = torch.tensor([1000.0, 0.0, 0.0])
+            for weight in pl_module.classifier.parameters():
+                torch.nn.init.constant_(weight, 100.0)
 
 
 def plain_model():
@@ -67,19 +56,6 @@ def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", average=False,
             arguments, model, data, checkpoints, *callbacks, epochs=epochs, **kept
         )
     return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
-
-
-def test_the_best_epoch_stays_the_best_in_a_folder_that_was_moved(tmp_path):
-    with pytest.raises(RuntimeError, match="killed"):
-        fitted(tmp_path / "before", Stop(2, 0), Ruin(2))
-    shutil.move(tmp_path / "before", tmp_path / "after")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message="The dirpath has changed")
-        _, losses = fitted(tmp_path / "after", Ruin(2))
-    assert (
-        read_checkpoint(tmp_path / "after" / "best.ckpt")["epoch"] == losses.index(min(losses)) < 2
-    )
-    assert not (tmp_path / "before").exists()
 
 
 def test_the_epoch_of_the_lowest_metric_is_kept_without_its_optimizer(tmp_path):
@@ -176,14 +152,6 @@ def test_a_trainer_tests_the_mean_after_its_fit(tmp_path):
     assert all(torch.equal(value, mean[name]) for name, value in model.state_dict().items())
 
 
-def test_checkpoints_that_would_not_hold_the_mean_are_refused(tmp_path):
-    trainer = averaging_trainer(tmp_path, save_weights_only=True)
-    with pytest.raises(
-        ValueError, match="save_weights_only=True keeps the weights of the last step"
-    ):
-        trainer.fit(plain_model(), small_data(batch_size=16))
-
-
 def test_weights_that_a_callback_of_the_users_averages_are_averaged_once(tmp_path):
     with seeded(0):
         model, data = plain_model(), small_data(batch_size=16)
@@ -211,21 +179,6 @@ def test_weights_that_a_callback_of_the_users_averages_are_averaged_once(tmp_pat
 def test_a_share_of_the_steps_is_asked_for():
     with pytest.raises(ValueError, match=re.escape("share must be in (0, 1], got 0")):
         AverageLastSteps(share=0)
-
-
-def test_a_checkpoint_of_another_folder_is_only_where_a_fit_starts(tmp_path):
-    fitted(tmp_path / "first", epochs=2)
-    for _ in range(2):  # the second time there is a best checkpoint already
-        best = MovableCheckpoint(
-            tmp_path / "second", "best", monitor="val_loss", enable_version_counter=False
-        )
-        trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, callbacks=[best])
-        start = tmp_path / "first" / "last.ckpt"
-        trainer.fit(
-            plain_model(), datamodule=small_data(batch_size=16), ckpt_path=start, weights_only=True
-        )
-        assert best.best_model_path == str(tmp_path / "second" / "best.ckpt")
-        assert read_checkpoint(best.best_model_path)["epoch"] == 2
 
 
 def test_a_fit_that_validates_within_epochs_resumes_after_whole_ones(tmp_path):
@@ -261,30 +214,3 @@ def test_a_study_that_its_deadline_ended_is_not_reopened_by_the_same_command(tmp
     assert len(study_of(tmp_path, "submodels").trials) == 1
     engine(tmp_path, time_out=90, n_trials=(3, 1, 1)).run_pipeline("run")
     assert len(study_of(tmp_path, "submodels").trials) == 3, "with more time it goes on"
-
-
-def test_a_study_that_another_process_archived_is_loaded_anew(tmp_path):
-    run = Run("run", tmp_path)
-    address = f"sqlite:///{tmp_path / 'studies.db'}"
-    mine, theirs = (studies.open_study(run, TRAINING, {"seed": 0}, address, None) for _ in range(2))
-    studies.archive_if_outdated(mine, "old")
-    mine.add_trial(optuna.trial.create_trial(value=1.0))
-    studies.archive_if_outdated(mine, "new")
-    found, ignored = studies.archive_if_outdated(studies.reloaded(theirs), "new")
-    assert (len(found.trials), ignored) == (0, 0)
-
-
-def test_a_study_whose_first_trials_failed_goes_on_when_the_cause_is_gone(tmp_path):
-    run = Run("run", tmp_path)
-    study = studies.open_study(run, SUBMODELS, {}, f"sqlite:///{tmp_path / 'studies.db'}", None)
-
-    def broken(trial):
-        trial.set_user_attr(CAUSE, "the GPU was full")
-        raise TrialFailed
-
-    run_trials(study, broken, 20, run.locked)
-    assert [trial.state for trial in study.trials] == [TrialState.FAIL] * 5
-    with pytest.raises(RuntimeError, match="Once it is removed, run the same command again"):
-        studies.completed(study)
-    run_trials(study, lambda trial: 1.0, 8, run.locked, before=5)
-    assert [trial.state for trial in study.trials[5:]] == [TrialState.COMPLETE] * 3
