@@ -11,10 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional
-from dact.calibration.answers import Dial, LayerAnswers, layer_answers, operating_points, share
+from dact.calibration.answers import (
+    Dial,
+    LayerAnswers,
+    Measured,
+    exits_by_setting,
+    layer_answers,
+)
 from dact.calibration.temperature import expected_calibration_error, temper
 from dact.encoders.base import Batch, move
 from dact.model import DACT
@@ -60,18 +65,15 @@ def evaluate(
     """
     with precision():
         answers = layer_answers(model, loader)
-    a, p, target = answers.a, answers.p, answers.target
-    full = torch.full_like(target, p.shape[1])
-    exits = model.exit_layers(a, p, answers.y)
-    weights = None if model.class_weights is None else model.class_weights.cpu()
-    entry, full_depth = _quality(a, exits, target, weights), _quality(a, full, target, weights)
-    early = functional.answer_at(a, exits)
-    entry |= {"full_depth": full_depth, "agreement": share(early.argmax(1) == a[:, -1].argmax(1))}
-    right = early.argmax(1) == target
-    scores = early if model.temperatures is None else temper(early, exits, model.temperatures)
-    entry["calibration_error"] = expected_calibration_error(scores.max(1).values, right)
-
-    return Evaluation(entry, answers, exits, right)
+    measured = Measured(answers, answers.exit_layers(model.exit_rule))
+    entry = _entry(measured, model.class_weights)
+    entry |= {
+        "full_depth": _entry(measured.full_depth, model.class_weights),
+        "agreement": measured.agreement,
+    }
+    scores = temper(measured.probabilities, measured.exits, model.temperatures)
+    entry["calibration_error"] = expected_calibration_error(scores.amax(1), measured.right)
+    return Evaluation(entry, answers, measured.exits, measured.right)
 
 
 def dial_curve(
@@ -87,35 +89,31 @@ def dial_curve(
         baseline: Classes that the baseline gives to the same examples, int64 ``[examples]``.
     """
     halting = replace(model.exit_rule, tolerance=0.0, margin=1.0)
-    points = operating_points(answers, settings, halting, dial=dial, baseline=baseline)
-    kept = ("accuracy", "mean_exit_layer", "agreement")
-    name = dial.removeprefix("halting_")
-    return [
-        {
-            name: point.setting,
-            **{key: getattr(point, key) for key in kept},
-            "difference_to_baseline": {
-                "accuracy": 0 - point.accuracy_loss,
-                "standard_error": point.accuracy_loss_error,
-            },
-        }
-        for point in points
-    ]
+    exits = exits_by_setting(answers, halting, dial)
+    records = []
+    for setting in settings:
+        measured = Measured(answers, exits(setting))
+        accuracy, error = measured.difference(baseline == answers.target)
+        records.append(
+            {
+                dial.removeprefix("halting_"): setting,
+                "accuracy": measured.accuracy,
+                "mean_exit_layer": measured.mean_exit_layer,
+                "agreement": measured.agreement,
+                "difference_to_baseline": {"accuracy": accuracy, "standard_error": error},
+            }
+        )
+    return records
 
 
-def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:
-    answer = functional.answer_at(a, exits)
-    layers, classes = a.shape[1:]
-    labels = answer.argmax(1)
+def _entry(measured: Measured, class_weights: Tensor | None) -> dict[str, Any]:
     return {
-        "accuracy": (labels == target).double().mean().item(),
-        "macro_f1": multiclass_f1_score(
-            answer, target, num_classes=classes, average="macro"
-        ).item(),
-        "majority_share": torch.bincount(labels, minlength=classes).max().item() / len(labels),
-        "task_loss": functional.task_loss(answer, target, weights).item(),
-        "mean_exit_layer": exits.double().mean().item(),
-        "exit_histogram": torch.bincount(exits - 1, minlength=layers).tolist(),
+        "accuracy": measured.accuracy,
+        "macro_f1": measured.macro_f1,
+        "majority_share": measured.majority_share,
+        "task_loss": measured.task_loss(class_weights),
+        "mean_exit_layer": measured.mean_exit_layer,
+        "exit_histogram": measured.exit_histogram,
     }
 
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from dact.calibration import Promise, choose_setting
-from dact.calibration.answers import LayerAnswers
+from dact.calibration.answers import LayerAnswers, Measured
 from dact.files import read_tensors, write_tensors
-from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
+from dact.functional import Halting
 from dact.model import DACT
 
 FILE = "validation.safetensors"
@@ -103,15 +102,10 @@ def outcome_of(
 
 def outcome_at(rule: Halting, answers: LayerAnswers, model: DACT, right: Tensor | None) -> Outcome:
     """Return the outcome of early exit by `rule`; the other arguments are those of `outcome_of`."""
-    target, exits = answers.target, answers.exit_layers(rule)
-    answer = answer_at(answers.a, exits)
-    losses = F.nll_loss(
-        answer.float().clamp_min(SMALLEST_PROBABILITY).log(), target, reduction="none"
-    )
-    if model.class_weights is not None:
-        losses = losses * model.class_weights.cpu()[target]
-    reference = torch.ones(len(target)) if right is None else right.float()
-    return Outcome(exits.float(), losses.float(), reference - (answer.argmax(1) == target).float())
+    measured = Measured(answers, answers.exit_layers(rule))
+    reference = torch.ones(len(measured.right)) if right is None else right.float()
+    losses = measured.losses(model.class_weights)
+    return Outcome(measured.exits.float(), losses, reference - measured.right.float())
 
 
 def _rule(answers: LayerAnswers, model: DACT, promise: Promise | None) -> Halting:
