@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from dact.calibration import Promise, choose_setting
-from dact.calibration.answers import LayerAnswers, OperatingPoint, operating_points
+from dact.calibration.answers import LayerAnswers, Measured
 from dact.functional import Halting, accumulate
 from dact.tuning.outcome import outcome_of
 from dact.tuning.selection import Point, select_lambda
@@ -85,7 +85,7 @@ def simulate(
         [-one.a[:, -1].gather(1, target[:, None])[:, 0].log().numpy() for one in models]
     )
     generator = torch.Generator().manual_seed(0)
-    seen: dict[tuple[str, str], list[OperatingPoint]] = {}
+    seen: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for _ in range(draws):
         parts = dict(
             zip(
@@ -99,21 +99,26 @@ def simulate(
             if examples >= (promise.examples_needed() or 0):
                 margin = choose_setting(model.take(rows), promise).halting_margin
                 seen.setdefault((kind, part), []).append(truth(model, margin))
-    return [
-        {
-            "set by": kind,
-            "on": f"{examples} {part}",
-            "kept": float(np.mean([point.accuracy_loss <= PROMISE.allowed for point in points])),
-            "accuracy_loss": float(np.mean([point.accuracy_loss for point in points])),
-            "mean_exit_layer": float(np.mean([point.mean_exit_layer for point in points])),
-        }
-        for (kind, part), points in seen.items()
-    ]
+    rows = []
+    for (kind, part), points in seen.items():
+        losses, layers = np.array(points).T
+        rows.append(
+            {
+                "set by": kind,
+                "on": f"{examples} {part}",
+                "kept": float((losses <= PROMISE.allowed).mean()),
+                "accuracy_loss": float(losses.mean()),
+                "mean_exit_layer": float(layers.mean()),
+            }
+        )
+    return rows
 
 
 @cache
-def truth(model: LayerAnswers, margin: float) -> OperatingPoint:
-    return operating_points(model, [margin])[0]
+def truth(model: LayerAnswers, margin: float) -> tuple[float, float]:
+    """Return the loss of accuracy below all layers and the mean exit layer in the population."""
+    measured = Measured(model, model.exit_layers(Halting(margin=margin)))
+    return -measured.difference(measured.full_depth.right)[0], measured.mean_exit_layer
 
 
 def main() -> None:

@@ -14,8 +14,8 @@ import torch
 from hypothesis import assume, given, settings
 
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
-from dact.calibration import SETTINGS, LayerAnswers, Promise, choose_setting, describe
-from dact.calibration.answers import exits_by_setting, operating_points
+from dact.calibration import SETTINGS, LayerAnswers, Measured, Promise, choose_setting, describe
+from dact.calibration.answers import exits_by_setting
 from dact.calibration.bounds import (
     binomial_upper_bound,
     difference_p_value,
@@ -138,7 +138,9 @@ def answers_for(target, generator, layers=5, classes=3, quality=4.0):
 @cache
 def truth(population, halting, baseline=None):
     """What a halting rule gives on the whole population."""
-    return operating_points(population, [halting.margin], halting, baseline=baseline)[0]
+    measured = Measured(population, population.exit_layers(halting))
+    reference = measured.full if baseline is None else baseline
+    return -measured.difference(reference == population.target)[0], measured.agreement
 
 
 def halting_at(dial, setting):
@@ -156,11 +158,11 @@ def test_a_promise_is_kept_as_often_as_it_says(promised, dial):
         rows = torch.randint(len(population.target), (600,), generator=generator)
         found = choose_setting(population.take(rows), promise)
         moved += (found.halting_tolerance, found.halting_margin) != (0.0, 1.0)
-        point = truth(population, found.exit_rule)
+        loss, agreement = truth(population, found.exit_rule)
         if promise.min_agreement is None:
-            broken += point.accuracy_loss > promise.max_accuracy_loss
+            broken += loss > promise.max_accuracy_loss
         else:
-            broken += point.agreement < promise.min_agreement
+            broken += agreement < promise.min_agreement
     assert broken <= 58, "a tenth of 400, and three standard deviations"
     assert moved > 360, "the dial moves"
 
@@ -549,7 +551,7 @@ def test_a_baseline_promise_is_kept_as_often_as_it_says():
         except ValueError:
             continue  # none can be given
         given += 1
-        broken += truth(population, found.exit_rule, other).accuracy_loss > 0.04
+        broken += truth(population, found.exit_rule, other)[0] > 0.04
     assert broken <= 19, "a tenth of 100, and three standard deviations"
     assert given > 25
 
@@ -569,25 +571,31 @@ def test_candidates_are_measured_at_the_margin_that_the_final_model_would_get(ex
     )
 
 
-def test_operating_points_are_what_each_setting_gives():
+@pytest.mark.parametrize("margin", [1.0, 0.5, 0.1])
+def test_early_exit_is_measured_as_each_metric_is_defined(margin):
     answers = synthetic(500, torch.Generator().manual_seed(0))
-    margins = [1.0, 0.9, 0.5, 0.1]
-    points = operating_points(answers, margins)
-    assert [point.setting for point in points] == margins
-    for point in points:
-        exits = answers.exit_layers(functional.Halting(margin=point.setting))
-        early, full = functional.answer_at(answers.a, exits).argmax(1), answers.a[:, -1].argmax(1)
-        assert point.mean_exit_layer == exits.double().mean().item()
-        assert point.accuracy == (early == answers.target).double().mean().item()
-        assert point.agreement == (early == full).double().mean().item()
-        lost = (full == answers.target).double() - (early == answers.target).double()
-        assert point.accuracy_loss == lost.mean().item()
-        assert point.accuracy_loss_error == pytest.approx(lost.std().item() / 500**0.5)
-    assert points[0].accuracy_loss == 0
-    against = operating_points(answers, [1.0], baseline=answers.target)[0]
-    assert against.accuracy_loss == pytest.approx(1 - against.accuracy)
-    tolerances = operating_points(answers, [0.0, 0.5], dial="halting_tolerance")
-    assert tolerances[0].mean_exit_layer > tolerances[1].mean_exit_layer
+    exits = answers.exit_layers(functional.Halting(margin=margin))
+    measured = Measured(answers, exits)
+    given, target = functional.answer_at(answers.a, exits), answers.target
+    early, full, right = given.argmax(1), answers.a[:, -1].argmax(1), given.argmax(1) == target
+    assert torch.equal(measured.classes, early)
+    assert torch.equal(measured.full_depth.classes, full)
+    assert measured.accuracy == right.double().mean().item()
+    assert measured.agreement == (early == full).double().mean().item()
+    assert measured.mean_exit_layer == exits.double().mean().item()
+    assert measured.exit_histogram == [int((exits == layer).sum()) for layer in range(1, 6)]
+    assert measured.majority_share == max(int((early == one).sum()) for one in range(3)) / 500
+    f1 = [
+        2 * int(right[early == one].sum()) / int((early == one).sum() + (target == one).sum())
+        for one in range(3)
+    ]
+    assert measured.macro_f1 == pytest.approx(sum(f1) / 3)
+    for weights in (None, torch.tensor([0.5, 1.0, 2.0])):
+        loss = functional.task_loss(given, target, weights).item()
+        assert measured.task_loss(weights) == pytest.approx(loss)
+    difference = right.double() - (full == target).double()
+    mean, error = measured.difference(full == target)
+    assert (mean, error) == (difference.mean().item(), difference.std().item() / 500**0.5)
 
 
 class OwnData(pl.LightningDataModule):

@@ -1,6 +1,6 @@
 """Promises about early exit, and the settings of a dial that keep them."""
 
-from dact.calibration.answers import Dial, LayerAnswers, layer_answers
+from dact.calibration.answers import Dial, LayerAnswers, Measured, layer_answers
 from dact.calibration.calibrate import (
     SETTINGS,
     Calibration,
@@ -16,6 +16,7 @@ __all__ = [
     "Calibration",
     "Dial",
     "LayerAnswers",
+    "Measured",
     "Promise",
     "calibrate",
     "choose_setting",

@@ -3,12 +3,15 @@ gives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional, signals
 from dact.encoders.base import Batch, check_batch, move
@@ -18,7 +21,7 @@ from dact.model import DACT
 Dial = Literal["halting_tolerance", "halting_margin"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class LayerAnswers:
     """The answers of all layers to labelled examples, on the CPU.
 
@@ -40,6 +43,11 @@ class LayerAnswers:
     def num_layers(self) -> int:
         return self.p.shape[1]
 
+    @cached_property
+    def classes(self) -> Tensor:
+        """The most probable class after each layer, int64 ``[examples, layers]``."""
+        return self.a.argmax(dim=2)
+
     def exit_layers(self, halting: Halting) -> Tensor:
         """Return where each example leaves under `halting`, int64 ``[examples]``, 1-based."""
         return halting.exit_layers(self.a, self.p, self.y)
@@ -48,6 +56,103 @@ class LayerAnswers:
         """Return the examples of `rows`, int64 ``[rows]``, in that order."""
         depths = None if self.depths is None else self.depths[rows]
         return LayerAnswers(self.a[rows], self.p[rows], self.y[rows], self.target[rows], depths)
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """Early exit at given layers, measured on labelled examples.
+
+    Args:
+        answers: Answers of all layers to the examples.
+        exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
+
+    Example:
+        >>> y = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.1, 0.9]]])
+        >>> answers = LayerAnswers(*functional.accumulate(y, torch.ones(2, 2)), y, torch.tensor([0, 1]))
+        >>> measured = Measured(answers, exits=torch.tensor([1, 2]))
+        >>> measured.accuracy, measured.agreement, measured.mean_exit_layer
+        (1.0, 0.5, 1.5)
+    """
+
+    answers: LayerAnswers
+    exits: Tensor
+
+    @cached_property
+    def probabilities(self) -> Tensor:
+        """The answers of early exit, ``[examples, classes]``."""
+        return functional.answer_at(self.answers.a, self.exits)
+
+    @cached_property
+    def classes(self) -> Tensor:
+        """The classes that early exit returns, int64 ``[examples]``."""
+        return functional.answer_at(self.answers.classes, self.exits)
+
+    @property
+    def full(self) -> Tensor:
+        """The classes that all layers give, int64 ``[examples]``."""
+        return self.answers.classes[:, -1]
+
+    @cached_property
+    def full_depth(self) -> Measured:
+        """The same examples, measured after all layers."""
+        return Measured(self.answers, torch.full_like(self.exits, self.answers.num_layers))
+
+    @cached_property
+    def right(self) -> Tensor:
+        """Whether early exit classifies each example correctly, bool ``[examples]``."""
+        return self.classes == self.answers.target
+
+    @property
+    def accuracy(self) -> float:
+        """The share of examples that are classified correctly."""
+        return share(self.right)
+
+    @property
+    def agreement(self) -> float:
+        """The share of examples that get the class of all layers."""
+        return share(self.classes == self.full)
+
+    @property
+    def macro_f1(self) -> float:
+        """The mean F1 score of the classes that occur."""
+        count, target = self.answers.a.shape[2], self.answers.target
+        return multiclass_f1_score(self.classes, target, count, average="macro").item()
+
+    @property
+    def majority_share(self) -> float:
+        """The share of the class that is returned most often."""
+        return self.classes.bincount().max().item() / len(self.classes)
+
+    @property
+    def mean_exit_layer(self) -> float:
+        """The mean exit layer, in [1, layers]."""
+        return self.exits.double().mean().item()
+
+    @property
+    def exit_histogram(self) -> list[int]:
+        """The number of examples that leave after each layer, one entry per layer."""
+        return (self.exits - 1).bincount(minlength=self.answers.num_layers).tolist()
+
+    def losses(self, class_weights: Tensor | None = None) -> Tensor:
+        """Return the task loss of each example, ``[examples]``; see `functional.task_loss`."""
+        target = self.answers.target
+        log = self.probabilities.float().clamp_min(functional.SMALLEST_PROBABILITY).log()
+        losses = F.nll_loss(log, target, reduction="none")
+        return losses if class_weights is None else losses * class_weights.cpu()[target]
+
+    def task_loss(self, class_weights: Tensor | None = None) -> float:
+        """Return the mean of `losses`."""
+        return self.losses(class_weights).mean().item()
+
+    def difference(self, reference_right: Tensor) -> tuple[float, float]:
+        """Return the accuracy minus that of a reference, and the standard error of this paired
+        difference.
+
+        Args:
+            reference_right: Whether the reference classifies each example correctly, bool
+                ``[examples]``.
+        """
+        return mean_and_error(self.right.double() - reference_right.double())
 
 
 def check_finite(probabilities: Tensor) -> None:
@@ -133,66 +238,6 @@ def exits_by_setting(
         return torch.minimum(latest, (lead <= margin).sum(dim=1) + 1) if margin < 1 else latest
 
     return exits
-
-
-@dataclass(frozen=True)
-class OperatingPoint:
-    """Measurements of early exit at one setting of a dial: estimates, without a promise.
-
-    Args:
-        setting: Setting of the dial.
-        accuracy: Accuracy of early exit, in [0, 1].
-        mean_exit_layer: Mean exit layer, in [1, layers].
-        agreement: Share of the examples that get the class of the model's own full depth.
-        accuracy_loss: Accuracy of the reference minus that of early exit; the reference is the
-            model's own full depth unless a baseline was given.
-        accuracy_loss_error: Standard error of that paired difference.
-    """
-
-    setting: float
-    accuracy: float
-    mean_exit_layer: float
-    agreement: float
-    accuracy_loss: float
-    accuracy_loss_error: float
-
-
-def operating_points(
-    answers: LayerAnswers,
-    settings: Sequence[float],
-    halting: Halting = Halting(),
-    *,
-    dial: Dial = "halting_margin",
-    baseline: Tensor | None = None,
-) -> list[OperatingPoint]:
-    """Return the operating point of each setting of a dial, in the order of `settings`.
-
-    Args:
-        answers: Answers of all layers to labelled examples.
-        settings: Settings of the dial.
-        halting: Halting rule, whose `dial` is replaced by the settings.
-        dial: Name of the dial.
-        baseline: Classes of a reference on the same examples, int64 ``[examples]``; the model's own
-            full depth if left out.
-    """
-    exits, classes = (
-        exits_by_setting(answers, halting, dial),
-        answers.a.argmax(dim=2),
-    )  # classes [examples, layers]
-    full = classes[:, -1]
-    reference = (full if baseline is None else check_baseline(baseline, answers)) == answers.target
-    points = []
-    for setting in settings:
-        at = exits(setting)
-        early = functional.answer_at(classes, at)
-        right = early == answers.target
-        loss, error = mean_and_error(reference.double() - right.double())
-        points.append(
-            OperatingPoint(
-                setting, share(right), at.double().mean().item(), share(early == full), loss, error
-            )
-        )
-    return points
 
 
 def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:

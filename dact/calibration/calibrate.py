@@ -17,6 +17,7 @@ from dact.calibration import bounds
 from dact.calibration.answers import Dial as Dial
 from dact.calibration.answers import LayerAnswers as LayerAnswers
 from dact.calibration.answers import (
+    Measured,
     careful_mean_and_error,
     check_baseline,
     exits_by_setting,
@@ -334,22 +335,19 @@ def choose_setting(
         raise ValueError(evidence.refusal(exits(settings[0]), settings[0]))
     at = exits(chosen)
     bound = 0.0 if by_proof and chosen == settings[0] else evidence.bound(at)
-    early, full = functional.answer_at(evidence.classes, at), evidence.classes[:, -1]
-    dials = {
-        "halting_tolerance": halting.tolerance,
-        "halting_margin": halting.margin,
-        promise.dial: chosen,
-    }
+    measured = Measured(answers, at)
+    rule = halting.with_dial(promise.dial, chosen)
     return Calibration(
-        halting.rule,
-        **dials,
+        rule.rule,
+        rule.tolerance,
+        rule.margin,
         promise=asdict(promise),
         bound=bound if promise.min_agreement is None else 1 - bound,
-        examples=len(early),
-        accuracy=share(early == answers.target),
-        full_depth_accuracy=share(full == answers.target),
-        agreement=share(early == full),
-        mean_exit_layer=at.double().mean().item(),
+        examples=len(at),
+        accuracy=measured.accuracy,
+        full_depth_accuracy=measured.full_depth.accuracy,
+        agreement=measured.agreement,
+        mean_exit_layer=measured.mean_exit_layer,
         baseline_accuracy=None if baseline is None else share(baseline == answers.target),
         estimate=promise.confidence is None,
         chose_checkpoint=chose_checkpoint,

@@ -383,5 +383,5 @@ class TuningEngine:
         verdict = run.step("confirmation", confirm, prepared, tuned, self.progress)
         chosen = Settings.of(verdict["settings"])
         paths = run.step("final", final_fit, prepared, chosen, verdict["text"], self.progress)
-        report.show_summary(self.progress.console, run.final)
+        report.show_summary(self.progress, run.final)
         return paths["metrics"], paths["checkpoint"]

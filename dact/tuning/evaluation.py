@@ -1,30 +1,29 @@
-"""The entries of metrics.json: measurements of early exit and of full depth on a split."""
+"""The entries of metrics.json: measurements of early exit and of all layers on a split."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
-from torchmetrics.functional.classification import multiclass_f1_score
 
-from dact import functional
-from dact.calibration.answers import Dial, LayerAnswers, layer_answers, operating_points, share
+from dact.calibration.answers import Dial, LayerAnswers, Measured, exits_by_setting, layer_answers
 from dact.calibration.temperature import expected_calibration_error, temper
 from dact.encoders.base import Batch, move
+from dact.functional import HaltingRule
 from dact.model import DACT
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-TIMED_TEXTS = 512  # texts whose time is taken: more would say little more …
-ROUNDS = 3  # … than the fastest of several rounds does
-TIMED_SECONDS = 1.0  # of each split, at least: a few texts take more rounds …
-MOST_ROUNDS = 30  # … but no more than these
 MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
+# Speed is that of the fastest round over the first texts. A few texts take more rounds.
+TIMED_TEXTS = 512
+TIMED_SECONDS = 1.0  # of each side, at least
+ROUNDS, MOST_ROUNDS = 3, 30
+Precision = Callable[[], AbstractContextManager[Any]]  # makes the context of a Trainer's precision
 
 
 @dataclass(frozen=True)
@@ -33,103 +32,90 @@ class Evaluation:
 
     Args:
         entry: Entry of metrics.json.
-        answers: Answers of all layers to the examples.
-        exit_layers: Exit layers, int64 ``[examples]``, 1-based.
-        right: Whether the class of early exit is correct, bool ``[examples]``.
+        measured: Early exit on the examples.
     """
 
     entry: dict[str, Any]
-    answers: LayerAnswers
-    exit_layers: Tensor
-    right: Tensor
+    measured: Measured
+
+    def compare(self, baseline: Measured) -> None:
+        """Add the paired difference in accuracy to the baseline to the entry."""
+        accuracy, error = self.measured.difference(baseline.right)
+        difference = {"accuracy": accuracy, "standard_error": error}
+        self.entry["difference_to_baseline"] = difference
 
 
 @torch.no_grad()
 def evaluate(
-    model: DACT,
-    loader: DataLoader[Any],
-    *,
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    model: DACT, batches: Iterable[Batch], *, precision: Precision = nullcontext
 ) -> Evaluation:
-    """Return measurements of early exit and of full depth, by the same code.
+    """Return measurements of early exit and of all layers, by the same code.
 
     Args:
         model: Model in eval mode, on the device that it should use.
-        loader: Labelled batches.
+        batches: Labelled batches.
         precision: Function that returns the context of the Trainer's precision.
     """
     with precision():
-        answers = layer_answers(model, loader)
-    a, p, target = answers.a, answers.p, answers.target
-    full = torch.full_like(target, p.shape[1])
-    exits = model.exit_layers(a, p, answers.y)
-    weights = None if model.class_weights is None else model.class_weights.cpu()
-    entry, full_depth = _quality(a, exits, target, weights), _quality(a, full, target, weights)
-    early = functional.answer_at(a, exits)
-    entry |= {"full_depth": full_depth, "agreement": share(early.argmax(1) == a[:, -1].argmax(1))}
-    right = early.argmax(1) == target
-    scores = early if model.temperatures is None else temper(early, exits, model.temperatures)
-    entry["calibration_error"] = expected_calibration_error(scores.max(1).values, right)
+        answers = layer_answers(model, batches)
+    early = Measured(answers, answers.exit_layers(model.exit_rule))
+    scores = temper(early.probabilities, early.exits, model.temperatures).amax(dim=1)
+    entry = {
+        **_entry(early, model.class_weights),
+        "full_depth": _entry(early.full_depth, model.class_weights),
+        "agreement": early.agreement,
+        "calibration_error": expected_calibration_error(scores, early.right),
+    }
+    return Evaluation(entry, early)
 
-    return Evaluation(entry, answers, exits, right)
+
+def _entry(measured: Measured, class_weights: Tensor | None) -> dict[str, Any]:
+    return {
+        "accuracy": measured.accuracy,
+        "macro_f1": measured.macro_f1,
+        "majority_share": measured.majority_share,
+        "task_loss": measured.task_loss(class_weights),
+        "mean_exit_layer": measured.mean_exit_layer,
+        "exit_histogram": measured.exit_histogram,
+    }
 
 
 def dial_curve(
-    model: DACT, answers: LayerAnswers, dial: Dial, settings: Sequence[float], baseline: Tensor
+    model: DACT, answers: LayerAnswers, dial: Dial, settings: Sequence[float], baseline: Measured
 ) -> list[dict[str, Any]]:
-    """Return one record per setting of a dial, with the other dial at full depth.
+    """Return one record per setting of a dial, while the other dial lets no text leave.
 
     Args:
         model: The model.
         answers: Answers of all its layers.
         dial: Name of the dial.
         settings: Settings of the dial.
-        baseline: Classes that the baseline gives to the same examples, int64 ``[examples]``.
+        baseline: The whole encoder on the same examples.
     """
     halting = replace(model.exit_rule, tolerance=0.0, margin=1.0)
-    points = operating_points(answers, settings, halting, dial=dial, baseline=baseline)
-    kept = ("accuracy", "mean_exit_layer", "agreement")
-    name = dial.removeprefix("halting_")
-    return [
-        {
-            name: point.setting,
-            **{key: getattr(point, key) for key in kept},
-            "difference_to_baseline": {
-                "accuracy": 0 - point.accuracy_loss,
-                "standard_error": point.accuracy_loss_error,
-            },
+    exits, records = exits_by_setting(answers, halting, dial), []
+    for setting in settings:
+        measured = Measured(answers, exits(setting))
+        record = {
+            dial.removeprefix("halting_"): setting,
+            "accuracy": measured.accuracy,
+            "mean_exit_layer": measured.mean_exit_layer,
+            "agreement": measured.agreement,
         }
-        for point in points
-    ]
-
-
-def _quality(a: Tensor, exits: Tensor, target: Tensor, weights: Tensor | None) -> dict[str, Any]:
-    answer = functional.answer_at(a, exits)
-    layers, classes = a.shape[1:]
-    labels = answer.argmax(1)
-    return {
-        "accuracy": (labels == target).double().mean().item(),
-        "macro_f1": multiclass_f1_score(
-            answer, target, num_classes=classes, average="macro"
-        ).item(),
-        "majority_share": torch.bincount(labels, minlength=classes).max().item() / len(labels),
-        "task_loss": functional.task_loss(answer, target, weights).item(),
-        "mean_exit_layer": exits.double().mean().item(),
-        "exit_histogram": torch.bincount(exits - 1, minlength=layers).tolist(),
-    }
+        Evaluation(record, measured).compare(baseline)
+        records.append(record)
+    return records
 
 
 @torch.no_grad()
 def texts_per_second(
-    sides: Sequence[tuple[DACT, functional.HaltingRule]],
-    loader: DataLoader[Any],
-    precision: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    sides: Sequence[tuple[DACT, HaltingRule]],
+    loader: Iterable[Batch],
+    precision: Precision = nullcontext,
 ) -> list[float]:
-    """Return the speed of each side on the first `TIMED_TEXTS` texts; making the batches is not
-    timed.
+    """Return the speed of each side on the first texts, without the time to make their batches.
 
-    The sides take turns, so that other work of the machine meets all of them, and the fastest round
-    of each counts.
+    The sides take turns, so that other work on the machine slows all of them down alike.
 
     Args:
         sides: Models in eval mode, on the device that they should use, and the halting rule of
@@ -143,22 +129,21 @@ def texts_per_second(
         texts += len(batch["input_ids"])
         if texts >= TIMED_TEXTS:
             break
+
     seconds: list[list[float]] = [[] for _ in sides]
     with precision():
-        while len(seconds[0]) < ROUNDS or (
-            len(seconds[0]) < MOST_ROUNDS and sum(map(sum, seconds)) < len(sides) * TIMED_SECONDS
-        ):
+        for number in range(MOST_ROUNDS):
+            if number >= ROUNDS and sum(map(sum, seconds)) >= len(sides) * TIMED_SECONDS:
+                break
             for (model, rule), found in zip(sides, seconds, strict=True):
                 found.append(_seconds(model, rule, batches))
     return [texts / min(found) for found in seconds]
 
 
-def _seconds(model: DACT, rule: functional.HaltingRule, batches: Sequence[Batch]) -> float:
-    before, start = model.halting, time.perf_counter()
-    model.halting = rule
-    try:
-        for batch in batches:
-            model.early_exit(batch).exit_layer.tolist()  # waits for a GPU as well
-    finally:
-        model.halting = before
-    return time.perf_counter() - start
+def _seconds(model: DACT, rule: HaltingRule, batches: Sequence[Batch]) -> float:
+    before, model.halting = model.halting, rule
+    start = time.perf_counter()
+    for batch in batches:
+        model.early_exit(batch).exit_layer.tolist()  # waits for a GPU as well
+    seconds, model.halting = time.perf_counter() - start, before
+    return seconds

@@ -1,5 +1,4 @@
-"""The final fit with all winners: checkpoints, measurements, pictures, and the model to take
-away."""
+"""The final fit: its dial, its measurements, its pictures, and the model to take away."""
 
 from __future__ import annotations
 
@@ -7,7 +6,7 @@ import inspect
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +15,15 @@ from lightning.pytorch import LightningDataModule
 
 from dact import plots
 from dact.calibration import calibrate, describe
-from dact.calibration.answers import layer_answers, mean_and_error
+from dact.calibration.answers import layer_answers
 from dact.calibration.temperature import fit_temperatures
 from dact.callbacks import AverageLastSteps, save_with_tokenizer
-from dact.files import read_json, replacing_folder, write_json, write_text
+from dact.files import replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.saving import store_in_checkpoint
 from dact.submodels import SubmodelConfig
-from dact.tuning import pictures, tensorboard
-from dact.tuning.checkpointed_fit import CheckpointedFit
-from dact.tuning.confirmation import FOLDER, Verdict
-from dact.tuning.digests import data_digest
+from dact.tuning import report
+from dact.tuning.confirmation import candidate_folder
 from dact.tuning.evaluation import (
     MARGINS,
     TOLERANCES,
@@ -35,327 +32,236 @@ from dact.tuning.evaluation import (
     evaluate,
     texts_per_second,
 )
-from dact.tuning.fitting import NonFiniteLoss, averages
+from dact.tuning.fit import CheckpointedFit
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
-from dact.tuning.recipe import Recipe, is_plain
-from dact.tuning.run import Run
-from dact.tuning.stages import flat
+from dact.tuning.recipe import is_plain
+from dact.tuning.settings import Settings
+from dact.tuning.trainer import NonFiniteLoss, averages
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
+BASELINE_KEYS = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
+Evaluations = Mapping[str, Evaluation]  # by split
 
 
-@dataclass(frozen=True)
-class FinalFit:
-    """The final fit of a run.
+def final_fit(
+    prepared: Prepared, chosen: Settings, verdict: str, progress: Progress
+) -> dict[str, str]:
+    """Fit the chosen settings, measure the model, and write ``<run>/final``.
 
     Args:
-        run: The run.
-        prepared: Shared inputs of its fits.
-        verdict: Result of the confirmation.
+        prepared: Shared inputs of the run's fits.
+        chosen: Settings that the confirmation chose, whose fit is taken over.
+        verdict: Text of the confirmation.
         progress: Console of the run.
+
+    Returns:
+        The paths of ``metrics`` and ``checkpoint``.
+
+    Raises:
+        NonFiniteLoss: If the loss of the fit is not finite.
     """
+    run, final = prepared.run, prepared.run.final
+    fit = CheckpointedFit(prepared, final, chosen)
+    confirmed = candidate_folder(run, verdict.split()[0]) / "fit"
+    if confirmed.is_dir():
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(confirmed, final)
+    fit("final fit", progress)
+    write_text(final / "config.yaml", yaml.safe_dump(_config(fit), sort_keys=False))
 
-    run: Run
-    prepared: Prepared
-    verdict: Verdict
-    progress: Progress
+    # Not the winner's batch size, so that times are comparable.
+    data = prepared.recipe.data_for("fit", "test", batch_size=MEASURED_BATCH)
+    write_json(final / "metrics.json", _measure(fit, data, verdict, progress))
+    for lost in (run.folder / "confirmation").glob("*/fit/checkpoints"):
+        shutil.rmtree(lost)
+    return {"metrics": str(final / "metrics.json"), "checkpoint": str(fit.checkpoint)}
 
-    @property
-    def recipe(self) -> Recipe:
-        """The recipe of the run."""
-        return self.prepared.recipe
 
-    def __call__(self) -> tuple[str, str]:
-        """Fit, measure and write ``<run>/final``, except for what is already done. The caller holds
-        the run's lock.
+def _config(fit: CheckpointedFit) -> dict[str, Any]:
+    """Return the configuration of the final fit, which `dact fit` runs if the factories come from a
+    file; otherwise its settings."""
+    recipe, settings = fit.prepared.recipe, fit.settings
+    assert settings is not None
+    model, data = (getattr(one, "section", None) for one in (recipe.model, recipe.data))
+    if model is None or data is None:
+        return settings.arguments()
 
-        A fit that the confirmation has finished is reused. The final model of earlier winners stays
-        as ``final.old`` until the new one is complete.
+    trainer = {name: value for name, value in recipe.trainer.items() if is_plain(value)}
+    trainer["max_epochs"] = settings.num_epochs or recipe.epochs
+    if not fit.keep_frozen and not averages(recipe.trainer):
+        average = f"{AverageLastSteps.__module__}.{AverageLastSteps.__qualname__}"
+        trainer["callbacks"] = [{"class_path": average}]
 
-        Returns:
-            The paths of metrics.json and of the best checkpoint.
-
-        Raises:
-            NonFiniteLoss: If the loss of the fit is not finite.
-        """
-        folder, old = self.run.final, self.run.folder / "final.old"
-        # Not the winner's batch size, so that times are comparable.
-        data = self.recipe.data_for("fit", "test", batch_size=MEASURED_BATCH)
-        metrics = folder / "metrics.json"
-        fit = CheckpointedFit(self.prepared, folder, self.verdict.chosen.settings)
-        self._make_room(fit, old, data)
-        if not (metrics.is_file() and fit.checkpoint.is_file()):
-            fit(f"the final fit of {self.run.tag!r}", self.progress)
-            self._measure(folder, fit, data)
+    overrides = recipe.overrides({**fit.learning, **settings.model})
+    given = dict(data.get("init_args") or {})
+    if settings.batch_size is not None:
+        given["batch_size"] = settings.batch_size
+    known = inspect.signature(type(recipe.make_data())).parameters
+    if recipe.calibration_fraction is not None and "calibration_fraction" in known:
+        given["calibration_fraction"] = recipe.calibration_fraction
+    if fit.prepared.teacher is not None and given.get("teacher") is None:
+        if "teacher" in known:
+            given["teacher"] = str(fit.prepared.run.folder / "baseline" / "model")
         else:
-            stored = read_json(metrics)
-            if stored.get("confirmation") != self.verdict.text:  # against other candidates
-                write_json(metrics, {**stored, "confirmation": self.verdict.text})
-            if self.recipe.compare_defaults:
-                self._measure_defaults(folder / "defaults", data)
-        shutil.rmtree(old, ignore_errors=True)
-        for checkpoints in (self.run.folder / FOLDER).glob("*/fit/checkpoints"):
-            shutil.rmtree(checkpoints)  # of those that lost
-        return str(metrics), str(fit.checkpoint)
+            overrides["distillation"] = 0.0
+    plain = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in overrides.items()}
+    return {
+        "seed_everything": fit.seed,
+        "trainer": trainer,
+        "model": {**model, **plain},
+        "data": {**data, "init_args": given},
+    }
 
-    def _make_room(self, fit: CheckpointedFit, old: Path, data: LightningDataModule) -> None:
-        """Remove from ``<run>/final`` what does not belong to a fit, and put there what the
-        confirmation did of it."""
-        folder, recipe = fit.folder, self.recipe
-        promise = None if recipe.promise is None else asdict(recipe.promise)
-        aside: Any = (
-            data.calibration_dataloader() if hasattr(data, "calibration_dataloader") else None
-        )
-        measurement = {
-            "test": data_digest(data.test_dataloader()),
-            "calibration": data_digest(aside) if promise and hasattr(aside, "dataset") else None,
-            "promise": promise,
-            "tolerance": recipe.halting_tolerance,
-        }
-        if not fit.is_begun:
-            if (
-                folder / "metrics.json"
-            ).is_file():  # an earlier final model stays until the new one is complete
-                shutil.rmtree(old, ignore_errors=True)
-                os.replace(folder, old)
-            shutil.rmtree(folder, ignore_errors=True)
-            confirmed = self.verdict.chosen.fit(self.run, self.prepared)
-            if confirmed.is_done:
-                os.replace(confirmed.folder, folder)
-        if fit.made_of() != {"fit": fit.identity, **measurement}:
-            (folder / "metrics.json").unlink(
-                missing_ok=True
-            )  # another promise or test split measures the fit again
-            shutil.rmtree(folder / "defaults", ignore_errors=True)
-            write_text(folder / "config.yaml", yaml.safe_dump(self._config(fit), sort_keys=False))
-            fit.record(**measurement)
 
-    def _config(self, fit: CheckpointedFit) -> dict[str, Any]:
-        """Return the configuration of the final fit: a complete file if the factories come from
-        one.
+# ------------------------------------------------------------------ measurements
 
-        Data that can name a teacher names the baseline's model; other data leaves ``dact fit``
-        without a teacher."""
-        model, data = (
-            getattr(factory, "section", None) for factory in (self.recipe.model, self.recipe.data)
-        )
-        chosen = dict(fit.settings or {})
-        if model is None or data is None:
-            return chosen
-        size = {"batch_size": chosen.pop("batch_size")} if "batch_size" in chosen else {}
-        epochs = chosen.pop("num_epochs", self.recipe.epochs)
-        plain = {name: value for name, value in self.recipe.trainer.items() if is_plain(value)}
-        if fit.finetunes and not averages(self.recipe.trainer):
-            plain["callbacks"] = [
-                {"class_path": f"{AverageLastSteps.__module__}.{AverageLastSteps.__qualname__}"}
-            ]
-        arguments = self.recipe.overrides({**fit.learning, **chosen})
-        overrides = {
-            n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in arguments.items()
-        }
-        given = {**(data.get("init_args") or {}), **size}
-        known = inspect.signature(type(self.recipe.make_data()).__init__).parameters
-        passes_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
-        if self.recipe.calibration_fraction is not None and (
-            "calibration_fraction" in known or passes_on
-        ):
-            given["calibration_fraction"] = self.recipe.calibration_fraction
-        if self.prepared.teacher is not None and given.get("teacher") is None:
-            if "teacher" in known:
-                given["teacher"] = str(self.run.folder / "baseline" / "model")
-            else:
-                overrides["distillation"] = 0.0
-        return {
-            "seed_everything": fit.seed,
-            "trainer": {**plain, "max_epochs": epochs},
-            "model": {**model, **overrides},
-            "data": {**data, "init_args": given},
-        }
 
-    def _measure(self, folder: Path, fit: CheckpointedFit, data: LightningDataModule) -> None:
-        """Write metrics.json, pictures and the model/ folder. Only here, once, is the test split
-        used."""
-        model, baseline = fit.model(), self._baseline()
-        before = (model.calibration, model.temperatures)
-        try:
-            note = self._set_dial(model, data)
-        except ValueError as error:  # all that was computed is kept
-            note = f"the model is kept without its promise: {error}"
-        if note:
-            self.progress.note(note)
-        with self.recipe.precision():
-            answers = layer_answers(model, data.val_dataloader())
-        model.temperatures = fit_temperatures(answers, answers.exit_layers(model.exit_rule))
-        if (model.calibration, model.temperatures) != before:
-            store_in_checkpoint(fit.checkpoint, model)
-        with self.progress.stage("measuring the final model and the baseline"):
-            found, against = self._evaluate(model, data), self._evaluate(baseline, data)
-            self._time(model, baseline, data, found, against)
-        del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
-        kept = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
-        answers, reference = (
-            found["validation"].answers,
-            against["validation"].answers.a[:, -1].argmax(dim=1),
-        )
-        tolerances = dial_curve(model, answers, "halting_tolerance", TOLERANCES, reference)
-        margins = dial_curve(model, answers, "halting_margin", MARGINS, reference)
-        metrics = {
-            **_entries(found, against),
-            "baseline": {
-                "layers": baseline.num_layers,
-                **{
-                    name: {key: entry.entry[key] for key in kept} for name, entry in against.items()
-                },
-            },
-            "tolerance_curve": tolerances,
-            "margin_curve": margins,
-            "history": fit.history,
-            "lambda_reg": model.lambda_reg,
-            "halting_tolerance": model.halting_tolerance,
-            "halting_margin": model.halting_margin,
-            "layers": model.num_layers,
-            "confirmation": self.verdict.text,
-        }
-        if model.calibration is not None:
-            metrics["calibration"] = model.calibration
-        with replacing_folder(folder / "model") as partial:
-            save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
-        self._draw(folder, found, metrics)
-        self._log(fit, found["validation"])
-        if self.recipe.compare_defaults:
-            self._measure_defaults(folder / "defaults", data, against)
-        write_json(folder / "metrics.json", metrics)  # last, since it marks everything as done
+def _measure(
+    fit: CheckpointedFit, data: LightningDataModule, verdict: str, progress: Progress
+) -> dict[str, Any]:
+    """Measure the final model, write its pictures and its model/ folder, and return the content of
+    metrics.json. Only here, once, is the test split used."""
+    prepared, recipe, folder = fit.prepared, fit.prepared.recipe, fit.folder
+    model, baseline = fit.model(), _baseline(prepared)
+    progress.note(_set_dial(prepared, model, data))
+    with recipe.precision():
+        answers = layer_answers(model, data.val_dataloader())
+    model.temperatures = fit_temperatures(answers, answers.exit_layers(model.exit_rule))
+    store_in_checkpoint(fit.checkpoint, model)
 
-    def _set_dial(self, model: DACT, data: LightningDataModule) -> str:
-        """Set the dial of a model for the promise of the run, and return a text about the result,
-        or an empty one."""
-        promise = self.recipe.promise
-        if promise is None or (promise.max_layers or 0) >= model.num_layers:
-            model.calibration = None  # the promise is no longer asked for
-            return (
-                ""
-                if promise is None
-                else f"max_layers={promise.max_layers:g} holds at every margin: the model has {model.num_layers} layers"
-            )
-        with self.recipe.precision():
-            return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
-
-    def _baseline(self) -> DACT:
-        whole = self.recipe.whole(self.recipe.make_model())
-        return self.prepared.baseline.load(whole.at_full_depth()).eval().to(self.recipe.device)
-
-    def _evaluate(self, model: DACT, data: LightningDataModule) -> dict[str, Evaluation]:
-        return {
-            name: evaluate(model, loader, precision=self.recipe.precision)
-            for name, loader in _splits(data)
-        }
-
-    def _time(
-        self,
-        model: DACT,
-        baseline: DACT,
-        data: LightningDataModule,
-        found: Mapping[str, Evaluation],
-        against: Mapping[str, Evaluation],
-    ) -> None:
-        """Measure the speed of early exit, of the model's full depth and of the baseline in
-        turns."""
-        for name, loader in _splits(data):
-            entries = [found[name].entry, found[name].entry["full_depth"], against[name].entry]
+    with progress.stage("measuring the final model and the whole encoder"):
+        found = _evaluate(prepared, model, data)
+        against = _evaluate(prepared, baseline, data)
+        for split, batches in _splits(data).items():
+            entry = found[split].entry
             sides = [(model, model.halting), (model, "never"), (baseline, "never")]
-            speeds = texts_per_second(sides, loader, self.recipe.precision)
-            for entry, speed in zip(entries, speeds, strict=True):
-                entry["texts_per_second"] = speed
+            entries = [entry, entry["full_depth"], against[split].entry]
+            speeds = texts_per_second(sides, batches, recipe.precision)
+            for one, speed in zip(entries, speeds, strict=True):
+                one["texts_per_second"] = speed
+            found[split].compare(against[split].measured)
+    del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
 
-    def _log(self, fit: CheckpointedFit, validation: Evaluation) -> None:
-        """Log a fit to TensorBoard as trials are logged, with its metrics at the setting of its
-        dial."""
-        metrics = {f"val_{name}": validation.entry[name] for name in ("task_loss", "accuracy")}
-        metrics |= {
-            "val_loss": fit.kept["val_loss"],
-            "val_exit_layer": validation.entry["mean_exit_layer"],
-        }
-        name = f"{self.run.tag}/{fit.folder.relative_to(self.run.folder)}"
-        tensorboard.log_fit(fit.folder, flat(fit.settings or {}), metrics, name)
-
-    def _draw(
-        self, folder: Path, found: Mapping[str, Evaluation], metrics: Mapping[str, Any]
-    ) -> None:
-        validation, test, layers = found["validation"].entry, found["test"], metrics["layers"]
-        own, baseline = (
-            (validation["mean_exit_layer"], validation["accuracy"]),
-            metrics["baseline"]["validation"],
+    curves = {
+        dial: dial_curve(
+            model, answers, f"halting_{dial}", settings, against["validation"].measured
         )
-        curves = metrics["tolerance_curve"], metrics["margin_curve"]
-        figures = {
-            "dials": pictures.dials_picture(*curves, layers, own, baseline["accuracy"]),
-            "exit histogram": pictures.exit_picture(test.entry),
-        }
-        if test.answers.depths is not None:
-            figures["depth against exit layer"] = plots.depth_against_exit(
-                test.answers.depths, test.exit_layers, layers
-            )
-        with tensorboard.writer(folder) as writer:
-            tensorboard.log_figures(writer, figures, folder)
-            for point in reversed(metrics["margin_curve"]):
-                for name in ("accuracy", "mean_exit_layer", "agreement"):
-                    writer.add_scalar(
-                        f"operating points by margin in %/{name}",
-                        point[name],
-                        round(100 * point["margin"]),
-                    )
+        for dial, settings in (("tolerance", TOLERANCES), ("margin", MARGINS))
+    }
+    reference = {
+        split: {key: one.entry[key] for key in BASELINE_KEYS} for split, one in against.items()
+    }
+    metrics = {
+        **_result(model, found),
+        "baseline": {"layers": baseline.num_layers, **reference},
+        "tolerance_curve": curves["tolerance"],
+        "margin_curve": curves["margin"],
+        "history": fit.history,
+        "lambda_reg": model.lambda_reg,
+        "confirmation": verdict,
+    }
+    with replacing_folder(folder / "model") as partial:
+        save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
+    _draw(folder, found, metrics, curves)
+    _log(fit, found["validation"])
+    if recipe.compare_defaults:
+        _measure_defaults(prepared, data, against, progress)
+    return metrics
 
-    def _measure_defaults(
-        self,
-        folder: Path,
-        data: LightningDataModule,
-        against: Mapping[str, Evaluation] | None = None,
-    ) -> None:
-        """Fit the untuned defaults of the factories, and measure them under the promise of the
-        run."""
-        fit = CheckpointedFit(self.prepared, folder, None)
-        if (folder / "metrics.json").is_file():
-            return
+
+def _baseline(prepared: Prepared) -> DACT:
+    """Return the fine-tuned whole encoder."""
+    recipe = prepared.recipe
+    layers = recipe.make_model().encoder.num_layers
+    whole = recipe.make_model(num_layers=layers).at_full_depth()
+    return prepared.baseline.load(whole).eval().to(recipe.device)
+
+
+def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str:
+    """Set the dial of a model for the promise of the run, and return a text about the result."""
+    promise = prepared.recipe.promise
+    if promise is None:
+        return "there is no promise: each text gets the class of all layers"
+    with prepared.recipe.precision():
         try:
-            fit("the fit of the defaults", self.progress)
-        except NonFiniteLoss as error:
-            self.progress.note(f"the defaults are not in the table: {error}")
-            return
-        model = fit.model()
-        try:
-            self._set_dial(model, data)
-        except ValueError as error:  # they cannot keep it
-            self.progress.note(f"the defaults are not in the table: {error}")
-            return
-        with self.progress.stage("measuring the defaults"):
-            found = self._evaluate(model, data)
-            against = against or self._evaluate(self._baseline(), data)
-        self._log(fit, found["validation"])
-        dials = {
-            "halting_tolerance": model.halting_tolerance,
-            "halting_margin": model.halting_margin,
-        }
-        entries = {
-            **_entries(found, against),
-            **dials,
-            "layers": model.num_layers,
-            "calibration": model.calibration,
-        }
-        write_json(folder / "metrics.json", entries)
-        shutil.rmtree(fit.checkpoint.parent)
+            return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
+        except ValueError as error:
+            # What was computed is kept, without a promise.
+            return f"the promise cannot be kept: {error}"
 
 
-def _splits(data: LightningDataModule) -> tuple[tuple[str, Any], ...]:
-    return ("validation", data.val_dataloader()), ("test", data.test_dataloader())
+def _splits(data: LightningDataModule) -> dict[str, Any]:
+    return {"validation": data.val_dataloader(), "test": data.test_dataloader()}
 
 
-def _entries(
-    found: Mapping[str, Evaluation], against: Mapping[str, Evaluation]
-) -> dict[str, dict[str, Any]]:
-    """Return the entries of a model, each with its paired difference to the baseline."""
-    for name, evaluation in found.items():
-        if len(evaluation.right) == len(against[name].right):
-            mean, error = mean_and_error(evaluation.right.double() - against[name].right.double())
-            evaluation.entry["difference_to_baseline"] = {"accuracy": mean, "standard_error": error}
-    return {name: evaluation.entry for name, evaluation in found.items()}
+def _evaluate(prepared: Prepared, model: DACT, data: LightningDataModule) -> Evaluations:
+    return {
+        split: evaluate(model, batches, precision=prepared.recipe.precision)
+        for split, batches in _splits(data).items()
+    }
+
+
+def _result(model: DACT, found: Evaluations) -> dict[str, Any]:
+    """Return the entries of metrics.json about a model."""
+    result: dict[str, Any] = {split: one.entry for split, one in found.items()}
+    result |= {"layers": model.num_layers, "calibration": model.calibration}
+    for name in ("halting_tolerance", "halting_margin"):
+        result[name] = getattr(model, name)
+    return result
+
+
+def _draw(folder: Path, found: Evaluations, metrics: Mapping[str, Any], curves: Any) -> None:
+    """Draw the pictures of the final model, for TensorBoard and as files."""
+    own, test = found["validation"].entry, found["test"]
+    place = own["mean_exit_layer"], own["accuracy"]
+    whole = metrics["baseline"]["validation"]["accuracy"]
+    figures = {
+        "dials": report.dials_picture(curves, place, whole),
+        "exit histogram": report.exit_picture(test.entry),
+    }
+    if (depths := test.measured.answers.depths) is not None:
+        exits, layers = test.measured.exits, metrics["layers"]
+        figures["depth against exit layer"] = plots.depth_against_exit(depths, exits, layers)
+    with report.writer(folder) as writer:
+        report.log_figures(writer, figures, folder)
+        for point in reversed(curves["margin"]):
+            for name in ("accuracy", "mean_exit_layer", "agreement"):
+                tag, step = f"operating points by margin in %/{name}", round(100 * point["margin"])
+                writer.add_scalar(tag, point[name], step)
+
+
+def _log(fit: CheckpointedFit, validation: Evaluation) -> None:
+    """Log a fit to TensorBoard as trials are logged, with early exit at the setting of its dial."""
+    entry, run = validation.entry, fit.prepared.run
+    metrics = {
+        "val_loss": fit.kept["val_loss"],
+        "val_task_loss": entry["task_loss"],
+        "val_accuracy": entry["accuracy"],
+        "val_exit_layer": entry["mean_exit_layer"],
+    }
+    settings = {} if fit.settings is None else fit.settings.flat()
+    session = f"{run.tag}/{fit.folder.relative_to(run.folder)}"
+    report.log_fit(fit.folder, settings, metrics, session)
+
+
+def _measure_defaults(
+    prepared: Prepared, data: LightningDataModule, against: Evaluations, progress: Progress
+) -> None:
+    """Fit what the factories make untuned, and measure it under the promise of the run."""
+    folder = prepared.run.final / "defaults"
+    fit = CheckpointedFit(prepared, folder, None)
+    try:
+        fit("your file, untuned", progress)
+    except NonFiniteLoss as error:
+        progress.note(f"your file is not in the table: {error}")
+        return
+    model = fit.model()
+    progress.note(_set_dial(prepared, model, data))
+    with progress.stage("measuring your file"):
+        found = _evaluate(prepared, model, data)
+    for split, one in found.items():
+        one.compare(against[split].measured)
+    _log(fit, found["validation"])
+    write_json(folder / "metrics.json", _result(model, found))
+    shutil.rmtree(fit.checkpoint.parent)

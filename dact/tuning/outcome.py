@@ -10,11 +10,10 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from dact.calibration import LayerAnswers, Promise, choose_setting
-from dact.functional import SMALLEST_PROBABILITY, Halting, answer_at
+from dact.calibration import LayerAnswers, Measured, Promise, choose_setting
+from dact.functional import Halting
 from dact.model import DACT
 
 OUTCOME = "outcome"  # user attribute of a trial: its `Outcome`, packed
@@ -90,14 +89,10 @@ def outcome_of(
         right: Whether the whole encoder classifies each example correctly, bool ``[examples]``;
             None if that is unknown.
     """
-    target, exits = answers.target, answers.exit_layers(_rule(answers, model, promise))
-    answer = answer_at(answers.a, exits)
-    log = answer.float().clamp_min(SMALLEST_PROBABILITY).log()
-    losses = F.nll_loss(log, target, reduction="none")
-    if model.class_weights is not None:
-        losses = losses * model.class_weights.cpu()[target]
-    reference = torch.ones(len(target)) if right is None else right.float()
-    return Outcome(exits.float(), losses, reference - (answer.argmax(1) == target).float())
+    measured = Measured(answers, answers.exit_layers(_rule(answers, model, promise)))
+    reference = torch.ones(len(measured.right)) if right is None else right.float()
+    losses = measured.losses(model.class_weights)
+    return Outcome(measured.exits.float(), losses, reference - measured.right.float())
 
 
 def _rule(answers: LayerAnswers, model: DACT, promise: Promise | None) -> Halting:

@@ -1,5 +1,4 @@
-"""The three stages as data: what a trial's parameters mean, what its value is, and which trial
-wins."""
+"""The three stages as data: what a trial's parameters mean, its value, and which trial wins."""
 
 from __future__ import annotations
 
@@ -27,7 +26,7 @@ class Stage:
     Args:
         name: Name of the stage, of its folder, and of its study after the run tag.
         method: Method of `TuningEngine` that runs the study.
-        directions: Direction of each objective.
+        directions: Direction of each objective. Trials of a single objective may be pruned.
         parse: Function from the parameters of a trial to the winners they stand for, by name.
         read: Function from the metrics of a trial's best epoch to its value or values.
         pick: Function from the completed trials, their outcomes and the rule that chooses λ to the
@@ -49,25 +48,26 @@ class Stage:
 
     @property
     def prunes(self) -> bool:
-        """Whether trials may be pruned: Optuna prunes studies of one objective only."""
+        """Whether trials may be pruned."""
         return len(self.directions) == 1
 
 
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
-    """Return the number of trials of each stage by name; raise a ``ValueError`` unless there is one
-    for all or each."""
+    """Return the number of trials of each stage by name, from one number or one per stage.
+
+    Raises:
+        ValueError: If these are not one or three integers of 0 or more.
+    """
     numbers = list(n_trials) if isinstance(n_trials, Sequence) else [n_trials] * len(STAGES)
-    valid = all(isinstance(n, int) and not isinstance(n, bool) and n >= 1 for n in numbers)
-    if len(numbers) != len(STAGES) or not valid:
+    if len(numbers) != len(STAGES) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ValueError(
-            f"TuningEngine: n_trials must be one or three integers of 1 or more, got {n_trials!r}"
+            f"TuningEngine: n_trials must be one or three integers of 0 or more, got {n_trials!r}"
         )
     return dict(zip((stage.name for stage in STAGES), numbers, strict=True))
 
 
 def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"classifier_dropout": …, "confidence_dropout": …}`` as one configuration per
-    submodel."""
+    """Return ``{"classifier_dropout": …, …}`` as one configuration per submodel."""
     return {
         f"{prefix}_config": {
             name: params[f"{prefix}_{name}"]
@@ -78,24 +78,11 @@ def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Return nested settings under the names of the studies' parameters."""
-    flat: dict[str, Any] = {}
-    for name, value in settings.items():
-        flat |= (
-            {f"{name}_{key}": entry for key, entry in value.items()}
-            if isinstance(value, Mapping)
-            else {name: value}
-        )
-    return flat
-
-
 def _training(params: Mapping[str, Any]) -> dict[str, Any]:
     settings = dict(params)
     if settings.get("exit_loss_weight") == 0:
-        settings["detach_exits"] = (
-            False  # detached from the rest, encoder and classifier would learn nothing
-        )
+        # Detached from everything else, encoder and classifier would learn nothing.
+        settings["detach_exits"] = False
     return {"external_config": settings}
 
 
@@ -108,10 +95,10 @@ def _lowest_value(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Sel
 
 
 def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
-    points = []
-    for trial, outcome in zip(trials, outcomes, strict=True):
-        loss, layers = trial.values
-        points.append(Point(trial.params["lambda_reg"], loss, layers, outcome))
+    points = [
+        Point(trial.params["lambda_reg"], *trial.values, outcome)
+        for trial, outcome in zip(trials, outcomes, strict=True)
+    ]
     return trials[points.index(select(points))]
 
 

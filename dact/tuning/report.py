@@ -1,0 +1,311 @@
+"""What people see of a run: trials in TensorBoard, pictures, and the last screen."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+from rich.table import Table
+
+from dact import plots
+from dact.files import read_json, replacing_folder
+from dact.model_card import what_is_promised
+from dact.tuning.progress import Progress, format_seconds
+from dact.tuning.space import Dimension, Spaces
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
+FEWEST_FOR_IMPORTANCES = 4  # completed trials; fewer say nothing about importance
+FASTER = 0.02  # accuracy below the model's own at which a faster setting is worth a line
+
+# ------------------------------------------------------------------ TensorBoard
+#
+# Lightning's hyper-parameter logging gives every trial the status of success and a metric of -1, so
+# the records of the HParams tab are written here.
+
+
+def writer(folder: Path) -> SummaryWriter:
+    """Return a TensorBoard writer for `folder`, to be used in a ``with`` block."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder))
+
+
+def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: str) -> None:
+    """Open the session of a trial. The tab takes sessions of one name for one trial."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    # The tab has no type for None.
+    known = {name: "none" if value is None else value for name, value in parameters.items()}
+    _write(writer, summary_v2.hparams_pb(known, trial_id=name))
+
+
+def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: bool) -> None:
+    """Close the session of a trial with the metrics of its best epoch; pruned trials are failures."""
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
+
+    for name in METRICS:
+        if name in metrics:
+            writer.add_scalar(f"best/{name}", metrics[name])
+    status = api_pb2.Status.Value("STATUS_SUCCESS" if succeeded else "STATUS_FAILURE")
+    end = plugin_data_pb2.SessionEndInfo(status=status)
+    data = plugin_data_pb2.HParamsPluginData(session_end_info=end)
+    record = metadata.create_summary_metadata(data)
+    value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)
+    _write(writer, Summary(value=[value]))
+
+
+def log_fit(
+    folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, float], name: str
+) -> None:
+    """Log a finished fit as trials are logged, under the name of its session."""
+    with writer(folder) as made:
+        log_parameters(made, parameters, name)
+        log_outcome(made, metrics, succeeded=True)
+
+
+def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
+    """Tell the HParams tab which parameters and metrics there are.
+
+    The tab uses the first such record below its folder for all runs there, so that every record
+    names the parameters of all studies."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    hparams = [
+        summary_v2.HParam(name, _domain(one))
+        for space in spaces.values()
+        for name, one in space.items()
+    ]
+    metrics = [summary_v2.Metric(f"best/{name}", display_name=name) for name in METRICS]
+    _write(writer, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
+
+
+def _domain(dimension: Dimension) -> Any:
+    """Return the range as the tab's filters need it."""
+    from tensorboard.plugins.hparams import summary_v2
+
+    if isinstance(dimension, CategoricalDistribution):
+        kinds: set[Any] = {type(choice) for choice in dimension.choices}
+        alike = kinds.pop() if len(kinds) == 1 else float if kinds == {int, float} else str
+        return summary_v2.Discrete([alike(choice) for choice in dimension.choices])
+    if isinstance(dimension, IntDistribution):
+        return summary_v2.IntInterval(dimension.low, dimension.high)
+    return summary_v2.RealInterval(dimension.low, dimension.high)
+
+
+def _write(writer: SummaryWriter, summary: Any) -> None:
+    writer._get_file_writer().add_summary(summary)
+
+
+# ------------------------------------------------------------------ pictures
+
+
+def log_figures(writer: SummaryWriter, figures: Mapping[str, Figure], folder: Path) -> None:
+    """Write figures into TensorBoard, and as PNG files into a folder."""
+    for name, figure in figures.items():
+        figure.savefig(folder / f"{name.replace(' ', '_')}.png")
+        writer.add_figure(name, figure)
+
+
+def draw_study(
+    folder: Path,
+    study: Study,
+    completed: Sequence[FrozenTrial],
+    chosen: FrozenTrial,
+    spaces: Spaces,
+) -> None:
+    """Draw a study for TensorBoard and as files, by Optuna's own figures.
+
+    Args:
+        folder: Folder of the pictures; it is replaced.
+        study: Study with one objective, or with two (task loss and exit layer).
+        completed: Its trials that gave a value, one or more.
+        chosen: Its winner.
+        spaces: Dimension of each parameter, by stage.
+    """
+    from matplotlib import pyplot
+    from optuna.visualization import matplotlib as draw
+
+    axes: dict[str, Any] = {}
+    # Optuna sets a style for the whole process and warns that its figures are experimental.
+    with pyplot.style.context("default"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if len(study.directions) == 1:
+            axes["optimization history"] = draw.plot_optimization_history(study)
+            if len(completed) >= FEWEST_FOR_IMPORTANCES:
+                axes["parameter importances"] = draw.plot_param_importances(study)
+        else:
+            for index, name in enumerate(names := ["task loss", "exit layer"]):
+                axes[f"history of the {name}"] = draw.plot_optimization_history(
+                    study, target=lambda trial, index=index: trial.values[index], target_name=name
+                )
+            axes["Pareto front"] = draw.plot_pareto_front(study, target_names=names)
+            axes["Pareto front"].plot(*chosen.values, "o", ms=14, mfc="none", mec="tab:red")
+        with replacing_folder(folder) as partial, writer(partial) as made:
+            log_experiment(made, spaces)
+            log_figures(made, {name: one.get_figure() for name, one in axes.items()}, partial)
+
+
+def dials_picture(
+    curves: Mapping[str, Sequence[Mapping[str, float]]],
+    own: tuple[float, float],
+    baseline: float,
+) -> Figure:
+    """Draw accuracy and agreement against the mean exit layer, over each dial.
+
+    Args:
+        curves: One record per setting, by the name of the dial, without ``halting_``.
+        own: Mean exit layer and accuracy of the model at the setting of its dials.
+        baseline: Accuracy of the whole encoder.
+    """
+    figure, _ = plots.new_figure(height=5)
+    figure.clear()
+    upper, lower = figure.subplots(2, 1, sharex=True)  # their ranges differ too much for one axis
+    for axes, name in ((upper, "accuracy"), (lower, "agreement")):
+        for dial, curve in curves.items():
+            places = [(point["mean_exit_layer"], 100 * point[name]) for point in curve]
+            axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
+            for point, place in zip(curve, places, strict=True):
+                axes.annotate(f"{point[dial]:g}", place, fontsize=6, rotation=45)
+        axes.set_ylabel(f"{name}, %")
+    upper.axhline(100 * baseline, color="grey", linestyle="--", label="whole encoder")
+    upper.plot(own[0], 100 * own[1], "s", ms=9, mfc="none", mec="tab:red", label="as set")
+    upper.legend(fontsize=7)
+    upper.set_title("validation, with the setting of the dial at each point")
+    lower.set_xlabel("mean exit layer")
+    return figure
+
+
+def exit_picture(entry: Mapping[str, Any]) -> Figure:
+    """Draw how many texts leave after each layer, from an entry of metrics.json."""
+    figure, axes = plots.new_figure()
+    counts, mean = entry["exit_histogram"], entry["mean_exit_layer"]
+    axes.bar(range(1, len(counts) + 1), counts)
+    axes.set(xlabel="exit layer", ylabel="texts", title=f"test: mean exit layer {mean:.2f}")
+    return figure
+
+
+# ------------------------------------------------------------------ the last screen
+
+
+def show_summary(progress: Progress, folder: Path) -> None:
+    """Print the last screen of a run.
+
+    Args:
+        progress: Console of the run.
+        folder: Folder of the final fit.
+    """
+    metrics, defaults = read_json(folder / "metrics.json"), folder / "defaults" / "metrics.json"
+    untuned = read_json(defaults) if defaults.is_file() else None
+    console = progress.console
+    lines = [
+        f"Found: {metrics['confirmation']}",
+        f"Result: {result(metrics)}",
+        guarantee(metrics),
+        *faster(metrics),
+        *(f"Warning: {text}" for text in _warnings(metrics)),
+        f"Next: dact serve --model {folder / 'model'}",
+    ]
+    for line in lines:
+        console.print(line, soft_wrap=not console.is_terminal, highlight=False)
+    console.print()
+    console.print(_table(metrics, untuned))
+    console.print(f"\nTotal time: {format_seconds(time.monotonic() - progress.started)}")
+
+
+def result(metrics: Mapping[str, Any]) -> str:
+    """Return accuracy, layers and speed on test beside the whole encoder's, from metrics.json."""
+    test, baseline = metrics["test"], metrics["baseline"]
+    speed = test["texts_per_second"] / baseline["test"]["texts_per_second"]
+    return (
+        f"{100 * test['accuracy']:.2f} % accuracy on test with {test['mean_exit_layer']:.2f} layers, "
+        f"where the whole encoder has {100 * baseline['test']['accuracy']:.2f} % with "
+        f"{baseline['layers']}; {speed:.1f} times its speed"
+    )
+
+
+def guarantee(metrics: Mapping[str, Any]) -> str:
+    """Return what holds for new texts, and against what, from metrics.json."""
+    layers, margin, calibration = (
+        metrics["layers"],
+        metrics["halting_margin"],
+        metrics.get("calibration"),
+    )
+    if metrics["halting_tolerance"] == 0 and margin == 1:
+        return f"Guaranteed by proof: each text gets the class of all {layers} layers"
+    if calibration is None:
+        return f"Nothing is guaranteed at margin {margin:.4g}"
+    promise = calibration["promise"]
+    kept = what_is_promised(promise, "the same model without early exit", layers)
+    if promise["confidence"] is None:
+        return f"Estimated, without a guarantee: {kept}"
+    return f"Guaranteed with {promise['confidence']:.0%} confidence on new texts: {kept}"
+
+
+def faster(metrics: Mapping[str, Any]) -> list[str]:
+    """Return a line about a setting that saves layers without a guarantee; none if there is none."""
+    own = metrics["validation"]
+    least = own["accuracy"] - FASTER
+    saving = [
+        point
+        for point in metrics["margin_curve"]
+        if point["accuracy"] >= least and point["mean_exit_layer"] < own["mean_exit_layer"] - 0.1
+    ]
+    if not saving:
+        return []
+    best = min(saving, key=lambda point: point["mean_exit_layer"])
+    lost = 100 * (own["accuracy"] - best["accuracy"])
+    return [
+        f"Faster without a guarantee: --halting_margin {best['margin']:g} takes "
+        f"{best['mean_exit_layer']:.2f} layers for {lost:.1f} points less on validation"
+    ]
+
+
+def _warnings(metrics: Mapping[str, Any]) -> list[str]:
+    """Return what is wrong with the final model and what to do."""
+    entry, layers, found = metrics["validation"], metrics["layers"], []
+    if entry["majority_share"] == 1:
+        found.append(
+            "all texts get one class: try class_weights, more epochs or another learning_rate"
+        )
+    if entry["mean_exit_layer"] == layers > 1:
+        found.append(
+            "no text leaves early: give more validation texts, or a promise that allows more"
+        )
+    if entry["mean_exit_layer"] == 1 < layers:
+        found.append("every text leaves after layer 1: if that costs accuracy, lower lambda_reg")
+    return found
+
+
+def _table(metrics: Mapping[str, Any], untuned: Mapping[str, Any] | None) -> Table:
+    """Return the results on test, side by side."""
+    test, layers, baseline = metrics["test"], metrics["layers"], metrics["baseline"]
+    rows = [
+        ("whole encoder", baseline["test"], baseline["layers"]),
+        (f"all {layers} layers", test["full_depth"], layers),
+        (metrics["confirmation"].split()[0], test, test["mean_exit_layer"]),
+    ]
+    if untuned is not None:
+        rows.append(("your file", untuned["test"], untuned["test"]["mean_exit_layer"]))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for head in ("test", "accuracy", "to whole encoder", "macro F1", "layers", "texts/s"):
+        table.add_column(head, justify="left" if head == "test" else "right")
+    for name, entry, mean in rows:
+        difference, speed = entry.get("difference_to_baseline"), entry.get("texts_per_second")
+        points = (
+            difference
+            and f"{100 * difference['accuracy']:+.2f} ± {100 * difference['standard_error']:.2f}"
+        )
+        numbers = f"{100 * entry['accuracy']:.2f} %", points or "", f"{entry['macro_f1']:.3f}"
+        table.add_row(name, *numbers, f"{mean:.2f}", speed and f"{speed:,.0f}")
+    return table
