@@ -148,7 +148,7 @@ def test_a_changed_data_file_under_the_same_tag_is_refused(tmp_path):
     tokenizer = word_tokenizer([*words, *map(str, range(40))])
 
     def data(**overrides):
-        files = {"train_file": tmp_path / "train.csv", "test_file": tmp_path / "train.csv"}
+        files = {"train_file": tmp_path / "train.csv"}
         return TextClassificationData(**files, tokenizer=tokenizer, max_length=8, **overrides)
 
     def model(**overrides):
