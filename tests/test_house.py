@@ -41,11 +41,10 @@ LAYERS = [
     {"tuning/engine"},
     {"tuning"},
     {"cli"},
-    {"cli/quiet", "cli/predictions", "cli/stored"},
-    {"cli/reports", "cli/runs", "cli/errors"},
-    {"cli/request"},
-    {"cli/tune"},
-    {"cli/commands"},
+    {"cli/errors"},
+    {"cli/output", "cli/predict"},
+    {"cli/stored"},
+    {"cli/main"},
     {"__main__"},
 ]
 KNOWN = set().union(*LAYERS)
