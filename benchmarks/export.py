@@ -33,7 +33,7 @@ from benchmarks.frontier.data import Setting, make_data
 from benchmarks.frontier.methods import Method
 from benchmarks.frontier.training import Workshop
 from dact import DACT, TextClassifier, calibrate
-from dact.cli.quiet import quiet
+from dact.cli.output import quiet
 from dact.data.base import TextDataModule
 from dact.encoders import HuggingFaceEncoder, OnnxEncoder
 from dact.exporting import export

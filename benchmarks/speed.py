@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from dact import DACT, DACTOutput, TextClassifier
-from dact.cli.quiet import quiet
+from dact.cli.output import quiet
 from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel

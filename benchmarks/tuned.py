@@ -50,7 +50,7 @@ from torch import Tensor
 from dact import DACT, TextClassifier, calibrate
 from dact.calibration import SETTINGS
 from dact.calibration.answers import LayerAnswers, exits_by_setting, layer_answers, mean_and_error
-from dact.cli.quiet import quiet
+from dact.cli.output import quiet
 from dact.encoders.base import Batch
 from dact.factories import DataFactory, ModelFactory
 from dact.files import read_checkpoint

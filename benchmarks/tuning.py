@@ -26,7 +26,7 @@ import optuna
 import torch
 
 from dact import DACT, TuningEngine
-from dact.cli.quiet import quiet
+from dact.cli.output import quiet
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.factories import default_model

@@ -19,7 +19,7 @@ from optuna.study import _optimize
 from sqlalchemy.engine import Engine
 
 from dact import DACT
-from dact.cli.commands import main
+from dact.__main__ import main
 
 POINTS = ("replace", "fsync", "commit", "train", "validate", "ask", "tell")
 

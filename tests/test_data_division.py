@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 
-from dact.cli.runs import balanced_weights
+from dact.cli.main import balanced_weights
 from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, vader
 from dact.data.examples import Examples, stratified_split, text_key
 from dact.data.tokenizers import word_tokenizer

@@ -3,8 +3,6 @@
 import json
 import re
 import time
-from datetime import datetime, timedelta
-from pathlib import Path
 
 import optuna
 import pytest
@@ -12,183 +10,49 @@ from optuna.distributions import FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
-from dact.tuning.fitting import Deadline
 from dact.tuning.progress import Progress
-from dact.tuning.search import PLANNED_EPOCHS
-from dact.tuning.summary import _speed, headline, pruning_text, show_summary
+from dact.tuning.report import (
+    dials_picture,
+    faster,
+    guarantee,
+    result,
+    show_summary,
+)
+from dact.tuning.trainer import Deadline
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
-PROMISE = {"max_accuracy_loss": 0.01, "min_agreement": None, "max_layers": None, "confidence": 0.95}
 
 
-def metrics(**changes):
-    """The content of a metrics.json as `dact tune` leaves it, as far as the console looks at it."""
-    speed = {"texts_per_second": 900.0, "macro_f1": 0.712, "majority_share": 0.4}
-    entry = {"accuracy": 0.785, "mean_exit_layer": 2.51, **speed}
-    entry |= {"difference_to_baseline": {"accuracy": -0.002, "standard_error": 0.004}}
-    entry |= {
-        "full_depth": {**entry, "accuracy": 0.79, "mean_exit_layer": 4, "texts_per_second": 600.0}
-    }
-    baseline = {"accuracy": 0.787, "macro_f1": 0.72, "texts_per_second": 450.0}
-    curve = [
-        {
-            "margin": margin,
-            "accuracy": 0.79 - 0.01 * step,
-            "mean_exit_layer": max(1.0, 4 - 0.3 * step),
-            "agreement": 1.0,
-            "difference_to_baseline": {"accuracy": 0.003 - 0.01 * step, "standard_error": 0.004},
-        }
-        for step, margin in enumerate(
-            (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-        )
-    ]
-    found = {
-        "test": entry,
-        "validation": entry,
-        "baseline": {"layers": 6, "test": baseline, "validation": baseline},
-    }
-    found |= {
-        "layers": 4,
-        "halting_tolerance": 0.0,
-        "halting_margin": 0.83,
-        "margin_curve": curve,
-        "calibration": {"promise": dict(PROMISE)},
-    }
-    return {**found, **changes}
+def on_console(width, **options):
+    progress = Progress()
+    progress.console = Console(width=width, record=True, **options)
+    return progress
 
 
-def test_the_summary_begins_with_what_a_person_wants_to_know():
-    found = metrics()
-    assert headline(found) == (
-        "78.50 % accuracy on test, -0.20 ± 0.40 points against the baseline of 6 layers, at 2.51 layers and 2.0 times its "
-        "speed, under the promise of at most 1 point of accuracy below its own full depth with 95% confidence"
-    )
-    found["calibration"]["promise"]["confidence"] = None
-    assert headline(found).endswith(
-        "by the estimate of at most 1 point of accuracy below its own full depth"
-    )
-    found["halting_margin"] = 1.0
-    assert headline(found).endswith("with the class of its own full depth by proof"), (
-        "whatever was estimated"
-    )
-    found["halting_margin"] = 0.83
-    found["calibration"]["promise"] |= {"max_accuracy_loss": None, "max_layers": 2.5}
-    assert headline(found).endswith("by the estimate of at most 2.5 of 4 layers on average")
-    del found["calibration"]
-    assert headline(found).endswith("at tolerance 0 and margin 0.83, without a promise")
-    found["halting_margin"] = 1.0
-    assert headline(found).endswith("with the class of its own full depth by proof")
+# ------------------------------------------------------------------ studies
 
 
-def test_the_summary_fits_on_a_screen_of_80_by_24(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    folder = Path("lightning_logs", "2026-01-01_00-00-00", "final")
-    (folder / "defaults").mkdir(parents=True)
-    (folder / "metrics.json").write_text(json.dumps(metrics()))
-    (folder / "defaults" / "metrics.json").write_text(json.dumps({"test": metrics()["test"]}))
-    console = Console(width=80, record=True, force_terminal=True)
-    verdict = (
-        "tuned (tuned beats first trial on frozen states: -0.52 ± 0.02 layers, +0.10 ± 0.40 points; runner-up does not "
-        "beat tuned on frozen states: +0.10 ± 0.02 layers, +0.10 ± 0.40 points, +0.10 ± 0.40 at as many layers; tuned "
-        "beats default settings: +0.28 ± 0.15 layers, +1.55 ± 0.73 points, +0.95 ± 0.73 at as many layers)"
-    )
-    show_summary(console, folder, verdict, [pruned_study()])
-    lines = console.export_text().splitlines()
-    assert len(lines) <= 23, "and a line for the prompt"
-    assert max(map(len, lines)) <= 80
-    assert str(folder / "model") in "".join(lines)
-    text = " ".join(" ".join(lines).split())
-    decisive = "tuned beats default settings: +0.28 ± 0.15 layers, +1.55 ± 0.73 points, +0.95 ± 0.73 at as many layers"
-    assert f"settings: tuned ({decisive})" in text
-    assert "pruning ended 1 of 3 trials early" in text
-    promised = next(line for line in lines if "promised" in line)
-    assert promised.split()[:2] == ["0.83", "78.50"]
-    (folder / "metrics.json").write_text(json.dumps({**metrics(), "calibration": None}))
-    console = Console(width=80, record=True)
-    show_summary(console, folder, verdict, [])
-    text = console.export_text()
-    assert f"settings: tuned ({decisive})\n" in text, (
-        "in a file, sentences and paths are not broken"
-    )
-    assert "as set" in text
-    assert "promised" not in text
-    assert "set by an estimate" not in text
-    at_worst = {**metrics()["validation"], "majority_share": 1.0, "mean_exit_layer": 1.0}
-    (folder / "metrics.json").write_text(json.dumps(metrics(validation=at_worst)))
-    console = Console(width=80, record=True, force_terminal=True)
-    show_summary(console, folder, verdict, [pruned_study()])
-    text = console.export_text()
-    assert "warning: all validation examples get one class" in text
-    assert "warning: the depth has collapsed" in text
-    assert len(text.splitlines()) <= 23
-
-
-def test_a_margin_that_too_few_examples_could_set_is_no_fault_of_the_price(tmp_path):
-    found = metrics(validation={**metrics()["validation"], "mean_exit_layer": 4.0})
-    found |= {"halting_margin": 1.0, "calibration": {**found["calibration"], "examples": 3}}
-    (tmp_path / "metrics.json").write_text(json.dumps(found))
-    console = Console(width=200, record=True)
-    show_summary(console, tmp_path, "", [])
-    text = console.export_text()
-    assert (
-        "warning: every validation example uses all 4 layers: no margin passed on the 3 examples that it was"
-        in text
-    )
-    assert "lambda_reg" not in text
-
-
-@pytest.mark.parametrize(
-    ("layers", "said"),
-    [(1.0, "one layer. If that costs"), (4.0, "all 4 layers. Try a larger"), (2.0, "")],
-)
-def test_a_final_model_whose_depth_has_collapsed_says_so(tmp_path, layers, said):
-    entry = {**metrics()["validation"], "mean_exit_layer": layers}
-    (tmp_path / "metrics.json").write_text(json.dumps(metrics(validation=entry)))
-    console = Console(width=200, record=True)
-    show_summary(console, tmp_path, "tuned", [])
-    text = console.export_text()
-    assert ("the depth has collapsed" in text) == bool(said)
-    assert said in text
-
-
-def pruned_study():
-    """Two whole trials of 4 and 2 epochs, and one of 4 that was pruned after its first."""
+def small_study():
+    """Three trials, with one parameter that differs and one that does not."""
     study = optuna.create_study()
-    start = datetime(2026, 1, 1)
-    for state, planned, done in (
-        (TrialState.COMPLETE, 4, 4),
-        (TrialState.COMPLETE, 2, 2),
-        (TrialState.PRUNED, 4, 1),
-    ):
-        trial = create_trial(
-            state=state,
-            value=0.5,
-            params={"rate": 0.1 * done, "same": 3},
-            distributions={"rate": FloatDistribution(0, 1), "same": IntDistribution(0, 9)},
-            intermediate_values=dict.fromkeys(range(done), 0.5),
-            user_attrs={PLANNED_EPOCHS: planned},
+    for number, state in enumerate((TrialState.COMPLETE, TrialState.COMPLETE, TrialState.PRUNED)):
+        study.add_trial(
+            create_trial(
+                state=state,
+                value=0.5 + number / 10,
+                params={"rate": 0.1 * (number + 1), "same": 3},
+                distributions={"rate": FloatDistribution(0, 1), "same": IntDistribution(0, 9)},
+                intermediate_values={0: 0.5},
+            )
         )
-        trial.datetime_start, trial.datetime_complete = start, start + timedelta(seconds=10 * done)
-        study.add_trial(trial)
     return study
-
-
-def test_the_summary_says_what_pruning_saved():
-    assert (
-        pruning_text([pruned_study()])
-        == "pruning ended 1 of 3 trials early and saved 30% of the time of all of them"
-    )
-    assert pruning_text([]) == ""
-    study = optuna.create_study()
-    study.add_trial(create_trial(value=1.0))
-    assert pruning_text([study]) == "pruning ended none of 1 trials early"
 
 
 @pytest.mark.parametrize("width", [80, 140])
 def test_the_live_table_shows_what_differs_between_trials(width):
-    progress = Progress()
-    progress.console = Console(width=width, record=True)
-    with progress.study("training", pruned_study(), 5, 0, Deadline(), Deadline()):
+    progress, study = on_console(width), small_study()
+    study.add_trial(create_trial(state=TrialState.FAIL))  # stopped from outside: it does not count
+    with progress.study("training", study, 5, Deadline()):
         pass
     text = progress.console.export_text()
     assert "study training: 3 of 5 trials" in text
@@ -198,10 +62,21 @@ def test_the_live_table_shows_what_differs_between_trials(width):
     assert max(map(len, text.splitlines())) <= width
 
 
-def test_the_time_left_is_never_more_than_the_deadline_of_all_studies():
-    progress, study = Progress(), pruned_study()
-    progress.console = Console(width=80, record=True)
-    with progress.study("training", study, 1000, 1000, Deadline(40), Deadline(60)):
+def test_the_live_table_of_two_objectives_counts_the_front():
+    study = optuna.create_study(directions=["minimize", "minimize"])
+    for values in ((0.5, 3.0), (0.6, 2.0), (0.7, 2.5)):
+        study.add_trial(create_trial(values=values))
+    progress = on_console(80)
+    with progress.study("lambda_reg", study, 3, Deadline()):
+        pass
+    text = progress.console.export_text()
+    assert "2 on the Pareto front" in text
+    assert "task exit" in " ".join(text.split())
+
+
+def test_the_time_left_is_never_more_than_the_deadline():
+    progress, study = on_console(80), small_study()
+    with progress.study("training", study, 1000, Deadline(60)):
         time.sleep(0.1)
         study.add_trial(create_trial(value=1.0))
         progress.refresh()
@@ -212,17 +87,12 @@ def test_the_time_left_is_never_more_than_the_deadline_of_all_studies():
 def test_columns_that_do_not_fit_are_left_out_whole():
     study = optuna.create_study()
     names = [f"confidence_option_{number}" for number in range(20)]
+    space = {name: FloatDistribution(0, 1) for name in names}
     for value in (0.123456, 0.5):
-        study.add_trial(
-            create_trial(
-                value=value,
-                params=dict.fromkeys(names, value),
-                distributions={name: FloatDistribution(0, 1) for name in names},
-            )
-        )
-    progress = Progress()
-    progress.console = Console(width=80, record=True)
-    with progress.study("submodels", study, 2, 0, Deadline(), Deadline()):
+        params = dict.fromkeys(names, value)
+        study.add_trial(create_trial(value=value, params=params, distributions=space))
+    progress = on_console(80)
+    with progress.study("submodels", study, 2, Deadline()):
         pass
     lines = progress.console.export_text().splitlines()
     assert max(map(len, lines)) <= 80
@@ -232,50 +102,139 @@ def test_columns_that_do_not_fit_are_left_out_whole():
     assert 4 < len(rows[0]) < 23
 
 
-def test_the_time_left_covers_the_fits_after_the_studies():
-    progress = Progress()
-    progress.console = Console(width=80, record=True)
-    progress.announce([3, 3, 3], None, trials_after=2, epochs_after=8)
-    study = optuna.create_study()
-    progress.seconds_per_epoch = 60.0  # as the baseline took
-    with progress.study("submodels", study, 1, 0, Deadline(), Deadline()):
-        study.add_trial(create_trial(value=1.0))
-        progress.refresh()
-    assert "about 8 min left for the whole run" in progress.console.export_text()
-    with progress.study("training", optuna.create_study(), 1, 0, Deadline(), Deadline()):
-        pass
-    assert "about 8 min left for the whole run" in progress.console.export_text(), (
-        "before a trial of this study has ended"
-    )
+# ------------------------------------------------------------------ the last screen
 
 
-def test_the_speed_at_another_margin_is_never_more_than_its_share():
+def metrics(**changes):
+    """The content of a metrics.json as `dact tune` leaves it, as far as the console looks at it."""
     entry = {
-        **metrics()["validation"],
-        "mean_exit_layer": 3.9,
-        "texts_per_second": 1000.0,
-    }  # of 4 layers, at 600
-    speeds = [_speed(entry, layers, 4) for layers in (1.0, 2.0, 3.0, 3.9)]
-    assert speeds == sorted(speeds, reverse=True)
-    assert speeds[0] == pytest.approx(3900.0)
-    assert speeds[-1] == pytest.approx(1000.0)
-    entry = {
-        **entry,
-        "mean_exit_layer": 2.0,
-        "texts_per_second": 500.0,
-    }  # slower than full depth: noise
-    assert _speed(entry, 1.0, 4) == pytest.approx(500.0)
-    entry = {**entry, "texts_per_second": 900.0}
-    assert 900.0 < _speed(entry, 1.0, 4) < 1800.0
+        "accuracy": 0.785,
+        "mean_exit_layer": 2.51,
+        "texts_per_second": 900.0,
+        "macro_f1": 0.712,
+        "majority_share": 0.4,
+        "difference_to_baseline": {"accuracy": -0.002, "standard_error": 0.004},
+    }
+    full = {"accuracy": 0.79, "mean_exit_layer": 4, "texts_per_second": 600.0}
+    entry["full_depth"] = {**entry, **full}
+    curve = [
+        {"margin": margin, "accuracy": 0.79 - 0.004 * step, "mean_exit_layer": 4 - 0.3 * step}
+        for step, margin in enumerate((1.0, 0.95, 0.9, 0.83, 0.8, 0.7, 0.6, 0.5, 0.4))
+    ]
+    baseline = {"accuracy": 0.787, "macro_f1": 0.72, "texts_per_second": 450.0}
+    promise = {"max_accuracy_loss": 0.01, "min_agreement": None, "max_layers": None}
+    found = {
+        "test": entry,
+        "validation": entry,
+        "baseline": {"layers": 6, "test": baseline, "validation": baseline},
+        "layers": 4,
+        "halting_tolerance": 0.0,
+        "halting_margin": 0.83,
+        "margin_curve": curve,
+        "calibration": {"promise": {**promise, "confidence": 0.95}},
+        "confirmation": "tuned settings (under new seeds the tuned ones differ by -0.52 ± 0.15 "
+        "layers and +0.10 ± 0.40 points)",
+    }
+    return {**found, **changes}
 
 
-def test_the_announcement_names_what_the_deadline_does_not_bound():
-    progress = Progress()
-    progress.console = Console(width=80, record=True)
-    progress.announce([6, 6, 6], 600.0, trials_after=2, epochs_after=8)
-    said = " ".join(progress.console.export_text().split())
-    assert said.startswith("6 + 6 + 6 trials, then the final fit")
-    assert (
-        "The studies end after 10 min; preparation, confirmation and final fit are not bounded"
-        in said
-    )
+def screen(folder, found, width=80, **options):
+    """The lines of the last screen."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.json").write_text(json.dumps(found))
+    progress = on_console(width, **options)
+    show_summary(progress, folder)
+    return [line.rstrip() for line in progress.console.export_text().splitlines()]
+
+
+def test_the_last_screen_says_in_order_what_was_found_what_it_is_worth_and_what_to_do(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "run/final"
+    (folder / "defaults").mkdir(parents=True)
+    (folder / "defaults/metrics.json").write_text(json.dumps({"test": metrics()["test"]}))
+    lines = screen(folder.relative_to(tmp_path), metrics(), force_terminal=True)
+    assert len(lines) <= 23, "and a line for the prompt"
+    assert max(map(len, lines)) <= 80
+    text = " ".join(" ".join(lines).split())
+    order = ("Found: tuned", "Result: 78.50 %", "Guaranteed with 95%", "Faster", "Next: dact serve")
+    places = [text.index(one) for one in (*order, "test accuracy to whole encoder", "Total time")]
+    assert places == sorted(places)
+    assert "prun" not in text
+    rows = [line.split("  ")[0] for line in lines[-7:-2]]
+    assert rows == ["test", "whole encoder", "all 4 layers", "tuned", "your file"]
+    assert lines[-4].split()[1:] == ["78.50", "%", "-0.20", "±", "0.40", "0.712", "2.51", "900"]
+
+
+def test_in_a_file_sentences_and_paths_are_not_broken(tmp_path):
+    lines = screen(tmp_path, metrics())
+    assert any(line.startswith("Found: tuned") and line.endswith("points)") for line in lines)
+
+
+def test_the_result_stands_beside_the_whole_encoder():
+    text = result(metrics())
+    assert "78.50 % accuracy on test with 2.51 layers" in text
+    assert "78.70 % with 6; 2.0 times its speed" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "promise", "said"),
+    [
+        ({}, {}, "Guaranteed with 95% confidence .*at most 1 point .*without early exit"),
+        ({}, {"confidence": None}, "Estimated, without a guarantee: at most 1 point"),
+        (
+            {},
+            {"confidence": None, "max_accuracy_loss": None, "max_layers": 2.5},
+            "Estimated.*at most 2.5 of 4 layers on average",
+        ),
+        ({"halting_margin": 1.0}, {}, "by proof: each text gets the class of all 4 layers"),
+        ({"calibration": None}, {}, "Nothing is guaranteed at margin 0.83"),
+    ],
+)
+def test_the_last_screen_says_what_is_guaranteed_and_against_what(changes, promise, said):
+    found = metrics(**changes)
+    if found["calibration"]:
+        found["calibration"]["promise"] |= promise
+    assert re.match(f".*{said}", guarantee(found))
+
+
+def test_a_faster_setting_is_named_only_if_it_saves_layers_at_little_loss():
+    (line,) = faster(metrics())
+    assert "--halting_margin 0.6 takes 2.20 layers for 1.9 points less" in line
+    assert faster(metrics(margin_curve=metrics()["margin_curve"][:4])) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"mean_exit_layer": 1.0}, "every text leaves after layer 1"),
+        ({"mean_exit_layer": 4.0}, "no text leaves early"),
+        ({"majority_share": 1.0}, "all texts get one class"),
+    ],
+)
+def test_what_is_wrong_with_a_final_model_is_said(tmp_path, changes, said):
+    entry = {**metrics()["validation"], **changes}
+    assert any(f"Warning: {said}" in line for line in screen(tmp_path, metrics(validation=entry)))
+    assert not any("Warning" in line for line in screen(tmp_path, metrics()))
+
+
+def test_the_picture_of_the_dials_shows_the_whole_encoder_and_the_setting_of_the_run():
+    def curve(name, settings):
+        return [
+            {
+                name: setting,
+                "accuracy": 0.8 - 0.02 * step,
+                "mean_exit_layer": 4.0 - step,
+                "agreement": 1 - 0.05 * step,
+            }
+            for step, setting in enumerate(settings)
+        ]
+
+    curves = {"tolerance": curve("tolerance", (0, 0.5)), "margin": curve("margin", (1.0, 0.8, 0.5))}
+    upper, lower = dials_picture(curves, (2.5, 0.77), 0.79).axes
+    lines = {line.get_label(): line for line in upper.get_lines()}
+    assert set(lines["whole encoder"].get_ydata()) == {79.0}
+    assert (*lines["as set"].get_xdata(), *lines["as set"].get_ydata()) == (2.5, 77.0)
+    assert list(lines["halting_margin"].get_xdata()) == [4.0, 3.0, 2.0]
+    assert [text.get_text() for text in lower.texts] == ["0", "0.5", "1", "0.8", "0.5"]

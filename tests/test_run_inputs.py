@@ -32,7 +32,7 @@ from torch.utils.data import (
 from dact import DACT, TuningEngine
 from dact.calibration import Promise
 from dact.calibration.bounds import mean_upper_bound
-from dact.cli.tune import _quiet_studies
+from dact.cli.main import quiet_studies
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.factories import DataFactory, ModelFactory
@@ -277,9 +277,9 @@ def test_a_warning_of_the_data_is_shown_once_for_all_trials(monkeypatch):
         warnings, "showwarning", lambda message, *arguments: shown.append(str(message))
     )
     monkeypatch.setattr("threading.excepthook", threading.excepthook)
-    monkeypatch.setattr("dact.cli.tune.quiet", lambda: None)
+    monkeypatch.setattr("dact.cli.main.quiet", lambda: None)
     level = optuna.logging.get_verbosity()
-    _quiet_studies()
+    quiet_studies()
     optuna.logging.set_verbosity(level)
     for _ in range(3):
         with warnings.catch_warnings():
@@ -382,9 +382,7 @@ def test_durations_and_wrong_kinds_of_options_are_understood(tmp_path):
         trainer={"max_epochs": 1, "max_time": datetime.timedelta(hours=1), "accelerator": "cpu"},
     )
     assert digest(made._survey().identity)
-    for options, message in (
-        ({"n_trials": 2.5}, "got 2.5"),
-    ):
+    for options, message in (({"n_trials": 2.5}, "got 2.5"),):
         with pytest.raises((TypeError, ValueError), match=message):
             TuningEngine(log_dir=tmp_path, **options)
 

@@ -22,7 +22,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 IMPORTED = (  # the commands, and what they and their libraries import when it is needed
-    "dact.cli.commands",
+    "dact.cli.main",
+    "dact.cli.stored",
     "dact.tuning.engine",
     "tests.killed",
     "alembic.command",

@@ -1,15 +1,15 @@
-"""The command line; start reading at `dact.cli.commands`."""
+"""The command line; start reading at `dact.__main__`."""
 
-# What each command does: those of LightningCLI, and those that run without Lightning.
-LIGHTNING = {
+# What each command does, for the help.
+TRAINING = {
     "fit": "train a classifier; writes checkpoints and a model/ folder",
+    "tune": "tune submodels, training and lambda_reg in three studies, then fit",
+}
+STORED = {
     "validate": "measure a model on the validation examples",
     "test": "measure a model on the test examples, and check its promise",
     "predict": "classify the texts of a file, or of standard input",
     "calibrate": "find the margin, or tolerance, that keeps a promise, and store it",
-    "tune": "tune submodels, training and lambda_reg in three studies, then fit",
-}
-LIGHT = {
     "export": "write the layers of a model as ONNX Runtime graphs",
     "serve": "answer classification requests over HTTP",
 }

@@ -1,41 +1,41 @@
-"""Places of fitted models: a checkpoint, a model/ folder, the folder of a run that holds one, or
-the Hub."""
+"""The commands over a stored model, which need no configuration file: ``validate``, ``test``,
+``predict``, ``calibrate``, ``export`` and ``serve``."""
 
 from __future__ import annotations
 
-import math
+import argparse
+import contextlib
 import sys
+from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from huggingface_hub.utils import disable_progress_bars  # type: ignore[attr-defined]
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import LightningDataModule
 
-from dact.calibration import Calibration, Promise, examples_for_an_estimate
+from dact import hub
+from dact.agreement import check_agreement, names_of_classes
+from dact.calibration import Promise, describe, layer_answers
+from dact.calibration import calibrate as find_dial
+from dact.calibration.answers import Measured
+from dact.cli import STORED
+from dact.cli.errors import UsageError, accepted_by, find_class, options, parse
+from dact.cli.output import measurements, promise_line, quiet
+from dact.cli.predict import check_output, write_predictions
+from dact.data.tokenizers import tokenizer_for
 from dact.encoders import LayeredEncoder
-from dact.files import check_writable_folder
-from dact.hub import HUB_ID, local_folder
+from dact.factories import DataFactory
+from dact.files import read_json
 from dact.model import DACT
 from dact.saving import CONFIG_NAME, store_in_checkpoint
+from dact.text_classifier import TextClassifier
 
 RUNS = "lightning_logs"  # folder of all runs, in that of the Trainer
-
-
-def hub_id(path: str | Path) -> tuple[str, str | None] | None:
-    """Return the Hub id and the revision of ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, None for a
-    path.
-
-    If a folder OWNER exists, the string is a path: a mistyped run name is not looked up on the Hub.
-    """
-    name, _, revision = str(path).partition("@")
-    if (
-        isinstance(path, Path)
-        or Path(path).exists()
-        or Path(name).parent.is_dir()
-        or not HUB_ID.fullmatch(name)
-    ):
-        return None
-    return name, revision or None
+OWN_FILES = "dact.data.TextClassificationData"
+NO_LIMIT = 1_000_000  # tokens
 
 
 def find_model(path: str | Path) -> Path:
@@ -43,14 +43,14 @@ def find_model(path: str | Path) -> Path:
 
     Args:
         path: A ``.ckpt`` file, a folder with config.json, or the folder of a run, which stands for
-            its ``final/model`` after ``dact tune`` and for its ``model`` after ``dact fit``. A
-            string that `hub_id` accepts stands for the downloaded folder.
+            its ``final/model`` after ``dact tune`` and for its ``model`` after ``dact fit``; or
+            ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` on the Hub, which is downloaded, unless there
+            is a folder OWNER here.
     """
-    if isinstance(path, str) and (found := hub_id(path)):
-        name, revision = found
-        if not sys.stderr.isatty():
-            disable_progress_bars()
-        return local_folder(name, revision=revision)
+    name, _, revision = str(path).partition("@")
+    is_here = Path(path).exists() or Path(name).parent.is_dir()
+    if not is_here and hub.HUB_ID.fullmatch(name):
+        return hub.local_folder(name, revision=revision or None)
     path = Path(path)
     if path.is_file():
         return path
@@ -59,86 +59,287 @@ def find_model(path: str | Path) -> Path:
             return folder
     if is_tuned(path):
         raise FileNotFoundError(
-            f"{path} is a run of dact tune without its final model: resume it with the command that began it, with "
-            f"--run_tag {path.name}, or wait for it if it is still running"
+            f"{path} is a run of dact tune without its final model: resume it with the command "
+            f"that began it, with --run_tag {path.name}, or wait for it if it is still running"
         )
-    inside = sorted(entry.name for entry in path.iterdir())[:5] if path.is_dir() else None
-    state = (
-        "does not exist" if inside is None else f"has {', '.join(inside)}" if inside else "is empty"
+    meant, usual = RUNS / path, f"{RUNS}/version_0"
+    hint = (
+        f"expected the folder of a run, such as {usual}, a model/ folder, a checkpoint or a Hub id"
     )
-    meant = RUNS / path
-    expected = (
-        f"a checkpoint, a model/ folder, the folder of a run, such as {RUNS}/version_0, or a Hub id"
+    raise FileNotFoundError(
+        f"no model at {path}: {f'did you mean {meant}?' if meant.is_dir() else hint}"
     )
-    hint = f"did you mean {meant}?" if inside is None and meant.is_dir() else f"expected {expected}"
-    raise FileNotFoundError(f"no model at {path}, which {state}: {hint}")
 
 
 def is_tuned(folder: Path) -> bool:
     """Return whether a folder is that of a run of ``dact tune``."""
-    return any(
-        (folder / name).exists()
-        for name in ("studies.db", "submodels", "classifier_config.yaml", "final")
-    )
+    return any((folder / name).exists() for name in ("run.json", "studies.db", "final"))
 
 
-def load_model(path: Path, encoder: LayeredEncoder | None = None, **overrides: Any) -> DACT:
+def pair(source: Path) -> list[Path]:
+    """Return the model/ folder and the best checkpoint of a run, which are the same model, if
+    `source` is one of them; else `source` alone."""
+    run = source.parent if source.is_dir() else source.parents[1]
+    both = [run / "model", run / "checkpoints" / "best.ckpt"]
+    return [path for path in both if path.exists()] if source in both else [source]
+
+
+def load_model(source: Path, encoder: LayeredEncoder | None = None, **overrides: Any) -> DACT:
     """Return the model of a path that `find_model` returned, in eval mode on the CPU."""
-    if path.is_dir():
-        return DACT.from_pretrained(path, encoder=encoder, **overrides)
-    return DACT.load_from_checkpoint(path, encoder=encoder, **overrides).eval()
+    load: Any = DACT.from_pretrained if source.is_dir() else DACT.load_from_checkpoint
+    return load(source, encoder=encoder, **overrides).eval()
 
 
-def counterpart(path: Path) -> Path | None:
-    """Return the model/ folder next to a checkpoint of a run, or the best checkpoint next to its
-    model/ folder."""
-    if path.is_dir():
-        checkpoint = path.parent / "checkpoints" / "best.ckpt"
-        return checkpoint if checkpoint.is_file() else None
-    folder = path.parent.parent / "model"
-    return folder if (folder / CONFIG_NAME).is_file() else None
-
-
-def check_storable(source: Path) -> None:
-    """Raise an error unless `store_dial` can write where the model lies."""
-    other = counterpart(source)
-    for path in [source] if other is None else [source, other]:
-        check_writable_folder(
-            path if path.is_dir() else path.parent,
-            "the model cannot be written: calibrate a copy of it in a folder that can",
-        )
-
-
-def check_estimate(found: Calibration, promise: Promise) -> None:
-    """Raise a ``ValueError`` if an estimate had too few examples, so that only the proof is left,
-    as without any."""
-    needed = examples_for_an_estimate(promise)
-    if found.estimate and found.examples < needed < math.inf:
-        raise ValueError(
-            f"this estimate takes {needed} examples or more, got {found.examples}: give more, or promise less. The "
-            "model is left as it was"
-        )
-
-
-def store_dial(source: Path, model: DACT, dial: str) -> list[str]:
-    """Store the halting settings of a model in its source, and in the checkpoint or folder next to
-    it if that has the same weights. Return a line for the console for each."""
-    lines = []
-    other = counterpart(source)
-    for path in [source] if other is None else [source, other]:
-        if path == other:
-            stored = load_model(
-                path, model.encoder if model.encoder.config() is None else None
-            ).state_dict()
-            own = model.state_dict()
-            if own.keys() != stored.keys() or not all(
-                torch.equal(own[name], stored[name]) for name in own
-            ):
-                lines.append(f"{path} holds other weights, and keeps its {dial}")
-                continue
+def store(model: DACT, source: Path) -> None:
+    """Write the halting rule of a model, and what was learned after its fit, where it is stored."""
+    for path in pair(source):
         if path.is_dir():
             model.save_pretrained(path)
         else:
             store_in_checkpoint(path, model)
-        lines.append(f"wrote {dial} {getattr(model, dial):.8g} to {path}")
-    return lines
+
+
+@dataclass
+class Stored:
+    """A stored model, how it runs, and the data of a command.
+
+    Args:
+        model: Folder of a run, model/ folder, checkpoint, or OWNER/NAME[@REVISION] on the Hub.
+        data: Section of the data.
+        encoder: Section of the encoder, for a model that cannot rebuild its own.
+        halting: Halting rule; that of the model if left out.
+        halting_margin: Margin, in [0, 1]; that of the model if left out.
+        halting_tolerance: Tolerance, in [0, 1); that of the model if left out.
+        step_tokens: Number of tokens, padding included, per layer in a step of early exit.
+        device: Device, such as cpu or cuda; auto takes a GPU if there is one.
+        dtype: Precision of the encoder.
+    """
+
+    model: str
+    data: Any = None
+    encoder: Any = None
+    halting: Literal["exact", "paper", "never"] | None = None
+    halting_margin: float | None = None
+    halting_tolerance: float | None = None
+    step_tokens: int | None = None
+    device: str = "auto"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+    @cached_property
+    def dact(self) -> DACT:
+        """The model on its device; a line says which margin it uses."""
+        names = ("halting", "halting_margin", "halting_tolerance", "step_tokens")
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        source = find_model(self.model)
+        try:
+            model = load_model(source, **given)
+        except ValueError:
+            if self.encoder is None or self.encoder["class_path"].startswith("dact."):
+                raise
+            parser = ArgumentParser(exit_on_error=False)
+            parser.add_subclass_arguments(LayeredEncoder, "encoder")
+            built = parser.instantiate(parser.parse_object({"encoder": self.encoder}))
+            model = load_model(source, encoder=built.encoder, **given)
+        rule = f"{model.halting} rule, tolerance {model.halting_tolerance:g}"
+        held = "with a promise" if model.calibration else "without a promise"
+        print(f"halting_margin {model.halting_margin:.8g} {held} ({rule})", file=sys.stderr)
+        gpu = torch.accelerator.current_accelerator(check_available=True) or "cpu"
+        return model.to(gpu if self.device == "auto" else self.device)
+
+    def precision(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which the model runs in `dtype`."""
+        if self.dtype == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.dact.device.type, getattr(torch, self.dtype))
+
+    def build_data(self) -> LightningDataModule:
+        """Return the data, with the classes of the model and not more tokens than it takes."""
+        options = self.data["init_args"]
+        if options.get("class_names", ()) is None:
+            options["class_names"] = self.dact.class_names
+        if "max_length" in options:
+            options["max_length"] = min(
+                options["max_length"], self.dact.encoder.max_length or NO_LIMIT
+            )
+        return DataFactory(self.data)()
+
+
+def validate(stored: Stored) -> None:
+    """Measure a model on its validation examples."""
+    with stored.precision():
+        measure(stored.dact, stored.build_data(), "validate")
+
+
+def test(stored: Stored) -> None:
+    """Measure a model on test examples, and check its promise."""
+    with stored.precision():
+        measure(stored.dact, stored.build_data(), "test")
+
+
+def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "test"]) -> None:
+    """Print the measurements of a model and, on test examples, whether its promise holds."""
+    data.prepare_data()
+    data.setup(stage)
+    check_agreement(model, data, training=False)
+    batches = data.test_dataloader() if stage == "test" else data.val_dataloader()
+    answers = layer_answers(model, batches)
+    measured = Measured(answers, answers.exit_layers(model.exit_rule))
+    print(measurements(measured, names_of_classes(model)))
+    if stage == "test" and model.calibration is not None:
+        print(promise_line(model.calibration, measured))
+
+
+def calibrate(stored: Stored, **promise: Any) -> None:
+    """Find the setting of a dial that keeps a promise, and store it with the model."""
+    source = find_model(stored.model)
+    if not Path(stored.model).exists():
+        raise UsageError(
+            f"dact calibrate writes to the model: download it first, by `hf download "
+            f"{stored.model.partition('@')[0]} --local-dir FOLDER`, and give --model FOLDER"
+        )
+    wanted, model = Promise(**promise), stored.dact
+    before, had_promise = getattr(model, wanted.dial), model.calibration is not None
+    with stored.precision():
+        found = find_dial(model, stored.build_data(), **promise)
+    print(describe(found, model.num_layers))
+    store(model, source)
+    print(
+        f"{wanted.dial} was {before:.8g}{' with a promise' if had_promise else ''}, and is "
+        f"{getattr(model, wanted.dial):.8g} in {' and '.join(map(str, pair(source)))}"
+    )
+
+
+def predict(
+    stored: Stored, *, output: str = "predictions.csv", keep_columns: list[str] | None = None
+) -> None:
+    """Classify the texts of a file, or of standard input, a batch at a time.
+
+    Args:
+        output: File to write: .csv, .jsonl or .parquet; - writes csv to standard output.
+        keep_columns: Columns of the input to copy; by default those of the texts, and id if there
+            is one.
+    """
+    data = stored.data["init_args"]
+    file = data.get("predict_file")
+    check_output(output, file)
+    if data.get("tokenizer") is None:
+        raise UsageError(f"no tokenizer is stored with {stored.model}: give --data.tokenizer")
+    tokenizer = tokenizer_for(data["tokenizer"], data["max_length"])
+    classifier = TextClassifier(stored.dact, tokenizer, dtype=stored.dtype)
+    columns = [data["text_column"], data.get("text_pair_column")]
+    texts = [name for name in columns if name is not None]
+    write_predictions(classifier, file, texts, keep_columns, output)
+
+
+def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> None:
+    """Write the layers of a model as ONNX Runtime graphs.
+
+    Args:
+        model: Folder of a run, model/ folder, or OWNER/NAME[@REVISION] on the Hub.
+        output: Folder to write to.
+        quantize: int8 quantizes the weights of the layers; float32 if left out.
+    """
+    from dact.exporting import export as write
+
+    print(write(find_model(model), output, quantize))
+
+
+def serve(
+    model: str,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    max_batch: int = 64,
+    max_wait: float = 0.002,
+) -> None:
+    """Answer classification requests over HTTP.
+
+    Args:
+        model: Folder of a run, model/ folder, or OWNER/NAME[@REVISION] on the Hub.
+        host: Address to listen on.
+        port: Port to listen on.
+        max_batch: Largest number of requests that are classified together.
+        max_wait: Seconds to wait for a fuller batch.
+    """
+    from dact.server import serve as listen
+
+    listen(find_model(model), host, port, max_batch, max_wait)
+
+
+# ---------------------------------------------------------------------- the command line
+
+
+def run(command: str, words: list[str]) -> None:
+    """Run a command over a stored model."""
+    quiet()
+    sys.path.append(str(Path().absolute()))
+    function = globals()[command]
+    parser = ArgumentParser(
+        prog=f"dact {command}",
+        description=STORED[command],
+        exit_on_error=False,
+        allow_abbrev=False,
+    )
+    if command in ("export", "serve"):
+        parser.add_function_arguments(function)
+        function(**parse(parser, words).as_dict())
+        return
+    before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    before.add_argument("--model")
+    before.add_argument("-c", "--config", action="append", default=[])
+    given, words = before.parse_known_args(words)
+    sections = [] if given.model is None else [_run_config(find_model(given.model))]
+    sections += [_read(Path(name)) for name in given.config]
+    parser.add_class_arguments(Stored, skip={"data", "encoder"}, instantiate=False)
+    parser.add_argument("--config", help="file with a section data:, or model.encoder, to use")
+    if command == "calibrate":
+        parser.add_class_arguments(Promise, instantiate=False)
+    else:
+        parser.add_function_arguments(function, skip={"stored"})
+    parser.add_subclass_arguments(LightningDataModule, "data", instantiate=False, required=False)
+    parser.set_defaults({"data": _data_section(command, given.model, sections, words)})
+    words += [] if given.model is None else ["--model", given.model]
+    config = parse(parser, words).as_dict()
+    config.pop("config")
+    encoders = [one["model"]["encoder"] for one in sections if one.get("model", {}).get("encoder")]
+    own = {field.name: config.pop(field.name) for field in fields(Stored) if field.name in config}
+    function(Stored(**own, encoder=encoders[-1] if encoders else None), **config)
+
+
+def _run_config(source: Path) -> dict[str, Any]:
+    """Return the configuration of the run that a model lies in; empty elsewhere."""
+    folder = source.parent if source.is_dir() else source.absolute().parents[1]
+    return _read(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8") as file:
+        return yaml.safe_load(file) or {}
+
+
+def _data_section(
+    command: str, model: str | None, sections: list[dict[str, Any]], words: list[str]
+) -> dict[str, Any]:
+    """Return the section of the data that a command begins with: that of the last configuration
+    that names a class, or own files if that class does not take the options of the command."""
+    section: dict[str, Any] = {"class_path": OWN_FILES}
+    for one in sections:
+        new = one.get("data") or {}
+        arguments = {**section.get("init_args", {}), **new.get("init_args", {})}
+        section = new if "class_path" in new else {**section, "init_args": arguments}
+    names = {name.split(".")[1] for _, name, _ in options(words) if name.startswith("data.")}
+    names |= {"predict_file"} if command == "predict" else set()
+    accepted = accepted_by(find_class(section["class_path"]))
+    if accepted and not names <= {*accepted}:
+        section, accepted = {"class_path": OWN_FILES}, accepted_by(find_class(OWN_FILES))
+    arguments = dict(section.get("init_args") or {})
+    source = Path() if model is None else find_model(model)
+    folder = source if source.is_dir() else source.absolute().parents[1] / "model"
+    file = folder / "tokenizer_config.json"
+    if "tokenizer" in accepted and file.is_file():
+        arguments["tokenizer"] = str(folder)
+        longest = read_json(file).get("model_max_length") or NO_LIMIT
+        arguments.setdefault("max_length", min(longest, NO_LIMIT))
+    if names & {"val_file", "calibration_file"}:
+        # All examples of another file count.
+        arguments["calibration_fraction"] = 0.0
+    return {**section, "init_args": arguments}

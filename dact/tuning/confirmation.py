@@ -106,7 +106,7 @@ def _choose(outcomes: dict[str, Outcome]) -> tuple[str, str]:
     gains_accuracy = gain > gain_error and layers <= layers_error
     better = saves_layers or gains_accuracy
     text = (
-        f"under new seeds the tuned ones take {layers:+.2f} ± {layers_error:.2f} layers and "
+        f"under new seeds the tuned ones differ by {layers:+.2f} ± {layers_error:.2f} layers and "
         f"{100 * gain:+.2f} ± {100 * gain_error:.2f} points"
     )
     return "tuned" if better else "recommended", text

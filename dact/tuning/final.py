@@ -183,6 +183,8 @@ def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str
     promise = prepared.recipe.promise
     if promise is None:
         return "there is no promise: each text gets the class of all layers"
+    if promise.max_layers is not None and promise.max_layers >= model.num_layers:
+        return f"at most {promise.max_layers:g} layers: all {model.num_layers} of this model keep it"
     with prepared.recipe.precision():
         try:
             return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
@@ -257,7 +259,7 @@ def _measure_defaults(
         progress.note(f"your file is not in the table: {error}")
         return
     model = fit.model()
-    progress.note(_set_dial(prepared, model, data))
+    _set_dial(prepared, model, data)
     with progress.stage("measuring your file"):
         found = _evaluate(prepared, model, data)
     for split, one in found.items():

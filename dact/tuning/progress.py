@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LambdaCallback
 from optuna.study import Study
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import TrialState
 from rich import box
 from rich.console import Console, Group
 from rich.live import Live
@@ -50,7 +50,7 @@ class Progress:
 
         def frame() -> Group:
             ended, parts = _ended(study), [_best_so_far(study)]
-            if ended > before:
+            if before < ended < total:
                 pace = (time.monotonic() - start) / (ended - before)
                 left = min(pace * max(0, total - ended), deadline.left)
                 parts.append(f"about {format_seconds(left)} left")
@@ -92,7 +92,9 @@ class Progress:
                 total, completed = epochs * batches, trainer.current_epoch * batches
                 bars.update(task, total=total, completed=completed)
 
-            advance: Any = lambda *_: bars.advance(task)
+            def advance(*_: Any) -> None:
+                bars.advance(task)
+
             yield LambdaCallback(on_train_epoch_start=begin, on_train_batch_end=advance)
         self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
 

@@ -1,0 +1,376 @@
+"""``dact fit`` and ``dact tune``: LightningCLI with dact's model, callbacks and engine."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import warnings
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import torch
+import yaml
+from jsonargparse import Namespace
+from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins import CheckpointIO
+from typing_extensions import override
+
+from dact import signals
+from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
+from dact.cli import TRAINING
+from dact.cli.errors import UsageError, parse
+from dact.cli.output import Bar, EpochLines, quiet
+from dact.cli.stored import RUNS, is_tuned, load_model, measure
+from dact.factories import DataFactory, ModelFactory
+from dact.files import DurableCheckpointIO, read_checkpoint
+from dact.functional import UNLABELLED
+from dact.model import DACT
+
+Monitor = Literal["last", "val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
+# The options of a fit that may differ when it is resumed.
+CHANGEABLE = ("max_epochs", "logger", "log_every_n_steps", "enable_progress_bar", "accelerator")
+OF_COMMAND = ("ckpt_path", "run_tag", "tuner", "fast", "calibrate")
+
+
+class TrainingCLI(LightningCLI):
+    """The options of ``dact fit`` and ``dact tune``, which read the same files.
+
+    Args:
+        command: ``"fit"`` or ``"tune"``.
+        words: The command line after the command.
+    """
+
+    def __init__(self, command: str, words: list[str]) -> None:
+        self.command, self.words = command, words
+        self.data: LightningDataModule | None = None
+        super().__init__(
+            DACT,
+            LightningDataModule,
+            run=False,
+            subclass_mode_data=True,
+            seed_everything_default=0,
+            save_config_callback=None,
+            parser_kwargs={
+                "prog": f"dact {command}",
+                "usage": f"dact {command} --config FILE [--OPTION ...]",
+                "description": TRAINING[command],
+                "exit_on_error": False,
+                "allow_abbrev": False,
+            },
+        )
+
+    @property
+    def plain(self) -> dict[str, Any]:
+        """The configuration as plain data."""
+        return yaml.safe_load(self.parser.dump(self.config, skip_none=False))
+
+    # ------------------------------------------------------------------ options
+
+    @override
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        # The skipped options are added with one more type of value.
+        parser.add_class_arguments(
+            DACT,
+            "model",
+            skip={"class_weights", "output_dimension"},
+            fail_untyped=False,
+            sub_configs=True,
+            instantiate=self.command == "fit",
+        )
+        parser.add_argument(
+            "--model.output_dimension",
+            type=int | None,
+            default=None,
+            help="number of classes; that of the data if left out",
+        )
+        parser.add_argument(
+            "--model.class_weights",
+            type=list[float] | Literal["balanced"] | None,
+            default=None,
+            help="one weight per class for the losses; balanced: in inverse proportion to the "
+            "training examples",
+        )
+        parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
+        parser.set_defaults({"data": {"class_path": "dact.data.TextClassificationData"}})
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({"trainer.enable_model_summary": False})
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        help = "name of the run and its folder in lightning_logs; the same name resumes the run"
+        parser.add_argument("--run_tag", type=str, default="", help=help)
+        help = "checkpoint with which a fit begins"
+        parser.add_argument("--ckpt_path", type=str | None, default=None, help=help)
+        help = "epoch that the model of a fit is of: the last one, or the best by this metric"
+        parser.add_argument("--monitor", type=Monitor, default="last", help=help)
+        help = "end a fit with a margin calibrated on validation examples that are set aside"
+        parser.add_argument("--calibrate", type=bool, default=True, help=help)
+        help = "tune with one trial per study and one batch per fit, as a smoke test"
+        parser.add_argument("--fast", action="store_true", help=help)
+        if self.command == "fit":
+            help = "options of dact tune"
+            parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help=help)
+            return
+        from dact.tuning import TuningEngine
+        from dact.tuning.recipe import TRAINER_DEFAULTS
+
+        elsewhere = {"output_dimension", "model", "data", "trainer", "seed", "callbacks"}
+        parser.add_class_arguments(
+            TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False
+        )
+        parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+
+    @override
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        self.config = parse(parser, self.words)
+
+    # ------------------------------------------------------------------ building
+
+    @override
+    def instantiate_classes(self) -> None:
+        self._complete()
+        if self.command == "fit":
+            self._resume()
+            super().instantiate_classes()
+            # The texts of the first one are already tokenized.
+            self.datamodule = self.data or self.datamodule
+
+    def _complete(self) -> None:
+        """Complete the configuration with what follows from encoder and data."""
+        model, data = self.config.model, self.config.data.init_args
+        if "tokenizer" in data and data.tokenizer is None:
+            data.tokenizer = model.encoder.init_args.get("pretrained")
+        if (
+            self.command == "fit"
+            and self.config.calibrate
+            and data.get("calibration_fraction") == 0
+        ):
+            data.calibration_fraction = 0.0 if data.get("calibration_file") else 0.5
+        balanced = model.class_weights == "balanced"
+        if model.output_dimension is not None and not balanced:
+            return
+        self.data = DataFactory(self.plain["data"])()
+        self.data.prepare_data()
+        self.data.setup("fit")
+        names = getattr(self.data, "class_names", None)
+        if model.output_dimension is None:
+            if names is None:
+                raise ValueError("give model.output_dimension: the data does not name its classes")
+            model.output_dimension = len(names)
+        if balanced:
+            model.class_weights = balanced_weights(self.data, model.output_dimension)
+
+    def _resume(self) -> None:
+        """Let a fit with the tag of an earlier one resume it."""
+        config = self.config
+        if not config.run_tag:
+            return
+        folder = run_folder(
+            Path(config.trainer.default_root_dir or ".", RUNS), config.run_tag, "fit"
+        )
+        last = folder / "checkpoints" / LAST
+        if config.ckpt_path is not None or not last.is_file():
+            return
+        file = folder / "config.yaml"
+        before, now = yaml.safe_load(file.read_text(encoding="utf-8")), self.plain
+        for one in (before, now):
+            for name in OF_COMMAND:
+                one.pop(name, None)
+            for name in CHANGEABLE:
+                one["trainer"].pop(name, None)
+        if before != now:
+            raise ValueError(
+                f"run {folder.name} was started with another {first_difference(before, now)}: use "
+                f"the value in {file}, or give another --run_tag"
+            )
+        done = read_checkpoint(last)["epoch"] + 1
+        if 0 < (config.trainer.max_epochs or 1000) <= done:
+            raise ValueError(
+                f"run {folder.name} has finished epoch {done}, its last: raise "
+                "--trainer.max_epochs, or give another --run_tag"
+            )
+        print(f"resuming {folder} after epoch {done}")
+        config.ckpt_path = str(last)
+
+    @override
+    def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
+        given = config.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        added: list[Callback] = [signals.StopOnSignal()]
+        if config.get("enable_progress_bar") is None:
+            config["enable_progress_bar"] = sys.stdout.isatty()
+        if config["enable_progress_bar"] and not _has(given, ProgressBar):
+            added.append(Bar())
+        if self.config.run_tag:
+            if config.get("logger") not in (None, True):
+                raise ValueError("--run_tag names the folder of the default logger: leave one out")
+            root, tag = config.get("default_root_dir") or ".", self.config.run_tag
+            config["logger"] = TensorBoardLogger(root, name=RUNS, version=tag)
+        monitor = "epoch" if self.config.monitor == "last" else self.config.monitor
+        own = [one for one in given if isinstance(one, ModelCheckpoint)]
+        if not _has(given, Checkpoint) and config.get("enable_checkpointing") is not False:
+            best = ModelCheckpoint(
+                filename="best",
+                monitor=monitor,
+                mode="min" if monitor.endswith("loss") else "max",
+                enable_version_counter=False,
+                save_on_train_epoch_end=True if monitor == "epoch" else None,
+            )
+            own = [best]
+            added.append(best)
+        added += [LastCheckpoint(one) for one in own[:1]]
+        added += [ExitPlots(), SavePretrained(), EpochLines()]
+        plugins = config.get("plugins") or []
+        plugins = plugins if isinstance(plugins, list) else [plugins]
+        if not _has(plugins, CheckpointIO):
+            config["plugins"] = [*plugins, DurableCheckpointIO()]
+        return super()._instantiate_trainer(config, [*callbacks, *added])
+
+    # ------------------------------------------------------------------ commands
+
+    def fit(self) -> None:
+        """Fit; a fit that is stopped leaves its model so far, and prints how to resume it."""
+        trainer = self.trainer
+        folder = Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
+        if folder is not None and trainer.is_global_zero:
+            # It describes the fit as it began.
+            config = self.config.clone()
+            config.ckpt_path = None
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True)
+        try:
+            trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
+        except BaseException:
+            # Lightning turns Ctrl-C into a SystemExit.
+            if not signals.stop_requested():
+                raise
+            last = Path(getattr(trainer.checkpoint_callback, "dirpath", None) or "", LAST)
+            if not last.is_file():
+                raise KeyboardInterrupt from None
+            SavePretrained().on_fit_end(trainer, self.model)
+            if folder is not None and folder.parent.name == RUNS and folder in last.parents:
+                self._stopped("run_tag", folder.name)
+            self._stopped("ckpt_path", str(last))
+        if folder is not None and (folder / "model").is_dir() and trainer.world_size == 1:
+            own = self.model.encoder if self.model.encoder.config() is None else None
+            model = load_model(folder / "model", own).to(self.model.device)
+            measure(model, self.datamodule, "validate")
+
+    def _stopped(self, name: str, value: str) -> NoReturn:
+        """End the process with the command that resumes the run."""
+        more = [] if name == "run_tag" and self.config.run_tag else [f"--{name}", value]
+        again = shlex.join(["dact", self.command, *self.words, *more])
+        print(f"\ndact: stopped; resume with: {again}", file=sys.stderr)
+        raise SystemExit(130)
+
+    def tune(self) -> None:
+        """Run the studies and the final fit on factories of model and data."""
+        from dact.tuning import TuningEngine
+        from dact.tuning.recipe import TRAINER_DEFAULTS
+
+        config, plain = self.config, self.plain
+        unread = [name for name in ("optimizer", "lr_scheduler", "ckpt_path") if config.get(name)]
+        unread += ["monitor"] if config.monitor != "last" else []
+        if unread:
+            raise UsageError(
+                f"dact tune does not read {', '.join(unread)}: it trains with the model's own "
+                "optimizer and schedule, and keeps the last epoch. Leave this out"
+            )
+        if config.run_tag:
+            run_folder(Path(config.tuner.log_dir), config.run_tag, "tune")
+        sections = Namespace(trainer=config.trainer, tuner=config.tuner)
+        ready = self.parser.instantiate_classes(sections)
+        given = vars(ready.trainer).items()
+        trainer = {name: v for name, v in given if v is not None or name in TRAINER_DEFAULTS}
+        options = vars(ready.tuner)
+        if config.fast:
+            trainer |= {"max_epochs": 1, "limit_train_batches": 1}
+            options |= {"n_trials": 1, "warm_up_epochs": 1, "compare_defaults": False}
+        engine = TuningEngine(
+            plain["model"]["output_dimension"],
+            model=ModelFactory(plain["model"]),
+            data=DataFactory(plain["data"]),
+            trainer=trainer,
+            seed=int(plain["seed_everything"] or 0),
+            **options,
+        )
+        engine.worker_setup = quiet_studies
+        quiet_studies()
+        tag = config.run_tag or engine.run_tag
+        try:
+            engine.run_pipeline(tag)
+        except KeyboardInterrupt:
+            self._stopped("run_tag", tag)
+
+
+def quiet_studies() -> None:
+    """Keep Optuna's lines, which the engine's table has, off the console, and show each warning
+    once, not once per fit."""
+    import optuna
+
+    quiet()
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+    seen: set[str] = set()
+    show = warnings.showwarning
+
+    def once(message: Warning | str, *arguments: Any, **options: Any) -> None:
+        if str(message) not in seen:
+            seen.add(str(message))
+            show(message, *arguments, **options)
+
+    warnings.showwarning = once
+
+
+def run_folder(root: str | Path, tag: str, command: str) -> Path:
+    """Return the folder of a run, unless its tag is a path or it belongs to the other command."""
+    if tag in (".", "..") or tag != Path(tag).name:
+        raise ValueError(f"run_tag must be a name, got {tag!r}")
+    folder = Path(root, tag)
+    owner = "tune" if is_tuned(folder) else "fit"
+    if owner != command and (owner == "tune" or (folder / "checkpoints").exists()):
+        raise ValueError(f"{folder} belongs to dact {owner}: give another --run_tag")
+    return folder
+
+
+def first_difference(before: Any, now: Any, path: str = "") -> str:
+    """Return the dotted name of the first entry that differs, with both values."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for name in [*before, *now]:
+            if before.get(name) != now.get(name):
+                return first_difference(before.get(name), now.get(name), f"{path}.{name}")
+    return f"{path.removeprefix('.')} ({before!r} instead of {now!r})"
+
+
+def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
+    """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of
+    that class.
+
+    `data` must be set up for fit.
+    """
+    labels = torch.cat([batch["labels"].cpu() for batch in data.train_dataloader()])
+    counts = torch.bincount(labels[labels != UNLABELLED], minlength=classes).double()
+    if (counts == 0).any():
+        raise ValueError(
+            "class_weights: balanced needs training examples of every class, but there are "
+            f"{counts.long().tolist()}"
+        )
+    return [round(weight, 6) for weight in (counts.sum() / (classes * counts)).tolist()]
+
+
+def _has(given: list[Any], kind: type) -> bool:
+    return any(isinstance(one, kind) for one in given)
+
+
+def run(command: str, words: list[str]) -> None:
+    """Run ``dact fit`` or ``dact tune``."""
+    quiet()
+    # A configuration may name classes of files next to it, or in this folder.
+    files = [Path(word) for flag, word in pairwise(words) if flag in ("-c", "--config")]
+    sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in files))]
+    cli = TrainingCLI(command, words)
+    signals.install()
+    cli.fit() if command == "fit" else cli.tune()

@@ -1,0 +1,175 @@
+"""What the commands print: epochs, measurements, and whether a promise holds on a test."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar
+from typing_extensions import override
+
+from dact.calibration.answers import Measured, careful_mean_and_error, mean_and_error
+
+# The metrics of an epoch that are shown, and their decimals.
+SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}
+
+
+def quiet() -> None:
+    """Hide what other libraries say about every fit, and the line of code of each warning.
+
+    It is for processes of the command line; library calls never use it.
+    """
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
+        for handler in logging.getLogger(name).handlers:
+            handler.addFilter(_is_worth_reading)
+    for noise in ("lightning", "torch", "jsonargparse", "optuna"):
+        warnings.filterwarnings("ignore", module=noise)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Return whether a record is an error, or was logged by code outside of Lightning."""
+    return record.levelno > logging.WARNING or "lightning" not in record.pathname
+
+
+class Bar(RichProgressBar):
+    """A progress bar of one line; `EpochLines` shows the metrics."""
+
+    @override
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        return {}
+
+    @override
+    def _get_train_description(self, current_epoch: int) -> str:
+        # Lightning counts from 0.
+        return f"Epoch {current_epoch + 1}".ljust(len(self.validation_description))
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # What is printed then would get into the bar.
+        self._stop_progress()
+
+
+class EpochLines(Callback):
+    """Print the classes of the data, and the metrics of each epoch on one line."""
+
+    def __init__(self) -> None:
+        self._started = 0.0
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        describe = getattr(getattr(trainer, "datamodule", None), "describe_classes", None)
+        if describe is not None and (text := describe()):
+            _say(trainer, text)
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._started = time.monotonic()
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        metrics = {name: float(trainer.callback_metrics.get(name, "nan")) for name in SHOWN}
+        epoch = f"epoch {trainer.current_epoch + 1}"
+        if not math.isfinite(trainer.callback_metrics.get("val_loss", 0.0)):
+            raise RuntimeError(
+                f"the fit broke: val_loss is {metrics['val_loss']} after {epoch}. Try a smaller "
+                "learning_rate, or trainer.precision 32-true, under another run_tag"
+            )
+        last = f"/{trainer.max_epochs}" if (trainer.max_epochs or -1) > 0 else ""
+        short = {"val_accuracy": "accuracy", "val_exit_layer": "layers"}
+        values = [
+            f"{short.get(name, name)} {metrics[name]:.{digits}f}"
+            for name, digits in SHOWN.items()
+            if not math.isnan(metrics[name])
+        ]
+        seconds = time.monotonic() - self._started
+        _say(trainer, f"{epoch}{last}: {' '.join(values)}, {seconds:.0f} s")
+
+
+def _say(trainer: Trainer, text: str) -> None:
+    """Print above a progress bar, if there is one."""
+    bar = trainer.progress_bar_callback
+    if not trainer.is_global_zero:
+        return
+    if isinstance(bar, RichProgressBar) and bar.progress is not None and sys.stdout.isatty():
+        bar.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
+    else:
+        print(text, flush=True)
+
+
+def measurements(measured: Measured, names: Sequence[str]) -> str:
+    """Return the measurements of early exit as a few lines of text.
+
+    Args:
+        measured: Measurements.
+        names: Names of the classes.
+    """
+    target, found, count = measured.answers.target, measured.classes, len(names)
+    # [true class, answered class]
+    confusion = torch.bincount(target * count + found, minlength=count**2).view(count, count)
+    total = confusion.sum(0) + confusion.sum(1)
+    f1 = {names[n]: 2 * confusion[n, n] / total[n] for n in range(count) if total[n]}
+    wrong = (confusion - confusion.diag().diag()).flatten()
+    most = [n for n in wrong.argsort(descending=True)[:2].tolist() if wrong[n]]
+    taken = [f"{names[n // count]} as {names[n % count]} ({wrong[n]})" for n in most]
+    depth, largest = measured.answers.num_layers, int(confusion.sum(1).argmax())
+    always = 100 * confusion[largest].sum() / len(target)
+    left = [f"{layer}: {number}" for layer, number in enumerate(measured.exit_histogram, 1)]
+    lines = [
+        f"examples   {len(target)}",
+        f"accuracy   {100 * measured.accuracy:.2f} %, all {depth} layers "
+        f"{100 * measured.full_depth.accuracy:.2f} %, always {names[largest]!r} {always:.2f} %",
+        f"agreement  {100 * measured.agreement:.2f} % get the class of all {depth} layers",
+        f"macro F1   {measured.macro_f1:.3f}",
+        f"F1         {', '.join(f'{name} {value:.3f}' for name, value in f1.items())}",
+        f"confused   {', '.join(taken) or 'none'}: true class as answered class",
+        f"layers     {measured.mean_exit_layer:.2f} of {depth}; after layer {', '.join(left)} left",
+    ]
+    if measured.majority_share == 1:
+        lines.append(
+            f"All examples get the class {names[int(found[0])]!r}. Try more epochs, a smaller "
+            "batch_size, another learning_rate, or class_weights: balanced"
+        )
+    return "\n".join(lines)
+
+
+def promise_line(calibration: Mapping[str, Any], measured: Measured) -> str:
+    """Return a line that says whether a promise holds on test examples, with the standard error.
+
+    Args:
+        calibration: Content of `DACT.calibration`.
+        measured: Measurements on the test examples.
+    """
+    promise = calibration["promise"]
+    kind = "estimate" if calibration.get("estimate") else "promise"
+    if calibration.get("baseline_accuracy") is not None:
+        return f"the {kind} was made against a baseline, which is not measured here"
+    scale, unit = 100, " points"
+    if (limit := promise.get("max_accuracy_loss")) is not None:
+        losses = measured.full_depth.right.int() - measured.right.int()
+        mean, error = careful_mean_and_error(losses)
+        what = "of accuracy below all layers"
+    elif promise.get("min_agreement") is not None:
+        limit, unit = 1 - promise["min_agreement"], " %"
+        mean, error = careful_mean_and_error(measured.classes != measured.full, low=0.0)
+        what = "of the classes differ from those of all layers"
+    else:
+        limit, scale, unit = promise["max_layers"], 1, " layers"
+        mean, error = mean_and_error(measured.exits)
+        what = "on average"
+    verdict = "does not hold" if mean > limit + 2 * error else "is within its error"
+    verdict = "holds" if mean <= limit else verdict
+    return (
+        f"{kind} of {promise['dial']} {calibration[promise['dial']]:.8g}: at most "
+        f"{scale * limit:g}{unit} {what}. Here it is {scale * mean:.2f} (standard error "
+        f"{scale * error:.2f}): it {verdict} on these {len(measured.exits)} examples"
+    )
