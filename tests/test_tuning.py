@@ -28,7 +28,8 @@ from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from dact.files import read_tensors
 from dact.tuning.features import Features, FeaturesData, compute_features
-from dact.tuning.outcome import Outcome
+from dact.tuning.outcome import OUTCOME, Outcome
+from dact.tuning.settings import Settings
 from dact.tuning.stages import STAGES as ALL_STAGES
 from dact.tuning.trainer import Deadline, StopAtDeadline, TimeIsUp
 from dact.tuning.trial import CAUSE
@@ -65,6 +66,12 @@ def study_of(tmp_path, stage, tag="run"):
     return optuna.load_study(
         study_name=f"{tag}/{stage}", storage=f"sqlite:///{tmp_path / tag / 'studies.db'}"
     )
+
+
+def prepared_of(made, tag="run"):
+    """What all fits of a run share, after it was made."""
+    with made._run(tag) as prepared:
+        return prepared
 
 
 def metrics_say_tuned(run):
@@ -137,8 +144,7 @@ def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
     config = yaml.safe_load((run / "classifier_config.yaml").read_text())
     if metrics_say_tuned(run):
         assert SubmodelConfig(**config) == model.classifier.config
-    assert model.submodel_learning_rate == chosen["submodel_learning_rate"]
-    assert model.num_layers == chosen["num_layers"]
+    assert all(getattr(model, name) == chosen[name] for name in ("num_layers", "detach_exits"))
     assert model.distillation == 0.5, "half of its targets come from the baseline"
     data = small_data()
     data.setup("test")
@@ -217,10 +223,7 @@ def test_the_studies_hold_what_the_objectives_say(tuned):
     assert all(len(trial.values) == 2 for trial in lambdas.trials)
     assert all(1 <= trial.values[1] <= 3 for trial in lambdas.trials)
     assert made.lambda_reg in [trial.params["lambda_reg"] for trial in lambdas.trials]
-    fits = (
-        3 if made.recipe.encoder_training == "frozen" else 1
-    )  # of each trial, on 60 validation examples
-    assert all(sum(trial.user_attrs["exit_histogram"]) == 60 * fits for trial in lambdas.trials)
+    assert all(len(Outcome.unpacked(one.user_attrs[OUTCOME]).exits) == 60 for one in lambdas.trials)
     for study in (submodels, training):
         for trial in study.trials:
             assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
@@ -385,7 +388,7 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
             assert both == pytest.approx(tuple(trial.values))
             baseline, outcome = (
                 read_tensors(run / "baseline" / "answers.safetensors")[0],
-                Outcome.read(run / name),
+                Outcome.unpacked(trial.user_attrs[OUTCOME]),
             )
             right = (baseline["classes"] == baseline["targets"])[: len(outcome.lost)]
             early = right.double().mean() - outcome.lost.double().mean()
@@ -397,7 +400,6 @@ def test_a_tensorboard_server_shows_the_pictures(served):
     assert tags["submodels/study"] >= {"optimization history"}
     assert tags["lambda_reg/study"] >= {
         "Pareto front",
-        "exit histogram",
         "history of the task loss",
     }
     assert tags["final"] >= {"dials", "exit histogram", "depth against exit layer"}
@@ -545,9 +547,7 @@ def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp
 def test_final_train_lists_what_is_still_untuned(tmp_path):
     made = engine(tmp_path, n_trials=1)
     made.joint_tune_study("run")
-    with pytest.raises(
-        RuntimeError, match="not tuned yet: external_config, lambda_reg"
-    ):
+    with pytest.raises(RuntimeError, match="not tuned yet: external_config, lambda_reg"):
         made.final_train("run")
     with pytest.raises(RuntimeError, match="classifier_config"):
         engine(tmp_path).final_train("other")
@@ -589,9 +589,7 @@ def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how,
 
 def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
     made = engine(tmp_path, data=lambda **chosen: chosen["nothing"] if chosen else small_data())
-    with pytest.raises(
-        RuntimeError, match="none of its 3 trials finished. Trial 0: KeyError"
-    ):
+    with pytest.raises(RuntimeError, match="none of its 3 trials finished. Trial 0: KeyError"):
         made.train_tune_study("run")
     assert made.external_config is None
 
@@ -784,7 +782,7 @@ def test_the_deadline_stops_a_trial_in_flight(tmp_path, monkeypatch):
     trainer = {"max_epochs": 2, "accelerator": "cpu", "callbacks": [Slow()]}
     data = partial(small_data, batch_size=16)
     made = engine(tmp_path, trainer=trainer, n_trials=5, data=data)
-    made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({}))  # what trials share is not bounded
+    prepared_of(made, made.run_tag)  # what trials share is not bounded
     monkeypatch.setattr(Slow, "seconds", 0.4)
     made.time_out = 2
     start = time.monotonic()
@@ -905,12 +903,11 @@ def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
 def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
     factory = partial(small_model, submodel_learning_rate=1e-9)
     made = engine(tmp_path, model=factory, encoder_training="frozen", warm_up_epochs=0)
-    prepared = made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({})).prepared
-    assert prepared.build({"submodel_learning_rate": 0.5})[0].submodel_learning_rate == 0.5
-    assert prepared.build({})[0].submodel_learning_rate == 1e-9
-    with pytest.raises(
-        ValueError, match="learns in no trial of frozen mode: give submodel_learning_rate"
-    ):
+    prepared = prepared_of(made)
+    chosen = Settings({"submodel_learning_rate": 0.5})
+    assert prepared.build(chosen)[0].submodel_learning_rate == 0.5
+    assert prepared.build(Settings())[0].submodel_learning_rate == 1e-9
+    with pytest.raises(ValueError, match="unknown parameter 'learning_rate'"):
         engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
 
 
@@ -940,7 +937,8 @@ def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
         == TextClassifier.from_pretrained(final).class_names
         == ["minus", "none", "plus"]
     )
-    _, model_path = engine(tmp_path, **options).final_train("run")
+    _, model_path = engine(tmp_path, **options).run_pipeline("other")
+    final = tmp_path / "other" / "final" / "model"
     model = DACT.load_from_checkpoint(model_path)
     assert not all(
         torch.equal(tensor, warmed[name]) for name, tensor in model.encoder.state_dict().items()
@@ -954,13 +952,13 @@ def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
 
 def test_submodels_learn_on_the_texts_of_the_frozen_encoder(tmp_path):
     made = engine(tmp_path, encoder_training="frozen", warm_up_epochs=1)
-    prepared = made._objective(ALL_STAGES[0], optuna.trial.FixedTrial({})).prepared
+    prepared = prepared_of(made, made.run_tag)
     train, val = (
         np.load(tmp_path / made.run_tag / "features" / split / "labels.npy")
         for split in ("train", "val")
     )
     assert (len(train), len(val)) == (120, 60), "all training texts, and all of validation"
-    assert len(prepared.build({})[1].train.dataset) == 120
+    assert len(prepared.build(Settings())[1].train.dataset) == 120
 
 
 @pytest.mark.parametrize(

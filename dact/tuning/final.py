@@ -184,7 +184,9 @@ def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str
     if promise is None:
         return "there is no promise: each text gets the class of all layers"
     if promise.max_layers is not None and promise.max_layers >= model.num_layers:
-        return f"at most {promise.max_layers:g} layers: all {model.num_layers} of this model keep it"
+        return (
+            f"at most {promise.max_layers:g} layers: all {model.num_layers} of this model keep it"
+        )
     with prepared.recipe.precision():
         try:
             return describe(calibrate(model, data, **asdict(promise)), model.num_layers)

@@ -17,7 +17,6 @@ from dact.functional import Halting
 from dact.model import DACT
 
 OUTCOME = "outcome"  # user attribute of a trial: its `Outcome`, packed
-EXIT_HISTOGRAM = "exit_histogram"  # user attribute: number of examples that left after each layer
 
 
 @dataclass(frozen=True, eq=False)

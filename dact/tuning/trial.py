@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from optuna import TrialPruned
@@ -16,7 +15,7 @@ from optuna_integration import PyTorchLightningPruningCallback
 
 from dact.tuning import report
 from dact.tuning.fit import fit_settings
-from dact.tuning.outcome import EXIT_HISTOGRAM, OUTCOME, mean_outcome, outcome_of
+from dact.tuning.outcome import OUTCOME, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.search import PLANNED_EPOCHS
 from dact.tuning.settings import Settings, Winners
@@ -86,9 +85,6 @@ class Objective:
             if outcomes:
                 mean = mean_outcome(outcomes)
                 metrics |= mean.metrics(right)
-                layers = torch.cat([outcome.exits for outcome in outcomes]).long()
-                counts = torch.bincount(layers - 1, minlength=model.num_layers)
-                trial.set_user_attr(EXIT_HISTOGRAM, counts.tolist())
                 trial.set_user_attr(OUTCOME, mean.packed())
         return metrics
 
