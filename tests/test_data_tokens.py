@@ -2,11 +2,10 @@
 memory stays small."""
 
 import copy
-import io
 import tracemalloc
 
-import datasets
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given
@@ -14,10 +13,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
 
 from dact.data import TextClassificationData
-from dact.data.batching import collate, encode, length_that_keeps
+from dact.data.batching import collate, encode
 from dact.data.examples import Examples
-from dact.data.rows import read_rows
-from dact.data.tables import read_columns
 from dact.data.tokenizers import tokenize, word_tokenizer
 from tests.tables import write_table
 
@@ -48,10 +45,10 @@ def test_tokens_are_padded_as_transformers_pads_them(texts, as_pairs, with_types
     assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
-def write(folder, texts, labels=("a", "b"), **columns):
+def write(folder, texts, labels=("a", "b")):
     path = folder / "data.csv"
     labels = [labels[row % len(labels)] for row in range(len(texts))]
-    write_table(path, {"text": list(texts), "label": labels, **columns})
+    write_table(path, pd.DataFrame({"text": texts, "label": labels}))
     return str(path)
 
 
@@ -179,40 +176,15 @@ def test_texts_that_are_cut_are_counted_with_the_length_that_would_do(tmp_path):
     assert f"max_length={train[-1 - len(train) // 100]} would keep 99% of them whole" in message
 
 
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=300), st.integers(1, 50))
-def test_the_length_that_would_do_is_the_smallest(lengths, now):
-    cut = [length for length in lengths if length > now]
-    if len(cut) > 0.01 * len(lengths):
-        length = length_that_keeps(0.99, len(lengths), cut)
-        assert sum(other > length for other in lengths) <= 0.01 * len(lengths)
-        assert sum(other > length - 1 for other in lengths) > 0.01 * len(lengths)
-
-
 def test_short_texts_say_nothing(tmp_path, recwarn):
     TextClassificationData(write(tmp_path, WORDS), tokenizer=bert_tokenizer()).setup("fit")
     assert not [str(warning.message) for warning in recwarn]
 
 
-@pytest.mark.parametrize(
-    ("texts", "count"),
-    [(["ja", "nein"], 2), (["word1 word2", "ja word1 word2", "ja nein word1"], 1)],
-)
-def test_texts_that_the_tokenizer_does_not_know_are_counted(tmp_path, texts, count):
-    """BERT's tokenizer here knows the words of `WORDS` alone."""
-    (tmp_path / "new.txt").write_text("\n".join([*texts, *WORDS]))
-    module = TextClassificationData(
-        predict_file=str(tmp_path / "new.txt"), tokenizer=bert_tokenizer()
-    )
-    with pytest.warns(
-        UserWarning, match=f"^{count} of {len(texts) + len(WORDS)} predict texts consist mostly of"
-    ):
-        module.setup("predict")
-
-
 def test_a_tokenizer_may_come_later_but_not_too_late(tmp_path):
     file = write(tmp_path, WORDS)
     module = TextClassificationData(file)
-    with pytest.raises(ValueError, match="there is no tokenizer: give the one of the encoder"):
+    with pytest.raises(ValueError, match="there is no tokenizer"):
         module.setup("fit")
     module.suggest_tokenizer(word_tokenizer(WORDS))
     module.setup("fit")
@@ -220,82 +192,3 @@ def test_a_tokenizer_may_come_later_but_not_too_late(tmp_path):
     own = TextClassificationData(file, tokenizer=bert_tokenizer())
     own.suggest_tokenizer("nobody/nothing")
     assert own.tokenizer.sep_token == "[SEP]"
-    without = word_tokenizer(WORDS)
-    without.pad_token = None
-    with pytest.raises(ValueError, match="the tokenizer has no padding token: set its pad_token"):
-        TextClassificationData(file, tokenizer=without).setup("fit")
-
-
-# ------------------------------------------------------------------ other sources of text
-
-
-@pytest.mark.parametrize("source", ["file", "standard input"])
-def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
-    content = "word1 word2\r\n\nnaïve 🙂\n".encode() + b"\xff word3\n\xef\xbb\xbflast"
-    (tmp_path / "texts.txt").write_bytes(b"\xef\xbb\xbf" + content)
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xef\xbb\xbf" + content)))
-    address = str(tmp_path / "texts.txt") if source == "file" else "-"
-    module = TextClassificationData(
-        predict_file=address, tokenizer=word_tokenizer(WORDS), text_column="review"
-    )
-    module.setup("predict")
-    examples = module.splits["predict"]
-    assert examples.texts == ["word1 word2", "", "naïve 🙂", "\ufffd word3", "\ufefflast"]
-    assert examples.reasons == [None, "empty text", None, "not valid UTF-8", None]
-    (batch,) = module.predict_dataloader()
-    assert batch["row"].tolist() == [0, 2, 4]
-
-
-def test_a_header_among_lines_of_text_is_named(tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"review,label\nword1,good\n")))
-    module = TextClassificationData(
-        predict_file="-", tokenizer=word_tokenizer(WORDS), text_column="review"
-    )
-    with pytest.warns(
-        UserWarning,
-        match="without a header, was expected: the first line, 'review,label', counts as a",
-    ):
-        module.setup("predict")
-
-
-def test_lines_are_read_one_at_a_time(tmp_path):
-    (tmp_path / "texts.txt").write_text("one\ntwo\n")
-    lines = read_rows(str(tmp_path / "texts.txt"), {"text": "text_column"})
-    assert next(lines) == ["one"]
-    assert list(lines) == [["two"]]
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(ValueError, match=r"empty\.txt has no rows"):
-        read_columns(str(tmp_path / "empty.txt"), {"text": "text_column"})
-
-
-def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    features = datasets.Features(
-        {"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])}
-    )
-    rows = {"text": WORDS, "label": [row % 2 for row in range(60)]}
-    folder = tmp_path / "reviews"
-    folder.mkdir()
-    table = datasets.Dataset.from_dict(rows, features=features)
-    table.select(range(40)).to_parquet(folder / "train.parquet")
-    table.select(range(40, 60)).to_parquet(folder / "test.parquet")
-    module = TextClassificationData(
-        f"dataset:{folder}#train[:30]",
-        test_file=f"dataset:{folder}#test",
-        tokenizer=word_tokenizer(WORDS),
-    )
-    module.setup("fit")
-    module.setup("test")
-    assert module.class_names == ["no", "yes"]
-    assert len(module.splits["train"]) + len(module.splits["val"]) == 30
-    assert module.splits["test"].texts == WORDS[40:]
-    assert module.splits["test"].labels == [0, 1] * 10
-    (tmp_path / "part #1").symlink_to(folder)
-    assert (
-        read_columns(f"dataset:{tmp_path}/part #1#test", {"text": "text_column"})["text"]
-        == WORDS[40:]
-    )
-    with pytest.raises(ValueError, match=r"expected 'dataset:NAME#SPLIT'"):
-        read_columns(f"dataset:{folder}", {})
-    with pytest.raises(ValueError, match=r"cannot be loaded by datasets.load_dataset: .*other"):
-        read_columns(f"dataset:{folder}#other", {})

@@ -23,7 +23,6 @@ from dact.data.batching import (
     SharedLengthGroupedSampler,
     collate,
     encode,
-    length_that_keeps,
 )
 from dact.data.examples import Examples, stratified_split
 from dact.data.labels import listed
@@ -43,9 +42,8 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "pre
 class ClassificationDataModule(LightningDataModule):
     """What `DACT`, `dact.calibrate`, the commands and tuning ask of a datamodule.
 
-    Derive from it, or have the same attributes: one that is missing counts as its default here.
-    Batches are dicts with ``labels`` and what the encoder takes; see *Data of your own* in the
-    documentation.
+    Derive from it, or have the same attributes: a missing one counts as its default here. Batches
+    are dicts with ``labels`` and what the encoder takes.
 
     Attributes:
         class_names: Names of the classes in their order.
@@ -54,9 +52,8 @@ class ClassificationDataModule(LightningDataModule):
         batch_size: Number of examples per training batch.
         teacher: Name of a fine-tuned model whose probabilities training batches carry as
             ``teacher`` ``[batch, classes]``.
-        teacher_probabilities: The ``teacher`` of each training example, ``[examples, classes]``.
-            Tuning sets it to teach with probabilities of its own; batches then carry ``teacher``,
-            and ``row``, the number of each example.
+        teacher_probabilities: The ``teacher`` of each training example, ``[examples, classes]``,
+            if tuning has set it; batches then need ``row``, the number of each example, as well.
         calibration_fraction: Share of the validation examples that is set aside for
             `calibration_dataloader`, in [0, 1).
         needs_teacher: Whether there are training texts that only a teacher can label.
@@ -104,8 +101,7 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     Attributes:
         splits: The `Examples` of each split that is set up.
-        teacher_probabilities: The ``teacher`` of training batches, ``[training examples,
-            classes]``: set before `train_dataloader` is called, or computed there by `teacher`.
+        teacher_probabilities: Set before `train_dataloader` is called, or computed there.
     """
 
     def __init__(
@@ -149,16 +145,12 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
-        """The tokenizer of this data, loaded or copied on first access.
-
-        Raises:
-            ValueError: If none was given.
-        """
+        """The tokenizer of this data, loaded or copied on first access."""
         if self._tokenizer is None:
             if self._given_tokenizer is None:
                 raise ValueError(
-                    f"{type(self).__name__}: there is no tokenizer: give the one of the encoder, a "
-                    "Hub id, a local folder or 'package:NAME/PATH'"
+                    f"{type(self).__name__}: there is no tokenizer: give that of the encoder, or "
+                    "where to load one from"
                 )
             self._tokenizer = tokenizer_for(self._given_tokenizer, self.max_length)
         return self._tokenizer
@@ -184,16 +176,15 @@ class TextDataModule(ClassificationDataModule, ABC):
         kept, aside = self.set_aside(examples)
         if not aside:
             raise ValueError(
-                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} of "
-                f"{len(examples)} validation examples sets none aside, since no class has two "
-                "distinct texts: give more validation examples"
+                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} sets "
+                f"none of {len(examples)} validation examples aside: give more of them"
             )
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
 
     def _encode(self, split: str, examples: Examples) -> None:
         encoded, cut = encode(examples, self.tokenizer, self.max_length)
         if len(cut) > CUT_SHARE * len(encoded):
-            needed = length_that_keeps(1 - CUT_SHARE, len(encoded), cut)
+            needed = sorted(cut, reverse=True)[int(CUT_SHARE * len(encoded))]
             rank_zero_warn(
                 f"{len(cut) / len(encoded):.0%} of the {split} texts are longer than "
                 f"max_length={self.max_length} tokens and are cut; max_length={needed} would keep "
@@ -222,25 +213,16 @@ class TextDataModule(ClassificationDataModule, ABC):
         return f"{len(names)} classes: {text}{more}"
 
     def _loader(self, split: str) -> DataLoader[Any]:
-        if split not in self._encoded:
-            raise RuntimeError(
-                f"{type(self).__name__}: the {split} split is not set up; call setup() first"
-            )
         items, tokenizer = self._encoded[split], self.tokenizer
         teacher = self.teacher_probabilities if split == "train" else None
-        padding = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
-        batch_size = self.batch_size
-        if split in ("test", "predict"):
-            batch_size = max(batch_size, INFERENCE_BATCH)
+        special = (tokenizer.pad_token_id, tokenizer.pad_token_type_id)
+        padding = dict(zip(("input_ids", "token_type_ids"), special, strict=True))
+        least = INFERENCE_BATCH if split in ("test", "predict") else 0
         return DataLoader(
             items,
-            batch_size=batch_size,
+            batch_size=max(self.batch_size, least),
             sampler=self._sampler(split, items),
-            # Not a method: processes that prepare batches get two numbers and the teacher, not the
-            # whole datamodule.
+            # Not a method: processes that prepare batches need not copy the whole datamodule.
             collate_fn=partial(collate, padding=padding, teacher=teacher),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,

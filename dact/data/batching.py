@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, DistributedSampler, Sampler
 
 from dact.data.examples import Examples
-from dact.data.tokenizers import PreTrainedTokenizerBase, portions
+from dact.data.tokenizers import PORTION, PreTrainedTokenizerBase
 
 COLUMNS = ("row", "labels", "depth")  # of an item and a batch: one integer per example
 MASK = "attention_mask"
@@ -64,11 +64,8 @@ class Encoded(Dataset[dict[str, Any]]):
             for name, values in self.tokens.items()
         }
         offsets = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)], dtype=np.int64)
-        columns = {
-            name: values[np.asarray(indices, dtype=np.int64)]
-            for name, values in self.columns.items()
-        }
-        return Encoded(tokens, offsets, columns)
+        chosen = np.asarray(indices, dtype=np.int64)
+        return Encoded(tokens, offsets, {name: c[chosen] for name, c in self.columns.items()})
 
 
 def encode(
@@ -91,53 +88,25 @@ def encode(
     tokens = {"input_ids": array("i")}
     lengths, cut = [0], []
     given = [examples.texts] if examples.pairs is None else [examples.texts, examples.pairs]
-    for portion in portions(*given):
-        texts = [column[portion] for column in given]
-        encoding = tokenizer(
-            *texts, truncation=True, max_length=max_length, return_attention_mask=False
-        )
+    options: dict[str, Any] = {"return_attention_mask": False}
+    for start in range(0, len(rows), PORTION):
+        texts = [column[start : start + PORTION] for column in given]
+        encoding = tokenizer(*texts, truncation=True, max_length=max_length, **options)
         for name, found in encoding.items():
             values = tokens.setdefault(name, array("b" if name == "token_type_ids" else "i"))
             for example in found:
                 values.extend(example)
         lengths += map(len, encoding["input_ids"])
-        if (
-            empty := next((row for row, ids in enumerate(encoding["input_ids"]) if not ids), None)
-        ) is not None:
-            raise ValueError(
-                f"the tokenizer has no token for the text {texts[0][empty]!r}: leave it out"
-            )
         full = [row for row, ids in enumerate(encoding["input_ids"]) if len(ids) == max_length]
-        if full:  # only the whole text tells whether it was cut, and by how much
+        if full:
+            # Only the whole text tells whether it was cut, and by how much.
             again = [[column[row] for row in full] for column in texts]
-            whole = tokenizer(*again, return_attention_mask=False, verbose=False)
+            whole = tokenizer(*again, verbose=False, **options)
             cut += [len(ids) for ids in whole["input_ids"] if len(ids) > max_length]
+    arrays = {name: np.frombuffer(v, dtype=f"i{v.itemsize}") for name, v in tokens.items()}
     columns = {"row": rows, "labels": examples.labels, "depth": examples.depths}
-    encoded = Encoded(
-        {
-            name: np.frombuffer(values, dtype=f"i{values.itemsize}")
-            for name, values in tokens.items()
-        },
-        np.cumsum(lengths, dtype=np.int64),
-        {
-            name: np.asarray(values, dtype=np.int64)
-            for name, values in columns.items()
-            if values is not None
-        },
-    )
-    return encoded, cut
-
-
-def length_that_keeps(share: float, examples: int, cut: Sequence[int]) -> int:
-    """Return the fewest tokens at which at least `share` of the examples stay whole.
-
-    Args:
-        share: Share of the examples, in (0, 1).
-        examples: Number of examples.
-        cut: Numbers of tokens of the examples that are cut now: more than ``(1 - share) *
-            examples`` of them.
-    """
-    return sorted(cut, reverse=True)[int((1 - share) * examples)]
+    known = {name: np.asarray(v, np.int64) for name, v in columns.items() if v is not None}
+    return Encoded(arrays, np.cumsum(lengths, dtype=np.int64), known), cut
 
 
 def collate(
@@ -161,9 +130,8 @@ def collate(
             batch[name] = torch.tensor([item[name] for item in items])
         else:
             values = [torch.from_numpy(item[name]) for item in items]
-            batch[name] = pad_sequence(
-                values, batch_first=True, padding_value=padding.get(name, 0)
-            ).long()
+            filler = padding.get(name, 0)
+            batch[name] = pad_sequence(values, batch_first=True, padding_value=filler).long()
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
     batch[MASK] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     if teacher is not None:
@@ -199,16 +167,13 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = random.Random(f"{self.seed}/{self.epoch}")
         order = generator.sample(range(len(self)), len(self))
-        group = 50 * self.batch_size
+        size, group = self.batch_size, 50 * self.batch_size
         batches = []
         for start in range(0, len(order), group):
             by_length = sorted(order[start : start + group], key=lambda row: self.lengths[row])
-            batches += [
-                by_length[i : i + self.batch_size]
-                for i in range(0, len(by_length), self.batch_size)
-            ]
+            batches += [by_length[i : i + size] for i in range(0, len(by_length), size)]
         # A short batch stays last: the DataLoader cuts the order into batches from its beginning.
-        last = [batches.pop()] if batches and len(batches[-1]) < self.batch_size else []
+        last = [batches.pop()] if batches and len(batches[-1]) < size else []
         generator.shuffle(batches)
         for batch in batches + last:
             yield from batch
@@ -231,7 +196,7 @@ class SharedLengthGroupedSampler(DistributedSampler[int]):
     def __init__(
         self, lengths: Sequence[int], batch_size: int, seed: int, num_replicas: int, rank: int
     ) -> None:
-        # only its length counts
+        # Only the number of examples counts.
         super().__init__(range(len(lengths)), num_replicas, rank)  # type: ignore[arg-type]
         self.whole = LengthGroupedSampler(lengths, batch_size * num_replicas, seed)
 

@@ -26,11 +26,8 @@ NOUNS = ("battery", "screen", "keyboard", "camera", "speaker", "charger", "hinge
 REMARKS = ("honestly", "overall", "so far", "for me")
 CONCESSIONS = ("although {aside} , {main}", "{main} , although {aside}", "{aside} , but {main}")
 EMPHASIS_SHARE, CONCESSION_SHARE, REMARK_SHARE = 0.3, 0.3, 0.5
-TEXT_SHARES = {
-    "val": range(0, 10),
-    "test": range(10, 20),
-    "train": range(20, 100),
-}  # by a checksum of the text
+# The split of a text, by its checksum in per cent.
+TEXT_SHARES = {"val": range(0, 10), "test": range(10, 20), "train": range(20, 100)}
 
 
 def modify(grade: int, modifier: str) -> int:
@@ -84,7 +81,8 @@ def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
     """Draw the text of a review and its grade."""
     concession = depth > 0 and generator.random() < CONCESSION_SHARE
     text, grade = _clause(generator, depth - concession)
-    if concession:  # the main clause decides, wherever it stands
+    if concession:
+        # The main clause decides, wherever it stands.
         aside, _ = _clause(generator, generator.randrange(depth))
         text = generator.choice(CONCESSIONS).format(main=text, aside=aside)
     if generator.random() < REMARK_SHARE:
@@ -96,15 +94,8 @@ def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
 
 def _vocabulary() -> list[str]:
     """Return all words of the generator."""
-    phrases = [
-        *NOUNS,
-        *MODIFIERS,
-        *EMPHASIS,
-        *REMARKS,
-        *CONCESSIONS,
-        *sum(GRADES, ()),
-        "the is . ,",
-    ]
+    phrases = [*NOUNS, *MODIFIERS, *EMPHASIS, *REMARKS, *CONCESSIONS, *sum(GRADES, ())]
+    phrases.append("the is . ,")
     return [word for phrase in phrases for word in phrase.split() if not word.startswith("{")]
 
 

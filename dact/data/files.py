@@ -18,29 +18,20 @@ READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 STANDARD_INPUT = "-"
 DATASET = "dataset:"
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
-QUOTE = (
-    "put a text that holds the separator, a quotation mark or a line break in quotation marks, and "
-    "double those within it"
-)
-CHUNK = 4096  # rows that are decoded at a time
-
+# Rows that are decoded at a time.
+CHUNK = 4096
 # A run reads a file once per trial.
 say_once = cache(rank_zero_info)
 
 
 def check_readable(path: str) -> None:
-    """Raise an error unless `path` is ``-``, a data set, or an existing file of a known kind.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If its ending is unknown.
-    """
+    """Raise a ``FileNotFoundError`` or, for an unknown ending, a ``ValueError`` unless `path` is
+    ``-``, a data set, or a file of a known kind."""
     if path == STANDARD_INPUT or path.startswith(DATASET):
         return
     if (ending := Path(path).suffix.lower()) not in READABLE:
-        raise ValueError(
-            f"{path}: unknown ending {ending!r}, expected one of {', '.join(READABLE)}"
-        )
+        known = ", ".join(READABLE)
+        raise ValueError(f"{path}: unknown ending {ending!r}, expected one of {known}")
     if not Path(path).is_file():
         raise FileNotFoundError(f"there is no file {path}")
 
@@ -77,7 +68,6 @@ def read_rows(
         rows = _json(path, columns)
     else:
         rows = _csv(path, columns, delimiter)
-
     row = None
     for row in rows:
         yield row
@@ -96,7 +86,7 @@ def text_fault(texts: Sequence[Any]) -> str | None:
         if text is None or text != text:
             return "no text"
         if not isinstance(text, str):
-            return f"not a text but {str(text)[:40]!r}"
+            return f"not a text but {type(text).__name__}"
         if not text.strip():
             return "empty text"
         if not is_utf8(text):
@@ -115,15 +105,12 @@ def is_utf8(text: str) -> bool:
 
 def suggestion(word: str, known: Sequence[str]) -> str:
     """Return ``, perhaps 'NAME'`` for the name that resembles `word`, or an empty string."""
-    by_folded = {name.strip().casefold(): name for name in known}
-    close = difflib.get_close_matches(word.strip().casefold(), by_folded, 1)
-    return f", perhaps {by_folded[close[0]]!r}" if close else ""
+    folded = {name.strip().casefold(): name for name in known}
+    close = difflib.get_close_matches(word.strip().casefold(), folded, 1)
+    return f", perhaps {folded[close[0]]!r}" if close else ""
 
 
-# ---------------------------------------------------------------------- one reader per kind
-
-
-def check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any]) -> None:
+def _check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any]) -> None:
     """Raise a ``ValueError`` that names the option to set unless all `columns` are `present`."""
     names = [str(name) for name in present]
     if not all(map(is_utf8, names)):
@@ -142,10 +129,8 @@ def _open(path: str) -> IO[str]:
 
 def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     if len(columns) > 1:
-        raise ValueError(
-            f"{path} has one text a line, and no column {list(columns)[1]!r}: "
-            "give csv or json lines instead"
-        )
+        missing = list(columns)[1]
+        raise ValueError(f"{path} has one text a line, and no column {missing!r}: give a csv file")
     with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as lines:
         for number, line in enumerate(lines):
             text = line.decode(errors="surrogateescape").rstrip("\r\n")
@@ -159,25 +144,27 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
         if delimiter is None:
             delimiter = "\t" if tsv else _guess_delimiter(path, file.readline(), columns)
             file.seek(0)
-        # A quotation mark in a tsv file is an ordinary character: one alone must not swallow the
+        # In a tsv file a quotation mark is an ordinary character: one alone must not swallow the
         # rows after it.
         quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        header = next(reader, None)
-        if header is None:
-            return
-        check_columns(path, columns, header)
-        places = [header.index(name) for name in columns]
-        number = 1
+        header = next(reader, [])
+        if header:
+            _check_columns(path, columns, header)
+        places = [header.index(name) for name in columns if header]
+        number = 2
         try:
-            for number, row in enumerate(reader, start=2):
+            for row in reader:
                 if len(row) > len(header):
-                    found = f"row {number} has {len(row)} values, and the header {len(header)}"
-                    raise ValueError(f"{path}: {found}: {QUOTE}")
+                    raise csv.Error(f"{len(row)} values are too many for {len(header)} columns")
                 row += [""] * (len(header) - len(row))
                 yield [row[place] for place in places]
+                number += 1
         except csv.Error as error:
-            raise ValueError(f"{path}: row {number + 1}: {error}: {QUOTE}") from None
+            raise ValueError(
+                f"{path}: row {number}: {error}: put texts that hold the separator or a quotation "
+                "mark in quotation marks, and double those within them"
+            ) from None
 
 
 def _guess_delimiter(path: str, header: str, columns: Mapping[str, str]) -> str:
@@ -195,14 +182,12 @@ def _guess_delimiter(path: str, header: str, columns: Mapping[str, str]) -> str:
 
 def _json(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     with _open(path) as file:
-        start = next((line.lstrip()[0] for line in file if line.strip()), "")
+        is_list = next((line for line in file if line.strip()), "").lstrip().startswith("[")
         file.seek(0)
-        records = json.load(file) if start == "[" else _records(path, file)
+        records = json.load(file) if is_list else _records(path, file)
         for number, record in enumerate(records):
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}: row {number + 1} is not an object with columns")
             if number == 0:
-                check_columns(path, columns, list(record))
+                _check_columns(path, columns, list(record))
             yield [record.get(name) for name in columns]
 
 
@@ -219,7 +204,7 @@ def _parquet(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
 
     with ParquetFile(path) as file:
-        check_columns(path, columns, file.schema_arrow.names)
+        _check_columns(path, columns, file.schema_arrow.names)
         for batch in file.iter_batches(batch_size=CHUNK, columns=list(columns)):
             values = [batch.column(name).to_pylist() for name in columns]
             yield from map(list, zip(*values, strict=True))
@@ -231,16 +216,15 @@ def _dataset(address: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     name, _, split = address.removeprefix(DATASET).rpartition("#")
     if not name or not split:
         raise ValueError(
-            f"{address!r}: expected 'dataset:NAME#SPLIT', such as 'dataset:stanfordnlp/imdb#train'"
+            f"{address!r}: expected 'dataset:NAME#SPLIT', such as 'dataset:imdb#train'"
         )
     table = datasets.load_dataset(name, split=split)
-    check_columns(address, columns, table.column_names)
+    _check_columns(address, columns, table.column_names)
     for batch in table.select_columns(list(columns)).iter(batch_size=CHUNK):
         for column in columns:
             feature = table.features[column]
             if isinstance(feature, datasets.ClassLabel):
                 # -1 stands for a label that is kept secret.
-                known = [label not in (None, -1) for label in batch[column]]
-                names = zip(batch[column], known, strict=True)
-                batch[column] = [feature.int2str(n) if is_known else None for n, is_known in names]
+                names = [*feature.names, None]
+                batch[column] = [None if n is None else names[n] for n in batch[column]]
         yield from map(list, zip(*(batch[column] for column in columns), strict=True))

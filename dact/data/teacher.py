@@ -17,6 +17,8 @@ from dact.encoders.pretrained import resolve_pretrained
 from dact.hub import folder_of_dact, out_of_reach
 from dact.model import DACT
 
+BATCH = 64
+
 
 @torch.no_grad()
 def teacher_probabilities(
@@ -34,37 +36,31 @@ def teacher_probabilities(
         device: Device on which the teacher runs.
 
     Raises:
-        ValueError: If the teacher cannot be read or has other classes.
+        ValueError: If the teacher cannot be read, has other classes, or takes fewer tokens.
     """
     tokenizer = load_tokenizer(teacher, "teacher with a tokenizer")
     model, names, longest = _load(teacher)
-    _check_classes(teacher, names, class_names)
     if longest is not None and max_length > longest:
         raise ValueError(
-            f"the teacher {teacher!r} takes at most {longest} tokens, but the data is cut to max_length={max_length}: "
-            "lower the max_length of the data"
+            f"the teacher {teacher!r} takes at most {longest} tokens: lower max_length={max_length}"
         )
+    order = _order_of_classes(teacher, names, class_names)
     model = model.to(device).eval()
-    # Texts of similar length go together, so that little padding is computed.
-    order = sorted(range(len(train)), key=lambda row: len(train.texts[row]))
-    answers = torch.empty(len(train), len(class_names))
     columns = [train.texts] if train.pairs is None else [train.texts, train.pairs]
-    starts = range(0, len(order), 64)
-    for start in track(starts, description=f"The teacher on {len(order):,} texts", transient=True):
-        rows = order[start : start + 64]
+    # Texts of similar length go together, so that little padding is computed.
+    by_length = sorted(range(len(train)), key=lambda row: len(train.texts[row]))
+    answers = torch.empty(len(train), len(class_names))
+    starts = range(0, len(train), BATCH)
+    for start in track(starts, description=f"The teacher on {len(train):,} texts", transient=True):
+        rows = by_length[start : start + BATCH]
         chosen = ([column[row] for row in rows] for column in columns)
         batch = move(tokenize(tokenizer, *chosen, truncation=True, max_length=max_length), device)
-        answers[rows] = (
-            model(batch).probabilities
-            if isinstance(model, DACT)
-            else model(**batch).logits.softmax(-1)
-        ).cpu()
-    known = (
-        [names.index(name) for name in class_names]
-        if set(names) == set(class_names)
-        else slice(None)
-    )
-    return answers[:, known]
+        if isinstance(model, DACT):
+            found = model(batch).probabilities
+        else:
+            found = model(**batch).logits.softmax(-1)
+        answers[rows] = found.cpu()
+    return answers[:, order]
 
 
 def _load(teacher: str) -> tuple[Any, list[str], int | None]:
@@ -79,12 +75,16 @@ def _load(teacher: str) -> tuple[Any, list[str], int | None]:
     return classifier, names, longest_input(classifier)
 
 
-def _check_classes(teacher: str, names: list[str], class_names: list[str]) -> None:
-    """Raise a ValueError unless the names are the same, in any order, or say nothing, such as
-    LABEL_0."""
+def _order_of_classes(teacher: str, names: list[str], class_names: list[str]) -> list[int]:
+    """Return the place of each class of the data among those of the teacher.
+
+    The teacher has the same names in any order, or names that say nothing, such as LABEL_0."""
+    if set(names) == set(class_names):
+        return [names.index(name) for name in class_names]
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))
-    if len(names) != len(class_names) or not (nameless or set(names) == set(class_names)):
+    if len(names) != len(class_names) or not nameless:
         raise ValueError(
-            f"the teacher {teacher!r} has the classes {', '.join(names)}, but the data has {', '.join(class_names)}: "
-            "use a teacher that was trained for these classes"
+            f"the teacher {teacher!r} has the classes {', '.join(names)}, but the data has "
+            f"{', '.join(class_names)}: use a teacher that was trained for these classes"
         )
+    return [*range(len(names))]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +14,8 @@ from typing_extensions import override
 from dact.checks import check_class_names, check_range
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, hash_split, join
-from dact.data.files import DATASET, check_readable, first_row, read_rows, text_fault
-from dact.data.labels import (
-    MOST_ROWS,
-    label_fault,
-    learn_class_names,
-    listed,
-    name_rows,
-    to_classes,
-)
+from dact.data.files import DATASET, first_row, read_rows, text_fault
+from dact.data.labels import label_fault, learn_class_names, listed, name_rows, to_classes
 from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
 
@@ -114,11 +109,7 @@ class TextClassificationData(TextDataModule):
         )
         check_range("TextClassificationData: val_fraction", val_fraction, "(0, 1)")
         if calibration_file is not None and calibration_fraction:
-            raise ValueError(
-                "TextClassificationData: give a calibration_file or a calibration_fraction, not "
-                f"both: set calibration_fraction, {calibration_fraction:g}, to 0, or "
-                "calibration_file to null"
-            )
+            raise ValueError("give a calibration_file or a calibration_fraction, not both")
         files = {
             "train": train_file,
             "val": val_file,
@@ -152,13 +143,10 @@ class TextClassificationData(TextDataModule):
 
     @override
     def setup(self, stage: str) -> None:
-        test = self.files["test"]
-        if stage == "fit" and test is not None:
+        if stage == "fit" and self.files["test"] is not None:
             # A mistake in the test file would otherwise show only after the fit.
-            check_readable(test)
-        super().setup(stage)
-        if stage == "fit" and test is not None and not test.startswith(DATASET):
             self.examples("test")
+        super().setup(stage)
 
     @override
     def examples(self, split: str) -> Examples:
@@ -202,9 +190,9 @@ class TextClassificationData(TextDataModule):
         alone = [name for label, name in enumerate(self.class_names) if texts[label] == 1]
         if alone:
             raise ValueError(
-                f"{self.files['train']}: class {listed(alone)} has one text only, so that training "
-                "or validation would have none: correct a mistyped label, add examples, or give a "
-                f"val_file (labels are read from the column {self.label_column!r})"
+                f"{self.files['train']}: class {listed(alone)} has one text only, which training "
+                "and validation cannot share: correct a mistyped label, add examples, or give a "
+                f"val_file (labels are those of the column {self.label_column!r})"
             )
         kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
         return train.take(kept), train.take(aside)
@@ -230,125 +218,104 @@ class TextClassificationData(TextDataModule):
         """Return the examples of a file without the texts of the training file; those of a
         calibration file also without the texts of validation."""
         train = self.files["train"]
+        # Where a stored model is used, the training file need not be.
         if train is not None and (train.startswith(DATASET) or Path(train).is_file()):
             self.examples("train")
         known = self._training
         if split == "calibration" and self.files["val"] is not None:
             known |= {*self.examples("val").text_keys()}
+        return self._without(known, split, examples)
+
+    def _without(self, known: Set[bytes], split: str, examples: Examples) -> Examples:
+        """Return the examples whose texts are not `known`, and warn of the others."""
         kept = [row for row, key in enumerate(examples.text_keys()) if key not in known]
-        count = len(examples) - len(kept)
+        file, count = self.files[split], len(examples) - len(kept)
         if not kept:
-            raise ValueError(
-                f"{self.files[split]}: each of its texts is used for training or validation as "
-                "well: give other examples"
-            )
+            raise ValueError(f"{file}: all of its texts are used elsewhere as well: give others")
         if count:
             rank_zero_warn(
-                f"{self.files[split]}: {count:,} of {len(examples):,} texts are used for training "
-                "or validation as well, and are left out here"
+                f"{file}: {count:,} of {len(examples):,} texts are left out, since "
+                f"{'validation or calibration' if split == 'unlabelled' else 'training'} has them"
             )
         return examples.take(kept)
 
     def _unlabelled(self) -> Examples:
         """Return the texts that only a teacher labels."""
-        more = self._texts("unlabelled")
         held_out = {*self.examples("val").text_keys()}
         if self.files["calibration"] is not None:
             held_out |= {*self.examples("calibration").text_keys()}
-        assert more.reasons is not None
-        rows = zip(more.reasons, more.text_keys(), strict=True)
-        kept = [
-            row for row, (reason, key) in enumerate(rows) if reason is None and key not in held_out
-        ]
-        if len(kept) < len(more):
-            rank_zero_warn(
-                f"{self.files['unlabelled']}: {len(more) - len(kept):,} of {len(more):,} texts "
-                "cannot be used, or are in validation or calibration, and are left out"
-            )
-        more = more.take(kept)
-        return Examples(more.texts, more.pairs, [UNLABELLED] * len(more))
+        rows = self._rows("unlabelled", self._text_columns)
+        texts = Examples(*map(list, zip(*rows.values(), strict=True)))
+        more = self._without(held_out, "unlabelled", texts)
+        return replace(more, labels=[UNLABELLED] * len(more))
 
     # ------------------------------------------------------------------ files
 
     def _file(self, split: str) -> str:
         file = self.files[split]
         if file is None:
-            unknown = split == "train" and self.class_names is None
-            more = " (or class_names, for the classes in their order)" if unknown else ""
-            raise ValueError(
-                f"TextClassificationData: no {split}_file was given, and this needs one{more}"
-            )
+            remedy = " or class_names" if split == "train" and self.class_names is None else ""
+            raise ValueError(f"no {split}_file was given, and this needs one{remedy}")
         return file
 
     def _texts(self, split: str) -> Examples:
         """Return the texts of a file without labels, each with the reason why it cannot be used or
         None."""
-        rows = list(read_rows(self._file(split), self._text_columns, self.delimiter))
+        file = self._file(split)
+        rows = list(read_rows(file, self._text_columns, self.delimiter))
         reasons = [text_fault(row) for row in rows]
-        columns = [[row[place] for row in rows] for place in range(len(self._text_columns))]
-        unusable = [row + first_row(self._file(split)) for row, why in enumerate(reasons) if why]
-        if unusable and split == "predict":
-            rank_zero_warn(
-                f"{self._file(split)}: {name_rows(unusable)} cannot be classified and get no "
-                "prediction; 'row' in a batch counts the rows of the file from 0"
-            )
-        return Examples(*columns, reasons=reasons)
+        unusable = [row for row, reason in enumerate(reasons, first_row(file)) if reason]
+        if unusable:
+            rank_zero_warn(f"{file}: {name_rows(unusable)} cannot be classified, and are left out")
+        return Examples(*map(list, zip(*rows, strict=True)), reasons=reasons)
 
     def _labelled(self, split: str) -> Examples:
         """Return the usable examples of a file."""
-        file, columns = self._file(split), {**self._text_columns, self.label_column: "label_column"}
-        usable, faults = {}, {}
+        file = self._file(split)
+        rows = self._rows(split, {**self._text_columns, self.label_column: "label_column"})
+        labels = {number: row.pop() for number, row in rows.items()}
+        texts = Examples(*map(list, zip(*rows.values(), strict=True)))
+        if all(text.strip().replace(".", "", 1).isdigit() for text in texts.texts):
+            column = next(iter(self._text_columns))
+            raise ValueError(f"{file}: the column {column!r} has numbers, no text: set text_column")
+
+        if self.class_names is None:
+            self.class_names = learn_class_names([*labels.values()], file)
+        classes = to_classes(labels, self.class_names, file, by_position=self._names_given)
+        present = {*classes}
+        absent = [name for label, name in enumerate(self.class_names) if label not in present]
+        if absent:
+            rank_zero_warn(f"{file}: class {listed(absent)} has no example")
+        meanings = {*zip(texts.text_keys(), classes, strict=True)}
+        conflicts = sum(count > 1 for count in Counter(key for key, _ in meanings).values())
+        if conflicts:
+            rank_zero_warn(f"{file}: {conflicts:,} texts occur with different labels")
+        return replace(texts, labels=classes)
+
+    def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
+        """Return the usable rows of a file by their numbers.
+
+        Raises:
+            ValueError: If others are unusable, unless they are to be dropped, or if all are."""
+        file, count = self._file(split), len(self._text_columns)
+        usable: dict[int, list[Any]] = {}
+        faults: dict[str, list[int]] = {}
         for number, row in enumerate(read_rows(file, columns, self.delimiter), first_row(file)):
-            fault = text_fault(row[:-1]) or label_fault(row[-1])
-            if fault is None:
+            fault = text_fault(row[:count]) or next(filter(None, map(label_fault, row[count:])), "")
+            if not fault:
                 usable[number] = row
             elif any(value not in (None, "") for value in row):
                 # An empty row is a blank line, as files may have at their end.
-                faults[number] = fault
-        self._report(file, faults)
-        if not usable:
-            raise ValueError(f"{file} has no rows")
-
-        *texts, labels = (list(column) for column in zip(*usable.values(), strict=True))
-        if all(text.strip().replace(".", "", 1).isdigit() for text in texts[0]):
-            column = next(iter(self._text_columns))
-            raise ValueError(
-                f"{file}: the column {column!r} holds numbers and no text: set text_column"
-            )
-        if self.class_names is None:
-            self.class_names = learn_class_names(labels, file)
-        by_position = self._names_given
-        classes = to_classes(labels, self.class_names, file, [*usable], by_position=by_position)
-        self._check_classes(split, classes)
-        examples = Examples(*texts, labels=classes)
-        meanings = set(zip(examples.text_keys(), classes, strict=True))
-        conflicts = sum(n > 1 for n in Counter(key for key, _ in meanings).values())
-        if conflicts:
-            rank_zero_warn(f"{file}: {conflicts:,} texts occur with different labels")
-        return examples
-
-    def _report(self, file: str, faults: dict[int, str]) -> None:
-        """Raise a ``ValueError`` that lists the unusable rows, or warn if they are left out."""
-        by_reason: dict[str, list[int]] = {}
-        for number in [*faults][:MOST_ROWS]:
-            by_reason.setdefault(faults[number], []).append(number)
-        rows = "; ".join(f"{name_rows(rows)} ({why})" for why, rows in by_reason.items())
-        more = f"; and {len(faults) - MOST_ROWS:,} more" if len(faults) > MOST_ROWS else ""
+                faults.setdefault(fault, []).append(number)
+        text = "; ".join(f"{name_rows(rows)} ({fault})" for fault, rows in faults.items())
         if faults and self.drop_unusable:
-            rank_zero_warn(f"{file}: {len(faults):,} unusable rows are left out: {rows}{more}")
+            total = sum(map(len, faults.values()))
+            rank_zero_warn(f"{file}: {total:,} unusable rows are left out: {text}")
         elif faults:
             remedy = "complete them, or leave them out by drop_unusable: true"
-            if "UTF-8" in rows:
+            if "UTF-8" in text:
                 remedy = "save the file in UTF-8"
-            raise ValueError(f"{file}: {len(faults):,} unusable rows: {rows}{more}: {remedy}")
-
-    def _check_classes(self, split: str, labels: list[int]) -> None:
-        """Raise a ``ValueError`` if training lacks a class, and warn if validation does."""
-        assert self.class_names is not None
-        present = set(labels)
-        absent = [name for label, name in enumerate(self.class_names) if label not in present]
-        lacks = f"{self.files[split]}: class {listed(absent)} has no example"
-        if absent and split == "train":
-            raise ValueError(f"{lacks}: add examples, or leave it out of class_names")
-        if absent and split != "test":
-            rank_zero_warn(f"{lacks}, so this file says nothing about it")
+            raise ValueError(f"{file} has unusable rows: {text}: {remedy}")
+        if not usable:
+            raise ValueError(f"{file} has no rows")
+        return usable

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
 from dact.encoders.pretrained import resolve_pretrained
 from dact.hub import out_of_reach
+
+# Texts that are tokenized in one call, since a tokenizer needs far more memory than its texts.
+PORTION = 1000
 
 
 def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokenizerBase:
@@ -82,10 +85,9 @@ def tokenize(
         **options: Other arguments of the tokenizer, such as ``truncation``.
     """
     encoding: dict[str, list[Any]] = {"input_ids": []}
-    for rows in portions(*texts):
-        part = tokenizer(
-            *(column[rows] for column in texts), return_attention_mask=False, **options
-        )
+    for start in range(0, len(texts[0]), PORTION):
+        columns = (column[start : start + PORTION] for column in texts)
+        part = tokenizer(*columns, return_attention_mask=False, **options)
         for name, examples in part.items():
             encoding.setdefault(name, []).extend(examples)
     lengths = np.fromiter(map(len, encoding["input_ids"]), np.int64)
@@ -97,24 +99,6 @@ def tokenize(
         values[mask] = np.fromiter(chain.from_iterable(examples), np.int64, lengths.sum())
         tensors[name] = torch.from_numpy(values)
     return tensors
-
-
-def portions(*texts: Sequence[Any], characters: int = 1_000_000) -> Iterator[slice]:
-    """Yield slices of rows with about `characters` characters, since a tokenizer needs far more
-    memory than its texts.
-
-    Args:
-        *texts: Texts or pairs of texts; or first and second texts.
-        characters: Number of characters after which a new slice begins.
-    """
-    start, size = 0, 0
-    for row, parts in enumerate(zip(*texts, strict=True)):
-        size += sum(len(part) if isinstance(part, str) else sum(map(len, part)) for part in parts)
-        if size >= characters:
-            yield slice(start, row + 1)
-            start, size = row + 1, 0
-    if start < len(texts[0]):
-        yield slice(start, len(texts[0]))
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import subprocess
 import sys
 import tarfile
@@ -20,7 +19,8 @@ CLASS_NAMES = ["negative", "neutral", "positive"]
 DIVISION = ("train", "val", "test")
 REQUIREMENT = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-CORPORA = {  # names of the corpora, and of their files
+# Names of the corpora, and of their files.
+CORPORA = {
     "tweets": "tweets",
     "film": "movieReviewSnippets",
     "product": "amazonReviewSnippets",
@@ -62,10 +62,11 @@ class VaderSentiment(TextDataModule):
         ValueError: If a corpus is unknown, or if the archive is not the expected one.
 
     Example:
-        >>> VaderSentiment(corpora=["tweets", "books"])
+        >>> VaderSentiment(corpora=["books"])
         Traceback (most recent call last):
         ...
-        ValueError: VaderSentiment: corpora must be some of tweets, film, product, newspaper, got ['tweets', 'books']
+        ValueError: VaderSentiment: corpora must be some of tweets, film, product, newspaper, got
+        ['books']
     """
 
     def __init__(
@@ -97,10 +98,6 @@ class VaderSentiment(TextDataModule):
         if not self.corpora or not set(self.corpora) <= CORPORA.keys():
             raise ValueError(
                 f"VaderSentiment: corpora must be some of {', '.join(CORPORA)}, got {corpora!r}"
-            )
-        if split is not None and split < 0:
-            raise ValueError(
-                f"VaderSentiment: split is the number of a division, 0 or more, got {split}"
             )
         self.split = seed if split is None else split
         self.num_train = num_train
@@ -173,30 +170,22 @@ def fetch(archive: Path) -> None:
     """Fetch the source distribution with pip, which verifies it before it looks inside, and keep it
     at `archive`."""
     archive.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
+    options = ["--quiet", "--no-deps", "--no-binary=:all:", "--require-hashes", "--dest"]
+    with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
         requirements = Path(folder) / "requirements.txt"
         requirements.write_text(f"{REQUIREMENT} --hash=sha256:{SHA256}\n")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--no-binary=:all:",
-        ]
-        command += ["--require-hashes", "--dest", folder, "--requirement", str(requirements)]
+        command = [sys.executable, "-m", "pip", "download", *options, folder]
+        command += ["--requirement", str(requirements)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         found = list(Path(folder).glob("*.tar.gz"))
         if done.returncode or not found:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ConnectionError(
-                f"the texts of VADER ({REQUIREMENT}, 2.4 MB) could not be fetched from the package index: {reason}. "
-                f"With a network, retry; without one, put the source distribution at {archive}"
+                f"the texts of VADER ({REQUIREMENT}, 2.4 MB) could not be fetched from the package "
+                f"index: {reason}. With a network, retry; without one, put the source distribution "
+                f"at {archive}"
             )
-        partial = archive.with_suffix(f".{os.getpid()}")
-        partial.write_bytes(found[0].read_bytes())
-        os.replace(partial, archive)
+        found[0].replace(archive)
 
 
 def read_archive(archive: Path) -> dict[str, Examples]:
@@ -211,22 +200,23 @@ def read_archive(archive: Path) -> dict[str, Examples]:
         raise ValueError(
             f"{archive} has the SHA-256 {digest}, expected {SHA256}: delete it and retry"
         )
+    packed = _member(content, "hutto_ICWSM_2014.tar.gz")
     read = {}
-    with tarfile.open(fileobj=io.BytesIO(content)) as outer:
-        inner = next(name for name in outer.getnames() if name.endswith("hutto_ICWSM_2014.tar.gz"))
-        packed = outer.extractfile(inner)
-        assert packed is not None
-        with tarfile.open(fileobj=io.BytesIO(packed.read())) as corpora:
-            for corpus, stem in CORPORA.items():
-                texts, labels = [], []
-                name = next(n for n in corpora.getnames() if n.endswith(f"/{stem}_GroundTruth.txt"))
-                file = corpora.extractfile(name)
-                assert file is not None
-                for line in io.TextIOWrapper(
-                    file, encoding="utf-8", errors="replace", newline="\n"
-                ):
-                    _, rating, text = line.split("\t", 2)
-                    texts.append(text.strip())
-                    labels.append(0 if float(rating) < -0.5 else 2 if float(rating) > 0.5 else 1)
-                read[corpus] = Examples(texts, labels=labels)
+    for corpus, stem in CORPORA.items():
+        texts, labels = [], []
+        lines = _member(packed, f"/{stem}_GroundTruth.txt").decode(errors="replace")
+        for line in lines.removesuffix("\n").split("\n"):
+            _, rating, text = line.split("\t", 2)
+            texts.append(text.strip())
+            labels.append(1 + (float(rating) > 0.5) - (float(rating) < -0.5))
+        read[corpus] = Examples(texts, labels=labels)
     return read
+
+
+def _member(archive: bytes, ending: str) -> bytes:
+    """Return the content of the file in a tar archive whose name has an ending."""
+    with tarfile.open(fileobj=io.BytesIO(archive)) as files:
+        name = next(name for name in files.getnames() if name.endswith(ending))
+        file = files.extractfile(name)
+        assert file is not None
+        return file.read()
