@@ -26,6 +26,7 @@ from lightning.pytorch.callbacks import (
     DeviceStatsMonitor,
     GradientAccumulationScheduler,
     LearningRateMonitor,
+    ModelCheckpoint,
     ProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
@@ -37,7 +38,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from dact.calibration.answers import LayerAnswers
-from dact.callbacks import AverageLastSteps, MovableCheckpoint
+from dact.callbacks import AverageLastSteps
 from dact.files import DurableCheckpointIO
 from dact.functional import accumulate
 from dact.model import DACT
@@ -407,12 +408,12 @@ def resumable_fit(
     # Two callbacks, since ``save_last`` writes last.ckpt only in epochs in which the best is
     # written.
     kept = [
-        MovableCheckpoint(
+        ModelCheckpoint(
             checkpoints, "last", enable_version_counter=False, save_on_train_epoch_end=True
         )
     ]
     if keep is not None and monitor is not None:
-        best = MovableCheckpoint(
+        best = ModelCheckpoint(
             checkpoints,
             keep,
             monitor=monitor,

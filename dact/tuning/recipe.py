@@ -16,7 +16,8 @@ from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.modules.dropout import _DropoutNd
 
 from dact.calibration import Promise
-from dact.checks import check_choice, check_count, check_range, check_tolerance, check_type
+from dact.checks import check_choice, check_count, check_range, check_type
+from dact.functional import Halting
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
 from dact.tuning.digests import encoder_digest, pretrained_digest
@@ -129,7 +130,7 @@ class Recipe:
                     "TuningEngine: consistency goes with final_training='finetune', which trains encoders"
                 )
         if self.halting_tolerance is not None:
-            check_tolerance(self.halting_tolerance)
+            Halting(tolerance=self.halting_tolerance)  # checks its range
             if self.promise is not None and self.promise.dial == "halting_tolerance":
                 raise ValueError(
                     "TuningEngine: a promise chooses the halting_tolerance; give one of the two"
