@@ -71,7 +71,7 @@ def check_writable_folder(folder: Path, what: str) -> None:
 
 def remove_partial(folder: Path) -> None:
     """Remove the temporary files and folders that a killed process left under `folder`."""
-    for left_over in folder.rglob(".*.partial"):
+    for left_over in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
         if left_over.is_dir():
             shutil.rmtree(left_over, ignore_errors=True)
         else:

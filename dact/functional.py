@@ -119,7 +119,9 @@ def _check_shapes(**given: tuple[Tensor, str]) -> None:
     for name, (tensor, shape) in given.items():
         names = shape.split()
         fits = tensor.dim() == len(names) and 0 not in tensor.shape[1:]
-        if not fits or any(sizes.setdefault(n, k) != k for n, k in zip(names, tensor.shape, strict=True)):
+        if not fits or any(
+            sizes.setdefault(n, k) != k for n, k in zip(names, tensor.shape, strict=True)
+        ):
             shapes = ", ".join(f"{one} {list(of.shape)}" for one, (of, _) in given.items())
             raise ValueError(f"{name} must have the shape [{', '.join(names)}], got {shapes}")
 

@@ -29,7 +29,7 @@ class LoaderMetrics:
     """
 
     def __init__(self, classes: int, layers: int, device: torch.device) -> None:
-        self._sums: Tensor | float = 0.0  # of AVERAGED
+        self.sums: Tensor | float = 0.0  # of AVERAGED
         self.exits = torch.zeros(layers, dtype=torch.long, device=device)
         self.correct = torch.zeros_like(self.exits)
         self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
@@ -54,7 +54,7 @@ class LoaderMetrics:
         answers, classes = early.probabilities.argmax(dim=1), len(self.confusion)
         agreement = (answers == a[:, -1].argmax(dim=1)).float().mean()
         means = torch.stack([loss, task_loss, ponder_cost, agreement.to(loss.dtype)])
-        self._sums = self._sums + at_least_float32(means) * len(target)
+        self.sums = self.sums + at_least_float32(means) * len(target)
         self.exits += torch.bincount(early.exit_layer - 1, minlength=len(self.exits))
         self.correct += (a.argmax(dim=2) == target.unsqueeze(1)).sum(dim=0)
         pairs = torch.bincount(target.long() * classes + answers, minlength=classes**2)
@@ -62,7 +62,7 @@ class LoaderMetrics:
 
     def add_up(self, strategy: Any) -> None:
         """Replace the sums by those of all processes of a Trainer's strategy."""
-        for name in ("_sums", "exits", "correct", "confusion"):
+        for name in ("sums", "exits", "correct", "confusion"):
             setattr(self, name, strategy.reduce(getattr(self, name), reduce_op="sum"))
 
     def compute(self) -> dict[str, Tensor]:
@@ -71,7 +71,7 @@ class LoaderMetrics:
         # Classes that neither occur nor are returned do not count, as in torchmetrics.
         both = self.confusion.sum(dim=0) + self.confusion.sum(dim=1)
         layers = torch.arange(1, len(self.exits) + 1, device=self.exits.device)
-        found = dict(zip(AVERAGED, self._sums / examples, strict=True))  # type: ignore[arg-type]
+        found = dict(zip(AVERAGED, self.sums / examples, strict=True))  # type: ignore[arg-type]
         found["accuracy"] = hits.sum() / examples
         found["macro_f1"] = (2 * hits[both > 0] / both[both > 0]).mean()
         found["exit_layer"] = (self.exits * layers).sum() / examples

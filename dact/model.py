@@ -170,6 +170,13 @@ class DACT(LightningModule):
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.step_tokens = step_tokens
         self.window_tokens = window_tokens
+        if class_weights is not None and not (
+            all(0 <= weight < math.inf for weight in class_weights) and any(class_weights)
+        ):
+            raise ValueError(
+                "DACT: class_weights must be finite and 0 or more, one of them above 0, got "
+                f"{class_weights}"
+            )
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self._check()
@@ -178,7 +185,7 @@ class DACT(LightningModule):
         self.temperatures: list[float] | None = None
         # Of the first loader of the last evaluation, for callbacks.
         self.measured: LoaderMetrics | None = None
-        self._metrics: dict[tuple[str, int], LoaderMetrics] = {}  # by stage and loader
+        self.loader_metrics: dict[tuple[str, int], LoaderMetrics] = {}  # by stage and loader
 
         sizes = {"num_layers": self.num_layers, "hidden_size": encoder.hidden_size}
         make = partial(Submodels, **sizes, share=share_submodels)
@@ -204,14 +211,6 @@ class DACT(LightningModule):
                     f"DACT: {name} must have one entry per class ({self.output_dimension}), got "
                     f"{len(value)}: {list(value)}"
                 )
-        weights = self.class_weights
-        if weights is not None and not (
-            weights.sum() > 0 and ((weights >= 0) & weights.isfinite()).all()
-        ):
-            raise ValueError(
-                "DACT: class_weights must be finite and 0 or more, one of them above 0, got "
-                f"{weights.tolist()}"
-            )
         check_class_names("DACT: class_names", self.class_names)
 
     # ------------------------------------------------------------------ the halting rule
@@ -445,17 +444,17 @@ class DACT(LightningModule):
         loss = functional.task_loss(a[:, -1], soft, self.class_weights)
         loss = loss + self.lambda_reg * ponder_cost
         task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
-        if (stage, loader) not in self._metrics:
-            self._metrics[stage, loader] = LoaderMetrics(
+        if (stage, loader) not in self.loader_metrics:
+            self.loader_metrics[stage, loader] = LoaderMetrics(
                 self.output_dimension, self.num_layers, target.device
             )
-        self._metrics[stage, loader].update(target, a, early, loss, task_loss, ponder_cost)
+        self.loader_metrics[stage, loader].update(target, a, early, loss, task_loss, ponder_cost)
         return {"loss": loss, "exit_layer": early.exit_layer, "layer_probabilities": y, "h": h}
 
     def _log_metrics(self, stage: str) -> None:
         """Log the metrics of all loaders of an evaluation; those after the first have a suffix."""
         self.measured = None
-        for (of_stage, loader), metrics in self._metrics.items():
+        for (of_stage, loader), metrics in self.loader_metrics.items():
             if of_stage != stage:
                 continue
             metrics.add_up(self.trainer.strategy)
@@ -479,10 +478,10 @@ class DACT(LightningModule):
         return None if self.measured is None else self.measured.exits
 
     def on_validation_epoch_start(self) -> None:
-        self._metrics = {}
+        self.loader_metrics = {}
 
     def on_test_epoch_start(self) -> None:
-        self._metrics = {}
+        self.loader_metrics = {}
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")

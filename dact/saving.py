@@ -286,7 +286,10 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
                 f"{directory} has no {name}: expected a folder that save_pretrained wrote"
                 + (f", such as {inside[0]}" if inside else "")
             )
-    config = read_json(directory / CONFIG_NAME)
+    config, (weights, _) = (
+        read_json(directory / CONFIG_NAME),
+        read_tensors(directory / WEIGHTS_NAME),
+    )
     if not isinstance(config, dict) or "output_dimension" not in config:
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
     kind, written_by = config.pop("format", FORMAT), config.pop("written_by", "dact")
@@ -295,7 +298,6 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{directory / CONFIG_NAME} was written by {written_by} in the format {kind}, which this "
             "version does not know: install that version"
         )
-    weights, _ = read_tensors(directory / WEIGHTS_NAME)
     return config, weights
 
 

@@ -331,7 +331,7 @@ def test_a_promise_ends_with_the_weights_that_it_was_made_for(tmp_path):
 
 def test_a_broken_model_keeps_no_promise():
     model = tiny_model()
-    torch.nn.init.constant_(model.classifier.of_layer(4)[-1].weight, float("nan"))
+    torch.nn.init.constant_(model.classifier[-1].weight, float("nan"))
     with pytest.raises(ValueError, match="the model's answers are not finite"):
         calibrate(model, [random_batch(300)], max_accuracy_loss=0.1)
 

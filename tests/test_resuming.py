@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
 from optuna.trial import TrialState
 
 from dact import DACT, TuningEngine
-from dact.callbacks import AverageLastSteps, MovableCheckpoint
+from dact.callbacks import AverageLastSteps
 from dact.encoders import TransformerEncoder
 from dact.files import read_checkpoint
 from dact.submodels import SubmodelConfig
@@ -211,21 +211,6 @@ def test_weights_that_a_callback_of_the_users_averages_are_averaged_once(tmp_pat
 def test_a_share_of_the_steps_is_asked_for():
     with pytest.raises(ValueError, match=re.escape("share must be in (0, 1], got 0")):
         AverageLastSteps(share=0)
-
-
-def test_a_checkpoint_of_another_folder_is_only_where_a_fit_starts(tmp_path):
-    fitted(tmp_path / "first", epochs=2)
-    for _ in range(2):  # the second time there is a best checkpoint already
-        best = MovableCheckpoint(
-            tmp_path / "second", "best", monitor="val_loss", enable_version_counter=False
-        )
-        trainer = Trainer(max_epochs=3, accelerator="cpu", logger=False, callbacks=[best])
-        start = tmp_path / "first" / "last.ckpt"
-        trainer.fit(
-            plain_model(), datamodule=small_data(batch_size=16), ckpt_path=start, weights_only=True
-        )
-        assert best.best_model_path == str(tmp_path / "second" / "best.ckpt")
-        assert read_checkpoint(best.best_model_path)["epoch"] == 2
 
 
 def test_a_fit_that_validates_within_epochs_resumes_after_whole_ones(tmp_path):
