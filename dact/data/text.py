@@ -42,8 +42,7 @@ class TextClassificationData(TextDataModule):
             ``labels`` are -100. Texts of validation and calibration are left out.
         calibration_file: Examples for `dact.calibrate`, instead of a `calibration_fraction`.
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
-            id, a local folder or ``"package:NAME/PATH"``. If None, `suggest_tokenizer` must be
-            called before `setup`.
+            id, a local folder or ``"package:NAME/PATH"``.
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
         label_column: Name of the column with the label.
@@ -64,14 +63,12 @@ class TextClassificationData(TextDataModule):
         teacher: Fine-tuned model to learn from; see `TextDataModule`.
 
     Raises:
-        FileNotFoundError, ValueError: In `setup`; the message names the file and the rows or
-            columns at fault.
+        ValueError: In `setup`; the message names the file and the rows or columns at fault.
 
     Example:
-        >>> TextClassificationData("train.csv", tokenizer="bert-base-uncased", val_fraction=1.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: TextClassificationData: val_fraction must be in (0, 1), got 1.5
+        >>> data = TextClassificationData("train.csv", tokenizer="bert-base-uncased", seed=1)
+        >>> data.batch_size
+        32
     """
 
     def __init__(
@@ -107,7 +104,7 @@ class TextClassificationData(TextDataModule):
             calibration_fraction=calibration_fraction,
             teacher=teacher,
         )
-        check_range("TextClassificationData: val_fraction", val_fraction, "(0, 1)")
+        check_range("val_fraction", val_fraction, "(0, 1)")
         if calibration_file is not None and calibration_fraction:
             raise ValueError("give a calibration_file or a calibration_fraction, not both")
         files = {
@@ -129,7 +126,7 @@ class TextClassificationData(TextDataModule):
         self.val_fraction = val_fraction
         if class_names is not None:
             self.class_names = [str(name).strip() for name in class_names]
-        check_class_names("TextClassificationData: class_names", self.class_names)
+        check_class_names("class_names", self.class_names)
         self._names_given = class_names is not None
         self._read: dict[str, Examples] = {}
         # Keys of all texts of the training file.
@@ -171,8 +168,7 @@ class TextClassificationData(TextDataModule):
     # ------------------------------------------------------------------ splits
 
     def _read_training(self) -> None:
-        """Read the training file, divide it if validation comes from it, and add texts without
-        labels."""
+        """Read the training file, divide it if there is no other, and add texts without labels."""
         train = self._labelled("train")
         self._training = frozenset(train.text_keys())
         if self.files["val"] is None:
@@ -259,8 +255,7 @@ class TextClassificationData(TextDataModule):
         return file
 
     def _texts(self, split: str) -> Examples:
-        """Return the texts of a file without labels, each with the reason why it cannot be used or
-        None."""
+        """Return the texts to predict, each with the reason why it cannot be used or None."""
         file = self._file(split)
         rows = list(read_rows(file, self._text_columns, self.delimiter))
         reasons = [text_fault(row) for row in rows]
@@ -293,10 +288,7 @@ class TextClassificationData(TextDataModule):
         return replace(texts, labels=classes)
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
-        """Return the usable rows of a file by their numbers.
-
-        Raises:
-            ValueError: If others are unusable, unless they are to be dropped, or if all are."""
+        """Return the usable rows of a file by their numbers; others are an error or left out."""
         file, count = self._file(split), len(self._text_columns)
         usable: dict[int, list[Any]] = {}
         faults: dict[str, list[int]] = {}
@@ -313,8 +305,7 @@ class TextClassificationData(TextDataModule):
             rank_zero_warn(f"{file}: {total:,} unusable rows are left out: {text}")
         elif faults:
             remedy = "complete them, or leave them out by drop_unusable: true"
-            if "UTF-8" in text:
-                remedy = "save the file in UTF-8"
+            remedy = "save the file in UTF-8" if "UTF-8" in text else remedy
             raise ValueError(f"{file} has unusable rows: {text}: {remedy}")
         if not usable:
             raise ValueError(f"{file} has no rows")
