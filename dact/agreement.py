@@ -33,7 +33,12 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
     if names is not None:
         names = [str(name) for name in names]
         model.class_names = model.class_names or names
-        check_class_order(model.class_names, names)
+        if list(model.class_names) != names:  # answers would be wrong
+            raise ValueError(
+                f"the model has the classes {', '.join(model.class_names)}, in this order, but "
+                f"those of the data are {', '.join(names)}: give the data class_names="
+                f"{model.class_names}, or load the model with class_names=None if only names differ"
+            )
     if not training:
         return
     # Other datamodules may provide a teacher in a way of their own.
@@ -42,8 +47,8 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
     probabilities = getattr(datamodule, "teacher_probabilities", unknown)
     if model.needs_teacher and teacher is None and probabilities is None:
         raise ValueError(
-            f"distillation={model.distillation:g} needs a teacher: give the data one (data.teacher), "
-            "or set distillation to 0"
+            f"distillation={model.distillation:g} needs a teacher: give the data one "
+            "(data.teacher), or set distillation to 0"
         )
     if not model.needs_teacher and teacher not in (None, unknown):
         raise ValueError(
@@ -66,17 +71,6 @@ def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
         raise ValueError(
             f"the data has {len(names)} classes ({', '.join(map(str, names))}), but the model has "
             f"output_dimension={output_dimension}: set output_dimension to {len(names)}"
-        )
-
-
-def check_class_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:
-    """Raise a ``ValueError`` unless both have the same class names in the same order: answers would
-    be wrong."""
-    if list(of_model) != list(of_data):
-        raise ValueError(
-            f"the model has the classes {', '.join(of_model)}, in this order, but those of the data "
-            f"are {', '.join(of_data)}: give the data class_names={list(of_model)}, or load the model "
-            "with class_names=None if only their names differ"
         )
 
 

@@ -101,13 +101,11 @@ class AverageLastSteps(WeightAveraging):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        weights_only = [
-            getattr(c, "save_weights_only", False) for c in trainer.checkpoint_callbacks
-        ]
-        if stage == "fit" and any(weights_only):
+        kept = trainer.checkpoint_callbacks
+        if stage == "fit" and any(getattr(one, "save_weights_only", False) for one in kept):
             raise ValueError(
-                "AverageLastSteps: a checkpoint callback with save_weights_only=True would keep the "
-                "weights of the last step instead of their mean: leave that option out"
+                "AverageLastSteps: a checkpoint callback with save_weights_only=True would keep "
+                "the weights of the last step: leave that option out"
             )
         self._average_model = None  # it begins later, on the device of the model
         self._latest_update_step = 0

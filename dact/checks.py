@@ -136,7 +136,5 @@ def check_probabilities(name: str, rows: Tensor) -> Tensor:
     wrong = rows[~((rows >= 0) & is_one).all(dim=1)]
     if len(wrong):
         values = ", ".join(f"{value:.3g}" for value in wrong[0].tolist())
-        raise ValueError(
-            f"{name} must hold probabilities, rows that sum to 1, got {values}: logits need a softmax"
-        )
+        raise ValueError(f"{name} must hold probabilities, rows that sum to 1, got {values}")
     return rows

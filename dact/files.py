@@ -62,13 +62,6 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def check_writable_folder(folder: Path, what: str) -> None:
-    """Raise a ``PermissionError`` that begins with `what` unless files can be written into a
-    folder."""
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(f"{what}: {folder}: permission denied")
-
-
 def remove_partial(folder: Path) -> None:
     """Remove the temporary files and folders that a killed process left under `folder`."""
     for left_over in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
@@ -153,8 +146,8 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if refused is not None:
             reason = (
-                f"it holds an object of {refused[1]}, and only plain data can be read without running "
-                "code. A hyperparameter of the datamodule is a likely place: save it as a string"
+                f"it holds an object of {refused[1]}, and only plain data can be read without "
+                "running code. A hyperparameter of the datamodule is a likely place: save a string"
             )
         raise ValueError(f"{path} cannot be read as a checkpoint: {reason}") from error
 

@@ -164,11 +164,10 @@ def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         ValueError: If the shapes do not fit each other.
 
     Example:
-        >>> y = torch.tensor([[[0.8, 0.2], [0.4, 0.6]]])
-        >>> h = torch.tensor([[0.5, 0.5]])
-        >>> a, p = accumulate(y, h)
+        >>> y = torch.tensor([[[0.75, 0.25], [0.25, 0.75]]])
+        >>> a, p = accumulate(y, torch.tensor([[0.5, 0.5]]))
         >>> a[0].tolist(), p[0].tolist()
-        ([[0.800000011920929, 0.20000000298023224], [0.6000000238418579, 0.4000000059604645]], [0.5, 0.25])
+        ([[0.75, 0.25], [0.5, 0.5]], [0.5, 0.25])
     """
     _check_shapes(y=(y, "batch layers classes"), h=(h, "batch layers"))
     y, h = at_least_float32(y), at_least_float32(h)
@@ -217,9 +216,6 @@ def can_halt(
     Returns:
         A bool tensor ``[batch]``.
 
-    Raises:
-        ValueError: If a shape, the rule, the tolerance or `remaining` is not as described.
-
     Example:
         >>> can_halt(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0.1, 0.1]), remaining=2)
         tensor([ True, False])
@@ -262,9 +258,8 @@ def _provable(
 def _proves_nothing(p: Tensor, remaining: int | Tensor, tolerance: float) -> bool:
     """Return whether p alone rules out a proof for every example, since no lead a* - a_ru exceeds
     1; CPU only."""
-    if (
-        isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu
-    ):  # a GPU would have to wait for p
+    # A GPU would have to wait for p.
+    if isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu:
         return False
     return p.amin().item() >= 1 - ((1 - tolerance) / 2) ** (1 / remaining)
 
@@ -280,10 +275,9 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
     """Return whether a layer's own classification leads by more than `margin`: its first class over
     its second.
 
-    This is the second halting criterion, next to `can_halt`. It proves nothing about the remaining
-    layers. At few layers it works better than a tolerance (benchmarks/README.md). As a measure of
-    confidence for early exit it is the "softmax response" of Schuster et al., *Confident Adaptive
-    Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
+    This is the second halting criterion, next to `can_halt`; it proves nothing about the remaining
+    layers. It is the "softmax response" of Schuster et al., *Confident Adaptive Language Modeling*,
+    NeurIPS 2022 (arXiv 2207.07061).
 
     Args:
         y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32
@@ -292,9 +286,6 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
 
     Returns:
         A bool tensor ``[…]``.
-
-    Raises:
-        ValueError: If the margin is out of its range.
 
     Example:
         >>> is_clear(torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1]]), 0.5)
@@ -324,9 +315,6 @@ def exit_layers(
 
     Returns:
         int64 ``[batch]``, in 1 … layers.
-
-    Raises:
-        ValueError: If the shapes do not fit each other, or as for `can_halt` and `is_clear`.
     """
     _check_shapes(a=(a, "batch layers classes"), p=(p, "batch layers"))
     halting = Halting(rule, tolerance, margin)
@@ -360,9 +348,6 @@ def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
     Returns:
         A scalar in [0, layers].
 
-    Raises:
-        ValueError: If the shapes differ or the kind is unknown.
-
     Example:
         >>> ponder_cost(torch.tensor([[0.5, 0.25]]), torch.tensor([[0.5, 0.5]])).item()
         0.75
@@ -394,20 +379,21 @@ def soft_targets(
             probabilities.
 
     Example:
-        >>> soft_targets(torch.tensor([1, -100]), 2, torch.tensor([[0.5, 0.5], [0.9, 0.1]]), share=0.5).tolist()
-        [[0.25, 0.75], [0.8999999761581421, 0.10000000149011612]]
+        >>> teacher = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
+        >>> soft_targets(torch.tensor([1, -100]), 2, teacher, share=0.5).tolist()
+        [[0.25, 0.75], [0.75, 0.25]]
     """
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(
-            f"labels must be integers of the shape [batch], got {labels.dtype} {list(labels.shape)}: several labels "
-            "per example and numbers as targets are not supported"
+            f"labels must be integers of the shape [batch], got {labels.dtype} {[*labels.shape]}: "
+            "several labels per example and numbers as targets are not supported"
         )
     unknown = labels == UNLABELLED
     wrong = labels[~unknown & ((labels < 0) | (labels >= classes))]
     if len(wrong):
         raise ValueError(
-            f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}: number the classes from "
-            "0, or set output_dimension to their number"
+            f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}: set "
+            "output_dimension to the number of classes"
         )
     # [batch, classes]; -100 matches no class, so its row stays zero.
     target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
@@ -423,25 +409,20 @@ def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) ->
     r"""Return the negative log-likelihood of answers that are probabilities, -log a[target], mean
     over the batch.
 
-    There is no second softmax. Probabilities below 1e-30 count as 1e-30, so that values and
-    gradients stay finite. For targets q that are probabilities it is :math:`-\sum_k w_k q_k \log
-    a_k`, the convention of `torch.nn.functional.cross_entropy`. With a teacher's probabilities it
-    is distillation at temperature 1 (Hinton et al. 2015, arXiv 1503.02531).
+    Probabilities below 1e-30 count as 1e-30, so that values and gradients stay finite. For targets
+    q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`; with those of a teacher this is
+    distillation at temperature 1 (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
         a: ``[batch, classes]``, each row a probability vector; computed in float32 or more.
         target: int64 ``[batch]``, in 0 … classes - 1, or probabilities ``[batch, classes]``, as
             `soft_targets` makes them. Examples without a target (labelled -100, a row of zeros) are
             left out.
-        class_weights: w, ``[classes]``, the weight of each class. The mean is over the examples
-            that have a target, not over weights, so that it does not depend on how examples fall
-            into batches.
+        class_weights: w, ``[classes]``. The mean is over examples and not over weights, so that it
+            does not depend on how examples fall into batches.
 
     Returns:
         A scalar; 0 if no example has a target.
-
-    Raises:
-        ValueError: If a label is out of range or the shapes do not fit each other.
 
     Example:
         >>> round(task_loss(torch.tensor([[0.5, 0.5]]), torch.tensor([1])).item(), 4)
@@ -459,12 +440,6 @@ def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = Non
         logits: The classifier's logits, ``[batch, layers, classes]``; y is their softmax.
         target: As for `task_loss`.
         class_weights: As for `task_loss`.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: As for `task_loss`.
     """
     log_y = at_least_float32(logits).log_softmax(dim=-1)
     # The loss is linear in the logarithms.
@@ -490,8 +465,8 @@ def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
             tensors, stay as they are.
 
     Example:
-        >>> twice({"labels": torch.tensor([0, 1]), "input_ids": torch.tensor([[5, 6], [7, 8]])})["input_ids"].tolist()
-        [[5, 6], [7, 8], [5, 6], [7, 8]]
+        >>> twice({"labels": torch.tensor([0, 1])})["labels"].tolist()
+        [0, 1, 0, 1]
     """
     found, rows = dict(batch), len(batch["labels"])
     for name, entry in batch.items():

@@ -106,7 +106,8 @@ class DACT(LightningModule):
     Example:
         >>> from dact import DACT
         >>> from dact.encoders import TransformerEncoder
-        >>> model = DACT(encoder=TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)).eval()
+        >>> encoder = TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)
+        >>> model = DACT(encoder=encoder).eval()
         >>> output = model.early_exit({"input_ids": torch.tensor([[4, 2], [7, 1]])})
         >>> output.probabilities.shape, output.exit_layer.tolist()
         (torch.Size([2, 3]), [2, 2])
@@ -114,7 +115,7 @@ class DACT(LightningModule):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
-    # "hyper_parameters" is read by LightningCLI, which would take what `config` returns for its own.
+    # LightningCLI would take what `config` returns for its own under "hyper_parameters".
     CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
 
     def __init__(
@@ -132,7 +133,7 @@ class DACT(LightningModule):
         distillation: ShareOfTargets = 0.0,
         consistency: Weight = 0.0,
         share_submodels: bool = False,
-        num_layers: int | None = None,
+        num_layers: Annotated[int, Range("[1, inf)")] | None = None,
         halting: HaltingRule = "exact",
         halting_tolerance: Tolerance = 0.0,
         halting_margin: Margin = 1.0,
@@ -147,6 +148,7 @@ class DACT(LightningModule):
     ) -> None:
         super().__init__()
         check_arguments(DACT.__init__, locals(), "DACT: ")
+        _check_together(locals())
         self.save_hyperparameters({})  # makes Lightning log `hparams_initial`
         self.encoder = encoder
         self.output_dimension = output_dimension
@@ -170,16 +172,8 @@ class DACT(LightningModule):
         self.class_names = None if class_names is None else [str(name) for name in class_names]
         self.step_tokens = step_tokens
         self.window_tokens = window_tokens
-        if class_weights is not None and not (
-            all(0 <= weight < math.inf for weight in class_weights) and any(class_weights)
-        ):
-            raise ValueError(
-                "DACT: class_weights must be finite and 0 or more, one of them above 0, got "
-                f"{class_weights}"
-            )
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
-        self._check()
         self.calibration = None
         # One per exit layer; they scale the scores that are shown.
         self.temperatures: list[float] | None = None
@@ -192,26 +186,6 @@ class DACT(LightningModule):
         self.classifier = make(classifier, output_size=output_dimension)
         self.confidence = make(confidence, output_size=1)
         start_undecided(self.confidence)
-
-    def _check(self) -> None:
-        """Raise an error if arguments contradict each other."""
-        check_count(
-            "DACT: num_layers",
-            self.num_layers,
-            most=self.encoder.num_layers,
-            hint="the layers of the encoder",
-        )
-        for name in ("detach_exits", "consistency"):
-            if getattr(self, name) and self.exit_loss_weight == 0:
-                raise ValueError(f"DACT: {name} needs an exit_loss_weight above 0, got 0")
-        for name in ("class_weights", "class_names"):
-            value = getattr(self, name)
-            if value is not None and len(value) != self.output_dimension:
-                raise ValueError(
-                    f"DACT: {name} must have one entry per class ({self.output_dimension}), got "
-                    f"{len(value)}: {list(value)}"
-                )
-        check_class_names("DACT: class_names", self.class_names)
 
     # ------------------------------------------------------------------ the halting rule
 
@@ -296,11 +270,6 @@ class DACT(LightningModule):
                 record=record,
             )
 
-    def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        """Return the exit layers of this model, int64 ``[batch]``, from a, p and y; see
-        `functional.exit_layers`."""
-        return self.exit_rule.exit_layers(a, p, y)
-
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32
         or more."""
@@ -356,8 +325,7 @@ class DACT(LightningModule):
         if self.needs_teacher and teacher is None:
             raise KeyError(
                 f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training "
-                f"batches, got the keys {sorted(batch)}: give the data a teacher, or set distillation "
-                "to 0"
+                f"batches, got the keys {sorted(batch)}"
             )
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
         # Batch normalization would take two passes of one example for two examples.
@@ -379,18 +347,12 @@ class DACT(LightningModule):
     def warm_lambda(self) -> float:
         """Return λ at this step: in a fit, it rises linearly from 0 over the first `lambda_warmup`
         of all optimizer steps; elsewhere, or in a fit without a known end, it is `lambda_reg`."""
-        if self.lambda_warmup == 0:
-            return self.lambda_reg
-        return self.lambda_reg * min(1.0, self.share_of_fit() / self.lambda_warmup)
-
-    def share_of_fit(self) -> float:
-        """Return the share of the optimizer steps of a fit that are done, 1 if there is no fit or
-        its end is not known."""
         trainer = self._trainer
-        if trainer is None or not trainer.training:
-            return 1.0
-        steps = optimizer_steps(trainer)
-        return trainer.global_step / steps if 0 < steps < math.inf else 1.0
+        steps = optimizer_steps(trainer) if trainer is not None and trainer.training else -1
+        warmup = self.lambda_warmup * steps
+        if trainer is None or not 0 < warmup < math.inf:
+            return self.lambda_reg
+        return self.lambda_reg * min(1.0, trainer.global_step / warmup)
 
     # ------------------------------------------------------------------ steps
 
@@ -445,9 +407,8 @@ class DACT(LightningModule):
         loss = loss + self.lambda_reg * ponder_cost
         task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
         if (stage, loader) not in self.loader_metrics:
-            self.loader_metrics[stage, loader] = LoaderMetrics(
-                self.output_dimension, self.num_layers, target.device
-            )
+            sizes = self.output_dimension, self.num_layers
+            self.loader_metrics[stage, loader] = LoaderMetrics(*sizes, target.device)
         self.loader_metrics[stage, loader].update(target, a, early, loss, task_loss, ponder_cost)
         return {"loss": loss, "exit_layer": early.exit_layer, "layer_probabilities": y, "h": h}
 
@@ -459,15 +420,12 @@ class DACT(LightningModule):
                 continue
             metrics.add_up(self.trainer.strategy)
             suffix = f"/dataloader_idx_{loader}" if loader else ""
+            options = {"sync_dist": True, "add_dataloader_idx": False}
             for name, value in metrics.compute().items():
-                kind, _, layer = name.partition("/")
-                self.log(
-                    f"{stage}_{kind}{suffix}" + (f"/{layer}" if layer else ""),
-                    value,
-                    prog_bar=not suffix and name in ("loss", "accuracy", "exit_layer"),
-                    sync_dist=True,
-                    add_dataloader_idx=False,
-                )
+                kind, *layer = name.split("/")
+                shown = loader == 0 and name in ("loss", "accuracy", "exit_layer")
+                name = "/".join([f"{stage}_{kind}{suffix}", *layer])
+                self.log(name, value, prog_bar=shown, **options)
             if loader == 0:
                 self.measured = metrics
 
@@ -480,8 +438,7 @@ class DACT(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.loader_metrics = {}
 
-    def on_test_epoch_start(self) -> None:
-        self.loader_metrics = {}
+    on_test_epoch_start = on_validation_epoch_start
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -569,7 +526,7 @@ class DACT(LightningModule):
         checkpoint_path: str | Path,
         map_location: Any = "cpu",
         *,
-        weights_only: bool | None = None,
+        weights_only: bool = True,
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> Self:
@@ -580,7 +537,7 @@ class DACT(LightningModule):
             checkpoint_path: File that the Trainer's checkpointing wrote, or its address, such as
                 ``s3://…``.
             map_location: As for `torch.load`.
-            weights_only: Never False: a checkpoint of dact holds only data.
+            weights_only: Not used: a checkpoint of dact holds only data.
             encoder: Encoder, built as it was for training; needed only for an encoder of your own.
             **overrides: Constructor arguments that replace those of the checkpoint, such as
                 ``halting_tolerance=0.3``.
@@ -589,10 +546,6 @@ class DACT(LightningModule):
             FileNotFoundError: If there is no such file.
             ValueError: If the file cannot be read, is not a checkpoint of DACT, or does not fit.
         """
-        if weights_only is False:
-            raise ValueError(
-                "weights_only=False would let a checkpoint run code; dact's checkpoints load without it"
-            )
         config, weights = saving.read_checkpoint(checkpoint_path, map_location)
         if encoder is not None:
             overrides["encoder"] = encoder
@@ -677,15 +630,32 @@ class DACT(LightningModule):
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
-    """Return the labels of a batch, or raise an error that says what the batch is."""
+    """Return the labels of a batch, or raise a ``KeyError`` that says what the batch is."""
     check_batch(batch)
-    labels, ids = batch.get("labels"), batch.get("input_ids")
-    if not isinstance(labels, Tensor):
+    if not isinstance(batch.get("labels"), Tensor):
         raise KeyError(
             f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}"
         )
-    if isinstance(ids, Tensor) and labels.dim() and len(labels) != len(ids):
+    return batch["labels"]
+
+
+def _check_together(given: Mapping[str, Any]) -> None:
+    """Raise an error if arguments of `DACT` contradict each other."""
+    if given["num_layers"] is not None:
+        most = given["encoder"].num_layers
+        check_count("DACT: num_layers", given["num_layers"], 1, most, "the layers of the encoder")
+    for name in ("detach_exits", "consistency"):
+        if given[name] and given["exit_loss_weight"] == 0:
+            raise ValueError(f"DACT: {name} needs an exit_loss_weight above 0, got 0")
+    classes, weights = given["output_dimension"], given["class_weights"]
+    for name in ("class_weights", "class_names"):
+        value = given[name]
+        if value is not None and len(value) != classes:
+            raise ValueError(
+                f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}"
+            )
+    if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
         raise ValueError(
-            f"labels must be one integer per example, [{len(ids)}], got {list(labels.shape)}"
+            f"DACT: class_weights must be finite and 0 or more, one of them above 0, got {weights}"
         )
-    return labels
+    check_class_names("DACT: class_names", given["class_names"])

@@ -8,7 +8,6 @@ import inspect
 import json
 import re
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -64,8 +63,7 @@ def plain_data(value: Any) -> Any:
     need code to read."""
     if isinstance(value, LayeredEncoder):
         return plain_data(value.config())
-    if isinstance(value, Submodels):
-        return dataclasses.asdict(value.config)
+    value = value.config if isinstance(value, Submodels) else value
     if isinstance(value, SubmodelConfig):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):
@@ -78,10 +76,8 @@ def plain_data(value: Any) -> Any:
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(map(_is_plain, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
+    if isinstance(value, (dict, list)):
+        return all(map(_is_plain, value.values() if isinstance(value, dict) else value))
     return value is None or type(value) in (str, int, float, bool)
 
 
@@ -187,9 +183,8 @@ def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
     ]
     if faults:
         raise ValueError(
-            f"{what} does not fit this model ({len(faults)} differences, such as {faults[0]}). Build "
-            "the model with the encoder, submodels and output_dimension "
-            f"({model.output_dimension} here) that it was trained with, or use "
+            f"{what} does not fit this model ({len(faults)} differences, such as {faults[0]}). "
+            "Build it with the encoder, submodels and output_dimension of its training, or use "
             "DACT.load_from_checkpoint, which reads them from the checkpoint"
         )
 
@@ -253,16 +248,9 @@ def adopt(model: Any, checkpoint: dict[str, Any]) -> None:
 # ------------------------------------------------------------------ a folder
 
 
-def _this_version() -> str:
-    try:
-        return f"dact {version('dact')}"
-    except PackageNotFoundError:  # run from its sources
-        return "dact"
-
-
 def write_folder(model: Any, base: type, directory: Path) -> None:
     """Write config.json and model.safetensors into `directory`, which is created if needed."""
-    config = {"format": FORMAT, "written_by": _this_version(), **config_of(model, base)}
+    config = {"format": FORMAT, **config_of(model, base)}
     json.dumps(config)  # before anything in the folder is replaced
     model.encoder.save_files(directory)
     # So that a kill leaves no new weights under an old promise.
@@ -292,11 +280,12 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     )
     if not isinstance(config, dict) or "output_dimension" not in config:
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
-    kind, written_by = config.pop("format", FORMAT), config.pop("written_by", "dact")
+    config.pop("written_by", None)  # of earlier versions
+    kind = config.pop("format", FORMAT)
     if kind not in FORMATS:
         raise ValueError(
-            f"{directory / CONFIG_NAME} was written by {written_by} in the format {kind}, which this "
-            "version does not know: install that version"
+            f"{directory / CONFIG_NAME} has the format {kind}, and this version of dact reads "
+            f"{' and '.join(FORMATS)}: install a later one"
         )
     return config, weights
 

@@ -45,7 +45,7 @@ class SubmodelConfig:
         TypeError: If a count is not an integer.
 
     Example:
-        >>> SubmodelConfig(num_layers=3, hidden_units=64, layer_strategy="pyramidal").hidden_widths()
+        >>> SubmodelConfig(num_layers=3, layer_strategy="pyramidal").hidden_widths()
         [64, 32, 16]
     """
 
