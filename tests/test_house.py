@@ -132,7 +132,7 @@ def test_only_the_engine_knows_the_engine():
     [
         ("transformers", {"encoders/huggingface.py", "data/tokenizers.py"}),
         ("tokenizers", {"data/tokenizers.py"}),
-        ("datasets", {"data/tables.py"}),
+        ("datasets", {"data/files.py"}),
         ("onnxruntime", {"encoders/onnx.py"}),
         ("litserve", {"server.py"}),
     ],

@@ -144,5 +144,6 @@ def stratified_split(
                 aside.update(rows)
                 chosen, room = chosen + 1, room - len(rows)
         if most and not chosen:
-            aside.update(min(texts, key=len))
+            smallest = min(texts, key=len)
+            aside.update(smallest)
     return [row for row in range(len(labels)) if row not in aside], sorted(aside)

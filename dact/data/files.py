@@ -134,7 +134,7 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
             file.seek(0)
         # In a tsv file a quotation mark is an ordinary character: one alone must not swallow the
         # rows after it.
-        quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
+        quoting: Any = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         header = next(reader, [])
         if header:

@@ -181,16 +181,16 @@ class TextClassificationData(TextDataModule):
         """Divide the training file into training and validation examples that share no text."""
         assert train.labels is not None
         assert self.class_names is not None
-        keys = train.text_keys()
-        texts = Counter(dict(zip(keys, train.labels, strict=True)).values())
-        alone = [name for label, name in enumerate(self.class_names) if texts[label] == 1]
-        if alone:
+        kept, aside = hash_split(train.labels, train.text_keys(), self.val_fraction, self.seed)
+        counts = Counter(train.labels)
+        alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
+        if alone or not aside:
             raise ValueError(
-                f"{self.files['train']}: class {listed(alone)} has one text only, which training "
-                "and validation cannot share: correct a mistyped label, add examples, or give a "
-                f"val_file (labels are those of the column {self.label_column!r})"
+                f"{self.files['train']}: class {listed(alone or self.class_names)} has one text "
+                "only, which training and validation cannot share: correct a mistyped label, add "
+                "examples, or give a val_file (labels are those of the column "
+                f"{self.label_column!r})"
             )
-        kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
         return train.take(kept), train.take(aside)
 
     @override
@@ -262,7 +262,7 @@ class TextClassificationData(TextDataModule):
         unusable = [row for row, reason in enumerate(reasons, first_row(file)) if reason]
         if unusable:
             rank_zero_warn(f"{file}: {name_rows(unusable)} cannot be classified, and are left out")
-        return Examples(*map(list, zip(*rows, strict=True)), reasons=reasons)
+        return replace(Examples(*map(list, zip(*rows, strict=True))), reasons=reasons)
 
     def _labelled(self, split: str) -> Examples:
         """Return the usable examples of a file."""
