@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.modules.dropout import _DropoutNd
 
+from dact.calibration import DEFAULT_PROMISE as DEFAULT_PROMISE
 from dact.calibration import Promise
 from dact.checks import check_choice, check_count, check_range, check_type
 from dact.functional import Halting
@@ -24,9 +25,6 @@ from dact.tuning.digests import encoder_digest, pretrained_digest
 from dact.tuning.fitting import as_list, head_epochs, make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
-DEFAULT_PROMISE = Promise(
-    max_accuracy_loss=0.01
-)  # at most one point below the model's own full depth, by the margin
 TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
 DISTILLATION = 0.5  # share of the teacher in the targets
 CONSISTENCY = 5.0  # weight of two passes' agreement in fits of the encoder after the studies
