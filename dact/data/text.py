@@ -161,9 +161,8 @@ class TextClassificationData(TextDataModule):
 
     @override
     def calibration_dataloader(self) -> Any:
-        if self.files["calibration"] is not None:
-            return self._loader("calibration")
-        return super().calibration_dataloader()
+        set_aside = self.calibration_fraction or self.files["calibration"]
+        return self._loader("calibration") if set_aside else None
 
     # ------------------------------------------------------------------ splits
 
@@ -211,8 +210,8 @@ class TextClassificationData(TextDataModule):
         return {name: self.examples(name) for name in (*needed, "calibration")}
 
     def _independent(self, split: str, examples: Examples) -> Examples:
-        """Return the examples of a file without the texts of the training file; those of a
-        calibration file also without the texts of validation."""
+        """Return the examples of a file without texts of the training file, or of the val_file if
+        it is for calibration."""
         train = self.files["train"]
         # Where a stored model is used, the training file need not be.
         if train is not None and (train.startswith(DATASET) or Path(train).is_file()):
@@ -229,10 +228,8 @@ class TextClassificationData(TextDataModule):
         if not kept:
             raise ValueError(f"{file}: all of its texts are used elsewhere as well: give others")
         if count:
-            rank_zero_warn(
-                f"{file}: {count:,} of {len(examples):,} texts are left out, since "
-                f"{'validation or calibration' if split == 'unlabelled' else 'training'} has them"
-            )
+            what = f"{count:,} of {len(examples):,} texts are left out"
+            rank_zero_warn(f"{file}: {what}, which training, validation or calibration has")
         return examples.take(kept)
 
     def _unlabelled(self) -> Examples:
