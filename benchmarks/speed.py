@@ -81,10 +81,7 @@ class Nothing(nn.Module):
         super().__init__()
         self.size = size
 
-    def of_layer(self, layer: int) -> Nothing:
-        return self
-
-    def forward(self, state: Tensor) -> Tensor:
+    def answer(self, layer: int, state: Tensor) -> Tensor:
         return state.new_zeros(1, self.size).expand(len(state), -1)
 
 

@@ -28,15 +28,33 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
             needs.
     """
     model.encoder.check_tokens(tokenizer_of(datamodule), getattr(datamodule, "max_length", None))
-    check_classes(getattr(datamodule, "class_names", None), model.output_dimension)
     names = getattr(datamodule, "class_names", None)
+    check_classes(names, model.output_dimension)
     if names is not None:
         names = [str(name) for name in names]
-        if model.class_names is None:
-            model.class_names = names
-        check_class_order(model.class_names, names)
-    if training:
-        _check_teacher(model, datamodule)
+        model.class_names = model.class_names or names
+        if list(model.class_names) != names:  # answers would be wrong
+            raise ValueError(
+                f"the model has the classes {', '.join(model.class_names)}, in this order, but "
+                f"those of the data are {', '.join(names)}: give the data class_names="
+                f"{model.class_names}, or load the model with class_names=None if only names differ"
+            )
+    if not training:
+        return
+    # Other datamodules may provide a teacher in a way of their own.
+    unknown = object()
+    teacher = getattr(datamodule, "teacher", unknown)
+    probabilities = getattr(datamodule, "teacher_probabilities", unknown)
+    if model.needs_teacher and teacher is None and probabilities is None:
+        raise ValueError(
+            f"distillation={model.distillation:g} needs a teacher: give the data one "
+            "(data.teacher), or set distillation to 0"
+        )
+    if not model.needs_teacher and teacher not in (None, unknown):
+        raise ValueError(
+            f"{type(datamodule).__name__}: a teacher was given, but the model would not learn from "
+            "it: give the model a distillation above 0, such as 0.5, or leave the teacher out"
+        )
 
 
 def tokenizer_of(datamodule: Any) -> Any:
@@ -56,40 +74,9 @@ def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
         )
 
 
-def check_class_order(of_model: Sequence[str], of_data: Sequence[str]) -> None:
-    """Raise a ``ValueError`` unless both have the same class names in the same order: answers would
-    be wrong."""
-    if list(of_model) != list(of_data):
-        same = sorted(of_model) == sorted(of_data)
-        other = (
-            ""
-            if same
-            else ", or load the model with class_names=None, so that it takes those of the data"
-        )
-        raise ValueError(
-            f"the model has the classes {', '.join(of_model)}, in this order, but those of the data are "
-            f"{', '.join(of_data)}: give the data class_names={list(of_model)}{other}"
-        )
-
-
 def names_of_classes(model: Any) -> list[str]:
     """Return the class names of a model; if it has none, the numbers of its classes."""
     return model.class_names or [str(label) for label in range(model.output_dimension)]
-
-
-def _check_teacher(model: Any, datamodule: Any) -> None:
-    missing = object()  # other datamodules may provide a teacher in their own way
-    given = [getattr(datamodule, name, missing) for name in ("teacher", "teacher_probabilities")]
-    if model.needs_teacher and all(teacher is None for teacher in given):
-        raise ValueError(
-            f"distillation={model.distillation:g} needs a teacher: give the data one (data.teacher), or set "
-            "distillation to 0"
-        )
-    if not model.needs_teacher and given[0] not in (None, missing):
-        raise ValueError(
-            f"{type(datamodule).__name__}: a teacher was given, but the model would not learn from it: give the model "
-            "a distillation above 0, such as 0.5, or leave the teacher out"
-        )
 
 
 class Agreement(Callback):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -21,12 +20,13 @@ from typing_extensions import override
 
 from dact import plots
 from dact.agreement import tokenizer_of
-from dact.checks import check_range
-from dact.files import read_checkpoint
+from dact.checks import Range, check_arguments
+from dact.files import DurableCheckpointIO
 from dact.model import DACT
 from dact.optimization import optimizer_steps
 from dact.saving import adopt
 
+Share = Annotated[float, Range("(0, 1]", "it is a share of the optimizer steps")]
 LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 
 
@@ -55,38 +55,26 @@ class ExitPlots(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if (
-            dataloader_idx == 0
-            and isinstance(outputs, Mapping)
-            and "depth" in batch
-            and "exit_layer" in outputs
-        ):
+        measured = isinstance(outputs, Mapping) and "exit_layer" in outputs
+        if dataloader_idx == 0 and measured and "depth" in batch:
             self._depths.append(batch["depth"].cpu())
             self._exits.append(outputs["exit_layer"].cpu())
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        writer = next(
-            (log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)), None
-        )
-        if (
-            writer is None
-            or not trainer.is_global_zero
-            or trainer.sanity_checking
-            or not isinstance(pl_module, DACT)
-        ):
+        boards = [log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
+        counts = getattr(pl_module, "exit_histogram", None)
+        # A step of a subclass may measure something else, and then there is no histogram.
+        if not boards or not trainer.is_global_zero or trainer.sanity_checking or counts is None:
             return
-        if pl_module.exit_histogram is None:  # a step of one's own measures something else
-            return
-        counts = pl_module.exit_histogram.cpu()
-        layers = torch.arange(1, len(counts) + 1).repeat_interleave(counts)
+        layers = torch.arange(1, len(counts) + 1).repeat_interleave(counts.cpu())
         edges = [n + 0.5 for n in range(len(counts) + 1)]
-        writer.add_histogram("exit_layer", layers, trainer.current_epoch, bins=edges)
+        boards[0].add_histogram("exit_layer", layers, trainer.current_epoch, bins=edges)
         if self._depths:
-            figure = plots.depth_against_exit(
-                torch.cat(self._depths), torch.cat(self._exits), len(counts)
-            )
-            writer.add_figure("depth against exit layer", figure, trainer.current_epoch, close=True)
+            depths, exits = torch.cat(self._depths), torch.cat(self._exits)
+            figure = plots.depth_against_exit(depths, exits, len(counts))
+            name = "depth against exit layer"
+            boards[0].add_figure(name, figure, trainer.current_epoch, close=True)
 
 
 class AverageLastSteps(WeightAveraging):
@@ -105,22 +93,19 @@ class AverageLastSteps(WeightAveraging):
             would not be the mean.
     """
 
-    def __init__(self, share: float = 0.2) -> None:
-        check_range(
-            "AverageLastSteps: share", share, "(0, 1]", "it is a share of the optimizer steps"
-        )
+    def __init__(self, share: Share = 0.2) -> None:
+        check_arguments(AverageLastSteps.__init__, {"share": share}, "AverageLastSteps: ")
         super().__init__()
         self.share = share
         self._before = math.inf  # number of steps after which the mean begins
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if stage == "fit" and any(
-            getattr(one, "save_weights_only", False) for one in trainer.checkpoint_callbacks
-        ):
+        kept = trainer.checkpoint_callbacks
+        if stage == "fit" and any(getattr(one, "save_weights_only", False) for one in kept):
             raise ValueError(
-                "AverageLastSteps: a checkpoint callback with save_weights_only=True keeps the weights of the last "
-                "step instead of their mean: leave that option out"
+                "AverageLastSteps: a checkpoint callback with save_weights_only=True would keep "
+                "the weights of the last step: leave that option out"
             )
         self._average_model = None  # it begins later, on the device of the model
         self._latest_update_step = 0
@@ -129,9 +114,8 @@ class AverageLastSteps(WeightAveraging):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if (
-            trainer.state.fn == TrainerFn.FITTING and "averaging_state" in checkpoint
-        ):  # elsewhere the mean is all
+        # Elsewhere than in a fit, the weights of the checkpoint are the mean.
+        if trainer.state.fn == TrainerFn.FITTING and "averaging_state" in checkpoint:
             self._average_model = AveragedModel(pl_module)
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
 
@@ -139,9 +123,8 @@ class AverageLastSteps(WeightAveraging):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = optimizer_steps(trainer)
         self._before = (1 - self.share) * steps if 0 < steps < math.inf else math.inf
-        if (
-            trainer.global_step <= self._before
-        ):  # a mean that began under an earlier end, before epochs were added
+        # A mean that began under an earlier end, before epochs were added, starts anew.
+        if trainer.global_step <= self._before:
             self._average_model, self._latest_update_step = None, 0
         if self._average_model is not None:
             self._average_model.to(pl_module.device)
@@ -162,7 +145,8 @@ class AverageLastSteps(WeightAveraging):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._average_model is not None:  # again, for a fit that was complete when it resumed
+        # Once more, for a fit that was complete when it resumed.
+        if self._average_model is not None:
             self._copy_average_to_current(pl_module)
             self._average_model = None
 
@@ -172,54 +156,6 @@ class AverageLastSteps(WeightAveraging):
     ) -> None:
         if self._average_model is not None:
             super().on_save_checkpoint(trainer, pl_module, checkpoint)
-
-
-class MovableCheckpoint(ModelCheckpoint):
-    """A `ModelCheckpoint` that remembers the best score in a fit that resumes after its folder was
-    moved.
-
-    Lightning's forgets it, and would overwrite the best checkpoint in the next epoch.
-    """
-
-    _resumed_from: str | None = None
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return super().state_key.replace(
-            type(self).__qualname__, "ModelCheckpoint", 1
-        )  # as other checkpoints have it
-
-    @override
-    def on_load_checkpoint(
-        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        self._resumed_from = None if trainer.ckpt_path is None else str(trainer.ckpt_path)
-
-    @override
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        before, now = state_dict.get("dirpath"), self.dirpath
-        folder = os.path.dirname(self._resumed_from or "")
-
-        def moved(path: str) -> str:
-            return f"{now}{path[len(before) :]}" if before and path.startswith(before) else path
-
-        # Else the checkpoint of another fit is only where this one starts.
-        if (
-            now
-            and before != now
-            and (folder == now or os.path.realpath(folder) == os.path.realpath(now))
-        ):
-            paths = ("best_model_path", "kth_best_model_path", "last_model_path")
-            state_dict = {
-                **state_dict,
-                **{name: moved(state_dict[name]) for name in paths if name in state_dict},
-                "best_k_models": {
-                    moved(path): score for path, score in state_dict["best_k_models"].items()
-                },
-                "dirpath": now,
-            }
-        super().load_state_dict(state_dict)
 
 
 class LastCheckpoint(Checkpoint):
@@ -252,24 +188,16 @@ class SavePretrained(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         directory = _fit_folder(trainer)
-        if (
-            not trainer.is_global_zero
-            or directory is None
-            or getattr(trainer, "fast_dev_run", False)
-            or not isinstance(pl_module, DACT)
-        ):
+        writes = trainer.is_global_zero and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if directory is None or not writes or not isinstance(pl_module, DACT):
             return
         best = getattr(trainer.checkpoint_callback, "best_model_path", "")
         model = pl_module
         if best:
-            try:
-                model = type(pl_module).load_from_checkpoint(best)
-            except (
-                ValueError
-            ):  # an encoder of one's own, or one that was changed, which no checkpoint can rebuild
-                model, checkpoint = copy.deepcopy(pl_module), read_checkpoint(Path(best))
-                adopt(model, checkpoint)
-                model.load_state_dict(checkpoint["state_dict"])
+            model = copy.deepcopy(pl_module)
+            checkpoint = DurableCheckpointIO().load_checkpoint(best, "cpu", weights_only=True)
+            adopt(model, checkpoint)
+            model.load_state_dict(checkpoint["state_dict"])
         folder = Path(directory) / "model"
         save_with_tokenizer(model, trainer.datamodule, folder)  # type: ignore[attr-defined]
         chosen = "" if best else ", with its last weights: no epoch was chosen"
@@ -296,11 +224,7 @@ def _fit_folder(trainer: Trainer) -> str | None:
     writes."""
     # Only TensorBoard and csv loggers have a log_dir per fit; other loggers have one folder for all
     # fits.
-    checkpoints = getattr(trainer.checkpoint_callback, "dirpath", None)
-    if (
-        checkpoints is not None
-        and "://" not in str(checkpoints)
-        and Path(checkpoints).name == "checkpoints"
-    ):
+    checkpoints = str(getattr(trainer.checkpoint_callback, "dirpath", None) or "")
+    if "://" not in checkpoints and Path(checkpoints).name == "checkpoints":
         return str(Path(checkpoints).parent)
     return trainer.log_dir

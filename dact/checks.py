@@ -1,16 +1,69 @@
-"""Checks of arguments. Each error is one line that says what was expected, what was given, and the
-remedy."""
+"""Checks of arguments, whose ranges stand in their annotations.
+
+Each error is one line that says what was expected, what was given, and the remedy."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
 from numbers import Integral, Real
-from typing import Any, get_args
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from torch import Tensor
 
 MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
+
+
+@dataclass(frozen=True, repr=False)
+class Range:
+    """The interval of a number, in an annotation: ``Annotated[float, Range("[0, 1)")]``.
+
+    Args:
+        interval: Interval in mathematical notation: ``"[0, 1)"`` holds 0 and not 1, ``"(0, inf)"``
+            all finite numbers above 0, ``"(0, inf]"`` infinity as well.
+        hint: Meaning of the number, appended to the message.
+    """
+
+    interval: str
+    hint: str = ""
+
+    def __repr__(self) -> str:
+        return self.interval  # as the help of a command line shows it
+
+
+def check_arguments(owner: Callable[..., Any], given: Mapping[str, Any], prefix: str = "") -> None:
+    """Raise an error unless the arguments of a function or dataclass are what its annotations say.
+
+    Read are ranges, literals and plain classes, each of them with or without None.
+
+    Args:
+        owner: Function or dataclass with the annotations.
+        given: Arguments by name; others than those of `owner` are ignored.
+        prefix: Prefix of the names in messages.
+
+    Raises:
+        TypeError: If a value is of another type.
+        ValueError: If a value is outside its range.
+    """
+    for name, hint in _annotations(owner).items():
+        options = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
+        kinds = [option for option in options if option is not NoneType]
+        if name not in given or len(kinds) > 1 or (given[name] is None and len(options) > 1):
+            continue
+        kind, what, value = kinds[0], f"{prefix}{name}", given[name]
+        if get_origin(kind) is Annotated:
+            number, limits = get_args(kind)
+            check_range(what, value, limits.interval, limits.hint, integer=number is int)
+        elif get_origin(kind) is Literal:
+            check_choice(what, value, kind)
+        elif get_origin(kind) is None and kind is not float:
+            check_type(what, value, kind, kind.__name__)
+
+
+_annotations = cache(lambda owner: get_type_hints(owner, include_extras=True))
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
@@ -24,35 +77,21 @@ def check_choice(name: str, value: object, choices: object) -> None:
 def check_count(
     name: str, value: object, least: int = 1, most: int | None = None, hint: str = ""
 ) -> None:
-    """Raise an error unless `value` is a whole number in least … most.
+    """Raise an error unless `value` is a whole number in least … most; see `check_range`."""
+    interval = f"[{least}, inf)" if most is None else f"[{least}, {most}]"
+    check_range(name, value, interval, hint, integer=True)
+
+
+def check_range(
+    name: str, value: object, interval: str, hint: str = "", integer: bool = False
+) -> None:
+    """Raise an error unless `value` is a number in `interval`; NaN is in none.
 
     Args:
         name: Name of the argument, with its class where that helps.
         value: Value that was given.
-        least: Smallest value allowed.
-        most: Largest value allowed; no bound if None.
-        hint: What the number means or what to do, appended to the message.
-
-    Raises:
-        TypeError: If `value` is not an integer (a bool is not one).
-        ValueError: If it is outside its range.
-    """
-    if not isinstance(value, Integral) or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if int(value) < least or (most is not None and int(value) > most):
-        allowed = f"{least} or more" if most is None else f"in {least} … {most}"
-        raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
-
-
-def check_range(name: str, value: object, interval: str, hint: str = "") -> None:
-    """Raise an error unless `value` is a number in `interval`.
-
-    Args:
-        name: Name of the argument, with its class where that helps.
-        value: Value that was given; NaN is in no interval.
-        interval: Interval in mathematical notation: ``"[0, 1)"`` holds 0 and not 1, ``"(0, inf)"``
-            all finite numbers above 0, ``"(0, inf]"`` infinity as well.
-        hint: What the number means or what to do, appended to the message.
+        interval, hint: As for `Range`.
+        integer: Whether it must be a whole number.
 
     Raises:
         TypeError: If `value` is not a number.
@@ -64,22 +103,22 @@ def check_range(name: str, value: object, interval: str, hint: str = "") -> None
             ...
         ValueError: dropout must be in [0, 1), got 1.0
     """
-    if not isinstance(value, Real) or isinstance(value, bool):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not isinstance(value, Integral if integer else Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {'an integer' if integer else 'a number'}, got {value!r}")
     number = float(value)
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = number >= low if interval[0] == "[" else number > low
     below = number <= high if interval[-1] == "]" else number < high
-    if not (above and below):
-        allowed = f"in {interval}"
-        if math.isinf(high):
-            allowed = f"{low:g} or more" if interval[0] == "[" else f"above {low:g}"
-        raise ValueError(_with_hint(f"{name} must be {allowed}, got {value}", hint))
+    if above and below:
+        return
+    allowed = f"in {low:g} … {high:g}" if integer else f"in {interval}"
+    if math.isinf(high):
+        allowed = f"{low:g} or more" if interval[0] == "[" else f"above {low:g}"
+    raise ValueError(f"{name} must be {allowed}, got {value}" + (f": {hint}" if hint else ""))
 
 
 def check_type(name: str, value: object, kind: type | tuple[type, ...], such_as: str) -> None:
-    """Raise a ``TypeError`` unless `value` is an object of `kind`, of which the code `such_as` is
-    an example."""
+    """Raise a ``TypeError`` unless `value` is an object of `kind`, such as `such_as`."""
     if not isinstance(value, kind):
         raise TypeError(f"{name} must be an object such as {such_as}, got {value!r}")
 
@@ -90,32 +129,6 @@ def check_class_names(name: str, value: Sequence[Any] | None) -> None:
         raise ValueError(f"{name} must be distinct, got {', '.join(map(str, value))}")
 
 
-def check_tolerance(tolerance: float) -> None:
-    """Raise a ``ValueError`` unless `tolerance` is in [0, 1)."""
-    check_range(
-        "halting_tolerance",
-        tolerance,
-        "[0, 1)",
-        "it is the largest probability by which the returned class may end behind the final winner (0 keeps the "
-        "full-depth class)",
-    )
-
-
-def check_margin(margin: float) -> None:
-    """Raise a ``ValueError`` unless `margin` is in [0, 1]."""
-    check_range(
-        "halting_margin",
-        margin,
-        "[0, 1]",
-        "it is the lead in probability of a layer's first class over its second above which an example leaves (1 turns "
-        "it off)",
-    )
-
-
-def _with_hint(message: str, hint: str) -> str:
-    return f"{message}: {hint}" if hint else message
-
-
 def check_probabilities(name: str, rows: Tensor) -> Tensor:
     """Return rows of probabilities, ``[batch, classes]``; raise a ``ValueError`` if they are none,
     up to bfloat16."""
@@ -123,7 +136,5 @@ def check_probabilities(name: str, rows: Tensor) -> Tensor:
     wrong = rows[~((rows >= 0) & is_one).all(dim=1)]
     if len(wrong):
         values = ", ".join(f"{value:.3g}" for value in wrong[0].tolist())
-        raise ValueError(
-            f"{name} must hold probabilities, rows that sum to 1, got {values}: logits need a softmax"
-        )
+        raise ValueError(f"{name} must hold probabilities, rows that sum to 1, got {values}")
     return rows

@@ -16,16 +16,26 @@ returned."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
 
-from dact.checks import check_choice, check_margin, check_probabilities, check_tolerance
+from dact.checks import Range, check_arguments, check_choice, check_probabilities
 
 HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
+Tolerance = Annotated[
+    float,
+    Range(
+        "[0, 1)", "it is the most probability by which the class may end behind the final winner"
+    ),
+]
+Margin = Annotated[
+    float, Range("[0, 1]", "it is the lead of a layer's first class that suffices, 1 turns it off")
+]
 
 # Below this a probability no longer changes the task loss. It keeps 1 / a and sums of it finite in
 # float32 (whose largest number is 3e38), and is far below the smallest probability that a trained
@@ -57,13 +67,11 @@ class Halting:
     """
 
     rule: HaltingRule = "exact"
-    tolerance: float = 0.0
-    margin: float = 1.0
+    tolerance: Tolerance = 0.0
+    margin: Margin = 1.0
 
     def __post_init__(self) -> None:
-        check_choice("halting", self.rule, HaltingRule)
-        check_tolerance(self.tolerance)
-        check_margin(self.margin)
+        check_arguments(Halting, vars(self), "Halting: ")
 
     def with_dial(self, name: str, value: float) -> Halting:
         """Return this rule with another value of one dial.
@@ -103,13 +111,19 @@ class Halting:
         return self.halts(a, p, y, remaining, p.shape[1]).int().argmax(dim=1) + 1
 
 
-def _check_layers(name: str, tensor: Tensor, dim: int, shape: str) -> None:
-    if tensor.dim() != dim or tensor.shape[1] == 0:
-        raise ValueError(
-            f"{name} must have the shape {shape} with at least one layer, got {list(tensor.shape)}"
-        )
-    if not tensor.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {tensor.dtype}")
+def _check_shapes(**given: tuple[Tensor, str]) -> None:
+    """Raise a ``ValueError`` if tensors, by name with their shapes, do not fit each other.
+
+    Shapes are written such as ``"batch layers classes"``."""
+    sizes: dict[str, int] = {}
+    for name, (tensor, shape) in given.items():
+        names = shape.split()
+        fits = tensor.dim() == len(names) and 0 not in tensor.shape[1:]
+        if not fits or any(
+            sizes.setdefault(n, k) != k for n, k in zip(names, tensor.shape, strict=True)
+        ):
+            shapes = ", ".join(f"{one} {list(of.shape)}" for one, (of, _) in given.items())
+            raise ValueError(f"{name} must have the shape [{', '.join(names)}], got {shapes}")
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -148,22 +162,14 @@ def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
 
     Raises:
         ValueError: If the shapes do not fit each other.
-        TypeError: If a tensor is not a floating-point tensor.
 
     Example:
-        >>> y = torch.tensor([[[0.8, 0.2], [0.4, 0.6]]])
-        >>> h = torch.tensor([[0.5, 0.5]])
-        >>> a, p = accumulate(y, h)
+        >>> y = torch.tensor([[[0.75, 0.25], [0.25, 0.75]]])
+        >>> a, p = accumulate(y, torch.tensor([[0.5, 0.5]]))
         >>> a[0].tolist(), p[0].tolist()
-        ([[0.800000011920929, 0.20000000298023224], [0.6000000238418579, 0.4000000059604645]], [0.5, 0.25])
+        ([[0.75, 0.25], [0.5, 0.5]], [0.5, 0.25])
     """
-    _check_layers("y", y, 3, "[batch, layers, classes]")
-    _check_layers("h", h, 2, "[batch, layers]")
-    if y.shape[:2] != h.shape:
-        raise ValueError(
-            f"y and h must agree in batch and layers, got y {list(y.shape)} [batch, layers, classes] "
-            f"and h {list(h.shape)} [batch, layers]"
-        )
+    _check_shapes(y=(y, "batch layers classes"), h=(h, "batch layers"))
     y, h = at_least_float32(y), at_least_float32(h)
     a_n, p_n = torch.zeros_like(y[:, 0]), torch.ones_like(h[:, 0])
     a, p = [], []
@@ -210,32 +216,17 @@ def can_halt(
     Returns:
         A bool tensor ``[batch]``.
 
-    Raises:
-        ValueError: If a shape, the rule, the tolerance or `remaining` is not as described.
-
     Example:
         >>> can_halt(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0.1, 0.1]), remaining=2)
         tensor([ True, False])
     """
-    check_choice("rule", rule, HaltingRule)
-    check_tolerance(tolerance)
-    if a.dim() != 2 or a.shape[1] < 2:
-        raise ValueError(
-            f"a must have the shape [batch, classes] with at least two classes, got {list(a.shape)}"
-        )
-    if p.shape != a.shape[:1]:
-        raise ValueError(
-            f"p must have the shape [batch] = {list(a.shape[:1])}, got {list(p.shape)}"
-        )
-    if isinstance(remaining, Tensor) and remaining.shape != p.shape:
-        raise ValueError(
-            f"remaining must be one number or have p's shape {list(p.shape)}, got {list(remaining.shape)}"
-        )
-    if isinstance(remaining, int) and remaining < 0:
-        raise ValueError(
-            f"remaining counts the layers still to run and cannot be negative, got {remaining}"
-        )
-    return _provable(a, p, remaining, rule, tolerance, num_layers)
+    halting = Halting(rule, tolerance)
+    _check_shapes(a=(a, "batch classes"), p=(p, "batch"))
+    if isinstance(remaining, Tensor):
+        _check_shapes(p=(p, "batch"), remaining=(remaining, "batch"))
+    elif remaining < 0:
+        raise ValueError(f"remaining counts the layers still to run, got {remaining}")
+    return _provable(a, p, remaining, halting.rule, halting.tolerance, num_layers)
 
 
 def _provable(
@@ -267,9 +258,8 @@ def _provable(
 def _proves_nothing(p: Tensor, remaining: int | Tensor, tolerance: float) -> bool:
     """Return whether p alone rules out a proof for every example, since no lead a* - a_ru exceeds
     1; CPU only."""
-    if (
-        isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu
-    ):  # a GPU would have to wait for p
+    # A GPU would have to wait for p.
+    if isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu:
         return False
     return p.amin().item() >= 1 - ((1 - tolerance) / 2) ** (1 / remaining)
 
@@ -285,10 +275,9 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
     """Return whether a layer's own classification leads by more than `margin`: its first class over
     its second.
 
-    This is the second halting criterion, next to `can_halt`. It proves nothing about the remaining
-    layers. At few layers it works better than a tolerance (benchmarks/README.md). As a measure of
-    confidence for early exit it is the "softmax response" of Schuster et al., *Confident Adaptive
-    Language Modeling*, NeurIPS 2022 (arXiv 2207.07061).
+    This is the second halting criterion, next to `can_halt`; it proves nothing about the remaining
+    layers. It is the "softmax response" of Schuster et al., *Confident Adaptive Language Modeling*,
+    NeurIPS 2022 (arXiv 2207.07061).
 
     Args:
         y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32
@@ -298,15 +287,11 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
     Returns:
         A bool tensor ``[…]``.
 
-    Raises:
-        ValueError: If the margin is out of its range.
-
     Example:
         >>> is_clear(torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1]]), 0.5)
         tensor([ True, False])
     """
-    check_margin(margin)
-    return (_lead(y) > margin) & (margin < 1)
+    return (_lead(y) > Halting(margin=margin).margin) & (margin < 1)
 
 
 def exit_layers(
@@ -330,20 +315,11 @@ def exit_layers(
 
     Returns:
         int64 ``[batch]``, in 1 … layers.
-
-    Raises:
-        ValueError: If the shapes do not fit each other, or as for `can_halt` and `is_clear`.
     """
-    _check_layers("a", a, 3, "[batch, layers, classes]")
-    if a.shape[:2] != p.shape:
-        raise ValueError(
-            f"a and p must agree in batch and layers, got a {list(a.shape)} [batch, layers, classes] "
-            f"and p {list(p.shape)} [batch, layers]"
-        )
+    _check_shapes(a=(a, "batch layers classes"), p=(p, "batch layers"))
     halting = Halting(rule, tolerance, margin)
-    if margin < 1 and rule != "never" and (y is None or y.shape != a.shape):
-        given = None if y is None else list(y.shape)
-        raise ValueError(f"a margin of {margin} needs y like a, {list(a.shape)}, got {given}")
+    if margin < 1 and rule != "never" and y is None:
+        raise ValueError(f"a margin of {margin} needs y, the classifications of the layers")
     return halting.exit_layers(a, p, a if y is None else y)
 
 
@@ -372,19 +348,12 @@ def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
     Returns:
         A scalar in [0, layers].
 
-    Raises:
-        ValueError: If the shapes differ or the kind is unknown.
-
     Example:
         >>> ponder_cost(torch.tensor([[0.5, 0.25]]), torch.tensor([[0.5, 0.5]])).item()
         0.75
     """
     check_choice("ponder", kind, PonderKind)
-    _check_layers("p", p, 2, "[batch, layers]")
-    if p.shape != h.shape:
-        raise ValueError(
-            f"p and h must have one shape [batch, layers], got {list(p.shape)} and {list(h.shape)}"
-        )
+    _check_shapes(p=(p, "batch layers"), h=(h, "batch layers"))
     return at_least_float32(p if kind == "p" else h).sum(dim=1).mean()
 
 
@@ -410,29 +379,27 @@ def soft_targets(
             probabilities.
 
     Example:
-        >>> soft_targets(torch.tensor([1, -100]), 2, torch.tensor([[0.5, 0.5], [0.9, 0.1]]), share=0.5).tolist()
-        [[0.25, 0.75], [0.8999999761581421, 0.10000000149011612]]
+        >>> teacher = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
+        >>> soft_targets(torch.tensor([1, -100]), 2, teacher, share=0.5).tolist()
+        [[0.25, 0.75], [0.75, 0.25]]
     """
     if labels.dim() != 1 or labels.is_floating_point():
         raise ValueError(
-            f"labels must be integers of the shape [batch], got {labels.dtype} {list(labels.shape)}: several labels "
-            "per example and numbers as targets are not supported"
+            f"labels must be integers of the shape [batch], got {labels.dtype} {[*labels.shape]}: "
+            "several labels per example and numbers as targets are not supported"
         )
     unknown = labels == UNLABELLED
     wrong = labels[~unknown & ((labels < 0) | (labels >= classes))]
     if len(wrong):
         raise ValueError(
-            f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}: number the classes from "
-            "0, or set output_dimension to their number"
+            f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}: set "
+            "output_dimension to the number of classes"
         )
     # [batch, classes]; -100 matches no class, so its row stays zero.
     target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
     if teacher is None or (share == 0 and not unknown.any()):
         return target
-    if teacher.shape != target.shape:
-        raise ValueError(
-            f"teacher must have the shape [batch, classes] = {[*target.shape]}, got {[*teacher.shape]}"
-        )
+    _check_shapes(target=(target, "batch classes"), teacher=(teacher, "batch classes"))
     t = check_probabilities("teacher", at_least_float32(teacher))
     shares = unknown.float().clamp_min(share).unsqueeze(1)  # [batch, 1]
     return (1 - shares) * target + shares * t
@@ -442,38 +409,27 @@ def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) ->
     r"""Return the negative log-likelihood of answers that are probabilities, -log a[target], mean
     over the batch.
 
-    There is no second softmax. Probabilities below 1e-30 count as 1e-30, so that values and
-    gradients stay finite. For targets q that are probabilities it is :math:`-\sum_k w_k q_k \log
-    a_k`, the convention of `torch.nn.functional.cross_entropy`. With a teacher's probabilities it
-    is distillation at temperature 1 (Hinton et al. 2015, arXiv 1503.02531).
+    Probabilities below 1e-30 count as 1e-30, so that values and gradients stay finite. For targets
+    q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`; with those of a teacher this is
+    distillation at temperature 1 (Hinton et al. 2015, arXiv 1503.02531).
 
     Args:
         a: ``[batch, classes]``, each row a probability vector; computed in float32 or more.
         target: int64 ``[batch]``, in 0 … classes - 1, or probabilities ``[batch, classes]``, as
             `soft_targets` makes them. Examples without a target (labelled -100, a row of zeros) are
             left out.
-        class_weights: w, ``[classes]``, the weight of each class. The mean is over the examples
-            that have a target, not over weights, so that it does not depend on how examples fall
-            into batches.
+        class_weights: w, ``[classes]``. The mean is over examples and not over weights, so that it
+            does not depend on how examples fall into batches.
 
     Returns:
         A scalar; 0 if no example has a target.
-
-    Raises:
-        ValueError: If a label is out of range or the shapes do not fit each other.
 
     Example:
         >>> round(task_loss(torch.tensor([[0.5, 0.5]]), torch.tensor([1])).item(), 4)
         0.6931
     """
-    if a.dim() != 2 or len(target) != len(a):
-        shapes = f"{list(a.shape)} and {list(target.shape)}"
-        raise ValueError(
-            f"a must have the shape [batch, classes] and target [batch] or [batch, classes], got {shapes}"
-        )
-    return _cross_entropy(
-        at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log(), target, class_weights
-    )
+    log_a = at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log()
+    return _cross_entropy(log_a, target, class_weights)
 
 
 def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -484,31 +440,59 @@ def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = Non
         logits: The classifier's logits, ``[batch, layers, classes]``; y is their softmax.
         target: As for `task_loss`.
         class_weights: As for `task_loss`.
-
-    Returns:
-        A scalar.
-
-    Raises:
-        ValueError: As for `task_loss`.
     """
-    _check_layers("logits", logits, 3, "[batch, layers, classes]")
-    return _cross_entropy(at_least_float32(logits).log_softmax(dim=-1), target, class_weights)
+    log_y = at_least_float32(logits).log_softmax(dim=-1)
+    # The loss is linear in the logarithms.
+    return _cross_entropy(log_y.mean(dim=1), target, class_weights)
 
 
-def _cross_entropy(
-    log_probabilities: Tensor, target: Tensor, class_weights: Tensor | None
-) -> Tensor:
-    """Return the mean over the examples that have a target, and over layers if any: ``[batch,
-    (layers,) classes]``."""
-    classes = log_probabilities.shape[-1]
+def _cross_entropy(log_y: Tensor, target: Tensor, class_weights: Tensor | None) -> Tensor:
+    """Return the mean over the examples that have a target; `log_y` is ``[batch, classes]``."""
+    classes = log_y.shape[-1]
     target = soft_targets(target, classes) if target.dim() == 1 else at_least_float32(target)
-    wanted = [len(log_probabilities), classes]
-    if list(target.shape) != wanted:
-        raise ValueError(
-            f"targets must have the shape [batch, classes] = {wanted}, got {list(target.shape)}"
-        )
+    _check_shapes(answers=(log_y, "batch classes"), target=(target, "batch classes"))
     with_target = target.any(dim=1).sum().clamp_min(1)
     weighted = target if class_weights is None else target * class_weights
-    if log_probabilities.dim() == 3:
-        log_probabilities = log_probabilities.mean(dim=1)  # the loss is linear in it
-    return -(weighted * log_probabilities).sum() / with_target
+    return -(weighted * log_y).sum() / with_target
+
+
+def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a batch with all of its examples, then all of them again: one run of the encoder is
+    two passes with different dropout masks.
+
+    Args:
+        batch: With ``labels`` ``[batch]``. Entries of another length, and those that are no
+            tensors, stay as they are.
+
+    Example:
+        >>> twice({"labels": torch.tensor([0, 1])})["labels"].tolist()
+        [0, 1, 0, 1]
+    """
+    found, rows = dict(batch), len(batch["labels"])
+    for name, entry in batch.items():
+        if isinstance(entry, Tensor) and entry.dim() and len(entry) == rows:
+            found[name] = torch.cat([entry, entry])
+    return found
+
+
+def divergence(first: Tensor, second: Tensor) -> Tensor:
+    """Return the symmetric Kullback-Leibler divergence between two classifications, mean over batch
+    and layers.
+
+    It is half of KL(p‖q) + KL(q‖p) (Liang et al. 2021, *R-Drop: Regularized Dropout for Neural
+    Networks*, formula 2). There the likelihoods of both passes are summed. `DACT` takes their mean:
+    its weight of 5 is an α of 10 there.
+
+    Args:
+        first: Logits of p, ``[batch, layers, classes]``.
+        second: Logits of q, of the same shape.
+
+    Returns:
+        A scalar, 0 or more, in nats.
+
+    Example:
+        >>> divergence(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])).item()
+        0.46211716532707214
+    """
+    log_p, log_q = (at_least_float32(logits).log_softmax(dim=-1) for logits in (first, second))
+    return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1).mean() / 2

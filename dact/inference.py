@@ -4,15 +4,13 @@ A window of examples goes through the encoder layer by layer. Within a window, e
 length form groups. A group enters a layer in one step. The submodels and the halting rule run once
 per layer for the whole window. After each layer, the examples that may halt leave. The remaining
 groups are cut to their longest example and merged with their neighbours until they are full again.
-So neither padding nor half-empty batches cost what early exit saves. Where each new shape costs
-time, groups are filled up with a few rows whose results nobody reads."""
+So neither padding nor half-empty batches cost what early exit saves."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -27,20 +25,13 @@ from dact.outputs import DACTOutput
 from dact.submodels import Submodels
 
 # In half precision on a CPU, oneDNN prepares each new shape for about a millisecond. Lengths that
-# are multiples of this make fewer shapes: 1.4 to 1.8 times as fast on VADER. So do groups that are
-# filled up: another 1.1 times.
+# are multiples of this make fewer shapes: 1.4 to 1.8 times as fast on VADER.
 LENGTH_UNIT = 4
-FILLING = 8  # a group is filled up by at most this part of its rows
 # Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU
 # small steps are fast enough, and large ones waste time on padding. A GPU spends its time launching
 # kernels unless a step is large.
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
-
-_MODES = threading.Lock()
-_EVALUATED: dict[
-    nn.Module, tuple[int, list[nn.Module]]
-] = {}  # threads inside `evaluating`, and parts in training mode
 
 Indices = npt.NDArray[np.int64]  # the host tracks which example is where in NumPy arrays
 
@@ -49,41 +40,28 @@ Indices = npt.NDArray[np.int64]  # the host tracks which example is where in Num
 class _Group:
     """Examples of similar length that enter a layer together."""
 
-    hidden: (
-        Tensor  # [rows, length, hidden]; the examples are the first rows, and the rest is filling
-    )
-    mask: Tensor  # [rows, length]
-    lengths: Indices  # of the examples, in tokens, left padding included; ascending
-    context: Any = None  # what the layers share; None until the encoder is asked for it
+    hidden: Tensor  # [examples, length, hidden]
+    mask: Tensor  # [examples, length]
+    lengths: Indices  # tokens, left padding included; ascending
+    # The layers share it; None until the encoder is asked for it.
+    context: Any = None
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for the block, so that dropout changes no answer, and restore
-    each part's mode.
-
-    Of several threads within such blocks, the last one restores the modes.
-    """
+    each part's mode."""
     parts = [module]
     for part in parts:  # several times faster than `modules`, which hashes each of them
         parts.extend(child for child in part._modules.values() if child is not None)
-    with _MODES:
-        inside, training = _EVALUATED.get(module, (0, []))
-        if not inside:
-            training = [part for part in parts if part.training]
-            if training:
-                module.eval()
-        _EVALUATED[module] = (inside + 1, training)
+    training = [part for part in parts if part.training]
+    if training:
+        module.eval()
     try:
         yield
     finally:
-        with _MODES:
-            inside, training = _EVALUATED.pop(module)
-            if inside > 1:
-                _EVALUATED[module] = (inside - 1, training)
-            else:
-                for part in training:
-                    part.training = True
+        for part in training:
+            part.training = True
 
 
 @torch.no_grad()
@@ -126,8 +104,7 @@ def early_exit(
     window = window_tokens or STEPS_IN_WINDOW * (step_tokens or of_device)
     positions = torch.arange(1, mask.shape[1] + 1, device=mask.device)
     lengths = ((mask != 0) * positions).amax(dim=1).cpu().numpy()
-    few_shapes = _prepares_shapes(encoder, mask.device)
-    if few_shapes:
+    if _prepares_shapes(encoder, mask.device):
         lengths = np.minimum(-(-lengths // LENGTH_UNIT) * LENGTH_UNIT, mask.shape[1])
     order = lengths.argsort(kind="stable")
     results = _Results(len(lengths), classifier.num_layers, record)
@@ -136,9 +113,7 @@ def early_exit(
         groups = [
             *encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)
         ]
-        _run_window(
-            encoder, classifier, confidence, halting, groups, rows, results, step, few_shapes
-        )
+        _run_window(encoder, classifier, confidence, halting, groups, rows, results, step)
     return results.exits(mask.device)
 
 
@@ -194,7 +169,6 @@ def _run_window(
     rows: Indices,
     results: _Results,
     step: int,
-    few_shapes: bool,
 ) -> None:
     """Run the groups of a window until all of its examples have left.
 
@@ -202,7 +176,6 @@ def _run_window(
         groups: Examples of the window before layer 1, in the order of their lengths.
         rows: Row of each example in the batch, over all groups.
         step: Number of tokens of one step, padding included.
-        few_shapes: Whether groups are filled up, so that fewer shapes occur.
     """
     num_layers = classifier.num_layers
     for n in range(1, num_layers + 1):
@@ -228,7 +201,7 @@ def _run_window(
             return
         index = _send(staying, a.device)
         rows, a, p = rows[staying], a.index_select(0, index), p.index_select(0, index)
-        groups = _regroup(encoder, groups, staying, index, step, few_shapes)
+        groups = _regroup(encoder, groups, staying, index, step)
 
 
 def _run_layer(encoder: LayeredEncoder, layer: int, group: _Group) -> Tensor:
@@ -236,7 +209,7 @@ def _run_layer(encoder: LayeredEncoder, layer: int, group: _Group) -> Tensor:
     if group.context is None:
         group.context = encoder.context(group.hidden, group.mask)
     group.hidden = encoder.layer(layer, group.hidden, group.context)
-    return encoder.pool(layer, group.hidden, group.mask)[: len(group.lengths)]
+    return encoder.pool(layer, group.hidden, group.mask)
 
 
 def _send(index: Indices, device: torch.device) -> Tensor:
@@ -281,12 +254,7 @@ def _embed(
 
 
 def _regroup(
-    encoder: LayeredEncoder,
-    groups: list[_Group],
-    staying: Indices,
-    index: Tensor,
-    step: int,
-    few_shapes: bool,
+    encoder: LayeredEncoder, groups: list[_Group], staying: Indices, index: Tensor, step: int
 ) -> list[_Group]:
     """Return the groups without the examples that have left; neighbours that fit into one step are
     merged.
@@ -296,11 +264,7 @@ def _regroup(
         staying: Positions of the examples that stay, ascending, over all groups.
         index: The same on the device of the groups.
         step: Number of tokens of one step, padding included.
-        few_shapes: Whether groups are filled up.
     """
-    filled = _filled if few_shapes else int
-    if len(groups) == 1:
-        return [_shrink(encoder, _Part(groups[0], index, groups[0].lengths[staying]), filled)]
     merged: list[list[_Part]] = []
     start = first = 0  # the group's first position, and where its positions begin in `staying`
     for group in groups:
@@ -314,22 +278,7 @@ def _regroup(
             else:
                 merged.append([part])
         start, first = start + len(group.lengths), last
-    return [
-        _shrink(encoder, parts[0], filled) if len(parts) == 1 else _merge(parts, filled)
-        for parts in merged
-    ]
-
-
-def _filled(rows: int) -> int:
-    """Return a number of rows that recurs: the next multiple of a power of two, which is at most an
-    eighth of them.
-
-    Example:
-        >>> [_filled(rows) for rows in (5, 15, 17, 33, 77, 500)]
-        [5, 15, 18, 36, 80, 512]
-    """
-    unit = 1 << max(0, (rows // FILLING).bit_length() - 1)
-    return -(-rows // unit) * unit
+    return [_shrink(encoder, parts[0]) if len(parts) == 1 else _merge(parts) for parts in merged]
 
 
 @dataclass
@@ -355,29 +304,25 @@ class _Part:
         return cut if self.is_whole else cut.index_select(0, self.rows)
 
 
-def _shrink(encoder: LayeredEncoder, part: _Part, filled: Callable[[int], int]) -> _Group:
-    """Return a group of the examples that stay, filled up with copies of its last row."""
+def _shrink(encoder: LayeredEncoder, part: _Part) -> _Group:
+    """Return a group of the examples that stay."""
     if part.is_whole:
         return part.group
-    if more := filled(len(part.rows)) - len(part.rows):
-        part = replace(part, rows=torch.cat([part.rows, part.rows[-1:].expand(more)]))
     hidden, mask = part.pick(part.group.hidden), part.pick(part.group.mask)
-    return _Group(
-        hidden, mask, part.lengths, encoder.keep(part.group.context, part.rows, hidden, mask)
-    )
+    context = encoder.keep(part.group.context, part.rows, hidden, mask)
+    return _Group(hidden, mask, part.lengths, context)
 
 
-def _merge(parts: list[_Part], filled: Callable[[int], int]) -> _Group:
-    """Return one group of the examples of all parts, filled up with rows of zeros."""
+def _merge(parts: list[_Part]) -> _Group:
+    """Return one group of the examples of all parts."""
     lengths = np.concatenate([part.lengths for part in parts])
     first = parts[0].group
-    hidden = first.hidden.new_zeros(filled(len(lengths)), parts[-1].longest, first.hidden.shape[2])
+    hidden = first.hidden.new_zeros(len(lengths), parts[-1].longest, first.hidden.shape[2])
     mask = first.mask.new_zeros(hidden.shape[:2])
-    mask[len(lengths) :] = 1  # the filling; attention over padding alone would not be finite
     start = 0
     for part in parts:
         end, width = start + len(part.lengths), part.longest
-        for whole, own in ((hidden, part.group.hidden), (mask, part.group.mask)):
-            whole[start:end, :width] = part.pick(own)[: end - start]
+        hidden[start:end, :width] = part.pick(part.group.hidden)
+        mask[start:end, :width] = part.pick(part.group.mask)
         start = end
     return _Group(hidden, mask, lengths)

@@ -1,71 +1,82 @@
-"""Metrics of adaptive depth. They are torchmetrics metrics, so that they add up over batches and
-processes."""
+"""The metrics of adaptive depth, added up over batches and processes."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torchmetrics import Metric
-from torchmetrics.aggregation import MeanMetric
-from torchmetrics.classification import MulticlassAccuracy, MulticlassF1Score
+from torch import Tensor
+
+from dact.functional import at_least_float32
+from dact.outputs import DACTOutput
+
+# Values of a batch, averaged over examples.
+AVERAGED = ("loss", "task_loss", "ponder_cost", "agreement")
 
 
-class LayerCounts(Metric):
-    """Add up counts of examples per layer.
+class LoaderMetrics:
+    """Sums over the examples of one loader.
 
     Args:
-        num_layers: Number of layers of the model, N.
+        classes: Number of classes.
+        layers: Number of layers.
+        device: Device of the sums.
 
-    Example:
-        >>> counts = LayerCounts(num_layers=3)
-        >>> counts.update(torch.tensor([1, 0, 2]))
-        >>> counts.compute()
-        tensor([1, 0, 2])
+    Attributes:
+        exits: Examples that left after each layer, int64 ``[layers]``.
+        correct: Examples whose class by a_n is right, int64 ``[layers]``.
+        confusion: Examples by label and returned class, int64 ``[classes, classes]``.
     """
 
-    full_state_update = False
-    counts: Tensor
+    def __init__(self, classes: int, layers: int, device: torch.device) -> None:
+        self.sums: Tensor | float = 0.0  # of AVERAGED
+        self.exits = torch.zeros(layers, dtype=torch.long, device=device)
+        self.correct = torch.zeros_like(self.exits)
+        self.confusion = torch.zeros(classes, classes, dtype=torch.long, device=device)
 
-    def __init__(self, num_layers: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        self.add_state(
-            "counts", default=torch.zeros(num_layers, dtype=torch.long), dist_reduce_fx="sum"
-        )
+    def update(
+        self,
+        target: Tensor,
+        a: Tensor,
+        early: DACTOutput,
+        loss: Tensor,
+        task_loss: Tensor,
+        ponder_cost: Tensor,
+    ) -> None:
+        """Add a batch.
 
-    def update(self, counts: Tensor) -> None:
-        """Add the counts of a batch, int64 ``[layers]``."""
-        self.counts += counts
+        Args:
+            target: int64 ``[batch]``.
+            a: Answers after each layer, ``[batch, layers, classes]``.
+            early: Answers of early exit.
+            loss, task_loss, ponder_cost: Means over the batch, scalars.
+        """
+        answers, classes = early.probabilities.argmax(dim=1), len(self.confusion)
+        agreement = (answers == a[:, -1].argmax(dim=1)).float().mean()
+        means = torch.stack([loss, task_loss, ponder_cost, agreement.to(loss.dtype)])
+        self.sums = self.sums + at_least_float32(means) * len(target)
+        self.exits += torch.bincount(early.exit_layer - 1, minlength=len(self.exits))
+        self.correct += (a.argmax(dim=2) == target.unsqueeze(1)).sum(dim=0)
+        pairs = torch.bincount(target.long() * classes + answers, minlength=classes**2)
+        self.confusion += pairs.reshape(classes, classes)
 
-    def compute(self) -> Tensor:
-        """Return the sums, int64 ``[layers]``."""
-        return self.counts
+    def add_up(self, strategy: Any) -> None:
+        """Replace the sums by those of all processes of a Trainer's strategy."""
+        for name in ("sums", "exits", "correct", "confusion"):
+            setattr(self, name, strategy.reduce(getattr(self, name), reduce_op="sum"))
 
-
-AVERAGED = (
-    "loss",
-    "task_loss",
-    "ponder_cost",
-    "agreement",
-)  # values of a batch, averaged over examples
-SCALARS = (*AVERAGED, "accuracy", "macro_f1", "exit_layer")
-
-
-def evaluation_metrics(classes: int, layers: int) -> nn.ModuleDict:
-    """Return the metrics of one evaluation: `SCALARS`, and per layer ``exit_histogram`` and the
-    ``correct`` a_n."""
-    # By default a mean ignores NaN, which would hide a broken model.
-    means = {name: MeanMetric(nan_strategy="disable") for name in (*AVERAGED, "exit_layer")}
-    return nn.ModuleDict(
-        {
-            **means,
-            "accuracy": MulticlassAccuracy(classes, average="micro", validate_args=False),
-            "macro_f1": MulticlassF1Score(classes, average="macro", validate_args=False),
-            "exit_histogram": LayerCounts(layers),
-            "correct": LayerCounts(layers),
-        }
-    )
+    def compute(self) -> dict[str, Tensor]:
+        """Return the metrics by name: scalars, among them ``layer_accuracy/n`` of each layer."""
+        examples, hits = self.exits.sum(), self.confusion.diag()
+        # Classes that neither occur nor are returned do not count, as in torchmetrics.
+        both = self.confusion.sum(dim=0) + self.confusion.sum(dim=1)
+        layers = torch.arange(1, len(self.exits) + 1, device=self.exits.device)
+        found = dict(zip(AVERAGED, self.sums / examples, strict=True))  # type: ignore[arg-type]
+        found["accuracy"] = hits.sum() / examples
+        found["macro_f1"] = (2 * hits[both > 0] / both[both > 0]).mean()
+        found["exit_layer"] = (self.exits * layers).sum() / examples
+        accuracies = enumerate(self.correct / examples, start=1)
+        return found | {f"layer_accuracy/{n}": accuracy for n, accuracy in accuracies}
 
 
 def collapse(mean_exit_layer: float, layers: int, lambda_reg: float, margin: float) -> str | None:

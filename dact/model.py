@@ -3,31 +3,41 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any, Self, Unpack
+from typing import Annotated, Any, Self, Unpack
 
 import torch
-from lightning.pytorch import Callback
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch import Tensor, nn
+from lightning.fabric.utilities.data import AttributeDict
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
+    rank_zero_info,
+    rank_zero_warn,
+)
+from torch import Tensor
 
 from dact import functional, hub, inference, model_card, saving
 from dact.agreement import Agreement
-from dact.arguments import check_arguments
-from dact.consistency import divergence, twice
+from dact.checks import Range, check_arguments, check_class_names, check_count
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
-from dact.functional import Halting, HaltingRule, PonderKind
-from dact.metric_logging import MetricLogging, labels_of, teacher_of
+from dact.functional import Halting, HaltingRule, Margin, PonderKind, Tolerance
+from dact.metrics import LoaderMetrics, collapse
 from dact.model_card import Metrics
 from dact.optimization import optimizer_steps, schedule
 from dact.outputs import DACTOutput as DACTOutput
 from dact.outputs import Loss as Loss
-from dact.submodels import SubmodelConfig, Submodels, start_undecided
+from dact.submodels import SubmodelConfig, Submodels, start_at, start_undecided
+
+Weight = Annotated[float, Range("[0, inf)")]
+Rate = Annotated[float, Range("(0, inf)")]
+Tokens = Annotated[int, Range("[1, inf)", "it counts tokens")]
+ShareOfSteps = Annotated[float, Range("[0, 1]", "it is a share of the optimizer steps")]
+ShareOfTargets = Annotated[float, Range("[0, 1]", "it is the teacher's share of the targets")]
 
 
-class DACT(MetricLogging):
+class DACT(LightningModule):
     r"""A classifier that spends only as many layers of its encoder as each example needs.
 
     Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times
@@ -38,8 +48,11 @@ class DACT(MetricLogging):
 
     At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in
     float32. Half precision rounds y and h, which may change the class of one example in a few
-    hundred. With several processes, Lightning repeats some validation examples in a fit and, of
-    data of your own, in a test: use one for exact numbers.
+    hundred.
+
+    A subclass with arguments of its own calls ``self.save_hyperparameters(ignore=["encoder"])`` in
+    its constructor, as in any LightningModule. They are then stored with the model, and passed to
+    the subclass when it is loaded.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -93,7 +106,8 @@ class DACT(MetricLogging):
     Example:
         >>> from dact import DACT
         >>> from dact.encoders import TransformerEncoder
-        >>> model = DACT(encoder=TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)).eval()
+        >>> encoder = TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)
+        >>> model = DACT(encoder=encoder).eval()
         >>> output = model.early_exit({"input_ids": torch.tensor([[4, 2], [7, 1]])})
         >>> output.probabilities.shape, output.exit_layer.tolist()
         (torch.Size([2, 3]), [2, 2])
@@ -101,42 +115,41 @@ class DACT(MetricLogging):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
-    # Lightning's own key would hold the form that LightningCLI writes; this is what `config`
-    # returns.
+    # LightningCLI would take what `config` returns for its own under "hyper_parameters".
     CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
 
     def __init__(
         self,
         encoder: LayeredEncoder,
-        output_dimension: int = 3,
+        output_dimension: Annotated[int, Range("[2, inf)", "it counts the classes")] = 3,
         classifier: SubmodelConfig = SubmodelConfig(),
         confidence: SubmodelConfig = SubmodelConfig(),
         *,
-        lambda_reg: float = 0.02,
-        lambda_warmup: float = 0.3,
+        lambda_reg: Weight = 0.02,
+        lambda_warmup: ShareOfSteps = 0.3,
         ponder: PonderKind = "p",
-        exit_loss_weight: float = 0.3,
+        exit_loss_weight: Weight = 0.3,
         detach_exits: bool = False,
-        distillation: float = 0.0,
-        consistency: float = 0.0,
+        distillation: ShareOfTargets = 0.0,
+        consistency: Weight = 0.0,
         share_submodels: bool = False,
-        num_layers: int | None = None,
+        num_layers: Annotated[int, Range("[1, inf)")] | None = None,
         halting: HaltingRule = "exact",
-        halting_tolerance: float = 0.0,
-        halting_margin: float = 1.0,
+        halting_tolerance: Tolerance = 0.0,
+        halting_margin: Margin = 1.0,
         class_weights: list[float] | None = None,
-        learning_rate: float | None = None,
-        submodel_learning_rate: float | None = None,
-        weight_decay: float = 0.01,
-        warmup_fraction: float = 0.1,
+        learning_rate: Rate | None = None,
+        submodel_learning_rate: Rate | None = None,
+        weight_decay: Weight = 0.01,
+        warmup_fraction: ShareOfSteps = 0.1,
         class_names: list[str] | None = None,
-        step_tokens: int | None = None,
-        window_tokens: int | None = None,
+        step_tokens: Tokens | None = None,
+        window_tokens: Tokens | None = None,
     ) -> None:
         super().__init__()
-        saving.name_plainly(self)
-        self.subclass = saving.own_arguments(self, DACT)
-        check_arguments(locals())
+        check_arguments(DACT.__init__, locals(), "DACT: ")
+        _check_together(locals())
+        self.save_hyperparameters({})  # makes Lightning log `hparams_initial`
         self.encoder = encoder
         self.output_dimension = output_dimension
         self.lambda_reg = lambda_reg
@@ -162,25 +175,17 @@ class DACT(MetricLogging):
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.calibration = None
-        self.temperatures: list[float] | None = (
-            None  # one per exit layer; they scale scores that are shown
-        )
-        self.provenance = (
-            model_card.Provenance()
-        )  # facts of the run that it was loaded from, for its model card
-        self.steps_done = 0  # training steps so far, for the warm-up of λ
-        self.total_steps = float("inf")  # all training steps; the Trainer knows them
+        # One per exit layer; they scale the scores that are shown.
+        self.temperatures: list[float] | None = None
+        # Of the first loader of the last evaluation, for callbacks.
+        self.measured: LoaderMetrics | None = None
+        self.loader_metrics: dict[tuple[str, int], LoaderMetrics] = {}  # by stage and loader
 
-        make = partial(
-            Submodels,
-            num_layers=self.num_layers,
-            hidden_size=encoder.hidden_size,
-            share=share_submodels,
-        )
+        sizes = {"num_layers": self.num_layers, "hidden_size": encoder.hidden_size}
+        make = partial(Submodels, **sizes, share=share_submodels)
         self.classifier = make(classifier, output_size=output_dimension)
         self.confidence = make(confidence, output_size=1)
         start_undecided(self.confidence)
-        self.make_metrics()
 
     # ------------------------------------------------------------------ the halting rule
 
@@ -229,9 +234,7 @@ class DACT(MetricLogging):
         """Run all layers, as training does. `batch` is a dict of Hugging Face's inputs; labels are
         not needed."""
         logits, h = self._submodels(batch)
-        y = logits.softmax(dim=-1)
-        a, p = functional.accumulate(y, h)
-        return DACTOutput(a[:, -1], self.exit_layers(a.detach(), p.detach(), y.detach()), y, h, p)
+        return self._output(logits.softmax(dim=-1), h)
 
     def early_exit(self, batch: Batch) -> DACTOutput:
         """Run each example only as deep as it needs, always in eval mode.
@@ -244,13 +247,15 @@ class DACT(MetricLogging):
     def full_depth(self, batch: Batch) -> DACTOutput:
         """Return what `forward` returns, by the code of `early_exit`: for large batches, in eval
         mode, no gradients."""
-        output = self._inference(
-            batch, dataclasses.replace(self.exit_rule, rule="never"), record=True
-        )
-        y, h = output.layer_probabilities, output.h
-        assert y is not None and h is not None
+        never = dataclasses.replace(self.exit_rule, rule="never")
+        output = self._inference(batch, never, record=True)
+        assert output.layer_probabilities is not None and output.h is not None
+        return self._output(output.layer_probabilities, output.h)
+
+    def _output(self, y: Tensor, h: Tensor) -> DACTOutput:
         a, p = functional.accumulate(y, h)
-        return DACTOutput(a[:, -1], self.exit_layers(a, p, y), y, h, p)
+        exits = self.exit_rule.exit_layers(a.detach(), p.detach(), y.detach())
+        return DACTOutput(a[:, -1], exits, y, h, p)
 
     def _inference(self, batch: Batch, halting: Halting, record: bool = False) -> DACTOutput:
         with inference.evaluating(self):
@@ -264,11 +269,6 @@ class DACT(MetricLogging):
                 window_tokens=self.window_tokens,
                 record=record,
             )
-
-    def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        """Return the exit layers of this model, int64 ``[batch]``, from a, p and y; see
-        `functional.exit_layers`."""
-        return self.exit_rule.exit_layers(a, p, y)
 
     def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32
@@ -291,22 +291,14 @@ class DACT(MetricLogging):
 
         Every confidence stays at 1, so that a_N = y_N. This is for baselines and teachers.
         """
-        for submodel in self.confidence:
-            last = submodel[-1]  # type: ignore[index]
-            nn.init.zeros_(last.weight)
-            nn.init.constant_(last.bias, 40.0)  # sigmoid(40) is 1 in float32
+        start_at(self.confidence, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
-        self.lambda_reg, self.exit_loss_weight, self.distillation, self.consistency = (
-            0.0,
-            0.0,
-            0.0,
-            0.0,
-        )
+        self.lambda_reg = self.exit_loss_weight = self.distillation = self.consistency = 0.0
         self.detach_exits = False
         self.halting = "never"
         return self
 
-    # ------------------------------------------------------------------ steps
+    # ------------------------------------------------------------------ the loss
 
     @property
     def needs_teacher(self) -> bool:
@@ -322,115 +314,191 @@ class DACT(MetricLogging):
                 ``teacher`` ``[batch, classes]``. An example labelled -100 learns only from its
                 teacher, with the weight of any other; without a teacher it only adds to ponder cost
                 and consistency.
-            lambda_reg: λ of this step. If left out, it rises from 0 over the first `lambda_warmup`
-                of `total_steps`; `steps_done` counts the calls in train mode. A Trainer sets both;
-                elsewhere set `total_steps`.
+            lambda_reg: λ of this step; `warm_lambda` if left out.
 
         Raises:
             KeyError: If the batch has no labels, or distillation no teacher.
             ValueError: If a label is out of range.
         """
-        labels = labels_of(batch, "train")
-        teacher = teacher_of(batch, self.distillation)
+        labels = labels_of(batch, "training")
+        teacher = batch.get("teacher") if self.needs_teacher else None
+        if self.needs_teacher and teacher is None:
+            raise KeyError(
+                f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training "
+                f"batches, got the keys {sorted(batch)}"
+            )
         target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
         # Batch normalization would take two passes of one example for two examples.
-        passes = (
-            2
-            if self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1
-            else 1
-        )
-        (logits, h), target = (
-            self._submodels(twice(batch) if passes == 2 else batch),
-            target.repeat(passes, 1),
-        )
+        twice = self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1
+        if twice:
+            batch, target = functional.twice(batch), target.repeat(2, 1)
+        logits, h = self._submodels(batch)
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         task_loss = functional.task_loss(a[:, -1], target, self.class_weights)
         exit_loss = functional.exit_loss(logits, target, self.class_weights)
-        if passes == 2:
-            exit_loss = exit_loss + self.consistency * divergence(*logits.chunk(2))
+        if twice:
+            exit_loss = exit_loss + self.consistency * functional.divergence(*logits.chunk(2))
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
-        price = self._warm_lambda() if lambda_reg is None else lambda_reg
+        price = self.warm_lambda() if lambda_reg is None else lambda_reg
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
-        self.steps_done += self.training
         return Loss(loss, task_loss, exit_loss, ponder_cost)
 
-    def _warm_lambda(self) -> float:
-        """Return λ at this step: it rises linearly from 0 over the first `lambda_warmup` of all
-        steps."""
+    def warm_lambda(self) -> float:
+        """Return λ at this step: in a fit, it rises linearly from 0 over the first `lambda_warmup`
+        of all optimizer steps; elsewhere, or in a fit without a known end, it is `lambda_reg`."""
         trainer = self._trainer
-        if trainer is not None and trainer.training and trainer.lightning_module is self:
-            self.steps_done = trainer.global_step  # optimizer steps, also after a resume
-        warmup = self.lambda_warmup * self.total_steps
-        if not 0 < warmup < float("inf"):
+        steps = optimizer_steps(trainer) if trainer is not None and trainer.training else -1
+        warmup = self.lambda_warmup * steps
+        if trainer is None or not 0 < warmup < math.inf:
             return self.lambda_reg
-        return self.lambda_reg * min(1.0, self.steps_done / warmup)
+        return self.lambda_reg * min(1.0, trainer.global_step / warmup)
+
+    # ------------------------------------------------------------------ steps
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        loss = self.loss(batch).loss
-        size = len(batch["labels"])
-        self.log(
-            "train_loss",
-            loss,
-            on_step=False,
-            on_epoch=True,
-            prog_bar=True,
-            batch_size=size,
-            sync_dist=True,
-        )
+        loss, size = self.loss(batch).loss, len(batch["labels"])
+        options = {"on_step": False, "on_epoch": True, "prog_bar": True, "sync_dist": True}
+        self.log("train_loss", loss, batch_size=size, **options)
         return loss
 
     def validation_step(
         self, batch: Batch, batch_idx: int, dataloader_idx: int = 0
     ) -> dict[str, Tensor]:
-        return self.measure("val", batch, self(batch), None, dataloader_idx)
+        return self._measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
         # Both full depth and early exit are computed by the code that predicts.
-        return self.measure(
-            "test", batch, self.full_depth(batch), self.early_exit(batch), dataloader_idx
-        )
+        full, early = self.full_depth(batch), self.early_exit(batch)
+        return self._measure("test", batch, full, early, dataloader_idx)
 
     def predict_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> DACTOutput:
         return self.early_exit(batch)
 
+    def _measure(
+        self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
+    ) -> dict[str, Tensor]:
+        """Add a batch to the metrics of a loader.
+
+        Args:
+            stage: ``"val"`` or ``"test"``.
+            batch: The batch, with labels.
+            full: Answers at full depth.
+            early: Answers of early exit; computed from `full` if None.
+            loader: Number of the loader, from 0.
+
+        Returns:
+            The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch,
+            layers]``, for callbacks.
+        """
+        target = labels_of(batch, stage)
+        if (target == functional.UNLABELLED).any():
+            raise ValueError(
+                f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes "
+                "unlabelled examples"
+            )
+        soft = functional.soft_targets(target, self.output_dimension)
+        y, h, p = full.layer_probabilities, full.h, full.p
+        assert y is not None and h is not None and p is not None
+        a, _ = functional.accumulate(y, h)
+        early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
+        ponder_cost = functional.ponder_cost(p, h, self.ponder)
+        loss = functional.task_loss(a[:, -1], soft, self.class_weights)
+        loss = loss + self.lambda_reg * ponder_cost
+        task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
+        if (stage, loader) not in self.loader_metrics:
+            sizes = self.output_dimension, self.num_layers
+            self.loader_metrics[stage, loader] = LoaderMetrics(*sizes, target.device)
+        self.loader_metrics[stage, loader].update(target, a, early, loss, task_loss, ponder_cost)
+        return {"loss": loss, "exit_layer": early.exit_layer, "layer_probabilities": y, "h": h}
+
+    def _log_metrics(self, stage: str) -> None:
+        """Log the metrics of all loaders of an evaluation; those after the first have a suffix."""
+        self.measured = None
+        for (of_stage, loader), metrics in self.loader_metrics.items():
+            if of_stage != stage:
+                continue
+            metrics.add_up(self.trainer.strategy)
+            suffix = f"/dataloader_idx_{loader}" if loader else ""
+            options = {"sync_dist": True, "add_dataloader_idx": False}
+            for name, value in metrics.compute().items():
+                kind, *layer = name.split("/")
+                shown = loader == 0 and name in ("loss", "accuracy", "exit_layer")
+                name = "/".join([f"{stage}_{kind}{suffix}", *layer])
+                self.log(name, value, prog_bar=shown, **options)
+            if loader == 0:
+                self.measured = metrics
+
+    @property
+    def exit_histogram(self) -> Tensor | None:
+        """Examples per exit layer, int64 ``[layers]``, of the first loader of the last evaluation;
+        None before."""
+        return None if self.measured is None else self.measured.exits
+
+    def on_validation_epoch_start(self) -> None:
+        self.loader_metrics = {}
+
+    on_test_epoch_start = on_validation_epoch_start
+
+    def on_validation_epoch_end(self) -> None:
+        self._log_metrics("val")
+
+    def on_test_epoch_end(self) -> None:
+        self._log_metrics("test")
+
     # ------------------------------------------------------------------ a fit
+
+    @property
+    def hparams_initial(self) -> AttributeDict:
+        """The settings for loggers: the configuration, and the hyper-parameters of a subclass.
+
+        A name that the datamodule has as well is left out, since loggers want one value."""
+        settings = {
+            n: v for n, v in self.config().items() if n not in (*saving.LEARNED, "subclass")
+        }
+        encoder = settings["encoder"] or {}
+        settings["encoder"] = {n: v for n, v in encoder.items() if not isinstance(v, dict)}
+        taken = getattr(getattr(self._trainer, "datamodule", None), "hparams", {})
+        settings |= saving.plain_data(self.hparams)
+        return AttributeDict({name: v for name, v in settings.items() if name not in taken})
 
     def configure_callbacks(self) -> list[Callback]:
         trainer: Any = self.trainer
         return [] if any(isinstance(one, Agreement) for one in trainer.callbacks) else [Agreement()]
 
     def setup(self, stage: str) -> None:
-        self.show_settings(
-            {name: value for name, value in self.config().items() if name not in saving.LEARNED}
-        )
         if stage == "fit" and not any(module.training for module in self.modules()):
             self.train()  # a loaded model, which Lightning would train without dropout
 
     def on_fit_start(self) -> None:
         # They belong to the weights before the fit.
         self.calibration = self.temperatures = None
-        self.provenance = model_card.Provenance()
         if self.rate_is_by_encoder:
             rank_zero_info(
                 f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
                 f"{self.encoder.hidden_size}; set learning_rate to change it"
             )
 
-    def on_train_start(self) -> None:
-        # Infinite or -1 if the end is not known: nothing warms up or decays. Lightning's tuners
-        # train more than once.
-        self.total_steps = optimizer_steps(self.trainer)
+    def on_fit_end(self) -> None:
+        value = self.trainer.callback_metrics.get("val_exit_layer")
+        if value is None or self.num_layers == 1 or self.halting == "never":
+            return
+        warning = collapse(value.item(), self.num_layers, self.lambda_reg, self.halting_margin)
+        if warning is not None:
+            rank_zero_warn(warning)
 
     def configure_optimizers(self) -> Any:
-        encoder = {id(parameter) for parameter in self.encoder.parameters()}
-        others = [
-            one for one in self.parameters() if id(one) not in encoder
-        ]  # the submodels', and those of a subclass
+        stacked = [*self.classifier.parameters(), *self.confidence.parameters()]
+        encoder = set(self.encoder.parameters())
+        # Those of the submodels, and those that a subclass adds.
+        others = [parameter for parameter in self.parameters() if parameter not in encoder]
         rate = self.submodel_learning_rate or self.learning_rate
-        rates = ((self.encoder.parameters(), self.learning_rate), (others, rate))
         return schedule(
-            rates, self.weight_decay, self.warmup_fraction, optimizer_steps(self.trainer)
+            ((self.encoder.parameters(), self.learning_rate), (others, rate)),
+            self.weight_decay,
+            self.warmup_fraction,
+            optimizer_steps(self.trainer),
+            stacked=stacked,
         )
 
     # ------------------------------------------------------------------ on disk
@@ -458,7 +526,7 @@ class DACT(MetricLogging):
         checkpoint_path: str | Path,
         map_location: Any = "cpu",
         *,
-        weights_only: bool | None = None,
+        weights_only: bool = True,
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> Self:
@@ -469,7 +537,7 @@ class DACT(MetricLogging):
             checkpoint_path: File that the Trainer's checkpointing wrote, or its address, such as
                 ``s3://…``.
             map_location: As for `torch.load`.
-            weights_only: Never False: a checkpoint of dact holds only data.
+            weights_only: Not used: a checkpoint of dact holds only data.
             encoder: Encoder, built as it was for training; needed only for an encoder of your own.
             **overrides: Constructor arguments that replace those of the checkpoint, such as
                 ``halting_tolerance=0.3``.
@@ -478,10 +546,6 @@ class DACT(MetricLogging):
             FileNotFoundError: If there is no such file.
             ValueError: If the file cannot be read, is not a checkpoint of DACT, or does not fit.
         """
-        if weights_only is False:
-            raise ValueError(
-                "weights_only=False would let a checkpoint run code; dact's checkpoints load without it"
-            )
         config, weights = saving.read_checkpoint(checkpoint_path, map_location)
         if encoder is not None:
             overrides["encoder"] = encoder
@@ -549,6 +613,8 @@ class DACT(MetricLogging):
                 missing.
             ValueError: If a file cannot be read or does not fit.
         """
+        if str(directory).endswith(".ckpt"):
+            raise ValueError(f"{directory} is a checkpoint: read it by DACT.load_from_checkpoint")
         folder = hub.local_folder(
             directory,
             revision=revision,
@@ -556,10 +622,40 @@ class DACT(MetricLogging):
             cache_dir=cache_dir,
             local_files_only=local_files_only,
         )
-        config, weights = saving.read_folder(folder, DACT)
+        config, weights = saving.read_folder(folder)
         encoder = saving.encoder_with_files(config, folder) if encoder is None else encoder
         if encoder is not None:
             overrides["encoder"] = encoder
-        model = saving.load(cls, DACT, config, weights, str(directory), overrides).eval()
-        model.provenance = model_card.read_provenance(folder)
-        return model
+        return saving.load(cls, DACT, config, weights, str(directory), overrides).eval()
+
+
+def labels_of(batch: Batch, stage: str) -> Tensor:
+    """Return the labels of a batch, or raise a ``KeyError`` that says what the batch is."""
+    check_batch(batch)
+    if not isinstance(batch.get("labels"), Tensor):
+        raise KeyError(
+            f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}"
+        )
+    return batch["labels"]
+
+
+def _check_together(given: Mapping[str, Any]) -> None:
+    """Raise an error if arguments of `DACT` contradict each other."""
+    if given["num_layers"] is not None:
+        most = given["encoder"].num_layers
+        check_count("DACT: num_layers", given["num_layers"], 1, most, "the layers of the encoder")
+    for name in ("detach_exits", "consistency"):
+        if given[name] and given["exit_loss_weight"] == 0:
+            raise ValueError(f"DACT: {name} needs an exit_loss_weight above 0, got 0")
+    classes, weights = given["output_dimension"], given["class_weights"]
+    for name in ("class_weights", "class_names"):
+        value = given[name]
+        if value is not None and len(value) != classes:
+            raise ValueError(
+                f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}"
+            )
+    if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
+        raise ValueError(
+            f"DACT: class_weights must be finite and 0 or more, one of them above 0, got {weights}"
+        )
+    check_class_names("DACT: class_names", given["class_names"])

@@ -68,14 +68,13 @@ def write_card(
     Args:
         folder: Folder of the model.
         model: The model, a `DACT`.
-        metrics: Content of metrics.json; that of the run from which the model was loaded if None.
+        metrics: Content of metrics.json; that of the run around the folder if None.
         repo_id: Hub id under which it is published; None for a local folder.
     """
     path = folder / CARD_NAME
     if not path.exists() or is_written_by_dact(path):
-        loaded: Provenance = model.provenance
-        data = loaded.data or read_provenance(folder).data
-        write_text(path, card(model, Provenance(metrics or loaded.metrics, data), repo_id))
+        found = read_provenance(folder)
+        write_text(path, card(model, Provenance(metrics or found.metrics, found.data), repo_id))
 
 
 def is_written_by_dact(path: Path) -> bool:

@@ -39,6 +39,7 @@ def schedule(
     weight_decay: float,
     warmup_fraction: float,
     total: float,
+    stacked: Iterable[nn.Parameter] = (),
 ) -> Any:
     """Return AdamW and its schedule, in a form that `LightningModule.configure_optimizers` may
     return.
@@ -49,22 +50,21 @@ def schedule(
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
         total: Number of optimizer steps; ``inf`` or -1 for a fit whose end is not known, in which
             rates are constant.
+        stacked: Parameters that hold those of several layers, along their first dimension.
     """
-    groups: list[dict[str, Any]] = []  # frozen parameters are in none
+    layered = set(stacked)
+    groups: list[dict[str, Any]] = []
     for parameters, rate in rates:
-        trained = [parameter for parameter in parameters if parameter.requires_grad]
-        for is_matrix, decay in (
-            (True, weight_decay),
-            (False, 0.0),
-        ):  # biases and norms get no decay
-            if chosen := [parameter for parameter in trained if (parameter.dim() > 1) == is_matrix]:
+        trained = [one for one in parameters if one.requires_grad]
+        matrices = [one for one in trained if one.dim() > 1 + (one in layered)]
+        others = [one for one in trained if one.dim() <= 1 + (one in layered)]  # biases and norms
+        for chosen, decay in ((matrices, weight_decay), (others, 0.0)):
+            if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
     # One kernel for all tensors. On a CPU it is not the default, and several times as fast. Other
     # devices may lack it.
-    fused = {parameter.device.type for group in groups for parameter in group["params"]} <= {
-        "cpu",
-        "cuda",
-    }
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    fused = devices <= {"cpu", "cuda"}
     optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused)
     # Lightning clips no gradients that an optimizer unscales by itself; without this flag,
     # Lightning unscales them.

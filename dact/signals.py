@@ -6,15 +6,12 @@ nothing is half done."""
 
 from __future__ import annotations
 
-import contextlib
 import signal
-from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback
 
 _requested = False
-_at_once = False
 
 
 def install() -> None:
@@ -33,21 +30,8 @@ def install() -> None:
 def _request(signal_number: int, frame: Any) -> None:
     global _requested
     again, _requested = _requested, True
-    if again or _at_once:
+    if again:
         raise KeyboardInterrupt
-
-
-@contextlib.contextmanager
-def at_once() -> Iterator[None]:
-    """Let the first signal raise KeyboardInterrupt, in a block that may wait for input without
-    end."""
-    global _at_once
-    _at_once = True
-    try:
-        check()  # of a signal before
-        yield
-    finally:
-        _at_once = False
 
 
 def stop_requested() -> bool:

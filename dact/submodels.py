@@ -4,14 +4,15 @@ layer."""
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.checks import MOST_LAYERS, check_choice, check_count, check_range
+from dact.checks import MOST_LAYERS, Range, check_arguments
 
 Normalization = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
@@ -23,14 +24,6 @@ ACTIVATIONS: dict[str, type[nn.Module]] = {
     "gelu": nn.GELU,
     "tanh": nn.Tanh,
 }
-
-STACKABLE = {
-    nn.Linear,
-    nn.LayerNorm,
-    nn.Dropout,
-    *ACTIVATIONS.values(),
-}  # parts that act on each example alone
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -52,24 +45,19 @@ class SubmodelConfig:
         TypeError: If a count is not an integer.
 
     Example:
-        >>> SubmodelConfig(num_layers=3, hidden_units=64, layer_strategy="pyramidal").hidden_widths()
+        >>> SubmodelConfig(num_layers=3, layer_strategy="pyramidal").hidden_widths()
         [64, 32, 16]
     """
 
-    num_layers: int = 1
-    hidden_units: int = 64
-    dropout: float = 0.1
+    num_layers: Annotated[int, Range(f"[0, {MOST_LAYERS}]")] = 1
+    hidden_units: Annotated[int, Range("[1, inf)")] = 64
+    dropout: Annotated[float, Range("[0, 1)")] = 0.1
     normalization: Normalization = "none"
     activation: Activation = "gelu"
     layer_strategy: LayerStrategy = "constant"
 
     def __post_init__(self) -> None:
-        check_count("SubmodelConfig: num_layers", self.num_layers, least=0, most=MOST_LAYERS)
-        check_count("SubmodelConfig: hidden_units", self.hidden_units)
-        check_range("SubmodelConfig: dropout", self.dropout, "[0, 1)")
-        check_choice("SubmodelConfig: normalization", self.normalization, Normalization)
-        check_choice("SubmodelConfig: activation", self.activation, Activation)
-        check_choice("SubmodelConfig: layer_strategy", self.layer_strategy, LayerStrategy)
+        check_arguments(SubmodelConfig, vars(self), "SubmodelConfig: ")
 
     def hidden_widths(self) -> list[int]:
         """Return the widths of the hidden layers from input to output; each step halves or doubles,
@@ -97,7 +85,7 @@ class SubmodelConfig:
         for width in self.hidden_widths():
             layers.append(nn.Linear(input_size, width))
             if self.normalization == "batch":
-                layers.append(_BatchNorm(width))
+                layers.append(nn.BatchNorm1d(width))
             elif self.normalization == "layer":
                 layers.append(nn.LayerNorm(width))
             layers += [ACTIVATIONS[self.activation](), nn.Dropout(self.dropout)]
@@ -105,20 +93,68 @@ class SubmodelConfig:
         return nn.Sequential(*layers, nn.Linear(input_size, output_size))
 
 
-class _BatchNorm(nn.BatchNorm1d):
-    """Batch normalization that uses its running statistics for a batch of one example, which has no
-    variance."""
+class _Stacked(nn.Module):
+    """A part of the submodels of all layers, whose weights are stacked along the first
+    dimension."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and len(input) == 1:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, eps=self.eps
-            )
-        return super().forward(input)
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.stack([part.weight.detach() for part in parts]))
+        self.bias = nn.Parameter(torch.stack([part.bias.detach() for part in parts]))
+
+    def alone(self, n: int, x: Tensor) -> Tensor:
+        """Apply the part of one layer (0-based): ``[batch, in]`` -> ``[batch, out]``."""
+        raise NotImplementedError
+
+
+class _Linear(_Stacked):
+    """Linear maps, ``[layers, batch, in]`` -> ``[layers, batch, out]``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.baddbmm(self.bias[:, None], x, self.weight.mT)
+
+    def alone(self, n: int, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[n], self.bias[n])
+
+
+class _LayerNorm(_Stacked):
+    """Layer normalizations, ``[layers, batch, width]`` -> the same shape."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:]) * self.weight[:, None] + self.bias[:, None]
+
+    def alone(self, n: int, x: Tensor) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight[n], self.bias[n])
+
+
+class _BatchNorm(_Stacked):
+    """Batch normalizations, which are only applied alone.
+
+    A batch of one example has no variance, and is normalized by the running statistics."""
+
+    running_mean: Tensor
+    running_var: Tensor
+
+    def __init__(self, parts: Sequence[nn.Module]) -> None:
+        super().__init__(parts)
+        self.register_buffer("running_mean", torch.zeros_like(self.weight.detach()))
+        self.register_buffer("running_var", torch.ones_like(self.weight.detach()))
+
+    def alone(self, n: int, x: Tensor) -> Tensor:
+        statistics = self.running_mean[n], self.running_var[n]
+        learns = self.training and len(x) > 1
+        return F.batch_norm(x, *statistics, self.weight[n], self.bias[n], training=learns)
+
+
+STACKED = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm, nn.BatchNorm1d: _BatchNorm}
 
 
 class Submodels(nn.ModuleList):
-    """One submodel for each layer of the encoder, or one that all layers share.
+    """The submodels of all layers of the encoder, or one that all layers share.
+
+    Its modules are the parts of a submodel, in their order. Each has the weights of all layers in
+    one tensor, ``[layers, out, in]`` of a linear map, so that a training step takes one product per
+    part.
 
     Args:
         config: Architecture of the submodels.
@@ -138,87 +174,56 @@ class Submodels(nn.ModuleList):
         output_size: int,
         share: bool = False,
     ) -> None:
+        built = [config.build(hidden_size, output_size)]
+        while len(built) < (1 if share else num_layers):
+            # On the meta device, which draws no numbers, the first one stands for all.
+            is_meta = next(built[0].parameters()).is_meta
+            built.append(built[0] if is_meta else config.build(hidden_size, output_size))
+        parts = zip(*built, strict=True)
         super().__init__(
-            config.build(hidden_size, output_size) for _ in range(1 if share else num_layers)
+            STACKED[type(same[0])](same) if type(same[0]) in STACKED else same[0] for same in parts
         )
         self.config = config
         self.num_layers = num_layers
-
-    def of_layer(self, layer: int) -> nn.Module:
-        """Return the submodel of a layer (1-based)."""
-        return self[(layer - 1) % len(self)]
+        self.share = share
 
     def answer(self, layer: int, state: Tensor) -> Tensor:
         """Apply the submodel of a layer (1-based): ``[batch, hidden]`` -> ``[batch, output]``."""
-        return self.of_layer(layer)(self._matched(state))
+        n, x = 0 if self.share else layer - 1, self._matched(state)
+        for part in self:
+            x = part.alone(n, x) if isinstance(part, _Stacked) else part(x)
+        return x
 
     def _matched(self, states: Tensor) -> Tensor:
         """Return states in the precision of the weights: that of an encoder may be lower."""
-        weight = next((weight for weight in self.parameters() if weight.is_floating_point()), None)
-        return (
-            states if weight is None else states.to(weight.dtype)
-        )  # there is none if they are quantized
+        return states.to(next(self.parameters()).dtype)
 
     def forward(self, states: Tensor) -> Tensor:
         """Apply the submodel of each layer: ``[batch, layers, hidden]`` -> ``[batch, layers,
         output]``."""
-        states = self._matched(states)
-        if len(self) < self.num_layers:
+        if self.share:
             # All layers at once, so that batch normalization learns the statistics that it uses in
             # eval mode.
-            return self[0](states.flatten(0, 1)).unflatten(0, states.shape[:2])
-        if self.training and self._can_be_stacked():
-            return self._stacked(states)
-        return torch.stack(
-            [self.of_layer(n + 1)(states[:, n]) for n in range(self.num_layers)], dim=1
-        )
-
-    def _can_be_stacked(self) -> bool:
-        """Whether the submodels are of one kind, which `_stacked` knows, and have no hook that it
-        would pass over."""
-        if any(type(submodel) is not nn.Sequential for submodel in self):
-            return False
-        kinds = {
-            tuple((type(part), part.extra_repr()) for part in submodel.children())
-            for submodel in self
-        }
-        parts = [part for submodel in self for part in submodel.children()]
-        if len(kinds) > 1 or any(
-            type(part) not in STACKABLE or getattr(part, "bias", part) is None for part in parts
-        ):
-            return False
-        return not any(getattr(module, hooks) for module in (*self, *parts) for hooks in HOOKS)
-
-    def _stacked(self, states: Tensor) -> Tensor:
-        """Compute what `forward` does with one product per depth of the submodels, instead of one
-        per layer.
-
-        Training steps of small networks cost what their calls cost. In eval mode each layer is
-        called alone, as it is where inference stops early, so that both round alike."""
-        x = states.transpose(0, 1)  # [layers, batch, hidden]
-        for parts in zip(*self, strict=True):  # type: ignore[call-overload]
-            first = parts[0]
-            if not list(first.parameters()):
-                x = first(x)  # an activation or dropout
-                continue
-            weight = torch.stack(
-                [part.weight for part in parts]
-            )  # [layers, out, in], or [layers, width] of a norm
-            bias = torch.stack([part.bias for part in parts])[:, None]
-            if isinstance(first, nn.Linear):
-                x = torch.baddbmm(bias, x, weight.mT)
-            else:
-                x = F.layer_norm(x, first.normalized_shape, eps=first.eps) * weight[:, None] + bias
+            return self.answer(1, states.flatten(0, 1)).unflatten(0, states.shape[:2])
+        if not self.training or self.config.normalization == "batch":
+            # In eval mode each layer runs alone, as where inference stops early: both round alike.
+            layers = range(self.num_layers)
+            return torch.stack([self.answer(n + 1, states[:, n]) for n in layers], dim=1)
+        x = self._matched(states).transpose(0, 1)  # [layers, batch, hidden]
+        for part in self:
+            x = part(x)
         return x.transpose(0, 1)
+
+
+def start_at(confidence: Submodels, value: float) -> None:
+    """Set every confidence to h = sigmoid(value), whatever the input: the last weights are zero."""
+    nn.init.zeros_(confidence[-1].weight)
+    nn.init.constant_(confidence[-1].bias, value)
 
 
 def start_undecided(confidence: Submodels) -> None:
     """Start every confidence at h = 0.5^(1/(N-1)), so that p_{N-1} = 0.5 whatever the depth.
 
-    The last linear map starts with zero weights and that logit as its bias, so that the value holds
-    for every input. With N = 1 the confidence decides nothing, and starts at 0.5."""
+    With N = 1 the confidence decides nothing, and starts at 0.5."""
     start = 0.5 ** (1 / max(1, confidence.num_layers - 1))
-    for submodel in confidence:
-        last = submodel[-1]  # type: ignore[index]
-        nn.init.zeros_(last.weight)
-        nn.init.constant_(last.bias, math.log(start / (1 - start)))
+    start_at(confidence, math.log(start / (1 - start)))

@@ -91,12 +91,11 @@ def scatter_exits(model):
     different layers."""
     generator = torch.Generator().manual_seed(1)
     for submodels, scale in ((model.classifier, 4.0), (model.confidence, 12.0)):
-        for submodel in submodels:
-            last = submodel[-1]
-            torch.nn.init.normal_(
-                last.weight, std=scale / last.in_features**0.5, generator=generator
-            )
-            torch.nn.init.zeros_(last.bias)
+        last = submodels[-1]
+        with torch.no_grad():
+            for weight in last.weight:  # of each layer
+                weight.normal_(std=scale / weight.shape[1] ** 0.5, generator=generator)
+            last.bias.zero_()
     return model
 
 

@@ -20,6 +20,7 @@ class MyData(pl.LightningDataModule):
 class MyDACT(DACT):
     def __init__(self, encoder: LayeredEncoder, focus: float = 1.0, **kwargs):
         super().__init__(encoder, **kwargs)
+        self.save_hyperparameters(ignore=["encoder"])
         self.focus = focus
 
 

@@ -128,7 +128,7 @@ def test_texts_that_training_has_are_left_out_of_other_files(tmp_path, split):
     train = write(tmp_path, "train", WORDS[:40])
     other = write(tmp_path, "other", [word.upper() for word in WORDS[30:]])
     module = data(train, **{f"{split}_file": other})
-    with pytest.warns(UserWarning, match="other.csv: 10 of 30 texts are left out, since training"):
+    with pytest.warns(UserWarning, match="other.csv: 10 of 30 texts are left out, which tr"):
         module.setup("test" if split == "test" else "fit")
     assert texts_of(module, split) == {*map(text_key, WORDS[40:])}
     copied = data(train, **{f"{split}_file": write(tmp_path, "copy", WORDS[:40])})
@@ -170,7 +170,9 @@ def test_texts_without_labels_are_for_a_teacher_alone(tmp_path):
     module = data(train, unlabelled_file=more, batch_size=8, calibration_fraction=0.5)
     assert module.needs_teacher
     assert not data(train).needs_teacher
-    with pytest.warns(UserWarning, match=r"more\.txt: \d+ of 61 texts .* since validation"):
+    with pytest.warns(
+        UserWarning, match=r"more\.txt: \d+ of 61 texts are left out, which .* validation"
+    ):
         module.setup("fit")
     texts, labels = module.splits["train"].texts, module.splits["train"].labels
     count = sum(label >= 0 for label in labels)

@@ -181,14 +181,6 @@ def test_short_texts_say_nothing(tmp_path, recwarn):
     assert not [str(warning.message) for warning in recwarn]
 
 
-def test_a_tokenizer_may_come_later_but_not_too_late(tmp_path):
-    file = write(tmp_path, WORDS)
-    module = TextClassificationData(file)
-    with pytest.raises(ValueError, match="there is no tokenizer"):
-        module.setup("fit")
-    module.suggest_tokenizer(word_tokenizer(WORDS))
-    module.setup("fit")
-    assert module.tokenizer.cls_token == "[CLS]"
-    own = TextClassificationData(file, tokenizer=bert_tokenizer())
-    own.suggest_tokenizer("nobody/nothing")
-    assert own.tokenizer.sep_token == "[SEP]"
+def test_a_missing_tokenizer_is_named(tmp_path):
+    with pytest.raises(ValueError, match="give the tokenizer of the encoder"):
+        TextClassificationData(write(tmp_path, WORDS)).setup("fit")

@@ -156,8 +156,8 @@ def test_stopping_after_a_layer_runs_exactly_so_many(name, stop):
     model = DACT(encoder=encoder).eval()
     for n in range(1, LAYERS + 1):
         bias = 40.0 if n < stop else -40.0
-        torch.nn.init.constant_(model.confidence.of_layer(n)[-1].bias, bias)
-        torch.nn.init.normal_(model.classifier.of_layer(n)[-1].weight)
+        torch.nn.init.constant_(model.confidence[-1].bias[n - 1], bias)
+        torch.nn.init.normal_(model.classifier[-1].weight[n - 1])
     calls = []
     for module in layers_of(encoder):
         module.register_forward_hook(lambda *_: calls.append(1))

@@ -39,50 +39,11 @@ def test_an_error_leaves_the_old_folder(tmp_path):
     assert names(tmp_path) == ["folder", "two"]
 
 
-def test_what_a_killed_process_left_is_cleared(tmp_path):
-    (tmp_path / ".a.json.partial").write_text("half")
-    (tmp_path / ".folder.partial").mkdir()
-    (tmp_path / ".folder.old").mkdir()
-    write_json(tmp_path / "a.json", [])
-    with replacing_folder(tmp_path / "folder"):
-        pass
-    assert names(tmp_path) == ["a.json", "folder"]
-
-
-@pytest.mark.parametrize("recover", ["write", "clear"])
-def test_a_folder_that_a_killed_process_had_moved_aside_comes_back(tmp_path, recover):
-    for name in (".folder.partial/new", ".folder.old/old"):
-        (tmp_path / name).parent.mkdir()
-        (tmp_path / name).touch()
-    if recover == "clear":
-        remove_partial(tmp_path)
-    else:
-        with pytest.raises(OSError, match="no space"), replacing_folder(tmp_path / "folder"):
-            raise OSError("no space left")
-    assert names(tmp_path) == ["folder", "old"]
-
-
-def test_a_folder_comes_back_where_its_successor_cannot_be_renamed(tmp_path, monkeypatch):
-    with replacing_folder(tmp_path / "folder") as partial:
-        (partial / "old").touch()
-    rename = os.replace
-
-    def refuse_the_successor(source, target):
-        if str(source).endswith(".partial"):
-            raise OSError("the disk is gone")
-        rename(source, target)
-
-    monkeypatch.setattr(os, "replace", refuse_the_successor)
-    with pytest.raises(OSError, match="is gone"), replacing_folder(tmp_path / "folder") as partial:
-        (partial / "new").touch()
-    assert names(tmp_path) == ["folder", "old"]
-
-
 def test_a_folder_is_freed_of_what_a_killed_process_left(tmp_path):
     (tmp_path / "inner" / "model").mkdir(parents=True)
     for name in (
         "kept.json",
-        ".answers.partial",
+        ".answers.77.partial",
         "inner/.model.partial/weights",
         "inner/.model.old/weights",
     ):
@@ -109,36 +70,23 @@ def test_tensors_come_back(tmp_path, dtype):
 
 def test_processes_that_write_to_one_file_have_temporary_files_of_their_own(tmp_path, monkeypatch):
     path = tmp_path / "answers.csv"
-    with replacing(path, shared=True) as first:
+    with replacing(path) as first:
         first.write_text("first")
         monkeypatch.setattr(os, "getpid", lambda: 1)  # as in another process
-        with replacing(path, shared=True) as second:
+        with replacing(path) as second:
             second.write_text("second")
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert [file.name for file in tmp_path.iterdir()] == ["answers.csv"]
 
 
-def test_tensors_of_other_tools_are_read_and_a_wrong_digest_is_refused(tmp_path):
-    from safetensors import safe_open
-    from safetensors.torch import save_file
-
-    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
-    assert read_tensors(tmp_path / "x.safetensors")[0]["a"].tolist() == [1, 1]
-    write_tensors(tmp_path / "x.safetensors", {"a": torch.ones(2)})
-    with safe_open(tmp_path / "x.safetensors", "pt") as file:
-        metadata = file.metadata()
-    save_file({"a": torch.zeros(2)}, tmp_path / "x.safetensors", metadata)
-    with pytest.raises(
-        ValueError, match=r"x\.safetensors is corrupted: its content does not have the digest"
-    ):
-        read_tensors(tmp_path / "x.safetensors")
-
-
 def test_corrupted_files_are_refused_by_name(tmp_path):
     (tmp_path / "x.json").write_text('{"a": ')
     with pytest.raises(ValueError, match=r"x\.json is corrupted"):
         read_json(tmp_path / "x.json")
+    (tmp_path / "x.safetensors").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"x\.safetensors is corrupted"):
+        read_tensors(tmp_path / "x.safetensors")
     (tmp_path / "x.ckpt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "x.ckpt")

@@ -204,21 +204,19 @@ A, P = functional.accumulate(Y, H)
         (
             lambda: functional.accumulate(Y[0], H),
             ValueError,
-            r"y must have the shape .*got \[3, 4\]",
+            r"y must have the shape .*y \[3, 4\]",
         ),
-        (lambda: functional.accumulate(Y[:, :0], H[:, :0]), ValueError, "at least one layer"),
-        (lambda: functional.accumulate(Y.long(), H), TypeError, "int64"),
         (
-            lambda: functional.can_halt(A[:, 0], P, 1),
+            lambda: functional.accumulate(Y[:, :0], H[:, :0]),
             ValueError,
-            r"p must have the shape .*got \[2, 3\]",
+            r"must have the shape .*\[2, 0, 4\]",
         ),
-        (lambda: functional.can_halt(A[:, 0, :1], P[:, 0], 1), ValueError, "two classes"),
+        (lambda: functional.can_halt(A[:, 0], P, 1), ValueError, r"p must have the .*p \[2, 3\]"),
         (lambda: functional.can_halt(A[:, 0], P[:, 0], -1), ValueError, "got -1"),
         (
             lambda: functional.can_halt(A[:, 0], P[:, 0], torch.tensor([1])),
             ValueError,
-            r"got \[1\]",
+            r"remaining \[1\]",
         ),
         (
             lambda: functional.can_halt(A[:, 0], P[:, 0], 1, "soon"),
@@ -235,16 +233,16 @@ A, P = functional.accumulate(Y, H)
         (
             lambda: functional.exit_layers(A, P, margin=1.5),
             ValueError,
-            r"halting_margin must be in \[0, 1\], got 1.5",
+            r"margin must be in \[0, 1\], got 1.5",
         ),
         (
             lambda: functional.exit_layers(A, P, margin=0.5),
             ValueError,
-            "a margin of 0.5 needs y like a, .* got None",
+            "a margin of 0.5 needs y",
         ),
         (lambda: functional.ponder_cost(P, H, "x"), ValueError, "got 'x'"),
         (lambda: functional.ponder_cost(P, H[:1]), ValueError, r"\[1, 3\]"),
-        (lambda: functional.task_loss(A, torch.zeros(2)), ValueError, r"\[2, 3, 4\]"),
+        (lambda: functional.task_loss(A, Y[:, 0]), ValueError, r"\[2, 3, 4\]"),
     ],
 )
 def test_wrong_input_is_refused_with_what_came(call, kind, message):
@@ -300,5 +298,5 @@ def test_a_dial_is_turned_by_its_name():
     halting = Halting("paper", 0.1, 0.5)
     assert halting.with_dial("halting_tolerance", 0.2) == Halting("paper", 0.2, 0.5)
     assert halting.with_dial("halting_margin", 0.2) == Halting("paper", 0.1, 0.2)
-    with pytest.raises(ValueError, match=r"halting_margin must be in \[0, 1\], got 2"):
+    with pytest.raises(ValueError, match=r"margin must be in \[0, 1\], got 2"):
         halting.with_dial("halting_margin", 2)

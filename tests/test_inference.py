@@ -70,13 +70,10 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
     model = tiny_model(
         layers=layers, output_dimension=classes, halting_tolerance=tolerance, halting_margin=lead
     )
-    for submodel in model.classifier:  # so that what an untrained model says lies apart
-        submodel[-1].weight.mul_(10)
+    model.classifier[-1].weight.mul_(10)  # so that what an untrained model says lies apart
     model.step_tokens, model.window_tokens = step, window
-    for submodel in (
-        model.confidence
-    ):  # all leave at layer 1 (h near 0), none leaves early (h near 1), or some do
-        submodel[-1].bias.fill_(bias)
+    # All leave at layer 1 (h near 0), none leaves early (h near 1), or some do.
+    model.confidence[-1].bias.fill_(bias)
     data = random_batch(batch, length, seed=seed)
     full, distance = distances(model, data)
     order = torch.randperm(batch)

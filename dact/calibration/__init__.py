@@ -1,17 +1,11 @@
 """Promises about early exit, and the settings of a dial that keep them."""
 
 from dact.calibration.answers import Dial, LayerAnswers, Measured, layer_answers
-from dact.calibration.calibrate import (
-    SETTINGS,
-    Calibration,
-    Promise,
-    calibrate,
-    choose_setting,
-    describe,
-    examples_for_an_estimate,
-)
+from dact.calibration.calibrate import Calibration, calibrate, choose_setting, describe, settle
+from dact.calibration.promise import DEFAULT_PROMISE, SETTINGS, Promise
 
 __all__ = [
+    "DEFAULT_PROMISE",
     "SETTINGS",
     "Calibration",
     "Dial",
@@ -21,6 +15,6 @@ __all__ = [
     "calibrate",
     "choose_setting",
     "describe",
-    "examples_for_an_estimate",
     "layer_answers",
+    "settle",
 ]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional, signals
-from dact.encoders.base import Batch, check_batch, move
+from dact.encoders.base import Batch, move
 from dact.functional import Halting
 from dact.model import DACT
 
@@ -156,12 +156,12 @@ class Measured:
 
 
 def check_finite(probabilities: Tensor) -> None:
-    """Raise a ``ValueError`` if a probability is not a number: of such answers, the first class
-    would be taken."""
+    """Raise a ``ValueError`` if a probability is not a number: `argmax` would take the first
+    class."""
     if not probabilities.isfinite().all():
         raise ValueError(
-            "the model's answers are not finite: train it again with a smaller learning rate or in precision 32-true, "
-            "or, if it runs in half precision, use bfloat16 or float32"
+            "the model's answers are not finite: train it again with a smaller learning rate or in "
+            "precision 32-true, or, if it runs in half precision, use bfloat16 or float32"
         )
 
 
@@ -175,31 +175,25 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         batches: Batches with ``labels`` int64 ``[batch]``; at least two examples in all.
 
     Raises:
-        TypeError: If a batch is not a dict.
-        ValueError: If a batch has no labels, a label is no class of the model, an answer is not
-            finite, or there are fewer than two examples.
+        ValueError: If a label is no class of the model, an answer is not finite, or there are fewer
+            than two examples.
     """
     parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
     for batch in batches:
         signals.check()
-        check_batch(batch)
-        if "labels" not in batch:
-            raise ValueError(f"these batches need 'labels' [batch], got the keys {sorted(batch)}")
         target = batch["labels"]
         functional.soft_targets(target, model.output_dimension)  # checks them
         if (target == functional.UNLABELLED).any():
-            raise ValueError(
-                f"a label is {functional.UNLABELLED}: what is measured on needs its labels"
-            )
+            raise ValueError(f"a label is {functional.UNLABELLED}, which stands for an unknown one")
         output = model.full_depth(move(batch, model.device))
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)
         check_finite(a)
-        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target.long()}
+        found_here = {"a": a, "p": p, "y": output.layer_probabilities, "target": target.long()}
         if "depth" in batch:
-            found["depths"] = batch["depth"]
-        for name, tensor in found.items():
+            found_here["depths"] = batch["depth"]
+        for name, tensor in found_here.items():
             parts[name].append(tensor.cpu())
     examples = sum(map(len, parts["target"]))
     if examples < 2:
@@ -221,10 +215,8 @@ def exits_by_setting(
         dial: Name of the dial.
     """
     # The two criteria need only the first and the second class: [examples, layers, 2].
-    a, y = (
-        answers.a.topk(2, dim=-1).values,
-        functional.at_least_float32(answers.y).topk(2, dim=-1).values,
-    )
+    a = answers.a.topk(2, dim=-1).values
+    y = functional.at_least_float32(answers.y).topk(2, dim=-1).values
     if dial == "halting_tolerance":
         return lambda tolerance: replace(halting, tolerance=tolerance).exit_layers(a, answers.p, y)
     latest = replace(halting, margin=1.0).exit_layers(a, answers.p, y)
@@ -241,18 +233,15 @@ def exits_by_setting(
 
 
 def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
-    """Return `baseline`, or raise an error unless it is one class per example."""
+    """Return `baseline` as a tensor, or raise a ``ValueError`` unless it is one class per
+    example."""
     baseline, classes = torch.as_tensor(baseline).cpu(), answers.a.shape[2]
-    numbers = not baseline.is_floating_point() and baseline.dtype != torch.bool
-    if baseline.shape != answers.target.shape or not numbers:
+    is_count = not baseline.is_floating_point() and baseline.dtype != torch.bool
+    in_range = ((baseline >= 0) & (baseline < classes)).all()
+    if baseline.shape != answers.target.shape or not is_count or not in_range:
         raise ValueError(
-            f"baseline must hold one class per example, int64 {list(answers.target.shape)}, in the order of the "
-            f"examples, got {baseline.dtype} {list(baseline.shape)}"
-        )
-    if not ((baseline >= 0) & (baseline < classes)).all():
-        found = f"{baseline.min()} … {baseline.max()}"
-        raise ValueError(
-            f"baseline must hold classes in 0 … {classes - 1}, as the labels do, got {found}"
+            f"baseline must hold one class in 0 … {classes - 1} per example, in their order, int64 "
+            f"{list(answers.target.shape)}, got {baseline.dtype} {list(baseline.shape)}"
         )
     return baseline
 

@@ -85,8 +85,7 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     Args:
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
-            id, a local folder or ``"package:NAME/PATH"``. If None, `suggest_tokenizer` must be
-            called before `setup`.
+            id, a local folder or ``"package:NAME/PATH"``.
         max_length: Number of tokens to which longer inputs are cut, 3 or more.
         batch_size: Number of examples per batch in training and validation, 1 or more. Batches of
             test and predict have 1,024 or more, which early exit divides by itself.
@@ -116,10 +115,9 @@ class TextDataModule(ClassificationDataModule, ABC):
         teacher: str | None = None,
     ) -> None:
         super().__init__()
-        name = type(self).__name__
-        check_count(f"{name}: max_length", max_length, least=3)
-        check_count(f"{name}: batch_size", batch_size)
-        check_range(f"{name}: calibration_fraction", calibration_fraction, "[0, 1)")
+        check_count("max_length", max_length, least=3)
+        check_count("batch_size", batch_size)
+        check_range("calibration_fraction", calibration_fraction, "[0, 1)")
         self._given_tokenizer = tokenizer
         self._tokenizer: PreTrainedTokenizerBase | None = None
         self.max_length: int = max_length
@@ -146,19 +144,11 @@ class TextDataModule(ClassificationDataModule, ABC):
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
         """The tokenizer of this data, loaded or copied on first access."""
+        if self._given_tokenizer is None:
+            raise ValueError(f"{type(self).__name__}: give the tokenizer of the encoder")
         if self._tokenizer is None:
-            if self._given_tokenizer is None:
-                raise ValueError(
-                    f"{type(self).__name__}: there is no tokenizer: give that of the encoder, or "
-                    "where to load one from"
-                )
             self._tokenizer = tokenizer_for(self._given_tokenizer, self.max_length)
         return self._tokenizer
-
-    def suggest_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase) -> None:
-        """Use a tokenizer, such as that of the encoder, if none was given to the constructor."""
-        if self._given_tokenizer is None:
-            self._given_tokenizer = tokenizer
 
     @override
     def setup(self, stage: str) -> None:
@@ -168,17 +158,13 @@ class TextDataModule(ClassificationDataModule, ABC):
                     self._encode(name, examples)
 
     def _parts(self, split: str) -> dict[str, Examples]:
-        """Return the examples of a split and, with those of validation, those that are set aside
-        for calibration."""
+        """Return the examples of a split, and with those of validation those for calibration."""
         examples = self.examples(split)
         if split != "val" or not self.calibration_fraction:
             return {split: examples}
         kept, aside = self.set_aside(examples)
         if not aside:
-            raise ValueError(
-                f"{type(self).__name__}: calibration_fraction={self.calibration_fraction:g} sets "
-                f"none of {len(examples)} validation examples aside: give more of them"
-            )
+            raise ValueError(f"{len(examples)} validation examples are too few to set some aside")
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
 
     def _encode(self, split: str, examples: Examples) -> None:

@@ -19,8 +19,10 @@ from torch.utils.data import Dataset, DistributedSampler, Sampler
 from dact.data.examples import Examples
 from dact.data.tokenizers import PORTION, PreTrainedTokenizerBase
 
-COLUMNS = ("row", "labels", "depth")  # of an item and a batch: one integer per example
-MASK = "attention_mask"
+# One integer per example in items and batches.
+COLUMNS = ("row", "labels", "depth")
+# Batches that are sorted by length together.
+GROUP = 50
 
 
 @dataclass(frozen=True)
@@ -33,8 +35,8 @@ class Encoded(Dataset[dict[str, Any]]):
     Args:
         tokens: ``input_ids`` (int32) and the tokenizer's other values per token, such as
             ``token_type_ids`` (int8), each ``[tokens of all examples]``.
-        offsets: int64 ``[examples + 1]``; example i has the tokens from ``offsets[i]`` to
-            ``offsets[i + 1]``.
+        offsets: Start of each example in `tokens` and the end of the last, int64
+            ``[examples + 1]``.
         columns: ``row``, ``labels`` and ``depth``, each int64 ``[examples]``.
     """
 
@@ -46,7 +48,8 @@ class Encoded(Dataset[dict[str, Any]]):
         return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        index = range(len(self))[index]  # an IndexError ends an iteration
+        # An IndexError ends an iteration.
+        index = range(len(self))[index]
         start, end = self.offsets[index], self.offsets[index + 1]
         item: dict[str, Any] = {name: values[start:end] for name, values in self.tokens.items()}
         return item | {name: int(values[index]) for name, values in self.columns.items()}
@@ -58,13 +61,12 @@ class Encoded(Dataset[dict[str, Any]]):
 
     def take(self, indices: Sequence[int]) -> Encoded:
         """Return the examples of `indices`, in that order."""
-        pieces = [slice(self.offsets[index], self.offsets[index + 1]) for index in indices]
-        tokens = {
-            name: np.concatenate([values[:0], *(values[piece] for piece in pieces)])
-            for name, values in self.tokens.items()
-        }
-        offsets = np.cumsum([0, *(piece.stop - piece.start for piece in pieces)], dtype=np.int64)
         chosen = np.asarray(indices, dtype=np.int64)
+        lengths = np.diff(self.offsets)[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)])
+        # Place of each token in the old order, int64 [tokens].
+        places = np.arange(offsets[-1]) + np.repeat(self.offsets[chosen] - offsets[:-1], lengths)
+        tokens = {name: values[places] for name, values in self.tokens.items()}
         return Encoded(tokens, offsets, {name: c[chosen] for name, c in self.columns.items()})
 
 
@@ -85,10 +87,10 @@ def encode(
     if examples.reasons is not None:
         rows = [row for row, reason in enumerate(examples.reasons) if reason is None]
         examples = examples.take(rows)
-    tokens = {"input_ids": array("i")}
-    lengths, cut = [0], []
     given = [examples.texts] if examples.pairs is None else [examples.texts, examples.pairs]
     options: dict[str, Any] = {"return_attention_mask": False}
+    tokens = {"input_ids": array("i")}
+    lengths, cut = [0], []
     for start in range(0, len(rows), PORTION):
         texts = [column[start : start + PORTION] for column in given]
         encoding = tokenizer(*texts, truncation=True, max_length=max_length, **options)
@@ -133,7 +135,7 @@ def collate(
             filler = padding.get(name, 0)
             batch[name] = pad_sequence(values, batch_first=True, padding_value=filler).long()
     lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    batch[MASK] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
     if teacher is not None:
         batch["teacher"] = teacher[batch["row"]]
     return batch
@@ -157,8 +159,7 @@ class LengthGroupedSampler(Sampler[int]):
         self.lengths, self.batch_size, self.seed, self.epoch = lengths, batch_size, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order comes next; the Trainer calls this at the start of each
-        epoch."""
+        """Choose the epoch whose order comes next; the Trainer calls this before each epoch."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -167,11 +168,10 @@ class LengthGroupedSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         generator = random.Random(f"{self.seed}/{self.epoch}")
         order = generator.sample(range(len(self)), len(self))
-        size, group = self.batch_size, 50 * self.batch_size
-        batches = []
-        for start in range(0, len(order), group):
-            by_length = sorted(order[start : start + group], key=lambda row: self.lengths[row])
-            batches += [by_length[i : i + size] for i in range(0, len(by_length), size)]
+        size, batches = self.batch_size, []
+        for start in range(0, len(order), GROUP * size):
+            group = sorted(order[start : start + GROUP * size], key=lambda row: self.lengths[row])
+            batches += [group[i : i + size] for i in range(0, len(group), size)]
         # A short batch stays last: the DataLoader cuts the order into batches from its beginning.
         last = [batches.pop()] if batches and len(batches[-1]) < size else []
         generator.shuffle(batches)
@@ -186,9 +186,7 @@ class SharedLengthGroupedSampler(DistributedSampler[int]):
     examples are repeated if they cannot be shared equally.
 
     Args:
-        lengths: Number of tokens of each example.
-        batch_size: Number of examples per batch of one process.
-        seed: Seed for the shuffling.
+        lengths, batch_size, seed: As for `LengthGroupedSampler`, with the batches of one process.
         num_replicas: Number of processes.
         rank: Number of this one, from 0.
     """

@@ -26,8 +26,6 @@ NOUNS = ("battery", "screen", "keyboard", "camera", "speaker", "charger", "hinge
 REMARKS = ("honestly", "overall", "so far", "for me")
 CONCESSIONS = ("although {aside} , {main}", "{main} , although {aside}", "{aside} , but {main}")
 EMPHASIS_SHARE, CONCESSION_SHARE, REMARK_SHARE = 0.3, 0.3, 0.5
-# The split of a text, by its checksum in per cent.
-TEXT_SHARES = {"val": range(0, 10), "test": range(10, 20), "train": range(20, 100)}
 
 
 def modify(grade: int, modifier: str) -> int:
@@ -52,12 +50,10 @@ def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
 
 
 def split_of(text: str) -> str:
-    """Return the split to which a text belongs.
-
-    Of all texts, 80 % may be in training only, and 10 % each in validation and test only.
-    """
+    """Return the split that may have a text: training for 80 % of all texts, validation and test
+    for 10 % each."""
     share = zlib.crc32(text.encode()) % 100
-    return next(split for split, shares in TEXT_SHARES.items() if share in shares)
+    return "val" if share < 10 else "test" if share < 20 else "train"
 
 
 def generate_review(
@@ -95,8 +91,8 @@ def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
 def _vocabulary() -> list[str]:
     """Return all words of the generator."""
     phrases = [*NOUNS, *MODIFIERS, *EMPHASIS, *REMARKS, *CONCESSIONS, *sum(GRADES, ())]
-    phrases.append("the is . ,")
-    return [word for phrase in phrases for word in phrase.split() if not word.startswith("{")]
+    words = " ".join([*phrases, "the is . ,"]).split()
+    return [word for word in words if not word.startswith("{")]
 
 
 class CompositionalSentiment(TextDataModule):
@@ -117,9 +113,6 @@ class CompositionalSentiment(TextDataModule):
         batch_size: Number of examples per batch.
         calibration_fraction: Share of the validation reviews, in [0, 1), that is set aside for
             `dact.calibrate`.
-
-    Raises:
-        ValueError: If a number is outside its range.
 
     Example:
         >>> data = CompositionalSentiment(num_train=100, num_val=10, num_test=10)
@@ -146,10 +139,10 @@ class CompositionalSentiment(TextDataModule):
             seed=seed,
             calibration_fraction=calibration_fraction,
         )
-        for name, value in (("num_train", num_train), ("num_val", num_val), ("num_test", num_test)):
-            check_count(f"CompositionalSentiment: {name}", value, least=3)
-        check_count("CompositionalSentiment: max_depth", max_depth, least=0)
         self.sizes = {"train": num_train, "val": num_val, "test": num_test, "predict": num_test}
+        for split, size in self.sizes.items():
+            check_count(f"num_{split}", size, least=3)
+        check_count("max_depth", max_depth, least=0)
         self.max_depth = max_depth
         self.class_names = list(CLASS_NAMES)
 

@@ -74,9 +74,9 @@ def hash_split(
 ) -> tuple[list[int], list[int]]:
     """Divide rows in two by a number in [0, 1) that a hash gives each text.
 
-    A text keeps its side whatever other rows come, go or change, and a larger `fraction` only adds
-    to the rows that are set aside. A class with two texts or more has at least one on each side:
-    the one whose number is nearest to the bound.
+    A text keeps its side whatever other rows there are, and a larger `fraction` only adds to the
+    rows that are set aside. A class with two texts or more has at least one on each side: that
+    whose number is nearest to the bound.
 
     Args:
         labels: Class of each row. Copies of a text count for the class of the first of them.
@@ -144,5 +144,6 @@ def stratified_split(
                 aside.update(rows)
                 chosen, room = chosen + 1, room - len(rows)
         if most and not chosen:
-            aside.update(min(texts, key=len))
+            smallest = min(texts, key=len)
+            aside.update(smallest)
     return [row for row in range(len(labels)) if row not in aside], sorted(aside)

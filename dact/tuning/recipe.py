@@ -8,14 +8,14 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.modules.dropout import _DropoutNd
 
-from dact.calibration import Promise
-from dact.checks import check_choice, check_count, check_range
+from dact.calibration import DEFAULT_PROMISE, Promise
+from dact.checks import Range, check_arguments, check_count
 from dact.model import DACT
 from dact.saving import plain_data
 from dact.submodels import SubmodelConfig
@@ -24,7 +24,6 @@ from dact.tuning.run import digests_of
 from dact.tuning.settings import Settings
 
 EncoderTraining = Literal["finetune", "frozen"]
-DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)
 TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate
@@ -104,10 +103,10 @@ class Recipe:
     trainer: Mapping[str, Any]
     encoder_training: EncoderTraining
     final_training: EncoderTraining
-    warm_up_epochs: int
-    distillation: float | None
-    consistency: float | None
-    halting_tolerance: float | None
+    warm_up_epochs: Annotated[int, Range("[0, inf)")]
+    distillation: Annotated[float, Range("[0, 1]", "it is a share of the targets")] | None
+    consistency: Annotated[float, Range("[0, inf)")] | None
+    halting_tolerance: Annotated[float, Range("[0, 1)")] | None
     promise: Promise | None
     seed: int
     compare_defaults: bool
@@ -121,13 +120,7 @@ class Recipe:
                     f"TuningEngine: {name} must be a function that makes one, got a "
                     f"{type(factory).__name__}: every trial needs an instance of its own"
                 )
-        check_choice("TuningEngine: encoder_training", self.encoder_training, EncoderTraining)
-        check_choice("TuningEngine: final_training", self.final_training, EncoderTraining)
-        check_count("TuningEngine: warm_up_epochs", self.warm_up_epochs, least=0)
-        if self.distillation is not None:
-            check_range("TuningEngine: distillation", self.distillation, "[0, 1]")
-        if self.consistency is not None:
-            check_range("TuningEngine: consistency", self.consistency, "[0, inf)")
+        check_arguments(type(self), vars(self), "TuningEngine: ")
         if self.final_training == "frozen" and self.encoder_training != "frozen":
             raise ValueError(
                 "TuningEngine: final_training='frozen' goes with encoder_training='frozen'"

@@ -1,0 +1,252 @@
+"""Promises about early exit: what each bounds, and the evidence that it needs."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+from typing import ClassVar
+
+from torch import Tensor
+
+from dact.calibration import bounds
+from dact.calibration.answers import Dial, Measured, careful_mean_and_error, mean_and_error
+from dact.checks import check_choice, check_range
+from dact.functional import Halting
+
+# Settings that are tried, from the most layers to the fewest. The first has no effect.
+SETTINGS: dict[str, tuple[float, ...]] = {
+    "halting_tolerance": tuple(step / 100 for step in range(100)),
+    # Geometric towards 1, where a confident classifier has most examples, up to the last number
+    # below 1 in float32.
+    "halting_margin": (
+        1.0,
+        1 - 2**-24,
+        *(1 - digit * 10**-power for power in range(7, 2, -1) for digit in (1, 2, 5)),
+        *(step / 100 for step in range(99, -1, -1)),
+    ),
+}
+
+# Multiple of the examples an estimate needs from which gained examples offset lost ones in it:
+# among fewer, luck with a few gains would hide what is lost.
+MANY = 4
+
+
+@dataclass(frozen=True)
+class Kind(ABC):
+    """One kind of promise: a value per example, and an upper bound on the mean.
+
+    Args:
+        most: Largest mean that the promise allows.
+        confidence: Probability with which the bound holds. None makes it an estimate, the mean plus
+            one standard error.
+    """
+
+    most: float
+    confidence: float | None
+    # range of the argument of `Promise`, and what the number means
+    interval: ClassVar[str]
+    hint: ClassVar[str] = ""
+    # whether the first setting of a dial keeps the promise by proof
+    by_proof: ClassVar[bool] = True
+    # share of the error probability that is spent on a nuisance parameter
+    spent: ClassVar[float] = 0.0
+    # standard error of an estimate without a fault, times the number of examples
+    no_fault: ClassVar[float] = 0.0
+    remedy: ClassVar[str] = "train a better model"
+
+    @abstractmethod
+    def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
+        """Return the value of each example, ``[examples]``; `baseline` is as for `calibrate`."""
+
+    @abstractmethod
+    def bound(self, values: Tensor, layers: int) -> float:
+        """Return the upper bound on the mean of `values`, for a model of so many layers."""
+
+    def keeps(self, values: Tensor, layers: int) -> bool:
+        """Return whether the bound is within the promise."""
+        return self.bound(values, layers) <= self.most
+
+    def examples_needed(self, confidence: float, layers: int | None) -> int | None:
+        """Return what `Promise.examples_needed` returns for a confidence."""
+        error = (1 - confidence) * (1 - self.spent)
+        return bounds.examples_for_rate(self.most, 1 - error)
+
+    @property
+    def examples_for_an_estimate(self) -> float:
+        """The fewest examples that an estimate takes if there is no fault among them."""
+        return max(2, math.ceil(self.no_fault / self.most - 1.5)) if self.most else math.inf
+
+
+class AccuracyLoss(Kind):
+    """The loss of accuracy below all layers, or below a baseline: 1, 0 or -1 per example."""
+
+    interval, hint = "[0, 1)", "it is a share, 0.01 is one point"
+    spent, no_fault = bounds.NUISANCE_SHARE, math.sqrt(2)
+
+    def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
+        target = measured.answers.target
+        reference = measured.full if baseline is None else baseline
+        lost = (reference == target).int() - measured.right.int()
+        few = self.confidence is None and len(lost) < MANY * self.examples_for_an_estimate
+        return lost.clip(min=0) if few and baseline is None else lost
+
+    def bound(self, values: Tensor, layers: int) -> float:
+        if self.confidence is None:
+            return sum(careful_mean_and_error(values))
+        return bounds.difference_upper_bound(*_discordant(values), len(values), self.confidence)
+
+    def keeps(self, values: Tensor, layers: int) -> bool:
+        if self.confidence is None:
+            return super().keeps(values, layers)
+        # Comparing the p-value takes a twentieth of the time that inverting the test takes.
+        counts, error = _discordant(values), 1 - self.confidence
+        return bounds.difference_p_value(*counts, len(values), self.most, error) <= error
+
+
+def _discordant(values: Tensor) -> tuple[int, int]:
+    """Return how many examples are lost and how many are gained."""
+    return int((values > 0).sum()), int((values < 0).sum())
+
+
+class Disagreement(Kind):
+    """The share of examples that do not get the class of all layers: 1 or 0 per example."""
+
+    interval, hint = "(0, 1]", "it is a share, 0.95 is 95 %"
+    no_fault = 1.0
+
+    def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
+        return measured.classes != measured.full
+
+    def bound(self, values: Tensor, layers: int) -> float:
+        if self.confidence is None:
+            return sum(careful_mean_and_error(values, low=0.0))
+        return bounds.binomial_upper_bound(int(values.sum()), len(values), self.confidence)
+
+
+class Layers(Kind):
+    """The exit layer."""
+
+    interval, by_proof, remedy = "[1, inf]", False, "train with a larger lambda_reg"
+
+    def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
+        return measured.exits
+
+    def bound(self, values: Tensor, layers: int) -> float:
+        if self.confidence is None:
+            return sum(mean_and_error(values))
+        return bounds.mean_upper_bound(values, layers, self.confidence)
+
+    def examples_needed(self, confidence: float, layers: int | None) -> int | None:
+        return 2 if layers is None else bounds.examples_for_mean(self.most, layers, confidence)
+
+
+KINDS: dict[str, type[Kind]] = {
+    "max_accuracy_loss": AccuracyLoss,
+    "min_agreement": Disagreement,
+    "max_layers": Layers,
+}
+
+
+@dataclass(frozen=True)
+class Promise:
+    """A bound that early exit must keep: exactly one of the first three arguments.
+
+    Args:
+        max_accuracy_loss: Largest loss of accuracy below all layers of the model (the same model
+            without early exit), or below a baseline, as a share: 0.005 is half a point; in [0, 1).
+        min_agreement: Smallest share of examples that get the class of all layers, in (0, 1].
+        max_layers: Largest mean exit layer.
+        confidence: Probability with which the promise is guaranteed for new examples of the same
+            kind, in (0, 1). None (null) asks for an estimate, without a guarantee: the measured
+            value keeps the promise with one standard error to spare.
+        dial: Setting that is moved to keep the promise. By ``halting_margin`` an example leaves
+            where a layer's lead, the probability of its first class less that of its second, is
+            larger; by ``halting_tolerance`` where the class is proved up to this probability.
+
+    Raises:
+        ValueError: If not exactly one is given, or a value is outside its range.
+        TypeError: If a value is not a number.
+    """
+
+    max_accuracy_loss: float | None = None
+    min_agreement: float | None = None
+    max_layers: float | None = None
+    confidence: float | None = 0.95
+    dial: Dial = "halting_margin"
+
+    def __post_init__(self) -> None:
+        check_choice("dial", self.dial, Dial)
+        given = [name for name in KINDS if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"a promise is one of {', '.join(KINDS)}, got {found}")
+        check_range(self.name, self.value, KINDS[self.name].interval, KINDS[self.name].hint)
+        if self.confidence is not None:
+            hint = "it is a probability, or None (null) for an estimate"
+            check_range("confidence", self.confidence, "(0, 1)", hint)
+
+    @property
+    def name(self) -> str:
+        """The name of the argument that was given."""
+        return next(name for name in KINDS if getattr(self, name) is not None)
+
+    @property
+    def value(self) -> float:
+        """The value of that argument."""
+        return getattr(self, self.name)  # type: ignore[no-any-return]
+
+    @cached_property
+    def kind(self) -> Kind:
+        """The values and the bound of this promise."""
+        most = 1 - self.value if self.name == "min_agreement" else self.value
+        return KINDS[self.name](most, self.confidence)
+
+    @property
+    def allowed(self) -> float:
+        """The largest allowed value of the bounded quantity: lost accuracy, disagreement, or the
+        mean exit layer."""
+        return self.kind.most
+
+    @property
+    def text(self) -> str:
+        """The promise with its confidence, for messages."""
+        promised = f"{self.name}={self.value:g}"
+        if self.confidence is None:
+            return f"estimate for {promised}"
+        return f"{promised} with confidence {self.confidence:g}"
+
+    def examples_needed(self, layers: int | None = None) -> int | None:
+        """Return the fewest examples that can support this promise, if early exit makes no fault on
+        them.
+
+        It is 2 for an estimate, even where so few only leave all layers to run, and None for an
+        allowance of 0, which takes the proof. For `max_layers` it depends on `layers`, the model's
+        number of layers, and is 2 without it.
+        """
+        if self.confidence is None:
+            return 2
+        return self.kind.examples_needed(self.confidence, layers)
+
+    def check(self, halting: Halting, layers: int) -> None:
+        """Raise a ``ValueError`` if a model of this rule and number of layers has no dial to move,
+        or keeps the promise anyway, or if the other dial lets examples leave without evidence."""
+        if halting.rule == "never":
+            raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
+        if self.max_layers is not None and self.max_layers >= layers:
+            raise ValueError(
+                f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers"
+            )
+        values = {"halting_tolerance": halting.tolerance, "halting_margin": halting.margin}
+        for name, value in values.items():
+            first = SETTINGS[name][0]
+            if self.kind.by_proof and name != self.dial and value != first:
+                raise ValueError(
+                    f"{self.dial} is calibrated from all {layers} layers on, but the model has "
+                    f"{name}={value:g}: set it to {first:g}, or calibrate it instead (dial: {name})"
+                )
+
+
+# what `dact fit` and `dact tune` keep unless told otherwise
+DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)
