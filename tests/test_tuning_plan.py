@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from dact.submodels import SubmodelConfig
-from dact.tuning import TuningEngine, tensorboard
+from dact.tuning import TuningEngine, report
 from dact.tuning.outcome import Outcome
 from dact.tuning.search import (
     PLANNED_EPOCHS,
@@ -149,14 +149,10 @@ def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, close):
     ],
 )
 def test_tensorboard_takes_every_space(tmp_path, change):
-    dimensions = {
-        name: one for space in build_spaces(change).values() for name, one in space.items()
-    }
-    with tensorboard.writer(tmp_path) as writer:
-        tensorboard.log_experiment(writer, dimensions)
-        tensorboard.log_parameters(
-            writer, {"submodel_learning_rate": None, "batch_size": 8}, "run/trial_0000"
-        )
+    with report.writer(tmp_path) as writer:
+        report.log_experiment(writer, build_spaces(change))
+        parameters = {"submodel_learning_rate": None, "batch_size": 8}
+        report.log_parameters(writer, parameters, "run/trial_0000")
 
 
 @pytest.mark.parametrize(
