@@ -1,5 +1,4 @@
-"""The answers of all layers to labelled examples, and the exit layers that each setting of a dial
-gives."""
+"""The answers of all layers to labelled examples, and early exit measured on them."""
 
 from __future__ import annotations
 
@@ -68,8 +67,8 @@ class Measured:
 
     Example:
         >>> y = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.1, 0.9]]])
-        >>> answers = LayerAnswers(*functional.accumulate(y, torch.ones(2, 2)), y, torch.tensor([0, 1]))
-        >>> measured = Measured(answers, exits=torch.tensor([1, 2]))
+        >>> a, p = functional.accumulate(y, torch.ones(2, 2))
+        >>> measured = Measured(LayerAnswers(a, p, y, torch.tensor([0, 1])), torch.tensor([1, 2]))
         >>> measured.accuracy, measured.agreement, measured.mean_exit_layer
         (1.0, 0.5, 1.5)
     """
@@ -145,12 +144,10 @@ class Measured:
         return self.losses(class_weights).mean().item()
 
     def difference(self, reference_right: Tensor) -> tuple[float, float]:
-        """Return the accuracy minus that of a reference, and the standard error of this paired
-        difference.
+        """Return the accuracy minus that of a reference, with its paired standard error.
 
         Args:
-            reference_right: Whether the reference classifies each example correctly, bool
-                ``[examples]``.
+            reference_right: Whether the reference is right, bool ``[examples]``.
         """
         return mean_and_error(self.right.double() - reference_right.double())
 
@@ -167,16 +164,14 @@ def check_finite(probabilities: Tensor) -> None:
 
 @torch.no_grad()
 def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
-    """Return the answers of all layers to labelled batches, in the precision of the surrounding
-    ``torch.autocast``.
+    """Return the answers of all layers to labelled batches, by the precision of ``torch.autocast``.
 
     Args:
         model: Model, on the device that it should use.
         batches: Batches with ``labels`` int64 ``[batch]``; at least two examples in all.
 
     Raises:
-        ValueError: If a label is no class of the model, an answer is not finite, or there are fewer
-            than two examples.
+        ValueError: If there are fewer, a label is no class, or an answer is not finite.
     """
     parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
     for batch in batches:
@@ -206,13 +201,8 @@ def exits_by_setting(
 ) -> Callable[[float], Tensor]:
     """Return a function from settings of a dial to exit layers, int64 ``[examples]``.
 
-    Its results are those of `LayerAnswers.exit_layers`, hundreds of times as fast, since everything
-    that does not depend on the setting is computed once.
-
-    Args:
-        answers: Answers of all layers.
-        halting: Halting rule, whose `dial` is replaced by the settings.
-        dial: Name of the dial.
+    It returns what `LayerAnswers.exit_layers` does, hundreds of times as fast: all that does not
+    depend on the setting is computed once.
     """
     # The two criteria need only the first and the second class: [examples, layers, 2].
     a = answers.a.topk(2, dim=-1).values
@@ -248,8 +238,6 @@ def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
 
 def mean_and_error(values: Tensor) -> tuple[float, float]:
     """Return the mean of `values` ``[examples]`` (two or more) and its standard error.
-
-    For paired differences, these are an estimate and its error.
 
     Example:
         >>> mean_and_error(torch.tensor([1.0, 0.0, 0.0, -1.0]))[0]

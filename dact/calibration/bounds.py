@@ -11,17 +11,18 @@ from torch import Tensor
 # Share of the error probability that the nuisance parameter of `difference_p_value` takes; the
 # power hardly depends on it.
 NUISANCE_SHARE = 1 / 100
-# number of its values that are tried: between them the p-value is larger by 0.00002 at most
+# Number of its values that are tried: between them the p-value is larger by 0.00002 at most.
 NUISANCE_POINTS = 128
-# discordant ones in the order of outcomes; 3 to 10 have about the same power, 0 has much less
+# Discordant ones in the order of outcomes; 3 to 10 have about the same power, 0 has much less.
 PSEUDO_EXAMPLES = 4
+# Probability at either end of the sum over the number of discordant examples, by Bernstein's
+# inequality.
 LEFT_OUT = 1e-9
 
 
 def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
-    """Return the one-sided Clopper–Pearson upper bound on a rate (Clopper & Pearson 1934).
-
-    It is the rate at which this number of faults, or fewer, has the probability 1 - confidence.
+    """Return the rate at which so many faults or fewer have the probability 1 - confidence, the
+    one-sided upper bound of Clopper & Pearson 1934.
 
     Args:
         faults: Number of examples with a fault, in 0 … examples.
@@ -34,17 +35,14 @@ def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float
     """
     from scipy.special import betaincinv
 
-    return (
-        1.0 if faults == examples else float(betaincinv(faults + 1, examples - faults, confidence))
-    )
+    if faults == examples:
+        return 1.0
+    return float(betaincinv(faults + 1, examples - faults, confidence))
 
 
 def examples_for_rate(rate: float, confidence: float) -> int | None:
-    """Return the fewest examples whose `binomial_upper_bound` is at most `rate` if there is no
-    fault among them.
-
-    That is log(1 - confidence) / log(1 - rate), rounded up; None for a rate of 0, which no number
-    of examples can show.
+    """Return the fewest examples without a fault whose `binomial_upper_bound` is at most `rate`:
+    log(1 - confidence) / log(1 - rate), rounded up, or None for a rate of 0.
 
     Example:
         >>> examples_for_rate(0.01, 0.95)
@@ -69,8 +67,7 @@ def difference_p_value(
     over a confidence set for the nuisance parameter*). Outcomes are ordered by the approximate
     upper limit lost - gained + z √(M + 4), with the normal quantile z of the error and four
     examples more as in Agresti & Coull 1998. It is exact whatever the order (Buehler 1957; for
-    paired proportions Lloyd & Moldovan 2007); by this one it takes nearly as few examples as the
-    approximation does.
+    paired proportions Lloyd & Moldovan 2007), and takes hardly more examples by this one.
 
     Args:
         lost: Number of examples that only the reference classifies correctly.
@@ -80,7 +77,7 @@ def difference_p_value(
         error: Error probability that the p-value will be compared with, in (0, 1).
 
     Example:
-        >>> difference_p_value(lost=41, gained=41, examples=1700, difference=0.01, error=0.05) < 0.05
+        >>> difference_p_value(41, 41, examples=1700, difference=0.01, error=0.05) < 0.05
         True
     """
     import numpy as np
@@ -92,8 +89,6 @@ def difference_p_value(
         return spent
     # Closer together where d is small, since there the p-value varies fastest.
     discordant = difference + (most - difference) * np.linspace(0, 1, NUISANCE_POINTS)[:, None] ** 2
-    # The sum over the number of discordant examples leaves out a probability of at most LEFT_OUT at
-    # either end, by Bernstein's inequality.
     log = -math.log(LEFT_OUT)
     first, last = (
         examples * share
@@ -114,21 +109,11 @@ def difference_p_value(
 
 
 def difference_upper_bound(lost: int, gained: int, examples: int, confidence: float) -> float:
-    """Return an upper bound on the expected paired difference (lost minus gained), by inverting
-    `difference_p_value`.
-
-    Args:
-        lost: Number of examples that only the reference classifies correctly.
-        gained: Number of examples that only the reference classifies wrongly.
-        examples: Number of examples, 1 or more.
-        confidence: Probability with which the bound holds, in (0, 1).
-
-    Returns:
-        A number in [0, 1]: a negative difference is bounded by 0.
+    """Return an upper bound in [0, 1] on the expected paired difference, lost minus gained, by
+    inverting `difference_p_value`; `confidence` is the probability with which it holds.
 
     Example:
-        >>> bound = difference_upper_bound(lost=48, gained=48, examples=2000, confidence=0.95)
-        >>> 0.008 < bound < 0.01
+        >>> 0.008 < difference_upper_bound(48, 48, examples=2000, confidence=0.95) < 0.01
         True
     """
     low, high = max(0.0, (lost - gained) / examples), 1.0
@@ -143,14 +128,13 @@ def difference_upper_bound(lost: int, gained: int, examples: int, confidence: fl
 
 def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
     r"""Return the empirical Bernstein upper bound on the mean exit layer (Maurer & Pontil 2009,
-    theorem 4).
+    theorem 4), and never more than N.
 
-    With n examples, sample variance V and δ = 1 - confidence, for values in an interval of length N
-    - 1: :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`, and never
-    above N.
+    With n examples, sample variance V and δ = 1 - confidence it is
+    :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`.
 
     Args:
-        exits: Exit layers, int64 ``[examples]``, in 1 … layers; at least two.
+        exits: Exit layers, int64 ``[examples]``, in 1 … N; at least two.
         layers: N.
         confidence: Probability with which the bound holds, in (0, 1).
     """
@@ -161,8 +145,7 @@ def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
 
 
 def examples_for_mean(most: float, layers: int, confidence: float) -> int:
-    """Return the fewest examples whose `mean_upper_bound` is at most `most` if all of them leave
-    after the first layer.
+    """Return the fewest examples whose `mean_upper_bound` is at most `most` if all leave at once.
 
     Example:
         >>> examples_for_mean(2.0, 6, 0.95)

@@ -241,7 +241,7 @@ def settle(
     if few:
         text = (
             f"{promise.text} takes {needed} examples. As none of {examples} gets another class "
-            f"here, at most {100 * kept.allowed:.2g} % of new ones do:\n{text}"
+            f"here, at most {100 * kept.kind.most:.2g} % of new ones do:\n{text}"
         )
     return text
 
@@ -279,9 +279,9 @@ def _refusal(promise: Promise, values: Tensor, setting: float, layers: int) -> s
     # rounded up, so that it can be promised
     bound = math.ceil(1e4 * promise.kind.bound(values, layers)) / 1e4
     seen, examples, remedy = values.double().mean().item(), len(values), promise.kind.remedy
-    if seen < promise.allowed:
+    if seen < promise.kind.most:
         # The bound tightens with the square root of the number of examples, or faster.
-        enough = examples * ((bound - seen) / (promise.allowed - seen)) ** 2
+        enough = examples * ((bound - seen) / (promise.kind.most - seen)) ** 2
         remedy = f"give about {float(f'{enough:.2g}'):.0f} examples"
     return (
         f"{promise.text} cannot be promised: at {promise.dial} {setting:g} it is {seen:.4f} on "

@@ -35,26 +35,26 @@ MANY = 4
 
 @dataclass(frozen=True)
 class Kind(ABC):
-    """One kind of promise: a value per example, and an upper bound on the mean.
+    """A kind of promise: one value per example, and an upper bound on their mean.
 
     Args:
         most: Largest mean that the promise allows.
-        confidence: Probability with which the bound holds. None makes it an estimate, the mean plus
-            one standard error.
+        confidence: Probability with which the bound holds; None for an estimate, the mean plus one
+            standard error.
     """
 
     most: float
     confidence: float | None
-    # range of the argument of `Promise`, and what the number means
+    # range of the argument of `Promise`, and what it means
     interval: ClassVar[str]
     hint: ClassVar[str] = ""
+    remedy: ClassVar[str] = "train a better model"
     # whether the first setting of a dial keeps the promise by proof
     by_proof: ClassVar[bool] = True
-    # share of the error probability that is spent on a nuisance parameter
+    # share of the error probability that a nuisance parameter takes
     spent: ClassVar[float] = 0.0
     # standard error of an estimate without a fault, times the number of examples
     no_fault: ClassVar[float] = 0.0
-    remedy: ClassVar[str] = "train a better model"
 
     @abstractmethod
     def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
@@ -154,16 +154,16 @@ class Promise:
     """A bound that early exit must keep: exactly one of the first three arguments.
 
     Args:
-        max_accuracy_loss: Largest loss of accuracy below all layers of the model (the same model
-            without early exit), or below a baseline, as a share: 0.005 is half a point; in [0, 1).
+        max_accuracy_loss: Largest loss of accuracy below all layers (the same model without early
+            exit) or a baseline, as a share in [0, 1): 0.005 is half a point.
         min_agreement: Smallest share of examples that get the class of all layers, in (0, 1].
         max_layers: Largest mean exit layer.
         confidence: Probability with which the promise is guaranteed for new examples of the same
             kind, in (0, 1). None (null) asks for an estimate, without a guarantee: the measured
             value keeps the promise with one standard error to spare.
-        dial: Setting that is moved to keep the promise. By ``halting_margin`` an example leaves
-            where a layer's lead, the probability of its first class less that of its second, is
-            larger; by ``halting_tolerance`` where the class is proved up to this probability.
+        dial: Setting that is moved. By ``halting_margin`` an example leaves where a layer's lead,
+            the probability of its first class less that of its second, is larger; by
+            ``halting_tolerance`` where its class is proved up to that probability.
 
     Raises:
         ValueError: If not exactly one is given, or a value is outside its range.
@@ -204,12 +204,6 @@ class Promise:
         return KINDS[self.name](most, self.confidence)
 
     @property
-    def allowed(self) -> float:
-        """The largest allowed value of the bounded quantity: lost accuracy, disagreement, or the
-        mean exit layer."""
-        return self.kind.most
-
-    @property
     def text(self) -> str:
         """The promise with its confidence, for messages."""
         promised = f"{self.name}={self.value:g}"
@@ -218,20 +212,16 @@ class Promise:
         return f"{promised} with confidence {self.confidence:g}"
 
     def examples_needed(self, layers: int | None = None) -> int | None:
-        """Return the fewest examples that can support this promise, if early exit makes no fault on
-        them.
-
-        It is 2 for an estimate, even where so few only leave all layers to run, and None for an
-        allowance of 0, which takes the proof. For `max_layers` it depends on `layers`, the model's
-        number of layers, and is 2 without it.
-        """
+        """Return the fewest examples that support this promise if early exit makes no fault on
+        them: 2 for an estimate, None for an allowance of 0, which takes the proof. For `max_layers`
+        they depend on `layers`, the model's number of layers, and are 2 without it."""
         if self.confidence is None:
             return 2
         return self.kind.examples_needed(self.confidence, layers)
 
     def check(self, halting: Halting, layers: int) -> None:
         """Raise a ``ValueError`` if a model of this rule and number of layers has no dial to move,
-        or keeps the promise anyway, or if the other dial lets examples leave without evidence."""
+        keeps the promise anyway, or lets examples leave by the other dial without evidence."""
         if halting.rule == "never":
             raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
         if self.max_layers is not None and self.max_layers >= layers:

@@ -12,7 +12,8 @@ from torchmetrics.functional.classification import binary_calibration_error
 from dact import functional
 from dact.calibration.answers import LayerAnswers, check_finite
 
-LARGEST_TEMPERATURE = 8.0  # and 1/8 is the smallest
+# and 1/8 is the smallest
+LARGEST_TEMPERATURE = 8.0
 FOLDS = 5
 
 
@@ -29,7 +30,8 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
         bins: Number of bins.
 
     Example:
-        >>> round(expected_calibration_error(torch.full((4,), 0.9), torch.tensor([True, True, True, False])), 4)
+        >>> right = torch.tensor([True, True, True, False])
+        >>> round(expected_calibration_error(torch.full((4,), 0.9), right), 4)
         0.15
     """
     return binary_calibration_error(scores.float(), correct.int(), n_bins=bins, norm="l1").item()
@@ -53,8 +55,7 @@ def temper(
         ``[batch, classes]``, in float32 or more.
 
     Raises:
-        ValueError: If a probability is not a number: of such answers, the first class would be
-            taken.
+        ValueError: If a probability is not a number.
     """
     check_finite(probabilities)
     if temperatures is None:
