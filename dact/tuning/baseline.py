@@ -29,9 +29,9 @@ from dact.functional import soft_targets
 from dact.model import DACT
 from dact.saving import WEIGHTS_NAME
 from dact.tuning import report
-from dact.tuning.trainer import MIN_STEPS, enough_epochs, resumable_fit, seeded
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
+from dact.tuning.trainer import MIN_STEPS, enough_epochs, resumable_fit, seeded
 
 BRIER = "val_brier"
 

@@ -10,11 +10,11 @@ from lightning.pytorch import LightningDataModule
 from optuna.distributions import CategoricalDistribution
 
 from dact.model import DACT
-from dact.tuning.trainer import TAUGHT_STEPS, enough_epochs
 from dact.tuning.recipe import Recipe, as_written, recommended
 from dact.tuning.settings import Settings, flat
 from dact.tuning.space import Spaces, complete_spaces, nearest
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
+from dact.tuning.trainer import TAUGHT_STEPS, enough_epochs
 
 EPOCHS_TRIED = (2 / 3, 1, 4 / 3)  # parts of the recommended number of epochs
 

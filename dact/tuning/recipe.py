@@ -19,9 +19,9 @@ from dact.checks import Range, check_arguments, check_count
 from dact.model import DACT
 from dact.saving import plain_data
 from dact.submodels import SubmodelConfig
-from dact.tuning.trainer import make_trainer
 from dact.tuning.run import digests_of
 from dact.tuning.settings import Settings
+from dact.tuning.trainer import make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
 TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
