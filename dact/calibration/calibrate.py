@@ -228,7 +228,7 @@ def settle(
         promise.check(model.exit_rule, layers)
         batches, none_aside = _examples(model, data)
         if none_aside:
-            raise ValueError("no examples are set aside, as data.calibration_fraction does")
+            raise ValueError("no examples are set aside, as the data's calibration_fraction does")
         answers = layer_answers(model, batches)
         examples = len(answers.target)
         few = needed is not None and examples < needed
@@ -241,7 +241,8 @@ def settle(
     if few:
         text = (
             f"{promise.text} takes {needed} examples. As none of {examples} gets another class "
-            f"here, at most {100 * kept.kind.most:.2g} % of new ones do:\n{text}"
+            f"here, with {kept.confidence:.0%} confidence at most {100 * kept.kind.most:.2g} % of "
+            f"new ones do:\n{text}"
         )
     return text
 
