@@ -1,5 +1,4 @@
-"""Calibration: find the halting margin, or tolerance, that keeps a promise with a stated
-confidence."""
+"""Calibration: find the setting of a dial that keeps a promise with a stated confidence."""
 
 from __future__ import annotations
 
@@ -144,8 +143,7 @@ def choose_setting(
     baseline: Tensor | None = None,
     chose_checkpoint: bool = False,
 ) -> Calibration:
-    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of all layers,
-    without a model.
+    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of a model.
 
     Args:
         answers: Answers of all layers to labelled examples.
