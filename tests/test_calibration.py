@@ -109,17 +109,6 @@ def test_the_bound_on_a_paired_difference_is_where_its_test_turns(lost, gained, 
     )
 
 
-@given(lost=st.integers(0, 30), gained=st.integers(0, 30), more=st.integers(1, 300))
-@settings(max_examples=30)
-def test_the_bound_on_a_paired_difference_is_above_what_was_seen(lost, gained, more):
-    examples = lost + gained + more
-    bound = difference_upper_bound(lost, gained, examples, 0.95)
-    assert (
-        (lost - gained) / examples <= bound <= binomial_upper_bound(lost + gained, examples, 0.9975)
-    )
-    assert bound <= difference_upper_bound(lost + 1, gained, examples + 1, 0.95) + 1e-5
-
-
 def test_the_paired_difference_takes_as_many_examples_as_theory_says():
     """About 2.7 · d / x² for d discordant examples and none lost on balance, 1,620, and some more
     for being exact."""
@@ -183,6 +172,8 @@ def test_more_allowance_never_means_more_layers(dial):
     assert layers[-1] < layers[0]
     careful = choose_setting(answers, Promise(max_accuracy_loss=0.0, dial=dial))
     assert (careful.halting_tolerance, careful.halting_margin) == (0.0, 1.0)
+    assert (careful.bound, careful.agreement) == (0, 1)
+    assert "gives the class of all 5 layers by proof" in describe(careful, 5)
     assert choose_setting(answers, Promise(min_agreement=1.0, dial=dial)).agreement == 1.0
 
 
@@ -232,11 +223,6 @@ def test_a_promise_is_never_made_on_the_labels_of_other_classes():
     with pytest.raises(ValueError, match="the model has the classes .* but those of the data are"):
         calibrate(model, data, max_layers=1.5)
     assert model.calibration is None
-
-
-def test_a_model_that_never_halts_has_no_dial():
-    with pytest.raises(ValueError, match="halting='never' has no dial"):
-        calibrate(tiny_model(halting="never"), [random_batch()], max_layers=2)
 
 
 @pytest.mark.parametrize(
@@ -289,13 +275,6 @@ def test_a_promise_ends_with_the_weights_that_it_was_made_for(tmp_path):
     assert fewer.calibration is None, "its full depth is another one"
     model.on_load_checkpoint({"state_dict": other.state_dict(), "dact": other.config()})
     assert model.calibration is None
-
-
-def test_a_broken_model_keeps_no_promise():
-    model = tiny_model()
-    torch.nn.init.constant_(model.classifier[-1].weight, float("nan"))
-    with pytest.raises(ValueError, match="the model's answers are not finite"):
-        calibrate(model, [random_batch(300)], max_accuracy_loss=0.1)
 
 
 @pytest.mark.parametrize("batches", [[], [random_batch(1)]])
@@ -386,14 +365,6 @@ def test_faultless_examples_never_take_more_layers_where_there_are_more_of_them(
         needed = promise.examples_needed()
         for examples in range(needed, min(12_000, needed + 300), 50):
             assert choose_setting(sure.take(torch.arange(examples)), promise).mean_exit_layer == 1
-
-
-def test_an_allowance_of_nothing_is_left_to_the_proof():
-    found = choose_setting(
-        synthetic(500, torch.Generator().manual_seed(0)), Promise(max_accuracy_loss=0.0)
-    )
-    assert (found.halting_margin, found.bound, found.agreement) == (1.0, 0.0, 1.0)
-    assert "gives the class of all 5 layers by proof" in describe(found, 5)
 
 
 @pytest.mark.parametrize(
@@ -646,7 +617,10 @@ def test_few_examples_settle_the_margin_at_which_none_changes_its_class(examples
     answers, model = synthetic(examples, torch.Generator().manual_seed(4)), tiny_model(layers=5)
     text = settled(model, answers)
     assert f"none of {examples} gets another class" in text
-    assert f"at most {100 * (1 - 0.05 ** (1 / examples)):.2g} % of new ones" in text
+    assert (
+        f"with 95% confidence at most {100 * (1 - 0.05 ** (1 / examples)):.2g} % of new ones"
+        in text
+    )
     assert "max_accuracy_loss=0.01 with confidence 0.95 takes 300 examples" in text
     assert model.calibration["promise"]["min_agreement"] == pytest.approx(0.05 ** (1 / examples))
     assert model.calibration["agreement"] == 1
@@ -705,7 +679,7 @@ def test_a_model_that_cannot_be_settled_stays_as_it_is(changes, data, why):
 
 def test_validation_examples_settle_nothing():
     text = settle(tiny_model(), OwnData(400))
-    assert "no examples are set aside, as data.calibration_fraction does" in text
+    assert "no examples are set aside, as the data's calibration_fraction does" in text
 
 
 @pytest.mark.parametrize(

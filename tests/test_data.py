@@ -316,7 +316,7 @@ def test_texts_with_conflicting_labels_are_counted(tmp_path):
         ("TEXT 0 x", "b"),
         ("text 1 x", "b"),
     ]
-    with pytest.warns(UserWarning, match="1 texts occur with different labels"):
+    with pytest.warns(UserWarning, match="1 texts have conflicting labels"):
         fitted(write(tmp_path, "csv", rows))
 
 

@@ -1,5 +1,4 @@
-"""Calibration: find the halting margin, or tolerance, that keeps a promise with a stated
-confidence."""
+"""Calibration: find the setting of a dial that keeps a promise with a stated confidence."""
 
 from __future__ import annotations
 
@@ -144,8 +143,7 @@ def choose_setting(
     baseline: Tensor | None = None,
     chose_checkpoint: bool = False,
 ) -> Calibration:
-    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of all layers,
-    without a model.
+    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of a model.
 
     Args:
         answers: Answers of all layers to labelled examples.
@@ -228,7 +226,7 @@ def settle(
         promise.check(model.exit_rule, layers)
         batches, none_aside = _examples(model, data)
         if none_aside:
-            raise ValueError("no examples are set aside, as data.calibration_fraction does")
+            raise ValueError("no examples are set aside, as the data's calibration_fraction does")
         answers = layer_answers(model, batches)
         examples = len(answers.target)
         few = needed is not None and examples < needed
@@ -241,7 +239,8 @@ def settle(
     if few:
         text = (
             f"{promise.text} takes {needed} examples. As none of {examples} gets another class "
-            f"here, at most {100 * kept.kind.most:.2g} % of new ones do:\n{text}"
+            f"here, with {kept.confidence:.0%} confidence at most {100 * kept.kind.most:.2g} % of "
+            f"new ones do:\n{text}"
         )
     return text
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from dact import functional
-from dact.calibration.answers import LayerAnswers, check_finite
+from dact.calibration.answers import LayerAnswers, check_finite, mean_and_error
 
 # and 1/8 is the smallest
 LARGEST_TEMPERATURE = 8.0
@@ -19,10 +19,7 @@ FOLDS = 5
 
 def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error, Σ (share of a bin) · |its accuracy - its mean score|,
-    in [0, 1].
-
-    Source: Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, arXiv 1706.04599,
-    with bins of equal width.
+    in [0, 1], with bins of equal width (Guo et al., ICML 2017, arXiv 1706.04599).
 
     Args:
         scores: Probability of the returned class, ``[examples]``, in [0, 1].
@@ -40,11 +37,9 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
 def temper(
     probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float] | None
 ) -> Tensor:
-    """Return probabilities q proportional to p^(1/T), T being the temperature of an example's exit
-    layer.
+    """Return probabilities q proportional to p^(1/T), T being the temperature of the exit layer.
 
-    The order of the classes stays as it is, apart from rounding: take the class from the input, not
-    from the result.
+    Apart from rounding the order of the classes stays: take the class from the input.
 
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
@@ -69,11 +64,10 @@ def temper(
 
 def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     """Return one temperature per exit layer, fitted by the negative log-likelihood of early exit
-    there.
+    (Guo et al. 2017, arXiv 1706.04599).
 
-    A temperature is kept only where it helps: in five-fold cross-validation the mean gain must
-    exceed its standard error. Elsewhere it is 1, as for layers at which hardly any example leaves.
-    Source of temperature scaling: Guo et al. 2017, arXiv 1706.04599.
+    It is 1 unless the mean gain in five-fold cross-validation exceeds its standard error, as for
+    layers at which hardly any example leaves.
 
     Args:
         answers: Answers of all layers to labelled examples that were not used for training.
@@ -98,15 +92,11 @@ def _fit_temperature(log: Tensor, target: Tensor) -> float:
     fold = torch.arange(len(target)) % FOLDS
     gains = []
     for held_out in range(FOLDS):
-        kept, tried = fold != held_out, fold == held_out
-        temperature = _best_temperature(log[kept], target[kept])
-        gains.append(
-            _losses(log[tried], target[tried], 1.0)
-            - _losses(log[tried], target[tried], temperature)
-        )
-    gain = torch.cat(gains)
-    helps = gain.mean().item() > gain.std().item() / len(gain) ** 0.5
-    return _best_temperature(log, target) if helps else 1.0
+        temperature = _best_temperature(log[fold != held_out], target[fold != held_out])
+        tried = log[fold == held_out], target[fold == held_out]
+        gains.append(_losses(*tried, 1.0) - _losses(*tried, temperature))
+    gain, error = mean_and_error(torch.cat(gains))
+    return _best_temperature(log, target) if gain > error else 1.0
 
 
 def _best_temperature(log: Tensor, target: Tensor) -> float:

@@ -169,18 +169,23 @@ class TextClassificationData(TextDataModule):
     def _read_training(self) -> None:
         """Read the training file, divide it if there is no other, and add texts without labels."""
         train = self._labelled("train")
-        self._training = frozenset(train.text_keys())
+        keys = train.text_keys()
+        self._training = frozenset(keys)
+        meanings = {*zip(keys, train.labels or [], strict=True)}
+        conflicts = sum(count > 1 for count in Counter(key for key, _ in meanings).values())
+        if conflicts:
+            rank_zero_warn(f"{self.files['train']}: {conflicts:,} texts have conflicting labels")
         if self.files["val"] is None:
-            train, self._read["val"] = self._divide(train)
+            train, self._read["val"] = self._divide(train, keys)
         self._read["train"] = train
         if self.files["unlabelled"] is not None:
             self._read["train"] = join([train, self._unlabelled()])
 
-    def _divide(self, train: Examples) -> tuple[Examples, Examples]:
+    def _divide(self, train: Examples, keys: list[bytes]) -> tuple[Examples, Examples]:
         """Divide the training file into training and validation examples that share no text."""
         assert train.labels is not None
         assert self.class_names is not None
-        kept, aside = hash_split(train.labels, train.text_keys(), self.val_fraction, self.seed)
+        kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
         counts = Counter(train.labels)
         alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
         if alone or not aside:
@@ -278,10 +283,6 @@ class TextClassificationData(TextDataModule):
         absent = [name for label, name in enumerate(self.class_names) if label not in present]
         if absent:
             rank_zero_warn(f"{file}: class {listed(absent)} has no example")
-        meanings = {*zip(texts.text_keys(), classes, strict=True)}
-        conflicts = sum(count > 1 for count in Counter(key for key, _ in meanings).values())
-        if conflicts:
-            rank_zero_warn(f"{file}: {conflicts:,} texts occur with different labels")
         return replace(texts, labels=classes)
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
