@@ -201,7 +201,7 @@ def test_the_last_screen_says_what_is_guaranteed_and_against_what(changes, promi
 
 def test_a_faster_setting_is_named_only_if_it_saves_layers_at_little_loss():
     (line,) = faster(metrics())
-    assert "--halting_margin 0.6 takes 2.20 layers for 1.9 points less" in line
+    assert "--halting_margin 0.6 takes 2.20 layers at -1.9 points" in line
     assert faster(metrics(margin_curve=metrics()["margin_curve"][:4])) == []
 
 

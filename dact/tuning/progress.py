@@ -138,7 +138,7 @@ def _table(study: Study, width: int) -> Table:
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for head, taken in columns:
         table.add_column(head, width=taken, vertical="bottom", justify="right")
-    best = {trial.number for trial in study.best_trials} if any(t.values for t in trials) else set()
+    best = {trial.number for trial in study.best_trials}
     for trial in trials[-ROWS:]:
         state, style = trial.state.name, "bold" if trial.number in best else ""
         shown = [str(trial.number), f"[{COLOURS.get(state, 'dim')}]{state.lower()}[/]"]

@@ -50,7 +50,7 @@ def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: s
 
 
 def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: bool) -> None:
-    """Close the session of a trial with the metrics of its best epoch; pruned trials are failures."""
+    """Close the session of a trial with the metrics of its best epoch; pruned ones are failures."""
     from tensorboard.compat.proto.summary_pb2 import Summary
     from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
 
@@ -228,19 +228,16 @@ def result(metrics: Mapping[str, Any]) -> str:
     test, baseline = metrics["test"], metrics["baseline"]
     speed = test["texts_per_second"] / baseline["test"]["texts_per_second"]
     return (
-        f"{100 * test['accuracy']:.2f} % accuracy on test with {test['mean_exit_layer']:.2f} layers, "
-        f"where the whole encoder has {100 * baseline['test']['accuracy']:.2f} % with "
+        f"{100 * test['accuracy']:.2f} % accuracy on test with {test['mean_exit_layer']:.2f} "
+        f"layers, where the whole encoder has {100 * baseline['test']['accuracy']:.2f} % with "
         f"{baseline['layers']}; {speed:.1f} times its speed"
     )
 
 
 def guarantee(metrics: Mapping[str, Any]) -> str:
     """Return what holds for new texts, and against what, from metrics.json."""
-    layers, margin, calibration = (
-        metrics["layers"],
-        metrics["halting_margin"],
-        metrics.get("calibration"),
-    )
+    layers, margin = metrics["layers"], metrics["halting_margin"]
+    calibration = metrics.get("calibration")
     if metrics["halting_tolerance"] == 0 and margin == 1:
         return f"Guaranteed by proof: each text gets the class of all {layers} layers"
     if calibration is None:
@@ -253,38 +250,30 @@ def guarantee(metrics: Mapping[str, Any]) -> str:
 
 
 def faster(metrics: Mapping[str, Any]) -> list[str]:
-    """Return a line about a setting that saves layers without a guarantee; none if there is none."""
+    """Return a line about a margin that saves layers without a guarantee, if there is one."""
     own = metrics["validation"]
     least = own["accuracy"] - FASTER
-    saving = [
-        point
-        for point in metrics["margin_curve"]
-        if point["accuracy"] >= least and point["mean_exit_layer"] < own["mean_exit_layer"] - 0.1
-    ]
-    if not saving:
+    points = [point for point in metrics["margin_curve"] if point["accuracy"] >= least]
+    best = min(points, key=lambda point: point["mean_exit_layer"], default=own)
+    if best["mean_exit_layer"] > own["mean_exit_layer"] - 0.1:
         return []
-    best = min(saving, key=lambda point: point["mean_exit_layer"])
-    lost = 100 * (own["accuracy"] - best["accuracy"])
+    gain = 100 * (best["accuracy"] - own["accuracy"])
     return [
         f"Faster without a guarantee: --halting_margin {best['margin']:g} takes "
-        f"{best['mean_exit_layer']:.2f} layers for {lost:.1f} points less on validation"
+        f"{best['mean_exit_layer']:.2f} layers at {gain:+.1f} points on validation"
     ]
 
 
 def _warnings(metrics: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the final model and what to do."""
-    entry, layers, found = metrics["validation"], metrics["layers"], []
-    if entry["majority_share"] == 1:
-        found.append(
-            "all texts get one class: try class_weights, more epochs or another learning_rate"
-        )
-    if entry["mean_exit_layer"] == layers > 1:
-        found.append(
-            "no text leaves early: give more validation texts, or a promise that allows more"
-        )
-    if entry["mean_exit_layer"] == 1 < layers:
-        found.append("every text leaves after layer 1: if that costs accuracy, lower lambda_reg")
-    return found
+    entry, layers = metrics["validation"], metrics["layers"]
+    mean = entry["mean_exit_layer"]
+    known = {
+        "all texts get one class: try class_weights or more epochs": entry["majority_share"] == 1,
+        "no text leaves early: more validation texts would let some": mean == layers > 1,
+        "every text leaves after layer 1: a smaller lambda_reg keeps some": mean == 1 < layers,
+    }
+    return [text for text, is_so in known.items() if is_so]
 
 
 def _table(metrics: Mapping[str, Any], untuned: Mapping[str, Any] | None) -> Table:
@@ -301,11 +290,15 @@ def _table(metrics: Mapping[str, Any], untuned: Mapping[str, Any] | None) -> Tab
     for head in ("test", "accuracy", "to whole encoder", "macro F1", "layers", "texts/s"):
         table.add_column(head, justify="left" if head == "test" else "right")
     for name, entry, mean in rows:
-        difference, speed = entry.get("difference_to_baseline"), entry.get("texts_per_second")
-        points = (
-            difference
-            and f"{100 * difference['accuracy']:+.2f} ± {100 * difference['standard_error']:.2f}"
-        )
-        numbers = f"{100 * entry['accuracy']:.2f} %", points or "", f"{entry['macro_f1']:.3f}"
+        numbers = f"{100 * entry['accuracy']:.2f} %", _points(entry), f"{entry['macro_f1']:.3f}"
+        speed = entry.get("texts_per_second")
         table.add_row(name, *numbers, f"{mean:.2f}", speed and f"{speed:,.0f}")
     return table
+
+
+def _points(entry: Mapping[str, Any]) -> str:
+    """Return the difference in accuracy to the whole encoder, if it was measured."""
+    found = entry.get("difference_to_baseline")
+    if found is None:
+        return ""
+    return f"{100 * found['accuracy']:+.2f} ± {100 * found['standard_error']:.2f}"
