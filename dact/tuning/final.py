@@ -143,11 +143,10 @@ def _measure(
             found[split].compare(against[split].measured)
     del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
 
+    whole = against["validation"].measured
     curves = {
-        dial: dial_curve(
-            model, answers, f"halting_{dial}", settings, against["validation"].measured
-        )
-        for dial, settings in (("tolerance", TOLERANCES), ("margin", MARGINS))
+        "tolerance": dial_curve(model, answers, "halting_tolerance", TOLERANCES, whole),
+        "margin": dial_curve(model, answers, "halting_margin", MARGINS, whole),
     }
     reference = {
         split: {key: one.entry[key] for key in BASELINE_KEYS} for split, one in against.items()

@@ -95,8 +95,9 @@ def _domain(dimension: Dimension) -> Any:
     from tensorboard.plugins.hparams import summary_v2
 
     if isinstance(dimension, CategoricalDistribution):
-        kinds: set[Any] = {type(choice) for choice in dimension.choices}
-        alike = kinds.pop() if len(kinds) == 1 else float if kinds == {int, float} else str
+        kinds = {type(choice) for choice in dimension.choices}
+        alike: Any = float if kinds == {int, float} else str
+        alike = kinds.pop() if len(kinds) == 1 else alike
         return summary_v2.Discrete([alike(choice) for choice in dimension.choices])
     if isinstance(dimension, IntDistribution):
         return summary_v2.IntInterval(dimension.low, dimension.high)
@@ -146,9 +147,9 @@ def draw_study(
                 axes["parameter importances"] = draw.plot_param_importances(study)
         else:
             for index, name in enumerate(names := ["task loss", "exit layer"]):
-                axes[f"history of the {name}"] = draw.plot_optimization_history(
-                    study, target=lambda trial, index=index: trial.values[index], target_name=name
-                )
+                value: Any = lambda trial, index=index: trial.values[index]  # noqa: E731
+                history = draw.plot_optimization_history(study, target=value, target_name=name)
+                axes[f"history of the {name}"] = history
             axes["Pareto front"] = draw.plot_pareto_front(study, target_names=names)
             axes["Pareto front"].plot(*chosen.values, "o", ms=14, mfc="none", mec="tab:red")
         with replacing_folder(folder) as partial, writer(partial) as made:
@@ -170,13 +171,19 @@ def dials_picture(
     """
     figure, _ = plots.new_figure(height=5)
     figure.clear()
+    depths = [point["mean_exit_layer"] for curve in curves.values() for point in curve]
+    span = max(depths) - min(depths)
     upper, lower = figure.subplots(2, 1, sharex=True)  # their ranges differ too much for one axis
     for axes, name in ((upper, "accuracy"), (lower, "agreement")):
         for dial, curve in curves.items():
             places = [(point["mean_exit_layer"], 100 * point[name]) for point in curve]
             axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
+            written = float("inf")
             for point, place in zip(curve, places, strict=True):
-                axes.annotate(f"{point[dial]:g}", place, fontsize=6, rotation=45)
+                # From most layers to fewest; labels must not overlap.
+                if written - place[0] > 0.05 * span:
+                    axes.annotate(f"{point[dial]:g}", place, fontsize=7)
+                    written = place[0]
         axes.set_ylabel(f"{name}, %")
     upper.axhline(100 * baseline, color="grey", linestyle="--", label="whole encoder")
     upper.plot(own[0], 100 * own[1], "s", ms=9, mfc="none", mec="tab:red", label="as set")

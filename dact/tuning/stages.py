@@ -96,7 +96,7 @@ def _lowest_value(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Sel
 
 def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
     points = [
-        Point(trial.params["lambda_reg"], *trial.values, outcome)
+        Point(trial.params["lambda_reg"], trial.values[0], trial.values[1], outcome)
         for trial, outcome in zip(trials, outcomes, strict=True)
     ]
     return trials[points.index(select(points))]
