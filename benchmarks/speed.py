@@ -31,6 +31,7 @@ from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel
 from dact.functional import Halting
+from dact.submodels import start_at
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 SHAPES = {
@@ -155,9 +156,7 @@ def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, f
     }
     # h = 1 and equal probabilities: nobody leaves before the last layer.
     for submodels, bias in ((stays.confidence, 40.0), (stays.classifier, 0.0)):
-        for submodel in submodels:
-            nn.init.zeros_(submodel[-1].weight)
-            nn.init.constant_(submodel[-1].bias, bias)
+        start_at(submodels, bias)
     seconds = in_turn(
         {
             "encoder alone": lambda: run_by(bare, batch, "never"),

@@ -114,7 +114,7 @@ def early_exit(
             *encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)
         ]
         _run_window(encoder, classifier, confidence, halting, groups, rows, results, step)
-    return results.exits(mask.device)
+    return results.output(mask.device)
 
 
 def _prepares_shapes(encoder: LayeredEncoder, device: torch.device) -> bool:
@@ -132,32 +132,27 @@ class _Results:
     decides."""
 
     def __init__(self, batch: int, num_layers: int, record: bool) -> None:
-        self._layers = np.ones(batch, dtype=np.int64)
-        self._shape = batch, num_layers
-        self._record = record
-        self._answers: Tensor | None = None
-        self._y: Tensor | None = None
-        self._h: Tensor | None = None
+        self.layers = np.ones(batch, dtype=np.int64)
+        self.num_layers = num_layers
+        self.record = record
+        self.answers = self.y = self.h = torch.empty(0)
 
-    def record(self, layer: int, rows: Indices, y: Tensor, h: Tensor) -> None:
-        """Keep y and h of the examples that entered a layer, if they are to be recorded."""
-        if not self._record:
-            return
-        if self._y is None or self._h is None:
-            self._y, self._h = y.new_zeros(*self._shape, y.shape[1]), h.new_zeros(self._shape)
-        index = _send(rows, y.device)
-        self._y[index, layer - 1], self._h[index, layer - 1] = y, h
+    def store(self, layer: int, rows: Indices, a: Tensor, y: Tensor, h: Tensor) -> None:
+        """Store the results of the examples that entered a layer."""
+        index, batch = _send(rows, a.device), len(self.layers)
+        if not len(self.answers):
+            self.answers = a.new_zeros(batch, a.shape[1])
+            if self.record:
+                self.y = y.new_zeros(batch, self.num_layers, y.shape[1])
+                self.h = h.new_zeros(batch, self.num_layers)
+        self.answers[index] = a
+        self.layers[rows] = layer
+        if self.record:
+            self.y[index, layer - 1], self.h[index, layer - 1] = y, h
 
-    def answer(self, layer: int, rows: Indices, a: Tensor) -> None:
-        """Store a_n of the examples that entered a layer, of which some leave now."""
-        if self._answers is None:
-            self._answers = a.new_zeros(len(self._layers), a.shape[1])
-        self._answers[_send(rows, a.device)] = a
-        self._layers[rows] = layer
-
-    def exits(self, device: torch.device) -> DACTOutput:
-        assert self._answers is not None
-        return DACTOutput(self._answers, _send(self._layers, device), self._y, self._h)
+    def output(self, device: torch.device) -> DACTOutput:
+        y, h = (self.y, self.h) if self.record else (None, None)
+        return DACTOutput(self.answers, _send(self.layers, device), y, h)
 
 
 def _run_window(
@@ -183,20 +178,18 @@ def _run_window(
         state = states[0] if len(states) == 1 else torch.cat(states)  # [batch, hidden]
         y = at_least_float32(classifier.answer(n, state)).softmax(dim=-1)  # [batch, classes]
         h = at_least_float32(confidence.answer(n, state)).sigmoid().squeeze(-1)  # [batch]
-        results.record(n, rows, y, h)
         if n == 1:
             a, p = torch.zeros_like(y), torch.ones_like(h)
         a, p = accumulate_step(a, p, y, h)
-        if n == num_layers:
-            results.answer(n, rows, a)
-            return
-        if halting.rule == "never":
+        if results.record or n == num_layers:
+            results.store(n, rows, a, y, h)
+        if n == num_layers or halting.rule == "never":
             continue
         halts = halting.halts(a, p, y, num_layers - n, num_layers)
         staying = (~halts.cpu().numpy()).nonzero()[0]  # the only wait for a GPU in a layer
         if len(staying) == len(rows):
             continue
-        results.answer(n, rows, a)
+        results.store(n, rows, a, y, h)
         if len(staying) == 0:
             return
         index = _send(staying, a.device)

@@ -1001,7 +1001,7 @@ class Marked(Callback):
     does."""
 
     def on_train_end(self, trainer, pl_module):
-        torch.nn.init.constant_(pl_module.classifier[0][-1].bias, 7.0)
+        torch.nn.init.constant_(pl_module.classifier[-1].bias, 7.0)
 
 
 def test_the_baseline_is_the_model_as_its_fit_left_it(tmp_path):
@@ -1012,7 +1012,7 @@ def test_the_baseline_is_the_model_as_its_fit_left_it(tmp_path):
     )
     made.joint_tune_study("run")
     kept = DACT.from_pretrained(tmp_path / "run" / "baseline" / "model")
-    assert (kept.classifier[0][-1].bias == 7.0).all()
+    assert (kept.classifier[-1].bias == 7.0).all()
 
 
 OWN_WORDS = ["good", "bad", "fine", "film", "the"]
