@@ -16,15 +16,14 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-USAGE_ERRORS = (ArgumentError, yaml.YAMLError)  # of the command line or of a configuration file
-OTHER_ERRORS = (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError)
+USAGE_ERRORS = (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError)
+USAGE_ERRORS += (ArgumentError, yaml.YAMLError)
 PACKAGES = ("dact.data", "dact.encoders")  # whose classes are known by their bare names
-SECTIONS = ("data", "model.encoder")  # which name a class of these packages, or another
+SECTIONS = ("data", "model.encoder", "encoder")  # which name a class of these packages, or another
 
 
-def usage_error(text: str) -> ArgumentError:
-    """Return an error of use."""
-    return ArgumentError(None, text)
+class UsageError(ValueError):
+    """A mistake in a command line or in a configuration file."""
 
 
 @contextlib.contextmanager
@@ -36,31 +35,31 @@ def one_line_errors() -> Iterator[None]:
         # Exit silently if the reader of stdout (such as head) has closed the pipe.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(128 + 13) from None
-    except (*USAGE_ERRORS, *OTHER_ERRORS) as error:
+    except USAGE_ERRORS as error:
         if os.environ.get("DACT_TRACEBACK"):
             raise
         message = error.args[0] if isinstance(error, KeyError) and error.args else error
         print(f"dact: error: {' '.join(str(message).split())}", file=sys.stderr)
-        raise SystemExit(2 if isinstance(error, USAGE_ERRORS) else 1) from None
+        raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
 
 
 def parse(parser: Any, words: list[str]) -> Namespace:
     """Return what a parser of jsonargparse makes of the words of a command line.
 
     Raises:
-        ArgumentError: If a class, option or value is wrong. The message names file, line, and what
-            was probably meant.
+        UsageError: If a class, option or value is wrong. The message names file, line, and what was
+            probably meant.
     """
     given = list(options(words))
     if not any(name.rpartition(".")[2] in ("help", "print_config") for _, name, _ in given):
-        defaults = parser.get_defaults().keys()
-        _check(given, {name.replace(".init_args", "") for name in defaults})
+        known = parser.get_defaults().keys()
+        _check(given, {name.replace(".init_args", "") for name in known})
     try:
         return parser.parse_args(words)
     except ArgumentError as error:
         text = str(error)
         places = [place for place, name, _ in given if f'{name.rpartition(".")[2]}"' in text]
-        raise usage_error(f"{places[-1] if places else ''}{text}") from error
+        raise UsageError(f"{places[-1] if places else ''}{text}") from error
 
 
 def options(words: list[str]) -> Iterator[tuple[str, str, str | None]]:
@@ -70,24 +69,31 @@ def options(words: list[str]) -> Iterator[tuple[str, str, str | None]]:
         name, equals, value = word.partition("=")
         value = value if equals else following
         if name in ("-c", "--config"):
-            with Path(value).open(encoding="utf-8") as file:
-                root = yaml.compose(file)
-            if not isinstance(root, yaml.MappingNode):
-                raise usage_error(f"{value} holds no options: data goes to --data.train_file")
-            yield from _options_of(value, root, "")
+            yield from _options_of(value)
         elif name.startswith("--"):
             yield "", name[2:].replace(".init_args", "").removesuffix("+"), value
 
 
-def _options_of(file: str, node: yaml.Node, section: str) -> Iterator[tuple[str, str, str | None]]:
-    pairs = node.value if isinstance(node, yaml.MappingNode) else []
-    # The class decides which options there are, and so comes first.
-    for key, value in sorted(pairs, key=lambda pair: pair[0].value != "class_path"):
-        name = section if key.value == "init_args" else f"{section}.{key.value}".strip(".")
-        if name != section:
+def _options_of(file: str) -> Iterator[tuple[str, str, str | None]]:
+    try:
+        root = yaml.compose(Path(file).read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UsageError(f"{file}, line {line}: not valid YAML: {error.problem}") from error
+    if not isinstance(root, yaml.MappingNode):
+        raise UsageError(f"{file} holds no options: files with data go to --data.train_file")
+
+    def walk(node: Any, section: str) -> Iterator[tuple[str, str, str | None]]:
+        pairs = node.value if isinstance(node, yaml.MappingNode) else []
+        # The class decides which options there are, and so comes first.
+        for key, value in sorted(pairs, key=lambda pair: pair[0].value != "class_path"):
+            name = section if key.value == "init_args" else f"{section}.{key.value}".strip(".")
             plain = value.value if isinstance(value, yaml.ScalarNode) else None
-            yield f"{file}, line {key.start_mark.line + 1}: ", name, plain
-        yield from _options_of(file, value, name)
+            if name != section:
+                yield f"{file}, line {key.start_mark.line + 1}: ", name, plain
+            yield from walk(value, name)
+
+    yield from walk(root, "")
 
 
 def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
@@ -95,35 +101,42 @@ def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
     for place, name, value in given:
         section = name.removesuffix(".class_path")
         if section in SECTIONS and value and not value.startswith("{"):
-            accepted = class_options(value)
-            if accepted is None:
+            found = find_class(value)
+            if found is None:
                 names = [each for package in PACKAGES for each in import_module(package).__all__]
                 meant = _meant(value.rpartition(".")[2], names)
-                raise usage_error(f"{place}there is no class {value}. {meant}")
+                raise UsageError(f"{place}there is no class {value}. {meant}")
             known = {each for each in known if not each.startswith(f"{section}.")}
-            known |= {f"{section}.{each}" for each in accepted} or {section}
+            known |= {f"{section}.{each}" for each in accepted_by(found)} or {section}
         elif not any(f"{name}.".startswith(f"{k}.") or k.startswith(f"{name}.") for k in known):
             section, _, wrong = name.rpartition(".")
             while section and not any(each.startswith(f"{section}.") for each in known):
                 section, _, wrong = section.rpartition(".")
-            prefix, where = (f"{section}.", f" in {section}") if section else ("", "")
-            beside = [k.removeprefix(prefix).split(".")[0] for k in known if k.startswith(prefix)]
-            raise usage_error(f"{place}unknown option {wrong!r}{where}. {_meant(wrong, beside)}")
+            prefix = f"{section}." if section else ""
+            beside = [each for each in known if each.startswith(prefix)]
+            meant = _meant(wrong, [each.removeprefix(prefix).split(".")[0] for each in beside])
+            where = f" in {section}" if section else ""
+            raise UsageError(f"{place}unknown option {wrong!r}{where}. {meant}")
 
 
 def _meant(word: str, known: list[str]) -> str:
     """Return a suggestion of what a mistyped word may stand for."""
-    found = get_close_matches(word, known, n=1, cutoff=0.75)
-    return f"Did you mean {found[0]}?" if found else f"Known are {', '.join(sorted({*known}))}"
+    if found := get_close_matches(word, known, n=1, cutoff=0.75):
+        return f"Did you mean {found[0]}?"
+    return f"Expected one of {', '.join(sorted({*known}))}"
 
 
-def class_options(path: str) -> list[str] | None:
-    """Return the names of the options of the class that a configuration names: empty if it takes
-    any, None if there is no such class."""
+def find_class(path: str) -> Any:
+    """Return the class that a configuration names, or None if there is none."""
     module, _, name = path.rpartition(".")
     for holder in [module] if module else PACKAGES:
         with contextlib.suppress(ModuleNotFoundError, AttributeError):
-            found = inspect.signature(getattr(import_module(holder), name)).parameters.values()
-            takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in found)
-            return [] if takes_any else [parameter.name for parameter in found]
+            return getattr(import_module(holder), name)
     return None
+
+
+def accepted_by(found: Any) -> list[str]:
+    """Return the names of the options of a class; empty if it takes any."""
+    parameters = inspect.signature(found).parameters.values()
+    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    return [] if free else [parameter.name for parameter in parameters]

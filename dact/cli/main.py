@@ -20,11 +20,12 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
+from dact.calibration import settle
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
 from dact.cli import TRAINING
 from dact.cli.errors import UsageError, parse
 from dact.cli.output import Bar, EpochLines, quiet
-from dact.cli.stored import RUNS, is_tuned, load_model, measure
+from dact.cli.stored import RUNS, is_tuned, load_model, measure, store
 from dact.factories import DataFactory, ModelFactory
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import UNLABELLED
@@ -255,9 +256,12 @@ class TrainingCLI(LightningCLI):
             if folder is not None and folder.parent.name == RUNS and folder in last.parents:
                 self._stopped("run_tag", folder.name)
             self._stopped("ckpt_path", str(last))
-        if folder is not None and (folder / "model").is_dir() and trainer.world_size == 1:
+        if folder is not None and (folder / "model").is_dir() and trainer.is_global_zero:
             own = self.model.encoder if self.model.encoder.config() is None else None
             model = load_model(folder / "model", own).to(self.model.device)
+            if self.config.calibrate:
+                print(settle(model, self.datamodule))
+                store(model, folder / "model")
             measure(model, self.datamodule, "validate")
 
     def _stopped(self, name: str, value: str) -> NoReturn:

@@ -12,11 +12,23 @@ import pandas as pd  # type: ignore[import-untyped]
 import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]
 
+from dact.cli.errors import UsageError
 from dact.data.files import read_rows, text_fault
 from dact.files import replacing
 from dact.text_classifier import TextClassifier
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
+
+
+def check_output(output: str, file: str | None) -> None:
+    """Raise an error unless there are texts, and predictions can be written beside them."""
+    path = Path(output).expanduser()
+    if file is None:
+        raise UsageError("dact predict needs --data.predict_file FILE, or - for standard input")
+    if output != "-" and path.suffix not in ENDINGS:
+        raise UsageError(f"--output {output} must end in {', '.join(ENDINGS)}, or be -")
+    if path.is_file() and Path(file).is_file() and path.samefile(file):
+        raise UsageError(f"--output {output} is the file with the texts: name another")
 
 
 def write_predictions(
@@ -40,7 +52,9 @@ def write_predictions(
         sink: Any = sys.stdout
         if output != "-":
             partial = stack.enter_context(replacing(Path(output).expanduser().resolve()))
-            sink = stack.enter_context(partial.open("wb"))
+            is_binary = Path(output).suffix == ".parquet"
+            mode, encoding = ("wb", None) if is_binary else ("w", "utf-8")
+            sink = stack.enter_context(partial.open(mode, encoding=encoding))
         write = _writer(stack, sink, Path(output).suffix)
         while window := list(islice(rows, classifier.batch_size)):
             frame = pd.DataFrame(window, columns=list(columns), dtype=object)
