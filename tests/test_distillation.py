@@ -12,6 +12,7 @@ from dact.calibration.answers import layer_answers
 from dact.data import CompositionalSentiment, TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
+from dact.tuning.settings import Settings
 from tests import references
 from tests.conftest import random_batch, tiny_model
 from tests.tables import write_table
@@ -92,9 +93,7 @@ def test_a_missing_teacher_and_a_wrong_share_are_clear_errors():
     with pytest.raises(KeyError, match="distillation=0.5 needs 'teacher'"):
         losses(tiny_model(distillation=0.5), random_batch())
     for teacher in ([2.0, -1.0, 0.0], [0.2, 0.2, 0.2], [float("nan")] * 3):
-        with pytest.raises(
-            ValueError, match="teacher must hold probabilities, .* logits need a softmax"
-        ):
+        with pytest.raises(ValueError, match="teacher must hold probabilities"):
             losses(
                 tiny_model(distillation=0.5),
                 {**random_batch(4), "teacher": torch.tensor([teacher] * 4)},
@@ -265,14 +264,15 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
         return engine
 
     def prepared_by(engine):
-        return engine._prepare(engine._begin("run"), engine._survey())
+        with engine._run("run") as prepared:
+            return prepared
 
     prepared_by(made())
     stored = tmp_path / "run" / "baseline" / "answers.safetensors"
     before = stored.stat().st_mtime_ns
     prepared = prepared_by(made())
     assert stored.stat().st_mtime_ns == before
-    started, data = prepared.build({}, unfreeze=True)
+    started, data = prepared.build(Settings(), unfreeze=True)
     assert started.distillation == 0.5
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
@@ -306,7 +306,8 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier
         log_dir=tmp_path,
     )
     engine.progress.console.quiet = True
-    prepared = engine._prepare(engine._begin("run"), engine._survey())
+    with engine._run("run") as prepared:
+        pass
     last, (score, lowest) = EPOCHS[-1][1], min(EPOCHS, key=lambda epoch: epoch[0])
     assert last is not lowest, "on so few examples the score rises again"
     baseline, encoder = (
