@@ -58,8 +58,8 @@ from dact.functional import answer_at
 from dact.outputs import Loss
 from dact.tuning.baseline import Baseline
 from dact.tuning.evaluation import evaluate
-from dact.tuning.fitting import make_trainer, resumable_fit, seeded
 from dact.tuning.recipe import DISTILLATION
+from dact.tuning.trainer import make_trainer, resumable_fit, seeded
 
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "tuned"
@@ -259,10 +259,10 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     test = {
         n: evaluate(m, tested.test_dataloader(), precision=precision) for n, m in models.items()
     }
-    right = {n: evaluation.right.double() for n, evaluation in test.items()}
+    right = {n: evaluation.measured.right.double() for n, evaluation in test.items()}
     rows = {}
     for n, evaluation in test.items():
-        answers = evaluation.answers
+        answers = evaluation.measured.answers
         full = (answers.a[:, -1].argmax(1) == answers.target).double()
         rows[n] = {
             "layers": models[n].num_layers,
@@ -286,7 +286,9 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         if n not in ("baseline", "tuned"):
             exits = validation[n].exit_layers(models[n].exit_rule)
             layers = exits.double().mean().item()
-            hits, mean = turned(models["tuned"], validation["tuned"], test["tuned"].answers, layers)
+            hits, mean = turned(
+                models["tuned"], validation["tuned"], test["tuned"].measured.answers, layers
+            )
             apart = mean_and_error(hits - right[n])
             rows[n]["at_as_many_layers"] = {"accuracy": apart, "layers": mean}
     threads = f"{torch.get_num_threads()} threads"

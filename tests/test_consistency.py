@@ -13,7 +13,7 @@ from dact.encoders import TransformerEncoder
 from dact.functional import divergence
 from tests import references
 from tests.conftest import random_batch
-from tests.test_confirmation import engine, studies_of
+from tests.test_confirmation import engine
 
 numbers = st.floats(-20, 20, width=32)
 logits = st.lists(
@@ -123,56 +123,6 @@ def test_batch_normalization_never_takes_two_passes_of_one_example_for_two():
     assert norms and all(map(torch.equal, before, (norm.running_var for norm in norms)))
     model.loss(random_batch(2))
     assert not any(map(torch.equal, before, (norm.running_var for norm in norms)))
-
-
-@pytest.mark.slow
-def test_a_factory_that_does_not_pass_it_on_is_refused_before_any_training(tmp_path):
-    def deaf(**settings):
-        settings.pop("consistency", None)
-        return DACT(encoder=TransformerEncoder(42, 3, 8, 2, dropout=0.1), **settings)
-
-    with pytest.raises(ValueError, match=r"was asked for consistency=5.0 and made one with 0.0"):
-        engine(tmp_path, model=deaf).run_pipeline("run")
-    assert not (tmp_path / "run" / "baseline").exists()
-
-
-@pytest.mark.slow
-def test_where_a_fit_runs_out_of_memory_the_message_names_the_remedy_and_studies_are_kept(tmp_path):
-    class Hungry(DACT):
-        most = 0
-
-        def loss(self, batch, lambda_reg=None):
-            if self.training and (self.consistency or len(batch["labels"]) < self.most):
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
-            return super().loss(batch, lambda_reg)
-
-    def model(**settings):
-        return Hungry(encoder=TransformerEncoder(42, 3, 8, 2, dropout=0.1), **settings)
-
-    def trials():
-        stages = ("submodels", "training", "lambda_reg")
-        return [
-            trial.datetime_complete
-            for stage in stages
-            for trial in studies_of(tmp_path / "run", stage).trials
-        ]
-
-    with pytest.raises(
-        RuntimeError,
-        match=r"confirmation of .* ran out of memory: use consistency: 0 of tuner.* 99 GiB",
-    ):
-        engine(tmp_path, model=model).run_pipeline("run")
-    before = trials()
-    engine(tmp_path, model=model, consistency=0.0).run_pipeline("run")
-    assert (tmp_path / "run" / "final" / "metrics.json").is_file()
-    assert len(before) == 6
-    assert trials() == before
-    Hungry.most = 1000
-    with pytest.raises(
-        RuntimeError,
-        match=r"the baseline ran out of memory: use under another run_tag, a smaller batch",
-    ):
-        engine(tmp_path, model=model).run_pipeline("other")
 
 
 def test_the_baseline_is_plain_fine_tuning():

@@ -35,8 +35,8 @@ class Ruin(Callback):
 
     def on_validation_start(self, trainer, pl_module):
         if trainer.current_epoch >= self.sound:
-            for weight in pl_module.classifier.parameters():
-                torch.nn.init.constant_(weight, 100.0)
+            *_, bias = pl_module.classifier.parameters()
+            bias.data = torch.tensor([1000.0, 0.0, 0.0]).expand_as(bias).clone()
 
 
 def plain_model():

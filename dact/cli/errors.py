@@ -16,8 +16,8 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 
-USAGE_ERRORS = (ValueError, TypeError, LookupError, OSError, RuntimeError, ImportError)
-USAGE_ERRORS += (ArgumentError, yaml.YAMLError)
+USAGE_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, OSError)
+USAGE_ERRORS += (RuntimeError, ImportError, ArgumentError, yaml.YAMLError)
 PACKAGES = ("dact.data", "dact.encoders")  # whose classes are known by their bare names
 SECTIONS = ("data", "model.encoder", "encoder")  # which name a class of these packages, or another
 

@@ -286,7 +286,7 @@ class TrainingCLI(LightningCLI):
             )
         if config.run_tag:
             run_folder(Path(config.tuner.log_dir), config.run_tag, "tune")
-        sections = Namespace(trainer=config.trainer, tuner=config.tuner)
+        sections: Any = Namespace(trainer=config.trainer, tuner=config.tuner)  # type: ignore[no-untyped-call]
         ready = self.parser.instantiate_classes(sections)
         given = vars(ready.trainer).items()
         trainer = {name: v for name, v in given if v is not None or name in TRAINER_DEFAULTS}

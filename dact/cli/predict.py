@@ -82,9 +82,7 @@ def _answers(classifier: TextClassifier, texts: list[list[Any]]) -> pd.DataFrame
     found = classifier([texts[n][0] if len(texts[n]) == 1 else tuple(texts[n]) for n in usable])
     probabilities = [f"probability_{name}" for name in classifier.class_names]
     columns = ["label", "score", *probabilities, "exit_layer"]
-    values = [
-        [one.label, one.score, *one.probabilities.values(), one.exit_layer] for one in found
-    ]
+    values = [[one.label, one.score, *one.probabilities.values(), one.exit_layer] for one in found]
     frame = pd.DataFrame(values, usable, columns).reindex(range(len(texts)))
     frame["reason"] = reasons
     numbers = dict.fromkeys(["score", *probabilities], "float32")
@@ -98,7 +96,7 @@ def _printable(value: Any) -> Any:
 
 def _writer(stack: ExitStack, sink: Any, ending: str) -> Any:
     """Return a function that appends a frame to a file; `stack` ends the file."""
-    written: list[ParquetWriter | None] = []
+    written: list[Any] = []
 
     def write(frame: pd.DataFrame) -> None:
         is_first = not written

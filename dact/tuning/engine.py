@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.agreement import check_classes
-from dact.calibration import Promise
+from dact.calibration import DEFAULT_PROMISE, Promise
 from dact.checks import check_range
 from dact.data.base import TextDataModule
 from dact.factories import default_data, default_model
@@ -31,7 +31,6 @@ from dact.tuning.plan import make_plan
 from dact.tuning.prepared import Prepared, prepare
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import (
-    DEFAULT_PROMISE,
     EncoderTraining,
     Recipe,
     resolve_promise,

@@ -20,7 +20,7 @@ from dact.encoders.base import move
 from dact.files import replacing_folder
 
 SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
-DTYPES = {"states": SINGLE, "labels": WHOLE, "depth": WHOLE, "teacher": SINGLE}
+DTYPES: dict[str, np.dtype[Any]] = {"states": SINGLE, "labels": WHOLE, "depth": WHOLE, "teacher": SINGLE}
 VALIDATION_BATCH = 1024
 
 

@@ -96,8 +96,9 @@ class Prepared:
             return self._on_states(settings.model), states
         model = self.recipe.make_model(**{**self.learning, **settings.model})
         model.encoder.load_state_dict(self.baseline.encoder())
-        size = settings.batch_size
-        return model, self.make_data(**({} if size is None else {"batch_size": size}))
+        if settings.batch_size is None:
+            return model, self.make_data()
+        return model, self.make_data(batch_size=settings.batch_size)
 
     def make_data(self, **overrides: Any) -> LightningDataModule:
         """Return a new datamodule, whose training batches carry a teacher's probabilities."""

@@ -98,16 +98,18 @@ def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before
         before: Winners of the studies before it.
     """
     storage, name = open_storage(address, run), run.study_name(stage)
-    create = {"study_name": name, "storage": storage, "directions": stage.directions}
-    study = optuna.create_study(**create, load_if_exists=True)
+    create: dict[str, Any] = {"storage": storage, "directions": stage.directions}
+    study = optuna.create_study(study_name=name, **create, load_if_exists=True)
     under = json.dumps(before.settings().arguments(), sort_keys=True)
     if study.user_attrs.get(UNDER, under) != under:
         names = {one.study_name for one in optuna.get_all_study_summaries(storage)}
         number = next(n for n in range(1, len(names) + 2) if f"{name}/outdated_{n}" not in names)
-        kept = {"to_storage": storage, "to_study_name": f"{name}/outdated_{number}"}
-        optuna.copy_study(from_study_name=name, from_storage=storage, **kept)
+        kept = f"{name}/outdated_{number}"
+        optuna.copy_study(
+            from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=kept
+        )
         optuna.delete_study(study_name=name, storage=storage)
-        study = optuna.create_study(**create)
+        study = optuna.create_study(study_name=name, **create)
         run.set_aside(stage.name)
     study.set_user_attr(UNDER, under)
     if address is None:
@@ -336,7 +338,7 @@ def _begin_worker(job: StudyJob, number: Any, threads: int, environment: dict[st
     _job = job.for_worker(worker)
     stage, run = job.objective.stage, job.objective.prepared.run
     storage = open_storage(job.storage, run)
-    options = {"sampler": job.sampler, "pruner": job.pruner}
+    options: dict[str, Any] = {"sampler": job.sampler, "pruner": job.pruner}
     _study = optuna.load_study(study_name=run.study_name(stage), storage=storage, **options)
     _study.sampler.reseed_rng()
 
