@@ -50,8 +50,9 @@ class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
     A run begins with the whole encoder, fine-tuned with one head. Its last epoch is what results
-    are compared with, and its epoch of the lowest Brier score is the teacher, and the start of every
-    fit that trains the encoder. Three studies follow, which begin with the recommended settings:
+    are compared with, and its epoch of the lowest Brier score is the teacher, and the start of
+    every fit that trains the encoder. Three studies follow, which begin with the recommended
+    settings:
 
     1. ``submodels``: the architectures of classifier and confidence.
     2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, detached exits
@@ -59,8 +60,8 @@ class TuningEngine:
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
     Then the recommended and the tuned settings are fitted again under new seeds. The tuned ones are
-    used only if that shows that they save layers, or gain accuracy, by more than its standard error.
-    The final fit, its promise and its measurements come last.
+    used only if that shows that they save layers, or gain accuracy, by more than its standard
+    error. The final fit, its promise and its measurements come last.
 
     All objectives are measured on one validation split, at the epoch of the lowest val_loss. All
     files are written to ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier
@@ -70,10 +71,10 @@ class TuningEngine:
         output_dimension: Number of classes.
         time_out: Minutes for the three studies together, or None for no bound. The final fit is
             never cut short. The attribute of this name has seconds.
-        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what the
-            trial chose.
-        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the same
-            way with overrides such as ``batch_size``; all must get the same examples.
+        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what
+            the trial chose.
+        data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the
+            same way with overrides such as ``batch_size``; all must get the same examples.
         trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the
             number. A trial runs on one device. dact uses its own logger, checkpoints and progress
             bars, and each fit gets a copy of every callback.
@@ -87,8 +88,8 @@ class TuningEngine:
             all exits before its states are computed; 0 uses the encoder as it is.
         final_training: ``"finetune"`` trains everything in the final fit, from the whole encoder's
             weights; ``"frozen"`` keeps the encoder of frozen mode.
-        lambda_selection: Rule that chooses λ; see `dact.tuning.selection.select_lambda`. Defaults to
-            ``"promise"`` if the promise is about accuracy, else to ``"one_standard_error"``.
+        lambda_selection: Rule that chooses λ; see `dact.tuning.selection.select_lambda`. Defaults
+            to ``"promise"`` if the promise is about accuracy, else to ``"one_standard_error"``.
         max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best.
         max_layers: For ``"max_layers"``: budget of layers, 1 or more.
         workers: Number of processes that run trials of one study side by side; on a machine with
@@ -102,8 +103,8 @@ class TuningEngine:
         promise: Promise that early exit of the tuned model must keep; by default at most one point
             of accuracy below the same model without early exit, with 95 % confidence. Its dial is
             calibrated on half of the validation examples, which no study sees. If these are too few
-            for the default promise, an estimate sets the dial. With None, the class is provably that
-            of all layers.
+            for the default promise, an estimate sets the dial. With None, the class is provably
+            that of all layers.
         distillation: Share of a teacher's probabilities in the training targets of all trials, in
             [0, 1]. Defaults to the factory's value, or 0.5 if it has none and the data supports a
             teacher. The teacher is the whole encoder, unless the data has one of its own.
@@ -279,7 +280,8 @@ class TuningEngine:
         """Fit recommended and tuned settings again, do the final fit, and measure its model.
 
         Returns:
-            The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint` reads.
+            The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint`
+            reads.
 
         Raises:
             RuntimeError: If a study has no winner yet; the message lists which.
@@ -287,8 +289,8 @@ class TuningEngine:
         with self._run(run_tag, measured=True) as prepared:
             if any(self.n_trials.values()) and (missing := prepared.run.winners().missing()):
                 raise RuntimeError(
-                    f"final_train of {prepared.run.tag!r}: not tuned yet: {', '.join(missing)}. Run "
-                    "joint_tune_study, train_tune_study and lambda_reg_study first"
+                    f"final_train of {prepared.run.tag!r}: not tuned yet: {', '.join(missing)}. "
+                    "Run joint_tune_study, train_tune_study and lambda_reg_study first"
                 )
             return self._finish(prepared)
 

@@ -20,7 +20,12 @@ from dact.encoders.base import move
 from dact.files import replacing_folder
 
 SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
-DTYPES: dict[str, np.dtype[Any]] = {"states": SINGLE, "labels": WHOLE, "depth": WHOLE, "teacher": SINGLE}
+DTYPES: dict[str, np.dtype[Any]] = {
+    "states": SINGLE,
+    "labels": WHOLE,
+    "depth": WHOLE,
+    "teacher": SINGLE,
+}
 VALIDATION_BATCH = 1024
 
 
@@ -63,8 +68,8 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
                 file.write(rows.numpy().astype(DTYPES[name]).tobytes())
         if given != examples:
             raise ValueError(
-                f"frozen mode needs every example once, but the {folder.name} loader gives {given} of "
-                f"its {examples}: leave out drop_last and samplers, or use encoder_training=finetune"
+                f"frozen mode needs every example once, but the {folder.name} loader gives {given} "
+                f"of its {examples}: leave out drop_last and samplers, or use finetune"
             )
 
 
@@ -90,7 +95,8 @@ class Features(Dataset[dict[str, Tensor]]):
 
 
 class FeaturesData(LightningDataModule):
-    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels`` ``[batch]``.
+    """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels``
+    ``[batch]``.
 
     Args:
         train: Training examples.

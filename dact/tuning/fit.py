@@ -75,8 +75,8 @@ class CheckpointedFit:
     Args:
         prepared: Shared inputs of the run's fits.
         folder: Folder of the fit.
-        settings: Settings of the fit. None stands for the untuned factories, which do not start from
-            the whole encoder, and have no teacher unless the factories give them one.
+        settings: Settings of the fit. None stands for the untuned factories, which do not start
+            from the whole encoder, and have no teacher unless the factories give them one.
     """
 
     prepared: Prepared
@@ -92,9 +92,8 @@ class CheckpointedFit:
     def monitor(self) -> str | None:
         """Metric whose lowest value chooses the epoch that is kept; None for the last epoch.
 
-        On a frozen encoder it is that of the trials. A fit of the encoder ends at a learning rate of
-        0, and its loss rises before its answers get worse, since they get too sure.
-        """
+        On a frozen encoder it is that of the trials. A fit of the encoder ends at a learning rate
+        of 0, and its loss rises before its answers get worse, since they get too sure."""
         return MONITOR if self.keep_frozen else None
 
     @property

@@ -1,4 +1,5 @@
-"""The outcome of early exit: where each example leaves, and what it loses, at the promise's margin."""
+"""The outcome of early exit: where each example leaves, and what it loses, at the promise's
+margin."""
 
 from __future__ import annotations
 

@@ -86,7 +86,8 @@ class Prepared:
         Args:
             settings: Settings of both.
             seed: Seed for the order of states in frozen mode; that of the recipe if left out.
-            unfreeze: Whether the encoder is trained even in frozen mode, from the teacher's weights.
+            unfreeze: Whether the encoder is trained even in frozen mode, from the teacher's
+                weights.
         """
         if self.is_frozen and not unfreeze:
             train, val = self._features

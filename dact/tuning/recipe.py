@@ -81,8 +81,8 @@ class Recipe:
         encoder_training: ``"finetune"`` or ``"frozen"``.
         final_training: ``"finetune"`` or ``"frozen"``.
         warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
-        distillation: Share of a teacher's probabilities in the training targets, in [0, 1]. Defaults
-            to the factory's value, or 0.5 if it has none and the data supports a teacher.
+        distillation: Share of a teacher's probabilities in the training targets, in [0, 1].
+            Defaults to the factory's value, or 0.5 if it has none and the data supports a teacher.
         consistency: Weight of the agreement of two passes in fits of the encoder after the studies.
             Defaults to the factory's value, or 5 if it has none and its encoder has dropout.
         halting_tolerance: Tolerance of all models, or None for that of the factory.
@@ -285,8 +285,8 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
     counts = isinstance(devices, int) or (isinstance(devices, str) and "," not in devices)
     if "," in named or (counts and named != "1") or trainer.get("num_nodes", 1) != 1:
         raise ValueError(
-            f"TuningEngine: a trial runs on one device, got devices={devices!r}: give 1, or one device "
-            "by its number as [0], and run several trials side by side with workers"
+            f"TuningEngine: a trial runs on one device, got devices={devices!r}: give 1, or one "
+            "device by its number as [0], and run several trials side by side with workers"
         )
     return {**trainer, "devices": devices}
 
@@ -331,8 +331,8 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     why = f"the promise takes {needed} examples that no study sees, and there are {aside}"
     if not is_default:
         raise ValueError(
-            f"TuningEngine: {why}: give more validation examples or a calibration_file, promise less, "
-            "or ask for an estimate (confidence: null)"
+            f"TuningEngine: {why}: give more validation examples or a calibration_file, promise "
+            "less, or ask for an estimate (confidence: null)"
         )
     note = f"the margin will be set by an estimate, without a guarantee: {why}"
     return replace(recipe, promise=replace(promise, confidence=None), note=note)

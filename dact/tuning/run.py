@@ -1,4 +1,5 @@
-"""A run on disk: one folder with one manifest, which holds its configuration and its finished steps."""
+"""A run on disk: one folder with one manifest, which holds its configuration and its finished
+steps."""
 
 from __future__ import annotations
 
@@ -46,8 +47,8 @@ class Run:
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[A-Za-z0-9_][\w.-]*", self.tag) or ".." in self.tag:
             raise ValueError(
-                f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: it "
-                "names a folder in log_dir"
+                f"run_tag must be a name of letters, digits, '.', '_' and '-', got {self.tag!r}: "
+                "it names a folder in log_dir"
             )
 
     @property
@@ -94,8 +95,8 @@ class Run:
             lock.acquire()
         except Timeout:
             raise ValueError(
-                f"another process works on run {self.tag!r} in {self.log_dir}: wait for its end, or "
-                "give another run_tag"
+                f"another process works on run {self.tag!r} in {self.log_dir}: wait for its end, "
+                "or give another run_tag"
             ) from None
         try:
             self._compare(configuration)
@@ -110,14 +111,15 @@ class Run:
         elif difference := next(differences(content["configuration"], configuration), None):
             name, then, now = difference
             raise ValueError(
-                f"run {self.tag!r} began with another {name} ({_short(then)}, now {_short(now)}): use "
-                "that of its beginning, or give another run_tag"
+                f"run {self.tag!r} began with another {name} ({_short(then)}, now {_short(now)}): "
+                "use that of its beginning, or give another run_tag"
             )
 
     # ------------------------------------------------------------------ steps
 
     def step(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the stored result of a step, or call `function`, store what it returns, and return it."""
+        """Return the stored result of a step, or call `function`, store what it returns, and return
+        it."""
         if (stored := self.result(name)) is not None:
             return stored
         result = function(*arguments)

@@ -24,7 +24,8 @@ class Settings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Settings:
-        """Return the settings in arguments by name, ``batch_size`` and ``num_epochs`` among them."""
+        """Return the settings in arguments by name, ``batch_size`` and ``num_epochs`` among
+        them."""
         model = {n: v for n, v in arguments.items() if n not in ("batch_size", "num_epochs")}
         return cls(model, arguments.get("batch_size"), arguments.get("num_epochs"))
 

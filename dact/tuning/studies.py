@@ -167,14 +167,14 @@ def completed(study: Study) -> list[FrozenTrial]:
         return trials
     if not (others := finished(study)):
         raise RuntimeError(
-            f"{study.study_name}: time_out ended the study before any trial finished: raise time_out, "
-            "or train for fewer epochs under another run_tag"
+            f"{study.study_name}: time_out ended the study before any trial finished: raise "
+            "time_out, or train for fewer epochs under another run_tag"
         )
     first = others[0]
     raise RuntimeError(
         f"{study.study_name}: none of its {len(others)} trials finished. Trial {first.number}: "
-        f"{first.user_attrs.get(CAUSE)}. Once the cause is removed, use another run_tag, or a larger "
-        "n_trials"
+        f"{first.user_attrs.get(CAUSE)}. Once the cause is removed, use another run_tag, or a "
+        "larger n_trials"
     )
 
 
@@ -236,8 +236,8 @@ class StudyJob:
 def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., None]) -> None:
     """Run the trials that a study lacks, in this process or in a pool of workers.
 
-    If a worker dies, the pool ends, and this process runs the rest. A study on a server returns when
-    no machine runs a trial of it any more, so that all of them see the same winner.
+    If a worker dies, the pool ends, and this process runs the rest. A study on a server returns
+    when no machine runs a trial of it any more, so that all of them see the same winner.
 
     Args:
         job: Job of the study.
@@ -267,7 +267,8 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
 
 
 def _wait_for_others(study: Study, refresh: Callable[..., None]) -> None:
-    """Wait until no process runs a trial any more; one whose heartbeats have ended counts as dead."""
+    """Wait until no process runs a trial any more; one whose heartbeats have ended counts as
+    dead."""
     while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ExperimentalWarning)

@@ -309,7 +309,8 @@ def as_list(value: Any) -> list[Any]:
 def fit(
     trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None
 ) -> None:
-    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C instead of Lightning's SystemExit.
+    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C instead of Lightning's
+    SystemExit.
 
     It does not warn that all texts leave at one layer: studies try extremes on purpose.
     """
@@ -356,7 +357,8 @@ def resumable_fit(
     if log is not None:
         logger = TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
     every: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    # Two callbacks: ``save_last`` would write last.ckpt only in epochs in which the best is written.
+    # Two callbacks: ``save_last`` would write last.ckpt only in epochs in which the best is
+    # written.
     kept = [ModelCheckpoint(checkpoints, "last", **every)]
     if keep is not None and monitor is not None:
         # With save_weights_only, Lightning would save the raw weights instead of an average.
@@ -382,8 +384,8 @@ def resumable_fit(
         fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
     except NonFiniteLoss as error:
         raise NonFiniteLoss(
-            f"{error}, at learning_rate {model.learning_rate:g}: lower it, or learning_rate's high in "
-            "search_space, or use precision 32-true, under another run_tag"
+            f"{error}, at learning_rate {model.learning_rate:g}: lower it, or learning_rate's high "
+            "in search_space, or use precision 32-true, under another run_tag"
         ) from error
     if keep is not None and monitor is None:
         trainer.save_checkpoint(checkpoints / f"{keep}.ckpt", weights_only=True)

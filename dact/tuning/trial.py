@@ -90,7 +90,8 @@ class Objective:
 
     @contextlib.contextmanager
     def _logged(self, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
-        """Log a trial to TensorBoard: parameters, the metrics that the block fills in, and status."""
+        """Log a trial to TensorBoard: parameters, the metrics that the block fills in, and
+        status."""
         run = self.prepared.run
         folder = run.trial_folder(self.stage, trial.number, self.own)
         logger = TensorBoardLogger(
@@ -110,7 +111,8 @@ class Objective:
 
 @contextlib.contextmanager
 def _recorded_cause(trial: BaseTrial) -> Iterator[None]:
-    """Record in a trial why it was pruned or failed; one that was stopped from outside has no cause."""
+    """Record in a trial why it was pruned or failed; one that was stopped from outside has no
+    cause."""
     try:
         yield
     except TimeIsUp:
