@@ -2,62 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
-import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import ModelCardData
 
 from dact.agreement import names_of_classes
-from dact.files import write_text
+from dact.files import read_json, write_text
 
 CARD_NAME = "README.md"
-MARK = "<!-- Written by dact. Delete this line, and your own text is kept when the model is saved again. -->"
-MODEL_FOLDERS = ("model", ".model.partial")  # of a run, whose other files are next to them
+MARK = (
+    "<!-- Written by dact. Delete this line, and your own text is kept when the model is saved "
+    "again. -->"
+)
 SHOWN_CLASSES = 20
 Metrics = Mapping[str, Any] | None  # content of metrics.json
 
 
-@dataclass(frozen=True)
-class Provenance:
-    """Facts about a model, from the folder of its run.
-
-    Args:
-        metrics: Content of its metrics.json, or None.
-        data: Name of the data, or None.
-    """
-
-    metrics: Metrics = None
-    data: str | None = None
-
-
-def read_provenance(folder: Path) -> Provenance:
-    """Return the facts in the files next to the ``model/`` folder of a run; none for any other
+def metrics_of(folder: Path) -> Metrics:
+    """Return the measurements of the run that a ``model/`` folder is part of; None for any other
     folder."""
-    if folder.name not in MODEL_FOLDERS:
-        return Provenance()
-    metrics = data = None
-    with contextlib.suppress(OSError, ValueError):  # not there, or not ours
-        metrics = json.loads((folder.parent / "metrics.json").read_text(encoding="utf-8"))
-    with contextlib.suppress(OSError, ValueError, AttributeError, yaml.YAMLError):
-        data = _name_of_data(
-            yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))
-        )
-    return Provenance(metrics if isinstance(metrics, dict) else None, data)
-
-
-def _name_of_data(config: Any) -> str | None:
-    """Return the class of the data with the name of its training file, without the folder, which
-    may be private."""
-    section = config.get("data") if isinstance(config, dict) else None
-    if not isinstance(section, dict) or not isinstance(section.get("class_path"), str):
-        return None
-    name = section["class_path"].rsplit(".", 1)[-1]
-    file = (section.get("init_args") or {}).get("train_file")
-    return f"{name}, {Path(file).name}" if isinstance(file, str) else name
+    path = folder.absolute().parent / "metrics.json"
+    return read_json(path) if folder.name == "model" and path.is_file() else None
 
 
 def write_card(
@@ -68,13 +35,13 @@ def write_card(
     Args:
         folder: Folder of the model.
         model: The model, a `DACT`.
-        metrics: Content of metrics.json; that of the run around the folder if None.
+        metrics: Content of metrics.json, whose measurements the card shows; that of the run whose
+            ``model/`` folder this is if None.
         repo_id: Hub id under which it is published; None for a local folder.
     """
     path = folder / CARD_NAME
     if not path.exists() or is_written_by_dact(path):
-        found = read_provenance(folder)
-        write_text(path, card(model, Provenance(metrics or found.metrics, found.data), repo_id))
+        write_text(path, card(model, metrics or metrics_of(folder), repo_id))
 
 
 def is_written_by_dact(path: Path) -> bool:
@@ -82,79 +49,72 @@ def is_written_by_dact(path: Path) -> bool:
     return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
-def card(model: Any, provenance: Provenance = Provenance(), repo_id: str | None = None) -> str:
+def card(model: Any, metrics: Metrics = None, repo_id: str | None = None) -> str:
     """Return the text of a model card, in Markdown with the metadata of the Hub in front."""
-    metadata = {
-        "library_name": "dact",
-        "pipeline_tag": "text-classification",
-        "tags": ["dact", "early-exit", "adaptive-computation-time"],
-    }
+    metadata = ModelCardData(
+        library_name="dact",
+        pipeline_tag="text-classification",
+        tags=["dact", "early-exit", "adaptive-computation-time"],
+    )
     title = "Text classifier with early exit" if repo_id is None else repo_id.split("/")[-1]
-    metrics = provenance.metrics
-    if metrics is not None and metrics.get("layers") != model.num_layers:  # those of another model
-        metrics = None
     parts = [
-        f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---",
+        f"---\n{metadata.to_yaml()}\n---",
         f"# {title}",
-        "A text classifier that runs only as many layers of its encoder as each text needs (DACT, arXiv 2004.12770 and "
-        "2109.11745). It was trained with the Python package `dact`.",
-        _facts(model, provenance.data),
+        "A text classifier that runs only as many layers of its encoder as each text needs (DACT, "
+        "arXiv 2004.12770 and 2109.11745). It was trained with the Python package `dact`.",
+        _facts(model),
         f"## Use\n\n{_use(model, repo_id)}",
         f"## When a text leaves\n\n{_halting(model)}",
-        *(_measurements(metrics, _kind(model)) if metrics else []),
+        *_measurements(metrics or {}),
         MARK,
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _facts(model: Any, data: str | None) -> str:
+def _facts(model: Any) -> str:
     described = model.encoder.config() or {}
     family = (described.get("model") or {}).get("model_type")
-    pooling = f", {described['pooling']} pooling" if "pooling" in described else ""
-    encoder = f"`{_kind(model)}`" + (f" ({family})" if family else "")
+    encoder = f"`{type(model.encoder).__name__}`" + (f" ({family})" if family else "")
     names = names_of_classes(model)
+    shown = ", ".join(f"`{name}`" for name in names[:SHOWN_CLASSES])
     more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
-    lines = [
-        f"- Encoder: {encoder}, {model.num_layers} layers of hidden size {model.encoder.hidden_size}{pooling}",
-        f"- Classes ({len(names)}): {', '.join(map(_code, names[:SHOWN_CLASSES]))}{more}",
-    ]
-    return "\n".join([*lines, f"- Training data: {_code(data)}"] if data else lines)
-
-
-def _kind(model: Any) -> str:
-    return type(model.encoder).__name__
-
-
-def _code(text: str) -> str:
-    """Return text as inline code on one line."""
-    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
+    return (
+        f"- Encoder: {encoder}, {model.num_layers} layers of hidden size "
+        f"{model.encoder.hidden_size}\n- Classes ({len(names)}): {shown}{more}"
+    )
 
 
 def _use(model: Any, repo_id: str | None) -> str:
     name = "path/to/this/folder" if repo_id is None else repo_id
-    if model.encoder.config() is None:  # nothing but its own code can build it
-        call = f'DACT.from_pretrained("{name}", encoder={_kind(model)}(...))'
+    if model.encoder.config() is None:
+        # Nothing but its own code can build it.
+        call = f'DACT.from_pretrained("{name}", encoder={type(model.encoder).__name__}(...))'
         return f"```python\nfrom dact import DACT\nmodel = {call}\n```"
-    return (
-        "```python\n"
-        "from dact import TextClassifier\n"
-        f'classifier = TextClassifier.from_pretrained("{name}")\n'
-        'print(classifier(["a text", "another text"]))  # label, score and exit layer of each\n'
-        "```\n\n"
-        "Many texts in one call are classified faster than one at a time. `DACT.from_pretrained` returns the model "
-        "itself, which takes token ids."
-    )
+    return f"""```python
+from dact import TextClassifier
+classifier = TextClassifier.from_pretrained("{name}")
+print(classifier(["a text", "another text"]))
+```
+
+Each prediction has the label, its score and the exit layer. `TextClassifier.stream` takes texts one
+at a time. `DACT.from_pretrained` returns the model itself, which takes token ids."""
 
 
 def _halting(model: Any) -> str:
-    setting = f"Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin {model.halting_margin:.8g}."
+    setting = (
+        f"Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin "
+        f"{model.halting_margin:.8g}."
+    )
     if model.halting == "never":
         return f"{setting} Every text runs all {model.num_layers} layers."
     if model.calibration is not None:
         return f"{setting} {_promise(model.calibration, model.num_layers)}"
     if model.halting_tolerance == 0 and model.halting_margin == 1:
-        return f"{setting} By proof, the class is the one that all {model.num_layers} layers would give; the score is not."
-    return f"{setting} There is no promise about the texts whose class differs from that of all layers."
+        return (
+            f"{setting} By proof, the class is the one that all {model.num_layers} layers would "
+            "give; the score is not."
+        )
+    return f"{setting} Nothing is promised about texts whose class differs from that of all layers."
 
 
 def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> str:
@@ -175,65 +135,59 @@ def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> s
 
 def _promise(calibration: Mapping[str, Any], layers: int) -> str:
     """Return the record of `dact.calibrate` as text."""
-    promise = calibration["promise"]
-    against = (
-        "the model's own full depth"
-        if calibration.get("baseline_accuracy") is None
-        else "the baseline"
-    )
+    promise, against = calibration["promise"], "the model's own full depth"
+    if calibration.get("baseline_accuracy") is not None:
+        against = "the baseline"
     what = what_is_promised(promise, against, layers)
-    if calibration.get("estimate"):
-        first = f"**Estimate, without a confidence:** {what}."
-    else:
-        first = f"**Promise, with {100 * promise['confidence']:g} % confidence on new texts of the same kind:** {what}."
-    seen = (
-        f" Set on {calibration['examples']} examples: accuracy {100 * calibration['accuracy']:.2f} % (full depth "
-        f"{100 * calibration['full_depth_accuracy']:.2f} %), {calibration['mean_exit_layer']:.2f} of {layers} layers."
+    kind = (
+        f"Promise, with {100 * promise['confidence']:g} % confidence on new texts of the same kind"
     )
-    reused = " These examples also chose the checkpoint, so this is optimistic."
-    return first + seen + (reused if calibration.get("chose_checkpoint") else "")
+    if calibration.get("estimate"):
+        kind = "Estimate, without a confidence"
+    text = (
+        f"**{kind}:** {what}. Set on {calibration['examples']} examples: accuracy "
+        f"{100 * calibration['accuracy']:.2f} % (full depth "
+        f"{100 * calibration['full_depth_accuracy']:.2f} %), "
+        f"{calibration['mean_exit_layer']:.2f} of {layers} layers."
+    )
+    if calibration.get("chose_checkpoint"):
+        text += " These examples also chose the checkpoint, so this is optimistic."
+    return text
 
 
-def _measurements(metrics: Mapping[str, Any], kind: str) -> list[str]:
-    """Return the tables of the measurements that `metrics` has, for a model with this kind of
-    encoder."""
+def _measurements(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the tables of the measurements that metrics.json has."""
     parts = []
-    before = " before the export to ONNX Runtime" if kind == "OnnxEncoder" else ""
-    with contextlib.suppress(
-        KeyError, TypeError, AttributeError
-    ):  # a table of another shape is left out
-        test, layers = metrics["test"], metrics["layers"]
+    if "test" in metrics:
+        test = metrics["test"]
         rows = [
             ("early exit", test["mean_exit_layer"], test),
-            ("the same model at full depth", layers, test["full_depth"]),
+            ("the same model at full depth", metrics["layers"], test["full_depth"]),
         ]
         if "baseline" in metrics:
-            rows.append(
-                (
-                    "whole encoder, fine-tuned",
-                    metrics["baseline"]["layers"],
-                    metrics["baseline"]["test"],
-                )
-            )
+            whole = metrics["baseline"]
+            rows.append(("whole encoder, fine-tuned", whole["layers"], whole["test"]))
         table = [
             f"| {name} | {depth:.2f} | {100 * entry['accuracy']:.2f} % | {entry['macro_f1']:.3f} "
-            f"| {_speed(entry.get('texts_per_second'))} |"
+            f"| {entry['texts_per_second']:.0f} |"
             for name, depth, entry in rows
         ]
         head = "| | layers | accuracy | macro F1 | texts per second |\n|---|---|---|---|---|"
-        at = f"margin {metrics.get('halting_margin', 1):.8g} and tolerance {metrics.get('halting_tolerance', 0):g}"
-        parts.append(f"## Test\n\nMeasured{before} at {at}.\n\n" + "\n".join([head, *table]))
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        at = (
+            f"Measured after training, in PyTorch, at margin {metrics['halting_margin']:.8g} and "
+            f"tolerance {metrics['halting_tolerance']:g}."
+        )
+        parts.append("\n".join([f"## Test\n\n{at}\n", head, *table]))
+    if "margin_curve" in metrics:
         table = [
-            f"| {point['margin']:g} | {point['mean_exit_layer']:.2f} | {100 * point['accuracy']:.2f} % "
-            f"| {100 * point['agreement']:.2f} % |"
+            f"| {point['margin']:g} | {point['mean_exit_layer']:.2f} "
+            f"| {100 * point['accuracy']:.2f} % | {100 * point['agreement']:.2f} % |"
             for point in metrics["margin_curve"]
         ]
         head = "| margin | layers | accuracy | agreement with full depth |\n|---|---|---|---|"
-        text = f"Measured{before} on validation examples: estimates. `from_pretrained(..., halting_margin=...)` sets one."
-        parts.append(f"## Operating points\n\n{text}\n\n" + "\n".join([head, *table]))
+        text = (
+            "Estimates, from validation examples. `from_pretrained(..., halting_margin=...)` sets "
+            "one."
+        )
+        parts.append("\n".join([f"## Operating points\n\n{text}\n", head, *table]))
     return parts
-
-
-def _speed(texts_per_second: float | None) -> str:
-    return "" if texts_per_second is None else f"{texts_per_second:.0f}"

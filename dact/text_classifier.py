@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -18,21 +17,21 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dact import hub
 from dact.agreement import names_of_classes
 from dact.calibration.temperature import temper
-from dact.checks import check_count, check_type
-from dact.data.files import is_utf8
+from dact.checks import check_count
+from dact.data.files import text_fault
 from dact.data.tokenizers import (
     PreTrainedTokenizerBase,
     load_tokenizer,
     tokenize,
     tokenizer_for,
 )
-from dact.encoders.base import LayeredEncoder
 from dact.model import DACT
-from dact.model_card import Metrics
+from dact.model_card import Metrics, metrics_of
 
 Text = str | tuple[str, str] | list[str]
-NO_LIMIT = 10**20  # a tokenizer's `model_max_length` above it means none
+MOST_TOKENS = 8192  # where neither encoder nor tokenizer has a limit: memory grows with its square
 BAR_DELAY = 2.0  # seconds after which a progress bar appears
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -40,18 +39,20 @@ class Prediction:
     """The answer for one text.
 
     Args:
-        label: Name of the class.
+        label: Name of the class; None, like score and exit layer, for a text that has no answer.
         score: Probability of that class at the exit layer, in [0, 1]; calibrated if the model has
             temperatures. At tolerance 0 and margin 1 the class is that of full depth, but the
             probability is not.
         exit_layer: Number of the last layer that was run, 1-based.
         probabilities: Probabilities of all classes, by their names.
+        reason: Why there is no answer, such as ``"empty text"``; None if there is one.
     """
 
-    label: str
-    score: float
-    exit_layer: int
+    label: str | None
+    score: float | None
+    exit_layer: int | None
     probabilities: dict[str, float]
+    reason: str | None = None
 
 
 class TextClassifier:
@@ -64,7 +65,8 @@ class TextClassifier:
         model: Model, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of
             transformers.
         tokenizer: Tokenizer of the model, which is copied, or its name, as for the data. Texts are
-            cut to the length that tokenizer and encoder take.
+            cut to the length that tokenizer and encoder take, or to 8,192 tokens if neither has a
+            limit.
         batch_size: Number of texts that are classified together, 1 or more. More make early exit
             faster, up to about a thousand on a CPU and ten thousand on a GPU. In float32 no answer
             depends on it; in half precision rounding may change a few.
@@ -74,16 +76,17 @@ class TextClassifier:
             of a few texts.
 
     Raises:
-        ValueError: If `batch_size` is below 1, `device` cannot be used here, `dtype` is not one of
-            float32, bfloat16 and float16, or the tokenizer has more ids than the encoder.
+        ValueError: If `batch_size` is below 1, `dtype` is not one of float32, bfloat16 and float16,
+            or the tokenizer has more ids than the encoder.
 
     Example:
         >>> from dact.data import CompositionalSentiment
         >>> from dact.encoders import TransformerEncoder
         >>> data = CompositionalSentiment(num_train=10)
-        >>> model = DACT(encoder=TransformerEncoder(data.vocab_size, 2, 8, 2), class_names=data.class_names)
+        >>> encoder = TransformerEncoder(data.vocab_size, num_layers=2, hidden_size=8, num_heads=2)
+        >>> model = DACT(encoder=encoder, class_names=data.class_names)
         >>> classifier = TextClassifier(model, data.tokenizer)
-        >>> classifier(["the screen is ironically great ."])[0].exit_layer
+        >>> classifier("the screen is ironically great .").exit_layer
         2
     """
 
@@ -96,32 +99,21 @@ class TextClassifier:
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> None:
-        if not hasattr(model, "early_exit"):
-            kind = type(model).__name__
-            raise TypeError(
-                f"TextClassifier: model must be a DACT, got {kind}; from_pretrained loads one from a folder"
-            )
         check_count("TextClassifier: batch_size", batch_size)
-        _check_device(device)
         self.dtype = _checked_dtype(dtype)
-        self._is_rounded = False
-        self.model: Any = model.eval()
-        if device is not None:
-            self.model.to(device)
+        self.model = model.eval().to(device or model.device)
         self.batch_size = batch_size
         if isinstance(tokenizer, str):
             tokenizer = load_tokenizer(tokenizer)
-        such_as = "transformers.AutoTokenizer.from_pretrained(…)"
-        check_type("TextClassifier: tokenizer", tokenizer, PreTrainedTokenizerBase, such_as)
-        encoder = getattr(model, "encoder", None)
-        if isinstance(encoder, LayeredEncoder):
-            encoder.check_tokens(tokenizer, None)
-        longest = getattr(encoder, "max_length", None) or tokenizer.model_max_length
-        self.tokenizer = tokenizer_for(tokenizer, min(tokenizer.model_max_length, longest))
+        model.encoder.check_tokens(tokenizer, None)
+        limits = (model.encoder.max_length, tokenizer.model_max_length)
+        # A tokenizer without a limit has a huge one.
+        longest = min(limit for limit in limits if limit is not None)
+        self.tokenizer = tokenizer_for(tokenizer, longest if longest < 10**20 else MOST_TOKENS)
         self.class_names = names_of_classes(model)
-        self._tokenizing = (
-            threading.Lock()
-        )  # a fast tokenizer refuses a second thread ("Already borrowed")
+        self.metrics: Metrics = None
+        # A fast tokenizer fails in a second thread ("Already borrowed").
+        self._tokenizing = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_tokenizing"}
@@ -162,7 +154,6 @@ class TextClassifier:
             FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no
                 tokenizer.
         """
-        _check_device(device)
         directory = hub.local_folder(
             directory,
             revision=revision,
@@ -171,13 +162,12 @@ class TextClassifier:
             local_files_only=local_files_only,
         )
         model = DACT.from_pretrained(directory, **overrides)
-        held = _checked_dtype(dtype) if "encoder" not in overrides else None
-        if held is not None:  # otherwise autocast casts all weights in each call
-            model.encoder.to(held)
+        if dtype is not None and "encoder" not in overrides:
+            # Otherwise autocast casts all weights in each call.
+            model.encoder.to(_checked_dtype(dtype))
         tokenizer = load_tokenizer(str(directory.resolve()))
         classifier = cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
-        has_weights = any(True for _ in model.encoder.parameters())
-        classifier._is_rounded = has_weights and held not in (None, torch.float32)
+        classifier.metrics = metrics_of(directory)
         return classifier
 
     def save_pretrained(self, directory: str | Path, **card: Any) -> None:
@@ -185,164 +175,115 @@ class TextClassifier:
         `DACT.save_pretrained`.
 
         Raises:
-            ValueError: If the weights of its encoder were rounded to half precision when it was
-                loaded.
+            ValueError: If the encoder was loaded in half precision.
         """
-        if self._is_rounded:
+        if any(one.dtype != torch.float32 for one in self.model.encoder.parameters()):
             raise ValueError(
-                "the encoder's weights were rounded to half precision when it was loaded: load it without dtype to "
-                "save it"
+                "the weights of the encoder are in half precision: load it without dtype to save it"
             )
-        self.model.save_pretrained(directory, **card)
+        self.model.save_pretrained(directory, **{"metrics": self.metrics, **card})
         self.tokenizer.save_pretrained(str(directory))
 
     def push_to_hub(
         self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]
     ) -> str:
-        """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`."""
-        return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, options)
+        """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`.
+
+        The model card has the measurements of the run that the model was loaded from, unless
+        `metrics` replaces them."""
+        save = partial(self.save_pretrained, metrics=metrics or self.metrics)
+        return hub.publish(save, repo_id, options)
 
     @property
     def device(self) -> torch.device:
         """Device that the model is on."""
-        return getattr(self.model, "device", torch.device("cpu"))
+        return self.model.device
 
-    def __call__(self, texts: Sequence[Text]) -> list[Prediction]:
+    @overload
+    def __call__(self, texts: str) -> Prediction: ...
+    @overload
+    def __call__(self, texts: Iterable[Text]) -> list[Prediction]: ...
+    def __call__(self, texts: str | Iterable[Text]) -> Prediction | list[Prediction]:
         """Return one prediction per text, in their order; a progress bar appears on a terminal if
         it takes long.
 
+        A text that is empty or no text at all gets a prediction without a label, and with a reason.
+
         Args:
-            texts: Texts, or pairs of texts as tuples or lists of two.
+            texts: One text, or texts and pairs of texts as tuples or lists of two.
 
         Raises:
-            TypeError: If `texts` is one string or a table, an entry is neither a text nor a pair,
-                or texts and pairs are mixed.
-            ValueError: If a text is empty.
+            TypeError: If `texts` is a table.
         """
+        if isinstance(texts, str):
+            return self._predict([texts])[0]
         _check_texts(texts)
-        # All texts are checked before the first is classified.
-        checked = _checked(enumerate(texts))
-        with _Bar(
-            total=len(checked),
-            unit="text",
-            delay=BAR_DELAY,
-            leave=False,
-            disable=sys.stderr is None or not sys.stderr.isatty(),
-        ) as bar:
-            found = []
-            for start in range(0, len(checked), self.batch_size):
-                found += self._classify(checked[start : start + self.batch_size])
+        given, found = list(texts), list[Prediction]()
+        with tqdm(total=len(given), unit="text", delay=BAR_DELAY, leave=False, disable=None) as bar:
+            for start in range(0, len(given), self.batch_size):
+                found += self._predict(given[start : start + self.batch_size])
                 bar.update(len(found) - bar.n)
         return found
+
+    predict = __call__
 
     def stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
         """Yield one prediction per text from a source of any length, which is read at most one
         batch ahead."""
         _check_texts(texts)
-        source = enumerate(texts)
-        while waiting := _checked(islice(source, self.batch_size)):
-            yield from self._classify(waiting)
+        source = iter(texts)
+        while waiting := list(islice(source, self.batch_size)):
+            yield from self._predict(waiting)
 
-    def _classify(self, texts: list[Text]) -> list[Prediction]:
+    def _predict(self, texts: Sequence[Text]) -> list[Prediction]:
+        reasons = [_fault(text) for text in texts]
+        found = [Prediction(None, None, None, {}, reason) for reason in reasons]
+        usable = [row for row, reason in enumerate(reasons) if reason is None]
+        singles = [row for row in usable if isinstance(texts[row], str)]
+        pairs = [row for row in usable if not isinstance(texts[row], str)]
+        # Single texts and pairs are tokenised in different ways.
+        for rows in filter(None, (singles, pairs)):
+            answers = self._classify([texts[row] for row in rows])
+            for row, answer in zip(rows, answers, strict=True):
+                found[row] = answer
+        return found
+
+    def _classify(self, texts: Sequence[Text]) -> Iterator[Prediction]:
+        """Yield the answers for texts, or for pairs of texts."""
+        given = [text if isinstance(text, str) else tuple(text) for text in texts]
         with self._tokenizing:
-            cut = self.tokenizer.model_max_length < NO_LIMIT
-            encoding = tokenize(self.tokenizer, texts, truncation=cut)
-        half = self.dtype is not None and self.dtype != torch.float32
-        precision = (
-            torch.autocast(self.device.type, self.dtype) if half else contextlib.nullcontext()
-        )
+            encoding = tokenize(self.tokenizer, given, truncation=True)
+        batch = {name: value.to(self.device) for name, value in encoding.items()}
+        precision: Any = contextlib.nullcontext()
+        if self.dtype in (torch.bfloat16, torch.float16):
+            precision = torch.autocast(self.device.type, self.dtype)
         with precision:
-            output = self.model.early_exit(
-                {name: value.to(self.device) for name, value in encoding.items()}
-            )
-        labels = output.probabilities.argmax(dim=1)
-        probabilities = temper(
-            output.probabilities, output.exit_layer, getattr(self.model, "temperatures", None)
-        )
-        return [
-            Prediction(
-                self.class_names[label],
-                row[label],
-                exit_layer,
-                dict(zip(self.class_names, row, strict=True)),
-            )
-            for label, row, exit_layer in zip(
-                labels.tolist(), probabilities.tolist(), output.exit_layer.tolist(), strict=True
-            )
-        ]
+            output = self.model.early_exit(batch)
+        labels = output.probabilities.argmax(dim=1).tolist()
+        layers = output.exit_layer.tolist()
+        rows = temper(output.probabilities, output.exit_layer, self.model.temperatures).tolist()
+        for label, layer, row in zip(labels, layers, rows, strict=True):
+            by_name = dict(zip(self.class_names, row, strict=True))
+            yield Prediction(self.class_names[label], row[label], layer, by_name)
 
 
-class _Bar(tqdm):  # type: ignore[misc]
-    """A progress bar without tqdm's monitor thread, which would outlive the call."""
-
-    monitor_interval = 0
-
-
-def _checked(texts: Iterable[tuple[int, object]]) -> list[Any]:
-    """Return the texts, or pairs as tuples, of (position, entry); raise an error unless all are of
-    one kind."""
-    found: list[Any] = []
-    for row, entry in texts:
-        parts = (entry,) if isinstance(entry, str) else entry
-        if not isinstance(parts, (tuple, list)) or (len(parts) != 2 and parts is entry):
-            raise TypeError(
-                f"expected texts or pairs of texts, got {_kind(entry)} at position {row}"
-            )
-        check_text(parts, row)
-        found.append(entry if isinstance(entry, str) else tuple(parts))
-        if isinstance(entry, str) != isinstance(found[0], str):
-            raise TypeError(
-                f"expected only texts or only pairs, got both: {_kind(entry)} at position {row}"
-            )
-    return found
+def _fault(text: object) -> str | None:
+    """Return why an entry has no answer, None if it has one."""
+    if isinstance(text, (tuple, list)) and len(text) != 2:
+        return f"neither a text nor a pair of texts, but a {type(text).__name__} of {len(text)}"
+    return text_fault(text if isinstance(text, (tuple, list)) else [text])
 
 
 def _check_texts(texts: object) -> None:
-    if isinstance(texts, str):
-        raise TypeError("expected a sequence of texts, got one string: pass [text]")
-    if isinstance(texts, Mapping) or hasattr(
-        texts, "columns"
-    ):  # iterating over it gives the names of its columns
+    """Raise a ``TypeError`` for a table, since iterating over it gives the names of its columns."""
+    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
         raise TypeError(
             f"expected a sequence of texts, got a {type(texts).__name__}: pass one column as a list"
         )
 
 
-def check_text(text: str | Sequence[object], position: int) -> None:
-    """Raise an error unless a text, or each of a pair, is a string that a tokenizer can read."""
-    for part in [text] if isinstance(text, str) else text:
-        if not isinstance(part, str):
-            raise TypeError(f"expected strings, got {type(part).__name__} at position {position}")
-        if not part.strip():
-            raise ValueError(f"the text at position {position} is empty")
-        if not is_utf8(part):  # JSON, for one, may hold halves of a character
-            raise ValueError(
-                f"the text at position {position} is not valid Unicode: it has half of a surrogate pair"
-            )
-
-
-def _kind(entry: object) -> str:
-    if isinstance(entry, str):
-        return "a text"
-    return f"a {type(entry).__name__}" + (
-        f" of {len(entry)}" if isinstance(entry, (tuple, list)) else ""
-    )
-
-
-def _check_device(device: str | torch.device | None) -> None:
-    """Raise an error unless tensors can be on `device` here."""
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise ValueError(
-            f"TextClassifier: device={str(device)!r} cannot be used here, cpu can: {first}"
-        ) from error
-
-
 def _checked_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    found = known.get(dtype) if isinstance(dtype, str) else dtype
-    if dtype is not None and found not in known.values():
-        raise ValueError(f"TextClassifier: dtype must be one of {', '.join(known)}, got {dtype}")
+    found = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if dtype is not None and found not in DTYPES.values():
+        raise ValueError(f"TextClassifier: dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     return found

@@ -1,10 +1,10 @@
-"""Every encoder: its layers one by one are the plain forward pass, and only the layers that are
-asked for run."""
+"""Every encoder: its layers one by one are the plain forward pass, and no others run."""
 
 import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from dact import DACT
@@ -12,7 +12,6 @@ from dact.encoders import HuggingFaceEncoder, TransformerEncoder, from_config
 from dact.encoders.base import pool_tokens
 from dact.encoders.huggingface import FAMILIES
 from dact.encoders.pretrained import resolve_pretrained
-from dact.files import read_tensors, write_tensors
 from tests.conftest import random_batch, scatter_exits, tiny_model
 
 LAYERS = 4
@@ -27,13 +26,16 @@ CONFIGS = {
     "bert": TINY,
     "roberta": {**TINY, "pad_token_id": 0},
     "electra": {**TINY, "embedding_size": 16},
-    "distilbert": {"dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 64, "vocab_size": 100},
+    "distilbert": {
+        "dim": 32, "n_layers": LAYERS, "n_heads": 4, "hidden_dim": 64, "vocab_size": 100,
+    },
     "albert": {**TINY, "embedding_size": 16},
     "albert-groups": {**TINY, "embedding_size": 16, "num_hidden_groups": 2, "inner_group_num": 2},
     "mpnet": {**TINY, "pad_token_id": 0},
     "deberta-v2": {
         **TINY, "relative_attention": True, "position_buckets": 16, "norm_rel_ebd": "layer_norm",
-        "pos_att_type": ["p2c", "c2p"], "share_att_key": True, "conv_kernel_size": 3, "conv_act": "gelu",
+        "pos_att_type": ["p2c", "c2p"], "share_att_key": True,
+        "conv_kernel_size": 3, "conv_act": "gelu",
     },
     "modernbert": {
         **TINY, "global_attn_every_n_layers": 3, "local_attention": 8,
@@ -73,16 +75,12 @@ def test_every_family_is_tested():
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("entries", [("input_ids", "attention_mask"), ("input_ids",)])
 @torch.no_grad()
-def test_layer_by_layer_equals_the_plain_forward_of_the_library(name, padded):
+def test_layer_by_layer_equals_the_plain_forward_of_the_library(name, entries):
     torch.manual_seed(3)
     model = AutoModel.from_config(config_of(name)).eval()
-    batch = {
-        k: v
-        for k, v in BATCH.items()
-        if k in (("input_ids", "attention_mask") if padded else ("input_ids",))
-    }
+    batch = {name: BATCH[name] for name in entries}
     plain = model(**batch, output_hidden_states=True)
     encoder = HuggingFaceEncoder.from_model(model).eval()
     mask, hidden = encoder.mask(batch), encoder.embed(batch)
@@ -99,37 +97,22 @@ def test_layer_by_layer_equals_the_plain_forward_of_the_library(name, padded):
     torch.testing.assert_close(reached[valid], plain.last_hidden_state[valid], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("pooling", ["mean", "first"])
 @torch.no_grad()
 def test_one_forward_gives_the_pooled_states_of_every_layer(name, pooling):
-    encoder = (
-        encoder_of(name, pooling=pooling)
-        if name != "built-in"
-        else TransformerEncoder(100, 4, 32, 4, pooling=pooling).eval()
-    )
+    encoder = encoder_of(name, pooling=pooling)
     states = encoder(BATCH)
     assert states.shape == (9, LAYERS, 32)
-    mask, reached = encoder.mask(BATCH), []
-    if name == "built-in":
-        hidden = encoder.embed(BATCH)
-        for n in range(1, LAYERS + 1):
-            hidden = encoder.layer(n, hidden, encoder.context(hidden, mask))
-            reached.append(encoder.norm(hidden))
-    else:  # as the library gives them: the last state has passed ModernBERT's final norm, the others have not
-        inner = getattr(encoder.model.config, "inner_group_num", 1)
-        reached = encoder.model(**BATCH, output_hidden_states=True).hidden_states[inner::inner]
-        if name == "modernbert":
-            reached = [*map(encoder.model.final_norm, reached[:-1]), reached[-1]]
-    weights = (
-        mask / mask.sum(1, keepdim=True)
-        if pooling == "mean"
-        else torch.eye(mask.shape[1])[mask.argmax(1)]
-    )
-    expected = torch.stack(
-        [torch.einsum("bl,bld->bd", weights.to(state), state) for state in reached], dim=1
-    )
-    torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
+    # The library's last state has passed ModernBERT's final norm, the others have not.
+    inner = getattr(encoder.model.config, "inner_group_num", 1)
+    reached = encoder.model(**BATCH, output_hidden_states=True).hidden_states[inner::inner]
+    if name == "modernbert":
+        reached = [*map(encoder.model.final_norm, reached[:-1]), reached[-1]]
+    mask = encoder.mask(BATCH)
+    weights = {"mean": mask / mask.sum(1, keepdim=True), "first": torch.eye(24)[mask.argmax(1)]}
+    pooled = [torch.einsum("bl,bld->bd", weights[pooling], state) for state in reached]
+    torch.testing.assert_close(states, torch.stack(pooled, dim=1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -196,9 +179,7 @@ def test_fewer_layers_are_the_first_ones(name, tmp_path):
     torch.testing.assert_close(encoder(BATCH), states[:, :2])
 
 
-@pytest.mark.parametrize(
-    "name", ["bert", "distilbert", "roberta", "electra", "deberta-v2", "modernbert"]
-)
+@pytest.mark.parametrize("name", ["bert", "distilbert", "deberta-v2", "modernbert"])
 def test_a_fine_tuned_classifier_serves_and_its_head_is_left_aside(name, tmp_path, caplog):
     model = AutoModelForSequenceClassification.from_config(config_of(name))
     model.save_pretrained(tmp_path)
@@ -218,26 +199,21 @@ def test_half_precision_weights_are_taken_in_float32_and_dropout_is_on(tmp_path)
     assert all(module.training for module in encoder.modules())
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", CONFIGS)
 def test_an_encoder_starts_from_a_model_that_dact_trained(tmp_path, name):
     model = DACT(encoder=encoder_of(name)).eval()
     model.save_pretrained(tmp_path)
-    if name == "built-in":
-        with pytest.raises(ValueError, match="has an encoder that is not from Hugging Face"):
-            HuggingFaceEncoder(str(tmp_path))
-        return
     batch = random_batch(3, 9, vocab=100)
     with torch.no_grad():
         assert torch.equal(HuggingFaceEncoder(str(tmp_path)).eval()(batch), model.encoder(batch))
-        if name != "albert-groups":  # whose groups depend on the number of layers
+        if name != "albert-groups":
             first = HuggingFaceEncoder(str(tmp_path), num_layers=1).eval()(batch)
             torch.testing.assert_close(first, model.encoder(batch)[:, :1])
-    weights, _ = read_tensors(tmp_path / "model.safetensors")
-    lost = next(key for key in weights if key.startswith("encoder.model."))
-    write_tensors(
-        tmp_path / "model.safetensors", {key: w for key, w in weights.items() if key != lost}
-    )
-    with pytest.raises(ValueError, match=r"lacks 1 weights of the encoder, such as"):
+
+
+def test_a_model_of_dact_with_another_encoder_is_no_encoder_from_hugging_face(tmp_path):
+    tiny_model().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="not from Hugging Face"):
         HuggingFaceEncoder(str(tmp_path))
 
 
@@ -272,19 +248,25 @@ def test_padding_on_either_side_pools_the_same_tokens():
         )
 
 
-def test_batches_that_an_encoder_cannot_take_are_named():
-    encoder = encoder_of("bert")
-    ids = torch.ones(2, encoder.max_length + 1, dtype=torch.long)
-    with pytest.raises(
-        ValueError,
-        match=f"has {encoder.max_length + 1} tokens .* takes at most {encoder.max_length}: cut",
-    ):
-        encoder({"input_ids": ids})
-    with pytest.raises(
-        ValueError,
-        match=f"token id {encoder.vocab_size}, but the encoder knows 0 … {encoder.vocab_size - 1}",
-    ):
-        encoder({"input_ids": torch.tensor([[1, encoder.vocab_size]])})
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"input_ids": torch.ones(3, 513, dtype=torch.long)}, "513 tokens.*at most 512"),
+        ({"input_ids": torch.full((3, 4), 100)}, "token id 100.*0 … 99"),
+        ({"attention_mask": torch.eye(4)[:3] * torch.tensor([[1], [0], [1]])}, "row 1 .* padding"),
+        ({"attention_mask": torch.ones(3, 4).triu(1)}, "padded on the left"),
+    ],
+)
+def test_batches_that_an_encoder_cannot_take_are_named(change, message):
+    model = DACT(encoder=encoder_of("bert")).eval()
+    batch = {"input_ids": torch.ones(3, 4, dtype=torch.long)} | change
+    for call in (model, model.early_exit):
+        with pytest.raises(ValueError, match=message):
+            call(batch)
+    with pytest.raises(KeyError, match="input_ids"):
+        model({"labels": torch.zeros(3)})
+    with pytest.raises(TypeError, match="a batch is a dict"):
+        model((torch.ones(3, 4), torch.zeros(3)))
 
 
 def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path):
@@ -299,11 +281,10 @@ def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path)
 @pytest.mark.parametrize(
     ("pretrained", "message"),
     [
-        ("no-such-organisation/no-such-model", "no encoder at pretrained='no-such.*network"),
-        ("./nowhere", "no.* at nowhere|there is none"),
+        ("no-such-organisation/no-such-model", "no model at pretrained='no-such.*connect"),
+        ("./nowhere", "there is none at nowhere"),
         ("package:no_such_package/model", "no installed package 'no_such_package'"),
         ("package:torch/no_such_folder", "has no folder 'no_such_folder'"),
-        ("package:torch/../..", "has no folder"),
     ],
 )
 def test_a_missing_encoder_is_one_clear_error(pretrained, message):
@@ -312,18 +293,13 @@ def test_a_missing_encoder_is_one_clear_error(pretrained, message):
 
 
 def test_missing_weights_and_too_many_layers_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     AutoModel.from_config(config_of("bert")).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"1 … 4.*got 5"):
         HuggingFaceEncoder(str(tmp_path), num_layers=5)
     weights = load_file(tmp_path / "model.safetensors")
     weights.pop("encoder.layer.1.attention.self.query.weight")
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match="lacks 1 weights"):
-        HuggingFaceEncoder(str(tmp_path))
-    (tmp_path / "model.safetensors").write_bytes(b"\x00" * 100)
-    with pytest.raises(ValueError, match="cannot be read"):
+    with pytest.raises(ValueError, match=r"lacks 1 weights.*layer\.1\.attention"):
         HuggingFaceEncoder(str(tmp_path))
 
 
@@ -337,9 +313,9 @@ def test_albert_with_groups_cannot_be_cut(tmp_path):
     ("arguments", "message"),
     [
         ({"vocab_size": 1}, "vocab_size must be 2 or more, got 1"),
-        ({"num_layers": 0}, "num_layers must be in 1 … 1000, got 0"),
-        ({"num_heads": 3}, "num_heads must be even, got 3"),
-        ({"hidden_size": 10}, "multiple of num_heads, got 10 and 4"),
+        ({"num_layers": 0}, "num_layers must be 1 or more, got 0"),
+        ({"num_heads": 3}, "num_heads must be even.*3 heads"),
+        ({"hidden_size": 10}, "divide hidden_size.*4 heads for 10"),
         ({"dropout": 1.0}, "dropout"),
         ({"pooling": "max"}, "got 'max'"),
         ({"slopes": (1.0, 2.0)}, "the steepest and the flattest"),
@@ -348,18 +324,6 @@ def test_albert_with_groups_cannot_be_cut(tmp_path):
 def test_a_wrong_built_in_encoder_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TransformerEncoder(**{"vocab_size": 10, **arguments})
-
-
-def test_an_all_padding_row_and_a_wrong_mask_are_refused():
-    model, batch = tiny_model(), random_batch(3)
-    batch["attention_mask"][1] = 0
-    for call in (model, model.early_exit):
-        with pytest.raises(ValueError, match=r"rows \[1\] of the batch are all padding"):
-            call(batch)
-    with pytest.raises(ValueError, match=r"attention_mask must have the shape"):
-        model({**batch, "attention_mask": batch["attention_mask"][:, :2]})
-    with pytest.raises(KeyError, match="input_ids"):
-        model({"labels": batch["labels"]})
 
 
 def test_resolve_leaves_hub_ids_alone(tmp_path):

@@ -12,9 +12,8 @@ from dact.agreement import names_of_classes
 from dact.data.examples import Examples
 from dact.data.tokenizers import load_tokenizer, tokenize
 from dact.encoders.base import move
-from dact.encoders.huggingface import load_sequence_classifier, longest_input
+from dact.encoders.huggingface import is_of_dact, load_sequence_classifier, longest_input
 from dact.encoders.pretrained import resolve_pretrained
-from dact.hub import folder_of_dact, out_of_reach
 from dact.model import DACT
 
 BATCH = 64
@@ -63,10 +62,8 @@ def teacher_probabilities(
 def _load(teacher: str) -> tuple[Any, list[str], int | None]:
     """Return the model, the names of its classes, and the most tokens that it takes, None if there
     is no bound."""
-    source = resolve_pretrained(teacher)
-    own = folder_of_dact(source, out_of_reach(source))
-    if own is not None:
-        model = DACT.from_pretrained(own)
+    if is_of_dact(teacher):
+        model = DACT.from_pretrained(resolve_pretrained(teacher))
         return model, names_of_classes(model), model.encoder.max_length
     classifier, names = load_sequence_classifier(teacher)
     return classifier, names, longest_input(classifier)

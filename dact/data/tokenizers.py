@@ -17,7 +17,6 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
 from dact.encoders.pretrained import resolve_pretrained
-from dact.hub import out_of_reach
 
 # Texts that are tokenized in one call, since a tokenizer needs far more memory than its texts.
 PORTION = 1000
@@ -35,9 +34,9 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
         ValueError: If there is no tokenizer.
     """
     try:
-        source = resolve_pretrained(pretrained)
-        options = {"trust_remote_code": False, "local_files_only": out_of_reach(source)}
-        return AutoTokenizer.from_pretrained(source, padding_side="right", **options)
+        return AutoTokenizer.from_pretrained(
+            resolve_pretrained(pretrained), padding_side="right", trust_remote_code=False
+        )
     except Exception as error:  # the libraries raise many kinds
         reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
         raise ValueError(

@@ -40,21 +40,21 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
     Raises:
         ValueError: If the description is missing or names no built-in encoder.
     """
-    kind, rest = (
-        (config or {}).get("type"),
-        {key: value for key, value in (config or {}).items() if key != "type"},
-    )
+    rest = dict(config or {})
+    kind = rest.pop("type", None)
     if kind == "TransformerEncoder":
         return TransformerEncoder(**rest)
     if kind == "HuggingFaceEncoder":
         return HuggingFaceEncoder.from_config(**rest)
-    if kind == "OnnxEncoder":
-        if folder is None:
-            raise ValueError(
-                "the graphs of an exported encoder lie in the model's folder: load it with DACT.from_pretrained, or "
-                "pass encoder=DACT.from_pretrained(folder).encoder"
-            )
+    if kind == "OnnxEncoder" and folder is not None:
+        # Version 0.1.0 stored digests of the graphs as well.
+        rest.pop("digests", None)
         return __getattr__(kind)(folder, **rest)
+    if kind == "OnnxEncoder":
+        raise ValueError(
+            "the graphs of an exported encoder lie in the model's folder: load it with "
+            "DACT.from_pretrained, or pass encoder=DACT.from_pretrained(folder).encoder"
+        )
     raise ValueError(
         "the encoder cannot be rebuilt from the checkpoint, since it is not one of dact's own "
         f"({kind or 'no configuration was stored'}): pass encoder=, built as it was for training"

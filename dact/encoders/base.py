@@ -1,5 +1,4 @@
-"""The contract of a layered encoder. The DACT unit depends only on it, never on a particular
-encoder."""
+"""The contract of a layered encoder, which is all that the DACT unit knows of an encoder."""
 
 from __future__ import annotations
 
@@ -18,32 +17,36 @@ Made = TypeVar("Made")
 
 
 class LayeredEncoder(nn.Module, ABC):
-    """A stack of layers that can be run in one go (training) or layer by layer on a shrinking batch
+    """A stack of layers that runs in one go (training) or layer by layer on a shrinking batch
     (inference).
 
-    A subclass sets `num_layers` and `hidden_size` and implements three methods: `embed`, `layer`
-    and `pool`. Override `context` if the layers share more than the hidden state, `forward` if one
-    ordinary forward pass is faster than a loop, and `mask` if a batch has no ``input_ids``. A
-    checkpoint can rebuild dact's own encoders only: pass any other one as ``encoder=`` where a
-    model is loaded."""
+    A subclass sets `num_layers` and `hidden_size` and implements `embed`, `layer` and `pool`.
+    Override `context` if the layers share more than the hidden state, `forward` if one ordinary
+    forward pass is faster than a loop, and `mask` if a batch has no ``input_ids``. A checkpoint
+    rebuilds the encoders of dact; pass any other one as ``encoder=`` where a model is loaded.
+
+    Attributes:
+        num_layers: Number of layers N.
+        hidden_size: Width of the hidden state.
+        vocab_size: Number of token ids, None if unknown.
+        max_length: Longest input in tokens, None if there is no bound.
+        default_learning_rate: Peak learning rate for fine-tuning.
+        counts_columns: Whether positions count from the first column, so that padding on the left
+            would shift them.
+        step_tokens: Tokens of one step of early exit, None for the default of the device.
+    """
 
     num_layers: int
     hidden_size: int
-    vocab_size: int | None = None  # number of token ids, None if unknown
-    default_learning_rate: float = 1e-4  # for fine-tuning, where the user gives none
-    max_length: int | None = None  # longest input in tokens, None if there is no bound
-    # whether positions count from the first column, which padding on the left would shift
+    vocab_size: int | None = None
+    max_length: int | None = None
+    default_learning_rate: float = 1e-4
     counts_columns: bool = False
-    step_tokens: int | None = (
-        None  # tokens of one step of early exit, None for PyTorch's default on the device
-    )
+    step_tokens: int | None = None
 
     @abstractmethod
     def embed(self, batch: Batch) -> Tensor:
-        """Return the hidden state before layer 1, ``[batch, length, hidden]``.
-
-        In early exit the batch has some of the rows, and entries without a row for each example as
-        they are."""
+        """Return the hidden state before layer 1, ``[batch, length, hidden]``."""
 
     def context(self, hidden: Tensor, mask: Tensor) -> Any:
         """Return what every layer needs next to the hidden state, such as attention biases.
@@ -57,8 +60,7 @@ class LayeredEncoder(nn.Module, ABC):
     def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
         """Return the context of the examples that remain after others have left.
 
-        By default `context` is called again. Override it if picking the rows of the old context
-        costs less.
+        It calls `context` again. Override it if picking rows of the old context costs less.
 
         Args:
             context: Context of all examples, as `context` returned it.
@@ -81,8 +83,8 @@ class LayeredEncoder(nn.Module, ABC):
     def for_each(self, function: Callable[[Given], Made], steps: Sequence[Given]) -> Iterable[Made]:
         """Return the results of a function for all steps of early exit, in their order.
 
-        By default the steps run one after the other, since PyTorch uses all cores in each of them.
-        Override it if they run faster side by side."""
+        The steps run one after the other, since PyTorch uses all cores in each. Override it if
+        they run faster side by side."""
         return map(function, steps)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -107,71 +109,52 @@ class LayeredEncoder(nn.Module, ABC):
         Raises:
             TypeError: If the batch is not a dict.
             KeyError: If the batch has no ``input_ids``.
-            ValueError: If the ids or the mask have another shape, the encoder does not take so many
-                tokens or such an id, a row is all padding, or the batch is padded on the left and
-                positions count from the first column.
+            ValueError: If the encoder does not take so many tokens or such an id, a row is all
+                padding, or the batch is padded on the left and positions count from the first
+                column.
         """
         check_batch(batch)
-        ids = batch.get("input_ids")
-        if not isinstance(ids, Tensor):
-            raise KeyError(
-                f"a batch needs 'input_ids' [batch, length], a tensor, got the keys {sorted(batch)}"
-            )
-        if ids.dim() != 2 or ids.shape[1] == 0:
-            raise ValueError(
-                f"input_ids must have the shape [batch, length], got {list(ids.shape)}: give each example a row of one "
-                "token or more"
-            )
+        if "input_ids" not in batch:
+            raise KeyError(f"a batch needs 'input_ids' [batch, length], got {sorted(batch)}")
+        ids = batch["input_ids"]
         if self.max_length is not None and ids.shape[1] > self.max_length:
             raise ValueError(
-                f"the batch has {ids.shape[1]} tokens per example, but the encoder takes at most {self.max_length}: "
-                f"cut the texts (max_length={self.max_length})"
+                f"the batch has {ids.shape[1]} tokens per example, but the encoder takes at most "
+                f"{self.max_length}: cut the texts (max_length={self.max_length})"
             )
-        mask = batch.get("attention_mask")
-        if mask is None:
-            mask = torch.ones_like(ids)
-        if mask.shape != ids.shape:
+        mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
+        # All in one transfer, since each waits for the GPU.
+        facts = torch.stack([mask.sum(dim=1).long(), ids.amax(dim=1).long(), mask[:, 0].long()])
+        tokens, highest, first = facts.tolist()
+        if self.vocab_size is not None and max(highest, default=0) >= self.vocab_size:
             raise ValueError(
-                f"attention_mask must have the shape of input_ids {list(ids.shape)} [batch, length], got "
-                f"{list(mask.shape)}"
+                f"the batch has the token id {max(highest)}, but the encoder knows "
+                f"0 … {self.vocab_size - 1}: use its own tokenizer, or set its vocab_size"
             )
-        highest = ids.max() if len(ids) else ids.new_zeros(())
-        *counts, largest = torch.cat(
-            [mask.sum(dim=1).long(), highest.reshape(1)]
-        ).tolist()  # a GPU is waited for once
-        if self.vocab_size is not None and largest >= self.vocab_size:
+        if 0 in tokens:
             raise ValueError(
-                f"the batch has the token id {largest}, but the encoder knows 0 … {self.vocab_size - 1}: use the "
-                "tokenizer of the encoder, or set its vocab_size"
+                f"row {tokens.index(0)} of the batch is all padding: each example needs a token"
             )
-        empty = [row for row, tokens in enumerate(counts) if not tokens]
-        if empty:
+        if self.counts_columns and 0 in first:
             raise ValueError(
-                f"rows {empty} of the batch are all padding: each example needs at least one token"
-            )
-        if self.counts_columns and not mask[:, 0].all():
-            raise ValueError(
-                "the batch is padded on the left, where an encoder with absolute positions would answer differently "
-                "for each width of the padding: pad on the right (tokenizer.padding_side = 'right')"
+                "the batch is padded on the left, but the positions of this encoder count from the "
+                "first column: pad on the right (tokenizer.padding_side = 'right')"
             )
         return mask
 
     def check_tokens(self, tokenizer: Any, max_length: int | None) -> None:
-        """Raise a ``ValueError`` if this tokenizer or length of the data, None if unknown, does not
-        fit the encoder."""
-        if (
-            tokenizer is not None
-            and self.vocab_size is not None
-            and len(tokenizer) > self.vocab_size
-        ):
+        """Raise a ``ValueError`` if this tokenizer or length of the data does not fit the encoder;
+        None is not checked."""
+        known = self.vocab_size
+        if tokenizer is not None and known is not None and len(tokenizer) > known:
             raise ValueError(
-                f"the tokenizer has {len(tokenizer)} token ids, but the encoder only {self.vocab_size}: give both the "
-                "same pretrained name, or set the encoder's vocab_size"
+                f"the tokenizer has {len(tokenizer)} token ids, but the encoder only {known}: give "
+                "both the same pretrained name, or set the encoder's vocab_size"
             )
         if max_length is not None and self.max_length is not None and max_length > self.max_length:
             raise ValueError(
-                f"the data is cut to max_length={max_length} tokens, but the encoder takes at most {self.max_length}: "
-                "lower the max_length of the data"
+                f"the data is cut to max_length={max_length} tokens, but the encoder takes at most "
+                f"{self.max_length}: lower the max_length of the data"
             )
 
     def config(self) -> dict[str, Any] | None:
@@ -196,10 +179,9 @@ def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
 def check_batch(batch: object) -> None:
     """Raise a ``TypeError`` if a batch is not a dict."""
     if not isinstance(batch, Mapping):
-        size = f" of {len(batch)}" if isinstance(batch, (tuple, list)) else ""
         raise TypeError(
-            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}{size}: make the data "
-            "yield dicts"
+            f"a batch is a dict with 'input_ids' [batch, length], got a {type(batch).__name__}: "
+            "make the data yield dicts"
         )
 
 

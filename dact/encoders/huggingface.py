@@ -7,10 +7,9 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,38 +27,24 @@ from transformers.masking_utils import (
     create_bidirectional_sliding_window_mask,
 )
 
-from dact.checks import MOST_LAYERS, check_choice, check_count
+from dact.checks import check_choice, check_count
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
-from dact.files import read_json, read_tensors
-from dact.hub import folder_of_dact, out_of_reach
 
 log = logging.getLogger(__name__)
-LOADING: dict[str, Any] = {
-    "dtype": torch.float32,
-    "use_safetensors": True,
-    "output_loading_info": True,
-    "trust_remote_code": False,
-}
 # Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or
 # modules next to it. An attribute map would give them other names.
-RUNS_CODE = (
+RUNS_CODE = {
     "attn_implementation",
     "experts_implementation",
     "auto_map",
     "kernel_config",
     "attribute_map",
-)
+}
 
 
 def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
     return create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=mask)
-
-
-def _is_matrix(bias: Any) -> bool:
-    """Return whether a bias is ``[batch, 1, length, length]``, the usual shape; foreign attention
-    may make others."""
-    return isinstance(bias, Tensor) and bias.dim() == 4 and bias.shape[-1] == bias.shape[-2]
 
 
 @dataclass(frozen=True)
@@ -121,8 +106,7 @@ def _deberta_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tens
 
 
 def _modernbert_context(model: Any, hidden: Tensor, mask: Tensor) -> dict[str, tuple[Any, Any]]:
-    """Return (attention bias, rotary embedding) for each kind of layer, full and sliding-window
-    attention."""
+    """Return (attention bias, rotary embedding) for each kind of layer, full or sliding-window."""
     positions = torch.arange(hidden.shape[1], device=hidden.device).unsqueeze(0)
     arguments = {"config": model.config, "inputs_embeds": hidden, "attention_mask": mask}
     biases = {
@@ -207,7 +191,9 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     Example:
         >>> from transformers import BertConfig
-        >>> tiny = BertConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32)
+        >>> tiny = BertConfig(
+        ...     hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        ... )
         >>> encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(tiny))
         >>> encoder({"input_ids": torch.tensor([[5, 6, 7]])}).shape
         torch.Size([1, 2, 16])
@@ -232,8 +218,9 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @classmethod
     def from_config(cls, model: dict[str, Any], pooling: Pooling) -> HuggingFaceEncoder:
-        """Build the encoder that `config` described, with random weights; no pretrained model is
+        """Return the encoder that `config` described, with random weights; no pretrained model is
         read."""
+        _check_family(model.get("model_type"), "the encoder's configuration")
         config = _config_from(model)
         return cls.from_model(AutoModel.from_config(config, dtype=torch.float32), pooling=pooling)
 
@@ -242,24 +229,23 @@ class HuggingFaceEncoder(LayeredEncoder):
         _check_family(model.config.model_type, type(model).__name__)
         model = model.base_model  # without the head of another task
         if getattr(model, "pooler", None) is not None:
-            model.pooler = None  # never used here, and DDP refuses parameters without a gradient
-        self.model = (
-            model.train()
-        )  # loaded models are in eval mode, which Lightning would keep: no dropout
+            # It is never used here, and DDP refuses parameters without a gradient.
+            model.pooler = None
+        # Loaded models are in eval mode, which Lightning would keep: no dropout.
+        self.model = model.train()
         self.pooling = pooling
         self.num_layers = model.config.num_hidden_layers
         self.hidden_size = model.config.hidden_size
         self.default_learning_rate = _learning_rate(self.hidden_size)
         self.vocab_size = model.config.vocab_size
         self.max_length = longest_input(model)
-        # RoBERTa and MPNet count positions from the first token; the others with absolute positions
-        # from the first column.
-        self.counts_columns = (
-            self.max_length is not None and _position_table(model).padding_idx is None
-        )
+        table = _position_table(model)
+        # RoBERTa and MPNet count positions from the first token, the others from the first column.
+        self.counts_columns = table is not None and table.padding_idx is None
 
     @property
-    def _family(self) -> _Family:  # no attribute, since functions without a name cannot be pickled
+    def _family(self) -> _Family:
+        # A property, since functions without a name cannot be pickled.
         return FAMILIES[self.model.config.model_type]
 
     def embed(self, batch: Batch) -> Tensor:
@@ -274,13 +260,14 @@ class HuggingFaceEncoder(LayeredEncoder):
         return self._family.context(self.model, hidden, mask)
 
     def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
-        if self._family.context is not _attention_bias or not (
-            context is None or _is_matrix(context)
-        ):
-            return self.context(hidden, mask)
-        length = hidden.shape[1]
-        # None means that no position is masked, which holds for some of the rows as well.
-        return None if context is None else context[..., :length, :length].index_select(0, rows)
+        is_bias = self._family.context is _attention_bias
+        if is_bias and context is None:
+            # No position is masked, which holds for some of the rows as well.
+            return None
+        if is_bias and isinstance(context, Tensor) and context.dim() == 4:
+            length = hidden.shape[1]
+            return context[..., :length, :length].index_select(0, rows)
+        return self.context(hidden, mask)
 
     def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
         return self._family.layer(self.model, layer, hidden, context)
@@ -291,14 +278,11 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     def config(self) -> dict[str, Any] | None:
         if type(self) is not HuggingFaceEncoder:
-            return None  # a subclass may pool or embed in a way of its own
+            # A subclass may pool or embed in another way.
+            return None
         model = json.loads(self.model.config.to_json_string(use_diff=False))
-        for name in (
-            "_name_or_path",
-            "architectures",
-            "transformers_version",
-            "dtype",
-        ):  # these say how it was loaded
+        # These say how it was loaded.
+        for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):
             model.pop(name, None)
         return {"type": "HuggingFaceEncoder", "pooling": self.pooling, "model": model}
 
@@ -319,124 +303,9 @@ def _position_table(model: PreTrainedModel) -> Any:
     return table if isinstance(table, nn.Embedding) else None
 
 
-def _check_family(model_type: str | None, what: str) -> _Family:
-    if model_type not in FAMILIES:
-        raise ValueError(
-            f"{what} is of the architecture {model_type!r}, which HuggingFaceEncoder cannot run layer by layer. "
-            f"Supported: {', '.join(sorted(FAMILIES))}"
-        )
-    return FAMILIES[model_type]
-
-
-def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
-    """Build the library's configuration from a file's entries, without those that run code or need
-    unbounded memory."""
-    _check_family(described.get("model_type"), "the encoder's configuration")
-    harmless = {name: value for name, value in described.items() if _is_harmless(name)}
-    # Also before: some configurations make a list with an entry for each layer.
-    check_count(
-        "the encoder's num_hidden_layers", harmless.get("num_hidden_layers", 1), most=MOST_LAYERS
-    )
-    config: PreTrainedConfig = AutoConfig.for_model(**harmless)
-    _make_harmless(config)
-    return config
-
-
-def _make_harmless(config: PreTrainedConfig) -> None:
-    """Remove from a configuration what runs code, and refuse one that needs unbounded memory."""
-    for name in [name for name in vars(config) if not _is_harmless(name)]:
-        delattr(config, name)
-    config._attn_implementation = config._experts_implementation = None  # the library's own choice
-    check_count(
-        "the encoder's num_hidden_layers", getattr(config, "num_hidden_layers", 1), most=MOST_LAYERS
-    )
-
-
-def _is_harmless(name: str) -> bool:
-    return name.lstrip("_").removesuffix("_internal") not in RUNS_CODE
-
-
-@contextmanager
-def _quiet_transformers() -> Any:
-    """Keep the library's load report and progress bar off the console."""
-    level, bar = (
-        transformers.logging.get_verbosity(),
-        transformers.logging.is_progress_bar_enabled(),
-    )
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        transformers.logging.set_verbosity(level)
-        if bar:
-            transformers.logging.enable_progress_bar()
-
-
-def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
-    source = resolve_pretrained(pretrained)
-    cached = out_of_reach(source)
-    own = folder_of_dact(source, cached)
-    if own is not None:
-        return _load_own(own, num_layers, pretrained)
-    try:
-        config = AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=cached
-        )
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"no encoder at pretrained={pretrained!r}. Expected a Hub id (with a network, or downloaded before), a "
-            f"local folder with a config.json, or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
-        ) from error
-    _check_family(config.model_type, f"pretrained={pretrained!r}")
-    _make_harmless(config)
-    _keep_layers(config, num_layers, pretrained)
-    try:
-        with _quiet_transformers():
-            model, report = AutoModel.from_pretrained(
-                source, config=config, local_files_only=cached, **LOADING
-            )
-    except Exception as error:  # the library raises many kinds for a bad file
-        raise ValueError(
-            f"the weights of pretrained={pretrained!r} cannot be read: {error}"
-        ) from error
-    missing = [key for key in report["missing_keys"] if not key.startswith("pooler.")]
-    if missing:
-        raise ValueError(
-            f"pretrained={pretrained!r} lacks {len(missing)} weights of the encoder, such as {missing[0]!r}"
-        )
-    heads = sorted(
-        {key.split(".")[0] for key in report["unexpected_keys"]}
-        - {"encoder", "layers", "transformer"}
-    )
-    if heads:
-        log.info("%s: ignored weights outside the encoder: %s", pretrained, ", ".join(heads))
-    return model
-
-
-def _load_own(folder: Path, num_layers: int | None, pretrained: str) -> PreTrainedModel:
-    """Return the encoder of a model that dact saved."""
-    described = read_json(folder / "config.json").get("encoder") or {}
-    if described.get("type") != "HuggingFaceEncoder":
-        raise ValueError(
-            f"the model of dact at pretrained={pretrained!r} has an encoder that is not from Hugging Face, but "
-            f"{described.get('type') or 'one of your own'}: load the whole model with DACT.from_pretrained"
-        )
-    config = _config_from(described["model"])
-    _keep_layers(config, num_layers, pretrained)
-    model: PreTrainedModel = AutoModel.from_config(config, dtype=torch.float32)
-    prefix = "encoder.model."
-    weights = {
-        n.removeprefix(prefix): w for n, w in read_tensors(folder / "model.safetensors")[0].items()
-    }
-    known = [name for name in model.state_dict() if not name.startswith("pooler.")]
-    absent = [name for name in known if name not in weights]
-    if absent:
-        raise ValueError(
-            f"pretrained={pretrained!r} lacks {len(absent)} weights of the encoder, such as {absent[0]!r}"
-        )
-    model.load_state_dict({name: weights[name] for name in known}, strict=False)
-    return model
+def is_of_dact(pretrained: str) -> bool:
+    """Return whether a model on the Hub or in a folder was saved by dact."""
+    return _is_of_dact(_describe(pretrained))
 
 
 def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
@@ -446,29 +315,101 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
     Raises:
         ValueError: If there is no such model, or it lacks weights of its classifier.
     """
-    try:
-        source = resolve_pretrained(pretrained)
-        cached = out_of_reach(source)
-        config = AutoConfig.from_pretrained(
-            source, trust_remote_code=False, local_files_only=cached
-        )
-        _make_harmless(config)
-        with _quiet_transformers():
-            model, report = AutoModelForSequenceClassification.from_pretrained(
-                source, config=config, local_files_only=cached, **LOADING
+    config = _config_from(_describe(pretrained))
+    model = _load_weights(AutoModelForSequenceClassification, pretrained, config)
+    return model, [config.id2label[label] for label in range(config.num_labels)]
+
+
+def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
+    described, renamed = _describe(pretrained), {}
+    if _is_of_dact(described):
+        # Its encoder is one part of a model whose other weights are left aside.
+        described, renamed = (described["encoder"] or {}).get("model"), {r"^encoder\.model\.": ""}
+        if described is None:
+            raise ValueError(
+                f"pretrained={pretrained!r} is a model of dact whose encoder is not from Hugging "
+                "Face: load the whole model with DACT.from_pretrained"
             )
-    except Exception as error:  # the library raises many kinds
+    _check_family(described.get("model_type"), f"pretrained={pretrained!r}")
+    config = _config_from(described)
+    _keep_layers(config, num_layers, pretrained)
+    return _load_weights(AutoModel, pretrained, config, key_mapping=renamed)
+
+
+def _describe(pretrained: str) -> dict[str, Any]:
+    """Return the content of a model's config.json."""
+    try:
+        return PreTrainedConfig.get_config_dict(resolve_pretrained(pretrained))[0]
+    except OSError as error:
         raise ValueError(
-            f"no sequence-classification model at {pretrained!r}: "
-            f"{(str(error) or type(error).__name__).splitlines()[0]}"
+            f"no model at pretrained={pretrained!r}. Expected a Hub id, a folder with a "
+            f"config.json, or 'package:NAME/PATH'. The library says: {str(error).splitlines()[0]}"
         ) from error
-    if report["missing_keys"]:
+
+
+def _is_of_dact(described: dict[str, Any]) -> bool:
+    return str(described.get("format")).startswith("dact/")
+
+
+def _check_family(model_type: str | None, what: str) -> None:
+    if model_type not in FAMILIES:
         raise ValueError(
-            f"{pretrained!r} lacks {len(report['missing_keys'])} weights of a classifier, such as "
-            f"{sorted(report['missing_keys'])[0]!r}: it was not fine-tuned for sequence classification"
+            f"{what} is of the architecture {model_type!r}, which HuggingFaceEncoder cannot run "
+            f"layer by layer. Supported: {', '.join(sorted(FAMILIES))}"
         )
-    names: dict[int, str] = model.config.id2label
-    return model, [names[label] for label in range(len(names))]
+
+
+def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
+    """Return the library's configuration, without the entries that make it run code."""
+    harmless = {
+        name: value
+        for name, value in described.items()
+        if name.lstrip("_").removesuffix("_internal") not in RUNS_CODE
+    }
+    config: PreTrainedConfig = AutoConfig.for_model(**harmless)
+    return config
+
+
+def _load_weights(
+    kind: Any, pretrained: str, config: PreTrainedConfig, **options: Any
+) -> PreTrainedModel:
+    """Return a model in float32; raise a ``ValueError`` if weights are missing."""
+    with _quiet_transformers():
+        model, report = kind.from_pretrained(
+            resolve_pretrained(pretrained),
+            config=config,
+            dtype=torch.float32,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **options,
+        )
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise ValueError(
+            f"pretrained={pretrained!r} lacks {len(missing)} weights of {type(model).__name__}, "
+            f"such as {missing[0]!r}"
+        )
+    others = {key.split(".")[0] for key in report["unexpected_keys"]}
+    heads = sorted(others - {"encoder", "layers", "transformer"})
+    if heads:
+        log.info("%s: ignored weights outside the encoder: %s", pretrained, ", ".join(heads))
+    return model
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep the library's load report and progress bar off the console."""
+    logging_of = transformers.logging
+    level, bar = logging_of.get_verbosity(), logging_of.is_progress_bar_enabled()
+    logging_of.set_verbosity_error()
+    logging_of.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging_of.set_verbosity(level)
+        if bar:
+            logging_of.enable_progress_bar()
 
 
 def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: str) -> None:
@@ -476,12 +417,12 @@ def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: s
     available = config.num_hidden_layers
     if num_layers is None:
         return
-    check_count(
-        "num_layers", num_layers, most=available, hint=f"these are the layers of {pretrained!r}"
-    )
+    hint = f"these are the layers of {pretrained!r}"
+    check_count("num_layers", num_layers, most=available, hint=hint)
     if getattr(config, "num_hidden_groups", 1) > 1 and num_layers < available:
         raise ValueError(
-            f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all {available}"
+            f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all "
+            f"{available}"
         )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):

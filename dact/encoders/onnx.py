@@ -1,10 +1,9 @@
-"""OnnxEncoder: the encoder of a folder that `dact.export` wrote, with its layers as ONNX Runtime
-graphs."""
+"""OnnxEncoder: the encoder of a folder that `dact.export` wrote, as ONNX Runtime graphs."""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dact.encoders.base import Batch, Given, LayeredEncoder, Made
-from dact.files import file_digest, replacing
+from dact.files import replacing
 
 try:
     import onnxruntime
@@ -40,16 +39,15 @@ class OnnxEncoder(LayeredEncoder):
         hidden_size: Width of the hidden state.
         vocab_size: Number of token ids, None if unknown.
         max_length: Longest input in tokens, None if there is no bound.
-        digests: SHA-256 of each file, in hexadecimal.
         counts_columns: Whether positions count from the first column, so that padding must be on
             the right.
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
-        ValueError: If a graph is missing or corrupted.
+        ValueError: If a graph is missing.
     """
 
-    # enough for one thread; larger steps have more padding and leave a thread idle at the end
+    # It suffices for one thread. Larger steps have more padding, and leave threads idle at the end.
     step_tokens = 1024
 
     def __init__(
@@ -60,27 +58,19 @@ class OnnxEncoder(LayeredEncoder):
         hidden_size: int,
         vocab_size: int | None,
         max_length: int | None,
-        digests: Mapping[str, str],
         counts_columns: bool = False,
     ) -> None:
         super().__init__()
-        for name in layers:
-            if Path(name).name != name:  # a folder from elsewhere must not name files outside of it
-                raise ValueError(
-                    f"{folder}: the name of a graph must be that of a file in this folder, got {name!r}"
-                )
         self.folder = Path(folder).absolute()
         self.num_layers = len(layers)
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.counts_columns = counts_columns
-        self._layers = tuple(layers)
-        self._digests = dict(digests)
-        self._graphs = {
-            name: _Graph(self.folder / name, self._digests)
-            for name in (EMBED, *dict.fromkeys(layers), POOL)
-        }
+        # Names alone, so that a folder from elsewhere reads no file outside of it.
+        self._layers = tuple(Path(name).name for name in layers)
+        names = (EMBED, *dict.fromkeys(self._layers), POOL)
+        self._graphs = {name: _Graph(self.folder / name) for name in names}
 
     def embed(self, batch: Batch) -> Tensor:
         ids = batch["input_ids"].long()
@@ -113,12 +103,11 @@ class OnnxEncoder(LayeredEncoder):
             "vocab_size": self.vocab_size,
             "max_length": self.max_length,
             "counts_columns": self.counts_columns,
-            "digests": self._digests,
         }
 
     def save_files(self, folder: Path) -> None:
         for name in self._graphs:
-            if not (folder / name).exists() or not (folder / name).samefile(self.folder / name):
+            if folder.resolve() != self.folder.resolve():
                 with replacing(folder / name) as partial:
                     shutil.copyfile(self.folder / name, partial)
 
@@ -132,22 +121,19 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 class _Graph:
     """One graph, from tensors by name to one tensor. Copies and pickles hold only its path."""
 
-    def __init__(self, path: Path, digests: Mapping[str, str]) -> None:
-        name = path.name
+    def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise ValueError(f"{path.parent} lacks the graph {name}: export the model again")
-        if file_digest(path) != digests.get(name):
-            raise ValueError(f"{path} is corrupted: its content is not what dact.export wrote")
+            raise ValueError(f"{path.parent} lacks the graph {path.name}: export the model again")
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1  # the steps of early exit run side by side instead
-        self._session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        # The steps of early exit run side by side instead.
+        options.intra_op_num_threads = 1
+        providers = ["CPUExecutionProvider"]
+        self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         self._inputs = [entry.name for entry in self._session.get_inputs()]
-        self._origin = path, digests
+        self._path = path
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Graph, self._origin
+        return _Graph, (self._path,)
 
     def __call__(self, **tensors: Tensor) -> Tensor:
         feed = {name: tensors[name].detach().cpu().numpy() for name in self._inputs}

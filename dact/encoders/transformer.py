@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.checks import MOST_LAYERS, check_choice, check_count, check_range
+from dact.checks import check_choice, check_count, check_range
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 
 # Added to the attention logits where a head must not look. It is finite, so that a row of padding
@@ -63,21 +63,19 @@ class TransformerEncoder(LayeredEncoder):
     ) -> None:
         super().__init__()
         check_count("TransformerEncoder: vocab_size", vocab_size, least=2)
-        check_count("TransformerEncoder: num_layers", num_layers, most=MOST_LAYERS)
+        check_count("TransformerEncoder: num_layers", num_layers)
         check_count("TransformerEncoder: hidden_size", hidden_size)
         check_count("TransformerEncoder: num_heads", num_heads)
-        if num_heads % 2:
+        if num_heads % 2 or hidden_size % num_heads:
             raise ValueError(
-                f"TransformerEncoder: num_heads must be even, got {num_heads}: half of the heads look back, half ahead"
-            )
-        if hidden_size % num_heads:
-            raise ValueError(
-                f"TransformerEncoder: hidden_size must be a multiple of num_heads, got {hidden_size} and {num_heads}"
+                "TransformerEncoder: num_heads must be even and divide hidden_size, got "
+                f"{num_heads} heads for {hidden_size}"
             )
         check_range("TransformerEncoder: dropout", dropout, "[0, 1)")
-        if len(slopes) != 2 or not slopes[0] >= slopes[1] > 0:
+        if not slopes[0] >= slopes[1] > 0:
             raise ValueError(
-                f"TransformerEncoder: slopes must be the steepest and the flattest, both above 0, got {slopes}"
+                "TransformerEncoder: slopes must be the steepest and the flattest, both above 0, "
+                f"got {slopes}"
             )
         check_choice("TransformerEncoder: pooling", pooling, Pooling)
         self.num_layers = num_layers
@@ -113,9 +111,8 @@ class TransformerEncoder(LayeredEncoder):
         """Return the attention bias, ``[batch, heads, length, length]``, of distance, direction and
         padding."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
-        distance = positions.unsqueeze(0) - positions.unsqueeze(
-            1
-        )  # [length, length], key minus query
+        # [length, length], key minus query
+        distance = positions.unsqueeze(0) - positions.unsqueeze(1)
         falling = -self.slopes.view(-1, 1, 1) * distance.abs()  # [heads / 2, length, length]
         back = falling.masked_fill(distance > 0, HIDDEN_FROM_VIEW)
         ahead = falling.masked_fill(distance < 0, HIDDEN_FROM_VIEW)
@@ -134,7 +131,8 @@ class TransformerEncoder(LayeredEncoder):
 
     def config(self) -> dict[str, Any] | None:
         if type(self) is not TransformerEncoder:
-            return None  # a subclass may pool or embed in a way of its own
+            # A subclass may pool or embed in another way.
+            return None
         return {"type": "TransformerEncoder", **self._config}
 
 
@@ -165,13 +163,9 @@ class _Layer(nn.Module):
     def forward(self, hidden: Tensor, bias: Tensor) -> Tensor:
         # [batch, length, 3 * hidden] -> three of [batch, heads, length, hidden / heads]
         projected = self.queries_keys_values(self.attention_norm(hidden))
-        queries, keys, values = projected.unflatten(-1, (3, self.num_heads, -1)).permute(
-            2, 0, 3, 1, 4
-        )
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(
-            queries, keys, values, bias.to(queries.dtype), dropout
-        )
+        parts = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        bias, dropout = bias.to(parts.dtype), self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(*parts, bias, dropout)
         attended = self.attention_output(attended.transpose(1, 2).flatten(2))
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
         return hidden + self.feedforward(hidden)
