@@ -7,7 +7,6 @@ import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TypedDict
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
@@ -17,24 +16,6 @@ from dact.model_card import CARD_NAME, is_written_by_dact
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
 # Only data is downloaded. Other files of a repository, such as pickles and code, are not.
 NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model", "*.codes"]
-
-
-class Publication(TypedDict, total=False):
-    """Options for publishing a model. Each of them may be left out.
-
-    Args:
-        token: Access token; the stored login if left out.
-        private: Whether a new repository is private; the default of the account if left out.
-        revision: Branch to publish to, which is created if needed; ``main`` if left out.
-        commit_message: Message of the commit.
-        create_pr: Whether to open a pull request instead of changing the branch.
-    """
-
-    token: str | bool | None
-    private: bool | None
-    revision: str | None
-    commit_message: str
-    create_pr: bool
 
 
 def local_folder(
@@ -84,50 +65,51 @@ def local_folder(
     return Path(folder)
 
 
-def publish(save: Callable[..., None], repo_id: str, options: Publication) -> str:
-    """Publish a model folder as one commit, so that nobody downloads half of it; the repository is
-    created if needed.
+def publish(
+    save: Callable[..., None],
+    repo_id: str,
+    *,
+    token: str | bool | None = None,
+    private: bool | None = None,
+    revision: str | None = None,
+    commit_message: str = "Publish a model of dact",
+    create_pr: bool = False,
+) -> str:
+    """Publish a model folder as one commit, and return its address, or that of the pull request.
 
-    A model card that was written by hand on the Hub is kept. Errors are those of huggingface_hub.
+    The repository is created if needed. A model card that was written by hand on the Hub is kept.
+    Errors are those of huggingface_hub.
 
     Args:
         save: Function that writes the files into a folder, given as ``save(folder, repo_id=…)``.
         repo_id: Hub id ``"OWNER/NAME"``, or ``"NAME"`` for the account of the token.
-        options: Options of the publication.
-
-    Returns:
-        Address of the commit, or of the pull request.
-
-    Raises:
-        TypeError: If there is no such option.
+        token: Access token; the stored login if left out.
+        private: Whether a new repository is private; the default of the account if left out.
+        revision: Branch to publish to, which is created if needed; ``main`` if left out.
+        commit_message: Message of the commit.
+        create_pr: Whether to open a pull request instead of changing the branch.
     """
-    known = Publication.__annotations__
-    if unknown := sorted(options.keys() - known.keys()):
-        raise TypeError(f"push_to_hub has no option {unknown[0]}: expected some of {list(known)}")
-    api = HfApi(token=options.get("token"), library_name="dact")
-    revision = options.get("revision")
-    with TemporaryDirectory() as directory:
-        folder = Path(directory, "model")
+    api = HfApi(token=token, library_name="dact")
+    with TemporaryDirectory() as folder:
         # First, so that nothing is created for a model that cannot be saved.
         save(folder, repo_id=repo_id)
-        repo_id = api.create_repo(repo_id, private=options.get("private"), exist_ok=True).repo_id
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # Again, since the card names the account.
-        save(folder, repo_id=repo_id)
-        if _has_own_card(api, repo_id, revision):
-            (folder / CARD_NAME).unlink()
+        kept = [CARD_NAME] if _has_own_card(api, repo_id, revision) else None
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            commit_message=options.get("commit_message", "Publish a model of dact"),
-            create_pr=options.get("create_pr", False),
+            commit_message=commit_message,
+            create_pr=create_pr,
+            ignore_patterns=kept,
         )
     return str(commit.pr_url or commit.commit_url)
 
 
 def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
+    """Return whether the repository has a model card that was written by hand."""
     try:
         card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self, Unpack
+from typing import Annotated, Any, Self
 
 import torch
 from lightning.fabric.utilities.data import AttributeDict
@@ -566,21 +566,19 @@ class DACT(LightningModule):
         saving.write_folder(self, DACT, Path(directory))
         model_card.write_card(Path(directory), self, metrics, repo_id)
 
-    def push_to_hub(
-        self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Any) -> str:
         """Publish the model on the Hub in one commit; `TextClassifier.push_to_hub` publishes its
         tokenizer as well.
 
         Args:
             repo_id: Hub id ``"OWNER/NAME"`` of a repository, which is created if needed.
             metrics: As for `save_pretrained`.
-            **options: ``token``, ``private``, ``revision`` and so on; see `dact.hub.Publication`.
+            **options: ``token``, ``private``, ``revision`` and so on; see `dact.hub.publish`.
 
         Returns:
             Address of the commit. Errors are those of `dact.hub.publish`.
         """
-        return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, options)
+        return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, **options)
 
     @classmethod
     def from_pretrained(

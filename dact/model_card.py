@@ -65,31 +65,24 @@ def card(model: Any, metrics: Metrics = None, repo_id: str | None = None) -> str
         _facts(model),
         f"## Use\n\n{_use(model, repo_id)}",
         f"## When a text leaves\n\n{_halting(model)}",
-        *_measurements(metrics or {}),
+        *_measurements(metrics, model.num_layers),
         MARK,
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def _facts(model: Any) -> str:
-    described = model.encoder.config() or {}
-    family = (described.get("model") or {}).get("model_type")
-    encoder = f"`{type(model.encoder).__name__}`" + (f" ({family})" if family else "")
     names = names_of_classes(model)
     shown = ", ".join(f"`{name}`" for name in names[:SHOWN_CLASSES])
     more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
     return (
-        f"- Encoder: {encoder}, {model.num_layers} layers of hidden size "
+        f"- Encoder: `{type(model.encoder).__name__}`, {model.num_layers} layers of hidden size "
         f"{model.encoder.hidden_size}\n- Classes ({len(names)}): {shown}{more}"
     )
 
 
 def _use(model: Any, repo_id: str | None) -> str:
     name = "path/to/this/folder" if repo_id is None else repo_id
-    if model.encoder.config() is None:
-        # Nothing but its own code can build it.
-        call = f'DACT.from_pretrained("{name}", encoder={type(model.encoder).__name__}(...))'
-        return f"```python\nfrom dact import DACT\nmodel = {call}\n```"
     return f"""```python
 from dact import TextClassifier
 classifier = TextClassifier.from_pretrained("{name}")
@@ -101,20 +94,17 @@ at a time. `DACT.from_pretrained` returns the model itself, which takes token id
 
 
 def _halting(model: Any) -> str:
-    setting = (
-        f"Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin "
-        f"{model.halting_margin:.8g}."
-    )
     if model.halting == "never":
-        return f"{setting} Every text runs all {model.num_layers} layers."
-    if model.calibration is not None:
-        return f"{setting} {_promise(model.calibration, model.num_layers)}"
-    if model.halting_tolerance == 0 and model.halting_margin == 1:
-        return (
-            f"{setting} By proof, the class is the one that all {model.num_layers} layers would "
-            "give; the score is not."
-        )
-    return f"{setting} Nothing is promised about texts whose class differs from that of all layers."
+        return f"Halting rule `never`: every text runs all {model.num_layers} layers."
+    text = (
+        f"Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin "
+        f"{model.halting_margin:.8g}. A text leaves when its class is proven to end at most the "
+        f"tolerance behind the winner of all {model.num_layers} layers, or when a layer's own "
+        "first class leads by more than the margin (1 for never)."
+    )
+    if model.calibration is None:
+        return text
+    return f"{text}\n\n{_promise(model.calibration, model.num_layers)}"
 
 
 def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> str:
@@ -155,39 +145,26 @@ def _promise(calibration: Mapping[str, Any], layers: int) -> str:
     return text
 
 
-def _measurements(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the tables of the measurements that metrics.json has."""
-    parts = []
-    if "test" in metrics:
-        test = metrics["test"]
-        rows = [
-            ("early exit", test["mean_exit_layer"], test),
-            ("the same model at full depth", metrics["layers"], test["full_depth"]),
-        ]
-        if "baseline" in metrics:
-            whole = metrics["baseline"]
-            rows.append(("whole encoder, fine-tuned", whole["layers"], whole["test"]))
-        table = [
-            f"| {name} | {depth:.2f} | {100 * entry['accuracy']:.2f} % | {entry['macro_f1']:.3f} "
-            f"| {entry['texts_per_second']:.0f} |"
-            for name, depth, entry in rows
-        ]
-        head = "| | layers | accuracy | macro F1 | texts per second |\n|---|---|---|---|---|"
-        at = (
-            f"Measured after training, in PyTorch, at margin {metrics['halting_margin']:.8g} and "
-            f"tolerance {metrics['halting_tolerance']:g}."
-        )
-        parts.append("\n".join([f"## Test\n\n{at}\n", head, *table]))
-    if "margin_curve" in metrics:
-        table = [
-            f"| {point['margin']:g} | {point['mean_exit_layer']:.2f} "
-            f"| {100 * point['accuracy']:.2f} % | {100 * point['agreement']:.2f} % |"
-            for point in metrics["margin_curve"]
-        ]
-        head = "| margin | layers | accuracy | agreement with full depth |\n|---|---|---|---|"
-        text = (
-            "Estimates, from validation examples. `from_pretrained(..., halting_margin=...)` sets "
-            "one."
-        )
-        parts.append("\n".join([f"## Operating points\n\n{text}\n", head, *table]))
-    return parts
+def _measurements(metrics: Metrics, layers: int) -> list[str]:
+    """Return the table of the measurements that metrics.json has."""
+    if metrics is None or "test" not in metrics:
+        return []
+    test = metrics["test"]
+    entries = [
+        ("early exit", test["mean_exit_layer"], test),
+        ("the same model at full depth", layers, test["full_depth"]),
+    ]
+    if "baseline" in metrics:
+        whole = metrics["baseline"]
+        entries.append(("whole encoder, fine-tuned", whole["layers"], whole["test"]))
+    rows = [
+        f"| {name} | {depth:.2f} | {100 * entry['accuracy']:.2f} % | {entry['macro_f1']:.3f} "
+        f"| {entry['texts_per_second']:.0f} |"
+        for name, depth, entry in entries
+    ]
+    head = "| | layers | accuracy | macro F1 | texts per second |\n|---|---|---|---|---|"
+    at = (
+        f"Measured after training, in PyTorch, at margin {metrics['halting_margin']:.8g} and "
+        f"tolerance {metrics['halting_tolerance']:g}."
+    )
+    return ["\n".join([f"## Test\n\n{at}\n", head, *rows])]

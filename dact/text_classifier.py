@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Unpack, overload
+from typing import Any, overload
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -184,15 +184,13 @@ class TextClassifier:
         self.model.save_pretrained(directory, **{"metrics": self.metrics, **card})
         self.tokenizer.save_pretrained(str(directory))
 
-    def push_to_hub(
-        self, repo_id: str, *, metrics: Metrics = None, **options: Unpack[hub.Publication]
-    ) -> str:
+    def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Any) -> str:
         """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`.
 
         The model card has the measurements of the run that the model was loaded from, unless
         `metrics` replaces them."""
         save = partial(self.save_pretrained, metrics=metrics or self.metrics)
-        return hub.publish(save, repo_id, options)
+        return hub.publish(save, repo_id, **options)
 
     @property
     def device(self) -> torch.device:

@@ -1,10 +1,8 @@
 """Models on a Hub: published, downloaded, missing, and out of reach."""
 
 import json
-import socket
 import subprocess
 import sys
-import time
 
 import pandas as pd
 import pytest
@@ -16,13 +14,12 @@ from transformers import BertConfig, BertModel
 from dact import DACT, TextClassifier
 from dact.data.examples import Examples
 from dact.data.teacher import teacher_probabilities
-from dact.data.tokenizers import load_tokenizer, word_tokenizer
+from dact.data.tokenizers import word_tokenizer
 from dact.encoders import HuggingFaceEncoder
-from dact.encoders.huggingface import load_sequence_classifier
 from dact.hub import local_folder
 from dact.model_card import MARK, card
 from tests.commands import environment
-from tests.conftest import assert_same_answers, free_port, random_batch, tiny_model
+from tests.conftest import assert_same_answers, random_batch, tiny_model
 from tests.hub_server import TOKEN, serving
 
 NAMES = ["minus", "none", "plus"]
@@ -34,7 +31,6 @@ METRICS = {
     "halting_tolerance": 0.0,
     "test": {**EARLY, "full_depth": {**EARLY, "accuracy": 0.82}},
     "baseline": {"layers": 6, "test": {**EARLY, "accuracy": 0.83}},
-    "margin_curve": [{"margin": 0.5, "accuracy": 0.79, "mean_exit_layer": 1.75, "agreement": 0.96}],
 }
 
 
@@ -43,9 +39,8 @@ def hub(monkeypatch, tmp_path):
     """A Hub with an empty cache in front of it."""
     with serving() as found:
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(
-            constants, "HF_HUB_DISABLE_XET", True
-        )  # a protocol of its own, for large files
+        # A protocol of its own, for large files.
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
         template = f"{found.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -72,19 +67,22 @@ def test_a_classifier_comes_back_from_the_hub_as_it_was(hub, classifier):
     assert "| early exit | 2.25 | 81.25 % |" in page
 
 
-@pytest.mark.parametrize("option", ["is_private", "commit_mesage"])
-def test_a_misspelled_option_publishes_nothing(hub, classifier, option):
-    with pytest.raises(
-        TypeError, match=f"push_to_hub has no option {option}: expected some of token, private"
-    ):
-        classifier.push_to_hub("me/mine", token=TOKEN, **{option: True})
+def test_a_misspelled_option_publishes_nothing(hub, classifier):
+    with pytest.raises(TypeError, match="is_private"):
+        classifier.push_to_hub("me/mine", token=TOKEN, is_private=True)
+    assert not hub.repositories
+
+
+def test_publishing_needs_a_token(hub):
+    with pytest.raises(OSError, match="401"):
+        tiny_model().push_to_hub("me/mine", token=False)
     assert not hub.repositories
 
 
 def test_a_model_that_cannot_be_saved_creates_no_repository(hub, classifier, tmp_path):
     classifier.save_pretrained(tmp_path)
     rounded = TextClassifier.from_pretrained(tmp_path, dtype="bfloat16")
-    with pytest.raises(ValueError, match="were rounded to half precision"):
+    with pytest.raises(ValueError, match="half precision"):
         rounded.push_to_hub("me/rounded", token=TOKEN)
     assert not hub.repositories
 
@@ -111,7 +109,7 @@ def test_a_model_of_dact_on_the_hub_is_an_encoder_and_a_teacher(hub, tmp_path):
 def test_a_model_of_a_private_repository_needs_the_token(hub):
     model = tiny_model()
     model.push_to_hub("me/secret", private=True, token=TOKEN)
-    with pytest.raises(FileNotFoundError, match="no such repository, or this token may not see it"):
+    with pytest.raises(FileNotFoundError, match="me/secret"):
         DACT.from_pretrained("me/secret", token=False)
     loaded = DACT.from_pretrained("me/secret", token=TOKEN, halting_margin=0.5)
     assert loaded.halting_margin == 0.5
@@ -131,7 +129,7 @@ def test_a_revision_is_a_branch_or_a_commit(hub):
     ]
     assert DACT.from_pretrained("me/two", revision="next").class_names == ["x", "y", "z"]
     assert DACT.from_pretrained("me/two").class_names == ["x", "y", "z"]
-    with pytest.raises(FileNotFoundError, match="me/two at revision absent .*has no such revision"):
+    with pytest.raises(FileNotFoundError, match="me/two.*Revision Not Found"):
         DACT.from_pretrained("me/two", revision="absent")
 
 
@@ -145,9 +143,9 @@ def test_the_cache_answers_without_a_network(hub, classifier, monkeypatch):
     assert len(hub.requests) == before
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_same_answers(TextClassifier.from_pretrained("me/mine")(TEXTS), expected)
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    assert_same_answers(TextClassifier.from_pretrained("me/mine")(TEXTS), expected)
+    assert len(hub.requests) == before
+    with pytest.raises(FileNotFoundError, match="nobody/nothing"):
+        TextClassifier.from_pretrained("nobody/nothing")
 
 
 def test_only_data_is_downloaded(hub):
@@ -188,41 +186,16 @@ def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here, monkeypatc
         "test", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path
     )
     assert status == 0, text
-    assert "test_accuracy" in text
+    assert "accuracy" in text
     status, text = dact_here("export", "--model", "me/mine", "--output", "exported", cwd=tmp_path)
     assert status == 0, text
     assert (tmp_path / "exported" / "config.json").is_file()
-    downloaded = local_folder("me/mine", local_files_only=True)
-    before = {path.name: path.read_bytes() for path in downloaded.iterdir()}
-    status, text = dact_here(
-        "calibrate", "--model", "me/mine", "--data.test_file", "test.csv", cwd=tmp_path
-    )
-    assert (status, text.count("\n")) == (1, 1), text
-    assert (
-        "me/mine is no folder here, and dact calibrate writes to the model: download one from the Hub first"
-        in text
-    )
-    assert "by `hf download me/mine --local-dir FOLDER`, and give --model FOLDER" in text
-    assert {path.name: path.read_bytes() for path in downloaded.iterdir()} == before
-    requests = len(hub.requests)
-    (tmp_path / "lightning_logs").mkdir()
     status, text = dact_here(*predict, "lightning_logs/mien", cwd=tmp_path)
-    assert "no model at lightning_logs/mien, which does not exist" in text
-    assert len(hub.requests) == requests, "the name of a run is not looked for on the Hub"
-    for address, reason in (
-        ("me/absent", "no such repository"),
-        ("me/mine@absent", "has no such revision"),
-    ):
-        status, text = dact_here(*predict, address, cwd=tmp_path)
-        assert (status, text.count("\n")) == (1, 1), text
-        assert reason in text
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    assert dact_here(*predict, "me/mine", cwd=tmp_path)[0] == 0, "the cache answers"
-    started = time.monotonic()
-    status, text = dact_here(*predict, "me/other", cwd=tmp_path)
+    assert status == 1
+    assert "lightning_logs/mien" in text
+    status, text = dact_here(*predict, "me/absent", cwd=tmp_path)
     assert (status, text.count("\n")) == (1, 1), text
-    assert "no model me/other on the Hub: the Hub cannot be reached" in text
-    assert time.monotonic() - started < 20
+    assert "me/absent" in text
 
 
 def test_a_card_that_was_written_by_hand_is_kept(hub, tmp_path):
@@ -242,64 +215,17 @@ def test_a_card_that_was_written_by_hand_is_kept(hub, tmp_path):
     assert (tmp_path / "README.md").read_text() == "my own words"
 
 
-def test_publishing_without_a_token_or_a_network_says_so(hub, monkeypatch):
-    with pytest.raises(OSError, match="^me/mine cannot be published on the Hub: .*401") as caught:
-        tiny_model().push_to_hub("me/mine", token=False)
-    assert "\n" not in str(caught.value)
-    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{free_port()}")
-    with pytest.raises(OSError, match="cannot be published on the Hub: the Hub cannot be reached"):
-        tiny_model().push_to_hub("me/mine", token=TOKEN)
-    assert hub.repositories == {}
-
-
-@pytest.mark.parametrize("network", ["missing", "offline", "refusing", "silent"])
-def test_a_wrong_name_is_one_line_within_seconds(network, hub, tmp_path, monkeypatch):
-    reasons = {
-        "missing": "there is no such repository",
-        "offline": "offline mode is on",
-        "refusing": "the Hub cannot be reached",
-        "silent": "the Hub cannot be reached",
-    }
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()  # nobody ever answers
-        ports = {"refusing": free_port(), "silent": silent.getsockname()[1]}
-        if network in ports:
-            monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{ports[network]}")
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", network == "offline")
-        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
-        start = time.monotonic()
-        with pytest.raises(FileNotFoundError) as caught:
-            TextClassifier.from_pretrained("nobody/nothing")
-    assert time.monotonic() - start < 10
-    assert str(caught.value).startswith(
-        "there is no folder nobody/nothing, and no model nobody/nothing on the Hub: "
-    )
-    assert reasons[network] in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("load", [HuggingFaceEncoder, load_tokenizer, load_sequence_classifier])
-def test_a_wrong_pretrained_name_ends_in_time_where_nobody_answers(load, hub, monkeypatch):
-    with socket.socket() as silent:
-        silent.bind(("127.0.0.1", 0))
-        silent.listen()
-        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
-        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 1)
-        start = time.monotonic()
-        with pytest.raises(ValueError, match="^no .* at .*'nobody/nothing'") as caught:
-            load("nobody/nothing")
-    assert time.monotonic() - start < 10
-    assert "\n" not in str(caught.value)
-
-
 @pytest.mark.slow
 def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
     """As people use it: another process, which knows the Hub by HF_ENDPOINT and its token by
     HF_TOKEN."""
     classifier.save_pretrained(tmp_path / "model")
-    publish = "import sys, dact; dact.TextClassifier.from_pretrained(sys.argv[1]).push_to_hub('mine', private=True)"
-    use = "import dact; print(dact.TextClassifier.from_pretrained('me/mine')(['not bad'])[0].label)"
+    publish = (
+        "import sys, dact\n"
+        "found = dact.TextClassifier.from_pretrained(sys.argv[1])\n"
+        "found.push_to_hub('mine', private=True)"
+    )
+    use = "import dact; print(dact.TextClassifier.from_pretrained('me/mine')('not bad').label)"
     known = {
         "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "home"),
@@ -308,10 +234,15 @@ def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
     }
 
     def run(code, **variables):
-        return subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "model")], env=environment(**known, **variables),
-            capture_output=True, text=True, timeout=200, check=True,
-        ).stdout.strip()  # fmt: skip
+        process = subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path / "model")],
+            env=environment(**known, **variables),
+            capture_output=True,
+            text=True,
+            timeout=200,
+            check=True,
+        )
+        return process.stdout.strip()
 
     label = classifier(["not bad"])[0].label
     assert run(f"{publish}\n{use}", HF_HUB_OFFLINE="0") == label
@@ -325,66 +256,49 @@ def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
     folder = tmp_path / "run" / "model"
     tiny_model(class_names=NAMES).save_pretrained(folder)
     (folder.parent / "metrics.json").write_text(json.dumps(METRICS))
-    data = {
-        "class_path": "dact.data.TextClassificationData",
-        "init_args": {"train_file": "/home/somebody/mine.csv"},
-    }
-    (folder.parent / "config.yaml").write_text(yaml.safe_dump({"data": data}))
     DACT.from_pretrained(folder).save_pretrained(folder)
     text = (folder / "README.md").read_text()
     metadata = yaml.safe_load(text.split("---")[1])
     assert metadata["library_name"] == "dact"
     assert metadata["pipeline_tag"] == "text-classification"
     for expected in (
-        "`TransformerEncoder`, 4 layers of hidden size 16, mean pooling",
+        "`TransformerEncoder`, 4 layers of hidden size 16",
         "Classes (3): `minus`, `none`, `plus`",
-        "Training data: `TextClassificationData, mine.csv`",
         "| early exit | 2.25 | 81.25 % | 0.750 | 1234 |",
         "| the same model at full depth | 4.00 | 82.00 % |",
         "| whole encoder, fine-tuned | 6.00 | 83.00 % |",
-        "| 0.5 | 1.75 | 79.00 % | 96.00 % |",
-        "By proof, the class is the one that all 4 layers would give",
+        "tolerance 0, margin 1. A text leaves when its class is proven",
         MARK,
     ):
         assert expected in text
-    assert "somebody" not in text, "where a file lay is nobody's business"
-
-
-def test_numbers_of_another_model_are_left_out(tmp_path):
-    for metrics in (
-        {**METRICS, "layers": 5},
-        [1, 2],
-        {"layers": 4, "test": 3, "margin_curve": None},
-    ):
-        folder = tmp_path / "model"
-        tiny_model().save_pretrained(folder)
-        (tmp_path / "metrics.json").write_text(json.dumps(metrics))
-        model = DACT.from_pretrained(folder)
-        model.save_pretrained(folder)
-        text = (folder / "README.md").read_text()
-        assert "## Test" not in text
-        assert "## Operating points" not in text
 
 
 @pytest.mark.parametrize(
     ("promise", "estimate", "expected"),
     [
-        ({"max_accuracy_loss": 0.01}, False, "Promise, with 95 % confidence on new texts of the same kind:** at most 1 point"),
+        ({"max_accuracy_loss": 0.01}, False, "at most 1 point of accuracy"),
         ({"min_agreement": 0.97}, False, "at least 97 % agreement with the model's own full depth"),
-        ({"max_layers": 2.5}, True, "Estimate, without a confidence:** at most 2.5 of 4 layers on average"),
+        ({"max_layers": 2.5}, True, "at most 2.5 of 4 layers on average"),
     ],
-)  # fmt: skip
+)
 def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
     model = tiny_model()
+    rule = {"halting": "exact", "halting_tolerance": 0.0, "halting_margin": 1.0}
     model.calibration = {
-        "halting": "exact", "halting_tolerance": 0.0, "halting_margin": 1.0,
+        **rule,
         "promise": {"dial": "halting_margin", "confidence": 0.95, **promise},
-        "estimate": estimate, "examples": 300, "accuracy": 0.8, "full_depth_accuracy": 0.81, "mean_exit_layer": 2.5,
-    }  # fmt: skip
+        "estimate": estimate,
+        "examples": 300,
+        "accuracy": 0.8,
+        "full_depth_accuracy": 0.81,
+        "mean_exit_layer": 2.5,
+    }
     text = card(model)
     assert expected in text
     assert "Set on 300 examples: accuracy 80.00 % (full depth 81.00 %), 2.50 of 4 layers." in text
-    assert ("Promise, with" in text) != estimate
+    assert ("Promise, with 95 %" in text) != estimate
+    model.halting_margin = 0.25
+    assert "300 examples" not in card(model), "the promise belongs to another rule"
 
 
 def test_the_three_lines_of_a_card_load_the_model(tmp_path, classifier, capsys):
