@@ -129,11 +129,11 @@ def _promise(calibration: Mapping[str, Any], layers: int) -> str:
     if calibration.get("baseline_accuracy") is not None:
         against = "the baseline"
     what = what_is_promised(promise, against, layers)
-    kind = (
-        f"Promise, with {100 * promise['confidence']:g} % confidence on new texts of the same kind"
-    )
     if calibration.get("estimate"):
         kind = "Estimate, without a confidence"
+    else:
+        level = 100 * promise["confidence"]
+        kind = f"Promise, with {level:g} % confidence on new texts of the same kind"
     text = (
         f"**{kind}:** {what}. Set on {calibration['examples']} examples: accuracy "
         f"{100 * calibration['accuracy']:.2f} % (full depth "
