@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cached_property
 from typing import ClassVar
 
 from torch import Tensor
@@ -197,7 +196,7 @@ class Promise:
         """The value of that argument."""
         return getattr(self, self.name)  # type: ignore[no-any-return]
 
-    @cached_property
+    @property
     def kind(self) -> Kind:
         """The values and the bound of this promise."""
         most = 1 - self.value if self.name == "min_agreement" else self.value

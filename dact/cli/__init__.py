@@ -13,3 +13,12 @@ STORED = {
     "export": "write the layers of a model as ONNX Runtime graphs",
     "serve": "answer classification requests over HTTP",
 }
+# What else each of them mostly needs.
+NEEDED = {
+    "validate": "--data.val_file FILE",
+    "test": "--data.test_file FILE",
+    "predict": "--data.predict_file FILE",
+    "calibrate": "--data.calibration_file FILE",
+    "export": "--output FOLDER",
+    "serve": "",
+}

@@ -15,11 +15,13 @@ from typing import Any
 
 import yaml
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 
 USAGE_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, OSError)
 USAGE_ERRORS += (RuntimeError, ImportError, ArgumentError, yaml.YAMLError)
-PACKAGES = ("dact.data", "dact.encoders")  # whose classes are known by their bare names
-SECTIONS = ("data", "model.encoder", "encoder")  # which name a class of these packages, or another
+USAGE_ERRORS += (MisconfigurationException,)
+# The sections that name a class, and the package whose classes need no path there.
+SECTIONS = {"data": "dact.data", "model.encoder": "dact.encoders"}
 
 
 class UsageError(ValueError):
@@ -38,7 +40,9 @@ def one_line_errors() -> Iterator[None]:
     except USAGE_ERRORS as error:
         if os.environ.get("DACT_TRACEBACK"):
             raise
-        message = error.args[0] if isinstance(error, KeyError) and error.args else error
+        message: object = error
+        if isinstance(error, FileNotFoundError) and error.filename:
+            message = f"there is no file {error.filename}"
         print(f"dact: error: {' '.join(str(message).split())}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
 
@@ -68,7 +72,7 @@ def options(words: list[str]) -> Iterator[tuple[str, str, str | None]]:
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         value = value if equals else following
-        if name in ("-c", "--config"):
+        if name in ("-c", "--config") and value:
             yield from _options_of(value)
         elif name.startswith("--"):
             yield "", name[2:].replace(".init_args", "").removesuffix("+"), value
@@ -101,9 +105,9 @@ def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
     for place, name, value in given:
         section = name.removesuffix(".class_path")
         if section in SECTIONS and value and not value.startswith("{"):
-            found = find_class(value)
+            found = find_class(value, SECTIONS[section])
             if found is None:
-                names = [each for package in PACKAGES for each in import_module(package).__all__]
+                names = [one for one in import_module(SECTIONS[section]).__all__ if one[0].isupper()]
                 meant = _meant(value.rpartition(".")[2], names)
                 raise UsageError(f"{place}there is no class {value}. {meant}")
             known = {each for each in known if not each.startswith(f"{section}.")}
@@ -126,12 +130,16 @@ def _meant(word: str, known: list[str]) -> str:
     return f"Expected one of {', '.join(sorted({*known}))}"
 
 
-def find_class(path: str) -> Any:
-    """Return the class that a configuration names, or None if there is none."""
+def find_class(path: str, package: str) -> Any:
+    """Return the class that a configuration names, or None if there is none.
+
+    Args:
+        path: Its path, or its name alone if it is in `package`.
+        package: Package of the section.
+    """
     module, _, name = path.rpartition(".")
-    for holder in [module] if module else PACKAGES:
-        with contextlib.suppress(ModuleNotFoundError, AttributeError):
-            return getattr(import_module(holder), name)
+    with contextlib.suppress(ModuleNotFoundError, AttributeError):
+        return getattr(import_module(module or package), name)
     return None
 
 

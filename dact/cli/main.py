@@ -318,15 +318,7 @@ def quiet_studies() -> None:
 
     quiet()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    seen: set[str] = set()
-    show = warnings.showwarning
-
-    def once(message: Warning | str, *arguments: Any, **options: Any) -> None:
-        if str(message) not in seen:
-            seen.add(str(message))
-            show(message, *arguments, **options)
-
-    warnings.showwarning = once
+    warnings.simplefilter("once", UserWarning, append=True)
 
 
 def run_folder(root: str | Path, tag: str, command: str) -> Path:

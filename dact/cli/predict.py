@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,12 @@ def check_output(output: str, file: str | None) -> None:
 
 
 def write_predictions(
-    classifier: TextClassifier, file: str, texts: list[str], kept: list[str] | None, output: str
+    classifier: TextClassifier,
+    file: str,
+    texts: list[str],
+    kept: list[str] | None,
+    output: str,
+    delimiter: str | None = None,
 ) -> None:
     """Classify the rows of a file, or of standard input, and write one row for each.
 
@@ -42,12 +47,13 @@ def write_predictions(
         texts: Names of the columns of the text, or of the pair of texts.
         kept: Columns to copy; by default those of the texts, and ``id`` if there is one.
         output: File to write, csv, json lines or parquet by ending; ``-`` writes csv to stdout.
+        delimiter: Separator of a csv file; see `dact.data.files.read_rows`.
     """
     if kept is None:
-        kept = [*texts, *(["id"] if _has_column(file, "id") else [])]
+        kept = [*texts, *(["id"] if _has_column(file, "id", delimiter) else [])]
     options = dict(zip(texts, ("text_column", "text_pair_column"), strict=False))
     columns = {**dict.fromkeys(kept, "keep_columns"), **options}
-    rows, total, unusable = read_rows(file, columns), 0, 0
+    rows, total, unusable = read_rows(file, columns, delimiter), 0, 0
     with ExitStack() as stack:
         sink: Any = sys.stdout
         if output != "-":
@@ -68,11 +74,12 @@ def write_predictions(
     print(f"{total} rows are in {place}{reasons}", file=sys.stderr)
 
 
-def _has_column(file: str, name: str) -> bool:
-    try:
-        return file != "-" and Path(file).suffix != ".txt" and any(read_rows(file, {name: name}))
-    except ValueError:
+def _has_column(file: str, name: str, delimiter: str | None) -> bool:
+    if file == "-" or Path(file).suffix == ".txt":
         return False
+    with suppress(ValueError):
+        return any(read_rows(file, {name: name}, delimiter))
+    return False
 
 
 def _answers(classifier: TextClassifier, texts: list[list[Any]]) -> pd.DataFrame:

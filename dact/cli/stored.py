@@ -21,10 +21,11 @@ from dact.agreement import check_agreement, names_of_classes
 from dact.calibration import Promise, describe, layer_answers
 from dact.calibration import calibrate as find_dial
 from dact.calibration.answers import Measured
-from dact.cli import STORED
+from dact.cli import NEEDED, STORED
 from dact.cli.errors import UsageError, accepted_by, find_class, options, parse
 from dact.cli.output import measurements, promise_line, quiet
 from dact.cli.predict import check_output, write_predictions
+from dact.data.files import DATASET
 from dact.data.tokenizers import tokenizer_for
 from dact.encoders import LayeredEncoder
 from dact.factories import DataFactory
@@ -228,7 +229,7 @@ def predict(
     classifier = TextClassifier(stored.dact, tokenizer, dtype=stored.dtype)
     columns = [data["text_column"], data.get("text_pair_column")]
     texts = [name for name in columns if name is not None]
-    write_predictions(classifier, file, texts, keep_columns, output)
+    write_predictions(classifier, file, texts, keep_columns, output, data.get("delimiter"))
 
 
 def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> None:
@@ -275,6 +276,7 @@ def run(command: str, words: list[str]) -> None:
     function = globals()[command]
     parser = ArgumentParser(
         prog=f"dact {command}",
+        usage=f"dact {command} --model MODEL {NEEDED[command]} [--OPTION ...]",
         description=STORED[command],
         exit_on_error=False,
         allow_abbrev=False,
@@ -305,6 +307,10 @@ def run(command: str, words: list[str]) -> None:
     function(Stored(**own, encoder=encoders[-1] if encoders else None), **config)
 
 
+def _is_there(file: str) -> bool:
+    return file.startswith(DATASET) or Path(file).exists()
+
+
 def _run_config(source: Path) -> dict[str, Any]:
     """Return the configuration of the run that a model lies in; empty elsewhere."""
     folder = source.parent if source.is_dir() else source.absolute().parents[1]
@@ -328,10 +334,15 @@ def _data_section(
         section = new if "class_path" in new else {**section, "init_args": arguments}
     names = {name.split(".")[1] for _, name, _ in options(words) if name.startswith("data.")}
     names |= {"predict_file"} if command == "predict" else set()
-    accepted = accepted_by(find_class(section["class_path"]))
+    accepted = accepted_by(find_class(section["class_path"], "dact.data"))
     if accepted and not names <= {*accepted}:
-        section, accepted = {"class_path": OWN_FILES}, accepted_by(find_class(OWN_FILES))
-    arguments = dict(section.get("init_args") or {})
+        section, accepted = {"class_path": OWN_FILES}, accepted_by(find_class(OWN_FILES, "dact.data"))
+    # The model may have left the files of its fit behind.
+    arguments = {
+        name: value
+        for name, value in (section.get("init_args") or {}).items()
+        if not (name.endswith("_file") and value and name not in names and not _is_there(value))
+    }
     source = Path() if model is None else find_model(model)
     folder = source if source.is_dir() else source.absolute().parents[1] / "model"
     file = folder / "tokenizer_config.json"

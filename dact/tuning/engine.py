@@ -311,14 +311,15 @@ class TuningEngine:
         data: Any = recipe.make_data()
         configuration = recipe.configuration(model, data)
         configuration["tuner"]["search_space"] = {n: str(v) for n, v in self.search_space.items()}
+        # A mistake in the data leaves no run behind that would hold on to it.
+        data.prepare_data()
+        for stage in ("fit", "test") if measured else ("fit",):
+            data.setup(stage)
+        check_classes(getattr(data, "class_names", None), recipe.output_dimension)
+        if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
+            raise ValueError("TuningEngine: texts without labels need a distillation above 0")
         with run.opened(configuration):
             self._take(run.winners())
-            data.prepare_data()
-            for stage in ("fit", "test") if measured else ("fit",):
-                data.setup(stage)
-            check_classes(getattr(data, "class_names", None), recipe.output_dimension)
-            if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
-                raise ValueError("TuningEngine: texts without labels need a distillation above 0")
             if measured and recipe.note:
                 self.progress.note(recipe.note)
             if isinstance(data, TextDataModule):
