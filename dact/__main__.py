@@ -27,9 +27,9 @@ commands:
   dact --version
 
 MODEL is the folder of a run, a model/ folder, a checkpoint or a Hub id,
-OWNER/NAME or OWNER/NAME@REVISION. An option replaces that of a file, and a later
-file an earlier one. A configuration, also that of a run, can name any class of
-any installed module, and so run any code: use only files that you trust.
+OWNER/NAME or OWNER/NAME@REVISION. An option replaces that of a file, and a
+later file an earlier one. A configuration, also that of a run, can name any
+class of any installed module, and so run any code: use only files you trust.
 """
 
 

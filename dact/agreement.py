@@ -50,6 +50,10 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
             f"distillation={model.distillation:g} needs a teacher: give the data one "
             "(data.teacher), or set distillation to 0"
         )
+    if not model.needs_teacher and getattr(datamodule, "needs_teacher", False):
+        raise ValueError(
+            "texts without labels need a teacher: give data.teacher and a distillation above 0"
+        )
     if not model.needs_teacher and teacher not in (None, unknown):
         raise ValueError(
             f"{type(datamodule).__name__}: a teacher was given, but the model would not learn from "

@@ -110,7 +110,7 @@ def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
                 names = [one for one in import_module(SECTIONS[section]).__all__ if one[0].isupper()]
                 meant = _meant(value.rpartition(".")[2], names)
                 raise UsageError(f"{place}there is no class {value}. {meant}")
-            known = {each for each in known if not each.startswith(f"{section}.")}
+            known = {each for each in known if not f"{each}.".startswith(f"{section}.")}
             known |= {f"{section}.{each}" for each in accepted_by(found)} or {section}
         elif not any(f"{name}.".startswith(f"{k}.") or k.startswith(f"{name}.") for k in known):
             section, _, wrong = name.rpartition(".")

@@ -142,8 +142,10 @@ class Stored:
             built = parser.instantiate(parser.parse_object({"encoder": self.encoder}))
             model = load_model(source, encoder=built.encoder, **given)
         rule = f"{model.halting} rule, tolerance {model.halting_tolerance:g}"
-        held = "with a promise" if model.calibration else "without a promise"
-        print(f"halting_margin {model.halting_margin:.8g} {held} ({rule})", file=sys.stderr)
+        record = model.calibration
+        held = "no promise" if record is None else "a promise"
+        held = "an estimate" if record is not None and record.get("estimate") else held
+        print(f"halting_margin {model.halting_margin:.8g} with {held} ({rule})", file=sys.stderr)
         gpu = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return model.to(gpu if self.device == "auto" else self.device)
 
