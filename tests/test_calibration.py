@@ -194,8 +194,6 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
         choose_setting(answers, Promise(max_layers=1.0, dial=dial))
     nearest = float(re.search(r"and ([\d.]+) can be promised", str(caught.value))[1])
     assert getattr(choose_setting(answers, Promise(max_layers=nearest, dial=dial)), dial) == last
-    with pytest.raises(ValueError, match="max_layers=9 promises nothing: the model has"):
-        choose_setting(answers, Promise(max_layers=9, dial=dial))
 
 
 @pytest.mark.parametrize(
@@ -203,8 +201,8 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
     [
         ({}, ValueError, "got none of them"),
         ({"max_layers": 2, "min_agreement": 0.9}, ValueError, "min_agreement and max_layers"),
-        ({"max_accuracy_loss": 1}, ValueError, "max_accuracy_loss .* got 1: it is a share"),
-        ({"min_agreement": 0}, ValueError, "min_agreement .* got 0: it is a share"),
+        ({"max_accuracy_loss": 1}, ValueError, "max_accuracy_loss .* got 1: 0.01 is one point"),
+        ({"min_agreement": 0}, ValueError, "min_agreement .* got 0: 0.95"),
         ({"min_agreement": "0.5"}, TypeError, "min_agreement must be a number, got '0.5'"),
         ({"max_layers": 0.5}, ValueError, "max_layers must be 1 or more, got 0.5"),
         ({"max_layers": 2, "confidence": 1.0}, ValueError, "got 1.0: .* for an estimate"),
@@ -231,7 +229,7 @@ def test_a_promise_is_never_made_on_the_labels_of_other_classes():
 )
 def test_a_promise_begins_at_all_layers(dial, other):
     model = tiny_model(**{other: 0.5})
-    with pytest.raises(ValueError, match=f"{dial} is .* all 4 layers .* has {other}=0.5"):
+    with pytest.raises(ValueError, match=f"{dial} is .* all layers .* has {other}=0.5"):
         calibrate(model, [random_batch()], min_agreement=0.9, dial=dial)
     found = calibrate(model, [random_batch(2000)], max_layers=3.9, dial=dial)
     assert found.mean_exit_layer < 3.9
@@ -275,12 +273,6 @@ def test_a_promise_ends_with_the_weights_that_it_was_made_for(tmp_path):
     assert fewer.calibration is None, "its full depth is another one"
     model.on_load_checkpoint({"state_dict": other.state_dict(), "dact": other.config()})
     assert model.calibration is None
-
-
-@pytest.mark.parametrize("batches", [[], [random_batch(1)]])
-def test_too_little_to_calibrate_on_is_a_clear_error(batches):
-    with pytest.raises(ValueError, match="at least two labelled examples are needed, got [01]"):
-        calibrate(tiny_model(), batches, max_layers=3)
 
 
 @pytest.mark.parametrize("rule", ["exact", "paper"])
@@ -441,15 +433,10 @@ def test_a_promise_can_be_made_against_a_baseline():
     assert found.mean_exit_layer > own.mean_exit_layer, "the baseline is the better reference here"
     assert "points of accuracy below the whole encoder" in describe(found, 5)
     lost = found.baseline_accuracy - found.full_depth_accuracy
-    with pytest.raises(
-        ValueError, match=r"at halting_margin 1 it is .*, or give about \d+ examples"
-    ):
+    with pytest.raises(ValueError, match="at halting_margin 1 it is .* Promise that, give more"):
         choose_setting(answers, Promise(max_accuracy_loss=lost + 0.001), baseline=baseline)
-    with pytest.raises(ValueError, match="Promise that, or train a better model"):
-        choose_setting(answers, Promise(max_accuracy_loss=0.0), baseline=answers.target)
-    for wrong in (baseline[:2], answers.target + 1, answers.target == full):
-        with pytest.raises(ValueError, match="baseline must hold one class in 0 … 2 per example"):
-            choose_setting(answers, promise, baseline=wrong)
+    with pytest.raises(ValueError, match="one class per example, 3000 in all"):
+        choose_setting(answers, promise, baseline=baseline[:2])
     with pytest.raises(ValueError, match="a baseline goes with max_accuracy_loss"):
         choose_setting(answers, Promise(max_layers=2), baseline=baseline)
 
@@ -630,7 +617,7 @@ def test_few_examples_settle_the_margin_at_which_none_changes_its_class(examples
     assert Measured(answers, answers.exit_layers(Halting(margin=following))).agreement < 1
 
 
-@pytest.mark.parametrize("examples", [2, 3, 7, 50, 100, 298])
+@pytest.mark.parametrize("examples", [29, 50, 100, 298])
 def test_examples_without_a_change_always_support_what_is_settled(examples):
     y = torch.tensor([0.9, 0.1]).repeat(examples, 3, 1)
     target = torch.zeros(examples, dtype=torch.long)
@@ -664,7 +651,7 @@ def test_enough_examples_settle_the_default_promise():
     ("changes", "data", "why"),
     [
         ({"halting": "never"}, [random_batch(400)], "halting='never' has no dial"),
-        ({}, [], "at least two labelled examples are needed, got 0"),
+        ({}, [random_batch(28)], "28 examples are set aside, and a guarantee takes 29"),
         ({"halting_tolerance": 0.2}, [random_batch(400)], "the model has halting_tolerance=0.2"),
     ],
 )
@@ -679,7 +666,7 @@ def test_a_model_that_cannot_be_settled_stays_as_it_is(changes, data, why):
 
 def test_validation_examples_settle_nothing():
     text = settle(tiny_model(), OwnData(400))
-    assert "no examples are set aside, as the data's calibration_fraction does" in text
+    assert "no examples are set aside: set calibration_fraction" in text
 
 
 @pytest.mark.parametrize(

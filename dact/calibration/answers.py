@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -157,8 +158,8 @@ def check_finite(probabilities: Tensor) -> None:
     class."""
     if not probabilities.isfinite().all():
         raise ValueError(
-            "the model's answers are not finite: train it again with a smaller learning rate or in "
-            "precision 32-true, or, if it runs in half precision, use bfloat16 or float32"
+            "the model's answers are not finite: run it in bfloat16 or float32, or train it again "
+            "with a smaller learning rate"
         )
 
 
@@ -168,32 +169,27 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
 
     Args:
         model: Model, on the device that it should use.
-        batches: Batches with ``labels`` int64 ``[batch]``; at least two examples in all.
+        batches: Batches with ``labels`` int64 ``[batch]``.
 
     Raises:
-        ValueError: If there are fewer, a label is no class, or an answer is not finite.
+        ValueError: If a label is no class, or an answer is not finite.
     """
-    parts: dict[str, list[Tensor]] = {"a": [], "p": [], "y": [], "target": [], "depths": []}
+    parts: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
         signals.check()
-        target = batch["labels"]
-        functional.soft_targets(target, model.output_dimension)  # checks them
-        if (target == functional.UNLABELLED).any():
-            raise ValueError(f"a label is {functional.UNLABELLED}, which stands for an unknown one")
+        # raises for a label that is no class
+        functional.soft_targets(batch["labels"], model.output_dimension)
         output = model.full_depth(move(batch, model.device))
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)
         check_finite(a)
-        found_here = {"a": a, "p": p, "y": output.layer_probabilities, "target": target.long()}
+        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": batch["labels"].long()}
         if "depth" in batch:
-            found_here["depths"] = batch["depth"]
-        for name, tensor in found_here.items():
+            found["depths"] = batch["depth"]
+        for name, tensor in found.items():
             parts[name].append(tensor.cpu())
-    examples = sum(map(len, parts["target"]))
-    if examples < 2:
-        raise ValueError(f"at least two labelled examples are needed, got {examples}")
-    return LayerAnswers(**{name: torch.cat(tensors) for name, tensors in parts.items() if tensors})
+    return LayerAnswers(**{name: torch.cat(tensors) for name, tensors in parts.items()})
 
 
 def exits_by_setting(
@@ -222,27 +218,8 @@ def exits_by_setting(
     return exits
 
 
-def check_baseline(baseline: Tensor, answers: LayerAnswers) -> Tensor:
-    """Return `baseline` as a tensor, or raise a ``ValueError`` unless it is one class per
-    example."""
-    baseline, classes = torch.as_tensor(baseline).cpu(), answers.a.shape[2]
-    is_count = not baseline.is_floating_point() and baseline.dtype != torch.bool
-    in_range = ((baseline >= 0) & (baseline < classes)).all()
-    if baseline.shape != answers.target.shape or not is_count or not in_range:
-        raise ValueError(
-            f"baseline must hold one class in 0 … {classes - 1} per example, in their order, int64 "
-            f"{list(answers.target.shape)}, got {baseline.dtype} {list(baseline.shape)}"
-        )
-    return baseline
-
-
 def mean_and_error(values: Tensor) -> tuple[float, float]:
-    """Return the mean of `values` ``[examples]`` (two or more) and its standard error.
-
-    Example:
-        >>> mean_and_error(torch.tensor([1.0, 0.0, 0.0, -1.0]))[0]
-        0.0
-    """
+    """Return the mean of `values` ``[examples]`` (two or more) and its standard error."""
     values = values.double()
     return values.mean().item(), values.std().item() / len(values) ** 0.5
 
@@ -253,9 +230,8 @@ def careful_mean_and_error(
     """Return the mean of `values` in [low, high] and the standard error that one more value at
     either end would give.
 
-    Of a few values without a difference the error would be 0, and of a single difference the mean
-    would be the error. Source: Bonett & Price 2012, *Adjusted Wald Confidence Interval for a
-    Difference of Binomial Proportions Based on Paired Data*."""
+    Otherwise the error of a few equal values would be 0. Source: Bonett & Price 2012, *Adjusted
+    Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data*."""
     more = torch.cat([values.double(), values.new_tensor([low, high], dtype=torch.float64)])
     return values.double().mean().item(), mean_and_error(more)[1]
 

@@ -8,26 +8,19 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-# Share of the error probability that the nuisance parameter of `difference_p_value` takes; the
-# power hardly depends on it.
+# share of the error probability that the nuisance parameter of `difference_p_value` takes
 NUISANCE_SHARE = 1 / 100
-# Number of its values that are tried: between them the p-value is larger by 0.00002 at most.
+# number of its values that are tried: between them the p-value is larger by 0.00002 at most
 NUISANCE_POINTS = 128
-# Discordant ones in the order of outcomes; 3 to 10 have about the same power, 0 has much less.
+# discordant ones in the order of outcomes: 3 to 10 have about the same power, 0 has much less
 PSEUDO_EXAMPLES = 4
-# Probability at either end of the sum over the number of discordant examples, by Bernstein's
-# inequality.
+# probability at either end of the sum over discordant examples, by Bernstein's inequality
 LEFT_OUT = 1e-9
 
 
 def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
-    """Return the rate at which so many faults or fewer have the probability 1 - confidence, the
-    one-sided upper bound of Clopper & Pearson 1934.
-
-    Args:
-        faults: Number of examples with a fault, in 0 … examples.
-        examples: Number of examples, 1 or more.
-        confidence: Probability with which the bound holds, in (0, 1).
+    """Return the one-sided upper bound of Clopper & Pearson 1934 on a rate of faults, from their
+    number and that of the examples.
 
     Example:
         >>> round(binomial_upper_bound(0, 100, 0.95), 4)  # 1 - 0.05 ** (1 / 100)
@@ -40,16 +33,16 @@ def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float
     return float(betaincinv(faults + 1, examples - faults, confidence))
 
 
-def examples_for_rate(rate: float, confidence: float) -> int | None:
+def examples_for_rate(rate: float, confidence: float) -> int:
     """Return the fewest examples without a fault whose `binomial_upper_bound` is at most `rate`:
-    log(1 - confidence) / log(1 - rate), rounded up, or None for a rate of 0.
+    log(1 - confidence) / log(1 - rate), rounded up, or 0 for a rate of 0, which takes a proof.
 
     Example:
         >>> examples_for_rate(0.01, 0.95)
         299
     """
     if rate <= 0:
-        return None
+        return 0
     return 1 if rate >= 1 else math.ceil(math.log(1 - confidence) / math.log1p(-rate))
 
 
@@ -72,7 +65,7 @@ def difference_p_value(
     Args:
         lost: Number of examples that only the reference classifies correctly.
         gained: Number of examples that only the reference classifies wrongly.
-        examples: Number of examples, 1 or more.
+        examples: Number of examples.
         difference: δ, in [0, 1].
         error: Error probability that the p-value will be compared with, in (0, 1).
 
@@ -85,9 +78,10 @@ def difference_p_value(
 
     spent = error * NUISANCE_SHARE
     most = binomial_upper_bound(lost + gained, examples, 1 - spent)
-    if difference > most:  # a difference cannot exceed the share of discordant examples
+    # A difference cannot exceed the share of discordant examples.
+    if difference > most:
         return spent
-    # Closer together where d is small, since there the p-value varies fastest.
+    # closer together where d is small, since there the p-value varies fastest
     discordant = difference + (most - difference) * np.linspace(0, 1, NUISANCE_POINTS)[:, None] ** 2
     log = -math.log(LEFT_OUT)
     first, last = (
@@ -98,8 +92,7 @@ def difference_p_value(
     number = np.arange(max(0, math.floor(first)), min(examples, math.ceil(last)) + 1)[None, :]
     ways = gammaln(examples + 1) - gammaln(number + 1) - gammaln(examples - number + 1)
     probability = np.exp(ways + xlogy(number, discordant) + xlog1py(examples - number, -discordant))
-    # The most lost examples, of each number of discordant ones, that do not exceed the outcome seen
-    # in that order.
+    # most lost examples, for each number of discordant ones, up to the outcome seen in that order
     z = NormalDist().inv_cdf(1 - error)
     limit = lost - gained + z * math.sqrt(lost + gained + PSEUDO_EXAMPLES)
     most_lost = np.floor((number + limit - z * np.sqrt(number + PSEUDO_EXAMPLES)) / 2 + 1e-9)
@@ -116,12 +109,10 @@ def difference_upper_bound(lost: int, gained: int, examples: int, confidence: fl
         >>> 0.008 < difference_upper_bound(48, 48, examples=2000, confidence=0.95) < 0.01
         True
     """
-    low, high = max(0.0, (lost - gained) / examples), 1.0
+    error, low, high = 1 - confidence, max(0.0, (lost - gained) / examples), 1.0
     for _ in range(20):
         middle = (low + high) / 2
-        refuted = (
-            difference_p_value(lost, gained, examples, middle, 1 - confidence) <= 1 - confidence
-        )
+        refuted = difference_p_value(lost, gained, examples, middle, error) <= error
         low, high = (low, middle) if refuted else (middle, high)
     return high
 
@@ -130,27 +121,10 @@ def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
     r"""Return the empirical Bernstein upper bound on the mean exit layer (Maurer & Pontil 2009,
     theorem 4), and never more than N.
 
-    With n examples, sample variance V and δ = 1 - confidence it is
+    With n ≥ 2 exit layers in 1 … N, sample variance V and δ = 1 - confidence it is
     :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`.
-
-    Args:
-        exits: Exit layers, int64 ``[examples]``, in 1 … N; at least two.
-        layers: N.
-        confidence: Probability with which the bound holds, in (0, 1).
     """
     values, log = exits.double(), math.log(2 / (1 - confidence))
     n = len(values)
     spread = (2 * values.var().item() * log / n) ** 0.5 + 7 * (layers - 1) * log / (3 * (n - 1))
     return min(float(layers), values.mean().item() + spread)
-
-
-def examples_for_mean(most: float, layers: int, confidence: float) -> int:
-    """Return the fewest examples whose `mean_upper_bound` is at most `most` if all leave at once.
-
-    Example:
-        >>> examples_for_mean(2.0, 6, 0.95)
-        45
-    """
-    return 1 + math.ceil(
-        7 * (layers - 1) * math.log(2 / (1 - confidence)) / (3 * max(most - 1, 1e-9))
-    )

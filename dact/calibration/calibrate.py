@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
@@ -15,17 +16,20 @@ from dact.calibration.answers import (
     Dial,
     LayerAnswers,
     Measured,
-    check_baseline,
     exits_by_setting,
     layer_answers,
     share,
 )
+from dact.calibration.bounds import examples_for_rate
 from dact.calibration.promise import DEFAULT_PROMISE, SETTINGS, Promise
 from dact.calibration.temperature import fit_temperatures
 from dact.encoders.base import Batch
 from dact.functional import Halting, HaltingRule
 from dact.model import DACT
 from dact.model_card import what_is_promised
+
+# largest share of changed classes that is worth a guarantee
+MOST_CHANGED = 0.1
 
 
 @dataclass(frozen=True)
@@ -83,15 +87,14 @@ def calibrate(
 ) -> Calibration:
     r"""Set the `halting_margin` of `model`, or its `halting_tolerance`, so that it keeps a promise.
 
-    An example leaves early where a layer's lead, the probability of its first class less that of
-    its second, exceeds the margin. For the first two promises, margins are tried downwards from 1,
-    or tolerances upwards from 0 (both keep the class of all layers by proof), and the last one
-    before the first that fails is taken. This is a fixed sequence of tests, each at the full level:
-    the probability that any passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher
-    1995). The tests are `dact.calibration.bounds.difference_p_value` for accuracy and the one-sided
-    Clopper–Pearson bound (1934) for agreement. For `max_layers` settings are tried from the other
-    end, by the empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4).
-    An estimate adds one standard error instead; with few examples it counts the lost ones alone.
+    For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0
+    (both keep the class of all layers by proof), and the last one before the first that fails is
+    taken. This is a fixed sequence of tests, each at the full level: the probability that any
+    passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). The tests are
+    `dact.calibration.bounds.difference_p_value` for accuracy and the one-sided Clopper–Pearson
+    bound (1934) for agreement. For `max_layers` settings are tried from the other end, by the
+    empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4). An estimate
+    adds one standard error instead; with few examples it counts the lost ones alone.
 
     Args:
         model: Model that gets the setting and, as `calibration`, the returned record. Its
@@ -99,26 +102,18 @@ def calibrate(
         data: Labelled examples that were used neither for training nor for any choice: batches, or
             a datamodule, whose ``calibration_dataloader()`` is used or, if there is none, its
             validation examples. These chose the checkpoint, and the record then says so.
-        max_accuracy_loss: As for `Promise`.
-        min_agreement: As for `Promise`.
-        max_layers: As for `Promise`.
-        confidence: As for `Promise`.
+        max_accuracy_loss, min_agreement, max_layers, confidence: As for `Promise`.
         dial: As for `Promise`. The other dial must have no effect for the first two promises, so
             that the sequence begins at all layers. The margin mostly takes fewer layers.
         baseline: Classes of a reference on the same examples, int64 ``[examples]``, in their order:
             `max_accuracy_loss` is then the loss of accuracy below it, which takes many more
             examples, since early exit mostly agrees with all layers of its own model.
 
-    Returns:
-        The setting with its bound, and the measurements on the examples.
-
     Raises:
-        ValueError: If data and model do not agree, the promise cannot be kept (the message says
-            which can), the examples are too few for it (the message says how many it takes), or the
-            other dial or ``halting="never"`` prevents it.
+        ValueError: If data and model do not agree, the promise cannot be kept, the examples are too
+            few for it, or the other dial or ``halting="never"`` prevents it.
 
     Example:
-        >>> import torch
         >>> from dact.encoders import TransformerEncoder
         >>> encoder = TransformerEncoder(vocab_size=50, num_layers=2, hidden_size=8, num_heads=2)
         >>> model = DACT(encoder=encoder)
@@ -128,10 +123,12 @@ def calibrate(
         True
     """
     promise = Promise(max_accuracy_loss, min_agreement, max_layers, confidence, dial)
-    promise.check(model.exit_rule, model.num_layers)  # before any layer runs
+    # before any layer runs
+    promise.check(model.exit_rule)
     batches, chose_checkpoint = _examples(model, data)
     answers = layer_answers(model, batches)
-    found = choose_setting(answers, promise, model.exit_rule, baseline, chose_checkpoint)
+    found = choose_setting(answers, promise, model.exit_rule, baseline)
+    found = replace(found, chose_checkpoint=chose_checkpoint)
     _adopt(model, found, answers)
     return found
 
@@ -141,7 +138,6 @@ def choose_setting(
     promise: Promise,
     halting: Halting = Halting(),
     baseline: Tensor | None = None,
-    chose_checkpoint: bool = False,
 ) -> Calibration:
     """Choose the setting that keeps a promise, as `calibrate` does, from the answers of a model.
 
@@ -150,22 +146,24 @@ def choose_setting(
         promise: Promise to keep.
         halting: Halting rule, whose ``promise.dial`` is replaced.
         baseline: As for `calibrate`.
-        chose_checkpoint: Whether the examples chose the checkpoint, for the record alone.
 
     Raises:
         ValueError: As for `calibrate`.
     """
     kind, layers, needed = promise.kind, answers.num_layers, promise.examples_needed()
-    promise.check(halting, layers)
+    promise.check(halting)
     if baseline is not None:
-        if promise.max_accuracy_loss is None:
-            raise ValueError("a baseline goes with max_accuracy_loss: leave it out")
-        baseline = check_baseline(baseline, answers)
-    elif needed is not None and len(answers.target) < needed:
+        baseline = torch.as_tensor(baseline).cpu()
+        if baseline.shape != answers.target.shape or promise.max_accuracy_loss is None:
+            raise ValueError(
+                "a baseline goes with max_accuracy_loss, and holds one class per example, "
+                f"{len(answers.target)} in all, got {list(baseline.shape)}"
+            )
+    elif len(answers.target) < needed:
         raise ValueError(
             f"{promise.text} takes {needed} examples or more, even if early exit makes no fault on "
             f"them, got {len(answers.target)}: give more, promise less, or ask for an estimate "
-            f"(confidence null, in Python None), which takes {kind.examples_for_an_estimate}"
+            f"(confidence null, in Python None), which takes {kind.examples_for_an_estimate()}"
         )
     exits = exits_by_setting(answers, halting, promise.dial)
 
@@ -180,7 +178,14 @@ def choose_setting(
             break
         chosen = setting
     if chosen is None:
-        raise ValueError(_refusal(promise, values(settings[0]), settings[0], layers))
+        first = values(settings[0])
+        # rounded up, so that it can be promised
+        bound = math.ceil(1e4 * kind.bound(first, layers)) / 1e4
+        raise ValueError(
+            f"{promise.text} cannot be promised: at {promise.dial} {settings[0]:g} it is "
+            f"{first.double().mean():.4f} on these {len(first)} examples, and {bound:.4f} can be "
+            "promised. Promise that, give more examples, or train again"
+        )
     bound = 0.0 if chosen == proved else kind.bound(values(chosen), layers)
     rule, measured = halting.with_dial(promise.dial, chosen), Measured(answers, exits(chosen))
     return Calibration(
@@ -196,61 +201,55 @@ def choose_setting(
         mean_exit_layer=measured.mean_exit_layer,
         baseline_accuracy=None if baseline is None else share(baseline == answers.target),
         estimate=promise.confidence is None,
-        chose_checkpoint=chose_checkpoint,
     )
 
 
-def settle(
-    model: DACT,
-    data: LightningDataModule | Iterable[Batch],
-    promise: Promise = DEFAULT_PROMISE,
-) -> str:
-    r"""Set the dial of a fitted model by the examples that are set aside, and return what holds.
+def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
+    r"""Set the margin of a fitted model by the examples that are set aside.
 
-    With too few examples for the promise, the last setting of the fixed sequence is taken at which
-    none of them gets another class than from all layers. With n examples that guarantees a
-    `min_agreement` of :math:`(1 - \text{confidence})^{1/n}`: with 95 % confidence, at most 6 % of
-    new examples change their class for n = 50, and 3 % for n = 100.
+    It keeps the default promise. With too few examples for that, the last setting of the fixed
+    sequence is taken at which none of them gets another class than from all layers. With n examples
+    that guarantees a `min_agreement` of :math:`(1 - \text{confidence})^{1/n}`: with 95 %
+    confidence, at most 6 % of new examples change their class for n = 50, and 3 % for n = 100.
 
     Args:
         model: Model that gets the setting and the record, as by `calibrate`. It is left as it was
-            if it has no dial, the data sets no examples aside, or no setting keeps the promise.
+            if it has no dial, fewer than 29 examples are set aside, which could guarantee only that
+            more than 10 % change, or no setting keeps the promise.
         data: Labelled examples, as for `calibrate`, but never those of validation.
-        promise: Promise to keep.
 
     Returns:
         Text for the user: what is guaranteed, or what is missing.
     """
-    layers, needed = model.num_layers, promise.examples_needed()
+    promise, text = DEFAULT_PROMISE, ""
+    assert promise.confidence is not None
+    needed, least = promise.examples_needed(), examples_for_rate(MOST_CHANGED, promise.confidence)
     try:
-        promise.check(model.exit_rule, layers)
+        promise.check(model.exit_rule)
         batches, none_aside = _examples(model, data)
         if none_aside:
-            raise ValueError("no examples are set aside, as the data's calibration_fraction does")
+            raise ValueError(
+                f"no examples are set aside: set calibration_fraction of the data. {least} are "
+                f"enough for a guarantee, and {promise.text} takes {needed}"
+            )
         answers = layer_answers(model, batches)
         examples = len(answers.target)
-        few = needed is not None and examples < needed
-        kept = _no_change(promise, examples) if few else promise
-        found = choose_setting(answers, kept, model.exit_rule)
+        if examples < least:
+            raise ValueError(f"{examples} examples are set aside, and a guarantee takes {least}")
+        if examples < needed:
+            # a little less than the bound, which is rounded
+            agreement = (1 - promise.confidence) ** (1 / examples) - 1e-12
+            text = (
+                f"{promise.text} takes {needed} examples. As none of {examples} gets another class "
+                f"here, with {promise.confidence:.0%} confidence at most "
+                f"{100 * (1 - agreement):.2g} % of new ones do:\n"
+            )
+            promise = Promise(min_agreement=agreement, confidence=promise.confidence)
+        found = choose_setting(answers, promise, model.exit_rule)
     except ValueError as error:
         return f"{promise.dial} stays {getattr(model, promise.dial):.8g}: {error}"
     _adopt(model, found, answers)
-    text = describe(found, layers)
-    if few:
-        text = (
-            f"{promise.text} takes {needed} examples. As none of {examples} gets another class "
-            f"here, with {kept.confidence:.0%} confidence at most {100 * kept.kind.most:.2g} % of "
-            f"new ones do:\n{text}"
-        )
-    return text
-
-
-def _no_change(promise: Promise, examples: int) -> Promise:
-    """Return what is promised where none of so many examples gets another class."""
-    assert promise.confidence is not None
-    # a little less than the bound, which is rounded
-    agreement = (1 - promise.confidence) ** (1 / examples) - 1e-12
-    return Promise(min_agreement=agreement, confidence=promise.confidence, dial=promise.dial)
+    return text + describe(found, model.num_layers)
 
 
 def _examples(
@@ -273,35 +272,20 @@ def _adopt(model: DACT, found: Calibration, answers: LayerAnswers) -> None:
         model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))
 
 
-def _refusal(promise: Promise, values: Tensor, setting: float, layers: int) -> str:
-    """Return why even the first setting does not keep a promise, and what can be done."""
-    # rounded up, so that it can be promised
-    bound = math.ceil(1e4 * promise.kind.bound(values, layers)) / 1e4
-    seen, examples, remedy = values.double().mean().item(), len(values), promise.kind.remedy
-    if seen < promise.kind.most:
-        # The bound tightens with the square root of the number of examples, or faster.
-        enough = examples * ((bound - seen) / (promise.kind.most - seen)) ** 2
-        remedy = f"give about {float(f'{enough:.2g}'):.0f} examples"
-    return (
-        f"{promise.text} cannot be promised: at {promise.dial} {setting:g} it is {seen:.4f} on "
-        f"these {examples} examples, and {bound:.4f} can be promised. Promise that, or {remedy}"
-    )
-
-
 def describe(found: Calibration, layers: int) -> str:
     """Return a calibration of a model of so many layers as a few lines of text."""
     promise = Promise(**found.promise)
-    value, takes = getattr(found, promise.dial), promise.kind.examples_for_an_estimate
-    own, everything = found.baseline_accuracy is None, f"all {layers} layers"
+    value, takes = getattr(found, promise.dial), promise.kind.examples_for_an_estimate()
+    everything = against = f"all {layers} layers"
     compared = f"{everything} {100 * found.full_depth_accuracy:.2f} %"
     if found.baseline_accuracy is not None:
+        against = "the whole encoder"
         compared += f", whole encoder {100 * found.baseline_accuracy:.2f} %"
-    bounded = {**found.promise, promise.name: round(found.bound, 4)}
-    bound = what_is_promised(bounded, everything if own else "the whole encoder", layers)
+    bound = what_is_promised({promise.name: round(found.bound, 4)}, against, layers)
     says = f"keeps {promise.text}: taken alone, {bound}"
-    if promise.kind.by_proof and own and value == SETTINGS[promise.dial][0]:
+    if promise.kind.by_proof and against == everything and value == SETTINGS[promise.dial][0]:
         says = f"gives the class of {everything} by proof, and no other setting passed"
-        if found.estimate and found.examples < takes < math.inf:
+        if found.estimate and found.examples < takes:
             says += f", which takes {takes} examples or more"
     elif found.estimate:
         says = f"is an {promise.text}, without a guarantee: {bound}, one standard error included"
@@ -312,8 +296,6 @@ def describe(found: Calibration, layers: int) -> str:
         f"agreement {100 * found.agreement:.2f} %, mean exit layer {found.mean_exit_layer:.2f} of "
         f"{layers}",
     ]
-    if not found.estimate:
-        lines[1] += "; guaranteed for new examples of the same kind"
     if found.chose_checkpoint:
         lines.append(
             "these examples chose the checkpoint, so this is optimistic: set others aside with the "

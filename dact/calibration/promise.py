@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor
 
 from dact.calibration import bounds
 from dact.calibration.answers import Dial, Measured, careful_mean_and_error, mean_and_error
-from dact.checks import check_choice, check_range
+from dact.checks import Range, check_arguments
 from dact.functional import Halting
 
 # Settings that are tried, from the most layers to the fewest. The first has no effect.
@@ -44,10 +44,6 @@ class Kind(ABC):
 
     most: float
     confidence: float | None
-    # range of the argument of `Promise`, and what it means
-    interval: ClassVar[str]
-    hint: ClassVar[str] = ""
-    remedy: ClassVar[str] = "train a better model"
     # whether the first setting of a dial keeps the promise by proof
     by_proof: ClassVar[bool] = True
     # share of the error probability that a nuisance parameter takes
@@ -67,28 +63,27 @@ class Kind(ABC):
         """Return whether the bound is within the promise."""
         return self.bound(values, layers) <= self.most
 
-    def examples_needed(self, confidence: float, layers: int | None) -> int | None:
-        """Return what `Promise.examples_needed` returns for a confidence."""
-        error = (1 - confidence) * (1 - self.spent)
+    def examples_needed(self) -> int:
+        """Return what `Promise.examples_needed` returns."""
+        if self.confidence is None:
+            return 2
+        error = (1 - self.confidence) * (1 - self.spent)
         return bounds.examples_for_rate(self.most, 1 - error)
 
-    @property
-    def examples_for_an_estimate(self) -> float:
-        """The fewest examples that an estimate takes if there is no fault among them."""
-        return max(2, math.ceil(self.no_fault / self.most - 1.5)) if self.most else math.inf
+    def examples_for_an_estimate(self) -> int:
+        """Return the fewest examples without a fault by which an estimate moves the dial."""
+        return max(2, math.ceil(self.no_fault / max(self.most, 1e-9) - 1.5))
 
 
 class AccuracyLoss(Kind):
     """The loss of accuracy below all layers, or below a baseline: 1, 0 or -1 per example."""
 
-    interval, hint = "[0, 1)", "it is a share, 0.01 is one point"
     spent, no_fault = bounds.NUISANCE_SHARE, math.sqrt(2)
 
     def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
-        target = measured.answers.target
         reference = measured.full if baseline is None else baseline
-        lost = (reference == target).int() - measured.right.int()
-        few = self.confidence is None and len(lost) < MANY * self.examples_for_an_estimate
+        lost = (reference == measured.answers.target).int() - measured.right.int()
+        few = self.confidence is None and len(lost) < MANY * self.examples_for_an_estimate()
         return lost.clip(min=0) if few and baseline is None else lost
 
     def bound(self, values: Tensor, layers: int) -> float:
@@ -112,7 +107,6 @@ def _discordant(values: Tensor) -> tuple[int, int]:
 class Disagreement(Kind):
     """The share of examples that do not get the class of all layers: 1 or 0 per example."""
 
-    interval, hint = "(0, 1]", "it is a share, 0.95 is 95 %"
     no_fault = 1.0
 
     def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
@@ -127,7 +121,7 @@ class Disagreement(Kind):
 class Layers(Kind):
     """The exit layer."""
 
-    interval, by_proof, remedy = "[1, inf]", False, "train with a larger lambda_reg"
+    by_proof = False
 
     def values(self, measured: Measured, baseline: Tensor | None) -> Tensor:
         return measured.exits
@@ -137,8 +131,8 @@ class Layers(Kind):
             return sum(mean_and_error(values))
         return bounds.mean_upper_bound(values, layers, self.confidence)
 
-    def examples_needed(self, confidence: float, layers: int | None) -> int | None:
-        return 2 if layers is None else bounds.examples_for_mean(self.most, layers, confidence)
+    def examples_needed(self) -> int:
+        return 2
 
 
 KINDS: dict[str, type[Kind]] = {
@@ -156,7 +150,7 @@ class Promise:
         max_accuracy_loss: Largest loss of accuracy below all layers (the same model without early
             exit) or a baseline, as a share in [0, 1): 0.005 is half a point.
         min_agreement: Smallest share of examples that get the class of all layers, in (0, 1].
-        max_layers: Largest mean exit layer.
+        max_layers: Largest mean exit layer, 1 or more.
         confidence: Probability with which the promise is guaranteed for new examples of the same
             kind, in (0, 1). None (null) asks for an estimate, without a guarantee: the measured
             value keeps the promise with one standard error to spare.
@@ -169,22 +163,18 @@ class Promise:
         TypeError: If a value is not a number.
     """
 
-    max_accuracy_loss: float | None = None
-    min_agreement: float | None = None
-    max_layers: float | None = None
-    confidence: float | None = 0.95
+    max_accuracy_loss: Annotated[float, Range("[0, 1)", "0.01 is one point")] | None = None
+    min_agreement: Annotated[float, Range("(0, 1]", "0.95 is 95 %")] | None = None
+    max_layers: Annotated[float, Range("[1, inf]")] | None = None
+    confidence: Annotated[float, Range("(0, 1)", "None (null) asks for an estimate")] | None = 0.95
     dial: Dial = "halting_margin"
 
     def __post_init__(self) -> None:
-        check_choice("dial", self.dial, Dial)
         given = [name for name in KINDS if getattr(self, name) is not None]
         if len(given) != 1:
             found = " and ".join(given) or "none of them"
             raise ValueError(f"a promise is one of {', '.join(KINDS)}, got {found}")
-        check_range(self.name, self.value, KINDS[self.name].interval, KINDS[self.name].hint)
-        if self.confidence is not None:
-            hint = "it is a probability, or None (null) for an estimate"
-            check_range("confidence", self.confidence, "(0, 1)", hint)
+        check_arguments(Promise, vars(self))
 
     @property
     def name(self) -> str:
@@ -210,29 +200,21 @@ class Promise:
             return f"estimate for {promised}"
         return f"{promised} with confidence {self.confidence:g}"
 
-    def examples_needed(self, layers: int | None = None) -> int | None:
+    def examples_needed(self) -> int:
         """Return the fewest examples that support this promise if early exit makes no fault on
-        them: 2 for an estimate, None for an allowance of 0, which takes the proof. For `max_layers`
-        they depend on `layers`, the model's number of layers, and are 2 without it."""
-        if self.confidence is None:
-            return 2
-        return self.kind.examples_needed(self.confidence, layers)
+        them: 2 for an estimate or `max_layers`, 0 for an allowance of 0, which a proof keeps."""
+        return self.kind.examples_needed()
 
-    def check(self, halting: Halting, layers: int) -> None:
-        """Raise a ``ValueError`` if a model of this rule and number of layers has no dial to move,
-        keeps the promise anyway, or lets examples leave by the other dial without evidence."""
+    def check(self, halting: Halting) -> None:
+        """Raise a ``ValueError`` if a model of this halting rule has no dial to move, or lets
+        examples leave by the other dial without evidence."""
         if halting.rule == "never":
             raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
-        if self.max_layers is not None and self.max_layers >= layers:
-            raise ValueError(
-                f"max_layers={self.max_layers:g} promises nothing: the model has {layers} layers"
-            )
-        values = {"halting_tolerance": halting.tolerance, "halting_margin": halting.margin}
-        for name, value in values.items():
-            first = SETTINGS[name][0]
+        for name, first in (("halting_tolerance", 0.0), ("halting_margin", 1.0)):
+            value = getattr(halting, name.removeprefix("halting_"))
             if self.kind.by_proof and name != self.dial and value != first:
                 raise ValueError(
-                    f"{self.dial} is calibrated from all {layers} layers on, but the model has "
+                    f"{self.dial} is calibrated from all layers on, but the model has "
                     f"{name}={value:g}: set it to {first:g}, or calibrate it instead (dial: {name})"
                 )
 

@@ -25,11 +25,6 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
         scores: Probability of the returned class, ``[examples]``, in [0, 1].
         correct: Whether that class is the right one, bool ``[examples]``.
         bins: Number of bins.
-
-    Example:
-        >>> right = torch.tensor([True, True, True, False])
-        >>> round(expected_calibration_error(torch.full((4,), 0.9), right), 4)
-        0.15
     """
     return binary_calibration_error(scores.float(), correct.int(), n_bins=bins, norm="l1").item()
 
@@ -46,25 +41,21 @@ def temper(
         exit_layers: Exit layers, int64 ``[batch]``, 1-based.
         temperatures: T, one per layer, above 0; None returns `probabilities` as they are.
 
-    Returns:
-        ``[batch, classes]``, in float32 or more.
-
     Raises:
         ValueError: If a probability is not a number.
     """
     check_finite(probabilities)
     if temperatures is None:
         return probabilities
-    log = (
-        functional.at_least_float32(probabilities).clamp_min(functional.SMALLEST_PROBABILITY).log()
-    )
+    least = functional.SMALLEST_PROBABILITY
+    log = functional.at_least_float32(probabilities).clamp_min(least).log()
     factors = 1 / torch.tensor(temperatures, dtype=log.dtype, device=log.device)
     return (log * factors[exit_layers - 1].unsqueeze(1)).softmax(dim=1)
 
 
 def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
-    """Return one temperature per exit layer, fitted by the negative log-likelihood of early exit
-    (Guo et al. 2017, arXiv 1706.04599).
+    """Return one temperature per exit layer, in [1/8, 8], fitted by the negative log-likelihood of
+    early exit (Guo et al. 2017, arXiv 1706.04599).
 
     It is 1 unless the mean gain in five-fold cross-validation exceeds its standard error, as for
     layers at which hardly any example leaves.
@@ -72,9 +63,6 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     Args:
         answers: Answers of all layers to labelled examples that were not used for training.
         exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
-
-    Returns:
-        One temperature per layer, in [1/8, 8], as `temper` takes them.
     """
     given = functional.answer_at(answers.a, exits)
     temperatures = []

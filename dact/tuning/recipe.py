@@ -307,12 +307,12 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     Raises:
         ValueError: If a promise of the user cannot be kept.
     """
-    promise, layers = given.promise, model.encoder.num_layers
+    promise = given.promise
     if promise is None:
         return given
     is_default = promise == DEFAULT_PROMISE
     try:
-        promise.check(model.exit_rule, layers)
+        promise.check(model.exit_rule)
     except ValueError:
         if not is_default:
             raise
@@ -320,8 +320,8 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
         return replace(given, promise=None, note=note)
 
     recipe, aside = _setting_aside(given)
-    needed = promise.examples_needed(layers)
-    if promise.confidence is not None and needed is not None and aside >= needed:
+    needed = promise.examples_needed()
+    if promise.confidence is not None and aside >= needed:
         return recipe
     # A few examples that no study sees are still better than those that choose the checkpoint.
     if aside < FEWEST_ASIDE and promise.max_layers is None:
