@@ -198,7 +198,7 @@ class TextClassifier:
         return self.model.device
 
     @overload
-    def __call__(self, texts: str) -> Prediction: ...
+    def __call__(self, texts: str) -> Prediction: ...  # type: ignore[overload-overlap]
     @overload
     def __call__(self, texts: Iterable[Text]) -> list[Prediction]: ...
     def __call__(self, texts: str | Iterable[Text]) -> Prediction | list[Prediction]:

@@ -1,12 +1,13 @@
 """Classify a folder of parquet files on all processors and machines of a Ray cluster.
 
-    pip install "dact[ray]" python examples/ray_predict.py --model lightning_logs/mine/final/model
-    --input texts/ --output answers/ --workers 2
+    pip install "dact[ray]"
+    python examples/ray_predict.py --model lightning_logs/mine/final/model \\
+        --input texts/ --output answers/ --workers 2
 
 Each worker holds the model once and classifies block after block; memory does not grow with the
-data. Ray replaces a worker that dies and repeats the block that it had in hand. The output is a
-folder of parquet files with all columns of the input and `label`, `score` and `exit_layer`. The
-order of rows is not kept: give them an id.
+data. Ray replaces a worker that dies and repeats its block. The output is a folder of parquet files
+with all columns of the input and `label`, `score`, `exit_layer` and, for an empty text, `reason`.
+The order of rows is not kept: give them an id.
 
 Started as it is, the script uses this machine alone. On a cluster, run it on the head node or set
 RAY_ADDRESS; the model is sent to the workers, so that only the data must be where all of them can
@@ -22,6 +23,13 @@ import ray
 
 from dact import TextClassifier
 
+COLUMNS = {
+    "label": pa.string(),
+    "score": pa.float64(),
+    "exit_layer": pa.int64(),
+    "reason": pa.string(),
+}
+
 
 class Classify:
     """A worker: it adds what the classifier says to each block of rows."""
@@ -32,23 +40,21 @@ class Classify:
 
     def __call__(self, block: pa.Table) -> pa.Table:
         found = self.classifier(block[self.column].to_pylist())
-        for name in ("label", "score", "exit_layer"):
-            block = block.append_column(
-                name, pa.array([getattr(prediction, name) for prediction in found])
-            )
+        for name, kind in COLUMNS.items():
+            values = [getattr(prediction, name) for prediction in found]
+            block = block.append_column(name, pa.array(values, kind))
         return block
 
 
 def classify(
     texts: Any, classifier: TextClassifier, *, column: str, workers: int, gpus: float = 0
 ) -> Any:
-    """Return `texts` with the columns ``label``, ``score`` and ``exit_layer``; nothing runs before
-    it is used.
+    """Return `texts` with the columns of `COLUMNS`; nothing runs before it is used.
 
     Args:
         texts: A `ray.data.Dataset`.
         classifier: Classifier on the CPU, which is sent to each worker.
-        column: Name of the column with the text; none may be empty.
+        column: Name of the column with the text.
         workers: Number of workers.
         gpus: Number of GPUs per worker; 0 for the CPU.
     """

@@ -43,6 +43,10 @@ RUNS_CODE = {
 }
 
 
+# Names of the encoder's weights in a model of dact, and what they are called in transformers.
+OF_DACT = {r"^encoder\.model\.": ""}
+
+
 def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
     return create_bidirectional_mask(config=model.config, inputs_embeds=hidden, attention_mask=mask)
 
@@ -324,8 +328,8 @@ def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     described, renamed = _describe(pretrained), {}
     if _is_of_dact(described):
         # Its encoder is one part of a model whose other weights are left aside.
-        described, renamed = (described["encoder"] or {}).get("model"), {r"^encoder\.model\.": ""}
-        if described is None:
+        described, renamed = (described["encoder"] or {}).get("model", {}), OF_DACT
+        if not described:
             raise ValueError(
                 f"pretrained={pretrained!r} is a model of dact whose encoder is not from Hugging "
                 "Face: load the whole model with DACT.from_pretrained"

@@ -164,8 +164,11 @@ class _Layer(nn.Module):
         # [batch, length, 3 * hidden] -> three of [batch, heads, length, hidden / heads]
         projected = self.queries_keys_values(self.attention_norm(hidden))
         parts = projected.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        bias, dropout = bias.to(parts.dtype), self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(*parts, bias, dropout)
+        queries, keys, values = parts
+        dropout = self.dropout if self.training else 0.0
+        attended = F.scaled_dot_product_attention(
+            queries, keys, values, bias.to(parts.dtype), dropout
+        )
         attended = self.attention_output(attended.transpose(1, 2).flatten(2))
         hidden = hidden + F.dropout(attended, self.dropout, self.training)
         return hidden + self.feedforward(hidden)
