@@ -9,34 +9,26 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.overrides.distributed import UnrepeatedDistributedSampler
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from dact.checks import check_count, check_range
-from dact.data.batching import (
-    Encoded,
-    LengthGroupedSampler,
-    SharedLengthGroupedSampler,
-    collate,
-    encode,
-)
+from dact.data.batching import Item, LengthGroupedSampler, collate, encode
 from dact.data.examples import Examples, stratified_split
-from dact.data.labels import listed
+from dact.data.files import listed
 from dact.data.teacher import teacher_probabilities
 from dact.data.tokenizers import PreTrainedTokenizerBase, tokenizer_for
 from dact.functional import UNLABELLED
 
-# Examples per batch of test and predict; early exit regroups within a batch.
-INFERENCE_BATCH = 1024
+# Examples per batch of test; early exit regroups within a batch.
+TEST_BATCH = 1024
 # Neighbours of similar length in validation.
 VALIDATION_BLOCK = 64
 # A larger share of texts that are cut is worth a warning.
 CUT_SHARE = 0.01
-SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",), "predict": ("predict",)}
+SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
 class ClassificationDataModule(LightningDataModule):
@@ -88,7 +80,7 @@ class TextDataModule(ClassificationDataModule, ABC):
             id, a local folder or ``"package:NAME/PATH"``.
         max_length: Number of tokens to which longer inputs are cut, 3 or more.
         batch_size: Number of examples per batch in training and validation, 1 or more. Batches of
-            test and predict have 1,024 or more, which early exit divides by itself.
+            test have 1,024 or more, which early exit divides by itself.
         num_workers: Number of processes that prepare batches; with 0 the training process does.
         seed: Seed for the order of training examples.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
@@ -128,11 +120,11 @@ class TextDataModule(ClassificationDataModule, ABC):
         # A Path is welcome.
         self.teacher = teacher and str(teacher)
         self.splits: dict[str, Examples] = {}
-        self._encoded: dict[str, Encoded] = {}
+        self._encoded: dict[str, list[Item]] = {}
 
     @abstractmethod
     def examples(self, split: str) -> Examples:
-        """Return the examples of ``"train"``, ``"val"``, ``"test"`` or ``"predict"``."""
+        """Return the examples of ``"train"``, ``"val"`` or ``"test"``."""
 
     def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
         """Return the rows of validation examples that are kept, and those that
@@ -168,11 +160,11 @@ class TextDataModule(ClassificationDataModule, ABC):
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
 
     def _encode(self, split: str, examples: Examples) -> None:
-        encoded, cut = encode(examples, self.tokenizer, self.max_length)
-        if len(cut) > CUT_SHARE * len(encoded):
-            needed = sorted(cut, reverse=True)[int(CUT_SHARE * len(encoded))]
+        items, cut = encode(examples, self.tokenizer, self.max_length)
+        if len(cut) > CUT_SHARE * len(items):
+            needed = sorted(cut, reverse=True)[int(CUT_SHARE * len(items))]
             rank_zero_warn(
-                f"{len(cut) / len(encoded):.0%} of the {split} texts are longer than "
+                f"{len(cut) / len(items):.0%} of the {split} texts are longer than "
                 f"max_length={self.max_length} tokens and are cut; max_length={needed} would keep "
                 f"{1 - CUT_SHARE:.0%} of them whole, if the encoder takes that many"
             )
@@ -180,10 +172,10 @@ class TextDataModule(ClassificationDataModule, ABC):
             # Validation compares fits example by example, so there is one order whatever the batch
             # size: neighbours have similar lengths, and the blocks are shuffled, so that the
             # Trainer's limit_val_batches keeps texts of all lengths.
-            order = LengthGroupedSampler(encoded.lengths, VALIDATION_BLOCK, seed=0)
-            encoded = encoded.take(list(order))
+            order = LengthGroupedSampler(_lengths(items), VALIDATION_BLOCK, seed=0)
+            items = [items[row] for row in order]
         self.splits[split] = examples
-        self._encoded[split] = encoded
+        self._encoded[split] = items
 
     @override
     def describe_classes(self) -> str:
@@ -200,35 +192,27 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     def _loader(self, split: str) -> DataLoader[Any]:
         items, tokenizer = self._encoded[split], self.tokenizer
-        teacher = self.teacher_probabilities if split == "train" else None
-        special = (tokenizer.pad_token_id, tokenizer.pad_token_type_id)
-        padding = dict(zip(("input_ids", "token_type_ids"), special, strict=True))
-        least = INFERENCE_BATCH if split in ("test", "predict") else 0
+        sampler, teacher, size = None, None, self.batch_size
+        if split == "train":
+            several = self.trainer is not None and self.trainer.world_size > 1
+            processes: Any = self.trainer.distributed_sampler_kwargs if several else {}
+            sampler = LengthGroupedSampler(_lengths(items), size, self.seed, **processes)
+            teacher = self.teacher_probabilities
+        elif split == "test":
+            size = max(size, TEST_BATCH)
+        padding = {
+            "input_ids": tokenizer.pad_token_id,
+            "token_type_ids": tokenizer.pad_token_type_id,
+        }
         return DataLoader(
-            items,
-            batch_size=max(self.batch_size, least),
-            sampler=self._sampler(split, items),
+            items,  # type: ignore[arg-type]
+            batch_size=size,
+            sampler=sampler,
             # Not a method: processes that prepare batches need not copy the whole datamodule.
             collate_fn=partial(collate, padding=padding, teacher=teacher),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
-
-    def _sampler(self, split: str, items: Encoded) -> Sampler[int] | None:
-        shares: Any = None
-        if self.trainer is not None and self.trainer.world_size > 1:
-            shares = self.trainer.distributed_sampler_kwargs
-        if split == "train":
-            order = (items.lengths, self.batch_size, self.seed)
-            if shares:
-                return SharedLengthGroupedSampler(*order, **shares)
-            return LengthGroupedSampler(*order)
-        evaluating = (TrainerFn.VALIDATING, TrainerFn.TESTING)
-        if shares and self.trainer is not None and self.trainer.state.fn in evaluating:
-            # Lightning's own sampler repeats some examples. In a fit it must: all processes take
-            # equally many steps.
-            return UnrepeatedDistributedSampler(items, **shares, shuffle=False)
-        return None
 
     @override
     def train_dataloader(self) -> DataLoader[Any]:
@@ -255,6 +239,6 @@ class TextDataModule(ClassificationDataModule, ABC):
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
 
-    @override
-    def predict_dataloader(self) -> DataLoader[Any]:
-        return self._loader("predict")
+
+def _lengths(items: list[Item]) -> list[int]:
+    return [len(item["input_ids"]) for item in items]

@@ -139,7 +139,7 @@ class CompositionalSentiment(TextDataModule):
             seed=seed,
             calibration_fraction=calibration_fraction,
         )
-        self.sizes = {"train": num_train, "val": num_val, "test": num_test, "predict": num_test}
+        self.sizes = {"train": num_train, "val": num_val, "test": num_test}
         for split, size in self.sizes.items():
             check_count(f"num_{split}", size, least=3)
         check_count("max_depth", max_depth, least=0)
@@ -152,11 +152,10 @@ class CompositionalSentiment(TextDataModule):
         return len(self.tokenizer)
 
     def examples(self, split: str) -> Examples:
-        home = "test" if split == "predict" else split
         # A string is hashed into a seed: splits are independent draws, the same on every machine.
-        generator = random.Random(f"{self.seed}/{home}")
+        generator = random.Random(f"{self.seed}/{split}")
         reviews = [
-            generate_review(generator, self.max_depth, accept=lambda text: split_of(text) == home)
+            generate_review(generator, self.max_depth, accept=lambda text: split_of(text) == split)
             for _ in range(self.sizes[split])
         ]
         texts, labels, depths = (list(column) for column in zip(*reviews, strict=True))

@@ -6,7 +6,7 @@ import hashlib
 import random
 import unicodedata
 from collections import defaultdict
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields
 
 
@@ -17,21 +17,22 @@ class Examples:
     Args:
         texts: One string per example.
         pairs: Second text of each example, for text pairs.
-        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; None
-            for prediction.
+        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it.
         depths: Number of steps that compose each example, if the data knows it.
-        reasons: Reason why an example cannot be used, None if it can; only prediction has such
-            examples.
     """
 
     texts: list[str]
     pairs: list[str] | None = None
     labels: list[int] | None = None
     depths: list[int] | None = None
-    reasons: list[str | None] | None = None
 
     def __len__(self) -> int:
         return len(self.texts)
+
+    @property
+    def columns(self) -> list[list[str]]:
+        """The texts, and the second texts if there are some."""
+        return [self.texts] if self.pairs is None else [self.texts, self.pairs]
 
     def take(self, rows: Sequence[int]) -> Examples:
         """Return the examples of `rows`, in that order."""
@@ -41,8 +42,7 @@ class Examples:
     def text_keys(self) -> list[bytes]:
         """Return a digest of each normalised text or text pair: examples of equal keys are copies
         of each other."""
-        columns = [self.texts] if self.pairs is None else [self.texts, self.pairs]
-        return [text_key(*texts) for texts in zip(*columns, strict=True)]
+        return [text_key(*texts) for texts in zip(*self.columns, strict=True)]
 
 
 def join(parts: Sequence[Examples]) -> Examples:
@@ -88,22 +88,25 @@ def hash_split(
         (rows that are kept, rows that are set aside), both in ascending order.
     """
     first = {key: label for label, key in zip(reversed(labels), reversed(keys), strict=True)}
-    classes: dict[int, list[tuple[float, bytes]]] = defaultdict(list)
+    salt = str(seed).encode()[:16]
+    classes: dict[int, list[tuple[bytes, bytes]]] = defaultdict(list)
     for key, label in first.items():
-        classes[label].append((text_number(key, seed), key))
+        number = hashlib.blake2b(key, digest_size=8, salt=salt).digest()
+        classes[label].append((number, key))
     aside: set[bytes] = set()
     for texts in classes.values():
-        below = sum(number < fraction for number, _ in texts)
+        below = sum(int.from_bytes(number) / 2**64 < fraction for number, _ in texts)
         count = min(max(below, 1), len(texts) - 1)
         aside.update(key for _, key in sorted(texts)[:count])
-    rows = range(len(keys))
-    return [row for row in rows if keys[row] not in aside], [r for r in rows if keys[r] in aside]
+    return _sides(len(keys), lambda row: keys[row] in aside)
 
 
-def text_number(key: bytes, seed: int) -> float:
-    """Return the number of a text in [0, 1), uniform over texts."""
-    digest = hashlib.blake2b(key, digest_size=8, salt=str(seed).encode()[:16]).digest()
-    return int.from_bytes(digest) / 2**64
+def _sides(rows: int, is_aside: Callable[[int], bool]) -> tuple[list[int], list[int]]:
+    """Return the rows that are kept and those that are set aside, both in ascending order."""
+    sides: tuple[list[int], list[int]] = ([], [])
+    for row in range(rows):
+        sides[is_aside(row)].append(row)
+    return sides
 
 
 def stratified_split(
@@ -144,6 +147,5 @@ def stratified_split(
                 aside.update(rows)
                 chosen, room = chosen + 1, room - len(rows)
         if most and not chosen:
-            smallest = min(texts, key=len)
-            aside.update(smallest)
-    return [row for row in range(len(labels)) if row not in aside], sorted(aside)
+            aside.update(min(texts, key=len))
+    return _sides(len(labels), aside.__contains__)

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import csv
 import difflib
+import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from functools import cache
 from pathlib import Path
 from typing import IO, Any
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-
 STANDARD_INPUT = "-"
 DATASET = "dataset:"
-DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
+DELIMITERS = (",", ";", "\t")
 # Rows that are decoded at a time.
 CHUNK = 4096
-# A run reads a file once per trial.
-say_once = cache(rank_zero_info)
+# Names in a message.
+MOST_LISTED = 20
 
 
 def read_rows(
@@ -68,6 +66,13 @@ def first_row(path: str) -> int:
     return 2 if path.lower().endswith((".csv", ".tsv")) else 1
 
 
+def listed(names: Sequence[Any]) -> str:
+    """Return the names with commas, at most 20 of them."""
+    rest = len(names) - MOST_LISTED
+    more = f" and {rest} more" if rest > 0 else ""
+    return ", ".join(map(str, names[:MOST_LISTED])) + more
+
+
 def text_fault(texts: Sequence[Any]) -> str | None:
     """Return why the text or the two texts of a row cannot be used, or None."""
     for text in texts:
@@ -100,14 +105,11 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 def _check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any]) -> None:
     """Raise a ``ValueError`` that names the option to set unless all `columns` are `present`."""
-    names = [str(name) for name in present]
-    if not all(map(is_utf8, names)):
-        raise ValueError(f"{path} is not in UTF-8: save it in UTF-8")
     for name, option in columns.items():
-        if name not in names:
+        if name not in present:
             raise ValueError(
-                f"{path} has no column {name!r}; it has {', '.join(map(repr, names))}: "
-                f"set {option}{suggestion(name, names)}"
+                f"{path} has no column {name!r}; it has {', '.join(map(repr, present))}: "
+                f"set {option}{suggestion(name, present)}"
             )
 
 
@@ -117,12 +119,12 @@ def _open(path: str) -> IO[str]:
 
 def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     if len(columns) > 1:
-        missing = list(columns)[1]
-        raise ValueError(f"{path} has one text a line, and no column {missing!r}: give a csv file")
-    with nullcontext(sys.stdin.buffer) if path == STANDARD_INPUT else open(path, "rb") as lines:
-        for number, line in enumerate(lines):
-            text = line.decode(errors="surrogateescape").rstrip("\r\n")
-            yield [text if number else text.removeprefix("\ufeff")]
+        raise ValueError(f"{path} has one text a line, and no columns {', '.join(columns)}")
+    with nullcontext(sys.stdin) if path == STANDARD_INPUT else _open(path) as lines:
+        if isinstance(lines, io.TextIOWrapper):
+            lines.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
+        for line in lines:
+            yield [line.rstrip("\r\n")]
 
 
 def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterator[list[Any]]:
@@ -130,7 +132,7 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file:
         if delimiter is None:
-            delimiter = "\t" if tsv else _guess_delimiter(path, file.readline(), columns)
+            delimiter = "\t" if tsv else _guess_delimiter(file.readline(), columns)
             file.seek(0)
         # In a tsv file a quotation mark is an ordinary character: one alone must not swallow the
         # rows after it.
@@ -150,22 +152,18 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
                 number += 1
         except csv.Error as error:
             raise ValueError(
-                f"{path}: row {number}: {error}: put texts that hold the separator or a quotation "
-                "mark in quotation marks, and double those within them"
+                f"{path}: row {number}: {error}: put texts with the separator in quotation marks"
             ) from None
 
 
-def _guess_delimiter(path: str, header: str, columns: Mapping[str, str]) -> str:
+def _guess_delimiter(header: str, columns: Mapping[str, str]) -> str:
     """Return the delimiter that gives the most of the expected columns, then the most columns."""
 
     def found(delimiter: str) -> tuple[int, int]:
         names = next(csv.reader([header], delimiter=delimiter), [])
         return sum(name in names for name in columns), len(names)
 
-    delimiter = max(DELIMITERS, key=found)
-    if delimiter != ",":
-        say_once(f"{path}: {DELIMITERS[delimiter]} separate the columns (delimiter sets another)")
-    return delimiter
+    return max(DELIMITERS, key=found)
 
 
 def _json(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:

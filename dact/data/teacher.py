@@ -37,19 +37,18 @@ def teacher_probabilities(
     Raises:
         ValueError: If the teacher cannot be read or has other classes.
     """
-    tokenizer = load_tokenizer(teacher, "teacher with a tokenizer")
+    tokenizer = load_tokenizer(teacher)
     model, names, longest = _load(teacher)
     order = _order_of_classes(teacher, names, class_names)
     model = model.to(device).eval()
     options = {"truncation": True, "max_length": min(max_length, longest or max_length)}
-    columns = [train.texts] if train.pairs is None else [train.texts, train.pairs]
     # Texts of similar length go together, so that little padding is computed.
     by_length = sorted(range(len(train)), key=lambda row: len(train.texts[row]))
     answers = torch.empty(len(train), len(class_names))
     starts = range(0, len(train), BATCH)
     for start in track(starts, description=f"The teacher on {len(train):,} texts", transient=True):
         rows = by_length[start : start + BATCH]
-        chosen = ([column[row] for row in rows] for column in columns)
+        chosen = ([column[row] for row in rows] for column in train.columns)
         batch = move(tokenize(tokenizer, *chosen, **options), device)
         if isinstance(model, DACT):
             found = model(batch).probabilities
@@ -70,9 +69,8 @@ def _load(teacher: str) -> tuple[Any, list[str], int | None]:
 
 
 def _order_of_classes(teacher: str, names: list[str], class_names: list[str]) -> list[int]:
-    """Return the place of each class of the data among those of the teacher.
-
-    The teacher has the same names in any order, or names that say nothing, such as LABEL_0."""
+    """Return the place of each class of the data among those of the teacher, which has the same
+    names in any order, or names that say nothing, such as LABEL_0."""
     if set(names) == set(class_names):
         return [names.index(name) for name in class_names]
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
@@ -14,8 +13,7 @@ from typing_extensions import override
 from dact.checks import check_class_names, check_range
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, hash_split, join
-from dact.data.files import DATASET, first_row, read_rows, text_fault
-from dact.data.labels import label_fault, learn_class_names, listed, name_rows, to_classes
+from dact.data.files import first_row, listed, read_rows, suggestion, text_fault
 from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
 
@@ -37,7 +35,7 @@ class TextClassificationData(TextDataModule):
         train_file: Training examples.
         val_file: Validation examples; a part of the training file if left out.
         test_file: Test examples.
-        predict_file: Texts to classify; no label column is needed.
+        predict_file: Texts for ``dact predict``; no label column is needed.
         unlabelled_file: Texts without labels that only a teacher labels. In training batches their
             ``labels`` are -100. Texts of validation and calibration are left out.
         calibration_file: Examples for `dact.calibrate`, instead of a `calibration_fraction`.
@@ -148,12 +146,10 @@ class TextClassificationData(TextDataModule):
     @override
     def examples(self, split: str) -> Examples:
         if split not in self._read:
-            if self.class_names is None and split not in ("train", "predict"):
+            if self.class_names is None and split != "train":
                 # The training file determines the classes.
                 self.examples("train")
-            if split == "predict":
-                self._read[split] = self._texts(split)
-            elif split == "train" or (split == "val" and self.files["val"] is None):
+            if split == "train" or (split == "val" and self.files["val"] is None):
                 self._read_training()
             else:
                 self._read[split] = self._independent(split, self._labelled(split))
@@ -171,10 +167,6 @@ class TextClassificationData(TextDataModule):
         train = self._labelled("train")
         keys = train.text_keys()
         self._training = frozenset(keys)
-        meanings = {*zip(keys, train.labels or [], strict=True)}
-        conflicts = sum(count > 1 for count in Counter(key for key, _ in meanings).values())
-        if conflicts:
-            rank_zero_warn(f"{self.files['train']}: {conflicts:,} texts have conflicting labels")
         if self.files["val"] is None:
             train, self._read["val"] = self._divide(train, keys)
         self._read["train"] = train
@@ -217,9 +209,7 @@ class TextClassificationData(TextDataModule):
     def _independent(self, split: str, examples: Examples) -> Examples:
         """Return the examples of a file without texts of the training file, or of the val_file if
         it is for calibration."""
-        train = self.files["train"]
-        # Where a stored model is used, the training file need not be.
-        if train is not None and (train.startswith(DATASET) or Path(train).is_file()):
+        if self.files["train"] is not None:
             self.examples("train")
         known = self._training
         if split == "calibration" and self.files["val"] is not None:
@@ -230,10 +220,6 @@ class TextClassificationData(TextDataModule):
         """Return the examples whose texts are not `known`, and warn of the others."""
         kept = [row for row, key in enumerate(examples.text_keys()) if key not in known]
         file, count = self.files[split], len(examples) - len(kept)
-        if not kept and split == "test":
-            # Somebody wants to know how well the training texts are known.
-            rank_zero_warn(f"{file}: training has all of its texts; it says nothing of new ones")
-            return examples
         if not kept:
             raise ValueError(f"{file}: all of its texts are used elsewhere as well: give others")
         if count:
@@ -260,48 +246,52 @@ class TextClassificationData(TextDataModule):
             raise ValueError(f"no {split}_file was given, and this needs one{remedy}")
         return file
 
-    def _texts(self, split: str) -> Examples:
-        """Return the texts to predict, each with the reason why it cannot be used or None."""
-        file = self._file(split)
-        rows = list(read_rows(file, self._text_columns, self.delimiter))
-        reasons = [text_fault(row) for row in rows]
-        unusable = [row for row, reason in enumerate(reasons, first_row(file)) if reason]
-        if unusable:
-            rank_zero_warn(f"{file}: {name_rows(unusable)} cannot be classified, and are left out")
-        return replace(Examples(*map(list, zip(*rows, strict=True))), reasons=reasons)
-
     def _labelled(self, split: str) -> Examples:
         """Return the usable examples of a file."""
         file = self._file(split)
         rows = self._rows(split, {**self._text_columns, self.label_column: "label_column"})
-        labels = {number: row.pop() for number, row in rows.items()}
+        labels = {number: str(row.pop()).strip() for number, row in rows.items()}
         texts = Examples(*map(list, zip(*rows.values(), strict=True)))
         if all(text.strip().replace(".", "", 1).isdigit() for text in texts.texts):
             column = next(iter(self._text_columns))
             raise ValueError(f"{file}: the column {column!r} has numbers, no text: set text_column")
-
         if self.class_names is None:
-            self.class_names = learn_class_names([*labels.values()], file)
-        classes = to_classes(labels, self.class_names, file, by_position=self._names_given)
-        present = {*classes}
-        absent = [name for label, name in enumerate(self.class_names) if label not in present]
-        if absent:
-            rank_zero_warn(f"{file}: class {listed(absent)} has no example")
-        return replace(texts, labels=classes)
+            self.class_names = _sorted_names({*labels.values()})
+            if len(self.class_names) == 1:
+                only = self.class_names[0]
+                raise ValueError(f"{file}: every label is {only!r}: a classifier needs two classes")
+        return replace(texts, labels=self._classes(labels, self.class_names, file))
+
+    def _classes(self, labels: Mapping[int, str], names: Sequence[str], file: str) -> list[int]:
+        """Return each label as a class, 0 … classes - 1; `labels` are by the numbers of rows."""
+        known = {name: label for label, name in enumerate(names)}
+        if self._names_given and not any(map(_is_integer, names)):
+            known |= {str(label): label for label in range(len(names))}
+        outside = [row for row, label in labels.items() if label not in known]
+        if outside:
+            wrong = labels[outside[0]]
+            raise ValueError(
+                f"{file}: rows {listed(outside)} with a label outside the classes: {wrong!r}"
+                f"{suggestion(wrong, names)}. The {len(names)} classes are {listed(names)}: "
+                "correct the labels, or name all classes by class_names"
+            )
+        return [known[label] for label in labels.values()]
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
         """Return the usable rows of a file by their numbers; others are an error or left out."""
-        file, count = self._file(split), len(self._text_columns)
+        file = self._file(split)
         usable: dict[int, list[Any]] = {}
         faults: dict[str, list[int]] = {}
         for number, row in enumerate(read_rows(file, columns, self.delimiter), first_row(file)):
-            fault = text_fault(row[:count]) or next(filter(None, map(label_fault, row[count:])), "")
+            fault = text_fault(row[: len(self._text_columns)])
+            if self.label_column in columns:
+                fault = fault or _label_fault(row[-1])
             if not fault:
                 usable[number] = row
             elif any(value not in (None, "") for value in row):
                 # An empty row is a blank line, as files may have at their end.
                 faults.setdefault(fault, []).append(number)
-        text = "; ".join(f"{name_rows(rows)} ({fault})" for fault, rows in faults.items())
+        text = "; ".join(f"rows {listed(rows)} ({fault})" for fault, rows in faults.items())
         if faults and self.drop_unusable:
             total = sum(map(len, faults.values()))
             rank_zero_warn(f"{file}: {total:,} unusable rows are left out: {text}")
@@ -312,3 +302,19 @@ class TextClassificationData(TextDataModule):
         if not usable:
             raise ValueError(f"{file} has no rows")
         return usable
+
+
+def _label_fault(label: Any) -> str | None:
+    """Return why the label of a row cannot be used, or None."""
+    if label is None or label != label or label == "":
+        return "no label"
+    return text_fault([str(label)])
+
+
+def _is_integer(name: str) -> bool:
+    return name.removeprefix("-").isdecimal()
+
+
+def _sorted_names(names: Set[str]) -> list[str]:
+    """Return the names in their order, as numbers if all of them are integers."""
+    return sorted(names, key=int if all(map(_is_integer, names)) else None)

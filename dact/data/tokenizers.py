@@ -22,13 +22,12 @@ from dact.encoders.pretrained import resolve_pretrained
 PORTION = 1000
 
 
-def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokenizerBase:
+def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
     """Return a loaded tokenizer. It pads on the right, since absolute positions count from the
     left.
 
     Args:
         pretrained: A Hub id, a local folder or ``"package:NAME/PATH"``.
-        what: Word for the tokenizer in the error message.
 
     Raises:
         ValueError: If there is no tokenizer.
@@ -40,7 +39,7 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
     except Exception as error:  # the libraries raise many kinds
         reason = textwrap.shorten(str(error), 300, placeholder=" …") or type(error).__name__
         raise ValueError(
-            f"no {what} at {pretrained!r}. Expected a Hub id (with a network, or downloaded "
+            f"no tokenizer at {pretrained!r}. Expected a Hub id (with a network, or downloaded "
             f"before), a local folder, or 'package:NAME/PATH'. The library says: {reason}"
         ) from error
 
@@ -48,13 +47,8 @@ def load_tokenizer(pretrained: str, what: str = "tokenizer") -> PreTrainedTokeni
 def tokenizer_for(
     tokenizer: str | PreTrainedTokenizerBase, max_length: int
 ) -> PreTrainedTokenizerBase:
-    """Return a tokenizer that cuts texts to `max_length` tokens and pads on the right, even after
-    it is saved.
-
-    Args:
-        tokenizer: A tokenizer, which is copied and never changed, or where to load one from.
-        max_length: Number of tokens that are kept.
-    """
+    """Return a tokenizer, copied or loaded, that cuts texts to `max_length` tokens and pads on the
+    right, even after it is saved."""
     if isinstance(tokenizer, (str, Path)):
         own = load_tokenizer(str(tokenizer))
     else:

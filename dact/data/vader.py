@@ -43,19 +43,13 @@ class VaderSentiment(TextDataModule):
     split.
 
     Args:
-        tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
-            id, a local folder or ``"package:NAME/PATH"``.
         corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and
             ``"newspaper"``; all of them if left out. Each is divided as if it stood alone.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
         num_train: Number of training texts to use, a stratified part, to study small data sets.
-        max_length: Number of tokens to which longer texts are cut.
-        batch_size: Number of examples per batch.
-        num_workers: Number of processes that prepare batches.
-        seed: Seed for the order in training and, unless `split` is given, for the division.
         split: Number of the division; `seed` if left out.
-        calibration_fraction: Share of the validation examples that calibration gets, in [0, 1).
-        teacher: Fine-tuned model to learn from; see `dact.data.base.TextDataModule`.
+        tokenizer, max_length, batch_size, num_workers, seed, calibration_fraction, teacher: As for
+            `dact.data.base.TextDataModule`.
 
     Raises:
         ConnectionError: In `prepare_data`, if the texts are not in the cache and cannot be fetched.
@@ -111,7 +105,7 @@ class VaderSentiment(TextDataModule):
             chosen = [divisions[corpus] for corpus in CORPORA if corpus in self.corpora]
             self._read = {part: join([division[part] for division in chosen]) for part in DIVISION}
             self._read["train"] = self._part(self._read["train"])
-        return self._read["test" if split == "predict" else split]
+        return self._read[split]
 
     def _part(self, train: Examples) -> Examples:
         """Return the `num_train` training texts to use."""
@@ -178,15 +172,10 @@ def fetch(archive: Path) -> None:
 
 
 def read_archive(archive: Path) -> dict[str, Examples]:
-    """Return the texts of each corpus, in their order, with their classes.
-
-    Raises:
-        ValueError: If the archive is not the expected one.
-    """
+    """Return the texts of each corpus, in their order, with their classes."""
     content = archive.read_bytes()
-    digest = hashlib.sha256(content).hexdigest()
-    if digest != SHA256:
-        raise ValueError(f"{archive} has SHA-256 {digest}, expected {SHA256}: delete it and retry")
+    if hashlib.sha256(content).hexdigest() != SHA256:
+        raise ValueError(f"{archive} is another file, expected SHA-256 {SHA256}: delete it")
     packed = _member(content, "hutto_ICWSM_2014.tar.gz")
     read = {}
     for corpus, stem in CORPORA.items():
