@@ -182,7 +182,7 @@ def ask(data):
 
 
 def test_teachers_that_do_not_fit_are_refused(taught_folder):
-    with pytest.raises(ValueError, match="it was not fine-tuned for sequence classification"):
+    with pytest.raises(ValueError, match="lacks 2 weights of BertForSequenceClassification"):
         ask(data_of(taught_folder, "encoder"))
     with pytest.raises(
         ValueError, match="no sequence-classification model at|there is none at|no tokenizer at"
