@@ -51,7 +51,7 @@ def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", average=False,
     with seeded(0):
         model, data = plain_model(), small_data(batch_size=16)
         arguments = {"accelerator": "cpu", **trainer}
-        kept = {"keep": "best", "monitor": monitor, "average": average}
+        kept = {"monitor": monitor, "average": average}
         history = resumable_fit(
             arguments, model, data, checkpoints, *callbacks, epochs=epochs, **kept
         )
@@ -163,7 +163,6 @@ def test_weights_that_a_callback_of_the_users_averages_are_averaged_once(tmp_pat
             tmp_path,
             epochs=1,
             average=True,
-            keep="best",
             monitor="val_loss",
         )
     kept = read_checkpoint(tmp_path / "last.ckpt")

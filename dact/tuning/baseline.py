@@ -84,13 +84,6 @@ class Baseline:
         """Return the weights of the teacher's encoder."""
         return read_tensors(self.teacher)[0]
 
-    def probabilities(self) -> Tensor | None:
-        """Return the teacher's probabilities of the training examples ``[examples, classes]``.
-
-        None if the training batches have no ``row``.
-        """
-        return read_tensors(self.answers)[0].get("probabilities")
-
     def right(self, target: Tensor) -> Tensor | None:
         """Return which validation examples it classifies correctly, bool ``[examples]``.
 
@@ -126,10 +119,7 @@ def fit_baseline(
     """
     baseline, checkpoints = Baseline(folder), folder / "fit"
     with seeded(recipe.seed):
-        model = recipe.make_model()
-        if model.num_layers < model.encoder.num_layers:
-            model = recipe.make_model(num_layers=model.encoder.num_layers)
-        model.at_full_depth()
+        model = recipe.whole_model().at_full_depth()
     epochs = enough_epochs(recipe.trainer, data, recipe.epochs, MIN_STEPS)
     with seeded(recipe.seed), progress.fit("whole encoder", epochs) as bar:
         history = resumable_fit(
@@ -140,8 +130,6 @@ def fit_baseline(
             bar,
             BrierScore(),
             epochs=epochs,
-            log=folder,
-            keep="teacher",
             monitor=BRIER,
         )
     parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
@@ -153,7 +141,7 @@ def fit_baseline(
         answers = {"classes": found.a[:, -1].argmax(1), "targets": found.target}
         with replacing_folder(folder / "model") as partial:
             save_with_tokenizer(model.cpu(), data, partial)
-        model.load_state_dict(read_checkpoint(checkpoints / "teacher.ckpt")["state_dict"])
+        model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
         write_tensors(baseline.teacher, model.encoder.state_dict())
         answers |= _probabilities(model.to(recipe.device), data)
     write_tensors(baseline.answers, answers)

@@ -30,16 +30,11 @@ from dact.tuning.outcome import OUTCOME, Outcome
 from dact.tuning.plan import make_plan
 from dact.tuning.prepared import Prepared, prepare
 from dact.tuning.progress import Progress
-from dact.tuning.recipe import (
-    EncoderTraining,
-    Recipe,
-    resolve_promise,
-    trainer_arguments,
-)
+from dact.tuning.recipe import EncoderTraining, Recipe, resolve_promise, trainer_arguments
 from dact.tuning.run import Run
 from dact.tuning.search import CurveSampler, LagPruner, SameLengthPruner, SeededSampler
 from dact.tuning.selection import MAX_LOSS_INCREASE, LambdaSelection, check_rule, select_lambda
-from dact.tuning.settings import WINNERS, Settings, Winners
+from dact.tuning.settings import Settings
 from dact.tuning.space import build_spaces
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, trials_per_stage
 from dact.tuning.trainer import Deadline, isolated, seeded
@@ -49,23 +44,20 @@ from dact.tuning.trial import Objective
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
-    A run begins with the whole encoder, fine-tuned with one head. Its last epoch is what results
-    are compared with, and its epoch of the lowest Brier score is the teacher, and the start of
-    every fit that trains the encoder. Three studies follow, which begin with the recommended
-    settings:
+    A run begins with the whole encoder, fine-tuned with one head: the baseline and the teacher.
+    Three studies follow, which begin with the recommended settings:
 
     1. ``submodels``: the architectures of classifier and confidence.
     2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, detached exits
        (not in frozen mode), and how many layers are kept.
     3. ``lambda_reg``: λ, with two objectives, the task loss and the layers used.
 
-    Then the recommended and the tuned settings are fitted again under new seeds. The tuned ones are
-    used only if that shows that they save layers, or gain accuracy, by more than its standard
-    error. The final fit, its promise and its measurements come last.
+    The tuned settings are used only if a re-fit shows that they save layers, or gain accuracy, by
+    more than its standard error. The final fit, its promise and its measurements come last.
 
     All objectives are measured on one validation split, at the epoch of the lowest val_loss. All
-    files are written to ``log_dir/run_tag``. Calling a method again resumes the run. If an earlier
-    study finds a new winner, later studies start over.
+    files are written to ``log_dir/run_tag``, and calling a method again resumes the run. If an
+    earlier study finds a new winner, later studies start over.
 
     Args:
         output_dimension: Number of classes.
@@ -76,8 +68,8 @@ class TuningEngine:
         data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the
             same way with overrides such as ``batch_size``; all must get the same examples.
         trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the
-            number. A trial runs on one device. dact uses its own logger, checkpoints and progress
-            bars, and each fit gets a copy of every callback.
+            number. A trial runs on one device, with its own copy of every callback. Loggers,
+            checkpoints and progress bars are dact's.
         n_trials: Total number of trials of each study, one number or one per study. With 0, the
             recommended settings are fitted without a study.
         search_space: Changes to the default ranges, by parameter; see
@@ -94,8 +86,8 @@ class TuningEngine:
         max_layers: For ``"max_layers"``: budget of layers, 1 or more.
         workers: Number of processes that run trials of one study side by side; on a machine with
             several GPUs each uses one of its own.
-        storage: Address of an Optuna storage, or a storage; an sqlite file if left out. Machines
-            that run the same tag with the same server share the trials.
+        storage: An Optuna storage or its address; an sqlite file if left out. Machines that run
+            the same tag with the same server share the trials.
         sampler: Sampler of the first two studies; TPE if left out.
         pruner: Pruner of the first two studies, which sees only trials of the same planned length.
         callbacks: Optuna callbacks ``(study, trial)``, called after each trial.
@@ -109,8 +101,8 @@ class TuningEngine:
             [0, 1]. Defaults to the factory's value, or 0.5 if it has none and the data supports a
             teacher. The teacher is the whole encoder, unless the data has one of its own.
         consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder
-            after the studies. Defaults to the factory's value, or 5 if it has none and its encoder
-            has dropout. With 0, they take as little as half of the time and memory.
+            after the studies, 0 or more. Defaults to the factory's value, or 5 if it has none and
+            its encoder has dropout.
         compare_defaults: Whether to fit and measure the untuned factories as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
@@ -237,9 +229,8 @@ class TuningEngine:
         Returns:
             classifier_config and confidence_config, which ``SubmodelConfig(**config)`` accepts.
         """
-        winners = self._tune_one(SUBMODELS, run_tag)
-        assert winners.classifier_config is not None and winners.confidence_config is not None
-        return winners.classifier_config, winners.confidence_config
+        found = self._tune_one(SUBMODELS, run_tag)
+        return found["classifier_config"], found["confidence_config"]
 
     @isolated()
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
@@ -248,16 +239,12 @@ class TuningEngine:
         Returns:
             external_config: arguments of the model and the data by name, and num_epochs.
         """
-        winners = self._tune_one(TRAINING, run_tag)
-        assert winners.external_config is not None
-        return winners.external_config
+        return self._tune_one(TRAINING, run_tag)["external_config"]
 
     @isolated()
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Run the study of λ, which has two objectives, save its winner and return it."""
-        winners = self._tune_one(LAMBDA_REG, run_tag)
-        assert winners.lambda_reg is not None
-        return winners.lambda_reg
+        return self._tune_one(LAMBDA_REG, run_tag)["lambda_reg"]
 
     @isolated()
     def submodel_objective(self, trial: BaseTrial) -> float:
@@ -280,14 +267,14 @@ class TuningEngine:
         """Fit recommended and tuned settings again, do the final fit, and measure its model.
 
         Returns:
-            The paths of metrics.json and of the checkpoint, which `DACT.load_from_checkpoint`
-            reads.
+            The paths of metrics.json and of the checkpoint.
 
         Raises:
             RuntimeError: If a study has no winner yet; the message lists which.
         """
         with self._run(run_tag, measured=True) as prepared:
-            if any(self.n_trials.values()) and (missing := prepared.run.winners().missing()):
+            missing = prepared.run.winners().missing()
+            if missing and any(self.n_trials.values()):
                 raise RuntimeError(
                     f"final_train of {prepared.run.tag!r}: not tuned yet: {', '.join(missing)}. "
                     "Run joint_tune_study, train_tune_study and lambda_reg_study first"
@@ -313,13 +300,12 @@ class TuningEngine:
         configuration["tuner"]["search_space"] = {n: str(v) for n, v in self.search_space.items()}
         # A mistake in the data leaves no run behind that would hold on to it.
         data.prepare_data()
-        for stage in ("fit", "test") if measured else ("fit",):
-            data.setup(stage)
+        data.setup("fit")
+        if measured:
+            data.setup("test")
         check_classes(getattr(data, "class_names", None), recipe.output_dimension)
-        if recipe.distillation == 0 and getattr(data, "needs_teacher", False):
-            raise ValueError("TuningEngine: texts without labels need a distillation above 0")
         with run.opened(configuration):
-            self._take(run.winners())
+            self._take(run)
             if measured and recipe.note:
                 self.progress.note(recipe.note)
             if isinstance(data, TextDataModule):
@@ -328,23 +314,22 @@ class TuningEngine:
             self._prepared = prepare(recipe, run, plan, model, data, self.progress)
             yield self._prepared
 
-    def _take(self, winners: Winners) -> Winners:
-        """Set winners as attributes of the engine, and return them."""
-        for name in WINNERS:
-            setattr(self, name, getattr(winners, name))
-        return winners
+    def _take(self, run: Run) -> None:
+        """Set the winners of a run as attributes of the engine."""
+        vars(self).update(vars(run.winners()))
 
-    def _tune_one(self, stage: Stage, run_tag: str) -> Winners:
-        """Run one study, which may take the time of all three."""
+    def _tune_one(self, stage: Stage, run_tag: str) -> dict[str, Any]:
+        """Run one study, which may take the time of all three, and return its winners by name."""
         with self._run(run_tag) as prepared:
-            return self._tune(stage, prepared, Deadline(self.time_out))
+            self._tune(stage, prepared, Deadline(self.time_out))
+            return vars(prepared.run.winners())
 
-    def _tune(self, stage: Stage, prepared: Prepared, deadline: Deadline) -> Winners:
-        """Run the trials that a study lacks, save its winner, and return the winners so far."""
+    def _tune(self, stage: Stage, prepared: Prepared, deadline: Deadline) -> None:
+        """Run the trials that a study lacks, and save its winner."""
         run, n_trials = prepared.run, self.n_trials[stage.name]
         limits, done = [n_trials, self.time_out], run.result(stage.name)
         if done is not None and done["limits"] == limits:
-            return self._take(run.winners())
+            return
         before = run.winners(before=stage)
         study = studies.open_study(run, stage, self.storage, before)
         job = studies.StudyJob(
@@ -364,20 +349,19 @@ class TuningEngine:
         outcomes = [Outcome.unpacked(trial.user_attrs.get(OUTCOME)) for trial in trials]
         chosen = stage.pick(trials, outcomes, self.select)
         run.save(stage, prepared.plan.winners(stage, chosen.params), limits)
-        report.draw_study(run.pictures(stage), study, trials, chosen, prepared.plan.spaces)
-        return self._take(run.winners())
+        self._take(run)
+        pictures = run.folder / stage.name / "study"
+        report.draw_study(pictures, study, trials, chosen, prepared.plan.spaces)
 
     def _objective(self, stage: Stage, trial: BaseTrial) -> Any:
         """Return the value of a trial of a custom study, in the current run of this engine."""
         if self._prepared is None:
-            with self._run(""):
+            with self._run("") as self._prepared:
                 pass
-        assert self._prepared is not None
-        run = self._prepared.run
-        name = getattr(getattr(trial, "study", None), "study_name", "")
-        folder = "own" if not name else f"own/{name.replace('/', '_')}"
-        before = run.winners(before=stage)
-        return Objective(stage, self._prepared, before, Deadline(), folder)(trial)
+        study = getattr(trial, "study", None)  # a FixedTrial has none
+        folder = Path("own", study.study_name.replace("/", "_") if study else "")
+        before = self._prepared.run.winners(before=stage)
+        return Objective(stage, self._prepared, before, Deadline(), str(folder))(trial)
 
     def _finish(self, prepared: Prepared) -> tuple[str, str]:
         """Choose the settings, do the final fit, and return the paths of metrics and checkpoint."""

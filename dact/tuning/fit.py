@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,19 +14,24 @@ from dact.model import DACT
 from dact.saving import adopt
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
+from dact.tuning.recipe import Recipe
 from dact.tuning.settings import Settings
-from dact.tuning.trainer import (
-    MONITOR,
-    History,
-    fit,
-    for_states,
-    head_epochs,
-    make_trainer,
-    resumable_fit,
-    seeded,
-)
+from dact.tuning.trainer import MONITOR, History, fit, make_trainer, resumable_fit, seeded
 
 FRESH_SEED = 1000  # added to the seed of the run for fits after the studies
+# Epochs on frozen states per epoch of the final fit: with fewer the submodels have not learned,
+# and with the largest number they have, however long the encoder is trained.
+HEAD_EPOCHS, MOST_HEAD_EPOCHS = 3, 12
+
+
+def _schedule(recipe: Recipe, settings: Settings, on_states: bool) -> tuple[int, Mapping[str, Any]]:
+    """Return the number of epochs and the arguments of the Trainer, which differ on states."""
+    epochs = settings.num_epochs or recipe.epochs
+    if not on_states:
+        return epochs, recipe.trainer
+    # A number of batches means nothing there, since their size is another one.
+    trainer = {**recipe.trainer, "limit_val_batches": None}
+    return min(HEAD_EPOCHS * epochs, MOST_HEAD_EPOCHS), trainer
 
 
 def fit_settings(
@@ -52,13 +57,11 @@ def fit_settings(
         NonFiniteLoss: If val_loss is NaN or infinite.
     """
     history = History()
-    epochs, given = settings.num_epochs or prepared.recipe.epochs, prepared.recipe.trainer
-    if prepared.is_frozen:
-        epochs, given = head_epochs(epochs), for_states(given)
+    epochs, arguments = _schedule(prepared.recipe, settings, prepared.is_frozen)
     with seeded(seed):
-        model, data = prepared.build(settings, seed=seed)
+        model, data = prepared.build(settings, seed)
         trainer = make_trainer(
-            given,
+            arguments,
             max_epochs=epochs,
             logger=logger,
             callbacks=[history, *callbacks],
@@ -71,6 +74,10 @@ def fit_settings(
 @dataclass(frozen=True)
 class CheckpointedFit:
     """A fit with checkpoints in a folder of its own, which resumes after a kill.
+
+    The last epoch is kept, or on a frozen encoder that of the lowest val_loss. A fit of the encoder
+    ends at a learning rate of 0, and its loss rises before its answers get worse, since they get
+    too sure.
 
     Args:
         prepared: Shared inputs of the run's fits.
@@ -87,14 +94,6 @@ class CheckpointedFit:
     def keep_frozen(self) -> bool:
         """Whether the encoder of frozen mode stays frozen."""
         return self.settings is not None and self.prepared.recipe.final_training == "frozen"
-
-    @property
-    def monitor(self) -> str | None:
-        """Metric whose lowest value chooses the epoch that is kept; None for the last epoch.
-
-        On a frozen encoder it is that of the trials. A fit of the encoder ends at a learning rate
-        of 0, and its loss rises before its answers get worse, since they get too sure."""
-        return MONITOR if self.keep_frozen else None
 
     @property
     def learning(self) -> dict[str, Any]:
@@ -119,18 +118,6 @@ class CheckpointedFit:
         """The logged metrics of every epoch, once the fit is done."""
         return read_json(self.folder / "history.json")
 
-    @property
-    def kept(self) -> dict[str, float]:
-        """The logged metrics of the epoch that was kept."""
-        if self.monitor is None:
-            return self.history[-1]
-        return min(self.history, key=lambda epoch: epoch[MONITOR])
-
-    @property
-    def is_done(self) -> bool:
-        """Whether an earlier call has finished it."""
-        return (self.folder / "history.json").is_file() and self.checkpoint.is_file()
-
     def __call__(self, what: str, progress: Progress) -> None:
         """Fit and keep one epoch; resume from the last epoch of an earlier call.
 
@@ -141,20 +128,16 @@ class CheckpointedFit:
         Raises:
             NonFiniteLoss: If its loss is not finite; the message says what to change.
         """
-        if self.is_done:
+        if (self.folder / "history.json").is_file() and self.checkpoint.is_file():
             return
         recipe, settings = self.prepared.recipe, self.settings
-        epochs, trainer = recipe.epochs, recipe.trainer
-        if settings is not None and settings.num_epochs is not None:
-            epochs = settings.num_epochs
-        if self.keep_frozen:
-            epochs, trainer = head_epochs(epochs), for_states(trainer)
+        epochs, trainer = _schedule(recipe, settings or Settings(), self.keep_frozen)
         with seeded(self.seed), progress.fit(what, epochs) as bar:
             if settings is None:
                 model, data = recipe.untuned()
             else:
                 own = Settings.of(self.learning).updated(settings)
-                model, data = self.prepared.build(own, unfreeze=not self.keep_frozen)
+                model, data = self.prepared.build(own, recipe.seed, unfreeze=not self.keep_frozen)
             history = resumable_fit(
                 trainer,
                 model,
@@ -162,9 +145,7 @@ class CheckpointedFit:
                 self.checkpoint.parent,
                 bar,
                 epochs=epochs,
-                log=self.folder,
-                keep="best",
-                monitor=self.monitor,
+                monitor=MONITOR if self.keep_frozen else None,
                 average=settings is not None and not self.keep_frozen,
             )
         write_json(self.folder / "history.json", history.epochs)
@@ -178,7 +159,7 @@ class CheckpointedFit:
         else:
             # By the factory: a class or a custom encoder may hold what no checkpoint can rebuild.
             model = recipe.make_model(**{**self.learning, **self.settings.model})
-        from_file = read_checkpoint(self.checkpoint)
-        adopt(model, from_file)
-        model.load_state_dict(from_file["state_dict"])
+        stored = read_checkpoint(self.checkpoint)
+        adopt(model, stored)
+        model.load_state_dict(stored["state_dict"])
         return model.eval().to(recipe.device)

@@ -11,7 +11,7 @@ from optuna.distributions import CategoricalDistribution
 
 from dact.model import DACT
 from dact.tuning.recipe import Recipe, as_written, recommended
-from dact.tuning.settings import Settings, flat
+from dact.tuning.settings import Settings
 from dact.tuning.space import Spaces, complete_spaces, nearest
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
 from dact.tuning.trainer import TAUGHT_STEPS, enough_epochs
@@ -58,8 +58,7 @@ def make_plan(
         model: Model of the factory.
         data: Datamodule of the factory, set up for a fit.
     """
-    size = getattr(data, "batch_size", None)
-    epochs = recipe.epochs
+    size, epochs = getattr(data, "batch_size", None), recipe.epochs
     training = dict(spaces[TRAINING.name])
     if "num_epochs" not in bounded:
         epochs = enough_epochs(recipe.trainer, data, epochs, TAUGHT_STEPS)
@@ -74,7 +73,7 @@ def make_plan(
     }
     own = written.arguments()
     differing = {name: value for name, value in inside.items() if value != own.get(name)}
-    submodels = flat({name: own[name] for name in ("classifier", "confidence")})
+    submodels = Settings({name: own[name] for name in ("classifier", "confidence")}).flat()
     starts = {
         SUBMODELS.name: [submodels],
         TRAINING.name: [inside, *([own] if differing else [])],

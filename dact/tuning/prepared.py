@@ -42,7 +42,6 @@ class Prepared:
         teacher: File with a teacher's probabilities of the training examples, or None.
         learning: Arguments of all models that set their distillation, if the factory's differs.
         finetuning: Arguments of fits of the encoder after the studies; see `Recipe.finetuning`.
-        batch_size: Number of examples per training batch of frozen mode if no trial chooses it.
     """
 
     recipe: Recipe
@@ -52,7 +51,6 @@ class Prepared:
     teacher: Path | None
     learning: dict[str, Any]
     finetuning: dict[str, Any]
-    batch_size: int
 
     def __getstate__(self) -> dict[str, Any]:
         return {field.name: getattr(self, field.name) for field in fields(self)}
@@ -69,7 +67,7 @@ class Prepared:
 
     @property
     def states(self) -> Path:
-        """The folder with the states of frozen mode."""
+        """The folder with the states of frozen mode and its encoder's weights."""
         return self.run.folder / "features"
 
     def for_worker(self, worker: int, gpus: int) -> Prepared:
@@ -79,36 +77,30 @@ class Prepared:
     # ------------------------------------------------------------------ models and data
 
     def build(
-        self, settings: Settings, *, seed: int | None = None, unfreeze: bool = False
+        self, settings: Settings, seed: int, *, unfreeze: bool = False
     ) -> tuple[DACT, LightningDataModule]:
         """Return a new model and a new datamodule.
 
         Args:
             settings: Settings of both.
-            seed: Seed for the order of states in frozen mode; that of the recipe if left out.
+            seed: Seed for the order of states in frozen mode.
             unfreeze: Whether the encoder is trained even in frozen mode, from the teacher's
                 weights.
         """
         if self.is_frozen and not unfreeze:
+            size = settings.batch_size or self.run.result("features")["batch_size"]
             train, val = self._features
-            size = settings.batch_size or self.batch_size
-            order = self.recipe.seed if seed is None else seed
-            states = FeaturesData(train, val, batch_size=size, seed=order)
+            states = FeaturesData(train, val, batch_size=size, seed=seed)
             return self._on_states(settings.model), states
         model = self.recipe.make_model(**{**self.learning, **settings.model})
         model.encoder.load_state_dict(self.baseline.encoder())
-        if settings.batch_size is None:
-            return model, self.make_data()
-        return model, self.make_data(batch_size=settings.batch_size)
-
-    def make_data(self, **overrides: Any) -> LightningDataModule:
-        """Return a new datamodule, whose training batches carry a teacher's probabilities."""
-        data: Any = self.recipe.make_data(**overrides)
+        chosen = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
+        data: Any = self.recipe.make_data(**chosen)
         if getattr(data, "teacher", None) is not None:
             data.teacher = None  # it has answered, or is not asked for
         if self.teacher is not None:
             data.teacher_probabilities = self._probabilities
-        return data
+        return model, data
 
     def _on_states(self, chosen: Mapping[str, Any]) -> DACT:
         """Return a model with new submodels on the frozen encoder."""
@@ -160,46 +152,36 @@ def prepare(
     if named is not None:
         data.teacher = None  # it runs once, below
     run.step("baseline", fit_baseline, recipe, run.folder / "baseline", data, progress)
-    teacher = _teach(run, recipe, data, named)
-    share = recipe.distillation
+    teacher, share = None, recipe.distillation
     if share is None:
         share = model.distillation or DISTILLATION
-    if teacher is None and "teacher" not in next(iter(data.train_dataloader())):
-        share = 0.0
-    learning = {"distillation": share} if share != model.distillation else {}
-    batch_size = 0
-    if recipe.encoder_training == "frozen":
-        folder = run.folder / "features"
-        found = run.step("features", _freeze, folder, recipe, plan, learning, data, progress)
-        batch_size = found["batch_size"]
-    return Prepared(
+    if "teacher" not in next(iter(data.train_dataloader())):
+        teacher = _teach(run, recipe, data, named) if share else None
+        share = share if teacher else 0.0
+    prepared = Prepared(
         recipe=recipe,
         run=run,
         plan=plan,
         class_names=getattr(data, "class_names", None),
         teacher=teacher,
-        learning=learning,
+        learning={"distillation": share} if share != model.distillation else {},
         finetuning=recipe.finetuning(model) if recipe.final_training == "finetune" else {},
-        batch_size=batch_size,
     )
+    if prepared.is_frozen:
+        run.step("features", _freeze, prepared, data, progress)
+    return prepared
 
 
 def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | None:
-    """Return the file with a teacher's probabilities: that which the data names, or the baseline's.
-
-    None if no fit shall learn from one, or the batches carry a teacher of their own.
-    """
-    if recipe.distillation == 0 or "teacher" in next(iter(data.train_dataloader())):
-        return None
+    """Give data the answers of the teacher that it names, or of the baseline, and return their
+    file; None if it cannot carry them."""
+    path = Baseline(run.folder / "baseline").answers
     if named is not None:
         path = run.folder / "teacher" / "probabilities.safetensors"
         run.step("teacher", _ask, data, named, path)
-        data.teacher_probabilities = read_tensors(path)[0]["probabilities"]
-        return path
-    baseline = Baseline(run.folder / "baseline")
-    data.teacher_probabilities = baseline.probabilities()
+    data.teacher_probabilities = read_tensors(path)[0].get("probabilities")
     if data.teacher_probabilities is not None:
-        return baseline.answers
+        return path
     if recipe.distillation is not None:
         raise ValueError(
             "TuningEngine: distillation needs 'row' and 'teacher' in training batches, but "
@@ -217,34 +199,24 @@ def _ask(data: Any, teacher: str, path: Path) -> dict[str, Any]:
     return {"teacher": teacher}
 
 
-# ---------------------------------------------------------------------- frozen mode
-
-
-def _freeze(
-    folder: Path,
-    recipe: Recipe,
-    plan: Plan,
-    learning: Mapping[str, Any],
-    data: Any,
-    progress: Progress,
-) -> dict[str, Any]:
+def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]:
     """Write the states of frozen mode and its encoder's weights, and return the batch size.
 
     The submodels learn on texts that the encoder has learned from, as in the final fit. Both take
     few steps: states of texts that are known by heart say little about new ones.
     """
-    start = {n: v for n, v in plan.recommended.model.items() if n != "num_layers"}
+    recipe, folder = prepared.recipe, prepared.states
+    start = {n: v for n, v in prepared.plan.recommended.model.items() if n != "num_layers"}
     with seeded(recipe.seed):
-        model = recipe.make_model(**{**learning, **start})
-        layers = model.encoder.num_layers  # all of them, since trials choose how many they keep
-        if model.num_layers < layers:
-            model = recipe.make_model(**{**learning, **start, "num_layers": layers})
+        # All layers, since trials choose how many they keep.
+        model = recipe.whole_model(**prepared.learning, **start)
     train, val = data.train_dataloader(), data.val_dataloader()
     if recipe.warm_up_epochs:
         epochs = enough_epochs(recipe.trainer, data, recipe.warm_up_epochs, WARM_UP_STEPS)
         model.lambda_reg = 0.0  # layers are free, since only the encoder of this fit is kept
         with seeded(recipe.seed), progress.fit("encoder of the studies", epochs) as bar:
-            resumable_fit(recipe.trainer, model, data, folder / "fit", bar, epochs=epochs)
+            checkpoints = folder / "fit" / "checkpoints"
+            resumable_fit(recipe.trainer, model, data, checkpoints, bar, epochs=epochs)
         write_tensors(folder / ENCODER, model.encoder.float().state_dict())
     model.encoder.eval().requires_grad_(False)
     model.to(recipe.device)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from difflib import get_close_matches
 from typing import Annotated, Any, Literal
 
 import torch
@@ -28,6 +28,15 @@ TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate
 NOT_COMPARED = ("max_time", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
+COMPARED = (
+    "encoder_training",
+    "final_training",
+    "warm_up_epochs",
+    "distillation",
+    "consistency",
+    "halting_tolerance",
+    "seed",
+)
 
 # The recommended settings: what the studies start from, and what a run without trials fits. Each is
 # measured in benchmarks/README.md.
@@ -48,15 +57,14 @@ def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
         batch_size: Number of examples per batch of the data, None if it does not say.
         epochs: Number of epochs.
     """
-    rate, settings = model.learning_rate, as_written(model, batch_size, epochs)
+    rate = model.learning_rate
     changed = {
-        "submodel_learning_rate": max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE)),
         "detach_exits": model.exit_loss_weight > 0,
         "num_layers": min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers))),
     }
-    if model.submodel_learning_rate is not None:
-        del changed["submodel_learning_rate"]
-    return settings.updated(Settings(changed))
+    if model.submodel_learning_rate is None:
+        changed["submodel_learning_rate"] = max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE))
+    return as_written(model, batch_size, epochs).updated(Settings(changed))
 
 
 def as_written(model: DACT, batch_size: int | None, epochs: int) -> Settings:
@@ -78,17 +86,8 @@ class Recipe:
         model: Factory of models.
         data: Factory of datamodules.
         trainer: Arguments of the Trainer, from `trainer_arguments`.
-        encoder_training: ``"finetune"`` or ``"frozen"``.
-        final_training: ``"finetune"`` or ``"frozen"``.
-        warm_up_epochs: Number of epochs of the encoder's warm-up in frozen mode.
-        distillation: Share of a teacher's probabilities in the training targets, in [0, 1].
-            Defaults to the factory's value, or 0.5 if it has none and the data supports a teacher.
-        consistency: Weight of the agreement of two passes in fits of the encoder after the studies.
-            Defaults to the factory's value, or 5 if it has none and its encoder has dropout.
-        halting_tolerance: Tolerance of all models, or None for that of the factory.
-        promise: Promise that early exit of the final model must keep, or None.
-        seed: Seed for data order, initialisation and samplers.
-        compare_defaults: Whether to fit and measure the untuned factories as well.
+        encoder_training, final_training, warm_up_epochs, distillation, consistency,
+            halting_tolerance, promise, seed, compare_defaults: As for `TuningEngine`.
         calibration_fraction: Share of the validation examples that is set aside for the promise;
             None for that of the data.
         note: Text about the promise for the user, or an empty string.
@@ -134,10 +133,7 @@ class Recipe:
     # ------------------------------------------------------------------ models and data
 
     def make_model(self, **settings: Any) -> DACT:
-        """Return a model of the factory.
-
-        Args:
-            **settings: Arguments that replace those of the factory, as plain values.
+        """Return a model of the factory; `settings` replace its arguments, as plain values.
 
         Raises:
             ValueError: If the factory makes models with another number of classes.
@@ -150,12 +146,18 @@ class Recipe:
             )
         return model
 
+    def whole_model(self, **settings: Any) -> DACT:
+        """Return a model of the factory that keeps all layers of the encoder."""
+        model = self.make_model(**settings)
+        if model.num_layers == model.encoder.num_layers:
+            return model
+        return self.make_model(**settings, num_layers=model.encoder.num_layers)
+
     def overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return settings as arguments of `DACT`, with those that all models of the run have."""
-        found: dict[str, Any] = {}
+        found = dict(settings)
         if self.halting_tolerance is not None:
-            found["halting_tolerance"] = self.halting_tolerance
-        found |= settings
+            found.setdefault("halting_tolerance", self.halting_tolerance)
         for name in ("classifier", "confidence"):
             if isinstance(found.get(name), Mapping):
                 found[name] = SubmodelConfig(**found[name])
@@ -186,11 +188,7 @@ class Recipe:
         return model, data
 
     def finetuning(self, model: DACT) -> dict[str, Any]:
-        """Return the arguments of fits of the encoder after the studies that the factory lacks.
-
-        Args:
-            model: Model of the factory.
-        """
+        """Return the arguments of fits of the encoder after the studies that the factory lacks."""
         if self.consistency is not None:
             return {"consistency": self.consistency}
         parts = (part for part in model.encoder.modules() if isinstance(part, _DropoutNd))
@@ -207,17 +205,15 @@ class Recipe:
             worker: Number of the worker, from 0.
             gpus: Number of GPUs of this machine.
         """
-        accelerator, devices = self.trainer.get("accelerator", "auto"), self.trainer["devices"]
-        free = accelerator in ("auto", "gpu", "cuda") and devices in (1, "1")
-        if not free or gpus < 2:
+        on_gpu = self.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+        if gpus < 2 or not on_gpu or self.trainer["devices"] not in (1, "1"):
             return self
         return replace(self, trainer={**self.trainer, "devices": [worker % gpus]})
 
     @property
     def device(self) -> torch.device:
         """The device of the Trainer, for computations outside a Trainer."""
-        trainer = make_trainer(self.trainer, enable_checkpointing=False)
-        return trainer.strategy.root_device
+        return make_trainer(self.trainer, enable_checkpointing=False).strategy.root_device
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context of the Trainer's precision, for computations outside a Trainer."""
@@ -227,23 +223,11 @@ class Recipe:
     # ------------------------------------------------------------------ what a run compares
 
     def configuration(self, model: DACT, data: Any) -> dict[str, Any]:
-        """Return what the results of a run depend on, as plain data; see `Run.opened`.
-
-        Args:
-            model: Model of the factory.
-            data: Datamodule of the factory.
-        """
+        """Return what the results of a run depend on, as plain data; see `Run.opened`."""
         trainer = {n: v for n, v in self.trainer.items() if n not in NOT_COMPARED and is_plain(v)}
         own = {n: v for n, v in vars(data).items() if not n.startswith("_") and is_plain(v)}
-        names = (
-            "encoder_training",
-            "final_training",
-            "warm_up_epochs",
-            "distillation",
-            "consistency",
-        )
-        tuner = {name: getattr(self, name) for name in (*names, "halting_tolerance", "seed")}
-        tuner["promise"] = None if self.promise is None else asdict(self.promise)
+        tuner = {name: getattr(self, name) for name in COMPARED}
+        tuner["promise"] = self.promise and asdict(self.promise)
         content = {
             "model": model.config(),
             "data": {"class": type(data).__qualname__, **own},
@@ -271,24 +255,18 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
         ValueError: If the arguments ask for several devices or for no epoch.
     """
     trainer = {**TRAINER_DEFAULTS, **(given or {})}
-    known = inspect.signature(Trainer).parameters
-    for name in trainer.keys() - known.keys():
-        meant = get_close_matches(name, known, n=1)
-        hint = f": did you mean {meant[0]}?" if meant else ""
-        raise TypeError(f"TuningEngine: the Trainer takes no {name}{hint}")
+    inspect.signature(Trainer).bind(**trainer)
     check_count("TuningEngine: max_epochs of the Trainer", trainer["max_epochs"])
-    devices = trainer.get("devices", "auto")
-    if devices in ("auto", None):
-        devices = 1
+    if trainer.get("devices") in ("auto", None):
+        trainer["devices"] = 1
     # As for the Trainer: 1 and "1" count devices, [1] and "1," name one.
-    named = str(devices).strip("[](), ")
-    counts = isinstance(devices, int) or (isinstance(devices, str) and "," not in devices)
-    if "," in named or (counts and named != "1") or trainer.get("num_nodes", 1) != 1:
+    is_one = re.fullmatch(r"1|\[\d+\]|\d+,", str(trainer["devices"]))
+    if not is_one or trainer.get("num_nodes", 1) != 1:
         raise ValueError(
-            f"TuningEngine: a trial runs on one device, got devices={devices!r}: give 1, or one "
-            "device by its number as [0], and run several trials side by side with workers"
+            f"TuningEngine: a trial runs on one device, got devices={trainer['devices']!r}: give "
+            "1, or a device by its number as [0], and run trials side by side with workers"
         )
-    return {**trainer, "devices": devices}
+    return trainer
 
 
 # ---------------------------------------------------------------------- the promise
@@ -297,20 +275,15 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
 def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     """Return the recipe with a promise that model and data can keep.
 
-    A promise of the user must be kept with its confidence. The default promise becomes an estimate
-    if too few examples can be set aside for it, and is dropped if the model has no dial to set.
-
-    Args:
-        given: Recipe of the user.
-        model: Model of the factory.
+    The default promise becomes an estimate if too few examples can be set aside for it, and is
+    dropped if the model has no dial to set.
 
     Raises:
         ValueError: If a promise of the user cannot be kept.
     """
-    promise = given.promise
+    promise, is_default = given.promise, given.promise == DEFAULT_PROMISE
     if promise is None:
         return given
-    is_default = promise == DEFAULT_PROMISE
     try:
         promise.check(model.exit_rule)
     except ValueError:

@@ -7,6 +7,7 @@ import contextlib
 import itertools
 import os
 import re
+import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,10 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dact.files import file_digest, read_json, write_json, write_text
-from dact.tuning.settings import WINNERS, Winners
+from dact.tuning.settings import Winners
 from dact.tuning.stages import STAGES, Stage
 
-STEPS = (
-    "baseline",
-    "teacher",
-    "features",
-    *(stage.name for stage in STAGES),
-    "confirmation",
-    "final",
-)
+STEPS = (*(stage.name for stage in STAGES), "confirmation", "final")  # each depends on those before
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,6 @@ class Run:
         """Return the folder in which a trial logs; `own` is the folder of a custom study."""
         return self.folder / own / stage.name / f"trial_{number:04d}"
 
-    def pictures(self, stage: Stage) -> Path:
-        """Return the folder of a study's pictures."""
-        return self.folder / stage.name / "study"
-
     @contextlib.contextmanager
     def opened(self, configuration: Mapping[str, Any]) -> Iterator[None]:
         """Hold the lock of the run, and compare its configuration with that of its beginning.
@@ -90,30 +80,23 @@ class Run:
                 configuration.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock", timeout=0)
         try:
-            lock.acquire()
+            lock = FileLock(self.folder / ".lock", timeout=0).acquire()
         except Timeout:
             raise ValueError(
                 f"another process works on run {self.tag!r} in {self.log_dir}: wait for its end, "
                 "or give another run_tag"
             ) from None
-        try:
-            self._compare(configuration)
+        with lock:
+            if not self.manifest.is_file():
+                write_json(self.manifest, {"configuration": configuration, "steps": {}})
+            for name, then, now in differences(self._read()["configuration"], configuration):
+                before, after = (textwrap.shorten(repr(one), 60) for one in (then, now))
+                raise ValueError(
+                    f"run {self.tag!r} began with another {name} ({before}, now {after}): use that "
+                    "of its beginning, or give another run_tag"
+                )
             yield
-        finally:
-            lock.release()
-
-    def _compare(self, configuration: Mapping[str, Any]) -> None:
-        content = self._read()
-        if "configuration" not in content:
-            self._write({"configuration": configuration, "steps": {}})
-        elif difference := next(differences(content["configuration"], configuration), None):
-            name, then, now = difference
-            raise ValueError(
-                f"run {self.tag!r} began with another {name} ({_short(then)}, now {_short(now)}): "
-                "use that of its beginning, or give another run_tag"
-            )
 
     # ------------------------------------------------------------------ steps
 
@@ -128,20 +111,22 @@ class Run:
 
     def result(self, name: str) -> Any:
         """Return the stored result of a step, None if it is not done."""
-        return self._read().get("steps", {}).get(name)
+        return self._read()["steps"].get(name)
 
     def store(self, name: str, result: Any) -> None:
         """Store the result of a step, as plain data."""
         content = self._read()
-        self._write({**content, "steps": {**content.get("steps", {}), name: result}})
+        content["steps"][name] = result
+        write_json(self.manifest, content)
 
     def drop_after(self, name: str) -> None:
         """Forget the results of the steps after `name`, which are then done again."""
-        content, dropped = self._read(), STEPS[STEPS.index(name) + 1 :]
-        for one in ("confirmation", "final"):
-            self.set_aside(one)
-        kept = {one: result for one, result in content["steps"].items() if one not in dropped}
-        self._write({**content, "steps": kept})
+        for folder in ("confirmation", "final"):
+            self.set_aside(folder)
+        content = self._read()
+        for later in STEPS[STEPS.index(name) + 1 :]:
+            content["steps"].pop(later, None)
+        write_json(self.manifest, content)
 
     def set_aside(self, name: str) -> None:
         """Rename a folder of the run whose content belongs to other winners."""
@@ -151,10 +136,7 @@ class Run:
             os.replace(folder, next(other for other in numbered if not other.exists()))
 
     def _read(self) -> dict[str, Any]:
-        return read_json(self.manifest) if self.manifest.is_file() else {}
-
-    def _write(self, content: Mapping[str, Any]) -> None:
-        write_json(self.manifest, content)
+        return read_json(self.manifest)
 
     # ------------------------------------------------------------------ winners
 
@@ -166,9 +148,7 @@ class Run:
         return Winners(**found)
 
     def save(self, stage: Stage, winners: Mapping[str, Any], limits: Any) -> None:
-        """Store the winners of a study and the limits under which it ended.
-
-        New winners make the steps after the study start over.
+        """Store the winners of a study, and drop the later steps if they are new.
 
         Args:
             stage: Stage of the study.
@@ -178,12 +158,10 @@ class Run:
         before = self.result(stage.name)
         if before is not None and before["winners"] != winners:
             self.drop_after(stage.name)
-        for name in WINNERS:
-            value = winners.get(name)
+        for name, value in winners.items():
             content = value if isinstance(value, Mapping) else {name: value}
-            if name in winners:
-                write_text(self.folder / f"{name}.yaml", yaml.safe_dump(content, sort_keys=False))
-        self.store(stage.name, {"winners": dict(winners), "limits": limits})
+            write_text(self.folder / f"{name}.yaml", yaml.safe_dump(content, sort_keys=False))
+        self.store(stage.name, {"winners": winners, "limits": limits})
 
 
 def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
@@ -199,8 +177,3 @@ def digests_of(files: Mapping[str, Any]) -> dict[str, Any]:
     """Return size and SHA-256 of the files of a datamodule that exist, by path."""
     paths = [Path(file) for file in files.values() if file and Path(file).is_file()]
     return {str(path): [path.stat().st_size, file_digest(path)] for path in paths}
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}…"

@@ -32,29 +32,20 @@ class Settings:
     def arguments(self) -> dict[str, Any]:
         """Return all settings by name, as `of` takes them."""
         others = {"batch_size": self.batch_size, "num_epochs": self.num_epochs}
-        return {
-            **self.model,
-            **{name: value for name, value in others.items() if value is not None},
-        }
+        return {**self.model, **{name: one for name, one in others.items() if one is not None}}
 
     def updated(self, other: Settings) -> Settings:
         """Return these settings, with those that `other` has in their place."""
         return Settings.of({**self.arguments(), **other.arguments()})
 
     def flat(self) -> dict[str, Any]:
-        """Return the settings under the names of the studies' parameters."""
-        return flat(self.arguments())
-
-
-def flat(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``{"classifier": {"dropout": 0.1}}`` as ``{"classifier_dropout": 0.1}``."""
-    found: dict[str, Any] = {}
-    for name, value in arguments.items():
-        nested = value if isinstance(value, Mapping) else {}
-        found |= {f"{name}_{key}": entry for key, entry in nested.items()}
-        if not nested:
-            found[name] = value
-    return found
+        """Return the settings under the names of the studies' parameters, such as
+        ``classifier_dropout``."""
+        found: dict[str, Any] = {}
+        for name, value in self.arguments().items():
+            nested = isinstance(value, Mapping)
+            found |= {f"{name}_{n}": v for n, v in value.items()} if nested else {name: value}
+        return found
 
 
 @dataclass(frozen=True)
@@ -75,14 +66,13 @@ class Winners:
 
     def settings(self) -> Settings:
         """Return the settings that the winners stand for."""
-        chosen: dict[str, Any] = dict(self.external_config or {})
-        if self.classifier_config is not None:
-            chosen["classifier"] = self.classifier_config
-        if self.confidence_config is not None:
-            chosen["confidence"] = self.confidence_config
-        if self.lambda_reg is not None:
-            chosen["lambda_reg"] = self.lambda_reg
-        return Settings.of(chosen)
+        others = {
+            "classifier": self.classifier_config,
+            "confidence": self.confidence_config,
+            "lambda_reg": self.lambda_reg,
+        }
+        chosen = {name: value for name, value in others.items() if value is not None}
+        return Settings.of({**(self.external_config or {}), **chosen})
 
     def missing(self) -> list[str]:
         """Return the names of the winners that are missing."""

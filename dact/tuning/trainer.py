@@ -23,7 +23,6 @@ from lightning.pytorch import (
 from lightning.pytorch.callbacks import (
     Checkpoint,
     DeviceStatsMonitor,
-    GradientAccumulationScheduler,
     LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
@@ -31,7 +30,6 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.plugins import CheckpointIO
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
@@ -44,9 +42,6 @@ from dact.model import DACT
 from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
-# Epochs on frozen states per epoch of the final fit: with fewer the submodels have not learned,
-# and with the largest number they have, however long the encoder is trained.
-HEAD_EPOCHS, MOST_HEAD_EPOCHS = 3, 12
 # Optimizer steps in which a pretrained encoder learns its task, also from few texts, and in which
 # one does that starts from the whole encoder's weights and has it as a teacher.
 MIN_STEPS, TAUGHT_STEPS = 250, 150
@@ -71,22 +66,13 @@ def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int
         steps: Number of optimizer steps.
 
     Returns:
-        The number of epochs, at most `MOST_TIMES` as many as asked for.
+        The number of epochs, at most 7 times as many as asked for.
     """
     batches, limit = len(data.train_dataloader()), trainer.get("limit_train_batches")
     if limit is not None:
         batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-    accumulated = trainer.get("accumulate_grad_batches") or 1
-    for callback in as_list(trainer.get("callbacks")):
-        if isinstance(callback, GradientAccumulationScheduler):
-            accumulated = max(callback.scheduling.values())
-    per_epoch = max(1, math.ceil(batches / int(accumulated)))
+    per_epoch = max(1, math.ceil(batches / (trainer.get("accumulate_grad_batches") or 1)))
     return min(max(epochs, math.ceil(steps / per_epoch)), MOST_TIMES * epochs)
-
-
-def head_epochs(epochs: int) -> int:
-    """Return the number of epochs on frozen states that stands for a fit of this many epochs."""
-    return min(HEAD_EPOCHS * epochs, MOST_HEAD_EPOCHS)
 
 
 class NonFiniteLoss(RuntimeError):
@@ -103,7 +89,6 @@ class History(Callback):
 
     Raises:
         NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
-        KeyError: From the fit, if the model logs no val_loss.
         ValueError: From the fit, if no validation ran.
     """
 
@@ -136,9 +121,6 @@ class History(Callback):
         if trainer.sanity_checking:
             return
         metrics = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val_")}
-        if MONITOR not in metrics:
-            logged = ", ".join(sorted(metrics)) or "nothing"
-            raise KeyError(f"the model logs no {MONITOR}; it logs {logged}")
         if not math.isfinite(metrics[MONITOR]):
             raise NonFiniteLoss(f"{MONITOR} is {metrics[MONITOR]} in epoch {trainer.current_epoch}")
 
@@ -174,9 +156,6 @@ class History(Callback):
 
 class TimeIsUp(Exception):
     """The deadline of a study passed in the middle of a trial."""
-
-    def __init__(self) -> None:
-        super().__init__("time_out ended the study in the middle of this trial")
 
 
 class Deadline:
@@ -267,30 +246,16 @@ def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
         arguments: The user's arguments.
         **fixed: Arguments that replace them; ``callbacks`` are added.
     """
-    given = dict(arguments)
+    # A copy: callbacks keep what a Trainer gives them, and a plugin keeps its loss scale.
+    given = copy.deepcopy({**arguments, "logger": False, "enable_progress_bar": False})
     left_out: tuple[type, ...] = (Checkpoint, ProgressBar)
     if not fixed.get("logger"):
         left_out += (LearningRateMonitor, DeviceStatsMonitor)
-    callbacks = [c for c in as_list(given.pop("callbacks", None)) if not isinstance(c, left_out)]
-    # Copies: callbacks keep what a Trainer gives them, and a plugin keeps its loss scale.
-    plugins = copy.deepcopy(as_list(given.pop("plugins", None)))
-    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
-        plugins.append(DurableCheckpointIO())
-    if "strategy" in given:
-        given["strategy"] = copy.deepcopy(given["strategy"])
+    callbacks = [c for c in as_list(given.get("callbacks")) if not isinstance(c, left_out)]
+    given["callbacks"] = [*callbacks, StopOnSignal(), *fixed.pop("callbacks", ())]
+    given["plugins"] = [*as_list(given.get("plugins")), DurableCheckpointIO()]
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
-    added = fixed.pop("callbacks", [])
-    fixed["enable_progress_bar"] = False
-    fixed["callbacks"] = [*copy.deepcopy(callbacks), StopOnSignal(), *added]
-    return Trainer(**{**defaults, **given, "logger": False, **fixed, "plugins": plugins})
-
-
-def for_states(trainer: Mapping[str, Any]) -> dict[str, Any]:
-    """Return arguments of the Trainer for frozen states, in whose batches numbers mean nothing."""
-    given = {**trainer, "limit_val_batches": None}
-    if isinstance(trainer.get("val_check_interval"), int):
-        given |= {"val_check_interval": None, "check_val_every_n_epoch": 1}
-    return given
+    return Trainer(**{**defaults, **given, **fixed})
 
 
 def averages(trainer: Mapping[str, Any]) -> bool:
@@ -309,13 +274,10 @@ def as_list(value: Any) -> list[Any]:
 def fit(
     trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None
 ) -> None:
-    """Call `Trainer.fit`, and raise KeyboardInterrupt after Ctrl-C instead of Lightning's
-    SystemExit.
-
-    It does not warn that all texts leave at one layer: studies try extremes on purpose.
-    """
+    """Call `Trainer.fit`; Ctrl-C raises KeyboardInterrupt instead of Lightning's SystemExit."""
     try:
         with warnings.catch_warnings():
+            # Studies try on purpose what lets all texts leave at one layer.
             warnings.filterwarnings("ignore", message=".*every validation example.*")
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:
@@ -329,23 +291,21 @@ def resumable_fit(
     checkpoints: Path,
     *callbacks: Callback,
     epochs: int,
-    log: Path | None = None,
-    keep: str | None = None,
     monitor: str | None = None,
     average: bool = False,
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
+    The fit is logged to TensorBoard in the parent of `checkpoints`.
+
     Args:
         arguments: Arguments of the Trainer.
         model: Model that only this fit uses.
         data: Datamodule that only this fit uses.
-        checkpoints: Folder of ``last.ckpt`` and the checkpoint that `keep` names.
+        checkpoints: Folder of ``last.ckpt`` and of ``best.ckpt``, the epoch to keep.
         *callbacks: Further callbacks.
         epochs: Number of epochs.
-        log: Folder of a TensorBoard log, or None.
-        keep: Name, without ``.ckpt``, of a second checkpoint; None for no such one.
-        monitor: Metric whose lowest value chooses the epoch of `keep`; None for the last epoch.
+        monitor: Metric whose lowest value chooses the epoch to keep; None for the last epoch.
         average: Whether to average the weights of the last steps, unless a callback of the user
             averages weights.
 
@@ -353,31 +313,24 @@ def resumable_fit(
         NonFiniteLoss: If val_loss is NaN or infinite.
         ValueError: If no validation ran.
     """
-    logger: Any = False
-    if log is not None:
-        logger = TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
-    every: dict[str, Any] = {"save_on_train_epoch_end": True, "enable_version_counter": False}
-    # Two callbacks: ``save_last`` would write last.ckpt only in epochs in which the best is
-    # written.
-    kept = [ModelCheckpoint(checkpoints, "last", **every)]
-    if keep is not None and monitor is not None:
-        # With save_weights_only, Lightning would save the raw weights instead of an average.
-        weights_only = not averages(arguments)
-        best = ModelCheckpoint(
-            checkpoints,
-            keep,
-            monitor=monitor,
-            save_weights_only=weights_only,
-            enable_version_counter=False,
-        )
-        kept.insert(0, best)
-    averaging = [AverageLastSteps()] if average and not averages(arguments) else []
-    history, last = History(), checkpoints / "last.ckpt"
+    log, averaged = checkpoints.parent, averages(arguments)
+    logger = TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
+    history, added = History(), list(callbacks)
+    if average and not averaged:
+        added.append(AverageLastSteps())
+    # Two callbacks: ``save_last`` would write last.ckpt only in epochs that are the best so far.
+    # With save_weights_only, Lightning would save the raw weights instead of an average.
+    names: dict[str, Any] = {"dirpath": checkpoints, "enable_version_counter": False}
+    if monitor is not None:
+        best = {"filename": "best", "monitor": monitor, "save_weights_only": not averaged}
+        added.append(ModelCheckpoint(**names, **best))
+    added.append(ModelCheckpoint(**names, filename="last", save_on_train_epoch_end=True))
+    last = checkpoints / "last.ckpt"
     trainer = make_trainer(
         arguments,
         max_epochs=epochs,
         logger=logger,
-        callbacks=[history, *callbacks, *averaging, *kept],
+        callbacks=[history, *added],
         enable_checkpointing=True,
     )
     try:
@@ -387,8 +340,7 @@ def resumable_fit(
             f"{error}, at learning_rate {model.learning_rate:g}: lower it, or learning_rate's high "
             "in search_space, or use precision 32-true, under another run_tag"
         ) from error
-    if keep is not None and monitor is None:
-        trainer.save_checkpoint(checkpoints / f"{keep}.ckpt", weights_only=True)
-    if logger:
-        logger.finalize("success")
+    if monitor is None:
+        trainer.save_checkpoint(checkpoints / "best.ckpt", weights_only=True)
+    logger.finalize("success")
     return history
