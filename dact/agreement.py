@@ -50,7 +50,9 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
             f"distillation={model.distillation:g} needs a teacher: give the data one "
             "(data.teacher), or set distillation to 0"
         )
-    if not model.needs_teacher and getattr(datamodule, "needs_teacher", False):
+    # Plain fine-tuning, such as that of a baseline, passes over texts without labels.
+    learns = model.needs_teacher or model.halting == "never"
+    if not learns and getattr(datamodule, "needs_teacher", False):
         raise ValueError(
             "texts without labels need a teacher: give data.teacher and a distillation above 0"
         )

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +38,7 @@ from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import is_plain
 from dact.tuning.settings import Settings
-from dact.tuning.trainer import NonFiniteLoss, averages
+from dact.tuning.trainer import MONITOR, NonFiniteLoss, averages
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
 BASELINE_KEYS = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
@@ -171,10 +172,8 @@ def _measure(
 
 def _baseline(prepared: Prepared) -> DACT:
     """Return the fine-tuned whole encoder."""
-    recipe = prepared.recipe
-    layers = recipe.make_model().encoder.num_layers
-    whole = recipe.make_model(num_layers=layers).at_full_depth()
-    return prepared.baseline.load(whole).eval().to(recipe.device)
+    whole = prepared.recipe.whole_model().at_full_depth()
+    return prepared.baseline.load(whole).eval().to(prepared.recipe.device)
 
 
 def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str:
@@ -236,9 +235,10 @@ def _draw(folder: Path, found: Evaluations, metrics: Mapping[str, Any], curves: 
 
 def _log(fit: CheckpointedFit, validation: Evaluation) -> None:
     """Log a fit to TensorBoard as trials are logged, with early exit at the setting of its dial."""
-    entry, run = validation.entry, fit.prepared.run
+    entry, run, epochs = validation.entry, fit.prepared.run, fit.history
+    kept = min(epochs, key=itemgetter(MONITOR)) if fit.keep_frozen else epochs[-1]
     metrics = {
-        "val_loss": fit.kept["val_loss"],
+        "val_loss": kept[MONITOR],
         "val_task_loss": entry["task_loss"],
         "val_accuracy": entry["accuracy"],
         "val_exit_layer": entry["mean_exit_layer"],
