@@ -392,11 +392,6 @@ class DACT(LightningModule):
             layers]``, for callbacks.
         """
         target = labels_of(batch, stage)
-        if (target == functional.UNLABELLED).any():
-            raise ValueError(
-                f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes "
-                "unlabelled examples"
-            )
         soft = functional.soft_targets(target, self.output_dimension)
         y, h, p = full.layer_probabilities, full.h, full.p
         assert y is not None and h is not None and p is not None
@@ -628,11 +623,21 @@ class DACT(LightningModule):
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
-    """Return the labels of a batch, or raise a ``KeyError`` that says what the batch is."""
+    """Return the labels of a batch for a stage, such as ``"training"``.
+
+    Raises:
+        KeyError: If there are none.
+        ValueError: If an example is unlabelled, elsewhere than in training.
+    """
     check_batch(batch)
     if not isinstance(batch.get("labels"), Tensor):
         raise KeyError(
             f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}"
+        )
+    if stage != "training" and (batch["labels"] == functional.UNLABELLED).any():
+        raise ValueError(
+            f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes "
+            "unlabelled examples"
         )
     return batch["labels"]
 

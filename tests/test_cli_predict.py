@@ -9,8 +9,6 @@ import signal
 import pandas as pd
 import pytest
 import torch
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
 from dact import DACT, TextClassifier, functional
 from dact.calibration.answers import LayerAnswers, Measured
@@ -236,24 +234,6 @@ def test_what_cannot_be_classified_has_a_reason(run_of_two_files, succeed):
     assert [row["reason"] for row in rows] == ["empty text"] * 2
 
 
-def bare_tokenizer(words):
-    """A tokenizer that adds no token of its own, and cleans some characters away."""
-    vocabulary = {"[PAD]": 0, "[UNK]": 1, **{word: n for n, word in enumerate(words, 2)}}
-    plain = Tokenizer(models.WordLevel(vocabulary, "[UNK]"))
-    plain.normalizer = normalizers.BertNormalizer()
-    plain.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="[PAD]", unk_token="[UNK]")
-
-
-def test_a_text_without_tokens_is_named(tmp_path):
-    (tmp_path / "train.csv").write_text("text,label\ngood,a\n\x01,b\nfine,a\nbad,b\n")
-    (tmp_path / "val.csv").write_text("text,label\nbest,a\n")
-    tokenizer = bare_tokenizer(["good", "fine"])
-    files = [str(tmp_path / name) for name in ("train.csv", "val.csv")]
-    with pytest.raises(ValueError, match=r"no token for the text '\\x01'"):
-        TextClassificationData(*files, tokenizer=tokenizer).setup("fit")
-
-
 def test_a_dial_on_the_command_line_replaces_that_of_the_stored_model(run_of_two_files, dact_here):
     folder = run_of_two_files
     (folder / "new.txt").write_text("\n".join(TEXTS))
@@ -391,15 +371,6 @@ def test_a_model_of_fewer_layers_than_its_encoder_is_calibrated_on_own_files(
         assert kind in text
         assert "mean exit layer 1.00 of 2" in text
         assert "chose the checkpoint" not in text
-    config = folder / "lightning_logs" / "cut" / "model" / "config.json"
-    stored = config.read_bytes()
-    rows = (folder / "other.csv").read_text().splitlines(keepends=True)
-    (folder / "few.csv").write_text("".join(rows[:9]))
-    few = ["--max_accuracy_loss", "0.01", "--confidence", "null"]
-    status, text = dact_here(*words, "few.csv", *few, cwd=folder)
-    assert status == 1
-    assert "140 examples or more, got 8" in text
-    assert stored == config.read_bytes(), "left as it was"
     text = succeed("test", *model, "--data.test_file", "other.csv", cwd=folder)
     assert re.search(r"^estimate of halting_margin .* on these 40 examples$", text, re.MULTILINE)
 

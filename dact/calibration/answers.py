@@ -16,7 +16,7 @@ from torchmetrics.functional.classification import multiclass_f1_score
 from dact import functional, signals
 from dact.encoders.base import Batch, move
 from dact.functional import Halting
-from dact.model import DACT
+from dact.model import DACT, labels_of
 
 Dial = Literal["halting_tolerance", "halting_margin"]
 
@@ -177,14 +177,15 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
     parts: dict[str, list[Tensor]] = defaultdict(list)
     for batch in batches:
         signals.check()
+        target = labels_of(batch, "calibration or a test")
         # raises for a label that is no class
-        functional.soft_targets(batch["labels"], model.output_dimension)
+        functional.soft_targets(target, model.output_dimension)
         output = model.full_depth(move(batch, model.device))
         assert output.layer_probabilities is not None
         assert output.h is not None
         a, p = functional.accumulate(output.layer_probabilities, output.h)
         check_finite(a)
-        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": batch["labels"].long()}
+        found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target.long()}
         if "depth" in batch:
             found["depths"] = batch["depth"]
         for name, tensor in found.items():

@@ -6,6 +6,7 @@ import contextlib
 import inspect
 import os
 import sys
+import textwrap
 from argparse import ArgumentError
 from collections.abc import Iterator
 from difflib import get_close_matches
@@ -43,7 +44,10 @@ def one_line_errors() -> Iterator[None]:
         message: object = error
         if isinstance(error, FileNotFoundError) and error.filename:
             message = f"there is no file {error.filename}"
-        print(f"dact: error: {' '.join(str(message).split())}", file=sys.stderr)
+        if isinstance(error, KeyError) and error.args:
+            message = error.args[0]
+        line = textwrap.shorten(str(message), 1000, placeholder=" …")
+        print(f"dact: error: {line}", file=sys.stderr)
         raise SystemExit(2 if isinstance(error, UsageError) else 1) from None
 
 
@@ -107,7 +111,9 @@ def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
         if section in SECTIONS and value and not value.startswith("{"):
             found = find_class(value, SECTIONS[section])
             if found is None:
-                names = [one for one in import_module(SECTIONS[section]).__all__ if one[0].isupper()]
+                names = [
+                    one for one in import_module(SECTIONS[section]).__all__ if one[0].isupper()
+                ]
                 meant = _meant(value.rpartition(".")[2], names)
                 raise UsageError(f"{place}there is no class {value}. {meant}")
             known = {each for each in known if not f"{each}.".startswith(f"{section}.")}

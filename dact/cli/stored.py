@@ -338,7 +338,10 @@ def _data_section(
     names |= {"predict_file"} if command == "predict" else set()
     accepted = accepted_by(find_class(section["class_path"], "dact.data"))
     if accepted and not names <= {*accepted}:
-        section, accepted = {"class_path": OWN_FILES}, accepted_by(find_class(OWN_FILES, "dact.data"))
+        section, accepted = (
+            {"class_path": OWN_FILES},
+            accepted_by(find_class(OWN_FILES, "dact.data")),
+        )
     # The model may have left the files of its fit behind.
     arguments = {
         name: value
