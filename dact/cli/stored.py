@@ -25,6 +25,7 @@ from dact.cli import NEEDED, STORED
 from dact.cli.errors import UsageError, accepted_by, find_class, options, parse
 from dact.cli.output import measurements, promise_line, quiet
 from dact.cli.predict import check_output, write_predictions
+from dact.data import TextClassificationData
 from dact.data.files import DATASET
 from dact.data.tokenizers import tokenizer_for
 from dact.encoders import LayeredEncoder
@@ -340,7 +341,7 @@ def _data_section(
     if accepted and not names <= {*accepted}:
         section, accepted = (
             {"class_path": OWN_FILES},
-            accepted_by(find_class(OWN_FILES, "dact.data")),
+            accepted_by(TextClassificationData),
         )
     # The model may have left the files of its fit behind.
     arguments = {
