@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -111,7 +111,6 @@ class TextDataModule(ClassificationDataModule, ABC):
         check_count("batch_size", batch_size)
         check_range("calibration_fraction", calibration_fraction, "[0, 1)")
         self._given_tokenizer = tokenizer
-        self._tokenizer: PreTrainedTokenizerBase | None = None
         self.max_length: int = max_length
         self.batch_size: int = batch_size
         self.num_workers = num_workers
@@ -133,18 +132,16 @@ class TextDataModule(ClassificationDataModule, ABC):
         keys = validation.text_keys()
         return stratified_split(validation.labels, self.calibration_fraction, self.seed, keys)
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
         """The tokenizer of this data, loaded or copied on first access."""
         if self._given_tokenizer is None:
             raise ValueError(f"{type(self).__name__}: give the tokenizer of the encoder")
-        if self._tokenizer is None:
-            self._tokenizer = tokenizer_for(self._given_tokenizer, self.max_length)
-        return self._tokenizer
+        return tokenizer_for(self._given_tokenizer, self.max_length)
 
     @override
     def setup(self, stage: str) -> None:
-        for split in SPLITS[stage]:
+        for split in SPLITS.get(stage, ()):
             if split not in self._encoded:
                 for name, examples in self._parts(split).items():
                     self._encode(name, examples)
@@ -179,15 +176,13 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     @override
     def describe_classes(self) -> str:
-        """Return a text with the number of training examples of each class, empty before `setup`
-        has read them."""
+        """Return the number of training examples of each class, or nothing before `setup`."""
         if "train" not in self.splits:
             return ""
-        counts = Counter(self.splits["train"].labels or [])
-        unlabelled = counts.pop(UNLABELLED, 0)
-        names = self.class_names or [str(label) for label in sorted(counts)]
+        counts = Counter(self.splits["train"].labels)
+        names = self.class_names or []
         text = listed([f"{name} {counts[label]:,}" for label, name in enumerate(names)])
-        more = f"; {unlabelled:,} texts without a label" if unlabelled else ""
+        more = f"; {counts[UNLABELLED]:,} texts without a label" if counts[UNLABELLED] else ""
         return f"{len(names)} classes: {text}{more}"
 
     def _loader(self, split: str) -> DataLoader[Any]:

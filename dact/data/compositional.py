@@ -60,12 +60,7 @@ def generate_review(
     generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
 ) -> tuple[str, int, int]:
     """Draw a review whose text is accepted: class and depth are uniform and independent of each
-    other.
-
-    Returns:
-        The words, separated by blanks; the class, 0 negative, 1 neutral, 2 positive; and the depth,
-        the number of steps that compose the class: modifiers, plus one for a concession.
-    """
+    other. Return the text, the class and the depth: its modifiers, plus one for a concession."""
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
         text, grade = _draw(generator, depth)

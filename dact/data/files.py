@@ -24,7 +24,7 @@ MOST_LISTED = 20
 def read_rows(
     path: str, columns: Mapping[str, str], delimiter: str | None = None
 ) -> Iterator[list[Any]]:
-    """Yield the values of `columns` of each row, in their order.
+    """Return the values of `columns` of each row, in their order.
 
     In csv and tsv every value is a string. A byte that is not UTF-8 becomes a lone surrogate.
 
@@ -37,28 +37,21 @@ def read_rows(
         delimiter: Separator of a csv file; a comma, semicolon or tab by its header if left out.
 
     Raises:
-        ValueError: If the ending is unknown, a column is missing, the file has no rows, or a row
-            cannot be read.
+        ValueError: If the ending is unknown, a column is missing, or a row cannot be read.
     """
     ending = Path(path).suffix.lower()
     if path.startswith(DATASET):
-        rows = _dataset(path, columns)
-    elif path == STANDARD_INPUT or ending == ".txt":
-        rows = _lines(path, columns)
-    elif ending in (".csv", ".tsv"):
-        rows = _csv(path, columns, delimiter)
-    elif ending in (".json", ".jsonl"):
-        rows = _json(path, columns)
-    elif ending == ".parquet":
-        rows = _parquet(path, columns)
-    else:
-        known = ".csv, .tsv, .jsonl, .json, .parquet, .txt"
-        raise ValueError(f"{path}: unknown ending {ending!r}, expected one of {known}")
-    row = None
-    for row in rows:
-        yield row
-    if row is None:
-        raise ValueError(f"{path} has no rows")
+        return _dataset(path, columns)
+    if path == STANDARD_INPUT or ending == ".txt":
+        return _lines(path, columns)
+    if ending in (".csv", ".tsv"):
+        return _csv(path, columns, delimiter)
+    if ending in (".json", ".jsonl"):
+        return _json(path, columns)
+    if ending == ".parquet":
+        return _parquet(path, columns)
+    known = ".csv, .tsv, .jsonl, .json, .parquet, .txt"
+    raise ValueError(f"{path}: unknown ending {ending!r}, expected one of {known}")
 
 
 def first_row(path: str) -> int:

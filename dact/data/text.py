@@ -183,9 +183,8 @@ class TextClassificationData(TextDataModule):
         if alone or not aside:
             raise ValueError(
                 f"{self.files['train']}: class {listed(alone or self.class_names)} has one text "
-                "only, which training and validation cannot share: correct a mistyped label, add "
-                "examples, or give a val_file (labels are those of the column "
-                f"{self.label_column!r})"
+                "only, which training and validation cannot share: correct the label (column "
+                f"{self.label_column!r}), add examples, or give a val_file"
             )
         return train.take(kept), train.take(aside)
 
@@ -220,6 +219,9 @@ class TextClassificationData(TextDataModule):
         """Return the examples whose texts are not `known`, and warn of the others."""
         kept = [row for row, key in enumerate(examples.text_keys()) if key not in known]
         file, count = self.files[split], len(examples) - len(kept)
+        if not kept and split == "test":
+            rank_zero_warn(f"{file}: training has all of its texts; it says nothing of new ones")
+            return examples
         if not kept:
             raise ValueError(f"{file}: all of its texts are used elsewhere as well: give others")
         if count:
@@ -242,8 +244,8 @@ class TextClassificationData(TextDataModule):
     def _file(self, split: str) -> str:
         file = self.files[split]
         if file is None:
-            remedy = " or class_names" if split == "train" and self.class_names is None else ""
-            raise ValueError(f"no {split}_file was given, and this needs one{remedy}")
+            remedy = ", or class_names for the classes" if split == "train" else ""
+            raise ValueError(f"no {split}_file was given{remedy}")
         return file
 
     def _labelled(self, split: str) -> Examples:
