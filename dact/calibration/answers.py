@@ -65,13 +65,6 @@ class Measured:
     Args:
         answers: Answers of all layers to the examples.
         exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
-
-    Example:
-        >>> y = torch.tensor([[[0.9, 0.1], [0.2, 0.8]], [[0.6, 0.4], [0.1, 0.9]]])
-        >>> a, p = functional.accumulate(y, torch.ones(2, 2))
-        >>> measured = Measured(LayerAnswers(a, p, y, torch.tensor([0, 1])), torch.tensor([1, 2]))
-        >>> measured.accuracy, measured.agreement, measured.mean_exit_layer
-        (1.0, 0.5, 1.5)
     """
 
     answers: LayerAnswers

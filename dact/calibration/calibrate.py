@@ -214,8 +214,8 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
 
     Args:
         model: Model that gets the setting and the record, as by `calibrate`. It is left as it was
-            if it has no dial, fewer than 29 examples are set aside, which could guarantee only that
-            more than 10 % change, or no setting keeps the promise.
+            if it has no dial or fewer than 29 examples are set aside, which would let more than
+            10 % of the classes change.
         data: Labelled examples, as for `calibrate`, but never those of validation.
 
     Returns:

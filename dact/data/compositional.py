@@ -105,9 +105,7 @@ class CompositionalSentiment(TextDataModule):
         num_test: Number of test reviews.
         max_depth: Largest number of steps, 0 or more.
         seed: Seed for the reviews and for the order in training.
-        batch_size: Number of examples per batch.
-        calibration_fraction: Share of the validation reviews, in [0, 1), that is set aside for
-            `dact.calibrate`.
+        batch_size, calibration_fraction: As for `dact.data.base.TextDataModule`.
 
     Example:
         >>> data = CompositionalSentiment(num_train=100, num_val=10, num_test=10)

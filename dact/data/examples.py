@@ -147,5 +147,6 @@ def stratified_split(
                 aside.update(rows)
                 chosen, room = chosen + 1, room - len(rows)
         if most and not chosen:
-            aside.update(min(texts, key=len))
+            smallest = min(texts, key=len)
+            aside.update(smallest)
     return _sides(len(labels), aside.__contains__)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import difflib
-import io
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -106,16 +105,17 @@ def _check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any]
             )
 
 
-def _open(path: str) -> IO[str]:
-    return Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline="")
+def _open(path: str, newline: str = "\n") -> IO[str]:
+    return Path(path).open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
 def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
     if len(columns) > 1:
         raise ValueError(f"{path} has one text a line, and no columns {', '.join(columns)}")
+    if path == STANDARD_INPUT:
+        stdin: Any = sys.stdin
+        stdin.reconfigure(encoding="utf-8-sig", errors="surrogateescape", newline="\n")
     with nullcontext(sys.stdin) if path == STANDARD_INPUT else _open(path) as lines:
-        if isinstance(lines, io.TextIOWrapper):
-            lines.reconfigure(encoding="utf-8-sig", errors="surrogateescape")
         for line in lines:
             yield [line.rstrip("\r\n")]
 
@@ -123,7 +123,7 @@ def _lines(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
 def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterator[list[Any]]:
     tsv = path.lower().endswith(".tsv")
     csv.field_size_limit(2**31 - 1)
-    with _open(path) as file:
+    with _open(path, newline="") as file:
         if delimiter is None:
             delimiter = "\t" if tsv else _guess_delimiter(file.readline(), columns)
             file.seek(0)

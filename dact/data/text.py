@@ -39,8 +39,6 @@ class TextClassificationData(TextDataModule):
         unlabelled_file: Texts without labels that only a teacher labels. In training batches their
             ``labels`` are -100. Texts of validation and calibration are left out.
         calibration_file: Examples for `dact.calibrate`, instead of a `calibration_fraction`.
-        tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
-            id, a local folder or ``"package:NAME/PATH"``.
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
         label_column: Name of the column with the label.
@@ -50,15 +48,11 @@ class TextClassificationData(TextDataModule):
             header if left out.
         drop_unusable: Whether rows without a usable text or label are left out. Otherwise they are
             an error that lists them.
-        max_length: Number of tokens to which longer inputs are cut.
-        batch_size: Number of examples per batch.
         val_fraction: Share of the texts of the training file for validation, in (0, 1), if there
             is no val_file.
-        calibration_fraction: Share of the validation texts, in [0, 1), that is set aside for
-            `dact.calibrate`.
-        num_workers: Number of processes that prepare batches.
         seed: Seed for the divisions and for the order of training examples.
-        teacher: Fine-tuned model to learn from; see `TextDataModule`.
+        tokenizer, max_length, batch_size, calibration_fraction, num_workers, teacher: As for
+            `TextDataModule`.
 
     Raises:
         ValueError: In `setup`; the message names the file and the rows or columns at fault.
