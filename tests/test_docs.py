@@ -240,10 +240,10 @@ def test_every_file_that_a_document_names_is_there():
             assert (ROOT / path).exists(), f"{page}: {path}"
 
 
-def test_the_readme_is_a_page_and_a_half():
+def test_the_readme_is_a_page():
     lines = (ROOT / "README.md").read_text().splitlines()
-    assert len(lines) <= 160
-    assert max(map(len, lines)) <= 260
+    assert len(lines) <= 110
+    assert max(map(len, lines)) <= 120
 
 
 def test_the_pages_build(tmp_path):
