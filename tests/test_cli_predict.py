@@ -479,7 +479,7 @@ data: {class_path: mine.Mine}
 """
 
 
-def test_a_datamodule_of_ones_own_works_with_the_commands(tmp_path, dact_here):
+def test_a_datamodule_of_ones_own_works_with_the_commands(fitted, tmp_path, dact_here):
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "mine.yaml").write_text(MINE_YAML)
     dact("fit", "--config", "mine.yaml", "--run_tag", "own", cwd=tmp_path)
@@ -490,6 +490,12 @@ def test_a_datamodule_of_ones_own_works_with_the_commands(tmp_path, dact_here):
     promise = ["--max_accuracy_loss", "0.9", "--confidence", "null"]
     words = ["calibrate", "--model", "lightning_logs/own", *promise]
     status, text = dact_here(*words, cwd=tmp_path)
+    assert status == 0, text
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "mine.txt").write_text("great\n")
+    words = ["--data.predict_file", "mine.txt", "--data.tokenizer", fitted[1] / "model"]
+    words = ["predict", "--model", "../lightning_logs/own", *words]
+    status, text = dact_here(*words, cwd=tmp_path / "elsewhere")
     assert status == 0, text
     for kind, message in (("tuple", "got a "), ("outside", "0 … 1"), ("several", "labels")):
         status, text = dact_here("fit", "--config", "mine.yaml", "--data.kind", kind, cwd=tmp_path)

@@ -111,10 +111,9 @@ def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
         if section in SECTIONS and value and not value.startswith("{"):
             found = find_class(value, SECTIONS[section])
             if found is None:
-                names = [
-                    one for one in import_module(SECTIONS[section]).__all__ if one[0].isupper()
-                ]
-                meant = _meant(value.rpartition(".")[2], names)
+                names = import_module(SECTIONS[section]).__all__
+                classes = [name for name in names if name[0].isupper()]
+                meant = _meant(value.rpartition(".")[2], classes)
                 raise UsageError(f"{place}there is no class {value}. {meant}")
             known = {each for each in known if not f"{each}.".startswith(f"{section}.")}
             known |= {f"{section}.{each}" for each in accepted_by(found)} or {section}

@@ -184,9 +184,12 @@ class TrainingCLI(LightningCLI):
             for name in CHANGEABLE:
                 one["trainer"].pop(name, None)
         if before != now:
+            from dact.tuning.run import differences
+
+            name, then, wanted = next(differences(before, now))
             raise ValueError(
-                f"run {folder.name} was started with another {first_difference(before, now)}: use "
-                f"the value in {file}, or give another --run_tag"
+                f"run {folder.name} was started with another {name} ({then!r} instead of "
+                f"{wanted!r}): use the value in {file}, or give another --run_tag"
             )
         done = read_checkpoint(last)["epoch"] + 1
         if 0 < (config.trainer.max_epochs or 1000) <= done:
@@ -330,15 +333,6 @@ def run_folder(root: str | Path, tag: str, command: str) -> Path:
     if owner != command and (owner == "tune" or (folder / "checkpoints").exists()):
         raise ValueError(f"{folder} belongs to dact {owner}: give another --run_tag")
     return folder
-
-
-def first_difference(before: Any, now: Any, path: str = "") -> str:
-    """Return the dotted name of the first entry that differs, with both values."""
-    if isinstance(before, dict) and isinstance(now, dict):
-        for name in [*before, *now]:
-            if before.get(name) != now.get(name):
-                return first_difference(before.get(name), now.get(name), f"{path}.{name}")
-    return f"{path.removeprefix('.')} ({before!r} instead of {now!r})"
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:

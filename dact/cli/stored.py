@@ -337,12 +337,10 @@ def _data_section(
         section = new if "class_path" in new else {**section, "init_args": arguments}
     names = {name.split(".")[1] for _, name, _ in options(words) if name.startswith("data.")}
     names |= {"predict_file"} if command == "predict" else set()
-    accepted = accepted_by(find_class(section["class_path"], "dact.data"))
-    if accepted and not names <= {*accepted}:
-        section, accepted = (
-            {"class_path": OWN_FILES},
-            accepted_by(TextClassificationData),
-        )
+    found = find_class(section["class_path"], "dact.data")
+    accepted = accepted_by(found) if found is not None else []
+    if found is None or (accepted and not names <= {*accepted}):
+        section, accepted = {"class_path": OWN_FILES}, accepted_by(TextClassificationData)
     # The model may have left the files of its fit behind.
     arguments = {
         name: value
