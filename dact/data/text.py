@@ -265,9 +265,9 @@ class TextClassificationData(TextDataModule):
             known |= {str(label): label for label in range(len(names))}
         outside = [row for row, label in labels.items() if label not in known]
         if outside:
-            wrong = labels[outside[0]]
+            wrong, many = labels[outside[0]], "s" * (len(outside) > 1)
             raise ValueError(
-                f"{file}: rows {listed(outside)} with a label outside the classes: {wrong!r}"
+                f"{file}: row{many} {listed(outside)} with a label outside the classes: {wrong!r}"
                 f"{suggestion(wrong, names)}. The {len(names)} classes are {listed(names)}: "
                 "correct the labels, or name all classes by class_names"
             )
