@@ -287,9 +287,7 @@ class TuningEngine:
     def _run(self, run_tag: str, measured: bool = False) -> Iterator[Prepared]:
         """Open a run, and make the shared inputs of its fits as far as they are not there.
 
-        Args:
-            run_tag: Name of the run; `run_tag` of the engine if empty.
-            measured: Whether a final model will be measured, which needs a test split.
+        `measured` says that a final model will be measured, which needs a test split.
         """
         run = Run(run_tag or self.run_tag, self.log_dir)
         with seeded(self.recipe.seed):

@@ -149,12 +149,12 @@ def _measure(
         "tolerance": dial_curve(model, answers, "halting_tolerance", TOLERANCES, whole),
         "margin": dial_curve(model, answers, "halting_margin", MARGINS, whole),
     }
-    reference = {
-        split: {key: one.entry[key] for key in BASELINE_KEYS} for split, one in against.items()
-    }
+    reference: dict[str, Any] = {"layers": baseline.num_layers}
+    for split, one in against.items():
+        reference[split] = {key: one.entry[key] for key in BASELINE_KEYS}
     metrics = {
         **_result(model, found),
-        "baseline": {"layers": baseline.num_layers, **reference},
+        "baseline": reference,
         "tolerance_curve": curves["tolerance"],
         "margin_curve": curves["margin"],
         "history": fit.history,
@@ -182,9 +182,7 @@ def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str
     if promise is None:
         return "there is no promise: each text gets the class of all layers"
     if promise.max_layers is not None and promise.max_layers >= model.num_layers:
-        return (
-            f"at most {promise.max_layers:g} layers: all {model.num_layers} of this model keep it"
-        )
+        return f"at most {promise.max_layers:g} layers: all {model.num_layers} of the model keep it"
     with prepared.recipe.precision():
         try:
             return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
@@ -206,11 +204,12 @@ def _evaluate(prepared: Prepared, model: DACT, data: LightningDataModule) -> Eva
 
 def _result(model: DACT, found: Evaluations) -> dict[str, Any]:
     """Return the entries of metrics.json about a model."""
-    result: dict[str, Any] = {split: one.entry for split, one in found.items()}
-    result |= {"layers": model.num_layers, "calibration": model.calibration}
-    for name in ("halting_tolerance", "halting_margin"):
-        result[name] = getattr(model, name)
-    return result
+    names = ("calibration", "halting_tolerance", "halting_margin")
+    return {
+        **{split: one.entry for split, one in found.items()},
+        "layers": model.num_layers,
+        **{name: getattr(model, name) for name in names},
+    }
 
 
 def _draw(folder: Path, found: Evaluations, metrics: Mapping[str, Any], curves: Any) -> None:
@@ -256,7 +255,7 @@ def _measure_defaults(
     fit = CheckpointedFit(prepared, folder, None)
     try:
         fit("your file, untuned", progress)
-    except NonFiniteLoss as error:
+    except (NonFiniteLoss, ValueError) as error:  # of texts that only a teacher can label
         progress.note(f"your file is not in the table: {error}")
         return
     model = fit.model()

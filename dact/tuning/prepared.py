@@ -152,7 +152,8 @@ def prepare(
     if named is not None:
         data.teacher = None  # it runs once, below
     run.step("baseline", fit_baseline, recipe, run.folder / "baseline", data, progress)
-    teacher, share = None, recipe.distillation
+    teacher: Path | None = None
+    share = recipe.distillation
     if share is None:
         share = model.distillation or DISTILLATION
     if "teacher" not in next(iter(data.train_dataloader())):

@@ -25,11 +25,7 @@ SHORT = {"classifier": "cls", "confidence": "conf", "submodel_learning_rate": "h
 
 
 class Progress:
-    """The console of a run.
-
-    Attributes:
-        console: Where everything is printed.
-    """
+    """The console of a run."""
 
     def __init__(self) -> None:
         self.console = Console()
@@ -38,14 +34,7 @@ class Progress:
 
     @contextlib.contextmanager
     def study(self, stage: str, study: Study, total: int, deadline: Deadline) -> Iterator[None]:
-        """Show the trials of a study while it runs.
-
-        Args:
-            stage: Name of the stage.
-            study: The study.
-            total: Total number of its trials.
-            deadline: Its deadline.
-        """
+        """Show the trials of a study of `total` trials while it runs."""
         start, before = time.monotonic(), _ended(study)
 
         def frame() -> Group:
@@ -85,17 +74,13 @@ class Progress:
         what = f"{what}, {epochs} epoch{'s' * (epochs != 1)}"
         start, on_terminal = time.monotonic(), self.console.is_terminal
         with Bars(console=self.console, transient=True, disable=not on_terminal) as bars:
-            task = bars.add_task(what, total=None)
+            task = bars.add_task(what, total=epochs)
 
-            def begin(trainer: Trainer, _: object) -> None:
-                batches = int(trainer.num_training_batches)
-                total, completed = epochs * batches, trainer.current_epoch * batches
-                bars.update(task, total=total, completed=completed)
+            def show(trainer: Trainer, *others: Any) -> None:
+                batch = (others[-1] + 1) / trainer.num_training_batches
+                bars.update(task, completed=trainer.current_epoch + batch)
 
-            def advance(*_: Any) -> None:
-                bars.advance(task)
-
-            yield LambdaCallback(on_train_epoch_start=begin, on_train_batch_end=advance)
+            yield LambdaCallback(on_train_batch_end=show)
         self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
 
     def note(self, text: str) -> None:

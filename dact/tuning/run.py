@@ -57,7 +57,7 @@ class Run:
 
     @property
     def manifest(self) -> Path:
-        """The file with the configuration of the run and the results of its finished steps."""
+        """The file with the configuration and the results of the finished steps."""
         return self.folder / "run.json"
 
     def study_name(self, stage: Stage) -> str:

@@ -176,14 +176,7 @@ class Deadline:
 
 
 class StopAtDeadline(Callback):
-    """Stop a fit at a deadline: before the next batch of training, or within a long validation.
-
-    Args:
-        deadline: The deadline, which a validation may pass by `GRACE` seconds.
-
-    Raises:
-        TimeIsUp: From the fit, if training was not complete.
-    """
+    """Raise `TimeIsUp` in a fit at a deadline, which a validation may pass by `GRACE` seconds."""
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = deadline
@@ -322,8 +315,8 @@ def resumable_fit(
     # With save_weights_only, Lightning would save the raw weights instead of an average.
     names: dict[str, Any] = {"dirpath": checkpoints, "enable_version_counter": False}
     if monitor is not None:
-        best = {"filename": "best", "monitor": monitor, "save_weights_only": not averaged}
-        added.append(ModelCheckpoint(**names, **best))
+        best = {**names, "filename": "best", "save_weights_only": not averaged}
+        added.append(ModelCheckpoint(**best, monitor=monitor))
     added.append(ModelCheckpoint(**names, filename="last", save_on_train_epoch_end=True))
     last = checkpoints / "last.ckpt"
     trainer = make_trainer(
