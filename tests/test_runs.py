@@ -293,14 +293,6 @@ def test_trials_under_other_winners_are_kept_under_another_name(tmp_path):
     assert (tmp_path / "run" / "training.outdated_1" / "trial_0000").is_dir()
 
 
-@pytest.mark.parametrize("name", ["a?b", "plain"])
-def test_a_question_mark_in_a_path_is_part_of_it(tmp_path, name):
-    folder = tmp_path / name
-    folder.mkdir()
-    open_one(folder)
-    assert (folder / "run" / "studies.db").is_file()
-
-
 def test_any_storage_of_optuna_serves(tmp_path):
     storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
     made = engine(tmp_path, n_trials=1, storage=storage, promise=None)

@@ -608,11 +608,6 @@ def test_a_study_whose_trials_all_failed_shows_the_first_cause(tmp_path):
         ({"lambda_selection": "max_layers"}, ValueError, "max_layers"),
         ({"distillation": 1.5}, ValueError, r"distillation must be in \[0, 1\], got 1.5"),
         ({"final_training": "frozen"}, ValueError, "goes with encoder_training='frozen'"),
-        (
-            {"workers": 2, "storage": optuna.storages.InMemoryStorage()},
-            ValueError,
-            "cannot share a storage in memory",
-        ),
         ({"search_space": {"speed": {}}}, ValueError, "unknown parameter 'speed'"),
         ({"model": tiny_model()}, TypeError, "model must be a function that makes one"),
         ({"trainer": {"max_epoch": 3}}, TypeError, "'max_epoch'"),

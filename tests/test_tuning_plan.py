@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from dact.submodels import SubmodelConfig
-from dact.tuning import TuningEngine, report
+from dact.tuning import report
 from dact.tuning.outcome import Outcome
 from dact.tuning.search import (
     PLANNED_EPOCHS,
@@ -470,12 +470,10 @@ def test_each_stage_picks_its_winner():
     ]
     one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
     select = select_lambda
-    assert [stage.pick(one, [None] * 3, select) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
-    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[1], (
-        "by default within one standard error, or 0.01"
-    )
+    assert [stage.pick(one, select) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
+    assert LAMBDA_REG.pick(both, select) == both[1], "by default within one standard error, or 0.01"
     select = partial(select_lambda, rule="max_layers", max_layers=1.5)
-    assert LAMBDA_REG.pick(both, [None] * 3, select) == both[2]
+    assert LAMBDA_REG.pick(both, select) == both[2]
 
 
 def test_stages_are_data():
@@ -485,4 +483,3 @@ def test_stages_are_data():
         0.5,
         2.0,
     )
-    assert all(hasattr(TuningEngine, stage.method) for stage in STAGES)

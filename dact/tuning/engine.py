@@ -19,14 +19,13 @@ from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.agreement import check_classes
 from dact.calibration import DEFAULT_PROMISE, Promise
-from dact.checks import check_range
+from dact.checks import check_count, check_range
 from dact.data.base import TextDataModule
 from dact.factories import default_data, default_model
 from dact.model import DACT
 from dact.tuning import report, studies
 from dact.tuning.confirmation import confirm
 from dact.tuning.final import final_fit
-from dact.tuning.outcome import OUTCOME, Outcome
 from dact.tuning.plan import make_plan
 from dact.tuning.prepared import Prepared, prepare
 from dact.tuning.progress import Progress
@@ -174,7 +173,7 @@ class TuningEngine:
             compare_defaults=compare_defaults,
         )
         check_rule(lambda_selection, max_layers)
-        studies.check_workers(workers, storage)
+        check_count("TuningEngine: workers", workers)
         frozen, final_frozen = encoder_training == "frozen", final_training == "frozen"
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = trials_per_stage(n_trials)
@@ -344,8 +343,7 @@ class TuningEngine:
             studies.run_study(job, study, self.workers, self.progress.refresh)
 
         trials = studies.completed(study)
-        outcomes = [Outcome.unpacked(trial.user_attrs.get(OUTCOME)) for trial in trials]
-        chosen = stage.pick(trials, outcomes, self.select)
+        chosen = stage.pick(trials, self.select)
         run.save(stage, prepared.plan.winners(stage, chosen.params), limits)
         self._take(run)
         pictures = run.folder / stage.name / "study"

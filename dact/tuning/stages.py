@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -10,13 +9,10 @@ from typing import Any, Literal
 
 from optuna.trial import FrozenTrial
 
-from dact.submodels import SubmodelConfig
-from dact.tuning.outcome import Outcome
+from dact.tuning.outcome import OUTCOME, Outcome
 from dact.tuning.selection import Point
 
-Outcomes = Sequence[Outcome | None]  # of the trials, where they have one
 Select = Callable[[Sequence[Point]], Point]  # the rule that chooses λ
-SUBMODEL_FIELDS = tuple(field.name for field in dataclasses.fields(SubmodelConfig))
 
 
 @dataclass(frozen=True)
@@ -25,12 +21,10 @@ class Stage:
 
     Args:
         name: Name of the stage, of its folder, and of its study after the run tag.
-        method: Method of `TuningEngine` that runs the study.
         directions: Direction of each objective. Trials of a single objective may be pruned.
         parse: Function from the parameters of a trial to the winners they stand for, by name.
         read: Function from the metrics of a trial's best epoch to its value or values.
-        pick: Function from the completed trials, their outcomes and the rule that chooses λ to the
-            winner.
+        pick: Function from the completed trials and the rule that chooses λ to the winner.
         early_exit: Whether the value is that of early exit, at the margin that the promise would
             set. Such trials keep their `Outcome`.
         repeats: Number of fits per trial on frozen states, where one takes seconds; they differ by
@@ -38,11 +32,10 @@ class Stage:
     """
 
     name: str
-    method: str
     directions: tuple[Literal["minimize", "maximize"], ...]
     parse: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Callable[[Mapping[str, float]], Any]
-    pick: Callable[[Sequence[FrozenTrial], Outcomes, Select], FrozenTrial]
+    pick: Callable[[Sequence[FrozenTrial], Select], FrozenTrial]
     early_exit: bool = False
     repeats: int = 1
 
@@ -53,11 +46,7 @@ class Stage:
 
 
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
-    """Return the number of trials of each stage by name, from one number or one per stage.
-
-    Raises:
-        ValueError: If these are not one or three integers of 0 or more.
-    """
+    """Return the number of trials of each stage by name, from one number or one per stage."""
     numbers = list(n_trials) if isinstance(n_trials, Sequence) else [n_trials] * len(STAGES)
     if len(numbers) != len(STAGES) or not all(isinstance(n, int) and n >= 0 for n in numbers):
         raise ValueError(
@@ -68,14 +57,11 @@ def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
 
 def _submodels(params: Mapping[str, Any]) -> dict[str, Any]:
     """Return ``{"classifier_dropout": …, …}`` as one configuration per submodel."""
-    return {
-        f"{prefix}_config": {
-            name: params[f"{prefix}_{name}"]
-            for name in SUBMODEL_FIELDS
-            if f"{prefix}_{name}" in params
-        }
-        for prefix in ("classifier", "confidence")
-    }
+    found: dict[str, Any] = {"classifier_config": {}, "confidence_config": {}}
+    for name, value in params.items():
+        prefix, _, field = name.partition("_")
+        found[f"{prefix}_config"][field] = value
+    return found
 
 
 def _training(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -86,38 +72,25 @@ def _training(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"external_config": settings}
 
 
-def _lambda_reg(params: Mapping[str, Any]) -> dict[str, Any]:
-    return {"lambda_reg": params["lambda_reg"]}
-
-
-def _lowest_value(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
+def _lowest_value(trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
     return min(trials, key=lambda trial: trial.values[0])
 
 
-def _selected(trials: Sequence[FrozenTrial], outcomes: Outcomes, select: Select) -> FrozenTrial:
-    points = [
-        Point(trial.params["lambda_reg"], trial.values[0], trial.values[1], outcome)
-        for trial, outcome in zip(trials, outcomes, strict=True)
-    ]
+def _selected(trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
+    points = []
+    for trial in trials:
+        outcome = Outcome.unpacked(trial.user_attrs.get(OUTCOME))
+        points.append(Point(trial.params["lambda_reg"], *trial.values, outcome))
     return trials[points.index(select(points))]
 
 
-SUBMODELS = Stage(
-    "submodels",
-    "joint_tune_study",
-    ("minimize",),
-    _submodels,
-    itemgetter("val_loss"),
-    _lowest_value,
-)
-TRAINING = Stage(
-    "training", "train_tune_study", ("minimize",), _training, itemgetter("val_loss"), _lowest_value
-)
+VAL_LOSS = itemgetter("val_loss")
+SUBMODELS = Stage("submodels", ("minimize",), _submodels, VAL_LOSS, _lowest_value)
+TRAINING = Stage("training", ("minimize",), _training, VAL_LOSS, _lowest_value)
 LAMBDA_REG = Stage(
     "lambda_reg",
-    "lambda_reg_study",
     ("minimize", "minimize"),
-    _lambda_reg,
+    dict,
     itemgetter("val_task_loss", "val_exit_layer"),
     _selected,
     early_exit=True,

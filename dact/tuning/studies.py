@@ -6,7 +6,8 @@ not count, and its parameters are tried again.
 
 from __future__ import annotations
 
-import gc
+import contextlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -25,15 +26,10 @@ import torch
 from optuna.exceptions import ExperimentalWarning
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
-from optuna.storages import (
-    BaseStorage,
-    InMemoryStorage,
-    RDBStorage,
-    RetryHeartbeatStaleTrialCallback,
-)
+from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import URL, make_url
+from sqlalchemy.engine import make_url
 
 from dact import signals
 from dact.tuning.run import Run
@@ -41,11 +37,15 @@ from dact.tuning.settings import Winners
 from dact.tuning.stages import Stage
 from dact.tuning.trial import CAUSE, Objective
 
-UNDER = (
-    "under"  # user attribute of a study: winners of the earlier studies that its trials ran under
-)
+# user attribute of a study: winners of the earlier studies that its trials ran under
+UNDER = "under"
 POLL = 0.5  # seconds between two looks at other processes
 StudyCallback = Callable[[Study, FrozenTrial], None]
+
+# Heartbeats are experimental in Optuna, and used on purpose.
+with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+    # Queues the parameters of a dead trial again, at most twice.
+    RETRY = RetryHeartbeatStaleTrialCallback(max_retry=2)
 
 
 # ---------------------------------------------------------------------- opening
@@ -59,30 +59,20 @@ def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
     """
     if isinstance(address, BaseStorage):
         return address
-    # A URL object, since a question mark in a path would end an address.
-    own = URL.create("sqlite", database=str(run.folder / "studies.db"))
-    url = own if address is None else make_url(address)
-    if url.drivername in ("postgres", "postgresql"):  # whose default driver depends on SQLAlchemy
+    url = make_url(address or f"sqlite:///{run.folder / 'studies.db'}")
+    if url.drivername == "postgresql":  # whose default driver depends on SQLAlchemy
         url = url.set(drivername="postgresql+psycopg")
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.drivername.startswith("sqlite"):
         options = {"connect_args": {"timeout": 60}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)  # heartbeats, used on purpose
+    with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         return RDBStorage(
             url.render_as_string(hide_password=False),
             engine_kwargs=options,
             heartbeat_interval=30,
             grace_period=120,
-            heartbeat_stale_trial_callback=_retry(),
+            heartbeat_stale_trial_callback=RETRY,
         )
-
-
-def _retry() -> RetryHeartbeatStaleTrialCallback:
-    """Return the callback that queues the parameters of a dead trial again, at most twice."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return RetryHeartbeatStaleTrialCallback(max_retry=2)
 
 
 def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners) -> Study:
@@ -102,9 +92,8 @@ def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before
     study = optuna.create_study(study_name=name, **create, load_if_exists=True)
     under = json.dumps(before.settings().arguments(), sort_keys=True)
     if study.user_attrs.get(UNDER, under) != under:
-        names = {one.study_name for one in optuna.get_all_study_summaries(storage)}
-        number = next(n for n in range(1, len(names) + 2) if f"{name}/outdated_{n}" not in names)
-        kept = f"{name}/outdated_{number}"
+        taken, numbered = optuna.get_all_study_names(storage), itertools.count(1)
+        kept = next(one for n in numbered if (one := f"{name}/outdated_{n}") not in taken)
         optuna.copy_study(
             from_study_name=name, from_storage=storage, to_storage=storage, to_study_name=kept
         )
@@ -132,15 +121,15 @@ def queue(study: Study, first_trials: Sequence[Any], missing: int) -> None:
         missing: Number of trials that the study lacks; no more are queued.
     """
     trials = study.get_trials(deepcopy=False)
-    if all(trial.state == TrialState.WAITING for trial in trials):
+    waiting = sum(trial.state == TrialState.WAITING for trial in trials)
+    if waiting == len(trials):
         for params in first_trials[:missing]:
             study.enqueue_trial(dict(params), skip_if_exists=True)
         return
-    waiting = sum(trial.state == TrialState.WAITING for trial in trials)
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     again = [t for t in trials if _was_interrupted(t) and t.number not in retried]
     for trial in again[: max(0, missing - waiting)]:
-        _retry()(study, trial)
+        RETRY(study, trial)
 
 
 # ---------------------------------------------------------------------- reading
@@ -157,24 +146,16 @@ def finished(study: Study) -> list[FrozenTrial]:
 
 
 def completed(study: Study) -> list[FrozenTrial]:
-    """Return the trials that have a value.
-
-    Raises:
-        RuntimeError: If there is none; the message gives the first cause.
-    """
+    """Return the trials that have a value; a ``RuntimeError`` says why there is none."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if trials:
         return trials
     if not (others := finished(study)):
-        raise RuntimeError(
-            f"{study.study_name}: time_out ended the study before any trial finished: raise "
-            "time_out, or train for fewer epochs under another run_tag"
-        )
+        raise RuntimeError(f"{study.study_name}: no trial finished in time: raise time_out")
     first = others[0]
     raise RuntimeError(
         f"{study.study_name}: none of its {len(others)} trials finished. Trial {first.number}: "
-        f"{first.user_attrs.get(CAUSE)}. Once the cause is removed, use another run_tag, or a "
-        "larger n_trials"
+        f"{first.user_attrs.get(CAUSE)}. Remove the cause, and use another run_tag or more n_trials"
     )
 
 
@@ -204,11 +185,6 @@ class StudyJob:
     callbacks: Sequence[StudyCallback] = ()
     first_trials: Sequence[Mapping[str, Any]] = ()
     setup: Callable[[], None] | None = None
-
-    def for_worker(self, worker: int) -> StudyJob:
-        """Return the job of one worker process, by its number from 0."""
-        prepared = self.objective.prepared.for_worker(worker, torch.cuda.device_count())
-        return replace(self, objective=replace(self.objective, prepared=prepared))
 
     def missing(self, study: Study) -> int:
         """Return how many trials the study lacks; none after the deadline."""
@@ -252,9 +228,8 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
     if workers > 1 and (missing := job.missing(study)):
         queue(study, job.first_trials, missing)
         try:
-            _run_pool(job, missing, workers, refresh)
-        except BrokenProcessPool:
-            pass
+            with contextlib.suppress(BrokenProcessPool):
+                _run_pool(job, missing, workers, refresh)
         finally:
             if job.storage is None:
                 fail_running(study)
@@ -267,11 +242,9 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
 
 
 def _wait_for_others(study: Study, refresh: Callable[..., None]) -> None:
-    """Wait until no process runs a trial any more; one whose heartbeats have ended counts as
-    dead."""
+    """Wait until no process runs a trial any more; a process without heartbeats is dead."""
     while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ExperimentalWarning)
+        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
             optuna.storages.fail_stale_trials(study)
         time.sleep(POLL)
         signals.check()
@@ -281,20 +254,8 @@ def _wait_for_others(study: Study, refresh: Callable[..., None]) -> None:
 # ---------------------------------------------------------------------- workers
 
 
-def check_workers(workers: int, storage: str | BaseStorage | None) -> None:
-    """Raise a ``ValueError`` if this number of processes cannot share a storage."""
-    if workers < 1:
-        raise ValueError(f"TuningEngine: workers must be 1 or more, got {workers}")
-    if workers > 1 and isinstance(storage, InMemoryStorage):
-        raise ValueError("TuningEngine: workers cannot share a storage in memory: leave it out")
-
-
 def _run_pool(job: StudyJob, n_trials: int, workers: int, refresh: Callable[..., None]) -> None:
-    """Run trials in a pool of processes, one trial after another in each.
-
-    Raises:
-        BrokenProcessPool: If a worker dies.
-    """
+    """Run trials in a pool of processes, which ends with a ``BrokenProcessPool`` if one dies."""
     # On Linux workers are forks of a server process that has only imported modules: a fresh
     # interpreter would spend seconds on its imports. On other systems a fork is not safe.
     context: Any = multiprocessing.get_context("spawn")
@@ -326,7 +287,6 @@ _study: Study | None = None
 def _begin_worker(job: StudyJob, number: Any, threads: int, environment: dict[str, str]) -> None:
     """Make this process a worker, which ends with its parent."""
     global _job, _study
-    gc.freeze()  # what was imported lives as long as the process
     os.environ.update(environment)
     signals.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -336,11 +296,15 @@ def _begin_worker(job: StudyJob, number: Any, threads: int, environment: dict[st
     with number.get_lock():
         worker = number.value
         number.value += 1
-    _job = job.for_worker(worker)
     stage, run = job.objective.stage, job.objective.prepared.run
-    storage = open_storage(job.storage, run)
-    options: dict[str, Any] = {"sampler": job.sampler, "pruner": job.pruner}
-    _study = optuna.load_study(study_name=run.study_name(stage), storage=storage, **options)
+    prepared = job.objective.prepared.for_worker(worker, torch.cuda.device_count())
+    _job = replace(job, objective=replace(job.objective, prepared=prepared))
+    _study = optuna.load_study(
+        study_name=run.study_name(stage),
+        storage=open_storage(job.storage, run),
+        sampler=job.sampler,
+        pruner=job.pruner,
+    )
     _study.sampler.reseed_rng()
 
 
@@ -354,6 +318,6 @@ def _run_one() -> None:
 def _end_with_parent() -> None:
     """End this process when its parent ends: a killed command must not leave workers behind."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    assert parent is not None
+    parent.join()
+    os._exit(1)
