@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 
-def new_figure(width: float = 6.0, height: float = 4.0) -> tuple[Figure, Axes]:
-    """Make a figure with one pair of axes outside of pyplot: no global state changes, and nothing
-    stays open."""
+def new_figure(rows: int = 1) -> tuple[Figure, Any]:
+    """Make a figure with axes in rows outside of pyplot: no global state changes, and nothing stays
+    open."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), dpi=120, layout="constrained")
-    return figure, figure.add_subplot()
+    figure = Figure(figsize=(6, 3 + rows), dpi=120, layout="constrained")
+    return figure, figure.subplots(rows, sharex=True)
 
 
 def depth_against_exit(depths: Tensor, exit_layers: Tensor, num_layers: int) -> Figure:

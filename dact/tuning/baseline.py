@@ -34,6 +34,7 @@ from dact.tuning.recipe import Recipe
 from dact.tuning.trainer import MIN_STEPS, enough_epochs, resumable_fit, seeded
 
 BRIER = "val_brier"
+TEACHER = "teacher.safetensors"  # weights of its encoder
 
 
 class BrierScore(Callback):
@@ -70,11 +71,6 @@ class Baseline:
         """File of the teacher's answers to training examples, and of its own to validation ones."""
         return self.folder / "answers.safetensors"
 
-    @property
-    def teacher(self) -> Path:
-        """File of the weights of the teacher's encoder."""
-        return self.folder / "teacher.safetensors"
-
     def load(self, model: DACT) -> DACT:
         """Load the weights into a model of the factory that runs all layers, and return it."""
         model.load_state_dict(read_tensors(self.folder / "model" / WEIGHTS_NAME)[0])
@@ -82,42 +78,39 @@ class Baseline:
 
     def encoder(self) -> dict[str, Tensor]:
         """Return the weights of the teacher's encoder."""
-        return read_tensors(self.teacher)[0]
+        return read_tensors(self.folder / TEACHER)[0]
 
-    def right(self, target: Tensor) -> Tensor | None:
+    def right(self, target: Tensor) -> Tensor:
         """Return which validation examples it classifies correctly, bool ``[examples]``.
 
         Args:
             target: Classes of the validation examples in their order, int64 ``[examples]``; the
                 last ones may be missing.
 
-        Returns:
-            The flags, or None if it saw the examples in another order.
+        Raises:
+            ValueError: If it saw the examples in another order.
         """
         answers, size = read_tensors(self.answers)[0], len(target)
         if not torch.equal(answers["targets"][:size], target):
-            return None
+            raise ValueError("validation examples must come in one order: do not shuffle them")
         return answers["classes"][:size] == target
 
 
 def fit_baseline(
     recipe: Recipe, folder: Path, data: LightningDataModule, progress: Progress
 ) -> dict[str, Any]:
-    """Fine-tune the whole encoder, and keep two epochs and their answers; see `Baseline`.
+    """Fine-tune the whole encoder, keep two epochs, and return the facts of the fit.
 
     Args:
         recipe: Recipe of the run.
-        folder: Folder ``baseline`` of the run.
+        folder: Folder ``baseline`` of the run; see `Baseline`.
         data: Datamodule that is set up for a fit.
         progress: Console of the run.
-
-    Returns:
-        The facts of the fit, as plain data.
 
     Raises:
         NonFiniteLoss: If the loss is not finite.
     """
-    baseline, checkpoints = Baseline(folder), folder / "fit"
+    checkpoints = folder / "fit"
     with seeded(recipe.seed):
         model = recipe.whole_model().at_full_depth()
     epochs = enough_epochs(recipe.trainer, data, recipe.epochs, MIN_STEPS)
@@ -142,23 +135,19 @@ def fit_baseline(
         with replacing_folder(folder / "model") as partial:
             save_with_tokenizer(model.cpu(), data, partial)
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
-        write_tensors(baseline.teacher, model.encoder.state_dict())
+        write_tensors(folder / TEACHER, model.encoder.state_dict())
         answers |= _probabilities(model.to(recipe.device), data)
-    write_tensors(baseline.answers, answers)
+    write_tensors(Baseline(folder).answers, answers)
     shutil.rmtree(checkpoints)
     return {"num_epochs": epochs, **history.epochs[-1]}
 
 
 @torch.no_grad()
 def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
-    """Return the ``probabilities`` of the training examples, in their order.
-
-    Nothing for data that cannot carry them: it has no `teacher_probabilities`, or its batches have
-    no ``row`` that numbers the examples.
-    """
-    if not hasattr(data, "teacher_probabilities"):
-        return {}
+    """Return the ``probabilities`` of the training examples by ``row``; none without rows."""
     train = data.train_dataloader()
+    if not hasattr(data, "teacher_probabilities") or "row" not in next(iter(train)):
+        return {}
     # Each example once, which the loader's sampler may not give; those of similar length together.
     lengths = getattr(train.dataset, "lengths", None)
     order = range(len(train.dataset)) if lengths is None else np.argsort(lengths, kind="stable")
@@ -171,8 +160,6 @@ def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
     probabilities = torch.zeros(len(train.dataset), model.output_dimension)
     for batch in loader:
         signals.check()
-        if "row" not in batch:
-            return {}
         answers = model(move(batch, model.device)).probabilities
         probabilities[batch["row"]] = answers.float().cpu()
     return {"probabilities": probabilities}

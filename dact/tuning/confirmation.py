@@ -31,12 +31,7 @@ MOST_LOST = 0.005  # share of the texts
 
 
 def candidate_folder(run: Run, name: str) -> Path:
-    """Return the folder in which a candidate is fitted again.
-
-    Args:
-        run: The run.
-        name: ``"recommended"`` or ``"tuned"``.
-    """
+    """Return the folder in which ``"recommended"`` or ``"tuned"`` settings are fitted again."""
     return run.folder / "confirmation" / name
 
 
@@ -104,9 +99,9 @@ def _choose(outcomes: dict[str, Outcome]) -> tuple[str, str]:
     layers_error = max(layers_error, SCATTER)
     saves_layers = layers < -layers_error and gain >= -min(MOST_LOST, gain_error)
     gains_accuracy = gain > gain_error and layers <= layers_error
-    better = saves_layers or gains_accuracy
+    winner = "tuned" if saves_layers or gains_accuracy else "recommended"
     text = (
         f"under new seeds the tuned ones differ by {layers:+.2f} ± {layers_error:.2f} layers and "
         f"{100 * gain:+.2f} ± {100 * gain_error:.2f} points"
     )
-    return "tuned" if better else "recommended", text
+    return winner, text

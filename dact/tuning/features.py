@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +18,7 @@ from dact.encoders import LayeredEncoder
 from dact.encoders.base import move
 from dact.files import replacing_folder
 
-SINGLE, WHOLE = np.dtype(np.float32), np.dtype(np.int64)
-DTYPES: dict[str, np.dtype[Any]] = {
-    "states": SINGLE,
-    "labels": WHOLE,
-    "depth": WHOLE,
-    "teacher": SINGLE,
-}
+DTYPES = {"states": "<f4", "labels": "<i8", "depth": "<i8", "teacher": "<f4"}
 VALIDATION_BATCH = 1024
 
 
@@ -51,21 +44,19 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
         "states": (examples, encoder.num_layers, encoder.hidden_size),
         **{name: (examples, *first[name].shape[1:]) for name in DTYPES if name in first},
     }
-    with replacing_folder(folder) as partial, ExitStack() as stack:
-        # Not memory-mapped: a full disk would then crash the process.
-        files = {n: stack.enter_context((partial / f"{n}.npy").open("wb")) for n in shapes}
-        for name, file in files.items():
-            descr = np.lib.format.dtype_to_descr(DTYPES[name])
-            header = {"descr": descr, "fortran_order": False, "shape": shapes[name]}
-            np.lib.format.write_array_header_1_0(file, header)
+    with replacing_folder(folder) as partial:
+        arrays = {
+            name: np.lib.format.open_memmap(partial / f"{name}.npy", "w+", DTYPES[name], shape)
+            for name, shape in shapes.items()
+        }
         title = f"Layer states of {examples:,} {folder.name} texts"
         for batch in track(loader, description=title, transient=True):
             signals.check()
             states = encoder(move(batch, device)).float().cpu()
-            given += len(states)
-            for name, file in files.items():
-                rows = states if name == "states" else batch[name]
-                file.write(rows.numpy().astype(DTYPES[name]).tobytes())
+            if (given := given + len(states)) <= examples:
+                for name, array in arrays.items():
+                    rows = states if name == "states" else batch[name]
+                    array[given - len(states) : given] = rows.numpy()
         if given != examples:
             raise ValueError(
                 f"frozen mode needs every example once, but the {folder.name} loader gives {given} "

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule
+from torch.utils.tensorboard import SummaryWriter
 
 from dact import plots
 from dact.calibration import calibrate, describe
@@ -224,7 +225,7 @@ def _draw(folder: Path, found: Evaluations, metrics: Mapping[str, Any], curves: 
     if (depths := test.measured.answers.depths) is not None:
         exits, layers = test.measured.exits, metrics["layers"]
         figures["depth against exit layer"] = plots.depth_against_exit(depths, exits, layers)
-    with report.writer(folder) as writer:
+    with SummaryWriter(str(folder)) as writer:
         report.log_figures(writer, figures, folder)
         for point in reversed(curves["margin"]):
             for name in ("accuracy", "mean_exit_layer", "agreement"):

@@ -28,8 +28,7 @@ class Outcome:
         exits: Exit layer of each example, float ``[examples]``; of several fits, their mean.
         losses: Task loss of each example, ``[examples]``.
         lost: Paired loss of accuracy of each example, ``[examples]``: 1 if only the whole encoder
-            is right, -1 if only early exit is, else 0. If the whole encoder's answers are unknown,
-            1 where early exit is wrong.
+            is right, -1 if only early exit is, else 0.
     """
 
     exits: Tensor
@@ -46,10 +45,9 @@ class Outcome:
         """The average exit layer, in [1, layers]."""
         return self.exits.double().mean().item()
 
-    def metrics(self, right: Tensor | None) -> dict[str, float]:
+    def metrics(self, right: Tensor) -> dict[str, float]:
         """Return the metrics that TensorBoard shows; `right` is as for `outcome_of`."""
-        reference = 1.0 if right is None else right.double().mean().item()
-        accuracy = reference - self.lost.double().mean().item()
+        accuracy = (right.double() - self.lost.double()).mean().item()
         return {
             "val_task_loss": self.loss,
             "val_accuracy": accuracy,
@@ -63,7 +61,7 @@ class Outcome:
 
     @classmethod
     def unpacked(cls, text: str | None) -> Outcome | None:
-        """Return what `packed` returned; None for None, of a trial that was added by hand."""
+        """Return the outcome of `packed`; None for a trial that was added by hand."""
         if text is None:
             return None
         values = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.float32)
@@ -77,7 +75,7 @@ def mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def outcome_of(
-    answers: LayerAnswers, model: DACT, promise: Promise | None, right: Tensor | None
+    answers: LayerAnswers, model: DACT, promise: Promise | None, right: Tensor
 ) -> Outcome:
     """Return the outcome of a model's early exit under a promise.
 
@@ -86,13 +84,11 @@ def outcome_of(
         model: Model, for its halting rule and class weights.
         promise: Promise that sets the dial, as in the final model, by an estimate if the examples
             are too few for its confidence. None for the model's own rule.
-        right: Whether the whole encoder classifies each example correctly, bool ``[examples]``;
-            None if that is unknown.
+        right: Whether the whole encoder classifies each example correctly, bool ``[examples]``.
     """
     measured = Measured(answers, answers.exit_layers(_rule(answers, model, promise)))
-    reference = torch.ones(len(measured.right)) if right is None else right.float()
     losses = measured.losses(model.class_weights)
-    return Outcome(measured.exits.float(), losses, reference - measured.right.float())
+    return Outcome(measured.exits.float(), losses, right.float() - measured.right.float())
 
 
 def _rule(answers: LayerAnswers, model: DACT, promise: Promise | None) -> Halting:

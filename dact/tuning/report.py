@@ -12,6 +12,9 @@ from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from rich.table import Table
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
+from torch.utils.tensorboard import SummaryWriter
 
 from dact import plots
 from dact.files import read_json, replacing_folder
@@ -21,7 +24,6 @@ from dact.tuning.space import Dimension, Spaces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from torch.utils.tensorboard import SummaryWriter
 
 METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
 FEWEST_FOR_IMPORTANCES = 4  # completed trials; fewer say nothing about importance
@@ -33,17 +35,8 @@ FASTER = 0.02  # accuracy below the model's own at which a faster setting is wor
 # the records of the HParams tab are written here.
 
 
-def writer(folder: Path) -> SummaryWriter:
-    """Return a TensorBoard writer for `folder`, to be used in a ``with`` block."""
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(folder))
-
-
 def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: str) -> None:
     """Open the session of a trial. The tab takes sessions of one name for one trial."""
-    from tensorboard.plugins.hparams import summary_v2
-
     # The tab has no type for None.
     known = {name: "none" if value is None else value for name, value in parameters.items()}
     _write(writer, summary_v2.hparams_pb(known, trial_id=name))
@@ -51,9 +44,6 @@ def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: s
 
 def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: bool) -> None:
     """Close the session of a trial with the metrics of its best epoch; pruned ones are failures."""
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2
-
     for name in METRICS:
         if name in metrics:
             writer.add_scalar(f"best/{name}", metrics[name])
@@ -69,9 +59,9 @@ def log_fit(
     folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, float], name: str
 ) -> None:
     """Log a finished fit as trials are logged, under the name of its session."""
-    with writer(folder) as made:
-        log_parameters(made, parameters, name)
-        log_outcome(made, metrics, succeeded=True)
+    with SummaryWriter(str(folder)) as writer:
+        log_parameters(writer, parameters, name)
+        log_outcome(writer, metrics, succeeded=True)
 
 
 def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
@@ -79,8 +69,6 @@ def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
 
     The tab uses the first such record below its folder for all runs there, so that every record
     names the parameters of all studies."""
-    from tensorboard.plugins.hparams import summary_v2
-
     hparams = [
         summary_v2.HParam(name, _domain(one))
         for space in spaces.values()
@@ -91,14 +79,10 @@ def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
 
 
 def _domain(dimension: Dimension) -> Any:
-    """Return the range as the tab's filters need it."""
-    from tensorboard.plugins.hparams import summary_v2
-
+    """Return the range as the tab's filters need it; None for choices of several types."""
     if isinstance(dimension, CategoricalDistribution):
-        kinds = {type(choice) for choice in dimension.choices}
-        alike: Any = float if kinds == {int, float} else str
-        alike = kinds.pop() if len(kinds) == 1 else alike
-        return summary_v2.Discrete([alike(choice) for choice in dimension.choices])
+        alike = len({type(choice) for choice in dimension.choices}) == 1
+        return summary_v2.Discrete(dimension.choices) if alike else None
     if isinstance(dimension, IntDistribution):
         return summary_v2.IntInterval(dimension.low, dimension.high)
     return summary_v2.RealInterval(dimension.low, dimension.high)
@@ -119,18 +103,14 @@ def log_figures(writer: SummaryWriter, figures: Mapping[str, Figure], folder: Pa
 
 
 def draw_study(
-    folder: Path,
-    study: Study,
-    completed: Sequence[FrozenTrial],
-    chosen: FrozenTrial,
-    spaces: Spaces,
+    folder: Path, study: Study, completed: int, chosen: FrozenTrial, spaces: Spaces
 ) -> None:
     """Draw a study for TensorBoard and as files, by Optuna's own figures.
 
     Args:
         folder: Folder of the pictures; it is replaced.
         study: Study with one objective, or with two (task loss and exit layer).
-        completed: Its trials that gave a value, one or more.
+        completed: Number of its trials that gave a value.
         chosen: Its winner.
         spaces: Dimension of each parameter, by stage.
     """
@@ -143,7 +123,7 @@ def draw_study(
         warnings.simplefilter("ignore")
         if len(study.directions) == 1:
             axes["optimization history"] = draw.plot_optimization_history(study)
-            if len(completed) >= FEWEST_FOR_IMPORTANCES:
+            if completed >= FEWEST_FOR_IMPORTANCES:
                 axes["parameter importances"] = draw.plot_param_importances(study)
         else:
             for index, name in enumerate(names := ["task loss", "exit layer"]):
@@ -152,9 +132,9 @@ def draw_study(
                 axes[f"history of the {name}"] = history
             axes["Pareto front"] = draw.plot_pareto_front(study, target_names=names)
             axes["Pareto front"].plot(*chosen.values, "o", ms=14, mfc="none", mec="tab:red")
-        with replacing_folder(folder) as partial, writer(partial) as made:
-            log_experiment(made, spaces)
-            log_figures(made, {name: one.get_figure() for name, one in axes.items()}, partial)
+        with replacing_folder(folder) as partial, SummaryWriter(str(partial)) as writer:
+            log_experiment(writer, spaces)
+            log_figures(writer, {name: one.get_figure() for name, one in axes.items()}, partial)
 
 
 def dials_picture(
@@ -169,11 +149,10 @@ def dials_picture(
         own: Mean exit layer and accuracy of the model at the setting of its dials.
         baseline: Accuracy of the whole encoder.
     """
-    figure, _ = plots.new_figure(height=5)
-    figure.clear()
+    # Two axes, since the ranges differ too much for one.
+    figure, (upper, lower) = plots.new_figure(rows=2)
     depths = [point["mean_exit_layer"] for curve in curves.values() for point in curve]
     span = max(depths) - min(depths)
-    upper, lower = figure.subplots(2, 1, sharex=True)  # their ranges differ too much for one axis
     for axes, name in ((upper, "accuracy"), (lower, "agreement")):
         for dial, curve in curves.items():
             places = [(point["mean_exit_layer"], 100 * point[name]) for point in curve]
@@ -206,12 +185,7 @@ def exit_picture(entry: Mapping[str, Any]) -> Figure:
 
 
 def show_summary(progress: Progress, folder: Path) -> None:
-    """Print the last screen of a run.
-
-    Args:
-        progress: Console of the run.
-        folder: Folder of the final fit.
-    """
+    """Print the last screen of a run, from the `folder` of its final fit."""
     metrics, defaults = read_json(folder / "metrics.json"), folder / "defaults" / "metrics.json"
     untuned = read_json(defaults) if defaults.is_file() else None
     console = progress.console
@@ -274,13 +248,14 @@ def faster(metrics: Mapping[str, Any]) -> list[str]:
 def _warnings(metrics: Mapping[str, Any]) -> list[str]:
     """Return what is wrong with the final model and what to do."""
     entry, layers = metrics["validation"], metrics["layers"]
-    mean = entry["mean_exit_layer"]
-    known = {
-        "all texts get one class: try class_weights or more epochs": entry["majority_share"] == 1,
-        "no text leaves early: more validation texts would let some": mean == layers > 1,
-        "every text leaves after layer 1: a smaller lambda_reg keeps some": mean == 1 < layers,
-    }
-    return [text for text, is_so in known.items() if is_so]
+    found = []
+    if entry["majority_share"] == 1:
+        found.append("all texts get one class: try class_weights or more epochs")
+    if entry["mean_exit_layer"] == layers:
+        found.append("no text leaves early: more validation texts would let some")
+    elif entry["mean_exit_layer"] == 1:
+        found.append("every text leaves after layer 1: a smaller lambda_reg keeps some")
+    return found
 
 
 def _table(metrics: Mapping[str, Any], untuned: Mapping[str, Any] | None) -> Table:
@@ -297,15 +272,17 @@ def _table(metrics: Mapping[str, Any], untuned: Mapping[str, Any] | None) -> Tab
     for head in ("test", "accuracy", "to whole encoder", "macro F1", "layers", "texts/s"):
         table.add_column(head, justify="left" if head == "test" else "right")
     for name, entry, mean in rows:
-        numbers = f"{100 * entry['accuracy']:.2f} %", _points(entry), f"{entry['macro_f1']:.3f}"
+        points, difference = "", entry.get("difference_to_baseline")
+        if difference is not None:
+            error = difference["standard_error"]
+            points = f"{100 * difference['accuracy']:+.2f} ± {100 * error:.2f}"
         speed = entry.get("texts_per_second")
-        table.add_row(name, *numbers, f"{mean:.2f}", speed and f"{speed:,.0f}")
+        table.add_row(
+            name,
+            f"{100 * entry['accuracy']:.2f} %",
+            points,
+            f"{entry['macro_f1']:.3f}",
+            f"{mean:.2f}",
+            speed and f"{speed:,.0f}",
+        )
     return table
-
-
-def _points(entry: Mapping[str, Any]) -> str:
-    """Return the difference in accuracy to the whole encoder, if it was measured."""
-    found = entry.get("difference_to_baseline")
-    if found is None:
-        return ""
-    return f"{100 * found['accuracy']:+.2f} ± {100 * found['standard_error']:.2f}"

@@ -131,24 +131,18 @@ def select_lambda(
 def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Point]:
     """Return the points whose loss of accuracy plus its standard error is within `allowed`; see
     `select_lambda`."""
-    known = [
-        (point, point.outcome.lost.double())
-        for point in points
-        if point.outcome and len(point.outcome.lost) > 1
-    ]
+    known = [(point, point.outcome.lost.double()) for point in points if point.outcome]
     if from_best and known:
         best = min((lost for _, lost in known), key=Tensor.mean)
-        known = [(point, lost - best) for point, lost in known if len(lost) == len(best)]
+        known = [(point, lost - best) for point, lost in known]
     return [point for point, lost in known if sum(careful_mean_and_error(lost)) <= allowed]
 
 
 def _error(point: Point, best: Point) -> float:
-    """Return the standard error of the paired difference of two points' losses, 0 if it is
-    unknown."""
+    """Return the standard error of the paired difference of losses, 0 if it is unknown."""
     if point.outcome is None or best.outcome is None:
         return 0.0
-    losses, others = point.outcome.losses.double(), best.outcome.losses.double()
-    return mean_and_error(losses - others)[1] if len(losses) == len(others) > 1 else 0.0
+    return mean_and_error(point.outcome.losses.double() - best.outcome.losses.double())[1]
 
 
 def _distance_below_chord(point: Point, first: Point, last: Point) -> float:
@@ -180,12 +174,8 @@ def next_lambda(
         The next λ in [low, high].
     """
     to, back = (math.log, math.exp) if log else (float, float)
-    tried = [
-        (value, layers) for value, layers in tried if low * (1 - 1e-9) <= value <= high * (1 + 1e-9)
-    ]
-    known = sorted({(value, layers) for value, layers in tried if layers is not None}) or [
-        (low, 0.0)
-    ]
+    known = sorted({(value, layers) for value, layers in tried if layers is not None})
+    known = known or [(low, 0.0)]
     places = sorted({value for value, _ in tried})
     for end in (low, high):
         if not any(math.isclose(end, value, rel_tol=1e-9) for value in places):

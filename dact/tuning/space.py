@@ -164,8 +164,7 @@ def complete_spaces(
 def holding(dimension: Dimension, value: Any) -> Dimension:
     """Return a dimension, widened to hold `value`; a step that would miss it is dropped."""
     if isinstance(dimension, CategoricalDistribution):
-        known = value in dimension.choices
-        return dimension if known else CategoricalDistribution([*dimension.choices, value])
+        return CategoricalDistribution(list(dict.fromkeys([*dimension.choices, value])))
     low, high = min(dimension.low, value), max(dimension.high, value)
     if isinstance(dimension, IntDistribution):
         return IntDistribution(low, high, dimension.log)
@@ -178,7 +177,7 @@ def holding(dimension: Dimension, value: Any) -> Dimension:
 def nearest(dimension: Dimension, value: Any) -> Any:
     """Return the value of a dimension nearest to `value`; the first one of choices without it."""
     if isinstance(dimension, CategoricalDistribution):
-        return next((one for one in dimension.choices if one == value), dimension.choices[0])
+        return value if value in dimension.choices else dimension.choices[0]
     inside, step = min(max(value, dimension.low), dimension.high), dimension.step
     if step is None:
         return inside

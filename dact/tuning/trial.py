@@ -54,44 +54,44 @@ class Objective:
             TimeIsUp: If the deadline stopped it.
         """
         plan = self.prepared.plan
-        with _recorded_cause(trial):
-            space = plan.spaces[self.stage.name]
-            params = {name: suggest(trial, name, one) for name, one in space.items()}
-            chosen = Winners(**plan.winners(self.stage, params)).settings()
-            settings = plan.recommended.updated(self.winners.settings()).updated(chosen)
-            return self.stage.read(self._train(trial, settings))
+        space = plan.spaces[self.stage.name]
+        params = {name: suggest(trial, name, one) for name, one in space.items()}
+        chosen = Winners(**plan.winners(self.stage, params)).settings()
+        settings = plan.recommended.updated(self.winners.settings()).updated(chosen)
+        with self._recorded(trial) as (logger, metrics):
+            self._train(trial, settings, logger, metrics)
+            return self.stage.read(metrics)
 
-    def _train(self, trial: BaseTrial, settings: Settings) -> dict[str, float]:
-        """Return the metrics of the best epoch, or of early exit if the stage is about it."""
+    def _train(
+        self, trial: BaseTrial, settings: Settings, logger: Any, metrics: dict[str, float]
+    ) -> None:
+        """Add the metrics of the best epoch, and of early exit if the stage is about it."""
         prepared, recipe = self.prepared, self.prepared.recipe
         trial.set_user_attr(PLANNED_EPOCHS, settings.num_epochs or recipe.epochs)
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
         if self.stage.prunes:
             pruned: Any = trial
             callbacks.append(PyTorchLightningPruningCallback(pruned, monitor=MONITOR))
-        repeats = self.stage.repeats if prepared.is_frozen else 1
         outcomes = []
-        with self._logged(trial) as (logger, metrics):
-            for repeat in range(repeats):
-                log = logger if repeat == 0 else False
-                seed = recipe.seed + repeat
-                model, history = fit_settings(prepared, settings, seed, callbacks, log)
-                if repeat == 0:
-                    metrics |= history.best
-                if self.stage.early_exit:
-                    assert history.answers is not None
-                    right = prepared.baseline.right(history.answers.target)
-                    outcomes.append(outcome_of(history.answers, model, recipe.promise, right))
-            if outcomes:
-                mean = mean_outcome(outcomes)
-                metrics |= mean.metrics(right)
-                trial.set_user_attr(OUTCOME, mean.packed())
-        return metrics
+        for repeat in range(self.stage.repeats if prepared.is_frozen else 1):
+            seed = recipe.seed + repeat
+            model, history = fit_settings(prepared, settings, seed, callbacks, logger)
+            if repeat == 0:
+                metrics |= history.best
+                logger = False
+            if self.stage.early_exit:
+                assert history.answers is not None
+                right = prepared.baseline.right(history.answers.target)
+                outcomes.append(outcome_of(history.answers, model, recipe.promise, right))
+        if outcomes:
+            mean = mean_outcome(outcomes)
+            metrics |= mean.metrics(right)
+            trial.set_user_attr(OUTCOME, mean.packed())
 
     @contextlib.contextmanager
-    def _logged(self, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
-        """Log a trial to TensorBoard: parameters, the metrics that the block fills in, and
-        status."""
+    def _recorded(self, trial: BaseTrial) -> Iterator[tuple[TensorBoardLogger, dict[str, float]]]:
+        """Log a trial to TensorBoard, with the metrics that the block fills in, and record why it
+        was pruned or failed; one that was stopped from outside has no cause."""
         run = self.prepared.run
         folder = run.trial_folder(self.stage, trial.number, self.own)
         logger = TensorBoardLogger(
@@ -104,23 +104,14 @@ class Objective:
         try:
             yield logger, metrics
             succeeded = True
+        except TimeIsUp:
+            raise
+        except (NonFiniteLoss, TrialPruned) as reason:
+            trial.set_user_attr(CAUSE, str(reason))
+            raise TrialPruned(str(reason)) from reason
+        except Exception as error:
+            trial.set_user_attr(CAUSE, f"{type(error).__name__}: {error}".split("\n")[0])
+            raise
         finally:
             report.log_outcome(logger.experiment, metrics, succeeded)
             logger.finalize("success" if succeeded else "failed")
-
-
-@contextlib.contextmanager
-def _recorded_cause(trial: BaseTrial) -> Iterator[None]:
-    """Record in a trial why it was pruned or failed; one that was stopped from outside has no
-    cause."""
-    try:
-        yield
-    except TimeIsUp:
-        raise
-    except NonFiniteLoss as reason:
-        trial.set_user_attr(CAUSE, str(reason))
-        raise TrialPruned(str(reason)) from reason
-    except Exception as error:
-        cause = str(error) if isinstance(error, TrialPruned) else f"{type(error).__name__}: {error}"
-        trial.set_user_attr(CAUSE, cause.split("\n")[0])
-        raise
