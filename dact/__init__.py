@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from dact import data as data
     from dact import encoders as encoders
     from dact import functional as functional
-    from dact.calibration import calibrate
+    from dact.calibration.calibrate import calibrate
     from dact.exporting import export as export
     from dact.model import DACT, DACTOutput
     from dact.submodels import SubmodelConfig

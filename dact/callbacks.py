@@ -23,7 +23,6 @@ from dact.agreement import tokenizer_of
 from dact.checks import Range, check_arguments
 from dact.files import DurableCheckpointIO
 from dact.model import DACT
-from dact.optimization import optimizer_steps
 from dact.saving import adopt
 
 Share = Annotated[float, Range("(0, 1]", "it is a share of the optimizer steps")]
@@ -121,7 +120,7 @@ class AverageLastSteps(WeightAveraging):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = optimizer_steps(trainer)
+        steps = trainer.estimated_stepping_batches
         self._before = (1 - self.share) * steps if 0 < steps < math.inf else math.inf
         # A mean that began under an earlier end, before epochs were added, starts anew.
         if trainer.global_step <= self._before:
@@ -207,12 +206,7 @@ class SavePretrained(Callback):
 def save_with_tokenizer(model: DACT, data: Any, folder: Path, **card: Any) -> None:
     """Write a model/ folder: the model, and the tokenizer of its datamodule if there is one.
 
-    Args:
-        model: The model.
-        data: The datamodule.
-        folder: Folder to write to.
-        **card: Content of the model card; see `DACT.save_pretrained`.
-    """
+    `card` is content of the model card; see `DACT.save_pretrained`."""
     model.save_pretrained(folder, **card)
     tokenizer = tokenizer_of(data)
     if tokenizer is not None:

@@ -45,7 +45,6 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
     """Yield a temporary folder that replaces `folder` at the end; see `replacing`."""
-    folder = folder.resolve()  # the folder that a link names is replaced, and not the link
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -60,15 +59,6 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     os.replace(partial, folder)
     _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def remove_partial(folder: Path) -> None:
-    """Remove the temporary files and folders that a killed process left under `folder`."""
-    for left_over in [*folder.rglob(".*.partial"), *folder.rglob(".*.old")]:
-        if left_over.is_dir():
-            shutil.rmtree(left_over, ignore_errors=True)
-        else:
-            left_over.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

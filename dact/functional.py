@@ -78,9 +78,11 @@ class Halting:
 
         Args:
             name: Name of the dial, ``"halting_tolerance"`` or ``"halting_margin"``.
-            value: Its new value.
+            value: New value.
         """
-        return replace(self, **{name.removeprefix("halting_"): value})
+        if name == "halting_tolerance":
+            return replace(self, tolerance=value)
+        return replace(self, margin=value)
 
     def halts(
         self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int
@@ -97,12 +99,10 @@ class Halting:
         Returns:
             A bool tensor ``[…]``.
         """
+        halts = _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
         if self.margin == 1 or self.rule == "never":
-            return _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
-        clear = _lead(y) > self.margin
-        if _proves_nothing(p, remaining, self.tolerance):
-            return clear
-        return clear | _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
+            return halts
+        return halts | (_lead(y) > self.margin)
 
     def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
         """Return the first layer after which each example leaves, int64 ``[batch]``; see
@@ -118,10 +118,8 @@ def _check_shapes(**given: tuple[Tensor, str]) -> None:
     sizes: dict[str, int] = {}
     for name, (tensor, shape) in given.items():
         names = shape.split()
-        fits = tensor.dim() == len(names) and 0 not in tensor.shape[1:]
-        if not fits or any(
-            sizes.setdefault(n, k) != k for n, k in zip(names, tensor.shape, strict=True)
-        ):
+        sizes = dict(zip(names, tensor.shape, strict=False)) | sizes
+        if list(tensor.shape) != [sizes.get(one) for one in names]:
             shapes = ", ".join(f"{one} {list(of.shape)}" for one, (of, _) in given.items())
             raise ValueError(f"{name} must have the shape [{', '.join(names)}], got {shapes}")
 
@@ -159,9 +157,6 @@ def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         a ``[batch, layers, classes]`` and p ``[batch, layers]``, in float32 or more. a_n is a
         probability vector, p never increases with n.
-
-    Raises:
-        ValueError: If the shapes do not fit each other.
 
     Example:
         >>> y = torch.tensor([[[0.75, 0.25], [0.25, 0.75]]])
@@ -220,13 +215,9 @@ def can_halt(
         >>> can_halt(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0.1, 0.1]), remaining=2)
         tensor([ True, False])
     """
-    halting = Halting(rule, tolerance)
+    check_arguments(Halting, {"rule": rule, "tolerance": tolerance})
     _check_shapes(a=(a, "batch classes"), p=(p, "batch"))
-    if isinstance(remaining, Tensor):
-        _check_shapes(p=(p, "batch"), remaining=(remaining, "batch"))
-    elif remaining < 0:
-        raise ValueError(f"remaining counts the layers still to run, got {remaining}")
-    return _provable(a, p, remaining, halting.rule, halting.tolerance, num_layers)
+    return _provable(a, p, remaining, rule, tolerance, num_layers)
 
 
 def _provable(
@@ -255,15 +246,6 @@ def _provable(
     return halts if last is False else halts | last
 
 
-def _proves_nothing(p: Tensor, remaining: int | Tensor, tolerance: float) -> bool:
-    """Return whether p alone rules out a proof for every example, since no lead a* - a_ru exceeds
-    1; CPU only."""
-    # A GPU would have to wait for p.
-    if isinstance(remaining, Tensor) or remaining == 0 or not p.is_cpu:
-        return False
-    return p.amin().item() >= 1 - ((1 - tolerance) / 2) ** (1 / remaining)
-
-
 def _lead(y: Tensor) -> Tensor:
     """Return the probability of the first class minus that of the second, ``[…]``, in float32 or
     more."""
@@ -280,8 +262,7 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
     NeurIPS 2022 (arXiv 2207.07061).
 
     Args:
-        y: y_n, ``[…, classes]``, probability vectors of at least two classes; compared in float32
-            or more.
+        y: y_n, ``[…, classes]``, probability vectors of at least two classes.
         margin: Margin in [0, 1]; at 1 no example is clear.
 
     Returns:
@@ -353,7 +334,6 @@ def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
         0.75
     """
     check_choice("ponder", kind, PonderKind)
-    _check_shapes(p=(p, "batch layers"), h=(h, "batch layers"))
     return at_least_float32(p if kind == "p" else h).sum(dim=1).mean()
 
 
@@ -375,8 +355,7 @@ def soft_targets(
         q, ``[batch, classes]``, in float32 or more.
 
     Raises:
-        ValueError: If a label is out of range, the shapes do not fit, or the teacher holds no
-            probabilities.
+        ValueError: If a label is out of range or the teacher holds no probabilities.
 
     Example:
         >>> teacher = torch.tensor([[0.5, 0.5], [0.75, 0.25]])
@@ -399,7 +378,6 @@ def soft_targets(
     target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
     if teacher is None or (share == 0 and not unknown.any()):
         return target
-    _check_shapes(target=(target, "batch classes"), teacher=(teacher, "batch classes"))
     t = check_probabilities("teacher", at_least_float32(teacher))
     shares = unknown.float().clamp_min(share).unsqueeze(1)  # [batch, 1]
     return (1 - shares) * target + shares * t
@@ -460,13 +438,7 @@ def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a batch with all of its examples, then all of them again: one run of the encoder is
     two passes with different dropout masks.
 
-    Args:
-        batch: With ``labels`` ``[batch]``. Entries of another length, and those that are no
-            tensors, stay as they are.
-
-    Example:
-        >>> twice({"labels": torch.tensor([0, 1])})["labels"].tolist()
-        [0, 1, 0, 1]
+    Entries of another length than ``labels``, and those that are no tensors, stay as they are.
     """
     found, rows = dict(batch), len(batch["labels"])
     for name, entry in batch.items():
@@ -489,10 +461,6 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
 
     Returns:
         A scalar, 0 or more, in nats.
-
-    Example:
-        >>> divergence(torch.tensor([[[0.0, 1.0]]]), torch.tensor([[[1.0, 0.0]]])).item()
-        0.46211716532707214
     """
     log_p, log_q = (at_least_float32(logits).log_softmax(dim=-1) for logits in (first, second))
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1).mean() / 2

@@ -51,12 +51,11 @@ class _Group:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into eval mode for the block, so that dropout changes no answer, and restore
     each part's mode."""
-    parts = [module]
-    for part in parts:  # several times faster than `modules`, which hashes each of them
-        parts.extend(child for child in part._modules.values() if child is not None)
-    training = [part for part in parts if part.training]
-    if training:
-        module.eval()
+    if not module.training:
+        yield
+        return
+    training = [part for part in module.modules() if part.training]
+    module.eval()
     try:
         yield
     finally:
@@ -235,15 +234,12 @@ def _embed(
         cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
         return cut if index is None else cut.index_select(0, index)
 
-    def rows_of(entry: Any) -> Any:  # what has no row for each example stays whole, as in `forward`
-        if isinstance(entry, Tensor):
-            return pick(entry) if entry.dim() and len(entry) == len(mask) else entry
-        is_rowwise = isinstance(entry, (list, tuple)) and len(entry) == len(mask)
-        return [entry[row] for row in rows] if is_rowwise else entry
-
-    return _Group(
-        encoder.embed({name: rows_of(entry) for name, entry in batch.items()}), pick(mask), lengths
-    )
+    # An entry without a row for each example stays whole, as in `forward`.
+    picked = {
+        name: pick(entry) if isinstance(entry, Tensor) and len(mask) in entry.shape[:1] else entry
+        for name, entry in batch.items()
+    }
+    return _Group(encoder.embed(picked), pick(mask), lengths)
 
 
 def _regroup(

@@ -20,12 +20,12 @@ from torch import Tensor
 
 from dact import functional, hub, inference, model_card, saving
 from dact.agreement import Agreement
-from dact.checks import Range, check_arguments, check_class_names, check_count
+from dact.checks import Range, check_arguments, check_count
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, Margin, PonderKind, Tolerance
 from dact.metrics import LoaderMetrics, collapse
 from dact.model_card import Metrics
-from dact.optimization import optimizer_steps, schedule
+from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
 from dact.outputs import Loss as Loss
 from dact.submodels import SubmodelConfig, Submodels, start_at, start_undecided
@@ -177,14 +177,13 @@ class DACT(LightningModule):
         self.calibration = None
         # One per exit layer; they scale the scores that are shown.
         self.temperatures: list[float] | None = None
-        # Of the first loader of the last evaluation, for callbacks.
-        self.measured: LoaderMetrics | None = None
-        self.loader_metrics: dict[tuple[str, int], LoaderMetrics] = {}  # by stage and loader
+        # Examples per exit layer, int64 [layers], of the first loader of the last evaluation.
+        self.exit_histogram: Tensor | None = None
+        self._metrics: dict[int, LoaderMetrics] = {}  # by loader
 
-        sizes = {"num_layers": self.num_layers, "hidden_size": encoder.hidden_size}
-        make = partial(Submodels, **sizes, share=share_submodels)
-        self.classifier = make(classifier, output_size=output_dimension)
-        self.confidence = make(confidence, output_size=1)
+        sizes = self.num_layers, encoder.hidden_size
+        self.classifier = Submodels(classifier, *sizes, output_dimension, share_submodels)
+        self.confidence = Submodels(confidence, *sizes, 1, share_submodels)
         start_undecided(self.confidence)
 
     # ------------------------------------------------------------------ the halting rule
@@ -306,8 +305,7 @@ class DACT(LightningModule):
         return self.distillation > 0
 
     def loss(self, batch: Batch, lambda_reg: float | None = None) -> Loss:
-        """Compute the training loss. It logs nothing and needs no Trainer, so that any module can
-        add it to its own.
+        """Compute the training loss, without a Trainer, so that any module can add it to its own.
 
         Args:
             batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation,
@@ -348,9 +346,10 @@ class DACT(LightningModule):
         """Return λ at this step: in a fit, it rises linearly from 0 over the first `lambda_warmup`
         of all optimizer steps; elsewhere, or in a fit without a known end, it is `lambda_reg`."""
         trainer = self._trainer
-        steps = optimizer_steps(trainer) if trainer is not None and trainer.training else -1
-        warmup = self.lambda_warmup * steps
-        if trainer is None or not 0 < warmup < math.inf:
+        if trainer is None or not trainer.training:
+            return self.lambda_reg
+        warmup = self.lambda_warmup * trainer.estimated_stepping_batches
+        if not 0 < warmup < math.inf:
             return self.lambda_reg
         return self.lambda_reg * min(1.0, trainer.global_step / warmup)
 
@@ -358,8 +357,8 @@ class DACT(LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         loss, size = self.loss(batch).loss, len(batch["labels"])
-        options = {"on_step": False, "on_epoch": True, "prog_bar": True, "sync_dist": True}
-        self.log("train_loss", loss, batch_size=size, **options)
+        options: dict[str, Any] = {"on_step": False, "on_epoch": True, "sync_dist": True}
+        self.log("train_loss", loss, prog_bar=True, batch_size=size, **options)
         return loss
 
     def validation_step(
@@ -378,19 +377,10 @@ class DACT(LightningModule):
     def _measure(
         self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
     ) -> dict[str, Tensor]:
-        """Add a batch to the metrics of a loader.
+        """Add a batch to the metrics of a loader (from 0), and return its loss, exit layers, y and
+        h, for callbacks.
 
-        Args:
-            stage: ``"val"`` or ``"test"``.
-            batch: The batch, with labels.
-            full: Answers at full depth.
-            early: Answers of early exit; computed from `full` if None.
-            loader: Number of the loader, from 0.
-
-        Returns:
-            The loss, the exit layers ``[batch]``, y ``[batch, layers, classes]`` and h ``[batch,
-            layers]``, for callbacks.
-        """
+        Without answers of early exit, they are computed from those at full depth."""
         target = labels_of(batch, stage)
         soft = functional.soft_targets(target, self.output_dimension)
         y, h, p = full.layer_probabilities, full.h, full.p
@@ -401,37 +391,28 @@ class DACT(LightningModule):
         loss = functional.task_loss(a[:, -1], soft, self.class_weights)
         loss = loss + self.lambda_reg * ponder_cost
         task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
-        if (stage, loader) not in self.loader_metrics:
+        if loader not in self._metrics:
             sizes = self.output_dimension, self.num_layers
-            self.loader_metrics[stage, loader] = LoaderMetrics(*sizes, target.device)
-        self.loader_metrics[stage, loader].update(target, a, early, loss, task_loss, ponder_cost)
+            self._metrics[loader] = LoaderMetrics(*sizes, target.device)
+        self._metrics[loader].update(target, a, early, loss, task_loss, ponder_cost)
         return {"loss": loss, "exit_layer": early.exit_layer, "layer_probabilities": y, "h": h}
 
     def _log_metrics(self, stage: str) -> None:
         """Log the metrics of all loaders of an evaluation; those after the first have a suffix."""
-        self.measured = None
-        for (of_stage, loader), metrics in self.loader_metrics.items():
-            if of_stage != stage:
-                continue
+        for loader, metrics in self._metrics.items():
             metrics.add_up(self.trainer.strategy)
             suffix = f"/dataloader_idx_{loader}" if loader else ""
-            options = {"sync_dist": True, "add_dataloader_idx": False}
+            options: dict[str, Any] = {"sync_dist": True, "add_dataloader_idx": False}
             for name, value in metrics.compute().items():
                 kind, *layer = name.split("/")
                 shown = loader == 0 and name in ("loss", "accuracy", "exit_layer")
                 name = "/".join([f"{stage}_{kind}{suffix}", *layer])
                 self.log(name, value, prog_bar=shown, **options)
             if loader == 0:
-                self.measured = metrics
-
-    @property
-    def exit_histogram(self) -> Tensor | None:
-        """Examples per exit layer, int64 ``[layers]``, of the first loader of the last evaluation;
-        None before."""
-        return None if self.measured is None else self.measured.exits
+                self.exit_histogram = metrics.exits
 
     def on_validation_epoch_start(self) -> None:
-        self.loader_metrics = {}
+        self._metrics, self.exit_histogram = {}, None
 
     on_test_epoch_start = on_validation_epoch_start
 
@@ -492,7 +473,7 @@ class DACT(LightningModule):
             ((self.encoder.parameters(), self.learning_rate), (others, rate)),
             self.weight_decay,
             self.warmup_fraction,
-            optimizer_steps(self.trainer),
+            self.trainer.estimated_stepping_batches,
             stacked=stacked,
         )
 
@@ -529,17 +510,10 @@ class DACT(LightningModule):
         weights are not read.
 
         Args:
-            checkpoint_path: File that the Trainer's checkpointing wrote, or its address, such as
-                ``s3://…``.
+            checkpoint_path: File, or its address, such as ``s3://…``.
             map_location: As for `torch.load`.
             weights_only: Not used: a checkpoint of dact holds only data.
-            encoder: Encoder, built as it was for training; needed only for an encoder of your own.
-            **overrides: Constructor arguments that replace those of the checkpoint, such as
-                ``halting_tolerance=0.3``.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If the file cannot be read, is not a checkpoint of DACT, or does not fit.
+            encoder, **overrides: As for `from_pretrained`.
         """
         config, weights = saving.read_checkpoint(checkpoint_path, map_location)
         if encoder is not None:
@@ -553,11 +527,8 @@ class DACT(LightningModule):
         """Write config.json, model.safetensors and a model card into `directory`, which is created
         if needed.
 
-        Args:
-            directory: Folder to write to. A README.md there that was written by hand is kept.
-            metrics, repo_id: Content of metrics.json, and Hub id, for the card; see
-                `dact.model_card.write_card`.
-        """
+        A README.md there that was written by hand is kept. `metrics` and `repo_id` are content of
+        the card; see `dact.model_card.write_card`."""
         saving.write_folder(self, DACT, Path(directory))
         model_card.write_card(Path(directory), self, metrics, repo_id)
 
@@ -595,10 +566,10 @@ class DACT(LightningModule):
         Args:
             directory: A folder with config.json and model.safetensors, or a Hub id
                 ``"OWNER/NAME"``.
-            encoder: Encoder; needed only for an encoder of your own.
+            encoder: Encoder, built as it was for training; needed only for one of your own.
             revision, token, cache_dir, local_files_only: Options for a Hub id; see
                 `dact.hub.local_folder`.
-            **overrides: Constructor arguments that replace those of the folder, such as
+            **overrides: Constructor arguments that replace stored ones, such as
                 ``halting_tolerance=0.3``.
 
         Raises:
@@ -650,15 +621,10 @@ def _check_together(given: Mapping[str, Any]) -> None:
     for name in ("detach_exits", "consistency"):
         if given[name] and given["exit_loss_weight"] == 0:
             raise ValueError(f"DACT: {name} needs an exit_loss_weight above 0, got 0")
-    classes, weights = given["output_dimension"], given["class_weights"]
+    classes = given["output_dimension"]
     for name in ("class_weights", "class_names"):
         value = given[name]
         if value is not None and len(value) != classes:
             raise ValueError(
                 f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}"
             )
-    if weights is not None and not (all(0 <= w < math.inf for w in weights) and any(weights)):
-        raise ValueError(
-            f"DACT: class_weights must be finite and 0 or more, one of them above 0, got {weights}"
-        )
-    check_class_names("DACT: class_names", given["class_names"])

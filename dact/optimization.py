@@ -2,36 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from typing_extensions import override
-
-
-def optimizer_steps(trainer: Any) -> float:
-    """Return the number of optimizer steps of a fit; infinite or -1 if its end is not known.
-
-    It is Lightning's estimate, which leaves out what a `GradientAccumulationScheduler` accumulates.
-    """
-    estimate, epochs = float(trainer.estimated_stepping_batches), trainer.max_epochs or -1
-    schedulers = [
-        one for one in trainer.callbacks if isinstance(one, GradientAccumulationScheduler)
-    ]
-    endless = math.isinf(trainer.num_training_batches)  # a stream, which max_steps ends
-    if not schedulers or not 0 < estimate < math.inf or epochs < 0 or endless:
-        return estimate
-    batches = int(trainer.num_training_batches)
-    steps = sum(
-        -(-batches // schedulers[0].get_accumulate_grad_batches(epoch)) for epoch in range(epochs)
-    )
-    return steps if trainer.max_steps < 0 else min(steps, trainer.max_steps)
 
 
 def schedule(
@@ -79,7 +58,7 @@ class WarmupThenDecay(LambdaLR):
     """A learning rate that rises linearly and then falls linearly to 0.
 
     A parameter group that is added during the fit, as Lightning's `BaseFinetuning` does when it
-    unfreezes layers, starts at the rate that it was given and falls with the others.
+    unfreezes layers, follows it as well.
 
     Args:
         optimizer: Optimizer whose groups hold their peak rates.
@@ -92,13 +71,8 @@ class WarmupThenDecay(LambdaLR):
 
     @override
     def get_lr(self) -> list[Any]:
-        factor, before = (
-            self.lr_lambdas[0](step) for step in (self.last_epoch, self.last_epoch - 1)
-        )
-        for group in self.optimizer.param_groups:
-            if "initial_lr" not in group:
-                group["initial_lr"] = group["lr"] / max(before, 1e-9)
-        return [group["initial_lr"] * factor for group in self.optimizer.param_groups]
+        factor, groups = self.lr_lambdas[0](self.last_epoch), self.optimizer.param_groups
+        return [group.setdefault("initial_lr", group["lr"]) * factor for group in groups]
 
 
 def _factor(step: int, warmup: float, total: float) -> float:

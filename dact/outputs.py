@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,15 +32,8 @@ class DACTOutput:
     def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
         """Return the output with its tensors moved or cast by `torch.Tensor.to`, as the Trainer
         moves predictions."""
-        tensors: dict[str, Any] = {
-            field.name: getattr(self, field.name) for field in dataclasses.fields(self)
-        }
-        moved = {
-            name: tensor.to(*args, **kwargs)
-            for name, tensor in tensors.items()
-            if tensor is not None
-        }
-        return dataclasses.replace(self, **moved)
+        given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
+        return DACTOutput(**{name: one.to(*args, **kwargs) for name, one in given.items()})
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,6 @@ from dact.submodels import SubmodelConfig, Submodels
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
-MODEL_FOLDERS = ("model", "final/model")  # in that of a run
 FORMAT = "dact/2"
 FORMATS = ("dact/1", FORMAT)  # that can be read
 # Attributes that decide when an example halts, in the order of `Halting`.
@@ -106,7 +105,7 @@ def build(
         is_open = any(one.kind is one.VAR_KEYWORD for one in known.values())
         arguments = {name: value for name, value in config.items() if name in known or is_open}
         if subclass is not None:
-            passed = (*subclass.get("passed", ()), *({"encoder"} & known.keys()))
+            passed = {"encoder"} & known.keys()
             arguments = {name: config[name] for name in passed} | subclass["arguments"]
     arguments = {**arguments, **overrides}
     for name in {"classifier", "confidence"} & arguments.keys():
@@ -132,7 +131,8 @@ def stacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Files of version 0.1.0 and of development versions before 0.2.0 have one tensor per layer.
     """
-    found, alone = {}, {}
+    found: dict[str, Tensor] = {}
+    alone: dict[str, dict[int, Tensor]] = {}
     for name, weight in weights.items():
         match = ALONE.fullmatch(name)
         if match is None:
@@ -160,15 +160,34 @@ def load(
     """
     weights = stacked(weights)
     if cls is base and "encoder" not in overrides:
-        # First without memory, since a description from elsewhere may ask for more than there is.
-        with torch.device("meta"):
-            check_weights(build(cls, base, config, overrides), weights, where)
+        _check_size(config, weights, where)
     # Random weights are made first, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = build(cls, base, config, overrides)
     check_weights(model, weights, where)
     model.load_state_dict(weights)
     return model
+
+
+def _check_size(config: Mapping[str, Any], weights: Mapping[str, Tensor], where: str) -> None:
+    """Raise a ``ValueError`` if a model has more weights than its file, before they take memory."""
+    given = sum(weight.numel() for weight in weights.values())
+    asked = (config.get("encoder") or {}).get("num_layers") or 0
+    if asked > given:
+        raise ValueError(
+            f"{where} does not fit this model (it has {given:,} weights instead of "
+            f"those of {asked:,} layers)"
+        )
+    with torch.device("meta"):
+        encoder = encoders.from_config(config["encoder"])
+        parts: list[nn.Module] = [encoder]
+        for name in ("classifier", "confidence"):
+            parts.append(SubmodelConfig(**config[name]).build(encoder.hidden_size, 1))
+    asked = sum(parameter.numel() for part in parts for parameter in part.parameters())
+    if asked > given:
+        raise ValueError(
+            f"{where} does not fit this model (it has {given:,} weights instead of {asked:,})"
+        )
 
 
 def check_weights(model: Any, weights: Mapping[str, Tensor], what: str) -> None:
@@ -269,15 +288,12 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
-            inside = [path for path in map(directory.joinpath, MODEL_FOLDERS) if path.is_dir()]
             raise FileNotFoundError(
-                f"{directory} has no {name}: expected a folder that save_pretrained wrote"
-                + (f", such as {inside[0]}" if inside else "")
+                f"{directory} has no {name}: expected a folder that save_pretrained wrote, such as "
+                "model/ of a fit or final/model/ of a tuning run"
             )
-    config, (weights, _) = (
-        read_json(directory / CONFIG_NAME),
-        read_tensors(directory / WEIGHTS_NAME),
-    )
+    config = read_json(directory / CONFIG_NAME)
+    weights, _ = read_tensors(directory / WEIGHTS_NAME)
     if not isinstance(config, dict) or "output_dimension" not in config:
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
     config.pop("written_by", None)  # of earlier versions

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -97,7 +97,7 @@ class _Stacked(nn.Module):
     """A part of the submodels of all layers, whose weights are stacked along the first
     dimension."""
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.stack([part.weight.detach() for part in parts]))
         self.bias = nn.Parameter(torch.stack([part.bias.detach() for part in parts]))
@@ -135,7 +135,7 @@ class _BatchNorm(_Stacked):
     running_mean: Tensor
     running_var: Tensor
 
-    def __init__(self, parts: Sequence[nn.Module]) -> None:
+    def __init__(self, parts: Sequence[Any]) -> None:
         super().__init__(parts)
         self.register_buffer("running_mean", torch.zeros_like(self.weight.detach()))
         self.register_buffer("running_var", torch.ones_like(self.weight.detach()))
@@ -168,17 +168,13 @@ class Submodels(nn.ModuleList):
     def __init__(
         self,
         config: SubmodelConfig,
-        *,
         num_layers: int,
         hidden_size: int,
         output_size: int,
         share: bool = False,
     ) -> None:
-        built = [config.build(hidden_size, output_size)]
-        while len(built) < (1 if share else num_layers):
-            # On the meta device, which draws no numbers, the first one stands for all.
-            is_meta = next(built[0].parameters()).is_meta
-            built.append(built[0] if is_meta else config.build(hidden_size, output_size))
+        copies = 1 if share else num_layers
+        built = [config.build(hidden_size, output_size) for _ in range(copies)]
         parts = zip(*built, strict=True)
         super().__init__(
             STACKED[type(same[0])](same) if type(same[0]) in STACKED else same[0] for same in parts
@@ -193,6 +189,13 @@ class Submodels(nn.ModuleList):
         for part in self:
             x = part.alone(n, x) if isinstance(part, _Stacked) else part(x)
         return x
+
+    @property
+    def last(self) -> _Stacked:
+        """The last linear map."""
+        part = self[-1]
+        assert isinstance(part, _Stacked)
+        return part
 
     def _matched(self, states: Tensor) -> Tensor:
         """Return states in the precision of the weights: that of an encoder may be lower."""
@@ -217,8 +220,8 @@ class Submodels(nn.ModuleList):
 
 def start_at(confidence: Submodels, value: float) -> None:
     """Set every confidence to h = sigmoid(value), whatever the input: the last weights are zero."""
-    nn.init.zeros_(confidence[-1].weight)
-    nn.init.constant_(confidence[-1].bias, value)
+    nn.init.zeros_(confidence.last.weight)
+    nn.init.constant_(confidence.last.bias, value)
 
 
 def start_undecided(confidence: Submodels) -> None:

@@ -14,7 +14,6 @@ from dact import DACT, TuningEngine
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.tuning.run import Run
-from dact.tuning.stages import STAGES
 from tests.conftest import tiny_model
 
 
@@ -44,11 +43,6 @@ def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("damage")
     engine(folder, encoder_training="frozen", warm_up_epochs=1).run_pipeline("run")
     return folder / "run"
-
-
-def open_studies(made):
-    run, surveyed = made._begin("run"), made._survey()
-    return [made._open(stage, run, surveyed) for stage in STAGES]
 
 
 class Evil:

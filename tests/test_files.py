@@ -10,7 +10,6 @@ from dact.files import (
     read_checkpoint,
     read_json,
     read_tensors,
-    remove_partial,
     replacing,
     replacing_folder,
     write_json,
@@ -37,20 +36,6 @@ def test_an_error_leaves_the_old_folder(tmp_path):
     with pytest.raises(FileNotFoundError), replacing_folder(tmp_path / "folder") as partial:
         (partial / "three").touch() or (partial / "nowhere" / "four").touch()
     assert names(tmp_path) == ["folder", "two"]
-
-
-def test_a_folder_is_freed_of_what_a_killed_process_left(tmp_path):
-    (tmp_path / "inner" / "model").mkdir(parents=True)
-    for name in (
-        "kept.json",
-        ".answers.77.partial",
-        "inner/.model.partial/weights",
-        "inner/.model.old/weights",
-    ):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text("")
-    remove_partial(tmp_path)
-    assert names(tmp_path) == ["inner", "kept.json", "model"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
@@ -90,13 +75,3 @@ def test_corrupted_files_are_refused_by_name(tmp_path):
     (tmp_path / "x.ckpt").write_bytes(b"PK")
     with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as a checkpoint"):
         read_checkpoint(tmp_path / "x.ckpt")
-
-
-def test_what_a_link_names_is_replaced_and_not_the_link(tmp_path):
-    (tmp_path / "there").mkdir()
-    (tmp_path / "link").symlink_to(tmp_path / "there")
-    for content in ("one", "two"):
-        with replacing_folder(tmp_path / "link") as partial:
-            (partial / content).write_text(content)
-    assert (tmp_path / "link").is_symlink()
-    assert names(tmp_path) == ["link", "there", "two"]

