@@ -53,7 +53,7 @@ from dact.calibration.answers import LayerAnswers, exits_by_setting, layer_answe
 from dact.cli.output import quiet
 from dact.encoders.base import Batch
 from dact.factories import DataFactory, ModelFactory
-from dact.files import read_checkpoint
+from dact.files import read_checkpoint, read_tensors
 from dact.functional import answer_at
 from dact.outputs import Loss
 from dact.tuning.baseline import Baseline
@@ -169,7 +169,7 @@ class Setting:
         weights = baseline.encoder()
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
         model.distillation = DISTILLATION
-        return baseline.probabilities()
+        return read_tensors(baseline.answers)[0]["probabilities"]
 
     def fit(
         self,

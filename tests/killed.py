@@ -67,9 +67,8 @@ def plant(point, count):
 def keep_log(file):
     def note(model, *_):
         with Path(file).open("a") as log:
-            log.write(
-                f"{model.trainer.log_dir} {model.trainer.current_epoch} {model.trainer.max_epochs}\n"
-            )
+            trainer = model.trainer
+            log.write(f"{trainer.log_dir} {trainer.current_epoch} {trainer.max_epochs}\n")
 
     around(DACT, "on_train_epoch_start", note)
 

@@ -39,7 +39,8 @@ CONFIGS = {
     },
     "modernbert": {
         **TINY, "global_attn_every_n_layers": 3, "local_attention": 8,
-        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2,
+        "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+        "cls_token_id": 1, "sep_token_id": 2,
     },
 }  # fmt: skip
 

@@ -17,8 +17,9 @@ def test_fits_and_exits_early_on_a_gpu(precision, tmp_path):
     data = CompositionalSentiment(num_train=2000, num_val=200, num_test=200)
     model = DACT(encoder=TransformerEncoder(data.vocab_size, 4, 32, 4), learning_rate=2e-3)
     trainer = pl.Trainer(
-        max_epochs=2, accelerator="gpu", devices=1, precision=precision, logger=False, default_root_dir=tmp_path,
-        enable_checkpointing=False, enable_progress_bar=False, gradient_clip_val=1.0,
+        max_epochs=2, accelerator="gpu", devices=1, precision=precision,
+        logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
+        enable_progress_bar=False, gradient_clip_val=1.0,
     )  # fmt: skip
     trainer.fit(model, data)
     assert trainer.callback_metrics["val_accuracy"] > 0.5

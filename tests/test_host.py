@@ -16,9 +16,10 @@ import torch
 
 def loggers():
     named = logging.root.manager.loggerDict
-    found = {"root": logging.root, **{n: found for n, found in named.items() if isinstance(found, logging.Logger)}}
-    return {name: [log.level, log.disabled, log.propagate, list(map(str, log.filters)), list(map(str, log.handlers))]
-            for name, log in found.items()}
+    found = {n: found for n, found in named.items() if isinstance(found, logging.Logger)}
+    return {name: [log.level, log.disabled, log.propagate,
+                   list(map(str, log.filters)), list(map(str, log.handlers))]
+            for name, log in {"root": logging.root, **found}.items()}
 
 def snapshot():
     return {
@@ -32,7 +33,8 @@ def snapshot():
         "python's generator": str(random.getstate()),
         "numpy's generator": str(np.random.get_state()),
         "torch's generator": torch.get_rng_state().tolist(),
-        "torch switches": [torch.is_grad_enabled(), str(torch.get_default_dtype()), torch.are_deterministic_algorithms_enabled(),
+        "torch switches": [torch.is_grad_enabled(), str(torch.get_default_dtype()),
+                           torch.are_deterministic_algorithms_enabled(),
                            torch.get_float32_matmul_precision(), torch.backends.cudnn.benchmark],
         "excepthook": str(sys.excepthook),
         "path": list(sys.path),
@@ -46,7 +48,8 @@ def changed(before, after):
             now = {key: now.get(key) for key in was}
         if was != now:
             found[name] = [[str(was)[:300], str(now)[:300]] if not isinstance(was, dict) else
-                           {key: [was.get(key), now.get(key)] for key in {*was, *now} if was.get(key) != now.get(key)}]
+                           {key: [was.get(key), now.get(key)]
+                            for key in {*was, *now} if was.get(key) != now.get(key)}]
     return found
 """
 
@@ -89,8 +92,10 @@ TUNE = """
 space = {"batch_size": {"choices": [32, 64]}, "num_epochs": {"choices": [1, 2]}}
 for mode in ("frozen", "finetune"):
     before = snapshot()
-    engine = TuningEngine(model=model, data=data, n_trials=1, search_space=space, log_dir=mode, warm_up_epochs=1,
-                          trainer={"max_epochs": 1, "deterministic": "warn", "benchmark": True, **quiet}, encoder_training=mode)
+    engine = TuningEngine(model=model, data=data, n_trials=1, search_space=space,
+                          log_dir=mode, warm_up_epochs=1, encoder_training=mode,
+                          trainer={"max_epochs": 1, "deterministic": "warn", "benchmark": True,
+                                   **quiet})
     engine.run_pipeline("run")
     found[mode] = changed(before, snapshot())
 """

@@ -132,7 +132,7 @@ def test_a_datamodule_may_have_hyperparameters_of_the_same_name(tmp_path):
 def test_a_checkpoint_that_holds_more_than_data_says_what_and_where(tmp_path):
     fit = trainer(tmp_path, enable_checkpointing=True)
     fit.fit(tiny_model(layers=2), NamedData(root=tmp_path))
-    message = r"holds an object of pathlib\S*Path, and only plain data can be read.*datamodule is a likely place"
+    message = r"holds an object of pathlib\S*Path, and only plain data.*datamodule is a likely"
     with pytest.raises(ValueError, match=message):
         DACT.load_from_checkpoint(fit.checkpoint_callback.best_model_path)
 

@@ -348,8 +348,9 @@ def _two_processes(rank, port, folder):
     pl.seed_everything(0)
     model = tiny_model(lambda_reg=0.05)
     fit = pl.Trainer(
-        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, default_root_dir=folder,
+        accelerator="cpu", devices=2, strategy="ddp", max_epochs=2, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=folder,
     )  # fmt: skip
     fit.fit(model, loader(64, 8), loader(32, 8, seed=1))
     weights = torch.cat([parameter.detach().flatten() for parameter in model.parameters()])

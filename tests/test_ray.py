@@ -36,7 +36,8 @@ class Slow(dact.TextClassifier):
         return super().__call__(texts)
 
 dact.TextClassifier = Slow
-ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20, _temp_dir=sys.argv.pop(1))
+ray.init(num_cpus=3, include_dashboard=False, object_store_memory=100 * 2**20,
+         _temp_dir=sys.argv.pop(1))
 context = ray.data.DataContext.get_current()
 # bytes, so that files are not taken together
 context.target_min_block_size, context.target_max_block_size = 1, 2000

@@ -189,8 +189,9 @@ class TextDataModule(ClassificationDataModule, ABC):
         items, tokenizer = self._encoded[split], self.tokenizer
         sampler, teacher, size = None, None, self.batch_size
         if split == "train":
-            several = self.trainer is not None and self.trainer.world_size > 1
-            processes: Any = self.trainer.distributed_sampler_kwargs if several else {}
+            processes: dict[str, Any] = {}
+            if self.trainer is not None and self.trainer.world_size > 1:
+                processes = self.trainer.distributed_sampler_kwargs or {}
             sampler = LengthGroupedSampler(_lengths(items), size, self.seed, **processes)
             teacher = self.teacher_probabilities
         elif split == "test":

@@ -58,7 +58,7 @@ def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
         epochs: Number of epochs.
     """
     rate = model.learning_rate
-    changed = {
+    changed: dict[str, Any] = {
         "detach_exits": model.exit_loss_weight > 0,
         "num_layers": min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers))),
     }

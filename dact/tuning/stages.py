@@ -80,7 +80,8 @@ def _selected(trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
     points = []
     for trial in trials:
         outcome = Outcome.unpacked(trial.user_attrs.get(OUTCOME))
-        points.append(Point(trial.params["lambda_reg"], *trial.values, outcome))
+        loss, layers = trial.values
+        points.append(Point(trial.params["lambda_reg"], loss, layers, outcome))
     return trials[points.index(select(points))]
 
 
