@@ -288,9 +288,7 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     )
     fresh = prepared.recipe.make_model().encoder.state_dict()
     assert not all(torch.equal(fresh[name], weight) for name, weight in weights.items())
-    torch.testing.assert_close(
-        batch["teacher"], taught(prepared)[batch["row"]]
-    )
+    torch.testing.assert_close(batch["teacher"], taught(prepared)[batch["row"]])
     torch.testing.assert_close(batch["teacher"].sum(1), torch.ones(len(batch["row"])))
 
 
@@ -331,9 +329,7 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier
     batch = next(iter(data.train_dataloader()))
     with torch.no_grad():
         expected = teacher.eval()(batch).probabilities
-    torch.testing.assert_close(
-        taught(prepared)[batch["row"]], expected
-    )
+    torch.testing.assert_close(taught(prepared)[batch["row"]], expected)
     answers = layer_answers(teacher, data.val_dataloader())
     assert score == pytest.approx(
         references.brier_score(answers.a[:, -1], answers.target), abs=1e-5
