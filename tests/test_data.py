@@ -8,11 +8,13 @@ from pathlib import Path
 
 import datasets
 import hypothesis.strategies as st
+import lightning.pytorch as pl
 import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
 
+from dact import DACT
 from dact.data import (
     CompositionalSentiment,
     TextClassificationData,
@@ -24,6 +26,7 @@ from dact.data.batching import LengthGroupedSampler
 from dact.data.examples import text_key
 from dact.data.files import read_rows, text_fault
 from dact.data.tokenizers import load_tokenizer, word_tokenizer
+from dact.encoders import TransformerEncoder
 from tests.tables import write_table
 
 ROWS = [
@@ -112,6 +115,17 @@ def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
         "not valid UTF-8",
         None,
     ]
+
+
+def test_a_trainer_predicts_the_texts_of_a_file(tmp_path):
+    write(tmp_path, "csv", [[text] for text, _ in ROWS], ["text"], "new")
+    module = TextClassificationData(
+        predict_file=tmp_path / "new.csv", tokenizer=word_tokenizer(["good", "bad"]), batch_size=4
+    )
+    model = DACT(encoder=TransformerEncoder(8, 2, 8, 2), output_dimension=2)
+    trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
+    found = trainer.predict(model, module)
+    assert sum(len(batch.probabilities) for batch in found) == len(ROWS)
 
 
 def test_lines_are_read_one_at_a_time(tmp_path):

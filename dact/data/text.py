@@ -35,7 +35,7 @@ class TextClassificationData(TextDataModule):
         train_file: Training examples.
         val_file: Validation examples; a part of the training file if left out.
         test_file: Test examples.
-        predict_file: Texts for ``dact predict``; no label column is needed.
+        predict_file: Texts for ``dact predict`` and `Trainer.predict`; no label column is needed.
         unlabelled_file: Texts without labels that only a teacher labels. In training batches their
             ``labels`` are -100. Texts of validation and calibration are left out.
         calibration_file: Examples for `dact.calibrate`, instead of a `calibration_fraction`.
@@ -136,6 +136,8 @@ class TextClassificationData(TextDataModule):
             # A mistake in the test file would otherwise show only after the fit.
             self.examples("test")
         super().setup(stage)
+        if stage == "predict":
+            self._encode("predict", self._texts("predict"))
 
     @override
     def examples(self, split: str) -> Examples:
@@ -153,6 +155,10 @@ class TextClassificationData(TextDataModule):
     def calibration_dataloader(self) -> Any:
         set_aside = self.calibration_fraction or self.files["calibration"]
         return self._loader("calibration") if set_aside else None
+
+    @override
+    def predict_dataloader(self) -> Any:
+        return self._loader("predict")
 
     # ------------------------------------------------------------------ splits
 
@@ -228,9 +234,7 @@ class TextClassificationData(TextDataModule):
         held_out = {*self.examples("val").text_keys()}
         if self.files["calibration"] is not None:
             held_out |= {*self.examples("calibration").text_keys()}
-        rows = self._rows("unlabelled", self._text_columns)
-        texts = Examples(*map(list, zip(*rows.values(), strict=True)))
-        more = self._without(held_out, "unlabelled", texts)
+        more = self._without(held_out, "unlabelled", self._texts("unlabelled"))
         return replace(more, labels=[UNLABELLED] * len(more))
 
     # ------------------------------------------------------------------ files
@@ -241,6 +245,11 @@ class TextClassificationData(TextDataModule):
             remedy = ", or class_names for the classes" if split == "train" else ""
             raise ValueError(f"no {split}_file was given{remedy}")
         return file
+
+    def _texts(self, split: str) -> Examples:
+        """Return the usable texts of a file, without labels."""
+        rows = self._rows(split, self._text_columns)
+        return Examples(*map(list, zip(*rows.values(), strict=True)))
 
     def _labelled(self, split: str) -> Examples:
         """Return the usable examples of a file."""
