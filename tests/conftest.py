@@ -56,6 +56,8 @@ def dact_here(monkeypatch, capsys):
     def call(*arguments, cwd):
         monkeypatch.chdir(cwd)
         monkeypatch.setattr(sys, "argv", ["dact", *map(str, arguments)])
+        # Another test of this process may have registered a device.
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
         status = 0
         monkeypatch.setattr(sys, "path", [*sys.path])
         try:

@@ -278,7 +278,7 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     before = stored.stat().st_mtime_ns
     prepared = prepared_by(made())
     assert stored.stat().st_mtime_ns == before
-    started, data = prepared.build(Settings(), unfreeze=True)
+    started, data = prepared.build(Settings(), 0, unfreeze=True)
     assert started.distillation == 0.5
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))

@@ -16,7 +16,6 @@ PACKAGE = ROOT / "dact"
 FOLDERS = ["encoders", "data", "calibration", "tuning", "cli"]
 MOST_CODE = 8_300  # lines without blank lines, comments and docstrings
 MOST_LINES = 13_400
-LONGEST = 100
 
 
 def files():
@@ -88,13 +87,6 @@ def test_the_house_is_small():
     texts = [path.read_text() for path in files()]
     assert sum(map(code_lines, texts)) <= MOST_CODE
     assert sum(len(text.splitlines()) for text in texts) <= MOST_LINES
-
-
-def test_lines_are_short():
-    for folder in ("dact", "tests", "benchmarks", "examples"):
-        for path in (ROOT / folder).rglob("*.py"):
-            longest = max(map(len, path.read_text().splitlines()), default=0)
-            assert longest <= LONGEST, path
 
 
 @pytest.mark.parametrize(

@@ -564,7 +564,7 @@ class Breaks(DACT):
         if self.learning_rate > 1e-3:
             if self.how == "memory":
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
-            self.loader_metrics["val", 0].sums += float(self.how)
+            self._metrics[0].sums += float(self.how)
         return result
 
 
@@ -898,8 +898,8 @@ def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
     made = engine(tmp_path, model=factory, encoder_training="frozen", warm_up_epochs=0)
     prepared = prepared_of(made)
     chosen = Settings({"submodel_learning_rate": 0.5})
-    assert prepared.build(chosen)[0].submodel_learning_rate == 0.5
-    assert prepared.build(Settings())[0].submodel_learning_rate == 1e-9
+    assert prepared.build(chosen, 0)[0].submodel_learning_rate == 0.5
+    assert prepared.build(Settings(), 0)[0].submodel_learning_rate == 1e-9
     with pytest.raises(ValueError, match="unknown parameter 'learning_rate'"):
         engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
 
@@ -951,7 +951,7 @@ def test_submodels_learn_on_the_texts_of_the_frozen_encoder(tmp_path):
         for split in ("train", "val")
     )
     assert (len(train), len(val)) == (120, 60), "all training texts, and all of validation"
-    assert len(prepared.build(Settings())[1].train.dataset) == 120
+    assert len(prepared.build(Settings(), 0)[1].train.dataset) == 120
 
 
 @pytest.mark.parametrize(
