@@ -83,11 +83,13 @@ def collapse(mean_exit_layer: float, layers: int, lambda_reg: float, margin: flo
     """Return a warning for a model that always leaves after the first or after the last layer, None
     for any other."""
     if mean_exit_layer == 1.0:
-        where, remedy = "the first layer", f"Try a smaller lambda_reg than {lambda_reg:g}"
+        what = "every text leaves after layer 1"
+        remedy = f"Try a smaller lambda_reg than {lambda_reg:g}"
         remedy += ", or a larger halting_margin" if margin < 1 else ""
     elif mean_exit_layer == float(layers):
-        where, remedy = f"all {layers} layers", f"Try a larger lambda_reg than {lambda_reg:g}"
+        what = f"no text leaves early: all use {layers} layers"
+        remedy = f"Try a larger lambda_reg than {lambda_reg:g}"
         remedy += f", or a halting_margin below {margin:g}"
     else:
         return None
-    return f"the depth has collapsed: every validation example uses {where}. {remedy}"
+    return f"{what}. {remedy}"

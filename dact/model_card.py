@@ -125,9 +125,9 @@ def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> s
 
 def _promise(calibration: Mapping[str, Any], layers: int) -> str:
     """Return the record of `dact.calibrate` as text."""
-    promise, against = calibration["promise"], "the model's own full depth"
+    promise, against = calibration["promise"], f"the same model with all {layers} layers"
     if calibration.get("baseline_accuracy") is not None:
-        against = "the baseline"
+        against = "the whole encoder"
     what = what_is_promised(promise, against, layers)
     if calibration.get("estimate"):
         kind = "Estimate, without a confidence"
@@ -136,7 +136,7 @@ def _promise(calibration: Mapping[str, Any], layers: int) -> str:
         kind = f"Promise, with {level:g} % confidence on new texts of the same kind"
     text = (
         f"**{kind}:** {what}. Set on {calibration['examples']} examples: accuracy "
-        f"{100 * calibration['accuracy']:.2f} % (full depth "
+        f"{100 * calibration['accuracy']:.2f} % (all {layers} layers "
         f"{100 * calibration['full_depth_accuracy']:.2f} %), "
         f"{calibration['mean_exit_layer']:.2f} of {layers} layers."
     )
@@ -152,7 +152,7 @@ def _measurements(metrics: Metrics, layers: int) -> list[str]:
     test = metrics["test"]
     entries = [
         ("early exit", test["mean_exit_layer"], test),
-        ("the same model at full depth", layers, test["full_depth"]),
+        (f"all {layers} layers of the same model", layers, test["full_depth"]),
     ]
     if "baseline" in metrics:
         whole = metrics["baseline"]

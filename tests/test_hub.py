@@ -265,7 +265,7 @@ def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
         "`TransformerEncoder`, 4 layers of hidden size 16",
         "Classes (3): `minus`, `none`, `plus`",
         "| early exit | 2.25 | 81.25 % | 0.750 | 1234 |",
-        "| the same model at full depth | 4.00 | 82.00 % |",
+        "| all 4 layers of the same model | 4.00 | 82.00 % |",
         "| whole encoder, fine-tuned | 6.00 | 83.00 % |",
         "tolerance 0, margin 1. A text leaves when its class is proven",
         MARK,
@@ -277,7 +277,11 @@ def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
     ("promise", "estimate", "expected"),
     [
         ({"max_accuracy_loss": 0.01}, False, "at most 1 point of accuracy"),
-        ({"min_agreement": 0.97}, False, "at least 97 % agreement with the model's own full depth"),
+        (
+            {"min_agreement": 0.97},
+            False,
+            "at least 97 % agreement with the same model",
+        ),
         ({"max_layers": 2.5}, True, "at most 2.5 of 4 layers on average"),
     ],
 )
@@ -295,7 +299,7 @@ def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
     }
     text = card(model)
     assert expected in text
-    assert "Set on 300 examples: accuracy 80.00 % (full depth 81.00 %), 2.50 of 4 layers." in text
+    assert "Set on 300 examples: accuracy 80.00 % (all 4 layers 81.00 %), 2.50 of 4 layers." in text
     assert ("Promise, with 95 %" in text) != estimate
     model.halting_margin = 0.25
     assert "300 examples" not in card(model), "the promise belongs to another rule"
