@@ -83,9 +83,11 @@ def _facts(model: Any) -> str:
 
 def _use(model: Any, repo_id: str | None) -> str:
     name = "path/to/this/folder" if repo_id is None else repo_id
+    # Only its own code can build an encoder without a description.
+    own = f", encoder={type(model.encoder).__name__}(...)" if model.encoder.config() is None else ""
     return f"""```python
 from dact import TextClassifier
-classifier = TextClassifier.from_pretrained("{name}")
+classifier = TextClassifier.from_pretrained("{name}"{own})
 print(classifier(["a text", "another text"]))
 ```
 

@@ -34,12 +34,12 @@ def engine(tmp_path, **options):
     # A λ that the recommended settings do not have.
     space = {"num_epochs": {"choices": [1]}, "lambda_reg": {"low": 0.1}}
     made = TuningEngine(
-        model=small_model,
         data=partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60),
         trainer={"max_epochs": 1, "accelerator": "cpu"},
         search_space=space,
         log_dir=tmp_path,
-        **{"n_trials": 2, "encoder_training": "frozen", "warm_up_epochs": 1, **options},
+        **{"model": small_model, "n_trials": 2, "encoder_training": "frozen", "warm_up_epochs": 1}
+        | options,
     )
     made.progress.console.quiet = True
     return made

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import optuna
@@ -30,6 +31,7 @@ from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCal
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from dact import signals
 from dact.tuning.run import Run
@@ -54,8 +56,8 @@ with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
 def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
     """Return the storage of the studies: an sqlite file in the run's folder unless told otherwise.
 
-    Heartbeats tell that the process of a trial has died, on any machine; the trial is then tried
-    again.
+    Heartbeats tell that the process of a trial has died, on any machine; `queue` then tries its
+    parameters again, if the study still lacks a trial.
     """
     if isinstance(address, BaseStorage):
         return address
@@ -65,14 +67,20 @@ def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.drivername.startswith("sqlite"):
         options = {"connect_args": {"timeout": 60}}
+    connect = partial(
+        RDBStorage,
+        url.render_as_string(hide_password=False),
+        engine_kwargs=options,
+        heartbeat_interval=30,
+        grace_period=120,
+    )
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-        return RDBStorage(
-            url.render_as_string(hide_password=False),
-            engine_kwargs=options,
-            heartbeat_interval=30,
-            grace_period=120,
-            heartbeat_stale_trial_callback=RETRY,
-        )
+        try:
+            return connect()
+        except (IntegrityError, ProgrammingError):
+            # Another machine is creating the tables.
+            time.sleep(2)
+            return connect()
 
 
 def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners) -> Study:
