@@ -918,6 +918,10 @@ def test_several_validation_loaders_are_measured_apart(tmp_path):
         assert metrics[name] == pytest.approx(value), name
     for name in ("val_loss", "val_accuracy", "val_exit_layer"):
         assert metrics[f"{name}/dataloader_idx_1"] == pytest.approx(alone[1][name])
+    one = trainer(tmp_path)
+    one.test(model, loaders, verbose=False)
+    one.test(model, loaders[0], verbose=False)
+    assert "test_loss/dataloader_idx_1" not in one.callback_metrics
     fit = trainer(tmp_path)
     fit.fit(model, loader(), loaders)
     assert {"val_loss", "val_loss/dataloader_idx_1"} <= fit.callback_metrics.keys()
