@@ -77,19 +77,3 @@ class LoaderMetrics:
         found["exit_layer"] = (self.exits * layers).sum() / examples
         accuracies = enumerate(self.correct / examples, start=1)
         return found | {f"layer_accuracy/{n}": accuracy for n, accuracy in accuracies}
-
-
-def collapse(mean_exit_layer: float, layers: int, lambda_reg: float, margin: float) -> str | None:
-    """Return a warning for a model that always leaves after the first or after the last layer, None
-    for any other."""
-    if mean_exit_layer == 1.0:
-        what = "every text leaves after layer 1"
-        remedy = f"Try a smaller lambda_reg than {lambda_reg:g}"
-        remedy += ", or a larger halting_margin" if margin < 1 else ""
-    elif mean_exit_layer == float(layers):
-        what = f"no text leaves early: all use {layers} layers"
-        remedy = f"Try a larger lambda_reg than {lambda_reg:g}"
-        remedy += f", or a halting_margin below {margin:g}"
-    else:
-        return None
-    return f"{what}. {remedy}"

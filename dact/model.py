@@ -12,10 +12,7 @@ from typing import Annotated, Any, Self
 import torch
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import Callback, LightningModule
-from lightning.pytorch.utilities.rank_zero import (  # type: ignore[attr-defined]
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
 
 from dact import functional, hub, inference, model_card, saving
@@ -23,7 +20,7 @@ from dact.agreement import Agreement
 from dact.checks import Range, check_arguments, check_count
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, Margin, PonderKind, Tolerance
-from dact.metrics import LoaderMetrics, collapse
+from dact.metrics import LoaderMetrics
 from dact.model_card import Metrics
 from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
@@ -454,14 +451,6 @@ class DACT(LightningModule):
                 f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
                 f"{self.encoder.hidden_size}; set learning_rate to change it"
             )
-
-    def on_fit_end(self) -> None:
-        value = self.trainer.callback_metrics.get("val_exit_layer")
-        if value is None or self.num_layers == 1 or self.halting == "never":
-            return
-        warning = collapse(value.item(), self.num_layers, self.lambda_reg, self.halting_margin)
-        if warning is not None:
-            rank_zero_warn(warning)
 
     def configure_optimizers(self) -> Any:
         stacked = [*self.classifier.parameters(), *self.confidence.parameters()]

@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import warnings
 from pathlib import Path
 
 import hypothesis.strategies as st
@@ -21,7 +20,6 @@ from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
 from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
 from dact.files import DurableCheckpointIO
-from dact.submodels import start_at
 from tests import references
 from tests.conftest import forked, free_port, random_batch, scatter_exits, tiny_model
 from tests.test_encoders import config_of
@@ -313,24 +311,6 @@ def test_the_mean_exit_layer_of_many_examples_is_right_in_half_precision(tmp_pat
     mean = (model.exit_histogram * layers).sum() / model.exit_histogram.sum()
     assert metrics["val_exit_layer"] == pytest.approx(mean.item(), abs=1e-4)
     assert model.exit_histogram.sum() == 6_000
-
-
-def test_a_fit_that_never_or_always_exits_early_is_a_visible_warning(tmp_path):
-    for lambda_reg, words in (
-        (50.0, "after layer 1.*smaller lambda_reg"),
-        (0.0, "all use 4 layers.*larger lambda_reg"),
-    ):
-        model = tiny_model(
-            lambda_reg=lambda_reg, lambda_warmup=0.0, learning_rate=3e-2 if lambda_reg else 1e-9
-        )
-        if not lambda_reg:
-            start_at(model.confidence, 9.0)
-        with pytest.warns(UserWarning, match=words):
-            trainer(tmp_path, max_epochs=6).fit(model, loader(), loader(seed=1))
-    single = tiny_model(layers=1)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("error", message=".*text leaves.*")
-        trainer(tmp_path).fit(single, loader(), loader(seed=1))
 
 
 def _two_processes(rank, port, folder):
