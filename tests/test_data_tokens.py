@@ -148,7 +148,7 @@ def test_an_example_of_128_tokens_takes_little_memory_beside_its_text(tmp_path):
     tracemalloc.stop()
     text = sum(text.__sizeof__() for text in texts)
     assert all(len(item["input_ids"]) == 128 for item in module._encoded["train"])
-    assert (used - text) / len(texts) < 1500
+    assert (used - text) / len(texts) < 1000
 
 
 def test_texts_that_are_cut_are_counted_with_the_length_that_would_do(tmp_path):

@@ -11,15 +11,15 @@ import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from typing_extensions import override
 
 from dact.checks import check_count, check_range
-from dact.data.batching import Item, LengthGroupedSampler, collate, encode
+from dact.data.batching import LengthGroupedSampler, collate, encode
 from dact.data.examples import Examples, stratified_split
 from dact.data.files import listed
 from dact.data.teacher import teacher_probabilities
-from dact.data.tokenizers import PreTrainedTokenizerBase, tokenizer_for
+from dact.data.tokenizers import PreTrainedTokenizerBase, padding_of, tokenizer_for
 from dact.functional import UNLABELLED
 
 # Examples per batch of test; early exit regroups within a batch.
@@ -119,7 +119,7 @@ class TextDataModule(ClassificationDataModule, ABC):
         # A Path is welcome.
         self.teacher = teacher and str(teacher)
         self.splits: dict[str, Examples] = {}
-        self._encoded: dict[str, list[Item]] = {}
+        self._encoded: dict[str, Any] = {}
 
     @abstractmethod
     def examples(self, split: str) -> Examples:
@@ -157,6 +157,7 @@ class TextDataModule(ClassificationDataModule, ABC):
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
 
     def _encode(self, split: str, examples: Examples) -> None:
+        items: Any
         items, cut = encode(examples, self.tokenizer, self.max_length)
         if len(cut) > CUT_SHARE * len(items):
             needed = sorted(cut, reverse=True)[int(CUT_SHARE * len(items))]
@@ -169,8 +170,8 @@ class TextDataModule(ClassificationDataModule, ABC):
             # Validation compares fits example by example, so there is one order whatever the batch
             # size: neighbours have similar lengths, and the blocks are shuffled, so that the
             # Trainer's limit_val_batches keeps texts of all lengths.
-            order = LengthGroupedSampler(_lengths(items), VALIDATION_BLOCK, seed=0)
-            items = [items[row] for row in order]
+            order = LengthGroupedSampler(items.lengths, VALIDATION_BLOCK, seed=0)
+            items = Subset(items, list(order))
         self.splits[split] = examples
         self._encoded[split] = items
 
@@ -186,26 +187,22 @@ class TextDataModule(ClassificationDataModule, ABC):
         return f"{len(names)} classes: {text}{more}"
 
     def _loader(self, split: str) -> DataLoader[Any]:
-        items, tokenizer = self._encoded[split], self.tokenizer
+        items = self._encoded[split]
         sampler, teacher, size = None, None, self.batch_size
         if split == "train":
             processes: dict[str, Any] = {}
             if self.trainer is not None and self.trainer.world_size > 1:
                 processes = self.trainer.distributed_sampler_kwargs or {}
-            sampler = LengthGroupedSampler(_lengths(items), size, self.seed, **processes)
+            sampler = LengthGroupedSampler(items.lengths, size, self.seed, **processes)
             teacher = self.teacher_probabilities
         elif split == "test":
             size = max(size, TEST_BATCH)
-        padding = {
-            "input_ids": tokenizer.pad_token_id,
-            "token_type_ids": tokenizer.pad_token_type_id,
-        }
         return DataLoader(
-            items,  # type: ignore[arg-type]
+            items,
             batch_size=size,
             sampler=sampler,
             # Not a method: processes that prepare batches need not copy the whole datamodule.
-            collate_fn=partial(collate, padding=padding, teacher=teacher),
+            collate_fn=partial(collate, padding=padding_of(self.tokenizer), teacher=teacher),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
         )
@@ -234,7 +231,3 @@ class TextDataModule(ClassificationDataModule, ABC):
     @override
     def test_dataloader(self) -> DataLoader[Any]:
         return self._loader("test")
-
-
-def _lengths(items: list[Item]) -> list[int]:
-    return [len(item["input_ids"]) for item in items]

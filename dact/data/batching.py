@@ -9,20 +9,44 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
-from torch.utils.data import DistributedSampler
+from torch.utils.data import Dataset, DistributedSampler
 
 from dact.data.examples import Examples
-from dact.data.tokenizers import PORTION, PreTrainedTokenizerBase
+from dact.data.tokenizers import Array, PreTrainedTokenizerBase, flat_tokens, pad
 
 # Batches that are sorted by length together.
 GROUP = 50
 Item = dict[str, Any]
 
 
+class Encoded(Dataset[Item]):
+    """Tokenized examples, whose tokens lie one after the other in one array of each kind: arrays of
+    their own would take twice the memory of short texts.
+
+    Args:
+        lengths: Number of tokens of each example, ``[examples]``.
+        tokens: ``input_ids`` and the tokenizer's other values per token, ``[tokens of all]``.
+        columns: Integers of each example by name, such as ``labels``.
+    """
+
+    def __init__(
+        self, lengths: Array, tokens: Mapping[str, Array], columns: Mapping[str, Sequence[int]]
+    ) -> None:
+        self.lengths, self.tokens, self.columns = lengths, tokens, columns
+        self.ends = np.cumsum(lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, row: int) -> Item:
+        place = slice(self.ends[row] - self.lengths[row], self.ends[row])
+        tokens = {name: values[place] for name, values in self.tokens.items()}
+        return {**tokens, **{name: values[row] for name, values in self.columns.items()}}
+
+
 def encode(
     examples: Examples, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[list[Item], list[int]]:
+) -> tuple[Encoded, Array]:
     """Tokenize examples.
 
     Args:
@@ -31,42 +55,26 @@ def encode(
         max_length: Number of tokens to which longer examples are cut.
 
     Returns:
-        The examples and, for each that was cut, its number of tokens before the cut. An example has
-        ``input_ids`` and the tokenizer's other values per token, int32 or int8 ``[length]``, its
-        ``row`` in the split, and its ``labels`` and ``depth`` if the data has them.
+        The examples, each with its ``row`` in the split, and its ``labels`` and ``depth`` if the
+        data has them; and the number of tokens before the cut of those that were cut.
     """
-    columns = {"labels": examples.labels, "depth": examples.depths}
+    columns = {"row": range(len(examples)), "labels": examples.labels, "depth": examples.depths}
     known = {name: values for name, values in columns.items() if values is not None}
-    options: dict[str, Any] = {"return_attention_mask": False}
-    items: list[Item] = []
-    cut: list[int] = []
-    for start in range(0, len(examples), PORTION):
-        texts = [column[start : start + PORTION] for column in examples.columns]
-        encoding = tokenizer(*texts, truncation=True, max_length=max_length, **options)
-        for row, ids in enumerate(zip(*encoding.values(), strict=True), start):
-            tokens = {name: _small(name, one) for name, one in zip(encoding, ids, strict=True)}
-            items.append({**tokens, "row": row, **{name: c[row] for name, c in known.items()}})
-        full = [row for row, ids in enumerate(encoding["input_ids"]) if len(ids) == max_length]
-        if full:
-            # Only the whole text tells whether it was cut, and by how much.
-            again = ([column[row] for row in full] for column in texts)
-            whole = tokenizer(*again, verbose=False, **options)
-            cut += [len(ids) for ids in whole["input_ids"] if len(ids) > max_length]
-    return items, cut
-
-
-def _small(name: str, values: list[int]) -> Any:
-    """Return values per token in 4 bytes each, or in 1 for token types."""
-    return np.array(values, np.int8 if name == "token_type_ids" else np.int32)
+    options = {"truncation": True, "max_length": max_length}
+    encoded = Encoded(*flat_tokens(tokenizer, *examples.columns, **options), known)
+    # Only the whole text tells whether it was cut, and by how much.
+    full = examples.take(np.flatnonzero(encoded.lengths == max_length).tolist())
+    whole, _ = flat_tokens(tokenizer, *full.columns, verbose=False)
+    return encoded, whole[whole > max_length]
 
 
 def collate(
-    items: Sequence[Mapping[str, Any]], padding: Mapping[str, int], teacher: Tensor | None = None
+    items: Sequence[Item], padding: Mapping[str, int], teacher: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Return a batch of items, padded on the right to the longest of them.
 
     Args:
-        items: Examples as `encode` returns them.
+        items: Examples of an `Encoded`.
         padding: Value that pads each token array; 0 for those that are not named.
         teacher: Class probabilities of all examples, ``[examples, classes]``.
 
@@ -74,16 +82,12 @@ def collate(
         ``input_ids``, ``attention_mask`` and other token arrays ``[batch, length]``, ``row``,
         ``labels`` and ``depth`` ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
     """
-    batch: dict[str, Tensor] = {}
-    for name in items[0]:
-        if isinstance(items[0][name], int):
-            batch[name] = torch.tensor([item[name] for item in items])
-        else:
-            values = [torch.from_numpy(item[name]) for item in items]
-            filler = padding.get(name, 0)
-            batch[name] = pad_sequence(values, batch_first=True, padding_value=filler).long()
-    lengths = torch.tensor([len(item["input_ids"]) for item in items])
-    batch["attention_mask"] = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    columns = {name: [item[name] for item in items] for name in items[0]}
+    tokens = {name: one for name, one in columns.items() if isinstance(one[0], np.ndarray)}
+    lengths = np.array([len(ids) for ids in tokens["input_ids"]])
+    flat = {name: np.concatenate(values) for name, values in tokens.items()}
+    batch = pad(lengths, flat, padding)
+    batch |= {name: torch.tensor(columns[name]) for name in columns.keys() - tokens.keys()}
     if teacher is not None:
         batch["teacher"] = teacher[batch["row"]]
     return batch

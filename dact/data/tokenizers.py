@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import textwrap
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
@@ -20,6 +22,7 @@ from dact.encoders.pretrained import resolve_pretrained
 
 # Texts that are tokenized in one call, since a tokenizer needs far more memory than its texts.
 PORTION = 1000
+Array = npt.NDArray[Any]
 
 
 def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
@@ -69,21 +72,44 @@ def tokenize(
         *texts: Texts or pairs of texts; or first and second texts.
         **options: Other arguments of the tokenizer, such as ``truncation``.
     """
-    encoding: dict[str, list[Any]] = {"input_ids": []}
+    return pad(*flat_tokens(tokenizer, *texts, **options), padding_of(tokenizer))
+
+
+def flat_tokens(
+    tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any
+) -> tuple[Array, dict[str, Array]]:
+    """Return the number of tokens of each text, ``[texts]``, and token ids and what belongs to them
+    by name, ``[tokens of all texts]``; see `tokenize`."""
+    lengths: list[int] = []
+    parts: dict[str, list[Array]] = defaultdict(list)
     for start in range(0, len(texts[0]), PORTION):
         columns = (column[start : start + PORTION] for column in texts)
         part = tokenizer(*columns, return_attention_mask=False, **options)
-        for name, examples in part.items():
-            encoding.setdefault(name, []).extend(examples)
-    lengths = np.fromiter(map(len, encoding["input_ids"]), np.int64)
+        lengths += map(len, part["input_ids"])
+        for name, rows in part.items():
+            kind = np.int8 if name == "token_type_ids" else np.int32
+            parts[name].append(np.fromiter(chain.from_iterable(rows), kind))
+    return np.array(lengths), {name: np.concatenate(arrays) for name, arrays in parts.items()}
+
+
+def pad(
+    lengths: Array, values: Mapping[str, Array], padding: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Return what `flat_tokens` returns as tensors padded on the right, int64 ``[texts, tokens]``,
+    with an ``attention_mask``."""
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
-    padding = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     tensors = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
-    for name, examples in encoding.items():
-        values = np.full(mask.shape, padding.get(name) or 0, np.int64)
-        values[mask] = np.fromiter(chain.from_iterable(examples), np.int64, lengths.sum())
-        tensors[name] = torch.from_numpy(values)
+    for name, flat in values.items():
+        padded = np.full(mask.shape, padding.get(name, 0), np.int64)
+        padded[mask] = flat
+        tensors[name] = torch.from_numpy(padded)
     return tensors
+
+
+def padding_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """Return the values that pad; 0 stands for others."""
+    names = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
+    return {name: value or 0 for name, value in names.items()}
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
