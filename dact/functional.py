@@ -8,11 +8,12 @@ the confidence :math:`h_n \in [0, 1]`:
     a_0 = 0, \quad a_n = p_{n-1} y_n + (1 - p_{n-1}) a_{n-1}, \qquad
     Y = a_N
 
-Source: Eyzaguirre & Soto, *Differentiable Adaptive Computation Time for Visual Reasoning*, CVPR
-2020 (arXiv 2004.12770), and Eyzaguirre et al., *DACT-BERT*, arXiv 2109.11745.
+y and a are ``[batch, layers, classes]``, each row a probability vector of at least two classes; h
+and p are ``[batch, layers]``, in [0, 1]. Those of one layer lack the second dimension. A layer's
+number is 1-based. Results are in float32 or more.
 
-Shapes are written ``[batch, layers, classes]``; a layer's number is 1-based wherever it is
-returned."""
+Source: Eyzaguirre & Soto, *Differentiable Adaptive Computation Time for Visual Reasoning*, CVPR
+2020 (arXiv 2004.12770), and Eyzaguirre et al., *DACT-BERT*, arXiv 2109.11745."""
 
 from __future__ import annotations
 
@@ -37,9 +38,7 @@ Margin = Annotated[
     float, Range("[0, 1]", "it is the lead of a layer's first class that suffices, 1 turns it off")
 ]
 
-# Below this a probability no longer changes the task loss. It keeps 1 / a and sums of it finite in
-# float32 (whose largest number is 3e38), and is far below the smallest probability that a trained
-# softmax gives (e^-69).
+# Below this a probability no longer changes the task loss, so that 1 / a stays finite in float32.
 SMALLEST_PROBABILITY = 1e-30
 UNLABELLED = -100  # the label of an example that only a teacher labels
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices for which the CPU computes the halting rule
@@ -74,47 +73,34 @@ class Halting:
         check_arguments(Halting, vars(self), "Halting: ")
 
     def with_dial(self, name: str, value: float) -> Halting:
-        """Return this rule with another value of one dial.
-
-        Args:
-            name: Name of the dial, ``"halting_tolerance"`` or ``"halting_margin"``.
-            value: New value.
-        """
-        if name == "halting_tolerance":
-            return replace(self, tolerance=value)
-        return replace(self, margin=value)
+        """Return this rule with another value of one dial, ``"halting_tolerance"`` or
+        ``"halting_margin"``."""
+        return replace(self, **{name.removeprefix("halting_"): value})
 
     def halts(
         self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int
     ) -> Tensor:
-        """Return which examples leave after a layer; shapes are not checked.
+        """Return which examples leave after a layer, bool ``[…]``; shapes are not checked.
 
         Args:
-            a: a_n, ``[…, classes]``.
-            p: p_n, ``[…]``.
-            y: y_n, ``[…, classes]``; unused at a margin of 1.
+            a, p, y: a_n and y_n ``[…, classes]``, and p_n ``[…]``.
             remaining: Number of layers that remain, or int64 ``[…]``.
             num_layers: N, the layers of the model.
-
-        Returns:
-            A bool tensor ``[…]``.
         """
-        halts = _provable(a, p, remaining, self.rule, self.tolerance, num_layers)
+        halts = _provable(a, p, remaining, self, num_layers)
         if self.margin == 1 or self.rule == "never":
             return halts
         return halts | (_lead(y) > self.margin)
 
     def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
-        """Return the first layer after which each example leaves, int64 ``[batch]``; see
-        `exit_layers`."""
+        """Return the first layer after which each example leaves, int64 ``[batch]``."""
         remaining = torch.arange(p.shape[1] - 1, -1, -1, device=p.device)  # [layers]
         return self.halts(a, p, y, remaining, p.shape[1]).int().argmax(dim=1) + 1
 
 
 def _check_shapes(**given: tuple[Tensor, str]) -> None:
-    """Raise a ``ValueError`` if tensors, by name with their shapes, do not fit each other.
-
-    Shapes are written such as ``"batch layers classes"``."""
+    """Raise a ``ValueError`` if tensors do not fit each other's shapes, such as ``"batch
+    layers"``."""
     sizes: dict[str, int] = {}
     for name, (tensor, shape) in given.items():
         names = shape.split()
@@ -131,32 +117,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
 
 
 def accumulate_step(a: Tensor, p: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Take one step of the recurrence, from (a_{n-1}, p_{n-1}) and (y_n, h_n) to (a_n, p_n).
-
-    Args:
-        a: a_{n-1}, ``[batch, classes]``.
-        p: p_{n-1}, ``[batch]``, in [0, 1].
-        y: y_n, ``[batch, classes]``, each row a probability vector.
-        h: h_n, ``[batch]``, in [0, 1].
-
-    Returns:
-        a_n ``[batch, classes]`` and p_n ``[batch]``.
-    """
+    """Return (a_n, p_n), one step of the recurrence from (a_{n-1}, p_{n-1}) and (y_n, h_n)."""
     share = p.unsqueeze(-1)
     return share * y + (1 - share) * a, p * h
 
 
 def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the answer a_n and the remaining share p_n after each layer.
-
-    Args:
-        y: Classifier's output of each layer, ``[batch, layers, classes]``, rows are probability
-            vectors.
-        h: Confidence of each layer, ``[batch, layers]``, in [0, 1].
-
-    Returns:
-        a ``[batch, layers, classes]`` and p ``[batch, layers]``, in float32 or more. a_n is a
-        probability vector, p never increases with n.
+    """Return the answers a and the remaining shares p after each layer, from y and h.
 
     Example:
         >>> y = torch.tensor([[[0.75, 0.25], [0.25, 0.75]]])
@@ -199,10 +166,8 @@ def can_halt(
     guarantee.
 
     Args:
-        a: a_n, ``[batch, classes]``, each row a probability vector of at least two classes.
-        p: p_n, ``[batch]``, in [0, 1].
-        remaining: d, number of layers that remain: one for all, or one per example (int64
-            ``[batch]``).
+        a, p: a_n ``[batch, classes]`` and p_n ``[batch]``.
+        remaining: d, number of layers that remain: one for all, or int64 ``[batch]``.
         rule: ``"exact"``, ``"paper"``, or ``"never"`` (run every layer).
         tolerance: Largest probability, in [0, 1), by which the returned class may end behind the
             final winner.
@@ -215,23 +180,18 @@ def can_halt(
         >>> can_halt(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0.1, 0.1]), remaining=2)
         tensor([ True, False])
     """
-    check_arguments(Halting, {"rule": rule, "tolerance": tolerance})
     _check_shapes(a=(a, "batch classes"), p=(p, "batch"))
-    return _provable(a, p, remaining, rule, tolerance, num_layers)
+    return _provable(a, p, remaining, Halting(rule, tolerance), num_layers)
 
 
 def _provable(
-    a: Tensor,
-    p: Tensor,
-    remaining: int | Tensor,
-    rule: HaltingRule,
-    tolerance: float,
-    num_layers: int | None,
+    a: Tensor, p: Tensor, remaining: int | Tensor, halting: Halting, num_layers: int | None
 ) -> Tensor:
     """Return what `can_halt` returns, without its checks, for a ``[…, classes]`` and p ``[…]``."""
+    rule, tolerance = halting.rule, halting.tolerance
     if a.device.type in WITHOUT_FLOAT64:
         remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
-        return _provable(a.cpu(), p.cpu(), remaining, rule, tolerance, num_layers).to(a.device)
+        return _provable(a.cpu(), p.cpu(), remaining, halting, num_layers).to(a.device)
     d = remaining.to(a.device) if isinstance(remaining, Tensor) else int(remaining)
     last = d == 0
     if rule == "never" or last is True:
@@ -247,26 +207,18 @@ def _provable(
 
 
 def _lead(y: Tensor) -> Tensor:
-    """Return the probability of the first class minus that of the second, ``[…]``, in float32 or
-    more."""
+    """Return the probability of the first class minus that of the second, ``[…]``."""
     first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
     return first - second
 
 
 def is_clear(y: Tensor, margin: float) -> Tensor:
-    """Return whether a layer's own classification leads by more than `margin`: its first class over
-    its second.
+    """Return whether the first class of y_n ``[…, classes]`` leads its second by more than
+    `margin`, bool ``[…]``; at a margin of 1 no example is clear.
 
-    This is the second halting criterion, next to `can_halt`; it proves nothing about the remaining
-    layers. It is the "softmax response" of Schuster et al., *Confident Adaptive Language Modeling*,
-    NeurIPS 2022 (arXiv 2207.07061).
-
-    Args:
-        y: y_n, ``[…, classes]``, probability vectors of at least two classes.
-        margin: Margin in [0, 1]; at 1 no example is clear.
-
-    Returns:
-        A bool tensor ``[…]``.
+    This second halting criterion proves nothing about the remaining layers. It is the "softmax
+    response" of Schuster et al., *Confident Adaptive Language Modeling*, NeurIPS 2022 (arXiv
+    2207.07061).
 
     Example:
         >>> is_clear(torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1]]), 0.5)
@@ -284,19 +236,8 @@ def exit_layers(
     y: Tensor | None = None,
     margin: float = 1.0,
 ) -> Tensor:
-    """Return the first layer after which each example may halt: by `can_halt` or, unless never, by
-    `is_clear`.
-
-    Args:
-        a: ``[batch, layers, classes]``, as `accumulate` returns it.
-        p: ``[batch, layers]``, as `accumulate` returns it.
-        rule, tolerance: As for `can_halt`.
-        y: Classifications of the layers, ``[batch, layers, classes]``; needed for a margin below 1.
-        margin: As for `is_clear`.
-
-    Returns:
-        int64 ``[batch]``, in 1 … layers.
-    """
+    """Return the first layer after which each example may halt, int64 ``[batch]``: by `can_halt`
+    or, unless never, by `is_clear`, which needs y for a margin below 1."""
     _check_shapes(a=(a, "batch layers classes"), p=(p, "batch layers"))
     halting = Halting(rule, tolerance, margin)
     if margin < 1 and rule != "never" and y is None:
@@ -305,29 +246,13 @@ def exit_layers(
 
 
 def answer_at(a: Tensor, exit_layer: Tensor) -> Tensor:
-    """Return a_n at each example's exit layer: the answer of early exit.
-
-    Args:
-        a: ``[batch, layers, classes]``.
-        exit_layer: int64 ``[batch]``, 1-based.
-
-    Returns:
-        ``[batch, classes]``.
-    """
+    """Return a_n ``[batch, classes]`` at each example's exit layer, int64 ``[batch]``."""
     return a[torch.arange(len(a), device=a.device), exit_layer - 1]
 
 
 def ponder_cost(p: Tensor, h: Tensor, kind: PonderKind = "p") -> Tensor:
-    """Return the ponder cost ρ, the mean over the batch of Σ_n p_n (the authors' code) or of Σ_n
-    h_n.
-
-    Args:
-        p: ``[batch, layers]``, in [0, 1].
-        h: ``[batch, layers]``, in [0, 1].
-        kind: ``"p"`` or ``"h"``.
-
-    Returns:
-        A scalar in [0, layers].
+    """Return the ponder cost ρ, a scalar: the mean over the batch of Σ_n p_n (``"p"``, the authors'
+    code) or of Σ_n h_n (``"h"``).
 
     Example:
         >>> ponder_cost(torch.tensor([[0.5, 0.25]]), torch.tensor([[0.5, 0.5]])).item()
@@ -352,7 +277,7 @@ def soft_targets(
         share: s, the teacher's share of the target, in [0, 1].
 
     Returns:
-        q, ``[batch, classes]``, in float32 or more.
+        q, ``[batch, classes]``.
 
     Raises:
         ValueError: If a label is out of range or the teacher holds no probabilities.
@@ -384,23 +309,18 @@ def soft_targets(
 
 
 def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
-    r"""Return the negative log-likelihood of answers that are probabilities, -log a[target], mean
-    over the batch.
+    r"""Return the negative log-likelihood of answers, :math:`-\sum_k w_k q_k \log a_k`, mean over
+    the batch; 0 if no example has a target.
 
-    Probabilities below 1e-30 count as 1e-30, so that values and gradients stay finite. For targets
-    q that are probabilities it is :math:`-\sum_k w_k q_k \log a_k`; with those of a teacher this is
-    distillation at temperature 1 (Hinton et al. 2015, arXiv 1503.02531).
+    With a teacher in the targets q this is distillation at temperature 1 (Hinton et al. 2015, arXiv
+    1503.02531).
 
     Args:
-        a: ``[batch, classes]``, each row a probability vector; computed in float32 or more.
-        target: int64 ``[batch]``, in 0 … classes - 1, or probabilities ``[batch, classes]``, as
-            `soft_targets` makes them. Examples without a target (labelled -100, a row of zeros) are
-            left out.
+        a: Answers, ``[batch, classes]``; probabilities below 1e-30 count as 1e-30.
+        target: q, as `soft_targets` makes them, or classes, int64 ``[batch]``. Examples without a
+            target (a row of zeros, or -100) are left out.
         class_weights: w, ``[classes]``. The mean is over examples and not over weights, so that it
             does not depend on how examples fall into batches.
-
-    Returns:
-        A scalar; 0 if no example has a target.
 
     Example:
         >>> round(task_loss(torch.tensor([[0.5, 0.5]]), torch.tensor([1])).item(), 4)
@@ -415,9 +335,8 @@ def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = Non
     batch and layers.
 
     Args:
-        logits: The classifier's logits, ``[batch, layers, classes]``; y is their softmax.
-        target: As for `task_loss`.
-        class_weights: As for `task_loss`.
+        logits: Logits of y, ``[batch, layers, classes]``.
+        target, class_weights: As for `task_loss`.
     """
     log_y = at_least_float32(logits).log_softmax(dim=-1)
     # The loss is linear in the logarithms.
@@ -436,10 +355,7 @@ def _cross_entropy(log_y: Tensor, target: Tensor, class_weights: Tensor | None) 
 
 def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a batch with all of its examples, then all of them again: one run of the encoder is
-    two passes with different dropout masks.
-
-    Entries of another length than ``labels``, and those that are no tensors, stay as they are.
-    """
+    two passes with different dropout masks."""
     found, rows = dict(batch), len(batch["labels"])
     for name, entry in batch.items():
         if isinstance(entry, Tensor) and entry.dim() and len(entry) == rows:
@@ -448,19 +364,12 @@ def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def divergence(first: Tensor, second: Tensor) -> Tensor:
-    """Return the symmetric Kullback-Leibler divergence between two classifications, mean over batch
-    and layers.
+    """Return half of KL(p‖q) + KL(q‖p) in nats, mean over batch and layers, from logits of two
+    classifications, each ``[batch, layers, classes]``.
 
-    It is half of KL(p‖q) + KL(q‖p) (Liang et al. 2021, *R-Drop: Regularized Dropout for Neural
-    Networks*, formula 2). There the likelihoods of both passes are summed. `DACT` takes their mean:
-    its weight of 5 is an α of 10 there.
-
-    Args:
-        first: Logits of p, ``[batch, layers, classes]``.
-        second: Logits of q, of the same shape.
-
-    Returns:
-        A scalar, 0 or more, in nats.
+    Source: Liang et al. 2021, *R-Drop: Regularized Dropout for Neural Networks*, formula 2. There
+    the likelihoods of both passes are summed. `DACT` takes their mean: its weight of 5 is an α of
+    10 there.
     """
     log_p, log_q = (at_least_float32(logits).log_softmax(dim=-1) for logits in (first, second))
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1).mean() / 2

@@ -1,10 +1,9 @@
 """Early exit that really skips the work, on batches that stay full.
 
-A window of examples goes through the encoder layer by layer. Within a window, examples of similar
-length form groups. A group enters a layer in one step. The submodels and the halting rule run once
-per layer for the whole window. After each layer, the examples that may halt leave. The remaining
-groups are cut to their longest example and merged with their neighbours until they are full again.
-So neither padding nor half-empty batches cost what early exit saves."""
+A window of examples goes through the encoder layer by layer, in groups of similar length. A group
+enters a layer in one step; the submodels and the halting rule run once per layer for the window.
+After each layer, the examples that may halt leave, and the remaining groups are cut to their
+longest example and merged with their neighbours until they are full again."""
 
 from __future__ import annotations
 
@@ -24,12 +23,11 @@ from dact.functional import Halting, accumulate_step, at_least_float32
 from dact.outputs import DACTOutput
 from dact.submodels import Submodels
 
-# In half precision on a CPU, oneDNN prepares each new shape for about a millisecond. Lengths that
-# are multiples of this make fewer shapes: 1.4 to 1.8 times as fast on VADER.
+# In half precision on a CPU, oneDNN prepares each new shape for about a millisecond, and there are
+# fewer of multiples of this length: 1.4 to 1.8 times as fast on VADER.
 LENGTH_UNIT = 4
-# Tokens of one step, padding included, beyond which larger steps bring no more speed. On a CPU
-# small steps are fast enough, and large ones waste time on padding. A GPU spends its time launching
-# kernels unless a step is large.
+# Tokens of one step, padding included, beyond which larger steps bring no more speed. Large ones
+# waste time on padding; small ones, on a GPU, on launching kernels.
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
 
@@ -49,8 +47,7 @@ class _Group:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into eval mode for the block, so that dropout changes no answer, and restore
-    each part's mode."""
+    """Put a module into eval mode for the block, then restore the mode of each part."""
     if not module.training:
         yield
         return
@@ -83,14 +80,11 @@ def early_exit(
         confidence: Confidence g, with as many layers.
         batch: Inputs of the encoder, for any number of examples in any order.
         halting: Rule by which examples leave.
-        step_tokens: Number of tokens that enter a layer in one step, padding included. A longer
-            example enters alone. By default it depends on the kind of device.
-        window_tokens: Number of tokens whose hidden states are held in memory at a time; by default
-            16 times `step_tokens`, or what 16 steps of the device have.
+        step_tokens: Number of tokens that enter a layer in one step, padding included (a longer
+            example enters alone); by default by the kind of device.
+        window_tokens: Number of tokens whose hidden states are held in memory at a time; 16 steps
+            by default.
         record: Whether to return y and h as well, zeros after the exit layer.
-
-    Returns:
-        Answers and exit layers, in the order of `batch`.
 
     Raises:
         ValueError: If the batch is empty, or an example is all padding.
@@ -125,10 +119,7 @@ def _prepares_shapes(encoder: LayeredEncoder, device: torch.device) -> bool:
 
 
 class _Results:
-    """The results of early exit, by the rows of the batch.
-
-    Each layer overwrites the answers of the examples that enter it, so the last layer of an example
-    decides."""
+    """The results of early exit, by the rows of the batch; later layers overwrite earlier ones."""
 
     def __init__(self, batch: int, num_layers: int, record: bool) -> None:
         self.layers = np.ones(batch, dtype=np.int64)
@@ -137,7 +128,6 @@ class _Results:
         self.answers = self.y = self.h = torch.empty(0)
 
     def store(self, layer: int, rows: Indices, a: Tensor, y: Tensor, h: Tensor) -> None:
-        """Store the results of the examples that entered a layer."""
         index, batch = _send(rows, a.device), len(self.layers)
         if not len(self.answers):
             self.answers = a.new_zeros(batch, a.shape[1])
@@ -164,13 +154,9 @@ def _run_window(
     results: _Results,
     step: int,
 ) -> None:
-    """Run the groups of a window until all of its examples have left.
+    """Run the groups of a window, in the order of their lengths, until all examples have left.
 
-    Args:
-        groups: Examples of the window before layer 1, in the order of their lengths.
-        rows: Row of each example in the batch, over all groups.
-        step: Number of tokens of one step, padding included.
-    """
+    `rows` has the row of each example in the batch, over all groups."""
     num_layers = classifier.num_layers
     for n in range(1, num_layers + 1):
         states = [*encoder.for_each(partial(_run_layer, encoder, n), groups)]
@@ -197,7 +183,7 @@ def _run_window(
 
 
 def _run_layer(encoder: LayeredEncoder, layer: int, group: _Group) -> Tensor:
-    """Run one layer on a group, in place, and return the pooled states ``[batch, hidden]``."""
+    """Run one layer on a group in place; return the pooled states ``[batch, hidden]``."""
     if group.context is None:
         group.context = encoder.context(group.hidden, group.mask)
     group.hidden = encoder.layer(layer, group.hidden, group.context)
@@ -210,11 +196,7 @@ def _send(index: Indices, device: torch.device) -> Tensor:
 
 
 def _cut(rows: Indices, lengths: Indices, most: int) -> Iterator[Indices]:
-    """Cut rows, sorted by length, into runs of at most `most` tokens, padding included, or of one
-    example."""
-    if len(rows) * lengths[-1] <= most:
-        yield rows
-        return
+    """Cut rows, sorted by length, into runs of at most `most` tokens with padding, or one row."""
     start = 0
     for end, length in enumerate(lengths.tolist()):
         if end > start and (end + 1 - start) * length > most:
@@ -248,12 +230,8 @@ def _regroup(
     """Return the groups without the examples that have left; neighbours that fit into one step are
     merged.
 
-    Args:
-        groups: Groups in the order of their lengths.
-        staying: Positions of the examples that stay, ascending, over all groups.
-        index: The same on the device of the groups.
-        step: Number of tokens of one step, padding included.
-    """
+    `staying` has the positions of those that stay, ascending, over all groups; `index` is the same
+    on the device of the groups."""
     merged: list[list[_Part]] = []
     start = first = 0  # the group's first position, and where its positions begin in `staying`
     for group in groups:
@@ -262,7 +240,8 @@ def _regroup(
             rows = index[first:last] - start if start else index[first:last]
             part = _Part(group, rows, group.lengths[staying[first:last] - start])
             count = sum(len(p.lengths) for p in merged[-1]) + len(part.lengths) if merged else 0
-            if merged and count * part.longest <= step:  # the last group is the longest
+            # The last group is the longest.
+            if merged and count * part.lengths[-1] <= step:
                 merged[-1].append(part)
             else:
                 merged.append([part])
@@ -272,30 +251,20 @@ def _regroup(
 
 @dataclass
 class _Part:
-    """The examples of a group that stay."""
+    """The examples of a group that stay: their rows, int64, and their lengths, ascending."""
 
     group: _Group
-    rows: Tensor  # int64: the rows of the group that stay
-    lengths: Indices  # ascending
-
-    @property
-    def longest(self) -> int:
-        return int(self.lengths[-1])
-
-    @property
-    def is_whole(self) -> bool:
-        return len(self.lengths) == len(self.group.lengths)
+    rows: Tensor
+    lengths: Indices
 
     def pick(self, tensor: Tensor) -> Tensor:
         """Return the rows that stay of ``[batch, length, …]``, cut to the longest of them."""
-        longest = self.longest
-        cut = tensor[:, :longest] if longest < tensor.shape[1] else tensor
-        return cut if self.is_whole else cut.index_select(0, self.rows)
+        cut = tensor[:, : self.lengths[-1]]
+        return cut if len(self.lengths) == len(tensor) else cut.index_select(0, self.rows)
 
 
 def _shrink(encoder: LayeredEncoder, part: _Part) -> _Group:
-    """Return a group of the examples that stay."""
-    if part.is_whole:
+    if len(part.lengths) == len(part.group.lengths):
         return part.group
     hidden, mask = part.pick(part.group.hidden), part.pick(part.group.mask)
     context = encoder.keep(part.group.context, part.rows, hidden, mask)
@@ -303,14 +272,13 @@ def _shrink(encoder: LayeredEncoder, part: _Part) -> _Group:
 
 
 def _merge(parts: list[_Part]) -> _Group:
-    """Return one group of the examples of all parts."""
     lengths = np.concatenate([part.lengths for part in parts])
     first = parts[0].group
-    hidden = first.hidden.new_zeros(len(lengths), parts[-1].longest, first.hidden.shape[2])
+    hidden = first.hidden.new_zeros(len(lengths), int(lengths[-1]), first.hidden.shape[2])
     mask = first.mask.new_zeros(hidden.shape[:2])
     start = 0
     for part in parts:
-        end, width = start + len(part.lengths), part.longest
+        end, width = start + len(part.lengths), part.lengths[-1]
         hidden[start:end, :width] = part.pick(part.group.hidden)
         mask[start:end, :width] = part.pick(part.group.mask)
         start = end

@@ -37,8 +37,7 @@ class SubmodelConfig:
         normalization: Normalization after each hidden linear map: ``"none"``, ``"batch"`` or
             ``"layer"``.
         activation: Activation: ``"relu"``, ``"leaky_relu"``, ``"gelu"`` or ``"tanh"``.
-        layer_strategy: Progression of the widths from input to output; see `hidden_widths` for an
-            example of each.
+        layer_strategy: Progression of the widths from input to output; see `hidden_widths`.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -60,16 +59,9 @@ class SubmodelConfig:
         check_arguments(SubmodelConfig, vars(self), "SubmodelConfig: ")
 
     def hidden_widths(self) -> list[int]:
-        """Return the widths of the hidden layers from input to output; each step halves or doubles,
-        never below 1.
-
-        With ``hidden_units=64`` and ``num_layers=4``:
-
-        - ``constant``: 64, 64, 64, 64
-        - ``pyramidal`` (shrinks towards the output): 64, 32, 16, 8
-        - ``inverted_pyramidal`` (grows): 8, 16, 32, 64
-        - ``bow_tie`` (shrinks, then grows): 64, 32, 32, 64
-        """
+        """Return the widths of the hidden layers from input to output: of 4 layers and 64 units,
+        ``constant`` 64, 64, 64, 64; ``pyramidal`` 64, 32, 16, 8; ``inverted_pyramidal`` 8, 16, 32,
+        64; ``bow_tie`` 64, 32, 32, 64. None is below 1."""
         last = self.num_layers - 1
         halvings = {
             "constant": [0 for _ in range(self.num_layers)],
@@ -94,8 +86,7 @@ class SubmodelConfig:
 
 
 class _Stacked(nn.Module):
-    """A part of the submodels of all layers, whose weights are stacked along the first
-    dimension."""
+    """A part of the submodels of all layers; the first dimension of its weights is the layer."""
 
     def __init__(self, parts: Sequence[Any]) -> None:
         super().__init__()
@@ -128,9 +119,8 @@ class _LayerNorm(_Stacked):
 
 
 class _BatchNorm(_Stacked):
-    """Batch normalizations, which are only applied alone.
-
-    A batch of one example has no variance, and is normalized by the running statistics."""
+    """Batch normalizations, which are only applied alone; a batch of one, which has no variance, by
+    the running statistics."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -152,17 +142,15 @@ STACKED = {nn.Linear: _Linear, nn.LayerNorm: _LayerNorm, nn.BatchNorm1d: _BatchN
 class Submodels(nn.ModuleList):
     """The submodels of all layers of the encoder, or one that all layers share.
 
-    Its modules are the parts of a submodel, in their order. Each has the weights of all layers in
-    one tensor, ``[layers, out, in]`` of a linear map, so that a training step takes one product per
-    part.
+    Its modules are the parts of a submodel, each with the weights of all layers in one tensor, such
+    as ``[layers, out, in]``: a training step takes one product per part.
 
     Args:
         config: Architecture of the submodels.
         num_layers: N, the number of layers of the encoder.
         hidden_size: Width of a pooled state.
         output_size: Width of the submodel's output.
-        share: Whether all layers use the same weights. Batch normalization then has one set of
-            statistics, taken over the states of all layers together.
+        share: Whether all layers use the same weights.
     """
 
     def __init__(
@@ -219,14 +207,12 @@ class Submodels(nn.ModuleList):
 
 
 def start_at(confidence: Submodels, value: float) -> None:
-    """Set every confidence to h = sigmoid(value), whatever the input: the last weights are zero."""
+    """Set every confidence to h = sigmoid(value), whatever the input."""
     nn.init.zeros_(confidence.last.weight)
     nn.init.constant_(confidence.last.bias, value)
 
 
 def start_undecided(confidence: Submodels) -> None:
-    """Start every confidence at h = 0.5^(1/(N-1)), so that p_{N-1} = 0.5 whatever the depth.
-
-    With N = 1 the confidence decides nothing, and starts at 0.5."""
+    """Start every confidence at h = 0.5^(1/(N-1)), so that p_{N-1} = 0.5 whatever the depth."""
     start = 0.5 ** (1 / max(1, confidence.num_layers - 1))
     start_at(confidence, math.log(start / (1 - start)))
