@@ -3,6 +3,7 @@
 import io
 import json
 import random
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -90,8 +91,11 @@ def test_every_format_reads_the_same(tmp_path, ending):
 def test_a_separator_is_guessed_or_given(tmp_path, delimiter):
     table = pd.DataFrame(ROWS, columns=["text", "label"])
     table.to_csv(tmp_path / "a.csv", index=False, sep=delimiter, encoding="utf-8-sig")
-    given_delimiter = {"delimiter": "|"} if delimiter == "|" else {}
-    assert read(fitted(tmp_path / "a.csv", **given_delimiter)) == Counter(ROWS)
+    if delimiter == "|":
+        assert read(fitted(tmp_path / "a.csv", delimiter="|")) == Counter(ROWS)
+        return
+    with pytest.warns(UserWarning, match=rf"a\.csv: .* separated by {re.escape(repr(delimiter))}"):
+        assert read(fitted(tmp_path / "a.csv")) == Counter(ROWS)
 
 
 def test_a_list_of_records_and_blank_lines_are_read(tmp_path):
@@ -188,6 +192,7 @@ def test_a_file_may_be_a_path(tmp_path):
         ([1, 2, 10], ["1", "2", "10"]),
         (["10", "9", "-1"], ["-1", "9", "10"]),
         ([0.5, 1.0], ["0.5", "1.0"]),
+        ([1.0, 10.0, 2.0], ["1", "2", "10"]),
         ([True, False], ["False", "True"]),
         (["b ", " a", "b", "B"], ["B", "a", "b"]),
     ],
@@ -203,6 +208,8 @@ def test_the_classes_are_the_sorted_distinct_labels(tmp_path, labels, names):
         (["bad", "good"], ["good", "bad"], [1, 0]),
         (["bad", "good"], [1, "0", "1"], [1, 0, 1]),
         (["1", "2", "3"], ["1", 2], [0, 1]),
+        (["1", "2", "3"], [3.0, "1.0"], [2, 0]),
+        (["bad", "good"], [1.0, 0.0], [1, 0]),
         (["1", "2", "3"], [0, 1], None),
         (["bad", "good"], ["god"], None),
     ],

@@ -105,6 +105,13 @@ def test_no_text_is_in_two_parts_of_a_file(tmp_path):
     assert 20 < len(module.splits["val"]) + len(module.splits["calibration"]) < 52
 
 
+def test_texts_with_conflicting_labels_are_counted(tmp_path):
+    texts = [*WORDS, WORDS[0].upper(), f" {WORDS[1]}", WORDS[2]]
+    file = write(tmp_path, "train", texts, ["a", "b"] * 30 + ["b", "b", "b"])
+    with pytest.warns(UserWarning, match="train.csv: 2 texts have conflicting labels"):
+        data(file).setup("fit")
+
+
 def test_a_changed_training_file_moves_no_text_into_or_out_of_calibration(tmp_path):
     """A correction, another order and new rows: what calibrates has never been trained on."""
     texts = [f"text {number}" for number in range(400)]

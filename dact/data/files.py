@@ -11,6 +11,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import IO, Any
 
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
+
 STANDARD_INPUT = "-"
 DATASET = "dataset:"
 DELIMITERS = (",", ";", "\t")
@@ -74,18 +76,11 @@ def text_fault(texts: Sequence[Any]) -> str | None:
             return f"not a text but {type(text).__name__}"
         if not text.strip():
             return "empty text"
-        if not is_utf8(text):
+        try:
+            text.encode()
+        except UnicodeEncodeError:  # a lone surrogate, as from broken escapes
             return "not valid UTF-8"
     return None
-
-
-def is_utf8(text: str) -> bool:
-    """Return whether a text can be encoded: a lone surrogate, as from broken escapes, cannot."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def suggestion(word: str, known: Sequence[str]) -> str:
@@ -127,6 +122,8 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
         if delimiter is None:
             delimiter = "\t" if tsv else _guess_delimiter(file.readline(), columns)
             file.seek(0)
+            if not tsv and delimiter != ",":
+                rank_zero_warn(f"{path}: its columns are separated by {delimiter!r}, it seems")
         # In a tsv file a quotation mark is an ordinary character: one alone must not swallow the
         # rows after it.
         quoting: Any = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL

@@ -167,6 +167,10 @@ class TextClassificationData(TextDataModule):
         train = self._labelled("train")
         keys = train.text_keys()
         self._training = frozenset(keys)
+        labels_of = Counter(key for key, _ in {*zip(keys, train.labels or [], strict=True)})
+        conflicting = sum(count > 1 for count in labels_of.values())
+        if conflicting:
+            rank_zero_warn(f"{self.files['train']}: {conflicting:,} texts have conflicting labels")
         if self.files["val"] is None:
             train, self._read["val"] = self._divide(train, keys)
         self._read["train"] = train
@@ -178,13 +182,12 @@ class TextClassificationData(TextDataModule):
         assert train.labels is not None
         assert self.class_names is not None
         kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
-        counts = Counter(train.labels)
-        alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
-        if alone or not aside:
+        lacking = {*train.labels} - {train.labels[row] for row in aside}
+        if lacking:
+            names = listed([self.class_names[label] for label in sorted(lacking)])
             raise ValueError(
-                f"{self.files['train']}: class {listed(alone or self.class_names)} has one text "
-                "only, which training and validation cannot share: correct the label (column "
-                f"{self.label_column!r}), add examples, or give a val_file"
+                f"{self.files['train']}: class {names} has one text only, which training and "
+                "validation cannot share: correct the label, add examples, or give a val_file"
             )
         return train.take(kept), train.take(aside)
 
@@ -261,7 +264,7 @@ class TextClassificationData(TextDataModule):
             column = next(iter(self._text_columns))
             raise ValueError(f"{file}: the column {column!r} has numbers, no text: set text_column")
         if self.class_names is None:
-            self.class_names = _sorted_names({*labels.values()})
+            self.class_names = _names({*labels.values()})
             if len(self.class_names) == 1:
                 only = self.class_names[0]
                 raise ValueError(f"{file}: every label is {only!r}: a classifier needs two classes")
@@ -272,7 +275,10 @@ class TextClassificationData(TextDataModule):
         known = {name: label for label, name in enumerate(names)}
         if self._names_given and not any(map(_is_integer, names)):
             known |= {str(label): label for label in range(len(names))}
-        outside = [row for row, label in labels.items() if label not in known]
+        # A column of integers with a missing value has floats.
+        plain = {row: label.removesuffix(".0") for row, label in labels.items()}
+        found = {row: known.get(label, known.get(plain[row])) for row, label in labels.items()}
+        outside = [row for row, label in found.items() if label is None]
         if outside:
             wrong, many = labels[outside[0]], "s" * (len(outside) > 1)
             raise ValueError(
@@ -280,7 +286,7 @@ class TextClassificationData(TextDataModule):
                 f"{suggestion(wrong, names)}. The {len(names)} classes are {listed(names)}: "
                 "correct the labels, or name all classes by class_names"
             )
-        return [known[label] for label in labels.values()]
+        return [label for label in found.values() if label is not None]
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
         """Return the usable rows of a file by their numbers; others are an error or left out."""
@@ -320,6 +326,7 @@ def _is_integer(name: str) -> bool:
     return name.removeprefix("-").isdecimal()
 
 
-def _sorted_names(names: Set[str]) -> list[str]:
-    """Return the names in their order, as numbers if all of them are integers."""
-    return sorted(names, key=int if all(map(_is_integer, names)) else None)
+def _names(labels: Set[str]) -> list[str]:
+    """Return the classes in their order: as numbers if all of them are integers, 1.0 among them."""
+    names = {label.removesuffix(".0") for label in labels}
+    return sorted(sorted(names), key=int) if all(map(_is_integer, names)) else sorted(labels)
