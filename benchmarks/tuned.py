@@ -52,7 +52,7 @@ from dact.calibration import SETTINGS
 from dact.calibration.answers import LayerAnswers, exits_by_setting, layer_answers, mean_and_error
 from dact.cli.output import quiet
 from dact.encoders.base import Batch
-from dact.factories import DataFactory, ModelFactory
+from dact.factories import build_data, build_model
 from dact.files import read_checkpoint, read_tensors
 from dact.functional import answer_at
 from dact.outputs import Loss
@@ -141,7 +141,7 @@ class Setting:
     def data(
         self, section: dict[str, Any], teacher: Tensor | None = None, **overrides: Any
     ) -> LightningDataModule:
-        data: Any = DataFactory(section)(**overrides)
+        data: Any = build_data(section, **overrides)
         data.calibration_fraction, data.teacher_probabilities = self.aside, teacher
         data.prepare_data()
         for stage in ("fit", "test"):
@@ -151,13 +151,13 @@ class Setting:
     def defaults(self) -> DACT:
         """Return what the configuration makes without tuning."""
         with seeded(self.seed):
-            return self.fit("defaults", ModelFactory(self.config["model"])(), self.config)
+            return self.fit("defaults", build_model(self.config["model"]), self.config)
 
     def peer(self, kind: type[DACT], layers: int) -> DACT:
         """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning
         chose."""
         with seeded(self.seed):
-            dact = ModelFactory(self.final["model"])(num_layers=layers)
+            dact = build_model(self.final["model"], num_layers=layers)
             model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
             model.consistency = dact.consistency
             return self.fit(f"{kind.__name__}-{layers}", model, self.final, self.taught(model))

@@ -5,7 +5,7 @@ Each error is one line that says what was expected, what was given, and the reme
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from numbers import Integral, Real
@@ -35,9 +35,8 @@ class Range:
 
 
 def check_arguments(owner: Callable[..., Any], given: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise an error unless the arguments of a function or dataclass are what its annotations say.
-
-    Read are ranges, literals and plain classes, each of them with or without None.
+    """Raise an error unless the arguments of a function or dataclass have the ranges, literals and
+    plain classes of its annotations.
 
     Args:
         owner: Function or dataclass with the annotations.
@@ -59,16 +58,15 @@ def check_arguments(owner: Callable[..., Any], given: Mapping[str, Any], prefix:
             check_range(what, value, limits.interval, limits.hint, integer=number is int)
         elif get_origin(kind) is Literal:
             check_choice(what, value, kind)
-        elif get_origin(kind) is None and kind is not float:
-            check_type(what, value, kind, kind.__name__)
+        elif get_origin(kind) is None and kind is not float and not isinstance(value, kind):
+            raise TypeError(f"{what} must be an object such as {kind.__name__}, got {value!r}")
 
 
 _annotations = cache(lambda owner: get_type_hints(owner, include_extras=True))
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise a ``ValueError`` unless `value` is one of the strings of the ``Literal`` type
-    `choices`."""
+    """Raise a ``ValueError`` unless `value` is one of those of the ``Literal`` type `choices`."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -117,24 +115,12 @@ def check_range(
     raise ValueError(f"{name} must be {allowed}, got {value}" + (f": {hint}" if hint else ""))
 
 
-def check_type(name: str, value: object, kind: type | tuple[type, ...], such_as: str) -> None:
-    """Raise a ``TypeError`` unless `value` is an object of `kind`, such as `such_as`."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be an object such as {such_as}, got {value!r}")
-
-
-def check_class_names(name: str, value: Sequence[Any] | None) -> None:
-    """Raise a ``ValueError`` unless `value` is None or has distinct names."""
-    if value is not None and len({str(one) for one in value}) < len(value):
-        raise ValueError(f"{name} must be distinct, got {', '.join(map(str, value))}")
-
-
 def check_probabilities(name: str, rows: Tensor) -> Tensor:
     """Return rows of probabilities, ``[batch, classes]``; raise a ``ValueError`` if they are none,
     up to bfloat16."""
     is_one = (rows.sum(dim=1, keepdim=True) - 1).abs() < 0.05
     wrong = rows[~((rows >= 0) & is_one).all(dim=1)]
     if len(wrong):
-        values = ", ".join(f"{value:.3g}" for value in wrong[0].tolist())
+        values = wrong[0].tolist()
         raise ValueError(f"{name} must hold probabilities, rows that sum to 1, got {values}")
     return rows

@@ -1,8 +1,5 @@
-"""Factories that build the model and the data of a configuration file again, with some arguments
-replaced.
-
-They hold only plain data, so that they can be sent to worker processes.
-"""
+"""Functions that build the model and the data of a configuration file, with some arguments
+replaced. With `functools.partial` they are factories that can be sent to worker processes."""
 
 from __future__ import annotations
 
@@ -18,51 +15,33 @@ from dact.model import DACT
 from dact.submodels import SubmodelConfig
 
 
-class ModelFactory:
-    """A factory of models: ``factory(**overrides)`` returns a new `DACT`.
-
-    Args:
-        section: The ``model:`` section, as plain data.
-    """
-
-    def __init__(self, section: dict[str, Any]) -> None:
-        self.section = section
-
-    def __call__(self, **overrides: Any) -> DACT:
-        plain = {
-            name: asdict(v) if isinstance(v, SubmodelConfig) else v for name, v in overrides.items()
-        }
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(DACT, "model")
-        return parser.instantiate_classes(
-            parser.parse_object({"model": {**self.section, **plain}})
-        ).model
+def build_model(section: dict[str, Any], **overrides: Any) -> DACT:
+    """Return the model of a ``model:`` section, which is plain data."""
+    plain = {
+        name: asdict(value) if isinstance(value, SubmodelConfig) else value
+        for name, value in overrides.items()
+    }
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(DACT, "model")
+    config = parser.parse_object({"model": {**section, **plain}})
+    return parser.instantiate_classes(config).model
 
 
-class DataFactory:
-    """A factory of data: ``factory(**overrides)`` returns a new datamodule.
-
-    Args:
-        section: The ``data:`` section, as plain data: ``class_path`` and ``init_args``.
-    """
-
-    def __init__(self, section: dict[str, Any]) -> None:
-        self.section = section
-
-    def __call__(self, **overrides: Any) -> LightningDataModule:
-        arguments = {**(self.section.get("init_args") or {}), **overrides}
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
-        path = self.section["class_path"]
-        try:
-            config = parser.parse_object({"data": {"class_path": path, "init_args": arguments}})
-        except ArgumentError as error:
-            if not overrides:
-                raise
-            raise ValueError(
-                f"{path} must take {', '.join(overrides)}, which dact tune sets: add that argument"
-            ) from error
-        return parser.instantiate_classes(config).data
+def build_data(section: dict[str, Any], **overrides: Any) -> LightningDataModule:
+    """Return the datamodule of a ``data:`` section, which is plain data."""
+    arguments = {**(section.get("init_args") or {}), **overrides}
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
+    path = section["class_path"]
+    try:
+        config = parser.parse_object({"data": {"class_path": path, "init_args": arguments}})
+    except ArgumentError as error:
+        if not overrides:
+            raise
+        raise ValueError(
+            f"{path} must take {', '.join(overrides)}, which dact tune sets: add that argument"
+        ) from error
+    return parser.instantiate_classes(config).data
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:

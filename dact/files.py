@@ -26,20 +26,18 @@ from typing_extensions import override
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file that replaces `path` at the end, or is removed if an exception leaves
-    the block.
-
-    Processes that write to one path have a temporary file each; the last one to end replaces it."""
+    """Yield a temporary file, one per process, that replaces `path` at the end, or is removed if an
+    exception leaves the block."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
-        _sync(partial)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -57,16 +55,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     if folder.exists():
         os.replace(folder, old)
     os.replace(partial, folder)
-    _sync(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -81,15 +70,8 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Return what `write_json` wrote.
-
-    Raises:
-        ValueError: If the file is corrupted; the message names it.
-    """
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is corrupted: {error}") from error
+    """Return what `write_json` wrote."""
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def file_digest(path: Path) -> str:
@@ -122,15 +104,18 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{path} is corrupted or not a safetensors file: {error}") from error
 
 
-def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Return a checkpoint of the Trainer, read under torch's weights-only loading: it cannot run
-    code.
+def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Return a checkpoint of the Trainer, a file or an address, read under torch's weights-only
+    loading: it cannot run code.
 
     Raises:
+        FileNotFoundError: If there is no such file.
         ValueError: If it is corrupted or holds more than data; the message names the file.
     """
     try:
-        return torch.load(path, map_location=map_location, weights_only=True)
+        return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
+    except FileNotFoundError:
+        raise
     except Exception as error:  # a broken archive, a refused pickle and a foreign file
         refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -143,10 +128,7 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
 
 
 class DurableCheckpointIO(TorchCheckpointIO):
-    """A plugin for the Trainer that writes checkpoints atomically and reads them as data.
-
-    An address such as ``s3://…`` is left to Lightning.
-    """
+    """A plugin for the Trainer that writes checkpoints atomically and reads them as data."""
 
     @override
     def save_checkpoint(
@@ -154,16 +136,12 @@ class DurableCheckpointIO(TorchCheckpointIO):
     ) -> None:
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
-            return
-        with replacing(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+        else:
+            with replacing(Path(path)) as partial:
+                torch.save(checkpoint, partial)
 
     @override
     def load_checkpoint(
-        self, path: Any, map_location: Any = None, weights_only: bool | None = None
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
     ) -> dict[str, Any]:
-        if "://" in str(path):
-            return super().load_checkpoint(path, map_location, weights_only)
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"there is no checkpoint at {path}")
-        return read_checkpoint(Path(path), map_location)
+        return read_checkpoint(path, map_location)

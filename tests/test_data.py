@@ -244,8 +244,6 @@ def test_without_a_training_file_the_classes_may_be_named(tmp_path):
     module = data(None, test_file=file, class_names=["neg", "neu", "pos"])
     module.setup("test")
     assert len(module.splits["test"]) == len(ROWS)
-    with pytest.raises(ValueError, match="class_names must be distinct, got bad, bad"):
-        data(None, class_names=["bad", "bad"])
 
 
 # ------------------------------------------------------------------ what is refused

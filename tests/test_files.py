@@ -66,9 +66,6 @@ def test_processes_that_write_to_one_file_have_temporary_files_of_their_own(tmp_
 
 
 def test_corrupted_files_are_refused_by_name(tmp_path):
-    (tmp_path / "x.json").write_text('{"a": ')
-    with pytest.raises(ValueError, match=r"x\.json is corrupted"):
-        read_json(tmp_path / "x.json")
     (tmp_path / "x.safetensors").write_bytes(bytes(100))
     with pytest.raises(ValueError, match=r"x\.safetensors is corrupted"):
         read_tensors(tmp_path / "x.safetensors")

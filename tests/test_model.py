@@ -552,7 +552,7 @@ def test_the_margin_moves_the_exits_and_nothing_else():
 
 
 def test_broken_files_are_clear_errors(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*nothing\.ckpt"):
+    with pytest.raises(FileNotFoundError, match=r"nothing\.ckpt"):
         DACT.load_from_checkpoint(tmp_path / "nothing.ckpt")
     (tmp_path / "junk.ckpt").write_bytes(b"junk" * 99)
     with pytest.raises(ValueError, match=r"junk\.ckpt cannot be read"):

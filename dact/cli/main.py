@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import sys
 import warnings
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -26,7 +27,7 @@ from dact.cli import TRAINING
 from dact.cli.errors import UsageError, parse
 from dact.cli.output import Bar, EpochLines, quiet
 from dact.cli.stored import RUNS, is_tuned, load_model, measure, store
-from dact.factories import DataFactory, ModelFactory
+from dact.factories import build_data, build_model
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import UNLABELLED
 from dact.model import DACT
@@ -154,7 +155,7 @@ class TrainingCLI(LightningCLI):
         balanced = model.class_weights == "balanced"
         if model.output_dimension is not None and not balanced:
             return
-        self.data = DataFactory(self.plain["data"])()
+        self.data = build_data(self.plain["data"])
         self.data.prepare_data()
         self.data.setup("fit")
         names = getattr(self.data, "class_names", None)
@@ -299,8 +300,8 @@ class TrainingCLI(LightningCLI):
             options |= {"n_trials": 1, "warm_up_epochs": 1, "compare_defaults": False}
         engine = TuningEngine(
             plain["model"]["output_dimension"],
-            model=ModelFactory(plain["model"]),
-            data=DataFactory(plain["data"]),
+            model=partial(build_model, plain["model"]),
+            data=partial(build_data, plain["data"]),
             trainer=trainer,
             seed=int(plain["seed_everything"] or 0),
             **options,

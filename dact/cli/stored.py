@@ -29,7 +29,7 @@ from dact.data import TextClassificationData
 from dact.data.files import DATASET
 from dact.data.tokenizers import tokenizer_for
 from dact.encoders import LayeredEncoder
-from dact.factories import DataFactory
+from dact.factories import build_data
 from dact.files import read_json
 from dact.model import DACT
 from dact.saving import CONFIG_NAME, store_in_checkpoint
@@ -165,7 +165,7 @@ class Stored:
             options["max_length"] = min(
                 options["max_length"], self.dact.encoder.max_length or NO_LIMIT
             )
-        return DataFactory(self.data)()
+        return build_data(self.data)
 
 
 def validate(stored: Stored) -> None:

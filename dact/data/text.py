@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from typing_extensions import override
 
-from dact.checks import check_class_names, check_range
+from dact.checks import check_range
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, hash_split, join
 from dact.data.files import first_row, listed, read_rows, suggestion, text_fault
@@ -118,7 +118,6 @@ class TextClassificationData(TextDataModule):
         self.val_fraction = val_fraction
         if class_names is not None:
             self.class_names = [str(name).strip() for name in class_names]
-        check_class_names("class_names", self.class_names)
         self._names_given = class_names is not None
         self._read: dict[str, Examples] = {}
         # Keys of all texts of the training file.
@@ -182,12 +181,13 @@ class TextClassificationData(TextDataModule):
         assert train.labels is not None
         assert self.class_names is not None
         kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
-        lacking = {*train.labels} - {train.labels[row] for row in aside}
-        if lacking:
-            names = listed([self.class_names[label] for label in sorted(lacking)])
+        counts = Counter(train.labels)
+        alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
+        if alone or not aside:
             raise ValueError(
-                f"{self.files['train']}: class {names} has one text only, which training and "
-                "validation cannot share: correct the label, add examples, or give a val_file"
+                f"{self.files['train']}: class {listed(alone or self.class_names)} has one text "
+                "only, which training and validation cannot share: correct the label, add "
+                "examples, or give a val_file"
             )
         return train.take(kept), train.take(aside)
 
