@@ -11,13 +11,12 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-def new_figure(rows: int = 1) -> tuple[Figure, Any]:
-    """Make a figure with axes in rows outside of pyplot: no global state changes, and nothing stays
-    open."""
+def new_figure() -> tuple[Figure, Any]:
+    """Make a figure with axes outside of pyplot: no global state changes, and nothing stays open."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(6, 3 + rows), dpi=120, layout="constrained")
-    return figure, figure.subplots(rows, sharex=True)
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    return figure, figure.subplots()
 
 
 def depth_against_exit(depths: Tensor, exit_layers: Tensor, num_layers: int) -> Figure:

@@ -207,7 +207,7 @@ def test_metrics_have_the_keys_of_the_design(tuned):
         difference = metrics[split]["accuracy"] - metrics["baseline"][split]["accuracy"]
         assert metrics[split]["difference_to_baseline"]["accuracy"] == pytest.approx(difference)
     assert metrics["baseline"]["layers"] == 3
-    keys = {"tolerance", "accuracy", "mean_exit_layer", "agreement", "difference_to_baseline"}
+    keys = {"tolerance", "accuracy", "mean_exit_layer", "agreement"}
     assert keys == set(metrics["tolerance_curve"][0])
     chosen = chosen_settings(run)
     assert len(metrics["history"]) == chosen["num_epochs"]
@@ -293,7 +293,11 @@ def test_trials_are_in_the_hparams_tab_with_their_status(tuned):
         start = plugin_data_pb2.HParamsPluginData.FromString(
             records[metadata.SESSION_START_INFO_TAG]
         )
-        assert set(start.session_start_info.hparams) == set(trial.params)
+        hparams = start.session_start_info.hparams
+        assert {"encoder", "batch_size", "lambda_reg", "classifier_dropout", *trial.params} <= set(
+            hparams
+        )
+        assert hparams["encoder"].string_value == "TransformerEncoder 3 x 8"
         end = plugin_data_pb2.HParamsPluginData.FromString(records[metadata.SESSION_END_INFO_TAG])
         complete = trial.state == optuna.trial.TrialState.COMPLETE
         assert end.session_end_info.status == (1 if complete else 2)
@@ -378,7 +382,7 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
         assert [session["status"] for session in groups[name]["sessions"]] == [
             states[0] if complete else states[1]
         ]
-        assert groups[name]["hparams"].keys() == trial.params.keys()
+        assert trial.params.keys() <= groups[name]["hparams"].keys()
         values = {
             value["name"]["tag"]: value["value"] for value in groups[name].get("metricValues", [])
         }
@@ -404,11 +408,6 @@ def test_a_tensorboard_server_shows_the_pictures(served):
         "history of the task loss",
     }
     assert tags["final"] >= {"dials", "exit histogram", "depth against exit layer"}
-    scalars = set(served("scalars/tags")["final"])
-    assert {
-        f"operating points by margin in %/{name}"
-        for name in ("accuracy", "mean_exit_layer", "agreement")
-    } <= scalars
 
 
 def test_the_studies_open_in_optuna_dashboard(tuned):

@@ -16,7 +16,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dact.submodels import SubmodelConfig
 from dact.tuning import report
-from dact.tuning.outcome import Outcome
+from dact.tuning.outcome import OUTCOME, Outcome
 from dact.tuning.search import (
     PLANNED_EPOCHS,
     CurveSampler,
@@ -32,7 +32,6 @@ from dact.tuning.space import (
     build_spaces,
     complete_spaces,
     holding,
-    nearest,
     suggest,
 )
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING
@@ -58,7 +57,7 @@ def test_every_default_dimension_can_be_suggested(stage):
 def test_spaces_are_narrowed_and_replaced():
     changes = {
         "learning_rate": {"high": 1e-4},
-        "submodel_learning_rate.low": 1e-3,
+        "submodel_learning_rate": {"low": 1e-3},
         "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8},
         "classifier_dropout": FloatDistribution(0, 1),
     }
@@ -132,10 +131,12 @@ def test_spaces_hold_the_first_trials_and_the_layers_of_the_encoder():
     ],
 )
 def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, close):
-    found = nearest(dimension, value)
+    same, found = holding(dimension, value, fixed=True)
+    assert same == dimension
     assert found == (pytest.approx(close) if isinstance(close, float) else close)
     assert dimension._contains(dimension.to_internal_repr(found))
-    wider = holding(dimension, value)
+    wider, found = holding(dimension, value, fixed=False)
+    assert found == value
     assert wider._contains(wider.to_internal_repr(value))
 
 
@@ -152,8 +153,7 @@ def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, close):
 def test_tensorboard_takes_every_space(tmp_path, change):
     with SummaryWriter(str(tmp_path)) as writer:
         report.log_experiment(writer, build_spaces(change))
-        parameters = {"submodel_learning_rate": None, "batch_size": 8}
-        report.log_parameters(writer, parameters, "run/trial_0000")
+    report.log_fit(tmp_path, {"batch_size": None, "num_layers": 2}, {}, "run/trial_0000")
 
 
 @pytest.mark.parametrize(
@@ -177,13 +177,22 @@ def test_wrong_spaces_are_refused(name, change, said):
 
 # ------------------------------------------------------------------ choosing λ
 
+
+def outcome(losses=(0.5,) * 400, lost=(0.0,) * 400):
+    return Outcome(torch.ones(400), torch.tensor(losses), torch.tensor(lost))
+
+
+def point(lambda_reg, loss, layers, **outcomes):
+    return Point(lambda_reg, loss, layers, outcome(**outcomes))
+
+
 CURVE = [
-    Point(0.001, 0.50, 6.0),
-    Point(0.01, 0.501, 5.0),
-    Point(0.03, 0.505, 3.0),
-    Point(0.05, 0.507, 3.2),  # beaten by the one before
-    Point(0.1, 0.60, 2.0),
-    Point(1.0, 0.90, 1.0),
+    point(0.001, 0.50, 6.0),
+    point(0.01, 0.501, 5.0),
+    point(0.03, 0.505, 3.0),
+    point(0.05, 0.507, 3.2),  # beaten by the one before
+    point(0.1, 0.60, 2.0),
+    point(1.0, 0.90, 1.0),
 ]
 
 
@@ -195,7 +204,7 @@ def test_the_front_leaves_out_what_is_beaten():
     ("rule", "options", "layers"),
     [
         ("one_standard_error", {}, 3.0),
-        ("promise", {"allowed": 0.01}, 3.0),
+        ("promise", {"allowed": 0.0}, 3.0),  # kept by none
         ("max_loss_increase", {}, 3.0),
         ("max_loss_increase", {"max_loss_increase": 0.0}, 6.0),
         ("max_loss_increase", {"max_loss_increase": 0.25}, 2.0),
@@ -210,26 +219,19 @@ def test_every_rule_chooses_as_it_says(rule, options, layers):
 
 @pytest.mark.parametrize("rule", ["max_loss_increase", "knee"])
 def test_small_equal_and_collapsed_fronts_are_handled(rule):
-    one = Point(0.1, 0.5, 3.0)
+    one = point(0.1, 0.5, 3.0)
     assert select_lambda([one], rule) == one
-    assert select_lambda([one, Point(0.01, 0.5, 3.0)], rule) == Point(0.01, 0.5, 3.0)
-    ends = [Point(0.001, 0.5, 6.0), Point(1.0, 0.9, 1.0)]
+    assert select_lambda([one, point(0.01, 0.5, 3.0)], rule).lambda_reg == 0.01
+    ends = [point(0.001, 0.5, 6.0), point(1.0, 0.9, 1.0)]
     assert select_lambda(ends, rule) == ends[0]
-    assert select_lambda([Point(0.1, 0.5, 1.0), Point(0.2, 0.5, 1.0)], rule).lambda_reg == 0.1
-
-
-def outcome(losses=(), lost=()):
-    return Outcome(torch.ones(0), torch.tensor(losses), torch.tensor(lost))
+    assert select_lambda([point(0.1, 0.5, 1.0), point(0.2, 0.5, 1.0)], rule).lambda_reg == 0.1
 
 
 def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error():
-    def point(layers, lost, examples=400):
-        faults = round(lost * examples)
-        return Point(
-            1 / layers, 0.5, layers, outcome(lost=[1.0] * faults + [0.0] * (examples - faults))
-        )
-
-    trials = [point(4.0, 0.0), point(3.0, 0.0025), point(2.0, 0.0075), point(1.0, 0.05)]
+    trials = [
+        point(1 / layers, 0.5, layers, lost=[1.0] * faults + [0.0] * (400 - faults))
+        for layers, faults in ((4.0, 0), (3.0, 1), (2.0, 3), (1.0, 20))
+    ]
     assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, (
         "0.0075 ± 0.0043 is not within 0.01"
     )
@@ -238,18 +240,13 @@ def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error(
 
 
 def test_on_frozen_states_the_promise_is_measured_from_the_most_accurate_trial():
-    lost = torch.zeros(400)
-    lost[:20] = 1.0  # 5 points below the baseline, all of them, as on the states of frozen mode
-    worse = lost.clone()
-    worse[20:22] = 1.0
+    # All of them are at least 5 points below the baseline, as on the states of frozen mode.
     trials = [
-        Point(
-            lambda_reg, loss, layers, Outcome(torch.full((400,), layers), torch.zeros(400), values)
-        )
-        for lambda_reg, loss, layers, values in (
-            (0.001, 0.1, 4.0, lost),
-            (0.02, 0.2, 3.0, worse),
-            (1.0, 0.9, 1.0, torch.ones(400)),
+        point(lambda_reg, loss, layers, lost=[1.0] * faults + [0.0] * (400 - faults))
+        for lambda_reg, loss, layers, faults in (
+            (0.001, 0.1, 4.0, 20),
+            (0.02, 0.2, 3.0, 22),
+            (1.0, 0.9, 1.0, 400),
         )
     ]
     assert select_lambda(trials, "promise", allowed=0.01, from_best=True).layers == 3.0, (
@@ -262,9 +259,9 @@ def test_on_frozen_states_the_promise_is_measured_from_the_most_accurate_trial()
 
 def test_one_standard_error_is_that_of_the_paired_difference():
     noise = [0.4, 0.6] * 50
-    best = Point(0.01, 0.5, 4.0, outcome(losses=noise))
-    alike = Point(0.1, 0.52, 2.0, outcome(losses=[value + 0.02 for value in noise]))
-    scattered = Point(0.2, 0.52, 2.0, outcome(losses=[value + 0.02 for value in reversed(noise)]))
+    best = point(0.01, 0.5, 4.0, losses=noise)
+    alike = point(0.1, 0.52, 2.0, losses=[value + 0.02 for value in noise])
+    scattered = point(0.2, 0.52, 2.0, losses=[value + 0.02 for value in reversed(noise)])
     assert select_lambda([best, alike]).layers == 4.0, "always worse by 0.02"
     assert select_lambda([best, scattered]).layers == 2.0, "0.02 ± 0.02"
 
@@ -281,7 +278,7 @@ def test_an_impossible_budget_names_the_fewest_layers():
         select_lambda(CURVE, "max_layers", max_layers=0.5)
 
 
-points = st.builds(Point, st.floats(1e-4, 1), st.floats(0.1, 2), st.floats(1, 6))
+points = st.builds(point, st.floats(1e-4, 1), st.floats(0.1, 2), st.floats(1, 6))
 
 
 @given(st.lists(points, min_size=1, max_size=20))
@@ -458,7 +455,12 @@ def test_each_stage_picks_its_winner():
     space = {"lambda_reg": optuna.distributions.FloatDistribution(0.0, 1.0)}
     curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]
     both = [
-        optuna.create_trial(params={"lambda_reg": x}, distributions=space, values=[*xs])
+        optuna.create_trial(
+            params={"lambda_reg": x},
+            distributions=space,
+            values=xs,
+            user_attrs={OUTCOME: outcome().packed()},
+        )
         for x, *xs in curve
     ]
     one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
@@ -471,7 +473,7 @@ def test_each_stage_picks_its_winner():
 
 def test_stages_are_data():
     assert [stage.name for stage in STAGES] == ["submodels", "training", "lambda_reg"]
-    assert [stage.prunes for stage in STAGES] == [True, True, False]
+    assert [stage.early_exit for stage in STAGES] == [False, False, True]
     assert LAMBDA_REG.read({"val_task_loss": 0.5, "val_exit_layer": 2.0, "val_loss": 9.0}) == (
         0.5,
         2.0,

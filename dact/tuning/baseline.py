@@ -30,7 +30,7 @@ from dact.model import DACT
 from dact.saving import WEIGHTS_NAME
 from dact.tuning import report
 from dact.tuning.progress import Progress
-from dact.tuning.recipe import Recipe
+from dact.tuning.recipe import Recipe, as_written
 from dact.tuning.trainer import MIN_STEPS, enough_epochs, resumable_fit, seeded
 
 BRIER = "val_brier"
@@ -125,7 +125,8 @@ def fit_baseline(
             epochs=epochs,
             monitor=BRIER,
         )
-    parameters = {"learning_rate": model.learning_rate, "num_epochs": epochs}
+    written = as_written(model, getattr(data, "batch_size", None), epochs)
+    parameters = report.parameters_of(model, written)
     report.log_fit(folder, parameters, history.epochs[-1], f"{folder.parent.name}/{folder.name}")
     model.class_names = model.class_names or getattr(data, "class_names", None)
 

@@ -19,7 +19,6 @@ from dact.tuning.fit import CheckpointedFit
 from dact.tuning.outcome import Outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
-from dact.tuning.recipe import as_written
 from dact.tuning.run import Run
 from dact.tuning.settings import Settings
 from dact.tuning.trainer import NonFiniteLoss
@@ -49,27 +48,20 @@ def confirm(prepared: Prepared, tuned: Settings, progress: Progress) -> dict[str
     Returns:
         The ``name`` of the chosen settings, the ``settings`` as plain data, and a ``text`` that
         says by how much they won.
-
-    Raises:
-        NonFiniteLoss: If neither can be fitted.
     """
-    recipe, recommended = prepared.recipe, prepared.plan.recommended
-    size = getattr(recipe.make_data(), "batch_size", None)
-    written = as_written(recipe.make_model(), size, recipe.epochs)
+    recommended = prepared.plan.recommended
     candidates = {"recommended": recommended, "tuned": recommended.updated(tuned)}
-    name, why = "recommended", "no study ran"
-    if tuned != Settings():
-        why = "the studies found them as well"
-    if written.updated(recommended) != written.updated(candidates["tuned"]):
-        outcomes = {}
-        for one, settings in candidates.items():
-            try:
-                outcomes[one] = _refit(prepared, one, settings, progress)
-            except NonFiniteLoss as error:
-                if one == "tuned" and not outcomes:
-                    raise
-                progress.note(f"{one} settings: {error}")
-        name, why = _choose(outcomes)
+    first, second = ({**prepared.plan.parameters, **one.flat()} for one in candidates.values())
+    if tuned == Settings():
+        name, why = "recommended", "no study ran"
+    elif first == second:
+        name, why = "recommended", "the studies found them as well"
+    else:
+        try:
+            fits = [_refit(prepared, one, both, progress) for one, both in candidates.items()]
+            name, why = _choose(*fits)
+        except NonFiniteLoss as error:
+            name, why = "recommended", str(error)
     chosen = candidates[name].arguments()
     return {"name": name, "settings": chosen, "text": f"{name} settings ({why})"}
 
@@ -84,16 +76,14 @@ def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress
         answers = layer_answers(model, data.val_dataloader())
     right = prepared.baseline.right(answers.target)
     outcome = outcome_of(answers, model, recipe.promise, right)
-    session = f"{prepared.run.tag}/{folder.relative_to(prepared.run.folder)}"
-    report.log_fit(folder, settings.flat(), outcome.metrics(right), session)
+    parameters = {**prepared.plan.parameters, **settings.flat()}
+    session = str(folder.relative_to(prepared.run.log_dir))
+    report.log_fit(folder, parameters, outcome.metrics(right), session)
     return outcome
 
 
-def _choose(outcomes: dict[str, Outcome]) -> tuple[str, str]:
+def _choose(recommended: Outcome, tuned: Outcome) -> tuple[str, str]:
     """Return the name of the winner, and by how much it won."""
-    if len(outcomes) == 1:
-        return next(iter(outcomes)), "the others could not be fitted again"
-    tuned, recommended = outcomes["tuned"], outcomes["recommended"]
     layers, layers_error = mean_and_error(tuned.exits - recommended.exits)
     gain, gain_error = careful_mean_and_error(recommended.lost - tuned.lost)
     layers_error = max(layers_error, SCATTER)

@@ -334,7 +334,7 @@ class TuningEngine:
             n_trials=n_trials,
             storage=self.storage,
             sampler=CurveSampler() if stage is LAMBDA_REG else copy.deepcopy(self.sampler),
-            pruner=SameLengthPruner(self.pruner) if stage.prunes else None,
+            pruner=None if stage.early_exit else SameLengthPruner(self.pruner),
             callbacks=self.callbacks,
             first_trials=prepared.plan.first_trials[stage.name],
             setup=self.worker_setup,

@@ -83,7 +83,7 @@ def final_fit(
 def _config(fit: CheckpointedFit) -> dict[str, Any]:
     """Return the configuration of the final fit, which `dact fit` runs if the factories come from a
     file; otherwise its settings."""
-    recipe, settings = fit.prepared.recipe, fit.settings
+    prepared, recipe, settings = fit.prepared, fit.prepared.recipe, fit.settings
     assert settings is not None
     model, data = (getattr(one, "section", None) for one in (recipe.model, recipe.data))
     if model is None or data is None:
@@ -97,16 +97,16 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
 
     overrides = recipe.overrides({**fit.learning, **settings.model})
     given = dict(data.get("init_args") or {})
-    if settings.batch_size is not None:
-        given["batch_size"] = settings.batch_size
+    chosen = {
+        "batch_size": settings.batch_size,
+        "calibration_fraction": recipe.calibration_fraction,
+    }
+    if prepared.teacher is not None and given.get("teacher") is None:
+        chosen["teacher"] = str(prepared.run.folder / "baseline" / "model")
     known = inspect.signature(type(recipe.make_data())).parameters
-    if recipe.calibration_fraction is not None and "calibration_fraction" in known:
-        given["calibration_fraction"] = recipe.calibration_fraction
-    if fit.prepared.teacher is not None and given.get("teacher") is None:
-        if "teacher" in known:
-            given["teacher"] = str(fit.prepared.run.folder / "baseline" / "model")
-        else:
-            overrides["distillation"] = 0.0
+    given |= {name: one for name, one in chosen.items() if one is not None and name in known}
+    if prepared.teacher is not None and not given.get("teacher"):
+        overrides["distillation"] = 0.0
     plain = {n: asdict(v) if isinstance(v, SubmodelConfig) else v for n, v in overrides.items()}
     return {
         "seed_everything": fit.seed,
@@ -145,10 +145,9 @@ def _measure(
             found[split].compare(against[split].measured)
     del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
 
-    whole = against["validation"].measured
     curves = {
-        "tolerance": dial_curve(model, answers, "halting_tolerance", TOLERANCES, whole),
-        "margin": dial_curve(model, answers, "halting_margin", MARGINS, whole),
+        "tolerance": dial_curve(model, answers, "halting_tolerance", TOLERANCES),
+        "margin": dial_curve(model, answers, "halting_margin", MARGINS),
     }
     reference: dict[str, Any] = {"layers": baseline.num_layers}
     for split, one in against.items():
@@ -215,27 +214,26 @@ def _result(model: DACT, found: Evaluations) -> dict[str, Any]:
 
 def _draw(folder: Path, found: Evaluations, metrics: Mapping[str, Any], curves: Any) -> None:
     """Draw the pictures of the final model, for TensorBoard and as files."""
-    own, test = found["validation"].entry, found["test"]
-    place = own["mean_exit_layer"], own["accuracy"]
+    own, test = found["validation"].measured, found["test"].measured
     whole = metrics["baseline"]["validation"]["accuracy"]
     figures = {
-        "dials": report.dials_picture(curves, place, whole),
-        "exit histogram": report.exit_picture(test.entry),
+        "dials": report.dials_picture(curves, (own.mean_exit_layer, own.accuracy), whole),
+        "exit histogram": plots.new_figure()[0],
     }
-    if (depths := test.measured.answers.depths) is not None:
-        exits, layers = test.measured.exits, metrics["layers"]
-        figures["depth against exit layer"] = plots.depth_against_exit(depths, exits, layers)
+    (axes,) = figures["exit histogram"].axes
+    axes.bar(range(1, metrics["layers"] + 1), test.exit_histogram)
+    title = f"test: mean exit layer {test.mean_exit_layer:.2f}"
+    axes.set(xlabel="exit layer", ylabel="texts", title=title)
+    if (depths := test.answers.depths) is not None:
+        figure = plots.depth_against_exit(depths, test.exits, metrics["layers"])
+        figures["depth against exit layer"] = figure
     with SummaryWriter(str(folder)) as writer:
         report.log_figures(writer, figures, folder)
-        for point in reversed(curves["margin"]):
-            for name in ("accuracy", "mean_exit_layer", "agreement"):
-                tag, step = f"operating points by margin in %/{name}", round(100 * point["margin"])
-                writer.add_scalar(tag, point[name], step)
 
 
 def _log(fit: CheckpointedFit, validation: Evaluation) -> None:
     """Log a fit to TensorBoard as trials are logged, with early exit at the setting of its dial."""
-    entry, run, epochs = validation.entry, fit.prepared.run, fit.history
+    prepared, entry, epochs = fit.prepared, validation.entry, fit.history
     kept = min(epochs, key=itemgetter(MONITOR)) if fit.keep_frozen else epochs[-1]
     metrics = {
         "val_loss": kept[MONITOR],
@@ -243,9 +241,10 @@ def _log(fit: CheckpointedFit, validation: Evaluation) -> None:
         "val_accuracy": entry["accuracy"],
         "val_exit_layer": entry["mean_exit_layer"],
     }
-    settings = {} if fit.settings is None else fit.settings.flat()
-    session = f"{run.tag}/{fit.folder.relative_to(run.folder)}"
-    report.log_fit(fit.folder, settings, metrics, session)
+    settings = fit.settings or Settings(num_epochs=prepared.recipe.epochs)
+    parameters = {**prepared.plan.parameters, **settings.flat()}
+    session = str(fit.folder.relative_to(prepared.run.log_dir))
+    report.log_fit(fit.folder, parameters, metrics, session)
 
 
 def _measure_defaults(

@@ -1,5 +1,4 @@
-"""The outcome of early exit: where each example leaves, and what it loses, at the promise's
-margin."""
+"""What a trial is worth: its state, and where each example leaves and what it loses."""
 
 from __future__ import annotations
 
@@ -11,6 +10,8 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+from optuna.study import Study
+from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from dact.calibration import LayerAnswers, Measured, Promise, choose_setting
@@ -18,6 +19,18 @@ from dact.functional import Halting
 from dact.model import DACT
 
 OUTCOME = "outcome"  # user attribute of a trial: its `Outcome`, packed
+CAUSE = "cause"  # user attribute: why a trial was pruned, or failed by its own fault
+
+
+def was_interrupted(trial: FrozenTrial) -> bool:
+    """Return whether a trial was stopped from outside."""
+    return trial.state == TrialState.FAIL and CAUSE not in trial.user_attrs
+
+
+def finished(study: Study) -> list[FrozenTrial]:
+    """Return the trials that count: completed, pruned, or failed by their own fault."""
+    trials = study.get_trials(deepcopy=False)
+    return [one for one in trials if one.state.is_finished() and not was_interrupted(one)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,10 +73,8 @@ class Outcome:
         return base64.b64encode(zlib.compress(rows.tobytes())).decode()
 
     @classmethod
-    def unpacked(cls, text: str | None) -> Outcome | None:
-        """Return the outcome of `packed`; None for a trial that was added by hand."""
-        if text is None:
-            return None
+    def unpacked(cls, text: str) -> Outcome:
+        """Return the outcome of `packed`."""
         values = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.float32)
         return cls(*torch.from_numpy(values.copy()).reshape(3, -1))
 

@@ -10,9 +10,10 @@ from lightning.pytorch import LightningDataModule
 from optuna.distributions import CategoricalDistribution
 
 from dact.model import DACT
+from dact.tuning import report
 from dact.tuning.recipe import Recipe, as_written, recommended
 from dact.tuning.settings import Settings
-from dact.tuning.space import Spaces, complete_spaces, nearest
+from dact.tuning.space import Spaces, complete_spaces, holding
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
 from dact.tuning.trainer import TAUGHT_STEPS, enough_epochs
 
@@ -28,18 +29,24 @@ class Plan:
         first_trials: Parameters of the first trials, by stage.
         recommended: The recommended settings, within the user's bounds: what differs from the
             factories' own.
-        submodels: Parameters of the factory's submodels, which a trial replaces as far as they are
-            searched.
+        parameters: Encoder and settings of the factories, under the names that TensorBoard lists.
     """
 
     spaces: Spaces
     first_trials: Mapping[str, Sequence[Mapping[str, Any]]]
     recommended: Settings
-    submodels: Mapping[str, Any]
+    parameters: Mapping[str, Any]
 
     def winners(self, stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the winners that the parameters of a trial stand for; see `Stage.parse`."""
-        return stage.parse({**self.submodels, **params} if stage is SUBMODELS else params)
+        if stage is SUBMODELS:  # whose trials replace those of the factory as far as they search
+            params = {**_of_submodels(self.parameters), **params}
+        return stage.parse(params)
+
+
+def _of_submodels(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    prefixes = ("classifier_", "confidence_")
+    return {name: value for name, value in parameters.items() if name.startswith(prefixes)}
 
 
 def make_plan(
@@ -67,18 +74,16 @@ def make_plan(
         spaces = {**spaces, TRAINING.name: training}
 
     written, advised = as_written(model, size, epochs), recommended(model, size, epochs)
-    inside = {
-        name: nearest(training[name], value) if name in {*bounded} & training.keys() else value
-        for name, value in advised.arguments().items()
-    }
-    own = written.arguments()
+    inside, own = advised.arguments(), written.arguments()
+    for name in {*bounded} & training.keys() & inside.keys():
+        _, inside[name] = holding(training[name], inside[name], fixed=True)
     differing = {name: value for name, value in inside.items() if value != own.get(name)}
-    submodels = Settings({name: own[name] for name in ("classifier", "confidence")}).flat()
+    parameters = report.parameters_of(model, written)
     starts = {
-        SUBMODELS.name: [submodels],
+        SUBMODELS.name: [_of_submodels(parameters)],
         TRAINING.name: [inside, *([own] if differing else [])],
         LAMBDA_REG.name: [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else [],
     }
     complete, first_trials = complete_spaces(spaces, model.encoder.num_layers, starts, bounded)
     chosen = Settings.of({**differing, "num_epochs": inside["num_epochs"]})
-    return Plan(complete, first_trials, chosen, submodels)
+    return Plan(complete, first_trials, chosen, parameters)

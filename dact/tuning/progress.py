@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,9 +18,11 @@ from rich.live import Live
 from rich.progress import Progress as Bars
 from rich.table import Table
 
+from dact.tuning.outcome import finished
 from dact.tuning.trainer import Deadline
 
 ROWS = 12  # trials in sight
+WIDTH = 8  # characters of a parameter's column
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 SHORT = {"classifier": "cls", "confidence": "conf", "submodel_learning_rate": "head_rate"}
 
@@ -35,10 +38,10 @@ class Progress:
     @contextlib.contextmanager
     def study(self, stage: str, study: Study, total: int, deadline: Deadline) -> Iterator[None]:
         """Show the trials of a study of `total` trials while it runs."""
-        start, before = time.monotonic(), _ended(study)
+        start, before = time.monotonic(), len(finished(study))
 
         def frame() -> Group:
-            ended, parts = _ended(study), [_best_so_far(study)]
+            ended, parts = len(finished(study)), [_best_so_far(study)]
             if before < ended < total:
                 pace = (time.monotonic() - start) / (ended - before)
                 left = min(pace * max(0, total - ended), deadline.left)
@@ -88,14 +91,6 @@ class Progress:
         self.console.print(text, soft_wrap=True)
 
 
-def _ended(study: Study) -> int:
-    """Return the number of trials that count: those stopped from outside have no cause."""
-    trials = study.get_trials(deepcopy=False)
-    failed = [trial for trial in trials if trial.state == TrialState.FAIL]
-    stopped = sum("cause" not in trial.user_attrs for trial in failed)
-    return sum(trial.state.is_finished() for trial in trials) - stopped
-
-
 def _best_so_far(study: Study) -> str:
     if not study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,)):
         return ""
@@ -105,24 +100,21 @@ def _best_so_far(study: Study) -> str:
 
 
 def _table(study: Study, width: int) -> Table:
-    """Return the last trials of a study, with the parameters that differ and fit into `width`."""
+    """Return the last trials of a study, with as many of the parameters that differ as fit."""
     trials, single = study.get_trials(deepcopy=False), len(study.directions) == 1
     heads = ["val loss"] if single else ["task loss", "exit layer"]
-    columns = [("trial", 5), ("state", 8), *((head, 6) for head in heads)]
-    names = []
-    for name in dict.fromkeys(name for trial in trials for name in trial.params):
-        values = {_short(trial.params[name]) for trial in trials if name in trial.params}
-        column = _head(name), max(map(len, [*_head(name).split(), *values]))
-        if len(values) == 1 < len(trials):
-            continue
-        if sum(taken + 2 for _, taken in [*columns, column]) > width - 2:
-            break
-        names.append(name)
-        columns.append(column)
+    values: dict[str, set[str]] = defaultdict(set)
+    for trial in trials:
+        for name, value in trial.params.items():
+            values[name].add(_short(value))
+    differing = [name for name, found in values.items() if len(found) > 1 or len(trials) == 1]
+    names = differing[: (width - 32) // (WIDTH + 1)]
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for head, taken in columns:
+    for head, taken in (("trial", 5), ("state", 8), *((head, 6) for head in heads)):
         table.add_column(head, width=taken, vertical="bottom", justify="right")
+    for name in names:
+        table.add_column(_head(name), width=WIDTH, vertical="bottom", justify="right")
     best = {trial.number for trial in study.best_trials}
     for trial in trials[-ROWS:]:
         state, style = trial.state.name, "bold" if trial.number in best else ""
@@ -134,7 +126,7 @@ def _table(study: Study, width: int) -> Table:
 
 
 def _head(name: str) -> str:
-    """Return the name of a parameter as the head of a narrow column, with one word per line."""
+    """Return the name of a parameter in words that are short enough for a narrow column."""
     for long, brief in SHORT.items():
         name = name.replace(long, brief)
     return name.replace("num_", "").replace("_", " ")

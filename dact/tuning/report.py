@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.distributions import CategoricalDistribution, IntDistribution
+from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from rich.table import Table
@@ -18,8 +18,10 @@ from torch.utils.tensorboard import SummaryWriter
 
 from dact import plots
 from dact.files import read_json, replacing_folder
+from dact.model import DACT
 from dact.model_card import what_is_promised
 from dact.tuning.progress import Progress, format_seconds
+from dact.tuning.settings import Settings
 from dact.tuning.space import Dimension, Spaces
 
 if TYPE_CHECKING:
@@ -35,33 +37,42 @@ FASTER = 0.02  # accuracy below the model's own at which a faster setting is wor
 # the records of the HParams tab are written here.
 
 
-def log_parameters(writer: SummaryWriter, parameters: Mapping[str, Any], name: str) -> None:
-    """Open the session of a trial. The tab takes sessions of one name for one trial."""
+def parameters_of(model: DACT, settings: Settings) -> dict[str, Any]:
+    """Return what the HParams tab lists for a fit of `model`: its encoder and all settings."""
+    encoder = model.encoder
+    size = f"{type(encoder).__name__} {encoder.num_layers} x {encoder.hidden_size}"
+    return {"encoder": size, **settings.flat()}
+
+
+def log_fit(
+    folder: Path,
+    parameters: Mapping[str, Any],
+    metrics: Mapping[str, float],
+    name: str,
+    succeeded: bool = True,
+) -> None:
+    """Log a trial or another fit that has ended.
+
+    Args:
+        folder: Its folder.
+        parameters: Its parameters; see `parameters_of`.
+        metrics: Its metrics, of which `METRICS` are shown.
+        name: Name of the session. The tab takes sessions of one name for one trial.
+        succeeded: Whether it ended by itself; pruned trials are failures.
+    """
     # The tab has no type for None.
     known = {name: "none" if value is None else value for name, value in parameters.items()}
-    _write(writer, summary_v2.hparams_pb(known, trial_id=name))
-
-
-def log_outcome(writer: SummaryWriter, metrics: Mapping[str, float], succeeded: bool) -> None:
-    """Close the session of a trial with the metrics of its best epoch; pruned ones are failures."""
-    for name in METRICS:
-        if name in metrics:
-            writer.add_scalar(f"best/{name}", metrics[name])
     status = api_pb2.Status.Value("STATUS_SUCCESS" if succeeded else "STATUS_FAILURE")
     end = plugin_data_pb2.SessionEndInfo(status=status)
     data = plugin_data_pb2.HParamsPluginData(session_end_info=end)
     record = metadata.create_summary_metadata(data)
     value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)
-    _write(writer, Summary(value=[value]))
-
-
-def log_fit(
-    folder: Path, parameters: Mapping[str, Any], metrics: Mapping[str, float], name: str
-) -> None:
-    """Log a finished fit as trials are logged, under the name of its session."""
     with SummaryWriter(str(folder)) as writer:
-        log_parameters(writer, parameters, name)
-        log_outcome(writer, metrics, succeeded=True)
+        _write(writer, summary_v2.hparams_pb(known, trial_id=name))
+        for metric in METRICS:
+            if metric in metrics:
+                writer.add_scalar(f"best/{metric}", metrics[metric])
+        _write(writer, Summary(value=[value]))
 
 
 def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
@@ -69,11 +80,9 @@ def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
 
     The tab uses the first such record below its folder for all runs there, so that every record
     names the parameters of all studies."""
-    hparams = [
-        summary_v2.HParam(name, _domain(one))
-        for space in spaces.values()
-        for name, one in space.items()
-    ]
+    named = {name: _domain(one) for space in spaces.values() for name, one in space.items()}
+    named = {"encoder": None, "batch_size": None, **named}
+    hparams = [summary_v2.HParam(name, domain) for name, domain in named.items()]
     metrics = [summary_v2.Metric(f"best/{name}", display_name=name) for name in METRICS]
     _write(writer, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
 
@@ -83,9 +92,7 @@ def _domain(dimension: Dimension) -> Any:
     if isinstance(dimension, CategoricalDistribution):
         alike = len({type(choice) for choice in dimension.choices}) == 1
         return summary_v2.Discrete(dimension.choices) if alike else None
-    if isinstance(dimension, IntDistribution):
-        return summary_v2.IntInterval(dimension.low, dimension.high)
-    return summary_v2.RealInterval(dimension.low, dimension.high)
+    return summary_v2.RealInterval(float(dimension.low), float(dimension.high))
 
 
 def _write(writer: SummaryWriter, summary: Any) -> None:
@@ -142,42 +149,28 @@ def dials_picture(
     own: tuple[float, float],
     baseline: float,
 ) -> Figure:
-    """Draw accuracy and agreement against the mean exit layer, over each dial.
+    """Draw accuracy against the mean exit layer, over each dial.
 
     Args:
         curves: One record per setting, by the name of the dial, without ``halting_``.
         own: Mean exit layer and accuracy of the model at the setting of its dials.
         baseline: Accuracy of the whole encoder.
     """
-    # Two axes, since the ranges differ too much for one.
-    figure, (upper, lower) = plots.new_figure(rows=2)
-    depths = [point["mean_exit_layer"] for curve in curves.values() for point in curve]
-    span = max(depths) - min(depths)
-    for axes, name in ((upper, "accuracy"), (lower, "agreement")):
-        for dial, curve in curves.items():
-            places = [(point["mean_exit_layer"], 100 * point[name]) for point in curve]
-            axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
-            written = float("inf")
-            for point, place in zip(curve, places, strict=True):
-                # From most layers to fewest; labels must not overlap.
-                if written - place[0] > 0.05 * span:
-                    axes.annotate(f"{point[dial]:g}", place, fontsize=7)
-                    written = place[0]
-        axes.set_ylabel(f"{name}, %")
-    upper.axhline(100 * baseline, color="grey", linestyle="--", label="whole encoder")
-    upper.plot(own[0], 100 * own[1], "s", ms=9, mfc="none", mec="tab:red", label="as set")
-    upper.legend(fontsize=7)
-    upper.set_title("validation, with the setting of the dial at each point")
-    lower.set_xlabel("mean exit layer")
-    return figure
-
-
-def exit_picture(entry: Mapping[str, Any]) -> Figure:
-    """Draw how many texts leave after each layer, from an entry of metrics.json."""
     figure, axes = plots.new_figure()
-    counts, mean = entry["exit_histogram"], entry["mean_exit_layer"]
-    axes.bar(range(1, len(counts) + 1), counts)
-    axes.set(xlabel="exit layer", ylabel="texts", title=f"test: mean exit layer {mean:.2f}")
+    for dial, curve in curves.items():
+        places = [(point["mean_exit_layer"], 100 * point["accuracy"]) for point in curve]
+        axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
+        # Settings at one place share a label.
+        for place, point in dict(zip(places, curve, strict=True)).items():
+            axes.annotate(f"{point[dial]:g}", place, fontsize=7)
+    axes.axhline(100 * baseline, color="grey", linestyle="--", label="whole encoder")
+    axes.plot(own[0], 100 * own[1], "s", ms=9, mfc="none", mec="tab:red", label="as set")
+    axes.legend(fontsize=7)
+    axes.set(
+        xlabel="mean exit layer",
+        ylabel="accuracy, %",
+        title="validation, with the setting of the dial at each point",
+    )
     return figure
 
 

@@ -30,14 +30,13 @@ class Point:
         lambda_reg: λ.
         loss: Average task loss under early exit.
         layers: Average exit layer.
-        outcome: Early exit on each validation example, in one order for all trials; None for a
-            trial that was added by hand.
+        outcome: Early exit on each validation example, in one order for all trials.
     """
 
     lambda_reg: float
     loss: float
     layers: float
-    outcome: Outcome | None = None
+    outcome: Outcome
 
 
 def check_rule(rule: LambdaSelection | None, max_layers: float | None) -> None:
@@ -116,41 +115,28 @@ def select_lambda(
         return within[-1]
 
     if rule == "knee" and len(front) >= 3:
-        return max(front, key=lambda point: _distance_below_chord(point, front[0], best))
+        # On scaled axes, the chord goes from (0, 1) to (1, 0).
+        width, height = best.layers - front[0].layers, front[0].loss - best.loss
+        return min(front, key=lambda point: point.layers / width + point.loss / height)
 
-    if rule == "one_standard_error":
-        return next(
-            point
-            for point in front
-            if point.loss - best.loss <= max(NOISE_FLOOR, _error(point, best))
-        )
-    most = best.loss + max_loss_increase * abs(best.loss)
-    return next(point for point in front if point.loss <= most)
+    def allowance(point: Point) -> float:
+        if rule != "one_standard_error":
+            return max_loss_increase * abs(best.loss)
+        paired = point.outcome.losses.double() - best.outcome.losses.double()
+        return max(NOISE_FLOOR, mean_and_error(paired)[1])
+
+    return next(point for point in front if point.loss - best.loss <= allowance(point))
 
 
 def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Point]:
     """Return the points whose loss of accuracy plus its standard error is within `allowed`; see
     `select_lambda`."""
-    known = [(point, point.outcome.lost.double()) for point in points if point.outcome]
-    if from_best and known:
-        best = min((lost for _, lost in known), key=Tensor.mean)
-        known = [(point, lost - best) for point, lost in known]
-    return [point for point, lost in known if sum(careful_mean_and_error(lost)) <= allowed]
-
-
-def _error(point: Point, best: Point) -> float:
-    """Return the standard error of the paired difference of losses, 0 if it is unknown."""
-    if point.outcome is None or best.outcome is None:
-        return 0.0
-    return mean_and_error(point.outcome.losses.double() - best.outcome.losses.double())[1]
-
-
-def _distance_below_chord(point: Point, first: Point, last: Point) -> float:
-    """Return a number proportional to the distance below the chord between the ends of the front,
-    (0, 1) and (1, 0)."""
-    x = (point.layers - first.layers) / (last.layers - first.layers)
-    y = (point.loss - last.loss) / (first.loss - last.loss)
-    return 1 - x - y
+    lost = [point.outcome.lost.double() for point in points]
+    if from_best:
+        best = min(lost, key=Tensor.mean)
+        lost = [one - best for one in lost]
+    errors = (sum(careful_mean_and_error(one)) for one in lost)
+    return [point for point, error in zip(points, errors, strict=True) if error <= allowed]
 
 
 def next_lambda(

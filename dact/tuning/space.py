@@ -91,7 +91,7 @@ def build_spaces(
         spaces["training"]["detach_exits"] = CategoricalDistribution([True])
 
     home = {name: stage for stage, space in known.items() for name in space}
-    for name, change in _nested(changes or {}).items():
+    for name, change in (changes or {}).items():
         if name not in home:
             meant = get_close_matches(name, home, n=1)
             hint = f"Did you mean {meant[0]}?" if meant else f"The parameters are {', '.join(home)}"
@@ -102,15 +102,6 @@ def build_spaces(
             hint = "Give low, high, log and step, or choices, and a type: float, int or categorical"
             raise ValueError(f"search_space: {name}: got {change!r}: {error}. {hint}") from error
     return spaces
-
-
-def _nested(changes: Mapping[str, Any]) -> dict[str, Any]:
-    """Return changes by parameter; on a command line one may be given as ``batch_size.high``."""
-    nested: dict[str, Any] = {}
-    for path, change in changes.items():
-        name, _, entry = path.partition(".")
-        nested[name] = {**nested.get(name, {}), entry: change} if entry else change
-    return nested
 
 
 def _changed(default: Dimension, change: Any) -> Dimension:
@@ -152,36 +143,35 @@ def complete_spaces(
         for values in starts.get(stage, ()):
             start = {name: values[name] for name in space if name in values}
             for name, value in start.items():
-                if name in bounded or space[name].single():
-                    start[name] = nearest(space[name], value)
-                else:
-                    space[name] = holding(space[name], value)
+                fixed = name in bounded or space[name].single()
+                space[name], start[name] = holding(space[name], value, fixed)
             if start and start not in trials[stage]:
                 trials[stage].append(start)
     return complete, trials
 
 
-def holding(dimension: Dimension, value: Any) -> Dimension:
-    """Return a dimension, widened to hold `value`; a step that would miss it is dropped."""
+def holding(dimension: Dimension, value: Any, fixed: bool) -> tuple[Dimension, Any]:
+    """Return a dimension and a value that it holds.
+
+    The dimension is widened to hold `value`, without a step that would miss it. A `fixed` one stays
+    as it is, and the value is its nearest one, or the first one of choices without it.
+    """
     if isinstance(dimension, CategoricalDistribution):
-        return CategoricalDistribution(list(dict.fromkeys([*dimension.choices, value])))
-    low, high = min(dimension.low, value), max(dimension.high, value)
+        if value in dimension.choices:
+            return dimension, value
+        if fixed:
+            return dimension, dimension.choices[0]
+        return CategoricalDistribution([*dimension.choices, value]), value
+    low, high, step = dimension.low, dimension.high, dimension.step
+    if fixed:
+        inside = min(max(value, low), high)
+        return dimension, inside if step is None else low + step * round((inside - low) / step)
+    low, high = min(low, value), max(high, value)
     if isinstance(dimension, IntDistribution):
-        return IntDistribution(low, high, dimension.log)
-    step = dimension.step
+        return IntDistribution(low, high, dimension.log), value
     if step is not None and abs(math.remainder(value - low, step)) > 1e-9:
         step = None
-    return FloatDistribution(low, high, dimension.log and low > 0, step)
-
-
-def nearest(dimension: Dimension, value: Any) -> Any:
-    """Return the value of a dimension nearest to `value`; the first one of choices without it."""
-    if isinstance(dimension, CategoricalDistribution):
-        return value if value in dimension.choices else dimension.choices[0]
-    inside, step = min(max(value, dimension.low), dimension.high), dimension.step
-    if step is None:
-        return inside
-    return dimension.low + step * round((inside - dimension.low) / step)
+    return FloatDistribution(low, high, dimension.log and low > 0, step), value
 
 
 def suggest(trial: BaseTrial, name: str, dimension: Dimension) -> Any:

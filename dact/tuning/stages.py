@@ -21,14 +21,10 @@ class Stage:
 
     Args:
         name: Name of the stage, of its folder, and of its study after the run tag.
-        directions: Direction of each objective. Trials of a single objective may be pruned.
+        directions: Direction of each objective.
         parse: Function from the parameters of a trial to the winners they stand for, by name.
         read: Function from the metrics of a trial's best epoch to its value or values.
         pick: Function from the completed trials and the rule that chooses λ to the winner.
-        early_exit: Whether the value is that of early exit, at the margin that the promise would
-            set. Such trials keep their `Outcome`.
-        repeats: Number of fits per trial on frozen states, where one takes seconds; they differ by
-            their seed.
     """
 
     name: str
@@ -36,13 +32,13 @@ class Stage:
     parse: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Callable[[Mapping[str, float]], Any]
     pick: Callable[[Sequence[FrozenTrial], Select], FrozenTrial]
-    early_exit: bool = False
-    repeats: int = 1
 
     @property
-    def prunes(self) -> bool:
-        """Whether trials may be pruned."""
-        return len(self.directions) == 1
+    def early_exit(self) -> bool:
+        """Whether the values are those of early exit, at the margin that the promise would set.
+
+        Such trials keep their `Outcome`; others may be pruned."""
+        return len(self.directions) == 2
 
 
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
@@ -79,7 +75,7 @@ def _lowest_value(trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
 def _selected(trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
     points = []
     for trial in trials:
-        outcome = Outcome.unpacked(trial.user_attrs.get(OUTCOME))
+        outcome = Outcome.unpacked(trial.user_attrs[OUTCOME])
         loss, layers = trial.values
         points.append(Point(trial.params["lambda_reg"], loss, layers, outcome))
     return trials[points.index(select(points))]
@@ -94,7 +90,5 @@ LAMBDA_REG = Stage(
     dict,
     itemgetter("val_task_loss", "val_exit_layer"),
     _selected,
-    early_exit=True,
-    repeats=3,
 )
 STAGES = (SUBMODELS, TRAINING, LAMBDA_REG)

@@ -6,7 +6,6 @@ not count, and its parameters are tried again.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import multiprocessing
@@ -34,10 +33,11 @@ from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
 from dact import signals
+from dact.tuning.outcome import CAUSE, finished, was_interrupted
 from dact.tuning.run import Run
 from dact.tuning.settings import Winners
 from dact.tuning.stages import Stage
-from dact.tuning.trial import CAUSE, Objective
+from dact.tuning.trial import Objective
 
 # user attribute of a study: winners of the earlier studies that its trials ran under
 UNDER = "under"
@@ -135,22 +135,9 @@ def queue(study: Study, first_trials: Sequence[Any], missing: int) -> None:
             study.enqueue_trial(dict(params), skip_if_exists=True)
         return
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
-    again = [t for t in trials if _was_interrupted(t) and t.number not in retried]
+    again = [t for t in trials if was_interrupted(t) and t.number not in retried]
     for trial in again[: max(0, missing - waiting)]:
         RETRY(study, trial)
-
-
-# ---------------------------------------------------------------------- reading
-
-
-def _was_interrupted(trial: FrozenTrial) -> bool:
-    return trial.state == TrialState.FAIL and CAUSE not in trial.user_attrs
-
-
-def finished(study: Study) -> list[FrozenTrial]:
-    """Return the trials that count: completed, pruned, or failed by their own fault."""
-    trials = study.get_trials(deepcopy=False)
-    return [one for one in trials if one.state.is_finished() and not _was_interrupted(one)]
 
 
 def completed(study: Study) -> list[FrozenTrial]:
@@ -233,19 +220,22 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
     study.sampler, study.pruner = job.sampler, job.pruner or study.pruner
     if finished(study):
         study.sampler.reseed_rng()  # a seeded sampler would propose the same points again
-    if workers > 1 and (missing := job.missing(study)):
+    while missing := job.missing(study):
         queue(study, job.first_trials, missing)
         try:
-            with contextlib.suppress(BrokenProcessPool):
+            if workers > 1:
                 _run_pool(job, missing, workers, refresh)
+            else:
+                job.run(study, missing, refresh)
+        except BrokenProcessPool:
+            pass  # a worker died, and this process runs what is left
         finally:
             if job.storage is None:
                 fail_running(study)
-    while missing := job.missing(study):
-        queue(study, job.first_trials, missing)
-        job.run(study, missing, refresh)
-        if job.storage is None or missing == job.missing(study):
+        # A callback may have stopped it.
+        if workers == 1 and (job.storage is None or missing == job.missing(study)):
             break
+        workers = 1
         _wait_for_others(study, refresh)
 
 
@@ -270,9 +260,7 @@ def _run_pool(job: StudyJob, n_trials: int, workers: int, refresh: Callable[...,
     if sys.platform == "linux":
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload([__name__])
-    threads = max(1, torch.get_num_threads() // workers)
-    number = context.Value("i", 0)
-    begun = (job, number, threads, dict(os.environ))
+    begun = (job, max(1, torch.get_num_threads() // workers), dict(os.environ))
     pool = ProcessPoolExecutor(workers, context, initializer=_begin_worker, initargs=begun)
     pending = {pool.submit(_run_one) for _ in range(n_trials)}
     try:
@@ -292,7 +280,7 @@ _job: StudyJob | None = None  # of a worker process
 _study: Study | None = None
 
 
-def _begin_worker(job: StudyJob, number: Any, threads: int, environment: dict[str, str]) -> None:
+def _begin_worker(job: StudyJob, threads: int, environment: dict[str, str]) -> None:
     """Make this process a worker, which ends with its parent."""
     global _job, _study
     os.environ.update(environment)
@@ -301,9 +289,8 @@ def _begin_worker(job: StudyJob, number: Any, threads: int, environment: dict[st
     if job.setup is not None:
         job.setup()
     torch.set_num_threads(threads)
-    with number.get_lock():
-        worker = number.value
-        number.value += 1
+    # workers are numbered one after the other, in their names
+    worker = int(multiprocessing.current_process().name.rpartition("-")[2])
     stage, run = job.objective.stage, job.objective.prepared.run
     prepared = job.objective.prepared.for_worker(worker, torch.cuda.device_count())
     _job = replace(job, objective=replace(job.objective, prepared=prepared))
