@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from dact.checks import check_choice
 from dact.data.tokenizers import load_tokenizer
 from dact.encoders.base import LayeredEncoder
-from dact.encoders.onnx import EMBED, POOL, OnnxEncoder
+from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, described
 from dact.encoders.quantization import quantize as quantize_graph
 from dact.files import file_digest, replacing_folder
 from dact.model import DACT
@@ -31,7 +31,6 @@ class Export:
 
     Args:
         folder: The folder.
-        quantize: ``"int8"``, or None for float32.
         megabytes: Size of the graphs on disk, in millions of bytes.
         difference: Largest difference of a float32 graph from PyTorch, as a share of its largest
             value.
@@ -42,7 +41,6 @@ class Export:
     """
 
     folder: Path
-    quantize: Quantization | None
     megabytes: float
     difference: float
     quantized_difference: float | None
@@ -70,17 +68,14 @@ def export(
     """Write a model folder whose encoder runs on ONNX Runtime, and return what was written.
 
     The embedding, each layer and the pooling become graphs of any batch size and length, each
-    compared with PyTorch before the folder appears. `DACT.from_pretrained` and
-    `TextClassifier.from_pretrained` read the folder like any other. The halting rule stays. A
-    promise that `dact.calibrate` made is dropped, since answers differ a little: calibrate the new
-    folder to renew it.
+    compared with PyTorch before the folder appears. The halting rule stays. A promise is dropped,
+    since answers differ a little: `dact.calibrate` renews it.
 
     Args:
         model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
         output: Folder to write. An earlier export there is replaced.
-        quantize: ``"int8"`` for weights of 8 bits, with one scale per channel, and for activations
-            that are quantised at run time, with one scale per token; float32 if left out. It is
-            meant for processors with VNNI instructions; others lose some accuracy.
+        quantize: ``"int8"`` for weights of 8 bits and activations that are quantised at run time;
+            float32 if left out. Processors without VNNI instructions lose some accuracy by int8.
 
     Raises:
         ImportError: If ONNX Runtime or onnx is not installed.
@@ -91,7 +86,11 @@ def export(
     if quantize is not None:
         check_choice("export: quantize", quantize, Quantization)
     model_dir, output = Path(model_dir).expanduser(), Path(output).expanduser().absolute()
-    replaced = _holds_an_export(output)
+    replaced = (output / EMBED).is_file()
+    if output.exists() and not replaced and (output.is_file() or any(output.iterdir())):
+        raise ValueError(
+            f"export: {output} exists and was not written by dact export: give another folder"
+        )
     model = DACT.from_pretrained(model_dir)
     encoder = model.encoder
     if isinstance(encoder, OnnxEncoder):
@@ -124,29 +123,12 @@ def export(
         model.save_pretrained(folder)
         if (model_dir / "tokenizer_config.json").is_file():
             load_tokenizer(str(model_dir.resolve())).save_pretrained(folder)
-    return Export(
-        output, quantize, size / 1e6, difference, quantized_difference, had_promise, replaced
-    )
+    return Export(output, size / 1e6, difference, quantized_difference, had_promise, replaced)
 
 
 def _largest(differences: Iterable[Tensor]) -> float:
     """Return the largest difference; NaN if one is, which `max` may overlook."""
     return torch.stack([*differences]).max().item()
-
-
-def _holds_an_export(output: Path) -> bool:
-    """Return whether there is an earlier export, which may be replaced.
-
-    Raises:
-        ValueError: If the folder holds anything else.
-    """
-    if not output.exists() or (output.is_dir() and not any(output.iterdir())):
-        return False
-    if not (output / EMBED).is_file():
-        raise ValueError(
-            f"export: {output} exists and was not written by dact export: give another folder"
-        )
-    return True
 
 
 class _Traced(nn.Module):
@@ -164,8 +146,7 @@ class _Traced(nn.Module):
 
 
 def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> list[str]:
-    """Write the graphs of the first layers of an encoder, and return the file names of these
-    layers."""
+    """Write the graphs of an encoder, and return the file names of its first layers."""
     model: Any = getattr(encoder, "model", None)
     if hasattr(model, "set_attn_implementation"):
         # The fused one guards against cases that never occur here.
@@ -200,8 +181,7 @@ def _write_graph(
     path: Path, encoder: LayeredEncoder, run: Callable[..., Tensor], inputs: dict[str, Tensor]
 ) -> None:
     with warnings.catch_warnings():
-        # The tracer warns, and the exporter is deprecated; the graph itself is compared with
-        # PyTorch.
+        # The tracer warns, and the exporter is deprecated; each graph is compared with PyTorch.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             _Traced(encoder, run),
@@ -218,19 +198,11 @@ def _write_graph(
 
 
 def _open(folder: Path, layers: list[str], encoder: LayeredEncoder) -> OnnxEncoder:
-    return OnnxEncoder(
-        folder,
-        layers=layers,
-        hidden_size=encoder.hidden_size,
-        vocab_size=encoder.vocab_size,
-        max_length=encoder.max_length,
-        counts_columns=encoder.counts_columns,
-    )
+    return OnnxEncoder(folder, layers=layers, **described(encoder))
 
 
 def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the outputs of PyTorch and of each graph for the same input, for batches of other sizes
-    than traced."""
+    """Yield the outputs of PyTorch and of each graph, for batches of other sizes than traced."""
     generator = torch.Generator().manual_seed(0)
     longest = min(80, encoder.max_length or 80)
     for rows, length in ((3, min(17, longest)), (1, longest), (1, 1)):

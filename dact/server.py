@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dact.checks import check_choice, check_count, check_range
+from dact.checks import Range, check_arguments
 from dact.text_classifier import TextClassifier
 
 try:
@@ -99,24 +99,20 @@ class _API(litserve.LitAPI):
 
 def serve(
     model: str | Path,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_batch: int = 64,
-    max_wait: float = 0.002,
+    host: Host = "127.0.0.1",
+    port: Annotated[int, Range("[1024, 65535]")] = 8000,
+    max_batch: Annotated[int, Range("[2, inf)")] = 64,
+    max_wait: Annotated[float, Range("[0, 30)")] = 0.002,
 ) -> None:
-    """Serve a model until SIGTERM or Ctrl-C. Requests that were accepted before are still answered.
-    The call blocks.
+    """Serve a model over HTTP until SIGTERM or Ctrl-C. Requests that were accepted before are still
+    answered.
 
-    Routes: ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` (a pair of texts is a list
-    of two) and answers ``{"predictions": [{"label", "score", "exit_layer", "reason"}, …]}``, where
-    an empty text has a reason instead of a label; ``GET /health`` says whether the model is loaded;
-    ``GET /info`` has the classes, layers, dial and promise. A malformed request, a text of over
-    100,000 characters, and more than 10,000 texts get 422, a body of over 1 MB gets 413. Texts are
-    cut to the tokens that the model takes, 8,192 if it has no limit. If the environment sets
-    LIT_SERVER_API_KEY, requests must carry it in the header ``X-API-Key``. Texts are not logged.
+    ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` and answers ``{"predictions":
+    [{"label", "score", "exit_layer", "reason"}, …]}``; ``GET /health`` says whether the model is
+    loaded; ``GET /info`` has the classes, layers, dial and promise. If the environment sets
+    LIT_SERVER_API_KEY, requests must carry it in the header ``X-API-Key``.
 
-    Call it in the main thread of a program of its own, since it starts processes and handles
-    SIGTERM.
+    Call it in the main thread of a program of its own: it starts processes and handles SIGTERM.
 
     Args:
         model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` write it.
@@ -132,10 +128,7 @@ def serve(
         ValueError: If an argument is outside its range, or the model cannot be read.
         OSError: If the port is taken.
     """
-    check_choice("serve: host", host, Host)
-    check_count("serve: port", port, 1024, 65535)
-    check_count("serve: max_batch", max_batch, 2)
-    check_range("serve: max_wait", max_wait, "[0, 30)")
+    check_arguments(serve, locals(), "serve: ")
     path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     # Loaded here as well, so that a faulty model fails before any process starts.
     info = _info(TextClassifier.from_pretrained(path))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 import torch
 from tqdm import tqdm  # type: ignore[import-untyped]
@@ -17,14 +17,9 @@ from tqdm import tqdm  # type: ignore[import-untyped]
 from dact import hub
 from dact.agreement import names_of_classes
 from dact.calibration.temperature import temper
-from dact.checks import check_count
+from dact.checks import Range, check_arguments
 from dact.data.files import text_fault
-from dact.data.tokenizers import (
-    PreTrainedTokenizerBase,
-    load_tokenizer,
-    tokenize,
-    tokenizer_for,
-)
+from dact.data.tokenizers import PreTrainedTokenizerBase, load_tokenizer, tokenize, tokenizer_for
 from dact.model import DACT
 from dact.model_card import Metrics, metrics_of
 
@@ -41,8 +36,7 @@ class Prediction:
     Args:
         label: Name of the class; None, like score and exit layer, for a text that has no answer.
         score: Probability of that class at the exit layer, in [0, 1]; calibrated if the model has
-            temperatures. At tolerance 0 and margin 1 the class is that of full depth, but the
-            probability is not.
+            temperatures. By proof the class is that of all layers, but the probability is not.
         exit_layer: Number of the last layer that was run, 1-based.
         probabilities: Probabilities of all classes, by their names.
         reason: Why there is no answer, such as ``"empty text"``; None if there is one.
@@ -58,18 +52,15 @@ class Prediction:
 class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
-    Each text gets exactly one class; several labels per text and regression are not supported.
     Calls from several threads are safe, and it can be pickled for other processes and machines.
 
     Args:
-        model: Model, a `DACT`. It is put into eval mode and moved to `device`, as by a pipeline of
-            transformers.
+        model: Model, which is put into eval mode and moved to `device`.
         tokenizer: Tokenizer of the model, which is copied, or its name, as for the data. Texts are
             cut to the length that tokenizer and encoder take, or to 8,192 tokens if neither has a
             limit.
         batch_size: Number of texts that are classified together, 1 or more. More make early exit
-            faster, up to about a thousand on a CPU and ten thousand on a GPU. In float32 no answer
-            depends on it; in half precision rounding may change a few.
+            faster, up to about a thousand on a CPU and ten thousand on a GPU.
         device: Device to run on, such as ``"cuda"``; the device of the model if left out.
         dtype: Precision of the encoder and its heads, such as ``torch.bfloat16`` or ``"bfloat16"``,
             by ``torch.autocast``; the weights stay as they are. Half precision may change the class
@@ -95,11 +86,11 @@ class TextClassifier:
         model: DACT,
         tokenizer: PreTrainedTokenizerBase | str,
         *,
-        batch_size: int = 1024,
+        batch_size: Annotated[int, Range("[1, inf)")] = 1024,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
     ) -> None:
-        check_count("TextClassifier: batch_size", batch_size)
+        check_arguments(TextClassifier.__init__, locals(), "TextClassifier: ")
         self.dtype = _checked_dtype(dtype)
         self.model = model.eval().to(device or model.device)
         self.batch_size = batch_size
@@ -140,14 +131,10 @@ class TextClassifier:
 
         Args:
             directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.
-            batch_size: As for `TextClassifier`.
-            device: As for `TextClassifier`.
+            batch_size, device: As for `TextClassifier`.
             dtype: As for `TextClassifier`; the weights of the loaded encoder are held in it as
                 well.
-            revision: Branch, tag or commit on the Hub.
-            token: Access token.
-            cache_dir: Folder of the cache.
-            local_files_only: Whether to look only in the cache.
+            revision, token, cache_dir, local_files_only: As for `DACT.from_pretrained`.
             **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
 
         Raises:
@@ -172,23 +159,13 @@ class TextClassifier:
 
     def save_pretrained(self, directory: str | Path, **card: Any) -> None:
         """Write the model, its tokenizer and a model card into `directory`; see
-        `DACT.save_pretrained`.
-
-        Raises:
-            ValueError: If the encoder was loaded in half precision.
-        """
-        if any(one.dtype != torch.float32 for one in self.model.encoder.parameters()):
-            raise ValueError(
-                "the weights of the encoder are in half precision: load it without dtype to save it"
-            )
+        `DACT.save_pretrained`."""
         self.model.save_pretrained(directory, **{"metrics": self.metrics, **card})
         self.tokenizer.save_pretrained(str(directory))
 
     def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Any) -> str:
-        """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`.
-
-        The model card has the measurements of the run that the model was loaded from, unless
-        `metrics` replaces them."""
+        """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`. `metrics` are
+        those of the run that the model was loaded from by default."""
         save = partial(self.save_pretrained, metrics=metrics or self.metrics)
         return hub.publish(save, repo_id, **options)
 
@@ -202,10 +179,8 @@ class TextClassifier:
     @overload
     def __call__(self, texts: Iterable[Text]) -> list[Prediction]: ...
     def __call__(self, texts: str | Iterable[Text]) -> Prediction | list[Prediction]:
-        """Return one prediction per text, in their order; a progress bar appears on a terminal if
-        it takes long.
-
-        A text that is empty or no text at all gets a prediction without a label, and with a reason.
+        """Return one prediction per text, in their order. An entry that is empty or no text has a
+        reason instead of a label.
 
         Args:
             texts: One text, or texts and pairs of texts as tuples or lists of two.

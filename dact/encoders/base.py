@@ -21,9 +21,8 @@ class LayeredEncoder(nn.Module, ABC):
     (inference).
 
     A subclass sets `num_layers` and `hidden_size` and implements `embed`, `layer` and `pool`.
-    Override `context` if the layers share more than the hidden state, `forward` if one ordinary
-    forward pass is faster than a loop, and `mask` if a batch has no ``input_ids``. A checkpoint
-    rebuilds the encoders of dact; pass any other one as ``encoder=`` where a model is loaded.
+    Override `context` if the layers share more than the hidden state, and `mask` if a batch has no
+    ``input_ids``. Pass an encoder of your own as ``encoder=`` where a model is loaded.
 
     Attributes:
         num_layers: Number of layers N.
@@ -58,15 +57,13 @@ class LayeredEncoder(nn.Module, ABC):
         return mask
 
     def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
-        """Return the context of the examples that remain after others have left.
-
-        It calls `context` again. Override it if picking rows of the old context costs less.
+        """Return the context of the examples that remain after others have left; override it if
+        picking rows of the old context costs less than calling `context` again.
 
         Args:
             context: Context of all examples, as `context` returned it.
             rows: Rows that remain, int64 ``[remaining]``, ascending.
-            hidden: Hidden state of these rows, ``[remaining, length, hidden]``. The length may have
-                shrunk.
+            hidden: Hidden state of these rows, ``[remaining, length, hidden]``, maybe shorter.
             mask: Mask of these rows, ``[remaining, length]``.
         """
         return self.context(hidden, mask)
@@ -81,10 +78,8 @@ class LayeredEncoder(nn.Module, ABC):
         hidden]``."""
 
     def for_each(self, function: Callable[[Given], Made], steps: Sequence[Given]) -> Iterable[Made]:
-        """Return the results of a function for all steps of early exit, in their order.
-
-        The steps run one after the other, since PyTorch uses all cores in each. Override it if
-        they run faster side by side."""
+        """Return the results of a function for all steps of early exit, in their order; override
+        it if they run faster side by side."""
         return map(function, steps)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -108,14 +103,11 @@ class LayeredEncoder(nn.Module, ABC):
 
         Raises:
             TypeError: If the batch is not a dict.
-            KeyError: If the batch has no ``input_ids``.
             ValueError: If the encoder does not take so many tokens or such an id, a row is all
                 padding, or the batch is padded on the left and positions count from the first
                 column.
         """
         check_batch(batch)
-        if "input_ids" not in batch:
-            raise KeyError(f"a batch needs 'input_ids' [batch, length], got {sorted(batch)}")
         ids = batch["input_ids"]
         if self.max_length is not None and ids.shape[1] > self.max_length:
             raise ValueError(
@@ -168,8 +160,7 @@ class LayeredEncoder(nn.Module, ABC):
 
 
 def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """Return a batch whose tensors are on a device; other entries, such as lists of ids, stay as
-    they are."""
+    """Return a batch whose tensors are on a device; other entries stay as they are."""
     return {
         name: entry.to(device) if isinstance(entry, Tensor) else entry
         for name, entry in batch.items()

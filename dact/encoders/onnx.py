@@ -28,9 +28,8 @@ EMBED, POOL = "embed.onnx", "pool.onnx"
 class OnnxEncoder(LayeredEncoder):
     """An encoder whose embedding, layers and pooling are graphs that ONNX Runtime runs on the CPU.
 
-    It keeps the contract of `LayeredEncoder`, so early exit, calibration and `TextClassifier` work
-    as they do with PyTorch. It has no parameters: only the submodels can be trained. Steps of early
-    exit run side by side, each in one thread, as many at a time as PyTorch uses threads.
+    It has no parameters: only the submodels can be trained. Steps of early exit run side by side,
+    each in one thread, as many at a time as PyTorch uses threads.
 
     Args:
         folder: Folder with the graphs.
@@ -44,7 +43,6 @@ class OnnxEncoder(LayeredEncoder):
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
-        ValueError: If a graph is missing.
     """
 
     # It suffices for one thread. Larger steps have more padding, and leave threads idle at the end.
@@ -67,7 +65,7 @@ class OnnxEncoder(LayeredEncoder):
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.counts_columns = counts_columns
-        # Names alone, so that a folder from elsewhere reads no file outside of it.
+        # Only names, so that a folder from elsewhere reads no file outside of it.
         self._layers = tuple(Path(name).name for name in layers)
         names = (EMBED, *dict.fromkeys(self._layers), POOL)
         self._graphs = {name: _Graph(self.folder / name) for name in names}
@@ -99,10 +97,7 @@ class OnnxEncoder(LayeredEncoder):
         return {
             "type": "OnnxEncoder",
             "layers": list(self._layers),
-            "hidden_size": self.hidden_size,
-            "vocab_size": self.vocab_size,
-            "max_length": self.max_length,
-            "counts_columns": self.counts_columns,
+            **described(self),
         }
 
     def save_files(self, folder: Path) -> None:
@@ -110,6 +105,12 @@ class OnnxEncoder(LayeredEncoder):
             if folder.resolve() != self.folder.resolve():
                 with replacing(folder / name) as partial:
                     shutil.copyfile(self.folder / name, partial)
+
+
+def described(encoder: LayeredEncoder) -> dict[str, Any]:
+    """Return the arguments of `OnnxEncoder` that an exported encoder takes over."""
+    names = ("hidden_size", "vocab_size", "max_length", "counts_columns")
+    return {name: getattr(encoder, name) for name in names}
 
 
 @cache
@@ -122,8 +123,6 @@ class _Graph:
     """One graph, from tensors by name to one tensor. Copies and pickles hold only its path."""
 
     def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise ValueError(f"{path.parent} lacks the graph {path.name}: export the model again")
         options = onnxruntime.SessionOptions()
         # The steps of early exit run side by side instead.
         options.intra_op_num_threads = 1

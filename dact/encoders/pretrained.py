@@ -9,23 +9,12 @@ PREFIX = "package:"
 
 
 def resolve_pretrained(pretrained: str) -> str:
-    """Return the Hub id or the folder that `pretrained` stands for.
-
-    Args:
-        pretrained: A Hub id, a local folder, or ``"package:NAME/PATH"``, a folder inside an
-            installed package.
-
-    Returns:
-        The argument itself, a folder with its ``~`` expanded, or the absolute path of the folder in
-        the package.
+    """Return a Hub id as it is, the path of a local folder, or the folder inside an installed
+    package that ``"package:NAME/PATH"`` stands for.
 
     Raises:
         ValueError: If the package is not installed or has no such folder, or a local path does not
             exist.
-
-    Example:
-        >>> resolve_pretrained("google-bert/bert-base-uncased")
-        'google-bert/bert-base-uncased'
     """
     pretrained = str(pretrained)
     if not pretrained.startswith(PREFIX):

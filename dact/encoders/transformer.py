@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.checks import check_choice, check_count, check_range
+from dact.checks import Range, check_arguments
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 
 # Added to the attention logits where a head must not look. It is finite, so that a row of padding
@@ -22,9 +22,7 @@ class TransformerEncoder(LayeredEncoder):
     biases.
 
     The biases are those of ALiBi (Press et al. 2022, arXiv 2108.12409), in both directions: half of
-    the heads look back and half look ahead, each with its own slope. The first layers see the
-    neighbourhood of a word, and each further layer sees farther. The length of the input is not
-    bounded.
+    the heads look back and half look ahead, each with its own slope. Inputs may have any length.
 
     Args:
         vocab_size: Number of token ids, 2 or more.
@@ -35,8 +33,7 @@ class TransformerEncoder(LayeredEncoder):
         feedforward_size: Width inside the feed-forward part; 4 times `hidden_size` by default.
         dropout: Dropout probability in [0, 1).
         slopes: Steepest and flattest slope of the biases per token of distance, above 0. The slopes
-            of the heads lie between them in steps of equal ratio. Steeper heads see a smaller
-            neighbourhood.
+            of the heads lie between them in steps of equal ratio.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -51,52 +48,47 @@ class TransformerEncoder(LayeredEncoder):
 
     def __init__(
         self,
-        vocab_size: int,
-        num_layers: int = 6,
-        hidden_size: int = 64,
-        num_heads: int = 4,
+        vocab_size: Annotated[int, Range("[2, inf)")],
+        num_layers: Annotated[int, Range("[1, inf)")] = 6,
+        hidden_size: Annotated[int, Range("[1, inf)")] = 64,
+        num_heads: Annotated[int, Range("[1, inf)")] = 4,
         *,
         pooling: Pooling = "mean",
-        feedforward_size: int | None = None,
-        dropout: float = 0.0,
+        feedforward_size: Annotated[int, Range("[1, inf)")] | None = None,
+        dropout: Annotated[float, Range("[0, 1)")] = 0.0,
         slopes: tuple[float, float] = (2.0, 0.25),
     ) -> None:
+        check_arguments(TransformerEncoder.__init__, locals(), "TransformerEncoder: ")
         super().__init__()
-        check_count("TransformerEncoder: vocab_size", vocab_size, least=2)
-        check_count("TransformerEncoder: num_layers", num_layers)
-        check_count("TransformerEncoder: hidden_size", hidden_size)
-        check_count("TransformerEncoder: num_heads", num_heads)
         if num_heads % 2 or hidden_size % num_heads:
             raise ValueError(
                 "TransformerEncoder: num_heads must be even and divide hidden_size, got "
                 f"{num_heads} heads for {hidden_size}"
             )
-        check_range("TransformerEncoder: dropout", dropout, "[0, 1)")
         if not slopes[0] >= slopes[1] > 0:
             raise ValueError(
                 "TransformerEncoder: slopes must be the steepest and the flattest, both above 0, "
                 f"got {slopes}"
             )
-        check_choice("TransformerEncoder: pooling", pooling, Pooling)
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
         self.pooling = pooling
+        feedforward_size = feedforward_size or 4 * hidden_size
         self._config = {
             "vocab_size": vocab_size,
             "num_layers": num_layers,
             "hidden_size": hidden_size,
             "num_heads": num_heads,
             "pooling": pooling,
-            "feedforward_size": feedforward_size or 4 * hidden_size,
+            "feedforward_size": feedforward_size,
             "dropout": dropout,
             "slopes": list(slopes),
         }
         self.tokens = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.tokens.weight, std=0.05)
         self.layers = nn.ModuleList(
-            _Layer(hidden_size, num_heads, feedforward_size or 4 * hidden_size, dropout)
-            for _ in range(num_layers)
+            _Layer(hidden_size, num_heads, feedforward_size, dropout) for _ in range(num_layers)
         )
         # Pre-norm layers leave an unnormalised sum behind: one norm serves the exits of all layers.
         self.norm = nn.LayerNorm(hidden_size)
@@ -137,11 +129,8 @@ class TransformerEncoder(LayeredEncoder):
 
 
 class _Layer(nn.Module):
-    """Attention with a bias, then a feed-forward part. Each follows a norm and is added to its
-    input.
-
-    PyTorch's own layer cannot be used: in eval mode its fast path ignores a bias of one matrix per
-    head."""
+    """Attention with a bias, then a feed-forward part; in eval mode, the fast path of PyTorch's own
+    layer ignores a bias of one matrix per head."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float
