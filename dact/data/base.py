@@ -7,7 +7,6 @@ from collections import Counter
 from functools import cached_property, partial
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore[attr-defined]
 from torch import Tensor
@@ -34,8 +33,8 @@ SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 class ClassificationDataModule(LightningDataModule):
     """What `DACT`, `dact.calibrate`, the commands and tuning ask of a datamodule.
 
-    Derive from it, or have the same attributes: a missing one counts as its default here. Batches
-    are dicts with ``labels`` and what the encoder takes.
+    Other datamodules may have the same attributes: a missing one counts as its default here.
+    Batches are dicts with ``labels`` and what the encoder takes.
 
     Attributes:
         class_names: Names of the classes in their order.
@@ -44,8 +43,8 @@ class ClassificationDataModule(LightningDataModule):
         batch_size: Number of examples per training batch.
         teacher: Name of a fine-tuned model whose probabilities training batches carry as
             ``teacher`` ``[batch, classes]``.
-        teacher_probabilities: The ``teacher`` of each training example, ``[examples, classes]``,
-            if tuning has set it; batches then need ``row``, the number of each example, as well.
+        teacher_probabilities: The ``teacher`` of each training example, ``[examples, classes]``, if
+            tuning has set it; batches need ``row``, the number of each example, for that.
         calibration_fraction: Share of the validation examples that is set aside for
             `calibration_dataloader`, in [0, 1).
         needs_teacher: Whether there are training texts that only a teacher can label.
@@ -70,25 +69,21 @@ class ClassificationDataModule(LightningDataModule):
 
 
 class TextDataModule(ClassificationDataModule, ABC):
-    """A datamodule that tokenizes text, makes batches of similar length, and pads each to its
-    longest text.
+    """A datamodule that tokenizes text and makes batches of similar length.
 
     A subclass implements `examples`, and sets `class_names` there or before.
 
     Args:
-        tokenizer: A tokenizer, which is copied and never changed, or where to load one from: a Hub
-            id, a local folder or ``"package:NAME/PATH"``.
+        tokenizer: A tokenizer, which is copied, or where to load one from: a Hub id, a local folder
+            or ``"package:NAME/PATH"``.
         max_length: Number of tokens to which longer inputs are cut, 3 or more.
-        batch_size: Number of examples per batch in training and validation, 1 or more. Batches of
-            test have 1,024 or more, which early exit divides by itself.
+        batch_size: Number of examples per batch in training and validation; 1,024 or more in test.
         num_workers: Number of processes that prepare batches; with 0 the training process does.
         seed: Seed for the order of training examples.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
             `dact.calibrate`. None of their texts is in validation or training.
-        teacher: Fine-tuned model to learn from: training batches carry its probabilities as
-            ``teacher`` ``[batch, classes]``, for the `distillation` of `DACT`. It is a ``model/``
-            folder of dact, or a sequence-classification model: a Hub id, a local folder, or
-            ``"package:NAME/PATH"``.
+        teacher: Fine-tuned model for the `distillation` of `DACT`: a ``model/`` folder of dact, or
+            a sequence-classification model, named as a tokenizer is.
 
     Attributes:
         splits: The `Examples` of each split that is set up.
@@ -126,8 +121,7 @@ class TextDataModule(ClassificationDataModule, ABC):
         """Return the examples of ``"train"``, ``"val"`` or ``"test"``."""
 
     def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
-        """Return the rows of validation examples that are kept, and those that
-        `calibration_fraction` sets aside for calibration."""
+        """Return the rows that are kept for validation, and those for calibration."""
         assert validation.labels is not None
         keys = validation.text_keys()
         return stratified_split(validation.labels, self.calibration_fraction, self.seed, keys)
@@ -167,9 +161,8 @@ class TextDataModule(ClassificationDataModule, ABC):
                 f"{1 - CUT_SHARE:.0%} of them whole, if the encoder takes that many"
             )
         if split in ("val", "calibration"):
-            # Validation compares fits example by example, so there is one order whatever the batch
-            # size: neighbours have similar lengths, and the blocks are shuffled, so that the
-            # Trainer's limit_val_batches keeps texts of all lengths.
+            # One order whatever the batch size; limit_val_batches of the Trainer keeps texts
+            # of all lengths.
             order = LengthGroupedSampler(items.lengths, VALIDATION_BLOCK, seed=0)
             items = Subset(items, list(order))
         self.splits[split] = examples
@@ -201,7 +194,6 @@ class TextDataModule(ClassificationDataModule, ABC):
             items,
             batch_size=size,
             sampler=sampler,
-            # Not a method: processes that prepare batches need not copy the whole datamodule.
             collate_fn=partial(collate, padding=padding_of(self.tokenizer), teacher=teacher),
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
@@ -210,13 +202,10 @@ class TextDataModule(ClassificationDataModule, ABC):
     @override
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches in training order; the teacher runs when this is first called."""
-        if self.teacher and self.teacher_probabilities is None and "train" in self.splits:
-            assert self.class_names is not None
-            device = torch.device("cpu")
-            if self.trainer is not None:
-                device = self.trainer.strategy.root_device
+        if self.teacher and self.teacher_probabilities is None:
+            device = self.trainer and self.trainer.strategy.root_device
             self.teacher_probabilities = teacher_probabilities(
-                self.teacher, self.splits["train"], self.class_names, self.max_length, device
+                self.teacher, self.splits["train"], self.class_names or [], self.max_length, device
             )
         return self._loader("train")
 

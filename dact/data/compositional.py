@@ -7,7 +7,6 @@ import random
 import zlib
 from collections.abc import Callable
 
-from dact.checks import check_count
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples
 from dact.data.tokenizers import word_tokenizer
@@ -35,8 +34,7 @@ def modify(grade: int, modifier: str) -> int:
 
 
 def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
-    """Draw a clause and its grade. Modifiers apply from the adjective outwards; emphasis words
-    change nothing."""
+    """Draw a clause and its grade; modifiers apply from the adjective outwards."""
     grade = generator.randrange(3)
     words = [generator.choice(GRADES[grade])]
     for step in range(modifiers + 1):
@@ -50,8 +48,7 @@ def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
 
 
 def split_of(text: str) -> str:
-    """Return the split that may have a text: training for 80 % of all texts, validation and test
-    for 10 % each."""
+    """Return the only split that may have a text."""
     share = zlib.crc32(text.encode()) % 100
     return "val" if share < 10 else "test" if share < 20 else "train"
 
@@ -59,8 +56,8 @@ def split_of(text: str) -> str:
 def generate_review(
     generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
 ) -> tuple[str, int, int]:
-    """Draw a review whose text is accepted: class and depth are uniform and independent of each
-    other. Return the text, the class and the depth: its modifiers, plus one for a concession."""
+    """Draw a review whose text is accepted, and return its text, class and depth, which are uniform
+    and independent of each other."""
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
         text, grade = _draw(generator, depth)
@@ -96,8 +93,8 @@ class CompositionalSentiment(TextDataModule):
     The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps
     whose order matters: "ironically" exchanges good and bad, "modestly" good and average,
     "charitably" bad and average, applied from the adjective outwards; in a concession the main
-    clause counts. Emphasis words and remarks change nothing. Deep reviews need several layers: see
-    benchmarks/README.md. No text is in two splits. Batches have the ``depth`` of each example.
+    clause counts. Deep reviews need several layers: see benchmarks/README.md. Batches have the
+    ``depth`` of each example.
 
     Args:
         num_train: Number of training reviews.
@@ -133,9 +130,6 @@ class CompositionalSentiment(TextDataModule):
             calibration_fraction=calibration_fraction,
         )
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
-        for split, size in self.sizes.items():
-            check_count(f"num_{split}", size, least=3)
-        check_count("max_depth", max_depth, least=0)
         self.max_depth = max_depth
         self.class_names = list(CLASS_NAMES)
 

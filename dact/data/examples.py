@@ -6,7 +6,7 @@ import hashlib
 import random
 import unicodedata
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, fields
 
 
@@ -40,14 +40,12 @@ class Examples:
         return Examples(**{name: c and [c[row] for row in rows] for name, c in columns.items()})
 
     def text_keys(self) -> list[bytes]:
-        """Return a digest of each normalised text or text pair: examples of equal keys are copies
-        of each other."""
+        """Return the `text_key` of each text or text pair, which copies have in common."""
         return [text_key(*texts) for texts in zip(*self.columns, strict=True)]
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """Return the examples of all `parts`, one after the other; a column stays if every part has
-    it."""
+    """Return the examples of all `parts`; a column stays if every part has it."""
     columns = {}
     for field in fields(Examples):
         values = [getattr(part, field.name) for part in parts]
@@ -72,16 +70,16 @@ def text_key(*texts: str) -> bytes:
 def hash_split(
     labels: Sequence[int], keys: Sequence[bytes], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Divide rows in two by a number in [0, 1) that a hash gives each text.
+    """Divide rows in two by a number in [0, 1) that a hash gives each text: below `fraction` it is
+    set aside, whatever other rows there are.
 
-    A text keeps its side whatever other rows there are, and a larger `fraction` only adds to the
-    rows that are set aside. A class with two texts or more has at least one on each side: that
-    whose number is nearest to the bound.
+    A class with two texts or more has at least one on each side: that of the smallest or largest
+    number.
 
     Args:
         labels: Class of each row. Copies of a text count for the class of the first of them.
-        keys: Text of each row, as by `text_key`.
-        fraction: Bound below which a text is set aside, in (0, 1).
+        keys: `text_key` of each row.
+        fraction: Bound of the number, in (0, 1).
         seed: Seed of the hash.
 
     Returns:
@@ -98,32 +96,27 @@ def hash_split(
         below = sum(int.from_bytes(number) / 2**64 < fraction for number, _ in texts)
         count = min(max(below, 1), len(texts) - 1)
         aside.update(key for _, key in sorted(texts)[:count])
-    return _sides(len(keys), lambda row: keys[row] in aside)
+    return _sides([key in aside for key in keys])
 
 
-def _sides(rows: int, is_aside: Callable[[int], bool]) -> tuple[list[int], list[int]]:
-    """Return the rows that are kept and those that are set aside, both in ascending order."""
+def _sides(aside: Sequence[bool]) -> tuple[list[int], list[int]]:
+    """Return the rows that are kept and those that are set aside."""
     sides: tuple[list[int], list[int]] = ([], [])
-    for row in range(rows):
-        sides[is_aside(row)].append(row)
+    for row, is_aside in enumerate(aside):
+        sides[is_aside].append(row)
     return sides
 
 
 def stratified_split(
     labels: Sequence[int], fraction: float, seed: int, keys: Sequence[Hashable] | None = None
 ) -> tuple[list[int], list[int]]:
-    """Divide rows in two, each class in the same proportion, with the copies of a text on one side.
+    """Divide rows in two at random, each class in the same proportion; otherwise as `hash_split`.
 
     Args:
-        labels: Class of each row. Copies of a text count for the class of the first of them.
-        fraction: Share of the rows to set aside, in (0, 1). Of each class with two distinct texts
-            or more, at least one is set aside and at least one is kept; a class with a single text
-            is kept.
+        labels: Class of each row.
+        fraction: Share of the rows to set aside, in (0, 1).
         seed: Seed for the draw.
         keys: Rows of equal keys are copies of a text; all rows differ if left out.
-
-    Returns:
-        (rows that are kept, rows that are set aside), both in ascending order.
     """
     copies: dict[Hashable, list[int]] = defaultdict(list)
     for row, key in enumerate(range(len(labels)) if keys is None else keys):
@@ -147,6 +140,5 @@ def stratified_split(
                 aside.update(rows)
                 chosen, room = chosen + 1, room - len(rows)
         if most and not chosen:
-            smallest = min(texts, key=len)
-            aside.update(smallest)
-    return _sides(len(labels), aside.__contains__)
+            aside.update(min(texts, key=len))
+    return _sides([row in aside for row in range(len(labels))])

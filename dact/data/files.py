@@ -1,4 +1,4 @@
-"""Rows of tables: files, standard input and splits of `datasets`, in bounded memory."""
+"""Rows of files, standard input and splits of `datasets`, in bounded memory."""
 
 from __future__ import annotations
 
@@ -25,16 +25,11 @@ MOST_LISTED = 20
 def read_rows(
     path: str, columns: Mapping[str, str], delimiter: str | None = None
 ) -> Iterator[list[Any]]:
-    """Return the values of `columns` of each row, in their order.
-
-    In csv and tsv every value is a string. A byte that is not UTF-8 becomes a lone surrogate.
+    """Return the values of `columns` of each row; a byte that is not UTF-8 is a lone surrogate.
 
     Args:
-        path: csv, tsv, json lines, parquet or txt by ending; ``-`` for standard input; or
-            ``"dataset:NAME#SPLIT"`` for a split that `datasets.load_dataset` finds under a name on
-            the Hub or in a folder. txt and standard input have one text a line, and no columns.
-        columns: The option that names each column, such as ``text_column``, by the name of the
-            column.
+        path: File, ``"-"`` or ``"dataset:NAME#SPLIT"``; see `TextClassificationData`.
+        columns: The option that names each column, such as ``text_column``, by its name.
         delimiter: Separator of a csv file; a comma, semicolon or tab by its header if left out.
 
     Raises:
@@ -124,15 +119,14 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
             file.seek(0)
             if not tsv and delimiter != ",":
                 rank_zero_warn(f"{path}: its columns are separated by {delimiter!r}, it seems")
-        # In a tsv file a quotation mark is an ordinary character: one alone must not swallow the
-        # rows after it.
+        # One quotation mark in a tsv must not swallow the rows after it.
         quoting: Any = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
-        header = next(reader, [])
-        if header:
-            _check_columns(path, columns, header)
-        places = [header.index(name) for name in columns if header]
-        number = 2
+        header = next(reader, None)
+        if header is None:
+            return
+        _check_columns(path, columns, header)
+        places, number = [header.index(name) for name in columns], 2
         try:
             for row in reader:
                 if len(row) > len(header):

@@ -21,18 +21,14 @@ BATCH = 64
 
 @torch.no_grad()
 def teacher_probabilities(
-    teacher: str, train: Examples, class_names: list[str], max_length: int, device: torch.device
+    teacher: str,
+    train: Examples,
+    class_names: list[str],
+    max_length: int,
+    device: torch.device | None = None,
 ) -> Tensor:
     """Return a fine-tuned model's probabilities of examples, ``[examples, classes]``, in the order
     of `class_names`.
-
-    Args:
-        teacher: A ``model/`` folder of dact, or a fine-tuned sequence-classification model: a Hub
-            id, a local folder, or ``"package:NAME/PATH"``.
-        train: Examples.
-        class_names: Classes of the data.
-        max_length: Number of tokens to which longer inputs are cut, unless the teacher takes fewer.
-        device: Device on which the teacher runs.
 
     Raises:
         ValueError: If the teacher cannot be read or has other classes.
@@ -40,7 +36,7 @@ def teacher_probabilities(
     tokenizer = load_tokenizer(teacher)
     model, names, longest = _load(teacher)
     order = _order_of_classes(teacher, names, class_names)
-    model = model.to(device).eval()
+    model = model.to(device or "cpu").eval()
     options = {"truncation": True, "max_length": min(max_length, longest or max_length)}
     # Texts of similar length go together, so that little padding is computed.
     by_length = sorted(range(len(train)), key=lambda row: len(train.texts[row]))
@@ -49,7 +45,7 @@ def teacher_probabilities(
     for start in track(starts, description=f"The teacher on {len(train):,} texts", transient=True):
         rows = by_length[start : start + BATCH]
         chosen = ([column[row] for row in rows] for column in train.columns)
-        batch = move(tokenize(tokenizer, *chosen, **options), device)
+        batch = move(tokenize(tokenizer, *chosen, **options), model.device)
         if isinstance(model, DACT):
             found = model(batch).probabilities
         else:
@@ -59,8 +55,7 @@ def teacher_probabilities(
 
 
 def _load(teacher: str) -> tuple[Any, list[str], int | None]:
-    """Return the model, the names of its classes, and the most tokens that it takes, None if there
-    is no bound."""
+    """Return the model, the names of its classes, and the most tokens that it takes, if any."""
     if is_of_dact(teacher):
         model = DACT.from_pretrained(resolve_pretrained(teacher))
         return model, names_of_classes(model), model.encoder.max_length
@@ -69,8 +64,8 @@ def _load(teacher: str) -> tuple[Any, list[str], int | None]:
 
 
 def _order_of_classes(teacher: str, names: list[str], class_names: list[str]) -> list[int]:
-    """Return the place of each class of the data among those of the teacher, which has the same
-    names in any order, or names that say nothing, such as LABEL_0."""
+    """Return the place of each class of the data among those of the teacher, whose names are the
+    same, or say nothing, such as LABEL_0."""
     if set(names) == set(class_names):
         return [names.index(name) for name in class_names]
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))

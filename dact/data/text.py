@@ -17,6 +17,8 @@ from dact.data.files import first_row, listed, read_rows, suggestion, text_fault
 from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
 
+FILES = ("train", "val", "test", "predict", "unlabelled", "calibration")
+
 
 class TextClassificationData(TextDataModule):
     """Your own labelled text, from files.
@@ -26,30 +28,27 @@ class TextClassificationData(TextDataModule):
     `datasets.load_dataset` finds under a name on the Hub or in a folder, and ``"-"`` as
     predict_file for standard input, one text a line. Text is in UTF-8.
 
-    Labels are strings or numbers, and the classes are the sorted distinct labels. A hash of each
-    text decides whether it is for training, validation or calibration, so that no other text moves
-    when a file is edited, sorted or extended. Texts that differ only in case and blanks are one
-    text. Texts that the training file has are left out of the other files.
+    The classes are the sorted distinct labels, strings or numbers. A hash of each text decides
+    whether it is for training, validation or calibration, whatever other texts there are. Texts
+    that differ only in case and blanks are one, and those of training are left out of other files.
 
     Args:
         train_file: Training examples.
         val_file: Validation examples; a part of the training file if left out.
         test_file: Test examples.
         predict_file: Texts for ``dact predict`` and `Trainer.predict`; no label column is needed.
-        unlabelled_file: Texts without labels that only a teacher labels. In training batches their
-            ``labels`` are -100. Texts of validation and calibration are left out.
+        unlabelled_file: Texts that only a teacher labels; in batches their ``labels`` are -100.
         calibration_file: Examples for `dact.calibrate`, instead of a `calibration_fraction`.
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
         label_column: Name of the column with the label.
         class_names: Names of the classes in their order, if the training file does not determine
-            them. Labels are these names or, if no name is a whole number, positions from 0.
+            them. Labels are these names or, if none is a whole number, positions from 0.
         delimiter: Character between the columns of a csv file; a comma, semicolon or tab by its
             header if left out.
-        drop_unusable: Whether rows without a usable text or label are left out. Otherwise they are
-            an error that lists them.
-        val_fraction: Share of the texts of the training file for validation, in (0, 1), if there
-            is no val_file.
+        drop_unusable: Whether rows without a usable text or label are left out, instead of an error
+            that lists them.
+        val_fraction: Share of the training file for validation, in (0, 1), without a val_file.
         seed: Seed for the divisions and for the order of training examples.
         tokenizer, max_length, batch_size, calibration_fraction, num_workers, teacher: As for
             `TextDataModule`.
@@ -99,16 +98,9 @@ class TextClassificationData(TextDataModule):
         check_range("val_fraction", val_fraction, "(0, 1)")
         if calibration_file is not None and calibration_fraction:
             raise ValueError("give a calibration_file or a calibration_fraction, not both")
-        files = {
-            "train": train_file,
-            "val": val_file,
-            "test": test_file,
-            "predict": predict_file,
-            "unlabelled": unlabelled_file,
-            "calibration": calibration_file,
-        }
+        files = (train_file, val_file, test_file, predict_file, unlabelled_file, calibration_file)
         # A Path is welcome.
-        self.files = {split: file and str(file) for split, file in files.items()}
+        self.files = {split: f and str(f) for split, f in zip(FILES, files, strict=True)}
         self._text_columns = {text_column: "text_column"}
         if text_pair_column is not None:
             self._text_columns[text_pair_column] = "text_pair_column"
@@ -209,8 +201,7 @@ class TextClassificationData(TextDataModule):
         return {name: self.examples(name) for name in (*needed, "calibration")}
 
     def _independent(self, split: str, examples: Examples) -> Examples:
-        """Return the examples of a file without texts of the training file, or of the val_file if
-        it is for calibration."""
+        """Return the examples of a file without the texts of others before it."""
         if self.files["train"] is not None:
             self.examples("train")
         known = self._training
@@ -271,7 +262,7 @@ class TextClassificationData(TextDataModule):
         return replace(texts, labels=self._classes(labels, self.class_names, file))
 
     def _classes(self, labels: Mapping[int, str], names: Sequence[str], file: str) -> list[int]:
-        """Return each label as a class, 0 … classes - 1; `labels` are by the numbers of rows."""
+        """Return each label, by the number of its row, as a class, 0 … classes - 1."""
         known = {name: label for label, name in enumerate(names)}
         if self._names_given and not any(map(_is_integer, names)):
             known |= {str(label): label for label in range(len(names))}

@@ -12,7 +12,6 @@ from pathlib import Path
 
 from typing_extensions import override
 
-from dact.checks import check_count
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, join, stratified_split
 from dact.data.tokenizers import PreTrainedTokenizerBase
@@ -38,13 +37,12 @@ class VaderSentiment(TextDataModule):
     negative, above 0.5 positive, between them neutral. Credit: C. J. Hutto and E. Gilbert, *VADER:
     A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text*, ICWSM 2014 (MIT
     licence). The source distribution of the package vaderSentiment 3.3.2 (2.4 MB) is fetched once
-    with pip and verified by its checksum. Each corpus is divided by itself: three quarters for
-    training, an eighth for validation and an eighth for the test, with the copies of a text in one
-    split.
+    with pip and verified by its checksum. Three quarters of each corpus are for training, an eighth
+    for validation and an eighth for the test, with the copies of a text in one split.
 
     Args:
-        corpora: Names of the corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and
-            ``"newspaper"``; all of them if left out. Each is divided as if it stood alone.
+        corpora: Corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and ``"newspaper"``; all
+            if left out. Each is divided as if it stood alone.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
         num_train: Number of training texts to use, a stratified part, to study small data sets.
         split: Number of the division; `seed` if left out.
@@ -81,8 +79,6 @@ class VaderSentiment(TextDataModule):
         )
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"
         self.corpora = list(CORPORA) if corpora is None else corpora
-        if not self.corpora or not set(self.corpora) <= CORPORA.keys():
-            raise ValueError(f"corpora must be some of {', '.join(CORPORA)}, got {corpora!r}")
         self.split = seed if split is None else split
         self.num_train = num_train
         self.class_names = list(CLASS_NAMES)
@@ -102,31 +98,19 @@ class VaderSentiment(TextDataModule):
     def examples(self, split: str) -> Examples:
         if not self._read:
             divisions = divide_corpora(read_archive(self.archive), self.split)
-            chosen = [divisions[corpus] for corpus in CORPORA if corpus in self.corpora]
+            chosen = [divisions[name] for name in sorted(self.corpora, key=[*CORPORA].index)]
             self._read = {part: join([division[part] for division in chosen]) for part in DIVISION}
-            self._read["train"] = self._part(self._read["train"])
+            if self.num_train is not None:
+                train = self._read["train"]
+                share = self.num_train / len(train)
+                _, kept = stratified_split(train.labels or [], share, self.split)
+                self._read["train"] = train.take(kept)
         return self._read[split]
-
-    def _part(self, train: Examples) -> Examples:
-        """Return the `num_train` training texts to use."""
-        if self.num_train is None:
-            return train
-        check_count("num_train", self.num_train, least=3, most=len(train) - 1)
-        assert train.labels is not None
-        _, kept = stratified_split(train.labels, self.num_train / len(train), self.split)
-        return train.take(kept)
 
 
 def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[str, Examples]]:
-    """Divide each corpus into ``train``, ``val`` and ``test``.
-
-    A text that several corpora have goes to the same split in all of them: that of the first
-    corpus.
-
-    Args:
-        whole: Examples of every corpus.
-        number: Number of the division.
-    """
+    """Divide each corpus into ``train``, ``val`` and ``test``; a text that several corpora have
+    goes to the same split in all of them."""
     home: dict[bytes, str] = {}
     divisions = {}
     for corpus, examples in whole.items():
