@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def new_figure() -> tuple[Figure, Any]:
-    """Make a figure with axes outside of pyplot: no global state changes, and nothing stays open."""
+    """Make a figure with axes outside of pyplot, whose global state it would change."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")

@@ -7,11 +7,14 @@ import pytest
 import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from dact import DACT
 from dact.cli import NEEDED, STORED, TRAINING
 from dact.data import vader
 from dact.files import read_checkpoint
+from dact.tuning.report import METRICS
+from dact.tuning.space import DEFAULT_SPACES
 from tests.commands import FIT, GENERATED, QUICKSTART, ROOT, SMALL, VADER, dact
 
 NOISE = ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "treespec")
@@ -71,6 +74,18 @@ def test_tensorboard_has_curves_histograms_and_the_picture(fitted):
     assert sum(histogram[-1].histogram_value.bucket) == 60, "half of validation is set aside"
     assert events.Tags()["images"] == ["depth against exit layer"]
     assert len(events.Images("depth against exit layer")) == 2
+
+
+def test_the_hparams_tab_lists_a_fit_as_it_lists_trials(fitted):
+    events = EventAccumulator(str(fitted[1])).Reload()
+    record = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    found = HParamsPluginData.FromString(record).session_start_info.hparams
+    searched = {name for space in DEFAULT_SPACES.values() for name in space}
+    assert searched | {"encoder", "num_layers"} <= set(found)
+    scalars = set(events.Tags()["scalars"])
+    assert {f"best/{name}" for name in METRICS} <= scalars
+    assert "hp_metric" not in scalars
+    assert found["encoder"].string_value.startswith("TransformerEncoder")
 
 
 def test_a_second_fit_and_a_fit_without_logger_work(fitted, tmp_path):

@@ -21,7 +21,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
-from dact.calibration import settle
+from dact.calibration import Measured, settle
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
 from dact.cli import TRAINING
 from dact.cli.errors import UsageError, parse
@@ -210,11 +210,12 @@ class TrainingCLI(LightningCLI):
             config["enable_progress_bar"] = sys.stdout.isatty()
         if config["enable_progress_bar"] and not _has(given, ProgressBar):
             added.append(Bar())
-        if self.config.run_tag:
-            if config.get("logger") not in (None, True):
-                raise ValueError("--run_tag names the folder of the default logger: leave one out")
-            root, tag = config.get("default_root_dir") or ".", self.config.run_tag
-            config["logger"] = TensorBoardLogger(root, name=RUNS, version=tag)
+        root, tag = config.get("default_root_dir") or ".", self.config.run_tag or None
+        if config.get("logger") in (None, True):
+            logger = TensorBoardLogger(root, name=RUNS, version=tag, default_hp_metric=False)
+            config["logger"] = logger
+        elif tag is not None:
+            raise ValueError("--run_tag names the folder of the default logger: leave one out")
         monitor = "epoch" if self.config.monitor == "last" else self.config.monitor
         own = [one for one in given if isinstance(one, ModelCheckpoint)]
         if not _has(given, Checkpoint) and config.get("enable_checkpointing") is not False:
@@ -266,7 +267,22 @@ class TrainingCLI(LightningCLI):
             if self.config.calibrate:
                 print(settle(model, self.datamodule))
                 store(model, folder / "model")
-            measure(model, self.datamodule, "validate")
+            measured = measure(model, self.datamodule, "validate")
+            if isinstance(trainer.logger, TensorBoardLogger):
+                self._log(folder, measured)
+
+    def _log(self, folder: Path, measured: Measured) -> None:
+        """Log the fit to TensorBoard as those of ``dact tune`` are logged."""
+        from dact.tuning import report
+        from dact.tuning.recipe import as_written
+
+        model, epochs = self.model, self.trainer.current_epoch
+        written = as_written(model, getattr(self.datamodule, "batch_size", None), epochs)
+        metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
+        metrics["val_task_loss"] = measured.task_loss(model.class_weights)
+        metrics["val_accuracy"] = measured.accuracy
+        metrics["val_exit_layer"] = measured.mean_exit_layer
+        report.log_fit(folder, report.parameters_of(model, written), metrics, folder.name)
 
     def _stopped(self, name: str, value: str) -> NoReturn:
         """End the process with the command that resumes the run."""

@@ -180,8 +180,9 @@ def test(stored: Stored) -> None:
         measure(stored.dact, stored.build_data(), "test")
 
 
-def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "test"]) -> None:
-    """Print the measurements of a model and, on test examples, whether its promise holds."""
+def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "test"]) -> Measured:
+    """Print the measurements of a model and, on test examples, whether its promise holds; return
+    early exit on the examples."""
     data.prepare_data()
     data.setup(stage)
     check_agreement(model, data, training=False)
@@ -191,6 +192,7 @@ def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "
     print(measurements(measured, names_of_classes(model)))
     if stage == "test" and model.calibration is not None:
         print(promise_line(model.calibration, measured))
+    return measured
 
 
 def calibrate(stored: Stored, **promise: Any) -> None:

@@ -97,7 +97,7 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
 
     overrides = recipe.overrides({**fit.learning, **settings.model})
     given = dict(data.get("init_args") or {})
-    chosen = {
+    chosen: dict[str, Any] = {
         "batch_size": settings.batch_size,
         "calibration_fraction": recipe.calibration_fraction,
     }

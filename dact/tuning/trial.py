@@ -90,7 +90,8 @@ class Objective:
             callbacks.append(PyTorchLightningPruningCallback(pruned, monitor=MONITOR))
             return fit_settings(prepared, settings, recipe.seed, callbacks, logger)[1].best
 
-        metrics, outcomes = {}, []
+        metrics: dict[str, float] = {}
+        outcomes = []
         for repeat in range(REPEATS if prepared.is_frozen else 1):
             seed = recipe.seed + repeat
             model, history = fit_settings(prepared, settings, seed, callbacks, logger)
