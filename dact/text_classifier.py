@@ -159,7 +159,15 @@ class TextClassifier:
 
     def save_pretrained(self, directory: str | Path, **card: Any) -> None:
         """Write the model, its tokenizer and a model card into `directory`; see
-        `DACT.save_pretrained`."""
+        `DACT.save_pretrained`.
+
+        Raises:
+            ValueError: If the encoder was loaded in half precision.
+        """
+        if any(one.dtype != torch.float32 for one in self.model.encoder.parameters()):
+            raise ValueError(
+                "the weights of the encoder are in half precision: load it without dtype to save it"
+            )
         self.model.save_pretrained(directory, **{"metrics": self.metrics, **card})
         self.tokenizer.save_pretrained(str(directory))
 

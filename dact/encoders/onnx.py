@@ -43,6 +43,7 @@ class OnnxEncoder(LayeredEncoder):
 
     Raises:
         ImportError: If ONNX Runtime is not installed.
+        ValueError: If a graph is missing.
     """
 
     # It suffices for one thread. Larger steps have more padding, and leave threads idle at the end.
@@ -123,6 +124,8 @@ class _Graph:
     """One graph, from tensors by name to one tensor. Copies and pickles hold only its path."""
 
     def __init__(self, path: Path) -> None:
+        if not path.is_file():
+            raise ValueError(f"{path.parent} lacks the graph {path.name}: export the model again")
         options = onnxruntime.SessionOptions()
         # The steps of early exit run side by side instead.
         options.intra_op_num_threads = 1
