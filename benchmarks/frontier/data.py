@@ -77,7 +77,6 @@ class WithUnlabelled(VaderSentiment):
         examples = super().examples(split)
         if split != "train":
             return examples
-        assert examples.labels is not None
         others, kept = stratified_split(
             examples.labels, self.num_labelled / len(examples), self.split
         )

@@ -122,7 +122,6 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
         """Return the rows that are kept for validation, and those for calibration."""
-        assert validation.labels is not None
         keys = validation.text_keys()
         return stratified_split(validation.labels, self.calibration_fraction, self.seed, keys)
 
@@ -203,7 +202,7 @@ class TextDataModule(ClassificationDataModule, ABC):
     def train_dataloader(self) -> DataLoader[Any]:
         """Return batches in training order; the teacher runs when this is first called."""
         if self.teacher and self.teacher_probabilities is None:
-            device = self.trainer and self.trainer.strategy.root_device
+            device = None if self.trainer is None else self.trainer.strategy.root_device
             self.teacher_probabilities = teacher_probabilities(
                 self.teacher, self.splits["train"], self.class_names or [], self.max_length, device
             )

@@ -59,7 +59,7 @@ def encode(
         data has them; and the number of tokens before the cut of those that were cut.
     """
     columns = {"row": range(len(examples)), "labels": examples.labels, "depth": examples.depths}
-    known = {name: values for name, values in columns.items() if values is not None}
+    known = {name: values for name, values in columns.items() if values}
     options = {"truncation": True, "max_length": max_length}
     encoded = Encoded(*flat_tokens(tokenizer, *examples.columns, **options), known)
     # Only the whole text tells whether it was cut, and by how much.

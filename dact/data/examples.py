@@ -7,24 +7,25 @@ import random
 import unicodedata
 from collections import defaultdict
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
+from itertools import chain
 
 
 @dataclass(frozen=True)
 class Examples:
-    """The examples of one split.
+    """The examples of one split; a column that the data lacks is empty.
 
     Args:
         texts: One string per example.
         pairs: Second text of each example, for text pairs.
         labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it.
-        depths: Number of steps that compose each example, if the data knows it.
+        depths: Number of steps that compose each example.
     """
 
     texts: list[str]
-    pairs: list[str] | None = None
-    labels: list[int] | None = None
-    depths: list[int] | None = None
+    pairs: list[str] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    depths: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)
@@ -32,12 +33,11 @@ class Examples:
     @property
     def columns(self) -> list[list[str]]:
         """The texts, and the second texts if there are some."""
-        return [self.texts] if self.pairs is None else [self.texts, self.pairs]
+        return [self.texts, self.pairs] if self.pairs else [self.texts]
 
     def take(self, rows: Sequence[int]) -> Examples:
         """Return the examples of `rows`, in that order."""
-        columns = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Examples(**{name: c and [c[row] for row in rows] for name, c in columns.items()})
+        return Examples(*([c[row] for row in rows if c] for c in vars(self).values()))
 
     def text_keys(self) -> list[bytes]:
         """Return the `text_key` of each text or text pair, which copies have in common."""
@@ -46,12 +46,8 @@ class Examples:
 
 def join(parts: Sequence[Examples]) -> Examples:
     """Return the examples of all `parts`; a column stays if every part has it."""
-    columns = {}
-    for field in fields(Examples):
-        values = [getattr(part, field.name) for part in parts]
-        if all(value is not None for value in values):
-            columns[field.name] = [one for value in values for one in value]
-    return Examples(**columns)
+    columns = zip(*(vars(part).values() for part in parts if len(part)), strict=True)
+    return Examples(*([*chain(*values)] if all(values) else [] for values in columns))
 
 
 def text_key(*texts: str) -> bytes:
@@ -140,5 +136,5 @@ def stratified_split(
                 aside.update(rows)
                 chosen, room = chosen + 1, room - len(rows)
         if most and not chosen:
-            aside.update(min(texts, key=len))
+            aside.update(sorted(texts, key=len)[0])
     return _sides([row in aside for row in range(len(labels))])

@@ -132,14 +132,18 @@ class TextClassificationData(TextDataModule):
 
     @override
     def examples(self, split: str) -> Examples:
+        if split in self._read:
+            return self._read[split]
+        if split == "train":
+            self._read_training()
+        elif self.files["train"] or self.class_names is None:
+            # The training file determines the classes, and what others leave out.
+            self.examples("train")
         if split not in self._read:
-            if self.class_names is None and split != "train":
-                # The training file determines the classes.
-                self.examples("train")
-            if split == "train" or (split == "val" and self.files["val"] is None):
-                self._read_training()
-            else:
-                self._read[split] = self._independent(split, self._labelled(split))
+            known = self._training
+            if split == "calibration" and self.files["val"] is not None:
+                known |= {*self.examples("val").text_keys()}
+            self._read[split] = self._without(known, split, self._labelled(split))
         return self._read[split]
 
     @override
@@ -155,37 +159,28 @@ class TextClassificationData(TextDataModule):
 
     def _read_training(self) -> None:
         """Read the training file, divide it if there is no other, and add texts without labels."""
-        train = self._labelled("train")
-        keys = train.text_keys()
+        train, file = self._labelled("train"), self.files["train"]
+        keys, names = train.text_keys(), self.class_names or []
         self._training = frozenset(keys)
-        labels_of = Counter(key for key, _ in {*zip(keys, train.labels or [], strict=True)})
+        labels_of = Counter(key for key, _ in {*zip(keys, train.labels, strict=True)})
         conflicting = sum(count > 1 for count in labels_of.values())
         if conflicting:
-            rank_zero_warn(f"{self.files['train']}: {conflicting:,} texts have conflicting labels")
-        if self.files["val"] is None:
-            train, self._read["val"] = self._divide(train, keys)
+            rank_zero_warn(f"{file}: {conflicting:,} texts have conflicting labels")
         self._read["train"] = train
+        if self.files["val"] is None:
+            kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
+            alone = [name for label, name in enumerate(names) if train.labels.count(label) == 1]
+            if alone or not aside:
+                raise ValueError(
+                    f"{file}: class {listed(alone or names)} has one text only, which training and "
+                    "validation cannot share: correct the label, add examples, or give a val_file"
+                )
+            self._read |= {"train": train.take(kept), "val": train.take(aside)}
         if self.files["unlabelled"] is not None:
-            self._read["train"] = join([train, self._unlabelled()])
-
-    def _divide(self, train: Examples, keys: list[bytes]) -> tuple[Examples, Examples]:
-        """Divide the training file into training and validation examples that share no text."""
-        assert train.labels is not None
-        assert self.class_names is not None
-        kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
-        counts = Counter(train.labels)
-        alone = [name for label, name in enumerate(self.class_names) if counts[label] == 1]
-        if alone or not aside:
-            raise ValueError(
-                f"{self.files['train']}: class {listed(alone or self.class_names)} has one text "
-                "only, which training and validation cannot share: correct the label, add "
-                "examples, or give a val_file"
-            )
-        return train.take(kept), train.take(aside)
+            self._read["train"] = join([self._read["train"], self._unlabelled()])
 
     @override
     def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
-        assert validation.labels is not None
         share = self.calibration_fraction
         if self.files["val"] is None:
             # The interval of calibration lies in that of validation.
@@ -199,15 +194,6 @@ class TextClassificationData(TextDataModule):
         # For calibration alone, of a model that is fitted, a calibration_file is enough.
         needed = ["val"] if self.files["train"] or self.files["val"] else []
         return {name: self.examples(name) for name in (*needed, "calibration")}
-
-    def _independent(self, split: str, examples: Examples) -> Examples:
-        """Return the examples of a file without the texts of others before it."""
-        if self.files["train"] is not None:
-            self.examples("train")
-        known = self._training
-        if split == "calibration" and self.files["val"] is not None:
-            known |= {*self.examples("val").text_keys()}
-        return self._without(known, split, examples)
 
     def _without(self, known: Set[bytes], split: str, examples: Examples) -> Examples:
         """Return the examples whose texts are not `known`, and warn of the others."""
@@ -233,13 +219,6 @@ class TextClassificationData(TextDataModule):
 
     # ------------------------------------------------------------------ files
 
-    def _file(self, split: str) -> str:
-        file = self.files[split]
-        if file is None:
-            remedy = ", or class_names for the classes" if split == "train" else ""
-            raise ValueError(f"no {split}_file was given{remedy}")
-        return file
-
     def _texts(self, split: str) -> Examples:
         """Return the usable texts of a file, without labels."""
         rows = self._rows(split, self._text_columns)
@@ -247,8 +226,8 @@ class TextClassificationData(TextDataModule):
 
     def _labelled(self, split: str) -> Examples:
         """Return the usable examples of a file."""
-        file = self._file(split)
         rows = self._rows(split, {**self._text_columns, self.label_column: "label_column"})
+        file = str(self.files[split])
         labels = {number: str(row.pop()).strip() for number, row in rows.items()}
         texts = Examples(*map(list, zip(*rows.values(), strict=True)))
         if all(text.strip().replace(".", "", 1).isdigit() for text in texts.texts):
@@ -281,7 +260,10 @@ class TextClassificationData(TextDataModule):
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
         """Return the usable rows of a file by their numbers; others are an error or left out."""
-        file = self._file(split)
+        file = self.files[split]
+        if file is None:
+            remedy = ", or class_names for the classes" if split == "train" else ""
+            raise ValueError(f"no {split}_file was given{remedy}")
         usable: dict[int, list[Any]] = {}
         faults: dict[str, list[int]] = {}
         for number, row in enumerate(read_rows(file, columns, self.delimiter), first_row(file)):

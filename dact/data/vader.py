@@ -103,7 +103,7 @@ class VaderSentiment(TextDataModule):
             if self.num_train is not None:
                 train = self._read["train"]
                 share = self.num_train / len(train)
-                _, kept = stratified_split(train.labels or [], share, self.split)
+                _, kept = stratified_split(train.labels, share, self.split)
                 self._read["train"] = train.take(kept)
         return self._read[split]
 
@@ -130,7 +130,7 @@ def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[st
 def _split(examples: Examples, rows: list[int], fraction: float, number: int) -> list[list[int]]:
     """Divide some rows of a corpus in two; see `stratified_split`."""
     part = examples.take(rows)
-    sides = stratified_split(part.labels or [], fraction, number, part.text_keys())
+    sides = stratified_split(part.labels, fraction, number, part.text_keys())
     return [[rows[place] for place in side] for side in sides]
 
 
