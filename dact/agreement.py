@@ -5,9 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from lightning.pytorch import Callback, LightningModule, Trainer
-from typing_extensions import override
-
 
 def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> None:
     """Check that data fits a model, before any long work.
@@ -83,12 +80,3 @@ def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
 def names_of_classes(model: Any) -> list[str]:
     """Return the class names of a model; if it has none, the numbers of its classes."""
     return model.class_names or [str(label) for label in range(model.output_dimension)]
-
-
-class Agreement(Callback):
-    """Check that model and data agree, as soon as both are set up. DACT attaches it to its
-    Trainer."""
-
-    @override
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        check_agreement(pl_module, getattr(trainer, "datamodule", None), training=stage == "fit")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -11,12 +12,12 @@ from typing import Annotated, Any, Self
 
 import torch
 from lightning.fabric.utilities.data import AttributeDict
-from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch import LightningModule
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
 
-from dact import functional, hub, inference, model_card, saving
-from dact.agreement import Agreement
+from dact import encoders, functional, hub, inference, model_card, saving
+from dact.agreement import check_agreement
 from dact.checks import Range, check_arguments, check_count
 from dact.encoders.base import Batch, LayeredEncoder, check_batch
 from dact.functional import Halting, HaltingRule, Margin, PonderKind, Tolerance
@@ -48,8 +49,7 @@ class DACT(LightningModule):
     hundred.
 
     A subclass with arguments of its own calls ``self.save_hyperparameters(ignore=["encoder"])`` in
-    its constructor, as in any LightningModule. They are then stored with the model, and passed to
-    the subclass when it is loaded.
+    its constructor, as in any LightningModule. They are then stored with the model.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -62,29 +62,25 @@ class DACT(LightningModule):
         exit_loss_weight: Weight of the exit loss, 0 or more.
         detach_exits: Whether encoder and classifier learn only from the exit loss, as in a
             multi-exit model, while the loss of a_N and the ponder cost train only the confidence.
-            The first layers then answer better.
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in
             [0, 1]; the rest is the label. Training batches then carry ``teacher`` ``[batch,
             classes]``.
         consistency: Weight, 0 or more, of the divergence between the y_n of two passes with
             different dropout masks, a part of the exit loss (`dact.consistency`). Above 0, a step
             takes up to twice the time and memory.
-        share_submodels: Whether all layers share one pair of submodels instead of having one pair
-            each.
+        share_submodels: Whether all layers share one pair of submodels.
         num_layers: Number of layers that are used, counted from the encoder's first; all of them if
-            left out. *Full depth* means these layers. (Under DDP the parameters of the others never
-            get a gradient: use the strategy ``"ddp_find_unused_parameters_true"``, or cut the
-            encoder itself.)
+            left out. *Full depth* means these layers. (DDP then needs the strategy
+            ``"ddp_find_unused_parameters_true"``.)
         halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see
             `dact.functional.can_halt`.
         halting_tolerance: Largest probability, in [0, 1), by which the class that the halting rule
             returns may end behind the final winner.
         halting_margin: Lead, in [0, 1], of the first class of y_n over its second above which an
-            example leaves as well (see `dact.functional.is_clear`). It is the second dial: smaller
-            means fewer layers; 1 leaves all to the halting rule.
+            example leaves as well: smaller means fewer layers, 1 leaves all to the halting rule.
         class_weights: One weight per class for the training and validation losses.
         learning_rate: Peak learning rate of AdamW; the encoder's `default_learning_rate` if left
-            out, which a fit says.
+            out.
         submodel_learning_rate: Peak learning rate of the two submodels; `learning_rate` if left
             out.
         weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
@@ -158,7 +154,9 @@ class DACT(LightningModule):
         self.consistency = consistency
         self.share_submodels = share_submodels
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
-        self.exit_rule = Halting(halting, halting_tolerance, halting_margin)
+        self.halting: HaltingRule = halting
+        self.halting_tolerance = halting_tolerance
+        self.halting_margin = halting_margin
         self.rate_is_by_encoder = learning_rate is None
         self.learning_rate = (
             encoder.default_learning_rate if learning_rate is None else learning_rate
@@ -186,31 +184,14 @@ class DACT(LightningModule):
     # ------------------------------------------------------------------ the halting rule
 
     @property
-    def halting(self) -> HaltingRule:
-        """The rule of `exit_rule`."""
-        return self.exit_rule.rule
+    def exit_rule(self) -> Halting:
+        """The rule and both dials as one object; raises a ``ValueError`` if one is out of range."""
+        return Halting(self.halting, self.halting_tolerance, self.halting_margin)
 
-    @halting.setter
-    def halting(self, rule: HaltingRule) -> None:
-        self.exit_rule = dataclasses.replace(self.exit_rule, rule=rule)
-
-    @property
-    def halting_tolerance(self) -> float:
-        """The tolerance of `exit_rule`."""
-        return self.exit_rule.tolerance
-
-    @halting_tolerance.setter
-    def halting_tolerance(self, tolerance: float) -> None:
-        self.exit_rule = self.exit_rule.with_dial("halting_tolerance", tolerance)
-
-    @property
-    def halting_margin(self) -> float:
-        """The margin of `exit_rule`."""
-        return self.exit_rule.margin
-
-    @halting_margin.setter
-    def halting_margin(self, margin: float) -> None:
-        self.exit_rule = self.exit_rule.with_dial("halting_margin", margin)
+    @exit_rule.setter
+    def exit_rule(self, rule: Halting) -> None:
+        self.halting, self.halting_tolerance = rule.rule, rule.tolerance
+        self.halting_margin = rule.margin
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -227,22 +208,19 @@ class DACT(LightningModule):
     # ------------------------------------------------------------------ the DACT unit
 
     def forward(self, batch: Batch) -> DACTOutput:
-        """Run all layers, as training does. `batch` is a dict of Hugging Face's inputs; labels are
-        not needed."""
+        """Run all layers on a dict of Hugging Face's inputs, as training does."""
         logits, h = self._submodels(batch)
         return self._output(logits.softmax(dim=-1), h)
 
     def early_exit(self, batch: Batch) -> DACTOutput:
         """Run each example only as deep as it needs, always in eval mode.
 
-        Large batches are the fastest: examples of similar length go through the layers together,
-        and the remaining ones are regrouped. Neither the batch nor the order of its rows changes an
+        Large batches are the fastest. Neither the batch nor the order of its rows changes an
         answer, except for rounding in half precision."""
         return self._inference(batch, self.exit_rule)
 
     def full_depth(self, batch: Batch) -> DACTOutput:
-        """Return what `forward` returns, by the code of `early_exit`: for large batches, in eval
-        mode, no gradients."""
+        """Return what `forward` returns, by the code of `early_exit`, in eval mode."""
         never = dataclasses.replace(self.exit_rule, rule="never")
         output = self._inference(batch, never, record=True)
         assert output.layer_probabilities is not None and output.h is not None
@@ -282,11 +260,8 @@ class DACT(LightningModule):
         return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
-        """Return this model, changed to plain fine-tuning: all layers run, and only the last one
-        answers and learns.
-
-        Every confidence stays at 1, so that a_N = y_N. This is for baselines and teachers.
-        """
+        """Return this model, changed to plain fine-tuning as of baselines and teachers: every
+        confidence stays at 1, and only the last layer answers and learns."""
         start_at(self.confidence, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg = self.exit_loss_weight = self.distillation = self.consistency = 0.0
@@ -374,8 +349,7 @@ class DACT(LightningModule):
     def _measure(
         self, stage: str, batch: Batch, full: DACTOutput, early: DACTOutput | None, loader: int
     ) -> dict[str, Tensor]:
-        """Add a batch to the metrics of a loader (from 0), and return its loss, exit layers, y and
-        h, for callbacks.
+        """Add a batch to the metrics of a loader (from 0), and return what callbacks need.
 
         Without answers of early exit, they are computed from those at full depth."""
         target = labels_of(batch, stage)
@@ -426,20 +400,16 @@ class DACT(LightningModule):
         """The settings for loggers: the configuration, and the hyper-parameters of a subclass.
 
         A name that the datamodule has as well is left out, since loggers want one value."""
-        settings = {
-            n: v for n, v in self.config().items() if n not in (*saving.LEARNED, "subclass")
-        }
+        settings = self.config() | saving.plain_data(self.hparams)
         encoder = settings["encoder"] or {}
         settings["encoder"] = {n: v for n, v in encoder.items() if not isinstance(v, dict)}
-        taken = getattr(getattr(self._trainer, "datamodule", None), "hparams", {})
-        settings |= saving.plain_data(self.hparams)
-        return AttributeDict({name: v for name, v in settings.items() if name not in taken})
-
-    def configure_callbacks(self) -> list[Callback]:
-        trainer: Any = self.trainer
-        return [] if any(isinstance(one, Agreement) for one in trainer.callbacks) else [Agreement()]
+        left_out = {*saving.LEARNED, "subclass"}
+        left_out |= {*getattr(getattr(self._trainer, "datamodule", None), "hparams", {})}
+        return AttributeDict({name: v for name, v in settings.items() if name not in left_out})
 
     def setup(self, stage: str) -> None:
+        datamodule = getattr(self.trainer, "datamodule", None)
+        check_agreement(self, datamodule, training=stage == "fit")
         if stage == "fit" and not any(module.training for module in self.modules()):
             self.train()  # a loaded model, which Lightning would train without dropout
 
@@ -471,13 +441,43 @@ class DACT(LightningModule):
     def config(self) -> dict[str, Any]:
         """Return plain data (strings, numbers, lists, dicts) from which this model can be built
         again."""
-        return saving.config_of(self, DACT)
+        names = (*inspect.signature(DACT).parameters, *saving.LEARNED)
+        config = {name: saving.plain_data(getattr(self, name)) for name in names}
+        if type(self) is not DACT and self.hparams:
+            own = saving.plain_data(self.hparams)
+            arguments = {name: value for name, value in own.items() if name[0] != "_"}
+            config["subclass"] = {"name": type(self).__qualname__, "arguments": arguments}
+        return config
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
         """Build a model with fresh weights as `config` describes it; keyword arguments replace its
-        entries."""
-        return saving.build(cls, DACT, config, overrides)
+        entries. A subclass gets the hyper-parameters back that it has saved.
+
+        Raises:
+            TypeError: If the constructor lacks an argument, or gets one that it does not have.
+            ValueError: If the encoder cannot be rebuilt, or an argument is outside its range.
+        """
+        stored = dict(config)
+        learned = {name: stored.pop(name, None) for name in saving.LEARNED}
+        subclass, arguments = stored.pop("subclass", None), stored
+        if cls is not DACT and subclass is not None:
+            passed = {"encoder"} & inspect.signature(cls).parameters.keys()
+            arguments = {name: stored[name] for name in passed} | subclass["arguments"]
+        arguments = {**arguments, **overrides}
+        for name in {"classifier", "confidence"} & arguments.keys():
+            if isinstance(arguments[name], Mapping):
+                arguments[name] = SubmodelConfig(**arguments[name])
+        if "encoder" in arguments and not isinstance(arguments["encoder"], LayeredEncoder):
+            arguments["encoder"] = encoders.from_config(arguments["encoder"])
+        model = cls(**arguments)
+        # They may have changed after the constructor of a subclass set them.
+        for name in {*saving.HALTING, "class_names"} & (stored.keys() - overrides.keys()):
+            setattr(model, name, stored[name])
+        if stored.get("num_layers") in (None, model.num_layers):  # else full depth is another one
+            for name, value in learned.items():
+                setattr(model, name, value)
+        return model
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint[saving.CHECKPOINT_KEY] = self.config()
@@ -495,8 +495,7 @@ class DACT(LightningModule):
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> Self:
-        """Return the model of a checkpoint, under torch's weights-only loading; `pretrained`
-        weights are not read.
+        """Return the model of a checkpoint, under torch's weights-only loading.
 
         Args:
             checkpoint_path: File, or its address, such as ``s3://…``.
@@ -507,18 +506,17 @@ class DACT(LightningModule):
         config, weights = saving.read_checkpoint(checkpoint_path, map_location)
         if encoder is not None:
             overrides["encoder"] = encoder
-        model = saving.load(cls, DACT, config, weights, str(checkpoint_path), overrides)
+        model: Self = saving.load(cls, config, weights, overrides)
         return model.to(map_location) if isinstance(map_location, (str, torch.device)) else model
 
     def save_pretrained(
         self, directory: str | Path, *, metrics: Metrics = None, repo_id: str | None = None
     ) -> None:
         """Write config.json, model.safetensors and a model card into `directory`, which is created
-        if needed.
+        if needed. A README.md there that was written by hand is kept.
 
-        A README.md there that was written by hand is kept. `metrics` and `repo_id` are content of
-        the card; see `dact.model_card.write_card`."""
-        saving.write_folder(self, DACT, Path(directory))
+        `metrics` and `repo_id` are content of the card; see `dact.model_card.write_card`."""
+        saving.write_folder(self, Path(directory))
         model_card.write_card(Path(directory), self, metrics, repo_id)
 
     def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Any) -> str:
@@ -531,7 +529,7 @@ class DACT(LightningModule):
             **options: ``token``, ``private``, ``revision`` and so on; see `dact.hub.publish`.
 
         Returns:
-            Address of the commit. Errors are those of `dact.hub.publish`.
+            Address of the commit.
         """
         return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, **options)
 
@@ -549,12 +547,10 @@ class DACT(LightningModule):
     ) -> Self:
         """Return the model, in eval mode, that `save_pretrained` wrote or `push_to_hub` published.
 
-        Files that other tools re-saved load as well, such as weights in half precision, which are
-        cast to float32.
+        Weights that another tool re-saved in half precision are cast to float32.
 
         Args:
-            directory: A folder with config.json and model.safetensors, or a Hub id
-                ``"OWNER/NAME"``.
+            directory: Folder, or Hub id ``"OWNER/NAME"``.
             encoder: Encoder, built as it was for training; needed only for one of your own.
             revision, token, cache_dir, local_files_only: Options for a Hub id; see
                 `dact.hub.local_folder`.
@@ -562,12 +558,10 @@ class DACT(LightningModule):
                 ``halting_tolerance=0.3``.
 
         Raises:
-            FileNotFoundError: If there is no such folder or repository, or one of the two files is
-                missing.
-            ValueError: If a file cannot be read or does not fit.
+            FileNotFoundError: If there is no such folder or repository, or a file is missing.
+            ValueError: If a file cannot be read.
+            RuntimeError: If weights do not fit.
         """
-        if str(directory).endswith(".ckpt"):
-            raise ValueError(f"{directory} is a checkpoint: read it by DACT.load_from_checkpoint")
         folder = hub.local_folder(
             directory,
             revision=revision,
@@ -576,10 +570,10 @@ class DACT(LightningModule):
             local_files_only=local_files_only,
         )
         config, weights = saving.read_folder(folder)
-        encoder = saving.encoder_with_files(config, folder) if encoder is None else encoder
         if encoder is not None:
             overrides["encoder"] = encoder
-        return saving.load(cls, DACT, config, weights, str(directory), overrides).eval()
+        model: Self = saving.load(cls, config, weights, overrides)
+        return model.eval()
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
