@@ -14,15 +14,11 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
     Args:
         model: A `dact.DACT`.
         datamodule: Any datamodule, set up or not, or None. An attribute that it lacks is not
-            checked: ``tokenizer`` and ``max_length`` against the encoder, ``class_names`` against
-            the model's classes, ``teacher`` and ``teacher_probabilities`` against the model's
-            distillation.
+            checked.
         training: Whether the model will be trained on the data, so that a teacher matters.
 
     Raises:
-        ValueError: If the data has more token ids than the encoder, longer inputs, other classes,
-            or a teacher for a model that learns from none, or if it lacks a teacher that the model
-            needs.
+        ValueError: If tokens, lengths, classes or the teacher do not fit.
     """
     model.encoder.check_tokens(tokenizer_of(datamodule), getattr(datamodule, "max_length", None))
     names = getattr(datamodule, "class_names", None)
@@ -61,15 +57,13 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
 
 
 def tokenizer_of(datamodule: Any) -> Any:
-    """Return the tokenizer of a datamodule; None if it has none of the transformers library's
-    kind."""
+    """Return the tokenizer of a datamodule, None unless it is one of transformers."""
     tokenizer = getattr(datamodule, "tokenizer", None)
     return tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
 
 
 def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
-    """Raise a ``ValueError`` if the data has more or fewer classes than the model; None is not
-    checked."""
+    """Raise a ``ValueError`` if data with class names has more or fewer classes than the model."""
     if names is not None and len(names) != output_dimension:
         raise ValueError(
             f"the data has {len(names)} classes ({', '.join(map(str, names))}), but the model has "

@@ -75,7 +75,9 @@ class Halting:
     def with_dial(self, name: str, value: float) -> Halting:
         """Return this rule with another value of one dial, ``"halting_tolerance"`` or
         ``"halting_margin"``."""
-        return replace(self, **{name.removeprefix("halting_"): value})
+        if name == "halting_tolerance":
+            return replace(self, tolerance=value)
+        return replace(self, margin=value)
 
     def halts(
         self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int

@@ -28,22 +28,18 @@ def local_folder(
 ) -> Path:
     """Return the folder that `name` stands for, downloaded if it is the id of a repository.
 
-    An existing folder of that name takes precedence, as in transformers. Cached files are not
-    downloaded again, and the cache is used if the Hub cannot be reached. The environment variables
-    of huggingface_hub apply, such as ``HF_HUB_OFFLINE``, ``HF_HOME``, ``HF_TOKEN`` and
-    ``HF_ENDPOINT``.
+    An existing folder of that name takes precedence. The cache is used if the Hub cannot be
+    reached. The environment variables of huggingface_hub apply, such as ``HF_HUB_OFFLINE``.
 
     Args:
-        name: Folder, or Hub id ``"OWNER/NAME"``. A `Path`, and a string that cannot be a Hub id, is
-            always a folder.
+        name: Folder, or Hub id ``"OWNER/NAME"``.
         revision: Branch, tag or commit on the Hub; ``main`` if left out.
         token: Access token; the stored login if left out. ``False`` sends none.
         cache_dir: Folder of the cache; that of huggingface_hub if left out.
         local_files_only: Whether to look only in the cache.
 
     Raises:
-        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has; the message
-            quotes huggingface_hub.
+        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has.
     """
     if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         return Path(name).expanduser()
@@ -72,13 +68,10 @@ def publish(
     token: str | bool | None = None,
     private: bool | None = None,
     revision: str | None = None,
-    commit_message: str = "Publish a model of dact",
-    create_pr: bool = False,
 ) -> str:
-    """Publish a model folder as one commit, and return its address, or that of the pull request.
+    """Publish a model folder as one commit, and return its address.
 
     The repository is created if needed. A model card that was written by hand on the Hub is kept.
-    Errors are those of huggingface_hub.
 
     Args:
         save: Function that writes the files into a folder, given as ``save(folder, repo_id=…)``.
@@ -86,8 +79,6 @@ def publish(
         token: Access token; the stored login if left out.
         private: Whether a new repository is private; the default of the account if left out.
         revision: Branch to publish to, which is created if needed; ``main`` if left out.
-        commit_message: Message of the commit.
-        create_pr: Whether to open a pull request instead of changing the branch.
     """
     api = HfApi(token=token, library_name="dact")
     with TemporaryDirectory() as folder:
@@ -101,11 +92,10 @@ def publish(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            commit_message=commit_message,
-            create_pr=create_pr,
+            commit_message="Publish a model of dact",
             ignore_patterns=kept,
         )
-    return str(commit.pr_url or commit.commit_url)
+    return str(commit.commit_url)
 
 
 def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:

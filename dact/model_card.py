@@ -16,7 +16,6 @@ MARK = (
     "<!-- Written by dact. Delete this line, and your own text is kept when the model is saved "
     "again. -->"
 )
-SHOWN_CLASSES = 20
 Metrics = Mapping[str, Any] | None  # content of metrics.json
 
 
@@ -51,62 +50,49 @@ def is_written_by_dact(path: Path) -> bool:
 
 def card(model: Any, metrics: Metrics = None, repo_id: str | None = None) -> str:
     """Return the text of a model card, in Markdown with the metadata of the Hub in front."""
+    tags = ["dact", "early-exit", "adaptive-computation-time"]
     metadata = ModelCardData(
-        library_name="dact",
-        pipeline_tag="text-classification",
-        tags=["dact", "early-exit", "adaptive-computation-time"],
-    )
+        library_name="dact", pipeline_tag="text-classification", tags=tags
+    ).to_yaml()
     title = "Text classifier with early exit" if repo_id is None else repo_id.split("/")[-1]
-    parts = [
-        f"---\n{metadata.to_yaml()}\n---",
-        f"# {title}",
-        "A text classifier that runs only as many layers of its encoder as each text needs (DACT, "
-        "arXiv 2004.12770 and 2109.11745). It was trained with the Python package `dact`.",
-        _facts(model),
-        f"## Use\n\n{_use(model, repo_id)}",
-        f"## When a text leaves\n\n{_halting(model)}",
-        *_measurements(metrics, model.num_layers),
-        MARK,
-    ]
-    return "\n\n".join(parts) + "\n"
+    layers, names = model.num_layers, names_of_classes(model)
+    return f"""---
+{metadata}
+---
 
+# {title}
 
-def _facts(model: Any) -> str:
-    names = names_of_classes(model)
-    shown = ", ".join(f"`{name}`" for name in names[:SHOWN_CLASSES])
-    more = f" and {len(names) - SHOWN_CLASSES} more" if len(names) > SHOWN_CLASSES else ""
-    return (
-        f"- Encoder: `{type(model.encoder).__name__}`, {model.num_layers} layers of hidden size "
-        f"{model.encoder.hidden_size}\n- Classes ({len(names)}): {shown}{more}"
-    )
+A text classifier that runs only as many layers of its encoder as each text needs (DACT, arXiv
+2004.12770 and 2109.11745). It was trained with the Python package `dact`.
 
+- Encoder: `{type(model.encoder).__name__}`, {layers} layers of hidden size \
+{model.encoder.hidden_size}
+- Classes ({len(names)}): {", ".join(f"`{name}`" for name in names)}
 
-def _use(model: Any, repo_id: str | None) -> str:
-    name = "path/to/this/folder" if repo_id is None else repo_id
-    # Only its own code can build an encoder without a description.
-    own = f", encoder={type(model.encoder).__name__}(...)" if model.encoder.config() is None else ""
-    return f"""```python
+## Use
+
+```python
 from dact import TextClassifier
-classifier = TextClassifier.from_pretrained("{name}"{own})
+classifier = TextClassifier.from_pretrained("{repo_id or "path/to/this/folder"}")
 print(classifier(["a text", "another text"]))
 ```
 
 Each prediction has the label, its score and the exit layer. `TextClassifier.stream` takes texts one
-at a time. `DACT.from_pretrained` returns the model itself, which takes token ids."""
+at a time. `DACT.from_pretrained` returns the model itself, which takes token ids.
 
+## When a text leaves
 
-def _halting(model: Any) -> str:
-    if model.halting == "never":
-        return f"Halting rule `never`: every text runs all {model.num_layers} layers."
-    text = (
-        f"Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin "
-        f"{model.halting_margin:.8g}. A text leaves when its class is proven to end at most the "
-        f"tolerance behind the winner of all {model.num_layers} layers, or when a layer's own "
-        "first class leads by more than the margin (1 for never)."
-    )
-    if model.calibration is None:
-        return text
-    return f"{text}\n\n{_promise(model.calibration, model.num_layers)}"
+Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin \
+{model.halting_margin:.8g}. A text leaves when its class is proven to end at most the tolerance
+behind the winner of all {layers} layers, or when a layer's own first class leads by more than the
+margin (1 for never); by the rule `never` it runs all layers.
+
+{"" if model.calibration is None else describe(model.calibration, layers)}
+
+{_measurements(metrics, layers)}
+
+{MARK}
+"""
 
 
 def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> str:
@@ -125,32 +111,48 @@ def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> s
     return f"at most {promise['max_layers']:g} of {layers} layers on average"
 
 
-def _promise(calibration: Mapping[str, Any], layers: int) -> str:
-    """Return the record of `dact.calibrate` as text."""
-    promise, against = calibration["promise"], f"the same model with all {layers} layers"
-    if calibration.get("baseline_accuracy") is not None:
+def describe(found: Mapping[str, Any], layers: int) -> str:
+    """Return a record of `dact.calibrate` as a few lines of text.
+
+    Args:
+        found: Fields of `dact.calibration.Calibration`.
+        layers: Number of layers of the model.
+    """
+    promise, against = found["promise"], f"all {layers} layers"
+    compared = f"{against} {100 * found['full_depth_accuracy']:.2f} %"
+    if found.get("baseline_accuracy") is not None:
         against = "the whole encoder"
-    what = what_is_promised(promise, against, layers)
-    if calibration.get("estimate"):
-        kind = "Estimate, without a confidence"
-    else:
-        level = 100 * promise["confidence"]
-        kind = f"Promise, with {level:g} % confidence on new texts of the same kind"
-    text = (
-        f"**{kind}:** {what}. Set on {calibration['examples']} examples: accuracy "
-        f"{100 * calibration['accuracy']:.2f} % (all {layers} layers "
-        f"{100 * calibration['full_depth_accuracy']:.2f} %), "
-        f"{calibration['mean_exit_layer']:.2f} of {layers} layers."
+        compared += f", whole encoder {100 * found['baseline_accuracy']:.2f} %"
+    (name,) = (
+        name
+        for name in ("max_accuracy_loss", "min_agreement", "max_layers")
+        if promise.get(name) is not None
     )
-    if calibration.get("chose_checkpoint"):
-        text += " These examples also chose the checkpoint, so this is optimistic."
-    return text
+    kept = what_is_promised(promise, against, layers)
+    says = f"keeps {name}={promise[name]:g} with confidence {promise['confidence']}: {kept}"
+    if found.get("estimate"):
+        says = f"is an estimate for {name}={promise[name]:g}, without a guarantee: {kept}"
+    # 0.99999994 is a margin that has an effect
+    lines = [
+        f"{promise['dial']} {found[promise['dial']]:.8g} {says}",
+        f"seen on {found['examples']} examples: accuracy {100 * found['accuracy']:.2f} % "
+        f"({compared}), agreement {100 * found['agreement']:.2f} %, mean exit layer "
+        f"{found['mean_exit_layer']:.2f} of {layers}",
+    ]
+    if found["halting_tolerance"] == 0 and found["halting_margin"] == 1:
+        lines.append(f"each example gets the class of all {layers} layers, by proof")
+    if found.get("chose_checkpoint"):
+        lines.append(
+            "these examples chose the checkpoint, so this is optimistic: set others aside with the "
+            "data's calibration_fraction before the next fit, or give a calibration_file"
+        )
+    return "\n".join(lines)
 
 
-def _measurements(metrics: Metrics, layers: int) -> list[str]:
+def _measurements(metrics: Metrics, layers: int) -> str:
     """Return the table of the measurements that metrics.json has."""
     if metrics is None or "test" not in metrics:
-        return []
+        return ""
     test = metrics["test"]
     entries = [
         ("early exit", test["mean_exit_layer"], test),
@@ -164,9 +166,9 @@ def _measurements(metrics: Metrics, layers: int) -> list[str]:
         f"| {entry['texts_per_second']:.0f} |"
         for name, depth, entry in entries
     ]
-    head = "| | layers | accuracy | macro F1 | texts per second |\n|---|---|---|---|---|"
     at = (
         f"Measured after training, in PyTorch, at margin {metrics['halting_margin']:.8g} and "
         f"tolerance {metrics['halting_tolerance']:g}."
     )
-    return ["\n".join([f"## Test\n\n{at}\n", head, *rows])]
+    head = "| | layers | accuracy | macro F1 | texts per second |\n|---|---|---|---|---|"
+    return "\n".join([f"## Test\n\n{at}\n", head, *rows])

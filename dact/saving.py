@@ -169,7 +169,8 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config.pop("written_by", None)  # of earlier versions
     kind = config.pop("format", FORMAT)
     if kind not in FORMATS:
-        raise ValueError(f"{directory / CONFIG_NAME} has the format {kind}: install a later dact")
+        name = directory / CONFIG_NAME
+        raise ValueError(f"{name} has the format {kind}, of a later dact: install a later one")
     if (config["encoder"] or {}).get("type") == "OnnxEncoder":
         config["encoder"] = encoders.from_config(config["encoder"], directory)
     return config, weights

@@ -280,7 +280,7 @@ def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
         (
             {"min_agreement": 0.97},
             False,
-            "at least 97 % agreement with the same model",
+            "at least 97 % agreement with all 4 layers",
         ),
         ({"max_layers": 2.5}, True, "at most 2.5 of 4 layers on average"),
     ],
@@ -295,12 +295,13 @@ def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
         "examples": 300,
         "accuracy": 0.8,
         "full_depth_accuracy": 0.81,
+        "agreement": 0.9,
         "mean_exit_layer": 2.5,
     }
     text = card(model)
     assert expected in text
-    assert "Set on 300 examples: accuracy 80.00 % (all 4 layers 81.00 %), 2.50 of 4 layers." in text
-    assert ("Promise, with 95 %" in text) != estimate
+    assert "seen on 300 examples: accuracy 80.00 % (all 4 layers 81.00 %)" in text
+    assert ("with confidence 0.95" in text) != estimate
     model.halting_margin = 0.25
     assert "300 examples" not in card(model), "the promise belongs to another rule"
 

@@ -751,8 +751,6 @@ def test_weights_that_another_tool_saved_in_half_precision_load_into_float32(tmp
     )
 
 
-
-
 # ------------------------------------------------------------------ a part of the encoder
 
 

@@ -26,7 +26,7 @@ from dact.calibration.temperature import fit_temperatures
 from dact.encoders.base import Batch
 from dact.functional import Halting, HaltingRule
 from dact.model import DACT
-from dact.model_card import what_is_promised
+from dact.model_card import describe
 
 # largest share of changed classes that is worth a guarantee
 MOST_CHANGED = 0.1
@@ -42,8 +42,8 @@ class Calibration:
         halting_margin: Margin, in [0, 1].
         promise: Promise that they keep, as plain data.
         bound: Bound on the loss of accuracy, the agreement or the mean exit layer at this setting,
-            taken alone: the search for it guarantees only the promise. For an estimate, the
-            measured value with one standard error added, or subtracted from an agreement.
+            taken alone. For an estimate, the measured value with one standard error added, or
+            subtracted from an agreement.
         examples: Number of examples.
         accuracy: Accuracy of early exit.
         full_depth_accuracy: Accuracy of all layers.
@@ -70,7 +70,7 @@ class Calibration:
 
     @property
     def exit_rule(self) -> Halting:
-        """The rule as one object, as `LayerAnswers.exit_layers` takes it."""
+        """The halting rule as one object."""
         return Halting(self.halting, self.halting_tolerance, self.halting_margin)
 
 
@@ -90,11 +90,9 @@ def calibrate(
     For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0
     (both keep the class of all layers by proof), and the last one before the first that fails is
     taken. This is a fixed sequence of tests, each at the full level: the probability that any
-    passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). The tests are
-    `dact.calibration.bounds.difference_p_value` for accuracy and the one-sided Clopper–Pearson
-    bound (1934) for agreement. For `max_layers` settings are tried from the other end, by the
-    empirical Bernstein bound on the mean exit layer (Maurer & Pontil 2009, theorem 4). An estimate
-    adds one standard error instead; with few examples it counts the lost ones alone.
+    passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). For `max_layers`
+    settings are tried from the other end. `dact.calibration.bounds` has the tests. An estimate adds
+    one standard error instead; with few examples it counts the lost ones alone.
 
     Args:
         model: Model that gets the setting and, as `calibration`, the returned record. Its
@@ -103,11 +101,10 @@ def calibrate(
             a datamodule, whose ``calibration_dataloader()`` is used or, if there is none, its
             validation examples. These chose the checkpoint, and the record then says so.
         max_accuracy_loss, min_agreement, max_layers, confidence: As for `Promise`.
-        dial: As for `Promise`. The other dial must have no effect for the first two promises, so
-            that the sequence begins at all layers. The margin mostly takes fewer layers.
+        dial: As for `Promise`. The other dial must have no effect for the first two promises.
         baseline: Classes of a reference on the same examples, int64 ``[examples]``, in their order:
             `max_accuracy_loss` is then the loss of accuracy below it, which takes many more
-            examples, since early exit mostly agrees with all layers of its own model.
+            examples.
 
     Raises:
         ValueError: If data and model do not agree, the promise cannot be kept, the examples are too
@@ -139,17 +136,8 @@ def choose_setting(
     halting: Halting = Halting(),
     baseline: Tensor | None = None,
 ) -> Calibration:
-    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of a model.
-
-    Args:
-        answers: Answers of all layers to labelled examples.
-        promise: Promise to keep.
-        halting: Halting rule, whose ``promise.dial`` is replaced.
-        baseline: As for `calibrate`.
-
-    Raises:
-        ValueError: As for `calibrate`.
-    """
+    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of all layers
+    to labelled examples; `halting` has the other dial."""
     kind, layers, needed = promise.kind, answers.num_layers, promise.examples_needed()
     promise.check(halting)
     if baseline is not None:
@@ -207,15 +195,13 @@ def choose_setting(
 def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
     r"""Set the margin of a fitted model by the examples that are set aside.
 
-    It keeps the default promise. With too few examples for that, the last setting of the fixed
-    sequence is taken at which none of them gets another class than from all layers. With n examples
-    that guarantees a `min_agreement` of :math:`(1 - \text{confidence})^{1/n}`: with 95 %
-    confidence, at most 6 % of new examples change their class for n = 50, and 3 % for n = 100.
+    It keeps the default promise. With n examples, too few for that, the last setting of the fixed
+    sequence is taken at which none of them gets another class than from all layers, which
+    guarantees a `min_agreement` of :math:`(1 - \text{confidence})^{1/n}`.
 
     Args:
-        model: Model that gets the setting and the record, as by `calibrate`. It is left as it was
-            if it has no dial or fewer than 29 examples are set aside, which would let more than
-            10 % of the classes change.
+        model: Model that gets the setting and the record, as by `calibrate`; left as it was if it
+            has no dial, or so few examples would let more than 10 % of the classes change.
         data: Labelled examples, as for `calibrate`, but never those of validation.
 
     Returns:
@@ -249,7 +235,7 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
     except ValueError as error:
         return f"{promise.dial} stays {getattr(model, promise.dial):.8g}: {error}"
     _adopt(model, found, answers)
-    return text + describe(found, model.num_layers)
+    return text + describe(vars(found), model.num_layers)
 
 
 def _examples(
@@ -270,35 +256,3 @@ def _adopt(model: DACT, found: Calibration, answers: LayerAnswers) -> None:
     model.exit_rule, model.calibration = found.exit_rule, asdict(found)
     if model.temperatures is not None:
         model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))
-
-
-def describe(found: Calibration, layers: int) -> str:
-    """Return a calibration of a model of so many layers as a few lines of text."""
-    promise = Promise(**found.promise)
-    value, takes = getattr(found, promise.dial), promise.kind.examples_for_an_estimate()
-    everything = against = f"all {layers} layers"
-    compared = f"{everything} {100 * found.full_depth_accuracy:.2f} %"
-    if found.baseline_accuracy is not None:
-        against = "the whole encoder"
-        compared += f", whole encoder {100 * found.baseline_accuracy:.2f} %"
-    bound = what_is_promised({promise.name: round(found.bound, 4)}, against, layers)
-    says = f"keeps {promise.text}: taken alone, {bound}"
-    if promise.kind.by_proof and against == everything and value == SETTINGS[promise.dial][0]:
-        says = f"gives the class of {everything} by proof, and no other setting passed"
-        if found.estimate and found.examples < takes:
-            says += f", which takes {takes} examples or more"
-    elif found.estimate:
-        says = f"is an {promise.text}, without a guarantee: {bound}, one standard error included"
-    lines = [
-        # 0.99999994 is a margin that has an effect
-        f"{promise.dial} {value:.8g} {says}",
-        f"seen on {found.examples} examples: accuracy {100 * found.accuracy:.2f} % ({compared}), "
-        f"agreement {100 * found.agreement:.2f} %, mean exit layer {found.mean_exit_layer:.2f} of "
-        f"{layers}",
-    ]
-    if found.chose_checkpoint:
-        lines.append(
-            "these examples chose the checkpoint, so this is optimistic: set others aside with the "
-            "data's calibration_fraction before the next fit, or give a calibration_file"
-        )
-    return "\n".join(lines)

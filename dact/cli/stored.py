@@ -207,7 +207,7 @@ def calibrate(stored: Stored, **promise: Any) -> None:
     before, had_promise = getattr(model, wanted.dial), model.calibration is not None
     with stored.precision():
         found = find_dial(model, stored.build_data(), **promise)
-    print(describe(found, model.num_layers))
+    print(describe(vars(found), model.num_layers))
     store(model, source)
     print(
         f"{wanted.dial} was {before:.8g}{' with a promise' if had_promise else ''}, and is "

@@ -185,7 +185,8 @@ def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str
         return f"at most {promise.max_layers:g} layers: all {model.num_layers} of the model keep it"
     with prepared.recipe.precision():
         try:
-            return describe(calibrate(model, data, **asdict(promise)), model.num_layers)
+            found = calibrate(model, data, **asdict(promise))
+            return describe(vars(found), model.num_layers)
         except ValueError as error:
             # What was computed is kept, without a promise.
             return f"the promise cannot be kept: {error}"
