@@ -30,14 +30,12 @@ class LayerAnswers:
         p: ``[examples, layers]``, from the same function.
         y: ``[examples, layers, classes]``, the layers' own classifications.
         target: Classes of the examples, int64 ``[examples]``.
-        depths: Depths of the examples if the data has them, int64 ``[examples]``, else None.
     """
 
     a: Tensor
     p: Tensor
     y: Tensor
     target: Tensor
-    depths: Tensor | None = None
 
     @property
     def num_layers(self) -> int:
@@ -54,8 +52,7 @@ class LayerAnswers:
 
     def take(self, rows: Tensor) -> LayerAnswers:
         """Return the examples of `rows`, int64 ``[rows]``, in that order."""
-        depths = None if self.depths is None else self.depths[rows]
-        return LayerAnswers(self.a[rows], self.p[rows], self.y[rows], self.target[rows], depths)
+        return LayerAnswers(self.a[rows], self.p[rows], self.y[rows], self.target[rows])
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,8 +176,6 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         a, p = functional.accumulate(output.layer_probabilities, output.h)
         check_finite(a)
         found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target.long()}
-        if "depth" in batch:
-            found["depths"] = batch["depth"]
         for name, tensor in found.items():
             parts[name].append(tensor.cpu())
     return LayerAnswers(**{name: torch.cat(tensors) for name, tensors in parts.items()})

@@ -8,14 +8,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import yaml
 from lightning.pytorch import LightningDataModule
-from torch.utils.tensorboard import SummaryWriter
 
-from dact import plots
 from dact.calibration import calibrate, describe
 from dact.calibration.answers import layer_answers
 from dact.calibration.temperature import fit_temperatures
@@ -145,25 +142,21 @@ def _measure(
             found[split].compare(against[split].measured)
     del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
 
-    curves = {
-        "tolerance": dial_curve(model, answers, "halting_tolerance", TOLERANCES),
-        "margin": dial_curve(model, answers, "halting_margin", MARGINS),
-    }
     reference: dict[str, Any] = {"layers": baseline.num_layers}
     for split, one in against.items():
         reference[split] = {key: one.entry[key] for key in BASELINE_KEYS}
     metrics = {
         **_result(model, found),
         "baseline": reference,
-        "tolerance_curve": curves["tolerance"],
-        "margin_curve": curves["margin"],
+        "tolerance_curve": dial_curve(model, answers, "halting_tolerance", TOLERANCES),
+        "margin_curve": dial_curve(model, answers, "halting_margin", MARGINS),
         "history": fit.history,
         "lambda_reg": model.lambda_reg,
         "confirmation": verdict,
     }
     with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
-    _draw(folder, found, metrics, curves)
+    report.draw_final(folder, metrics)
     _log(fit, found["validation"])
     if recipe.compare_defaults:
         _measure_defaults(prepared, data, against, progress)
@@ -181,8 +174,6 @@ def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str
     promise = prepared.recipe.promise
     if promise is None:
         return "there is no promise: each text gets the class of all layers"
-    if promise.max_layers is not None and promise.max_layers >= model.num_layers:
-        return f"at most {promise.max_layers:g} layers: all {model.num_layers} of the model keep it"
     with prepared.recipe.precision():
         try:
             found = calibrate(model, data, **asdict(promise))
@@ -211,25 +202,6 @@ def _result(model: DACT, found: Evaluations) -> dict[str, Any]:
         "layers": model.num_layers,
         **{name: getattr(model, name) for name in names},
     }
-
-
-def _draw(folder: Path, found: Evaluations, metrics: Mapping[str, Any], curves: Any) -> None:
-    """Draw the pictures of the final model, for TensorBoard and as files."""
-    own, test = found["validation"].measured, found["test"].measured
-    whole = metrics["baseline"]["validation"]["accuracy"]
-    figures = {
-        "dials": report.dials_picture(curves, (own.mean_exit_layer, own.accuracy), whole),
-        "exit histogram": plots.new_figure()[0],
-    }
-    (axes,) = figures["exit histogram"].axes
-    axes.bar(range(1, metrics["layers"] + 1), test.exit_histogram)
-    title = f"test: mean exit layer {test.mean_exit_layer:.2f}"
-    axes.set(xlabel="exit layer", ylabel="texts", title=title)
-    if (depths := test.answers.depths) is not None:
-        figure = plots.depth_against_exit(depths, test.exits, metrics["layers"])
-        figures["depth against exit layer"] = figure
-    with SummaryWriter(str(folder)) as writer:
-        report.log_figures(writer, figures, folder)
 
 
 def _log(fit: CheckpointedFit, validation: Evaluation) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,9 +32,7 @@ FEWEST_FOR_IMPORTANCES = 4  # completed trials; fewer say nothing about importan
 FASTER = 0.02  # accuracy below the model's own at which a faster setting is worth a line
 
 # ------------------------------------------------------------------ TensorBoard
-#
-# Lightning's hyper-parameter logging gives every trial the status of success and a metric of -1, so
-# the records of the HParams tab are written here.
+# Lightning would give every trial in the HParams tab the status of success and a metric of -1.
 
 
 def parameters_of(model: DACT, settings: Settings) -> dict[str, Any]:
@@ -51,14 +49,14 @@ def log_fit(
     name: str,
     succeeded: bool = True,
 ) -> None:
-    """Log a trial or another fit that has ended.
+    """Log a trial or another fit that has ended; pruned trials are failures.
 
     Args:
         folder: Its folder.
         parameters: Its parameters; see `parameters_of`.
         metrics: Its metrics, of which `METRICS` are shown.
         name: Name of the session. The tab takes sessions of one name for one trial.
-        succeeded: Whether it ended by itself; pruned trials are failures.
+        succeeded: Whether it ended by itself.
     """
     # The tab has no type for None.
     known = {name: "none" if value is None else value for name, value in parameters.items()}
@@ -76,10 +74,8 @@ def log_fit(
 
 
 def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
-    """Tell the HParams tab which parameters and metrics there are.
-
-    The tab uses the first such record below its folder for all runs there, so that every record
-    names the parameters of all studies."""
+    """Tell the HParams tab which parameters and metrics there are, in all studies: the tab uses the
+    first such record below its folder for all runs there."""
     named = {name: _domain(one) for space in spaces.values() for name, one in space.items()}
     named = {"encoder": None, "batch_size": None, **named}
     hparams = [summary_v2.HParam(name, domain) for name, domain in named.items()]
@@ -112,15 +108,7 @@ def log_figures(writer: SummaryWriter, figures: Mapping[str, Figure], folder: Pa
 def draw_study(
     folder: Path, study: Study, completed: int, chosen: FrozenTrial, spaces: Spaces
 ) -> None:
-    """Draw a study for TensorBoard and as files, by Optuna's own figures.
-
-    Args:
-        folder: Folder of the pictures; it is replaced.
-        study: Study with one objective, or with two (task loss and exit layer).
-        completed: Number of its trials that gave a value.
-        chosen: Its winner.
-        spaces: Dimension of each parameter, by stage.
-    """
+    """Draw a study, of whose trials so many are `completed`, by Optuna's own figures."""
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
@@ -144,33 +132,34 @@ def draw_study(
             log_figures(writer, {name: one.get_figure() for name, one in axes.items()}, partial)
 
 
-def dials_picture(
-    curves: Mapping[str, Sequence[Mapping[str, float]]],
-    own: tuple[float, float],
-    baseline: float,
-) -> Figure:
-    """Draw accuracy against the mean exit layer, over each dial.
+def draw_final(folder: Path, metrics: Mapping[str, Any]) -> None:
+    """Draw the final model's dials and exits, from the content of metrics.json."""
+    test, (exits, axes) = metrics["test"], plots.new_figure()
+    axes.bar(range(1, metrics["layers"] + 1), test["exit_histogram"])
+    title = f"test: mean exit layer {test['mean_exit_layer']:.2f}"
+    axes.set(xlabel="exit layer", ylabel="texts", title=title)
+    with SummaryWriter(str(folder)) as writer:
+        figures = {"dials": dials_picture(metrics), "exit histogram": exits}
+        log_figures(writer, figures, folder)
 
-    Args:
-        curves: One record per setting, by the name of the dial, without ``halting_``.
-        own: Mean exit layer and accuracy of the model at the setting of its dials.
-        baseline: Accuracy of the whole encoder.
-    """
+
+def dials_picture(metrics: Mapping[str, Any]) -> Figure:
+    """Return accuracy against the mean exit layer over each dial, on validation examples."""
+    own, whole = metrics["validation"], metrics["baseline"]["validation"]
     figure, axes = plots.new_figure()
-    for dial, curve in curves.items():
+    for dial in ("tolerance", "margin"):
+        curve = metrics[f"{dial}_curve"]
         places = [(point["mean_exit_layer"], 100 * point["accuracy"]) for point in curve]
         axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
         # Settings at one place share a label.
         for place, point in dict(zip(places, curve, strict=True)).items():
             axes.annotate(f"{point[dial]:g}", place, fontsize=7)
-    axes.axhline(100 * baseline, color="grey", linestyle="--", label="whole encoder")
-    axes.plot(own[0], 100 * own[1], "s", ms=9, mfc="none", mec="tab:red", label="as set")
+    axes.axhline(100 * whole["accuracy"], color="grey", linestyle="--", label="whole encoder")
+    place = own["mean_exit_layer"], 100 * own["accuracy"]
+    axes.plot(*place, "s", ms=9, mfc="none", mec="tab:red", label="as set")
     axes.legend(fontsize=7)
-    axes.set(
-        xlabel="mean exit layer",
-        ylabel="accuracy, %",
-        title="validation, with the setting of the dial at each point",
-    )
+    title = "validation, with the setting of the dial at each point"
+    axes.set(xlabel="mean exit layer", ylabel="accuracy, %", title=title)
     return figure
 
 
@@ -187,9 +176,10 @@ def show_summary(progress: Progress, folder: Path) -> None:
         f"Result: {result(metrics)}",
         guarantee(metrics),
         *faster(metrics),
-        *(f"Warning: {text}" for text in _warnings(metrics)),
         f"Next: dact serve --model {folder / 'model'}",
     ]
+    if metrics["validation"]["majority_share"] == 1:
+        lines.append("Warning: all texts get one class: try class_weights or more epochs")
     for line in lines:
         console.print(line, soft_wrap=not console.is_terminal, highlight=False)
     console.print()
@@ -236,19 +226,6 @@ def faster(metrics: Mapping[str, Any]) -> list[str]:
         f"Faster without a guarantee: --halting_margin {best['margin']:g} takes "
         f"{best['mean_exit_layer']:.2f} layers at {gain:+.1f} points on validation"
     ]
-
-
-def _warnings(metrics: Mapping[str, Any]) -> list[str]:
-    """Return what is wrong with the final model and what to do."""
-    entry, layers = metrics["validation"], metrics["layers"]
-    found = []
-    if entry["majority_share"] == 1:
-        found.append("all texts get one class: try class_weights or more epochs")
-    if entry["mean_exit_layer"] == layers:
-        found.append("no text leaves early: more validation texts would let some")
-    elif entry["mean_exit_layer"] == 1:
-        found.append("every text leaves after layer 1: a smaller lambda_reg keeps some")
-    return found
 
 
 def _table(metrics: Mapping[str, Any], untuned: Mapping[str, Any] | None) -> Table:
