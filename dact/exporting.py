@@ -100,7 +100,7 @@ def export(
     quantized_difference = None
     with replacing_folder(output) as folder, torch.no_grad():
         layers = _write_graphs(encoder, model.num_layers, folder)
-        exported = _open(folder, layers, encoder)
+        exported = OnnxEncoder(folder, layers=layers, **described(encoder))
         difference = _largest(
             (got - expected).abs().max() / expected.abs().max()
             for expected, got in _outputs(encoder, exported)
@@ -113,7 +113,7 @@ def export(
         if quantize is not None:
             for path in sorted(folder.iterdir()):
                 quantize_graph(path)
-            exported = _open(folder, layers, encoder)
+            exported = OnnxEncoder(folder, layers=layers, **described(encoder))
             quantized_difference = _largest(
                 (got - expected).norm() / expected.norm()
                 for expected, got in _outputs(encoder, exported)
@@ -195,10 +195,6 @@ def _write_graph(
             # The newer exporter needs another package, and fixes the sizes that its example has.
             dynamo=False,
         )
-
-
-def _open(folder: Path, layers: list[str], encoder: LayeredEncoder) -> OnnxEncoder:
-    return OnnxEncoder(folder, layers=layers, **described(encoder))
 
 
 def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[Tensor, Tensor]]:

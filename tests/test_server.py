@@ -3,8 +3,8 @@ end."""
 
 import contextlib
 import http.client
+import itertools
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -12,21 +12,18 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
-import lightning.pytorch as pl
 import psutil
 import pytest
 import torch
 
-from dact import DACT, TextClassifier
+from dact import TextClassifier
 from dact.data import CompositionalSentiment
-from dact.encoders import TransformerEncoder
 from dact.exporting import export
 from dact.server import serve
-from tests.conftest import free_port
+from tests.commands import environment
+from tests.conftest import free_port, tiny_model
 
-ROOT = Path(__file__).parent.parent
 START = 240  # seconds: imports take several, and machines are busy
 KEY = {"X-API-Key": "secret"}
 JSON = {"Content-Type": "application/json", **KEY}
@@ -34,25 +31,11 @@ JSON = {"Content-Type": "application/json", **KEY}
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A small fitted model whose examples leave at several layers."""
+    """A small model whose examples leave at several layers."""
     torch.manual_seed(0)
-    data = CompositionalSentiment(num_train=2000, num_val=100, num_test=100)
-    model = DACT(
-        encoder=TransformerEncoder(data.vocab_size, 3, 16, 2),
-        learning_rate=5e-3,
-        halting_margin=0.6,
-    )
-    trainer = pl.Trainer(
-        max_epochs=2,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        default_root_dir=tmp_path_factory.mktemp("fit"),
-    )
-    trainer.fit(model, data)
+    data = CompositionalSentiment(num_train=10, num_val=10, num_test=10)
+    options = {"class_names": data.class_names, "halting_margin": 0.6}
+    model = tiny_model(layers=3, vocab=data.vocab_size, **options)
     folder = tmp_path_factory.mktemp("fitted") / "model"
     model.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
@@ -66,26 +49,13 @@ class Server:
         self.port = port or free_port()
         self.where, self.log = where, where.with_suffix(".log")
         where.mkdir(exist_ok=True)
+        command = [sys.executable, "-m", "dact", "serve", "--model", model, "--port", self.port]
         self.process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "dact",
-                "serve",
-                "--model",
-                str(model),
-                "--port",
-                str(self.port),
-            ],
+            [*map(str, command)],
             cwd=where,
             stdout=self.log.open("w"),
             stderr=subprocess.STDOUT,
-            env={
-                **os.environ,
-                "PYTHONPATH": str(ROOT),
-                "OMP_NUM_THREADS": "1",
-                "LIT_SERVER_API_KEY": KEY["X-API-Key"],
-            },
+            env=environment(OMP_NUM_THREADS="1", LIT_SERVER_API_KEY=KEY["X-API-Key"]),
         )
 
     def connection(self):
@@ -162,27 +132,11 @@ def offline(folder):
 
 
 def reviews(number, seed=1):
-    """Distinct texts: the number of each is in its words."""
-    texts = (
-        CompositionalSentiment(num_train=3, num_val=3, num_test=number, seed=seed)
-        .examples("test")
-        .texts
-    )
-    digits = [
-        "the",
-        "screen",
-        "sound",
-        "price",
-        "battery",
-        "camera",
-        "speaker",
-        "keyboard",
-        "display",
-        "phone",
-    ]
-    return [
-        f"{text} {' '.join(digits[int(d)] for d in str(row))}" for row, text in enumerate(texts)
-    ]
+    """Distinct texts: each ends in four words of its own."""
+    data = CompositionalSentiment(num_train=3, num_val=3, num_test=number, seed=seed)
+    words = ("the", "screen", "sound", "price", "battery", "camera", "display", "phone")
+    ends = itertools.product(words, repeat=4)
+    return [f"{text} {' '.join(next(ends))}" for text in data.examples("test").texts]
 
 
 def same(got, expected):
@@ -227,13 +181,9 @@ def test_health_and_info_say_what_is_served(server):
         (b"[" * 300_000, 400),
         (b'{"text": "half of a character: \\ud800"}', 422),
         ([], 422),
-        ("text", 422),
         ({}, 422),
-        ({"text": None}, 422),
         ({"text": 5}, 422),
-        ({"text": {"text": "good"}}, 422),
         ({"texts": []}, 422),
-        ({"texts": "good"}, 422),
         ({"texts": ["good", None]}, 422),
         ({"texts": [["one", "two", "three"]]}, 422),
         ({"text": "good", "texts": ["good"]}, 422),
@@ -242,7 +192,7 @@ def test_health_and_info_say_what_is_served(server):
         ({"texts": ["good", "a" * 100_001]}, 422),
         ({"texts": ["a"] * 10_001}, 422),
         ({"text": "a" * 1_000_000}, 413),
-        ({"text": "a " * 50_000}, 200),
+        ({"text": "." * 100_000}, 200),
         ({"text": "good\u0000\u202e😀"}, 200),
     ],
 )  # fmt: skip
@@ -271,17 +221,11 @@ def test_an_empty_text_has_a_reason_and_pairs_stand_among_texts(server, offline)
     assert answers[2] == {"label": None, "score": None, "exit_layer": None, "reason": "empty text"}
 
 
-def test_a_body_of_few_characters_and_very_many_tokens_is_answered(server):
-    assert server.predict({"text": "." * 100_000})[0] == 200
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"host": "example.org"}, "host must be one of '127.0.0.1'"),
         ({"port": 80}, "serve: port"),
-        ({"max_batch": 1}, "serve: max_batch"),
-        ({"max_wait": -1}, "serve: max_wait"),
     ],
 )
 def test_an_argument_outside_its_range_is_refused(folder, arguments, message):

@@ -1,14 +1,8 @@
 """TextClassifier: whatever a program hands in, from however many threads."""
 
-import contextlib
 import copy
-import fcntl
-import os
 import pickle
-import pty
-import struct
 import sys
-import termios
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
 
-from dact import DACT, TextClassifier, text_classifier
+from dact import DACT, TextClassifier
 from dact.calibration.temperature import temper
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import HuggingFaceEncoder
@@ -214,28 +208,6 @@ def test_a_program_without_standard_error_gets_its_answers(classifier, monkeypat
     expected = classifier(TEXTS)
     monkeypatch.setattr(sys, "stderr", None)
     assert_same_answers(classifier(TEXTS), expected)
-
-
-def test_a_bar_is_shown_on_a_terminal_alone(classifier, monkeypatch):
-    assert text_classifier.BAR_DELAY >= 1, "short calls show none"
-    monkeypatch.setattr(text_classifier, "BAR_DELAY", 0.0)
-
-    def shown(read, write):
-        """What 50 texts show where `write` is standard error."""
-        with open(write, "w") as errors, monkeypatch.context() as patch:
-            patch.setattr(sys, "stderr", errors)
-            assert len(classifier(["good"] * 50)) == 50
-        text = b""
-        with contextlib.suppress(OSError):  # of a terminal whose other end is closed
-            while chunk := os.read(read, 4096):
-                text += chunk
-        os.close(read)
-        return text
-
-    assert shown(*os.pipe()) == b""
-    master, slave = pty.openpty()
-    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-    assert b"/50 [" in shown(master, slave)
 
 
 def test_a_folder_gives_a_classifier_that_knows_its_settings(classifier, tokenizer, tmp_path):

@@ -50,11 +50,6 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
         # Version 0.1.0 stored digests of the graphs as well.
         rest.pop("digests", None)
         return __getattr__(kind)(folder, **rest)
-    if kind == "OnnxEncoder":
-        raise ValueError(
-            "the graphs of an exported encoder lie in the model's folder: load it with "
-            "DACT.from_pretrained, or pass encoder=DACT.from_pretrained(folder).encoder"
-        )
     raise ValueError(
         "the encoder cannot be rebuilt from the checkpoint, since it is not one of dact's own "
         f"({kind or 'no configuration was stored'}): pass encoder=, built as it was for training"

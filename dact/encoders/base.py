@@ -103,11 +103,14 @@ class LayeredEncoder(nn.Module, ABC):
 
         Raises:
             TypeError: If the batch is not a dict.
+            KeyError: If the batch has no ``input_ids``.
             ValueError: If the encoder does not take so many tokens or such an id, a row is all
                 padding, or the batch is padded on the left and positions count from the first
                 column.
         """
         check_batch(batch)
+        if "input_ids" not in batch:
+            raise KeyError(f"a batch needs 'input_ids' [batch, length], got {sorted(batch)}")
         ids = batch["input_ids"]
         if self.max_length is not None and ids.shape[1] > self.max_length:
             raise ValueError(
