@@ -56,7 +56,7 @@ from dact.factories import build_data, build_model
 from dact.files import read_checkpoint, read_tensors
 from dact.functional import answer_at
 from dact.outputs import Loss
-from dact.tuning.baseline import Baseline
+from dact.tuning.baseline import ANSWERS, TEACHER
 from dact.tuning.evaluation import evaluate
 from dact.tuning.recipe import DISTILLATION
 from dact.tuning.trainer import make_trainer, resumable_fit, seeded
@@ -165,11 +165,10 @@ class Setting:
     def taught(self, model: DACT) -> Tensor:
         """Let `model` start from the baseline's encoder and learn from a teacher; return the
         teacher's probabilities."""
-        baseline = Baseline(self.folder / "baseline")
-        weights = baseline.encoder()
+        weights = read_tensors(self.folder / "baseline" / TEACHER)[0]
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
         model.distillation = DISTILLATION
-        return read_tensors(baseline.answers)[0]["probabilities"]
+        return read_tensors(self.folder / "baseline" / ANSWERS)[0]["probabilities"]
 
     def fit(
         self,
@@ -247,9 +246,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
         "multi-exit"
     ].halting = "exact"  # by which a confidence of 1 lets none leave: the margin alone does
     data = setting.data(config["data"], batch_size=MEASURED_BATCH)
-    precision = make_trainer(
-        setting.trainer, enable_checkpointing=False
-    ).precision_plugin.forward_context
+    precision = make_trainer(setting.trainer).precision_plugin.forward_context
     with precision():
         for peer in ("defaults", "multi-exit"):
             calibrate(models[peer], data, **promise)

@@ -3,13 +3,18 @@ replaced. With `functools.partial` they are factories that can be sent to worker
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 from lightning.pytorch import LightningDataModule
 
 from dact.data import CompositionalSentiment
+from dact.data.base import TextDataModule
+from dact.data.examples import Examples
 from dact.encoders import TransformerEncoder
 from dact.model import DACT
 from dact.submodels import SubmodelConfig
@@ -42,6 +47,19 @@ def build_data(section: dict[str, Any], **overrides: Any) -> LightningDataModule
             f"{path} must take {', '.join(overrides)}, which dact tune sets: add that argument"
         ) from error
     return parser.instantiate_classes(config).data
+
+
+def build_few_data(section: dict[str, Any], **overrides: Any) -> LightningDataModule:
+    """Return the same datamodule with 16 texts per split, spread over it, for a smoke test."""
+    data = build_data(section, **overrides)
+    if isinstance(data, TextDataModule):
+        data.examples = partial(_few, data.examples)  # type: ignore[method-assign]
+    return data
+
+
+def _few(examples: Callable[[str], Examples], split: str) -> Examples:
+    whole = examples(split)
+    return whole.take(range(0, len(whole), math.ceil(len(whole) / 16)))
 
 
 def default_model(output_dimension: int, **overrides: Any) -> DACT:

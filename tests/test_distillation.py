@@ -21,7 +21,7 @@ from tests.tables import write_table
 
 def taught(prepared):
     """The whole encoder's probabilities of the training examples, by row."""
-    return read_tensors(prepared.baseline.answers)[0]["probabilities"]
+    return read_tensors(prepared.baseline / "answers.safetensors")[0]["probabilities"]
 
 
 def test_the_loss_is_that_of_its_formula():
@@ -282,7 +282,7 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
     assert started.distillation == 0.5
     data.setup("fit")
     batch = next(iter(data.train_dataloader()))
-    weights = prepared.baseline.encoder()
+    weights = read_tensors(prepared.baseline / "teacher.safetensors")[0]
     assert all(
         torch.equal(started.encoder.state_dict()[name], weight) for name, weight in weights.items()
     )
@@ -317,8 +317,8 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier
     last, (score, lowest) = EPOCHS[-1][1], min(EPOCHS, key=lambda epoch: epoch[0])
     assert last is not lowest, "on so few examples the score rises again"
     baseline, encoder = (
-        prepared.baseline.load(prepared.recipe.make_model()).state_dict(),
-        prepared.baseline.encoder(),
+        prepared.whole_encoder().state_dict(),
+        read_tensors(prepared.baseline / "teacher.safetensors")[0],
     )
     assert all(torch.equal(baseline[name], weight) for name, weight in last.items())
     assert all(torch.equal(weight, lowest[f"encoder.{name}"]) for name, weight in encoder.items())

@@ -24,6 +24,7 @@ from dact.tuning.settings import Settings, Winners
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
 from dact.tuning.trainer import Deadline, TimeIsUp, enough_epochs, make_trainer
 from dact.tuning.trial import CAUSE
+from tests.commands import GENERATED, dact
 from tests.test_tuning import engine, small_data, small_model, study_of
 
 PARTS = {"classifier_config": {"dropout": 0.1}, "confidence_config": {"dropout": 0.2}}
@@ -380,7 +381,7 @@ def test_a_trainer_of_a_run_has_its_own_progress_checkpoints_and_copies_of_callb
 
 @pytest.mark.parametrize(
     ("trainer", "epochs"),
-    [({}, 25), ({"accumulate_grad_batches": 2}, 28), ({"limit_train_batches": 1}, 28)],
+    [({}, 25), ({"accumulate_grad_batches": 2}, 28), ({"limit_train_batches": 1}, 4)],
 )
 def test_on_few_texts_the_epochs_make_enough_steps(trainer, epochs):
     data = small_data(batch_size=20)
@@ -413,3 +414,12 @@ def test_a_run_without_trials_fits_the_recommended_settings(tmp_path):
 
 def test_trials_of_the_engine_are_found_by_name(begun):
     assert len(study_of(begun, "submodels").trials) == 1
+
+
+def test_a_smoke_test_reads_a_few_texts_for_one_epoch_everywhere(tmp_path):
+    dact("tune", "--config", GENERATED, "--fast", "--run_tag", "fast", cwd=tmp_path)
+    run = tmp_path / "lightning_logs" / "fast"
+    steps, metrics = read_json(run / "run.json")["steps"], read_json(run / "final/metrics.json")
+    assert steps["baseline"]["num_epochs"] == len(metrics["history"]) == 1
+    assert sum(metrics["test"]["exit_histogram"]) <= 16
+    assert [stage["limits"][0] for stage in steps.values() if "limits" in stage] == [1] * 3

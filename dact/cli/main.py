@@ -27,7 +27,7 @@ from dact.cli import TRAINING
 from dact.cli.errors import UsageError, parse
 from dact.cli.output import Bar, EpochLines, quiet
 from dact.cli.stored import RUNS, is_tuned, load_model, measure, store
-from dact.factories import build_data, build_model
+from dact.factories import build_data, build_few_data, build_model
 from dact.files import DurableCheckpointIO, read_checkpoint
 from dact.functional import UNLABELLED
 from dact.model import DACT
@@ -111,7 +111,7 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--monitor", type=Monitor, default="last", help=help)
         help = "end a fit with a margin calibrated on validation examples that are set aside"
         parser.add_argument("--calibrate", type=bool, default=True, help=help)
-        help = "tune with one trial per study and one batch per fit, as a smoke test"
+        help = "tune with 16 texts per split and one trial per study, as a smoke test"
         parser.add_argument("--fast", action="store_true", help=help)
         if self.command == "fit":
             help = "options of dact tune"
@@ -310,14 +310,15 @@ class TrainingCLI(LightningCLI):
         ready = self.parser.instantiate_classes(sections)
         given = vars(ready.trainer).items()
         trainer = {name: v for name, v in given if v is not None or name in TRAINER_DEFAULTS}
-        options = vars(ready.tuner)
+        options, build = vars(ready.tuner), build_data
         if config.fast:
-            trainer |= {"max_epochs": 1, "limit_train_batches": 1}
+            build = build_few_data
+            trainer |= {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
             options |= {"n_trials": 1, "warm_up_epochs": 1, "compare_defaults": False}
         engine = TuningEngine(
             plain["model"]["output_dimension"],
             model=partial(build_model, plain["model"]),
-            data=partial(build_data, plain["data"]),
+            data=partial(build, plain["data"]),
             trainer=trainer,
             seed=int(plain["seed_everything"] or 0),
             **options,

@@ -9,7 +9,6 @@ later ones know the training examples by heart, and teach less.
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,9 @@ from dact import signals
 from dact.calibration import layer_answers
 from dact.callbacks import save_with_tokenizer
 from dact.encoders.base import move
-from dact.files import read_checkpoint, read_tensors, replacing_folder, write_tensors
+from dact.files import read_checkpoint, replacing_folder, write_tensors
 from dact.functional import soft_targets
 from dact.model import DACT
-from dact.saving import WEIGHTS_NAME
 from dact.tuning import report
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe, as_written
@@ -35,6 +33,8 @@ from dact.tuning.trainer import MIN_STEPS, enough_epochs, resumable_fit, seeded
 
 BRIER = "val_brier"
 TEACHER = "teacher.safetensors"  # weights of its encoder
+# The teacher's answers to the training examples, and the last epoch's to those of validation.
+ANSWERS = "answers.safetensors"
 
 
 class BrierScore(Callback):
@@ -56,56 +56,13 @@ class BrierScore(Callback):
         pl_module.log(BRIER, distance, on_epoch=True, batch_size=len(answer), sync_dist=True)
 
 
-@dataclass(frozen=True)
-class Baseline:
-    """The files of the fine-tuned whole encoder.
-
-    Args:
-        folder: Folder ``baseline`` of the run.
-    """
-
-    folder: Path
-
-    @property
-    def answers(self) -> Path:
-        """File of the teacher's answers to training examples, and of its own to validation ones."""
-        return self.folder / "answers.safetensors"
-
-    def load(self, model: DACT) -> DACT:
-        """Load the weights into a model of the factory that runs all layers, and return it."""
-        model.load_state_dict(read_tensors(self.folder / "model" / WEIGHTS_NAME)[0])
-        return model
-
-    def encoder(self) -> dict[str, Tensor]:
-        """Return the weights of the teacher's encoder."""
-        return read_tensors(self.folder / TEACHER)[0]
-
-    def right(self, target: Tensor) -> Tensor:
-        """Return which validation examples it classifies correctly, bool ``[examples]``.
-
-        Args:
-            target: Classes of the validation examples in their order, int64 ``[examples]``; the
-                last ones may be missing.
-
-        Raises:
-            ValueError: If it saw the examples in another order.
-        """
-        answers, size = read_tensors(self.answers)[0], len(target)
-        if not torch.equal(answers["targets"][:size], target):
-            raise ValueError("validation examples must come in one order: do not shuffle them")
-        return answers["classes"][:size] == target
-
-
 def fit_baseline(
     recipe: Recipe, folder: Path, data: LightningDataModule, progress: Progress
 ) -> dict[str, Any]:
-    """Fine-tune the whole encoder, keep two epochs, and return the facts of the fit.
+    """Fine-tune the whole encoder, keep two epochs in `folder`, and return the facts of the fit.
 
     Args:
-        recipe: Recipe of the run.
-        folder: Folder ``baseline`` of the run; see `Baseline`.
         data: Datamodule that is set up for a fit.
-        progress: Console of the run.
 
     Raises:
         NonFiniteLoss: If the loss is not finite.
@@ -115,15 +72,9 @@ def fit_baseline(
         model = recipe.whole_model().at_full_depth()
     epochs = enough_epochs(recipe.trainer, data, recipe.epochs, MIN_STEPS)
     with seeded(recipe.seed), progress.fit("whole encoder", epochs) as bar:
+        callbacks = [bar, BrierScore()]
         history = resumable_fit(
-            recipe.trainer,
-            model,
-            data,
-            checkpoints,
-            bar,
-            BrierScore(),
-            epochs=epochs,
-            monitor=BRIER,
+            recipe.trainer, model, data, checkpoints, *callbacks, epochs=epochs, monitor=BRIER
         )
     written = as_written(model, getattr(data, "batch_size", None), epochs)
     parameters = report.parameters_of(model, written)
@@ -138,7 +89,7 @@ def fit_baseline(
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])
         write_tensors(folder / TEACHER, model.encoder.state_dict())
         answers |= _probabilities(model.to(recipe.device), data)
-    write_tensors(Baseline(folder).answers, answers)
+    write_tensors(folder / ANSWERS, answers)
     shutil.rmtree(checkpoints)
     return {"num_epochs": epochs, **history.epochs[-1]}
 

@@ -74,7 +74,7 @@ def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress
     model, data = fit.model(), recipe.data_for("fit")
     with recipe.precision():
         answers = layer_answers(model, data.val_dataloader())
-    right = prepared.baseline.right(answers.target)
+    right = prepared.right(answers.target)
     outcome = outcome_of(answers, model, recipe.promise, right)
     parameters = {**prepared.plan.parameters, **settings.flat()}
     session = str(folder.relative_to(prepared.run.log_dir))

@@ -28,18 +28,17 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]``
     and, where the data has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``,
-    in the order of the loader. Each is a ``.npy`` file.
+    in the order of the data set. Each is a ``.npy`` file.
 
     Args:
         encoder: Encoder in eval mode, on the device that it should use.
-        loader: Loader that gives every example once.
+        loader: Loader whose sampler and order do not matter.
         folder: Destination; written whole or not at all.
-
-    Raises:
-        ValueError: If the loader does not give every example once.
     """
-    device, first = next(encoder.parameters()).device, next(iter(loader))
-    examples, given = len(loader.dataset), 0  # type: ignore[arg-type]
+    device, examples = next(encoder.parameters()).device, len(loader.dataset)  # type: ignore[arg-type]
+    size, collate = loader.batch_size or 32, loader.collate_fn
+    in_order = DataLoader(loader.dataset, batch_size=size, collate_fn=collate)
+    first, done = next(iter(in_order)), 0
     shapes: dict[str, tuple[int, ...]] = {
         "states": (examples, encoder.num_layers, encoder.hidden_size),
         **{name: (examples, *first[name].shape[1:]) for name in DTYPES if name in first},
@@ -50,18 +49,12 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
             for name, shape in shapes.items()
         }
         title = f"Layer states of {examples:,} {folder.name} texts"
-        for batch in track(loader, description=title, transient=True):
+        for batch in track(in_order, description=title, transient=True):
             signals.check()
-            states = encoder(move(batch, device)).float().cpu()
-            if (given := given + len(states)) <= examples:
-                for name, array in arrays.items():
-                    rows = states if name == "states" else batch[name]
-                    array[given - len(states) : given] = rows.numpy()
-        if given != examples:
-            raise ValueError(
-                f"frozen mode needs every example once, but the {folder.name} loader gives {given} "
-                f"of its {examples}: leave out drop_last and samplers, or use finetune"
-            )
+            batch["states"] = encoder(move(batch, device)).float().cpu()
+            for name, array in arrays.items():
+                array[done : done + len(batch["states"])] = batch[name].numpy()
+            done += len(batch["states"])
 
 
 class Features(Dataset[dict[str, Tensor]]):

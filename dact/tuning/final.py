@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -17,6 +18,7 @@ from dact.calibration import calibrate, describe
 from dact.calibration.answers import layer_answers
 from dact.calibration.temperature import fit_temperatures
 from dact.callbacks import AverageLastSteps, save_with_tokenizer
+from dact.factories import build_model
 from dact.files import replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.saving import store_in_checkpoint
@@ -36,7 +38,7 @@ from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import is_plain
 from dact.tuning.settings import Settings
-from dact.tuning.trainer import MONITOR, NonFiniteLoss, averages
+from dact.tuning.trainer import MONITOR, NonFiniteLoss, averages, resumable_fit, seeded
 
 MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
 BASELINE_KEYS = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
@@ -81,10 +83,9 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
     """Return the configuration of the final fit, which `dact fit` runs if the factories come from a
     file; otherwise its settings."""
     prepared, recipe, settings = fit.prepared, fit.prepared.recipe, fit.settings
-    assert settings is not None
-    model, data = (getattr(one, "section", None) for one in (recipe.model, recipe.data))
-    if model is None or data is None:
+    if getattr(recipe.model, "func", None) is not build_model:
         return settings.arguments()
+    model, data = (one.args[0] for one in (recipe.model, recipe.data))  # type: ignore[attr-defined]
 
     trainer = {name: value for name, value in recipe.trainer.items() if is_plain(value)}
     trainer["max_epochs"] = settings.num_epochs or recipe.epochs
@@ -92,7 +93,7 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
         average = f"{AverageLastSteps.__module__}.{AverageLastSteps.__qualname__}"
         trainer["callbacks"] = [{"class_path": average}]
 
-    overrides = recipe.overrides({**fit.learning, **settings.model})
+    overrides = recipe.overrides(fit.arguments)
     given = dict(data.get("init_args") or {})
     chosen: dict[str, Any] = {
         "batch_size": settings.batch_size,
@@ -122,7 +123,7 @@ def _measure(
     """Measure the final model, write its pictures and its model/ folder, and return the content of
     metrics.json. Only here, once, is the test split used."""
     prepared, recipe, folder = fit.prepared, fit.prepared.recipe, fit.folder
-    model, baseline = fit.model(), _baseline(prepared)
+    model, baseline = fit.model(), prepared.whole_encoder()
     progress.note(_set_dial(prepared, model, data))
     with recipe.precision():
         answers = layer_answers(model, data.val_dataloader())
@@ -157,16 +158,11 @@ def _measure(
     with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
     report.draw_final(folder, metrics)
-    _log(fit, found["validation"])
+    kept = min(fit.history, key=itemgetter(MONITOR)) if fit.keep_frozen else fit.history[-1]
+    _log(prepared, folder, fit.settings, kept[MONITOR], found["validation"].entry)
     if recipe.compare_defaults:
         _measure_defaults(prepared, data, against, progress)
     return metrics
-
-
-def _baseline(prepared: Prepared) -> DACT:
-    """Return the fine-tuned whole encoder."""
-    whole = prepared.recipe.whole_model().at_full_depth()
-    return prepared.baseline.load(whole).eval().to(prepared.recipe.device)
 
 
 def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str:
@@ -204,39 +200,46 @@ def _result(model: DACT, found: Evaluations) -> dict[str, Any]:
     }
 
 
-def _log(fit: CheckpointedFit, validation: Evaluation) -> None:
+def _log(
+    prepared: Prepared, folder: Path, settings: Settings, loss: float, entry: Mapping[str, Any]
+) -> None:
     """Log a fit to TensorBoard as trials are logged, with early exit at the setting of its dial."""
-    prepared, entry, epochs = fit.prepared, validation.entry, fit.history
-    kept = min(epochs, key=itemgetter(MONITOR)) if fit.keep_frozen else epochs[-1]
     metrics = {
-        "val_loss": kept[MONITOR],
+        "val_loss": loss,
         "val_task_loss": entry["task_loss"],
         "val_accuracy": entry["accuracy"],
         "val_exit_layer": entry["mean_exit_layer"],
     }
-    settings = fit.settings or Settings(num_epochs=prepared.recipe.epochs)
     parameters = {**prepared.plan.parameters, **settings.flat()}
-    session = str(fit.folder.relative_to(prepared.run.log_dir))
-    report.log_fit(fit.folder, parameters, metrics, session)
+    session = str(folder.relative_to(prepared.run.log_dir))
+    report.log_fit(folder, parameters, metrics, session)
 
 
 def _measure_defaults(
     prepared: Prepared, data: LightningDataModule, against: Evaluations, progress: Progress
 ) -> None:
     """Fit what the factories make untuned, and measure it under the promise of the run."""
-    folder = prepared.run.final / "defaults"
-    fit = CheckpointedFit(prepared, folder, None)
+    recipe, folder = prepared.recipe, prepared.run.final / "defaults"
+    checkpoints, epochs = folder / "checkpoints", recipe.epochs
     try:
-        fit("your file, untuned", progress)
-    except (NonFiniteLoss, ValueError) as error:  # of texts that only a teacher can label
+        with seeded(recipe.seed), progress.fit("your file, untuned", epochs) as bar:
+            model, own = recipe.model(), recipe.make_data()
+            history = resumable_fit(recipe.trainer, model, own, checkpoints, bar, epochs=epochs)
+    except (NonFiniteLoss, ValueError) as error:  # a teacher may be missing
         progress.note(f"your file is not in the table: {error}")
         return
-    model = fit.model()
+    model.eval().to(recipe.device)
     _set_dial(prepared, model, data)
     with progress.stage("measuring your file"):
         found = _evaluate(prepared, model, data)
     for split, one in found.items():
         one.compare(against[split].measured)
-    _log(fit, found["validation"])
+    _log(
+        prepared,
+        folder,
+        Settings(num_epochs=epochs),
+        history.epochs[-1][MONITOR],
+        found["validation"].entry,
+    )
     write_json(folder / "metrics.json", _result(model, found))
-    shutil.rmtree(fit.checkpoint.parent)
+    shutil.rmtree(checkpoints)

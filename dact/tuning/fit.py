@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.recipe import Recipe
 from dact.tuning.settings import Settings
-from dact.tuning.trainer import MONITOR, History, fit, make_trainer, resumable_fit, seeded
+from dact.tuning.trainer import MONITOR, History, fit, resumable_fit, seeded
 
 FRESH_SEED = 1000  # added to the seed of the run for fits after the studies
 # Epochs on frozen states per epoch of the final fit: with fewer the submodels have not learned,
@@ -35,78 +35,44 @@ def _schedule(recipe: Recipe, settings: Settings, on_states: bool) -> tuple[int,
 
 
 def fit_settings(
-    prepared: Prepared,
-    settings: Settings,
-    seed: int,
-    callbacks: Sequence[Callback] = (),
-    logger: Any = False,
+    prepared: Prepared, settings: Settings, seed: int, callbacks: Sequence[Callback], logger: Any
 ) -> tuple[DACT, History]:
-    """Fit a new model without checkpoints, as trials do.
-
-    Args:
-        prepared: Shared inputs of all fits.
-        settings: Settings of the fit.
-        seed: Seed of the fit.
-        callbacks: Further callbacks.
-        logger: Logger of the Trainer.
-
-    Returns:
-        The model of the last epoch, and the record of all epochs.
-
-    Raises:
-        NonFiniteLoss: If val_loss is NaN or infinite.
-    """
-    history = History()
-    epochs, arguments = _schedule(prepared.recipe, settings, prepared.is_frozen)
+    """Fit a new model without checkpoints, as trials do, and return it as of the last epoch, with
+    the record of all epochs."""
+    epochs, trainer = _schedule(prepared.recipe, settings, prepared.is_frozen)
     with seeded(seed):
         model, data = prepared.build(settings, seed)
-        trainer = make_trainer(
-            arguments,
-            max_epochs=epochs,
-            logger=logger,
-            callbacks=[history, *callbacks],
-            enable_checkpointing=False,
-        )
-        fit(trainer, model, data)
-    return model, history
+        return model, fit(trainer, model, data, *callbacks, epochs=epochs, logger=logger)
 
 
 @dataclass(frozen=True)
 class CheckpointedFit:
-    """A fit with checkpoints in a folder of its own, which resumes after a kill.
+    """A fit after the studies, with checkpoints in a folder of its own; it resumes after a kill.
 
     The last epoch is kept, or on a frozen encoder that of the lowest val_loss. A fit of the encoder
     ends at a learning rate of 0, and its loss rises before its answers get worse, since they get
     too sure.
-
-    Args:
-        prepared: Shared inputs of the run's fits.
-        folder: Folder of the fit.
-        settings: Settings of the fit. None stands for the untuned factories, which do not start
-            from the whole encoder, and have no teacher unless the factories give them one.
     """
 
     prepared: Prepared
     folder: Path
-    settings: Settings | None
+    settings: Settings
 
     @property
     def keep_frozen(self) -> bool:
         """Whether the encoder of frozen mode stays frozen."""
-        return self.settings is not None and self.prepared.recipe.final_training == "frozen"
+        return self.prepared.recipe.final_training == "frozen"
 
     @property
-    def learning(self) -> dict[str, Any]:
-        """Arguments of its model that no study chooses."""
-        if self.settings is None:
-            return {}
+    def arguments(self) -> dict[str, Any]:
+        """The arguments of its model that differ from the factory's."""
         more = {} if self.settings.model.get("exit_loss_weight") == 0 else self.prepared.finetuning
-        return {**self.prepared.learning, **more}
+        return {**self.prepared.learning, **more, **self.settings.model}
 
     @property
     def seed(self) -> int:
-        """The seed of the fit: a fresh one, except for the untuned factories."""
-        return self.prepared.recipe.seed + (0 if self.settings is None else FRESH_SEED)
+        """The seed of the fit, which no study has used."""
+        return self.prepared.recipe.seed + FRESH_SEED
 
     @property
     def checkpoint(self) -> Path:
@@ -119,47 +85,34 @@ class CheckpointedFit:
         return read_json(self.folder / "history.json")
 
     def __call__(self, what: str, progress: Progress) -> None:
-        """Fit and keep one epoch; resume from the last epoch of an earlier call.
-
-        Args:
-            what: Name of the fit, for progress.
-            progress: Console of the run.
+        """Fit and keep one epoch, with `what` as the name of the bar; resume an earlier call.
 
         Raises:
-            NonFiniteLoss: If its loss is not finite; the message says what to change.
+            NonFiniteLoss: If its loss is not finite.
         """
         if (self.folder / "history.json").is_file() and self.checkpoint.is_file():
             return
-        recipe, settings = self.prepared.recipe, self.settings
-        epochs, trainer = _schedule(recipe, settings or Settings(), self.keep_frozen)
+        recipe = self.prepared.recipe
+        epochs, trainer = _schedule(recipe, self.settings, self.keep_frozen)
+        settings = replace(self.settings, model=self.arguments)
         with seeded(self.seed), progress.fit(what, epochs) as bar:
-            if settings is None:
-                model, data = recipe.untuned()
-            else:
-                own = Settings.of(self.learning).updated(settings)
-                model, data = self.prepared.build(own, recipe.seed, unfreeze=not self.keep_frozen)
             history = resumable_fit(
                 trainer,
-                model,
-                data,
+                *self.prepared.build(settings, recipe.seed, unfreeze=not self.keep_frozen),
                 self.checkpoint.parent,
                 bar,
                 epochs=epochs,
                 monitor=MONITOR if self.keep_frozen else None,
-                average=settings is not None and not self.keep_frozen,
+                average=not self.keep_frozen,
             )
         write_json(self.folder / "history.json", history.epochs)
         (self.checkpoint.parent / "last.ckpt").unlink()
 
     def model(self) -> DACT:
         """Return the model of the epoch that was kept, on the device that it should use."""
-        recipe = self.prepared.recipe
-        if self.settings is None:
-            model, _ = recipe.untuned()
-        else:
-            # By the factory: a class or a custom encoder may hold what no checkpoint can rebuild.
-            model = recipe.make_model(**{**self.learning, **self.settings.model})
+        # By the factory: a class or a custom encoder may hold what no checkpoint can rebuild.
+        model = self.prepared.recipe.make_model(**self.arguments)
         stored = read_checkpoint(self.checkpoint)
         adopt(model, stored)
         model.load_state_dict(stored["state_dict"])
-        return model.eval().to(recipe.device)
+        return model.eval().to(self.prepared.recipe.device)

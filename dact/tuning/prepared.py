@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
-from dact.tuning.baseline import Baseline, fit_baseline
+from dact.saving import WEIGHTS_NAME
+from dact.tuning.baseline import ANSWERS, TEACHER, fit_baseline
 from dact.tuning.features import Features, FeaturesData, compute_features
 from dact.tuning.plan import Plan
 from dact.tuning.progress import Progress
@@ -56,9 +57,9 @@ class Prepared:
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @property
-    def baseline(self) -> Baseline:
-        """The fine-tuned whole encoder."""
-        return Baseline(self.run.folder / "baseline")
+    def baseline(self) -> Path:
+        """The folder of the fine-tuned whole encoder."""
+        return self.run.folder / "baseline"
 
     @property
     def is_frozen(self) -> bool:
@@ -70,11 +71,28 @@ class Prepared:
         """The folder with the states of frozen mode and its encoder's weights."""
         return self.run.folder / "features"
 
-    def for_worker(self, worker: int, gpus: int) -> Prepared:
-        """Return what a worker process gets; see `Recipe.for_worker`."""
-        return replace(self, recipe=self.recipe.for_worker(worker, gpus))
+    def right(self, target: Tensor) -> Tensor:
+        """Return which validation examples the baseline classifies correctly, bool ``[examples]``.
+
+        Args:
+            target: Classes of the validation examples in their order, int64 ``[examples]``; the
+                last ones may be missing.
+
+        Raises:
+            ValueError: If it saw the examples in another order.
+        """
+        answers, size = read_tensors(self.baseline / ANSWERS)[0], len(target)
+        if not torch.equal(answers["targets"][:size], target):
+            raise ValueError("validation examples must come in one order: do not shuffle them")
+        return answers["classes"][:size] == target
 
     # ------------------------------------------------------------------ models and data
+
+    def whole_encoder(self) -> DACT:
+        """Return the fine-tuned whole encoder, the baseline, on the device that it should use."""
+        model = self.recipe.whole_model().at_full_depth()
+        model.load_state_dict(read_tensors(self.baseline / "model" / WEIGHTS_NAME)[0])
+        return model.eval().to(self.recipe.device)
 
     def build(
         self, settings: Settings, seed: int, *, unfreeze: bool = False
@@ -93,11 +111,10 @@ class Prepared:
             states = FeaturesData(train, val, batch_size=size, seed=seed)
             return self._on_states(settings.model), states
         model = self.recipe.make_model(**{**self.learning, **settings.model})
-        model.encoder.load_state_dict(self.baseline.encoder())
+        model.encoder.load_state_dict(read_tensors(self.baseline / TEACHER)[0])
         chosen = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
         data: Any = self.recipe.make_data(**chosen)
-        if getattr(data, "teacher", None) is not None:
-            data.teacher = None  # it has answered, or is not asked for
+        data.teacher = None  # it has answered, or is not asked for
         if self.teacher is not None:
             data.teacher_probabilities = self._probabilities
         return model, data
@@ -137,25 +154,19 @@ def prepare(
     """Make the shared inputs of all fits, as far as earlier calls have not.
 
     Args:
-        recipe: Recipe of the run.
-        run: The run.
-        plan: Plan of the run.
         model: Model of the factory.
         data: Datamodule of the factory, set up for a fit, which must not be used afterwards.
-        progress: Console of the run.
 
     Raises:
         NonFiniteLoss: If the loss of the whole encoder or of frozen mode's is not finite.
         ValueError: If the data cannot carry a teacher's probabilities, but shall.
     """
-    named = getattr(data, "teacher", None)
-    if named is not None:
-        data.teacher = None  # it runs once, below
+    named, data.teacher = getattr(data, "teacher", None), None  # it runs once, below
     run.step("baseline", fit_baseline, recipe, run.folder / "baseline", data, progress)
-    teacher: Path | None = None
     share = recipe.distillation
     if share is None:
         share = model.distillation or DISTILLATION
+    teacher: Path | None = None
     if "teacher" not in next(iter(data.train_dataloader())):
         teacher = _teach(run, recipe, data, named) if share else None
         share = share if teacher else 0.0
@@ -176,10 +187,14 @@ def prepare(
 def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | None:
     """Give data the answers of the teacher that it names, or of the baseline, and return their
     file; None if it cannot carry them."""
-    path = Baseline(run.folder / "baseline").answers
+    path = run.folder / "baseline" / ANSWERS
     if named is not None:
         path = run.folder / "teacher" / "probabilities.safetensors"
-        run.step("teacher", _ask, data, named, path)
+        if not path.is_file():
+            data.teacher = named
+            data.train_dataloader()  # which runs the teacher
+            write_tensors(path, {"probabilities": data.teacher_probabilities})
+            data.teacher = None
     data.teacher_probabilities = read_tensors(path)[0].get("probabilities")
     if data.teacher_probabilities is not None:
         return path
@@ -189,15 +204,6 @@ def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | Non
             f"{type(data).__name__} lacks them: derive it from dact.data.base.TextDataModule"
         )
     return None
-
-
-def _ask(data: Any, teacher: str, path: Path) -> dict[str, Any]:
-    """Write the probabilities that a teacher named by the data gives."""
-    data.teacher = teacher
-    data.train_dataloader()  # which runs the teacher
-    write_tensors(path, {"probabilities": data.teacher_probabilities})
-    data.teacher = None
-    return {"teacher": teacher}
 
 
 def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]:
@@ -211,7 +217,6 @@ def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]
     with seeded(recipe.seed):
         # All layers, since trials choose how many they keep.
         model = recipe.whole_model(**prepared.learning, **start)
-    train, val = data.train_dataloader(), data.val_dataloader()
     if recipe.warm_up_epochs:
         epochs = enough_epochs(recipe.trainer, data, recipe.warm_up_epochs, WARM_UP_STEPS)
         model.lambda_reg = 0.0  # layers are free, since only the encoder of this fit is kept
@@ -221,9 +226,7 @@ def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]
         write_tensors(folder / ENCODER, model.encoder.float().state_dict())
     model.encoder.eval().requires_grad_(False)
     model.to(recipe.device)
-    batch_size: int = next(iter(train))["labels"].shape[0]
-    in_order = DataLoader(train.dataset, batch_size=batch_size, collate_fn=train.collate_fn)
-    compute_features(model.encoder, in_order, folder / "train")
-    compute_features(model.encoder, val, folder / "val")
+    for name in ("train", "val"):
+        compute_features(model.encoder, getattr(data, f"{name}_dataloader")(), folder / name)
     shutil.rmtree(folder / "fit", ignore_errors=True)
-    return {"batch_size": batch_size}
+    return {"batch_size": next(iter(data.train_dataloader()))["labels"].shape[0]}

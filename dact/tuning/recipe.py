@@ -178,15 +178,6 @@ class Recipe:
             data.setup(stage)
         return data
 
-    def untuned(self) -> tuple[DACT, LightningDataModule]:
-        """Return model and data as the factories make them, without a teacher that only one has."""
-        model, data = self.model(), self.make_data()
-        if not (model.needs_teacher and getattr(data, "teacher", None) is not None):
-            model.distillation = 0.0
-            if hasattr(data, "teacher"):
-                data.teacher = None
-        return model, data
-
     def finetuning(self, model: DACT) -> dict[str, Any]:
         """Return the arguments of fits of the encoder after the studies that the factory lacks."""
         if self.consistency is not None:
@@ -213,11 +204,11 @@ class Recipe:
     @property
     def device(self) -> torch.device:
         """The device of the Trainer, for computations outside a Trainer."""
-        return make_trainer(self.trainer, enable_checkpointing=False).strategy.root_device
+        return make_trainer(self.trainer).strategy.root_device
 
     def precision(self) -> AbstractContextManager[Any]:
         """Return the context of the Trainer's precision, for computations outside a Trainer."""
-        trainer = make_trainer(self.trainer, enable_checkpointing=False)
+        trainer = make_trainer(self.trainer)
         return trainer.precision_plugin.forward_context()
 
     # ------------------------------------------------------------------ what a run compares

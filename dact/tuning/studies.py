@@ -292,7 +292,9 @@ def _begin_worker(job: StudyJob, threads: int, environment: dict[str, str]) -> N
     # workers are numbered one after the other, in their names
     worker = int(multiprocessing.current_process().name.rpartition("-")[2])
     stage, run = job.objective.stage, job.objective.prepared.run
-    prepared = job.objective.prepared.for_worker(worker, torch.cuda.device_count())
+    prepared = job.objective.prepared
+    recipe = prepared.recipe.for_worker(worker, torch.cuda.device_count())
+    prepared = replace(prepared, recipe=recipe)
     _job = replace(job, objective=replace(job.objective, prepared=prepared))
     _study = optuna.load_study(
         study_name=run.study_name(stage),

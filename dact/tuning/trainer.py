@@ -5,31 +5,25 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
-import os
+import random
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from lightning.pytorch import (
-    Callback,
-    LightningDataModule,
-    LightningModule,
-    Trainer,
-    seed_everything,
-)
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import (
     Checkpoint,
-    DeviceStatsMonitor,
-    LearningRateMonitor,
     ModelCheckpoint,
     ProgressBar,
     StochasticWeightAveraging,
     WeightAveraging,
 )
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from typing_extensions import override
@@ -46,8 +40,6 @@ MONITOR = "val_loss"
 # one does that starts from the whole encoder's weights and has it as a teacher.
 MIN_STEPS, TAUGHT_STEPS = 250, 150
 MOST_TIMES = 7  # times the epochs that are asked for
-GRACE = 10.0  # seconds that a validation may take beyond a deadline
-PROCESS_VARIABLES = ("PL_GLOBAL_SEED", "PL_SEED_WORKERS", "CUBLAS_WORKSPACE_CONFIG")
 
 
 # ---------------------------------------------------------------------- epochs
@@ -59,19 +51,18 @@ def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int
     Few epochs of few steps leave a pretrained encoder where it began, and it answers with the
     majority class (Mosbach et al. 2021, *On the Stability of Fine-tuning BERT*).
 
+    There are at most 7 times as many as asked for, and no more if the Trainer limits the batches.
+
     Args:
         trainer: Arguments of the Trainer.
         data: Datamodule that is set up for a fit.
         epochs: Number of epochs.
         steps: Number of optimizer steps.
-
-    Returns:
-        The number of epochs, at most 7 times as many as asked for.
     """
-    batches, limit = len(data.train_dataloader()), trainer.get("limit_train_batches")
-    if limit is not None:
-        batches = min(batches, limit) if isinstance(limit, int) else int(limit * batches)
-    per_epoch = max(1, math.ceil(batches / (trainer.get("accumulate_grad_batches") or 1)))
+    if trainer.get("limit_train_batches") is not None:
+        return epochs
+    batches = len(data.train_dataloader())
+    per_epoch = math.ceil(batches / (trainer.get("accumulate_grad_batches") or 1))
     return min(max(epochs, math.ceil(steps / per_epoch)), MOST_TIMES * epochs)
 
 
@@ -89,7 +80,6 @@ class History(Callback):
 
     Raises:
         NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
-        ValueError: From the fit, if no validation ran.
     """
 
     def __init__(self) -> None:
@@ -122,7 +112,11 @@ class History(Callback):
             return
         metrics = {n: v.item() for n, v in trainer.callback_metrics.items() if n.startswith("val_")}
         if not math.isfinite(metrics[MONITOR]):
-            raise NonFiniteLoss(f"{MONITOR} is {metrics[MONITOR]} in epoch {trainer.current_epoch}")
+            raise NonFiniteLoss(
+                f"{MONITOR} is {metrics[MONITOR]} in epoch {trainer.current_epoch}, at "
+                f"learning_rate {pl_module.learning_rate:g}: lower it, or learning_rate's high in "
+                "search_space, or use precision 32-true, under another run_tag"
+            )
 
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
         if self.best is self.epochs[-1]:
@@ -136,14 +130,6 @@ class History(Callback):
         if self.epochs and self.epochs[-1]["epoch"] == trainer.current_epoch:
             metrics = {n: v.item() for n, v in trainer.callback_metrics.items()}
             self.epochs[-1] |= {n: v for n, v in metrics.items() if not n.startswith("val_")}
-
-    @override
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self.epochs:
-            raise ValueError(
-                f"no validation ran in {trainer.max_epochs} epochs: change the Trainer's "
-                "check_val_every_n_epoch, limit_val_batches, max_steps or max_time"
-            )
 
     @property
     def best(self) -> dict[str, float]:
@@ -176,77 +162,49 @@ class Deadline:
 
 
 class StopAtDeadline(Callback):
-    """Raise `TimeIsUp` in a fit at a deadline, which a validation may pass by `GRACE` seconds."""
+    """Raise `TimeIsUp` in a fit at a deadline."""
 
     def __init__(self, deadline: Deadline) -> None:
         self.deadline = deadline
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+    def on_train_batch_start(self, *args: Any) -> None:
         if self.deadline.left == 0:
             raise TimeIsUp
-
-    @override
-    def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        if time.monotonic() >= self.deadline.end + GRACE:
-            raise TimeIsUp
-
-
-# ---------------------------------------------------------------------- the process
-
-
-@contextlib.contextmanager
-def isolated() -> Iterator[None]:
-    """Restore the caller's random generators, and what a Trainer sets for its process."""
-    failed: BaseException | None = None
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark = torch.backends.cudnn.benchmark
-    kept = {name: os.environ.get(name) for name in PROCESS_VARIABLES}
-    with isolate_rng():  # by itself, it restores nothing after an exception
-        try:
-            yield
-        except BaseException as error:
-            failed = error
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-    torch.backends.cudnn.benchmark = benchmark
-    for name, value in kept.items():
-        os.environ.pop(name, None)
-        if value is not None:
-            os.environ[name] = value
-    if failed is not None:
-        raise failed
-
-
-@contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed all random generators for the block, and restore the caller's at its end."""
-    with isolated():
-        seed_everything(seed, workers=True, verbose=False)
-        yield
 
 
 # ---------------------------------------------------------------------- the Trainer
 
 
-def make_trainer(arguments: Mapping[str, Any], **fixed: Any) -> Trainer:
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed all random generators for the block, and restore the caller's at its end."""
+    with isolate_rng():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        yield
+
+
+def make_trainer(arguments: Mapping[str, Any], *callbacks: Callback, **fixed: Any) -> Trainer:
     """Return a fresh Trainer with the user's arguments and copies of the user's callbacks.
 
     dact shows progress, keeps checkpoints and logs by itself. So progress bars and checkpoint
-    callbacks are left out, and without a logger the callbacks that need one.
+    callbacks are left out.
 
     Args:
         arguments: The user's arguments.
-        **fixed: Arguments that replace them; ``callbacks`` are added.
+        *callbacks: Further callbacks.
+        **fixed: Arguments that replace those of the user.
     """
     # A copy: callbacks keep what a Trainer gives them, and a plugin keeps its loss scale.
     given = copy.deepcopy({**arguments, "logger": False, "enable_progress_bar": False})
-    left_out: tuple[type, ...] = (Checkpoint, ProgressBar)
-    if not fixed.get("logger"):
-        left_out += (LearningRateMonitor, DeviceStatsMonitor)
-    callbacks = [c for c in as_list(given.get("callbacks")) if not isinstance(c, left_out)]
-    given["callbacks"] = [*callbacks, StopOnSignal(), *fixed.pop("callbacks", ())]
+    kept = [
+        c for c in as_list(given.get("callbacks")) if not isinstance(c, (Checkpoint, ProgressBar))
+    ]
+    given["callbacks"] = [*kept, StopOnSignal(), *callbacks]
     given["plugins"] = [*as_list(given.get("plugins")), DurableCheckpointIO()]
+    given["enable_checkpointing"] = any(isinstance(one, Checkpoint) for one in callbacks)
     defaults = {"enable_model_summary": False, "num_sanity_val_steps": 0}
     return Trainer(**{**defaults, **given, **fixed})
 
@@ -265,16 +223,41 @@ def as_list(value: Any) -> list[Any]:
 
 
 def fit(
-    trainer: Trainer, model: DACT, data: LightningDataModule, ckpt_path: str | None = None
-) -> None:
-    """Call `Trainer.fit`; Ctrl-C raises KeyboardInterrupt instead of Lightning's SystemExit."""
+    arguments: Mapping[str, Any],
+    model: DACT,
+    data: LightningDataModule,
+    *callbacks: Callback,
+    epochs: int,
+    logger: Any = None,
+    ckpt_path: Path | None = None,
+) -> History:
+    """Fit a model, and return the record of its epochs.
+
+    Args:
+        arguments: Arguments of the Trainer.
+        model: Model that only this fit uses.
+        data: Datamodule that only this fit uses.
+        *callbacks: Further callbacks.
+        epochs: Number of epochs.
+        logger: Logger, or False or None to log nothing.
+        ckpt_path: Checkpoint of an earlier call from which the fit resumes.
+
+    Raises:
+        NonFiniteLoss: If val_loss is NaN or infinite.
+    """
+    history = History()
+    # A callback of the user may need a logger.
+    fixed = {"max_epochs": epochs, "logger": logger or DummyLogger()}
+    trainer = make_trainer(arguments, history, *callbacks, **fixed)
     try:
         with warnings.catch_warnings():
             # Studies try on purpose what lets all texts leave at one layer.
             warnings.filterwarnings("ignore", message=".*every validation example.*")
             trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:
+        # Lightning's answer to Ctrl-C.
         raise KeyboardInterrupt from error
+    return history
 
 
 def resumable_fit(
@@ -289,26 +272,17 @@ def resumable_fit(
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
-    The fit is logged to TensorBoard in the parent of `checkpoints`.
+    The fit is logged to TensorBoard in the parent of `checkpoints`. The other arguments are those
+    of `fit`.
 
     Args:
-        arguments: Arguments of the Trainer.
-        model: Model that only this fit uses.
-        data: Datamodule that only this fit uses.
         checkpoints: Folder of ``last.ckpt`` and of ``best.ckpt``, the epoch to keep.
-        *callbacks: Further callbacks.
-        epochs: Number of epochs.
         monitor: Metric whose lowest value chooses the epoch to keep; None for the last epoch.
         average: Whether to average the weights of the last steps, unless a callback of the user
             averages weights.
-
-    Raises:
-        NonFiniteLoss: If val_loss is NaN or infinite.
-        ValueError: If no validation ran.
     """
-    log, averaged = checkpoints.parent, averages(arguments)
+    log, averaged, added = checkpoints.parent, averages(arguments), list(callbacks)
     logger = TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
-    history, added = History(), list(callbacks)
     if average and not averaged:
         added.append(AverageLastSteps())
     # Two callbacks: ``save_last`` would write last.ckpt only in epochs that are the best so far.
@@ -318,22 +292,11 @@ def resumable_fit(
         best = {**names, "filename": "best", "save_weights_only": not averaged}
         added.append(ModelCheckpoint(**best, monitor=monitor))
     added.append(ModelCheckpoint(**names, filename="last", save_on_train_epoch_end=True))
-    last = checkpoints / "last.ckpt"
-    trainer = make_trainer(
-        arguments,
-        max_epochs=epochs,
-        logger=logger,
-        callbacks=[history, *added],
-        enable_checkpointing=True,
-    )
-    try:
-        fit(trainer, model, data, ckpt_path=str(last) if last.is_file() else None)
-    except NonFiniteLoss as error:
-        raise NonFiniteLoss(
-            f"{error}, at learning_rate {model.learning_rate:g}: lower it, or learning_rate's high "
-            "in search_space, or use precision 32-true, under another run_tag"
-        ) from error
+    last: Path | None = checkpoints / "last.ckpt"
+    if not last.is_file():
+        last = None
+    history = fit(arguments, model, data, *added, epochs=epochs, logger=logger, ckpt_path=last)
     if monitor is None:
-        trainer.save_checkpoint(checkpoints / "best.ckpt", weights_only=True)
+        model.trainer.save_checkpoint(checkpoints / "best.ckpt", weights_only=True)
     logger.finalize("success")
     return history

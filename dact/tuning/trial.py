@@ -97,7 +97,7 @@ class Objective:
             model, history = fit_settings(prepared, settings, seed, callbacks, logger)
             metrics, logger = metrics or history.best, False
             assert history.answers is not None
-            right = prepared.baseline.right(history.answers.target)
+            right = prepared.right(history.answers.target)
             outcomes.append(outcome_of(history.answers, model, recipe.promise, right))
         mean = mean_outcome(outcomes)
         trial.set_user_attr(OUTCOME, mean.packed())
