@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,11 +13,9 @@ from lightning.pytorch.callbacks import Checkpoint, ModelCheckpoint, WeightAvera
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
-from torch import Tensor
 from torch.optim.swa_utils import AveragedModel
 from typing_extensions import override
 
-from dact import plots
 from dact.agreement import tokenizer_of
 from dact.checks import Range, check_arguments
 from dact.files import DurableCheckpointIO
@@ -30,34 +27,8 @@ LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 
 
 class ExitPlots(Callback):
-    """Draw the exit layers of the examples of the first loader for TensorBoard after each
-    validation epoch.
-
-    It draws a histogram of exit layers and, if batches have an entry ``depth``, a figure of depth
-    against exit layer."""
-
-    def __init__(self) -> None:
-        self._depths: list[Tensor] = []
-        self._exits: list[Tensor] = []
-
-    @override
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._depths, self._exits = [], []
-
-    @override
-    def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        measured = isinstance(outputs, Mapping) and "exit_layer" in outputs
-        if dataloader_idx == 0 and measured and "depth" in batch:
-            self._depths.append(batch["depth"].cpu())
-            self._exits.append(outputs["exit_layer"].cpu())
+    """Draw a histogram of exit layers for TensorBoard after each validation epoch, for the examples
+    of the first loader."""
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -69,11 +40,6 @@ class ExitPlots(Callback):
         layers = torch.arange(1, len(counts) + 1).repeat_interleave(counts.cpu())
         edges = [n + 0.5 for n in range(len(counts) + 1)]
         boards[0].add_histogram("exit_layer", layers, trainer.current_epoch, bins=edges)
-        if self._depths:
-            depths, exits = torch.cat(self._depths), torch.cat(self._exits)
-            figure = plots.depth_against_exit(depths, exits, len(counts))
-            name = "depth against exit layer"
-            boards[0].add_figure(name, figure, trainer.current_epoch, close=True)
 
 
 class AverageLastSteps(WeightAveraging):

@@ -15,13 +15,11 @@ _requested = False
 
 
 def install() -> None:
-    """Make Ctrl-C and SIGTERM request a stop. This is for commands and workers, which own their
-    process.
-
-    A SIGINT that this process ignores, as in the background of a shell, stays ignored. A second
-    signal raises KeyboardInterrupt at once, for work that has no batches."""
+    """Make Ctrl-C and SIGTERM request a stop of a command or worker, which owns its process; a
+    second one raises KeyboardInterrupt at once."""
     global _requested
     _requested = False
+    # In the background of a shell it is ignored.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _request)
     signal.signal(signal.SIGTERM, _request)

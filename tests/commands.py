@@ -11,24 +11,9 @@ FIT = ROOT / "configs" / "fit.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 GENERATED = ROOT / "configs" / "reviews.yaml"
 VADER = ROOT / "configs" / "vader.yaml"
-SMALL = [
-    "--trainer.max_epochs",
-    "2",
-    "--data.num_train",
-    "600",
-    "--data.num_val",
-    "120",
-    "--data.num_test",
-    "90",
-]
-SMALL += [
-    "--model.encoder.num_layers",
-    "3",
-    "--model.encoder.hidden_size",
-    "16",
-    "--trainer.accelerator",
-    "cpu",
-]
+SMALL = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--data.num_train=600"]
+SMALL += ["--data.num_val=120", "--data.num_test=90"]
+SMALL += ["--model.encoder.num_layers=3", "--model.encoder.hidden_size=16"]
 OWN = """\
 trainer: {max_epochs: 1, accelerator: cpu, num_sanity_val_steps: 0}
 model:

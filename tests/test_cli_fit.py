@@ -65,34 +65,25 @@ def fit_scripted(folder, losses, plugins=(), resume_from=None, **arguments):
     ]
 
 
-def test_last_is_the_last_epoch_and_best_the_best(tmp_path):
-    assert fit_scripted(tmp_path, [3.0, 1.0, 2.0, 2.5], [DurableCheckpointIO()]) == [1, 3]
+@pytest.mark.parametrize(
+    ("losses", "kept", "options"),
+    [
+        ([3.0, 1.0, 2.0, 2.5], [1, 3], {}),
+        ([3.0, 2.0], [1, 1], {}),
+        ([3.0, 4.0], [0, 1], {"val_check_interval": 0.5}),
+    ],
+)
+def test_last_is_the_last_epoch_and_best_the_best(tmp_path, losses, kept, options):
+    assert fit_scripted(tmp_path, losses, [DurableCheckpointIO()], **options) == kept
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
-
-
-def test_a_best_epoch_may_be_the_last_one(tmp_path):
-    assert fit_scripted(tmp_path / "durable", [3.0, 2.0], [DurableCheckpointIO()]) == [1, 1]
-    assert fit_scripted(tmp_path / "plain", [3.0, 2.0]) == [1, 1]
 
 
 def test_a_resumed_fit_keeps_the_best_epoch_of_before(tmp_path):
-    assert fit_scripted(tmp_path, [2.0, 3.0], [DurableCheckpointIO()]) == [0, 1]
-    last = tmp_path / "last.ckpt"
-    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5], [DurableCheckpointIO()], resume_from=last) == [
-        0,
-        2,
-    ]
-    assert fit_scripted(
-        tmp_path, [2.0, 3.0, 2.5, 1.0], [DurableCheckpointIO()], resume_from=last
-    ) == [3, 3]
+    last, durable = tmp_path / "last.ckpt", [DurableCheckpointIO()]
+    assert fit_scripted(tmp_path, [2.0, 3.0], durable) == [0, 1]
+    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5], durable, resume_from=last) == [0, 2]
+    assert fit_scripted(tmp_path, [2.0, 3.0, 2.5, 1.0], durable, resume_from=last) == [3, 3]
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
-
-
-def test_several_validations_in_an_epoch_still_end_in_its_last_state(tmp_path):
-    assert fit_scripted(tmp_path, [3.0, 4.0], [DurableCheckpointIO()], val_check_interval=0.5) == [
-        0,
-        1,
-    ]
 
 
 @pytest.mark.slow
@@ -155,6 +146,40 @@ def test_a_fit_that_fails_keeps_what_it_has_logged_and_resumes_from_checkpoints_
     status, text = dact_here(*words, cwd=tmp_path)
     assert status == 1
     assert "resuming lightning_logs/first after epoch 2" in text
+
+
+@pytest.mark.slow
+def test_a_fit_is_resumed_by_its_tag_with_another_logger(dact_here, tmp_path):
+    words = ["fit", "--config", FIT, *SMALL, "--run_tag=named", "--config", "csv.yaml"]
+    csv = {"class_path": "CSVLogger", "init_args": {"save_dir": "curves", "name": "mine"}}
+    board = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "boards"}}
+    (tmp_path / "csv.yaml").write_text(json.dumps({"trainer": {"logger": [csv, board]}}))
+    status, text = dact_here(*words, cwd=tmp_path)
+    assert status == 0, text
+    assert "arning" not in text
+    assert (tmp_path / "curves/mine/named/metrics.csv").is_file()
+    assert (tmp_path / "lightning_logs/named/model").is_dir()
+    status, text = dact_here(*words, "--trainer.max_epochs=3", cwd=tmp_path)
+    assert status == 0, text
+    assert re.findall(r"^epoch (\d)", text, re.MULTILINE) == ["3"]
+
+
+def test_one_line_says_which_logger_lacks_its_library(own, dact_here):
+    loggers = [{"class_path": "CSVLogger", "init_args": {"save_dir": "."}}, "MLFlowLogger"]
+    (own / "more.yaml").write_text(json.dumps({"trainer": {"logger": loggers}}))
+    words = ["fit", "--config", "config.yaml", "--config", "more.yaml"]
+    status, text = dact_here(*words, cwd=own)
+    assert status == 1
+    assert re.fullmatch(r"dact: error: Requirement 'mlflow.* not met.*\n", text)
+
+
+@pytest.mark.slow
+def test_the_last_lines_of_a_fit_of_two_processes_are_of_all_examples(tmp_path):
+    two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--run_tag=two"]
+    done = dact("fit", "--config", FIT, *SMALL, *two, cwd=tmp_path)
+    assert "3 classes: negative 220, neutral 215, positive 165" in done.stdout
+    assert done.stdout.count("examples   60\n") == 1
+    assert dact("validate", "--model", "lightning_logs/two", cwd=tmp_path).stdout in done.stdout
 
 
 @pytest.mark.slow
@@ -311,46 +336,12 @@ def test_the_classes_that_the_help_names_have_help_by_their_short_names(words, o
     assert f".{option}" in dact("fit", *words, cwd=tmp_path).stdout
 
 
-def test_texts_without_labels_are_refused_without_a_teacher(own, dact_here):
-    (own / "more.txt").write_text("screen 3 is fine\n")
-    status, text = dact_here(
-        "fit", "--config", "config.yaml", "--data.unlabelled_file", "more.txt", cwd=own
-    )
-    assert status == 1
-    assert "texts without labels need a teacher" in text
-
-
 def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact_here):
-    status, output = dact_here(
-        "fit",
-        "--config",
-        "config.yaml",
-        "--run_tag",
-        "nan",
-        "--model.learning_rate",
-        "1e9",
-        cwd=own,
-    )
+    words = ["fit", "--config", "config.yaml", "--run_tag", "nan", "--model.learning_rate", "1e9"]
+    status, output = dact_here(*words, cwd=own)
     assert status == 1
     assert "the fit broke: val_loss is nan after epoch 1. Try a smaller learning_rate" in output
     assert not list(own.rglob("nan/model"))
-
-
-def test_options_of_the_data_may_stand_before_the_file_that_names_its_class(own, dact_here):
-    words = [
-        "--data.batch_size",
-        "8",
-        "--config",
-        "config.yaml",
-        "--model.lambda_reg=0.25",
-        "--run_tag",
-        "order",
-    ]
-    status, output = dact_here("fit", *words, cwd=own)
-    assert status == 0, output
-    config = yaml.safe_load((own / "lightning_logs" / "order" / "config.yaml").read_text())
-    assert config["data"]["init_args"]["batch_size"] == 8
-    assert config["model"]["lambda_reg"] == 0.25
 
 
 @pytest.mark.parametrize(

@@ -345,7 +345,7 @@ def test_a_calibrated_dial_is_stored_and_tested(
     loaded = DACT.load_from_checkpoint(run / "checkpoints" / "best.ckpt")
     assert loaded.calibration == stored.calibration
     text = succeed("test", "--model", run, cwd=folder)
-    line = rf"^promise of {dial} [\d.]+: at most 2.99 layers on average. .*standard error"
+    line = rf"^promise of {dial} [\d.]+: at most 2.99 of 3 layers on average. .*standard error"
     assert re.search(line, text, re.MULTILINE)
     text = succeed("test", "--model", run, f"--{dial}", careful, cwd=folder)
     assert "with no promise" in text
@@ -410,7 +410,7 @@ def test_calibrating_by_command_fits_the_temperatures_again(fitted, succeed, tmp
         ),
         (
             ["predict", *RUN, "--data.predict_file", "other.csv", "--halting_margin", "2"],
-            "halting_margin must be in [0, 1], got 2.0",
+            "margin must be in [0, 1], got 2.0",
         ),
         (
             ["predict", "--model", "bare", "--data.predict_file", "other.csv"],

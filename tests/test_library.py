@@ -5,9 +5,8 @@ import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
-from torch.utils.tensorboard import SummaryWriter
 
-from dact import DACT, plots
+from dact import DACT
 from dact.callbacks import ExitPlots
 from dact.encoders import TransformerEncoder
 from dact.files import read_json, write_json
@@ -52,22 +51,6 @@ def test_a_fit_that_measures_something_else_draws_no_exits(tmp_path):
     trainer(tmp_path, logger=logger, callbacks=[ExitPlots()]).fit(
         with_head(), batches(2), batches(1)
     )
-
-
-def test_depths_are_drawn_for_the_examples_of_the_first_loader(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(
-        plots, "depth_against_exit", lambda depths, exits, layers: drawn.append((depths, exits))
-    )
-    monkeypatch.setattr(SummaryWriter, "add_figure", lambda *arguments, **options: None)
-    first, second = ([random_batch(size) | {"depth": torch.full((size,), size)}] for size in (3, 5))
-    fit = trainer(tmp_path, logger=TensorBoardLogger(tmp_path), callbacks=[ExitPlots()])
-    fit.fit(
-        tiny_model(layers=2),
-        batches(2),
-        [DataLoader(part, batch_size=None) for part in (first, second)],
-    )
-    assert [[len(part) for part in pair] for pair in drawn] == [[3, 3]]
 
 
 class WithHead(DACT):

@@ -52,12 +52,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def parse(parser: Any, words: list[str]) -> Namespace:
-    """Return what a parser of jsonargparse makes of the words of a command line.
-
-    Raises:
-        UsageError: If a class, option or value is wrong. The message names file, line, and what was
-            probably meant.
-    """
+    """Return what a parser makes of a command line; a `UsageError` names file, line, and what was
+    probably meant."""
     given = list(options(words))
     if not any(name.rpartition(".")[2] in ("help", "print_config") for _, name, _ in given):
         known = parser.get_defaults().keys()
@@ -136,12 +132,7 @@ def _meant(word: str, known: list[str]) -> str:
 
 
 def find_class(path: str, package: str) -> Any:
-    """Return the class that a configuration names, or None if there is none.
-
-    Args:
-        path: Its path, or its name alone if it is in `package`.
-        package: Package of the section.
-    """
+    """Return the class of a path, or of a name in `package`; None if there is none."""
     module, _, name = path.rpartition(".")
     with contextlib.suppress(ModuleNotFoundError, AttributeError):
         return getattr(import_module(module or package), name)

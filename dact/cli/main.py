@@ -6,6 +6,7 @@ import shlex
 import sys
 import warnings
 from functools import partial
+from inspect import signature
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -24,11 +25,11 @@ from dact import signals
 from dact.calibration import Measured, settle
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
 from dact.cli import TRAINING
-from dact.cli.errors import UsageError, parse
+from dact.cli.errors import UsageError, find_class, parse
 from dact.cli.output import Bar, EpochLines, quiet
 from dact.cli.stored import RUNS, is_tuned, load_model, measure, store
 from dact.factories import build_data, build_few_data, build_model
-from dact.files import DurableCheckpointIO, read_checkpoint
+from dact.files import DurableCheckpointIO, read_checkpoint, write_text
 from dact.functional import UNLABELLED
 from dact.model import DACT
 
@@ -39,16 +40,12 @@ OF_COMMAND = ("ckpt_path", "run_tag", "tuner", "fast", "calibrate")
 
 
 class TrainingCLI(LightningCLI):
-    """The options of ``dact fit`` and ``dact tune``, which read the same files.
-
-    Args:
-        command: ``"fit"`` or ``"tune"``.
-        words: The command line after the command.
-    """
+    """The options of ``dact fit`` and ``dact tune``, which read the same files."""
 
     def __init__(self, command: str, words: list[str]) -> None:
         self.command, self.words = command, words
         self.data: LightningDataModule | None = None
+        self.folder: Path | None = None  # of a fit with a run tag
         super().__init__(
             DACT,
             LightningDataModule,
@@ -56,6 +53,7 @@ class TrainingCLI(LightningCLI):
             subclass_mode_data=True,
             seed_everything_default=0,
             save_config_callback=None,
+            auto_configure_optimizers=False,
             parser_kwargs={
                 "prog": f"dact {command}",
                 "usage": f"dact {command} --config FILE [--OPTION ...]",
@@ -136,7 +134,12 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         self._complete()
         if self.command == "fit":
+            # A fit from this file begins anew.
+            begun = self.config.clone()
+            begun.ckpt_path = None
+            self.written = self.parser.dump(begun, skip_none=False)
             self._resume()
+            self.config.trainer.logger = self._loggers()
             super().instantiate_classes()
             # The texts of the first one are already tokenized.
             self.datamodule = self.data or self.datamodule
@@ -171,9 +174,8 @@ class TrainingCLI(LightningCLI):
         config = self.config
         if not config.run_tag:
             return
-        folder = run_folder(
-            Path(config.trainer.default_root_dir or ".", RUNS), config.run_tag, "fit"
-        )
+        root = Path(config.trainer.default_root_dir or ".", RUNS)
+        folder = self.folder = run_folder(root, config.run_tag, "fit")
         last = folder / "checkpoints" / LAST
         if config.ckpt_path is not None or not last.is_file():
             return
@@ -201,21 +203,33 @@ class TrainingCLI(LightningCLI):
         print(f"resuming {folder} after epoch {done}")
         config.ckpt_path = str(last)
 
+    def _loggers(self) -> Any:
+        """Return the loggers of a fit, the first of them with the run tag as version or name."""
+        given = self.config.trainer.logger
+        if given in (None, True):
+            root, tag = self.config.trainer.default_root_dir or ".", self.config.run_tag or None
+            return TensorBoardLogger(root, name=RUNS, version=tag, default_hp_metric=False)
+        if given is False:
+            return given
+        built: list[Any] = []
+        # One by one, so that an error says which library is missing.
+        for one in _listed(given):
+            kind = find_class(one.class_path, "lightning.pytorch.loggers")
+            arguments = {**one.init_args.as_dict(), **(one.get("dict_kwargs") or {})}
+            names = [n for n in ("version", "name", "run_name") if n in signature(kind).parameters]
+            if self.folder is not None and not built:
+                arguments |= dict.fromkeys(names[:1], self.folder.name)
+            built.append(kind(**arguments))
+        return built
+
     @override
     def _instantiate_trainer(self, config: dict[str, Any], callbacks: list[Callback]) -> Trainer:
-        given = config.get("callbacks") or []
-        given = given if isinstance(given, list) else [given]
+        given, plugins = _listed(config.get("callbacks")), _listed(config.get("plugins"))
         added: list[Callback] = [signals.StopOnSignal()]
         if config.get("enable_progress_bar") is None:
             config["enable_progress_bar"] = sys.stdout.isatty()
         if config["enable_progress_bar"] and not _has(given, ProgressBar):
             added.append(Bar())
-        root, tag = config.get("default_root_dir") or ".", self.config.run_tag or None
-        if config.get("logger") in (None, True):
-            logger = TensorBoardLogger(root, name=RUNS, version=tag, default_hp_metric=False)
-            config["logger"] = logger
-        elif tag is not None:
-            raise ValueError("--run_tag names the folder of the default logger: leave one out")
         monitor = "epoch" if self.config.monitor == "last" else self.config.monitor
         own = [one for one in given if isinstance(one, ModelCheckpoint)]
         if not _has(given, Checkpoint) and config.get("enable_checkpointing") is not False:
@@ -228,10 +242,11 @@ class TrainingCLI(LightningCLI):
             )
             own = [best]
             added.append(best)
-        added += [LastCheckpoint(one) for one in own[:1]]
-        added += [ExitPlots(), SavePretrained(), EpochLines()]
-        plugins = config.get("plugins") or []
-        plugins = plugins if isinstance(plugins, list) else [plugins]
+        for one in own[:1]:
+            if self.folder is not None and one.dirpath is None:
+                one.dirpath = str(self.folder / "checkpoints")
+            added.append(LastCheckpoint(one))
+        added += [ExitPlots(), SavePretrained(), EpochLines(self.config.calibrate)]
         if not _has(plugins, CheckpointIO):
             config["plugins"] = [*plugins, DurableCheckpointIO()]
         return super()._instantiate_trainer(config, [*callbacks, *added])
@@ -241,13 +256,12 @@ class TrainingCLI(LightningCLI):
     def fit(self) -> None:
         """Fit; a fit that is stopped leaves its model so far, and prints how to resume it."""
         trainer = self.trainer
-        folder = Path(trainer.log_dir) if trainer.loggers and trainer.log_dir else None
+        folder = self.folder
+        if folder is None and trainer.loggers and trainer.log_dir:
+            folder = Path(trainer.log_dir)
         if folder is not None and trainer.is_global_zero:
-            # It describes the fit as it began.
-            config = self.config.clone()
-            config.ckpt_path = None
             folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(config, folder / "config.yaml", skip_none=False, overwrite=True)
+            write_text(folder / "config.yaml", self.written)
         try:
             trainer.fit(self.model, self.datamodule, ckpt_path=self.config.ckpt_path)
         except BaseException:
@@ -297,13 +311,8 @@ class TrainingCLI(LightningCLI):
         from dact.tuning.recipe import TRAINER_DEFAULTS
 
         config, plain = self.config, self.plain
-        unread = [name for name in ("optimizer", "lr_scheduler", "ckpt_path") if config.get(name)]
-        unread += ["monitor"] if config.monitor != "last" else []
-        if unread:
-            raise UsageError(
-                f"dact tune does not read {', '.join(unread)}: it trains with the model's own "
-                "optimizer and schedule, and keeps the last epoch. Leave this out"
-            )
+        if config.monitor != "last" or config.ckpt_path is not None:
+            raise UsageError("dact tune keeps the last epoch: leave monitor and ckpt_path out")
         if config.run_tag:
             run_folder(Path(config.tuner.log_dir), config.run_tag, "tune")
         sections: Any = Namespace(trainer=config.trainer, tuner=config.tuner)  # type: ignore[no-untyped-call]
@@ -354,11 +363,7 @@ def run_folder(root: str | Path, tag: str, command: str) -> Path:
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
-    """Return n / (classes · n_c) for each class c of the n training examples, of which n_c are of
-    that class.
-
-    `data` must be set up for fit.
-    """
+    """Return n / (classes · n_c) for each class c, which n_c of n training examples have."""
     labels = torch.cat([batch["labels"].cpu() for batch in data.train_dataloader()])
     counts = torch.bincount(labels[labels != UNLABELLED], minlength=classes).double()
     if (counts == 0).any():
@@ -367,6 +372,11 @@ def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
             f"{counts.long().tolist()}"
         )
     return [round(weight, 6) for weight in (counts.sum() / (classes * counts)).tolist()]
+
+
+def _listed(given: Any) -> list[Any]:
+    """Return one object, several or None as a list."""
+    return given if isinstance(given, list) else [] if given is None else [given]
 
 
 def _has(given: list[Any], kind: type) -> bool:

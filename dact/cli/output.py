@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,17 +15,17 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
+from dact.calibration import DEFAULT_PROMISE, Promise
 from dact.calibration.answers import Measured, careful_mean_and_error, mean_and_error
+from dact.model_card import what_is_promised
 
 # The metrics of an epoch that are shown, and their decimals.
 SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}
 
 
 def quiet() -> None:
-    """Hide what other libraries say about every fit, and the line of code of each warning.
-
-    It is for processes of the command line; library calls never use it.
-    """
+    """Hide what other libraries say about every fit, and the line of code of each warning, in a
+    process of the command line."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_worth_reading)
@@ -60,16 +60,22 @@ class Bar(RichProgressBar):
 
 
 class EpochLines(Callback):
-    """Print the classes of the data, and the metrics of each epoch on one line."""
+    """Print the classes of the data, whether the examples are too few for the margin that is set
+    after the fit, and the metrics of each epoch on one line."""
 
-    def __init__(self) -> None:
+    def __init__(self, calibrates: bool) -> None:
+        self.calibrates = calibrates
         self._started = 0.0
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        describe = getattr(getattr(trainer, "datamodule", None), "describe_classes", None)
-        if describe is not None and (text := describe()):
-            _say(trainer, text)
+        data = trainer.datamodule  # type: ignore[attr-defined]
+        lines = [getattr(data, "describe_classes", str)()]
+        aside = getattr(data, "calibration_dataloader", lambda: None)()
+        if self.calibrates and aside is not None and (short := shortage(DEFAULT_PROMISE, aside)):
+            lines.append(f"the margin will be set by a weaker promise: {short}")
+        for line in filter(None, lines):
+            _say(trainer, line)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -107,21 +113,15 @@ def _say(trainer: Trainer, text: str) -> None:
 
 
 def measurements(measured: Measured, names: Sequence[str]) -> str:
-    """Return the measurements of early exit as a few lines of text.
-
-    Args:
-        measured: Measurements.
-        names: Names of the classes.
-    """
+    """Return the measurements of early exit as lines, with these names of the classes."""
     target, found, count = measured.answers.target, measured.classes, len(names)
     # [true class, answered class]
     confusion = torch.bincount(target * count + found, minlength=count**2).view(count, count)
     total = confusion.sum(0) + confusion.sum(1)
     f1 = {names[n]: 2 * confusion[n, n] / total[n] for n in range(count) if total[n]}
-    wrong = (confusion - confusion.diag().diag()).flatten()
-    most = [n for n in wrong.argsort(descending=True)[:2].tolist() if wrong[n]]
-    taken = [f"{names[n // count]} as {names[n % count]} ({wrong[n]})" for n in most]
-    depth, largest = measured.answers.num_layers, int(confusion.sum(1).argmax())
+    two = confusion.sum(1).argsort(descending=True, stable=True)[:2].tolist()
+    pairs = [f"{names[n]} as {names[m]} ({confusion[n, m]})" for n, m in (two, two[::-1])]
+    depth, largest = measured.answers.num_layers, two[0]
     always = 100 * confusion[largest].sum() / len(target)
     left = [f"{layer}: {number}" for layer, number in enumerate(measured.exit_histogram, 1)]
     lines = [
@@ -131,9 +131,15 @@ def measurements(measured: Measured, names: Sequence[str]) -> str:
         f"agreement  {100 * measured.agreement:.2f} % get the class of all {depth} layers",
         f"macro F1   {measured.macro_f1:.3f}",
         f"F1         {', '.join(f'{name} {value:.3f}' for name, value in f1.items())}",
-        f"confused   {', '.join(taken) or 'none'}: true class as answered class",
+        f"confused   {', '.join(pairs)}",
         f"layers     {measured.mean_exit_layer:.2f} of {depth}; after layer {', '.join(left)} left",
+        f"(F1: harmonic mean of precision and recall; confused: the two largest classes, true as "
+        f"answered; all numbers are of early exit, but for those of all {depth} layers)",
     ]
+    if depth > 1 and measured.mean_exit_layer == 1:
+        lines.append("Every text leaves after layer 1. Try a smaller lambda_reg or a larger margin")
+    if depth > 1 and measured.mean_exit_layer == depth:
+        lines.append("No text leaves early. Try a larger lambda_reg or a smaller margin")
     if measured.majority_share == 1:
         lines.append(
             f"All examples get the class {names[int(found[0])]!r}. Try more epochs, a smaller "
@@ -143,33 +149,36 @@ def measurements(measured: Measured, names: Sequence[str]) -> str:
 
 
 def promise_line(calibration: Mapping[str, Any], measured: Measured) -> str:
-    """Return a line that says whether a promise holds on test examples, with the standard error.
-
-    Args:
-        calibration: Content of `DACT.calibration`.
-        measured: Measurements on the test examples.
-    """
-    promise = calibration["promise"]
+    """Return a line that says whether the promise of `DACT.calibration` holds on test examples."""
     kind = "estimate" if calibration.get("estimate") else "promise"
     if calibration.get("baseline_accuracy") is not None:
         return f"the {kind} was made against a baseline, which is not measured here"
-    scale, unit = 100, " points"
-    if (limit := promise.get("max_accuracy_loss")) is not None:
-        losses = measured.full_depth.right.int() - measured.right.int()
-        mean, error = careful_mean_and_error(losses)
-        what = "of accuracy below all layers"
-    elif promise.get("min_agreement") is not None:
-        limit, unit = 1 - promise["min_agreement"], " %"
-        mean, error = careful_mean_and_error(measured.classes != measured.full, low=0.0)
-        what = "of the classes differ from those of all layers"
+    # Gains count as well on a test, also for an estimate from few examples.
+    promise = Promise(**{**calibration["promise"], "confidence": 0.95})
+    values, layers = promise.kind.values(measured, None), measured.answers.num_layers
+    what = what_is_promised({promise.name: promise.value}, f"all {layers} layers", layers)
+    if promise.max_layers is not None:
+        (mean, error), scale = mean_and_error(values), 1
     else:
-        limit, scale, unit = promise["max_layers"], 1, " layers"
-        mean, error = mean_and_error(measured.exits)
-        what = "on average"
+        low = -1.0 if promise.min_agreement is None else 0.0
+        (mean, error), scale = careful_mean_and_error(values, low), 100
+    shown = mean if promise.min_agreement is None else 1 - mean
+    limit = promise.kind.most
     verdict = "does not hold" if mean > limit + 2 * error else "is within its error"
     verdict = "holds" if mean <= limit else verdict
     return (
-        f"{kind} of {promise['dial']} {calibration[promise['dial']]:.8g}: at most "
-        f"{scale * limit:g}{unit} {what}. Here it is {scale * mean:.2f} (standard error "
-        f"{scale * error:.2f}): it {verdict} on these {len(measured.exits)} examples"
+        f"{kind} of {promise.dial} {calibration[promise.dial]:.8g}: {what}. Here it is "
+        f"{scale * shown:.2f} (standard error {scale * error:.2f}): it {verdict} on these "
+        f"{len(values)} examples"
     )
+
+
+def shortage(promise: Promise, batches: Iterable[Any]) -> str:
+    """Return a line if a promise takes more examples than there are, else an empty string."""
+    examples = sum(len(batch["labels"]) for batch in batches)
+    needed = promise.examples_needed()
+    if promise.confidence is None:
+        needed = promise.kind.examples_for_an_estimate()
+    if examples >= needed:
+        return ""
+    return f"{promise.text} takes {needed} examples or more, and {examples} are set aside"

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from contextlib import ExitStack, suppress
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,12 @@ from dact.files import replacing
 from dact.text_classifier import TextClassifier
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
+WINDOW = 4_000_000  # characters that are tokenized together, about
 
 
 def check_output(output: str, file: str | None) -> None:
     """Raise an error unless there are texts, and predictions can be written beside them."""
-    path = Path(output).expanduser()
+    path = Path(output)
     if file is None:
         raise UsageError("dact predict needs --data.predict_file FILE, or - for standard input")
     if output != "-" and path.suffix not in ENDINGS:
@@ -39,16 +40,8 @@ def write_predictions(
     output: str,
     delimiter: str | None = None,
 ) -> None:
-    """Classify the rows of a file, or of standard input, and write one row for each.
-
-    Args:
-        classifier: Classifier.
-        file: File with the texts; see `dact.data.files.read_rows`.
-        texts: Names of the columns of the text, or of the pair of texts.
-        kept: Columns to copy; by default those of the texts, and ``id`` if there is one.
-        output: File to write, csv, json lines or parquet by ending; ``-`` writes csv to stdout.
-        delimiter: Separator of a csv file; see `dact.data.files.read_rows`.
-    """
+    """Classify the rows of a file, with columns of `texts`, and write one row for each, with the
+    columns that are `kept`: by default those of the texts, and ``id`` if there is one."""
     if kept is None:
         kept = [*texts, *(["id"] if _has_column(file, "id", delimiter) else [])]
     options = dict(zip(texts, ("text_column", "text_pair_column"), strict=False))
@@ -57,12 +50,12 @@ def write_predictions(
     with ExitStack() as stack:
         sink: Any = sys.stdout
         if output != "-":
-            partial = stack.enter_context(replacing(Path(output).expanduser().resolve()))
+            partial = stack.enter_context(replacing(Path(output).resolve()))
             is_binary = Path(output).suffix == ".parquet"
             mode, encoding = ("wb", None) if is_binary else ("w", "utf-8")
             sink = stack.enter_context(partial.open(mode, encoding=encoding))
         write = _writer(stack, sink, Path(output).suffix)
-        while window := list(islice(rows, classifier.batch_size)):
+        for window in _windows(rows, classifier.batch_size):
             frame = pd.DataFrame(window, columns=list(columns), dtype=object)
             answers = _answers(classifier, frame[texts].values.tolist())
             copied = frame[kept].map(_printable)
@@ -72,6 +65,20 @@ def write_predictions(
     place = "standard output" if output == "-" else output
     reasons = f", {unusable} of them without a label, with the reason" if unusable else ""
     print(f"{total} rows are in {place}{reasons}", file=sys.stderr)
+
+
+def _windows(rows: Iterator[list[Any]], most: int) -> Iterator[list[list[Any]]]:
+    """Yield the rows in windows, of at most so many rows."""
+    window: list[list[Any]] = []
+    characters = 0
+    for row in rows:
+        window.append(row)
+        characters += sum(len(value) for value in row if isinstance(value, str))
+        if len(window) == most or characters > WINDOW:
+            yield window
+            window, characters = [], 0
+    if window:
+        yield window
 
 
 def _has_column(file: str, name: str, delimiter: str | None) -> bool:

@@ -23,7 +23,7 @@ from dact.calibration import calibrate as find_dial
 from dact.calibration.answers import Measured
 from dact.cli import NEEDED, STORED
 from dact.cli.errors import UsageError, accepted_by, find_class, options, parse
-from dact.cli.output import measurements, promise_line, quiet
+from dact.cli.output import measurements, promise_line, quiet, shortage
 from dact.cli.predict import check_output, write_predictions
 from dact.data import TextClassificationData
 from dact.data.files import DATASET
@@ -32,7 +32,7 @@ from dact.encoders import LayeredEncoder
 from dact.factories import build_data
 from dact.files import read_json
 from dact.model import DACT
-from dact.saving import CONFIG_NAME, store_in_checkpoint
+from dact.saving import CONFIG_NAME, HALTING, store_in_checkpoint
 from dact.text_classifier import TextClassifier
 
 RUNS = "lightning_logs"  # folder of all runs, in that of the Trainer
@@ -112,7 +112,6 @@ class Stored:
         halting: Halting rule; that of the model if left out.
         halting_margin: Margin, in [0, 1]; that of the model if left out.
         halting_tolerance: Tolerance, in [0, 1); that of the model if left out.
-        step_tokens: Number of tokens, padding included, per layer in a step of early exit.
         device: Device, such as cpu or cuda; auto takes a GPU if there is one.
         dtype: Precision of the encoder.
     """
@@ -123,29 +122,29 @@ class Stored:
     halting: Literal["exact", "paper", "never"] | None = None
     halting_margin: float | None = None
     halting_tolerance: float | None = None
-    step_tokens: int | None = None
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
     @cached_property
     def dact(self) -> DACT:
         """The model on its device; a line says which margin it uses."""
-        names = ("halting", "halting_margin", "halting_tolerance", "step_tokens")
-        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        source = find_model(self.model)
-        try:
-            model = load_model(source, **given)
-        except ValueError:
-            if self.encoder is None or self.encoder["class_path"].startswith("dact."):
-                raise
+        source, encoder = find_model(self.model), None
+        if self.encoder is not None and not self.encoder["class_path"].startswith("dact."):
             parser = ArgumentParser(exit_on_error=False)
             parser.add_subclass_arguments(LayeredEncoder, "encoder")
             built = parser.instantiate(parser.parse_object({"encoder": self.encoder}))
-            model = load_model(source, encoder=built.encoder, **given)
+            encoder = built.encoder
+        model = load_model(source, encoder)
+        had_promise = model.calibration is not None
+        for name in HALTING:
+            if getattr(self, name) is not None:
+                setattr(model, name, getattr(self, name))
+        held = "no promise, as the stored one is for another setting"
+        if model.calibration is not None:
+            held = "an estimate" if model.calibration.get("estimate") else "a promise"
+        elif not had_promise:
+            held = "no promise"
         rule = f"{model.halting} rule, tolerance {model.halting_tolerance:g}"
-        record = model.calibration
-        held = "no promise" if record is None else "a promise"
-        held = "an estimate" if record is not None and record.get("estimate") else held
         print(f"halting_margin {model.halting_margin:.8g} with {held} ({rule})", file=sys.stderr)
         gpu = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return model.to(gpu if self.device == "auto" else self.device)
@@ -203,16 +202,24 @@ def calibrate(stored: Stored, **promise: Any) -> None:
             f"dact calibrate writes to the model: download it first, by `hf download "
             f"{stored.model.partition('@')[0]} --local-dir FOLDER`, and give --model FOLDER"
         )
-    wanted, model = Promise(**promise), stored.dact
+    wanted, model, data = Promise(**promise), stored.dact, stored.build_data()
     before, had_promise = getattr(model, wanted.dial), model.calibration is not None
+    data.prepare_data()
+    data.setup("validate")
+    aside = getattr(data, "calibration_dataloader", lambda: None)()
+    aside = data.val_dataloader() if aside is None else aside
+    if short := shortage(wanted, aside):
+        if wanted.confidence is not None:
+            raise UsageError(f"{short}: give more, promise less, or ask for --confidence null")
+        print(short)
     with stored.precision():
-        found = find_dial(model, stored.build_data(), **promise)
-    print(describe(vars(found), model.num_layers))
+        found = find_dial(model, data, **promise)
     store(model, source)
-    print(
-        f"{wanted.dial} was {before:.8g}{' with a promise' if had_promise else ''}, and is "
-        f"{getattr(model, wanted.dial):.8g} in {' and '.join(map(str, pair(source)))}"
-    )
+    replaced = ", and its promise is replaced" if had_promise else ""
+    places = " and ".join(map(str, pair(source)))
+    now = f"{getattr(model, wanted.dial):.8g} in {places}"
+    print(describe(vars(found), model.num_layers))
+    print(f"{wanted.dial} was {before:.8g}{replaced}: it is {now}")
 
 
 def predict(
@@ -238,7 +245,8 @@ def predict(
 
 
 def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> None:
-    """Write the layers of a model as ONNX Runtime graphs.
+    """Write the layers of a model as ONNX Runtime graphs, and renew its promise on the data of its
+    run.
 
     Args:
         model: Folder of a run, model/ folder, or OWNER/NAME[@REVISION] on the Hub.
@@ -247,7 +255,17 @@ def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> 
     """
     from dact.exporting import export as write
 
-    print(write(find_model(model), output, quantize))
+    source = find_model(model)
+    print(write(source, output, quantize))
+    record, run = load_model(source).calibration, _run_config(source)
+    if record is None or "data" not in run or record.get("baseline_accuracy") is not None:
+        return
+    print("Renewing it on the calibration examples of the run:")
+    try:
+        data = _data_section(output, [run], [])
+        calibrate(Stored(output, data), **record["promise"])
+    except (ValueError, OSError) as error:
+        print(f"It was not renewed: {error}")
 
 
 def serve(
@@ -303,7 +321,7 @@ def run(command: str, words: list[str]) -> None:
     else:
         parser.add_function_arguments(function, skip={"stored"})
     parser.add_subclass_arguments(LightningDataModule, "data", instantiate=False, required=False)
-    parser.set_defaults({"data": _data_section(command, given.model, sections, words)})
+    parser.set_defaults({"data": _data_section(given.model, sections, words)})
     words += [] if given.model is None else ["--model", given.model]
     config = parse(parser, words).as_dict()
     config.pop("config")
@@ -328,17 +346,16 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _data_section(
-    command: str, model: str | None, sections: list[dict[str, Any]], words: list[str]
+    model: str | None, sections: list[dict[str, Any]], words: list[str]
 ) -> dict[str, Any]:
-    """Return the section of the data that a command begins with: that of the last configuration
-    that names a class, or own files if that class does not take the options of the command."""
+    """Return the section of the data of the last configuration that names a class, or of own files
+    if that class does not take the options of the command line."""
     section: dict[str, Any] = {"class_path": OWN_FILES}
     for one in sections:
         new = one.get("data") or {}
         arguments = {**section.get("init_args", {}), **new.get("init_args", {})}
         section = new if "class_path" in new else {**section, "init_args": arguments}
     names = {name.split(".")[1] for _, name, _ in options(words) if name.startswith("data.")}
-    names |= {"predict_file"} if command == "predict" else set()
     found = find_class(section["class_path"], "dact.data")
     accepted = accepted_by(found) if found is not None else []
     if found is None or (accepted and not names <= {*accepted}):

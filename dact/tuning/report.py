@@ -16,7 +16,6 @@ from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
 from torch.utils.tensorboard import SummaryWriter
 
-from dact import plots
 from dact.files import read_json, replacing_folder
 from dact.model import DACT
 from dact.model_card import what_is_promised
@@ -134,7 +133,7 @@ def draw_study(
 
 def draw_final(folder: Path, metrics: Mapping[str, Any]) -> None:
     """Draw the final model's dials and exits, from the content of metrics.json."""
-    test, (exits, axes) = metrics["test"], plots.new_figure()
+    test, (exits, axes) = metrics["test"], _figure()
     axes.bar(range(1, metrics["layers"] + 1), test["exit_histogram"])
     title = f"test: mean exit layer {test['mean_exit_layer']:.2f}"
     axes.set(xlabel="exit layer", ylabel="texts", title=title)
@@ -143,10 +142,18 @@ def draw_final(folder: Path, metrics: Mapping[str, Any]) -> None:
         log_figures(writer, figures, folder)
 
 
+def _figure() -> tuple[Figure, Any]:
+    """Return a figure with axes, outside of pyplot: no global state changes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    return figure, figure.subplots()
+
+
 def dials_picture(metrics: Mapping[str, Any]) -> Figure:
     """Return accuracy against the mean exit layer over each dial, on validation examples."""
     own, whole = metrics["validation"], metrics["baseline"]["validation"]
-    figure, axes = plots.new_figure()
+    figure, axes = _figure()
     for dial in ("tolerance", "margin"):
         curve = metrics[f"{dial}_curve"]
         places = [(point["mean_exit_layer"], 100 * point["accuracy"]) for point in curve]
