@@ -12,7 +12,7 @@ import torch
 
 from dact import DACT, TextClassifier, functional
 from dact.calibration.answers import LayerAnswers, Measured
-from dact.cli.output import promise_line
+from dact.cli.output import measurements, promise_line
 from dact.cli.stored import find_model
 from dact.data import CompositionalSentiment, TextClassificationData
 from tests import warm
@@ -140,6 +140,28 @@ def test_a_promise_is_judged_with_its_standard_error(full, early, verdict):
     assert f"{(full - early) / 10:.2f} (standard error" in line
 
 
+def of_layers(classes, target, number=2):
+    """Measured early exit after layer 1 of `number` layers that give the same classes."""
+    y = torch.nn.functional.one_hot(torch.tensor(classes), 3)[:, None].float()
+    a, p = functional.accumulate(y.expand(-1, number, -1), torch.ones(len(classes), number))
+    return LayerAnswers(a, p, y, torch.tensor(target))
+
+
+@pytest.mark.parametrize(
+    ("layer", "warning"),
+    [(1, "Every text leaves after layer 1"), (2, "No text leaves early"), (0, None)],
+)
+def test_measurements_have_classes_confusions_and_a_warning(layer, warning):
+    answers = of_layers([0, 1, 1, 0, 2, 1, 1], [0, 0, 0, 1, 1, 1, 2])
+    exits = torch.full((7,), layer) if layer else torch.tensor([1, 2, 1, 1, 2, 1, 1])
+    text = measurements(Measured(answers, exits), ["no", "yes", "odd"])
+    assert "confused   no as yes (2), yes as no (1)\n" in text, "the two largest classes"
+    assert "F1         no 0.400, yes 0.286, odd 0.000\n" in text
+    assert "(F1: harmonic mean" in text
+    assert ("Every text" in text or "No text" in text) == bool(warning)
+    assert (warning or "") in text
+
+
 # ------------------------------------------------------------------ predict
 
 
@@ -189,23 +211,16 @@ def test_predict_takes_a_run_a_folder_or_a_checkpoint_without_any_yaml(run_of_tw
         assert pd.read_csv(folder / "answers.csv")["label"].tolist() == expected
 
 
-SECTION = (
-    "{class_path: dact.data.TextClassificationData, "
-    "init_args: {predict_file: body.csv, text_column: body}}"
-)
-FORMS = {
-    "file": ["--config", "data.yaml"],
-    "JSON": ["--data.init_args", '{"predict_file": "body.csv", "text_column": "body"}'],
-    "options": ["--data.predict_file=body.csv", "--data.text_column=body"],
-}
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ["file", "options"])
 def test_options_of_the_data_count_in_every_form(run_of_two_files, tmp_path, dact_here, form):
     model = run_of_two_files / "lightning_logs" / "first"
     (tmp_path / "body.csv").write_text("body\n" + "\n".join(TEXTS) + "\n")
-    (tmp_path / "data.yaml").write_text(f"data: {SECTION}")
-    words = ["predict", "--model", model, *FORMS[form]]
+    (tmp_path / "data.yaml").write_text(
+        "data: {init_args: {predict_file: body.csv, text_column: body}}"
+    )
+    words = ["--data.predict_file=body.csv", "--data.text_column=body"]
+    words = words if form == "options" else ["--config", "data.yaml"]
+    words = ["predict", "--model", model, *words]
     status, text = dact_here(*words, "--output", "answers.csv", cwd=tmp_path)
     assert status == 0, text
     expected = [answer.label for answer in TextClassifier.from_pretrained(model / "model")(TEXTS)]
@@ -244,16 +259,6 @@ def test_a_dial_on_the_command_line_replaces_that_of_the_stored_model(run_of_two
         found.append(pd.read_csv(folder / "answers.csv")["exit_layer"].tolist())
     assert found[0] == [1, 1, 1]
     assert max(found[1]) > 1
-
-
-def test_predictions_go_to_the_home_folder(run_of_two_files, tmp_path, succeed, monkeypatch):
-    """A shell leaves ``~`` as it is in ``--output=~/answers.csv``."""
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "new.txt").write_text("\n".join(TEXTS))
-    model = run_of_two_files / "lightning_logs" / "first"
-    words = ["--model", model, "--data.predict_file", "new.txt", "--output=~/answers.csv"]
-    succeed("predict", *words, cwd=tmp_path)
-    assert len(pd.read_csv(tmp_path / "answers.csv")) == len(TEXTS)
 
 
 STREAM = ["predict", *RUN, "--data.predict_file", "-", "--output", "-"]
@@ -339,6 +344,7 @@ def test_a_calibrated_dial_is_stored_and_tested(
     text = succeed(*words, cwd=folder)
     assert "keeps max_layers=2.99 with confidence 0.2" in text
     assert f"{dial} was " in text
+    assert "its promise is replaced" in text, "the one of the fit"
     stored = TextClassifier.from_pretrained(run / "model").model
     assert 0 <= getattr(stored, dial) < 1
     assert stored.calibration["promise"]["max_layers"] == 2.99
@@ -348,7 +354,7 @@ def test_a_calibrated_dial_is_stored_and_tested(
     line = rf"^promise of {dial} [\d.]+: at most 2.99 of 3 layers on average. .*standard error"
     assert re.search(line, text, re.MULTILINE)
     text = succeed("test", "--model", run, f"--{dial}", careful, cwd=folder)
-    assert "with no promise" in text
+    assert "with no promise, as the stored one is for another setting" in text
     assert "promise of" not in text
     status, text = dact_here(*words[:3], "--dial", dial, "--max_layers", "1", cwd=folder)
     assert status == 1
@@ -417,6 +423,10 @@ def test_calibrating_by_command_fits_the_temperatures_again(fitted, succeed, tmp
             "no tokenizer is stored with bare: give --data.tokenizer",
         ),
         (["calibrate", *RUN, "--data.calibration_file", "other.csv"], "a promise is one of"),
+        (
+            ["calibrate", *RUN, "--data.calibration_file=other.csv", "--max_accuracy_loss=0.01"],
+            "takes 300 examples or more, and 40 are set aside: give more",
+        ),
     ],
 )  # fmt: skip
 def test_wrong_input_is_one_clear_line(run_of_two_files, dact_here, words, message):
@@ -504,17 +514,33 @@ def test_a_datamodule_of_ones_own_works_with_the_commands(fitted, tmp_path, dact
         assert message in text
 
 
-def test_a_model_is_exported_and_answers_as_before(run_of_two_files, tmp_path, succeed):
-    folder = run_of_two_files
-    text = succeed("export", *RUN, "--output", tmp_path / "exported", cwd=folder)
-    assert str(tmp_path / "exported") in text
-    (folder / "new.txt").write_text("\n".join(TEXTS))
+def test_a_model_is_exported_with_its_promise_and_answers_as_before(fitted, tmp_path, succeed):
+    folder, run, _ = fitted
+    export = ["export", "--output", tmp_path / "exported", "--model"]
+    succeed(*export, run, cwd=folder)
+    text = succeed(*export, run, cwd=folder)
+    assert "An earlier export in this folder was replaced" in text
+    assert "keeps min_agreement=0.95" in text, "as the fit"
+    assert DACT.from_pretrained(tmp_path / "exported").calibration["examples"] == 60
+    (tmp_path / "new.txt").write_text("\n".join(TEXTS))
     labels = []
-    for model in ("lightning_logs/first", tmp_path / "exported"):
+    for model in (run, tmp_path / "exported"):
         words = ["--model", model, "--data.predict_file", "new.txt", "--output", "out.jsonl"]
-        succeed("predict", *words, cwd=folder)
-        labels.append(pd.read_json(folder / "out.jsonl", lines=True)["label"].tolist())
+        succeed("predict", *words, cwd=tmp_path)
+        labels.append(pd.read_json(tmp_path / "out.jsonl", lines=True)["label"].tolist())
     assert labels[0] == labels[1]
+
+
+def test_a_promise_of_other_examples_than_the_run_has_is_not_renewed(
+    run_of_two_files, tmp_path, succeed
+):
+    folder = tmp_path / "copy"
+    shutil.copytree(run_of_two_files, folder)
+    words = ["--max_accuracy_loss=0.5", "--data.calibration_file=other.csv"]
+    succeed("calibrate", *RUN, *words, cwd=folder)
+    text = succeed("export", *RUN, "--output", tmp_path / "exported", cwd=folder)
+    assert "It was not renewed: max_accuracy_loss=0.5 with confidence 0.95 takes" in text
+    assert DACT.from_pretrained(tmp_path / "exported").calibration is None
 
 
 def test_a_run_of_tune_stands_for_its_final_model(fitted, tmp_path):

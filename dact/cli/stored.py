@@ -6,7 +6,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -124,6 +124,8 @@ class Stored:
     halting_tolerance: float | None = None
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    # whether the stored model has a promise
+    had_promise: bool = field(default=False, init=False)
 
     @cached_property
     def dact(self) -> DACT:
@@ -135,14 +137,14 @@ class Stored:
             built = parser.instantiate(parser.parse_object({"encoder": self.encoder}))
             encoder = built.encoder
         model = load_model(source, encoder)
-        had_promise = model.calibration is not None
+        self.had_promise = model.calibration is not None
         for name in HALTING:
             if getattr(self, name) is not None:
                 setattr(model, name, getattr(self, name))
         held = "no promise, as the stored one is for another setting"
         if model.calibration is not None:
             held = "an estimate" if model.calibration.get("estimate") else "a promise"
-        elif not had_promise:
+        elif not self.had_promise:
             held = "no promise"
         rule = f"{model.halting} rule, tolerance {model.halting_tolerance:g}"
         print(f"halting_margin {model.halting_margin:.8g} with {held} ({rule})", file=sys.stderr)
@@ -203,7 +205,7 @@ def calibrate(stored: Stored, **promise: Any) -> None:
             f"{stored.model.partition('@')[0]} --local-dir FOLDER`, and give --model FOLDER"
         )
     wanted, model, data = Promise(**promise), stored.dact, stored.build_data()
-    before, had_promise = getattr(model, wanted.dial), model.calibration is not None
+    before = getattr(model, wanted.dial)
     data.prepare_data()
     data.setup("validate")
     aside = getattr(data, "calibration_dataloader", lambda: None)()
@@ -215,7 +217,7 @@ def calibrate(stored: Stored, **promise: Any) -> None:
     with stored.precision():
         found = find_dial(model, data, **promise)
     store(model, source)
-    replaced = ", and its promise is replaced" if had_promise else ""
+    replaced = ", and its promise is replaced" if stored.had_promise else ""
     places = " and ".join(map(str, pair(source)))
     now = f"{getattr(model, wanted.dial):.8g} in {places}"
     print(describe(vars(found), model.num_layers))
@@ -326,7 +328,7 @@ def run(command: str, words: list[str]) -> None:
     config = parse(parser, words).as_dict()
     config.pop("config")
     encoders = [one["model"]["encoder"] for one in sections if one.get("model", {}).get("encoder")]
-    own = {field.name: config.pop(field.name) for field in fields(Stored) if field.name in config}
+    own = {one.name: config.pop(one.name) for one in fields(Stored) if one.name in config}
     function(Stored(**own, encoder=encoders[-1] if encoders else None), **config)
 
 
