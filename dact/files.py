@@ -1,7 +1,4 @@
-"""Atomic writes, and reads of data alone.
-
-What is written goes to a temporary name next to its own, reaches the disk, and is then renamed: a
-crash leaves the old file or the new one."""
+"""Atomic writes, of which a crash leaves the old file or the new one, and reads of data alone."""
 
 from __future__ import annotations
 

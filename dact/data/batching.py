@@ -20,8 +20,7 @@ Item = dict[str, Any]
 
 
 class Encoded(Dataset[Item]):
-    """Tokenized examples, whose tokens lie one after the other in one array of each kind: arrays of
-    their own would take twice the memory of short texts.
+    """Tokenized examples, whose tokens lie in one array, which takes a fraction of the memory.
 
     Args:
         lengths: Number of tokens of each example, ``[examples]``.
@@ -49,14 +48,9 @@ def encode(
 ) -> tuple[Encoded, Array]:
     """Tokenize examples.
 
-    Args:
-        examples: Examples of a split.
-        tokenizer: Tokenizer that is used only here: the call changes its limits.
-        max_length: Number of tokens to which longer examples are cut.
-
     Returns:
-        The examples, each with its ``row`` in the split, and its ``labels`` and ``depth`` if the
-        data has them; and the number of tokens before the cut of those that were cut.
+        The examples with their ``row``, and ``labels`` and ``depth`` if the data has them; and the
+        number of tokens before the cut of those that were cut.
     """
     columns = {"row": range(len(examples)), "labels": examples.labels, "depth": examples.depths}
     known = {name: values for name, values in columns.items() if values}
@@ -71,16 +65,14 @@ def encode(
 def collate(
     items: Sequence[Item], padding: Mapping[str, int], teacher: Tensor | None = None
 ) -> dict[str, Tensor]:
-    """Return a batch of items, padded on the right to the longest of them.
+    """Return a batch of items, padded on the right to the longest of them: ``input_ids``,
+    ``attention_mask`` and other values per token ``[batch, length]``, ``row``, ``labels`` and
+    ``depth`` ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
 
     Args:
         items: Examples of an `Encoded`.
         padding: Value that pads each token array; 0 for those that are not named.
         teacher: Class probabilities of all examples, ``[examples, classes]``.
-
-    Returns:
-        ``input_ids``, ``attention_mask`` and other token arrays ``[batch, length]``, ``row``,
-        ``labels`` and ``depth`` ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
     """
     columns = {name: [item[name] for item in items] for name in items[0]}
     tokens = {name: one for name, one in columns.items() if isinstance(one[0], np.ndarray)}
@@ -94,13 +86,11 @@ def collate(
 
 
 class LengthGroupedSampler(DistributedSampler[int]):
-    """A random order in which the examples of a batch have similar lengths, so that little padding
-    is computed.
+    """A random order in which the examples of a batch have similar lengths, which saves padding.
 
     The examples are shuffled, sorted by length within groups of 50 batches, and the batches are
-    shuffled. The order depends only on the seed and the epoch, so that a resumed run continues as
-    if it had never stopped. Several processes take part in each batch, so that none waits for
-    another with longer texts; a few examples are repeated if they cannot be shared equally.
+    shuffled, by the seed and the epoch alone. Processes share each batch, so that none waits for
+    longer texts; a few examples are repeated if they cannot be shared equally.
 
     Args:
         lengths: Number of tokens of each example.

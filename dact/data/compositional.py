@@ -1,5 +1,4 @@
-"""CompositionalSentiment: generated product reviews whose class has to be composed, step by
-step."""
+"""CompositionalSentiment: generated product reviews whose class is composed step by step."""
 
 from __future__ import annotations
 
@@ -17,8 +16,7 @@ GRADES = (
     ("average", "ordinary", "okay", "middling"),
     ("great", "superb", "excellent", "wonderful"),
 )
-# Each adverb exchanges two grades: good and bad, good and average, bad and average. No two of them
-# commute.
+# Each adverb exchanges two grades, and no two of them commute.
 MODIFIERS = {"ironically": (0, 2), "modestly": (1, 2), "charitably": (0, 1)}
 EMPHASIS = ("really", "quite", "simply", "just")
 NOUNS = ("battery", "screen", "keyboard", "camera", "speaker", "charger", "hinge", "stand")
@@ -56,8 +54,7 @@ def split_of(text: str) -> str:
 def generate_review(
     generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
 ) -> tuple[str, int, int]:
-    """Draw a review whose text is accepted, and return its text, class and depth, which are uniform
-    and independent of each other."""
+    """Draw an accepted text, and return it with its class and depth, which are independent."""
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
         text, grade = _draw(generator, depth)

@@ -86,7 +86,6 @@ def suggestion(word: str, known: Sequence[str]) -> str:
 
 
 def _check_columns(path: str, columns: Mapping[str, str], present: Sequence[Any]) -> None:
-    """Raise a ``ValueError`` that names the option to set unless all `columns` are `present`."""
     for name, option in columns.items():
         if name not in present:
             raise ValueError(

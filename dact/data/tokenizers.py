@@ -26,11 +26,8 @@ Array = npt.NDArray[Any]
 
 
 def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
-    """Return a loaded tokenizer. It pads on the right, since absolute positions count from the
-    left.
-
-    Args:
-        pretrained: A Hub id, a local folder or ``"package:NAME/PATH"``.
+    """Return the tokenizer at a Hub id, a local folder or ``"package:NAME/PATH"``. It pads on the
+    right, since absolute positions count from the left.
 
     Raises:
         ValueError: If there is no tokenizer.
@@ -50,8 +47,7 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
 def tokenizer_for(
     tokenizer: str | PreTrainedTokenizerBase, max_length: int
 ) -> PreTrainedTokenizerBase:
-    """Return a tokenizer, copied or loaded, that cuts texts to `max_length` tokens and pads on the
-    right, even after it is saved."""
+    """Return a copied or loaded tokenizer that cuts texts and pads on the right, once saved too."""
     if isinstance(tokenizer, (str, Path)):
         own = load_tokenizer(str(tokenizer))
     else:
@@ -64,22 +60,16 @@ def tokenizer_for(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any
 ) -> dict[str, Tensor]:
-    """Return token ids and what belongs to them by name, int64 ``[texts, tokens]``: what
-    ``padding=True, return_tensors="pt"`` gives, without the nested lists that transformers makes.
-
-    Args:
-        tokenizer: Tokenizer, which pads on the right.
-        *texts: Texts or pairs of texts; or first and second texts.
-        **options: Other arguments of the tokenizer, such as ``truncation``.
-    """
+    """Return what a call of the tokenizer with ``padding=True, return_tensors="pt"`` gives, int64
+    ``[texts, tokens]`` by name, without the nested lists that transformers makes."""
     return pad(*flat_tokens(tokenizer, *texts, **options), padding_of(tokenizer))
 
 
 def flat_tokens(
     tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the number of tokens of each text, ``[texts]``, and token ids and what belongs to them
-    by name, ``[tokens of all texts]``; see `tokenize`."""
+    """Return the number of tokens of each text, ``[texts]``, and what a call of the tokenizer gives
+    for each token by name, ``[tokens of all texts]``."""
     lengths: list[int] = []
     parts: dict[str, list[Array]] = defaultdict(list)
     for start in range(0, len(texts[0]), PORTION):
@@ -95,8 +85,8 @@ def flat_tokens(
 def pad(
     lengths: Array, values: Mapping[str, Array], padding: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Return what `flat_tokens` returns as tensors padded on the right, int64 ``[texts, tokens]``,
-    with an ``attention_mask``."""
+    """Return what `flat_tokens` gives, padded on the right to int64 ``[texts, tokens]``, and the
+    ``attention_mask``."""
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     tensors = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
     for name, flat in values.items():
@@ -113,8 +103,7 @@ def padding_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
 
 
 def word_tokenizer(words: Sequence[str]) -> PreTrainedTokenizerFast:
-    """Return a tokenizer that knows `words` in lower case; other words become ``[UNK]``, and
-    ``[CLS]`` comes first."""
+    """Return a tokenizer of `words` in lower case, with ``[UNK]`` for others and a ``[CLS]``."""
     special = ["[PAD]", "[UNK]", "[CLS]"]
     vocabulary = {word: index for index, word in enumerate([*special, *sorted(set(words))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))

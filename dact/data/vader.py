@@ -90,13 +90,9 @@ class VaderSentiment(TextDataModule):
             fetch(self.archive)
 
     @override
-    def setup(self, stage: str) -> None:
-        self.prepare_data()
-        super().setup(stage)
-
-    @override
     def examples(self, split: str) -> Examples:
         if not self._read:
+            self.prepare_data()
             divisions = divide_corpora(read_archive(self.archive), self.split)
             chosen = [divisions[name] for name in sorted(self.corpora, key=[*CORPORA].index)]
             self._read = {part: join([division[part] for division in chosen]) for part in DIVISION}
@@ -135,8 +131,7 @@ def _split(examples: Examples, rows: list[int], fraction: float, number: int) ->
 
 
 def fetch(archive: Path) -> None:
-    """Fetch the source distribution with pip, which verifies it before it looks inside, and keep it
-    at `archive`."""
+    """Keep the source distribution at `archive`: pip verifies it before it looks inside."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     options = ["--quiet", "--no-deps", "--no-binary=:all:", "--require-hashes", "--dest"]
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:
