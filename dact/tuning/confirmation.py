@@ -10,7 +10,6 @@ data, one in ten ends worse than the settings it started from (arXiv 2506.19540)
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from dact.calibration.answers import careful_mean_and_error, layer_answers, mean_and_error
@@ -19,7 +18,6 @@ from dact.tuning.fit import CheckpointedFit
 from dact.tuning.outcome import Outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
-from dact.tuning.run import Run
 from dact.tuning.settings import Settings
 from dact.tuning.trainer import NonFiniteLoss
 
@@ -29,21 +27,12 @@ SCATTER = 0.15
 MOST_LOST = 0.005  # share of the texts
 
 
-def candidate_folder(run: Run, name: str) -> Path:
-    """Return the folder in which ``"recommended"`` or ``"tuned"`` settings are fitted again."""
-    return run.folder / "confirmation" / name
-
-
 def confirm(prepared: Prepared, tuned: Settings, progress: Progress) -> dict[str, Any]:
-    """Choose between the recommended and the tuned settings, by fits like the final one.
+    """Choose between the recommended settings and those that the studies chose, if there are any,
+    by fits like the final one.
 
     The final model takes over the fit of the winner. Where both settings are equal, nothing is
     fitted.
-
-    Args:
-        prepared: Shared inputs of the run's fits.
-        tuned: Settings that the studies chose; empty if there was none.
-        progress: Console of the run.
 
     Returns:
         The ``name`` of the chosen settings, the ``settings`` as plain data, and a ``text`` that
@@ -68,7 +57,7 @@ def confirm(prepared: Prepared, tuned: Settings, progress: Progress) -> dict[str
 
 def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress) -> Outcome:
     """Return early exit on the validation examples, where the promise lets them leave."""
-    folder, recipe = candidate_folder(prepared.run, name), prepared.recipe
+    folder, recipe = prepared.run.folder / "confirmation" / name, prepared.recipe
     fit = CheckpointedFit(prepared, folder / "fit", settings)
     fit(f"{name} settings under a new seed", progress)
     model, data = fit.model(), recipe.data_for("fit")

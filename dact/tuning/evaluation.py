@@ -26,12 +26,7 @@ Precision = Callable[[], AbstractContextManager[Any]]  # makes the context of a 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements of a model on one split.
-
-    Args:
-        entry: Entry of metrics.json.
-        measured: Early exit on the examples.
-    """
+    """Measurements of a model on one split: the entry of metrics.json, and early exit."""
 
     entry: dict[str, Any]
     measured: Measured
@@ -39,20 +34,16 @@ class Evaluation:
     def compare(self, baseline: Measured) -> None:
         """Add the paired difference in accuracy to the baseline to the entry."""
         accuracy, error = self.measured.difference(baseline.right)
-        difference = {"accuracy": accuracy, "standard_error": error}
-        self.entry["difference_to_baseline"] = difference
+        self.entry["difference_to_baseline"] = {"accuracy": accuracy, "standard_error": error}
 
 
 @torch.no_grad()
 def evaluate(
     model: DACT, batches: Iterable[Batch], *, precision: Precision = nullcontext
 ) -> Evaluation:
-    """Return measurements of early exit and of all layers, by the same code.
+    """Return measurements of early exit and of all layers on labelled batches, by the same code.
 
-    Args:
-        model: Model in eval mode, on the device that it should use.
-        batches: Labelled batches.
-        precision: Function that returns the context of the Trainer's precision.
+    The model is in eval mode and on the device that it should use.
     """
     with precision():
         answers = layer_answers(model, batches)
@@ -81,14 +72,8 @@ def _entry(measured: Measured, class_weights: Tensor | None) -> dict[str, Any]:
 def dial_curve(
     model: DACT, answers: LayerAnswers, dial: Dial, settings: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Return one record per setting of a dial, while the other dial lets no text leave.
-
-    Args:
-        model: The model.
-        answers: Answers of all its layers.
-        dial: Name of the dial.
-        settings: Settings of the dial.
-    """
+    """Return one record per setting of a dial, while the other dial lets no text leave, from the
+    answers of all layers."""
     halting = replace(model.exit_rule, tolerance=0.0, margin=1.0)
     exits, records = exits_by_setting(answers, halting, dial), []
     for setting in settings:
@@ -107,13 +92,8 @@ def texts_per_second(
 ) -> list[float]:
     """Return the speed of each side on the first texts, without the time to make their batches.
 
-    The sides take turns, so that other work on the machine slows all of them down alike.
-
-    Args:
-        sides: Models in eval mode, on the device that they should use, and the halting rule of
-            each.
-        loader: Batches.
-        precision: Function that returns the context of the Trainer's precision.
+    The sides, models in eval mode and the halting rule of each, take turns, so that other work on
+    the machine slows all of them down alike.
     """
     batches, texts = [], 0
     for batch in loader:

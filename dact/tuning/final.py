@@ -24,7 +24,6 @@ from dact.model import DACT
 from dact.saving import store_in_checkpoint
 from dact.submodels import SubmodelConfig
 from dact.tuning import report
-from dact.tuning.confirmation import candidate_folder
 from dact.tuning.evaluation import (
     MARGINS,
     TOLERANCES,
@@ -48,23 +47,20 @@ Evaluations = Mapping[str, Evaluation]  # by split
 def final_fit(
     prepared: Prepared, chosen: Settings, verdict: str, progress: Progress
 ) -> dict[str, str]:
-    """Fit the chosen settings, measure the model, and write ``<run>/final``.
+    """Fit the settings that the confirmation chose, or take over their fit, and measure the model.
 
     Args:
-        prepared: Shared inputs of the run's fits.
-        chosen: Settings that the confirmation chose, whose fit is taken over.
         verdict: Text of the confirmation.
-        progress: Console of the run.
 
     Returns:
-        The paths of ``metrics`` and ``checkpoint``.
+        The paths of ``metrics`` and ``checkpoint``, in ``<run>/final``.
 
     Raises:
         NonFiniteLoss: If the loss of the fit is not finite.
     """
     run, final = prepared.run, prepared.run.final
     fit = CheckpointedFit(prepared, final, chosen)
-    confirmed = candidate_folder(run, verdict.split()[0]) / "fit"
+    confirmed = run.folder / "confirmation" / verdict.split()[0] / "fit"
     if confirmed.is_dir():
         shutil.rmtree(final, ignore_errors=True)
         os.replace(confirmed, final)

@@ -92,7 +92,7 @@ def outcome_of(
 
     Args:
         answers: Answers of all layers to the examples.
-        model: Model, for its halting rule and class weights.
+        model: Model of the answers.
         promise: Promise that sets the dial, as in the final model, by an estimate if the examples
             are too few for its confidence. None for the model's own rule.
         right: Whether the whole encoder classifies each example correctly, bool ``[examples]``.

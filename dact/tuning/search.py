@@ -21,18 +21,16 @@ STARTUP_TRIALS = 5  # random trials before TPE takes over
 PATIENCE = 5.0  # seconds
 # share of a loss by which the same parameters differ from one epoch to the next
 NOISE = 0.1
+MIN_FINISHED = 3  # finished trials below which none is pruned
 # user attribute of a trial: the number of epochs it trains unless it is stopped
 PLANNED_EPOCHS = "planned_epochs"
 
 
 class SeededSampler(TPESampler):
-    """Sample with TPE, seeded for each trial from the trial's number.
+    """Sample with TPE, seeded for each trial from its number and the seed of the run.
 
     A resumed study proposes what it would have proposed without the stop, and processes that share
     a study never draw the same.
-
-    Args:
-        seed: Seed of the run.
     """
 
     def __init__(self, seed: int) -> None:
@@ -80,44 +78,33 @@ class CurveSampler(RandomSampler):
         return next_lambda(tried, space.low, space.high, space.log)
 
 
-def lags(losses: Sequence[float], others: Sequence[Sequence[float]], min_finished: int) -> bool:
-    """Return whether a trial lags so far behind that it should be stopped.
+def lags(losses: Sequence[float], others: Sequence[Sequence[float]]) -> bool:
+    """Return whether a trial lags so far behind `others` that it should be stopped, by the losses
+    of each epoch so far.
 
-    The better half of the finished trials, by their best losses so far, spans a range from the best
-    to the median. A trial lags if its own best loss exceeds the median by more than that span and
-    by more than a tenth of the median, the noise of one epoch. If all trials are good, none is
-    stopped; if half of them are bad, those are.
-
-    Args:
-        losses: Losses of the trial, one per epoch so far.
-        others: Losses of finished trials of the same planned length, one per epoch.
-        min_finished: Number of finished trials below which no trial is stopped.
+    The better half of at least `MIN_FINISHED` others, by their best losses so far, spans a range
+    from the best to the median. A trial lags if its best loss exceeds the median by more than that
+    span and by more than a tenth of the median, the noise of one epoch. If all trials are good,
+    none is stopped; if half of them are bad, those are.
     """
     so_far = sorted(min(other[: len(losses)]) for other in others if len(other) >= len(losses))
-    if not losses or len(so_far) < min_finished:
+    if len(so_far) < MIN_FINISHED:
         return False
     best, median = so_far[0], so_far[(len(so_far) - 1) // 2]
     return min(losses) > median + max(median - best, NOISE * abs(median))
 
 
 class LagPruner(BasePruner):
-    """Prune trials that lag; see `lags`.
-
-    Args:
-        min_finished: Number of finished trials below which no trial is pruned, 2 or more.
-    """
-
-    def __init__(self, min_finished: int = 3) -> None:
-        self.min_finished = min_finished
+    """Prune trials that lag; see `lags`."""
 
     @override
     def prune(self, study: Study, trial: FrozenTrial) -> bool:
         finished = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-        return lags(_losses(trial), [_losses(other) for other in finished], self.min_finished)
-
-
-def _losses(trial: FrozenTrial) -> list[float]:
-    return [value for _, value in sorted(trial.intermediate_values.items())]
+        losses, *others = (
+            [value for _, value in sorted(one.intermediate_values.items())]
+            for one in (trial, *finished)
+        )
+        return lags(losses, others)
 
 
 class SameLengthPruner(BasePruner):
@@ -125,9 +112,6 @@ class SameLengthPruner(BasePruner):
 
     A trial of three epochs looks better than one of eight at the same epoch, since its learning
     rate has fallen further, and ends worse.
-
-    Args:
-        pruner: Any pruner of Optuna; each study gets a copy.
     """
 
     def __init__(self, pruner: BasePruner) -> None:

@@ -116,7 +116,8 @@ def _changed(default: Dimension, change: Any) -> Dimension:
 def complete_spaces(
     spaces: Spaces, layers: int, starts: Starts, bounded: Collection[str] = ()
 ) -> tuple[dict[str, dict[str, Dimension]], dict[str, list[dict[str, Any]]]]:
-    """Return spaces for an encoder, widened to hold the first trials, and these trials.
+    """Return spaces for an encoder of so many layers, widened to hold the first trials, and these
+    trials with the parameters that their studies search.
 
     Args:
         spaces: Spaces from `build_spaces`.
@@ -124,9 +125,6 @@ def complete_spaces(
         starts: Parameters of the first trials, by stage.
         bounded: Names of the parameters whose bounds the user gave. They are not widened, nor is a
             dimension of one choice: a first trial outside of them gets the nearest value.
-
-    Returns:
-        The spaces, and the first trials with the parameters that their studies search.
     """
     complete = {stage: dict(space) for stage, space in spaces.items()}
     training = complete["training"]

@@ -22,9 +22,9 @@ class Stage:
     Args:
         name: Name of the stage, of its folder, and of its study after the run tag.
         directions: Direction of each objective.
-        parse: Function from the parameters of a trial to the winners they stand for, by name.
-        read: Function from the metrics of a trial's best epoch to its value or values.
-        pick: Function from the completed trials and the rule that chooses λ to the winner.
+        parse: Returns the winners, by name, that the parameters of a trial stand for.
+        read: Returns the value or values of a trial, from the metrics of its best epoch.
+        pick: Returns the winner of the completed trials, by the rule that chooses λ.
     """
 
     name: str

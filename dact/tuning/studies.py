@@ -50,9 +50,6 @@ with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
     RETRY = RetryHeartbeatStaleTrialCallback(max_retry=2)
 
 
-# ---------------------------------------------------------------------- opening
-
-
 def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
     """Return the storage of the studies: an sqlite file in the run's folder unless told otherwise.
 
@@ -84,16 +81,10 @@ def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
 
 
 def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners) -> Study:
-    """Create or load the study of a stage.
+    """Create or load the study of a stage; the caller holds the lock of the run.
 
-    If its trials ran under other winners of the studies before it, it is kept under another name,
+    If its trials ran under other winners of the studies `before` it, it is kept under another name,
     and a new study takes its place.
-
-    Args:
-        run: The run, whose lock the caller holds.
-        stage: The stage.
-        address: Storage, its address, or None for the run's own file.
-        before: Winners of the studies before it.
     """
     storage, name = open_storage(address, run), run.study_name(stage)
     create: dict[str, Any] = {"storage": storage, "directions": stage.directions}
@@ -121,13 +112,8 @@ def fail_running(study: Study) -> None:
 
 
 def queue(study: Study, first_trials: Sequence[Any], missing: int) -> None:
-    """Queue the first trials of a new study, and the parameters of interrupted trials again.
-
-    Args:
-        study: The study.
-        first_trials: Parameters of its first trials.
-        missing: Number of trials that the study lacks; no more are queued.
-    """
+    """Queue the first trials of a new study, or the parameters of interrupted trials again, as far
+    as the study is `missing` trials."""
     trials = study.get_trials(deepcopy=False)
     waiting = sum(trial.state == TrialState.WAITING for trial in trials)
     if waiting == len(trials):
@@ -141,7 +127,7 @@ def queue(study: Study, first_trials: Sequence[Any], missing: int) -> None:
 
 
 def completed(study: Study) -> list[FrozenTrial]:
-    """Return the trials that have a value; a ``RuntimeError`` says why there is none."""
+    """Return the trials that have a value, or raise a ``RuntimeError`` that says why none has."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
     if trials:
         return trials
@@ -162,12 +148,9 @@ class StudyJob:
     """Everything that a process needs to run trials of a study.
 
     Args:
-        objective: Objective of the study.
+        objective, sampler, pruner, callbacks: As for Optuna.
         n_trials: Total number of trials.
         storage: Storage, its address, or None for the run's own file.
-        sampler: Sampler of the study.
-        pruner: Pruner of the study, or None.
-        callbacks: Optuna callbacks, called after each trial.
         first_trials: Parameters of the first trials.
         setup: Function that a worker process calls first, or None.
     """
@@ -208,14 +191,8 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
     """Run the trials that a study lacks, in this process or in a pool of workers.
 
     If a worker dies, the pool ends, and this process runs the rest. A study on a server returns
-    when no machine runs a trial of it any more, so that all of them see the same winner.
-
-    Args:
-        job: Job of the study.
-        study: The same study, opened in this process.
-        workers: Number of processes.
-        refresh: Function that redraws the state of the study; it accepts the arguments of an Optuna
-            callback.
+    when no machine runs a trial of it any more, so that all of them see the same winner. `refresh`
+    redraws the state of the study.
     """
     study.sampler, study.pruner = job.sampler, job.pruner or study.pruner
     if finished(study):
@@ -236,17 +213,12 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
         if workers == 1 and (job.storage is None or missing == job.missing(study)):
             break
         workers = 1
-        _wait_for_others(study, refresh)
-
-
-def _wait_for_others(study: Study, refresh: Callable[..., None]) -> None:
-    """Wait until no process runs a trial any more; a process without heartbeats is dead."""
-    while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
-            optuna.storages.fail_stale_trials(study)
-        time.sleep(POLL)
-        signals.check()
-        refresh()
+        while study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+            with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
+                optuna.storages.fail_stale_trials(study)  # those without heartbeats
+            time.sleep(POLL)
+            signals.check()
+            refresh()
 
 
 # ---------------------------------------------------------------------- workers
@@ -276,13 +248,12 @@ def _run_pool(job: StudyJob, n_trials: int, workers: int, refresh: Callable[...,
         pool.shutdown(cancel_futures=True)
 
 
-_job: StudyJob | None = None  # of a worker process
-_study: Study | None = None
+_work: tuple[StudyJob, Study] | None = None  # of a worker process
 
 
 def _begin_worker(job: StudyJob, threads: int, environment: dict[str, str]) -> None:
     """Make this process a worker, which ends with its parent."""
-    global _job, _study
+    global _work
     os.environ.update(environment)
     signals.install()
     threading.Thread(target=_end_with_parent, daemon=True).start()
@@ -295,21 +266,22 @@ def _begin_worker(job: StudyJob, threads: int, environment: dict[str, str]) -> N
     prepared = job.objective.prepared
     recipe = prepared.recipe.for_worker(worker, torch.cuda.device_count())
     prepared = replace(prepared, recipe=recipe)
-    _job = replace(job, objective=replace(job.objective, prepared=prepared))
-    _study = optuna.load_study(
+    study = optuna.load_study(
         study_name=run.study_name(stage),
         storage=open_storage(job.storage, run),
         sampler=job.sampler,
         pruner=job.pruner,
     )
-    _study.sampler.reseed_rng()
+    study.sampler.reseed_rng()
+    _work = replace(job, objective=replace(job.objective, prepared=prepared)), study
 
 
 def _run_one() -> None:
     """Run one trial in a worker process, unless the study has all of them."""
-    assert _job is not None and _study is not None
-    if _job.missing(_study):
-        _job.run(_study, 1)
+    assert _work is not None
+    job, study = _work
+    if job.missing(study):
+        job.run(study, 1)
 
 
 def _end_with_parent() -> None:

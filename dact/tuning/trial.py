@@ -30,8 +30,6 @@ class Objective:
     """The objective of a stage, which Optuna calls in this process or in another one.
 
     Args:
-        stage: The stage.
-        prepared: Shared inputs of all trials.
         winners: Winners of the earlier studies.
         deadline: Deadline at which a running trial is stopped.
         own: Folder in the run for the trials of a custom study, which must not replace the run's.
