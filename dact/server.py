@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dact.checks import Range, check_arguments
+from dact.checks import Range, check_arguments, check_choice
 from dact.text_classifier import TextClassifier
 
 try:
@@ -99,7 +99,7 @@ class _API(litserve.LitAPI):
 
 def serve(
     model: str | Path,
-    host: Host = "127.0.0.1",
+    host: str = "127.0.0.1",
     port: Annotated[int, Range("[1024, 65535]")] = 8000,
     max_batch: Annotated[int, Range("[2, inf)")] = 64,
     max_wait: Annotated[float, Range("[0, 30)")] = 0.002,
@@ -128,6 +128,7 @@ def serve(
         ValueError: If an argument is outside its range, or the model cannot be read.
         OSError: If the port is taken.
     """
+    check_choice("serve: host", host, Host)
     check_arguments(serve, locals(), "serve: ")
     path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     # Loaded here as well, so that a faulty model fails before any process starts.

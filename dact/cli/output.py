@@ -152,7 +152,7 @@ def promise_line(calibration: Mapping[str, Any], measured: Measured) -> str:
     """Return a line that says whether the promise of `DACT.calibration` holds on test examples."""
     kind = "estimate" if calibration.get("estimate") else "promise"
     if calibration.get("baseline_accuracy") is not None:
-        return f"the {kind} was made against a baseline, which is not measured here"
+        return f"the {kind} was made against another model, which is not measured here"
     # Gains count as well on a test, also for an estimate from few examples.
     promise = Promise(**{**calibration["promise"], "confidence": 0.95})
     values, layers = promise.kind.values(measured, None), measured.answers.num_layers

@@ -218,7 +218,7 @@ def _measure_defaults(
     recipe, folder = prepared.recipe, prepared.run.final / "defaults"
     checkpoints, epochs = folder / "checkpoints", recipe.epochs
     try:
-        with seeded(recipe.seed), progress.fit("your file, untuned", epochs) as bar:
+        with seeded(recipe.seed), progress.fit("your file", epochs) as bar:
             model, own = recipe.model(), recipe.make_data()
             history = resumable_fit(recipe.trainer, model, own, checkpoints, bar, epochs=epochs)
     except (NonFiniteLoss, ValueError) as error:  # a teacher may be missing
