@@ -16,19 +16,10 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 _setup_privateuseone_for_python_backend("pretended")
 DEVICE = torch.device("pretended", 0)
-MIXING = {
-    "copy_",
-    "_to_copy",
-    "index",
-    "index_put_",
-    "_index_put_impl_",
-}  # operations that take both devices
-WAITING = {
-    "_local_scalar_dense",
-    "nonzero",
-    "is_nonzero",
-    "equal",
-}  # whose result the host must see
+# operations that take both devices
+MIXING = {"copy_", "_to_copy", "index", "index_put_", "_index_put_impl_"}
+# operations whose result the host must see
+WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "equal"}
 
 
 class There(torch.Tensor):

@@ -41,9 +41,3 @@ def test_wheels_that_would_not_travel_are_refused(tmp_path):
     result = run("--wheels", str(tmp_path), "--dry")
     assert result.returncode == 1
     assert "at most 64 are allowed" in result.stderr
-
-
-def test_an_unknown_option_shows_how_the_script_is_used():
-    result = run("--what")
-    assert result.returncode == 2
-    assert "benchmarks/gpu.sh --dry" in result.stderr

@@ -348,7 +348,7 @@ class TuningEngine:
         run.save(stage, prepared.plan.winners(stage, chosen.params), limits)
         self._take(run)
         pictures = run.folder / stage.name / "study"
-        report.draw_study(pictures, study, len(trials), chosen, prepared.plan.spaces)
+        report.draw_study(pictures, study, len(trials), chosen)
 
     def _objective(self, stage: Stage, trial: BaseTrial) -> Any:
         """Return the value of a trial of a custom study, in the current run of this engine."""

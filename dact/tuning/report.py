@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from optuna.distributions import CategoricalDistribution
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 from rich.table import Table
@@ -21,7 +20,6 @@ from dact.model import DACT
 from dact.model_card import what_is_promised
 from dact.tuning.progress import Progress, format_seconds
 from dact.tuning.settings import Settings
-from dact.tuning.space import Dimension, Spaces
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -65,48 +63,25 @@ def log_fit(
     record = metadata.create_summary_metadata(data)
     value = Summary.Value(tag=metadata.SESSION_END_INFO_TAG, metadata=record)
     with SummaryWriter(str(folder)) as writer:
-        _write(writer, summary_v2.hparams_pb(known, trial_id=name))
+        for summary in (summary_v2.hparams_pb(known, trial_id=name), Summary(value=[value])):
+            writer._get_file_writer().add_summary(summary)
         for metric in METRICS:
             if metric in metrics:
                 writer.add_scalar(f"best/{metric}", metrics[metric])
-        _write(writer, Summary(value=[value]))
-
-
-def log_experiment(writer: SummaryWriter, spaces: Spaces) -> None:
-    """Tell the HParams tab which parameters and metrics there are, in all studies: the tab uses the
-    first such record below its folder for all runs there."""
-    named = {name: _domain(one) for space in spaces.values() for name, one in space.items()}
-    named = {"encoder": None, "batch_size": None, **named}
-    hparams = [summary_v2.HParam(name, domain) for name, domain in named.items()]
-    metrics = [summary_v2.Metric(f"best/{name}", display_name=name) for name in METRICS]
-    _write(writer, summary_v2.hparams_config_pb(hparams=hparams, metrics=metrics))
-
-
-def _domain(dimension: Dimension) -> Any:
-    """Return the range as the tab's filters need it; None for choices of several types."""
-    if isinstance(dimension, CategoricalDistribution):
-        alike = len({type(choice) for choice in dimension.choices}) == 1
-        return summary_v2.Discrete(dimension.choices) if alike else None
-    return summary_v2.RealInterval(float(dimension.low), float(dimension.high))
-
-
-def _write(writer: SummaryWriter, summary: Any) -> None:
-    writer._get_file_writer().add_summary(summary)
 
 
 # ------------------------------------------------------------------ pictures
 
 
-def log_figures(writer: SummaryWriter, figures: Mapping[str, Figure], folder: Path) -> None:
-    """Write figures into TensorBoard, and as PNG files into a folder."""
-    for name, figure in figures.items():
-        figure.savefig(folder / f"{name.replace(' ', '_')}.png")
-        writer.add_figure(name, figure)
+def log_figures(figures: Mapping[str, Figure], folder: Path) -> None:
+    """Write figures for TensorBoard and as PNG files."""
+    with SummaryWriter(str(folder)) as writer:
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name.replace(' ', '_')}.png")
+            writer.add_figure(name, figure)
 
 
-def draw_study(
-    folder: Path, study: Study, completed: int, chosen: FrozenTrial, spaces: Spaces
-) -> None:
+def draw_study(folder: Path, study: Study, completed: int, chosen: FrozenTrial) -> None:
     """Draw a study, of whose trials so many are `completed`, by Optuna's own figures."""
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
@@ -120,15 +95,11 @@ def draw_study(
             if completed >= FEWEST_FOR_IMPORTANCES:
                 axes["parameter importances"] = draw.plot_param_importances(study)
         else:
-            for index, name in enumerate(names := ["task loss", "exit layer"]):
-                value: Any = lambda trial, index=index: trial.values[index]  # noqa: E731
-                history = draw.plot_optimization_history(study, target=value, target_name=name)
-                axes[f"history of the {name}"] = history
+            names = ["task loss", "exit layer"]
             axes["Pareto front"] = draw.plot_pareto_front(study, target_names=names)
             axes["Pareto front"].plot(*chosen.values, "o", ms=14, mfc="none", mec="tab:red")
-        with replacing_folder(folder) as partial, SummaryWriter(str(partial)) as writer:
-            log_experiment(writer, spaces)
-            log_figures(writer, {name: one.get_figure() for name, one in axes.items()}, partial)
+        with replacing_folder(folder) as partial:
+            log_figures({name: one.get_figure() for name, one in axes.items()}, partial)
 
 
 def draw_final(folder: Path, metrics: Mapping[str, Any]) -> None:
@@ -137,9 +108,7 @@ def draw_final(folder: Path, metrics: Mapping[str, Any]) -> None:
     axes.bar(range(1, metrics["layers"] + 1), test["exit_histogram"])
     title = f"test: mean exit layer {test['mean_exit_layer']:.2f}"
     axes.set(xlabel="exit layer", ylabel="texts", title=title)
-    with SummaryWriter(str(folder)) as writer:
-        figures = {"dials": dials_picture(metrics), "exit histogram": exits}
-        log_figures(writer, figures, folder)
+    log_figures({"dials": dials_picture(metrics), "exit histogram": exits}, folder)
 
 
 def _figure() -> tuple[Figure, Any]:

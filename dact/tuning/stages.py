@@ -24,14 +24,12 @@ class Stage:
         directions: Direction of each objective.
         parse: Returns the winners, by name, that the parameters of a trial stand for.
         read: Returns the value or values of a trial, from the metrics of its best epoch.
-        pick: Returns the winner of the completed trials, by the rule that chooses λ.
     """
 
     name: str
-    directions: tuple[Literal["minimize", "maximize"], ...]
+    directions: tuple[Literal["minimize"], ...]
     parse: Callable[[Mapping[str, Any]], dict[str, Any]]
     read: Callable[[Mapping[str, float]], Any]
-    pick: Callable[[Sequence[FrozenTrial], Select], FrozenTrial]
 
     @property
     def early_exit(self) -> bool:
@@ -39,6 +37,17 @@ class Stage:
 
         Such trials keep their `Outcome`; others may be pruned."""
         return len(self.directions) == 2
+
+    def pick(self, trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
+        """Return the winner of the completed trials, by the rule that chooses λ if it is for λ."""
+        if not self.early_exit:
+            return min(trials, key=lambda trial: trial.values[0])
+        outcomes = (Outcome.unpacked(trial.user_attrs[OUTCOME]) for trial in trials)
+        points = [
+            Point(trial.params["lambda_reg"], *trial.values, outcome)
+            for trial, outcome in zip(trials, outcomes, strict=True)
+        ]
+        return trials[points.index(select(points))]
 
 
 def trials_per_stage(n_trials: int | Sequence[int]) -> dict[str, int]:
@@ -68,27 +77,8 @@ def _training(params: Mapping[str, Any]) -> dict[str, Any]:
     return {"external_config": settings}
 
 
-def _lowest_value(trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
-    return min(trials, key=lambda trial: trial.values[0])
-
-
-def _selected(trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
-    points = []
-    for trial in trials:
-        outcome = Outcome.unpacked(trial.user_attrs[OUTCOME])
-        loss, layers = trial.values
-        points.append(Point(trial.params["lambda_reg"], loss, layers, outcome))
-    return trials[points.index(select(points))]
-
-
-VAL_LOSS = itemgetter("val_loss")
-SUBMODELS = Stage("submodels", ("minimize",), _submodels, VAL_LOSS, _lowest_value)
-TRAINING = Stage("training", ("minimize",), _training, VAL_LOSS, _lowest_value)
-LAMBDA_REG = Stage(
-    "lambda_reg",
-    ("minimize", "minimize"),
-    dict,
-    itemgetter("val_task_loss", "val_exit_layer"),
-    _selected,
-)
+BOTH = itemgetter("val_task_loss", "val_exit_layer")
+SUBMODELS = Stage("submodels", ("minimize",), _submodels, itemgetter("val_loss"))
+TRAINING = Stage("training", ("minimize",), _training, itemgetter("val_loss"))
+LAMBDA_REG = Stage("lambda_reg", ("minimize", "minimize"), dict, BOTH)
 STAGES = (SUBMODELS, TRAINING, LAMBDA_REG)
