@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast
+from transformers import AutoTokenizer, BertTokenizerFast
 
 from dact.data import TextClassificationData
 from dact.data.batching import collate, encode
@@ -80,38 +80,6 @@ def test_a_saved_tokenizer_cuts_and_pads_as_training_did(tmp_path):
     assert ids[1][-2:] == [saved.pad_token_id] * 2
 
 
-@torch.no_grad()
-def test_answers_do_not_depend_on_what_stands_in_a_batch(tmp_path):
-    """Absolute positions count from the left, so padding there would move the text."""
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=70,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        initializer_range=1.0,
-    )
-    bert = BertModel(config).eval()
-    texts = [" ".join(WORDS[: 1 + row % 20]) for row in range(40)]
-    file = write(tmp_path, texts)
-    module = TextClassificationData(
-        test_file=file, tokenizer=bert_tokenizer(padding_side="left"), class_names=["a", "b"]
-    )
-    module.setup("test")
-    items, collate = module._encoded["test"], module.test_dataloader().collate_fn
-    together, apart = (
-        torch.cat(
-            [
-                bert(**{k: v for k, v in batch.items() if k not in ("row", "labels")}).pooler_output
-                for batch in made
-            ]
-        )
-        for made in ([collate(items)], [collate([item]) for item in items])
-    )
-    torch.testing.assert_close(together, apart, atol=1e-4, rtol=1e-4)
-
-
 @given(
     st.lists(st.tuples(st.integers(0, 12), st.integers(0, 12)), min_size=1, max_size=20),
     st.integers(3, 12),
@@ -167,11 +135,6 @@ def test_texts_that_are_cut_are_counted_with_the_length_that_would_do(tmp_path):
     )
     assert message.startswith(f"{share:.0%} of the train texts")
     assert f"max_length={train[-1 - len(train) // 100]} would keep 99% of them whole" in message
-
-
-def test_short_texts_say_nothing(tmp_path, recwarn):
-    TextClassificationData(write(tmp_path, WORDS), tokenizer=bert_tokenizer()).setup("fit")
-    assert not [str(warning.message) for warning in recwarn]
 
 
 def test_a_missing_tokenizer_is_named(tmp_path):
