@@ -1,6 +1,4 @@
-"""Checks of arguments, whose ranges stand in their annotations.
-
-Each error is one line that says what was expected, what was given, and the remedy."""
+"""Checks of arguments, whose ranges stand in their annotations; each error is one line."""
 
 from __future__ import annotations
 
@@ -36,12 +34,7 @@ class Range:
 
 def check_arguments(owner: Callable[..., Any], given: Mapping[str, Any], prefix: str = "") -> None:
     """Raise an error unless the arguments of a function or dataclass have the ranges, literals and
-    plain classes of its annotations.
-
-    Args:
-        owner: Function or dataclass with the annotations.
-        given: Arguments by name; others than those of `owner` are ignored.
-        prefix: Prefix of the names in messages.
+    plain classes of its annotations; `given` may have others, and messages begin with `prefix`.
 
     Raises:
         TypeError: If a value is of another type.
@@ -83,16 +76,10 @@ def check_count(
 def check_range(
     name: str, value: object, interval: str, hint: str = "", integer: bool = False
 ) -> None:
-    """Raise an error unless `value` is a number in `interval`; NaN is in none.
-
-    Args:
-        name: Name of the argument, with its class where that helps.
-        value: Value that was given.
-        interval, hint: As for `Range`.
-        integer: Whether it must be a whole number.
+    """Raise an error unless `value` is a number in the interval of a `Range`; NaN is in none.
 
     Raises:
-        TypeError: If `value` is not a number.
+        TypeError: If `value` is not a number, or not a whole one where it must be.
         ValueError: If it is outside the interval.
 
     Example:
@@ -116,8 +103,7 @@ def check_range(
 
 
 def check_probabilities(name: str, rows: Tensor) -> Tensor:
-    """Return rows of probabilities, ``[batch, classes]``; raise a ``ValueError`` if they are none,
-    up to bfloat16."""
+    """Return `rows`, ``[batch, classes]``, or raise a ``ValueError`` unless each sums to 1."""
     is_one = (rows.sum(dim=1, keepdim=True) - 1).abs() < 0.05
     wrong = rows[~((rows >= 0) & is_one).all(dim=1)]
     if len(wrong):

@@ -88,11 +88,7 @@ def write_tensors(
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors and the metadata of a safetensors file.
-
-    Raises:
-        ValueError: If it cannot be parsed; the message names the file.
-    """
+    """Return the tensors and the metadata of a safetensors file, or raise a ``ValueError``."""
     try:
         with safe_open(path, "pt") as file:
             metadata = dict(file.metadata() or {})
@@ -102,12 +98,11 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Return a checkpoint of the Trainer, a file or an address, read under torch's weights-only
-    loading: it cannot run code.
+    """Return a checkpoint of the Trainer, a file or an address; reading it cannot run code.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is corrupted or holds more than data; the message names the file.
+        ValueError: If it is corrupted or holds more than data.
     """
     try:
         return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only=True)

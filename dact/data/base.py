@@ -63,10 +63,6 @@ class ClassificationDataModule(LightningDataModule):
         """Return labelled batches that are used for no training and no choice, or None."""
         return None
 
-    def describe_classes(self) -> str:
-        """Return a line about the classes of the training examples, which may be empty."""
-        return ""
-
 
 class TextDataModule(ClassificationDataModule, ABC):
     """A datamodule that tokenizes text and makes batches of similar length.
@@ -167,7 +163,6 @@ class TextDataModule(ClassificationDataModule, ABC):
         self.splits[split] = examples
         self._encoded[split] = items
 
-    @override
     def describe_classes(self) -> str:
         """Return the number of training examples of each class, or nothing before `setup`."""
         if "train" not in self.splits:

@@ -124,7 +124,6 @@ def divide_corpora(whole: dict[str, Examples], number: int) -> dict[str, dict[st
 
 
 def _split(examples: Examples, rows: list[int], fraction: float, number: int) -> list[list[int]]:
-    """Divide some rows of a corpus in two; see `stratified_split`."""
     part = examples.take(rows)
     sides = stratified_split(part.labels, fraction, number, part.text_keys())
     return [[rows[place] for place in side] for side in sides]
@@ -169,7 +168,6 @@ def read_archive(archive: Path) -> dict[str, Examples]:
 
 
 def _member(archive: bytes, ending: str) -> bytes:
-    """Return the content of the file in a tar archive whose name has an ending."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as files:
         name = next(name for name in files.getnames() if name.endswith(ending))
         file = files.extractfile(name)
