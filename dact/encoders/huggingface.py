@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -55,7 +56,9 @@ class _Family:
 
     Args:
         embed: Function from (model, inputs) to the hidden state before layer 1.
-        layer: Function from (model, 1-based layer, hidden, context) to the hidden state after it.
+        layers: Place of the list of layers in the model.
+        layer: Function from (model, 1-based layer, its module, hidden, context) to the hidden state
+            after it.
         context: Function from (model, hidden, mask) to what all layers share.
         inputs: Names of the batch entries that the embedding takes.
         norm: Function from the model to the norm after its last layer, for families with
@@ -63,9 +66,8 @@ class _Family:
     """
 
     embed: Callable[..., Tensor] = lambda model, inputs: model.embeddings(**inputs)
-    layer: Callable[..., Tensor] = lambda model, layer, hidden, context: model.encoder.layer[
-        layer - 1
-    ](hidden, context)
+    layers: str = "encoder.layer"
+    layer: Callable[..., Tensor] = lambda model, n, module, hidden, context: module(hidden, context)
     context: Callable[[Any, Tensor, Tensor], Any] = _attention_bias
     inputs: tuple[str, ...] = ("input_ids", "token_type_ids")
     norm: Callable[[Any], nn.Module | None] = lambda model: None
@@ -76,23 +78,16 @@ def _electra_embed(model: Any, inputs: Batch) -> Tensor:
     return model.embeddings_project(hidden) if hasattr(model, "embeddings_project") else hidden
 
 
-def _albert_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
-    groups, layers = model.config.num_hidden_groups, model.config.num_hidden_layers
-    return model.encoder.albert_layer_groups[int((layer - 1) / (layers / groups))](hidden, context)
-
-
 def _deberta_context(model: Any, hidden: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
     encoder = model.encoder
     positions, embeddings = encoder.get_rel_pos(hidden), encoder.get_rel_embedding()
     return mask, encoder.get_attention_mask(mask), positions, embeddings
 
 
-def _deberta_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
+def _deberta_layer(model: Any, n: int, module: Any, hidden: Tensor, context: Any) -> Tensor:
     mask, bias, positions, embeddings = context
-    output = model.encoder.layer[layer - 1](
-        hidden, bias, relative_pos=positions, rel_embeddings=embeddings
-    )[0]
-    if layer == 1 and model.encoder.conv is not None:
+    output = module(hidden, bias, relative_pos=positions, rel_embeddings=embeddings)[0]
+    if n == 1 and model.encoder.conv is not None:
         output = model.encoder.conv(hidden, output, mask)
     return output
 
@@ -109,8 +104,7 @@ def _modernbert_context(model: Any, hidden: Tensor, mask: Tensor) -> dict[str, t
     return {kind: (biases[kind], model.rotary_emb(hidden, positions, kind)) for kind in kinds}
 
 
-def _modernbert_layer(model: Any, layer: int, hidden: Tensor, context: Any) -> Tensor:
-    module = model.layers[layer - 1]
+def _modernbert_layer(model: Any, n: int, module: Any, hidden: Tensor, context: Any) -> Tensor:
     bias, rotary = context[module.attention_type]
     return module(hidden, attention_mask=bias, position_embeddings=rotary)
 
@@ -119,22 +113,15 @@ FAMILIES: dict[str, _Family] = {
     "bert": _Family(),
     "roberta": _Family(),
     "electra": _Family(embed=_electra_embed),
-    "distilbert": _Family(
-        layer=lambda model, layer, hidden, context: model.transformer.layer[layer - 1](
-            hidden, context
-        ),
-        inputs=("input_ids",),
-    ),
+    "distilbert": _Family(layers="transformer.layer", inputs=("input_ids",)),
     "albert": _Family(
         embed=lambda model, inputs: model.encoder.embedding_hidden_mapping_in(
             model.embeddings(**inputs)
         ),
-        layer=_albert_layer,
+        layers="encoder.albert_layer_groups",
     ),
     "mpnet": _Family(
-        layer=lambda model, layer, hidden, context: model.encoder.layer[layer - 1](
-            hidden, *context
-        )[0],
+        layer=lambda model, n, module, hidden, context: module(hidden, *context)[0],
         context=lambda model, hidden, mask: (
             _attention_bias(model, hidden, mask),
             model.encoder.compute_position_bias(hidden),
@@ -147,6 +134,7 @@ FAMILIES: dict[str, _Family] = {
         inputs=("input_ids", "token_type_ids", "attention_mask"),
     ),
     "modernbert": _Family(
+        layers="layers",
         layer=_modernbert_layer,
         context=_modernbert_context,
         inputs=("input_ids",),
@@ -261,7 +249,11 @@ class HuggingFaceEncoder(LayeredEncoder):
         return self.context(hidden, mask)
 
     def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
-        return self._family.layer(self.model, layer, hidden, context)
+        # ALBERT has fewer modules than layers: each serves a group of layers, one after the other.
+        modules = attrgetter(self._family.layers)(self.model)
+        # Rounded as transformers does.
+        module = modules[int((layer - 1) / (self.model.config.num_hidden_layers / len(modules)))]
+        return self._family.layer(self.model, layer, module, hidden, context)
 
     def pool(self, layer: int, hidden: Tensor, mask: Tensor) -> Tensor:
         norm = self._family.norm(self.model)
