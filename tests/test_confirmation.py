@@ -55,7 +55,8 @@ def fitted(monkeypatch):
         return resumable_fit(arguments, model, data, checkpoints, *callbacks, **options)
 
     resumable_fit = fit.resumable_fit
-    monkeypatch.setattr(fit, "resumable_fit", recorded)
+    for module in (fit, final):
+        monkeypatch.setattr(module, "resumable_fit", recorded)
     return folders
 
 

@@ -81,7 +81,7 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
     prepared, recipe, settings = fit.prepared, fit.prepared.recipe, fit.settings
     if getattr(recipe.model, "func", None) is not build_model:
         return settings.arguments()
-    model, data = (one.args[0] for one in (recipe.model, recipe.data))  # type: ignore[attr-defined]
+    model, data = (one.args[0] for one in (recipe.model, recipe.data))  # type: ignore[union-attr]
 
     trainer = {name: value for name, value in recipe.trainer.items() if is_plain(value)}
     trainer["max_epochs"] = settings.num_epochs or recipe.epochs

@@ -42,11 +42,11 @@ class Stage:
         """Return the winner of the completed trials, by the rule that chooses λ if it is for λ."""
         if not self.early_exit:
             return min(trials, key=lambda trial: trial.values[0])
-        outcomes = (Outcome.unpacked(trial.user_attrs[OUTCOME]) for trial in trials)
-        points = [
-            Point(trial.params["lambda_reg"], *trial.values, outcome)
-            for trial, outcome in zip(trials, outcomes, strict=True)
-        ]
+        points = []
+        for trial in trials:
+            outcome = Outcome.unpacked(trial.user_attrs[OUTCOME])
+            loss, layers = trial.values
+            points.append(Point(trial.params["lambda_reg"], loss, layers, outcome))
         return trials[points.index(select(points))]
 
 
