@@ -124,15 +124,10 @@ class AverageLastSteps(WeightAveraging):
 
 
 class LastCheckpoint(Checkpoint):
-    """Write ``last.ckpt`` after each epoch, next to the checkpoints of another callback.
+    """Write ``last.ckpt`` after each epoch, next to the checkpoints of a callback that comes first.
 
-    Lightning's ``save_last=True`` writes it only in epochs that are the best so far. Loggers that
-    upload checkpoints would upload each file of a second `ModelCheckpoint`, under the name of the
-    best one.
-
-    Args:
-        best: The other callback, which comes first.
-    """
+    Lightning's ``save_last=True`` writes it only in epochs that are the best so far, and loggers
+    would upload the files of a second `ModelCheckpoint` under the name of the best one."""
 
     def __init__(self, best: ModelCheckpoint) -> None:
         self.best = best
@@ -144,11 +139,8 @@ class LastCheckpoint(Checkpoint):
 
 
 class SavePretrained(Callback):
-    """Write ``model/`` (weights, configuration, tokenizer, class names) next to the checkpoints
-    after a fit.
-
-    The weights are those of the best checkpoint, or the last ones if the trainer keeps no
-    checkpoint."""
+    """Write ``model/`` next to the checkpoints after a fit, with the weights of the best one, or
+    with the last weights if the trainer keeps none."""
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,9 +162,7 @@ class SavePretrained(Callback):
 
 
 def save_with_tokenizer(model: DACT, data: Any, folder: Path, **card: Any) -> None:
-    """Write a model/ folder: the model, and the tokenizer of its datamodule if there is one.
-
-    `card` is content of the model card; see `DACT.save_pretrained`."""
+    """Write a model/ folder with the tokenizer of the data; `card` is as for `save_pretrained`."""
     model.save_pretrained(folder, **card)
     tokenizer = tokenizer_of(data)
     if tokenizer is not None:
@@ -182,8 +172,7 @@ def save_with_tokenizer(model: DACT, data: Any, folder: Path, **card: Any) -> No
 def _fit_folder(trainer: Trainer) -> str | None:
     """Return the folder of a fit: the parent of ``checkpoints``, or else where the first logger
     writes."""
-    # Only TensorBoard and csv loggers have a log_dir per fit; other loggers have one folder for all
-    # fits.
+    # Most loggers have one log_dir for all fits.
     checkpoints = str(getattr(trainer.checkpoint_callback, "dirpath", None) or "")
     if "://" not in checkpoints and Path(checkpoints).name == "checkpoints":
         return str(Path(checkpoints).parent)

@@ -93,19 +93,15 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(fitted, dact_here,
     assert status == 0, text
     run = tmp_path / "lightning_logs" / "first"
     assert {"checkpoints", "model", "config.yaml"} <= {path.name for path in run.iterdir()}
-    status, text = dact_here(*words, cwd=tmp_path)
-    assert status == 1
-    assert "run first has finished epoch 2, its last: raise --trainer.max_epochs" in text
-    status, text = dact_here(
-        *words, "--trainer.max_epochs", "3", "--model.learning_rate", "0.1", cwd=tmp_path
-    )
-    assert status == 1
-    assert "was started with another model.learning_rate (0.002 instead of 0.1)" in text
-    status, text = dact_here(
-        *words, "--trainer.max_epochs", "3", "--monitor", "val_accuracy", cwd=tmp_path
-    )
-    assert status == 1
-    assert "was started with another monitor ('last' instead of 'val_accuracy')" in text
+    more = "--trainer.max_epochs=3"
+    for options, message in (
+        ([], "run first has finished epoch 2, its last: raise --trainer.max_epochs"),
+        ([more, "--model.learning_rate=0.1"], "another model.learning_rate (0.002 instead of 0.1)"),
+        ([more, "--monitor=val_accuracy"], "another monitor ('last' instead of 'val_accuracy')"),
+    ):
+        status, text = dact_here(*words, *options, cwd=tmp_path)
+        assert status == 1
+        assert message in text
     status, text = dact_here(*words, "--trainer.max_epochs", "3", cwd=tmp_path)
     assert status == 0, text
     assert "resuming lightning_logs/first after epoch 2" in text
@@ -216,9 +212,8 @@ def test_a_fit_may_choose_by_macro_f1_and_balance_its_classes(own, dact_here):
     assert 4.5 < yes < 5.5
     model = DACT.from_pretrained(own / "lightning_logs" / "balanced" / "model")
     assert model.class_weights.tolist() == pytest.approx([no, yes])
-    callbacks = torch.load(
-        own / "lightning_logs/balanced/checkpoints/last.ckpt", weights_only=True
-    )["callbacks"]
+    last = own / "lightning_logs/balanced/checkpoints/last.ckpt"
+    callbacks = torch.load(last, weights_only=True)["callbacks"]
     assert any("'monitor': 'val_macro_f1', 'mode': 'max'" in name for name in callbacks)
     assert "2 classes: no" in text
 
@@ -296,14 +291,8 @@ def heavy_modules(*words):
         "heavy = {'torch', 'lightning', 'transformers', 'datasets', 'optuna', 'numpy', 'yaml'}\n"
         "print('heavy:', *sorted(heavy & set(sys.modules)))"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    command, options = [sys.executable, "-c", code, *words], {"capture_output": True, "text": True}
+    done = subprocess.run(command, cwd=ROOT, env=environment(), check=True, **options)
     return done.stdout.partition("heavy:")[2].split(), done.stdout + done.stderr
 
 
@@ -344,20 +333,10 @@ def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact
     assert not list(own.rglob("nan/model"))
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ("text\nscreen is great\n", "test.csv has no column 'label'"),
-        ("text,label\nscreen is great,maybe\n", "row 2 with a label outside the classes: 'maybe'"),
-    ],
-)
-def test_a_test_file_that_could_not_be_measured_is_refused_before_the_fit(
-    own, dact_here, content, message
-):
-    (own / "test.csv").write_text(content)
-    status, output = dact_here(
-        "fit", "--config", "config.yaml", "--data.test_file", "test.csv", cwd=own
-    )
+def test_a_test_file_that_could_not_be_measured_is_refused_before_the_fit(own, dact_here):
+    (own / "test.csv").write_text("text,label\nscreen is great,maybe\n")
+    words = ["fit", "--config", "config.yaml", "--data.test_file", "test.csv"]
+    status, output = dact_here(*words, cwd=own)
     assert status == 1
-    assert message in output
+    assert "row 2 with a label outside the classes: 'maybe'" in output
     assert "epoch" not in output

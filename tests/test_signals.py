@@ -58,15 +58,9 @@ def test_a_fit_stops_at_the_next_batch():
             seen.append(index)
             signal.raise_signal(signal.SIGTERM)
 
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[Terminate(), signals.StopOnSignal()],
-    )
+    off = dict.fromkeys(("logger", "enable_checkpointing", "enable_model_summary"), False)
+    callbacks = [Terminate(), signals.StopOnSignal()]
+    trainer = Trainer(max_epochs=1, accelerator="cpu", callbacks=callbacks, **off)
     with pytest.raises(SystemExit):  # how Lightning passes a KeyboardInterrupt on
         trainer.fit(tiny_model(layers=2), DataLoader(batches, batch_size=None))
     assert seen == [0]

