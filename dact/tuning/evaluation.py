@@ -31,19 +31,19 @@ class Evaluation:
     entry: dict[str, Any]
     measured: Measured
 
-    def compare(self, baseline: Measured) -> None:
-        """Add the paired difference in accuracy to the baseline to the entry."""
-        accuracy, error = self.measured.difference(baseline.right)
-        self.entry["difference_to_baseline"] = {"accuracy": accuracy, "standard_error": error}
-
 
 @torch.no_grad()
 def evaluate(
-    model: DACT, batches: Iterable[Batch], *, precision: Precision = nullcontext
+    model: DACT,
+    batches: Iterable[Batch],
+    *,
+    precision: Precision = nullcontext,
+    baseline: Evaluation | None = None,
 ) -> Evaluation:
     """Return measurements of early exit and of all layers on labelled batches, by the same code.
 
-    The model is in eval mode and on the device that it should use.
+    The model is in eval mode and on the device that it should use. With a baseline on the same
+    examples, the entry has the paired difference in accuracy.
     """
     with precision():
         answers = layer_answers(model, batches)
@@ -55,6 +55,9 @@ def evaluate(
         "agreement": early.agreement,
         "calibration_error": expected_calibration_error(scores, early.right),
     }
+    if baseline is not None:
+        accuracy, error = early.difference(baseline.measured.right)
+        entry["difference_to_baseline"] = {"accuracy": accuracy, "standard_error": error}
     return Evaluation(entry, early)
 
 

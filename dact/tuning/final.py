@@ -127,8 +127,8 @@ def _measure(
     store_in_checkpoint(fit.checkpoint, model)
 
     with progress.stage("measuring the final model and the whole encoder"):
-        found = _evaluate(prepared, model, data)
         against = _evaluate(prepared, baseline, data)
+        found = _evaluate(prepared, model, data, against)
         for split, batches in _splits(data).items():
             entry = found[split].entry
             sides = [(model, model.halting), (model, "never"), (baseline, "never")]
@@ -136,7 +136,6 @@ def _measure(
             speeds = texts_per_second(sides, batches, recipe.precision)
             for one, speed in zip(entries, speeds, strict=True):
                 one["texts_per_second"] = speed
-            found[split].compare(against[split].measured)
     del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
 
     reference: dict[str, Any] = {"layers": baseline.num_layers}
@@ -179,9 +178,12 @@ def _splits(data: LightningDataModule) -> dict[str, Any]:
     return {"validation": data.val_dataloader(), "test": data.test_dataloader()}
 
 
-def _evaluate(prepared: Prepared, model: DACT, data: LightningDataModule) -> Evaluations:
+def _evaluate(
+    prepared: Prepared, model: DACT, data: LightningDataModule, against: Evaluations | None = None
+) -> Evaluations:
+    precision, whole = prepared.recipe.precision, against or {}
     return {
-        split: evaluate(model, batches, precision=prepared.recipe.precision)
+        split: evaluate(model, batches, precision=precision, baseline=whole.get(split))
         for split, batches in _splits(data).items()
     }
 
@@ -227,15 +229,8 @@ def _measure_defaults(
     model.eval().to(recipe.device)
     _set_dial(prepared, model, data)
     with progress.stage("measuring your file"):
-        found = _evaluate(prepared, model, data)
-    for split, one in found.items():
-        one.compare(against[split].measured)
-    _log(
-        prepared,
-        folder,
-        Settings(num_epochs=epochs),
-        history.epochs[-1][MONITOR],
-        found["validation"].entry,
-    )
+        found = _evaluate(prepared, model, data, against)
+    loss, settings = history.epochs[-1][MONITOR], Settings(num_epochs=epochs)
+    _log(prepared, folder, settings, loss, found["validation"].entry)
     write_json(folder / "metrics.json", _result(model, found))
     shutil.rmtree(checkpoints)

@@ -46,9 +46,8 @@ class SeededSampler(TPESampler):
 class CurveSampler(RandomSampler):
     """Propose λ where the mean exit layer changes most; see `dact.tuning.selection.next_lambda`.
 
-    The same trials lead to the same next one. Processes that share a study wait, up to `PATIENCE`,
-    until earlier trials have their λ, so that no two draw the same. A λ with steps or choices is
-    drawn at random."""
+    Processes that share a study wait, up to `PATIENCE`, until earlier trials have their λ, so that
+    no two draw the same. A λ with steps or choices is drawn at random."""
 
     @override
     def sample_independent(

@@ -27,9 +27,7 @@ class Point:
     """A completed trial of the lambda_reg study.
 
     Args:
-        lambda_reg: λ.
-        loss: Average task loss under early exit.
-        layers: Average exit layer.
+        loss, layers: Average task loss and exit layer under early exit.
         outcome: Early exit on each validation example, in one order for all trials.
     """
 
@@ -52,10 +50,7 @@ def check_rule(rule: LambdaSelection | None, max_layers: float | None) -> None:
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
     """Return the points that no other point beats in one objective without losing in the other, by
-    rising layers.
-
-    Of equal points, the one with the smallest λ stays.
-    """
+    rising layers; of equal ones that of the smallest λ."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.layers, p.loss, p.lambda_reg)):
         if not front or point.loss < front[-1].loss:
@@ -129,8 +124,7 @@ def select_lambda(
 
 
 def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Point]:
-    """Return the points whose loss of accuracy plus its standard error is within `allowed`; see
-    `select_lambda`."""
+    """Return the points that keep the rule ``"promise"``; see `select_lambda`."""
     lost = [point.outcome.lost.double() for point in points]
     if from_best:
         best = min(lost, key=Tensor.mean)
@@ -152,12 +146,8 @@ def next_lambda(
     Args:
         tried: λ and mean exit layer of earlier trials; None while a trial is running or where it
             failed.
-        low: Lower end of λ, above 0 on a log scale.
-        high: Upper end of λ.
+        low, high: Range of the next λ, above 0 on a log scale.
         log: Whether to halve on a log scale.
-
-    Returns:
-        The next λ in [low, high].
     """
     to, back = (math.log, math.exp) if log else (float, float)
     known = sorted({(value, layers) for value, layers in tried if layers is not None})

@@ -120,8 +120,6 @@ def complete_spaces(
     trials with the parameters that their studies search.
 
     Args:
-        spaces: Spaces from `build_spaces`.
-        layers: Number of the encoder's layers.
         starts: Parameters of the first trials, by stage.
         bounded: Names of the parameters whose bounds the user gave. They are not widened, nor is a
             dimension of one choice: a first trial outside of them gets the nearest value.

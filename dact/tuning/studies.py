@@ -148,7 +148,6 @@ class StudyJob:
     """Everything that a process needs to run trials of a study.
 
     Args:
-        objective, sampler, pruner, callbacks: As for Optuna.
         n_trials: Total number of trials.
         storage: Storage, its address, or None for the run's own file.
         first_trials: Parameters of the first trials.
