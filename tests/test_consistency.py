@@ -60,10 +60,8 @@ def test_a_step_has_the_mean_loss_of_both_passes_and_what_they_differ_by(detache
         passes.append(once.loss(batch))
     apart = divergence(*logits)
     assert apart > 0.001
-    for part in ("task_loss", "ponder_cost"):
-        torch.testing.assert_close(
-            getattr(found, part), sum(getattr(one, part) for one in passes) / 2
-        )
+    torch.testing.assert_close(found.task_loss, sum(one.task_loss for one in passes) / 2)
+    torch.testing.assert_close(found.ponder_cost, sum(one.ponder_cost for one in passes) / 2)
     torch.testing.assert_close(
         found.exit_loss, sum(one.exit_loss for one in passes) / 2 + 2.0 * apart
     )
@@ -99,12 +97,7 @@ def test_only_training_of_the_encoder_takes_two_passes():
 @pytest.mark.parametrize("size", [1, 3, 12])
 def test_without_dropout_the_second_pass_changes_nothing(size):
     config, encoder = SubmodelConfig(dropout=0.0), TransformerEncoder(50, 3, 8, 2, dropout=0.0)
-    settings = {
-        "consistency": 2.0,
-        "distillation": 0.5,
-        "class_weights": [0.5, 1.0, 2.0],
-        "output_dimension": 3,
-    }
+    settings = {"consistency": 2.0, "distillation": 0.5, "class_weights": [0.5, 1.0, 2.0]}
     model = DACT(encoder=encoder, classifier=config, confidence=config, **settings)
     batch = random_batch(size)
     batch = {**batch, "teacher": torch.rand(size, 3).softmax(1), "labels": batch["labels"].clone()}

@@ -62,11 +62,10 @@ def folder(tmp_path):
 def start(folder, *options, plan=None, tag="run"):
     """Start ``dact tune`` in `folder`, with a fault in it if there is a plan."""
     words = ["tune", "--config", "tune.yaml", "--run_tag", tag, *options]
-    if plan is None:
-        return warm.start("dact", words, cwd=folder, env=environment(), merged=True)
-    return warm.start(
-        "tests.killed", [json.dumps(plan), *words], cwd=folder, env=environment(), merged=True
-    )
+    module = "dact"
+    if plan is not None:
+        module, words = "tests.killed", [json.dumps(plan), *words]
+    return warm.start(module, words, cwd=folder, env=environment(), merged=True)
 
 
 def finish(process, seconds=300):
@@ -162,10 +161,8 @@ def test_thirty_kills_lose_nothing(folder):
         if how in POINTS:
             # A run of one more trial per study has few of some events; one that reaches its end
             # makes the next longer.
-            plan = {
-                "point": how,
-                "count": generator.randint(1, 3 if how in ("replace", "ask", "tell") else 15),
-            }
+            most = 3 if how in ("replace", "ask", "tell") else 15
+            plan = {"point": how, "count": generator.randint(1, most)}
         process = start(folder, *options, plan=plan)
         if how == "time":
             time.sleep(generator.uniform(0, 4))
@@ -174,30 +171,23 @@ def test_thirty_kills_lose_nothing(folder):
             # One worker dies and is replaced; then its parent dies, and no worker lives on.
             parent = psutil.Process(process.pid)
 
-            def running(process=process):
-                return process.poll() is None
-
             def workers(parent=parent):
-                servers = [
-                    child
-                    for child in parent.children()
-                    if "forkserver" in " ".join(child.cmdline())
-                ]
+                servers = [c for c in parent.children() if "forkserver" in " ".join(c.cmdline())]
                 return [worker for server in servers for worker in server.children()]
 
+            def ready(process=process, workers=workers):
+                return process.poll() is not None or len(workers()) == 2
+
             try:
-                wait_for(
-                    lambda workers=workers, running=running: len(workers()) == 2 or not running()
-                )
+                wait_for(ready)
                 time.sleep(generator.uniform(0, 1))  # with more, most runs have ended
                 children = workers()
                 generator.choice(children).kill()
                 time.sleep(generator.uniform(0, 1))
                 children += workers()
                 process.kill()
-                psutil.wait_procs(
-                    children, timeout=60
-                )  # one that has just been started still imports
+                # One that has just been started still imports.
+                psutil.wait_procs(children, timeout=60)
                 assert not any(child.is_running() for child in children)
             except (psutil.Error, IndexError):
                 pass  # it had finished before
@@ -219,14 +209,7 @@ def test_thirty_kills_lose_nothing(folder):
 @pytest.mark.slow
 def test_a_killed_final_fit_resumes_with_its_epoch(folder):
     log = folder / "epochs.log"
-    options = [
-        "--tuner.n_trials",
-        1,
-        "--trainer.max_epochs",
-        8,
-        "--tuner.search_space.num_epochs",
-        "{choices: [8]}",
-    ]
+    options = ["--tuner.n_trials", 1, "--tuner.search_space.num_epochs", "{choices: [8]}"]
     options += ["--tuner.encoder_training", "finetune", "--tuner.compare_defaults", "false"]
     plan = {"log": str(log)}
     process = start(folder, *options, plan=plan)
@@ -247,32 +230,6 @@ def test_a_killed_final_fit_resumes_with_its_epoch(folder):
     assert after[0] >= 3
     assert after[-1] == 7
     check_whole(folder, [1] * 3)
-
-
-@pytest.mark.slow
-def test_a_killed_warm_up_resumes_with_its_epoch(folder):
-    log = folder / "epochs.log"
-    options, plan = ["--tuner.n_trials", 1, "--tuner.warm_up_epochs", 10], {"log": str(log)}
-    process = start(folder, *options, plan=plan)
-
-    def epochs():
-        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
-        return [
-            int(epoch) for _, epoch, planned in lines if planned == "23"
-        ]  # as many as make 90 steps
-
-    wait_for(lambda: len(epochs()) >= 4, process)
-    process.kill()
-    process.wait()
-    before = epochs()
-    process = start(folder, *options, plan=plan)
-    # What comes after the warm-up is not looked at here.
-    wait_for((folder / "lightning_logs" / "run" / "features" / "val").exists, process)
-    process.kill()
-    process.wait()
-    after = epochs()[len(before) :]
-    assert after[0] in (before[-1], before[-1] + 1)
-    assert after[-1] == 22
 
 
 # ------------------------------------------------------------------ stops
@@ -331,26 +288,17 @@ class Postgres:
 
     def __init__(self, home):
         self.data, self.port = home / "data", free_port()
-        self.user = (
-            {"user": "postgres", "group": "postgres", "extra_groups": []}
-            if os.geteuid() == 0
-            else {}
-        )
-        if self.user:
+        self.user = {}
+        if os.geteuid() == 0:
+            self.user = {"user": "postgres", "group": "postgres", "extra_groups": []}
             shutil.chown(home, "postgres", "postgres")
         self.run("initdb", "-D", self.data, "-A", "trust", "-U", "postgres", "--no-sync")
         self.address = f"postgresql://postgres:secret@127.0.0.1:{self.port}/postgres"
 
     def run(self, program, *arguments):
         command = [find_postgres(program), *map(str, arguments)]
-        subprocess.run(
-            command,
-            check=True,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.STDOUT,
-            cwd="/",
-            **self.user,
-        )
+        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
+        subprocess.run(command, check=True, cwd="/", **quiet, **self.user)
 
     def start(self):
         settings = f"-p {self.port} -h 127.0.0.1 -k {self.data} -F"

@@ -4,37 +4,14 @@ a wrong result."""
 import pickletools
 import sqlite3
 import zipfile
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
-from dact import DACT, TuningEngine
-from dact.data import CompositionalSentiment
-from dact.encoders import TransformerEncoder
-from dact.tuning.run import Run
+from dact import DACT
 from tests.conftest import tiny_model
-
-
-def small_model(**overrides):
-    return DACT(encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
-
-
-small_data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
-
-
-def engine(folder, **options):
-    options = {
-        "trainer": {"max_epochs": 1, "accelerator": "cpu"},
-        "n_trials": 4,
-        "log_dir": folder,
-        **options,
-    }
-    space = {"num_epochs": {"choices": [1, 2]}}
-    made = TuningEngine(model=small_model, data=small_data, search_space=space, **options)
-    made.progress.console.quiet = True
-    return made
+from tests.test_tuning import engine
 
 
 @pytest.fixture(scope="module")
@@ -87,18 +64,6 @@ def test_a_run_leaves_no_pickle_but_checkpoints_that_hold_data_alone(run):
         for row in connection.execute(f"SELECT * FROM {table}"):
             assert not any(isinstance(value, bytes) for value in row), f"{table} holds bytes"
     assert scanned > 20
-
-
-@pytest.mark.parametrize(
-    "tag", ["..", "../x", "/tmp/x", "a/b", "a\\b", ".hidden", "", "a\0b", "a\nb", "~", "x/../../y"]
-)
-def test_a_run_tag_never_leaves_the_log_folder(tmp_path, tag):
-    with pytest.raises(ValueError, match="run_tag must be a name"):
-        Run(tag, tmp_path / "logs")
-    if tag:
-        with pytest.raises(ValueError, match="run_tag must be a name"):
-            engine(tmp_path / "logs").joint_tune_study(tag)
-    assert not (tmp_path / "logs").exists() or not list((tmp_path / "logs").iterdir())
 
 
 # ------------------------------------------------------------------ for long

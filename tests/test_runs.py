@@ -9,7 +9,6 @@ import pytest
 import torch
 from optuna.storages import JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import TrialState
 
 from dact import DACT
 from dact.calibration import Promise
@@ -25,17 +24,12 @@ from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
 from dact.tuning.trainer import Deadline, TimeIsUp, enough_epochs, make_trainer
 from dact.tuning.trial import CAUSE
 from tests.commands import GENERATED, dact
-from tests.test_tuning import engine, small_data, small_model, study_of
+from tests.test_tuning import engine, small_data, small_model
 
 PARTS = {"classifier_config": {"dropout": 0.1}, "confidence_config": {"dropout": 0.2}}
 
 
 # ------------------------------------------------------------------ the manifest
-
-
-@pytest.mark.parametrize("tag", ["a", "2026-12-02_10-00-00", "my.run_2"])
-def test_run_tags_are_names(tag, tmp_path):
-    assert Run(tag, tmp_path).folder == tmp_path / tag
 
 
 @pytest.mark.parametrize("tag", ["", "..", "../run", "a/b", "/tmp", ".hidden", "a b"])
@@ -218,16 +212,6 @@ def test_a_trial_whose_process_died_is_failed_and_runs_again(tmp_path):
     assert again.trials[1].params == dead.params
 
 
-def test_parameters_whose_process_dies_again_and_again_are_given_up(tmp_path):
-    for _ in range(3):
-        study = open_one(tmp_path)
-        studies.queue(study, [{"x": 0.5}], 1)
-        study.ask({"x": optuna.distributions.FloatDistribution(0, 1)})
-    study = open_one(tmp_path)
-    studies.queue(study, [{"x": 0.5}], 1)
-    assert states(study) == ["FAIL"] * 3
-
-
 def test_a_study_whose_every_trial_fails_ends_and_says_why(tmp_path):
     study = open_one(tmp_path)
 
@@ -307,36 +291,6 @@ def test_a_study_that_is_done_is_not_opened_again(tmp_path, monkeypatch):
     engine(tmp_path, n_trials=1).joint_tune_study("run")
 
 
-def share(folder, address):
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    made = engine(folder, n_trials=4, storage=address, compare_defaults=False)
-    made.run_pipeline("run")
-
-
-@pytest.mark.slow
-def test_two_machines_that_share_a_storage_finish_the_studies_together(tmp_path):
-    """Each has a folder of its own, and ends with a final model of its own."""
-    address = f"sqlite:///{tmp_path / 'shared.db'}"
-    optuna.storages.RDBStorage(address)
-    context = multiprocessing.get_context("spawn")
-    folders = [tmp_path / "one", tmp_path / "two"]
-    processes = [context.Process(target=share, args=(folder, address)) for folder in folders]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-        assert process.exitcode == 0
-    lambdas = []
-    for stage in (SUBMODELS, TRAINING, LAMBDA_REG):
-        study = optuna.load_study(study_name=f"run/{stage.name}", storage=address)
-        assert 4 <= len(studies.finished(study)) <= 5
-        assert not study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING))
-    for folder in folders:
-        assert (folder / "run" / "final" / "metrics.json").is_file()
-        lambdas.append((folder / "run" / "lambda_reg.yaml").read_text())
-    assert lambdas[0] == lambdas[1], "both see the same winner"
-
-
 # ------------------------------------------------------------------ fits
 
 
@@ -353,11 +307,6 @@ def test_a_trial_runs_on_one_device(devices, kept):
 def test_more_devices_for_a_trial_are_refused(given):
     with pytest.raises(ValueError, match="a trial runs on one device"):
         trainer_arguments(given)
-
-
-def test_a_mistyped_argument_of_the_trainer_is_named():
-    with pytest.raises(TypeError, match="unexpected keyword argument 'max_epoch'"):
-        trainer_arguments({"max_epoch": 3})
 
 
 @pytest.mark.parametrize(("gpus", "given"), [(1, [1, 1, 1]), (2, [[0], [1], [0]])])
@@ -410,10 +359,6 @@ def test_a_run_without_trials_fits_the_recommended_settings(tmp_path):
     assert (model.num_layers, model.detach_exits, model.distillation) == (2, True, 0.5)
     assert not (tmp_path / "run" / "studies.db").exists()
     assert read_json(Path(metrics))["test"]["accuracy"] > 0
-
-
-def test_trials_of_the_engine_are_found_by_name(begun):
-    assert len(study_of(begun, "submodels").trials) == 1
 
 
 def test_a_smoke_test_reads_a_few_texts_for_one_epoch_everywhere(tmp_path):

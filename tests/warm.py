@@ -69,16 +69,14 @@ class Process:
         self.send_signal(signal.SIGKILL)
 
     def communicate(self, text=None, timeout=None):
-        """Send `text`, close standard input, and return what comes out, like
-        `subprocess.Popen.communicate`."""
+        """Do as `subprocess.Popen.communicate`."""
         said = {}
 
         def read(name, file):
             said[name] = file.read()
 
-        files = {
-            name: file for name in ("stdout", "stderr") if (file := getattr(self, name)) is not None
-        }
+        files = {"stdout": self.stdout, "stderr": self.stderr}
+        files = {name: file for name, file in files.items() if file is not None}
         readers = [threading.Thread(target=read, args=item, daemon=True) for item in files.items()]
         for reader in readers:
             reader.start()
@@ -96,15 +94,7 @@ class Process:
 
 
 def start(module, arguments, *, cwd, env, merged=False):
-    """Start ``python -m MODULE ARGUMENTS`` as a process of its own.
-
-    Args:
-        module: ``"dact"`` or ``"tests.killed"``.
-        arguments: The words after it.
-        cwd: Folder.
-        env: All of its environment.
-        merged: Whether its errors go where its output goes.
-    """
+    """Start ``python -m MODULE ARGUMENTS``; with `merged`, errors go where its output goes."""
     ends = [os.pipe() for _ in range(4)]  # input, output, errors, and the exit status
     (input_end, text), (said, output_end), (complained, error_end), (exit_status, status_end) = ends
     given = [input_end, output_end, output_end if merged else error_end, status_end]
@@ -173,10 +163,8 @@ def serve(connection):
 
 def become(request):
     """Be the command that is asked for."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(
-            number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ.clear()
     os.environ.update(request["env"])
     os.chdir(request["cwd"])

@@ -59,14 +59,7 @@ class BrierScore(Callback):
 def fit_baseline(
     recipe: Recipe, folder: Path, data: LightningDataModule, progress: Progress
 ) -> dict[str, Any]:
-    """Fine-tune the whole encoder, keep two epochs in `folder`, and return the facts of the fit.
-
-    Args:
-        data: Datamodule that is set up for a fit.
-
-    Raises:
-        NonFiniteLoss: If the loss is not finite.
-    """
+    """Fine-tune the whole encoder, keep two epochs in `folder`, and return the facts of the fit."""
     checkpoints = folder / "fit"
     with seeded(recipe.seed):
         model = recipe.whole_model().at_full_depth()

@@ -303,7 +303,7 @@ class TuningEngine:
             data.setup("test")
         check_classes(getattr(data, "class_names", None), recipe.output_dimension)
         with run.opened(configuration):
-            self._take(run)
+            vars(self).update(vars(run.winners()))
             if measured and recipe.note:
                 self.progress.note(recipe.note)
             if isinstance(data, TextDataModule):
@@ -311,10 +311,6 @@ class TuningEngine:
             plan = make_plan(recipe, self.spaces, self.search_space, model, data)
             self._prepared = prepare(recipe, run, plan, model, data, self.progress)
             yield self._prepared
-
-    def _take(self, run: Run) -> None:
-        """Set the winners of a run as attributes of the engine."""
-        vars(self).update(vars(run.winners()))
 
     def _tune_one(self, stage: Stage, run_tag: str) -> dict[str, Any]:
         """Run one study, which may take the time of all three, and return its winners by name."""
@@ -346,7 +342,7 @@ class TuningEngine:
         trials = studies.completed(study)
         chosen = stage.pick(trials, self.select)
         run.save(stage, prepared.plan.winners(stage, chosen.params), limits)
-        self._take(run)
+        vars(self).update(vars(run.winners()))
         pictures = run.folder / stage.name / "study"
         report.draw_study(pictures, study, len(trials), chosen)
 

@@ -28,12 +28,8 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]``
     and, where the data has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``,
-    in the order of the data set. Each is a ``.npy`` file.
-
-    Args:
-        encoder: Encoder in eval mode, on the device that it should use.
-        loader: Loader whose sampler and order do not matter.
-        folder: Destination; written whole or not at all.
+    in the order of the data set, whatever that of the loader. Each is a ``.npy`` file in `folder`,
+    which is written whole or not at all.
     """
     device, examples = next(encoder.parameters()).device, len(loader.dataset)  # type: ignore[arg-type]
     size, collate = loader.batch_size or 32, loader.collate_fn
@@ -58,11 +54,7 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
 
 
 class Features(Dataset[dict[str, Tensor]]):
-    """The memory-mapped arrays of a split, which a loader reads by batches.
-
-    Args:
-        folder: Folder that `compute_features` wrote.
-    """
+    """The memory-mapped arrays of a split that `compute_features` wrote, read by batches."""
 
     def __init__(self, folder: Path) -> None:
         # Copy-on-write: torch needs writable memory, and the files must not change.
@@ -80,14 +72,7 @@ class Features(Dataset[dict[str, Tensor]]):
 
 class FeaturesData(LightningDataModule):
     """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels``
-    ``[batch]``.
-
-    Args:
-        train: Training examples.
-        val: Validation examples.
-        batch_size: Number of examples per training batch.
-        seed: Seed for the order in training.
-    """
+    ``[batch]``; `seed` is that of the order in training."""
 
     def __init__(self, train: Features, val: Features, *, batch_size: int, seed: int) -> None:
         super().__init__()

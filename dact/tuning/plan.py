@@ -58,12 +58,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a run.
 
-    Args:
-        recipe: Recipe of the run.
-        spaces: Spaces from `build_spaces`.
-        bounded: Names of the parameters whose ranges the user gave.
-        model: Model of the factory.
-        data: Datamodule of the factory, set up for a fit.
+    `data` must be set up for a fit; `bounded` has the parameters whose ranges the user gave.
     """
     size, epochs = getattr(data, "batch_size", None), recipe.epochs
     training = dict(spaces[TRAINING.name])

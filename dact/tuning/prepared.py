@@ -36,10 +36,6 @@ class Prepared:
     It is small to send to another process, which reads the files on demand.
 
     Args:
-        recipe: Recipe of the run.
-        run: The run.
-        plan: Plan of the run.
-        class_names: Names of the classes, if the data has them.
         teacher: File with a teacher's probabilities of the training examples, or None.
         learning: Arguments of all models that set their distillation, if the factory's differs.
         finetuning: Arguments of fits of the encoder after the studies; see `Recipe.finetuning`.
@@ -58,7 +54,6 @@ class Prepared:
 
     @property
     def baseline(self) -> Path:
-        """The folder of the fine-tuned whole encoder."""
         return self.run.folder / "baseline"
 
     @property
@@ -68,18 +63,12 @@ class Prepared:
 
     @property
     def states(self) -> Path:
-        """The folder with the states of frozen mode and its encoder's weights."""
         return self.run.folder / "features"
 
     def right(self, target: Tensor) -> Tensor:
         """Return which validation examples the baseline classifies correctly, bool ``[examples]``.
 
-        Args:
-            target: Classes of the validation examples in their order, int64 ``[examples]``; the
-                last ones may be missing.
-
-        Raises:
-            ValueError: If it saw the examples in another order.
+        `target` has their classes in order, int64 ``[examples]``; the last ones may be missing.
         """
         answers, size = read_tensors(self.baseline / ANSWERS)[0], len(target)
         if not torch.equal(answers["targets"][:size], target):
@@ -99,11 +88,8 @@ class Prepared:
     ) -> tuple[DACT, LightningDataModule]:
         """Return a new model and a new datamodule.
 
-        Args:
-            settings: Settings of both.
-            seed: Seed for the order of states in frozen mode.
-            unfreeze: Whether the encoder is trained even in frozen mode, from the teacher's
-                weights.
+        In frozen mode, `seed` is that of the order of states, unless `unfreeze` lets the encoder
+        train as well.
         """
         if self.is_frozen and not unfreeze:
             size = settings.batch_size or self.run.result("features")["batch_size"]
@@ -153,13 +139,7 @@ def prepare(
 ) -> Prepared:
     """Make the shared inputs of all fits, as far as earlier calls have not.
 
-    Args:
-        model: Model of the factory.
-        data: Datamodule of the factory, set up for a fit, which must not be used afterwards.
-
-    Raises:
-        NonFiniteLoss: If the loss of the whole encoder or of frozen mode's is not finite.
-        ValueError: If the data cannot carry a teacher's probabilities, but shall.
+    `data` must be set up for a fit, and must not be used afterwards.
     """
     named, data.teacher = getattr(data, "teacher", None), None  # it runs once, below
     run.step("baseline", fit_baseline, recipe, run.folder / "baseline", data, progress)

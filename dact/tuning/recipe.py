@@ -28,15 +28,7 @@ TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
 CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
 FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate
 NOT_COMPARED = ("max_time", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
-COMPARED = (
-    "encoder_training",
-    "final_training",
-    "warm_up_epochs",
-    "distillation",
-    "consistency",
-    "halting_tolerance",
-    "seed",
-)
+OUTSIDE = ("trainer", "compare_defaults", "note")  # fields that are not options of the tuner
 
 # The recommended settings: what the studies start from, and what a run without trials fits. Each is
 # measured in benchmarks/README.md.
@@ -51,11 +43,6 @@ def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
 
     The submodels learn ten times as fast as the encoder, exits learn as in a multi-exit model, and
     two thirds of the layers are kept. The rest is the factory's.
-
-    Args:
-        model: Model of the factory.
-        batch_size: Number of examples per batch of the data, None if it does not say.
-        epochs: Number of epochs.
     """
     rate = model.learning_rate
     changed: dict[str, Any] = {
@@ -68,7 +55,7 @@ def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
 
 
 def as_written(model: DACT, batch_size: int | None, epochs: int) -> Settings:
-    """Return the settings that the factories make by themselves; arguments as for `recommended`."""
+    """Return the settings that the factories make by themselves."""
     names = ("learning_rate", "exit_loss_weight", "detach_exits", "weight_decay", "warmup_fraction")
     arguments = {name: getattr(model, name) for name in (*names, "num_layers", "lambda_reg")}
     arguments["submodel_learning_rate"] = model.submodel_learning_rate or model.learning_rate
@@ -81,19 +68,12 @@ def as_written(model: DACT, batch_size: int | None, epochs: int) -> Settings:
 class Recipe:
     """The factories, the arguments of the Trainer, and the settings that all fits of a run share.
 
+    The fields are options of `TuningEngine`, and two that follow from them:
+
     Args:
-        output_dimension: Number of classes.
-        model: Factory of models.
-        data: Factory of datamodules.
-        trainer: Arguments of the Trainer, from `trainer_arguments`.
-        encoder_training, final_training, warm_up_epochs, distillation, consistency,
-            halting_tolerance, promise, seed, compare_defaults: As for `TuningEngine`.
         calibration_fraction: Share of the validation examples that is set aside for the promise;
             None for that of the data.
         note: Text about the promise for the user, or an empty string.
-
-    Raises:
-        TypeError, ValueError: If an argument is not as described.
     """
 
     output_dimension: int
@@ -113,12 +93,8 @@ class Recipe:
     note: str = ""
 
     def __post_init__(self) -> None:
-        for name, factory in (("model", self.model), ("data", self.data)):
-            if isinstance(factory, (torch.nn.Module, LightningDataModule)):
-                raise TypeError(
-                    f"TuningEngine: {name} must be a function that makes one, got a "
-                    f"{type(factory).__name__}: every trial needs an instance of its own"
-                )
+        if isinstance(self.model, torch.nn.Module):
+            raise TypeError("TuningEngine: model must be a function that makes one, for each trial")
         check_arguments(type(self), vars(self), "TuningEngine: ")
         if self.final_training == "frozen" and self.encoder_training != "frozen":
             raise ValueError(
@@ -133,11 +109,7 @@ class Recipe:
     # ------------------------------------------------------------------ models and data
 
     def make_model(self, **settings: Any) -> DACT:
-        """Return a model of the factory; `settings` replace its arguments, as plain values.
-
-        Raises:
-            ValueError: If the factory makes models with another number of classes.
-        """
+        """Return a model of the factory; `settings` replace its arguments, as plain values."""
         model = self.model(**self.overrides(settings))
         if model.output_dimension != self.output_dimension:
             raise ValueError(
@@ -190,12 +162,7 @@ class Recipe:
     # ------------------------------------------------------------------ devices
 
     def for_worker(self, worker: int, gpus: int) -> Recipe:
-        """Return the recipe of one worker process: with several GPUs, the workers use them in turn.
-
-        Args:
-            worker: Number of the worker, from 0.
-            gpus: Number of GPUs of this machine.
-        """
+        """Return the recipe of worker 0, 1, …: with several GPUs, the workers use them in turn."""
         on_gpu = self.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         if gpus < 2 or not on_gpu or self.trainer["devices"] not in (1, "1"):
             return self
@@ -217,7 +184,7 @@ class Recipe:
         """Return what the results of a run depend on, as plain data; see `Run.opened`."""
         trainer = {n: v for n, v in self.trainer.items() if n not in NOT_COMPARED and is_plain(v)}
         own = {n: v for n, v in vars(data).items() if not n.startswith("_") and is_plain(v)}
-        tuner = {name: getattr(self, name) for name in COMPARED}
+        tuner = {n: v for n, v in vars(self).items() if n not in OUTSIDE and is_plain(v)}
         tuner["promise"] = self.promise and asdict(self.promise)
         content = {
             "model": model.config(),
@@ -239,12 +206,7 @@ def is_plain(value: Any) -> bool:
 
 
 def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a Trainer, with dact's defaults where the user gives none.
-
-    Raises:
-        TypeError: If the Trainer has no such argument.
-        ValueError: If the arguments ask for several devices or for no epoch.
-    """
+    """Return the arguments of a Trainer, checked, with defaults where the user gives none."""
     trainer = {**TRAINER_DEFAULTS, **(given or {})}
     inspect.signature(Trainer).bind(**trainer)
     check_count("TuningEngine: max_epochs of the Trainer", trainer["max_epochs"])
@@ -266,23 +228,13 @@ def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
 def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     """Return the recipe with a promise that model and data can keep.
 
-    The default promise becomes an estimate if too few examples can be set aside for it, and is
-    dropped if the model has no dial to set.
-
-    Raises:
-        ValueError: If a promise of the user cannot be kept.
+    The default promise becomes an estimate if too few examples can be set aside for it. Any other
+    one that cannot be kept raises a ``ValueError``.
     """
     promise, is_default = given.promise, given.promise == DEFAULT_PROMISE
     if promise is None:
         return given
-    try:
-        promise.check(model.exit_rule)
-    except ValueError:
-        if not is_default:
-            raise
-        note = "the model's halting settings leave no dial to set, so there is no promise"
-        return replace(given, promise=None, note=note)
-
+    promise.check(model.exit_rule)
     recipe, aside = _setting_aside(given)
     needed = promise.examples_needed()
     if promise.confidence is not None and aside >= needed:

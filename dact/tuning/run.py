@@ -25,15 +25,7 @@ STEPS = (*(stage.name for stage in STAGES), "confirmation", "final")  # each dep
 
 @dataclass(frozen=True)
 class Run:
-    """A tuning run.
-
-    Args:
-        tag: Name of the run.
-        log_dir: Folder that holds all runs.
-
-    Raises:
-        ValueError: If the tag is not a plain name.
-    """
+    """A tuning run, whose tag names its folder in the log folder."""
 
     tag: str
     log_dir: Path
@@ -47,17 +39,14 @@ class Run:
 
     @property
     def folder(self) -> Path:
-        """The folder of the run."""
         return self.log_dir / self.tag
 
     @property
     def final(self) -> Path:
-        """The folder of the final fit."""
         return self.folder / "final"
 
     @property
     def manifest(self) -> Path:
-        """The file with the configuration and the results of the finished steps."""
         return self.folder / "run.json"
 
     def study_name(self, stage: Stage) -> str:
@@ -72,12 +61,8 @@ class Run:
     def opened(self, configuration: Mapping[str, Any]) -> Iterator[None]:
         """Hold the lock of the run, and compare its configuration with that of its beginning.
 
-        Args:
-            configuration: Everything that results depend on, as plain data that JSON can hold.
-
         Raises:
-            ValueError: If another process holds the lock, or the run began with another
-                configuration.
+            ValueError: If another process holds the lock, or the configuration differs.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
@@ -148,13 +133,8 @@ class Run:
         return Winners(**found)
 
     def save(self, stage: Stage, winners: Mapping[str, Any], limits: Any) -> None:
-        """Store the winners of a study, and drop the later steps if they are new.
-
-        Args:
-            stage: Stage of the study.
-            winners: Winners by name; each is also written as a YAML file.
-            limits: Number of trials and seconds that the study had.
-        """
+        """Store the winners of a study, also as YAML files, and its `limits`: number of trials and
+        seconds. New winners drop the later steps."""
         before = self.result(stage.name)
         if before is not None and before["winners"] != winners:
             self.drop_after(stage.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,14 +49,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Winners:
-    """The winners of a run's studies; None where a study has no winner yet.
-
-    Args:
-        classifier_config: Arguments of the classifier's `SubmodelConfig`.
-        confidence_config: Arguments of the confidence's `SubmodelConfig`.
-        external_config: Arguments of the model and the data by name, and ``num_epochs``.
-        lambda_reg: λ.
-    """
+    """The winners of a run's studies, as `TuningEngine` describes them; None where a study has no
+    winner yet."""
 
     classifier_config: dict[str, Any] | None = None
     confidence_config: dict[str, Any] | None = None
@@ -76,7 +69,4 @@ class Winners:
 
     def missing(self) -> list[str]:
         """Return the names of the winners that are missing."""
-        return [name for name in WINNERS if getattr(self, name) is None]
-
-
-WINNERS = tuple(one.name for one in dataclasses.fields(Winners))
+        return [name for name, value in vars(self).items() if value is None]

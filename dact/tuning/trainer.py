@@ -52,12 +52,7 @@ def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int
     majority class (Mosbach et al. 2021, *On the Stability of Fine-tuning BERT*).
 
     There are at most 7 times as many as asked for, and no more if the Trainer limits the batches.
-
-    Args:
-        trainer: Arguments of the Trainer.
-        data: Datamodule that is set up for a fit.
-        epochs: Number of epochs.
-        steps: Number of optimizer steps.
+    `data` must be set up for a fit.
     """
     if trainer.get("limit_train_batches") is not None:
         return epochs
@@ -77,9 +72,6 @@ class History(Callback):
         epochs: One record per validation.
         answers: Answers of all layers to the validation examples in the epoch of the lowest
             val_loss; None before the first epoch and after a resumption.
-
-    Raises:
-        NonFiniteLoss: From the fit, if val_loss is NaN or infinite.
     """
 
     def __init__(self) -> None:
@@ -145,11 +137,7 @@ class TimeIsUp(Exception):
 
 
 class Deadline:
-    """The moment at which the studies end.
-
-    Args:
-        seconds: Seconds from now, or None for no end.
-    """
+    """The moment at which the studies end: some seconds from now, or never."""
 
     def __init__(self, seconds: float | None = None) -> None:
         # All processes of a machine share the monotonic clock, so workers may be sent a deadline.
@@ -189,13 +177,8 @@ def seeded(seed: int) -> Iterator[None]:
 def make_trainer(arguments: Mapping[str, Any], *callbacks: Callback, **fixed: Any) -> Trainer:
     """Return a fresh Trainer with the user's arguments and copies of the user's callbacks.
 
-    dact shows progress, keeps checkpoints and logs by itself. So progress bars and checkpoint
-    callbacks are left out.
-
-    Args:
-        arguments: The user's arguments.
-        *callbacks: Further callbacks.
-        **fixed: Arguments that replace those of the user.
+    dact shows progress and keeps checkpoints by itself, so such callbacks of the user are left out.
+    `fixed` replaces arguments of the user.
     """
     # A copy: callbacks keep what a Trainer gives them, and a plugin keeps its loss scale.
     given = copy.deepcopy({**arguments, "logger": False, "enable_progress_bar": False})
@@ -231,16 +214,9 @@ def fit(
     logger: Any = None,
     ckpt_path: Path | None = None,
 ) -> History:
-    """Fit a model, and return the record of its epochs.
+    """Fit a model with data that only this fit uses, and return the record of its epochs.
 
-    Args:
-        arguments: Arguments of the Trainer.
-        model: Model that only this fit uses.
-        data: Datamodule that only this fit uses.
-        *callbacks: Further callbacks.
-        epochs: Number of epochs.
-        logger: Logger, or False or None to log nothing.
-        ckpt_path: Checkpoint of an earlier call from which the fit resumes.
+    It resumes from the checkpoint `ckpt_path`, and logs nothing without a logger.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite.
@@ -272,8 +248,7 @@ def resumable_fit(
 ) -> History:
     """Fit with a checkpoint after every epoch, and resume from it if an earlier call was stopped.
 
-    The fit is logged to TensorBoard in the parent of `checkpoints`. The other arguments are those
-    of `fit`.
+    The fit is logged to TensorBoard in the parent of `checkpoints`.
 
     Args:
         checkpoints: Folder of ``last.ckpt`` and of ``best.ckpt``, the epoch to keep.
@@ -292,10 +267,9 @@ def resumable_fit(
         best = {**names, "filename": "best", "save_weights_only": not averaged}
         added.append(ModelCheckpoint(**best, monitor=monitor))
     added.append(ModelCheckpoint(**names, filename="last", save_on_train_epoch_end=True))
-    last: Path | None = checkpoints / "last.ckpt"
-    if not last.is_file():
-        last = None
-    history = fit(arguments, model, data, *added, epochs=epochs, logger=logger, ckpt_path=last)
+    last = checkpoints / "last.ckpt"
+    resumed = last if last.is_file() else None
+    history = fit(arguments, model, data, *added, epochs=epochs, logger=logger, ckpt_path=resumed)
     if monitor is None:
         model.trainer.save_checkpoint(checkpoints / "best.ckpt", weights_only=True)
     logger.finalize("success")
