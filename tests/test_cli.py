@@ -229,3 +229,12 @@ def test_tuning_has_a_quiet_console(tmp_path):
 
 def test_every_configuration_is_tested():
     assert set((ROOT / "configs").glob("*.yaml")) == {FIT, GENERATED, QUICKSTART, VADER}
+
+
+@pytest.mark.slow
+def test_tune_says_before_its_studies_that_the_examples_are_too_few(tmp_path, dact_here):
+    words = [*SMALL, "--fast", "--run_tag", "few", "--tuner.n_trials", "0"]
+    status, text = dact_here("tune", "--config", GENERATED, *words, cwd=tmp_path)
+    assert status == 0, text
+    place = text.index("an estimate takes 140 to move it, and has ")
+    assert place < text.index("whole encoder")
