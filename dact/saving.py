@@ -76,7 +76,8 @@ def load(
     the model's precision."""
     # Random weights are made first, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
-        model = cls.from_config(config, **overrides)
+        # Earlier models have a confidence that reads states.
+        model = cls.from_config({"confidence_reads": "state", **config}, **overrides)
     model.load_state_dict(stacked(weights))
     return model
 

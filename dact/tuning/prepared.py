@@ -93,8 +93,7 @@ class Prepared:
         """
         if self.is_frozen and not unfreeze:
             size = settings.batch_size or self.run.result("features")["batch_size"]
-            train, val = self._features
-            states = FeaturesData(train, val, batch_size=size, seed=seed)
+            states = FeaturesData(*self._features, batch_size=size, seed=seed)
             return self._on_states(settings.model), states
         model = self.recipe.make_model(**{**self.learning, **settings.model})
         model.encoder.load_state_dict(read_tensors(self.baseline / TEACHER)[0])
@@ -130,8 +129,10 @@ class Prepared:
         return read_tensors(self.teacher)[0]["probabilities"]
 
     @cached_property
-    def _features(self) -> tuple[Features, Features]:
-        return Features(self.states / "train"), Features(self.states / "val")
+    def _features(self) -> tuple[Features, Features, Features | None]:
+        apart = self.states / "confidence"
+        train, val = Features(self.states / "train"), Features(self.states / "val")
+        return train, val, Features(apart) if apart.is_dir() else None
 
 
 def prepare(
@@ -206,7 +207,17 @@ def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]
         write_tensors(folder / ENCODER, model.encoder.float().state_dict())
     model.encoder.eval().requires_grad_(False)
     model.to(recipe.device)
+<<<<<<< HEAD
     for name in ("train", "val"):
         compute_features(model.encoder, getattr(data, f"{name}_dataloader")(), folder / name)
+=======
+    batch_size: int = next(iter(train))["labels"].shape[0]
+    in_order = DataLoader(train.dataset, batch_size=batch_size, collate_fn=train.collate_fn)
+    compute_features(model.encoder, in_order, folder / "train")
+    compute_features(model.encoder, val, folder / "val")
+    apart = getattr(data, "confidence_dataloader", lambda: None)()
+    if apart is not None:
+        compute_features(model.encoder, apart, folder / "confidence")
+>>>>>>> c91c625 (A confidence that reads answers and learns from texts set apart)
     shutil.rmtree(folder / "fit", ignore_errors=True)
     return {"batch_size": next(iter(data.train_dataloader()))["labels"].shape[0]}
