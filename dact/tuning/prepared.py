@@ -207,17 +207,9 @@ def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]
         write_tensors(folder / ENCODER, model.encoder.float().state_dict())
     model.encoder.eval().requires_grad_(False)
     model.to(recipe.device)
-<<<<<<< HEAD
-    for name in ("train", "val"):
-        compute_features(model.encoder, getattr(data, f"{name}_dataloader")(), folder / name)
-=======
-    batch_size: int = next(iter(train))["labels"].shape[0]
-    in_order = DataLoader(train.dataset, batch_size=batch_size, collate_fn=train.collate_fn)
-    compute_features(model.encoder, in_order, folder / "train")
-    compute_features(model.encoder, val, folder / "val")
-    apart = getattr(data, "confidence_dataloader", lambda: None)()
-    if apart is not None:
-        compute_features(model.encoder, apart, folder / "confidence")
->>>>>>> c91c625 (A confidence that reads answers and learns from texts set apart)
+    for name in ("train", "val", "confidence"):
+        loader = getattr(data, f"{name}_dataloader", lambda: None)()
+        if loader is not None:
+            compute_features(model.encoder, loader, folder / name)
     shutil.rmtree(folder / "fit", ignore_errors=True)
     return {"batch_size": next(iter(data.train_dataloader()))["labels"].shape[0]}
