@@ -509,9 +509,7 @@ class DACT(LightningModule):
         # They belong to the weights before the fit.
         self.calibration = self.temperatures = None
         self._taught_at = -1
-        learns = self.confidence_reads == "answer" and self.halting != "never"
-        self._records = learns and self._confidence_batches() is None
-        if self._records:
+        if self._reads_answers and self._confidence_batches() is None:
             rank_zero_info(
                 "no texts are set apart for the confidence (a datamodule's "
                 "confidence_dataloader): it learns from answers to training texts, and trusts the "
@@ -525,9 +523,14 @@ class DACT(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._said = []
+        self._records = self._reads_answers and self._confidence_batches() is None
 
     def on_train_epoch_end(self) -> None:
         self._learn_confidence()  # if there was no validation
+
+    @property
+    def _reads_answers(self) -> bool:
+        return self.confidence_reads == "answer" and self.halting != "never"
 
     def _confidence_batches(self) -> Any:
         data = getattr(self.trainer, "datamodule", None)
@@ -536,12 +539,12 @@ class DACT(LightningModule):
     def _learn_confidence(self) -> None:
         """Fit a confidence that reads answers, if it has not learned since the last step."""
         step = self.trainer.global_step
-        learns = self.confidence_reads == "answer" and self.halting != "never"
-        if not learns or step == self._taught_at:
+        if not self._reads_answers or step == self._taught_at:
             return
+        batches = self._confidence_batches()
         with self.trainer.precision_plugin.forward_context():
-            if not self._records:
-                self.teach_confidence(self._confidence_batches())
+            if batches is not None:
+                self.teach_confidence(batches)
             elif self._said:
                 self._teach(self._said)
         # Each process has recorded its own answers.

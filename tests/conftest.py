@@ -98,6 +98,10 @@ def scatter_exits(model):
             for weight in last.weight:  # of each layer
                 weight.normal_(std=scale / weight.shape[1] ** 0.5, generator=generator)
             last.bias.zero_()
+    if model.confidence_reads == "answer":
+        torch.nn.init.constant_(
+            model.confidence.last.bias, -6.0
+        )  # its line alone would run all layers
     return model
 
 
