@@ -51,6 +51,10 @@ class AnswerConfidence(Submodels):
         start_at(self, 0.0)
         self.requires_grad_(False)
 
+    def train(self, mode: bool = True) -> AnswerConfidence:
+        """Stay in eval mode: dropout would move the generator that encoder and classifiers use."""
+        return super().train(False)
+
     def answer(self, layer: int, y: Tensor) -> Tensor:
         """Return the logit of h_n for the answers of a layer (1-based): ``[batch, classes]`` ->
         ``[batch, 1]``."""
@@ -116,7 +120,7 @@ def fit_confidence(
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(0)
         fresh = AnswerConfidence(confidence.config, confidence.num_layers).to(y.device)
-        fresh.requires_grad_(True)
+        super(AnswerConfidence, fresh).train().requires_grad_(True)
         learner = torch.optim.AdamW(fresh.parameters(), RATE, weight_decay=WEIGHT_DECAY)
         for step in range(STEPS):
             learner.param_groups[0]["lr"] = RATE * (1 - step / STEPS)

@@ -542,7 +542,8 @@ class DACT(LightningModule):
         if not self._reads_answers or step == self._taught_at:
             return
         batches = self._confidence_batches()
-        with self.trainer.precision_plugin.forward_context():
+        # A loader draws a seed, which must not move the generator of encoder and classifiers.
+        with self.trainer.precision_plugin.forward_context(), torch.random.fork_rng():
             if batches is not None:
                 self.teach_confidence(batches)
             elif self._said:
