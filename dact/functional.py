@@ -209,7 +209,6 @@ def _provable(
 
 
 def _lead(y: Tensor) -> Tensor:
-    """Return the probability of the first class minus that of the second, ``[…]``."""
     first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
     return first - second
 

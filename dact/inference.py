@@ -76,8 +76,7 @@ def early_exit(
 
     Args:
         encoder: Encoder in eval mode.
-        classifier: Classifier f; its number of layers is the number of encoder layers to run.
-        confidence: Confidence g, with as many layers.
+        classifier, confidence: Submodels f and g; as many layers of the encoder run.
         batch: Inputs of the encoder, for any number of examples in any order.
         halting: Rule by which examples leave.
         step_tokens: Number of tokens that enter a layer in one step, padding included (a longer

