@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -52,9 +51,8 @@ def local_folder(
             library_name="dact",
         )
     except OSError as error:
-        said = textwrap.shorten(str(error), 300, placeholder=" …")
         raise FileNotFoundError(
-            f"there is no folder {name}, and the Hub gives no such model: {said}"
+            f"there is no folder {name}, and the Hub gives no such model: {error}"
         ) from error
     return Path(folder)
 

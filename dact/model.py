@@ -222,7 +222,10 @@ class DACT(LightningModule):
         return DACTOutput(a[:, -1], exits, y, h, p)
 
     def _inference(self, batch: Batch, halting: Halting, record: bool = False) -> DACTOutput:
-        tokens = {"step_tokens": self.step_tokens, "window_tokens": self.window_tokens}
+        tokens: dict[str, Any] = {
+            "step_tokens": self.step_tokens,
+            "window_tokens": self.window_tokens,
+        }
         parts = self.encoder, self.classifier, self.confidence
         with inference.evaluating(self):
             return inference.early_exit(*parts, batch, halting=halting, record=record, **tokens)

@@ -72,8 +72,7 @@ def stacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load(
     cls: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor], overrides: Mapping[str, Any]
 ) -> Any:
-    """Build a model of class `cls` by its `from_config`, and load its weights, which are cast to
-    the model's precision."""
+    """Build a model of class `cls`, and load its weights, which are cast to its precision."""
     # Random weights are made first, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = cls.from_config(config, **overrides)
@@ -112,11 +111,7 @@ def store_in_checkpoint(path: Path, model: Any) -> None:
 
 def adopt(model: Any, checkpoint: dict[str, Any]) -> None:
     """Give a model the class names, temperatures and calibration of a checkpoint that it loads, and
-    the weights in it their present names.
-
-    Raises:
-        ValueError: If the class names of the checkpoint are not those of the model.
-    """
+    the weights in it their present names; other classes are a ``ValueError``."""
     checkpoint["state_dict"] = stacked(checkpoint["state_dict"])
     config = stored_config(checkpoint)
     stored, own = config.get("class_names"), model.class_names
@@ -158,8 +153,8 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config.pop("written_by", None)  # of earlier versions
     kind = config.pop("format", FORMAT)
     if kind not in FORMATS:
-        name = directory / CONFIG_NAME
-        raise ValueError(f"{name} has the format {kind}, of a later dact: install a later one")
+        path = directory / CONFIG_NAME
+        raise ValueError(f"{path} has the format {kind}, of a later dact: install a later one")
     if (config["encoder"] or {}).get("type") == "OnnxEncoder":
         config["encoder"] = encoders.from_config(config["encoder"], directory)
     return config, weights

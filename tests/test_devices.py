@@ -60,15 +60,6 @@ def test_a_device_without_float64_leaves_the_halting_rule_to_the_cpu(monkeypatch
 
 
 @torch.no_grad()
-def test_losses_are_there():
-    model = tiny_model(vocab=100, class_weights=[1.0, 2.0, 1.0], distillation=0.5)
-    with SecondDevice():
-        move(model)
-        loss = model.loss(on_second_device({**BATCH, "teacher": torch.rand(40, 3).softmax(dim=1)}))
-        assert {part.device for part in vars(loss).values()} == {DEVICE}
-
-
-@torch.no_grad()
 def test_the_pretended_device_minds_what_a_gpu_minds():
     with SecondDevice() as device:
         there = There(torch.ones(3))

@@ -268,11 +268,3 @@ def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
     assert ("with confidence 0.95" in text) != estimate
     model.halting_margin = 0.25
     assert "300 examples" not in card(model), "the promise belongs to another rule"
-
-
-def test_the_three_lines_of_a_card_load_the_model(tmp_path, classifier, capsys):
-    classifier.save_pretrained(tmp_path)
-    code = (tmp_path / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code = code.replace("path/to/this/folder", str(tmp_path))
-    exec(compile(code, "README.md", "exec"), {})
-    assert "exit_layer" in capsys.readouterr().out

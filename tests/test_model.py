@@ -641,20 +641,6 @@ def test_the_loss_needs_no_trainer():
     assert model.encoder.tokens.weight.grad.abs().sum() > 0
 
 
-def test_shared_batch_normalization_trains_with_the_statistics_that_it_has_in_eval_mode():
-    torch.manual_seed(0)
-    config = SubmodelConfig(normalization="batch", dropout=0.0)
-    encoder = TransformerEncoder(50, 4, 16, 2)
-    model = DACT(encoder=encoder, classifier=config, confidence=config, share_submodels=True)
-    states = torch.randn(64, 4, 16) + 5 * torch.arange(4).view(1, 4, 1)  # layers differ
-    for _ in range(200):
-        trained = model.classifier(states)
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model.eval().classifier(states), trained.detach(), atol=0.05, rtol=0.05
-        )
-
-
 # ------------------------------------------------------------------ what Lightning has
 
 

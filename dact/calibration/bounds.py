@@ -19,8 +19,7 @@ LEFT_OUT = 1e-9
 
 
 def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
-    """Return the one-sided upper bound of Clopper & Pearson 1934 on a rate of faults, from their
-    number and that of the examples.
+    """Return the one-sided upper bound of Clopper & Pearson 1934 on a rate of faults.
 
     Example:
         >>> round(binomial_upper_bound(0, 100, 0.95), 4)  # 1 - 0.05 ** (1 / 100)

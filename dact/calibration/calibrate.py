@@ -202,7 +202,7 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
         data: Labelled examples, as for `calibrate`, but never those of validation.
 
     Returns:
-        Text for the user: what is guaranteed, or what is missing.
+        Text that says what is guaranteed, or what is missing.
     """
     promise, text = DEFAULT_PROMISE, ""
     assert promise.confidence is not None
@@ -248,7 +248,6 @@ def _examples(
 
 
 def _adopt(model: DACT, found: Calibration, answers: LayerAnswers) -> None:
-    """Give the model a setting with its record, and new temperatures if it has some."""
     model.exit_rule, model.calibration = found.exit_rule, asdict(found)
     if model.temperatures is not None:
         model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))
