@@ -223,8 +223,9 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
             # a little less than the bound, which is rounded
             agreement = (1 - promise.confidence) ** (1 / examples) - 1e-12
             text = (
-                f"As none of {examples} gets another class, with {promise.confidence:.0%} "
-                f"confidence at most {100 * (1 - agreement):.2g} % of new examples do:\n"
+                f"{promise.text} takes {promise.examples_needed()} examples. As none of {examples} "
+                f"gets another class, with {promise.confidence:.0%} confidence at most "
+                f"{100 * (1 - agreement):.2g} % of new ones do:\n"
             )
             promise = Promise(min_agreement=agreement, confidence=promise.confidence)
         found = choose_setting(answers, promise, model.exit_rule)
