@@ -46,7 +46,7 @@ def naive(answers: LayerAnswers, promise: Promise) -> float:
             1
         )
         lost = int(((full == answers.target) & (early != answers.target)).sum())
-        if binomial_upper_bound(lost, len(early), promise.confidence) > promise.kind.most:
+        if binomial_upper_bound(lost, len(early), promise.confidence) > promise.most:
             break
         chosen = margin
     return chosen

@@ -106,7 +106,7 @@ def simulate(
             {
                 "set by": kind,
                 "on": f"{examples} {part}",
-                "kept": float((losses <= PROMISE.kind.most).mean()),
+                "kept": float((losses <= PROMISE.most).mean()),
                 "accuracy_loss": float(losses.mean()),
                 "mean_exit_layer": float(layers.mean()),
             }

@@ -49,12 +49,9 @@ class Halting:
     """The rule by which examples halt: a provable criterion, and a margin next to it.
 
     Args:
-        rule: Halting rule, as for `can_halt`; ``"never"`` runs every layer, whatever the margin.
-        tolerance: Tolerance of the rule in [0, 1), as for `can_halt`.
-        margin: Margin in [0, 1], as for `is_clear`; 1 turns it off.
-
-    Raises:
-        ValueError: If a value is outside its range.
+        rule: As for `can_halt`; ``"never"`` runs every layer, whatever the margin.
+        tolerance: As for `can_halt`, in [0, 1).
+        margin: As for `is_clear`, in [0, 1]; 1 turns it off.
 
     Example:
         >>> Halting(margin=0.5).exit_layers(
@@ -100,18 +97,6 @@ class Halting:
         return self.halts(a, p, y, remaining, p.shape[1]).int().argmax(dim=1) + 1
 
 
-def _check_shapes(**given: tuple[Tensor, str]) -> None:
-    """Raise a ``ValueError`` if tensors do not fit each other's shapes, such as ``"batch
-    layers"``."""
-    sizes: dict[str, int] = {}
-    for name, (tensor, shape) in given.items():
-        names = shape.split()
-        sizes = dict(zip(names, tensor.shape, strict=False)) | sizes
-        if list(tensor.shape) != [sizes.get(one) for one in names]:
-            shapes = ", ".join(f"{one} {list(of.shape)}" for one, (of, _) in given.items())
-            raise ValueError(f"{name} must have the shape [{', '.join(names)}], got {shapes}")
-
-
 def at_least_float32(tensor: Tensor) -> Tensor:
     """Return a float64 tensor as it is and any other in float32: half precision is never summed
     over layers."""
@@ -133,7 +118,6 @@ def accumulate(y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         >>> a[0].tolist(), p[0].tolist()
         ([[0.75, 0.25], [0.5, 0.5]], [0.5, 0.25])
     """
-    _check_shapes(y=(y, "batch layers classes"), h=(h, "batch layers"))
     y, h = at_least_float32(y), at_least_float32(h)
     a_n, p_n = torch.zeros_like(y[:, 0]), torch.ones_like(h[:, 0])
     a, p = [], []
@@ -173,7 +157,7 @@ def can_halt(
         rule: ``"exact"``, ``"paper"``, or ``"never"`` (run every layer).
         tolerance: Largest probability, in [0, 1), by which the returned class may end behind the
             final winner.
-        num_layers: N, number of layers of the model, for the slack; `remaining` + 1 by default.
+        num_layers: N, for the slack; `remaining` + 1 by default.
 
     Returns:
         A bool tensor ``[batch]``.
@@ -182,7 +166,6 @@ def can_halt(
         >>> can_halt(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0.1, 0.1]), remaining=2)
         tensor([ True, False])
     """
-    _check_shapes(a=(a, "batch classes"), p=(p, "batch"))
     return _provable(a, p, remaining, Halting(rule, tolerance), num_layers)
 
 
@@ -209,7 +192,6 @@ def _provable(
 
 
 def _lead(y: Tensor) -> Tensor:
-    """Return the probability of the first class minus that of the second, ``[…]``."""
     first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
     return first - second
 
@@ -240,7 +222,6 @@ def exit_layers(
 ) -> Tensor:
     """Return the first layer after which each example may halt, int64 ``[batch]``: by `can_halt`
     or, unless never, by `is_clear`, which needs y for a margin below 1."""
-    _check_shapes(a=(a, "batch layers classes"), p=(p, "batch layers"))
     halting = Halting(rule, tolerance, margin)
     if margin < 1 and rule != "never" and y is None:
         raise ValueError(f"a margin of {margin} needs y, the classifications of the layers")
@@ -349,7 +330,6 @@ def _cross_entropy(log_y: Tensor, target: Tensor, class_weights: Tensor | None) 
     """Return the mean over the examples that have a target; `log_y` is ``[batch, classes]``."""
     classes = log_y.shape[-1]
     target = soft_targets(target, classes) if target.dim() == 1 else at_least_float32(target)
-    _check_shapes(answers=(log_y, "batch classes"), target=(target, "batch classes"))
     with_target = target.any(dim=1).sum().clamp_min(1)
     weighted = target if class_weights is None else target * class_weights
     return -(weighted * log_y).sum() / with_target

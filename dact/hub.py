@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -33,10 +32,8 @@ def local_folder(
 
     Args:
         name: Folder, or Hub id ``"OWNER/NAME"``.
-        revision: Branch, tag or commit on the Hub; ``main`` if left out.
-        token: Access token; the stored login if left out. ``False`` sends none.
-        cache_dir: Folder of the cache; that of huggingface_hub if left out.
-        local_files_only: Whether to look only in the cache.
+        revision: Branch, tag or commit on the Hub.
+        token, cache_dir, local_files_only: As for `huggingface_hub.snapshot_download`.
 
     Raises:
         FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has.
@@ -54,9 +51,8 @@ def local_folder(
             library_name="dact",
         )
     except OSError as error:
-        said = textwrap.shorten(str(error), 300, placeholder=" …")
         raise FileNotFoundError(
-            f"there is no folder {name}, and the Hub gives no such model: {said}"
+            f"there is no folder {name}, and the Hub gives no such model: {error}"
         ) from error
     return Path(folder)
 
@@ -77,7 +73,7 @@ def publish(
         save: Function that writes the files into a folder, given as ``save(folder, repo_id=…)``.
         repo_id: Hub id ``"OWNER/NAME"``, or ``"NAME"`` for the account of the token.
         token: Access token; the stored login if left out.
-        private: Whether a new repository is private; the default of the account if left out.
+        private: Whether a new repository is private.
         revision: Branch to publish to, which is created if needed; ``main`` if left out.
     """
     api = HfApi(token=token, library_name="dact")

@@ -17,11 +17,6 @@ AVERAGED = ("loss", "task_loss", "ponder_cost", "agreement")
 class LoaderMetrics:
     """Sums over the examples of one loader.
 
-    Args:
-        classes: Number of classes.
-        layers: Number of layers.
-        device: Device of the sums.
-
     Attributes:
         exits: Examples that left after each layer, int64 ``[layers]``.
         correct: Examples whose class by a_n is right, int64 ``[layers]``.
@@ -43,14 +38,8 @@ class LoaderMetrics:
         task_loss: Tensor,
         ponder_cost: Tensor,
     ) -> None:
-        """Add a batch.
-
-        Args:
-            target: int64 ``[batch]``.
-            a: Answers after each layer, ``[batch, layers, classes]``.
-            early: Answers of early exit.
-            loss, task_loss, ponder_cost: Means over the batch, scalars.
-        """
+        """Add a batch: its classes int64 ``[batch]``, the answers a after each layer and those of
+        early exit, and means over the batch."""
         answers, classes = early.probabilities.argmax(dim=1), len(self.confusion)
         agreement = (answers == a[:, -1].argmax(dim=1)).float().mean()
         means = torch.stack([loss, task_loss, ponder_cost, agreement.to(loss.dtype)])

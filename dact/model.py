@@ -48,9 +48,8 @@ class DACT(LightningModule):
 
     Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times
     the mean cross-entropy of the layers' own classifications; see `dact.functional` for the symbols
-    and their source. The logged val_loss leaves the exit loss and the λ warm-up out, so that epochs
-    and trials compare; val_task_loss, val_accuracy, val_macro_f1 and val_exit_layer are those of
-    early exit.
+    and their source. The logged val_loss leaves the exit loss and the λ warm-up out; val_task_loss,
+    val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
 
     At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in
     float32. Half precision rounds y and h, which may change the class of one example in a few
@@ -94,22 +93,17 @@ class DACT(LightningModule):
         halting_margin: Lead, in [0, 1], of the first class of y_n over its second above which an
             example leaves as well: smaller means fewer layers, 1 leaves all to the halting rule.
         class_weights: One weight per class for the training and validation losses.
-        learning_rate: Peak learning rate of AdamW; the encoder's `default_learning_rate` if left
-            out.
-        submodel_learning_rate: Peak learning rate of the two submodels; `learning_rate` if left
-            out.
+        learning_rate: Peak learning rate of AdamW; by default that of the encoder.
+        submodel_learning_rate: Peak learning rate of the submodels; `learning_rate` by default.
         weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
-        warmup_fraction: Share of the optimizer steps over which the learning rate rises; it then
-            falls to 0.
+        warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
         class_names: Names of the classes; taken from the datamodule if left out.
-        step_tokens: Number of tokens, padding included, per layer in a step of early exit; by
-            default by the device.
-        window_tokens: Number of tokens whose states early exit holds at a time; 16 steps by
-            default.
+        step_tokens: Tokens per layer in a step of early exit, with padding; by default by the
+            device.
+        window_tokens: Tokens whose states early exit holds at a time; 16 steps by default.
 
     Raises:
-        TypeError: If the encoder is not a `LayeredEncoder`.
-        ValueError: If a value is outside its range.
+        TypeError, ValueError: If a value is of another type or outside its range.
 
     Example:
         >>> from dact import DACT
@@ -178,9 +172,7 @@ class DACT(LightningModule):
             lambda_reg = PRICE / self.num_layers if confidence_reads == "answer" else 0.02
         self.lambda_reg = lambda_reg
         self.rate_is_by_encoder = learning_rate is None
-        self.learning_rate = (
-            encoder.default_learning_rate if learning_rate is None else learning_rate
-        )
+        self.learning_rate = learning_rate or encoder.default_learning_rate
         self.submodel_learning_rate = submodel_learning_rate
         self.weight_decay = weight_decay
         self.warmup_fraction = warmup_fraction
@@ -263,17 +255,13 @@ class DACT(LightningModule):
         return DACTOutput(a[:, -1], exits, y, h, p)
 
     def _inference(self, batch: Batch, halting: Halting, record: bool = False) -> DACTOutput:
+        tokens: dict[str, Any] = {
+            "step_tokens": self.step_tokens,
+            "window_tokens": self.window_tokens,
+        }
+        parts = self.encoder, self._unit, self.num_layers
         with inference.evaluating(self):
-            return inference.early_exit(
-                self.encoder,
-                self._unit,
-                self.num_layers,
-                batch,
-                halting=halting,
-                step_tokens=self.step_tokens,
-                window_tokens=self.window_tokens,
-                record=record,
-            )
+            return inference.early_exit(*parts, batch, halting=halting, record=record, **tokens)
 
     def _unit(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return y_n ``[batch, classes]`` and h_n ``[batch]`` of a layer (1-based) from its states,
@@ -404,8 +392,8 @@ class DACT(LightningModule):
         fit_confidence(self.confidence, y, target, price, self.ponder, weights)
 
     def warm_lambda(self) -> float:
-        """Return λ at this step: in a fit, it rises linearly from 0 over the first `lambda_warmup`
-        of all optimizer steps; elsewhere, or in a fit without a known end, it is `lambda_reg`."""
+        """Return λ at this step: in a fit with a known end, it rises linearly from 0 over the first
+        `lambda_warmup` of all optimizer steps."""
         trainer = self._trainer
         if trainer is None or not trainer.training:
             return self.lambda_reg
@@ -509,16 +497,16 @@ class DACT(LightningModule):
         # They belong to the weights before the fit.
         self.calibration = self.temperatures = None
         self._taught_at = -1
+        if self.rate_is_by_encoder:
+            width = self.encoder.hidden_size
+            rank_zero_info(
+                f"learning_rate is {self.learning_rate:g}, by the encoder's width {width}"
+            )
         if self._reads_answers and self._confidence_batches() is None:
             rank_zero_info(
                 "no texts are set apart for the confidence (a datamodule's "
                 "confidence_dataloader): it learns from answers to training texts, and trusts the "
                 "first layers too much if these are known by heart"
-            )
-        if self.rate_is_by_encoder:
-            rank_zero_info(
-                f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
-                f"{self.encoder.hidden_size}; set learning_rate to change it"
             )
 
     def on_train_epoch_start(self) -> None:
@@ -633,7 +621,7 @@ class DACT(LightningModule):
         Args:
             checkpoint_path: File, or its address, such as ``s3://…``.
             map_location: As for `torch.load`.
-            weights_only: Not used: a checkpoint of dact holds only data.
+            weights_only: Not used.
             encoder, **overrides: As for `from_pretrained`.
         """
         config, weights = saving.read_checkpoint(checkpoint_path, map_location)
@@ -653,16 +641,13 @@ class DACT(LightningModule):
         model_card.write_card(Path(directory), self, metrics, repo_id)
 
     def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Any) -> str:
-        """Publish the model on the Hub in one commit; `TextClassifier.push_to_hub` publishes its
-        tokenizer as well.
+        """Publish the model on the Hub in one commit, and return its address;
+        `TextClassifier.push_to_hub` publishes the tokenizer as well.
 
         Args:
             repo_id: Hub id ``"OWNER/NAME"`` of a repository, which is created if needed.
             metrics: As for `save_pretrained`.
-            **options: ``token``, ``private``, ``revision`` and so on; see `dact.hub.publish`.
-
-        Returns:
-            Address of the commit.
+            **options: ``token``, ``private`` and ``revision``, as for `dact.hub.publish`.
         """
         return hub.publish(partial(self.save_pretrained, metrics=metrics), repo_id, **options)
 
@@ -685,10 +670,8 @@ class DACT(LightningModule):
         Args:
             directory: Folder, or Hub id ``"OWNER/NAME"``.
             encoder: Encoder, built as it was for training; needed only for one of your own.
-            revision, token, cache_dir, local_files_only: Options for a Hub id; see
-                `dact.hub.local_folder`.
-            **overrides: Constructor arguments that replace stored ones, such as
-                ``halting_tolerance=0.3``.
+            revision, token, cache_dir, local_files_only: As for `dact.hub.local_folder`.
+            **overrides: Constructor arguments that replace stored ones.
 
         Raises:
             FileNotFoundError: If there is no such folder or repository, or a file is missing.
@@ -710,27 +693,18 @@ class DACT(LightningModule):
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
-    """Return the labels of a batch for a stage, such as ``"training"``.
-
-    Raises:
-        KeyError: If there are none.
-        ValueError: If an example is unlabelled, elsewhere than in training.
-    """
+    """Return the labels of a batch for a stage, such as ``"training"``, which alone takes -100."""
     check_batch(batch)
     if not isinstance(batch.get("labels"), Tensor):
         raise KeyError(
             f"a batch for {stage} needs 'labels' [batch], a tensor, got the keys {sorted(batch)}"
         )
     if stage != "training" and (batch["labels"] == functional.UNLABELLED).any():
-        raise ValueError(
-            f"a batch for {stage} has the label {functional.UNLABELLED}: only training takes "
-            "unlabelled examples"
-        )
+        raise ValueError(f"a batch for {stage} has the label -100: only training takes it")
     return batch["labels"]
 
 
 def _check_together(given: Mapping[str, Any]) -> None:
-    """Raise an error if arguments of `DACT` contradict each other."""
     if given["num_layers"] is not None:
         most = given["encoder"].num_layers
         check_count("DACT: num_layers", given["num_layers"], 1, most, "the layers of the encoder")

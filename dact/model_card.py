@@ -20,8 +20,7 @@ Metrics = Mapping[str, Any] | None  # content of metrics.json
 
 
 def metrics_of(folder: Path) -> Metrics:
-    """Return the measurements of the run that a ``model/`` folder is part of; None for any other
-    folder."""
+    """Return the measurements of the run that a ``model/`` folder is part of, else None."""
     path = folder.absolute().parent / "metrics.json"
     return read_json(path) if folder.name == "model" and path.is_file() else None
 
@@ -29,14 +28,13 @@ def metrics_of(folder: Path) -> Metrics:
 def write_card(
     folder: Path, model: Any, metrics: Metrics = None, repo_id: str | None = None
 ) -> None:
-    """Write README.md into the folder of a model, unless one is there that was written by hand.
+    """Write README.md into the folder of a `DACT`, unless one is there that was written by hand.
 
     Args:
         folder: Folder of the model.
-        model: The model, a `DACT`.
-        metrics: Content of metrics.json, whose measurements the card shows; that of the run whose
-            ``model/`` folder this is if None.
-        repo_id: Hub id under which it is published; None for a local folder.
+        model: The model.
+        metrics: Content of metrics.json; by default that of the run whose ``model/`` this is.
+        repo_id: Hub id under which it is published.
     """
     path = folder / CARD_NAME
     if not path.exists() or is_written_by_dact(path):
@@ -77,8 +75,7 @@ classifier = TextClassifier.from_pretrained("{repo_id or "path/to/this/folder"}"
 print(classifier(["a text", "another text"]))
 ```
 
-Each prediction has the label, its score and the exit layer. `TextClassifier.stream` takes texts one
-at a time. `DACT.from_pretrained` returns the model itself, which takes token ids.
+Each prediction has the label, its score and the exit layer.
 
 ## When a text leaves
 
@@ -96,13 +93,8 @@ margin (1 for never); by the rule `never` it runs all layers.
 
 
 def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> str:
-    """Return the content of a promise as text.
-
-    Args:
-        promise: Fields of `dact.calibration.Promise`.
-        against: Name of the reference of accuracy and agreement.
-        layers: Number of layers of the model.
-    """
+    """Return the content of a promise, given by its fields, as text: `against` is the name of the
+    reference, and `layers` the number of layers of the model."""
     if promise.get("max_accuracy_loss") is not None:
         points = 100 * promise["max_accuracy_loss"]
         return f"at most {points:g} point{'s' * (points != 1)} of accuracy below {against}"
@@ -112,22 +104,15 @@ def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> s
 
 
 def describe(found: Mapping[str, Any], layers: int) -> str:
-    """Return a record of `dact.calibrate` as a few lines of text.
-
-    Args:
-        found: Fields of `dact.calibration.Calibration`.
-        layers: Number of layers of the model.
-    """
+    """Return a `dact.calibration.Calibration` of a model of so many layers, given by its fields,
+    as a few lines of text."""
     promise, against = found["promise"], f"all {layers} layers"
     compared = f"{against} {100 * found['full_depth_accuracy']:.2f} %"
     if found.get("baseline_accuracy") is not None:
         against = "the whole encoder"
         compared += f", whole encoder {100 * found['baseline_accuracy']:.2f} %"
-    (name,) = (
-        name
-        for name in ("max_accuracy_loss", "min_agreement", "max_layers")
-        if promise.get(name) is not None
-    )
+    names = ("max_accuracy_loss", "min_agreement", "max_layers")
+    name = next(one for one in names if promise.get(one) is not None)
     kept = what_is_promised(promise, against, layers)
     says = f"keeps {name}={promise[name]:g} with confidence {promise['confidence']}: {kept}"
     if found.get("estimate"):
@@ -150,7 +135,6 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
 
 
 def _measurements(metrics: Metrics, layers: int) -> str:
-    """Return the table of the measurements that metrics.json has."""
     if metrics is None or "test" not in metrics:
         return ""
     test = metrics["test"]

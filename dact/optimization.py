@@ -20,8 +20,7 @@ def schedule(
     total: float,
     stacked: Iterable[nn.Parameter] = (),
 ) -> Any:
-    """Return AdamW and its schedule, in a form that `LightningModule.configure_optimizers` may
-    return.
+    """Return AdamW and its schedule, as `LightningModule.configure_optimizers` may return them.
 
     Args:
         rates: Parameters, each with their peak learning rate.
@@ -40,11 +39,8 @@ def schedule(
         for chosen, decay in ((matrices, weight_decay), (others, 0.0)):
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    # One kernel for all tensors. On a CPU it is not the default, and several times as fast. Other
-    # devices may lack it.
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    fused = devices <= {"cpu", "cuda"}
-    optimizer = torch.optim.AdamW(groups, fused=fused, foreach=not fused)
+    # One kernel for all tensors. On a CPU it is not the default, and several times as fast.
+    optimizer = torch.optim.AdamW(groups, fused=True)
     # Lightning clips no gradients that an optimizer unscales by itself; without this flag,
     # Lightning unscales them.
     optimizer._step_supports_amp_scaling = False
@@ -55,16 +51,10 @@ def schedule(
 
 
 class WarmupThenDecay(LambdaLR):
-    """A learning rate that rises linearly and then falls linearly to 0.
+    """A learning rate that rises linearly over `warmup` steps and then falls linearly to 0.
 
-    A parameter group that is added during the fit, as Lightning's `BaseFinetuning` does when it
-    unfreezes layers, follows it as well.
-
-    Args:
-        optimizer: Optimizer whose groups hold their peak rates.
-        warmup: Number of steps over which the rate rises.
-        total: Number of optimizer steps.
-    """
+    A parameter group that is added during the fit, as by Lightning's `BaseFinetuning`, follows it
+    as well."""
 
     def __init__(self, optimizer: Optimizer, warmup: float, total: float) -> None:
         super().__init__(optimizer, partial(_factor, warmup=warmup, total=total))

@@ -30,8 +30,7 @@ class DACTOutput:
     p: Tensor | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
-        """Return the output with its tensors moved or cast by `torch.Tensor.to`, as the Trainer
-        moves predictions."""
+        """Return the output with its tensors moved or cast by `torch.Tensor.to`."""
         given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
         return DACTOutput(**{name: one.to(*args, **kwargs) for name, one in given.items()})
 

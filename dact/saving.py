@@ -72,8 +72,7 @@ def stacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load(
     cls: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor], overrides: Mapping[str, Any]
 ) -> Any:
-    """Build a model of class `cls` by its `from_config`, and load its weights, which are cast to
-    the model's precision."""
+    """Build a model of class `cls`, and load its weights, which are cast to its precision."""
     # Random weights are made first, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         # Earlier models have a confidence that reads states.
@@ -93,12 +92,7 @@ def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 def read_checkpoint(
     path: str | Path, map_location: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the configuration and the weights in a checkpoint of DACT, a file or an address.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If the file cannot be read or is not a checkpoint of DACT.
-    """
+    """Return the configuration and the weights in a checkpoint of DACT, a file or an address."""
     checkpoint = DurableCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
     config = stored_config(checkpoint)
     if "output_dimension" not in config or "state_dict" not in checkpoint:
@@ -118,11 +112,7 @@ def store_in_checkpoint(path: Path, model: Any) -> None:
 
 def adopt(model: Any, checkpoint: dict[str, Any]) -> None:
     """Give a model the class names, temperatures and calibration of a checkpoint that it loads, and
-    the weights in it their present names.
-
-    Raises:
-        ValueError: If the class names of the checkpoint are not those of the model.
-    """
+    the weights in it their present names; other classes are a ``ValueError``."""
     checkpoint["state_dict"] = stacked(checkpoint["state_dict"])
     config = stored_config(checkpoint)
     stored, own = config.get("class_names"), model.class_names
@@ -151,17 +141,11 @@ def write_folder(model: Any, directory: Path) -> None:
 
 def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the weights in a folder that `write_folder` wrote. An encoder
-    that consists of files takes the place of its description.
-
-    Raises:
-        FileNotFoundError: If the folder or one of the two files is missing.
-        ValueError: If a file cannot be read, or is of a later version of dact.
-    """
+    that consists of files takes the place of its description."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(
-                f"{directory} has no {name}: expected a folder that save_pretrained wrote, such as "
-                "model/ of a fit or final/model/ of a tuning run"
+                f"{directory} has no {name}: expected a folder such as model/ of a fit"
             )
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)
@@ -170,8 +154,8 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config.pop("written_by", None)  # of earlier versions
     kind = config.pop("format", FORMAT)
     if kind not in FORMATS:
-        name = directory / CONFIG_NAME
-        raise ValueError(f"{name} has the format {kind}, of a later dact: install a later one")
+        path = directory / CONFIG_NAME
+        raise ValueError(f"{path} has the format {kind}, of a later dact: install a later one")
     if (config["encoder"] or {}).get("type") == "OnnxEncoder":
         config["encoder"] = encoders.from_config(config["encoder"], directory)
     return config, weights

@@ -32,9 +32,8 @@ class Hub:
         found = {}
         for commits in self.repositories[repo].values():
             for count in range(len(commits) + 1):
-                found[hashlib.sha1(repr((repo, commits[:count])).encode()).hexdigest()] = commits[
-                    :count
-                ]
+                sha = hashlib.sha1(repr((repo, commits[:count])).encode()).hexdigest()
+                found[sha] = commits[:count]
         return found
 
     def files(self, repo, sha):
@@ -119,35 +118,21 @@ def serving():
             elif action == "info":  # info/lfs/objects/batch
                 self.large_files(json.loads(self.body))
             elif (sha := hub.sha(repo, revision)) is None:
-                self.answer(
-                    {"error": f"Invalid rev id: {revision}"}, 404, X_Error_Code="RevisionNotFound"
-                )
+                self.answer({"error": revision}, 404, X_Error_Code="RevisionNotFound")
             elif action == "revision":
                 files = [{"rfilename": name} for name in hub.files(repo, sha)]
-                self.answer(
-                    {
-                        "id": repo,
-                        "sha": sha,
-                        "siblings": files,
-                        "private": repo in hub.private,
-                        "tags": [],
-                    }
-                )
+                private = repo in hub.private
+                about = {"id": repo, "sha": sha, "private": private, "tags": []}
+                self.answer({**about, "siblings": files})
             elif action == "tree":
-                self.answer(
-                    [entry(name, content) for name, content in hub.files(repo, sha).items()]
-                )
+                self.answer([entry(*file) for file in hub.files(repo, sha).items()])
             elif action == "resolve":
                 self.download(hub.files(repo, sha).get("/".join(rest[1:])), sha)
             elif action == "preupload":
-                names = [file["path"] for file in json.loads(self.body)["files"]]
-                modes = {
-                    name: "lfs" if name.endswith(".safetensors") else "regular" for name in names
-                }
-                files = [
-                    {"path": n, "uploadMode": mode, "shouldIgnore": False}
-                    for n, mode in modes.items()
-                ]
+                files = [{**one, "shouldIgnore": False} for one in json.loads(self.body)["files"]]
+                for file in files:
+                    is_large = file["path"].endswith(".safetensors")
+                    file["uploadMode"] = "lfs" if is_large else "regular"
                 self.answer({"files": files})
             elif action == "commit":
                 self.commit(repo, revision)
@@ -157,19 +142,13 @@ def serving():
                 {**file, "actions": {"upload": {"href": f"{hub.url}/lfs/{file['oid']}"}}}
                 for file in asked["objects"]
             ]
-            self.answer(
-                {"transfer": "basic", "objects": objects},
-                Content_Type="application/vnd.git-lfs+json",
-            )
+            kind = "application/vnd.git-lfs+json"
+            self.answer({"transfer": "basic", "objects": objects}, Content_Type=kind)
 
         def download(self, content, sha):
             if content is None:
-                self.answer(
-                    {"error": "Entry not found"},
-                    404,
-                    X_Error_Code="EntryNotFound",
-                    X_Repo_Commit=sha,
-                )
+                codes = {"X_Error_Code": "EntryNotFound", "X_Repo_Commit": sha}
+                self.answer({"error": "Entry not found"}, 404, **codes)
             else:
                 etag = f'"{hashlib.sha256(content).hexdigest()}"'
                 self.answer(content, X_Repo_Commit=sha, ETag=etag, Accept_Ranges="bytes")
@@ -185,9 +164,8 @@ def serving():
                     added[value["path"]] = hub.stored[value["oid"]]
             hub.repositories[repo][branch].append(added)
             sha = hub.sha(repo, branch)
-            self.answer(
-                {"commitUrl": f"{hub.url}/{repo}/commit/{sha}", "commitOid": sha, "success": True}
-            )
+            address = f"{hub.url}/{repo}/commit/{sha}"
+            self.answer({"commitUrl": address, "commitOid": sha, "success": True})
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     hub.url = f"http://127.0.0.1:{server.server_port}"
@@ -200,12 +178,8 @@ def serving():
 
 
 def entry(name, content):
-    found = {
-        "type": "file",
-        "path": name,
-        "size": len(content),
-        "oid": hashlib.sha1(content).hexdigest(),
-    }
+    oid = hashlib.sha1(content).hexdigest()
+    found = {"type": "file", "path": name, "size": len(content), "oid": oid}
     if name.endswith(".safetensors"):
         oid = hashlib.sha256(content).hexdigest()
         found["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}

@@ -12,10 +12,8 @@ def accumulate(y, h):
     previous_p, previous_a = 1.0, [0.0] * len(y[0])
     a, p = [], []
     for y_n, h_n in zip(y, h, strict=True):
-        a_n = [
-            previous_p * y_c + (1 - previous_p) * a_c
-            for y_c, a_c in zip(y_n, previous_a, strict=True)
-        ]
+        pairs = zip(y_n, previous_a, strict=True)
+        a_n = [previous_p * y_c + (1 - previous_p) * a_c for y_c, a_c in pairs]
         p_n = previous_p * h_n
         a.append(a_n)
         p.append(p_n)
@@ -72,10 +70,7 @@ def binomial_upper_bound(faults, examples, confidence):
     low, high = 0.0, 1.0
     for _ in range(60):
         rate = (low + high) / 2
-        few = sum(
-            math.comb(examples, k) * rate**k * (1 - rate) ** (examples - k)
-            for k in range(faults + 1)
-        )
+        few = sum(outcome_probability(k, 0, examples, rate, 0.0) for k in range(faults + 1))
         low, high = (rate, high) if few > 1 - confidence else (low, rate)
     return high
 
@@ -99,15 +94,8 @@ def distillation_loss(probabilities, teacher):
 
 def symmetric_divergence(first, second):
     """Half of the sum of both Kullback-Leibler divergences between one example's answers."""
-    both = ((first, second), (second, first))
-    return (
-        sum(
-            p * (math.log(p) - math.log(q))
-            for one, other in both
-            for p, q in zip(one, other, strict=True)
-        )
-        / 2
-    )
+    pairs = zip(first + second, second + first, strict=True)
+    return sum(p * (math.log(p) - math.log(q)) for p, q in pairs) / 2
 
 
 def brier_score(probabilities, target):

@@ -24,21 +24,10 @@ def test_widths_follow_the_strategy(strategy, widths):
 
 
 def test_an_odd_bow_tie_has_one_narrow_middle_and_widths_never_reach_zero():
-    assert SubmodelConfig(
-        num_layers=5, hidden_units=64, layer_strategy="bow_tie"
-    ).hidden_widths() == [
-        64,
-        32,
-        16,
-        32,
-        64,
-    ]
-    assert (
-        min(
-            SubmodelConfig(num_layers=8, hidden_units=4, layer_strategy="pyramidal").hidden_widths()
-        )
-        == 1
-    )
+    bow_tie = SubmodelConfig(num_layers=5, hidden_units=64, layer_strategy="bow_tie")
+    assert bow_tie.hidden_widths() == [64, 32, 16, 32, 64]
+    narrow = SubmodelConfig(num_layers=8, hidden_units=4, layer_strategy="pyramidal")
+    assert min(narrow.hidden_widths()) == 1
     assert SubmodelConfig(num_layers=0).hidden_widths() == []
 
 
@@ -103,12 +92,8 @@ def test_each_layer_draws_dropout_masks_of_its_own():
     [
         ({"num_layers": -1}, ValueError, "num_layers must be in 0 … 1000, got -1"),
         ({"num_layers": 1.5}, TypeError, "num_layers must be an integer, got 1.5"),
-        ({"hidden_units": 0}, ValueError, "hidden_units must be 1 or more, got 0"),
-        ({"hidden_units": True}, TypeError, "got True"),
         ({"dropout": 1.0}, ValueError, r"dropout must be in \[0, 1\), got 1.0"),
         ({"normalization": "group"}, ValueError, "'none', 'batch', 'layer', got 'group'"),
-        ({"activation": "swish"}, ValueError, "got 'swish'"),
-        ({"layer_strategy": "cone"}, ValueError, "got 'cone'"),
     ],
 )
 def test_wrong_architectures_are_refused(arguments, kind, message):

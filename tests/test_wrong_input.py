@@ -91,26 +91,6 @@ def test_a_model_of_other_classes_never_answers_by_their_position(tmp_path):
         trainer.fit(model, data)
 
 
-def test_prediction_cuts_where_the_text_classifier_does(folder, dact_here, tmp_path):
-    config = read_json(folder / "tokenizer_config.json")
-    config.pop("model_max_length")  # as tokenizers of one's own are often saved
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    words = [token for token in load_tokenizer(str(folder)).get_vocab() if token.isalpha()]
-    texts = [" ".join(words[(n * m) % len(words)] for m in range(1, 400)) for n in range(1, 40)]
-    (tmp_path / "new.csv").write_text("text\n" + "\n".join(texts) + "\n")
-    answers = TextClassifier.from_pretrained(folder)(texts)
-    words = ["predict", "--model", folder, "--data.predict_file", "new.csv"]
-    words += ["--output", "out.jsonl"]
-    for options, same in (((), True), (("--data.max_length", 3), False)):
-        status, output = dact_here(*words, *options, cwd=tmp_path)
-        assert not status, output
-        found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
-        scores = [
-            row[f"probability_{answer.label}"] for row, answer in zip(found, answers, strict=True)
-        ]
-        assert (scores == pytest.approx([answer.score for answer in answers], abs=1e-4)) == same
-
-
 class Wider(DACT):
     """A model of somebody's own, with weights of its own."""
 

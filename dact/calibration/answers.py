@@ -135,11 +135,8 @@ class Measured:
         return self.losses(class_weights).mean().item()
 
     def difference(self, reference_right: Tensor) -> tuple[float, float]:
-        """Return the accuracy minus that of a reference, with its paired standard error.
-
-        Args:
-            reference_right: Whether the reference is right, bool ``[examples]``.
-        """
+        """Return the accuracy minus that of a reference, with its paired standard error;
+        `reference_right` is where the reference is right, bool ``[examples]``."""
         return mean_and_error(self.right.double() - reference_right.double())
 
 
@@ -155,11 +152,7 @@ def check_finite(probabilities: Tensor) -> None:
 
 @torch.no_grad()
 def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
-    """Return the answers of all layers to labelled batches, by the precision of ``torch.autocast``.
-
-    Args:
-        model: Model, on the device that it should use.
-        batches: Batches with ``labels`` int64 ``[batch]``.
+    """Return the answers of all layers to labelled batches.
 
     Raises:
         ValueError: If a label is no class, or an answer is not finite.
@@ -186,8 +179,7 @@ def exits_by_setting(
 ) -> Callable[[float], Tensor]:
     """Return a function from settings of a dial to exit layers, int64 ``[examples]``.
 
-    It returns what `LayerAnswers.exit_layers` does, hundreds of times as fast: all that does not
-    depend on the setting is computed once.
+    It returns what `LayerAnswers.exit_layers` does, hundreds of times as fast.
     """
     # The two criteria need only the first and the second class: [examples, layers, 2].
     a = answers.a.topk(2, dim=-1).values
@@ -217,10 +209,8 @@ def careful_mean_and_error(
     values: Tensor, low: float = -1.0, high: float = 1.0
 ) -> tuple[float, float]:
     """Return the mean of `values` in [low, high] and the standard error that one more value at
-    either end would give.
-
-    Otherwise the error of a few equal values would be 0. Source: Bonett & Price 2012, *Adjusted
-    Wald Confidence Interval for a Difference of Binomial Proportions Based on Paired Data*."""
+    either end would give, since that of a few equal values would be 0 (Bonett & Price 2012,
+    *Adjusted Wald Confidence Interval for a Difference of Binomial Proportions*)."""
     more = torch.cat([values.double(), values.new_tensor([low, high], dtype=torch.float64)])
     return values.double().mean().item(), mean_and_error(more)[1]
 

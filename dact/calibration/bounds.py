@@ -19,8 +19,7 @@ LEFT_OUT = 1e-9
 
 
 def binomial_upper_bound(faults: int, examples: int, confidence: float) -> float:
-    """Return the one-sided upper bound of Clopper & Pearson 1934 on a rate of faults, from their
-    number and that of the examples.
+    """Return the one-sided upper bound of Clopper & Pearson 1934 on a rate of faults.
 
     Example:
         >>> round(binomial_upper_bound(0, 100, 0.95), 4)  # 1 - 0.05 ** (1 / 100)
@@ -58,9 +57,8 @@ def difference_p_value(
     of the outcomes up to the one seen, maximised over the d in a one-sided Clopper–Pearson
     interval, plus the error probability of that interval (Berger & Boos 1994, *P values maximized
     over a confidence set for the nuisance parameter*). Outcomes are ordered by the approximate
-    upper limit lost - gained + z √(M + 4), with the normal quantile z of the error and four
-    examples more as in Agresti & Coull 1998. It is exact whatever the order (Buehler 1957; for
-    paired proportions Lloyd & Moldovan 2007), and takes hardly more examples by this one.
+    upper limit lost - gained + z √(M + 4) (Agresti & Coull 1998); it is exact whatever the order
+    (Buehler 1957; for paired proportions Lloyd & Moldovan 2007).
 
     Args:
         lost: Number of examples that only the reference classifies correctly.

@@ -37,16 +37,13 @@ class Calibration:
     """A halting rule that keeps a promise, and its measurements on the examples.
 
     Args:
-        halting: Halting rule.
-        halting_tolerance: Tolerance, in [0, 1).
-        halting_margin: Margin, in [0, 1].
+        halting, halting_tolerance, halting_margin: The halting rule.
         promise: Promise that they keep, as plain data.
         bound: Bound on the loss of accuracy, the agreement or the mean exit layer at this setting,
             taken alone. For an estimate, the measured value with one standard error added, or
             subtracted from an agreement.
         examples: Number of examples.
-        accuracy: Accuracy of early exit.
-        full_depth_accuracy: Accuracy of all layers.
+        accuracy, full_depth_accuracy: Accuracy of early exit, and of all layers.
         agreement: Share of the examples that got the class of all layers.
         mean_exit_layer: Mean exit layer.
         baseline_accuracy: Accuracy of the baseline; None if the promise is against all layers.
@@ -99,7 +96,7 @@ def calibrate(
             temperatures, if it has any, are fitted again.
         data: Labelled examples that were used neither for training nor for any choice: batches, or
             a datamodule, whose ``calibration_dataloader()`` is used or, if there is none, its
-            validation examples. These chose the checkpoint, and the record then says so.
+            validation examples, which chose the checkpoint.
         max_accuracy_loss, min_agreement, max_layers, confidence: As for `Promise`.
         dial: As for `Promise`. The other dial must have no effect for the first two promises.
         baseline: Classes of a reference on the same examples, int64 ``[examples]``, in their order:
@@ -108,7 +105,7 @@ def calibrate(
 
     Raises:
         ValueError: If data and model do not agree, the promise cannot be kept, the examples are too
-            few for it, or the other dial or ``halting="never"`` prevents it.
+            few for it, or the halting rule prevents it.
 
     Example:
         >>> from dact.encoders import TransformerEncoder
@@ -138,7 +135,7 @@ def choose_setting(
 ) -> Calibration:
     """Choose the setting that keeps a promise, as `calibrate` does, from the answers of all layers
     to labelled examples; `halting` has the other dial."""
-    kind, layers, needed = promise.kind, answers.num_layers, promise.examples_needed()
+    layers, needed = answers.num_layers, promise.examples_needed()
     promise.check(halting)
     if baseline is not None:
         baseline = torch.as_tensor(baseline).cpu()
@@ -151,30 +148,30 @@ def choose_setting(
         raise ValueError(
             f"{promise.text} takes {needed} examples or more, even if early exit makes no fault on "
             f"them, got {len(answers.target)}: give more, promise less, or ask for an estimate "
-            f"(confidence null, in Python None), which takes {kind.examples_for_an_estimate()}"
+            f"(confidence null, in Python None), which takes {promise.examples_for_an_estimate()}"
         )
     exits = exits_by_setting(answers, halting, promise.dial)
 
     def values(setting: float) -> Tensor:
-        return kind.values(Measured(answers, exits(setting)), baseline)
+        return promise.values(Measured(answers, exits(setting)), baseline)
 
-    settings = SETTINGS[promise.dial] if kind.by_proof else SETTINGS[promise.dial][::-1]
-    proved = settings[0] if kind.by_proof and baseline is None else None
+    settings = SETTINGS[promise.dial] if promise.by_proof else SETTINGS[promise.dial][::-1]
+    proved = settings[0] if promise.by_proof and baseline is None else None
     chosen = proved
     for setting in settings:
-        if setting != proved and not kind.keeps(values(setting), layers):
+        if setting != proved and not promise.keeps(values(setting), layers):
             break
         chosen = setting
     if chosen is None:
         first = values(settings[0])
         # rounded up, so that it can be promised
-        bound = math.ceil(1e4 * kind.bound(first, layers)) / 1e4
+        bound = math.ceil(1e4 * promise.bound(first, layers)) / 1e4
         raise ValueError(
             f"{promise.text} cannot be promised: at {promise.dial} {settings[0]:g} it is "
             f"{first.double().mean():.4f} on these {len(first)} examples, and {bound:.4f} can be "
             "promised. Promise that, give more examples, or train again"
         )
-    bound = 0.0 if chosen == proved else kind.bound(values(chosen), layers)
+    bound = 0.0 if chosen == proved else promise.bound(values(chosen), layers)
     rule, measured = halting.with_dial(promise.dial, chosen), Measured(answers, exits(chosen))
     return Calibration(
         rule.rule,
@@ -205,29 +202,29 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
         data: Labelled examples, as for `calibrate`, but never those of validation.
 
     Returns:
-        Text for the user: what is guaranteed, or what is missing.
+        Text that says what is guaranteed, or what is missing.
     """
     promise, text = DEFAULT_PROMISE, ""
     assert promise.confidence is not None
-    needed, least = promise.examples_needed(), examples_for_rate(MOST_CHANGED, promise.confidence)
+    least = examples_for_rate(MOST_CHANGED, promise.confidence)
     try:
         promise.check(model.exit_rule)
         batches, none_aside = _examples(model, data)
         if none_aside:
             raise ValueError(
-                f"no examples are set aside: set calibration_fraction of the data. {least} are "
-                f"enough for a guarantee, and {promise.text} takes {needed}"
+                "no examples are set aside: set calibration_fraction of the data, so that there "
+                f"are {least}, or better {promise.examples_needed()}"
             )
         answers = layer_answers(model, batches)
         examples = len(answers.target)
         if examples < least:
             raise ValueError(f"{examples} examples are set aside, and a guarantee takes {least}")
-        if examples < needed:
+        if examples < promise.examples_needed():
             # a little less than the bound, which is rounded
             agreement = (1 - promise.confidence) ** (1 / examples) - 1e-12
             text = (
-                f"{promise.text} takes {needed} examples. As none of {examples} gets another class "
-                f"here, with {promise.confidence:.0%} confidence at most "
+                f"{promise.text} takes {promise.examples_needed()} examples. As none of {examples} "
+                f"gets another class, with {promise.confidence:.0%} confidence at most "
                 f"{100 * (1 - agreement):.2g} % of new ones do:\n"
             )
             promise = Promise(min_agreement=agreement, confidence=promise.confidence)
@@ -252,7 +249,6 @@ def _examples(
 
 
 def _adopt(model: DACT, found: Calibration, answers: LayerAnswers) -> None:
-    """Give the model a setting with its record, and new temperatures if it has some."""
     model.exit_rule, model.calibration = found.exit_rule, asdict(found)
     if model.temperatures is not None:
         model.temperatures = fit_temperatures(answers, answers.exit_layers(found.exit_rule))

@@ -19,10 +19,10 @@ FOLDS = 5
 
 def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) -> float:
     """Return the expected calibration error, Σ (share of a bin) · |its accuracy - its mean score|,
-    in [0, 1], with bins of equal width (Guo et al., ICML 2017, arXiv 1706.04599).
+    with bins of equal width (Guo et al., ICML 2017, arXiv 1706.04599).
 
     Args:
-        scores: Probability of the returned class, ``[examples]``, in [0, 1].
+        scores: Probability of the returned class, ``[examples]``.
         correct: Whether that class is the right one, bool ``[examples]``.
         bins: Number of bins.
     """
@@ -34,15 +34,12 @@ def temper(
 ) -> Tensor:
     """Return probabilities q proportional to p^(1/T), T being the temperature of the exit layer.
 
-    Apart from rounding the order of the classes stays: take the class from the input.
+    Rounding may change the order of the classes: take the class from the input.
 
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
         exit_layers: Exit layers, int64 ``[batch]``, 1-based.
         temperatures: T, one per layer, above 0; None returns `probabilities` as they are.
-
-    Raises:
-        ValueError: If a probability is not a number.
     """
     check_finite(probabilities)
     if temperatures is None:
@@ -57,11 +54,10 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     """Return one temperature per exit layer, in [1/8, 8], fitted by the negative log-likelihood of
     early exit (Guo et al. 2017, arXiv 1706.04599).
 
-    It is 1 unless the mean gain in five-fold cross-validation exceeds its standard error, as for
-    layers at which hardly any example leaves.
+    It is 1 unless the mean gain in five-fold cross-validation exceeds its standard error.
 
     Args:
-        answers: Answers of all layers to labelled examples that were not used for training.
+        answers: Answers to labelled examples that were not used for training.
         exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
     """
     given = functional.answer_at(answers.a, exits)
@@ -74,7 +70,6 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
 
 
 def _fit_temperature(log: Tensor, target: Tensor) -> float:
-    """Return the temperature for log-probabilities ``[examples, classes]``, or 1 if none helps."""
     if len(target) < 2 * FOLDS:
         return 1.0
     fold = torch.arange(len(target)) % FOLDS
@@ -100,5 +95,4 @@ def _best_temperature(log: Tensor, target: Tensor) -> float:
 
 
 def _losses(log: Tensor, target: Tensor, temperature: float) -> Tensor:
-    """Return the negative log-likelihood of each example, ``[examples]``."""
     return torch.nn.functional.cross_entropy(log / temperature, target, reduction="none")

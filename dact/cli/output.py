@@ -155,15 +155,15 @@ def promise_line(calibration: Mapping[str, Any], measured: Measured) -> str:
         return f"the {kind} was made against another model, which is not measured here"
     # Gains count as well on a test, also for an estimate from few examples.
     promise = Promise(**{**calibration["promise"], "confidence": 0.95})
-    values, layers = promise.kind.values(measured, None), measured.answers.num_layers
-    what = what_is_promised({promise.name: promise.value}, f"all {layers} layers", layers)
+    values, layers = promise.values(measured), measured.answers.num_layers
+    what = what_is_promised(calibration["promise"], f"all {layers} layers", layers)
     if promise.max_layers is not None:
         (mean, error), scale = mean_and_error(values), 1
     else:
         low = -1.0 if promise.min_agreement is None else 0.0
         (mean, error), scale = careful_mean_and_error(values, low), 100
     shown = mean if promise.min_agreement is None else 1 - mean
-    limit = promise.kind.most
+    limit = promise.most
     verdict = "does not hold" if mean > limit + 2 * error else "is within its error"
     verdict = "holds" if mean <= limit else verdict
     return (
@@ -178,7 +178,7 @@ def shortage(promise: Promise, batches: Iterable[Any]) -> str:
     examples = sum(len(batch["labels"]) for batch in batches)
     needed = promise.examples_needed()
     if promise.confidence is None:
-        needed = promise.kind.examples_for_an_estimate()
+        needed = promise.examples_for_an_estimate()
     if examples >= needed:
         return ""
     return f"{promise.text} takes {needed} examples or more, and {examples} are set aside"

@@ -247,7 +247,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     loader = getattr(data, "calibration_dataloader", lambda: None)()
     batches = data.val_dataloader() if loader is None else loader
     found = sum(len(one["labels"]) for one in batches)
-    takes = estimate.kind.examples_for_an_estimate()
+    takes = estimate.examples_for_an_estimate()
     few = f"; an estimate takes {takes} to move it, and has {found}" if found < takes else ""
     if promise.confidence is None:
         return replace(recipe, note=few.removeprefix("; "))
