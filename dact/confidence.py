@@ -117,7 +117,7 @@ def fit_confidence(
         ponder: The ponder cost ρ, as for `DACT`.
         class_weights: One weight per class.
     """
-    with torch.random.fork_rng(), torch.enable_grad():
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.manual_seed(0)
         fresh = AnswerConfidence(confidence.config, confidence.num_layers).to(y.device)
         super(AnswerConfidence, fresh).train().requires_grad_(True)

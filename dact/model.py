@@ -531,7 +531,7 @@ class DACT(LightningModule):
             return
         batches = self._confidence_batches()
         # A loader draws a seed, which must not move the generator of encoder and classifiers.
-        with self.trainer.precision_plugin.forward_context(), torch.random.fork_rng():
+        with self.trainer.precision_plugin.forward_context(), torch.random.fork_rng(devices=[]):
             if batches is not None:
                 self.teach_confidence(batches)
             elif self._said:
