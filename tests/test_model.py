@@ -120,18 +120,6 @@ def test_validation_measures_early_exit_itself(tmp_path):
     assert torch.equal(model.exit_histogram, torch.bincount(early.exit_layer - 1, minlength=5))
 
 
-def test_val_loss_has_the_final_lambda_from_the_first_epoch_on(tmp_path):
-    """λ warms up in training only, and neither exit loss nor warm-up touches val_loss."""
-    torch.manual_seed(0)
-    plain = tiny_model(lambda_reg=0.5, lambda_warmup=0, exit_loss_weight=0)
-    other = tiny_model(lambda_reg=0.5, lambda_warmup=1, exit_loss_weight=9)
-    other.load_state_dict(plain.state_dict())
-    first, second = (
-        trainer(tmp_path).validate(model, loader(), verbose=False)[0] for model in (plain, other)
-    )
-    assert first["val_loss"] == second["val_loss"]
-
-
 def test_lambda_and_the_learning_rate_follow_the_real_number_of_steps(tmp_path, monkeypatch):
     seen, warm = [], DACT.warm_lambda
 

@@ -196,10 +196,8 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
     sequence is taken at which none of them gets another class than from all layers, which
     guarantees a `min_agreement` of :math:`(1 - \text{confidence})^{1/n}`.
 
-    Args:
-        model: Model that gets the setting and the record, as by `calibrate`; left as it was if it
-            has no dial, or so few examples would let more than 10 % of the classes change.
-        data: Labelled examples, as for `calibrate`, but never those of validation.
+    The model stays as it was if it has no dial, or so few examples would let more than 10 % of the
+    classes change.
 
     Returns:
         Text that says what is guaranteed, or what is missing.
@@ -238,7 +236,7 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
 def _examples(
     model: DACT, data: LightningDataModule | Iterable[Batch]
 ) -> tuple[Iterable[Batch], bool]:
-    """Return the batches to calibrate on, and whether they chose the checkpoint."""
+    """Return batches to calibrate on, and whether they chose the checkpoint."""
     if not isinstance(data, LightningDataModule):
         return data, False
     data.prepare_data()
