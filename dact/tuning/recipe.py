@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from math import inf
 from typing import Annotated, Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dact.calibration import DEFAULT_PROMISE, Promise
 from dact.checks import Range, check_arguments, check_count
+from dact.data.base import TextDataModule
 from dact.model import DACT
 from dact.saving import plain_data
 from dact.submodels import SubmodelConfig
@@ -244,9 +246,11 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
         recipe = given
     estimate = replace(promise, confidence=None)
     data: Any = recipe.data_for("validate")
-    loader = getattr(data, "calibration_dataloader", lambda: None)()
-    batches = data.val_dataloader() if loader is None else loader
-    found = sum(len(one["labels"]) for one in batches)
+    batches = getattr(data, "calibration_dataloader", lambda: None)()
+    if batches is None and isinstance(data, TextDataModule):
+        batches = data.val_dataloader()
+    # Datamodules of others may validate only what they set up for a fit.
+    found = inf if batches is None else sum(len(one["labels"]) for one in batches)
     takes = estimate.examples_for_an_estimate()
     few = f"; an estimate takes {takes} to move it, and has {found}" if found < takes else ""
     if promise.confidence is None:
