@@ -13,6 +13,7 @@ from typing import Annotated, Any, Self
 import torch
 from lightning.fabric.utilities.data import AttributeDict
 from lightning.pytorch import LightningModule
+from lightning.pytorch.utilities.rank_zero import rank_zero_info  # type: ignore[attr-defined]
 from torch import Tensor
 
 from dact import encoders, functional, hub, inference, model_card, saving
@@ -147,9 +148,8 @@ class DACT(LightningModule):
         self.consistency = consistency
         self.share_submodels = share_submodels
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
-        self.halting: HaltingRule = halting
-        self.halting_tolerance = halting_tolerance
-        self.halting_margin = halting_margin
+        self.exit_rule = Halting(halting, halting_tolerance, halting_margin)
+        self.rate_is_by_encoder = learning_rate is None
         self.learning_rate = learning_rate or encoder.default_learning_rate
         self.submodel_learning_rate = submodel_learning_rate
         self.weight_decay = weight_decay
@@ -174,14 +174,31 @@ class DACT(LightningModule):
     # ------------------------------------------------------------------ the halting rule
 
     @property
-    def exit_rule(self) -> Halting:
-        """The rule and both dials as one object; raises a ``ValueError`` if one is out of range."""
-        return Halting(self.halting, self.halting_tolerance, self.halting_margin)
+    def halting(self) -> HaltingRule:
+        """The rule of `exit_rule`."""
+        return self.exit_rule.rule
 
-    @exit_rule.setter
-    def exit_rule(self, rule: Halting) -> None:
-        self.halting, self.halting_tolerance = rule.rule, rule.tolerance
-        self.halting_margin = rule.margin
+    @halting.setter
+    def halting(self, rule: HaltingRule) -> None:
+        self.exit_rule = dataclasses.replace(self.exit_rule, rule=rule)
+
+    @property
+    def halting_tolerance(self) -> float:
+        """The tolerance of `exit_rule`."""
+        return self.exit_rule.tolerance
+
+    @halting_tolerance.setter
+    def halting_tolerance(self, tolerance: float) -> None:
+        self.exit_rule = self.exit_rule.with_dial("halting_tolerance", tolerance)
+
+    @property
+    def halting_margin(self) -> float:
+        """The margin of `exit_rule`."""
+        return self.exit_rule.margin
+
+    @halting_margin.setter
+    def halting_margin(self, margin: float) -> None:
+        self.exit_rule = self.exit_rule.with_dial("halting_margin", margin)
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -246,8 +263,8 @@ class DACT(LightningModule):
         return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
-        """Return this model, changed to plain fine-tuning as of baselines and teachers: every
-        confidence stays at 1, and only the last layer answers and learns."""
+        """Return this model, changed to plain fine-tuning: every confidence stays at 1, and only
+        the last layer answers and learns."""
         start_at(self.confidence, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg = self.exit_loss_weight = self.distillation = self.consistency = 0.0
@@ -402,6 +419,11 @@ class DACT(LightningModule):
     def on_fit_start(self) -> None:
         # They belong to the weights before the fit.
         self.calibration = self.temperatures = None
+        if self.rate_is_by_encoder:
+            rank_zero_info(
+                f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
+                f"{self.encoder.hidden_size}; set learning_rate to change it"
+            )
 
     def configure_optimizers(self) -> Any:
         stacked = [*self.classifier.parameters(), *self.confidence.parameters()]

@@ -687,3 +687,12 @@ def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
     found = json.loads(Path(metrics).read_text())
     best = min(found["history"], key=lambda epoch: epoch["val_loss"])
     assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
+
+
+def test_winners_of_one_run_do_not_enter_another(tmp_path):
+    made = engine(tmp_path, n_trials=1)
+    made.joint_tune_study("one")
+    made.train_tune_study("two")
+    assert made.classifier_config is None
+    with pytest.raises(RuntimeError, match="classifier_config"):
+        made.final_train("two")

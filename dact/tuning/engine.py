@@ -304,8 +304,11 @@ class TuningEngine:
         check_classes(getattr(data, "class_names", None), recipe.output_dimension)
         with run.opened(configuration):
             vars(self).update(vars(run.winners()))
-            if measured and recipe.note:
-                self.progress.note(recipe.note)
+            if measured and recipe.promise is not None:
+                aside = getattr(data, "calibration_dataloader", lambda: None)()
+                examples = data.val_dataloader() if aside is None else aside
+                for line in filter(None, (recipe.note, recipe.promise.shortage(examples))):
+                    self.progress.note(line)
             if isinstance(data, TextDataModule):
                 self.progress.note(data.describe_classes())
             plan = make_plan(recipe, self.spaces, self.search_space, model, data)

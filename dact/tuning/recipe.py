@@ -8,7 +8,6 @@ import re
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
-from math import inf
 from typing import Annotated, Any, Literal
 
 import torch
@@ -17,7 +16,6 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dact.calibration import DEFAULT_PROMISE, Promise
 from dact.checks import Range, check_arguments, check_count
-from dact.data.base import TextDataModule
 from dact.model import DACT
 from dact.saving import plain_data
 from dact.submodels import SubmodelConfig
@@ -244,25 +242,16 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     # A few examples that no study sees are still better than those that choose the checkpoint.
     if aside < FEWEST_ASIDE and promise.max_layers is None:
         recipe = given
-    estimate = replace(promise, confidence=None)
-    data: Any = recipe.data_for("validate")
-    batches = getattr(data, "calibration_dataloader", lambda: None)()
-    if batches is None and isinstance(data, TextDataModule):
-        batches = data.val_dataloader()
-    # Datamodules of others may validate only what they set up for a fit.
-    found = inf if batches is None else sum(len(one["labels"]) for one in batches)
-    takes = estimate.examples_for_an_estimate()
-    few = f"; an estimate takes {takes} to move it, and has {found}" if found < takes else ""
     if promise.confidence is None:
-        return replace(recipe, note=few.removeprefix("; "))
+        return recipe
     why = f"the promise takes {needed} examples that no study sees, and there are {aside}"
     if not is_default:
         raise ValueError(
             f"TuningEngine: {why}: give more validation examples or a calibration_file, promise "
             "less, or ask for an estimate (confidence: null)"
         )
-    note = f"the margin will be set by an estimate, without a guarantee: {why}{few}"
-    return replace(recipe, promise=estimate, note=note)
+    note = f"the margin will be set by an estimate, without a guarantee: {why}"
+    return replace(recipe, promise=replace(promise, confidence=None), note=note)
 
 
 def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
