@@ -306,7 +306,11 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
 def test_a_tensorboard_server_shows_the_pictures(served):
     tags = {run: set(content) for run, content in served("images/tags").items()}
     assert tags["submodels/study"] >= {"optimization history"}
-    assert tags["lambda_reg/study"] == {"Pareto front"}
+    assert tags["lambda_reg/study"] == {
+        "Pareto front",
+        "history of the task loss",
+        "history of the exit layer",
+    }
     assert tags["final"] >= {"dials", "exit histogram"}
 
 

@@ -166,18 +166,14 @@ class StopAtDeadline(Callback):
 
 
 @contextlib.contextmanager
-def seeded(seed: int) -> Iterator[None]:
-    """Seed all random generators for the block; at its end, restore the caller's, and what a
-    Trainer sets for its process."""
+def isolated() -> Iterator[None]:
+    """Restore the caller's random generators, and what Trainers set for their process."""
     failed: BaseException | None = None
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(WORKSPACE)
     with isolate_rng():  # by itself, it restores nothing after an exception
         try:
-            random.seed(seed)
-            np.random.seed(seed)
-            torch.manual_seed(seed)
             yield
         except BaseException as error:
             failed = error
@@ -188,6 +184,16 @@ def seeded(seed: int) -> Iterator[None]:
         os.environ[WORKSPACE] = workspace
     if failed is not None:
         raise failed
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Seed all random generators for the block, and restore the caller's at its end."""
+    with isolated():
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        yield
 
 
 def make_trainer(arguments: Mapping[str, Any], *callbacks: Callback, **fixed: Any) -> Trainer:
