@@ -403,7 +403,6 @@ def test_two_processes_never_draw_the_same_lambda(tmp_path):
     assert len(set(values)) == len(values) == 8
 
 
-@pytest.mark.filterwarnings("ignore:Heartbeat")
 def test_two_workers_never_take_the_same_queued_trial(tmp_path):
     run = SimpleNamespace(folder=tmp_path)
     study = optuna.create_study(study_name="x", storage=open_storage(None, run))
