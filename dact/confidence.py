@@ -19,6 +19,7 @@ from dact.submodels import SubmodelConfig, Submodels, start_at
 # learn on 1,500 and 2,000 texts of two corpora; see benchmarks/README.md.
 SLOPES = (-1.0, -1.6, 2.0)
 OFFSET = 2.7
+INPUTS = 4  # three numbers of y_n, and n / N
 MOST_EXAMPLES = 2048
 STEPS = 60
 RATE = 3e-3
@@ -47,7 +48,7 @@ class AnswerConfidence(Submodels):
     """
 
     def __init__(self, config: SubmodelConfig, num_layers: int) -> None:
-        super().__init__(config, num_layers, 4, 1, share=True)
+        super().__init__(config, num_layers, INPUTS, 1, share=True)
         start_at(self, 0.0)
         self.requires_grad_(False)
 

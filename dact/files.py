@@ -1,4 +1,4 @@
-"""Atomic writes, of which a crash leaves the old file or the new one, and reads of data alone."""
+"""Atomic writes, so that a crash leaves the old file or the new one, and reads of data alone."""
 
 from __future__ import annotations
 
@@ -68,7 +68,10 @@ def write_json(path: Path, content: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Return what `write_json` wrote."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is corrupted: {error}") from error
 
 
 def file_digest(path: Path) -> str:

@@ -165,9 +165,7 @@ class DACT(LightningModule):
         self.consistency = consistency
         self.share_submodels = share_submodels
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
-        self.halting: HaltingRule = halting
-        self.halting_tolerance = halting_tolerance
-        self.halting_margin = halting_margin
+        self.exit_rule = Halting(halting, halting_tolerance, halting_margin)
         if lambda_reg is None:
             lambda_reg = PRICE / self.num_layers if confidence_reads == "answer" else 0.02
         self.lambda_reg = lambda_reg
@@ -207,14 +205,31 @@ class DACT(LightningModule):
     # ------------------------------------------------------------------ the halting rule
 
     @property
-    def exit_rule(self) -> Halting:
-        """The rule and both dials as one object; raises a ``ValueError`` if one is out of range."""
-        return Halting(self.halting, self.halting_tolerance, self.halting_margin)
+    def halting(self) -> HaltingRule:
+        """The rule of `exit_rule`."""
+        return self.exit_rule.rule
 
-    @exit_rule.setter
-    def exit_rule(self, rule: Halting) -> None:
-        self.halting, self.halting_tolerance = rule.rule, rule.tolerance
-        self.halting_margin = rule.margin
+    @halting.setter
+    def halting(self, rule: HaltingRule) -> None:
+        self.exit_rule = dataclasses.replace(self.exit_rule, rule=rule)
+
+    @property
+    def halting_tolerance(self) -> float:
+        """The tolerance of `exit_rule`."""
+        return self.exit_rule.tolerance
+
+    @halting_tolerance.setter
+    def halting_tolerance(self, tolerance: float) -> None:
+        self.exit_rule = self.exit_rule.with_dial("halting_tolerance", tolerance)
+
+    @property
+    def halting_margin(self) -> float:
+        """The margin of `exit_rule`."""
+        return self.exit_rule.margin
+
+    @halting_margin.setter
+    def halting_margin(self, margin: float) -> None:
+        self.exit_rule = self.exit_rule.with_dial("halting_margin", margin)
 
     @property
     def calibration(self) -> dict[str, Any] | None:
@@ -296,8 +311,8 @@ class DACT(LightningModule):
         return logits, y, functional.at_least_float32(self.confidence(seen)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
-        """Return this model, changed to plain fine-tuning as of baselines and teachers: every
-        confidence stays at 1, and only the last layer answers and learns."""
+        """Return this model, changed to plain fine-tuning: every confidence stays at 1, and only
+        the last layer answers and learns."""
         start_at(self.confidence, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg = self.exit_loss_weight = self.distillation = self.consistency = 0.0
@@ -498,9 +513,9 @@ class DACT(LightningModule):
         self.calibration = self.temperatures = None
         self._taught_at = -1
         if self.rate_is_by_encoder:
-            width = self.encoder.hidden_size
             rank_zero_info(
-                f"learning_rate is {self.learning_rate:g}, by the encoder's width {width}"
+                f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
+                f"{self.encoder.hidden_size}; set learning_rate to change it"
             )
         if self._reads_answers and self._confidence_batches() is None:
             rank_zero_info(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dact import encoders, files
+from dact.confidence import INPUTS
 from dact.encoders.base import LayeredEncoder
 from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
@@ -73,12 +74,47 @@ def load(
     cls: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor], overrides: Mapping[str, Any]
 ) -> Any:
     """Build a model of class `cls`, and load its weights, which are cast to its precision."""
+    # Earlier models have a confidence that reads states.
+    config, weights = {"confidence_reads": "state", **config}, stacked(weights)
+    if isinstance(config.get("encoder"), Mapping) and "encoder" not in overrides:
+        _check_size(config, weights)
     # Random weights are made first, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
-        # Earlier models have a confidence that reads states.
-        model = cls.from_config({"confidence_reads": "state", **config}, **overrides)
-    model.load_state_dict(stacked(weights))
+        model = cls.from_config(config, **overrides)
+    check_weights(model, weights)
+    model.load_state_dict(weights)
     return model
+
+
+def check_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
+    """Raise a one-line ``ValueError`` if names or shapes of weights are not those of the model."""
+    own, given = ({n: [*w.shape] for n, w in of.items()} for of in (model.state_dict(), weights))
+    names = sorted(own.keys() | given.keys())
+    faults = [
+        f"{name}: {given.get(name, 'nothing')} instead of {own.get(name, 'nothing')}"
+        for name in names
+        if own.get(name) != given.get(name)
+    ]
+    if faults:
+        raise ValueError(
+            f"the weights do not fit this model ({len(faults)} differences, such as {faults[0]}): "
+            "build it with the encoder, submodels and output_dimension of its training"
+        )
+
+
+def _check_size(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
+    """Raise a ``ValueError`` for a model of more weights than these, before they take memory."""
+    given = sum(weight.numel() for weight in weights.values())
+    asked: int = config["encoder"].get("num_layers") or 0
+    if asked <= given:
+        with torch.device("meta"):
+            encoder = encoders.from_config(config["encoder"])
+            parts = [encoder, SubmodelConfig(**config["classifier"]).build(encoder.hidden_size, 1)]
+            reads = encoder.hidden_size if config["confidence_reads"] == "state" else INPUTS
+            parts.append(SubmodelConfig(**config["confidence"]).build(reads, 1))
+        asked = sum(weight.numel() for part in parts for weight in part.parameters())
+    if asked > given:
+        raise ValueError(f"the configuration does not fit its {given:,} weights: it has {asked:,}")
 
 
 # ------------------------------------------------------------------ checkpoints
@@ -114,6 +150,7 @@ def adopt(model: Any, checkpoint: dict[str, Any]) -> None:
     """Give a model the class names, temperatures and calibration of a checkpoint that it loads, and
     the weights in it their present names; other classes are a ``ValueError``."""
     checkpoint["state_dict"] = stacked(checkpoint["state_dict"])
+    check_weights(model, checkpoint["state_dict"])
     config = stored_config(checkpoint)
     stored, own = config.get("class_names"), model.class_names
     if stored is not None and own is not None and list(stored) != list(own):

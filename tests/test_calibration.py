@@ -571,3 +571,40 @@ def test_the_choice_on_known_answers_stays_what_it_was(
     assert choose(Promise(**promised, confidence=None)).halting_margin == by_estimate
     turned = choose(Promise(**promised, dial="halting_tolerance"))
     assert turned.halting_tolerance == tolerance
+
+
+def test_a_promise_is_never_made_on_the_labels_of_other_classes():
+    data = CompositionalSentiment(num_train=10, num_val=400, num_test=10)
+    encoder = TransformerEncoder(data.vocab_size, 2, 8, 2)
+    model = DACT(encoder=encoder, class_names=data.class_names[::-1])
+    with pytest.raises(ValueError, match="the model has the classes .* but those of the data are"):
+        calibrate(model, data, max_layers=1.5)
+    assert model.calibration is None
+
+
+@pytest.mark.slow
+def test_a_baseline_promise_is_kept_as_often_as_it_says():
+    generator = torch.Generator().manual_seed(6)
+    population = synthetic(20_000, generator)
+    other = answers_for(population.target, generator, quality=4.2).a[:, -1].argmax(1)
+    promise = Promise(max_accuracy_loss=0.04, confidence=0.9)
+    broken, given = 0, 0
+    for _ in range(100):
+        rows = torch.randint(20_000, (1000,), generator=generator)
+        try:
+            found = choose_setting(population.take(rows), promise, baseline=other[rows])
+        except ValueError:
+            continue  # none can be given
+        given += 1
+        broken += truth(population, found.exit_rule, other)[0] > 0.04
+    assert broken <= 19, "a tenth of 100, and three standard deviations"
+    assert given > 25
+
+
+def test_a_promise_that_cannot_be_made_leaves_the_earlier_one():
+    model = tiny_model()
+    calibrate(model, [random_batch(800)], min_agreement=0.8)
+    before = model.calibration, model.halting_margin
+    with pytest.raises(ValueError, match="cannot be promised"):
+        calibrate(model, [random_batch(800)], max_layers=1.0001)
+    assert (model.calibration, model.halting_margin) == before

@@ -43,7 +43,7 @@ def test_the_console_is_quiet(fitted):
     lines = done.stdout.splitlines()
     assert re.fullmatch(r"3 classes: negative \d+, neutral \d+, positive \d+", lines[0])
     epoch = r"epoch 1/2: train_loss .* accuracy 0.\d+ layers \d.\d\d, \d+ s"
-    assert lines[1].endswith("takes 300 examples or more, and 60 are set aside"), "before the fit"
+    assert lines[1].endswith("takes 300 examples or more, and there are 60"), "before the fit"
     assert re.fullmatch(epoch, lines[2])
     assert len(lines[2]) < 80
     beginnings = ("epoch 2/2", "halting_margin ", "seen on 60", "examples   60", "accuracy   ")
@@ -236,5 +236,5 @@ def test_tune_says_before_its_studies_that_the_examples_are_too_few(tmp_path, da
     words = [*SMALL, "--fast", "--run_tag", "few", "--tuner.n_trials", "0"]
     status, text = dact_here("tune", "--config", GENERATED, *words, cwd=tmp_path)
     assert status == 0, text
-    place = text.index("an estimate takes 140 to move it, and has ")
+    place = text.index("takes 140 examples or more, and there are ")
     assert place < text.index("whole encoder")

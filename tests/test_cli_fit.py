@@ -340,3 +340,12 @@ def test_a_test_file_that_could_not_be_measured_is_refused_before_the_fit(own, d
     assert status == 1
     assert "row 2 with a label outside the classes: 'maybe'" in output
     assert "epoch" not in output
+
+
+def test_texts_without_labels_are_refused_without_a_teacher(own, dact_here):
+    (own / "more.txt").write_text("screen 3 is fine\n")
+    status, text = dact_here(
+        "fit", "--config", "config.yaml", "--data.unlabelled_file", "more.txt", cwd=own
+    )
+    assert status == 1
+    assert "texts without labels need a teacher" in text

@@ -340,3 +340,29 @@ def test_two_machines_finish_the_studies_together_and_each_has_a_final_model(tmp
         assert code == 0, output
     for folder in folders:
         check_whole(folder, [6] * 3, storage=postgres.address, extra=1)
+
+
+@pytest.mark.slow
+def test_a_killed_warm_up_resumes_with_its_epoch(folder):
+    log = folder / "epochs.log"
+    options, plan = ["--tuner.n_trials", 1, "--tuner.warm_up_epochs", 10], {"log": str(log)}
+    process = start(folder, *options, plan=plan)
+
+    def epochs():
+        lines = [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+        return [
+            int(epoch) for _, epoch, planned in lines if planned == "23"
+        ]  # as many as make 90 steps
+
+    wait_for(lambda: len(epochs()) >= 4, process)
+    process.kill()
+    process.wait()
+    before = epochs()
+    process = start(folder, *options, plan=plan)
+    # What comes after the warm-up is not looked at here.
+    wait_for((folder / "lightning_logs" / "run" / "features" / "val").exists, process)
+    process.kill()
+    process.wait()
+    after = epochs()[len(before) :]
+    assert after[0] in (before[-1], before[-1] + 1)
+    assert after[-1] == 22

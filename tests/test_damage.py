@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dact import DACT
+from dact.tuning.run import Run
 from tests.conftest import tiny_model
 from tests.test_tuning import engine
 
@@ -99,3 +100,15 @@ def test_many_trials_leave_nothing_behind(tmp_path):
     assert late["processes"] == early["processes"]
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
     assert size < 32 * 100_000
+
+
+@pytest.mark.parametrize(
+    "tag", ["..", "../x", "/tmp/x", "a/b", "a\\b", ".hidden", "", "a\0b", "a\nb", "~", "x/../../y"]
+)
+def test_a_run_tag_never_leaves_the_log_folder(tmp_path, tag):
+    with pytest.raises(ValueError, match="run_tag must be a name"):
+        Run(tag, tmp_path / "logs")
+    if tag:
+        with pytest.raises(ValueError, match="run_tag must be a name"):
+            engine(tmp_path / "logs").joint_tune_study(tag)
+    assert not (tmp_path / "logs").exists() or not list((tmp_path / "logs").iterdir())

@@ -345,4 +345,15 @@ def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_reads_so_many(t
     data.teacher = str(tmp_path)
     data.setup("fit")
     data.train_dataloader()
-    torch.testing.assert_close(data.teacher_probabilities.sum(dim=1), torch.ones(7))
+    torch.testing.assert_close(data.teacher_probabilities.sum(dim=1), torch.ones(10))
+
+
+def test_class_weights_weigh_the_teacher_as_well():
+    batch = random_batch(30)
+    batch["teacher"] = torch.nn.functional.one_hot(batch["labels"], 3).float()
+    weights = [1.0, 5.0, 0.5]
+    plain = tiny_model(class_weights=weights)
+    for share in (0.5, 1.0):
+        taught = tiny_model(class_weights=weights, distillation=share)
+        taught.load_state_dict(plain.state_dict())
+        torch.testing.assert_close(losses(plain, batch), losses(taught, batch))

@@ -208,3 +208,49 @@ def test_a_dial_is_turned_by_its_name():
     assert halting.with_dial("halting_margin", 0.2) == Halting("paper", 0.1, 0.2)
     with pytest.raises(ValueError, match=r"margin must be in \[0, 1\], got 2"):
         halting.with_dial("halting_margin", 2)
+
+
+@given(layer_outputs())
+def test_answers_are_probabilities_and_p_never_increases(outputs):
+    a, p = functional.accumulate(*outputs)
+    assert (a >= 0).all()
+    torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:2]), atol=1e-5, rtol=0)
+    assert (p[:, 1:] <= p[:, :-1]).all()
+    assert ((p >= 0) & (p <= 1)).all()
+
+
+def test_halting_is_decided_for_each_example():
+    a = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.6, 0.4]])
+    halts = functional.can_halt(a, torch.tensor([0.01, 0.01, 0.5]), torch.tensor([2, 2, 0]))
+    assert halts.tolist() == [True, False, True]
+
+
+def test_the_loss_is_computed_in_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        states = torch.nn.Linear(8, 3)(torch.randn(5, 8))
+        assert states.dtype == torch.bfloat16
+        y = states.softmax(-1)[:, None]
+        a, p = functional.accumulate(y, torch.full((5, 1), 0.5))
+        loss = functional.task_loss(a[:, -1], torch.zeros(5, dtype=torch.long))
+    assert a.dtype == p.dtype == loss.dtype == torch.float32
+
+
+@given(
+    outputs=layer_outputs(),
+    margin=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
+    tolerance=st.sampled_from([0.0, 0.3]),
+    rule=st.sampled_from(["exact", "paper", "never"]),
+)
+def test_a_layer_lets_leave_who_is_clear_or_proved(outputs, margin, tolerance, rule):
+    y, h = outputs
+    a, p = functional.accumulate(y, h)
+    layers = p.shape[1]
+    for n in range(layers - 1):
+        remaining = layers - 1 - n
+        expected = functional.can_halt(a[:, n], p[:, n], remaining, rule, tolerance, layers)
+        if rule != "never":
+            expected = expected | functional.is_clear(y[:, n], margin)
+        halts = functional.Halting(rule, tolerance, margin).halts(
+            a[:, n], p[:, n], y[:, n], remaining, layers
+        )
+        assert torch.equal(halts, expected)

@@ -94,7 +94,8 @@ for mode in ("frozen", "finetune"):
     before = snapshot()
     engine = TuningEngine(model=model, data=data, n_trials=1, search_space=space,
                           log_dir=mode, warm_up_epochs=1, encoder_training=mode,
-                          trainer={"max_epochs": 1, **quiet})
+                          trainer={"max_epochs": 1, "deterministic": "warn", "benchmark": True,
+                                   **quiet})
     engine.run_pipeline("run")
     found[mode] = changed(before, snapshot())
 """

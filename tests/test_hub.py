@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from huggingface_hub import constants, hf_api
+from huggingface_hub import constants
 from transformers import BertConfig, BertModel
 
 from dact import DACT, TextClassifier
@@ -42,8 +42,8 @@ def hub(monkeypatch, tmp_path):
         # A protocol of its own, for large files.
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "ENDPOINT", found.url)
-        # Functions of the library that were imported before have an address of their own.
-        monkeypatch.setattr(hf_api.api, "endpoint", found.url)
+        # transformers keeps the client that it made first, with its address.
+        monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
         template = f"{found.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -453,7 +454,7 @@ def test_broken_files_are_clear_errors(tmp_path):
         DACT.from_pretrained(tmp_path / "model", tolerance=0.1)
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     (tmp_path / "model" / "config.json").write_text(json.dumps({**config, "output_dimension": 5}))
-    with pytest.raises(RuntimeError, match="size mismatch for classifier"):
+    with pytest.raises(ValueError, match=r"the weights do not fit this model .*classifier"):
         DACT.from_pretrained(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="does not describe a model of dact"):
@@ -794,3 +795,115 @@ def test_the_learning_rate_follows_the_width_of_a_pretrained_encoder(width, rate
     model = DACT(encoder=HuggingFaceEncoder.from_model(AutoModel.from_config(config)))
     assert model.learning_rate == model.config()["learning_rate"] == rate
     assert DACT(encoder=model.encoder, learning_rate=0.5).learning_rate == 0.5
+
+
+@torch.no_grad()
+def test_at_layer_k_exactly_the_examples_that_need_it_enter():
+    model, batch = tiny_model(layers=6), random_batch(40)
+    entered = []
+    for module in model.encoder.layers:
+        module.register_forward_hook(lambda module, inputs, output: entered.append(len(inputs[0])))
+    exits = model.early_exit(batch).exit_layer
+    assert len(set(exits.tolist())) > 2, "the model of this test spreads its exits"
+    assert entered == [int((exits >= k).sum()) for k in range(1, int(exits.max()) + 1)]
+
+
+@torch.no_grad()
+def test_batch_size_and_order_change_nothing():
+    model, batch = tiny_model(layers=6), random_batch(24)
+    whole = model.early_exit(batch)
+    order = torch.randperm(24)
+    shuffled = model.early_exit({name: tensor[order] for name, tensor in batch.items()})
+    assert torch.equal(shuffled.exit_layer, whole.exit_layer[order])
+    for row in range(24):
+        single = model.early_exit({name: tensor[row : row + 1] for name, tensor in batch.items()})
+        assert single.exit_layer[0] == whole.exit_layer[row]
+        torch.testing.assert_close(
+            single.probabilities[0], whole.probabilities[row], atol=1e-5, rtol=1e-4
+        )
+
+
+def test_class_weights_weigh_examples_and_not_batches(tmp_path):
+    model = tiny_model(class_weights=[1.0, 5.0, 0.5], lambda_reg=0.0)
+    losses = [
+        trainer(tmp_path).validate(model, loader(60, batch_size=size), verbose=False)[0]["val_loss"]
+        for size in (7, 60)
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    batch = random_batch(60)
+    with torch.no_grad():
+        answers = model.eval()(batch).probabilities
+    expected = references.task_loss(answers.tolist(), batch["labels"].tolist(), [1.0, 5.0, 0.5])
+    assert losses[0] == pytest.approx(expected, rel=1e-4)
+
+
+def test_val_loss_has_the_final_lambda_from_the_first_epoch_on(tmp_path):
+    """λ warms up in training only, and neither exit loss nor warm-up touches val_loss."""
+    torch.manual_seed(0)
+    models = [
+        tiny_model(lambda_reg=0.5, lambda_warmup=warmup, exit_loss_weight=w)
+        for warmup, w in ((0, 0), (1, 9))
+    ]
+    models[1].load_state_dict(models[0].state_dict())
+    values = [
+        trainer(tmp_path).validate(model, loader(), verbose=False)[0]["val_loss"]
+        for model in models
+    ]
+    assert values[0] == values[1]
+
+
+def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_path):
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(tiny_model(), loader())
+    fit.save_checkpoint(tmp_path / "x.ckpt")
+    layers = tiny_model().encoder.num_layers
+    for other, difference in (
+        (tiny_model(hidden=32), "such as .* instead of"),
+        (tiny_model(layers=layers + 1), rf"\[{layers}, 16\] instead of \[{layers + 1}, 16\]"),
+        (tiny_model(output_dimension=4), "such as .* instead of"),
+    ):
+        with pytest.raises(ValueError, match=f"the weights do not fit this model .*{difference}"):
+            trainer(tmp_path).test(
+                other, loader(), ckpt_path=str(tmp_path / "x.ckpt"), verbose=False
+            )
+
+
+@pytest.mark.parametrize(
+    ("section", "changed", "kind"),
+    [
+        ("encoder", {"vocab_size": 10**12}, ValueError),
+        ("encoder", {"num_layers": 10**9}, ValueError),
+        ("encoder", {"hidden_size": 10**12}, RuntimeError),
+        ("classifier", {"num_layers": 300, "hidden_units": 4096}, ValueError),
+    ],
+)
+def test_a_description_of_an_absurd_model_is_refused_at_once(tmp_path, section, changed, kind):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[section] |= changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    message = "does not fit its .* weights|must be in 1 … 1000|overflowed"
+    with pytest.raises(kind, match=message):
+        DACT.from_pretrained(tmp_path)
+
+
+def test_shared_batch_normalization_trains_with_the_statistics_that_it_has_in_eval_mode():
+    torch.manual_seed(0)
+    config = SubmodelConfig(normalization="batch", dropout=0.0)
+    encoder = TransformerEncoder(50, 4, 16, 2)
+    model = DACT(encoder=encoder, classifier=config, confidence=config, share_submodels=True)
+    states = torch.randn(64, 4, 16) + 5 * torch.arange(4).view(1, 4, 1)  # layers differ
+    for _ in range(200):
+        trained = model.classifier(states)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            model.eval().classifier(states), trained.detach(), atol=0.05, rtol=0.05
+        )
+
+
+def test_a_fit_says_which_learning_rate_the_encoder_has_chosen(tmp_path, caplog):
+    logging.getLogger("lightning.pytorch").addHandler(caplog.handler)
+    for arguments, said in (({}, True), ({"learning_rate": 1e-3}, False)):
+        caplog.clear()
+        trainer(tmp_path).fit(tiny_model(**arguments), DataLoader([random_batch()], None))
+        assert ("learning_rate is 0.0001" in caplog.text) == said

@@ -306,7 +306,11 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
 def test_a_tensorboard_server_shows_the_pictures(served):
     tags = {run: set(content) for run, content in served("images/tags").items()}
     assert tags["submodels/study"] >= {"optimization history"}
-    assert tags["lambda_reg/study"] == {"Pareto front"}
+    assert tags["lambda_reg/study"] == {
+        "Pareto front",
+        "history of the task loss",
+        "history of the exit layer",
+    }
     assert tags["final"] >= {"dials", "exit histogram"}
 
 
@@ -687,3 +691,12 @@ def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
     found = json.loads(Path(metrics).read_text())
     best = min(found["history"], key=lambda epoch: epoch["val_loss"])
     assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
+
+
+def test_winners_of_one_run_do_not_enter_another(tmp_path):
+    made = engine(tmp_path, n_trials=1)
+    made.joint_tune_study("one")
+    made.train_tune_study("two")
+    assert made.classifier_config is None
+    with pytest.raises(RuntimeError, match="classifier_config"):
+        made.final_train("two")

@@ -5,6 +5,7 @@ import random
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 
 import hypothesis.strategies as st
 import optuna
@@ -33,6 +34,7 @@ from dact.tuning.space import (
     suggest,
 )
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
+from dact.tuning.studies import open_storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -399,6 +401,26 @@ def test_two_processes_never_draw_the_same_lambda(tmp_path):
             study.tell(trial, (0.5, layers_at(drawn[trial.number])))
     values = [trial.params["lambda_reg"] for trial in study.trials]
     assert len(set(values)) == len(values) == 8
+
+
+def test_two_workers_never_take_the_same_queued_trial(tmp_path):
+    run = SimpleNamespace(folder=tmp_path)
+    study = optuna.create_study(study_name="x", storage=open_storage(None, run))
+    for x in range(40):
+        study.enqueue_trial({"x": x})
+    taken, ready = [], threading.Barrier(4)
+
+    def work():
+        study = optuna.load_study(study_name="x", storage=open_storage(None, run))
+        ready.wait()
+        taken.extend(study.ask().number for _ in range(10))
+
+    workers = [threading.Thread(target=work) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert sorted(taken) == list(range(40))
 
 
 # ------------------------------------------------------------------ stages

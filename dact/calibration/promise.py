@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -133,6 +134,17 @@ class Promise:
         if self.max_accuracy_loss is not None:
             error *= 1 - bounds.NUISANCE_SHARE
         return bounds.examples_for_rate(self.most, 1 - error)
+
+    def shortage(self, batches: Iterable[Any]) -> str:
+        """Return a line if the promise takes more examples than the batches have, else an empty
+        string."""
+        examples = sum(len(batch["labels"]) for batch in batches)
+        needed = self.examples_needed()
+        if self.confidence is None:
+            needed = self.examples_for_an_estimate()
+        if examples >= needed:
+            return ""
+        return f"{self.text} takes {needed} examples or more, and there are {examples}"
 
     def examples_for_an_estimate(self) -> int:
         """Return the fewest examples without a fault by which an estimate moves the dial."""

@@ -7,7 +7,7 @@ import math
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -72,7 +72,7 @@ class EpochLines(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         lines = [getattr(data, "describe_classes", str)()]
         aside = getattr(data, "calibration_dataloader", lambda: None)()
-        if self.calibrates and aside is not None and (short := shortage(DEFAULT_PROMISE, aside)):
+        if self.calibrates and aside is not None and (short := DEFAULT_PROMISE.shortage(aside)):
             lines.append(f"the margin will be set by a weaker promise: {short}")
         for line in filter(None, lines):
             _say(trainer, line)
@@ -171,14 +171,3 @@ def promise_line(calibration: Mapping[str, Any], measured: Measured) -> str:
         f"{scale * shown:.2f} (standard error {scale * error:.2f}): it {verdict} on these "
         f"{len(values)} examples"
     )
-
-
-def shortage(promise: Promise, batches: Iterable[Any]) -> str:
-    """Return a line if a promise takes more examples than there are, else an empty string."""
-    examples = sum(len(batch["labels"]) for batch in batches)
-    needed = promise.examples_needed()
-    if promise.confidence is None:
-        needed = promise.examples_for_an_estimate()
-    if examples >= needed:
-        return ""
-    return f"{promise.text} takes {needed} examples or more, and {examples} are set aside"

@@ -23,7 +23,7 @@ WINDOW = 4_000_000  # characters that are tokenized together, about
 
 def check_output(output: str, file: str | None) -> None:
     """Raise an error unless there are texts, and predictions can be written beside them."""
-    path = Path(output)
+    path = Path(output).expanduser()
     if file is None:
         raise UsageError("dact predict needs --data.predict_file FILE, or - for standard input")
     if output != "-" and path.suffix not in ENDINGS:
@@ -47,14 +47,15 @@ def write_predictions(
     options = dict(zip(texts, ("text_column", "text_pair_column"), strict=False))
     columns = {**dict.fromkeys(kept, "keep_columns"), **options}
     rows, total, unusable = read_rows(file, columns, delimiter), 0, 0
+    path = Path(output).expanduser()
     with ExitStack() as stack:
         sink: Any = sys.stdout
         if output != "-":
-            partial = stack.enter_context(replacing(Path(output).resolve()))
-            is_binary = Path(output).suffix == ".parquet"
+            partial = stack.enter_context(replacing(path.resolve()))
+            is_binary = path.suffix == ".parquet"
             mode, encoding = ("wb", None) if is_binary else ("w", "utf-8")
             sink = stack.enter_context(partial.open(mode, encoding=encoding))
-        write = _writer(stack, sink, Path(output).suffix)
+        write = _writer(stack, sink, path.suffix)
         for window in _windows(rows, classifier.batch_size):
             frame = pd.DataFrame(window, columns=list(columns), dtype=object)
             answers = _answers(classifier, frame[texts].values.tolist())

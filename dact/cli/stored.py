@@ -23,7 +23,7 @@ from dact.calibration import calibrate as find_dial
 from dact.calibration.answers import Measured
 from dact.cli import NEEDED, STORED
 from dact.cli.errors import UsageError, accepted_by, find_class, options, parse
-from dact.cli.output import measurements, promise_line, quiet, shortage
+from dact.cli.output import measurements, promise_line, quiet
 from dact.cli.predict import check_output, write_predictions
 from dact.data import TextClassificationData
 from dact.data.files import DATASET
@@ -205,7 +205,7 @@ def calibrate(stored: Stored, **promise: Any) -> None:
     data.setup("validate")
     aside = getattr(data, "calibration_dataloader", lambda: None)()
     aside = data.val_dataloader() if aside is None else aside
-    if short := shortage(wanted, aside):
+    if short := wanted.shortage(aside):
         if wanted.confidence is not None:
             raise UsageError(f"{short}: give more, promise less, or ask for --confidence null")
         print(short)

@@ -12,7 +12,6 @@ from typing import Any
 
 import optuna
 from lightning.pytorch import LightningDataModule
-from lightning.pytorch.utilities.seed import isolate_rng
 from optuna.pruners import BasePruner
 from optuna.samplers import BaseSampler
 from optuna.study import Study
@@ -37,7 +36,7 @@ from dact.tuning.selection import MAX_LOSS_INCREASE, LambdaSelection, check_rule
 from dact.tuning.settings import Settings
 from dact.tuning.space import build_spaces
 from dact.tuning.stages import LAMBDA_REG, STAGES, SUBMODELS, TRAINING, Stage, trials_per_stage
-from dact.tuning.trainer import Deadline, seeded
+from dact.tuning.trainer import Deadline, isolated, seeded
 from dact.tuning.trial import Objective
 
 
@@ -205,7 +204,7 @@ class TuningEngine:
 
     # ------------------------------------------------------------------ the methods
 
-    @isolate_rng()
+    @isolated()
     def run_pipeline(self, run_tag: str = "") -> tuple[str, str]:
         """Run the three studies and the final fit.
 
@@ -222,7 +221,7 @@ class TuningEngine:
                     self._tune(stage, prepared, Deadline(end.left / stages_left))
             return self._finish(prepared)
 
-    @isolate_rng()
+    @isolated()
     def joint_tune_study(self, run_tag: str = "") -> tuple[dict[str, Any], dict[str, Any]]:
         """Run the study of the submodels' architectures, and save its winner.
 
@@ -232,7 +231,7 @@ class TuningEngine:
         found = self._tune_one(SUBMODELS, run_tag)
         return found["classifier_config"], found["confidence_config"]
 
-    @isolate_rng()
+    @isolated()
     def train_tune_study(self, run_tag: str = "") -> dict[str, Any]:
         """Run the study of the training parameters, and save its winner.
 
@@ -241,28 +240,28 @@ class TuningEngine:
         """
         return self._tune_one(TRAINING, run_tag)["external_config"]
 
-    @isolate_rng()
+    @isolated()
     def lambda_reg_study(self, run_tag: str = "") -> float:
         """Run the study of λ, which has two objectives, save its winner and return it."""
         return self._tune_one(LAMBDA_REG, run_tag)["lambda_reg"]
 
-    @isolate_rng()
+    @isolated()
     def submodel_objective(self, trial: BaseTrial) -> float:
         """Train with the submodels that `trial` suggests; return the lowest validation loss."""
         return float(self._objective(SUBMODELS, trial))
 
-    @isolate_rng()
+    @isolated()
     def train_tune_objective(self, trial: BaseTrial) -> float:
         """Train with the parameters that `trial` suggests; return the lowest validation loss."""
         return float(self._objective(TRAINING, trial))
 
-    @isolate_rng()
+    @isolated()
     def lambda_objective(self, trial: BaseTrial) -> tuple[float, float]:
         """Train with the λ that `trial` suggests; return avg_task_loss and avg_exit_layer."""
         loss, layers = self._objective(LAMBDA_REG, trial)
         return loss, layers
 
-    @isolate_rng()
+    @isolated()
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
         """Fit recommended and tuned settings again, do the final fit, and measure its model.
 
@@ -304,8 +303,11 @@ class TuningEngine:
         check_classes(getattr(data, "class_names", None), recipe.output_dimension)
         with run.opened(configuration):
             vars(self).update(vars(run.winners()))
-            if measured and recipe.note:
-                self.progress.note(recipe.note)
+            if measured and recipe.promise is not None:
+                aside = getattr(data, "calibration_dataloader", lambda: None)()
+                examples = data.val_dataloader() if aside is None else aside
+                for line in filter(None, (recipe.note, recipe.promise.shortage(examples))):
+                    self.progress.note(line)
             if isinstance(data, TextDataModule):
                 self.progress.note(data.describe_classes())
             plan = make_plan(recipe, self.spaces, self.search_space, model, data)

@@ -242,23 +242,16 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     # A few examples that no study sees are still better than those that choose the checkpoint.
     if aside < FEWEST_ASIDE and promise.max_layers is None:
         recipe = given
-    estimate = replace(promise, confidence=None)
-    data: Any = recipe.data_for("validate")
-    loader = getattr(data, "calibration_dataloader", lambda: None)()
-    batches = data.val_dataloader() if loader is None else loader
-    found = sum(len(one["labels"]) for one in batches)
-    takes = estimate.examples_for_an_estimate()
-    few = f"; an estimate takes {takes} to move it, and has {found}" if found < takes else ""
     if promise.confidence is None:
-        return replace(recipe, note=few.removeprefix("; "))
+        return recipe
     why = f"the promise takes {needed} examples that no study sees, and there are {aside}"
     if not is_default:
         raise ValueError(
             f"TuningEngine: {why}: give more validation examples or a calibration_file, promise "
             "less, or ask for an estimate (confidence: null)"
         )
-    note = f"the margin will be set by an estimate, without a guarantee: {why}{few}"
-    return replace(recipe, promise=estimate, note=note)
+    note = f"the margin will be set by an estimate, without a guarantee: {why}"
+    return replace(recipe, promise=replace(promise, confidence=None), note=note)
 
 
 def _setting_aside(given: Recipe) -> tuple[Recipe, int]:

@@ -82,7 +82,7 @@ def log_figures(figures: Mapping[str, Figure], folder: Path) -> None:
 
 
 def draw_study(folder: Path, study: Study, completed: int, chosen: FrozenTrial) -> None:
-    """Draw a study, of whose trials so many are `completed`, by Optuna's own figures."""
+    """Draw a study with so many `completed` trials, by Optuna's own figures."""
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
@@ -96,6 +96,10 @@ def draw_study(folder: Path, study: Study, completed: int, chosen: FrozenTrial) 
                 axes["parameter importances"] = draw.plot_param_importances(study)
         else:
             names = ["task loss", "exit layer"]
+            for index, name in enumerate(names):
+                value: Any = lambda trial, index=index: trial.values[index]  # noqa: E731
+                history = draw.plot_optimization_history(study, target=value, target_name=name)
+                axes[f"history of the {name}"] = history
             axes["Pareto front"] = draw.plot_pareto_front(study, target_names=names)
             axes["Pareto front"].plot(*chosen.values, "o", ms=14, mfc="none", mec="tab:red")
         with replacing_folder(folder) as partial:

@@ -29,6 +29,7 @@ from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage, RDBStorage, RetryHeartbeatStaleTrialCallback
 from optuna.study import Study
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.exc import IntegrityError, ProgrammingError
 
@@ -73,11 +74,16 @@ def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
     )
     with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
         try:
-            return connect()
+            storage = connect()
         except (IntegrityError, ProgrammingError):
             # Another machine is creating the tables.
             time.sleep(2)
-            return connect()
+            storage = connect()
+    if storage.engine.name == "sqlite":
+        # By default a transaction locks at its first write: two workers could read that a trial
+        # waits, and both run it.
+        event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
+    return storage
 
 
 def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners) -> Study:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import math
+import os
 import random
 import time
-import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from dact.model import DACT
 from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # which a deterministic Trainer sets
 # Optimizer steps in which a pretrained encoder learns its task, also from few texts, and in which
 # one does that starts from the whole encoder's weights and has it as a teacher.
 MIN_STEPS, TAUGHT_STEPS = 250, 150
@@ -165,9 +166,30 @@ class StopAtDeadline(Callback):
 
 
 @contextlib.contextmanager
+def isolated() -> Iterator[None]:
+    """Restore the caller's random generators, and what Trainers set for their process."""
+    failed: BaseException | None = None
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(WORKSPACE)
+    with isolate_rng():  # by itself, it restores nothing after an exception
+        try:
+            yield
+        except BaseException as error:
+            failed = error
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.backends.cudnn.benchmark = benchmark
+    os.environ.pop(WORKSPACE, None)
+    if workspace is not None:
+        os.environ[WORKSPACE] = workspace
+    if failed is not None:
+        raise failed
+
+
+@contextlib.contextmanager
 def seeded(seed: int) -> Iterator[None]:
     """Seed all random generators for the block, and restore the caller's at its end."""
-    with isolate_rng():
+    with isolated():
         random.seed(seed)
         np.random.seed(seed)
         torch.manual_seed(seed)
@@ -226,10 +248,7 @@ def fit(
     fixed = {"max_epochs": epochs, "logger": logger or DummyLogger()}
     trainer = make_trainer(arguments, history, *callbacks, **fixed)
     try:
-        with warnings.catch_warnings():
-            # Studies try on purpose what lets all texts leave at one layer.
-            warnings.filterwarnings("ignore", message=".*every validation example.*")
-            trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
+        trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:
         # Lightning's answer to Ctrl-C.
         raise KeyboardInterrupt from error
