@@ -1,13 +1,14 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and that hold data alone."""
 
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from dact import DACT
 from dact.files import (
-    read_checkpoint,
     read_json,
     read_tensors,
     replacing,
@@ -15,6 +16,7 @@ from dact.files import (
     write_json,
     write_tensors,
 )
+from tests.conftest import tiny_model
 
 
 def names(folder):
@@ -65,10 +67,20 @@ def test_processes_that_write_to_one_file_have_temporary_files_of_their_own(tmp_
     assert [file.name for file in tmp_path.iterdir()] == ["answers.csv"]
 
 
-def test_corrupted_files_are_refused_by_name(tmp_path):
-    (tmp_path / "x.safetensors").write_bytes(bytes(100))
-    with pytest.raises(ValueError, match=r"x\.safetensors is corrupted"):
-        read_tensors(tmp_path / "x.safetensors")
-    (tmp_path / "x.ckpt").write_bytes(b"PK")
-    with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as a checkpoint"):
-        read_checkpoint(tmp_path / "x.ckpt")
+class Evil:
+    """A pickle of it touches the file of its name."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (Path.touch, (self.marker,))
+
+
+@pytest.mark.parametrize("place", ["hyper_parameters", "state_dict", "callbacks"])
+def test_a_checkpoint_cannot_run_code(tmp_path, place):
+    path, evil = tmp_path / "evil.ckpt", Evil(tmp_path / "was_here")
+    torch.save({"hyper_parameters": tiny_model().config(), "state_dict": {}, place: evil}, path)
+    with pytest.raises(ValueError, match=r"evil\.ckpt cannot be read"):
+        DACT.load_from_checkpoint(path)
+    assert not evil.marker.exists()

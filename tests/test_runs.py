@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import optuna
+import psutil
 import pytest
 import torch
 from optuna.storages import JournalStorage
@@ -32,10 +33,13 @@ PARTS = {"classifier_config": {"dropout": 0.1}, "confidence_config": {"dropout":
 # ------------------------------------------------------------------ the manifest
 
 
-@pytest.mark.parametrize("tag", ["", "..", "../run", "a/b", "/tmp", ".hidden", "a b"])
-def test_run_tags_that_lead_elsewhere_are_refused(tag, tmp_path):
+@pytest.mark.parametrize(
+    "tag", ["", "..", "../run", "/tmp/x", "a/b", "a\\b", ".hidden", "a b", "a\0b", "a\nb", "~"]
+)
+def test_a_run_tag_never_leads_out_of_the_log_folder(tag, tmp_path):
     with pytest.raises(ValueError, match="run_tag must be a name"):
         Run(tag, tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_step_that_is_done_is_not_done_again(tmp_path):
@@ -368,3 +372,33 @@ def test_a_smoke_test_reads_a_few_texts_for_one_epoch_everywhere(tmp_path):
     assert steps["baseline"]["num_epochs"] == len(metrics["history"]) == 1
     assert sum(metrics["test"]["exit_histogram"]) <= 16
     assert [stage["limits"][0] for stage in steps.values() if "limits" in stage] == [1] * 3
+
+
+@pytest.mark.slow
+def test_many_trials_leave_nothing_behind(tmp_path):
+    """Memory, open files, threads and processes stay, and each trial takes some kilobytes on
+    disk."""
+    process, readings = psutil.Process(), {}
+
+    def usage():
+        return {
+            "memory": process.memory_info().rss / 2**20,
+            "files": process.num_fds(),
+            "threads": process.num_threads(),
+            "processes": len(process.children(recursive=True)),
+        }
+
+    def watch(study, trial):
+        if trial.number in (12, 31):
+            readings[trial.number] = usage()
+
+    engine(
+        tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=32, callbacks=[watch]
+    ).joint_tune_study("run")
+    early, late = readings[12], readings[31]
+    assert late["memory"] - early["memory"] < 19
+    assert late["files"] <= early["files"] + 5
+    assert late["threads"] <= early["threads"] + 2
+    assert late["processes"] == early["processes"]
+    size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
+    assert size < 32 * 100_000

@@ -3,10 +3,14 @@
 import contextlib
 import io
 import json
+import pickle
+import pickletools
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import ClassVar
@@ -332,6 +336,30 @@ def test_the_studies_open_in_optuna_dashboard(tuned):
     for study in studies:
         stored = study_of(run.parent, study["study_name"].split("/")[1]).trials
         assert len(ask(f"/api/studies/{study['study_id']}")["trials"]) == len(stored)
+
+
+def is_pickle(content):
+    try:
+        operations = [operation.name for operation, _, _ in pickletools.genops(content)]
+    except Exception:
+        return False
+    return operations[-1:] == ["STOP"] and len(operations) > 2
+
+
+def test_a_run_leaves_no_pickle_but_checkpoints_that_hold_data_alone(tuned):
+    assert is_pickle(pickle.dumps({"a": [1]})), "the scan finds pickles"
+    _, run, _ = tuned
+    for path in [path for path in run.rglob("*") if path.is_file()]:
+        if path.suffix == ".ckpt":
+            torch.load(path, weights_only=True)
+            continue
+        assert not is_pickle(path.read_bytes()), path
+        assert not zipfile.is_zipfile(path), path
+    connection = sqlite3.connect(run / "studies.db")
+    tables = connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall()
+    for (table,) in tables:
+        for row in connection.execute(f"SELECT * FROM {table}"):
+            assert not any(isinstance(value, bytes) for value in row), f"{table} holds bytes"
 
 
 def test_defaults_are_measured_beside_the_tuned_model(tuned):
