@@ -118,9 +118,12 @@ def fit_confidence(
         ponder: The ponder cost ρ, as for `DACT`.
         class_weights: One weight per class.
     """
+    # On the CPU, where no generator of a device is moved; the fit is small.
+    y, target = y.cpu(), target.cpu()
+    class_weights = None if class_weights is None else class_weights.cpu()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(0)
-        fresh = AnswerConfidence(confidence.config, confidence.num_layers).to(y.device)
+        torch.default_generator.manual_seed(0)
+        fresh = AnswerConfidence(confidence.config, confidence.num_layers)
         super(AnswerConfidence, fresh).train().requires_grad_(True)
         learner = torch.optim.AdamW(fresh.parameters(), RATE, weight_decay=WEIGHT_DECAY)
         for step in range(STEPS):

@@ -201,6 +201,7 @@ class DACT(LightningModule):
         # texts are set apart for the confidence, and the step after which it last learned.
         self._said: list[tuple[Tensor, Tensor]] = []
         self._records, self._taught_at = False, -1
+        self._is_refitted = confidence_reads == "answer"
 
     # ------------------------------------------------------------------ the halting rule
 
@@ -316,7 +317,7 @@ class DACT(LightningModule):
         start_at(self.confidence, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg = self.exit_loss_weight = self.distillation = self.consistency = 0.0
-        self.detach_exits = False
+        self.detach_exits = self._is_refitted = False
         self.halting = "never"
         return self
 
@@ -397,6 +398,8 @@ class DACT(LightningModule):
         known = labels != functional.UNLABELLED
         if not known.any():
             raise ValueError("the confidence needs labelled examples, and none has a label")
+        if not logits.isfinite().all():
+            return  # the loss is no number either, which ends the fit
         target = functional.soft_targets(labels[known], self.output_dimension)
         log_y = logits[known].log_softmax(dim=-1)
         temperatures = fit_temperatures(log_y, target)
@@ -477,7 +480,7 @@ class DACT(LightningModule):
     def on_validation_epoch_start(self) -> None:
         self.on_test_epoch_start()
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self._learn_confidence()
+            self.learn_confidence()
 
     def on_test_epoch_start(self) -> None:
         self._metrics, self.exit_histogram = {}, None
@@ -517,7 +520,7 @@ class DACT(LightningModule):
                 f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
                 f"{self.encoder.hidden_size}; set learning_rate to change it"
             )
-        if self._reads_answers and self._confidence_batches() is None:
+        if self._is_refitted and self._confidence_batches() is None:
             rank_zero_info(
                 "no texts are set apart for the confidence (a datamodule's "
                 "confidence_dataloader): it learns from answers to training texts, and trusts the "
@@ -526,23 +529,19 @@ class DACT(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self._said = []
-        self._records = self._reads_answers and self._confidence_batches() is None
+        self._records = self._is_refitted and self._confidence_batches() is None
 
     def on_train_epoch_end(self) -> None:
-        self._learn_confidence()  # if there was no validation
-
-    @property
-    def _reads_answers(self) -> bool:
-        return self.confidence_reads == "answer" and self.halting != "never"
+        self.learn_confidence()  # if there was no validation
 
     def _confidence_batches(self) -> Any:
         data = getattr(self.trainer, "datamodule", None)
         return getattr(data, "confidence_dataloader", lambda: None)()
 
-    def _learn_confidence(self) -> None:
+    def learn_confidence(self) -> None:
         """Fit a confidence that reads answers, if it has not learned since the last step."""
         step = self.trainer.global_step
-        if not self._reads_answers or step == self._taught_at:
+        if not self._is_refitted or step == self._taught_at:
             return
         batches = self._confidence_batches()
         # A loader draws a seed, which must not move the generator of encoder and classifiers.
@@ -554,7 +553,8 @@ class DACT(LightningModule):
         # Each process has recorded its own answers.
         learned = {**self.confidence.state_dict(), "temperatures": self.exit_temperatures}
         learned = self.trainer.strategy.broadcast(learned)
-        self.exit_temperatures = learned.pop("temperatures")
+        assert self.exit_temperatures is not None
+        self.exit_temperatures.copy_(learned.pop("temperatures"))
         self.confidence.load_state_dict(learned)
         self._taught_at = step
 

@@ -307,7 +307,8 @@ def test_a_loaded_model_is_trained_with_dropout(tmp_path):
     model = DACT.from_pretrained(tmp_path)
     assert not model.training
     trainer(tmp_path, max_epochs=1).fit(model, loader(), loader(seed=1))
-    assert all(module.training for module in model.modules())
+    learns = [*model.encoder.modules(), *model.classifier.modules()]
+    assert all(module.training for module in learns)
     assert (model.classifier[1].running_mean != 0).all()
 
 
@@ -594,6 +595,7 @@ def test_the_first_layers_of_an_encoder_are_a_model_of_their_own(tmp_path):
         encoder=whole.encoder,
         classifier=whole.classifier.config,
         confidence=whole.confidence.config,
+        confidence_reads="state",
         num_layers=3,
     )
     model.eval()

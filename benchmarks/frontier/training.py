@@ -145,6 +145,7 @@ def make_model(setting: Setting, method: Method) -> DACT:
         model.at_full_depth()
     if method.kind == "multi":  # h = 1 for ever: a_n is y_n, and the margin alone decides
         model.detach_exits = True
+        model.halting = "exact"
     if model.detach_exits:
         model.exit_loss_weight = 1.0
     if method.kind != "baseline":
