@@ -453,7 +453,7 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path):
         model=small_model,
         data=small_data,
         trainer={"max_epochs": 1, "accelerator": "cpu"},
-        n_trials=1,
+        n_trials=[0, 0, 1],
         encoder_training="frozen",
         warm_up_epochs=1,
         promise=Promise(min_agreement=0.9),
