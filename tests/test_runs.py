@@ -24,7 +24,6 @@ from dact.tuning.settings import Settings, Winners
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
 from dact.tuning.trainer import Deadline, TimeIsUp, enough_epochs, make_trainer
 from dact.tuning.trial import CAUSE
-from tests.commands import GENERATED, dact
 from tests.test_tuning import engine, small_data, small_model
 
 PARTS = {"classifier_config": {"dropout": 0.1}, "confidence_config": {"dropout": 0.2}}
@@ -366,15 +365,6 @@ def test_a_run_without_trials_fits_the_recommended_settings(tmp_path):
     found = read_json(Path(metrics))
     best = found["history"][-1]
     assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
-
-
-def test_a_smoke_test_reads_a_few_texts_for_one_epoch_everywhere(tmp_path):
-    dact("tune", "--config", GENERATED, "--fast", "--run_tag", "fast", cwd=tmp_path)
-    run = tmp_path / "lightning_logs" / "fast"
-    steps, metrics = read_json(run / "run.json")["steps"], read_json(run / "final/metrics.json")
-    assert steps["baseline"]["num_epochs"] == len(metrics["history"]) == 1
-    assert sum(metrics["test"]["exit_histogram"]) <= 16
-    assert [stage["limits"][0] for stage in steps.values() if "limits" in stage] == [1] * 3
 
 
 @pytest.mark.slow
