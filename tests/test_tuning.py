@@ -662,8 +662,6 @@ def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
     chosen = Settings({"submodel_learning_rate": 0.5})
     assert prepared.build(chosen, 0)[0].submodel_learning_rate == 0.5
     assert prepared.build(Settings(), 0)[0].submodel_learning_rate == 1e-9
-    with pytest.raises(ValueError, match="unknown parameter 'learning_rate'"):
-        engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
 
 
 @pytest.mark.slow
