@@ -2,18 +2,14 @@
 
 import json
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
-import optuna
 import pytest
 import torch
 
-from dact import DACT, TuningEngine
+from dact import DACT
 from dact.calibration import Promise
-from dact.data import CompositionalSentiment
-from dact.encoders import TransformerEncoder
 from dact.tuning import confirmation, final, fit
 from dact.tuning.confirmation import confirm
 from dact.tuning.outcome import Outcome
@@ -21,28 +17,16 @@ from dact.tuning.plan import Plan
 from dact.tuning.progress import Progress
 from dact.tuning.settings import Settings
 from dact.tuning.trainer import NonFiniteLoss
+from tests.test_tuning import engine as tuning_engine
 
-optuna.logging.set_verbosity(optuna.logging.ERROR)
 TUNED = Settings({"lambda_reg": 0.3})
-
-
-def small_model(**overrides):
-    return DACT(encoder=TransformerEncoder(42, 3, 8, 2), **{"learning_rate": 3e-3, **overrides})
 
 
 def engine(tmp_path, **options):
     # A λ that the recommended settings do not have.
     space = {"num_epochs": {"choices": [1]}, "lambda_reg": {"low": 0.1}}
-    made = TuningEngine(
-        data=partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60),
-        trainer={"max_epochs": 1, "accelerator": "cpu"},
-        search_space=space,
-        log_dir=tmp_path,
-        **{"model": small_model, "n_trials": 2, "encoder_training": "frozen", "warm_up_epochs": 1}
-        | options,
-    )
-    made.progress.console.quiet = True
-    return made
+    defaults = {"n_trials": 2, "encoder_training": "frozen", "warm_up_epochs": 1}
+    return tuning_engine(tmp_path, search_space=space, **{**defaults, **options})
 
 
 @pytest.fixture
