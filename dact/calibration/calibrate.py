@@ -38,6 +38,7 @@ class Calibration:
 
     Args:
         halting, halting_tolerance, halting_margin: The halting rule.
+        thresholds: Thresholds of the labels, if the model has any.
         promise: Promise that they keep, as plain data.
         bound: Bound on the loss of accuracy, the agreement or the mean exit layer at this setting,
             taken alone. For an estimate, the measured value with one standard error added, or
@@ -64,6 +65,7 @@ class Calibration:
     baseline_accuracy: float | None = None
     estimate: bool = False
     chose_checkpoint: bool = False
+    thresholds: list[float] | None = None
 
     @property
     def exit_rule(self) -> Halting:
@@ -184,8 +186,11 @@ def choose_setting(
         full_depth_accuracy=measured.full_depth.accuracy,
         agreement=measured.agreement,
         mean_exit_layer=measured.mean_exit_layer,
-        baseline_accuracy=None if baseline is None else share(baseline == answers.target),
+        baseline_accuracy=None
+        if baseline is None
+        else share(answers.task.same(baseline, answers.target)),
         estimate=promise.confidence is None,
+        thresholds=answers.task.thresholds and list(answers.task.thresholds),
     )
 
 
