@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -34,8 +34,11 @@ class Task(ABC):
     """What differs between tasks. Answers y and a are ``[…, classes]``."""
 
     name: TaskName
-    noun: str  # for what an answer has a probability
+    nouns: str  # for what an answer has probabilities
     fewest: int  # of these
+    answered: str  # what a prediction has
+    explained: str  # words of the measurements
+    leaves: str  # when a text leaves
     thresholds: tuple[float, ...] | None = None
 
     @abstractmethod
@@ -97,6 +100,11 @@ class Task(ABC):
         """Return the probability that an answer gives each part of a decision."""
 
     @abstractmethod
+    def named(self, decision: Any, score: Any, probabilities: dict[str, float]) -> dict[str, Any]:
+        """Return the fields of a `dact.text_classifier.Prediction` for a decision and its score, as
+        plain values; `probabilities` has the names in their order."""
+
+    @abstractmethod
     def temper(self, a: Tensor, temperatures: Tensor) -> Tensor:
         """Return answers ``[batch, classes]`` at temperatures ``[batch]``."""
 
@@ -124,8 +132,14 @@ class Multiclass(Task):
     int64 ``[…]``, and labels are int64 ``[batch]``."""
 
     name = "multiclass"
-    noun = "class"
+    nouns = "classes"
     fewest = 2
+    explained = "confused: the two largest classes, true as answered"
+    answered = "Each prediction has the label, its score and the exit layer."
+    leaves = (
+        "A text leaves when its class is proven to end at most the tolerance behind the winner of "
+        "all layers, or when a layer's own first class leads by more than the margin (1 for never)."
+    )
 
     def answers(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=-1)
@@ -175,6 +189,9 @@ class Multiclass(Task):
     def scores(self, a: Tensor, decisions: Tensor) -> Tensor:
         return a.gather(-1, decisions.unsqueeze(-1)).squeeze(-1)
 
+    def named(self, decision: Any, score: Any, probabilities: dict[str, float]) -> dict[str, Any]:
+        return {"label": [*probabilities][decision], "score": score}
+
     def temper(self, a: Tensor, temperatures: Tensor) -> Tensor:
         log = at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log()
         return (log / temperatures.unsqueeze(1)).softmax(dim=1)
@@ -212,8 +229,14 @@ class Multilabel(Task):
     thresholds: tuple[float, ...] | None = None
 
     name = "multilabel"
-    noun = "label"
+    nouns = "labels"
     fewest = 1
+    explained = "accuracy: share of the texts that get exactly their labels"
+    answered = "Each prediction has the labels with their probabilities, and the exit layer."
+    leaves = (
+        "A text leaves when each of its labels is proven to end at most the tolerance beyond its "
+        "threshold, or when each is farther from it than the margin (1 for never)."
+    )
 
     def answers(self, logits: Tensor) -> Tensor:
         return logits.sigmoid()
@@ -271,6 +294,11 @@ class Multilabel(Task):
 
     def scores(self, a: Tensor, decisions: Tensor) -> Tensor:
         return torch.where(decisions, a, 1 - a)
+
+    def named(self, decision: Any, score: Any, probabilities: dict[str, float]) -> dict[str, Any]:
+        pairs = zip(decision, probabilities.items(), strict=True)
+        present = {name: probability for is_present, (name, probability) in pairs if is_present}
+        return {"label": None, "score": min(score), "labels": present}
 
     def temper(self, a: Tensor, temperatures: Tensor) -> Tensor:
         a = at_least_float32(a)
