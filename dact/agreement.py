@@ -18,8 +18,13 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
         training: Whether the model will be trained on the data, so that a teacher matters.
 
     Raises:
-        ValueError: If tokens, lengths, classes or the teacher do not fit.
+        ValueError: If the task, tokens, lengths, classes or the teacher do not fit.
     """
+    task = getattr(datamodule, "task", model.task.name)
+    if task != model.task.name:
+        raise ValueError(
+            f"the data is {task}, but the model has task={model.task.name!r}: set task to {task!r}"
+        )
     model.encoder.check_tokens(tokenizer_of(datamodule), getattr(datamodule, "max_length", None))
     names = getattr(datamodule, "class_names", None)
     check_classes(names, model.output_dimension)

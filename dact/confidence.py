@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dact import functional
 from dact.submodels import SubmodelConfig, Submodels, start_at
+from dact.tasks import MULTICLASS, Task
 
 # Without the submodel, h = sigmoid(OFFSET + SLOPES · numbers), about what MPNet-base and MiniLM
 # learn on 1,500 and 2,000 texts of two corpora; see benchmarks/README.md.
@@ -45,10 +46,12 @@ class AnswerConfidence(Submodels):
     Args:
         config: Architecture of the submodel.
         num_layers: N, the number of layers.
+        task: Task of the answers.
     """
 
-    def __init__(self, config: SubmodelConfig, num_layers: int) -> None:
+    def __init__(self, config: SubmodelConfig, num_layers: int, task: Task = MULTICLASS) -> None:
         super().__init__(config, num_layers, INPUTS, 1, share=True)
+        self.task = task
         start_at(self, 0.0)
         self.requires_grad_(False)
 
@@ -59,14 +62,15 @@ class AnswerConfidence(Submodels):
     def answer(self, layer: int, y: Tensor) -> Tensor:
         """Return the logit of h_n for the answers of a layer (1-based): ``[batch, classes]`` ->
         ``[batch, 1]``."""
-        return self._logits(numbers(y), torch.tensor(layer / self.num_layers, device=y.device))
+        return self._logits(y, torch.tensor(layer / self.num_layers, device=y.device))
 
     def forward(self, y: Tensor) -> Tensor:
         """Return the logits of h: ``[batch, layers, classes]`` -> ``[batch, layers, 1]``."""
         depths = torch.arange(1, self.num_layers + 1, device=y.device) / self.num_layers
-        return self._logits(numbers(y), depths)
+        return self._logits(y, depths)
 
-    def _logits(self, seen: Tensor, depth: Tensor) -> Tensor:
+    def _logits(self, y: Tensor, depth: Tensor) -> Tensor:
+        seen = numbers(self.task.hardest(y))
         inputs = torch.cat([seen, depth.to(seen).expand(seen.shape[:-1]).unsqueeze(-1)], dim=-1)
         line = (seen * seen.new_tensor(SLOPES)).sum(dim=-1, keepdim=True) + OFFSET
         with torch.autocast(seen.device.type, enabled=False):
@@ -74,20 +78,21 @@ class AnswerConfidence(Submodels):
         return line + flat.unflatten(0, seen.shape[:-1])
 
 
-def fit_temperatures(log_y: Tensor, target: Tensor) -> Tensor:
+def fit_temperatures(logits: Tensor, target: Tensor, task: Task = MULTICLASS) -> Tensor:
     """Return one temperature per layer, ``[layers]``, by the likelihood of the labels (Guo et al.
     2017, arXiv 1706.04599), as if ten more examples asked for a temperature of 1.
 
     Args:
-        log_y: Log-probabilities of the layers, ``[examples, layers, classes]``.
-        target: Targets, ``[examples, classes]``.
+        logits: Logits of the layers, ``[examples, layers, classes]``.
+        target: Targets, ``[examples, outcomes]``.
+        task: Task of the logits.
     """
-    exponents = log_y.new_zeros(log_y.shape[1], requires_grad=True)
+    exponents = logits.new_zeros(logits.shape[1], requires_grad=True)
     search = torch.optim.LBFGS([exponents], max_iter=100, line_search_fn="strong_wolfe")
 
     def loss() -> Tensor:
         search.zero_grad()
-        tempered = (log_y / exponents.exp()[:, None]).log_softmax(dim=-1)
+        tempered = task.log_likelihoods(logits / exponents.exp()[:, None])
         losses = -(target.unsqueeze(1) * tempered).sum(dim=-1).mean(dim=0)
         total = losses.sum() + PRIOR_EXAMPLES / len(target) * exponents.square().sum()
         total.backward()  # type: ignore[no-untyped-call]
@@ -113,23 +118,24 @@ def fit_confidence(
     Args:
         confidence: The confidence, which is changed.
         y: Answers of the layers, ``[examples, layers, classes]``.
-        target: Targets, ``[examples, classes]``.
+        target: Targets, ``[examples, outcomes]``.
         lambda_reg: λ.
         ponder: The ponder cost ρ, as for `DACT`.
-        class_weights: One weight per class.
+        class_weights: One weight per outcome.
     """
+    task = confidence.task
     # On the CPU, where no generator of a device is moved; the fit is small.
     y, target = y.cpu(), target.cpu()
     class_weights = None if class_weights is None else class_weights.cpu()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
         torch.default_generator.manual_seed(0)
-        fresh = AnswerConfidence(confidence.config, confidence.num_layers)
+        fresh = AnswerConfidence(confidence.config, confidence.num_layers, task)
         super(AnswerConfidence, fresh).train().requires_grad_(True)
         learner = torch.optim.AdamW(fresh.parameters(), RATE, weight_decay=WEIGHT_DECAY)
         for step in range(STEPS):
             learner.param_groups[0]["lr"] = RATE * (1 - step / STEPS)
             h = fresh(y).squeeze(-1).sigmoid()
-            a, p = functional.accumulate(y, h)
+            a, p = functional.accumulate(task.outcomes(y), h)
             loss = functional.task_loss(a[:, -1], target, class_weights)
             loss = loss + lambda_reg * functional.ponder_cost(p, h, ponder)
             learner.zero_grad()

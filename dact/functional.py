@@ -24,9 +24,13 @@ from typing import Annotated, Literal
 import torch
 from torch import Tensor
 
-from dact.checks import Range, check_arguments, check_choice, check_probabilities
+from dact.checks import Range, check_arguments, check_choice
+from dact.tasks import MULTICLASS, Task
+from dact.tasks import SMALLEST_PROBABILITY as SMALLEST_PROBABILITY
+from dact.tasks import UNLABELLED as UNLABELLED
+from dact.tasks import HaltingRule as HaltingRule
+from dact.tasks import at_least_float32 as at_least_float32
 
-HaltingRule = Literal["exact", "paper", "never"]
 PonderKind = Literal["p", "h"]
 Tolerance = Annotated[
     float,
@@ -38,9 +42,6 @@ Margin = Annotated[
     float, Range("[0, 1]", "it is the lead of a layer's first class that suffices, 1 turns it off")
 ]
 
-# Below this a probability no longer changes the task loss, so that 1 / a stays finite in float32.
-SMALLEST_PROBABILITY = 1e-30
-UNLABELLED = -100  # the label of an example that only a teacher labels
 WITHOUT_FLOAT64 = {"mps"}  # kinds of devices for which the CPU computes the halting rule
 
 
@@ -77,7 +78,13 @@ class Halting:
         return replace(self, margin=value)
 
     def halts(
-        self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int
+        self,
+        a: Tensor,
+        p: Tensor,
+        y: Tensor,
+        remaining: int | Tensor,
+        num_layers: int,
+        task: Task = MULTICLASS,
     ) -> Tensor:
         """Return which examples leave after a layer, bool ``[…]``; shapes are not checked.
 
@@ -85,22 +92,17 @@ class Halting:
             a, p, y: a_n and y_n ``[…, classes]``, and p_n ``[…]``.
             remaining: Number of layers that remain, or int64 ``[…]``.
             num_layers: N, the layers of the model.
+            task: Task of the answers.
         """
-        halts = _provable(a, p, remaining, self, num_layers)
+        halts = _provable(a, p, remaining, self, num_layers, task)
         if self.margin == 1 or self.rule == "never":
             return halts
-        return halts | (_lead(y) > self.margin)
+        return halts | (task.lead(y) > self.margin)
 
-    def exit_layers(self, a: Tensor, p: Tensor, y: Tensor) -> Tensor:
+    def exit_layers(self, a: Tensor, p: Tensor, y: Tensor, task: Task = MULTICLASS) -> Tensor:
         """Return the first layer after which each example leaves, int64 ``[batch]``."""
         remaining = torch.arange(p.shape[1] - 1, -1, -1, device=p.device)  # [layers]
-        return self.halts(a, p, y, remaining, p.shape[1]).int().argmax(dim=1) + 1
-
-
-def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a float64 tensor as it is and any other in float32: half precision is never summed
-    over layers."""
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
+        return self.halts(a, p, y, remaining, p.shape[1], task).int().argmax(dim=1) + 1
 
 
 def accumulate_step(a: Tensor, p: Tensor, y: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
@@ -135,6 +137,7 @@ def can_halt(
     rule: HaltingRule = "exact",
     tolerance: float = 0.0,
     num_layers: int | None = None,
+    task: Task = MULTICLASS,
 ) -> Tensor:
     r"""Return whether the answer of an example can no longer change, whatever the remaining layers
     say.
@@ -158,6 +161,7 @@ def can_halt(
         tolerance: Largest probability, in [0, 1), by which the returned class may end behind the
             final winner.
         num_layers: N, for the slack; `remaining` + 1 by default.
+        task: Task of the answers.
 
     Returns:
         A bool tensor ``[batch]``.
@@ -166,34 +170,28 @@ def can_halt(
         >>> can_halt(torch.tensor([[0.9, 0.1], [0.6, 0.4]]), torch.tensor([0.1, 0.1]), remaining=2)
         tensor([ True, False])
     """
-    return _provable(a, p, remaining, Halting(rule, tolerance), num_layers)
+    return _provable(a, p, remaining, Halting(rule, tolerance), num_layers, task)
 
 
 def _provable(
-    a: Tensor, p: Tensor, remaining: int | Tensor, halting: Halting, num_layers: int | None
+    a: Tensor,
+    p: Tensor,
+    remaining: int | Tensor,
+    halting: Halting,
+    num_layers: int | None,
+    task: Task,
 ) -> Tensor:
     """Return what `can_halt` returns, without its checks, for a ``[…, classes]`` and p ``[…]``."""
-    rule, tolerance = halting.rule, halting.tolerance
     if a.device.type in WITHOUT_FLOAT64:
         remaining = remaining.cpu() if isinstance(remaining, Tensor) else remaining
-        return _provable(a.cpu(), p.cpu(), remaining, halting, num_layers).to(a.device)
+        return _provable(a.cpu(), p.cpu(), remaining, halting, num_layers, task).to(a.device)
     d = remaining.to(a.device) if isinstance(remaining, Tensor) else int(remaining)
     last = d == 0
-    if rule == "never" or last is True:
+    if halting.rule == "never" or last is True:
         return torch.as_tensor(last, device=a.device).expand(p.shape)
     slack = 4 * torch.finfo(a.dtype).eps * (num_layers if num_layers is not None else d + 1)
-    best, runner_up = a.topk(2, dim=-1).values.double().unbind(dim=-1)
-    p = p.double()
-    kept = (1 - p) ** d
-    halts = torch.addcmul(kept, kept, best - runner_up) > 1 + slack - tolerance
-    if rule == "paper":  # never above the exact bound; `&` keeps it so under rounding too
-        halts &= best * kept - runner_up - p * d > slack - tolerance
+    halts = task.proof(a, p, d, halting.rule) > slack - halting.tolerance
     return halts if last is False else halts | last
-
-
-def _lead(y: Tensor) -> Tensor:
-    first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
-    return first - second
 
 
 def is_clear(y: Tensor, margin: float) -> Tensor:
@@ -208,7 +206,7 @@ def is_clear(y: Tensor, margin: float) -> Tensor:
         >>> is_clear(torch.tensor([[0.8, 0.1, 0.1], [0.5, 0.4, 0.1]]), 0.5)
         tensor([ True, False])
     """
-    return (_lead(y) > Halting(margin=margin).margin) & (margin < 1)
+    return (MULTICLASS.lead(y) > Halting(margin=margin).margin) & (margin < 1)
 
 
 def exit_layers(
@@ -270,25 +268,7 @@ def soft_targets(
         >>> soft_targets(torch.tensor([1, -100]), 2, teacher, share=0.5).tolist()
         [[0.25, 0.75], [0.75, 0.25]]
     """
-    if labels.dim() != 1 or labels.is_floating_point():
-        raise ValueError(
-            f"labels must be integers of the shape [batch], got {labels.dtype} {[*labels.shape]}: "
-            "several labels per example and numbers as targets are not supported"
-        )
-    unknown = labels == UNLABELLED
-    wrong = labels[~unknown & ((labels < 0) | (labels >= classes))]
-    if len(wrong):
-        raise ValueError(
-            f"labels must be in 0 … {classes - 1} (or -100 for none), got {wrong[0].item()}: set "
-            "output_dimension to the number of classes"
-        )
-    # [batch, classes]; -100 matches no class, so its row stays zero.
-    target = (labels.unsqueeze(1) == torch.arange(classes, device=labels.device)).float()
-    if teacher is None or (share == 0 and not unknown.any()):
-        return target
-    t = check_probabilities("teacher", at_least_float32(teacher))
-    shares = unknown.float().clamp_min(share).unsqueeze(1)  # [batch, 1]
-    return (1 - shares) * target + shares * t
+    return MULTICLASS.targets(labels, classes, teacher, share)
 
 
 def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
@@ -313,15 +293,21 @@ def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) ->
     return _cross_entropy(log_a, target, class_weights)
 
 
-def exit_loss(logits: Tensor, target: Tensor, class_weights: Tensor | None = None) -> Tensor:
+def exit_loss(
+    logits: Tensor,
+    target: Tensor,
+    class_weights: Tensor | None = None,
+    task: Task = MULTICLASS,
+) -> Tensor:
     """Return the cross-entropy of every layer's own classification (deep supervision), mean over
     batch and layers.
 
     Args:
         logits: Logits of y, ``[batch, layers, classes]``.
         target, class_weights: As for `task_loss`.
+        task: Task of the logits.
     """
-    log_y = at_least_float32(logits).log_softmax(dim=-1)
+    log_y = task.log_likelihoods(at_least_float32(logits))
     # The loss is linear in the logarithms.
     return _cross_entropy(log_y.mean(dim=1), target, class_weights)
 
@@ -345,7 +331,7 @@ def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
-def divergence(first: Tensor, second: Tensor) -> Tensor:
+def divergence(first: Tensor, second: Tensor, task: Task = MULTICLASS) -> Tensor:
     """Return half of KL(p‖q) + KL(q‖p) in nats, mean over batch and layers, from logits of two
     classifications, each ``[batch, layers, classes]``.
 
@@ -353,5 +339,6 @@ def divergence(first: Tensor, second: Tensor) -> Tensor:
     the likelihoods of both passes are summed. `DACT` takes their mean: its weight of 5 is an α of
     10 there.
     """
-    log_p, log_q = (at_least_float32(logits).log_softmax(dim=-1) for logits in (first, second))
+    both = (at_least_float32(logits) for logits in (first, second))
+    log_p, log_q = map(task.log_likelihoods, both)
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1).mean() / 2

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from dact.encoders.base import Batch, LayeredEncoder
 from dact.functional import Halting, accumulate_step
 from dact.outputs import DACTOutput
+from dact.tasks import MULTICLASS, Task
 
 # In half precision on a CPU, oneDNN prepares each new shape for about a millisecond, and there are
 # fewer of multiples of this length: 1.4 to 1.8 times as fast on VADER.
@@ -68,6 +69,7 @@ def early_exit(
     batch: Batch,
     *,
     halting: Halting,
+    task: Task = MULTICLASS,
     step_tokens: int | None = None,
     window_tokens: int | None = None,
     record: bool = False,
@@ -81,6 +83,7 @@ def early_exit(
         num_layers: N, the number of encoder layers to run.
         batch: Inputs of the encoder, for any number of examples in any order.
         halting: Rule by which examples leave.
+        task: Task of the answers.
         step_tokens: Number of tokens that enter a layer in one step, padding included (a longer
             example enters alone); by default by the kind of device.
         window_tokens: Number of tokens whose hidden states are held in memory at a time; 16 steps
@@ -107,7 +110,7 @@ def early_exit(
         groups = [
             *encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)
         ]
-        _run_window(encoder, unit, halting, groups, rows, results, step)
+        _run_window(encoder, unit, halting, task, groups, rows, results, step)
     return results.output(mask.device)
 
 
@@ -149,6 +152,7 @@ def _run_window(
     encoder: LayeredEncoder,
     unit: Unit,
     halting: Halting,
+    task: Task,
     groups: list[_Group],
     rows: Indices,
     results: _Results,
@@ -169,7 +173,7 @@ def _run_window(
             results.store(n, rows, a, y, h)
         if n == num_layers or halting.rule == "never":
             continue
-        halts = halting.halts(a, p, y, num_layers - n, num_layers)
+        halts = halting.halts(a, p, y, num_layers - n, num_layers, task)
         staying = (~halts.cpu().numpy()).nonzero()[0]  # the only wait for a GPU in a layer
         if len(staying) == len(rows):
             continue

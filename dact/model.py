@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -34,6 +34,7 @@ from dact.optimization import schedule
 from dact.outputs import DACTOutput as DACTOutput
 from dact.outputs import Loss as Loss
 from dact.submodels import SubmodelConfig, Submodels, start_at, start_undecided
+from dact.tasks import Task, TaskName, task_of
 
 Weight = Annotated[float, Range("[0, inf)")]
 Rate = Annotated[float, Range("(0, inf)")]
@@ -60,9 +61,12 @@ class DACT(LightningModule):
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
-        output_dimension: Number of classes, 2 or more.
+        output_dimension: Number of classes, 2 or more, or of labels, 1 or more.
         classifier: Architecture of the classifier f.
         confidence: Architecture of the confidence g.
+        task: ``"multiclass"``, one class per example, or ``"multilabel"``, any number of labels:
+            y_n is then a sigmoid, the loss the binary cross-entropy, summed over the labels, and
+            the answer the set of labels above their thresholds. *Class* then stands for label.
         lambda_reg: λ, the price of a unit of ponder cost, 0 or more; 0.04 over the number of layers
             if left out, or 0.02 for a confidence that reads states.
         lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0,
@@ -92,7 +96,11 @@ class DACT(LightningModule):
             returns may end behind the final winner.
         halting_margin: Lead, in [0, 1], of the first class of y_n over its second above which an
             example leaves as well: smaller means fewer layers, 1 leaves all to the halting rule.
-        class_weights: One weight per class for the training and validation losses.
+            Of several labels, the one nearest to its threshold counts, by its distance from there
+            as a share of the largest possible one.
+        thresholds: One per label, in (0, 1), above which a label is returned; 0.5 if left out.
+        class_weights: One weight per class for the training and validation losses; for labels,
+            that of an example that has the label.
         learning_rate: Peak learning rate of AdamW; by default that of the encoder.
         submodel_learning_rate: Peak learning rate of the submodels; `learning_rate` by default.
         weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
@@ -124,10 +132,11 @@ class DACT(LightningModule):
     def __init__(
         self,
         encoder: LayeredEncoder,
-        output_dimension: Annotated[int, Range("[2, inf)", "it counts the classes")] = 3,
+        output_dimension: Annotated[int, Range("[1, inf)", "it counts the classes")] = 3,
         classifier: SubmodelConfig = SubmodelConfig(),
         confidence: SubmodelConfig = SubmodelConfig(),
         *,
+        task: TaskName = "multiclass",
         lambda_reg: Weight | None = None,
         lambda_warmup: ShareOfSteps = 0.3,
         ponder: PonderKind = "p",
@@ -141,6 +150,7 @@ class DACT(LightningModule):
         halting: HaltingRule = "exact",
         halting_tolerance: Tolerance = 0.0,
         halting_margin: Margin = 1.0,
+        thresholds: list[float] | None = None,
         class_weights: list[float] | None = None,
         learning_rate: Rate | None = None,
         submodel_learning_rate: Rate | None = None,
@@ -156,6 +166,7 @@ class DACT(LightningModule):
         self.save_hyperparameters({})  # makes Lightning log `hparams_initial`
         self.encoder = encoder
         self.output_dimension = output_dimension
+        self.task: Task = task_of(task, thresholds)
         self.lambda_warmup = lambda_warmup
         self.ponder = ponder
         self.confidence_reads = confidence_reads
@@ -191,7 +202,7 @@ class DACT(LightningModule):
         self.confidence: Submodels
         # One per layer, [layers]; y_n is the softmax of the classifier's output over it.
         if confidence_reads == "answer":
-            self.confidence = AnswerConfidence(confidence, self.num_layers)
+            self.confidence = AnswerConfidence(confidence, self.num_layers, self.task)
             self.register_buffer("exit_temperatures", torch.ones(self.num_layers))
         else:
             self.register_buffer("exit_temperatures", None)
@@ -233,10 +244,21 @@ class DACT(LightningModule):
         self.exit_rule = self.exit_rule.with_dial("halting_margin", margin)
 
     @property
+    def thresholds(self) -> list[float] | None:
+        """The thresholds of the labels; None for classes, or for 0.5 each."""
+        found = self.task.thresholds
+        return None if found is None else list(found)
+
+    @thresholds.setter
+    def thresholds(self, thresholds: Sequence[float] | None) -> None:
+        _check_entries("thresholds", thresholds, self.output_dimension)
+        self.task = task_of(self.task.name, thresholds)
+
+    @property
     def calibration(self) -> dict[str, Any] | None:
         """The record of `dact.calibrate`; None unless it was made for the present halting rule."""
         record = self._calibration
-        if record is None or Halting(*(record[name] for name in saving.HALTING)) != self.exit_rule:
+        if record is None or any(record.get(n) != getattr(self, n) for n in saving.HALTING):
             return None
         return record
 
@@ -267,17 +289,18 @@ class DACT(LightningModule):
 
     def _output(self, y: Tensor, h: Tensor) -> DACTOutput:
         a, p = functional.accumulate(y, h)
-        exits = self.exit_rule.exit_layers(a.detach(), p.detach(), y.detach())
+        exits = self.exit_rule.exit_layers(a.detach(), p.detach(), y.detach(), self.task)
         return DACTOutput(a[:, -1], exits, y, h, p)
 
     def _inference(self, batch: Batch, halting: Halting, record: bool = False) -> DACTOutput:
-        tokens: dict[str, Any] = {
+        options: dict[str, Any] = {
+            "task": self.task,
             "step_tokens": self.step_tokens,
             "window_tokens": self.window_tokens,
         }
         parts = self.encoder, self._unit, self.num_layers
         with inference.evaluating(self):
-            return inference.early_exit(*parts, batch, halting=halting, record=record, **tokens)
+            return inference.early_exit(*parts, batch, halting=halting, record=record, **options)
 
     def _unit(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return y_n ``[batch, classes]`` and h_n ``[batch]`` of a layer (1-based) from its states,
@@ -285,7 +308,7 @@ class DACT(LightningModule):
         logits = functional.at_least_float32(self.classifier.answer(layer, state))
         if self.exit_temperatures is not None:
             logits = logits / self.exit_temperatures[layer - 1]
-        y = logits.softmax(dim=-1)
+        y = self.task.answers(logits)
         seen = y if self.confidence_reads == "answer" else state
         h = functional.at_least_float32(self.confidence.answer(layer, seen)).sigmoid().squeeze(-1)
         return y, h
@@ -302,9 +325,9 @@ class DACT(LightningModule):
             states = self.encoder.first_states(batch, self.num_layers)
         logits = functional.at_least_float32(self.classifier(states))
         if self.exit_temperatures is None:
-            y = logits.softmax(dim=-1)
+            y = self.task.answers(logits)
         else:
-            y = (logits / self.exit_temperatures[:, None]).softmax(dim=-1)
+            y = self.task.answers(logits / self.exit_temperatures[:, None])
         if self.confidence_reads == "answer":
             seen = y.detach()
         else:
@@ -349,7 +372,8 @@ class DACT(LightningModule):
                 f"distillation={self.distillation:g} needs 'teacher' [batch, classes] in training "
                 f"batches, got the keys {sorted(batch)}"
             )
-        target = functional.soft_targets(labels, self.output_dimension, teacher, self.distillation)
+        task, sizes = self.task, (self.output_dimension, teacher, self.distillation)
+        target = task.targets(labels, *sizes)
         # Batch normalization would take two passes of one example for two examples.
         twice = self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1
         if twice:
@@ -358,12 +382,15 @@ class DACT(LightningModule):
         if self._records:
             self._said.append((logits.detach()[: len(labels)], labels))
         # Without the temperatures, which belong to answers and not to what is learned.
-        y = logits.softmax(dim=-1)
+        y = task.likelihoods(logits)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
-        task_loss = functional.task_loss(a[:, -1], target, self.class_weights)
-        exit_loss = functional.exit_loss(logits, target, self.class_weights)
+        weights = task.weights(self.class_weights)
+        task_loss = functional.task_loss(a[:, -1], target, weights)
+        exit_loss = functional.exit_loss(logits, target, weights, task)
         if twice:
-            exit_loss = exit_loss + self.consistency * functional.divergence(*logits.chunk(2))
+            first, second = logits.chunk(2)
+            divergence = functional.divergence(first, second, task)
+            exit_loss = exit_loss + self.consistency * divergence
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
         price = self.warm_lambda() if lambda_reg is None else lambda_reg
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
@@ -395,18 +422,18 @@ class DACT(LightningModule):
     def _teach(self, said: list[tuple[Tensor, Tensor]]) -> None:
         """Fit the confidence and the temperatures to the classifier's output and labels."""
         logits, labels = (torch.cat(parts)[-MOST_EXAMPLES:] for parts in zip(*said, strict=True))
-        known = labels != functional.UNLABELLED
+        task, target = self.task, self.task.targets(labels, self.output_dimension)
+        known = target.any(dim=1)
         if not known.any():
             raise ValueError("the confidence needs labelled examples, and none has a label")
         if not logits.isfinite().all():
             return  # the loss is no number either, which ends the fit
-        target = functional.soft_targets(labels[known], self.output_dimension)
-        log_y = logits[known].log_softmax(dim=-1)
-        temperatures = fit_temperatures(log_y, target)
+        logits, target = logits[known], target[known]
+        temperatures = fit_temperatures(logits, target, task)
         assert isinstance(self.confidence, AnswerConfidence) and self.exit_temperatures is not None
         self.exit_temperatures.copy_(temperatures)
-        y = (log_y / temperatures[:, None]).softmax(dim=-1)
-        price, weights = self.lambda_reg, self.class_weights
+        y = task.answers(logits / temperatures[:, None])
+        price, weights = self.lambda_reg, task.weights(self.class_weights)
         fit_confidence(self.confidence, y, target, price, self.ponder, weights)
 
     def warm_lambda(self) -> float:
@@ -448,18 +475,22 @@ class DACT(LightningModule):
 
         Without answers of early exit, they are computed from those at full depth."""
         target = labels_of(batch, stage)
-        soft = functional.soft_targets(target, self.output_dimension)
+        task = self.task
+        soft, weights = (
+            task.targets(target, self.output_dimension),
+            task.weights(self.class_weights),
+        )
         y, h, p = full.layer_probabilities, full.h, full.p
         assert y is not None and h is not None and p is not None
         a, _ = functional.accumulate(y, h)
         early = early or DACTOutput(functional.answer_at(a, full.exit_layer), full.exit_layer)
         ponder_cost = functional.ponder_cost(p, h, self.ponder)
-        loss = functional.task_loss(a[:, -1], soft, self.class_weights)
+        loss = functional.task_loss(task.outcomes(a[:, -1]), soft, weights)
         loss = loss + self.lambda_reg * ponder_cost
-        task_loss = functional.task_loss(early.probabilities, soft, self.class_weights)
+        task_loss = functional.task_loss(task.outcomes(early.probabilities), soft, weights)
         if loader not in self._metrics:
             sizes = self.output_dimension, self.num_layers
-            self._metrics[loader] = LoaderMetrics(*sizes, target.device)
+            self._metrics[loader] = LoaderMetrics(task, *sizes, target.device)
         self._metrics[loader].update(target, a, early, loss, task_loss, ponder_cost)
         return {"loss": loss, "exit_layer": early.exit_layer, "layer_probabilities": y, "h": h}
 
@@ -726,10 +757,14 @@ def _check_together(given: Mapping[str, Any]) -> None:
     for name in ("detach_exits", "consistency"):
         if given[name] and given["exit_loss_weight"] == 0:
             raise ValueError(f"DACT: {name} needs an exit_loss_weight above 0, got 0")
-    classes = given["output_dimension"]
-    for name in ("class_weights", "class_names"):
-        value = given[name]
-        if value is not None and len(value) != classes:
-            raise ValueError(
-                f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}"
-            )
+    classes, fewest = given["output_dimension"], task_of(given["task"]).fewest
+    check_count("DACT: output_dimension", classes, fewest, hint="it counts the classes")
+    for name in ("class_weights", "class_names", "thresholds"):
+        _check_entries(name, given[name], classes)
+
+
+def _check_entries(name: str, value: Sequence[Any] | None, classes: int) -> None:
+    if value is not None and len(value) != classes:
+        raise ValueError(
+            f"DACT: {name} must have one entry per class ({classes}), got {len(value)}: {value}"
+        )

@@ -65,7 +65,7 @@ A text classifier that runs only as many layers of its encoder as each text need
 
 - Encoder: `{type(model.encoder).__name__}`, {layers} layers of hidden size \
 {model.encoder.hidden_size}
-- Classes ({len(names)}): {", ".join(f"`{name}`" for name in names)}
+- {model.task.nouns.capitalize()} ({len(names)}): {", ".join(f"`{name}`" for name in names)}
 
 ## Use
 
@@ -75,14 +75,12 @@ classifier = TextClassifier.from_pretrained("{repo_id or "path/to/this/folder"}"
 print(classifier(["a text", "another text"]))
 ```
 
-Each prediction has the label, its score and the exit layer.
+{model.task.answered}
 
 ## When a text leaves
 
 Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin \
-{model.halting_margin:.8g}. A text leaves when its class is proven to end at most the tolerance
-behind the winner of all {layers} layers, or when a layer's own first class leads by more than the
-margin (1 for never); by the rule `never` it runs all layers.
+{model.halting_margin:.8g}. {model.task.leaves} By the rule `never` it runs all layers.
 
 {"" if model.calibration is None else describe(model.calibration, layers)}
 
@@ -125,7 +123,7 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
         f"{found['mean_exit_layer']:.2f} of {layers}",
     ]
     if found["halting_tolerance"] == 0 and found["halting_margin"] == 1:
-        lines.append(f"each example gets the class of all {layers} layers, by proof")
+        lines.append(f"each example gets the answer of all {layers} layers, by proof")
     if found.get("chose_checkpoint"):
         lines.append(
             "these examples chose the checkpoint, so this is optimistic: set others aside with the "

@@ -19,13 +19,14 @@ from dact.confidence import INPUTS
 from dact.encoders.base import LayeredEncoder
 from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
+from dact.tasks import Task
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/2"
 FORMATS = ("dact/1", FORMAT)  # that can be read
-# Attributes that decide when an example halts, in the order of `Halting`.
-HALTING = ("halting", "halting_tolerance", "halting_margin")
+# Attributes that decide when an example halts.
+HALTING = ("halting", "halting_tolerance", "halting_margin", "thresholds")
 # Where a checkpoint holds a configuration: LightningCLI takes "hyper_parameters" for its own.
 CHECKPOINT_KEY = "dact"
 EARLIER_KEY = "hyper_parameters"  # where version 0.1.0 had it
@@ -39,6 +40,7 @@ def plain_data(value: Any) -> Any:
     if isinstance(value, LayeredEncoder):
         return plain_data(value.config())
     value = value.config if isinstance(value, Submodels) else value
+    value = value.name if isinstance(value, Task) else value
     if isinstance(value, SubmodelConfig):
         return dataclasses.asdict(value)
     if isinstance(value, Mapping):

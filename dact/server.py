@@ -61,6 +61,8 @@ class Answer(BaseModel):
     score: float | None
     exit_layer: int | None
     reason: str | None
+    # only of a model of several labels
+    labels: dict[str, float] | None = None
 
 
 class PredictResponse(BaseModel):

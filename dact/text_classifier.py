@@ -34,12 +34,15 @@ class Prediction:
     """The answer for one text.
 
     Args:
-        label: Name of the class; None, like score and exit layer, for a text that has no answer.
+        label: Name of the class; None, like score and exit layer, for a text that has no answer,
+            and where a text may have several labels.
         score: Probability of that class at the exit layer, in [0, 1]; calibrated if the model has
-            temperatures. By proof the class is that of all layers, but the probability is not.
+            temperatures. By proof the class is that of all layers, but the probability is not. Of
+            several labels, that of the least certain one, to be present or absent as it is said.
         exit_layer: Number of the last layer that was run, 1-based.
         probabilities: Probabilities of all classes, by their names.
         reason: Why there is no answer, such as ``"empty text"``; None if there is one.
+        labels: Where a text may have several labels: those that it gets, with their probabilities.
     """
 
     label: str | None
@@ -47,6 +50,7 @@ class Prediction:
     exit_layer: int | None
     probabilities: dict[str, float]
     reason: str | None = None
+    labels: dict[str, float] | None = None
 
 
 class TextClassifier:
@@ -237,12 +241,14 @@ class TextClassifier:
             precision = torch.autocast(self.device.type, self.dtype)
         with precision:
             output = self.model.early_exit(batch)
-        labels = output.probabilities.argmax(dim=1).tolist()
-        layers = output.exit_layer.tolist()
-        rows = temper(output.probabilities, output.exit_layer, self.model.temperatures).tolist()
-        for label, layer, row in zip(labels, layers, rows, strict=True):
+        task, layers = self.model.task, output.exit_layer
+        decisions = task.decide(output.probabilities)
+        tempered = temper(output.probabilities, layers, self.model.temperatures, task)
+        columns = decisions, task.scores(tempered, decisions), layers, tempered
+        for decision, score, layer, row in zip(*(one.tolist() for one in columns), strict=True):
             by_name = dict(zip(self.class_names, row, strict=True))
-            yield Prediction(self.class_names[label], row[label], layer, by_name)
+            answer = task.named(decision, score, by_name)
+            yield Prediction(**answer, exit_layer=layer, probabilities=by_name)
 
 
 def _fault(text: object) -> str | None:

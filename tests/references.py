@@ -104,3 +104,32 @@ def brier_score(probabilities, target):
     for row, wanted in zip(probabilities.tolist(), target.tolist(), strict=True):
         distances.append(sum((p - (label == wanted)) ** 2 for label, p in enumerate(row)))
     return sum(distances) / len(distances)
+
+
+def label_margin(a_n, p_n, d, thresholds, rule):
+    """By how much the label that is least sure to stay on its side of its threshold is sure to, in
+    exact arithmetic on the given numbers."""
+    p_n, sure = Fraction(p_n), []
+    for a_l, t in zip(map(Fraction, a_n), map(Fraction, thresholds), strict=True):
+        lower, upper = a_l * (1 - p_n) ** d, 1 - (1 - a_l) * (1 - p_n) ** d
+        if rule == "paper":
+            upper = max(upper, a_l + p_n * d)
+        sure.append(lower - t if a_l > t else t - upper)
+    return min(sure)
+
+
+def label_lead(y_n, thresholds):
+    """How far the label that is nearest to its threshold is from it, as a share of the largest
+    distance on its side."""
+    pairs = zip(y_n, thresholds, strict=True)
+    return min((q - t) / (1 - t) if q > t else (t - q) / t for q, t in pairs)
+
+
+def label_loss(a, labels, weights):
+    """Mean over the examples with a known label of the binary cross-entropy, summed over labels."""
+    total, examples = 0.0, 0
+    for row, wanted in zip(a, labels, strict=True):
+        known = [(q, t, w) for q, t, w in zip(row, wanted, weights, strict=True) if t != -100]
+        total -= sum(w * math.log(q) if t else math.log(1 - q) for q, t, w in known)
+        examples += bool(known)
+    return total / max(examples, 1)

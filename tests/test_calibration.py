@@ -165,7 +165,7 @@ def test_more_allowance_never_means_more_layers(dial):
     careful = choose_setting(answers, Promise(max_accuracy_loss=0.0, dial=dial))
     assert (careful.halting_tolerance, careful.halting_margin) == (0.0, 1.0)
     assert (careful.bound, careful.agreement) == (0, 1)
-    assert "gets the class of all 5 layers, by proof" in describe(vars(careful), 5)
+    assert "gets the answer of all 5 layers, by proof" in describe(vars(careful), 5)
     assert choose_setting(answers, Promise(min_agreement=1.0, dial=dial)).agreement == 1.0
 
 

@@ -15,7 +15,7 @@ from dact.data import vader
 from dact.files import read_checkpoint, read_json
 from dact.tuning.report import METRICS
 from dact.tuning.space import DEFAULT_SPACES
-from tests.commands import FIT, GENERATED, QUICKSTART, ROOT, SMALL, VADER, dact
+from tests.commands import FIT, GENERATED, LABELS, QUICKSTART, ROOT, SMALL, VADER, dact
 
 NOISE = ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "treespec")
 
@@ -234,4 +234,4 @@ def test_a_smoke_test_of_tune_reads_a_few_texts_and_has_a_quiet_console(tmp_path
 
 
 def test_every_configuration_is_tested():
-    assert set((ROOT / "configs").glob("*.yaml")) == {FIT, GENERATED, QUICKSTART, VADER}
+    assert set((ROOT / "configs").glob("*.yaml")) == {FIT, GENERATED, LABELS, QUICKSTART, VADER}

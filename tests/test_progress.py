@@ -182,7 +182,7 @@ def test_in_a_file_sentences_and_paths_are_not_broken(tmp_path):
             {"confidence": None, "max_accuracy_loss": None, "max_layers": 2.5},
             "Estimated.*at most 2.5 of 4 layers on average",
         ),
-        ({"halting_margin": 1.0}, {}, "by proof: each text gets the class of all 4 layers"),
+        ({"halting_margin": 1.0}, {}, "by proof: each text gets the answer of all 4 layers"),
         ({"calibration": None}, {}, "Nothing is guaranteed at margin 0.83"),
     ],
 )

@@ -9,14 +9,14 @@ from functools import cached_property
 from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torchmetrics.functional.classification import multiclass_f1_score
 
 from dact import functional, signals
 from dact.encoders.base import Batch, move
 from dact.functional import Halting
+from dact.metrics import count_classes, macro_f1
 from dact.model import DACT, labels_of
+from dact.tasks import MULTICLASS, Task
 
 Dial = Literal["halting_tolerance", "halting_margin"]
 
@@ -29,13 +29,15 @@ class LayerAnswers:
         a: ``[examples, layers, classes]``, as `dact.functional.accumulate` returns it.
         p: ``[examples, layers]``, from the same function.
         y: ``[examples, layers, classes]``, the layers' own classifications.
-        target: Classes of the examples, int64 ``[examples]``.
+        target: Labels of the examples, int64 ``[examples]``.
+        task: Task of the answers.
     """
 
     a: Tensor
     p: Tensor
     y: Tensor
     target: Tensor
+    task: Task = MULTICLASS
 
     @property
     def num_layers(self) -> int:
@@ -43,16 +45,17 @@ class LayerAnswers:
 
     @cached_property
     def classes(self) -> Tensor:
-        """The most probable class after each layer, int64 ``[examples, layers]``."""
-        return self.a.argmax(dim=2)
+        """The decision after each layer, for classes int64 ``[examples, layers]``."""
+        return self.task.decide(self.a)
 
     def exit_layers(self, halting: Halting) -> Tensor:
         """Return where each example leaves under `halting`, int64 ``[examples]``, 1-based."""
-        return halting.exit_layers(self.a, self.p, self.y)
+        return halting.exit_layers(self.a, self.p, self.y, self.task)
 
     def take(self, rows: Tensor) -> LayerAnswers:
         """Return the examples of `rows`, int64 ``[rows]``, in that order."""
-        return LayerAnswers(self.a[rows], self.p[rows], self.y[rows], self.target[rows])
+        parts = {name: getattr(self, name)[rows] for name in ("a", "p", "y", "target")}
+        return replace(self, **parts)
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,12 +77,12 @@ class Measured:
 
     @cached_property
     def classes(self) -> Tensor:
-        """The classes that early exit returns, int64 ``[examples]``."""
+        """The decisions that early exit returns, for classes int64 ``[examples]``."""
         return functional.answer_at(self.answers.classes, self.exits)
 
     @property
     def full(self) -> Tensor:
-        """The classes that all layers give, int64 ``[examples]``."""
+        """The decisions of all layers, for classes int64 ``[examples]``."""
         return self.answers.classes[:, -1]
 
     @cached_property
@@ -90,7 +93,18 @@ class Measured:
     @cached_property
     def right(self) -> Tensor:
         """Whether early exit classifies each example correctly, bool ``[examples]``."""
-        return self.classes == self.answers.target
+        return self.answers.task.same(self.classes, self.answers.target)
+
+    @cached_property
+    def changed(self) -> Tensor:
+        """Whether early exit decides otherwise than all layers, bool ``[examples]``."""
+        return ~self.answers.task.same(self.classes, self.full)
+
+    @cached_property
+    def counts(self) -> Tensor:
+        """The examples that have, get, and rightly get each class, int64 ``[3, classes]``."""
+        task, classes = self.answers.task, self.answers.a.shape[2]
+        return count_classes(task, self.classes, self.answers.target, classes)
 
     @property
     def accuracy(self) -> float:
@@ -100,18 +114,24 @@ class Measured:
     @property
     def agreement(self) -> float:
         """The share of examples that get the class of all layers."""
-        return share(self.classes == self.full)
+        return share(~self.changed)
 
     @property
     def macro_f1(self) -> float:
         """The mean F1 score of the classes that occur."""
-        count, target = self.answers.a.shape[2], self.answers.target
-        return multiclass_f1_score(self.classes, target, count, average="macro").item()
+        return macro_f1(self.counts).item()
+
+    @property
+    def set_scores(self) -> dict[str, float]:
+        """The micro F1 score and the Hamming loss of sets of labels; empty for classes."""
+        found = self.answers.task.set_scores(self.counts, len(self.exits))
+        return {name: value.item() for name, value in found.items()}
 
     @property
     def majority_share(self) -> float:
-        """The share of the class that is returned most often."""
-        return self.classes.bincount().max().item() / len(self.classes)
+        """The share of the decision that is returned most often."""
+        _, counts = self.classes.unique(dim=0, return_counts=True)
+        return counts.max().item() / len(self.classes)
 
     @property
     def mean_exit_layer(self) -> float:
@@ -125,10 +145,12 @@ class Measured:
 
     def losses(self, class_weights: Tensor | None = None) -> Tensor:
         """Return the task loss of each example, ``[examples]``; see `functional.task_loss`."""
-        target = self.answers.target
-        log = self.probabilities.float().clamp_min(functional.SMALLEST_PROBABILITY).log()
-        losses = F.nll_loss(log, target, reduction="none")
-        return losses if class_weights is None else losses * class_weights.cpu()[target]
+        task, a = self.answers.task, self.probabilities
+        likelihoods = task.outcomes(a.float()).clamp_min(functional.SMALLEST_PROBABILITY)
+        target = task.targets(self.answers.target, a.shape[1])
+        weights = task.weights(class_weights)
+        weighted = target if weights is None else target * weights.cpu()
+        return -(weighted * likelihoods.log()).sum(dim=1)
 
     def task_loss(self, class_weights: Tensor | None = None) -> float:
         """Return the mean of `losses`."""
@@ -162,7 +184,7 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         signals.check()
         target = labels_of(batch, "calibration or a test")
         # raises for a label that is no class
-        functional.soft_targets(target, model.output_dimension)
+        model.task.targets(target, model.output_dimension)
         output = model.full_depth(move(batch, model.device))
         assert output.layer_probabilities is not None
         assert output.h is not None
@@ -171,7 +193,8 @@ def layer_answers(model: DACT, batches: Iterable[Batch]) -> LayerAnswers:
         found = {"a": a, "p": p, "y": output.layer_probabilities, "target": target.long()}
         for name, tensor in found.items():
             parts[name].append(tensor.cpu())
-    return LayerAnswers(**{name: torch.cat(tensors) for name, tensors in parts.items()})
+    joined = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return LayerAnswers(**joined, task=model.task)
 
 
 def exits_by_setting(
@@ -181,17 +204,17 @@ def exits_by_setting(
 
     It returns what `LayerAnswers.exit_layers` does, hundreds of times as fast.
     """
-    # The two criteria need only the first and the second class: [examples, layers, 2].
-    a = answers.a.topk(2, dim=-1).values
-    y = functional.at_least_float32(answers.y).topk(2, dim=-1).values
+    # Of classes, the two criteria need only the first and the second.
+    task, p = answers.task, answers.p
+    a, y = task.contenders(answers.a), task.contenders(functional.at_least_float32(answers.y))
     if dial == "halting_tolerance":
-        return lambda tolerance: replace(halting, tolerance=tolerance).exit_layers(a, answers.p, y)
-    latest = replace(halting, margin=1.0).exit_layers(a, answers.p, y)
+        return lambda tolerance: replace(halting, tolerance=tolerance).exit_layers(a, p, y, task)
+    latest = replace(halting, margin=1.0).exit_layers(a, p, y, task)
     if halting.rule == "never":
         return lambda margin: latest
     # By the margin, an example leaves at the first layer where the largest lead so far exceeds it.
     # That is one more than the number of layers where it does not.
-    lead = (y[..., 0] - y[..., 1]).cummax(dim=1).values  # [examples, layers]
+    lead = task.lead(y).cummax(dim=1).values  # [examples, layers]
 
     def exits(margin: float) -> Tensor:
         return torch.minimum(latest, (lead <= margin).sum(dim=1) + 1) if margin < 1 else latest

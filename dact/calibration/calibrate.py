@@ -23,6 +23,7 @@ from dact.calibration.answers import (
 from dact.calibration.bounds import examples_for_rate
 from dact.calibration.promise import DEFAULT_PROMISE, SETTINGS, Promise
 from dact.calibration.temperature import fit_temperatures
+from dact.calibration.thresholds import best_thresholds
 from dact.encoders.base import Batch
 from dact.functional import Halting, HaltingRule
 from dact.model import DACT
@@ -38,6 +39,7 @@ class Calibration:
 
     Args:
         halting, halting_tolerance, halting_margin: The halting rule.
+        thresholds: Thresholds of the labels, if the model has any.
         promise: Promise that they keep, as plain data.
         bound: Bound on the loss of accuracy, the agreement or the mean exit layer at this setting,
             taken alone. For an estimate, the measured value with one standard error added, or
@@ -64,6 +66,7 @@ class Calibration:
     baseline_accuracy: float | None = None
     estimate: bool = False
     chose_checkpoint: bool = False
+    thresholds: list[float] | None = None
 
     @property
     def exit_rule(self) -> Halting:
@@ -81,6 +84,7 @@ def calibrate(
     confidence: float | None = 0.95,
     dial: Dial = "halting_margin",
     baseline: Tensor | None = None,
+    fit_thresholds: bool = False,
 ) -> Calibration:
     r"""Set the `halting_margin` of `model`, or its `halting_tolerance`, so that it keeps a promise.
 
@@ -102,6 +106,8 @@ def calibrate(
         baseline: Classes of a reference on the same examples, int64 ``[examples]``, in their order:
             `max_accuracy_loss` is then the loss of accuracy below it, which takes many more
             examples.
+        fit_thresholds: Whether to set the `thresholds` of the labels first, each to the largest F1
+            score on the validation examples of a datamodule that has others for calibration.
 
     Raises:
         ValueError: If data and model do not agree, the promise cannot be kept, the examples are too
@@ -120,6 +126,8 @@ def calibrate(
     # before any layer runs
     promise.check(model.exit_rule)
     batches, chose_checkpoint = _examples(model, data)
+    if fit_thresholds:
+        _fit_thresholds(model, data, chose_checkpoint)
     answers = layer_answers(model, batches)
     found = choose_setting(answers, promise, model.exit_rule, baseline)
     found = replace(found, chose_checkpoint=chose_checkpoint)
@@ -171,6 +179,7 @@ def choose_setting(
             f"{first.double().mean():.4f} on these {len(first)} examples, and {bound:.4f} can be "
             "promised. Promise that, give more examples, or train again"
         )
+    thresholds = None if answers.task.thresholds is None else list(answers.task.thresholds)
     bound = 0.0 if chosen == proved else promise.bound(values(chosen), layers)
     rule, measured = halting.with_dial(promise.dial, chosen), Measured(answers, exits(chosen))
     return Calibration(
@@ -184,8 +193,11 @@ def choose_setting(
         full_depth_accuracy=measured.full_depth.accuracy,
         agreement=measured.agreement,
         mean_exit_layer=measured.mean_exit_layer,
-        baseline_accuracy=None if baseline is None else share(baseline == answers.target),
+        baseline_accuracy=None
+        if baseline is None
+        else share(answers.task.same(baseline, answers.target)),
         estimate=promise.confidence is None,
+        thresholds=thresholds,
     )
 
 
@@ -244,6 +256,14 @@ def _examples(
     check_agreement(model, data, training=False)
     aside = getattr(data, "calibration_dataloader", lambda: None)()
     return (data.val_dataloader(), True) if aside is None else (aside, False)
+
+
+def _fit_thresholds(model: DACT, data: Any, chose_checkpoint: bool) -> None:
+    if not isinstance(data, LightningDataModule) or chose_checkpoint:
+        raise ValueError("fit_thresholds needs validation examples that are not for calibration")
+    if model.task.nouns != "labels":
+        raise ValueError("fit_thresholds goes with task='multilabel'")
+    model.thresholds = best_thresholds(layer_answers(model, data.val_dataloader()))
 
 
 def _adopt(model: DACT, found: Calibration, answers: LayerAnswers) -> None:

@@ -97,9 +97,10 @@ class Promise:
         if self.max_layers is not None:
             return measured.exits
         if self.min_agreement is not None:
-            return measured.classes != measured.full
+            return measured.changed
         reference = measured.full if baseline is None else baseline
-        lost = (reference == measured.answers.target).int() - measured.right.int()
+        answers = measured.answers
+        lost = answers.task.same(reference, answers.target).int() - measured.right.int()
         few = self.confidence is None and len(lost) < MANY * self.examples_for_an_estimate()
         return lost.clip(min=0) if few and baseline is None else lost
 

@@ -11,6 +11,7 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from dact import functional
 from dact.calibration.answers import LayerAnswers, check_finite, mean_and_error
+from dact.tasks import MULTICLASS, Task
 
 # and 1/8 is the smallest
 LARGEST_TEMPERATURE = 8.0
@@ -30,7 +31,10 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
 
 
 def temper(
-    probabilities: Tensor, exit_layers: Tensor, temperatures: Sequence[float] | None
+    probabilities: Tensor,
+    exit_layers: Tensor,
+    temperatures: Sequence[float] | None,
+    task: Task = MULTICLASS,
 ) -> Tensor:
     """Return probabilities q proportional to p^(1/T), T being the temperature of the exit layer.
 
@@ -40,14 +44,13 @@ def temper(
         probabilities: p, ``[batch, classes]``, each row a probability vector.
         exit_layers: Exit layers, int64 ``[batch]``, 1-based.
         temperatures: T, one per layer, above 0; None returns `probabilities` as they are.
+        task: Task of the probabilities.
     """
     check_finite(probabilities)
     if temperatures is None:
         return probabilities
-    least = functional.SMALLEST_PROBABILITY
-    log = functional.at_least_float32(probabilities).clamp_min(least).log()
-    factors = 1 / torch.tensor(temperatures, dtype=log.dtype, device=log.device)
-    return (log * factors[exit_layers - 1].unsqueeze(1)).softmax(dim=1)
+    given = functional.at_least_float32(probabilities)
+    return task.temper(given, given.new_tensor(temperatures)[exit_layers - 1])
 
 
 def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
@@ -60,39 +63,37 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
         answers: Answers to labelled examples that were not used for training.
         exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
     """
-    given = functional.answer_at(answers.a, exits)
-    temperatures = []
-    for layer in range(1, answers.num_layers + 1):
-        here = exits == layer
-        log = given[here].double().clamp_min(functional.SMALLEST_PROBABILITY).log()
-        temperatures.append(_fit_temperature(log, answers.target[here].long()))
-    return temperatures
+    task, given = answers.task, functional.answer_at(answers.a, exits).double()
+    target = task.targets(answers.target, given.shape[1])
+    layers = (exits == layer for layer in range(1, answers.num_layers + 1))
+    return [_fit_temperature(given[here], target[here], task) for here in layers]
 
 
-def _fit_temperature(log: Tensor, target: Tensor) -> float:
+def _fit_temperature(a: Tensor, target: Tensor, task: Task) -> float:
     if len(target) < 2 * FOLDS:
         return 1.0
     fold = torch.arange(len(target)) % FOLDS
     gains = []
     for held_out in range(FOLDS):
-        temperature = _best_temperature(log[fold != held_out], target[fold != held_out])
-        tried = log[fold == held_out], target[fold == held_out]
+        temperature = _best_temperature(a[fold != held_out], target[fold != held_out], task)
+        tried = a[fold == held_out], target[fold == held_out], task
         gains.append(_losses(*tried, 1.0) - _losses(*tried, temperature))
     gain, error = mean_and_error(torch.cat(gains))
-    return _best_temperature(log, target) if gain > error else 1.0
+    return _best_temperature(a, target, task) if gain > error else 1.0
 
 
-def _best_temperature(log: Tensor, target: Tensor) -> float:
+def _best_temperature(a: Tensor, target: Tensor, task: Task) -> float:
     from scipy.optimize import minimize_scalar
 
     most = math.log(LARGEST_TEMPERATURE)
     found = minimize_scalar(
-        lambda exponent: _losses(log, target, math.exp(exponent)).mean().item(),
+        lambda exponent: _losses(a, target, task, math.exp(exponent)).mean().item(),
         bounds=(-most, most),
         method="bounded",
     )
     return math.exp(found.x)
 
 
-def _losses(log: Tensor, target: Tensor, temperature: float) -> Tensor:
-    return torch.nn.functional.cross_entropy(log / temperature, target, reduction="none")
+def _losses(a: Tensor, target: Tensor, task: Task, temperature: float) -> Tensor:
+    tempered = task.outcomes(task.temper(a, a.new_full((len(a),), temperature)))
+    return -(target * tempered.clamp_min(functional.SMALLEST_PROBABILITY).log()).sum(dim=1)

@@ -363,8 +363,12 @@ def run_folder(root: str | Path, tag: str, command: str) -> Path:
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
-    """Return n / (classes · n_c) for each class c, which n_c of n training examples have."""
+    """Return n / (classes · n_c) for each class c, which n_c of n training examples have; for
+    several labels (n - n_c) / n_c, of those whose label c is known."""
     labels = torch.cat([batch["labels"].cpu() for batch in data.train_dataloader()])
+    if labels.dim() == 2:
+        present, absent = (labels == 1).sum(dim=0), (labels == 0).sum(dim=0)
+        return [round(weight, 6) for weight in (absent / present.clamp_min(1)).tolist()]
     counts = torch.bincount(labels[labels != UNLABELLED], minlength=classes).double()
     if (counts == 0).any():
         raise ValueError(

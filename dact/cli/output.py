@@ -114,27 +114,24 @@ def _say(trainer: Trainer, text: str) -> None:
 
 def measurements(measured: Measured, names: Sequence[str]) -> str:
     """Return the measurements of early exit as lines, with these names of the classes."""
-    target, found, count = measured.answers.target, measured.classes, len(names)
-    # [true class, answered class]
-    confusion = torch.bincount(target * count + found, minlength=count**2).view(count, count)
-    total = confusion.sum(0) + confusion.sum(1)
-    f1 = {names[n]: 2 * confusion[n, n] / total[n] for n in range(count) if total[n]}
-    two = confusion.sum(1).argsort(descending=True, stable=True)[:2].tolist()
-    pairs = [f"{names[n]} as {names[m]} ({confusion[n, m]})" for n, m in (two, two[::-1])]
-    depth, largest = measured.answers.num_layers, two[0]
-    always = 100 * confusion[largest].sum() / len(target)
+    task, depth, count = measured.answers.task, measured.answers.num_layers, len(names)
+    given, got, hits = measured.counts
+    total = given + got
+    f1 = {names[n]: 2 * hits[n] / total[n] for n in range(count) if total[n]}
+    sets = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in measured.set_scores.items()]
+    always, confused = ("", "") if sets else _confusions(measured, names)
     left = [f"{layer}: {number}" for layer, number in enumerate(measured.exit_histogram, 1)]
     lines = [
-        f"examples   {len(target)}",
+        f"examples   {len(measured.exits)}",
         f"accuracy   {100 * measured.accuracy:.2f} %, all {depth} layers "
-        f"{100 * measured.full_depth.accuracy:.2f} %, always {names[largest]!r} {always:.2f} %",
-        f"agreement  {100 * measured.agreement:.2f} % get the class of all {depth} layers",
-        f"macro F1   {measured.macro_f1:.3f}",
+        f"{100 * measured.full_depth.accuracy:.2f} %{always}",
+        f"agreement  {100 * measured.agreement:.2f} % get the answer of all {depth} layers",
+        f"macro F1   {', '.join([f'{measured.macro_f1:.3f}', *sets])}",
         f"F1         {', '.join(f'{name} {value:.3f}' for name, value in f1.items())}",
-        f"confused   {', '.join(pairs)}",
+        *([f"confused   {confused}"] if confused else []),
         f"layers     {measured.mean_exit_layer:.2f} of {depth}; after layer {', '.join(left)} left",
-        f"(F1: harmonic mean of precision and recall; confused: the two largest classes, true as "
-        f"answered; all numbers are of early exit, but for those of all {depth} layers)",
+        f"(F1: harmonic mean of precision and recall; {task.explained}; all numbers are of early "
+        f"exit, but for those of all {depth} layers)",
     ]
     if depth > 1 and measured.mean_exit_layer == 1:
         lines.append("Every text leaves after layer 1. Try a smaller lambda_reg or a larger margin")
@@ -142,10 +139,28 @@ def measurements(measured: Measured, names: Sequence[str]) -> str:
         lines.append("No text leaves early. Try a larger lambda_reg or a smaller margin")
     if measured.majority_share == 1:
         lines.append(
-            f"All examples get the class {names[int(found[0])]!r}. Try more epochs, a smaller "
+            f"All examples get {_one_answer(measured, names)}. Try more epochs, a smaller "
             "batch_size, another learning_rate, or class_weights: balanced"
         )
     return "\n".join(lines)
+
+
+def _confusions(measured: Measured, names: Sequence[str]) -> tuple[str, str]:
+    """Return the accuracy of the largest class alone, and what the two largest are taken for."""
+    target, count = measured.answers.target, len(names)
+    # [true class, answered class]
+    confusion = torch.bincount(target * count + measured.classes, minlength=count**2)
+    confusion = confusion.view(count, count)
+    two = confusion.sum(1).argsort(descending=True, stable=True)[:2].tolist()
+    pairs = [f"{names[n]} as {names[m]} ({confusion[n, m]})" for n, m in (two, two[::-1])]
+    always = 100 * confusion[two[0]].sum() / len(target)
+    return f", always {names[two[0]]!r} {always:.2f} %", ", ".join(pairs)
+
+
+def _one_answer(measured: Measured, names: Sequence[str]) -> str:
+    members = measured.answers.task.members(measured.classes[:1], len(names))[0].tolist()
+    found = [repr(name) for name, is_in in zip(names, members, strict=True) if is_in]
+    return f"the {measured.answers.task.nouns} {', '.join(found) or 'of an empty set'}"
 
 
 def promise_line(calibration: Mapping[str, Any], measured: Measured) -> str:

@@ -15,9 +15,10 @@ from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]
 from dact.cli.errors import UsageError
 from dact.data.files import read_rows, text_fault
 from dact.files import replacing
-from dact.text_classifier import TextClassifier
+from dact.text_classifier import Prediction, TextClassifier
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
+SEPARATOR = "|"  # between the labels of a text
 WINDOW = 4_000_000  # characters that are tokenized together, about
 
 
@@ -97,11 +98,18 @@ def _answers(classifier: TextClassifier, texts: list[list[Any]]) -> pd.DataFrame
     found = classifier([texts[n][0] if len(texts[n]) == 1 else tuple(texts[n]) for n in usable])
     probabilities = [f"probability_{name}" for name in classifier.class_names]
     columns = ["label", "score", *probabilities, "exit_layer"]
-    values = [[one.label, one.score, *one.probabilities.values(), one.exit_layer] for one in found]
+    values = [
+        [_label(one), one.score, *one.probabilities.values(), one.exit_layer] for one in found
+    ]
     frame = pd.DataFrame(values, usable, columns).reindex(range(len(texts)))
     frame["reason"] = reasons
     numbers = dict.fromkeys(["score", *probabilities], "float32")
     return frame.astype({**numbers, "exit_layer": "Int64", "label": "string", "reason": "string"})
+
+
+def _label(one: Prediction) -> str | None:
+    """Return the label of an answer, or its labels with a separator between them."""
+    return one.label if one.labels is None else SEPARATOR.join(one.labels)
 
 
 def _printable(value: Any) -> Any:

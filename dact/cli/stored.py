@@ -108,6 +108,7 @@ class Stored:
         halting: Halting rule; that of the model if left out.
         halting_margin: Margin, in [0, 1]; that of the model if left out.
         halting_tolerance: Tolerance, in [0, 1); that of the model if left out.
+        thresholds: Thresholds of the labels; those of the model if left out.
         device: Device, such as cpu or cuda; auto takes a GPU if there is one.
         dtype: Precision of the encoder.
     """
@@ -118,6 +119,7 @@ class Stored:
     halting: Literal["exact", "paper", "never"] | None = None
     halting_margin: float | None = None
     halting_tolerance: float | None = None
+    thresholds: list[float] | None = None
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     # whether the stored model has a promise
@@ -191,7 +193,7 @@ def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "
     return measured
 
 
-def calibrate(stored: Stored, **promise: Any) -> None:
+def calibrate(stored: Stored, fit_thresholds: bool = False, **promise: Any) -> None:
     """Find the setting of a dial that keeps a promise, and store it with the model."""
     source = find_model(stored.model)
     if not Path(stored.model).exists():
@@ -210,7 +212,7 @@ def calibrate(stored: Stored, **promise: Any) -> None:
             raise UsageError(f"{short}: give more, promise less, or ask for --confidence null")
         print(short)
     with stored.precision():
-        found = find_dial(model, data, **promise)
+        found = find_dial(model, data, fit_thresholds=fit_thresholds, **promise)
     store(model, source)
     replaced = ", and its promise is replaced" if stored.had_promise else ""
     places = " and ".join(map(str, pair(source)))
@@ -315,6 +317,8 @@ def run(command: str, words: list[str]) -> None:
     parser.add_argument("--config", help="file with a section data:, or model.encoder, to use")
     if command == "calibrate":
         parser.add_class_arguments(Promise, instantiate=False)
+        help = "set the thresholds of labels to the largest F1 scores on validation examples first"
+        parser.add_argument("--fit_thresholds", type=bool, default=False, help=help)
     else:
         parser.add_function_arguments(function, skip={"stored"})
     parser.add_subclass_arguments(LightningDataModule, "data", instantiate=False, required=False)

@@ -15,11 +15,11 @@ from typing_extensions import override
 
 from dact.checks import check_count, check_range
 from dact.data.batching import LengthGroupedSampler, collate, encode
-from dact.data.examples import Examples, hash_split, stratified_split
+from dact.data.examples import Examples, classes_of, hash_split, stratified_split
 from dact.data.files import listed
 from dact.data.teacher import teacher_probabilities
 from dact.data.tokenizers import PreTrainedTokenizerBase, padding_of, tokenizer_for
-from dact.functional import UNLABELLED
+from dact.tasks import UNLABELLED, TaskName, task_of
 
 # Examples per batch of test; early exit regroups within a batch.
 TEST_BATCH = 1024
@@ -38,6 +38,7 @@ class ClassificationDataModule(LightningDataModule):
     Batches are dicts with ``labels`` and what the encoder takes.
 
     Attributes:
+        task: The task of the labels; see `DACT`.
         class_names: Names of the classes in their order.
         tokenizer: Tokenizer of the batches, which is stored with the model.
         max_length: Number of tokens to which inputs are cut.
@@ -53,6 +54,7 @@ class ClassificationDataModule(LightningDataModule):
         needs_teacher: Whether there are training texts that only a teacher can label.
     """
 
+    task: TaskName = "multiclass"
     class_names: list[str] | None = None
     tokenizer: Any = None
     max_length: int | None = None
@@ -133,7 +135,7 @@ class TextDataModule(ClassificationDataModule, ABC):
     def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
         """Return the rows that are kept for validation, and those for calibration."""
         keys = validation.text_keys()
-        return stratified_split(validation.labels, self.calibration_fraction, self.seed, keys)
+        return stratified_split(validation.strata, self.calibration_fraction, self.seed, keys)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:  # type: ignore[override]
@@ -165,11 +167,12 @@ class TextDataModule(ClassificationDataModule, ABC):
     def _apart(self, train: Examples) -> dict[str, Examples]:
         """Divide training examples in those that all learn and those for the confidence alone."""
         assert train.labels is not None
-        labelled = [row for row, label in enumerate(train.labels) if label != UNLABELLED]
+        labels = enumerate(train.labels)
+        labelled = [row for row, label in labels if UNLABELLED not in classes_of(label)]
         known = train.take(labelled)
         assert known.labels is not None
         keys, share = known.text_keys(), self.confidence_fraction
-        _, apart = hash_split(known.labels, keys, share, self.seed + APART)
+        _, apart = hash_split(known.strata, keys, share, self.seed + APART)
         rows = {labelled[row] for row in apart}
         rest = [row for row in range(len(train)) if row not in rows]
         return {"train": train.take(rest), "confidence": train.take(sorted(rows))}
@@ -196,11 +199,11 @@ class TextDataModule(ClassificationDataModule, ABC):
         """Return the number of training examples of each class, or nothing before `setup`."""
         if "train" not in self.splits:
             return ""
-        counts = Counter(self.splits["train"].labels)
+        counts = Counter(n for label in self.splits["train"].labels for n in classes_of(label))
         names = self.class_names or []
         text = listed([f"{name} {counts[label]:,}" for label, name in enumerate(names)])
         more = f"; {counts[UNLABELLED]:,} texts without a label" if counts[UNLABELLED] else ""
-        return f"{len(names)} classes: {text}{more}"
+        return f"{len(names)} {task_of(self.task).nouns}: {text}{more}"
 
     def _loader(self, split: str) -> DataLoader[Any]:
         items = self._encoded[split]
@@ -228,7 +231,12 @@ class TextDataModule(ClassificationDataModule, ABC):
         if self.teacher and self.teacher_probabilities is None:
             device = None if self.trainer is None else self.trainer.strategy.root_device
             self.teacher_probabilities = teacher_probabilities(
-                self.teacher, self.splits["train"], self.class_names or [], self.max_length, device
+                self.teacher,
+                self.splits["train"],
+                self.class_names or [],
+                self.max_length,
+                device,
+                task_of(self.task),
             )
         return self._loader("train")
 

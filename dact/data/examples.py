@@ -9,6 +9,9 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
+
+from dact.tasks import UNLABELLED
 
 
 @dataclass(frozen=True)
@@ -18,13 +21,14 @@ class Examples:
     Args:
         texts: One string per example.
         pairs: Second text of each example, for text pairs.
-        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it.
+        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; of
+            several labels, a tuple with 1, 0 or -100 for each of them.
         depths: Number of steps that compose each example.
     """
 
     texts: list[str]
     pairs: list[str] = field(default_factory=list)
-    labels: list[int] = field(default_factory=list)
+    labels: list[Any] = field(default_factory=list)
     depths: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -35,6 +39,12 @@ class Examples:
         """The texts, and the second texts if there are some."""
         return [self.texts, self.pairs] if self.pairs else [self.texts]
 
+    @property
+    def strata(self) -> list[int]:
+        """The classes, each of which a division shares between both sides; sets of labels, most of
+        which are rare, count as one class."""
+        return [0 if isinstance(label, tuple) else label for label in self.labels]
+
     def take(self, rows: Sequence[int]) -> Examples:
         """Return the examples of `rows`, in that order."""
         return Examples(*([c[row] for row in rows if c] for c in vars(self).values()))
@@ -42,6 +52,13 @@ class Examples:
     def text_keys(self) -> list[bytes]:
         """Return the `text_key` of each text or text pair, which copies have in common."""
         return [text_key(*texts) for texts in zip(*self.columns, strict=True)]
+
+
+def classes_of(label: int | tuple[int, ...]) -> list[int]:
+    """Return the classes that a label of `Examples` stands for; -100 for an unknown one."""
+    if not isinstance(label, tuple):
+        return [label]
+    return [UNLABELLED] if UNLABELLED in label else [n for n, one in enumerate(label) if one]
 
 
 def join(parts: Sequence[Examples]) -> Examples:

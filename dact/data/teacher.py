@@ -15,6 +15,7 @@ from dact.encoders.base import move
 from dact.encoders.huggingface import is_of_dact, load_sequence_classifier, longest_input
 from dact.encoders.pretrained import resolve_pretrained
 from dact.model import DACT
+from dact.tasks import MULTICLASS, Task
 
 BATCH = 64
 
@@ -26,16 +27,19 @@ def teacher_probabilities(
     class_names: list[str],
     max_length: int,
     device: torch.device | None = None,
+    task: Task = MULTICLASS,
 ) -> Tensor:
     """Return a fine-tuned model's probabilities of examples, ``[examples, classes]``, in the order
     of `class_names`.
 
     Raises:
-        ValueError: If the teacher cannot be read or has other classes.
+        ValueError: If the teacher cannot be read, or has other classes or another task.
     """
     tokenizer = load_tokenizer(teacher)
     model, names, longest = _load(teacher)
     order = _order_of_classes(teacher, names, class_names)
+    if isinstance(model, DACT) and model.task.name != task.name:
+        raise ValueError(f"the teacher {teacher!r} is {model.task.name}, the data {task.name}")
     model = model.to(device or "cpu").eval()
     options = {"truncation": True, "max_length": min(max_length, longest or max_length)}
     # Texts of similar length go together, so that little padding is computed.
@@ -49,7 +53,7 @@ def teacher_probabilities(
         if isinstance(model, DACT):
             found = model(batch).probabilities
         else:
-            found = model(**batch).logits.softmax(-1)
+            found = task.answers(model(**batch).logits)
         answers[rows] = found.cpu()
     return answers[:, order]
 

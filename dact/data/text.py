@@ -17,6 +17,7 @@ from dact.data.files import first_row, listed, read_rows, suggestion, text_fault
 from dact.data.tokenizers import PreTrainedTokenizerBase
 from dact.functional import UNLABELLED
 
+PRESENT, ABSENT = ("1", "1.0", "true"), ("0", "0.0", "false")  # in a column of one label
 FILES = ("train", "val", "test", "predict", "unlabelled", "calibration")
 
 
@@ -28,9 +29,12 @@ class TextClassificationData(TextDataModule):
     `datasets.load_dataset` finds under a name on the Hub or in a folder, and ``"-"`` as
     predict_file for standard input, one text a line. Text is in UTF-8.
 
-    The classes are the sorted distinct labels, strings or numbers. A hash of each text decides
-    whether it is for training, validation or calibration, whatever other texts there are. Texts
-    that differ only in case and blanks are one, and those of training are left out of other files.
+    The classes are the sorted distinct labels, strings or numbers. For several labels per text, the
+    label column has lists, as json lines and parquet can, or names joined by a `label_separator`,
+    or there is one column per label, `label_columns`; a text may have no label at all. A hash of
+    each text decides whether it is for training, validation or calibration, whatever other texts
+    there are. Texts that differ only in case and blanks are one, and those of training are left out
+    of other files.
 
     Args:
         train_file: Training examples.
@@ -42,6 +46,8 @@ class TextClassificationData(TextDataModule):
         text_column: Name of the column with the text.
         text_pair_column: Name of the column with a second text, for text pairs.
         label_column: Name of the column with the label.
+        label_separator: Text between the names of several labels in that column, such as ``"|"``.
+        label_columns: Names of the columns with 0 or 1 for each label, instead of a label_column.
         class_names: Names of the classes in their order, if the training file does not determine
             them. Labels are these names or, if none is a whole number, positions from 0.
         delimiter: Character between the columns of a csv file; a comma, semicolon or tab by its
@@ -75,6 +81,8 @@ class TextClassificationData(TextDataModule):
         text_column: str = "text",
         text_pair_column: str | None = None,
         label_column: str = "label",
+        label_separator: str | None = None,
+        label_columns: list[str] | None = None,
         class_names: list[str | int] | None = None,
         delimiter: str | None = None,
         drop_unusable: bool = False,
@@ -106,7 +114,10 @@ class TextClassificationData(TextDataModule):
         self._text_columns = {text_column: "text_column"}
         if text_pair_column is not None:
             self._text_columns[text_pair_column] = "text_pair_column"
-        self.label_column = label_column
+        self.label_column, self.label_separator = label_column, label_separator
+        self.label_columns = label_columns
+        if label_separator is not None or label_columns is not None:
+            self.task = "multilabel"
         self.delimiter = delimiter
         self.drop_unusable = drop_unusable
         self.val_fraction = val_fraction
@@ -170,7 +181,7 @@ class TextClassificationData(TextDataModule):
             rank_zero_warn(f"{file}: {conflicting:,} texts have conflicting labels")
         self._read["train"] = train
         if self.files["val"] is None:
-            kept, aside = hash_split(train.labels, keys, self.val_fraction, self.seed)
+            kept, aside = hash_split(train.strata, keys, self.val_fraction, self.seed)
             alone = [name for label, name in enumerate(names) if train.labels.count(label) == 1]
             if alone or not aside:
                 raise ValueError(
@@ -187,7 +198,7 @@ class TextClassificationData(TextDataModule):
         if self.files["val"] is None:
             # The interval of calibration lies in that of validation.
             share *= self.val_fraction
-        return hash_split(validation.labels, validation.text_keys(), share, self.seed)
+        return hash_split(validation.strata, validation.text_keys(), share, self.seed)
 
     @override
     def _parts(self, split: str) -> dict[str, Examples]:
@@ -217,7 +228,10 @@ class TextClassificationData(TextDataModule):
         if self.files["calibration"] is not None:
             held_out |= {*self.examples("calibration").text_keys()}
         more = self._without(held_out, "unlabelled", self._texts("unlabelled"))
-        return replace(more, labels=[UNLABELLED] * len(more))
+        nothing: Any = UNLABELLED
+        if self.task == "multilabel":
+            nothing = (UNLABELLED,) * len(self.class_names or [])
+        return replace(more, labels=[nothing] * len(more))
 
     # ------------------------------------------------------------------ files
 
@@ -228,37 +242,77 @@ class TextClassificationData(TextDataModule):
 
     def _labelled(self, split: str) -> Examples:
         """Return the usable examples of a file."""
-        rows = self._rows(split, {**self._text_columns, self.label_column: "label_column"})
+        columns = {self.label_column: "label_column"}
+        if self.label_columns is not None:
+            columns = dict.fromkeys(self.label_columns, "label_columns")
+        rows, width = self._rows(split, {**self._text_columns, **columns}), len(self._text_columns)
         file = str(self.files[split])
-        labels = {number: str(row.pop()).strip() for number, row in rows.items()}
-        texts = Examples(*map(list, zip(*rows.values(), strict=True)))
+        values = {number: row[width:] for number, row in rows.items()}
+        texts = Examples(*([row[place] for row in rows.values()] for place in range(width)))
         if all(text.strip().replace(".", "", 1).isdigit() for text in texts.texts):
             column = next(iter(self._text_columns))
             raise ValueError(f"{file}: the column {column!r} has numbers, no text: set text_column")
+        if isinstance(next(iter(values.values()))[0], list):
+            self.task = "multilabel"
+        if self.task == "multilabel":
+            return replace(texts, labels=self._sets(values, file))
+        labels = [(number, str(label).strip()) for number, (label,) in values.items()]
         if self.class_names is None:
-            self.class_names = _names({*labels.values()})
+            self.class_names = _names({label for _, label in labels})
             if len(self.class_names) == 1:
                 only = self.class_names[0]
                 raise ValueError(f"{file}: every label is {only!r}: a classifier needs two classes")
         return replace(texts, labels=self._classes(labels, self.class_names, file))
 
-    def _classes(self, labels: Mapping[int, str], names: Sequence[str], file: str) -> list[int]:
-        """Return each label, by the number of its row, as a class, 0 … classes - 1."""
+    def _sets(self, values: Mapping[int, list[Any]], file: str) -> list[tuple[int, ...]]:
+        """Return the labels of each row, 0 or 1 for each class."""
+        found = {row: self._set(value) for row, value in values.items()}
+        labels = [(row, label) for row, names in found.items() for label in names]
+        if self.class_names is None:
+            self.class_names = self.label_columns or _names({label for _, label in labels})
+        classes = iter(self._classes(labels, self.class_names, file))
+        sets = [{next(classes) for _ in names} for names in found.values()]
+        return [tuple(int(n in one) for n in range(len(self.class_names))) for one in sets]
+
+    def _set(self, values: list[Any]) -> list[str]:
+        """Return the names of the labels of a row."""
+        if self.label_columns is not None:
+            pairs = zip(self.label_columns, values, strict=True)
+            return [name for name, value in pairs if str(value).lower() in PRESENT]
+        names = values[0]
+        if self.label_separator is not None and not isinstance(names, list):
+            names = str(names or "").split(self.label_separator)
+        return [str(name).strip() for name in names if str(name).strip()]
+
+    def _classes(
+        self, labels: Sequence[tuple[int, str]], names: Sequence[str], file: str
+    ) -> list[int]:
+        """Return each label, with the number of its row, as a class, 0 … classes - 1."""
         known = {name: label for label, name in enumerate(names)}
         if self._names_given and not any(map(_is_integer, names)):
             known |= {str(label): label for label in range(len(names))}
         # A column of integers with a missing value has floats.
-        plain = {row: label.removesuffix(".0") for row, label in labels.items()}
-        found = {row: known.get(label, known.get(plain[row])) for row, label in labels.items()}
-        outside = [row for row, label in found.items() if label is None]
+        found = [known.get(label, known.get(label.removesuffix(".0"))) for _, label in labels]
+        pairs = zip(labels, found, strict=True)
+        outside = {row: label for (row, label), number in pairs if number is None}
         if outside:
-            wrong, many = labels[outside[0]], "s" * (len(outside) > 1)
+            wrong, many = next(iter(outside.values())), "s" * (len(outside) > 1)
             raise ValueError(
-                f"{file}: row{many} {listed(outside)} with a label outside the classes: {wrong!r}"
-                f"{suggestion(wrong, names)}. The {len(names)} classes are {listed(names)}: "
-                "correct the labels, or name all classes by class_names"
+                f"{file}: row{many} {listed([*outside])} with a label outside the classes: "
+                f"{wrong!r}{suggestion(wrong, names)}. The {len(names)} classes are "
+                f"{listed(names)}: correct the labels, or name all classes by class_names"
             )
-        return [label for label in found.values() if label is not None]
+        return [number for number in found if number is not None]
+
+    def _label_fault(self, label: Any) -> str | None:
+        """Return why a label of a row cannot be used, or None."""
+        if self.label_columns is not None:
+            is_known = str(label).lower() in (*PRESENT, *ABSENT)
+            return None if is_known else f"{label!r} instead of 0 or 1"
+        is_nothing = label is None or label != label or label == ""
+        if isinstance(label, list) or (is_nothing and self.label_separator is not None):
+            return None
+        return "no label" if is_nothing else text_fault([str(label)])
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
         """Return the usable rows of a file by their numbers; others are an error or left out."""
@@ -270,8 +324,8 @@ class TextClassificationData(TextDataModule):
         faults: dict[str, list[int]] = {}
         for number, row in enumerate(read_rows(file, columns, self.delimiter), first_row(file)):
             fault = text_fault(row[: len(self._text_columns)])
-            if self.label_column in columns:
-                fault = fault or _label_fault(row[-1])
+            for value in row[len(self._text_columns) :]:
+                fault = fault or self._label_fault(value)
             if not fault:
                 usable[number] = row
             elif any(value not in (None, "") for value in row):
@@ -288,13 +342,6 @@ class TextClassificationData(TextDataModule):
         if not usable:
             raise ValueError(f"{file} has no rows")
         return usable
-
-
-def _label_fault(label: Any) -> str | None:
-    """Return why the label of a row cannot be used, or None."""
-    if label is None or label != label or label == "":
-        return "no label"
-    return text_fault([str(label)])
 
 
 def _is_integer(name: str) -> bool:

@@ -24,7 +24,6 @@ from dact.calibration import layer_answers
 from dact.callbacks import save_with_tokenizer
 from dact.encoders.base import move
 from dact.files import read_checkpoint, replacing_folder, write_tensors
-from dact.functional import soft_targets
 from dact.model import DACT
 from dact.tuning import report
 from dact.tuning.progress import Progress
@@ -38,21 +37,22 @@ ANSWERS = "answers.safetensors"
 
 
 class BrierScore(Callback):
-    """Log ``val_brier``: the mean squared distance between the last layer's answer and the class.
+    """Log ``val_brier``: the mean squared distance between the last layer's answer and the labels.
 
-    It is in [0, 2] and chooses the epoch that teaches (Brier 1950, *Verification of Forecasts
-    Expressed in Terms of Probability*). The log loss could choose as well, but a few answers that
-    are sure and wrong decide it: its lowest value may be that of an epoch that has learned no rare
-    class yet.
+    It is in [0, 2], per label if there are several, and chooses the epoch that teaches (Brier 1950,
+    *Verification of Forecasts Expressed in Terms of Probability*). The log loss could choose as
+    well, but a few answers that are sure and wrong decide it: its lowest value may be that of an
+    epoch that has learned no rare class yet.
     """
 
     @override
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
+        task: Any = pl_module.task
         answer = outputs["layer_probabilities"][:, -1].float()  # [batch, classes]
-        target = soft_targets(batch["labels"], answer.shape[1])
-        distance = (answer - target).square().sum(dim=1).mean()
+        target = task.targets(batch["labels"], answer.shape[1])
+        distance = (task.outcomes(answer) - target).square().sum(dim=1).mean()
         pl_module.log(BRIER, distance, on_epoch=True, batch_size=len(answer), sync_dist=True)
 
 
@@ -76,7 +76,8 @@ def fit_baseline(
 
     with progress.stage("answers of the whole encoder"), recipe.precision():
         found = layer_answers(model.eval().to(recipe.device), data.val_dataloader())
-        answers = {"classes": found.a[:, -1].argmax(1), "targets": found.target}
+        right = found.task.same(found.classes[:, -1], found.target)
+        answers = {"right": right, "targets": found.target}
         with replacing_folder(folder / "model") as partial:
             save_with_tokenizer(model.cpu(), data, partial)
         model.load_state_dict(read_checkpoint(checkpoints / "best.ckpt")["state_dict"])

@@ -48,12 +48,15 @@ def evaluate(
     with precision():
         answers = layer_answers(model, batches)
     early = Measured(answers, answers.exit_layers(model.exit_rule))
-    scores = temper(early.probabilities, early.exits, model.temperatures).amax(dim=1)
+    task = model.task
+    tempered = temper(early.probabilities, early.exits, model.temperatures, task)
+    scores = task.scores(tempered, early.classes).flatten()
+    correct = (early.classes == answers.target).flatten()
     entry = {
         **_entry(early, model.class_weights),
         "full_depth": _entry(early.full_depth, model.class_weights),
         "agreement": early.agreement,
-        "calibration_error": expected_calibration_error(scores, early.right),
+        "calibration_error": expected_calibration_error(scores, correct),
     }
     if baseline is not None:
         accuracy, error = early.difference(baseline.measured.right)
@@ -65,6 +68,7 @@ def _entry(measured: Measured, class_weights: Tensor | None) -> dict[str, Any]:
     return {
         "accuracy": measured.accuracy,
         "macro_f1": measured.macro_f1,
+        **measured.set_scores,
         "majority_share": measured.majority_share,
         "task_loss": measured.task_loss(class_weights),
         "mean_exit_layer": measured.mean_exit_layer,

@@ -164,7 +164,7 @@ def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str
     """Set the dial of a model for the promise of the run, and return a text about the result."""
     promise = prepared.recipe.promise
     if promise is None:
-        return "there is no promise: each text gets the class of all layers"
+        return "there is no promise: each text gets the answer of all layers"
     with prepared.recipe.precision():
         try:
             found = calibrate(model, data, **asdict(promise))

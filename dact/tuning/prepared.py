@@ -68,12 +68,12 @@ class Prepared:
     def right(self, target: Tensor) -> Tensor:
         """Return which validation examples the baseline classifies correctly, bool ``[examples]``.
 
-        `target` has their classes in order, int64 ``[examples]``; the last ones may be missing.
+        `target` has their labels in order, ``[examples, …]``; the last ones may be missing.
         """
         answers, size = read_tensors(self.baseline / ANSWERS)[0], len(target)
         if not torch.equal(answers["targets"][:size], target):
             raise ValueError("validation examples must come in one order: do not shuffle them")
-        return answers["classes"][:size] == target
+        return answers["right"][:size]
 
     # ------------------------------------------------------------------ models and data
 

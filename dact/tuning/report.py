@@ -183,7 +183,7 @@ def guarantee(metrics: Mapping[str, Any]) -> str:
     layers, margin = metrics["layers"], metrics["halting_margin"]
     calibration = metrics.get("calibration")
     if metrics["halting_tolerance"] == 0 and margin == 1:
-        return f"Guaranteed by proof: each text gets the class of all {layers} layers"
+        return f"Guaranteed by proof: each text gets the answer of all {layers} layers"
     if calibration is None:
         return f"Nothing is guaranteed at margin {margin:.4g}"
     promise = calibration["promise"]

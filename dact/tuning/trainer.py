@@ -114,7 +114,8 @@ class History(Callback):
         self.epochs.append({"epoch": float(trainer.current_epoch), **metrics})
         if self.best is self.epochs[-1]:
             y, h, target = (torch.cat(parts) for parts in zip(*self._seen, strict=True))
-            self.answers = LayerAnswers(*accumulate(y, h), y, target)
+            task: Any = pl_module.task
+            self.answers = LayerAnswers(*accumulate(y, h), y, target, task)
         self._seen = []
 
     @override
