@@ -67,7 +67,8 @@ def test_test_and_validate_measure_the_model_on_the_data_of_its_fit(fitted, succ
     for command, examples in (("test", 90), ("validate", 60)):
         text = succeed(command, "--model", run, cwd=folder)
         assert "halting_margin " in text
-        assert f"examples   {examples} of the validation split\n" in text
+        split = {"test": "test", "validate": "validation"}[command]
+        assert f"examples   {examples} of the {split} split\n" in text
         assert re.search(r"^accuracy   [\d.]+ %, all 3 layers [\d.]+ %, always ", text, re.M)
         assert re.search(r"^layers     [\d.]+ of 3; after layer 1: \d+", text, re.M)
         for name in ("agreement", "macro F1", "F1 ", "confused"):
@@ -143,7 +144,7 @@ def of_layers(classes, target, number=2):
 def test_measurements_have_classes_confusions_and_a_warning(layer, warning):
     answers = of_layers([0, 1, 1, 0, 2, 1, 1], [0, 0, 0, 1, 1, 1, 2])
     exits = torch.full((7,), layer) if layer else torch.tensor([1, 2, 1, 1, 2, 1, 1])
-    text = measurements(Measured(answers, exits), ["no", "yes", "odd"])
+    text = measurements(Measured(answers, exits), ["no", "yes", "odd"], "test")
     assert "confused   no as yes (2), yes as no (1)\n" in text, "the two largest classes"
     assert "F1         no 0.400, yes 0.286, odd 0.000\n" in text
     assert "(F1: harmonic mean" in text
