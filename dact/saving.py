@@ -179,8 +179,7 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(
-                f"{directory} has no {name}: expected a folder such as model/ of a fit; "
-                "load_from_checkpoint takes a checkpoint"
+                f"{directory} has no {name}: give model/ of a fit, or use load_from_checkpoint"
             )
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)

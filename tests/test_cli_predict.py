@@ -201,16 +201,23 @@ def test_predict_takes_a_run_a_folder_or_a_checkpoint_without_any_yaml(run_of_tw
         assert pd.read_csv(folder / "answers.csv")["label"].tolist() == expected
 
 
-def test_options_of_the_data_may_stand_in_a_file(run_of_two_files, tmp_path, succeed):
+@pytest.mark.parametrize("form", ["file", "options"])
+def test_options_of_the_data_count_in_every_form(run_of_two_files, tmp_path, dact_here, form):
     model = run_of_two_files / "lightning_logs" / "first"
     (tmp_path / "body.csv").write_text("body\n" + "\n".join(TEXTS) + "\n")
     (tmp_path / "data.yaml").write_text(
         "data: {init_args: {predict_file: body.csv, text_column: body}}"
     )
-    words = ["predict", "--model", model, "--config", "data.yaml", "--output", "answers.csv"]
-    succeed(*words, cwd=tmp_path)
+    words = ["--data.predict_file=body.csv", "--data.text_column=body"]
+    words = words if form == "options" else ["--config", "data.yaml"]
+    words = ["predict", "--model", model, *words]
+    status, text = dact_here(*words, "--output", "answers.csv", cwd=tmp_path)
+    assert status == 0, text
     expected = [answer.label for answer in TextClassifier.from_pretrained(model / "model")(TEXTS)]
     assert list(pd.read_csv(tmp_path / "answers.csv")["label"].astype(str)) == expected
+    status, text = dact_here(*words, "--output", "body.csv", cwd=tmp_path)
+    assert status == 2
+    assert "--output body.csv is the file with the texts" in text
 
 
 def test_what_cannot_be_classified_has_a_reason(run_of_two_files, succeed):
@@ -365,14 +372,12 @@ def test_calibrating_by_command_fits_the_temperatures_again(fitted, succeed, tmp
         (["test", "--model", "first"], "did you mean lightning_logs/first?"),
         (["test", "--data.test_file", "other.csv"], "required: model"),
         (["test", *RUN], "test_file"),
+        (["test", *RUN, "--data.test_file", "absent.csv"], "no file absent.csv"),
         (["test", *RUN, "--data.test_file", "third.csv"], "row 2 with a label outside the classes"),
+        (["test", *RUN, "--data.test_file=other.csv", "--data.label_column=class"], "'class'"),
         (["predict", *RUN], "needs --data.predict_file"),
         (["predict", *RUN, "--data.predict_file", "other.csv", "--output", "x.xls"], "must end in"),
         (["predict", *RUN, "--data.predict_file", "other.csv", "--outpt", "x.csv"], "mean output?"),
-        (
-            ["predict", *RUN, "--data.predict_file", "other.csv", "--output", "other.csv"],
-            "--output other.csv is the file with the texts",
-        ),
         (
             ["predict", *RUN, "--data.predict_file", "other.csv", "--halting_margin", "2"],
             "margin must be in [0, 1], got 2.0",

@@ -421,9 +421,8 @@ def naive_label(text):
 
 @given(st.integers(0, 10**6), st.integers(0, 6))
 def test_the_class_of_a_review_can_be_read_from_its_words(seed, max_depth):
-    text, label, depth = compositional.generate_review(random.Random(seed), max_depth)
+    text, label = compositional.generate_review(random.Random(seed), max_depth)
     assert label == naive_label(text)
-    assert 0 <= depth <= max_depth
 
 
 def test_embedded_data_is_the_same_everywhere_and_its_splits_differ():
@@ -438,7 +437,7 @@ def test_embedded_data_is_the_same_everywhere_and_its_splits_differ():
     unknown = one.tokenizer.unk_token_id
     assert all(unknown not in item["input_ids"] for item in one._encoded["train"])
     (first, *_) = one.val_dataloader()
-    assert set(first) == {"depth", "labels", "input_ids", "attention_mask", "row"}
+    assert set(first) == {"labels", "input_ids", "attention_mask", "row"}
     assert min(Counter(one.splits["train"].labels).values()) > 70
 
 

@@ -19,13 +19,11 @@ class Examples:
         texts: One string per example.
         pairs: Second text of each example, for text pairs.
         labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it.
-        depths: Number of steps that compose each example.
     """
 
     texts: list[str]
     pairs: list[str] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)

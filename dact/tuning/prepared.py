@@ -16,6 +16,7 @@ from torch import Tensor
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
 from dact.saving import WEIGHTS_NAME
+from dact.tuning import report
 from dact.tuning.baseline import ANSWERS, TEACHER, fit_baseline
 from dact.tuning.features import Features, FeaturesData, compute_features
 from dact.tuning.plan import Plan
@@ -75,6 +76,14 @@ class Prepared:
         if not torch.equal(answers["targets"][:size], target):
             raise ValueError("validation examples must come in one order: do not shuffle them")
         return answers["classes"][:size] == target
+
+    def log(
+        self, folder: Path, settings: Settings, metrics: Mapping[str, float], succeeded: bool = True
+    ) -> None:
+        """Log the fit of a folder, a trial or another one, to TensorBoard."""
+        parameters = {**self.plan.parameters, **settings.flat()}
+        name = str(folder.relative_to(self.run.log_dir))
+        report.log_fit(folder, parameters, metrics, name, succeeded)
 
     # ------------------------------------------------------------------ models and data
 

@@ -11,7 +11,6 @@ from optuna import TrialPruned
 from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
 
-from dact.tuning import report
 from dact.tuning.fit import fit_settings
 from dact.tuning.outcome import CAUSE, OUTCOME, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
@@ -74,9 +73,7 @@ class Objective:
             raise
         finally:
             logger.finalize("success" if succeeded else "failed")
-            parameters = {**plan.parameters, **settings.flat()}
-            name = str(folder.relative_to(run.log_dir))
-            report.log_fit(folder, parameters, metrics, name, succeeded)
+            self.prepared.log(folder, settings, metrics, succeeded)
 
     def _train(self, trial: BaseTrial, settings: Settings, logger: Any) -> dict[str, float]:
         """Return the metrics of the best epoch, and of early exit if the stage is about it."""
