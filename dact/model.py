@@ -51,7 +51,7 @@ class DACT(LightningModule):
     and their source. The logged val_loss leaves the exit loss and the λ warm-up out; val_task_loss,
     val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
 
-    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in
+    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of all layers, in
     float32. Half precision rounds y and h, which may change the class of one example in a few
     hundred.
 
@@ -84,7 +84,7 @@ class DACT(LightningModule):
             takes up to twice the time and memory.
         share_submodels: Whether all layers share one pair of submodels.
         num_layers: Number of layers that are used, counted from the encoder's first; all of them if
-            left out. *Full depth* means these layers. (DDP then needs the strategy
+            left out. *All N layers* means these. (DDP then needs the strategy
             ``"ddp_find_unused_parameters_true"``.)
         halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see
             `dact.functional.can_halt`.
@@ -434,7 +434,7 @@ class DACT(LightningModule):
         return self._measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        # Both full depth and early exit are computed by the code that predicts.
+        # The code that predicts computes both all layers and early exit.
         full, early = self.full_depth(batch), self.early_exit(batch)
         return self._measure("test", batch, full, early, dataloader_idx)
 
@@ -446,7 +446,7 @@ class DACT(LightningModule):
     ) -> dict[str, Tensor]:
         """Add a batch to the metrics of a loader (from 0), and return what callbacks need.
 
-        Without answers of early exit, they are computed from those at full depth."""
+        Without answers of early exit, they are computed from those of all layers."""
         target = labels_of(batch, stage)
         soft = functional.soft_targets(target, self.output_dimension)
         y, h, p = full.layer_probabilities, full.h, full.p
@@ -610,7 +610,7 @@ class DACT(LightningModule):
         # They may have changed after the constructor of a subclass set them.
         for name in {*saving.HALTING, "class_names"} & (stored.keys() - overrides.keys()):
             setattr(model, name, stored[name])
-        if stored.get("num_layers") in (None, model.num_layers):  # else full depth is another one
+        if stored.get("num_layers") in (None, model.num_layers):  # else all layers are others
             for name, value in learned.items():
                 setattr(model, name, value)
         return model

@@ -182,7 +182,8 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(
-                f"{directory} has no {name}: expected a folder such as model/ of a fit"
+                f"{directory} has no {name}: expected a folder such as model/ of a fit; "
+                "load_from_checkpoint takes a checkpoint"
             )
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)

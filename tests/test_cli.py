@@ -46,7 +46,7 @@ def test_the_console_is_quiet(fitted):
     assert lines[1].endswith("takes 300 examples or more, and there are 60"), "before the fit"
     assert re.fullmatch(epoch, lines[2])
     assert len(lines[2]) < 80
-    beginnings = ("epoch 2/2", "halting_margin ", "seen on 60", "examples   60", "accuracy   ")
+    beginnings = ("epoch 2/2", "halting_margin ", "on the 60", "examples   60", "accuracy   ")
     places = [[line.startswith(words) for line in lines].index(True) for words in beginnings]
     assert places == sorted(places)
 

@@ -174,7 +174,7 @@ def test_the_last_lines_of_a_fit_of_two_processes_are_of_all_examples(tmp_path):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--run_tag=two"]
     done = dact("fit", "--config", FIT, *SMALL, *two, cwd=tmp_path)
     assert "3 classes: negative 220, neutral 215, positive 165" in done.stdout
-    assert done.stdout.count("examples   60\n") == 1
+    assert done.stdout.count("examples   60 of the validation split\n") == 1
     assert dact("validate", "--model", "lightning_logs/two", cwd=tmp_path).stdout in done.stdout
 
 

@@ -67,7 +67,8 @@ def test_test_and_validate_measure_the_model_on_the_data_of_its_fit(fitted, succ
     for command, examples in (("test", 90), ("validate", 60)):
         text = succeed(command, "--model", run, cwd=folder)
         assert "halting_margin " in text
-        assert f"examples   {examples}\n" in text
+        split = {"test": "test", "validate": "validation"}[command]
+        assert f"examples   {examples} of the {split} split\n" in text
         assert re.search(r"^accuracy   [\d.]+ %, all 3 layers [\d.]+ %, always ", text, re.M)
         assert re.search(r"^layers     [\d.]+ of 3; after layer 1: \d+", text, re.M)
         for name in ("agreement", "macro F1", "F1 ", "confused"):
@@ -108,7 +109,7 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(
     answers = pd.read_csv(tmp_path / "out.csv")["label"]
     assert (answers == pd.read_csv(tmp_path / "pairs.csv")["class"]).mean() > 0.9
     # By hash, 20 of the 60 texts are for validation, and 15 of these are aside.
-    assert "examples   5\n" in succeed("validate", *RUN, cwd=tmp_path)
+    assert "examples   5 of the validation split\n" in succeed("validate", *RUN, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def of_layers(classes, target, number=2):
 def test_measurements_have_classes_confusions_and_a_warning(layer, warning):
     answers = of_layers([0, 1, 1, 0, 2, 1, 1], [0, 0, 0, 1, 1, 1, 2])
     exits = torch.full((7,), layer) if layer else torch.tensor([1, 2, 1, 1, 2, 1, 1])
-    text = measurements(Measured(answers, exits), ["no", "yes", "odd"])
+    text = measurements(Measured(answers, exits), ["no", "yes", "odd"], "test")
     assert "confused   no as yes (2), yes as no (1)\n" in text, "the two largest classes"
     assert "F1         no 0.400, yes 0.286, odd 0.000\n" in text
     assert "(F1: harmonic mean" in text

@@ -448,6 +448,8 @@ def test_broken_files_are_clear_errors(tmp_path):
     (tmp_path / "junk.ckpt").write_bytes(b"junk" * 99)
     with pytest.raises(ValueError, match=r"junk\.ckpt cannot be read"):
         DACT.load_from_checkpoint(tmp_path / "junk.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"junk\.ckpt has no config.*load_from_checkpoint"):
+        DACT.from_pretrained(tmp_path / "junk.ckpt")
     with pytest.raises(FileNotFoundError, match=r"nothing has no config\.json"):
         DACT.from_pretrained(tmp_path / "nothing")
     tiny_model().save_pretrained(tmp_path / "model")

@@ -99,7 +99,7 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(
         <= models["encoder"]["layers"]
     )
     assert models["multi-exit"]["layers"] == metrics["layers"]
-    assert "| tiny (0) | baseline |" in printed
+    assert "| tiny (0) | whole encoder |" in printed
 
 
 def test_the_documented_table_is_that_of_the_stored_results(tuned):

@@ -112,8 +112,8 @@ def _say(trainer: Trainer, text: str) -> None:
         print(text, flush=True)
 
 
-def measurements(measured: Measured, names: Sequence[str]) -> str:
-    """Return the measurements of early exit as lines, with these names of the classes."""
+def measurements(measured: Measured, names: Sequence[str], split: str) -> str:
+    """Return the measurements of early exit on a split as lines, with the names of the classes."""
     target, found, count = measured.answers.target, measured.classes, len(names)
     # [true class, answered class]
     confusion = torch.bincount(target * count + found, minlength=count**2).view(count, count)
@@ -125,7 +125,7 @@ def measurements(measured: Measured, names: Sequence[str]) -> str:
     always = 100 * confusion[largest].sum() / len(target)
     left = [f"{layer}: {number}" for layer, number in enumerate(measured.exit_histogram, 1)]
     lines = [
-        f"examples   {len(target)}",
+        f"examples   {len(target)} of the {split} split",
         f"accuracy   {100 * measured.accuracy:.2f} %, all {depth} layers "
         f"{100 * measured.full_depth.accuracy:.2f} %, always {names[largest]!r} {always:.2f} %",
         f"agreement  {100 * measured.agreement:.2f} % get the class of all {depth} layers",

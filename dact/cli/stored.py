@@ -185,7 +185,8 @@ def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "
     batches = data.test_dataloader() if stage == "test" else data.val_dataloader()
     answers = layer_answers(model, batches)
     measured = Measured(answers, answers.exit_layers(model.exit_rule))
-    print(measurements(measured, names_of_classes(model)))
+    split = "test" if stage == "test" else "validation"
+    print(measurements(measured, names_of_classes(model), split))
     if stage == "test" and model.calibration is not None:
         print(promise_line(model.calibration, measured))
     return measured
@@ -257,7 +258,7 @@ def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> 
     record, run = load_model(source).calibration, _run_config(source)
     if record is None or "data" not in run or record.get("baseline_accuracy") is not None:
         return
-    print("Renewing it on the calibration examples of the run:")
+    print("It is renewed on the calibration examples of the run:")
     try:
         data = _data_section(output, [run], [])
         calibrate(Stored(output, data), **record["promise"])

@@ -1,4 +1,4 @@
-"""The confirmation: the tuned settings against the recommended ones, re-fit under new seeds.
+"""The re-fit under new seeds: the tuned settings against the recommended ones.
 
 The tuned settings replace the recommended ones if they take fewer layers by more than a standard
 error (at least 0.15) and lose at most half a point within its error, or gain accuracy by more than

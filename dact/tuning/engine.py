@@ -43,7 +43,8 @@ from dact.tuning.trial import Objective
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
-    A run begins with the whole encoder, fine-tuned with one head: the baseline and the teacher.
+    A run begins with the whole encoder, fine-tuned with one head: results are
+    compared with it, and it is the teacher.
     Three studies follow, which begin with the recommended settings:
 
     1. ``submodels``: the architectures of classifier and confidence.
@@ -102,7 +103,7 @@ class TuningEngine:
         consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder
             after the studies, 0 or more. Defaults to the factory's value, or 5 if it has none and
             its encoder has dropout.
-        compare_defaults: Whether to fit and measure the untuned factories as well.
+        compare_defaults: Whether to fit and measure the factories without tuning as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
 

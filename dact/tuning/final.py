@@ -47,10 +47,10 @@ Evaluations = Mapping[str, Evaluation]  # by split
 def final_fit(
     prepared: Prepared, chosen: Settings, verdict: str, progress: Progress
 ) -> dict[str, str]:
-    """Fit the settings that the confirmation chose, or take over their fit, and measure the model.
+    """Fit the settings that the re-fit chose, or take over their fit, and measure the model.
 
     Args:
-        verdict: Text of the confirmation.
+        verdict: Text of the re-fit under new seeds.
 
     Returns:
         The paths of ``metrics`` and ``checkpoint``, in ``<run>/final``.
@@ -216,7 +216,7 @@ def _log(
 def _measure_defaults(
     prepared: Prepared, data: LightningDataModule, against: Evaluations, progress: Progress
 ) -> None:
-    """Fit what the factories make untuned, and measure it under the promise of the run."""
+    """Fit what the factories make without tuning, and measure it under the promise of the run."""
     recipe, folder = prepared.recipe, prepared.run.final / "defaults"
     checkpoints, epochs = folder / "checkpoints", recipe.epochs
     try:

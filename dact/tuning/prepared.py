@@ -66,7 +66,8 @@ class Prepared:
         return self.run.folder / "features"
 
     def right(self, target: Tensor) -> Tensor:
-        """Return which validation examples the baseline classifies correctly, bool ``[examples]``.
+        """Return which validation examples the whole encoder classifies correctly, bool
+        ``[examples]``.
 
         `target` has their classes in order, int64 ``[examples]``; the last ones may be missing.
         """
@@ -78,7 +79,7 @@ class Prepared:
     # ------------------------------------------------------------------ models and data
 
     def whole_encoder(self) -> DACT:
-        """Return the fine-tuned whole encoder, the baseline, on the device that it should use."""
+        """Return the fine-tuned whole encoder, on the device that it should use."""
         model = self.recipe.whole_model().at_full_depth()
         model.load_state_dict(read_tensors(self.baseline / "model" / WEIGHTS_NAME)[0])
         return model.eval().to(self.recipe.device)
@@ -166,8 +167,8 @@ def prepare(
 
 
 def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | None:
-    """Give data the answers of the teacher that it names, or of the baseline, and return their
-    file; None if it cannot carry them."""
+    """Give data the answers of the teacher that it names, or of the whole encoder, and return
+    their file; None if it cannot carry them."""
     path = run.folder / "baseline" / ANSWERS
     if named is not None:
         path = run.folder / "teacher" / "probabilities.safetensors"
