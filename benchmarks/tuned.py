@@ -100,9 +100,9 @@ class MultiExit(DACT):
 class OneExit(MultiExit):
     """A classifier on the last layer alone."""
 
-    def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        logits, h = super()._submodels(batch)
-        return logits[:, -1:], h[:, -1:]
+    def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        logits, y, h = super()._submodels(batch)
+        return logits[:, -1:], y[:, -1:], h[:, -1:]
 
 
 @dataclass(frozen=True)

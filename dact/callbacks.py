@@ -104,6 +104,14 @@ class AverageLastSteps(WeightAveraging):
             super().on_train_batch_end(trainer, pl_module, *arguments)
 
     @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A validation has taught the confidence of the mean already.
+        if self._average_model is not None and isinstance(pl_module, DACT):
+            self._swap_models(pl_module)
+            pl_module.learn_confidence()
+            self._swap_models(pl_module)
+
+    @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average_model is not None:
             super().on_train_end(trainer, pl_module)

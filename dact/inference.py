@@ -7,7 +7,7 @@ longest example and merged with their neighbours until they are full again."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from dact.encoders.base import Batch, LayeredEncoder
-from dact.functional import Halting, accumulate_step, at_least_float32
+from dact.functional import Halting, accumulate_step
 from dact.outputs import DACTOutput
-from dact.submodels import Submodels
 
 # In half precision on a CPU, oneDNN prepares each new shape for about a millisecond, and there are
 # fewer of multiples of this length: 1.4 to 1.8 times as fast on VADER.
@@ -31,6 +30,7 @@ LENGTH_UNIT = 4
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
 
+Unit = Callable[[int, Tensor], tuple[Tensor, Tensor]]
 Indices = npt.NDArray[np.int64]  # the host tracks which example is where in NumPy arrays
 
 
@@ -63,8 +63,8 @@ def evaluating(module: nn.Module) -> Iterator[None]:
 @torch.no_grad()
 def early_exit(
     encoder: LayeredEncoder,
-    classifier: Submodels,
-    confidence: Submodels,
+    unit: Unit,
+    num_layers: int,
     batch: Batch,
     *,
     halting: Halting,
@@ -76,7 +76,9 @@ def early_exit(
 
     Args:
         encoder: Encoder in eval mode.
-        classifier, confidence: Submodels f and g; as many layers of the encoder run.
+        unit: Function from a layer (1-based) and its states ``[batch, hidden]`` to y_n ``[batch,
+            classes]`` and h_n ``[batch]``.
+        num_layers: N, the number of encoder layers to run.
         batch: Inputs of the encoder, for any number of examples in any order.
         halting: Rule by which examples leave.
         step_tokens: Number of tokens that enter a layer in one step, padding included (a longer
@@ -99,13 +101,13 @@ def early_exit(
     if _prepares_shapes(encoder, mask.device):
         lengths = np.minimum(-(-lengths // LENGTH_UNIT) * LENGTH_UNIT, mask.shape[1])
     order = lengths.argsort(kind="stable")
-    results = _Results(len(lengths), classifier.num_layers, record)
+    results = _Results(len(lengths), num_layers, record)
     for rows in _cut(order, lengths[order], window):
         runs = [*_cut(rows, lengths[rows], step)]
         groups = [
             *encoder.for_each(lambda run: _embed(encoder, batch, mask, run, lengths[run]), runs)
         ]
-        _run_window(encoder, classifier, confidence, halting, groups, rows, results, step)
+        _run_window(encoder, unit, halting, groups, rows, results, step)
     return results.output(mask.device)
 
 
@@ -145,8 +147,7 @@ class _Results:
 
 def _run_window(
     encoder: LayeredEncoder,
-    classifier: Submodels,
-    confidence: Submodels,
+    unit: Unit,
     halting: Halting,
     groups: list[_Group],
     rows: Indices,
@@ -156,12 +157,11 @@ def _run_window(
     """Run the groups of a window, in the order of their lengths, until all examples have left.
 
     `rows` has the row of each example in the batch, over all groups."""
-    num_layers = classifier.num_layers
+    num_layers = results.num_layers
     for n in range(1, num_layers + 1):
         states = [*encoder.for_each(partial(_run_layer, encoder, n), groups)]
         state = states[0] if len(states) == 1 else torch.cat(states)  # [batch, hidden]
-        y = at_least_float32(classifier.answer(n, state)).softmax(dim=-1)  # [batch, classes]
-        h = at_least_float32(confidence.answer(n, state)).sigmoid().squeeze(-1)  # [batch]
+        y, h = unit(n, state)
         if n == 1:
             a, p = torch.zeros_like(y), torch.ones_like(h)
         a, p = accumulate_step(a, p, y, h)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
 from lightning.fabric.utilities.data import AttributeDict
@@ -19,7 +19,14 @@ from torch import Tensor
 from dact import encoders, functional, hub, inference, model_card, saving
 from dact.agreement import check_agreement
 from dact.checks import Range, check_arguments, check_count
-from dact.encoders.base import Batch, LayeredEncoder, check_batch
+from dact.confidence import (
+    MOST_EXAMPLES,
+    PRICE,
+    AnswerConfidence,
+    fit_confidence,
+    fit_temperatures,
+)
+from dact.encoders.base import Batch, LayeredEncoder, check_batch, move
 from dact.functional import Halting, HaltingRule, Margin, PonderKind, Tolerance
 from dact.metrics import LoaderMetrics
 from dact.model_card import Metrics
@@ -32,6 +39,7 @@ Weight = Annotated[float, Range("[0, inf)")]
 Rate = Annotated[float, Range("(0, inf)")]
 Tokens = Annotated[int, Range("[1, inf)", "it counts tokens")]
 ShareOfSteps = Annotated[float, Range("[0, 1]", "it is a share of the optimizer steps")]
+ConfidenceInput = Literal["answer", "state"]
 ShareOfTargets = Annotated[float, Range("[0, 1]", "it is the teacher's share of the targets")]
 
 
@@ -55,9 +63,16 @@ class DACT(LightningModule):
         output_dimension: Number of classes, 2 or more.
         classifier: Architecture of the classifier f.
         confidence: Architecture of the confidence g.
-        lambda_reg: λ, the price of a unit of ponder cost, 0 or more.
-        lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0.
+        lambda_reg: λ, the price of a unit of ponder cost, 0 or more; 0.04 over the number of layers
+            if left out, or 0.02 for a confidence that reads states.
+        lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0,
+            for a confidence that reads states.
         ponder: The ponder cost ρ, ``"p"`` (mean of Σ p_n) or ``"h"`` (mean of Σ h_n).
+        confidence_reads: What g reads. ``"answer"``: numbers of y_n and the depth. It is fitted
+            anew before each validation, and so is one temperature per layer, to the datamodule's
+            `confidence_dataloader`, whose texts nothing else learns, or else to answers that were
+            given while training (see `dact.confidence`). ``"state"``: z_n, as published; it learns
+            in every step with all else.
         exit_loss_weight: Weight of the exit loss, 0 or more.
         detach_exits: Whether encoder and classifier learn only from the exit loss, as in a
             multi-exit model, while the loss of a_N and the ponder cost train only the confidence.
@@ -102,6 +117,7 @@ class DACT(LightningModule):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
+    exit_temperatures: Tensor | None
     # LightningCLI would take what `config` returns for its own under "hyper_parameters".
     CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
 
@@ -112,9 +128,10 @@ class DACT(LightningModule):
         classifier: SubmodelConfig = SubmodelConfig(),
         confidence: SubmodelConfig = SubmodelConfig(),
         *,
-        lambda_reg: Weight = 0.02,
+        lambda_reg: Weight | None = None,
         lambda_warmup: ShareOfSteps = 0.3,
         ponder: PonderKind = "p",
+        confidence_reads: ConfidenceInput = "answer",
         exit_loss_weight: Weight = 0.3,
         detach_exits: bool = False,
         distillation: ShareOfTargets = 0.0,
@@ -139,9 +156,9 @@ class DACT(LightningModule):
         self.save_hyperparameters({})  # makes Lightning log `hparams_initial`
         self.encoder = encoder
         self.output_dimension = output_dimension
-        self.lambda_reg = lambda_reg
         self.lambda_warmup = lambda_warmup
         self.ponder = ponder
+        self.confidence_reads = confidence_reads
         self.exit_loss_weight = exit_loss_weight
         self.detach_exits = detach_exits
         self.distillation = distillation
@@ -149,6 +166,9 @@ class DACT(LightningModule):
         self.share_submodels = share_submodels
         self.num_layers = encoder.num_layers if num_layers is None else num_layers
         self.exit_rule = Halting(halting, halting_tolerance, halting_margin)
+        if lambda_reg is None:
+            lambda_reg = PRICE / self.num_layers if confidence_reads == "answer" else 0.02
+        self.lambda_reg = lambda_reg
         self.rate_is_by_encoder = learning_rate is None
         self.learning_rate = learning_rate or encoder.default_learning_rate
         self.submodel_learning_rate = submodel_learning_rate
@@ -168,8 +188,20 @@ class DACT(LightningModule):
 
         sizes = self.num_layers, encoder.hidden_size
         self.classifier = Submodels(classifier, *sizes, output_dimension, share_submodels)
-        self.confidence = Submodels(confidence, *sizes, 1, share_submodels)
-        start_undecided(self.confidence)
+        self.confidence: Submodels
+        # One per layer, [layers]; y_n is the softmax of the classifier's output over it.
+        if confidence_reads == "answer":
+            self.confidence = AnswerConfidence(confidence, self.num_layers)
+            self.register_buffer("exit_temperatures", torch.ones(self.num_layers))
+        else:
+            self.register_buffer("exit_temperatures", None)
+            self.confidence = Submodels(confidence, *sizes, 1, share_submodels)
+            start_undecided(self.confidence)
+        # The classifier's output and the labels of this epoch's steps, which are kept where no
+        # texts are set apart for the confidence, and the step after which it last learned.
+        self._said: list[tuple[Tensor, Tensor]] = []
+        self._records, self._taught_at = False, -1
+        self._is_refitted = confidence_reads == "answer"
 
     # ------------------------------------------------------------------ the halting rule
 
@@ -216,8 +248,8 @@ class DACT(LightningModule):
 
     def forward(self, batch: Batch) -> DACTOutput:
         """Run all layers on a dict of Hugging Face's inputs, as training does."""
-        logits, h = self._submodels(batch)
-        return self._output(logits.softmax(dim=-1), h)
+        _, y, h = self._submodels(batch)
+        return self._output(y, h)
 
     def early_exit(self, batch: Batch) -> DACTOutput:
         """Run each example only as deep as it needs, always in eval mode.
@@ -243,13 +275,24 @@ class DACT(LightningModule):
             "step_tokens": self.step_tokens,
             "window_tokens": self.window_tokens,
         }
-        parts = self.encoder, self.classifier, self.confidence
+        parts = self.encoder, self._unit, self.num_layers
         with inference.evaluating(self):
             return inference.early_exit(*parts, batch, halting=halting, record=record, **tokens)
 
-    def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return the logits of y ``[batch, layers, classes]`` and h ``[batch, layers]``, in float32
-        or more."""
+    def _unit(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
+        """Return y_n ``[batch, classes]`` and h_n ``[batch]`` of a layer (1-based) from its states,
+        in float32 or more."""
+        logits = functional.at_least_float32(self.classifier.answer(layer, state))
+        if self.exit_temperatures is not None:
+            logits = logits / self.exit_temperatures[layer - 1]
+        y = logits.softmax(dim=-1)
+        seen = y if self.confidence_reads == "answer" else state
+        h = functional.at_least_float32(self.confidence.answer(layer, seen)).sigmoid().squeeze(-1)
+        return y, h
+
+    def _submodels(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the classifier's output and y ``[batch, layers, classes]``, and h ``[batch,
+        layers]``, in float32 or more."""
         check_batch(batch)
         if "states" in batch:  # computed before: training of the submodels alone
             states = batch["states"][:, : self.num_layers]
@@ -258,9 +301,15 @@ class DACT(LightningModule):
         else:
             states = self.encoder.first_states(batch, self.num_layers)
         logits = functional.at_least_float32(self.classifier(states))
-        if self.detach_exits:
-            states = states.detach()
-        return logits, functional.at_least_float32(self.confidence(states)).sigmoid().squeeze(-1)
+        if self.exit_temperatures is None:
+            y = logits.softmax(dim=-1)
+        else:
+            y = (logits / self.exit_temperatures[:, None]).softmax(dim=-1)
+        if self.confidence_reads == "answer":
+            seen = y.detach()
+        else:
+            seen = states.detach() if self.detach_exits else states
+        return logits, y, functional.at_least_float32(self.confidence(seen)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
         """Return this model, changed to plain fine-tuning: every confidence stays at 1, and only
@@ -268,7 +317,7 @@ class DACT(LightningModule):
         start_at(self.confidence, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg = self.exit_loss_weight = self.distillation = self.consistency = 0.0
-        self.detach_exits = False
+        self.detach_exits = self._is_refitted = False
         self.halting = "never"
         return self
 
@@ -305,7 +354,10 @@ class DACT(LightningModule):
         twice = self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1
         if twice:
             batch, target = functional.twice(batch), target.repeat(2, 1)
-        logits, h = self._submodels(batch)
+        logits, _, h = self._submodels(batch)
+        if self._records:
+            self._said.append((logits.detach()[: len(labels)], labels))
+        # Without the temperatures, which belong to answers and not to what is learned.
         y = logits.softmax(dim=-1)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         task_loss = functional.task_loss(a[:, -1], target, self.class_weights)
@@ -316,6 +368,46 @@ class DACT(LightningModule):
         price = self.warm_lambda() if lambda_reg is None else lambda_reg
         loss = task_loss + price * ponder_cost + self.exit_loss_weight * exit_loss
         return Loss(loss, task_loss, exit_loss, ponder_cost)
+
+    def teach_confidence(self, batches: Iterable[Batch]) -> None:
+        """Fit the confidence, and one temperature per layer, to labelled answers.
+
+        A fit does so by itself. After a training loop of your own, call it with examples that the
+        loop did not train on.
+
+        Args:
+            batches: Batches with ``labels``; some 2,000 examples are used.
+
+        Raises:
+            ValueError: If the confidence reads states, or no example has a label.
+        """
+        if self.confidence_reads == "state":
+            raise ValueError("a confidence that reads states learns with all else, in each step")
+        said: list[tuple[Tensor, Tensor]] = []
+        with inference.evaluating(self), torch.no_grad():
+            for batch in batches:
+                moved = move(batch, self.device)
+                said.append((self._submodels(moved)[0], labels_of(moved, "training")))
+                if sum(len(labels) for _, labels in said) >= MOST_EXAMPLES:
+                    break
+        self._teach(said)
+
+    def _teach(self, said: list[tuple[Tensor, Tensor]]) -> None:
+        """Fit the confidence and the temperatures to the classifier's output and labels."""
+        logits, labels = (torch.cat(parts)[-MOST_EXAMPLES:] for parts in zip(*said, strict=True))
+        known = labels != functional.UNLABELLED
+        if not known.any():
+            raise ValueError("the confidence needs labelled examples, and none has a label")
+        if not logits.isfinite().all():
+            return  # the loss is no number either, which ends the fit
+        target = functional.soft_targets(labels[known], self.output_dimension)
+        log_y = logits[known].log_softmax(dim=-1)
+        temperatures = fit_temperatures(log_y, target)
+        assert isinstance(self.confidence, AnswerConfidence) and self.exit_temperatures is not None
+        self.exit_temperatures.copy_(temperatures)
+        y = (log_y / temperatures[:, None]).softmax(dim=-1)
+        price, weights = self.lambda_reg, self.class_weights
+        fit_confidence(self.confidence, y, target, price, self.ponder, weights)
 
     def warm_lambda(self) -> float:
         """Return λ at this step: in a fit with a known end, it rises linearly from 0 over the first
@@ -386,9 +478,12 @@ class DACT(LightningModule):
                 self.exit_histogram = metrics.exits
 
     def on_validation_epoch_start(self) -> None:
-        self._metrics, self.exit_histogram = {}, None
+        self.on_test_epoch_start()
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.learn_confidence()
 
-    on_test_epoch_start = on_validation_epoch_start
+    def on_test_epoch_start(self) -> None:
+        self._metrics, self.exit_histogram = {}, None
 
     def on_validation_epoch_end(self) -> None:
         self._log_metrics("val")
@@ -419,11 +514,49 @@ class DACT(LightningModule):
     def on_fit_start(self) -> None:
         # They belong to the weights before the fit.
         self.calibration = self.temperatures = None
+        self._taught_at = -1
         if self.rate_is_by_encoder:
             rank_zero_info(
                 f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
                 f"{self.encoder.hidden_size}; set learning_rate to change it"
             )
+        if self._is_refitted and self._confidence_batches() is None:
+            rank_zero_info(
+                "no texts are set apart for the confidence (a datamodule's "
+                "confidence_dataloader): it learns from answers to training texts, and trusts the "
+                "first layers too much if these are known by heart"
+            )
+
+    def on_train_epoch_start(self) -> None:
+        self._said = []
+        self._records = self._is_refitted and self._confidence_batches() is None
+
+    def on_train_epoch_end(self) -> None:
+        self.learn_confidence()  # if there was no validation
+
+    def _confidence_batches(self) -> Any:
+        data = getattr(self.trainer, "datamodule", None)
+        return getattr(data, "confidence_dataloader", lambda: None)()
+
+    def learn_confidence(self) -> None:
+        """Fit a confidence that reads answers, if it has not learned since the last step."""
+        step = self.trainer.global_step
+        if not self._is_refitted or step == self._taught_at:
+            return
+        batches = self._confidence_batches()
+        # A loader draws a seed, which must not move the generator of encoder and classifiers.
+        with self.trainer.precision_plugin.forward_context(), torch.random.fork_rng(devices=[]):
+            if batches is not None:
+                self.teach_confidence(batches)
+            elif self._said:
+                self._teach(self._said)
+        # Each process has recorded its own answers.
+        learned = {**self.confidence.state_dict(), "temperatures": self.exit_temperatures}
+        learned = self.trainer.strategy.broadcast(learned)
+        assert self.exit_temperatures is not None
+        self.exit_temperatures.copy_(learned.pop("temperatures"))
+        self.confidence.load_state_dict(learned)
+        self._taught_at = step
 
     def configure_optimizers(self) -> Any:
         stacked = [*self.classifier.parameters(), *self.confidence.parameters()]

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dact import encoders, files
+from dact.confidence import INPUTS
 from dact.encoders.base import LayeredEncoder
 from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
@@ -73,7 +74,8 @@ def load(
     cls: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor], overrides: Mapping[str, Any]
 ) -> Any:
     """Build a model of class `cls`, and load its weights, which are cast to its precision."""
-    weights = stacked(weights)
+    # Earlier models have a confidence that reads states.
+    config, weights = {"confidence_reads": "state", **config}, stacked(weights)
     if isinstance(config.get("encoder"), Mapping) and "encoder" not in overrides:
         _check_size(config, weights)
     # Random weights are made first, which must not move the caller's generator.
@@ -107,8 +109,9 @@ def _check_size(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Non
     if asked <= given:
         with torch.device("meta"):
             encoder = encoders.from_config(config["encoder"])
-            kinds = SubmodelConfig(**config["classifier"]), SubmodelConfig(**config["confidence"])
-            parts = [encoder, *(kind.build(encoder.hidden_size, 1) for kind in kinds)]
+            parts = [encoder, SubmodelConfig(**config["classifier"]).build(encoder.hidden_size, 1)]
+            reads = encoder.hidden_size if config["confidence_reads"] == "state" else INPUTS
+            parts.append(SubmodelConfig(**config["confidence"]).build(reads, 1))
         asked = sum(weight.numel() for part in parts for weight in part.parameters())
     if asked > given:
         raise ValueError(f"the configuration does not fit its {given:,} weights: it has {asked:,}")

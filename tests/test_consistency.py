@@ -54,8 +54,8 @@ def test_a_step_has_the_mean_loss_of_both_passes_and_what_they_differ_by(detache
     seen, submodels, passes = [], twice._submodels, []
     twice._submodels = lambda batch: seen.append(submodels(batch)) or seen[-1]
     found = twice.loss(batch)
-    logits, h = (part.chunk(2) for part in seen[0])
-    for both in zip(logits, h, strict=True):
+    logits, y, h = (part.chunk(2) for part in seen[0])
+    for both in zip(logits, y, h, strict=True):
         once._submodels = lambda _, both=both: both
         passes.append(once.loss(batch))
     apart = divergence(*logits)
@@ -110,7 +110,7 @@ def test_batch_normalization_never_takes_two_passes_of_one_example_for_two():
     config = SubmodelConfig(normalization="batch", dropout=0.3)
     encoder = TransformerEncoder(50, 3, 8, 2, dropout=0.2)
     model = DACT(encoder=encoder, classifier=config, confidence=config, consistency=2.0)
-    norms = [part for part in model.modules() if hasattr(part, "running_var")]
+    norms = [part for part in model.classifier.modules() if hasattr(part, "running_var")]
     before = [norm.running_var.clone() for norm in norms]
     model.train().loss(random_batch(1))
     assert norms and all(map(torch.equal, before, (norm.running_var for norm in norms)))

@@ -59,7 +59,8 @@ def write(folder, ending, rows=ROWS, columns=("text", "label"), name="data"):
 
 
 def data(file, **arguments):
-    return TextClassificationData(file, tokenizer=tokenizer(), **arguments)
+    given = {"confidence_fraction": 0.0, **arguments}
+    return TextClassificationData(file, tokenizer=tokenizer(), **given)
 
 
 def fitted(file, **arguments):

@@ -208,7 +208,8 @@ def test_texts_without_labels_are_for_a_teacher_alone(tmp_path):
 
 @pytest.mark.parametrize("max_depth", [0, 2])
 def test_generated_splits_share_no_text(max_depth):
-    module = CompositionalSentiment(num_train=2000, num_val=500, num_test=500, max_depth=max_depth)
+    sizes = {"num_train": 2000, "num_val": 500, "num_test": 500, "confidence_fraction": 0.0}
+    module = CompositionalSentiment(**sizes, max_depth=max_depth)
     module.setup("fit")
     module.setup("test")
     train, val, test = (set(module.splits[split].texts) for split in ("train", "val", "test"))
@@ -235,7 +236,8 @@ def test_each_corpus_has_a_division_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr(vader, "fetch", lambda archive: None)
 
     def splits(**arguments):
-        module = VaderSentiment(word_tokenizer(WORDS), root=str(tmp_path), **arguments)
+        given = {"root": str(tmp_path), "confidence_fraction": 0.0, **arguments}
+        module = VaderSentiment(word_tokenizer(WORDS), **given)
         module.setup("fit")
         module.setup("test")
         return {split: module.splits[split].texts for split in ("train", "val", "test")}
@@ -266,6 +268,6 @@ def test_a_fit_reads_calibration_examples_that_it_never_sees():
     pl.Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False).fit(
         Seen(), module
     )
-    assert rows == set(range(50))
+    assert rows == set(range(50 - len(module.splits["confidence"])))
     assert len(module.splits["val"]) == len(module.splits["calibration"]) == 30
-    assert not texts_of(module, "calibration") & texts_of(module, "train", "val")
+    assert not texts_of(module, "calibration") & texts_of(module, "train", "confidence", "val")

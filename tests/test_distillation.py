@@ -328,7 +328,7 @@ def test_the_baseline_is_its_last_epoch_and_its_teacher_that_of_the_lowest_brier
 
 @pytest.mark.parametrize("own", [True, False])
 def test_a_teacher_with_fewer_positions_than_the_data_has_tokens_reads_so_many(tmp_path, own):
-    data = CompositionalSentiment(num_train=10, num_val=3)
+    data = CompositionalSentiment(num_train=10, num_val=3, confidence_fraction=0.0)
     config = BertConfig(
         hidden_size=8,
         num_hidden_layers=1,

@@ -122,7 +122,7 @@ def test_one_forward_gives_the_pooled_states_of_every_layer(name, pooling):
 def test_stopping_after_a_layer_runs_exactly_so_many(name, stop):
     """Every example is made to leave after layer `stop`: no further layer is called."""
     encoder = encoder_of(name)
-    model = DACT(encoder=encoder).eval()
+    model = DACT(encoder=encoder, confidence_reads="state").eval()
     for n in range(1, LAYERS + 1):
         bias = 40.0 if n < stop else -40.0
         torch.nn.init.constant_(model.confidence[-1].bias[n - 1], bias)

@@ -44,7 +44,9 @@ def fitted_folder(folder):
 @pytest.mark.parametrize("name", ALL)
 def test_every_family_gives_the_classes_and_exit_layers_of_pytorch(name, tmp_path):
     encoder = encoder_of(name)
-    model = scatter_exits(DACT(encoder=encoder, halting_margin=0.5).eval())
+    model = scatter_exits(
+        DACT(encoder=encoder, confidence_reads="state", halting_margin=0.5).eval()
+    )
     model.save_pretrained(tmp_path / "model")
     export(tmp_path / "model", tmp_path / "onnx")
     exported = DACT.from_pretrained(tmp_path / "onnx")
@@ -141,7 +143,9 @@ def test_int8_keeps_its_levels_next_to_an_outlier(tmp_path, weight, token):
 def test_int8_serves_every_family(tmp_path):
     for name in ALL:
         # The first token, since the mean is exported in the test of every family.
-        model = scatter_exits(DACT(encoder=encoder_of(name, pooling="first")).eval())
+        model = scatter_exits(
+            DACT(encoder=encoder_of(name, pooling="first"), confidence_reads="state").eval()
+        )
         model.save_pretrained(tmp_path / name)
         assert (
             export(tmp_path / name, tmp_path / f"{name}-int8", quantize="int8").quantized_difference

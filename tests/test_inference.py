@@ -94,7 +94,7 @@ def test_answers_do_not_depend_on_steps_windows_or_order(
 @torch.no_grad()
 def test_regrouping_serves_every_family(name, few_shapes, monkeypatch):
     monkeypatch.setattr(inference, "_prepares_shapes", lambda *_: few_shapes)
-    model = scatter_exits(DACT(encoder=encoder_of(name)).eval())
+    model = scatter_exits(DACT(encoder=encoder_of(name), confidence_reads="state").eval())
     data = random_batch(40, 14, vocab=100)
     full, distance = distances(model, data)
     model.step_tokens, model.window_tokens = 60, 300

@@ -58,6 +58,12 @@ def fitted(checkpoints, *callbacks, epochs=3, monitor="val_loss", average=False,
     return model.state_dict(), [epoch["val_loss"] for epoch in history.epochs]
 
 
+def apart():
+    data = small_data(batch_size=16)
+    data.setup("fit")
+    return data.confidence_dataloader()
+
+
 def test_the_epoch_of_the_lowest_metric_is_kept_without_its_optimizer(tmp_path):
     _, losses = fitted(tmp_path, Ruin(2))
     kept = read_checkpoint(tmp_path / "best.ckpt")
@@ -104,9 +110,14 @@ def test_the_weights_of_the_last_steps_are_averaged_also_after_a_resumption(tmp_
     kept, resumable = (
         read_checkpoint(tmp_path / f"{name}.ckpt")["state_dict"] for name in ("best", "last")
     )
+    expected = {}
     for name, tensor in weights.items():
-        mean = torch.stack([step[name] for step in last]).mean(0).to(tensor.dtype)
-        for found in (tensor, kept[name], resumable[name]):
+        expected[name] = torch.stack([step[name] for step in last]).mean(0).to(tensor.dtype)
+    fits = plain_model()
+    fits.load_state_dict(expected)
+    fits.teach_confidence(apart())
+    for name, mean in fits.state_dict().items():
+        for found in (weights[name], kept[name], resumable[name]):
             torch.testing.assert_close(found, mean, msg=name)
     assert any(not torch.equal(seen.steps[steps][name], tensor) for name, tensor in weights.items())
     _, plain = fitted(tmp_path / "plain", epochs=11, monitor=None)

@@ -424,7 +424,8 @@ def test_studies_of_ones_own_log_apart_and_start_from_one_baseline(tmp_path):
 
 
 def test_lambda_never_enters_the_task_loss(tmp_path):
-    model = partial(small_model, lambda_warmup=0.0, exit_loss_weight=0.0, learning_rate=1e-12)
+    untrained = {"lambda_warmup": 0.0, "exit_loss_weight": 0.0, "learning_rate": 1e-12}
+    model = partial(small_model, confidence_reads="state", **untrained)
     made = engine(tmp_path, model=model, promise=None)
     values = [
         made.lambda_objective(optuna.trial.FixedTrial({"lambda_reg": value}, number=number))

@@ -79,7 +79,7 @@ def run(shop: Workshop, method: Method, seed: int) -> None:
     if path_of(shop.setting, method, seed).is_file() and shop.is_done(method, seed):
         return
     if method.kind != "baseline":
-        run(shop, shop.whole, seed)
+        run(shop, shop.teacher_of(method), seed)
     if not shop.is_done(method, seed):
         print(f"{shop.setting}: {method}, seed {seed}", flush=True)
         shop.train(method, seed)

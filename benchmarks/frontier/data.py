@@ -86,11 +86,16 @@ class WithUnlabelled(VaderSentiment):
 
 
 @lru_cache(maxsize=4)
-def make_data(setting: Setting, num_unlabelled: int = 0) -> TextDataModule:
+def make_data(
+    setting: Setting, num_unlabelled: int = 0, confidence_fraction: float = 0.0
+) -> TextDataModule:
     """Return the data of a setting, tokenized once per process. Set `teacher_probabilities` before
     each training."""
     data: TextDataModule
-    sizes: dict[str, Any] = {"batch_size": setting.batch_size}
+    sizes: dict[str, Any] = {
+        "batch_size": setting.batch_size,
+        "confidence_fraction": confidence_fraction,
+    }
     if setting.num_train is not None:
         sizes["num_train"] = setting.num_train
     of_vader: dict[str, Any] = {

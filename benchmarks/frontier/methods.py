@@ -14,6 +14,7 @@ OPTIONS = {
     "detached": "DACT: encoder and classifiers learn from the exit loss alone, as the multi-exit",
     "unlabelled": "up to 6,000 more training texts without classes, whose target is the teacher",
     "plenty": "the same with up to 15,000",
+    "apart": "baseline of a DACT: without the texts that are set apart for the confidence",
 }
 
 

@@ -31,10 +31,12 @@ def record(shop: Workshop, method: Method, seed: int) -> None:
         for what in ("y", "h", "target")
     )
     everything: dict[str, Any] = {}
+    facts_of_g: dict[str, dict[str, float]] = {}
     for split in y:
         answers = y[split]
         if method.kind == "dact":
             answers = functional.accumulate(y[split], h[split])[0]
+            facts_of_g[split] = judged(y[split], h[split], target[split])
         exits = torch.full_like(target[split], method.layers)
         everything[split] = measured(answers[:, -1], exits, target[split])
         everything["correct"] = pack(answers[:, -1].argmax(dim=1) == target[split])  # of test
@@ -56,9 +58,30 @@ def record(shop: Workshop, method: Method, seed: int) -> None:
     path = path_of(shop.setting, method, seed)
     path.parent.mkdir(parents=True, exist_ok=True)
     setting = shop.setting
-    facts = {"setting": str(setting), "epochs": setting.epochs, "batch_size": setting.batch_size}
+    facts: dict[str, Any] = {
+        "setting": str(setting),
+        "epochs": setting.epochs,
+        "batch_size": setting.batch_size,
+    }
     texts = {split: len(target[split]) for split in target}
-    write_json(path, {**facts, "method": str(method), "seed": seed, "texts": texts, "rules": rules})
+    of_g = {"confidence": facts_of_g} if facts_of_g else {}
+    facts |= {"method": str(method), "seed": seed, "texts": texts, **of_g}
+    write_json(path, {**facts, "rules": rules})
+
+
+def judged(y: Tensor, h: Tensor, target: Tensor) -> dict[str, float]:
+    """Return what the confidence is worth: the negative log-likelihood of a_N and of y_N, the share
+    that leaves before the last layer by proof alone, its mean exit layer, and the mean of p_1."""
+    a, p = functional.accumulate(y, h)
+    exits = functional.Halting().exit_layers(a, p, y)
+    found = {
+        "nll_a": torch.nn.functional.nll_loss(a[:, -1].clamp_min(1e-30).log(), target),
+        "nll_y": torch.nn.functional.nll_loss(y[:, -1].clamp_min(1e-30).log(), target),
+        "proof": (exits < y.shape[1]).double().mean(),
+        "proof_layers": exits.double().mean(),
+        "p_1": p[:, 0].mean(),
+    }
+    return {name: round(value.item(), 4) for name, value in found.items()}
 
 
 def measured(answer: Tensor, exits: Tensor, target: Tensor) -> dict[str, float]:

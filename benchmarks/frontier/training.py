@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,8 @@ from .methods import Method
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 HEAD = SubmodelConfig(num_layers=1, hidden_units=64)
 HEAD_RATE = 1e-3  # many heads in little time need a larger rate than the encoder
-LAMBDA, TEACHER_SHARE = 0.05, 0.5
+TEACHER_SHARE = 0.5
+APART = 0.05  # share of the training texts for the confidence of a DACT, as by default
 NUM_UNLABELLED = {"unlabelled": 6_000, "plenty": 15_000}  # by option
 
 
@@ -49,6 +50,11 @@ class Workshop:
         """The whole encoder, fine-tuned without a teacher; it teaches the others."""
         return Method("baseline", self.setting.encoder.num_layers)
 
+    def teacher_of(self, method: Method) -> Method:
+        """Return the whole encoder that teaches a method: for a DACT, one that has not learned the
+        texts that are set apart for the confidence either."""
+        return replace(self.whole, options=("apart",)) if method.kind == "dact" else self.whole
+
     def home(self, method: Method, seed: int) -> Path:
         return self.cache / str(self.setting) / f"{method}.{seed}"
 
@@ -65,17 +71,19 @@ class Workshop:
         pl.seed_everything(seed, verbose=False)
         home = self.home(method, seed)
         unlabelled = sum(NUM_UNLABELLED.get(option, 0) for option in method.options)
-        data = make_data(self.setting, unlabelled)
+        is_apart = method.kind == "dact" or "apart" in method.options
+        data = make_data(self.setting, unlabelled, APART if is_apart else 0.0)
         start = time.perf_counter()
         data.teacher_probabilities = None
         model = make_model(self.setting, method)
         if method.kind != "baseline":
-            data.teacher_probabilities = self._teacher(seed, data, unlabelled)
-            start_from(model, self.home(self.whole, seed) / "model.safetensors")
+            teacher = self.teacher_of(method)
+            data.teacher_probabilities = self._teacher(teacher, seed, data, unlabelled)
+            start_from(model, self.home(teacher, seed) / "model.safetensors")
         fit(model, data, self.setting.epochs, self.precision)
         seconds = time.perf_counter() - start
 
-        if method == self.whole:
+        if method.kind == "baseline":
             write_tensors(home / "model.safetensors", model.state_dict())
         if self.keep_models:
             model.class_names = data.class_names
@@ -89,13 +97,13 @@ class Workshop:
             said[f"{split}_target"] = target[order]
         write_tensors(home / "answers.safetensors", said, {"seconds": f"{seconds:.1f}"})
 
-    def _teacher(self, seed: int, data: TextDataModule, unlabelled: int) -> Tensor:
+    def _teacher(self, method: Method, seed: int, data: TextDataModule, unlabelled: int) -> Tensor:
         """Return the teacher's answers to the training texts ``[texts, classes]``, which are kept
         beside the trainings."""
-        path = self.cache / str(self.setting) / f"teacher-{unlabelled}.{seed}.safetensors"
+        path = self.cache / str(self.setting) / f"teacher-{method}-{unlabelled}.{seed}.safetensors"
         if not path.is_file():
-            teacher = make_model(self.setting, self.whole)
-            weights = read_tensors(self.home(self.whole, seed) / "model.safetensors")[0]
+            teacher = make_model(self.setting, method)
+            weights = read_tensors(self.home(method, seed) / "model.safetensors")[0]
             teacher.load_state_dict(weights)
             y, _, _, row = self._ask(teacher, data.train_dataloader())
             write_tensors(path, {"p": y[row.argsort(), -1].contiguous()})
@@ -130,7 +138,7 @@ def make_model(setting: Setting, method: Method) -> DACT:
         if method.kind != "baseline":  # plain fine-tuning has one rate
             arguments["submodel_learning_rate"] = HEAD_RATE
 
-    model = DACT(lambda_reg=LAMBDA, **arguments)
+    model = DACT(**arguments)
     if method.kind == "dact":
         model.detach_exits = "detached" in method.options
     else:

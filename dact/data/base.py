@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from dact.checks import check_count, check_range
 from dact.data.batching import LengthGroupedSampler, collate, encode
-from dact.data.examples import Examples, stratified_split
+from dact.data.examples import Examples, hash_split, stratified_split
 from dact.data.files import listed
 from dact.data.teacher import teacher_probabilities
 from dact.data.tokenizers import PreTrainedTokenizerBase, padding_of, tokenizer_for
@@ -25,6 +25,7 @@ from dact.functional import UNLABELLED
 TEST_BATCH = 1024
 # Neighbours of similar length in validation.
 VALIDATION_BLOCK = 64
+APART = 1_000_003  # added to the seed, so that this hash is another one than that of validation
 # A larger share of texts that are cut is worth a warning.
 CUT_SHARE = 0.01
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -47,6 +48,8 @@ class ClassificationDataModule(LightningDataModule):
             tuning has set it; batches need ``row``, the number of each example, for that.
         calibration_fraction: Share of the validation examples that is set aside for
             `calibration_dataloader`, in [0, 1).
+        confidence_fraction: Share of the training examples that is set apart for
+            `confidence_dataloader`, in [0, 1).
         needs_teacher: Whether there are training texts that only a teacher can label.
     """
 
@@ -57,10 +60,15 @@ class ClassificationDataModule(LightningDataModule):
     teacher: str | None = None
     teacher_probabilities: Tensor | None = None
     calibration_fraction: float = 0.0
+    confidence_fraction: float = 0.0
     needs_teacher: bool = False
 
     def calibration_dataloader(self) -> Any:
         """Return labelled batches that are used for no training and no choice, or None."""
+        return None
+
+    def confidence_dataloader(self) -> Any:
+        """Return labelled batches that only the confidence of `DACT` learns, or None."""
         return None
 
 
@@ -78,6 +86,9 @@ class TextDataModule(ClassificationDataModule, ABC):
         seed: Seed for the order of training examples.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
             `dact.calibrate`. None of their texts is in validation or training.
+        confidence_fraction: Share of the labelled training texts, in [0, 1), that is set apart for
+            the confidence of `DACT`, by a hash of each text. Encoder and classifiers do not learn
+            them.
         teacher: Fine-tuned model for the `distillation` of `DACT`: a ``model/`` folder of dact, or
             a sequence-classification model, named as a tokenizer is.
 
@@ -95,18 +106,21 @@ class TextDataModule(ClassificationDataModule, ABC):
         num_workers: int = 0,
         seed: int = 0,
         calibration_fraction: float = 0.0,
+        confidence_fraction: float = 0.05,
         teacher: str | None = None,
     ) -> None:
         super().__init__()
         check_count("max_length", max_length, least=3)
         check_count("batch_size", batch_size)
         check_range("calibration_fraction", calibration_fraction, "[0, 1)")
+        check_range("confidence_fraction", confidence_fraction, "[0, 1)")
         self._given_tokenizer = tokenizer
         self.max_length: int = max_length
         self.batch_size: int = batch_size
         self.num_workers = num_workers
         self.seed = seed
         self.calibration_fraction = calibration_fraction
+        self.confidence_fraction = confidence_fraction
         # A Path is welcome.
         self.teacher = teacher and str(teacher)
         self.splits: dict[str, Examples] = {}
@@ -136,14 +150,29 @@ class TextDataModule(ClassificationDataModule, ABC):
                     self._encode(name, examples)
 
     def _parts(self, split: str) -> dict[str, Examples]:
-        """Return the examples of a split, and with those of validation those for calibration."""
+        """Return the examples of a split, with those of training those for the confidence, and
+        with those of validation those for calibration."""
         examples = self.examples(split)
+        if split == "train" and self.confidence_fraction:
+            return self._apart(examples)
         if split != "val" or not self.calibration_fraction:
             return {split: examples}
         kept, aside = self.set_aside(examples)
         if not aside:
             raise ValueError(f"{len(examples)} validation examples are too few to set some aside")
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
+
+    def _apart(self, train: Examples) -> dict[str, Examples]:
+        """Divide training examples in those that all learn and those for the confidence alone."""
+        assert train.labels is not None
+        labelled = [row for row, label in enumerate(train.labels) if label != UNLABELLED]
+        known = train.take(labelled)
+        assert known.labels is not None
+        keys, share = known.text_keys(), self.confidence_fraction
+        _, apart = hash_split(known.labels, keys, share, self.seed + APART)
+        rows = {labelled[row] for row in apart}
+        rest = [row for row in range(len(train)) if row not in rows]
+        return {"train": train.take(rest), "confidence": train.take(sorted(rows))}
 
     def _encode(self, split: str, examples: Examples) -> None:
         items: Any
@@ -155,7 +184,7 @@ class TextDataModule(ClassificationDataModule, ABC):
                 f"max_length={self.max_length} tokens and are cut; max_length={needed} would keep "
                 f"{1 - CUT_SHARE:.0%} of them whole, if the encoder takes that many"
             )
-        if split in ("val", "calibration"):
+        if split in ("val", "calibration", "confidence"):
             # One order whatever the batch size; limit_val_batches of the Trainer keeps texts
             # of all lengths.
             order = LengthGroupedSampler(items.lengths, VALIDATION_BLOCK, seed=0)
@@ -206,6 +235,10 @@ class TextDataModule(ClassificationDataModule, ABC):
     @override
     def val_dataloader(self) -> DataLoader[Any]:
         return self._loader("val")
+
+    @override
+    def confidence_dataloader(self) -> DataLoader[Any] | None:
+        return self._loader("confidence") if self.splits.get("confidence") else None
 
     @override
     def calibration_dataloader(self) -> DataLoader[Any] | None:

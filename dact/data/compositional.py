@@ -98,7 +98,8 @@ class CompositionalSentiment(TextDataModule):
         num_test: Number of test reviews.
         max_depth: Largest number of steps, 0 or more.
         seed: Seed for the reviews and for the order in training.
-        batch_size, calibration_fraction: As for `dact.data.base.TextDataModule`.
+        batch_size, calibration_fraction, confidence_fraction: As for
+            `dact.data.base.TextDataModule`.
 
     Example:
         >>> data = CompositionalSentiment(num_train=100, num_val=10, num_test=10)
@@ -117,6 +118,7 @@ class CompositionalSentiment(TextDataModule):
         seed: int = 0,
         batch_size: int = 128,
         calibration_fraction: float = 0.0,
+        confidence_fraction: float = 0.05,
     ) -> None:
         super().__init__(
             word_tokenizer(_vocabulary()),
@@ -124,6 +126,7 @@ class CompositionalSentiment(TextDataModule):
             batch_size=batch_size,
             seed=seed,
             calibration_fraction=calibration_fraction,
+            confidence_fraction=confidence_fraction,
         )
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
         self.max_depth = max_depth

@@ -50,8 +50,8 @@ class TextClassificationData(TextDataModule):
             that lists them.
         val_fraction: Share of the training file for validation, in (0, 1), without a val_file.
         seed: Seed for the divisions and for the order of training examples.
-        tokenizer, max_length, batch_size, calibration_fraction, num_workers, teacher: As for
-            `TextDataModule`.
+        tokenizer, max_length, batch_size, calibration_fraction, confidence_fraction, num_workers,
+            teacher: As for `TextDataModule`.
 
     Raises:
         ValueError: In `setup`; the message names the file and the rows or columns at fault.
@@ -82,6 +82,7 @@ class TextClassificationData(TextDataModule):
         batch_size: int = 32,
         val_fraction: float = 0.1,
         calibration_fraction: float = 0.0,
+        confidence_fraction: float = 0.05,
         num_workers: int = 0,
         seed: int = 0,
         teacher: str | None = None,
@@ -93,6 +94,7 @@ class TextClassificationData(TextDataModule):
             num_workers=num_workers,
             seed=seed,
             calibration_fraction=calibration_fraction,
+            confidence_fraction=confidence_fraction,
             teacher=teacher,
         )
         check_range("val_fraction", val_fraction, "(0, 1)")

@@ -46,8 +46,8 @@ class VaderSentiment(TextDataModule):
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
         num_train: Number of training texts to use, a stratified part, to study small data sets.
         split: Number of the division; `seed` if left out.
-        tokenizer, max_length, batch_size, num_workers, seed, calibration_fraction, teacher: As for
-            `dact.data.base.TextDataModule`.
+        tokenizer, max_length, batch_size, num_workers, seed, calibration_fraction,
+            confidence_fraction, teacher: As for `dact.data.base.TextDataModule`.
 
     Raises:
         ConnectionError: In `prepare_data`, if the texts are not in the cache and cannot be fetched.
@@ -66,6 +66,7 @@ class VaderSentiment(TextDataModule):
         seed: int = 0,
         split: int | None = None,
         calibration_fraction: float = 0.0,
+        confidence_fraction: float = 0.05,
         teacher: str | None = None,
     ) -> None:
         super().__init__(
@@ -75,6 +76,7 @@ class VaderSentiment(TextDataModule):
             num_workers=num_workers,
             seed=seed,
             calibration_fraction=calibration_fraction,
+            confidence_fraction=confidence_fraction,
             teacher=teacher,
         )
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"

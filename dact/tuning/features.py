@@ -72,20 +72,32 @@ class Features(Dataset[dict[str, Tensor]]):
 
 class FeaturesData(LightningDataModule):
     """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels``
-    ``[batch]``; `seed` is that of the order in training."""
+    ``[batch]``; only the confidence learns `apart`, and `seed` is that of the order in training."""
 
-    def __init__(self, train: Features, val: Features, *, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        train: Features,
+        val: Features,
+        apart: Features | None = None,
+        *,
+        batch_size: int,
+        seed: int,
+    ) -> None:
         super().__init__()
         # A resumed fit sees the order of its epoch.
         order = LengthGroupedSampler([0] * len(train), batch_size, seed)
         self.train = _loader(train, batch_size, order)
         self.val = _loader(val, VALIDATION_BATCH, None)
+        self.apart = None if apart is None else _loader(apart, VALIDATION_BATCH, None)
 
     def train_dataloader(self) -> DataLoader[Any]:
         return self.train
 
     def val_dataloader(self) -> DataLoader[Any]:
         return self.val
+
+    def confidence_dataloader(self) -> DataLoader[Any] | None:
+        return self.apart
 
 
 def _loader(features: Features, size: int, order: LengthGroupedSampler | None) -> DataLoader[Any]:

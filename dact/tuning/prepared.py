@@ -103,8 +103,7 @@ class Prepared:
         """
         if self.is_frozen and not unfreeze:
             size = settings.batch_size or self.run.result("features")["batch_size"]
-            train, val = self._features
-            states = FeaturesData(train, val, batch_size=size, seed=seed)
+            states = FeaturesData(*self._features, batch_size=size, seed=seed)
             return self._on_states(settings.model), states
         model = self.recipe.make_model(**{**self.learning, **settings.model})
         model.encoder.load_state_dict(read_tensors(self.baseline / TEACHER)[0])
@@ -140,8 +139,10 @@ class Prepared:
         return read_tensors(self.teacher)[0]["probabilities"]
 
     @cached_property
-    def _features(self) -> tuple[Features, Features]:
-        return Features(self.states / "train"), Features(self.states / "val")
+    def _features(self) -> tuple[Features, Features, Features | None]:
+        apart = self.states / "confidence"
+        train, val = Features(self.states / "train"), Features(self.states / "val")
+        return train, val, Features(apart) if apart.is_dir() else None
 
 
 def prepare(
@@ -216,7 +217,9 @@ def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]
         write_tensors(folder / ENCODER, model.encoder.float().state_dict())
     model.encoder.eval().requires_grad_(False)
     model.to(recipe.device)
-    for name in ("train", "val"):
-        compute_features(model.encoder, getattr(data, f"{name}_dataloader")(), folder / name)
+    for name in ("train", "val", "confidence"):
+        loader = getattr(data, f"{name}_dataloader", lambda: None)()
+        if loader is not None:
+            compute_features(model.encoder, loader, folder / name)
     shutil.rmtree(folder / "fit", ignore_errors=True)
     return {"batch_size": next(iter(data.train_dataloader()))["labels"].shape[0]}
