@@ -196,7 +196,8 @@ class TextDataModule(ClassificationDataModule, ABC):
         """Return the number of training examples of each class, or nothing before `setup`."""
         if "train" not in self.splits:
             return ""
-        counts = Counter(self.splits["train"].labels)
+        learned = [self.splits[name] for name in ("train", "confidence") if name in self.splits]
+        counts = Counter(label for part in learned for label in part.labels or ())
         names = self.class_names or []
         text = listed([f"{name} {counts[label]:,}" for label, name in enumerate(names)])
         more = f"; {counts[UNLABELLED]:,} texts without a label" if counts[UNLABELLED] else ""
