@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from itertools import combinations
 
 import datasets
 import hypothesis.strategies as st
@@ -469,14 +470,15 @@ def test_vader_is_fetched_read_and_split():
     module.setup("fit")
     module.setup("test")
     sizes = {split: len(examples) for split, examples in module.splits.items()}
-    assert sizes == {"train": 17777, "val": 2963, "test": 2963}
+    assert sizes == {"train": 16907, "confidence": 870, "val": 2963, "test": 2963}
+    assert sizes["train"] + sizes["confidence"] == 17777
     keys = {split: {*map(text_key, part.texts)} for split, part in module.splits.items()}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+    for one, other in combinations(keys, 2):
         assert not keys[one] & keys[other]
     tweets = VaderSentiment(corpora=["tweets"])
     tweets.setup("fit")
     assert tweets.splits["val"].texts == module.splits["val"].texts[: len(tweets.splits["val"])]
     small = VaderSentiment(num_train=2000)
     small.setup("fit")
-    assert abs(len(small.splits["train"]) - 2000) <= 2
+    assert abs(len(small.splits["train"]) + len(small.splits["confidence"]) - 2000) <= 2
     assert small.splits["val"] == module.splits["val"]

@@ -138,7 +138,7 @@ def test_stopping_after_a_layer_runs_exactly_so_many(name, stop):
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
 def test_early_exit_is_forward_where_it_matters(name):
-    model = scatter_exits(DACT(encoder=encoder_of(name)).eval())
+    model = scatter_exits(DACT(encoder=encoder_of(name), confidence_reads="state").eval())
     full, early = model(BATCH), model.early_exit(BATCH)
     assert torch.equal(early.exit_layer, full.exit_layer)
     assert len(set(full.exit_layer.tolist())) > 1

@@ -251,7 +251,7 @@ def _two_processes(rank, port, folder):
     fit.fit_loop.max_epochs = 3
     fit.fit(
         model,
-        datamodule=CompositionalSentiment(num_train=101, num_val=20, num_test=20, batch_size=8),
+        datamodule=CompositionalSentiment(101, 20, 20, batch_size=8, confidence_fraction=0.0),
     )
     model.save_pretrained(f"{folder}/model")  # as a script says it, in both processes
     torch.save(

@@ -185,7 +185,7 @@ def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(t
         "two thirds of the layers, and all of them"
     )
     assert own["submodel_learning_rate"] == 3e-3
-    assert lambdas.trials[0].params["lambda_reg"] == small_model().lambda_reg
+    assert lambdas.trials[0].params["lambda_reg"] == pytest.approx(0.04 / 2)
 
 
 def test_the_baseline_is_full_depth_fine_tuned_and_everything_starts_from_it(tuned):
