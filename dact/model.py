@@ -22,9 +22,10 @@ from dact.checks import Range, check_arguments, check_count
 from dact.confidence import (
     MOST_EXAMPLES,
     PRICE,
+    PRIOR_EXAMPLES,
     AnswerConfidence,
+    best_temperature,
     fit_confidence,
-    fit_temperatures,
 )
 from dact.encoders.base import Batch, LayeredEncoder, check_batch, move
 from dact.functional import Halting, HaltingRule, Margin, PonderKind, Tolerance
@@ -117,7 +118,7 @@ class DACT(LightningModule):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
-    exit_temperatures: Tensor | None
+    exit_temperatures: Tensor
     # LightningCLI would take what `config` returns for its own under "hyper_parameters".
     CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
 
@@ -189,19 +190,19 @@ class DACT(LightningModule):
         sizes = self.num_layers, encoder.hidden_size
         self.classifier = Submodels(classifier, *sizes, output_dimension, share_submodels)
         self.confidence: Submodels
-        # One per layer, [layers]; y_n is the softmax of the classifier's output over it.
-        if confidence_reads == "answer":
+        self._is_refitted = confidence_reads == "answer"
+        if self._is_refitted:
             self.confidence = AnswerConfidence(confidence, self.num_layers)
-            self.register_buffer("exit_temperatures", torch.ones(self.num_layers))
         else:
-            self.register_buffer("exit_temperatures", None)
             self.confidence = Submodels(confidence, *sizes, 1, share_submodels)
             start_undecided(self.confidence)
+        # One per layer, [layers]; y_n is the softmax of the classifier's output over it.
+        ones = torch.ones(self.num_layers)
+        self.register_buffer("exit_temperatures", ones, persistent=self._is_refitted)
         # The classifier's output and the labels of this epoch's steps, which are kept where no
         # texts are set apart for the confidence, and the step after which it last learned.
         self._said: list[tuple[Tensor, Tensor]] = []
         self._records, self._taught_at = False, -1
-        self._is_refitted = confidence_reads == "answer"
 
     # ------------------------------------------------------------------ the halting rule
 
@@ -283,9 +284,7 @@ class DACT(LightningModule):
         """Return y_n ``[batch, classes]`` and h_n ``[batch]`` of a layer (1-based) from its states,
         in float32 or more."""
         logits = functional.at_least_float32(self.classifier.answer(layer, state))
-        if self.exit_temperatures is not None:
-            logits = logits / self.exit_temperatures[layer - 1]
-        y = logits.softmax(dim=-1)
+        y = (logits / self.exit_temperatures[layer - 1]).softmax(dim=-1)
         seen = y if self.confidence_reads == "answer" else state
         h = functional.at_least_float32(self.confidence.answer(layer, seen)).sigmoid().squeeze(-1)
         return y, h
@@ -301,10 +300,7 @@ class DACT(LightningModule):
         else:
             states = self.encoder.first_states(batch, self.num_layers)
         logits = functional.at_least_float32(self.classifier(states))
-        if self.exit_temperatures is None:
-            y = logits.softmax(dim=-1)
-        else:
-            y = (logits / self.exit_temperatures[:, None]).softmax(dim=-1)
+        y = (logits / self.exit_temperatures[:, None]).softmax(dim=-1)
         if self.confidence_reads == "answer":
             seen = y.detach()
         else:
@@ -400,14 +396,13 @@ class DACT(LightningModule):
             raise ValueError("the confidence needs labelled examples, and none has a label")
         if not logits.isfinite().all():
             return  # the loss is no number either, which ends the fit
-        target = functional.soft_targets(labels[known], self.output_dimension)
-        log_y = logits[known].log_softmax(dim=-1)
-        temperatures = fit_temperatures(log_y, target)
-        assert isinstance(self.confidence, AnswerConfidence) and self.exit_temperatures is not None
-        self.exit_temperatures.copy_(temperatures)
-        y = (log_y / temperatures[:, None]).softmax(dim=-1)
-        price, weights = self.lambda_reg, self.class_weights
-        fit_confidence(self.confidence, y, target, price, self.ponder, weights)
+        log_y, labels = logits[known].log_softmax(dim=-1), labels[known]
+        for layer, of_layer in enumerate(log_y.unbind(dim=1)):
+            self.exit_temperatures[layer] = best_temperature(of_layer, labels, PRIOR_EXAMPLES)
+        y = (log_y / self.exit_temperatures[:, None]).softmax(dim=-1)
+        target = functional.soft_targets(labels, self.output_dimension)
+        assert isinstance(self.confidence, AnswerConfidence)
+        fit_confidence(self.confidence, y, target, self.lambda_reg, self.ponder, self.class_weights)
 
     def warm_lambda(self) -> float:
         """Return λ at this step: in a fit with a known end, it rises linearly from 0 over the first
@@ -551,11 +546,8 @@ class DACT(LightningModule):
             elif self._said:
                 self._teach(self._said)
         # Each process has recorded its own answers.
-        learned = {**self.confidence.state_dict(), "temperatures": self.exit_temperatures}
-        learned = self.trainer.strategy.broadcast(learned)
-        assert self.exit_temperatures is not None
-        self.exit_temperatures.copy_(learned.pop("temperatures"))
-        self.confidence.load_state_dict(learned)
+        for learned in (*self.confidence.state_dict().values(), self.exit_temperatures):
+            learned.copy_(self.trainer.strategy.broadcast(learned))
         self._taught_at = step
 
     def configure_optimizers(self) -> Any:
@@ -672,10 +664,6 @@ class DACT(LightningModule):
         directory: str | Path,
         *,
         encoder: LayeredEncoder | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
         """Return the model, in eval mode, that `save_pretrained` wrote or `push_to_hub` published.
@@ -685,22 +673,16 @@ class DACT(LightningModule):
         Args:
             directory: Folder, or Hub id ``"OWNER/NAME"``.
             encoder: Encoder, built as it was for training; needed only for one of your own.
-            revision, token, cache_dir, local_files_only: As for `dact.hub.local_folder`.
-            **overrides: Constructor arguments that replace stored ones.
+            **overrides: Constructor arguments that replace stored ones; ``revision``, ``token``,
+                ``cache_dir`` and ``local_files_only`` are for `dact.hub.local_folder`.
 
         Raises:
             FileNotFoundError: If there is no such folder or repository, or a file is missing.
             ValueError: If a file cannot be read.
             RuntimeError: If weights do not fit.
         """
-        folder = hub.local_folder(
-            directory,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        config, weights = saving.read_folder(folder)
+        options = {name: overrides.pop(name) for name in hub.OPTIONS & overrides.keys()}
+        config, weights = saving.read_folder(hub.local_folder(directory, **options))
         if encoder is not None:
             overrides["encoder"] = encoder
         model: Self = saving.load(cls, config, weights, overrides)

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dact import encoders, files
-from dact.confidence import INPUTS
 from dact.encoders.base import LayeredEncoder
 from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
@@ -109,9 +108,8 @@ def _check_size(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Non
     if asked <= given:
         with torch.device("meta"):
             encoder = encoders.from_config(config["encoder"])
-            parts = [encoder, SubmodelConfig(**config["classifier"]).build(encoder.hidden_size, 1)]
-            reads = encoder.hidden_size if config["confidence_reads"] == "state" else INPUTS
-            parts.append(SubmodelConfig(**config["confidence"]).build(reads, 1))
+            kinds = SubmodelConfig(**config["classifier"]), SubmodelConfig(**config["confidence"])
+            parts = [encoder, *(kind.build(1, 1) for kind in kinds)]
         asked = sum(weight.numel() for part in parts for weight in part.parameters())
     if asked > given:
         raise ValueError(f"the configuration does not fit its {given:,} weights: it has {asked:,}")

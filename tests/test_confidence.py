@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from dact import DACT, SubmodelConfig, functional
-from dact.confidence import OFFSET, SLOPES, AnswerConfidence, fit_confidence, fit_temperatures
+from dact.confidence import OFFSET, SLOPES, AnswerConfidence, best_temperature, fit_confidence
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from tests.conftest import random_batch, tiny_model
@@ -54,9 +54,11 @@ def test_early_exit_answers_as_forward_does(tmp_path):
 
 def test_temperatures_find_how_much_too_sure_each_layer_is():
     log_y, target = answers(examples=4000, sure=1.0)
+    labels = target.argmax(dim=1)
     rescaled = log_y * torch.tensor([0.5, 1.0, 2.0, 1.0, 4.0])[:, None]
-    found = fit_temperatures(rescaled, target) / fit_temperatures(log_y, target)
-    assert found.tolist() == pytest.approx([0.5, 1.0, 2.0, 1.0, 4.0], rel=0.05)
+    pairs = zip(rescaled.unbind(dim=1), log_y.unbind(dim=1), strict=True)
+    found = [best_temperature(a, labels, 10) / best_temperature(b, labels, 10) for a, b in pairs]
+    assert found == pytest.approx([0.5, 1.0, 2.0, 1.0, 4.0], rel=0.05)
 
 
 def test_a_higher_price_lets_more_leave_by_proof_and_the_generator_stays():

@@ -20,7 +20,7 @@ from dact.files import read_json
 from dact.tuning import studies
 from dact.tuning.recipe import trainer_arguments
 from dact.tuning.run import Run
-from dact.tuning.settings import Settings, Winners
+from dact.tuning.settings import Settings
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
 from dact.tuning.trainer import Deadline, TimeIsUp, enough_epochs, make_trainer
 from dact.tuning.trial import CAUSE
@@ -79,17 +79,20 @@ def test_new_winners_make_the_later_steps_start_over(tmp_path):
         run.store("final", {"metrics": "x"})
         run.final.mkdir()
         run.save(SUBMODELS, PARTS, [4, None])
-        assert run.winners().lambda_reg == 0.1, "the same winner: nothing starts over"
+        assert run.winners()["lambda_reg"] == 0.1, "the same winner: nothing starts over"
         run.save(SUBMODELS, {**PARTS, "classifier_config": {"dropout": 0.3}}, [5, None])
-    assert run.winners() == Winners({"dropout": 0.3}, {"dropout": 0.2})
+    left = {"classifier_config": {"dropout": 0.3}, "confidence_config": {"dropout": 0.2}}
+    assert run.winners() == {**left, "external_config": None, "lambda_reg": None}
     assert run.result("final") is None
     assert (run.folder / "final.outdated_1").is_dir()
     assert "dropout: 0.3" in (run.folder / "classifier_config.yaml").read_text()
 
 
 def test_winners_are_settings_of_the_model_and_the_data():
-    winners = Winners(**PARTS, external_config={"batch_size": 8, "learning_rate": 1e-3})
-    found = winners.settings().updated(Settings({"lambda_reg": 0.5}, num_epochs=2))
+    external = {"batch_size": 8, "learning_rate": 1e-3}
+    found = Settings.of_winners({**PARTS, "external_config": external}).updated(
+        Settings({"lambda_reg": 0.5}, num_epochs=2)
+    )
     assert found == Settings.of(
         {
             "batch_size": 8,
@@ -101,7 +104,6 @@ def test_winners_are_settings_of_the_model_and_the_data():
         }
     )
     assert found.flat()["classifier_dropout"] == 0.1
-    assert winners.missing() == ["lambda_reg"]
 
 
 def hold(folder, ready, done):
@@ -184,7 +186,7 @@ def test_a_changed_data_file_under_the_same_tag_is_refused(tmp_path):
 def open_one(tmp_path, storage=None, stage=SUBMODELS, before=None):
     run = Run("run", tmp_path)
     run.folder.mkdir(exist_ok=True)
-    return studies.open_study(run, stage, storage, before or Winners())
+    return studies.open_study(run, stage, storage, before or Settings())
 
 
 def job_of(objective, n_trials, storage=None, **options):
@@ -272,7 +274,8 @@ def test_trials_that_were_queued_before_the_run_come_first(tmp_path):
     )
     mine.enqueue_trial({"x": 0.25})
     study = open_one(tmp_path)
-    job = job_of(lambda t: t.suggest_float("x", 0, 1), 3, first_trials=[{"x": 0.75}])
+    studies.queue_first(study, [{"x": 0.75}], 3)
+    job = job_of(lambda t: t.suggest_float("x", 0, 1), 3)
     studies.run_study(job, study, 1, quiet)
     assert [trial.params["x"] for trial in study.trials[:2]] == [0.25, 0.75]
     assert states(study) == ["COMPLETE"] * 3
@@ -286,12 +289,13 @@ def test_a_callback_of_optuna_may_stop_a_study(tmp_path):
 
 
 def test_trials_under_other_winners_are_kept_under_another_name(tmp_path):
-    study = open_one(tmp_path, stage=TRAINING, before=Winners(**PARTS))
+    before = Settings.of_winners(PARTS)
+    study = open_one(tmp_path, stage=TRAINING, before=before)
     studies.run_study(job_of(lambda trial: 1.0, 2), study, 1, quiet)
     (tmp_path / "run" / "training" / "trial_0000").mkdir(parents=True)
-    same = open_one(tmp_path, stage=TRAINING, before=Winners(**PARTS))
+    same = open_one(tmp_path, stage=TRAINING, before=before)
     assert len(same.trials) == 2
-    other = open_one(tmp_path, stage=TRAINING, before=Winners({"dropout": 0.9}))
+    other = open_one(tmp_path, stage=TRAINING, before=Settings({"classifier": {"dropout": 0.9}}))
     assert other.trials == []
     kept = optuna.load_study(study_name="run/training/outdated_1", storage=other._storage)
     assert len(kept.trials) == 2

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -11,9 +10,8 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from dact import functional
 from dact.calibration.answers import LayerAnswers, check_finite, mean_and_error
+from dact.confidence import best_temperature
 
-# and 1/8 is the smallest
-LARGEST_TEMPERATURE = 8.0
 FOLDS = 5
 
 
@@ -75,23 +73,11 @@ def _fit_temperature(log: Tensor, target: Tensor) -> float:
     fold = torch.arange(len(target)) % FOLDS
     gains = []
     for held_out in range(FOLDS):
-        temperature = _best_temperature(log[fold != held_out], target[fold != held_out])
+        temperature = best_temperature(log[fold != held_out], target[fold != held_out])
         tried = log[fold == held_out], target[fold == held_out]
         gains.append(_losses(*tried, 1.0) - _losses(*tried, temperature))
     gain, error = mean_and_error(torch.cat(gains))
-    return _best_temperature(log, target) if gain > error else 1.0
-
-
-def _best_temperature(log: Tensor, target: Tensor) -> float:
-    from scipy.optimize import minimize_scalar
-
-    most = math.log(LARGEST_TEMPERATURE)
-    found = minimize_scalar(
-        lambda exponent: _losses(log, target, math.exp(exponent)).mean().item(),
-        bounds=(-most, most),
-        method="bounded",
-    )
-    return math.exp(found.x)
+    return best_temperature(log, target) if gain > error else 1.0
 
 
 def _losses(log: Tensor, target: Tensor, temperature: float) -> Tensor:

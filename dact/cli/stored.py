@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -147,11 +146,10 @@ class Stored:
         gpu = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return model.to(gpu if self.device == "auto" else self.device)
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
+    def precision(self) -> torch.autocast:
         """Return the context in which the model runs in `dtype`."""
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.dact.device.type, getattr(torch, self.dtype))
+        kind, dtype = self.dact.device.type, getattr(torch, self.dtype)
+        return torch.autocast(kind, dtype, enabled=self.dtype != "float32")
 
     def build_data(self) -> LightningDataModule:
         """Return the data, with the classes of the model and not more tokens than it takes."""

@@ -86,9 +86,8 @@ class TextDataModule(ClassificationDataModule, ABC):
         seed: Seed for the order of training examples.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
             `dact.calibrate`. None of their texts is in validation or training.
-        confidence_fraction: Share of the labelled training texts, in [0, 1), that is set apart for
-            the confidence of `DACT`, by a hash of each text. Encoder and classifiers do not learn
-            them.
+        confidence_fraction: Share of the labelled training texts, in [0, 1), that is set apart by
+            a hash for the confidence of `DACT`. Nothing else learns them.
         teacher: Fine-tuned model for the `distillation` of `DACT`: a ``model/`` folder of dact, or
             a sequence-classification model, named as a tokenizer is.
 
@@ -164,13 +163,9 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     def _apart(self, train: Examples) -> dict[str, Examples]:
         """Divide training examples in those that all learn and those for the confidence alone."""
-        assert train.labels is not None
-        labelled = [row for row, label in enumerate(train.labels) if label != UNLABELLED]
-        known = train.take(labelled)
-        assert known.labels is not None
-        keys, share = known.text_keys(), self.confidence_fraction
-        _, apart = hash_split(known.labels, keys, share, self.seed + APART)
-        rows = {labelled[row] for row in apart}
+        labels, keys = train.labels or [], train.text_keys()
+        _, apart = hash_split(labels, keys, self.confidence_fraction, self.seed + APART)
+        rows = {row for row in apart if labels[row] != UNLABELLED}
         rest = [row for row in range(len(train)) if row not in rows]
         return {"train": train.take(rest), "confidence": train.take(sorted(rows))}
 

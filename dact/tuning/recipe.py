@@ -42,9 +42,8 @@ HEAD_RATE_FACTOR, HEAD_RATE = 10, 1e-3  # submodels' rate: ten times the encoder
 def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
     """Return the recommended settings for a model of the factory.
 
-    The submodels learn ten times as fast as the encoder, exits learn as in a multi-exit model, and
-    two thirds of the layers are kept, which a λ by the number of layers follows. The rest is the
-    factory's.
+    The submodels learn ten times as fast as the encoder, exits learn as in a multi-exit model, two
+    thirds of the layers are kept, and a default λ follows. The rest is the factory's.
     """
     rate = model.learning_rate
     kept = min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers)))
