@@ -10,15 +10,15 @@ Data sets: `vader2000` (2,000 texts of VADER, configs/quickstart.yaml with 6 tri
 four fifths of them positive) and `vader` (all corpora, configs/vader.yaml with bf16-mixed).
 
 The real command runs first; each seed also divides the data anew. Next to the tuned model and the
-baseline stand, all at the promise that the run made, its dial set on the same examples:
+whole encoder stand, all at the promise that the run made, its dial set on the same examples:
 
-- defaults: what the configuration makes without tuning.
-- encoder: a taught encoder of as many layers as the tuned model uses on validation, rounded up.
-- multi-exit: a taught multi-exit of as many layers as the tuned model keeps; it leaves by the lead.
+- your file: what the configuration makes without tuning.
+- cut encoder: taught, of as many layers as the tuned model uses on validation, rounded up.
+- plain exits: taught, on as many layers as the tuned model keeps; texts leave by the lead.
 
 The last two start from the teacher's weights and have its probabilities as half of their targets,
 with the rates, epochs, heads and consistency of the tuned model. Of all models the last epoch
-counts (but for baseline and defaults with the mean of the weights over the last steps), and the
+counts (the mean of the weights over the last steps, but for whole encoder and your file), and the
 test split is evaluated once; that of vader2000 is joined by two thirds of the training texts that
 its 2,000 leave out (speeds are those on the test split). Errors are standard errors of paired
 differences over the texts, or between the runs if these are larger. The tuned model is also
@@ -343,17 +343,32 @@ def processor() -> str:
 
 # ---------------------------------------------------------------------- the table
 
+# The models of a results file as the table names them.
+NAMES = {
+    "baseline": "whole encoder",
+    "defaults": "your file",
+    "tuned": "tuned",
+    "encoder": "cut encoder",
+    "multi-exit": "plain exits",
+}
+# What earlier runs called their candidates.
+TOOK = {
+    "default settings": "your file's settings",
+    "first trial": "recommended",
+    "runner-up": "second choice of λ",
+}
+
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     lines = [
         "| data (seeds) | model | layers kept | mean layers | test accuracy, % | macro F1 "
-        "| above baseline, points | tuned above it at as many layers | times as fast |",
+        "| above whole encoder, points | tuned above it at as many layers | times as fast |",
         "|---" * 9 + "|",
     ]
     for data in DATA_SETS:
         own = [run for run in runs if run["data"] == data]
         seeds = ", ".join(str(run["seed"]) for run in own)
-        for name in ("baseline", "defaults", "tuned", "encoder", "multi-exit") if own else ():
+        for name, shown in NAMES.items() if own else ():
             rows = [run["models"][name] for run in own]
             above = [row["above_baseline"] for row in rows]
             turned = [
@@ -365,7 +380,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
             ]
             cells = [
                 f"{data} ({seeds})" if name == "baseline" else "",
-                name,
+                shown,
                 ", ".join(str(row["layers"]) for row in rows),
                 f"{statistics.mean(row['mean_exit_layer'] for row in rows):.2f}",
                 f"{100 * statistics.mean(row['accuracy'] for row in rows):.2f}",
@@ -381,15 +396,14 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         apart = points([row["tuned_above_this"] for row in others])
         tuned = statistics.mean(run["models"]["tuned"]["mean_exit_layer"] for run in runs)
         layers = signed(tuned - statistics.mean(row["mean_exit_layer"] for row in others))
-        lines.append(f"- tuned less {name}: {apart} points of accuracy, {layers} layers")
+        lines.append(f"- tuned less {NAMES[name]}: {apart} points of accuracy, {layers} layers")
         having = [row["at_as_many_layers"] for row in others if "at_as_many_layers" in row]
         if having:  # runs of an earlier state lack it
             equal = points([row["accuracy"] for row in having])
             lines.append(f"    - at as many layers ({len(having)} runs): {equal}")
     took = Counter(run["took"] for run in runs)
-    lines.append(
-        f"- the confirmation took: {', '.join(f'{n} × {name}' for name, n in took.items())}"
-    )
+    found = ", ".join(f"{n} × {TOOK.get(name, name)}" for name, n in took.items())
+    lines.append(f"- the re-fit under new seeds took: {found}")
     lines.append(f"- {promises(runs)}")
     return "\n".join([*lines, *sorted({f"- {run['machine']}" for run in runs})])
 

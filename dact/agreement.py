@@ -48,7 +48,7 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
             f"distillation={model.distillation:g} needs a teacher: give the data one "
             "(data.teacher), or set distillation to 0"
         )
-    # Plain fine-tuning, such as that of a baseline, passes over texts without labels.
+    # Plain fine-tuning, such as that of the whole encoder, passes over texts without labels.
     learns = model.needs_teacher or model.halting == "never"
     if not learns and getattr(datamodule, "needs_teacher", False):
         raise ValueError(

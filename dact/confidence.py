@@ -2,12 +2,12 @@ r"""The confidence that reads a layer's own answer, and how it learns.
 
 On texts that encoder and classifier learn, every exit looks right, so that a confidence that learns
 in the same steps trusts the first layers too much, the more so the deeper the encoder. This one has
-few inputs, starts from values that hold for other data, and is fitted to labelled answers to texts
-that were set apart."""
+few inputs, starts from what holds for other data, and is fitted to answers to texts set apart."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,8 +16,7 @@ from dact import functional
 from dact.submodels import SubmodelConfig, Submodels, start_at
 from dact.tasks import MULTICLASS, Task
 
-# Without the submodel, h = sigmoid(OFFSET + SLOPES · numbers), about what MPNet-base and MiniLM
-# learn on 1,500 and 2,000 texts of two corpora; see benchmarks/README.md.
+# The start: about what two encoders learn on two corpora; see benchmarks/README.md.
 SLOPES = (-1.0, -1.6, 2.0)
 OFFSET = 2.7
 INPUTS = 4  # three numbers of y_n, and n / N
@@ -26,6 +25,7 @@ STEPS = 60
 RATE = 3e-3
 WEIGHT_DECAY = 0.1
 PRIOR_EXAMPLES = 10.0  # weight of the prior at temperature 1, in examples
+LARGEST_TEMPERATURE = 8.0  # and 1/8 is the smallest
 PRICE = 0.04  # λ is this over the number of layers by default
 
 
@@ -78,29 +78,22 @@ class AnswerConfidence(Submodels):
         return line + flat.unflatten(0, seen.shape[:-1])
 
 
-def fit_temperatures(logits: Tensor, target: Tensor, task: Task = MULTICLASS) -> Tensor:
-    """Return one temperature per layer, ``[layers]``, by the likelihood of the labels (Guo et al.
-    2017, arXiv 1706.04599), as if ten more examples asked for a temperature of 1.
+def best_temperature(losses: Callable[[float], Tensor], prior: float = 0.0) -> float:
+    """Return the temperature in [1/8, 8] of the largest likelihood of labels (Guo et al. 2017,
+    arXiv 1706.04599).
 
     Args:
-        logits: Logits of the layers, ``[examples, layers, classes]``.
-        target: Targets, ``[examples, outcomes]``.
-        task: Task of the logits.
+        losses: Function from a temperature to the losses of examples, ``[examples]``.
+        prior: Weight of a temperature of 1, as a number of further examples, 0 or more.
     """
-    exponents = logits.new_zeros(logits.shape[1], requires_grad=True)
-    search = torch.optim.LBFGS([exponents], max_iter=100, line_search_fn="strong_wolfe")
+    from scipy.optimize import minimize_scalar
 
-    def loss() -> Tensor:
-        search.zero_grad()
-        tempered = task.log_likelihoods(logits / exponents.exp()[:, None])
-        losses = -(target.unsqueeze(1) * tempered).sum(dim=-1).mean(dim=0)
-        total = losses.sum() + PRIOR_EXAMPLES / len(target) * exponents.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        return total
+    def loss(exponent: float) -> float:
+        found = losses(math.exp(exponent))
+        return found.mean().item() + prior / len(found) * exponent**2
 
-    with torch.enable_grad():
-        search.step(loss)  # type: ignore[arg-type]
-    return exponents.detach().exp()
+    most = math.log(LARGEST_TEMPERATURE)
+    return math.exp(minimize_scalar(loss, bounds=(-most, most), method="bounded").x)
 
 
 def fit_confidence(
@@ -112,8 +105,6 @@ def fit_confidence(
     class_weights: Tensor | None = None,
 ) -> None:
     """Fit a confidence, from its start, to the loss of DACT: -log a_N[target] + λ ρ.
-
-    The generator of the caller is not moved.
 
     Args:
         confidence: The confidence, which is changed.

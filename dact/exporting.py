@@ -57,7 +57,7 @@ class Export:
         if self.promise_dropped:
             text += (
                 "\nThe halting rule stays, but the promise was dropped, since answers differ a "
-                "little. Renew it with dact calibrate on this folder."
+                "little. dact calibrate on this folder renews it."
             )
         return text
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
@@ -13,18 +14,12 @@ from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 from dact.model_card import CARD_NAME, is_written_by_dact
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
+OPTIONS = {"revision", "token", "cache_dir", "local_files_only"}  # of a download
 # Only data is downloaded. Other files of a repository, such as pickles and code, are not.
 NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model", "*.codes"]
 
 
-def local_folder(
-    name: str | Path,
-    *,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    cache_dir: str | Path | None = None,
-    local_files_only: bool = False,
-) -> Path:
+def local_folder(name: str | Path, *, revision: str | None = None, **options: Any) -> Path:
     """Return the folder that `name` stands for, downloaded if it is the id of a repository.
 
     An existing folder of that name takes precedence. The cache is used if the Hub cannot be
@@ -33,7 +28,7 @@ def local_folder(
     Args:
         name: Folder, or Hub id ``"OWNER/NAME"``.
         revision: Branch, tag or commit on the Hub.
-        token, cache_dir, local_files_only: As for `huggingface_hub.snapshot_download`.
+        **options: `OPTIONS` of `huggingface_hub.snapshot_download`.
 
     Raises:
         FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has.
@@ -44,9 +39,7 @@ def local_folder(
         folder = snapshot_download(
             name,
             revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
+            **options,
             allow_patterns=NEEDED,
             library_name="dact",
         )

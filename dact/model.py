@@ -22,9 +22,10 @@ from dact.checks import Range, check_arguments, check_count
 from dact.confidence import (
     MOST_EXAMPLES,
     PRICE,
+    PRIOR_EXAMPLES,
     AnswerConfidence,
+    best_temperature,
     fit_confidence,
-    fit_temperatures,
 )
 from dact.encoders.base import Batch, LayeredEncoder, check_batch, move
 from dact.functional import Halting, HaltingRule, Margin, PonderKind, Tolerance
@@ -52,7 +53,7 @@ class DACT(LightningModule):
     and their source. The logged val_loss leaves the exit loss and the λ warm-up out; val_task_loss,
     val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
 
-    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of full depth, in
+    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of all layers, in
     float32. Half precision rounds y and h, which may change the class of one example in a few
     hundred.
 
@@ -88,7 +89,7 @@ class DACT(LightningModule):
             takes up to twice the time and memory.
         share_submodels: Whether all layers share one pair of submodels.
         num_layers: Number of layers that are used, counted from the encoder's first; all of them if
-            left out. *Full depth* means these layers. (DDP then needs the strategy
+            left out. *All N layers* means these. (DDP then needs the strategy
             ``"ddp_find_unused_parameters_true"``.)
         halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see
             `dact.functional.can_halt`.
@@ -125,7 +126,7 @@ class DACT(LightningModule):
 
     encoder: LayeredEncoder
     class_weights: Tensor | None
-    exit_temperatures: Tensor | None
+    exit_temperatures: Tensor
     # LightningCLI would take what `config` returns for its own under "hyper_parameters".
     CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
 
@@ -200,19 +201,19 @@ class DACT(LightningModule):
         sizes = self.num_layers, encoder.hidden_size
         self.classifier = Submodels(classifier, *sizes, output_dimension, share_submodels)
         self.confidence: Submodels
-        # One per layer, [layers]; y_n is the softmax of the classifier's output over it.
-        if confidence_reads == "answer":
+        self._is_refitted = confidence_reads == "answer"
+        if self._is_refitted:
             self.confidence = AnswerConfidence(confidence, self.num_layers, self.task)
-            self.register_buffer("exit_temperatures", torch.ones(self.num_layers))
         else:
-            self.register_buffer("exit_temperatures", None)
             self.confidence = Submodels(confidence, *sizes, 1, share_submodels)
             start_undecided(self.confidence)
+        # One per layer, [layers]; y_n is the softmax of the classifier's output over it.
+        ones = torch.ones(self.num_layers)
+        self.register_buffer("exit_temperatures", ones, persistent=self._is_refitted)
         # The classifier's output and the labels of this epoch's steps, which are kept where no
         # texts are set apart for the confidence, and the step after which it last learned.
         self._said: list[tuple[Tensor, Tensor]] = []
         self._records, self._taught_at = False, -1
-        self._is_refitted = confidence_reads == "answer"
 
     # ------------------------------------------------------------------ the halting rule
 
@@ -306,9 +307,7 @@ class DACT(LightningModule):
         """Return y_n ``[batch, classes]`` and h_n ``[batch]`` of a layer (1-based) from its states,
         in float32 or more."""
         logits = functional.at_least_float32(self.classifier.answer(layer, state))
-        if self.exit_temperatures is not None:
-            logits = logits / self.exit_temperatures[layer - 1]
-        y = self.task.answers(logits)
+        y = self.task.answers(logits / self.exit_temperatures[layer - 1])
         seen = y if self.confidence_reads == "answer" else state
         h = functional.at_least_float32(self.confidence.answer(layer, seen)).sigmoid().squeeze(-1)
         return y, h
@@ -324,10 +323,7 @@ class DACT(LightningModule):
         else:
             states = self.encoder.first_states(batch, self.num_layers)
         logits = functional.at_least_float32(self.classifier(states))
-        if self.exit_temperatures is None:
-            y = self.task.answers(logits)
-        else:
-            y = self.task.answers(logits / self.exit_temperatures[:, None])
+        y = self.task.answers(logits / self.exit_temperatures[:, None])
         if self.confidence_reads == "answer":
             seen = y.detach()
         else:
@@ -428,13 +424,16 @@ class DACT(LightningModule):
             raise ValueError("the confidence needs labelled examples, and none has a label")
         if not logits.isfinite().all():
             return  # the loss is no number either, which ends the fit
-        logits, target = logits[known], target[known]
-        temperatures = fit_temperatures(logits, target, task)
-        assert isinstance(self.confidence, AnswerConfidence) and self.exit_temperatures is not None
-        self.exit_temperatures.copy_(temperatures)
-        y = task.answers(logits / temperatures[:, None])
-        price, weights = self.lambda_reg, task.weights(self.class_weights)
-        fit_confidence(self.confidence, y, target, price, self.ponder, weights)
+        logits, target, weights = logits[known], target[known], task.weights(self.class_weights)
+        for layer, of_layer in enumerate(logits.unbind(dim=1)):
+
+            def losses(temperature: float, logits: Tensor = of_layer) -> Tensor:
+                return -(target * task.log_likelihoods(logits / temperature)).sum(dim=-1)
+
+            self.exit_temperatures[layer] = best_temperature(losses, PRIOR_EXAMPLES)
+        y = task.answers(logits / self.exit_temperatures[:, None])
+        assert isinstance(self.confidence, AnswerConfidence)
+        fit_confidence(self.confidence, y, target, self.lambda_reg, self.ponder, weights)
 
     def warm_lambda(self) -> float:
         """Return λ at this step: in a fit with a known end, it rises linearly from 0 over the first
@@ -461,7 +460,7 @@ class DACT(LightningModule):
         return self._measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        # Both full depth and early exit are computed by the code that predicts.
+        # The code that predicts computes both all layers and early exit.
         full, early = self.full_depth(batch), self.early_exit(batch)
         return self._measure("test", batch, full, early, dataloader_idx)
 
@@ -473,7 +472,7 @@ class DACT(LightningModule):
     ) -> dict[str, Tensor]:
         """Add a batch to the metrics of a loader (from 0), and return what callbacks need.
 
-        Without answers of early exit, they are computed from those at full depth."""
+        Without answers of early exit, they are computed from those of all layers."""
         target = labels_of(batch, stage)
         task = self.task
         soft, weights = (
@@ -582,11 +581,8 @@ class DACT(LightningModule):
             elif self._said:
                 self._teach(self._said)
         # Each process has recorded its own answers.
-        learned = {**self.confidence.state_dict(), "temperatures": self.exit_temperatures}
-        learned = self.trainer.strategy.broadcast(learned)
-        assert self.exit_temperatures is not None
-        self.exit_temperatures.copy_(learned.pop("temperatures"))
-        self.confidence.load_state_dict(learned)
+        for learned in (*self.confidence.state_dict().values(), self.exit_temperatures):
+            learned.copy_(self.trainer.strategy.broadcast(learned))
         self._taught_at = step
 
     def configure_optimizers(self) -> Any:
@@ -641,7 +637,7 @@ class DACT(LightningModule):
         # They may have changed after the constructor of a subclass set them.
         for name in {*saving.HALTING, "class_names"} & (stored.keys() - overrides.keys()):
             setattr(model, name, stored[name])
-        if stored.get("num_layers") in (None, model.num_layers):  # else full depth is another one
+        if stored.get("num_layers") in (None, model.num_layers):  # else all layers are others
             for name, value in learned.items():
                 setattr(model, name, value)
         return model
@@ -703,10 +699,6 @@ class DACT(LightningModule):
         directory: str | Path,
         *,
         encoder: LayeredEncoder | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
         **overrides: Any,
     ) -> Self:
         """Return the model, in eval mode, that `save_pretrained` wrote or `push_to_hub` published.
@@ -716,22 +708,16 @@ class DACT(LightningModule):
         Args:
             directory: Folder, or Hub id ``"OWNER/NAME"``.
             encoder: Encoder, built as it was for training; needed only for one of your own.
-            revision, token, cache_dir, local_files_only: As for `dact.hub.local_folder`.
-            **overrides: Constructor arguments that replace stored ones.
+            **overrides: Constructor arguments that replace stored ones; ``revision``, ``token``,
+                ``cache_dir`` and ``local_files_only`` are for `dact.hub.local_folder`.
 
         Raises:
             FileNotFoundError: If there is no such folder or repository, or a file is missing.
             ValueError: If a file cannot be read.
             RuntimeError: If weights do not fit.
         """
-        folder = hub.local_folder(
-            directory,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
-        config, weights = saving.read_folder(folder)
+        options = {name: overrides.pop(name) for name in hub.OPTIONS & overrides.keys()}
+        config, weights = saving.read_folder(hub.local_folder(directory, **options))
         if encoder is not None:
             overrides["encoder"] = encoder
         model: Self = saving.load(cls, config, weights, overrides)

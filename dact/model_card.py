@@ -118,8 +118,9 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
     # 0.99999994 is a margin that has an effect
     lines = [
         f"{promise['dial']} {found[promise['dial']]:.8g} {says}",
-        f"seen on {found['examples']} examples: accuracy {100 * found['accuracy']:.2f} % "
-        f"({compared}), agreement {100 * found['agreement']:.2f} %, mean exit layer "
+        f"on the {found['examples']} examples that set it: accuracy "
+        f"{100 * found['accuracy']:.2f} % ({compared}), agreement "
+        f"{100 * found['agreement']:.2f} %, mean exit layer "
         f"{found['mean_exit_layer']:.2f} of {layers}",
     ]
     if found["halting_tolerance"] == 0 and found["halting_margin"] == 1:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from dact import encoders, files
-from dact.confidence import INPUTS
 from dact.encoders.base import LayeredEncoder
 from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
 from dact.submodels import SubmodelConfig, Submodels
@@ -111,9 +110,8 @@ def _check_size(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> Non
     if asked <= given:
         with torch.device("meta"):
             encoder = encoders.from_config(config["encoder"])
-            parts = [encoder, SubmodelConfig(**config["classifier"]).build(encoder.hidden_size, 1)]
-            reads = encoder.hidden_size if config["confidence_reads"] == "state" else INPUTS
-            parts.append(SubmodelConfig(**config["confidence"]).build(reads, 1))
+            kinds = SubmodelConfig(**config["classifier"]), SubmodelConfig(**config["confidence"])
+            parts = [encoder, *(kind.build(1, 1) for kind in kinds)]
         asked = sum(weight.numel() for part in parts for weight in part.parameters())
     if asked > given:
         raise ValueError(f"the configuration does not fit its {given:,} weights: it has {asked:,}")
@@ -184,7 +182,7 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(
-                f"{directory} has no {name}: expected a folder such as model/ of a fit"
+                f"{directory} has no {name}: give model/ of a fit, or use load_from_checkpoint"
             )
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -124,10 +123,6 @@ class TextClassifier:
         batch_size: int = 1024,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
-        revision: str | None = None,
-        token: str | bool | None = None,
-        cache_dir: str | Path | None = None,
-        local_files_only: bool = False,
         **overrides: Any,
     ) -> TextClassifier:
         """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact
@@ -138,20 +133,15 @@ class TextClassifier:
             batch_size, device: As for `TextClassifier`.
             dtype: As for `TextClassifier`; the weights of the loaded encoder are held in it as
                 well.
-            revision, token, cache_dir, local_files_only: As for `DACT.from_pretrained`.
-            **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``.
+            **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``, or
+                ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` for the Hub.
 
         Raises:
             FileNotFoundError, ValueError: As for `DACT.from_pretrained`, or if the folder has no
                 tokenizer.
         """
-        directory = hub.local_folder(
-            directory,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-        )
+        options = {name: overrides.pop(name) for name in hub.OPTIONS & overrides.keys()}
+        directory = hub.local_folder(directory, **options)
         model = DACT.from_pretrained(directory, **overrides)
         if dtype is not None and "encoder" not in overrides:
             # Otherwise autocast casts all weights in each call.
@@ -236,10 +226,8 @@ class TextClassifier:
         with self._tokenizing:
             encoding = tokenize(self.tokenizer, given, truncation=True)
         batch = {name: value.to(self.device) for name, value in encoding.items()}
-        precision: Any = contextlib.nullcontext()
-        if self.dtype in (torch.bfloat16, torch.float16):
-            precision = torch.autocast(self.device.type, self.dtype)
-        with precision:
+        is_half = self.dtype in (torch.bfloat16, torch.float16)
+        with torch.autocast(self.device.type, self.dtype, enabled=is_half):
             output = self.model.early_exit(batch)
         task, layers = self.model.task, output.exit_layer
         decisions = task.decide(output.probabilities)

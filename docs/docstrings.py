@@ -1,4 +1,5 @@
-"""Formulas of docstrings as plain text: they are written for Sphinx, and read well as they are."""
+"""Docstrings for the pages: formulas, which are written for Sphinx, as plain text, and examples as
+code."""
 
 import re
 from typing import Any
@@ -6,8 +7,8 @@ from typing import Any
 import griffe
 
 
-class PlainFormulas(griffe.Extension):
-    """Turn ``:math:`` roles and ``.. math::`` blocks into code."""
+class Docstrings(griffe.Extension):
+    """Turn ``:math:`` roles and ``.. math::`` blocks into code, and ``Example:`` into a section."""
 
     def on_object(self, *, obj: griffe.Object, **kwargs: Any) -> None:
         if obj.docstring is None:
@@ -21,7 +22,8 @@ class PlainFormulas(griffe.Extension):
         text = re.sub(
             r"\.\. math::\n((?: +.*\n?)+)", lambda found: "\n" + plain(found[1]) + "\n", text
         )
-        obj.docstring.value = text
+        # griffe takes the singular for a note, and sets its code as text.
+        obj.docstring.value = re.sub(r"^(\s*)Example:$", r"\1Examples:", text, flags=re.M)
 
 
 def plain(formula: str) -> str:

@@ -174,7 +174,7 @@ def test_the_last_lines_of_a_fit_of_two_processes_are_of_all_examples(tmp_path):
     two = ["--trainer.devices=2", "--trainer.strategy=ddp", "--run_tag=two"]
     done = dact("fit", "--config", FIT, *SMALL, *two, cwd=tmp_path)
     assert "3 classes: negative 220, neutral 215, positive 165" in done.stdout
-    assert done.stdout.count("examples   60\n") == 1
+    assert done.stdout.count("examples   60 of the validation split\n") == 1
     assert dact("validate", "--model", "lightning_logs/two", cwd=tmp_path).stdout in done.stdout
 
 
@@ -218,13 +218,14 @@ def test_a_fit_may_choose_by_macro_f1_and_balance_its_classes(own, dact_here):
     assert "2 classes: no" in text
 
 
-def test_a_fit_keeps_its_last_epoch_or_the_best_by_a_metric(dact_here, tmp_path):
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_fit_keeps_its_last_epoch_or_the_best_by_a_metric(dact_here, tmp_path, every):
     kept = {}
     for monitor in ("last", "val_accuracy"):
         words = ["--run_tag", monitor, "--monitor", monitor, "--trainer.max_epochs", "3"]
-        # So small that the accuracy stays: the first epoch that is evaluated is not beaten.
+        # So small that the accuracy stays: the first epoch is not beaten.
         rates = ["--model.learning_rate", "1e-12", "--model.submodel_learning_rate", "1e-12"]
-        evaluated = ["--trainer.check_val_every_n_epoch", "2"]
+        evaluated = ["--trainer.check_val_every_n_epoch", str(every)]
         status, text = dact_here(
             "fit", "--config", FIT, *SMALL, *words, *rates, *evaluated, cwd=tmp_path
         )
@@ -234,7 +235,7 @@ def test_a_fit_keeps_its_last_epoch_or_the_best_by_a_metric(dact_here, tmp_path)
         kept[monitor] = best["epoch"]
         stored = DACT.from_pretrained(run / "model").state_dict()
         assert all(torch.equal(stored[name], tensor) for name, tensor in best["state_dict"].items())
-    assert kept == {"last": 2, "val_accuracy": 1}
+    assert kept == {"last": 2, "val_accuracy": every - 1}
 
 
 def test_the_bar_counts_epochs_from_1_and_ends_before_the_last_words(tmp_path, monkeypatch):
@@ -330,3 +331,21 @@ def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact
     assert status == 1
     assert "the fit broke: val_loss is nan after epoch 1. Try a smaller learning_rate" in output
     assert not list(own.rglob("nan/model"))
+
+
+def test_a_test_file_that_could_not_be_measured_is_refused_before_the_fit(own, dact_here):
+    (own / "test.csv").write_text("text,label\nscreen is great,maybe\n")
+    words = ["fit", "--config", "config.yaml", "--data.test_file", "test.csv"]
+    status, output = dact_here(*words, cwd=own)
+    assert status == 1
+    assert "row 2 with a label outside the classes: 'maybe'" in output
+    assert "epoch" not in output
+
+
+def test_texts_without_labels_are_refused_without_a_teacher(own, dact_here):
+    (own / "more.txt").write_text("screen 3 is fine\n")
+    status, text = dact_here(
+        "fit", "--config", "config.yaml", "--data.unlabelled_file", "more.txt", cwd=own
+    )
+    assert status == 1
+    assert "texts without labels need a teacher" in text

@@ -67,7 +67,8 @@ def test_test_and_validate_measure_the_model_on_the_data_of_its_fit(fitted, succ
     for command, examples in (("test", 90), ("validate", 60)):
         text = succeed(command, "--model", run, cwd=folder)
         assert "halting_margin " in text
-        assert f"examples   {examples}\n" in text
+        split = {"test": "test", "validate": "validation"}[command]
+        assert f"examples   {examples} of the {split} split\n" in text
         assert re.search(r"^accuracy   [\d.]+ %, all 3 layers [\d.]+ %, always ", text, re.M)
         assert re.search(r"^layers     [\d.]+ of 3; after layer 1: \d+", text, re.M)
         for name in ("agreement", "macro F1", "F1 ", "confused"):
@@ -108,7 +109,7 @@ def test_columns_and_the_division_of_the_fit_count_for_its_model(
     answers = pd.read_csv(tmp_path / "out.csv")["label"]
     assert (answers == pd.read_csv(tmp_path / "pairs.csv")["class"]).mean() > 0.9
     # By hash, 20 of the 60 texts are for validation, and 15 of these are aside.
-    assert "examples   5\n" in succeed("validate", *RUN, cwd=tmp_path)
+    assert "examples   5 of the validation split\n" in succeed("validate", *RUN, cwd=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +144,7 @@ def of_layers(classes, target, number=2):
 def test_measurements_have_classes_confusions_and_a_warning(layer, warning):
     answers = of_layers([0, 1, 1, 0, 2, 1, 1], [0, 0, 0, 1, 1, 1, 2])
     exits = torch.full((7,), layer) if layer else torch.tensor([1, 2, 1, 1, 2, 1, 1])
-    text = measurements(Measured(answers, exits), ["no", "yes", "odd"])
+    text = measurements(Measured(answers, exits), ["no", "yes", "odd"], "test")
     assert "confused   no as yes (2), yes as no (1)\n" in text, "the two largest classes"
     assert "F1         no 0.400, yes 0.286, odd 0.000\n" in text
     assert "(F1: harmonic mean" in text
@@ -200,16 +201,23 @@ def test_predict_takes_a_run_a_folder_or_a_checkpoint_without_any_yaml(run_of_tw
         assert pd.read_csv(folder / "answers.csv")["label"].tolist() == expected
 
 
-def test_options_of_the_data_may_stand_in_a_file(run_of_two_files, tmp_path, succeed):
+@pytest.mark.parametrize("form", ["file", "options"])
+def test_options_of_the_data_count_in_every_form(run_of_two_files, tmp_path, dact_here, form):
     model = run_of_two_files / "lightning_logs" / "first"
     (tmp_path / "body.csv").write_text("body\n" + "\n".join(TEXTS) + "\n")
     (tmp_path / "data.yaml").write_text(
         "data: {init_args: {predict_file: body.csv, text_column: body}}"
     )
-    words = ["predict", "--model", model, "--config", "data.yaml", "--output", "answers.csv"]
-    succeed(*words, cwd=tmp_path)
+    words = ["--data.predict_file=body.csv", "--data.text_column=body"]
+    words = words if form == "options" else ["--config", "data.yaml"]
+    words = ["predict", "--model", model, *words]
+    status, text = dact_here(*words, "--output", "answers.csv", cwd=tmp_path)
+    assert status == 0, text
     expected = [answer.label for answer in TextClassifier.from_pretrained(model / "model")(TEXTS)]
     assert list(pd.read_csv(tmp_path / "answers.csv")["label"].astype(str)) == expected
+    status, text = dact_here(*words, "--output", "body.csv", cwd=tmp_path)
+    assert status == 2
+    assert "--output body.csv is the file with the texts" in text
 
 
 def test_what_cannot_be_classified_has_a_reason(run_of_two_files, succeed):
@@ -364,14 +372,12 @@ def test_calibrating_by_command_fits_the_temperatures_again(fitted, succeed, tmp
         (["test", "--model", "first"], "did you mean lightning_logs/first?"),
         (["test", "--data.test_file", "other.csv"], "required: model"),
         (["test", *RUN], "test_file"),
+        (["test", *RUN, "--data.test_file", "absent.csv"], "no file absent.csv"),
         (["test", *RUN, "--data.test_file", "third.csv"], "row 2 with a label outside the classes"),
+        (["test", *RUN, "--data.test_file=other.csv", "--data.label_column=class"], "'class'"),
         (["predict", *RUN], "needs --data.predict_file"),
         (["predict", *RUN, "--data.predict_file", "other.csv", "--output", "x.xls"], "must end in"),
         (["predict", *RUN, "--data.predict_file", "other.csv", "--outpt", "x.csv"], "mean output?"),
-        (
-            ["predict", *RUN, "--data.predict_file", "other.csv", "--output", "other.csv"],
-            "--output other.csv is the file with the texts",
-        ),
         (
             ["predict", *RUN, "--data.predict_file", "other.csv", "--halting_margin", "2"],
             "margin must be in [0, 1], got 2.0",

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer
 
 from dact import DACT, SubmodelConfig, functional
-from dact.confidence import OFFSET, SLOPES, AnswerConfidence, fit_confidence, fit_temperatures
+from dact.confidence import OFFSET, SLOPES, AnswerConfidence, best_temperature, fit_confidence
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from tests.conftest import random_batch, tiny_model
@@ -54,9 +54,16 @@ def test_early_exit_answers_as_forward_does(tmp_path):
 
 def test_temperatures_find_how_much_too_sure_each_layer_is():
     log_y, target = answers(examples=4000, sure=1.0)
-    rescaled = log_y * torch.tensor([0.5, 1.0, 2.0, 1.0, 4.0])[:, None]
-    found = fit_temperatures(rescaled, target) / fit_temperatures(log_y, target)
-    assert found.tolist() == pytest.approx([0.5, 1.0, 2.0, 1.0, 4.0], rel=0.05)
+    labels = target.argmax(dim=1)
+
+    def best(logits):
+        loss = torch.nn.functional.cross_entropy
+        return best_temperature(lambda t: loss(logits / t, labels, reduction="none"), prior=10)
+
+    factors = [0.5, 1.0, 2.0, 1.0, 4.0]
+    rescaled = log_y * torch.tensor(factors)[:, None]
+    found = [best(rescaled[:, n]) / best(log_y[:, n]) for n in range(5)]
+    assert found == pytest.approx(factors, rel=0.05)
 
 
 def test_a_higher_price_lets_more_leave_by_proof_and_the_generator_stays():

@@ -5,6 +5,7 @@ import json
 import random
 import re
 from collections import Counter
+from itertools import combinations
 
 import datasets
 import hypothesis.strategies as st
@@ -422,9 +423,8 @@ def naive_label(text):
 
 @given(st.integers(0, 10**6), st.integers(0, 6))
 def test_the_class_of_a_review_can_be_read_from_its_words(seed, max_depth):
-    text, label, depth = compositional.generate_review(random.Random(seed), max_depth)
+    text, label = compositional.generate_review(random.Random(seed), max_depth)
     assert label == naive_label(text)
-    assert 0 <= depth <= max_depth
 
 
 def test_embedded_data_is_the_same_everywhere_and_its_splits_differ():
@@ -439,7 +439,7 @@ def test_embedded_data_is_the_same_everywhere_and_its_splits_differ():
     unknown = one.tokenizer.unk_token_id
     assert all(unknown not in item["input_ids"] for item in one._encoded["train"])
     (first, *_) = one.val_dataloader()
-    assert set(first) == {"depth", "labels", "input_ids", "attention_mask", "row"}
+    assert set(first) == {"labels", "input_ids", "attention_mask", "row"}
     assert min(Counter(one.splits["train"].labels).values()) > 70
 
 
@@ -470,14 +470,15 @@ def test_vader_is_fetched_read_and_split():
     module.setup("fit")
     module.setup("test")
     sizes = {split: len(examples) for split, examples in module.splits.items()}
-    assert sizes == {"train": 17777, "val": 2963, "test": 2963}
+    assert sizes == {"train": 16907, "confidence": 870, "val": 2963, "test": 2963}
+    assert sizes["train"] + sizes["confidence"] == 17777
     keys = {split: {*map(text_key, part.texts)} for split, part in module.splits.items()}
-    for one, other in (("train", "val"), ("train", "test"), ("val", "test")):
+    for one, other in combinations(keys, 2):
         assert not keys[one] & keys[other]
     tweets = VaderSentiment(corpora=["tweets"])
     tweets.setup("fit")
     assert tweets.splits["val"].texts == module.splits["val"].texts[: len(tweets.splits["val"])]
     small = VaderSentiment(num_train=2000)
     small.setup("fit")
-    assert abs(len(small.splits["train"]) - 2000) <= 2
+    assert abs(len(small.splits["train"]) + len(small.splits["confidence"]) - 2000) <= 2
     assert small.splits["val"] == module.splits["val"]

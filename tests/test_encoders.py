@@ -11,7 +11,9 @@ from dact import DACT
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder, from_config
 from dact.encoders.base import pool_tokens
 from dact.encoders.huggingface import FAMILIES
-from tests.conftest import random_batch, tiny_model
+from dact.encoders.pretrained import resolve_pretrained
+from dact.functional import accumulate
+from tests.conftest import random_batch, scatter_exits, tiny_model
 
 LAYERS = 4
 TINY = {
@@ -135,6 +137,19 @@ def test_stopping_after_a_layer_runs_exactly_so_many(name, stop):
 
 @pytest.mark.parametrize("name", ALL)
 @torch.no_grad()
+def test_early_exit_is_forward_where_it_matters(name):
+    model = scatter_exits(DACT(encoder=encoder_of(name), confidence_reads="state").eval())
+    full, early = model(BATCH), model.early_exit(BATCH)
+    assert torch.equal(early.exit_layer, full.exit_layer)
+    assert len(set(full.exit_layer.tolist())) > 1
+    assert torch.equal(early.probabilities.argmax(1), full.probabilities.argmax(1))
+    answers, _ = accumulate(full.layer_probabilities, full.h)
+    expected = answers[torch.arange(9), full.exit_layer - 1]
+    torch.testing.assert_close(early.probabilities, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
 def test_an_encoder_is_rebuilt_from_its_configuration(name):
     encoder = encoder_of(name)
     again = from_config(encoder.config()).eval()
@@ -229,6 +244,7 @@ def test_padding_on_either_side_pools_the_same_tokens():
         ({"input_ids": torch.ones(3, 513, dtype=torch.long)}, "513 tokens.*at most 512"),
         ({"input_ids": torch.full((3, 4), 100)}, "token id 100.*0 … 99"),
         ({"attention_mask": torch.eye(4)[:3] * torch.tensor([[1], [0], [1]])}, "row 1 .* padding"),
+        ({"attention_mask": torch.ones(3, 4).triu(1)}, "padded on the left"),
     ],
 )
 def test_batches_that_an_encoder_cannot_take_are_named(change, message):
@@ -296,6 +312,11 @@ def test_albert_with_groups_cannot_be_cut(tmp_path):
 def test_a_wrong_built_in_encoder_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TransformerEncoder(**{"vocab_size": 10, **arguments})
+
+
+def test_resolve_leaves_hub_ids_alone(tmp_path):
+    assert resolve_pretrained("bert-base-uncased") == "bert-base-uncased"
+    assert resolve_pretrained(str(tmp_path)) == str(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from dact import DACT, calibrate, export
+from dact import DACT, TextClassifier, calibrate, export
 from dact.data import CompositionalSentiment
 from dact.encoders import OnnxEncoder, TransformerEncoder
 from tests.conftest import random_batch, scatter_exits, tiny_model
@@ -90,6 +90,20 @@ def test_layers_that_share_their_weights_share_a_graph(tmp_path):
         "layer_1.onnx",
         "layer_3.onnx",
     ]
+
+
+def test_the_text_classifier_reads_an_exported_folder_like_any_other(tmp_path):
+    data = fitted_folder(tmp_path / "model")
+    export(tmp_path / "model", tmp_path / "onnx")
+    plain, exported = (
+        TextClassifier.from_pretrained(tmp_path / name) for name in ("model", "onnx")
+    )
+    texts = data.examples("test").texts
+    expected, got = plain(texts), exported(texts)
+    assert [(one.label, one.exit_layer) for one in got] == [
+        (one.label, one.exit_layer) for one in expected
+    ]
+    assert [one.score for one in got] == pytest.approx([one.score for one in expected], abs=1e-4)
 
 
 def test_int8_is_smaller_and_close(tmp_path):

@@ -9,6 +9,7 @@ import torch
 
 from dact import DACT
 from dact.files import (
+    read_checkpoint,
     read_json,
     read_tensors,
     replacing,
@@ -65,6 +66,15 @@ def test_processes_that_write_to_one_file_have_temporary_files_of_their_own(tmp_
         assert path.read_text() == "second"
     assert path.read_text() == "first"
     assert [file.name for file in tmp_path.iterdir()] == ["answers.csv"]
+
+
+def test_corrupted_files_are_refused_by_name(tmp_path):
+    (tmp_path / "x.safetensors").write_bytes(bytes(100))
+    with pytest.raises(ValueError, match=r"x\.safetensors is corrupted"):
+        read_tensors(tmp_path / "x.safetensors")
+    (tmp_path / "x.ckpt").write_bytes(b"PK")
+    with pytest.raises(ValueError, match=r"x\.ckpt cannot be read as a checkpoint"):
+        read_checkpoint(tmp_path / "x.ckpt")
 
 
 class Evil:

@@ -266,7 +266,7 @@ def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
     }
     text = card(model)
     assert expected in text
-    assert "seen on 300 examples: accuracy 80.00 % (all 4 layers 81.00 %)" in text
+    assert "on the 300 examples that set it: accuracy 80.00 % (all 4 layers 81.00 %)" in text
     assert ("with confidence 0.95" in text) != estimate
     model.halting_margin = 0.25
     assert "300 examples" not in card(model), "the promise belongs to another rule"

@@ -102,9 +102,6 @@ def test_regrouping_serves_every_family(name, few_shapes, monkeypatch):
     clear = distance > CLOSE
     assert clear.sum() > 20
     assert torch.equal(early.exit_layer[clear], full.exit_layer[clear])
-    a, _ = functional.accumulate(full.layer_probabilities, full.h)
-    expected = functional.answer_at(a, full.exit_layer)
-    torch.testing.assert_close(early.probabilities[clear], expected[clear], atol=1e-4, rtol=1e-3)
     assert len(set(full.exit_layer.tolist())) > 1, "examples of this test leave at different layers"
 
 

@@ -251,7 +251,7 @@ def _two_processes(rank, port, folder):
     fit.fit_loop.max_epochs = 3
     fit.fit(
         model,
-        datamodule=CompositionalSentiment(num_train=101, num_val=20, num_test=20, batch_size=8),
+        datamodule=CompositionalSentiment(101, 20, 20, batch_size=8, confidence_fraction=0.0),
     )
     model.save_pretrained(f"{folder}/model")  # as a script says it, in both processes
     torch.save(
@@ -448,6 +448,8 @@ def test_broken_files_are_clear_errors(tmp_path):
     (tmp_path / "junk.ckpt").write_bytes(b"junk" * 99)
     with pytest.raises(ValueError, match=r"junk\.ckpt cannot be read"):
         DACT.load_from_checkpoint(tmp_path / "junk.ckpt")
+    with pytest.raises(FileNotFoundError, match=r"junk\.ckpt has no config.*load_from_checkpoint"):
+        DACT.from_pretrained(tmp_path / "junk.ckpt")
     with pytest.raises(FileNotFoundError, match=r"nothing has no config\.json"):
         DACT.from_pretrained(tmp_path / "nothing")
     tiny_model().save_pretrained(tmp_path / "model")

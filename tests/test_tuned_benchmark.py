@@ -60,6 +60,41 @@ def test_pooled_differences_have_the_larger_error_of_texts_and_runs(tuned):
     assert tuned.points([(0.01, 0.003)]) == "+1.00 ± 0.30"
 
 
+def a_run(lost=0.004, above=-0.005):
+    def row(layers, speed):
+        return {
+            "layers": 4,
+            "mean_exit_layer": layers,
+            "texts_per_second": speed,
+            "accuracy": 0.78,
+            "macro_f1": 0.7,
+            "above_baseline": [above, 0.004],
+            "lost_to_full_depth": [lost, 0.002],
+            "tuned_above_this": [0.002, 0.003],
+            "at_as_many_layers": {"accuracy": [0.001, 0.003], "layers": layers},
+        }
+
+    models = {"baseline": row(6.0, 100.0), "defaults": row(3.5, 150.0), "tuned": row(2.4, 200.0)}
+    models |= {"encoder": row(3.0, 190.0), "multi-exit": row(2.5, 190.0)}
+    return {
+        "data": "vader2000",
+        "seed": 0,
+        "machine": "a processor",
+        "took": "tuned",
+        "promise": {"max_accuracy_loss": 0.01},
+        "models": models,
+    }
+
+
+def test_the_table_has_each_model_and_says_which_promises_were_broken(tuned):
+    text = tuned.table([a_run(), a_run()])
+    assert "|  | tuned | 4, 4 | 2.40 | 78.00 | 0.700 | −0.50 ± 0.28 |" in text
+    assert "- tuned less your file: +0.20 ± 0.21 points of accuracy, −1.10 layers" in text
+    assert "    - at as many layers (2 runs): +0.10 ± 0.21" in text
+    assert "promises broken: 0 of 2; loss less promise: −0.60 points on average" in text
+    assert "promises broken: 2 of 2" in tuned.table([a_run(lost=0.02)] * 2)
+
+
 def test_the_margin_is_turned_to_as_many_layers(tuned):
     model = tiny_model().eval()
     batch = random_batch(200)
@@ -99,7 +134,7 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(
         <= models["encoder"]["layers"]
     )
     assert models["multi-exit"]["layers"] == metrics["layers"]
-    assert "| tiny (0) | baseline |" in printed
+    assert "| tiny (0) | whole encoder |" in printed
 
 
 def test_the_documented_table_is_that_of_the_stored_results(tuned):

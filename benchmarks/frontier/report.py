@@ -77,12 +77,12 @@ class Field:
 
     @property
     def whole(self) -> Entrant:
-        return Entrant(f"baseline-{self.encoder.num_layers}", "full depth")
+        return Entrant(f"baseline-{self.encoder.num_layers}", "whole encoder")
 
     @property
     def taught(self) -> Entrant:
         """The whole encoder, trained again from itself, as all others are."""
-        return Entrant(f"encoder-{self.encoder.num_layers}", "full depth, taught")
+        return Entrant(f"encoder-{self.encoder.num_layers}", "whole encoder, taught")
 
     @property
     def cuts(self) -> list[Entrant]:
@@ -188,7 +188,7 @@ def overview_table(records: Records, field: Field, data: Iterable[str]) -> list[
     budgets = field.encoder.budgets[1:4]
     at = "at " + " / ".join(f"{budget:g}" for budget in budgets)
     cuts = " / ".join(map(str, field.encoder.cuts))
-    columns = ["full depth", "the same, taught", f"encoder of {cuts}"]
+    columns = ["whole encoder", "the same, taught", f"encoder of {cuts}"]
     columns += [f"DACT {at}", f"fair peer {at}", f"DACT less peer {at}"]
     lines = _head("test accuracy, % (trainings)", columns)
     for name in data:

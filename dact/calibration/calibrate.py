@@ -230,8 +230,8 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
         if examples < least:
             raise ValueError(f"{examples} examples are set aside, and a guarantee takes {least}")
         if examples < promise.examples_needed():
-            # a little less than the bound, which is rounded
-            agreement = (1 - promise.confidence) ** (1 / examples) - 1e-12
+            # rounded down, so that it is kept
+            agreement = math.floor(1e4 * (1 - promise.confidence) ** (1 / examples)) / 1e4
             text = (
                 f"{promise.text} takes {promise.examples_needed()} examples. As none of {examples} "
                 f"gets another class, with {promise.confidence:.0%} confidence at most "

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -11,10 +11,9 @@ from torchmetrics.functional.classification import binary_calibration_error
 
 from dact import functional
 from dact.calibration.answers import LayerAnswers, check_finite, mean_and_error
+from dact.confidence import best_temperature
 from dact.tasks import MULTICLASS, Task
 
-# and 1/8 is the smallest
-LARGEST_TEMPERATURE = 8.0
 FOLDS = 5
 
 
@@ -75,23 +74,11 @@ def _fit_temperature(a: Tensor, target: Tensor, task: Task) -> float:
     fold = torch.arange(len(target)) % FOLDS
     gains = []
     for held_out in range(FOLDS):
-        temperature = _best_temperature(a[fold != held_out], target[fold != held_out], task)
+        chosen = partial(_losses, a[fold != held_out], target[fold != held_out], task)
         tried = a[fold == held_out], target[fold == held_out], task
-        gains.append(_losses(*tried, 1.0) - _losses(*tried, temperature))
+        gains.append(_losses(*tried, 1.0) - _losses(*tried, best_temperature(chosen)))
     gain, error = mean_and_error(torch.cat(gains))
-    return _best_temperature(a, target, task) if gain > error else 1.0
-
-
-def _best_temperature(a: Tensor, target: Tensor, task: Task) -> float:
-    from scipy.optimize import minimize_scalar
-
-    most = math.log(LARGEST_TEMPERATURE)
-    found = minimize_scalar(
-        lambda exponent: _losses(a, target, task, math.exp(exponent)).mean().item(),
-        bounds=(-most, most),
-        method="bounded",
-    )
-    return math.exp(found.x)
+    return best_temperature(partial(_losses, a, target, task)) if gain > error else 1.0
 
 
 def _losses(a: Tensor, target: Tensor, task: Task, temperature: float) -> Tensor:

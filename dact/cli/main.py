@@ -293,9 +293,7 @@ class TrainingCLI(LightningCLI):
         model, epochs = self.model, self.trainer.current_epoch
         written = as_written(model, getattr(self.datamodule, "batch_size", None), epochs)
         metrics = {name: value.item() for name, value in self.trainer.callback_metrics.items()}
-        metrics["val_task_loss"] = measured.task_loss(model.class_weights)
-        metrics["val_accuracy"] = measured.accuracy
-        metrics["val_exit_layer"] = measured.mean_exit_layer
+        metrics |= report.metrics_of(measured, model.class_weights)
         report.log_fit(folder, report.parameters_of(model, written), metrics, folder.name)
 
     def _stopped(self, name: str, value: str) -> NoReturn:

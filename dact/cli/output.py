@@ -112,8 +112,8 @@ def _say(trainer: Trainer, text: str) -> None:
         print(text, flush=True)
 
 
-def measurements(measured: Measured, names: Sequence[str]) -> str:
-    """Return the measurements of early exit as lines, with these names of the classes."""
+def measurements(measured: Measured, names: Sequence[str], split: str) -> str:
+    """Return the measurements of early exit on a split as lines, with the names of the classes."""
     task, depth, count = measured.answers.task, measured.answers.num_layers, len(names)
     given, got, hits = measured.counts
     total = given + got
@@ -122,7 +122,7 @@ def measurements(measured: Measured, names: Sequence[str]) -> str:
     always, confused = ("", "") if sets else _confusions(measured, names)
     left = [f"{layer}: {number}" for layer, number in enumerate(measured.exit_histogram, 1)]
     lines = [
-        f"examples   {len(measured.exits)}",
+        f"examples   {len(measured.exits)} of the {split} split",
         f"accuracy   {100 * measured.accuracy:.2f} %, all {depth} layers "
         f"{100 * measured.full_depth.accuracy:.2f} %{always}",
         f"agreement  {100 * measured.agreement:.2f} % get the answer of all {depth} layers",

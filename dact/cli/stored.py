@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -149,11 +148,10 @@ class Stored:
         gpu = torch.accelerator.current_accelerator(check_available=True) or "cpu"
         return model.to(gpu if self.device == "auto" else self.device)
 
-    def precision(self) -> contextlib.AbstractContextManager[Any]:
+    def precision(self) -> torch.autocast:
         """Return the context in which the model runs in `dtype`."""
-        if self.dtype == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.dact.device.type, getattr(torch, self.dtype))
+        kind, dtype = self.dact.device.type, getattr(torch, self.dtype)
+        return torch.autocast(kind, dtype, enabled=self.dtype != "float32")
 
     def build_data(self) -> LightningDataModule:
         """Return the data, with the classes of the model and not more tokens than it takes."""
@@ -187,7 +185,8 @@ def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "
     batches = data.test_dataloader() if stage == "test" else data.val_dataloader()
     answers = layer_answers(model, batches)
     measured = Measured(answers, answers.exit_layers(model.exit_rule))
-    print(measurements(measured, names_of_classes(model)))
+    split = "test" if stage == "test" else "validation"
+    print(measurements(measured, names_of_classes(model), split))
     if stage == "test" and model.calibration is not None:
         print(promise_line(model.calibration, measured))
     return measured
@@ -259,7 +258,7 @@ def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> 
     record, run = load_model(source).calibration, _run_config(source)
     if record is None or "data" not in run or record.get("baseline_accuracy") is not None:
         return
-    print("Renewing it on the calibration examples of the run:")
+    print("It is renewed on the calibration examples of the run:")
     try:
         data = _data_section(output, [run], [])
         calibrate(Stored(output, data), **record["promise"])

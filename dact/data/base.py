@@ -88,9 +88,8 @@ class TextDataModule(ClassificationDataModule, ABC):
         seed: Seed for the order of training examples.
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
             `dact.calibrate`. None of their texts is in validation or training.
-        confidence_fraction: Share of the labelled training texts, in [0, 1), that is set apart for
-            the confidence of `DACT`, by a hash of each text. Encoder and classifiers do not learn
-            them.
+        confidence_fraction: Share of the labelled training texts, in [0, 1), that is set apart by
+            a hash for the confidence of `DACT`. Nothing else learns them.
         teacher: Fine-tuned model for the `distillation` of `DACT`: a ``model/`` folder of dact, or
             a sequence-classification model, named as a tokenizer is.
 
@@ -166,14 +165,9 @@ class TextDataModule(ClassificationDataModule, ABC):
 
     def _apart(self, train: Examples) -> dict[str, Examples]:
         """Divide training examples in those that all learn and those for the confidence alone."""
-        assert train.labels is not None
-        labels = enumerate(train.labels)
-        labelled = [row for row, label in labels if UNLABELLED not in classes_of(label)]
-        known = train.take(labelled)
-        assert known.labels is not None
-        keys, share = known.text_keys(), self.confidence_fraction
-        _, apart = hash_split(known.strata, keys, share, self.seed + APART)
-        rows = {labelled[row] for row in apart}
+        keys = train.text_keys()
+        _, apart = hash_split(train.strata, keys, self.confidence_fraction, self.seed + APART)
+        rows = {row for row in apart if UNLABELLED not in classes_of(train.labels[row])}
         rest = [row for row in range(len(train)) if row not in rows]
         return {"train": train.take(rest), "confidence": train.take(sorted(rows))}
 
@@ -199,7 +193,9 @@ class TextDataModule(ClassificationDataModule, ABC):
         """Return the number of training examples of each class, or nothing before `setup`."""
         if "train" not in self.splits:
             return ""
-        counts = Counter(n for label in self.splits["train"].labels for n in classes_of(label))
+        learned = [self.splits[name] for name in ("train", "confidence") if name in self.splits]
+        labels = (label for part in learned for label in part.labels or ())
+        counts = Counter(n for label in labels for n in classes_of(label))
         names = self.class_names or []
         text = listed([f"{name} {counts[label]:,}" for label, name in enumerate(names)])
         more = f"; {counts[UNLABELLED]:,} texts without a label" if counts[UNLABELLED] else ""

@@ -49,10 +49,10 @@ def encode(
     """Tokenize examples.
 
     Returns:
-        The examples with their ``row``, and ``labels`` and ``depth`` if the data has them; and the
-        number of tokens before the cut of those that were cut.
+        The examples with their ``row``, and ``labels`` if the data has them; and the number of
+        tokens before the cut of those that were cut.
     """
-    columns = {"row": range(len(examples)), "labels": examples.labels, "depth": examples.depths}
+    columns = {"row": range(len(examples)), "labels": examples.labels}
     known = {name: values for name, values in columns.items() if values}
     options = {"truncation": True, "max_length": max_length}
     encoded = Encoded(*flat_tokens(tokenizer, *examples.columns, **options), known)
@@ -66,8 +66,8 @@ def collate(
     items: Sequence[Item], padding: Mapping[str, int], teacher: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Return a batch of items, padded on the right to the longest of them: ``input_ids``,
-    ``attention_mask`` and other values per token ``[batch, length]``, ``row``, ``labels`` and
-    ``depth`` ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
+    ``attention_mask`` and other values per token ``[batch, length]``, ``row`` and ``labels``
+    ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
 
     Args:
         items: Examples of an `Encoded`.

@@ -53,13 +53,13 @@ def split_of(text: str) -> str:
 
 def generate_review(
     generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
-) -> tuple[str, int, int]:
-    """Draw an accepted text, and return it with its class and depth, which are independent."""
+) -> tuple[str, int]:
+    """Draw an accepted text, and return it with its class, which is independent of its depth."""
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
         text, grade = _draw(generator, depth)
         if grade == label and accept(text):
-            return text, label, depth
+            return text, label
 
 
 def _draw(generator: random.Random, depth: int) -> tuple[str, int]:
@@ -90,8 +90,7 @@ class CompositionalSentiment(TextDataModule):
     The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps
     whose order matters: "ironically" exchanges good and bad, "modestly" good and average,
     "charitably" bad and average, applied from the adjective outwards; in a concession the main
-    clause counts. Deep reviews need several layers: see benchmarks/README.md. Batches have the
-    ``depth`` of each example.
+    clause counts. Deep reviews need several layers: see benchmarks/README.md.
 
     Args:
         num_train: Number of training reviews.
@@ -145,5 +144,4 @@ class CompositionalSentiment(TextDataModule):
             generate_review(generator, self.max_depth, accept=lambda text: split_of(text) == split)
             for _ in range(self.sizes[split])
         ]
-        texts, labels, depths = (list(column) for column in zip(*reviews, strict=True))
-        return Examples(texts, labels=labels, depths=depths)
+        return Examples([text for text, _ in reviews], labels=[label for _, label in reviews])

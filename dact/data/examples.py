@@ -23,13 +23,11 @@ class Examples:
         pairs: Second text of each example, for text pairs.
         labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; of
             several labels, a tuple with 1, 0 or -100 for each of them.
-        depths: Number of steps that compose each example.
     """
 
     texts: list[str]
     pairs: list[str] = field(default_factory=list)
     labels: list[Any] = field(default_factory=list)
-    depths: list[int] = field(default_factory=list)
 
     def __len__(self) -> int:
         return len(self.texts)

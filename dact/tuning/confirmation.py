@@ -1,4 +1,4 @@
-"""The confirmation: the tuned settings against the recommended ones, re-fit under new seeds.
+"""The re-fit under new seeds: the tuned settings against the recommended ones.
 
 The tuned settings replace the recommended ones if they take fewer layers by more than a standard
 error (at least 0.15) and lose at most half a point within its error, or gain accuracy by more than
@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 from dact.calibration.answers import careful_mean_and_error, layer_answers, mean_and_error
-from dact.tuning import report
 from dact.tuning.fit import CheckpointedFit
 from dact.tuning.outcome import Outcome, outcome_of
 from dact.tuning.prepared import Prepared
@@ -65,9 +64,7 @@ def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress
         answers = layer_answers(model, data.val_dataloader())
     right = prepared.right(answers.target)
     outcome = outcome_of(answers, model, recipe.promise, right)
-    parameters = {**prepared.plan.parameters, **settings.flat()}
-    session = str(folder.relative_to(prepared.run.log_dir))
-    report.log_fit(folder, parameters, outcome.metrics(right), session)
+    prepared.log(folder, settings, outcome.metrics(right))
     return outcome
 
 

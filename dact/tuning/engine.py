@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import optuna
 from lightning.pytorch import LightningDataModule
@@ -19,7 +19,7 @@ from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.agreement import check_classes
 from dact.calibration import DEFAULT_PROMISE, Promise
-from dact.checks import check_count, check_range
+from dact.checks import Range, check_arguments
 from dact.data.base import TextDataModule
 from dact.factories import default_data, default_model
 from dact.model import DACT
@@ -43,7 +43,8 @@ from dact.tuning.trial import Objective
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
-    A run begins with the whole encoder, fine-tuned with one head: the baseline and the teacher.
+    A run begins with the whole encoder, fine-tuned with one head: results are
+    compared with it, and it is the teacher.
     Three studies follow, which begin with the recommended settings:
 
     1. ``submodels``: the architectures of classifier and confidence.
@@ -102,7 +103,7 @@ class TuningEngine:
         consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder
             after the studies, 0 or more. Defaults to the factory's value, or 5 if it has none and
             its encoder has dropout.
-        compare_defaults: Whether to fit and measure the untuned factories as well.
+        compare_defaults: Whether to fit and measure the factories without tuning as well.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
 
@@ -129,7 +130,7 @@ class TuningEngine:
     def __init__(
         self,
         output_dimension: int = 3,
-        time_out: int | None = None,
+        time_out: Annotated[float, Range("(0, inf]", "it is in minutes")] | None = None,
         *,
         model: Callable[..., DACT] | None = None,
         data: Callable[..., LightningDataModule] | None = None,
@@ -142,7 +143,7 @@ class TuningEngine:
         lambda_selection: LambdaSelection | None = None,
         max_loss_increase: float = MAX_LOSS_INCREASE,
         max_layers: float | None = None,
-        workers: int = 1,
+        workers: Annotated[int, Range("[1, inf)")] = 1,
         storage: str | optuna.storages.BaseStorage | None = None,
         sampler: BaseSampler | None = None,
         pruner: BasePruner | None = None,
@@ -155,8 +156,7 @@ class TuningEngine:
         log_dir: str | Path = "lightning_logs",
         seed: int = 0,
     ) -> None:
-        if time_out is not None:
-            check_range("TuningEngine: time_out", time_out, "(0, inf]", "it is in minutes")
+        check_arguments(TuningEngine.__init__, locals(), "TuningEngine: ")
         self.recipe = Recipe(
             output_dimension=output_dimension,
             model=model or partial(default_model, output_dimension),
@@ -173,7 +173,6 @@ class TuningEngine:
             compare_defaults=compare_defaults,
         )
         check_rule(lambda_selection, max_layers)
-        check_count("TuningEngine: workers", workers)
         frozen, final_frozen = encoder_training == "frozen", final_training == "frozen"
         self.time_out = None if time_out is None else time_out * 60
         self.n_trials = trials_per_stage(n_trials)
@@ -272,7 +271,7 @@ class TuningEngine:
             RuntimeError: If a study has no winner yet; the message lists which.
         """
         with self._run(run_tag, measured=True) as prepared:
-            missing = prepared.run.winners().missing()
+            missing = [name for name, one in prepared.run.winners().items() if one is None]
             if missing and any(self.n_trials.values()):
                 raise RuntimeError(
                     f"final_train of {prepared.run.tag!r}: not tuned yet: {', '.join(missing)}. "
@@ -302,7 +301,7 @@ class TuningEngine:
             data.setup("test")
         check_classes(getattr(data, "class_names", None), recipe.output_dimension)
         with run.opened(configuration):
-            vars(self).update(vars(run.winners()))
+            vars(self).update(run.winners())
             if measured and recipe.promise is not None:
                 aside = getattr(data, "calibration_dataloader", lambda: None)()
                 examples = data.val_dataloader() if aside is None else aside
@@ -318,7 +317,7 @@ class TuningEngine:
         """Run one study, which may take the time of all three, and return its winners by name."""
         with self._run(run_tag) as prepared:
             self._tune(stage, prepared, Deadline(self.time_out))
-            return vars(prepared.run.winners())
+            return prepared.run.winners()
 
     def _tune(self, stage: Stage, prepared: Prepared, deadline: Deadline) -> None:
         """Run the trials that a study lacks, and save its winner."""
@@ -326,8 +325,9 @@ class TuningEngine:
         limits, done = [n_trials, self.time_out], run.result(stage.name)
         if done is not None and done["limits"] == limits:
             return
-        before = run.winners(before=stage)
+        before = Settings.of_winners(run.winners(before=stage))
         study = studies.open_study(run, stage, self.storage, before)
+        studies.queue_first(study, prepared.plan.first_trials[stage.name], n_trials)
         job = studies.StudyJob(
             objective=Objective(stage, prepared, before, deadline),
             n_trials=n_trials,
@@ -335,7 +335,6 @@ class TuningEngine:
             sampler=CurveSampler() if stage is LAMBDA_REG else copy.deepcopy(self.sampler),
             pruner=None if stage.early_exit else SameLengthPruner(self.pruner),
             callbacks=self.callbacks,
-            first_trials=prepared.plan.first_trials[stage.name],
             setup=self.worker_setup,
         )
         with self.progress.study(stage.name, study, n_trials, deadline):
@@ -344,7 +343,7 @@ class TuningEngine:
         trials = studies.completed(study)
         chosen = stage.pick(trials, self.select)
         run.save(stage, prepared.plan.winners(stage, chosen.params), limits)
-        vars(self).update(vars(run.winners()))
+        vars(self).update(run.winners())
         pictures = run.folder / stage.name / "study"
         report.draw_study(pictures, study, len(trials), chosen)
 
@@ -355,12 +354,12 @@ class TuningEngine:
                 pass
         study = getattr(trial, "study", None)  # a FixedTrial has none
         folder = Path("own", study.study_name.replace("/", "_") if study else "")
-        before = self._prepared.run.winners(before=stage)
+        before = Settings.of_winners(self._prepared.run.winners(before=stage))
         return Objective(stage, self._prepared, before, Deadline(), str(folder))(trial)
 
     def _finish(self, prepared: Prepared) -> tuple[str, str]:
         """Choose the settings, do the final fit, and return the paths of metrics and checkpoint."""
-        run, tuned = prepared.run, prepared.run.winners().settings()
+        run, tuned = prepared.run, Settings.of_winners(prepared.run.winners())
         verdict = run.step("confirmation", confirm, prepared, tuned, self.progress)
         chosen = Settings.of(verdict["settings"])
         paths = run.step("final", final_fit, prepared, chosen, verdict["text"], self.progress)

@@ -42,8 +42,8 @@ def evaluate(
 ) -> Evaluation:
     """Return measurements of early exit and of all layers on labelled batches, by the same code.
 
-    The model is in eval mode and on the device that it should use. With a baseline on the same
-    examples, the entry has the paired difference in accuracy.
+    The model is in eval mode and on the device that it should use. With a `baseline` on the
+    same examples, the entry has the paired difference in accuracy.
     """
     with precision():
         answers = layer_answers(model, batches)

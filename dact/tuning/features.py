@@ -18,7 +18,7 @@ from dact.encoders import LayeredEncoder
 from dact.encoders.base import move
 from dact.files import replacing_folder
 
-DTYPES = {"states": "<f4", "labels": "<i8", "depth": "<i8", "teacher": "<f4"}
+DTYPES = {"states": "<f4", "labels": "<i8", "teacher": "<f4"}
 VALIDATION_BATCH = 1024
 
 
@@ -27,9 +27,9 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
     """Write the pooled states of every example, with only one batch at a time in memory.
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]``
-    and, where the data has them, ``depth`` ``[examples]`` and ``teacher`` ``[examples, classes]``,
-    in the order of the data set, whatever that of the loader. Each is a ``.npy`` file in `folder`,
-    which is written whole or not at all.
+    and, where the data has it, ``teacher`` ``[examples, classes]``, in the order of the data set,
+    whatever that of the loader. Each is a ``.npy`` file in `folder`, which is written whole or not
+    at all.
     """
     device, examples = next(encoder.parameters()).device, len(loader.dataset)  # type: ignore[arg-type]
     size, collate = loader.batch_size or 32, loader.collate_fn

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
 from operator import itemgetter
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -47,10 +46,10 @@ Evaluations = Mapping[str, Evaluation]  # by split
 def final_fit(
     prepared: Prepared, chosen: Settings, verdict: str, progress: Progress
 ) -> dict[str, str]:
-    """Fit the settings that the confirmation chose, or take over their fit, and measure the model.
+    """Fit the settings that the re-fit chose, or take over their fit, and measure the model.
 
     Args:
-        verdict: Text of the confirmation.
+        verdict: Text of the re-fit under new seeds.
 
     Returns:
         The paths of ``metrics`` and ``checkpoint``, in ``<run>/final``.
@@ -154,7 +153,8 @@ def _measure(
         save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
     report.draw_final(folder, metrics)
     kept = min(fit.history, key=itemgetter(MONITOR)) if fit.keep_frozen else fit.history[-1]
-    _log(prepared, folder, fit.settings, kept[MONITOR], found["validation"].entry)
+    shown = report.metrics_of(found["validation"].measured, model.class_weights)
+    prepared.log(folder, fit.settings, {MONITOR: kept[MONITOR], **shown})
     if recipe.compare_defaults:
         _measure_defaults(prepared, data, against, progress)
     return metrics
@@ -198,25 +198,10 @@ def _result(model: DACT, found: Evaluations) -> dict[str, Any]:
     }
 
 
-def _log(
-    prepared: Prepared, folder: Path, settings: Settings, loss: float, entry: Mapping[str, Any]
-) -> None:
-    """Log a fit to TensorBoard as trials are logged, with early exit at the setting of its dial."""
-    metrics = {
-        "val_loss": loss,
-        "val_task_loss": entry["task_loss"],
-        "val_accuracy": entry["accuracy"],
-        "val_exit_layer": entry["mean_exit_layer"],
-    }
-    parameters = {**prepared.plan.parameters, **settings.flat()}
-    session = str(folder.relative_to(prepared.run.log_dir))
-    report.log_fit(folder, parameters, metrics, session)
-
-
 def _measure_defaults(
     prepared: Prepared, data: LightningDataModule, against: Evaluations, progress: Progress
 ) -> None:
-    """Fit what the factories make untuned, and measure it under the promise of the run."""
+    """Fit what the factories make without tuning, and measure it under the promise of the run."""
     recipe, folder = prepared.recipe, prepared.run.final / "defaults"
     checkpoints, epochs = folder / "checkpoints", recipe.epochs
     try:
@@ -231,6 +216,7 @@ def _measure_defaults(
     with progress.stage("measuring your file"):
         found = _evaluate(prepared, model, data, against)
     loss, settings = history.epochs[-1][MONITOR], Settings(num_epochs=epochs)
-    _log(prepared, folder, settings, loss, found["validation"].entry)
+    shown = report.metrics_of(found["validation"].measured, model.class_weights)
+    prepared.log(folder, settings, {MONITOR: loss, **shown})
     write_json(folder / "metrics.json", _result(model, found))
     shutil.rmtree(checkpoints)

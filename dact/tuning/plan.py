@@ -74,10 +74,11 @@ def make_plan(
         _, inside[name] = holding(training[name], inside[name], fixed=True)
     differing = {name: value for name, value in inside.items() if value != own.get(name)}
     parameters = report.parameters_of(model, written)
+    price = advised.model["lambda_reg"]
     starts = {
         SUBMODELS.name: [_of_submodels(parameters)],
         TRAINING.name: [inside, *([own] if differing else [])],
-        LAMBDA_REG.name: [{"lambda_reg": model.lambda_reg}] if model.lambda_reg > 0 else [],
+        LAMBDA_REG.name: [{"lambda_reg": price}] if price > 0 else [],
     }
     complete, first_trials = complete_spaces(spaces, model.encoder.num_layers, starts, bounded)
     chosen = Settings.of({**differing, "num_epochs": inside["num_epochs"]})

@@ -16,6 +16,7 @@ from torch import Tensor
 from dact.files import read_tensors, write_tensors
 from dact.model import DACT
 from dact.saving import WEIGHTS_NAME
+from dact.tuning import report
 from dact.tuning.baseline import ANSWERS, TEACHER, fit_baseline
 from dact.tuning.features import Features, FeaturesData, compute_features
 from dact.tuning.plan import Plan
@@ -44,7 +45,6 @@ class Prepared:
     recipe: Recipe
     run: Run
     plan: Plan
-    class_names: list[str] | None
     teacher: Path | None
     learning: dict[str, Any]
     finetuning: dict[str, Any]
@@ -66,7 +66,8 @@ class Prepared:
         return self.run.folder / "features"
 
     def right(self, target: Tensor) -> Tensor:
-        """Return which validation examples the baseline classifies correctly, bool ``[examples]``.
+        """Return which validation examples the whole encoder classifies correctly, bool
+        ``[examples]``.
 
         `target` has their labels in order, ``[examples, …]``; the last ones may be missing.
         """
@@ -75,10 +76,18 @@ class Prepared:
             raise ValueError("validation examples must come in one order: do not shuffle them")
         return answers["right"][:size]
 
+    def log(
+        self, folder: Path, settings: Settings, metrics: Mapping[str, float], succeeded: bool = True
+    ) -> None:
+        """Log the fit of a folder, a trial or another one, to TensorBoard."""
+        parameters = {**self.plan.parameters, **settings.flat()}
+        name = str(folder.relative_to(self.run.log_dir))
+        report.log_fit(folder, parameters, metrics, name, succeeded)
+
     # ------------------------------------------------------------------ models and data
 
     def whole_encoder(self) -> DACT:
-        """Return the fine-tuned whole encoder, the baseline, on the device that it should use."""
+        """Return the fine-tuned whole encoder, on the device that it should use."""
         model = self.recipe.whole_model().at_full_depth()
         model.load_state_dict(read_tensors(self.baseline / "model" / WEIGHTS_NAME)[0])
         return model.eval().to(self.recipe.device)
@@ -110,7 +119,7 @@ class Prepared:
         if type(self._base) is DACT:  # without building another encoder
             return DACT.from_config(self._base.config(), encoder=self._base.encoder, **overrides)
         model = self.recipe.model(**overrides)
-        model.encoder, model.class_names = self._base.encoder, self._base.class_names
+        model.encoder = self._base.encoder
         return model
 
     @cached_property
@@ -120,7 +129,6 @@ class Prepared:
         if self.recipe.warm_up_epochs:
             model.encoder.load_state_dict(read_tensors(self.states / ENCODER)[0])
         model.encoder.eval().requires_grad_(False)
-        model.class_names = model.class_names or self.class_names
         return model
 
     @cached_property
@@ -155,7 +163,6 @@ def prepare(
         recipe=recipe,
         run=run,
         plan=plan,
-        class_names=getattr(data, "class_names", None),
         teacher=teacher,
         learning={"distillation": share} if share != model.distillation else {},
         finetuning=recipe.finetuning(model) if recipe.final_training == "finetune" else {},
@@ -166,8 +173,8 @@ def prepare(
 
 
 def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | None:
-    """Give data the answers of the teacher that it names, or of the baseline, and return their
-    file; None if it cannot carry them."""
+    """Give data the answers of the teacher that it names, or of the whole encoder, and return
+    their file; None if it cannot carry them."""
     path = run.folder / "baseline" / ANSWERS
     if named is not None:
         path = run.folder / "teacher" / "probabilities.safetensors"

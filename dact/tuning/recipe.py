@@ -16,6 +16,7 @@ from torch.nn.modules.dropout import _DropoutNd
 
 from dact.calibration import DEFAULT_PROMISE, Promise
 from dact.checks import Range, check_arguments, check_count
+from dact.confidence import PRICE
 from dact.model import DACT
 from dact.saving import plain_data
 from dact.submodels import SubmodelConfig
@@ -41,14 +42,14 @@ HEAD_RATE_FACTOR, HEAD_RATE = 10, 1e-3  # submodels' rate: ten times the encoder
 def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
     """Return the recommended settings for a model of the factory.
 
-    The submodels learn ten times as fast as the encoder, exits learn as in a multi-exit model, and
-    two thirds of the layers are kept. The rest is the factory's.
+    The submodels learn ten times as fast as the encoder, exits learn as in a multi-exit model, two
+    thirds of the layers are kept, and a default λ follows. The rest is the factory's.
     """
     rate = model.learning_rate
-    changed: dict[str, Any] = {
-        "detach_exits": model.exit_loss_weight > 0,
-        "num_layers": min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers))),
-    }
+    kept = min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers)))
+    changed: dict[str, Any] = {"detach_exits": model.exit_loss_weight > 0, "num_layers": kept}
+    if model.lambda_reg == PRICE / model.num_layers:
+        changed["lambda_reg"] = PRICE / kept
     if model.submodel_learning_rate is None:
         changed["submodel_learning_rate"] = max(rate, min(HEAD_RATE_FACTOR * rate, HEAD_RATE))
     return as_written(model, batch_size, epochs).updated(Settings(changed))

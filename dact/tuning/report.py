@@ -13,8 +13,10 @@ from optuna.trial import FrozenTrial
 from rich.table import Table
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams import api_pb2, metadata, plugin_data_pb2, summary_v2
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
+from dact.calibration.answers import Measured
 from dact.files import read_json, replacing_folder
 from dact.model import DACT
 from dact.model_card import what_is_promised
@@ -30,6 +32,15 @@ FASTER = 0.02  # accuracy below the model's own at which a faster setting is wor
 
 # ------------------------------------------------------------------ TensorBoard
 # Lightning would give every trial in the HParams tab the status of success and a metric of -1.
+
+
+def metrics_of(measured: Measured, class_weights: Tensor | None) -> dict[str, float]:
+    """Return the metrics of early exit that the HParams tab shows."""
+    return {
+        "val_task_loss": measured.task_loss(class_weights),
+        "val_accuracy": measured.accuracy,
+        "val_exit_layer": measured.mean_exit_layer,
+    }
 
 
 def parameters_of(model: DACT, settings: Settings) -> dict[str, Any]:

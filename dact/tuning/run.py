@@ -17,7 +17,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from dact.files import file_digest, read_json, write_json, write_text
-from dact.tuning.settings import Winners
+from dact.tuning.settings import WINNERS
 from dact.tuning.stages import STAGES, Stage
 
 STEPS = (*(stage.name for stage in STAGES), "confirmation", "final")  # each depends on those before
@@ -125,12 +125,12 @@ class Run:
 
     # ------------------------------------------------------------------ winners
 
-    def winners(self, before: Stage | None = None) -> Winners:
-        """Return the winners of the finished studies, or of those before a stage."""
-        found: dict[str, Any] = {}
+    def winners(self, before: Stage | None = None) -> dict[str, Any]:
+        """Return the winners of the studies, or of those before a stage; None if missing."""
+        found: dict[str, Any] = dict.fromkeys(WINNERS)
         for stage in STAGES[: None if before is None else STAGES.index(before)]:
             found |= (self.result(stage.name) or {}).get("winners", {})
-        return Winners(**found)
+        return found
 
     def save(self, stage: Stage, winners: Mapping[str, Any], limits: Any) -> None:
         """Store the winners of a study, also as YAML files, and its `limits`: number of trials and

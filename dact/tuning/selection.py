@@ -12,7 +12,6 @@ import numpy as np
 from torch import Tensor
 
 from dact.calibration.answers import careful_mean_and_error, mean_and_error
-from dact.checks import check_choice
 from dact.tuning.outcome import Outcome
 
 LambdaSelection = Literal[
@@ -38,9 +37,7 @@ class Point:
 
 
 def check_rule(rule: LambdaSelection | None, max_layers: float | None) -> None:
-    """Raise a ``ValueError`` unless the rule is known and has its budget of layers."""
-    if rule is not None:
-        check_choice("TuningEngine: lambda_selection", rule, LambdaSelection)
+    """Raise a ``ValueError`` unless the rule has its budget of layers."""
     if (rule == "max_layers") != (max_layers is not None):
         raise ValueError(
             "TuningEngine: lambda_selection='max_layers' and max_layers go together, got "

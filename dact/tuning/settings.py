@@ -6,6 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+# The winners of the studies, as `TuningEngine` describes them, and the argument that each one is.
+WINNERS = {
+    "classifier_config": "classifier",
+    "confidence_config": "confidence",
+    "external_config": None,  # holds arguments itself
+    "lambda_reg": "lambda_reg",
+}
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,6 +36,15 @@ class Settings:
         model = {n: v for n, v in arguments.items() if n not in ("batch_size", "num_epochs")}
         return cls(model, arguments.get("batch_size"), arguments.get("num_epochs"))
 
+    @classmethod
+    def of_winners(cls, winners: Mapping[str, Any]) -> Settings:
+        """Return the settings that winners by name stand for; None is a study without one yet."""
+        found = dict(winners.get("external_config") or {})
+        for name, argument in WINNERS.items():
+            if argument is not None and winners.get(name) is not None:
+                found[argument] = winners[name]
+        return cls.of(found)
+
     def arguments(self) -> dict[str, Any]:
         """Return all settings by name, as `of` takes them."""
         others = {"batch_size": self.batch_size, "num_epochs": self.num_epochs}
@@ -45,28 +62,3 @@ class Settings:
             nested = isinstance(value, Mapping)
             found |= {f"{name}_{n}": v for n, v in value.items()} if nested else {name: value}
         return found
-
-
-@dataclass(frozen=True)
-class Winners:
-    """The winners of a run's studies, as `TuningEngine` describes them; None where a study has no
-    winner yet."""
-
-    classifier_config: dict[str, Any] | None = None
-    confidence_config: dict[str, Any] | None = None
-    external_config: dict[str, Any] | None = None
-    lambda_reg: float | None = None
-
-    def settings(self) -> Settings:
-        """Return the settings that the winners stand for."""
-        others = {
-            "classifier": self.classifier_config,
-            "confidence": self.confidence_config,
-            "lambda_reg": self.lambda_reg,
-        }
-        chosen = {name: value for name, value in others.items() if value is not None}
-        return Settings.of({**(self.external_config or {}), **chosen})
-
-    def missing(self) -> list[str]:
-        """Return the names of the winners that are missing."""
-        return [name for name, value in vars(self).items() if value is None]

@@ -41,7 +41,7 @@ DEFAULT_SPACES: dict[str, dict[str, Dimension]] = {
         "exit_loss_weight": FloatDistribution(0.1, 1.0, step=0.1),
         "detach_exits": CategoricalDistribution([True, False]),
     },
-    "lambda_reg": {"lambda_reg": FloatDistribution(1e-3, 1.0, log=True)},
+    "lambda_reg": {"lambda_reg": FloatDistribution(1e-3, 0.3, log=True)},
 }
 # Searched only where the user's search space names them.
 MORE_DIMENSIONS: dict[str, dict[str, Dimension]] = {

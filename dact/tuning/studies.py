@@ -36,7 +36,7 @@ from sqlalchemy.exc import IntegrityError, ProgrammingError
 from dact import signals
 from dact.tuning.outcome import CAUSE, finished, was_interrupted
 from dact.tuning.run import Run
-from dact.tuning.settings import Winners
+from dact.tuning.settings import Settings
 from dact.tuning.stages import Stage
 from dact.tuning.trial import Objective
 
@@ -54,8 +54,8 @@ with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
 def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
     """Return the storage of the studies: an sqlite file in the run's folder unless told otherwise.
 
-    Heartbeats tell that the process of a trial has died, on any machine; `queue` then tries its
-    parameters again, if the study still lacks a trial.
+    Heartbeats tell that the process of a trial has died, on any machine; its parameters are then
+    tried again, if the study still lacks a trial.
     """
     if isinstance(address, BaseStorage):
         return address
@@ -86,16 +86,18 @@ def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
     return storage
 
 
-def open_study(run: Run, stage: Stage, address: str | BaseStorage | None, before: Winners) -> Study:
+def open_study(
+    run: Run, stage: Stage, address: str | BaseStorage | None, before: Settings
+) -> Study:
     """Create or load the study of a stage; the caller holds the lock of the run.
 
-    If its trials ran under other winners of the studies `before` it, it is kept under another name,
-    and a new study takes its place.
+    If its trials ran under other settings of the studies `before` it, it is kept under another
+    name, and a new study takes its place.
     """
     storage, name = open_storage(address, run), run.study_name(stage)
     create: dict[str, Any] = {"storage": storage, "directions": stage.directions}
     study = optuna.create_study(study_name=name, **create, load_if_exists=True)
-    under = json.dumps(before.settings().arguments(), sort_keys=True)
+    under = json.dumps(before.arguments(), sort_keys=True)
     if study.user_attrs.get(UNDER, under) != under:
         taken, numbered = optuna.get_all_study_names(storage), itertools.count(1)
         kept = next(one for n in numbered if (one := f"{name}/outdated_{n}") not in taken)
@@ -117,15 +119,16 @@ def fail_running(study: Study) -> None:
         study.tell(trial.number, state=TrialState.FAIL)
 
 
-def queue(study: Study, first_trials: Sequence[Any], missing: int) -> None:
-    """Queue the first trials of a new study, or the parameters of interrupted trials again, as far
-    as the study is `missing` trials."""
+def queue_first(study: Study, first_trials: Sequence[Mapping[str, Any]], n_trials: int) -> None:
+    """Queue the first trials of a study of so many trials, after those that the user queued."""
+    for params in first_trials[: max(0, n_trials - len(study.trials))]:
+        study.enqueue_trial(dict(params), skip_if_exists=True)
+
+
+def queue_again(study: Study, missing: int) -> None:
+    """Queue the parameters of interrupted trials again, as far as the study is `missing` trials."""
     trials = study.get_trials(deepcopy=False)
     waiting = sum(trial.state == TrialState.WAITING for trial in trials)
-    if waiting == len(trials):
-        for params in first_trials[:missing]:
-            study.enqueue_trial(dict(params), skip_if_exists=True)
-        return
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
     again = [t for t in trials if was_interrupted(t) and t.number not in retried]
     for trial in again[: max(0, missing - waiting)]:
@@ -156,7 +159,6 @@ class StudyJob:
     Args:
         n_trials: Total number of trials.
         storage: Storage, its address, or None for the run's own file.
-        first_trials: Parameters of the first trials.
         setup: Function that a worker process calls first, or None.
     """
 
@@ -166,7 +168,6 @@ class StudyJob:
     sampler: BaseSampler
     pruner: BasePruner | None
     callbacks: Sequence[StudyCallback] = ()
-    first_trials: Sequence[Mapping[str, Any]] = ()
     setup: Callable[[], None] | None = None
 
     def missing(self, study: Study) -> int:
@@ -203,7 +204,7 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
     if finished(study):
         study.sampler.reseed_rng()  # a seeded sampler would propose the same points again
     while missing := job.missing(study):
-        queue(study, job.first_trials, missing)
+        queue_again(study, missing)
         try:
             if workers > 1:
                 _run_pool(job, missing, workers, refresh)

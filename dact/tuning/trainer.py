@@ -170,19 +170,17 @@ class StopAtDeadline(Callback):
 def isolated() -> Iterator[None]:
     """Restore the caller's random generators, and what Trainers set for their process."""
     failed: BaseException | None = None
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, workspace = torch.backends.cudnn.benchmark, os.environ.get(WORKSPACE)
+    mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
+    workspace = {name: value for name, value in os.environ.items() if name == WORKSPACE}
     with isolate_rng():  # by itself, it restores nothing after an exception
         try:
             yield
         except BaseException as error:
             failed = error
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.set_deterministic_debug_mode(mode)
     torch.backends.cudnn.benchmark = benchmark
     os.environ.pop(WORKSPACE, None)
-    if workspace is not None:
-        os.environ[WORKSPACE] = workspace
+    os.environ.update(workspace)
     if failed is not None:
         raise failed
 

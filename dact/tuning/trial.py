@@ -11,12 +11,11 @@ from optuna import TrialPruned
 from optuna.trial import BaseTrial
 from optuna_integration import PyTorchLightningPruningCallback
 
-from dact.tuning import report
 from dact.tuning.fit import fit_settings
 from dact.tuning.outcome import CAUSE, OUTCOME, mean_outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.search import PLANNED_EPOCHS
-from dact.tuning.settings import Settings, Winners
+from dact.tuning.settings import Settings
 from dact.tuning.space import suggest
 from dact.tuning.stages import Stage
 from dact.tuning.trainer import MONITOR, Deadline, NonFiniteLoss, StopAtDeadline, TimeIsUp
@@ -30,14 +29,14 @@ class Objective:
     """The objective of a stage, which Optuna calls in this process or in another one.
 
     Args:
-        winners: Winners of the earlier studies.
+        before: Settings that won the earlier studies.
         deadline: Deadline at which a running trial is stopped.
         own: Folder in the run for the trials of a custom study, which must not replace the run's.
     """
 
     stage: Stage
     prepared: Prepared
-    winners: Winners
+    before: Settings
     deadline: Deadline
     own: str = ""
 
@@ -54,8 +53,8 @@ class Objective:
         stage, plan, run = self.stage, self.prepared.plan, self.prepared.run
         space = plan.spaces[stage.name]
         params = {name: suggest(trial, name, one) for name, one in space.items()}
-        chosen = Winners(**plan.winners(stage, params)).settings()
-        settings = plan.recommended.updated(self.winners.settings()).updated(chosen)
+        chosen = Settings.of_winners(plan.winners(stage, params))
+        settings = plan.recommended.updated(self.before).updated(chosen)
 
         folder = run.trial_folder(stage, trial.number, self.own)
         logger = TensorBoardLogger(folder.parent, "", folder.name, default_hp_metric=False)
@@ -74,9 +73,7 @@ class Objective:
             raise
         finally:
             logger.finalize("success" if succeeded else "failed")
-            parameters = {**plan.parameters, **settings.flat()}
-            name = str(folder.relative_to(run.log_dir))
-            report.log_fit(folder, parameters, metrics, name, succeeded)
+            self.prepared.log(folder, settings, metrics, succeeded)
 
     def _train(self, trial: BaseTrial, settings: Settings, logger: Any) -> dict[str, float]:
         """Return the metrics of the best epoch, and of early exit if the stage is about it."""
