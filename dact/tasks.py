@@ -45,17 +45,17 @@ class Task(ABC):
     def answers(self, logits: Tensor) -> Tensor:
         """Return the answers that a classifier's output stands for."""
 
-    @abstractmethod
     def likelihoods(self, logits: Tensor) -> Tensor:
         """Return the probabilities of the outcomes, ``[…, outcomes]``, none rounded to 0 or 1."""
+        return self.answers(logits)
 
     @abstractmethod
     def log_likelihoods(self, logits: Tensor) -> Tensor:
         """Return the logarithms of `likelihoods`."""
 
-    @abstractmethod
     def outcomes(self, a: Tensor) -> Tensor:
         """Return the probabilities of the outcomes of answers, ``[…, outcomes]``."""
+        return a
 
     def weights(self, class_weights: Tensor | None) -> Tensor | None:
         """Return the weight of each outcome, from one weight per class."""
@@ -82,9 +82,9 @@ class Task(ABC):
     def decide(self, a: Tensor) -> Tensor:
         """Return the decision of each answer."""
 
-    @abstractmethod
     def same(self, first: Tensor, second: Tensor) -> Tensor:
         """Return where two decisions, or a decision and the labels, are the same, bool ``[…]``."""
+        return first == second
 
     @abstractmethod
     def members(self, decisions: Tensor, classes: int) -> Tensor:
@@ -121,9 +121,9 @@ class Task(ABC):
         """Return what `lead` and `proof` need of answers, which may be less."""
         return a
 
-    @abstractmethod
     def hardest(self, y: Tensor) -> Tensor:
         """Return the probability vectors ``[…, 2 or more]`` that the confidence reads."""
+        return y
 
 
 @dataclass(frozen=True)
@@ -144,14 +144,8 @@ class Multiclass(Task):
     def answers(self, logits: Tensor) -> Tensor:
         return logits.softmax(dim=-1)
 
-    def likelihoods(self, logits: Tensor) -> Tensor:
-        return logits.softmax(dim=-1)
-
     def log_likelihoods(self, logits: Tensor) -> Tensor:
         return logits.log_softmax(dim=-1)
-
-    def outcomes(self, a: Tensor) -> Tensor:
-        return a
 
     def targets(
         self, labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0
@@ -179,9 +173,6 @@ class Multiclass(Task):
 
     def decide(self, a: Tensor) -> Tensor:
         return a.argmax(dim=-1)
-
-    def same(self, first: Tensor, second: Tensor) -> Tensor:
-        return first == second
 
     def members(self, decisions: Tensor, classes: int) -> Tensor:
         return torch.nn.functional.one_hot(decisions.long(), classes).bool()
@@ -211,9 +202,6 @@ class Multiclass(Task):
 
     def contenders(self, a: Tensor) -> Tensor:
         return a.topk(2, dim=-1).values
-
-    def hardest(self, y: Tensor) -> Tensor:
-        return y
 
 
 @dataclass(frozen=True)
