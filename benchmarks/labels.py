@@ -1,0 +1,223 @@
+"""Several labels per text: DACT next to plain exits and an encoder cut to half, taught alike.
+
+    python -m benchmarks.labels --data joined depths --splits 0 1
+
+`joined`: one to three texts of different corpora of VADER, joined by blanks in random order, 2,000
+for training and 600 each for validation and test, drawn from the corpus's texts of that split
+alone. The seven labels are the corpora and the sentiments that occur. MiniLM of 6 layers.
+
+`depths`: 20,000 generated reviews, composed in up to three steps. Two labels are words, which one
+layer can see, and two are the sentiment, which takes several. A small encoder of 6 layers.
+
+DACT and the plain exits keep 4 layers and learn 3 epochs; all but the whole encoder start from its
+weights and have its answers as half of their targets. The margin of a budget is the largest that
+keeps the validation texts within it; test texts are asked once. Errors are of the paired
+difference to the whole encoder over the test texts (bootstrap)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import random
+import warnings
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch import Tensor
+
+from benchmarks.encoders import ENCODERS
+from benchmarks.frontier.training import DEVICE, HEAD, HEAD_RATE, TEACHER_SHARE, fit
+from dact import DACT
+from dact.calibration import SETTINGS
+from dact.calibration.answers import Measured, exits_by_setting, layer_answers
+from dact.data import CompositionalSentiment, VaderSentiment
+from dact.data.base import TextDataModule
+from dact.data.examples import Examples
+from dact.data.vader import CLASS_NAMES, CORPORA
+from dact.encoders import HuggingFaceEncoder, TransformerEncoder
+from dact.encoders.base import move
+
+RESULTS = Path(__file__).parent / "results" / "labels.json"
+LAYERS, KEPT, CUT = 6, 4, 3
+BUDGETS = (1.5, 2.0, 2.5, 3.0)
+SIZES = {"train": 2000, "val": 600, "test": 600}
+WORDS = ("battery", "screen")
+DRAWS = 500
+
+
+class Joined(VaderSentiment):
+    """One to three texts of different corpora, with the corpora and sentiments as labels."""
+
+    task = "multilabel"
+
+    def examples(self, split: str) -> Examples:
+        self.class_names = [*CORPORA, *CLASS_NAMES]
+        parts = [VaderSentiment(corpora=[name], split=self.split) for name in CORPORA]
+        given = [part.examples(split) for part in parts]
+        draw, texts, labels = random.Random(f"{self.split}/{split}"), [], []
+        for _ in range(SIZES[split]):
+            chosen = draw.sample(range(len(given)), draw.randint(1, 3))
+            rows = [(corpus, draw.randrange(len(given[corpus]))) for corpus in chosen]
+            texts.append(" ".join(given[corpus].texts[row] for corpus, row in rows))
+            found = {*chosen, *(len(CORPORA) + given[corpus].labels[row] for corpus, row in rows)}
+            labels.append(tuple(int(n in found) for n in range(len(self.class_names))))
+        return Examples(texts, labels=labels)
+
+
+class Depths(CompositionalSentiment):
+    """Generated reviews whose labels are two words and two sentiments."""
+
+    task = "multilabel"
+
+    def examples(self, split: str) -> Examples:
+        self.class_names = [*WORDS, "negative", "positive"]
+        given = super().examples(split)
+        pairs = zip(given.texts, given.labels, strict=True)
+        labels = [
+            (*(int(word in text) for word in WORDS), int(label == 0), int(label == 2))
+            for text, label in pairs
+        ]
+        return Examples(given.texts, labels=labels)
+
+
+@cache
+def make_data(name: str, split: int, share: float) -> TextDataModule:
+    """Return the data, tokenized once; `share` of its training texts is for the confidence."""
+    data: TextDataModule
+    if name == "joined":
+        data = Joined(split=split, batch_size=32, confidence_fraction=share)
+    else:
+        data = Depths(20_000, max_depth=3, seed=split, batch_size=32, confidence_fraction=share)
+    data.setup("fit")
+    data.setup("test")
+    return data
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model, and the answers of its layers to the validation and test texts."""
+
+    model: DACT
+    answers: dict[str, Any]
+
+    def at(self, budget: float | None) -> Measured:
+        """Return early exit on the test texts within a budget; all layers without one."""
+        halting, exits = self.model.exit_rule, {}
+        for split, answers in self.answers.items():
+            exits[split] = exits_by_setting(answers, halting, "halting_margin")
+        if budget is None:
+            last = torch.full_like(exits["test"](1.0), self.model.num_layers)
+            return Measured(self.answers["test"], last)
+        settings = sorted(SETTINGS["halting_margin"], reverse=True)
+        within = (m for m in settings if exits["val"](m).double().mean() <= budget)
+        return Measured(self.answers["test"], exits["test"](next(within, settings[-1])))
+
+
+def train(kind: str, name: str, split: int, whole: DACT | None) -> Trained:
+    """Train one model: ``whole``, ``cut``, ``exits`` or ``dact``."""
+    pl.seed_everything(0, verbose=False)
+    data = make_data(name, split, 0.05 if kind == "dact" else 0.0)
+    layers = {"whole": LAYERS, "cut": CUT}.get(kind, KEPT)
+    encoder: Any
+    if name == "joined":
+        encoder = HuggingFaceEncoder(ENCODERS["minilm"].pretrained, num_layers=layers)
+    else:
+        encoder = TransformerEncoder(42, layers, 32, 2, slopes=(2.0, 2.0))
+    rate = ENCODERS["minilm"].rate if name == "joined" else 2e-3
+    model = DACT(
+        encoder,
+        len(data.class_names or []),
+        HEAD,
+        HEAD,
+        task="multilabel",
+        learning_rate=rate,
+        submodel_learning_rate=max(rate, HEAD_RATE),
+        detach_exits=True,
+        exit_loss_weight=1.0,
+    )
+    if kind != "dact":
+        model.at_full_depth()
+    if kind == "exits":
+        model.detach_exits, model.exit_loss_weight, model.halting = True, 1.0, "exact"
+    if whole is not None:
+        model.distillation = TEACHER_SHARE
+        own = {n: w for n, w in whole.state_dict().items() if n.startswith("encoder.")}
+        model.load_state_dict(
+            {n: w for n, w in own.items() if n in model.state_dict()}, strict=False
+        )
+        data.teacher_probabilities = _answers(whole, data.train_dataloader())
+    fit(model, data, 3, "bf16-mixed" if name == "joined" else "32-true")
+    data.teacher_probabilities = None
+    model.eval().to(DEVICE)
+    loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
+    return Trained(model, {part: layer_answers(model, one) for part, one in loaders.items()})
+
+
+@torch.no_grad()
+def _answers(model: DACT, loader: Any) -> Tensor:
+    """Return the answers of the last layer to the training texts, by row."""
+    found: list[tuple[Tensor, Tensor]] = []
+    for batch in loader:
+        y = model.full_depth(move(batch, DEVICE)).layer_probabilities
+        assert y is not None
+        found.append((y[:, -1].float().cpu(), batch["row"]))
+    y, row = (torch.cat(part) for part in zip(*found, strict=True))
+    return y[row.argsort()]
+
+
+def micro_f1(one: Measured, rows: Tensor | None = None) -> float:
+    got, given = one.classes, one.answers.target == 1
+    if rows is not None:
+        got, given = got[rows], given[rows]
+    return 100 * (2 * (got & given).sum() / (got.sum() + given.sum())).item()
+
+
+def compared(one: Measured, whole: Measured) -> dict[str, float]:
+    generator, size = torch.Generator().manual_seed(0), len(one.exits)
+    draws = [torch.randint(size, (size,), generator=generator) for _ in range(DRAWS)]
+    differences = [micro_f1(one, rows) - micro_f1(whole, rows) for rows in draws]
+    return {
+        "layers": round(one.mean_exit_layer, 3),
+        "micro_f1": round(micro_f1(one), 2),
+        "less_whole": round(micro_f1(one) - micro_f1(whole), 2),
+        "error": round(torch.tensor(differences).std().item(), 2),
+        "same_sets": round(100 * one.accuracy, 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", nargs="+", default=["joined", "depths"])
+    parser.add_argument("--splits", nargs="+", type=int, default=[0, 1])
+    arguments = parser.parse_args()
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore")
+    for name in arguments.data:
+        for split in arguments.splits:
+            records = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            key = f"{name}.{split}"
+            if key not in records:
+                whole = train("whole", name, split, None)
+                reference, found = whole.at(None), {}
+                found["whole encoder"] = compared(reference, reference)
+                for kind in ("cut", "exits", "dact"):
+                    one = train(kind, name, split, whole.model)
+                    budgets = (None,) if kind == "cut" else (*BUDGETS, None)
+                    for budget in budgets:
+                        label = f"{kind} at {budget or 'all'}"
+                        found[label] = compared(one.at(budget), reference)
+                RESULTS.write_text(json.dumps({**records, key: found}, indent=1) + "\n")
+                records[key] = found
+            for label, values in records[key].items():
+                print(f"{key:<10} {label:<14}", *(f"{n} {v}" for n, v in values.items()))
+
+
+if __name__ == "__main__":
+    main()
