@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
+from inspect import Parameter, signature
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
@@ -76,3 +77,18 @@ def default_model(output_dimension: int, **overrides: Any) -> DACT:
 def default_data(**overrides: Any) -> LightningDataModule:
     """Return the embedded data, as in configs/reviews.yaml."""
     return CompositionalSentiment(**{"max_depth": 3, **overrides})
+
+
+def accepted_by(found: type) -> list[str]:
+    """Return the names of the options of a class, with keywords that it passes on to the classes
+    that it is derived from; empty if it takes any."""
+    names: list[str] = []
+    kinds = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
+    for kind in found.__mro__:
+        if "__init__" in vars(kind):
+            parameters = [*signature(vars(kind)["__init__"]).parameters.values()][1:]
+            names += [one.name for one in parameters if one.kind in kinds]
+            if not any(one.kind is one.VAR_KEYWORD for one in parameters):
+                return names
+            kinds = {Parameter.KEYWORD_ONLY}  # the others of a base are given by position
+    return []

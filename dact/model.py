@@ -397,7 +397,7 @@ class DACT(LightningModule):
         if not logits.isfinite().all():
             return  # the loss is no number either, which ends the fit
         log_y, labels = logits[known].log_softmax(dim=-1), labels[known]
-        for layer, of_layer in enumerate(log_y.unbind(dim=1)):
+        for layer, of_layer in enumerate(log_y.double().unbind(dim=1)):
             self.exit_temperatures[layer] = best_temperature(of_layer, labels, PRIOR_EXAMPLES)
         y = (log_y / self.exit_temperatures[:, None]).softmax(dim=-1)
         target = functional.soft_targets(labels, self.output_dimension)

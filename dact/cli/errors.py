@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import os
 import sys
 import textwrap
@@ -17,6 +16,8 @@ from typing import Any
 import yaml
 from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+
+from dact.factories import accepted_by
 
 USAGE_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, OSError)
 USAGE_ERRORS += (RuntimeError, ImportError, ArgumentError, yaml.YAMLError)
@@ -137,10 +138,3 @@ def find_class(path: str, package: str) -> Any:
     with contextlib.suppress(ModuleNotFoundError, AttributeError):
         return getattr(import_module(module or package), name)
     return None
-
-
-def accepted_by(found: Any) -> list[str]:
-    """Return the names of the options of a class; empty if it takes any."""
-    parameters = inspect.signature(found).parameters.values()
-    free = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
-    return [] if free else [parameter.name for parameter in parameters]

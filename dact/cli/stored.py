@@ -21,14 +21,14 @@ from dact.calibration import Promise, describe, layer_answers
 from dact.calibration import calibrate as find_dial
 from dact.calibration.answers import Measured
 from dact.cli import NEEDED, STORED
-from dact.cli.errors import UsageError, accepted_by, find_class, options, parse
+from dact.cli.errors import UsageError, find_class, options, parse
 from dact.cli.output import measurements, promise_line, quiet
 from dact.cli.predict import check_output, write_predictions
 from dact.data import TextClassificationData
 from dact.data.files import DATASET
 from dact.data.tokenizers import tokenizer_for
 from dact.encoders import LayeredEncoder
-from dact.factories import build_data
+from dact.factories import accepted_by, build_data
 from dact.files import read_json
 from dact.model import DACT
 from dact.saving import CONFIG_NAME, HALTING, store_in_checkpoint

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import zlib
 from collections.abc import Callable
+from typing import Any
 
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples
@@ -97,9 +98,7 @@ class CompositionalSentiment(TextDataModule):
         num_val: Number of validation reviews.
         num_test: Number of test reviews.
         max_depth: Largest number of steps, 0 or more.
-        seed: Seed for the reviews and for the order in training.
-        batch_size, calibration_fraction, confidence_fraction: As for
-            `dact.data.base.TextDataModule`.
+        **options: As for `dact.data.base.TextDataModule`; `seed` is also that of the reviews.
 
     Example:
         >>> data = CompositionalSentiment(num_train=100, num_val=10, num_test=10)
@@ -115,19 +114,11 @@ class CompositionalSentiment(TextDataModule):
         num_test: int = 2_000,
         *,
         max_depth: int = 4,
-        seed: int = 0,
         batch_size: int = 128,
-        calibration_fraction: float = 0.0,
-        confidence_fraction: float = 0.05,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            word_tokenizer(_vocabulary()),
-            max_length=16 + 16 * max(1, max_depth),
-            batch_size=batch_size,
-            seed=seed,
-            calibration_fraction=calibration_fraction,
-            confidence_fraction=confidence_fraction,
-        )
+        options = {"max_length": 16 + 16 * max(1, max_depth), **options}
+        super().__init__(word_tokenizer(_vocabulary()), batch_size=batch_size, **options)
         self.sizes = {"train": num_train, "val": num_val, "test": num_test}
         self.max_depth = max_depth
         self.class_names = list(CLASS_NAMES)

@@ -78,27 +78,12 @@ class TextClassificationData(TextDataModule):
         class_names: list[str | int] | None = None,
         delimiter: str | None = None,
         drop_unusable: bool = False,
-        max_length: int = 128,
-        batch_size: int = 32,
         val_fraction: float = 0.1,
-        calibration_fraction: float = 0.0,
-        confidence_fraction: float = 0.05,
-        num_workers: int = 0,
-        seed: int = 0,
-        teacher: str | None = None,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            calibration_fraction=calibration_fraction,
-            confidence_fraction=confidence_fraction,
-            teacher=teacher,
-        )
+        super().__init__(tokenizer, **options)
         check_range("val_fraction", val_fraction, "(0, 1)")
-        if calibration_file is not None and calibration_fraction:
+        if calibration_file is not None and self.calibration_fraction:
             raise ValueError("give a calibration_file or a calibration_fraction, not both")
         files = (train_file, val_file, test_file, predict_file, unlabelled_file, calibration_file)
         # A Path is welcome.

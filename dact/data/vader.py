@@ -9,6 +9,7 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import override
 
@@ -60,28 +61,14 @@ class VaderSentiment(TextDataModule):
         corpora: list[str] | None = None,
         root: str | None = None,
         num_train: int | None = None,
-        max_length: int = 128,
-        batch_size: int = 64,
-        num_workers: int = 0,
-        seed: int = 0,
         split: int | None = None,
-        calibration_fraction: float = 0.0,
-        confidence_fraction: float = 0.05,
-        teacher: str | None = None,
+        batch_size: int = 64,
+        **options: Any,
     ) -> None:
-        super().__init__(
-            tokenizer,
-            max_length=max_length,
-            batch_size=batch_size,
-            num_workers=num_workers,
-            seed=seed,
-            calibration_fraction=calibration_fraction,
-            confidence_fraction=confidence_fraction,
-            teacher=teacher,
-        )
+        super().__init__(tokenizer, batch_size=batch_size, **options)
         self.archive = Path(root or "~/.cache/dact").expanduser() / "vaderSentiment-3.3.2.tar.gz"
         self.corpora = list(CORPORA) if corpora is None else corpora
-        self.split = seed if split is None else split
+        self.split = self.seed if split is None else split
         self.num_train = num_train
         self.class_names = list(CLASS_NAMES)
         self._read: dict[str, Examples] = {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import shutil
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from dact.calibration import calibrate, describe
 from dact.calibration.answers import layer_answers
 from dact.calibration.temperature import fit_temperatures
 from dact.callbacks import AverageLastSteps, save_with_tokenizer
-from dact.factories import build_model
+from dact.factories import accepted_by, build_model
 from dact.files import replacing_folder, write_json, write_text
 from dact.model import DACT
 from dact.saving import store_in_checkpoint
@@ -96,7 +95,7 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
     }
     if prepared.teacher is not None and given.get("teacher") is None:
         chosen["teacher"] = str(prepared.run.folder / "baseline" / "model")
-    known = inspect.signature(type(recipe.make_data())).parameters
+    known = accepted_by(type(recipe.make_data()))
     given |= {name: one for name, one in chosen.items() if one is not None and name in known}
     if prepared.teacher is not None and not given.get("teacher"):
         overrides["distillation"] = 0.0
