@@ -425,7 +425,7 @@ class DACT(LightningModule):
         if not logits.isfinite().all():
             return  # the loss is no number either, which ends the fit
         logits, target, weights = logits[known], target[known], task.weights(self.class_weights)
-        for layer, of_layer in enumerate(logits.unbind(dim=1)):
+        for layer, of_layer in enumerate(logits.double().unbind(dim=1)):
 
             def losses(temperature: float, logits: Tensor = of_layer) -> Tensor:
                 return -(target * task.log_likelihoods(logits / temperature)).sum(dim=-1)

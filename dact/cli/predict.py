@@ -13,7 +13,7 @@ import pyarrow as pa  # type: ignore[import-untyped]
 from pyarrow.parquet import ParquetWriter  # type: ignore[import-untyped]
 
 from dact.cli.errors import UsageError
-from dact.data.files import read_rows
+from dact.data.files import read_rows, text_fault
 from dact.files import replacing
 from dact.text_classifier import Prediction, TextClassifier
 
@@ -93,15 +93,18 @@ def _has_column(file: str, name: str, delimiter: str | None) -> bool:
 
 def _answers(classifier: TextClassifier, texts: list[list[Any]]) -> pd.DataFrame:
     """Return a row for each text or pair: its answer, or the reason why there is none."""
+    reasons = [text_fault(row) for row in texts]
+    usable = [number for number, reason in enumerate(reasons) if reason is None]
+    found = classifier([texts[n][0] if len(texts[n]) == 1 else tuple(texts[n]) for n in usable])
     names = classifier.class_names
     probabilities = [f"probability_{name}" for name in names]
-    columns = ["label", "score", *probabilities, "exit_layer", "reason"]
-    found = classifier([row[0] if len(row) == 1 else tuple(row) for row in texts])
+    columns = ["label", "score", *probabilities, "exit_layer"]
     values = [
-        [_label(one), one.score, *map(one.probabilities.get, names), one.exit_layer, one.reason]
+        [_label(one), one.score, *map(one.probabilities.get, names), one.exit_layer]
         for one in found
     ]
-    frame = pd.DataFrame(values, columns=columns)
+    frame = pd.DataFrame(values, usable, columns).reindex(range(len(texts)))
+    frame["reason"] = reasons
     numbers = dict.fromkeys(["score", *probabilities], "float32")
     return frame.astype({**numbers, "exit_layer": "Int64", "label": "string", "reason": "string"})
 

@@ -45,6 +45,7 @@ class Prepared:
     recipe: Recipe
     run: Run
     plan: Plan
+    class_names: list[str] | None
     teacher: Path | None
     learning: dict[str, Any]
     finetuning: dict[str, Any]
@@ -119,7 +120,7 @@ class Prepared:
         if type(self._base) is DACT:  # without building another encoder
             return DACT.from_config(self._base.config(), encoder=self._base.encoder, **overrides)
         model = self.recipe.model(**overrides)
-        model.encoder = self._base.encoder
+        model.encoder, model.class_names = self._base.encoder, self._base.class_names
         return model
 
     @cached_property
@@ -129,6 +130,7 @@ class Prepared:
         if self.recipe.warm_up_epochs:
             model.encoder.load_state_dict(read_tensors(self.states / ENCODER)[0])
         model.encoder.eval().requires_grad_(False)
+        model.class_names = model.class_names or self.class_names
         return model
 
     @cached_property
@@ -163,6 +165,7 @@ def prepare(
         recipe=recipe,
         run=run,
         plan=plan,
+        class_names=getattr(data, "class_names", None),
         teacher=teacher,
         learning={"distillation": share} if share != model.distillation else {},
         finetuning=recipe.finetuning(model) if recipe.final_training == "finetune" else {},
