@@ -294,14 +294,15 @@ class DACT(LightningModule):
         return DACTOutput(a[:, -1], exits, y, h, p)
 
     def _inference(self, batch: Batch, halting: Halting, record: bool = False) -> DACTOutput:
-        options: dict[str, Any] = {
-            "task": self.task,
-            "step_tokens": self.step_tokens,
-            "window_tokens": self.window_tokens,
-        }
-        parts = self.encoder, self._unit, self.num_layers
         with inference.evaluating(self):
-            return inference.early_exit(*parts, batch, halting=halting, record=record, **options)
+            return inference.early_exit(
+                *(self.encoder, self._unit, self.num_layers, batch),
+                halting=halting,
+                task=self.task,
+                record=record,
+                step_tokens=self.step_tokens,
+                window_tokens=self.window_tokens,
+            )
 
     def _unit(self, layer: int, state: Tensor) -> tuple[Tensor, Tensor]:
         """Return y_n ``[batch, classes]`` and h_n ``[batch]`` of a layer (1-based) from its states,
@@ -473,12 +474,9 @@ class DACT(LightningModule):
         """Add a batch to the metrics of a loader (from 0), and return what callbacks need.
 
         Without answers of early exit, they are computed from those of all layers."""
-        target = labels_of(batch, stage)
-        task = self.task
-        soft, weights = (
-            task.targets(target, self.output_dimension),
-            task.weights(self.class_weights),
-        )
+        target, task = labels_of(batch, stage), self.task
+        soft = task.targets(target, self.output_dimension)
+        weights = task.weights(self.class_weights)
         y, h, p = full.layer_probabilities, full.h, full.p
         assert y is not None and h is not None and p is not None
         a, _ = functional.accumulate(y, h)

@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from dact.checks import Range, check_arguments, check_choice
+from dact.checks import Range, check_arguments
 from dact.text_classifier import TextClassifier
 
 try:
@@ -101,7 +101,7 @@ class _API(litserve.LitAPI):
 
 def serve(
     model: str | Path,
-    host: str = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, Range("[1024, 65535]")] = 8000,
     max_batch: Annotated[int, Range("[2, inf)")] = 64,
     max_wait: Annotated[float, Range("[0, 30)")] = 0.002,
@@ -117,9 +117,9 @@ def serve(
     Call it in the main thread of a program of its own: it starts processes and handles SIGTERM.
 
     Args:
-        model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` write it.
-        host: Address to listen on, ``"127.0.0.1"``, ``"0.0.0.0"`` or ``"::"``; only this machine
-            reaches the first.
+        model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` write it; on
+            the command line also the folder of a run, or OWNER/NAME[@REVISION] on the Hub.
+        host: Address to listen on; only this machine reaches 127.0.0.1.
         port: Port to listen on, 1024 to 65535.
         max_batch: Largest number of requests that are classified together, 2 or more.
         max_wait: Seconds that a request may wait for others to join it, 0 or more.
@@ -130,7 +130,6 @@ def serve(
         ValueError: If an argument is outside its range, or the model cannot be read.
         OSError: If the port is taken.
     """
-    check_choice("serve: host", host, Host)
     check_arguments(serve, locals(), "serve: ")
     path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
     # Loaded here as well, so that a faulty model fails before any process starts.

@@ -6,10 +6,9 @@ likelihood is learned: the classes, or for each label that it is present and tha
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,28 +29,42 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-class Task(ABC):
-    """What differs between tasks. Answers y and a are ``[…, classes]``."""
+@dataclass(frozen=True)
+class Task:
+    """One class per example: an answer is a probability vector, a decision its most probable class,
+    int64 ``[…]``, and labels are int64 ``[batch]``. Other tasks derive from this one.
 
-    name: TaskName
-    nouns: str  # for what an answer has probabilities
-    fewest: int  # of these
-    answered: str  # what a prediction has
-    explained: str  # words of the measurements
-    leaves: str  # when a text leaves
+    Answers y and a are ``[…, classes]``. The attributes are words for users: what an answer has
+    probabilities for and the fewest of these, what a prediction has, what measurements mean, and
+    when a text leaves.
+
+    Args:
+        thresholds: Those of `Multilabel`; None here.
+    """
+
     thresholds: tuple[float, ...] | None = None
 
-    @abstractmethod
+    name: ClassVar[TaskName] = "multiclass"
+    nouns: ClassVar[str] = "classes"
+    fewest: ClassVar[int] = 2
+    answered: ClassVar[str] = "Each prediction has the label, its score and the exit layer."
+    explained: ClassVar[str] = "confused: the two largest classes, true as answered"
+    leaves: ClassVar[str] = (
+        "A text leaves when its class is proven to end at most the tolerance behind the winner of "
+        "all layers, or when a layer's own first class leads by more than the margin (1 for never)."
+    )
+
     def answers(self, logits: Tensor) -> Tensor:
         """Return the answers that a classifier's output stands for."""
+        return logits.softmax(dim=-1)
 
     def likelihoods(self, logits: Tensor) -> Tensor:
         """Return the probabilities of the outcomes, ``[…, outcomes]``, none rounded to 0 or 1."""
         return self.answers(logits)
 
-    @abstractmethod
     def log_likelihoods(self, logits: Tensor) -> Tensor:
         """Return the logarithms of `likelihoods`."""
+        return logits.log_softmax(dim=-1)
 
     def outcomes(self, a: Tensor) -> Tensor:
         """Return the probabilities of the outcomes of answers, ``[…, outcomes]``."""
@@ -61,7 +74,6 @@ class Task(ABC):
         """Return the weight of each outcome, from one weight per class."""
         return class_weights
 
-    @abstractmethod
     def targets(
         self, labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0
     ) -> Tensor:
@@ -77,79 +89,6 @@ class Task(ABC):
             ValueError: If labels are of another task or out of range, or a teacher's answer holds
                 no probabilities.
         """
-
-    @abstractmethod
-    def decide(self, a: Tensor) -> Tensor:
-        """Return the decision of each answer."""
-
-    def same(self, first: Tensor, second: Tensor) -> Tensor:
-        """Return where two decisions, or a decision and the labels, are the same, bool ``[…]``."""
-        return first == second
-
-    @abstractmethod
-    def members(self, decisions: Tensor, classes: int) -> Tensor:
-        """Return which classes belong to a decision, or to the labels, bool ``[…, classes]``."""
-
-    def set_scores(self, counts: Tensor, examples: int | Tensor) -> dict[str, Tensor]:
-        """Return the metrics of sets, from the examples that have, that get, and that rightly get
-        each label, int64 ``[3, labels]``; none for one class per example."""
-        return {}
-
-    @abstractmethod
-    def scores(self, a: Tensor, decisions: Tensor) -> Tensor:
-        """Return the probability that an answer gives each part of a decision."""
-
-    @abstractmethod
-    def named(self, decision: Any, score: Any, probabilities: dict[str, float]) -> dict[str, Any]:
-        """Return the fields of a `dact.text_classifier.Prediction` for a decision and its score, as
-        plain values; `probabilities` has the names in their order."""
-
-    @abstractmethod
-    def temper(self, a: Tensor, temperatures: Tensor) -> Tensor:
-        """Return answers ``[batch, classes]`` at temperatures ``[batch]``."""
-
-    @abstractmethod
-    def lead(self, y: Tensor) -> Tensor:
-        """Return how clear answers are, in [0, 1], ``[…]``: what a margin bounds."""
-
-    @abstractmethod
-    def proof(self, a: Tensor, p: Tensor, remaining: int | Tensor, rule: HaltingRule) -> Tensor:
-        """Return by how much the decision of a_n is sure to stand at the end, float64 ``[…]``: at
-        less than 0 it may change; see `dact.functional.can_halt`."""
-
-    def contenders(self, a: Tensor) -> Tensor:
-        """Return what `lead` and `proof` need of answers, which may be less."""
-        return a
-
-    def hardest(self, y: Tensor) -> Tensor:
-        """Return the probability vectors ``[…, 2 or more]`` that the confidence reads."""
-        return y
-
-
-@dataclass(frozen=True)
-class Multiclass(Task):
-    """One class per example: an answer is a probability vector, a decision its most probable class,
-    int64 ``[…]``, and labels are int64 ``[batch]``."""
-
-    name = "multiclass"
-    nouns = "classes"
-    fewest = 2
-    explained = "confused: the two largest classes, true as answered"
-    answered = "Each prediction has the label, its score and the exit layer."
-    leaves = (
-        "A text leaves when its class is proven to end at most the tolerance behind the winner of "
-        "all layers, or when a layer's own first class leads by more than the margin (1 for never)."
-    )
-
-    def answers(self, logits: Tensor) -> Tensor:
-        return logits.softmax(dim=-1)
-
-    def log_likelihoods(self, logits: Tensor) -> Tensor:
-        return logits.log_softmax(dim=-1)
-
-    def targets(
-        self, labels: Tensor, classes: int, teacher: Tensor | None = None, share: float = 0.0
-    ) -> Tensor:
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
                 f"labels must be integers of the shape [batch], got {labels.dtype} "
@@ -172,26 +111,44 @@ class Multiclass(Task):
         return (1 - shares) * target + shares * t
 
     def decide(self, a: Tensor) -> Tensor:
+        """Return the decision of each answer."""
         return a.argmax(dim=-1)
 
+    def same(self, first: Tensor, second: Tensor) -> Tensor:
+        """Return where two decisions, or a decision and the labels, are the same, bool ``[…]``."""
+        return first == second
+
     def members(self, decisions: Tensor, classes: int) -> Tensor:
+        """Return which classes belong to a decision, or to the labels, bool ``[…, classes]``."""
         return torch.nn.functional.one_hot(decisions.long(), classes).bool()
 
+    def set_scores(self, counts: Tensor, examples: int | Tensor) -> dict[str, Tensor]:
+        """Return the metrics of sets, from the examples that have, that get, and that rightly get
+        each label, int64 ``[3, labels]``; none for one class per example."""
+        return {}
+
     def scores(self, a: Tensor, decisions: Tensor) -> Tensor:
+        """Return the probability that an answer gives each part of a decision."""
         return a.gather(-1, decisions.unsqueeze(-1)).squeeze(-1)
 
     def named(self, decision: Any, score: Any, probabilities: dict[str, float]) -> dict[str, Any]:
+        """Return the fields of a `dact.text_classifier.Prediction` for a decision and its score, as
+        plain values; `probabilities` has the names in their order."""
         return {"label": [*probabilities][decision], "score": score}
 
     def temper(self, a: Tensor, temperatures: Tensor) -> Tensor:
+        """Return answers ``[batch, classes]`` at temperatures ``[batch]``."""
         log = at_least_float32(a).clamp_min(SMALLEST_PROBABILITY).log()
         return (log / temperatures.unsqueeze(1)).softmax(dim=1)
 
     def lead(self, y: Tensor) -> Tensor:
+        """Return how clear answers are, in [0, 1], ``[…]``: what a margin bounds."""
         first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
         return first - second
 
     def proof(self, a: Tensor, p: Tensor, remaining: int | Tensor, rule: HaltingRule) -> Tensor:
+        """Return by how much the decision of a_n is sure to stand at the end, float64 ``[…]``: at
+        less than 0 it may change; see `dact.functional.can_halt`."""
         best, runner_up = a.topk(2, dim=-1).values.double().unbind(dim=-1)
         p = p.double()
         kept = (1 - p) ** remaining
@@ -201,7 +158,12 @@ class Multiclass(Task):
         return proof
 
     def contenders(self, a: Tensor) -> Tensor:
+        """Return what `lead` and `proof` need of answers, which may be less."""
         return a.topk(2, dim=-1).values
+
+    def hardest(self, y: Tensor) -> Tensor:
+        """Return the probability vectors ``[…, 2 or more]`` that the confidence reads."""
+        return y
 
 
 @dataclass(frozen=True)
@@ -213,8 +175,6 @@ class Multilabel(Task):
     Args:
         thresholds: One per label, each in (0, 1); 0.5 if left out.
     """
-
-    thresholds: tuple[float, ...] | None = None
 
     name = "multilabel"
     nouns = "labels"
@@ -306,6 +266,9 @@ class Multilabel(Task):
             absent = torch.minimum(absent, t - a - p * d)
         return torch.where(is_present, present, absent).amin(dim=-1)
 
+    def contenders(self, a: Tensor) -> Tensor:
+        return a
+
     def hardest(self, y: Tensor) -> Tensor:
         surest = torch.maximum(y, 1 - y).amin(dim=-1)
         return torch.stack([surest, 1 - surest], dim=-1)
@@ -314,7 +277,7 @@ class Multilabel(Task):
         return like.new_tensor(0.5 if self.thresholds is None else self.thresholds)
 
 
-MULTICLASS = Multiclass()
+MULTICLASS = Task()
 MULTILABEL = Multilabel()
 
 

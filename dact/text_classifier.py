@@ -25,6 +25,7 @@ from dact.model_card import Metrics, metrics_of
 Text = str | tuple[str, str] | list[str]
 MOST_TOKENS = 8192  # where neither encoder nor tokenizer has a limit: memory grows with its square
 BAR_DELAY = 2.0  # seconds after which a progress bar appears
+TOKENIZING = threading.Lock()  # a fast tokenizer fails in a second thread ("Already borrowed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -106,14 +107,6 @@ class TextClassifier:
         self.tokenizer = tokenizer_for(tokenizer, longest if longest < 10**20 else MOST_TOKENS)
         self.class_names = names_of_classes(model)
         self.metrics: Metrics = None
-        # A fast tokenizer fails in a second thread ("Already borrowed").
-        self._tokenizing = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_tokenizing"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state, _tokenizing=threading.Lock())
 
     @classmethod
     def from_pretrained(
@@ -223,7 +216,7 @@ class TextClassifier:
     def _classify(self, texts: Sequence[Text]) -> Iterator[Prediction]:
         """Yield the answers for texts, or for pairs of texts."""
         given = [text if isinstance(text, str) else tuple(text) for text in texts]
-        with self._tokenizing:
+        with TOKENIZING:
             encoding = tokenize(self.tokenizer, given, truncation=True)
         batch = {name: value.to(self.device) for name, value in encoding.items()}
         is_half = self.dtype in (torch.bfloat16, torch.float16)

@@ -302,7 +302,7 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
                 read_tensors(run / "baseline" / "answers.safetensors")[0],
                 Outcome.unpacked(trial.user_attrs[OUTCOME]),
             )
-            right = (baseline["classes"] == baseline["targets"])[: len(outcome.lost)]
+            right = baseline["right"][: len(outcome.lost)]
             early = right.double().mean() - outcome.lost.double().mean()
             assert values["best/val_accuracy"] == pytest.approx(early.item())
 

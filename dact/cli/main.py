@@ -149,12 +149,9 @@ class TrainingCLI(LightningCLI):
         model, data = self.config.model, self.config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.encoder.init_args.get("pretrained")
-        if (
-            self.command == "fit"
-            and self.config.calibrate
-            and data.get("calibration_fraction") == 0
-        ):
-            data.calibration_fraction = 0.0 if data.get("calibration_file") else 0.5
+        aside = self.command == "fit" and self.config.calibrate and not data.get("calibration_file")
+        if aside and data.get("calibration_fraction") == 0:
+            data.calibration_fraction = 0.5
         balanced = model.class_weights == "balanced"
         if model.output_dimension is not None and not balanced:
             return

@@ -242,7 +242,7 @@ def predict(
     write_predictions(classifier, file, texts, keep_columns, output, data.get("delimiter"))
 
 
-def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> None:
+def export(model: Path, output: str, quantize: Literal["int8"] | None = None) -> None:
     """Write the layers of a model as ONNX Runtime graphs, and renew its promise on the data of its
     run.
 
@@ -253,9 +253,8 @@ def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> 
     """
     from dact.exporting import export as write
 
-    source = find_model(model)
-    print(write(source, output, quantize))
-    record, run = load_model(source).calibration, _run_config(source)
+    print(write(model, output, quantize))
+    record, run = load_model(model).calibration, _run_config(model)
     if record is None or "data" not in run or record.get("baseline_accuracy") is not None:
         return
     print("It is renewed on the calibration examples of the run:")
@@ -266,27 +265,6 @@ def export(model: str, output: str, quantize: Literal["int8"] | None = None) -> 
         print(f"It was not renewed: {error}")
 
 
-def serve(
-    model: str,
-    host: str = "127.0.0.1",
-    port: int = 8000,
-    max_batch: int = 64,
-    max_wait: float = 0.002,
-) -> None:
-    """Answer classification requests over HTTP.
-
-    Args:
-        model: Folder of a run, model/ folder, or OWNER/NAME[@REVISION] on the Hub.
-        host: Address to listen on.
-        port: Port to listen on.
-        max_batch: Largest number of requests that are classified together.
-        max_wait: Seconds to wait for a fuller batch.
-    """
-    from dact.server import serve as listen
-
-    listen(find_model(model), host, port, max_batch, max_wait)
-
-
 # ---------------------------------------------------------------------- the command line
 
 
@@ -294,7 +272,9 @@ def run(command: str, words: list[str]) -> None:
     """Run a command over a stored model."""
     quiet()
     sys.path.append(str(Path().absolute()))
-    function = globals()[command]
+    function: Any = globals().get(command)
+    if command == "serve":
+        from dact.server import serve as function
     parser = ArgumentParser(
         prog=f"dact {command}",
         usage=f"dact {command} --model MODEL {NEEDED[command]} [--OPTION ...]",
@@ -304,7 +284,8 @@ def run(command: str, words: list[str]) -> None:
     )
     if command in ("export", "serve"):
         parser.add_function_arguments(function)
-        function(**parse(parser, words).as_dict())
+        arguments = parse(parser, words).as_dict()
+        function(**{**arguments, "model": find_model(arguments["model"])})
         return
     before = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     before.add_argument("--model")

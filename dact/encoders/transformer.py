@@ -58,8 +58,10 @@ class TransformerEncoder(LayeredEncoder):
         dropout: Annotated[float, Range("[0, 1)")] = 0.0,
         slopes: tuple[float, float] = (2.0, 0.25),
     ) -> None:
-        check_arguments(TransformerEncoder.__init__, locals(), "TransformerEncoder: ")
+        given = {n: v for n, v in locals().items() if n not in ("self", "__class__")}
+        check_arguments(TransformerEncoder.__init__, given, "TransformerEncoder: ")
         super().__init__()
+        self._config = {**given, "slopes": list(slopes)}
         if num_heads % 2 or hidden_size % num_heads:
             raise ValueError(
                 "TransformerEncoder: num_heads must be even and divide hidden_size, got "
@@ -75,16 +77,6 @@ class TransformerEncoder(LayeredEncoder):
         self.vocab_size = vocab_size
         self.pooling = pooling
         feedforward_size = feedforward_size or 4 * hidden_size
-        self._config = {
-            "vocab_size": vocab_size,
-            "num_layers": num_layers,
-            "hidden_size": hidden_size,
-            "num_heads": num_heads,
-            "pooling": pooling,
-            "feedforward_size": feedforward_size,
-            "dropout": dropout,
-            "slopes": list(slopes),
-        }
         self.tokens = nn.Embedding(vocab_size, hidden_size)
         nn.init.normal_(self.tokens.weight, std=0.05)
         self.layers = nn.ModuleList(
