@@ -1,18 +1,20 @@
 """Several labels per text: DACT next to plain exits and an encoder cut to half, taught alike.
 
     python -m benchmarks.labels --data joined depths --splits 0 1
+    python -m benchmarks.labels --encoder mpnet --data joined --splits 0 1
 
 `joined`: one to three texts of different corpora of VADER, joined by blanks in random order, 2,000
 for training and 600 each for validation and test, drawn from the corpus's texts of that split
-alone. The seven labels are the corpora and the sentiments that occur. MiniLM of 6 layers.
+alone. The seven labels are the corpora and the sentiments that occur. MiniLM of 6 layers, or
+MPNet-base of 12.
 
 `depths`: 20,000 generated reviews, composed in up to three steps. Two labels are words, which one
 layer can see, and two are the sentiment, which takes several. A small encoder of 6 layers.
 
-DACT and the plain exits keep 4 layers and learn 3 epochs; all but the whole encoder start from its
-weights and have its answers as half of their targets. The margin of a budget is the largest that
-keeps the validation texts within it; test texts are asked once. Errors are of the paired
-difference to the whole encoder over the test texts (bootstrap)."""
+DACT and the plain exits keep two thirds of the layers and learn 3 epochs; all but the whole encoder
+start from its weights and have its answers as half of their targets. The margin of a budget is the
+largest that keeps the validation texts within it; test texts are asked once. Errors are of the
+paired difference to the whole encoder over the test texts (bootstrap)."""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
-from benchmarks.encoders import ENCODERS
+from benchmarks.encoders import ENCODERS, Encoder
 from benchmarks.frontier.training import DEVICE, HEAD, HEAD_RATE, TEACHER_SHARE, fit
 from dact import DACT
 from dact.calibration import SETTINGS
@@ -43,8 +45,7 @@ from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.base import move
 
 RESULTS = Path(__file__).parent / "results" / "labels.json"
-LAYERS, KEPT, CUT = 6, 4, 3
-BUDGETS = (1.5, 2.0, 2.5, 3.0)
+BUDGETS = (1 / 4, 1 / 3, 5 / 12, 1 / 2)  # of the layers
 SIZES = {"train": 2000, "val": 600, "test": 600}
 WORDS = ("battery", "screen")
 DRAWS = 500
@@ -118,17 +119,17 @@ class Trained:
         return Measured(self.answers["test"], exits["test"](next(within, settings[-1])))
 
 
-def train(kind: str, name: str, split: int, whole: DACT | None) -> Trained:
-    """Train one model: ``whole``, ``cut``, ``exits`` or ``dact``."""
+def train(kind: str, used: Encoder, name: str, split: int, whole: DACT | None) -> Trained:
+    """Train one model: ``whole``, ``cut`` to half, ``exits`` or ``dact``."""
     pl.seed_everything(0, verbose=False)
     data = make_data(name, split, 0.05 if kind == "dact" else 0.0)
-    layers = {"whole": LAYERS, "cut": CUT}.get(kind, KEPT)
+    layers = {"whole": used.num_layers, "cut": used.num_layers // 2}.get(kind, used.kept)
     encoder: Any
     if name == "joined":
-        encoder = HuggingFaceEncoder(ENCODERS["minilm"].pretrained, num_layers=layers)
+        encoder = HuggingFaceEncoder(used.pretrained, num_layers=layers)
     else:
         encoder = TransformerEncoder(42, layers, 32, 2, slopes=(2.0, 2.0))
-    rate = ENCODERS["minilm"].rate if name == "joined" else 2e-3
+    rate = used.rate if name == "joined" else 2e-3
     model = DACT(
         encoder,
         len(data.class_names or []),
@@ -194,6 +195,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--encoder", choices=[*ENCODERS], default="minilm")
     parser.add_argument("--data", nargs="+", default=["joined", "depths"])
     parser.add_argument("--splits", nargs="+", type=int, default=[0, 1])
     arguments = parser.parse_args()
@@ -202,15 +204,18 @@ def main() -> None:
     for name in arguments.data:
         for split in arguments.splits:
             records = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-            key = f"{name}.{split}"
+            used, key = ENCODERS[arguments.encoder], f"{name}.{split}"
+            if arguments.encoder != "minilm":
+                key = f"{arguments.encoder}.{key}"
             if key not in records:
-                whole = train("whole", name, split, None)
+                whole = train("whole", used, name, split, None)
                 reference, found = whole.at(None), {}
                 found["whole encoder"] = compared(reference, reference)
                 for kind in ("cut", "exits", "dact"):
-                    one = train(kind, name, split, whole.model)
+                    one = train(kind, used, name, split, whole.model)
                     budgets = (None,) if kind == "cut" else (*BUDGETS, None)
-                    for budget in budgets:
+                    for share in budgets:
+                        budget = share and share * used.num_layers
                         label = f"{kind} at {budget or 'all'}"
                         found[label] = compared(one.at(budget), reference)
                 RESULTS.write_text(json.dumps({**records, key: found}, indent=1) + "\n")

@@ -6,7 +6,8 @@
 
 Each worker holds the model once and classifies block after block; memory does not grow with the
 data. Ray replaces a worker that dies and repeats its block. The output is a folder of parquet files
-with all columns of the input and `label`, `score`, `exit_layer` and, for an empty text, `reason`.
+with all columns of the input and `label`, `score`, `exit_layer`, for an empty text `reason`, and of
+a model of several labels `labels`.
 The order of rows is not kept: give them an id.
 
 Started as it is, the script uses this machine alone. On a cluster, run it on the head node or set
@@ -28,6 +29,7 @@ COLUMNS = {
     "score": pa.float64(),
     "exit_layer": pa.int64(),
     "reason": pa.string(),
+    "labels": pa.list_(pa.string()),
 }
 
 
@@ -42,7 +44,8 @@ class Classify:
         found = self.classifier(block[self.column].to_pylist())
         for name, kind in COLUMNS.items():
             values = [getattr(prediction, name) for prediction in found]
-            block = block.append_column(name, pa.array(values, kind))
+            names = [[*one] if isinstance(one, dict) else one for one in values]
+            block = block.append_column(name, pa.array(names, kind))
         return block
 
 

@@ -3,9 +3,11 @@
 import csv
 import json
 import random
+import runpy
 from pathlib import Path
 
 import pandas as pd
+import pyarrow as pa
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from dact.encoders import TransformerEncoder
 from dact.exporting import export
 from dact.tasks import MULTILABEL, Multilabel
 from dact.tuning import TuningEngine
+from tests.commands import ROOT
 from tests.conftest import random_batch, tiny_model
 
 NAMES = ["anger", "fear", "joy"]
@@ -248,6 +251,15 @@ def test_the_classifier_names_the_labels_with_their_probabilities(learned):
     assert [*happy.labels] == ["joy"]
     assert nothing.labels == {}
     assert empty.labels is None
+
+
+def test_a_worker_of_the_ray_example_gives_each_text_its_labels(learned):
+    pytest.importorskip("ray")
+    _, data, model, _ = learned
+    worker_of = runpy.run_path(str(ROOT / "examples" / "ray_predict.py"))["Classify"]
+    worker = worker_of(TextClassifier(model, data.tokenizer), "text", "cpu")
+    found = worker(pa.table({"text": ["today we went happy and glad", "we went there", ""]}))
+    assert found["labels"].to_pylist() == [["joy"], [], None]
 
 
 def test_a_teacher_labels_texts_of_several_labels(learned, tmp_path):

@@ -118,7 +118,8 @@ def measurements(measured: Measured, names: Sequence[str], split: str) -> str:
     given, got, hits = measured.counts
     total = given + got
     f1 = {names[n]: 2 * hits[n] / total[n] for n in range(count) if total[n]}
-    sets = [f"{name.replace('_', ' ')} {value:.3f}" for name, value in measured.set_scores.items()]
+    scores = measured.set_scores.items()
+    sets = [f"{n.replace('_', ' ').replace('f1', 'F1')} {value:.3f}" for n, value in scores]
     always, confused = ("", "") if sets else _confusions(measured, names)
     left = [f"{layer}: {number}" for layer, number in enumerate(measured.exit_histogram, 1)]
     lines = [
