@@ -4,7 +4,7 @@
     python -m benchmarks.labels --encoder mpnet --data joined --splits 0 1
 
 `joined`: one to three texts of different corpora of VADER, joined by blanks in random order, 2,000
-for training and 600 each for validation and test, drawn from the corpus's texts of that split
+for training, 600 for validation and 2,000 for the test, drawn from the corpus's texts of that split
 alone. The seven labels are the corpora and the sentiments that occur. MiniLM of 6 layers, or
 MPNet-base of 12.
 
@@ -46,7 +46,7 @@ from dact.encoders.base import move
 
 RESULTS = Path(__file__).parent / "results" / "labels.json"
 BUDGETS = (1 / 4, 1 / 3, 5 / 12, 1 / 2)  # of the layers
-SIZES = {"train": 2000, "val": 600, "test": 600}
+SIZES = {"train": 2000, "val": 600, "test": 2000}
 WORDS = ("battery", "screen")
 DRAWS = 500
 

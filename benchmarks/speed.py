@@ -31,6 +31,7 @@ from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel
 from dact.functional import Halting
+from dact.tasks import MULTICLASS, Task
 from dact.submodels import start_at
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
@@ -219,9 +220,15 @@ class EvenExits(Halting):
     its cost."""
 
     def halts(
-        self, a: Tensor, p: Tensor, y: Tensor, remaining: int | Tensor, num_layers: int
+        self,
+        a: Tensor,
+        p: Tensor,
+        y: Tensor,
+        remaining: int | Tensor,
+        num_layers: int,
+        task: Task = MULTICLASS,
     ) -> Tensor:
-        super().halts(a, p, y, remaining, num_layers)
+        super().halts(a, p, y, remaining, num_layers, task)
         generator = torch.Generator().manual_seed(num_layers * len(a) + int(remaining))
         return (torch.rand(len(a), generator=generator) < 1 / (remaining + 1)).to(a.device)
 

@@ -165,10 +165,10 @@ class Setting:
     def taught(self, model: DACT) -> Tensor:
         """Let `model` start from the baseline's encoder and learn from a teacher; return the
         teacher's probabilities."""
-        weights = read_tensors(self.folder / "baseline" / TEACHER)[0]
+        weights = read_tensors(self.folder / "whole_encoder" / TEACHER)[0]
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
         model.distillation = DISTILLATION
-        return read_tensors(self.folder / "baseline" / ANSWERS)[0]["probabilities"]
+        return read_tensors(self.folder / "whole_encoder" / ANSWERS)[0]["probabilities"]
 
     def fit(
         self,
@@ -236,7 +236,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     setting = Setting.of(folder, seed)
     config, final = setting.config, setting.final
     models = {
-        "baseline": DACT.from_pretrained(folder / "baseline" / "model"),
+        "baseline": DACT.from_pretrained(folder / "whole_encoder" / "model"),
         "defaults": setting.defaults(),
         "tuned": DACT.from_pretrained(folder / "final" / "model"),
         "encoder": setting.peer(OneExit, math.ceil(metrics["validation"]["mean_exit_layer"])),

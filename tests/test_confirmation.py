@@ -58,7 +58,7 @@ def test_both_candidates_are_fitted_like_the_final_model_which_takes_over_the_wi
         with pytest.raises(KeyboardInterrupt):
             engine(tmp_path, promise=promise).run_pipeline("run")
     names = [str(folder.relative_to(run)) for folder in fitted]
-    assert names == ["confirmation/recommended/fit", "confirmation/tuned/fit"]
+    assert names == ["refit/recommended/fit", "refit/tuned/fit"]
 
     metrics, checkpoint = engine(tmp_path, promise=promise).run_pipeline("run")
     assert [str(folder.relative_to(run)) for folder in fitted[2:]] == ["final/defaults"]

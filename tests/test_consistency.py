@@ -136,5 +136,5 @@ def test_the_fits_after_the_studies_ask_for_it(tmp_path, dropout, asked, expecte
 
     engine(tmp_path, model=model, consistency=asked, n_trials=1).run_pipeline("run")
     assert DACT.from_pretrained(tmp_path / "run/final/model").consistency == expected
-    assert DACT.from_pretrained(tmp_path / "run/baseline/model").consistency == 0
+    assert DACT.from_pretrained(tmp_path / "run/whole_encoder/model").consistency == 0
     assert seen == {0.0, expected}, "trials take one pass"

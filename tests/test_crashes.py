@@ -246,7 +246,7 @@ def test_a_killed_final_fit_resumes_with_its_epoch(folder):
                 ("SIGINT", "submodels/trial_0002"),
                 ("SIGTERM", "training/trial_0001"),
                 ("SIGINT", "lambda_reg/trial_0001"),
-                ("SIGTERM", "confirmation/recommended/fit/checkpoints"),
+                ("SIGTERM", "refit/recommended/fit/checkpoints"),
             ],
         ),
         (2, [("SIGINT", "submodels/trial_0001"), ("SIGTERM", "training/trial_0001")]),

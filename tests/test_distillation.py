@@ -264,7 +264,7 @@ def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_pa
             return prepared
 
     prepared_by(made())
-    stored = tmp_path / "run" / "baseline" / "answers.safetensors"
+    stored = tmp_path / "run" / "whole_encoder" / "answers.safetensors"
     before = stored.stat().st_mtime_ns
     prepared = prepared_by(made())
     assert stored.stat().st_mtime_ns == before

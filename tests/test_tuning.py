@@ -190,7 +190,7 @@ def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(t
 
 def test_the_baseline_is_full_depth_fine_tuned_and_everything_starts_from_it(tuned):
     _, run, _ = tuned
-    baseline = DACT.from_pretrained(run / "baseline" / "model")
+    baseline = DACT.from_pretrained(run / "whole_encoder" / "model")
     assert baseline.halting == "never"
     data = small_data()
     data.setup("test")
@@ -279,10 +279,10 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
         for stage in STAGES
         for trial in study_of(run.parent, stage).trials
     }
-    fits = {"baseline", "final", "final/defaults"} | {
-        name for name in groups if name.startswith("confirmation/")
+    fits = {"whole_encoder", "final", "final/defaults"} | {
+        name for name in groups if name.startswith("refit/")
     }
-    assert "confirmation/recommended" in fits
+    assert "refit/recommended" in fits
     assert groups.keys() == trials.keys() | fits
     for name, trial in trials.items():
         complete = trial.state == optuna.trial.TrialState.COMPLETE
@@ -299,7 +299,7 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
             both = values["best/val_task_loss"], values["best/val_exit_layer"]
             assert both == pytest.approx(tuple(trial.values))
             baseline, outcome = (
-                read_tensors(run / "baseline" / "answers.safetensors")[0],
+                read_tensors(run / "whole_encoder" / "answers.safetensors")[0],
                 Outcome.unpacked(trial.user_attrs[OUTCOME]),
             )
             right = baseline["right"][: len(outcome.lost)]

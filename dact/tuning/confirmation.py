@@ -56,7 +56,7 @@ def confirm(prepared: Prepared, tuned: Settings, progress: Progress) -> dict[str
 
 def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress) -> Outcome:
     """Return early exit on the validation examples, where the promise lets them leave."""
-    folder, recipe = prepared.run.folder / "confirmation" / name, prepared.recipe
+    folder, recipe = prepared.run.folder / "refit" / name, prepared.recipe
     fit = CheckpointedFit(prepared, folder / "fit", settings)
     fit(f"{name} settings under a new seed", progress)
     model, data = fit.model(), recipe.data_for("fit")

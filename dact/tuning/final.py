@@ -58,7 +58,7 @@ def final_fit(
     """
     run, final = prepared.run, prepared.run.final
     fit = CheckpointedFit(prepared, final, chosen)
-    confirmed = run.folder / "confirmation" / verdict.split()[0] / "fit"
+    confirmed = run.folder / "refit" / verdict.split()[0] / "fit"
     if confirmed.is_dir():
         shutil.rmtree(final, ignore_errors=True)
         os.replace(confirmed, final)
@@ -68,7 +68,7 @@ def final_fit(
     # Not the winner's batch size, so that times are comparable.
     data = prepared.recipe.data_for("fit", "test", batch_size=MEASURED_BATCH)
     write_json(final / "metrics.json", _measure(fit, data, verdict, progress))
-    for lost in (run.folder / "confirmation").glob("*/fit/checkpoints"):
+    for lost in (run.folder / "refit").glob("*/fit/checkpoints"):
         shutil.rmtree(lost)
     return {"metrics": str(final / "metrics.json"), "checkpoint": str(fit.checkpoint)}
 
@@ -94,7 +94,7 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
         "calibration_fraction": recipe.calibration_fraction,
     }
     if prepared.teacher is not None and given.get("teacher") is None:
-        chosen["teacher"] = str(prepared.run.folder / "baseline" / "model")
+        chosen["teacher"] = str(prepared.run.folder / "whole_encoder" / "model")
     known = accepted_by(type(recipe.make_data()))
     given |= {name: one for name, one in chosen.items() if one is not None and name in known}
     if prepared.teacher is not None and not given.get("teacher"):

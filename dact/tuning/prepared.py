@@ -55,7 +55,7 @@ class Prepared:
 
     @property
     def baseline(self) -> Path:
-        return self.run.folder / "baseline"
+        return self.run.folder / "whole_encoder"
 
     @property
     def is_frozen(self) -> bool:
@@ -153,7 +153,7 @@ def prepare(
     `data` must be set up for a fit, and must not be used afterwards.
     """
     named, data.teacher = getattr(data, "teacher", None), None  # it runs once, below
-    run.step("baseline", fit_baseline, recipe, run.folder / "baseline", data, progress)
+    run.step("baseline", fit_baseline, recipe, run.folder / "whole_encoder", data, progress)
     share = recipe.distillation
     if share is None:
         share = model.distillation or DISTILLATION
@@ -178,7 +178,7 @@ def prepare(
 def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | None:
     """Give data the answers of the teacher that it names, or of the whole encoder, and return
     their file; None if it cannot carry them."""
-    path = run.folder / "baseline" / ANSWERS
+    path = run.folder / "whole_encoder" / ANSWERS
     if named is not None:
         path = run.folder / "teacher" / "probabilities.safetensors"
         if not path.is_file():

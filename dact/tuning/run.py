@@ -106,7 +106,7 @@ class Run:
 
     def drop_after(self, name: str) -> None:
         """Forget the results of the steps after `name`, which are then done again."""
-        for folder in ("confirmation", "final"):
+        for folder in ("refit", "final"):
             self.set_aside(folder)
         content = self._read()
         for later in STEPS[STEPS.index(name) + 1 :]:
