@@ -31,8 +31,8 @@ from dact.data import VaderSentiment
 from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel
 from dact.functional import Halting
-from dact.tasks import MULTICLASS, Task
 from dact.submodels import start_at
+from dact.tasks import MULTICLASS, Task
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 SHAPES = {
