@@ -7,7 +7,14 @@ import torch
 from lightning.pytorch import Trainer
 
 from dact import DACT, SubmodelConfig, functional
-from dact.confidence import OFFSET, SLOPES, AnswerConfidence, best_temperature, fit_confidence
+from dact.confidence import (
+    ENTROPY,
+    LEAD,
+    OFFSET,
+    AnswerConfidence,
+    best_temperature,
+    fit_confidence,
+)
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from tests.conftest import random_batch, tiny_model
@@ -24,11 +31,11 @@ def answers(examples=400, layers=5, classes=3, sure=2.0):
     return logits.log_softmax(dim=-1), functional.soft_targets(target, classes)
 
 
-def test_it_reads_three_numbers_of_the_answer_and_the_depth():
+def test_it_reads_two_numbers_of_the_answer_and_the_depth():
     confidence = AnswerConfidence(SubmodelConfig(), num_layers=4).eval()
     y = torch.tensor([[0.7, 0.2, 0.1]])
     entropy = -sum(v * math.log(v) for v in y[0].tolist()) / math.log(3)
-    line = OFFSET + SLOPES[0] * 0.7 + SLOPES[1] * 0.5 + SLOPES[2] * entropy
+    line = OFFSET + LEAD * 0.5 + ENTROPY * entropy
     assert confidence.answer(2, y).item() == pytest.approx(line, abs=1e-5)  # it starts as the line
     torch.nn.init.normal_(confidence.last.weight)
     every = confidence(y.repeat(4, 1).unsqueeze(0)).flatten()

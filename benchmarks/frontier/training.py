@@ -60,7 +60,7 @@ class Workshop:
 
     def answers(self, method: Method, seed: int) -> dict[str, Tensor]:
         """Return what the layers say: ``val_y`` and ``test_y`` ``[texts, layers, classes]``,
-        ``…_h`` and ``…_target``."""
+        ``…_h`` and ``…_target``; ``apart_…`` is of the texts that teach the confidence."""
         return read_tensors(self.home(method, seed) / "answers.safetensors")[0]
 
     def is_done(self, method: Method, seed: int) -> bool:
@@ -90,7 +90,10 @@ class Workshop:
             model.save_pretrained(home / "model")
             data.tokenizer.save_pretrained(home / "model")
         said: dict[str, Tensor] = {}
-        for split, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
+        if is_apart:
+            loaders["apart"] = data.confidence_dataloader()
+        for split, loader in loaders.items():
             y, h, target, row = self._ask(model, loader)
             order = row.argsort()
             said |= {f"{split}_y": y[order], f"{split}_h": h[order]}
