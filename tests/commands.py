@@ -11,6 +11,7 @@ FIT = ROOT / "configs" / "fit.yaml"
 QUICKSTART = ROOT / "configs" / "quickstart.yaml"
 GENERATED = ROOT / "configs" / "reviews.yaml"
 LABELS = ROOT / "configs" / "labels.yaml"
+MPNET = ROOT / "configs" / "mpnet.yaml"
 VADER = ROOT / "configs" / "vader.yaml"
 SMALL = ["--trainer.max_epochs=2", "--trainer.accelerator=cpu", "--data.num_train=600"]
 SMALL += ["--data.num_val=120", "--data.num_test=90"]

