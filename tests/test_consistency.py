@@ -74,7 +74,7 @@ def test_dropout_changes_the_answers_of_a_model_less_that_has_learned_to_agree()
         torch.manual_seed(0)
         model = noisy_model(consistency=weight).train()
         optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-        for _ in range(100):
+        for _ in range(300):
             optimizer.zero_grad()
             model.loss(batch).loss.backward()
             optimizer.step()

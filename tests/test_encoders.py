@@ -170,13 +170,10 @@ def test_fewer_layers_are_the_first_ones(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["bert", "distilbert", "deberta-v2", "modernbert"])
-def test_a_fine_tuned_classifier_serves_and_its_head_is_left_aside(name, tmp_path, caplog):
+def test_a_fine_tuned_classifier_serves_and_its_head_is_left_aside(name, tmp_path):
     model = AutoModelForSequenceClassification.from_config(config_of(name))
     model.save_pretrained(tmp_path)
-    with caplog.at_level("INFO", logger="dact"):
-        encoder = HuggingFaceEncoder(str(tmp_path)).eval()
-    assert "ignored weights outside the encoder" in caplog.text
-    assert "classifier" in caplog.text
+    encoder = HuggingFaceEncoder(str(tmp_path)).eval()
     base = HuggingFaceEncoder.from_model(model).eval()
     with torch.no_grad():
         torch.testing.assert_close(encoder(BATCH), base(BATCH), rtol=0, atol=0)

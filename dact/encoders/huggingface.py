@@ -6,7 +6,6 @@ transformers 5."""
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,7 +31,6 @@ from dact.checks import check_choice, check_count
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
 
-log = logging.getLogger(__name__)
 # Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or
 # modules next to it. An attribute map would give them other names.
 RUNS_CODE = {
@@ -156,8 +154,7 @@ class HuggingFaceEncoder(LayeredEncoder):
     """A pretrained encoder of the transformers library.
 
     Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights
-    are loaded in float32 whatever their type in the checkpoint. A head for another task is ignored,
-    which is logged.
+    are loaded in float32 whatever their type in the checkpoint, without the head of another task.
 
     Args:
         pretrained: Hub id, local folder, or ``"package:NAME/PATH"`` (a folder inside an installed
@@ -372,10 +369,6 @@ def _load_weights(
             f"pretrained={pretrained!r} lacks {len(missing)} weights of {type(model).__name__}, "
             f"such as {missing[0]!r}"
         )
-    others = {key.split(".")[0] for key in report["unexpected_keys"]}
-    heads = sorted(others - {"encoder", "layers", "transformer"})
-    if heads:
-        log.info("%s: ignored weights outside the encoder: %s", pretrained, ", ".join(heads))
     return model
 
 
