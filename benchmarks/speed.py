@@ -32,7 +32,6 @@ from dact.encoders import HuggingFaceEncoder
 from dact.encoders.huggingface import AutoModel
 from dact.functional import Halting
 from dact.submodels import start_at
-from dact.tasks import MULTICLASS, Task
 
 RESULTS = Path(__file__).parent / "results" / "speed.json"
 SHAPES = {
@@ -220,15 +219,9 @@ class EvenExits(Halting):
     its cost."""
 
     def halts(
-        self,
-        a: Tensor,
-        p: Tensor,
-        y: Tensor,
-        remaining: int | Tensor,
-        num_layers: int,
-        task: Task = MULTICLASS,
+        self, a: Tensor, p: Tensor, y: Tensor, remaining: Any, num_layers: int, *task: Any
     ) -> Tensor:
-        super().halts(a, p, y, remaining, num_layers, task)
+        super().halts(a, p, y, remaining, num_layers, *task)
         generator = torch.Generator().manual_seed(num_layers * len(a) + int(remaining))
         return (torch.rand(len(a), generator=generator) < 1 / (remaining + 1)).to(a.device)
 

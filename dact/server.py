@@ -3,6 +3,7 @@
 # Annotations are evaluated here, since LitServe reads the types of requests and responses from
 # them.
 
+import logging
 import os
 import signal
 from pathlib import Path
@@ -147,6 +148,10 @@ def serve(
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)
+        # LitServe's monitor may read what its shutdown has just closed, and logs that in 20 lines.
+        logging.getLogger("litserve.server").addFilter(
+            lambda record: record.msg != "Monitoring worker crashed"
+        )
         # LitServe shuts down in order. Its HTTP process inherits this handler and just ends.
         raise KeyboardInterrupt if os.getpid() == main else SystemExit(0)
 
@@ -163,8 +168,7 @@ def serve(
             log_level="warning",
         )
     except KeyboardInterrupt:
-        # It came before the server was ready.
-        pass
+        pass  # it came before the server was ready
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -178,10 +182,7 @@ def _info(classifier: TextClassifier) -> dict[str, Any]:
         "classes": list(classifier.class_names),
         "layers": model.num_layers,
         "halting": model.halting,
-        "dial": {
-            "halting_tolerance": model.halting_tolerance,
-            "halting_margin": model.halting_margin,
-        },
+        "dial": {name: getattr(model, name) for name in ("halting_tolerance", "halting_margin")},
         "promise": model.calibration,
         "runs on": "ONNX Runtime" if exported else "PyTorch",
     }

@@ -172,7 +172,7 @@ def test_the_configuration_of_a_fit_learns(tmp_path):
     run = tmp_path / "lightning_logs" / "version_0"
     events = EventAccumulator(str(run)).Reload()
     assert events.Scalars("val_accuracy")[-1].value > 0.88
-    assert 1.5 < events.Scalars("val_exit_layer")[-1].value < 4.5
+    assert 1.5 < events.Scalars("val_exit_layer")[-1].value < 4
     assert "Try a" not in done.stdout + done.stderr
 
 
