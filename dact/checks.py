@@ -12,8 +12,6 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 
 from torch import Tensor
 
-MOST_LAYERS = 1000  # a file that asks for more is refused before they are built
-
 
 @dataclass(frozen=True, repr=False)
 class Range:

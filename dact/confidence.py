@@ -81,19 +81,16 @@ class AnswerConfidence(Submodels):
         return line + flat.unflatten(0, seen.shape[:-1])
 
 
-def best_temperature(losses: Callable[[float], Tensor], prior: float = 0.0) -> float:
+def best_temperature(losses: Callable[[float], Tensor]) -> float:
     """Return the temperature in [1/8, 8] of the largest likelihood of labels (Guo et al. 2017,
-    arXiv 1706.04599).
+    arXiv 1706.04599), where a temperature of 1 counts as ten further examples.
 
-    Args:
-        losses: Function from a temperature to the losses of examples, ``[examples]``.
-        prior: Weight of a temperature of 1, as a number of further examples, 0 or more.
+    `losses` gives the losses of the examples, ``[examples]``, at a temperature.
     """
     from scipy.optimize import minimize_scalar
 
     def loss(exponent: float) -> float:
-        found = losses(math.exp(exponent))
-        return found.mean().item() + prior / len(found) * exponent**2
+        return losses(math.exp(exponent)).sum().item() + PRIOR_EXAMPLES * exponent**2
 
     most = math.log(LARGEST_TEMPERATURE)
     return math.exp(minimize_scalar(loss, bounds=(-most, most), method="bounded").x)

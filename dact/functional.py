@@ -73,9 +73,7 @@ class Halting:
     def with_dial(self, name: str, value: float) -> Halting:
         """Return this rule with another value of one dial, ``"halting_tolerance"`` or
         ``"halting_margin"``."""
-        if name == "halting_tolerance":
-            return replace(self, tolerance=value)
-        return replace(self, margin=value)
+        return replace(self, **{name.removeprefix("halting_"): value})  # type: ignore[arg-type]
 
     def halts(
         self,

@@ -36,13 +36,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, **options: An
     if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         return Path(name).expanduser()
     try:
-        folder = snapshot_download(
-            name,
-            revision=revision,
-            **options,
-            allow_patterns=NEEDED,
-            library_name="dact",
-        )
+        folder = snapshot_download(name, revision=revision, **options, allow_patterns=NEEDED)
     except OSError as error:
         raise FileNotFoundError(
             f"there is no folder {name}, and the Hub gives no such model: {error}"
@@ -81,7 +75,6 @@ def publish(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
-            commit_message="Publish a model of dact",
             ignore_patterns=kept,
         )
     return str(commit.commit_url)

@@ -22,7 +22,6 @@ from dact.checks import Range, check_arguments, check_count
 from dact.confidence import (
     MOST_EXAMPLES,
     PRICE,
-    PRIOR_EXAMPLES,
     AnswerConfidence,
     best_temperature,
     fit_confidence,
@@ -431,7 +430,7 @@ class DACT(LightningModule):
             def losses(temperature: float, logits: Tensor = of_layer) -> Tensor:
                 return -(target * task.log_likelihoods(logits / temperature)).sum(dim=-1)
 
-            self.exit_temperatures[layer] = best_temperature(losses, PRIOR_EXAMPLES)
+            self.exit_temperatures[layer] = best_temperature(losses)
         y = task.answers(logits / self.exit_temperatures[:, None])
         assert isinstance(self.confidence, AnswerConfidence)
         fit_confidence(self.confidence, y, target, self.lambda_reg, self.ponder, weights)

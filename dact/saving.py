@@ -77,8 +77,6 @@ def load(
     """Build a model of class `cls`, and load its weights, which are cast to its precision."""
     # Earlier models have a confidence that reads states.
     config, weights = {"confidence_reads": "state", **config}, stacked(weights)
-    if isinstance(config.get("encoder"), Mapping) and "encoder" not in overrides:
-        _check_size(config, weights)
     # Random weights are made first, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = cls.from_config(config, **overrides)
@@ -101,20 +99,6 @@ def check_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
             f"the weights do not fit this model ({len(faults)} differences, such as {faults[0]}): "
             "build it with the encoder, submodels and output_dimension of its training"
         )
-
-
-def _check_size(config: Mapping[str, Any], weights: Mapping[str, Tensor]) -> None:
-    """Raise a ``ValueError`` for a model of more weights than these, before they take memory."""
-    given = sum(weight.numel() for weight in weights.values())
-    asked: int = config["encoder"].get("num_layers") or 0
-    if asked <= given:
-        with torch.device("meta"):
-            encoder = encoders.from_config(config["encoder"])
-            kinds = SubmodelConfig(**config["classifier"]), SubmodelConfig(**config["confidence"])
-            parts = [encoder, *(kind.build(1, 1) for kind in kinds)]
-        asked = sum(weight.numel() for part in parts for weight in part.parameters())
-    if asked > given:
-        raise ValueError(f"the configuration does not fit its {given:,} weights: it has {asked:,}")
 
 
 # ------------------------------------------------------------------ checkpoints

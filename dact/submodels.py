@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dact.checks import MOST_LAYERS, Range, check_arguments
+from dact.checks import Range, check_arguments
 
 Normalization = Literal["none", "batch", "layer"]
 Activation = Literal["relu", "leaky_relu", "gelu", "tanh"]
@@ -48,7 +48,7 @@ class SubmodelConfig:
         [64, 32, 16]
     """
 
-    num_layers: Annotated[int, Range(f"[0, {MOST_LAYERS}]")] = 1
+    num_layers: Annotated[int, Range("[0, inf)")] = 1
     hidden_units: Annotated[int, Range("[1, inf)")] = 64
     dropout: Annotated[float, Range("[0, 1)")] = 0.1
     normalization: Normalization = "none"

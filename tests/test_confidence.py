@@ -65,7 +65,7 @@ def test_temperatures_find_how_much_too_sure_each_layer_is():
 
     def best(logits):
         loss = torch.nn.functional.cross_entropy
-        return best_temperature(lambda t: loss(logits / t, labels, reduction="none"), prior=10)
+        return best_temperature(lambda t: loss(logits / t, labels, reduction="none"))
 
     factors = [0.5, 1.0, 2.0, 1.0, 4.0]
     rescaled = log_y * torch.tensor(factors)[:, None]

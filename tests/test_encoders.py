@@ -290,12 +290,6 @@ def test_missing_weights_and_too_many_layers_are_refused(tmp_path):
         HuggingFaceEncoder(str(tmp_path))
 
 
-def test_albert_with_groups_cannot_be_cut(tmp_path):
-    AutoModel.from_config(config_of("albert-groups")).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="shares its layers in groups"):
-        HuggingFaceEncoder(str(tmp_path), num_layers=2)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -303,7 +297,6 @@ def test_albert_with_groups_cannot_be_cut(tmp_path):
         ({"num_heads": 3}, "num_heads must be even.*3 heads"),
         ({"hidden_size": 10}, "divide hidden_size.*4 heads for 10"),
         ({"pooling": "max"}, "got 'max'"),
-        ({"slopes": (1.0, 2.0)}, "the steepest and the flattest"),
     ],
 )
 def test_a_wrong_built_in_encoder_is_refused(arguments, message):

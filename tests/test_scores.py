@@ -54,20 +54,12 @@ def test_temperatures_are_found_and_make_scores_mean_what_they_say():
     assert torch.equal(better.argmax(1), given.argmax(1))
 
 
-def test_a_temperature_that_does_not_help_is_1():
-    answers = answers_of([1.0, 1.0], examples=300)
-    kept = [
-        fit_temperatures(answers_of([1.0, 1.0], 300, seed), torch.ones(300, dtype=torch.long))
-        for seed in range(20)
-    ]
-    assert sum(temperatures[0] == 1 for temperatures in kept) >= 14, (
-        "a gain within its error does not count"
-    )
-    assert all(temperatures[1] == 1 for temperatures in kept), "no example leaves there"
-    few = torch.full((300,), 2)
-    few[:9] = 1
-    assert fit_temperatures(answers_of([5.0, 1.0], 300), few)[0] == 1, "nine examples say little"
-    assert fit_temperatures(answers, few)[1] == pytest.approx(1, rel=0.3)
+def test_few_examples_move_a_temperature_little():
+    rare = torch.full((300,), 2)
+    rare[:9] = 1
+    few, many, none = fit_temperatures(answers_of([5.0, 5.0, 1.0], 300), rare)
+    assert 1 < few < 2 < many, "nine examples say little"
+    assert none == pytest.approx(1, abs=1e-4), "no example leaves there"
 
 
 def test_temperatures_bear_probabilities_of_0_and_1():

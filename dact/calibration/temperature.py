@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import torch
 from torch import Tensor
 from torchmetrics.functional.classification import binary_calibration_error
 
 from dact import functional
-from dact.calibration.answers import LayerAnswers, check_finite, mean_and_error
+from dact.calibration.answers import LayerAnswers, check_finite
 from dact.confidence import best_temperature
 from dact.tasks import MULTICLASS, Task
-
-FOLDS = 5
 
 
 def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) -> float:
@@ -56,8 +53,6 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     """Return one temperature per exit layer, in [1/8, 8], fitted by the negative log-likelihood of
     early exit (Guo et al. 2017, arXiv 1706.04599).
 
-    It is 1 unless the mean gain in five-fold cross-validation exceeds its standard error.
-
     Args:
         answers: Answers to labelled examples that were not used for training.
         exits: Exit layers of the examples, int64 ``[examples]``, 1-based.
@@ -65,20 +60,7 @@ def fit_temperatures(answers: LayerAnswers, exits: Tensor) -> list[float]:
     task, given = answers.task, functional.answer_at(answers.a, exits).double()
     target = task.targets(answers.target, given.shape[1])
     layers = (exits == layer for layer in range(1, answers.num_layers + 1))
-    return [_fit_temperature(given[here], target[here], task) for here in layers]
-
-
-def _fit_temperature(a: Tensor, target: Tensor, task: Task) -> float:
-    if len(target) < 2 * FOLDS:
-        return 1.0
-    fold = torch.arange(len(target)) % FOLDS
-    gains = []
-    for held_out in range(FOLDS):
-        chosen = partial(_losses, a[fold != held_out], target[fold != held_out], task)
-        tried = a[fold == held_out], target[fold == held_out], task
-        gains.append(_losses(*tried, 1.0) - _losses(*tried, best_temperature(chosen)))
-    gain, error = mean_and_error(torch.cat(gains))
-    return best_temperature(partial(_losses, a, target, task)) if gain > error else 1.0
+    return [best_temperature(partial(_losses, given[m], target[m], task)) for m in layers]
 
 
 def _losses(a: Tensor, target: Tensor, task: Task, temperature: float) -> Tensor:

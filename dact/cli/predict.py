@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from dact.text_classifier import Prediction, TextClassifier
 
 ENDINGS = (".csv", ".jsonl", ".parquet")
 SEPARATOR = "|"  # between the labels of a text
-WINDOW = 4_000_000  # characters that are tokenized together, about
 
 
 def check_output(output: str, file: str | None) -> None:
@@ -57,7 +56,7 @@ def write_predictions(
             mode, encoding = ("wb", None) if is_binary else ("w", "utf-8")
             sink = stack.enter_context(partial.open(mode, encoding=encoding))
         write = _writer(stack, sink, path.suffix)
-        for window in _windows(rows, classifier.batch_size):
+        while window := list(islice(rows, classifier.batch_size)):
             frame = pd.DataFrame(window, columns=list(columns), dtype=object)
             answers = _answers(classifier, frame[texts].values.tolist())
             copied = frame[kept].map(_printable)
@@ -67,20 +66,6 @@ def write_predictions(
     place = "standard output" if output == "-" else output
     reasons = f", {unusable} of them without a label, with the reason" if unusable else ""
     print(f"{total} rows are in {place}{reasons}", file=sys.stderr)
-
-
-def _windows(rows: Iterator[list[Any]], most: int) -> Iterator[list[list[Any]]]:
-    """Yield the rows in windows, of at most so many rows."""
-    window: list[list[Any]] = []
-    characters = 0
-    for row in rows:
-        window.append(row)
-        characters += sum(len(value) for value in row if isinstance(value, str))
-        if len(window) == most or characters > WINDOW:
-            yield window
-            window, characters = [], 0
-    if window:
-        yield window
 
 
 def _has_column(file: str, name: str, delimiter: str | None) -> bool:

@@ -234,9 +234,6 @@ class TextClassificationData(TextDataModule):
         file = str(self.files[split])
         values = {number: row[width:] for number, row in rows.items()}
         texts = Examples(*([row[place] for row in rows.values()] for place in range(width)))
-        if all(text.strip().replace(".", "", 1).isdigit() for text in texts.texts):
-            column = next(iter(self._text_columns))
-            raise ValueError(f"{file}: the column {column!r} has numbers, no text: set text_column")
         if isinstance(next(iter(values.values()))[0], list):
             self.task = "multilabel"
         if self.task == "multilabel":

@@ -394,11 +394,6 @@ def _keep_layers(config: PreTrainedConfig, num_layers: int | None, pretrained: s
         return
     hint = f"these are the layers of {pretrained!r}"
     check_count("num_layers", num_layers, most=available, hint=hint)
-    if getattr(config, "num_hidden_groups", 1) > 1 and num_layers < available:
-        raise ValueError(
-            f"{pretrained!r} shares its layers in groups, which depend on num_layers: keep all "
-            f"{available}"
-        )
     config.num_hidden_layers = num_layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:num_layers]

@@ -67,11 +67,6 @@ class TransformerEncoder(LayeredEncoder):
                 "TransformerEncoder: num_heads must be even and divide hidden_size, got "
                 f"{num_heads} heads for {hidden_size}"
             )
-        if not slopes[0] >= slopes[1] > 0:
-            raise ValueError(
-                "TransformerEncoder: slopes must be the steepest and the flattest, both above 0, "
-                f"got {slopes}"
-            )
         self.num_layers = num_layers
         self.hidden_size = hidden_size
         self.vocab_size = vocab_size
