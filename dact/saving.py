@@ -77,6 +77,10 @@ def load(
     """Build a model of class `cls`, and load its weights, which are cast to its precision."""
     # Earlier models have a confidence that reads states.
     config, weights = {"confidence_reads": "state", **config}, stacked(weights)
+    parts = [config.get(name) for name in ("encoder", "classifier", "confidence")]
+    asked = [part.get("num_layers", 0) for part in parts if isinstance(part, Mapping)]
+    if max(asked, default=0) > len(weights):  # before they are built, which takes minutes
+        raise ValueError(f"the configuration has more layers than fit its {len(weights)} weights")
     # Random weights are made first, which must not move the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = cls.from_config(config, **overrides)

@@ -872,6 +872,22 @@ def test_a_checkpoint_of_another_shape_or_class_count_is_one_clear_error(tmp_pat
             )
 
 
+@pytest.mark.parametrize(
+    ("section", "changed"),
+    [
+        ("encoder", {"num_layers": 10**9}),
+        ("classifier", {"num_layers": 300, "hidden_units": 4096}),
+    ],
+)
+def test_a_description_of_an_absurd_model_is_refused_at_once(tmp_path, section, changed):
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config[section] |= changed
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="more layers than fit its .* weights"):
+        DACT.from_pretrained(tmp_path)
+
+
 def test_shared_batch_normalization_trains_with_the_statistics_that_it_has_in_eval_mode():
     torch.manual_seed(0)
     config = SubmodelConfig(normalization="batch", dropout=0.0)

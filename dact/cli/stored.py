@@ -265,9 +265,6 @@ def export(model: Path, output: str, quantize: Literal["int8"] | None = None) ->
         print(f"It was not renewed: {error}")
 
 
-# ---------------------------------------------------------------------- the command line
-
-
 def run(command: str, words: list[str]) -> None:
     """Run a command over a stored model."""
     quiet()
