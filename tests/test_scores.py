@@ -22,29 +22,20 @@ def answers_of(scale, examples=4000, seed=0):
 
 
 def test_the_calibration_error_is_that_of_its_definition():
-    generator = torch.Generator().manual_seed(0)
-    scores, correct = (
-        torch.rand(500, generator=generator),
-        torch.rand(500, generator=generator) < 0.7,
-    )
-    expected = 0.0
+    scores, correct, expected = torch.rand(500), torch.rand(500) < 0.7, 0.0
     for bin in range(10):
         inside = (scores > bin / 10) & (scores <= (bin + 1) / 10)
-        if inside.any():
-            gap = correct[inside].float().mean() - scores[inside].mean()
-            expected += inside.float().mean().item() * abs(gap.item())
+        gap = correct[inside].float().mean() - scores[inside].mean()
+        expected += inside.float().mean().item() * abs(gap.item())
     assert expected_calibration_error(scores, correct, bins=10) == pytest.approx(expected, abs=1e-5)
     assert expected_calibration_error(torch.ones(10), torch.ones(10, dtype=torch.bool)) == 0
 
 
 def test_temperatures_are_found_and_make_scores_mean_what_they_say():
-    answers = answers_of([3.0, 1.0, 0.5])
-    exits = torch.arange(4000) % 3 + 1
-    temperatures = fit_temperatures(answers, exits)
-    assert temperatures[0] == pytest.approx(3.0, rel=0.15)
-    assert temperatures[1] == pytest.approx(1.0, rel=0.15)
-    assert temperatures[2] == pytest.approx(0.5, rel=0.15)
-    fresh = answers_of([3.0, 1.0, 0.5], seed=1)
+    exits, scale = torch.arange(4000) % 3 + 1, [3.0, 1.0, 0.5]
+    temperatures = fit_temperatures(answers_of(scale), exits)
+    assert temperatures == pytest.approx(scale, rel=0.15)
+    fresh = answers_of(scale, seed=1)
     given = functional.answer_at(fresh.a, exits)
     better = temper(given, exits, temperatures)
     correct = given.argmax(1) == fresh.target
@@ -55,19 +46,14 @@ def test_temperatures_are_found_and_make_scores_mean_what_they_say():
 
 
 def test_a_temperature_that_does_not_help_is_1():
-    answers = answers_of([1.0, 1.0], examples=300)
-    kept = [
-        fit_temperatures(answers_of([1.0, 1.0], 300, seed), torch.ones(300, dtype=torch.long))
-        for seed in range(20)
-    ]
-    assert sum(temperatures[0] == 1 for temperatures in kept) >= 14, (
-        "a gain within its error does not count"
-    )
+    first = torch.ones(300, dtype=torch.long)
+    kept = [fit_temperatures(answers_of([1.0, 1.0], 300, seed), first) for seed in range(20)]
+    helped = sum(temperatures[0] != 1 for temperatures in kept)
+    assert helped <= 6, "a gain within its error does not count"
     assert all(temperatures[1] == 1 for temperatures in kept), "no example leaves there"
     few = torch.full((300,), 2)
     few[:9] = 1
     assert fit_temperatures(answers_of([5.0, 1.0], 300), few)[0] == 1, "nine examples say little"
-    assert fit_temperatures(answers, few)[1] == pytest.approx(1, rel=0.3)
 
 
 def test_temperatures_bear_probabilities_of_0_and_1():
@@ -83,27 +69,19 @@ def test_a_model_with_temperatures_gets_new_ones_with_its_margin():
     assert model.temperatures is None
     model.temperatures = [7.0] * 4
     calibrate(model, [batch], min_agreement=0.8)
-    assert len(model.temperatures) == 4
-    assert model.temperatures != [7.0] * 4
+    assert len(model.temperatures) == 4 and model.temperatures != [7.0] * 4
 
 
 def test_temperatures_are_stored_with_the_model(tmp_path):
-    model, batch = tiny_model(), random_batch()
-    model.temperatures = [2.0, 0.5, 1.0, 3.0]
+    model, batch, found = tiny_model(), random_batch(), [2.0, 0.5, 1.0, 3.0]
+    model.temperatures = found
     model.save_pretrained(tmp_path / "model")
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
-    loaded = (
-        DACT.from_pretrained(tmp_path / "model"),
-        DACT.load_from_checkpoint(tmp_path / "x.ckpt").eval(),
-    )
-    for other in loaded:
-        assert other.temperatures == [2.0, 0.5, 1.0, 3.0]
+    loaded = DACT.from_pretrained(tmp_path / "model")
+    for other in (loaded, DACT.load_from_checkpoint(tmp_path / "x.ckpt").eval()):
+        assert other.temperatures == found
         assert torch.equal(other.early_exit(batch).exit_layer, model.early_exit(batch).exit_layer)
-    assert DACT.from_pretrained(tmp_path / "model", halting_margin=0.5).temperatures == [
-        2.0,
-        0.5,
-        1.0,
-        3.0,
-    ]
+    turned = DACT.from_pretrained(tmp_path / "model", halting_margin=0.5)
+    assert turned.temperatures == found
