@@ -7,14 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from dact import DACT, SubmodelConfig, functional
-from dact.confidence import (
-    ENTROPY,
-    LEAD,
-    OFFSET,
-    AnswerConfidence,
-    best_temperature,
-    fit_confidence,
-)
+from dact import confidence as confidences
+from dact.confidence import AnswerConfidence, best_temperature, fit_confidence
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from tests.conftest import random_batch, tiny_model
@@ -35,7 +29,7 @@ def test_it_reads_two_numbers_of_the_answer_and_the_depth():
     confidence = AnswerConfidence(SubmodelConfig(), num_layers=4).eval()
     y = torch.tensor([[0.7, 0.2, 0.1]])
     entropy = -sum(v * math.log(v) for v in y[0].tolist()) / math.log(3)
-    line = OFFSET + LEAD * 0.5 + ENTROPY * entropy
+    line = confidences.OFFSET + confidences.LEAD * 0.5 + confidences.ENTROPY * entropy
     assert confidence.answer(2, y).item() == pytest.approx(line, abs=1e-5)  # it starts as the line
     torch.nn.init.normal_(confidence.last.weight)
     every = confidence(y.repeat(4, 1).unsqueeze(0)).flatten()
@@ -46,7 +40,6 @@ def test_it_reads_two_numbers_of_the_answer_and_the_depth():
 
 @torch.no_grad()
 def test_early_exit_answers_as_forward_does(tmp_path):
-    torch.manual_seed(1)
     model, batch = tiny_model(layers=6, confidence_reads="answer"), random_batch(40)
     model.classifier[-1].weight.mul_(10)
     model.exit_temperatures.copy_(torch.linspace(0.5, 1.5, 6))

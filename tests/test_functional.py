@@ -206,9 +206,3 @@ def test_answers_are_probabilities_and_p_never_increases(outputs):
     torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:2]), atol=1e-5, rtol=0)
     assert (p[:, 1:] <= p[:, :-1]).all()
     assert ((p >= 0) & (p <= 1)).all()
-
-
-def test_halting_is_decided_for_each_example():
-    a = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.6, 0.4]])
-    halts = functional.can_halt(a, torch.tensor([0.01, 0.01, 0.5]), torch.tensor([2, 2, 0]))
-    assert halts.tolist() == [True, False, True]

@@ -13,7 +13,6 @@ import torch
 
 from dact import DACT, TextClassifier, calibrate, functional
 from dact.calibration import LayerAnswers, layer_answers
-from dact.calibration.temperature import fit_temperatures, temper
 from dact.calibration.thresholds import best_thresholds
 from dact.data import TextClassificationData
 from dact.data.tokenizers import word_tokenizer
@@ -101,15 +100,17 @@ def test_every_form_of_a_file_has_the_same_labels(tmp_path, form):
 @pytest.mark.parametrize(
     ("text", "options", "said"),
     [
-        ("text,label\na b,x|y\nb c,z\n", {"class_names": ["x", "y"]}, "row 3 .*outside.*'z'"),
+        (
+            "text,label\na b,x|y\nb c,z\n",
+            {"class_names": ["x", "y"], "label_separator": "|"},
+            "row 3 .*outside.*'z'",
+        ),
         ("text,x,y\na b,0,1\nb c,2,0\n", {"label_columns": ["x", "y"]}, "'2' instead of 0 or 1"),
         ("text,x,y\na b,0,1\n", {"label_columns": ["x", "z"]}, "no column 'z'.*label_columns"),
     ],
 )
 def test_labels_that_are_none_are_an_error_with_their_row(tmp_path, text, options, said):
     (tmp_path / "bad.csv").write_text(text)
-    if "label_columns" not in options:
-        options = {**options, "label_separator": "|"}
     data = TextClassificationData(str(tmp_path / "bad.csv"), tokenizer=tokenizer(), **options)
     with pytest.raises(ValueError, match=said):
         data.setup("fit")
@@ -144,14 +145,11 @@ def fit(model, data, **options):
 
 def test_early_exit_returns_the_set_of_all_layers():
     model = tiny_model(layers=5, task="multilabel", thresholds=[0.3, 0.5, 0.8])
-    batch = random_batch(300)
-    early, full = model.early_exit(batch), model.full_depth(batch)
+    early, full = model.early_exit(random_batch(300)), model.full_depth(random_batch(300))
     assert early.exit_layer.unique().numel() > 1
     assert torch.equal(early.exit_layer, full.exit_layer)
     decisions = (model.task.decide(one.probabilities) for one in (early, full))
     assert model.task.same(*decisions).all()
-    model.halting_margin = 0.2
-    assert model.early_exit(batch).exit_layer.sum() < early.exit_layer.sum()
 
 
 def test_a_stored_model_has_its_task_and_thresholds_and_a_promise_is_for_them(tmp_path):
@@ -180,18 +178,6 @@ def test_the_best_thresholds_are_those_of_an_exhaustive_search():
         return (2 * (got & wanted).sum() / (got.sum() + wanted.sum()).clamp_min(1)).item()
 
     assert f1(found[0]) == max(f1(step / 80) for step in range(80))
-
-
-def test_temperatures_of_labels_make_scores_mean_what_they_say():
-    generator = torch.Generator().manual_seed(0)
-    logits = 2 * torch.randn(3000, 1, 2, generator=generator)
-    target = torch.bernoulli(logits[:, 0].sigmoid(), generator=generator).long()
-    a, exits = (3 * logits).sigmoid(), torch.ones(3000, dtype=torch.long)  # three times too sure
-    answers = LayerAnswers(a, torch.zeros(3000, 1), a, target, MULTILABEL)
-    temperatures = fit_temperatures(answers, exits)
-    assert temperatures[0] == pytest.approx(3, rel=0.1)
-    tempered = temper(a[:, 0], exits, temperatures, MULTILABEL)
-    torch.testing.assert_close(tempered, logits[:, 0].sigmoid(), atol=0.05, rtol=0)
 
 
 @pytest.fixture(scope="module")

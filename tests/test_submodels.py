@@ -31,8 +31,7 @@ def test_widths_never_reach_zero():
 
 
 def test_batch_normalization_takes_a_batch_of_one_and_keeps_its_statistics():
-    config = SubmodelConfig(normalization="batch")
-    model = Submodels(config, num_layers=2, hidden_size=6, output_size=3)
+    model = Submodels(SubmodelConfig(normalization="batch"), 2, hidden_size=6, output_size=3)
     model(torch.randn(16, 2, 6))
     before = model[1].running_mean.clone()
     assert torch.isfinite(model(torch.randn(1, 2, 6))).all()
