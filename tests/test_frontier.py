@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from benchmarks import encoders
-from benchmarks.frontier import data, records, report, rules, training
+from benchmarks.frontier import data, rules, training
 from benchmarks.frontier.methods import Method
 from dact import functional
 from dact.data import vader
@@ -56,11 +55,6 @@ def test_texts_without_a_class_come_on_top_of_the_labelled_ones(tmp_path, monkey
     assert len({*train.texts, *more.examples("val").texts, *more.examples("test").texts}) == 50 + 40
 
 
-def test_the_record_keeps_which_texts_were_right():
-    right = torch.rand(37) > 0.5
-    assert records.unpack(records.pack(right), 37).tolist() == right.tolist()
-
-
 def test_a_multi_exit_runs_in_the_package_as_its_rule_says():
     setting = data.Setting("generated-200", split=0)
     model = training.make_model(setting, Method("multi", 3)).eval()
@@ -76,9 +70,3 @@ def test_a_multi_exit_runs_in_the_package_as_its_rule_says():
     torch.testing.assert_close(
         early.probabilities, functional.answer_at(output.layer_probabilities, expected)
     )
-
-
-def test_each_encoder_is_compared_at_its_own_depths():
-    methods = [str(method) for method in report.methods_of(encoders.ENCODERS["mpnet"])]
-    assert methods[:3] == ["baseline-12", "dact-8-detached", "multi-8"]
-    assert str(data.Setting("tweets", 1, encoder_name="mpnet")) == "mpnet.tweets.1"

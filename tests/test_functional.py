@@ -134,8 +134,9 @@ def test_task_loss_equals_its_naive_twin(outputs, weighted):
     y = outputs[0][:, 0].double().clamp_min(1e-20)
     target = torch.arange(len(y)) % y.shape[1]
     weights = torch.rand(y.shape[1], dtype=torch.double) if weighted else None
-    given = None if weights is None else weights.tolist()
-    expected = references.task_loss(y.tolist(), target.tolist(), given)
+    expected = references.task_loss(
+        y.tolist(), target.tolist(), weights.tolist() if weighted else None
+    )
     assert functional.task_loss(y, target, weights).item() == pytest.approx(expected, rel=1e-9)
 
 

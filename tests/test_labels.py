@@ -6,10 +6,10 @@ import runpy
 from pathlib import Path
 
 import lightning.pytorch as pl
-import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+from sklearn.metrics import f1_score
 
 from dact import DACT, TextClassifier, calibrate, functional
 from dact.calibration import LayerAnswers, layer_answers
@@ -22,6 +22,7 @@ from dact.tasks import MULTILABEL, Multilabel
 from dact.tuning import TuningEngine
 from tests.commands import ROOT
 from tests.conftest import random_batch, tiny_model
+from tests.tables import write_table
 
 NAMES = ["anger", "fear", "joy"]
 WORDS = {"joy": "happy glad", "anger": "furious mad", "fear": "scared afraid"}
@@ -45,24 +46,17 @@ ROWS = texts_with_labels()
 
 def write(folder, form):
     """Write ROWS in one of the forms, and return the options that read them."""
-    path = folder / f"{form}.csv"
-    if form == "lists":
-        path = folder / "lists.jsonl"
-        records = [json.dumps({"text": text, "label": labels}) for text, labels in ROWS.items()]
-        path.write_text("\n".join(records))
-        return {"train_file": str(path)}
-    if form == "parquet":
-        path = folder / "lists.parquet"
-        pd.DataFrame({"text": [*ROWS], "label": [*ROWS.values()]}).to_parquet(path)
-        return {"train_file": str(path)}
-    table = pd.DataFrame({"text": [*ROWS]})
-    if form == "separator":
-        table["label"] = [" | ".join(labels) for labels in ROWS.values()]
-    for name in NAMES if form == "columns" else []:
-        table[name] = [int(name in labels) for labels in ROWS.values()]
-    table.to_csv(path, index=False)
-    more = {"label_separator": "|"} if form == "separator" else {"label_columns": NAMES}
-    return {"train_file": str(path), **more}
+    lists = {"text": [*ROWS], "label": [*ROWS.values()]}
+    joined = {**lists, "label": [" | ".join(labels) for labels in ROWS.values()]}
+    columns = {name: [int(name in labels) for labels in ROWS.values()] for name in NAMES}
+    name, table, options = {
+        "lists": ("lists.jsonl", lists, {}),
+        "parquet": ("lists.parquet", lists, {}),
+        "separator": ("separator.csv", joined, {"label_separator": "|"}),
+        "columns": ("columns.csv", {"text": [*ROWS], **columns}, {"label_columns": NAMES}),
+    }[form]
+    write_table(folder / name, table)
+    return {"train_file": str(folder / name), **options}
 
 
 def tokenizer():
@@ -165,17 +159,14 @@ def test_a_stored_model_has_its_task_and_thresholds_and_a_promise_is_for_them(tm
 
 
 def test_the_best_thresholds_are_those_of_an_exhaustive_search():
-    generator = torch.Generator().manual_seed(0)
-    a = (torch.rand(60, 1, 2, generator=generator) * 40).round() / 40  # with ties
-    target = (torch.rand(60, 2, generator=generator) < a[:, 0] ** 2).long()
+    a = (torch.rand(60, 1, 2) * 40).round() / 40  # with ties
+    target = (torch.rand(60, 2) < a[:, 0] ** 2).long()
     target[:, 1] = 0
-    answers = LayerAnswers(a, torch.zeros(60, 1), a, target, MULTILABEL)
-    found = best_thresholds(answers)
+    found = best_thresholds(LayerAnswers(a, torch.zeros(60, 1), a, target, MULTILABEL))
     assert found[1] == 0.5
 
     def f1(threshold):
-        got, wanted = a[:, 0, 0] > threshold, target[:, 0] == 1
-        return (2 * (got & wanted).sum() / (got.sum() + wanted.sum()).clamp_min(1)).item()
+        return f1_score(target[:, 0], a[:, 0, 0] > threshold, zero_division=0)
 
     assert f1(found[0]) == max(f1(step / 80) for step in range(80))
 

@@ -61,25 +61,20 @@ def test_temperatures_bear_probabilities_of_0_and_1():
     torch.testing.assert_close(found.sum(1), torch.ones(2))
 
 
-def test_a_model_with_temperatures_gets_new_ones_with_its_margin():
+def test_temperatures_come_with_the_margin_and_are_stored_with_the_model(tmp_path):
     model, batch = tiny_model(), random_batch(600)
     calibrate(model, [batch], min_agreement=0.9)
     assert model.temperatures is None
     model.temperatures = [7.0] * 4
     calibrate(model, [batch], min_agreement=0.8)
     assert len(model.temperatures) == 4 and model.temperatures != [7.0] * 4
-
-
-def test_temperatures_are_stored_with_the_model(tmp_path):
-    model, batch, found = tiny_model(), random_batch(), [2.0, 0.5, 1.0, 3.0]
-    model.temperatures = found
     model.save_pretrained(tmp_path / "model")
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False)
     trainer.strategy.connect(model)
     trainer.save_checkpoint(tmp_path / "x.ckpt")
     loaded = DACT.from_pretrained(tmp_path / "model")
     for other in (loaded, DACT.load_from_checkpoint(tmp_path / "x.ckpt").eval()):
-        assert other.temperatures == found
+        assert other.temperatures == model.temperatures
         assert torch.equal(other.early_exit(batch).exit_layer, model.early_exit(batch).exit_layer)
     turned = DACT.from_pretrained(tmp_path / "model", halting_margin=0.5)
-    assert turned.temperatures == found
+    assert turned.temperatures == model.temperatures

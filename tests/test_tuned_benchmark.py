@@ -61,12 +61,10 @@ def test_pooled_differences_have_the_larger_error_of_texts_and_runs(tuned):
 
 
 def test_the_margin_is_turned_to_as_many_layers(tuned):
-    model = tiny_model().eval()
-    batch = random_batch(200)
-    answers = layer_answers(model, [batch])
-    _, layers = tuned.turned(model, answers, answers, 2.0)
-    model.halting_margin = 1.0
+    model = tiny_model()
+    answers = layer_answers(model, [random_batch(200)])
     deepest = answers.exit_layers(model.exit_rule).double().mean().item()
+    _, layers = tuned.turned(model, answers, answers, 2.0)
     assert 1 <= layers <= 2 < deepest
     assert tuned.turned(model, answers, answers, 100.0)[1] == deepest
 
