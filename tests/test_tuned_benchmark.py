@@ -81,6 +81,8 @@ def test_a_run_of_the_command_is_measured_next_to_its_peers_at_one_promise(
     monkeypatch.setattr(tuned, "subprocess", SimpleNamespace(run=run_command, PIPE=subprocess.PIPE))
     smaller = ["--model.encoder.num_layers", "3", "--model.encoder.hidden_size", "16"]
     smaller += ["--data.num_train", "100", "--tuner.search_space.num_epochs.choices", "[1]"]
+    smaller += ["--tuner.n_trials", "0"]
+    monkeypatch.setattr(tuned, "ROUNDS", 1)
     monkeypatch.setitem(tuned.DATA_SETS, "tiny", [*tuned.DATA_SETS["tiny"], *smaller])
     words = ["tiny", "--results", str(tmp_path / "results"), "--log_dir", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", ["tuned.py", *words])
