@@ -152,6 +152,5 @@ def test_earlier_models_read_states(tmp_path):
     assert torch.equal(old(batch).probabilities, model(batch).probabilities)
 
 
-def test_lambda_is_in_units_of_the_layers_unless_it_is_given():
+def test_lambda_is_in_units_of_the_layers():
     assert model_of().lambda_reg == pytest.approx(0.04 / 3)
-    assert model_of(lambda_reg=0.5).lambda_reg == 0.5

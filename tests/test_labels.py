@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score
 
 from dact import DACT, TextClassifier, calibrate, functional
 from dact.calibration import LayerAnswers, layer_answers
+from dact.calibration.temperature import fit_temperatures, temper
 from dact.calibration.thresholds import best_thresholds
 from dact.data import TextClassificationData
 from dact.data.tokenizers import word_tokenizer
@@ -169,6 +170,15 @@ def test_the_best_thresholds_are_those_of_an_exhaustive_search():
         return f1_score(target[:, 0], a[:, 0, 0] > threshold, zero_division=0)
 
     assert f1(found[0]) == max(f1(step / 80) for step in range(80))
+
+
+def test_temperatures_of_labels_make_scores_mean_what_they_say():
+    logits, exits = 2 * torch.randn(3000, 1, 2), torch.ones(3000, dtype=torch.long)
+    target = torch.bernoulli(logits[:, 0].sigmoid()).long()
+    a = (3 * logits).sigmoid()  # three times too sure
+    answers = LayerAnswers(a, torch.zeros(3000, 1), a, target, MULTILABEL)
+    tempered = temper(a[:, 0], exits, fit_temperatures(answers, exits), MULTILABEL)
+    torch.testing.assert_close(tempered, logits[:, 0].sigmoid(), atol=0.05, rtol=0)
 
 
 @pytest.fixture(scope="module")
