@@ -3,7 +3,6 @@
 import json
 import re
 import sys
-from dataclasses import replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -14,6 +13,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from hypothesis import assume, given, settings
+from sklearn.metrics import f1_score
 
 from dact import DACT, TextClassifier, TuningEngine, calibrate, functional
 from dact.calibration import (
@@ -36,7 +36,6 @@ from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.functional import Halting
 from dact.saving import store_in_checkpoint
-from dact.tuning.outcome import outcome_of
 from tests import references
 from tests.conftest import random_batch, tiny_model
 
@@ -53,19 +52,17 @@ def test_the_binomial_bound_is_that_of_its_definition(examples, share, confidenc
 
 
 def test_the_mean_bound_holds_as_often_as_it_says():
-    generator = torch.Generator().manual_seed(0)
     weights = torch.tensor([0.4, 0.1, 0.1, 0.1, 0.05, 0.25])
     mean = (weights * torch.arange(1, 7)).sum().item()
-    draws = torch.multinomial(weights.expand(500, 6), 400, replacement=True, generator=generator)
+    draws = torch.multinomial(weights.expand(500, 6), 400, replacement=True)
     bounds = [mean_upper_bound(row + 1, 6, 0.9) for row in draws]
     assert sum(bound < mean for bound in bounds) <= 50
     assert max(bounds) < 4.5
 
 
 @pytest.mark.parametrize(
-    ("lost", "gained"), [(0.1, 0.1), (0.3, 0.2), (0.1, 0.0), (0.02, 0.01), (0.45, 0.45)]
+    ("lost", "gained", "error"), [(0.3, 0.2, 0.05), (0.1, 0.0, 0.2), (0.02, 0.01, 0.05)]
 )
-@pytest.mark.parametrize("error", [0.05, 0.2])
 def test_the_test_of_a_paired_difference_is_wrong_as_seldom_as_it_says(lost, gained, error):
     """Exactly: summed over all outcomes of 30 examples."""
     wrong = sum(
@@ -81,11 +78,11 @@ def test_the_test_of_a_paired_difference_spends_most_of_its_error():
     """Summed over all outcomes of 360 examples, for many shares of discordant ones: wrong in at
     most 5 %, not far less."""
     difference, refuted = 0.01, []
-    for lost, gained in product(range(25), range(45)):
+    for lost, gained in product(range(12), range(24)):
         if difference_p_value(lost, gained, 360, difference, 0.05) <= 0.05:
             refuted.append((lost, gained))
     wrong = []
-    for discordant in (0.01, 0.012, 0.015, 0.02, 0.03, 0.04, 0.05):
+    for discordant in (0.01, 0.012, 0.015, 0.02, 0.03):
         rates = (discordant + difference) / 2, (discordant - difference) / 2
         wrong.append(sum(references.outcome_probability(i, j, 360, *rates) for i, j in refuted))
     assert 0.025 < max(wrong) <= 0.05
@@ -97,7 +94,7 @@ def test_the_test_of_a_paired_difference_spends_most_of_its_error():
     more=st.integers(0, 600),
     difference=st.floats(0.001, 0.2),
 )
-@settings(max_examples=50)
+@settings(max_examples=25)
 def test_the_bound_on_a_paired_difference_is_where_its_test_turns(lost, gained, more, difference):
     examples = lost + gained + more + 1
     bound = difference_upper_bound(lost, gained, examples, 0.95)
@@ -107,21 +104,16 @@ def test_the_bound_on_a_paired_difference_is_where_its_test_turns(lost, gained, 
     )
 
 
-def synthetic(examples, generator, layers=5, classes=3, quality=4.0):
+def synthetic(examples, generator, layers=5, classes=3, quality=4.0, target=None):
     """Examples of which early layers are often wrong while they are not sure yet."""
-    target = torch.randint(classes, (examples,), generator=generator)
-    return answers_for(target, generator, layers, classes, quality)
-
-
-def answers_for(target, generator, layers=5, classes=3, quality=4.0):
-    examples = len(target)
+    if target is None:
+        target = torch.randint(classes, (examples,), generator=generator)
     hard = torch.rand(examples, 1, 1, generator=generator) * 3
     evidence = torch.randn(examples, layers, classes, generator=generator) * hard
     rise = torch.linspace(0.5, quality, layers).view(1, layers, 1)
     y = (evidence + rise * torch.nn.functional.one_hot(target, classes).unsqueeze(1)).softmax(dim=2)
     h = (1.2 - y.amax(dim=2)).clamp(0, 1)
-    a, p = functional.accumulate(y, h)
-    return LayerAnswers(a, p, y, target)
+    return LayerAnswers(*functional.accumulate(y, h), y, target)
 
 
 @cache
@@ -132,14 +124,20 @@ def truth(population, halting, baseline=None):
     return -measured.difference(reference == population.target)[0], measured.agreement
 
 
-@pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
-@pytest.mark.parametrize("promised", [{"max_accuracy_loss": 0.02}, {"min_agreement": 0.96}])
+@pytest.mark.parametrize(
+    ("promised", "dial"),
+    [
+        ({"max_accuracy_loss": 0.02}, "halting_tolerance"),
+        ({"max_accuracy_loss": 0.02}, "halting_margin"),
+        ({"min_agreement": 0.96}, "halting_margin"),
+    ],
+)
 def test_a_promise_is_kept_as_often_as_it_says(promised, dial):
     promise = Promise(**promised, confidence=0.9, dial=dial)
     generator = torch.Generator().manual_seed(0)
     population = synthetic(40_000, generator)
     broken, moved = 0, 0
-    for _ in range(400):
+    for _ in range(300):
         rows = torch.randint(len(population.target), (600,), generator=generator)
         found = choose_setting(population.take(rows), promise)
         moved += (found.halting_tolerance, found.halting_margin) != (0.0, 1.0)
@@ -148,20 +146,20 @@ def test_a_promise_is_kept_as_often_as_it_says(promised, dial):
             broken += loss > promise.max_accuracy_loss
         else:
             broken += agreement < promise.min_agreement
-    assert broken <= 58, "a tenth of 400, and three standard deviations"
-    assert moved > 360, "the dial moves"
+    assert broken <= 45, "a tenth of 300, and three standard deviations"
+    assert moved > 270, "the dial moves"
 
 
 @pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
 def test_more_allowance_never_means_more_layers(dial):
     answers = synthetic(2000, torch.Generator().manual_seed(1))
-    layers = [
-        choose_setting(answers, Promise(max_accuracy_loss=loss, dial=dial)).mean_exit_layer
-        for loss in (0.0, 0.005, 0.01, 0.05, 0.2)
+    found = [
+        choose_setting(answers, Promise(max_accuracy_loss=loss, dial=dial))
+        for loss in (0.0, 0.01, 0.05, 0.2)
     ]
-    assert layers == sorted(layers, reverse=True)
-    assert layers[-1] < layers[0]
-    careful = choose_setting(answers, Promise(max_accuracy_loss=0.0, dial=dial))
+    layers = [one.mean_exit_layer for one in found]
+    assert layers == sorted(layers, reverse=True) and layers[-1] < layers[0]
+    careful = found[0]
     assert (careful.halting_tolerance, careful.halting_margin) == (0.0, 1.0)
     assert (careful.bound, careful.agreement) == (0, 1)
     assert "gets the answer of all 5 layers, by proof" in describe(vars(careful), 5)
@@ -194,7 +192,6 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
         ({"max_layers": 2, "min_agreement": 0.9}, ValueError, "min_agreement and max_layers"),
         ({"max_accuracy_loss": 1}, ValueError, "max_accuracy_loss .* got 1: 0.01 is one point"),
         ({"min_agreement": "0.5"}, TypeError, "min_agreement must be a number, got '0.5'"),
-        ({"max_layers": 2, "confidence": 1.0}, ValueError, "got 1.0: .* for an estimate"),
         ({"max_layers": 2, "dial": "h"}, ValueError, "dial .* 'halting_margin', got 'h'"),
     ],
 )
@@ -203,32 +200,33 @@ def test_wrong_promises_are_refused(promise, error, message):
         calibrate(tiny_model(), [random_batch()], **promise)
 
 
-@pytest.mark.parametrize(
-    ("dial", "other"),
-    [("halting_tolerance", "halting_margin"), ("halting_margin", "halting_tolerance")],
-)
-def test_a_promise_begins_at_all_layers(dial, other):
-    model = tiny_model(**{other: 0.5})
-    with pytest.raises(ValueError, match=f"{dial} is .* all layers .* has {other}=0.5"):
-        calibrate(model, [random_batch()], min_agreement=0.9, dial=dial)
-    found = calibrate(model, [random_batch(2000)], max_layers=3.9, dial=dial)
-    assert found.mean_exit_layer < 3.9
+def test_a_promise_begins_at_all_layers():
+    dials = ["halting_tolerance", "halting_margin"]
+    for dial, other in (dials, dials[::-1]):
+        model = tiny_model(**{other: 0.5})
+        with pytest.raises(ValueError, match=f"{dial} is .* all layers .* has {other}=0.5"):
+            calibrate(model, [random_batch()], min_agreement=0.9, dial=dial)
+        found = calibrate(model, [random_batch(2000)], max_layers=3.9, dial=dial)
+        assert found.mean_exit_layer < 3.9
 
 
 @pytest.mark.parametrize("dial", ["halting_tolerance", "halting_margin"])
 def test_the_setting_is_stored_with_the_model(tmp_path, dial):
-    model = tiny_model()
+    model, path = tiny_model(), tmp_path / "x.ckpt"
     before = getattr(model, dial)
-    found = calibrate(model, [random_batch(800)], min_agreement=0.8, dial=dial)
-    assert before != getattr(found, dial) == getattr(model, dial)
+    found = getattr(calibrate(model, [random_batch(800)], min_agreement=0.8, dial=dial), dial)
+    assert before != found == getattr(model, dial)
     model.save_pretrained(tmp_path / "model")
     again = DACT.from_pretrained(tmp_path / "model")
-    assert getattr(again, dial) == getattr(found, dial)
+    assert getattr(again, dial) == found
     assert again.calibration["promise"]["min_agreement"] == 0.8
     content = {"hyper_parameters": tiny_model().config(), "state_dict": model.state_dict()}
-    torch.save(content, tmp_path / "x.ckpt")
-    store_in_checkpoint(tmp_path / "x.ckpt", model)
-    assert getattr(DACT.load_from_checkpoint(tmp_path / "x.ckpt"), dial) == getattr(found, dial)
+    torch.save(content, path)
+    store_in_checkpoint(path, model)
+    assert getattr(DACT.load_from_checkpoint(path), dial) == found
+    with pytest.raises(ValueError, match="cannot be promised"):
+        calibrate(again, [random_batch(800)], max_layers=1.0001, dial=dial)
+    assert (again.calibration, getattr(again, dial)) == (model.calibration, found), "as before"
 
 
 def test_a_fit_clears_promise_and_temperatures():
@@ -251,14 +249,14 @@ def test_a_promise_ends_with_the_weights_that_it_was_made_for(tmp_path):
     assert model.calibration is None
 
 
-@pytest.mark.parametrize("rule", ["exact", "paper"])
 @given(
+    rule=st.sampled_from(["exact", "paper"]),
     seed=st.integers(0, 1000),
     layers=st.integers(1, 6),
     classes=st.integers(2, 5),
     other=st.sampled_from([0.0, 0.4]),
 )
-@settings(max_examples=25)
+@settings(max_examples=40)
 def test_all_settings_at_once_leave_where_each_alone_does(rule, seed, layers, classes, other):
     answers = synthetic(60, torch.Generator().manual_seed(seed), layers, classes, quality=30.0)
     for dial, neutral in (
@@ -271,69 +269,33 @@ def test_all_settings_at_once_leave_where_each_alone_does(rule, seed, layers, cl
             assert torch.equal(exits(setting), expected)
 
 
-def test_a_very_sure_classifier_leaves_early():
-    """Layer 1 is right wherever it leads by more than .999995, and wrong, nearly as sure, in a
-    tenth of the examples."""
-    examples = 3000
-    target = torch.zeros(examples, dtype=torch.long)
-    wrong = torch.arange(examples) < 300
-    y = torch.tensor([1 - 1e-6, 1e-6]).repeat(examples, 6, 1)
-    y[wrong, 0] = torch.tensor([4e-6, 1 - 4e-6])
-    h = torch.ones(examples, 6)
-    a, p = functional.accumulate(y, h)
-    found = choose_setting(LayerAnswers(a, p, y, target), Promise(max_accuracy_loss=0.01))
-    assert found.mean_exit_layer == pytest.approx(1.1)
-    assert found.accuracy == 1
-    text = describe(vars(found), 6)
-    assert f"halting_margin {found.halting_margin!r} keeps" in text, "it is not rounded to 1"
-
-
 @pytest.mark.parametrize(
-    ("promise", "needed"),
-    [
-        ({"max_accuracy_loss": 0.01}, 300),
-        ({"max_accuracy_loss": 0.005}, 600),
-        ({"min_agreement": 0.99}, 299),
-    ],
+    ("promise", "needed"), [({"max_accuracy_loss": 0.005}, 600), ({"min_agreement": 0.99}, 299)]
 )
 def test_a_promise_says_how_many_examples_it_takes(promise, needed):
-    generator = torch.Generator().manual_seed(0)
     assert Promise(**promise).examples_needed() == needed
-    with pytest.raises(
-        ValueError,
-        match=rf"takes {needed} examples or more, .* got {needed - 1}: give more, .*estimate",
-    ):
-        choose_setting(synthetic(needed - 1, generator), Promise(**promise))
+    said = rf"takes {needed} examples or more, .* got {needed - 1}: give more, .*estimate"
+    with pytest.raises(ValueError, match=said):
+        choose_setting(synthetic(needed - 1, torch.Generator()), Promise(**promise))
     target = torch.zeros(needed, dtype=torch.long)
     y = torch.tensor([0.9, 0.1]).repeat(needed, 3, 1)
     sure = LayerAnswers(*functional.accumulate(y, torch.ones(needed, 3)), y, target)
     # Where no example is lost, so many are enough.
     assert choose_setting(sure, Promise(**promise)).mean_exit_layer == 1
-    assert choose_setting(sure.take(torch.arange(50)), Promise(**promise, confidence=None)).estimate
+    estimate = Promise(**promise, confidence=None)
+    assert choose_setting(sure, estimate).mean_exit_layer == 1
+    few = choose_setting(sure.take(torch.arange(50)), estimate)
+    assert few.estimate and few.halting_margin == 1, "50 without a fault are no evidence"
 
 
-# A loss of 0.02 is that of accuracies from 280 examples on.
-@pytest.mark.parametrize("examples", [250, 400])
-def test_an_estimate_keeps_one_standard_error_to_spare(examples):
-    answers = synthetic(examples, torch.Generator().manual_seed(3))
-    promise = Promise(max_accuracy_loss=0.02, confidence=None)
-    found = choose_setting(answers, promise)
-    assert found.estimate
-    assert found.promise["confidence"] is None
-
-    def loss(margin):
-        exits = answers.exit_layers(Halting(margin=margin))
-        early = functional.answer_at(answers.a, exits).argmax(1)
-        full = answers.a[:, -1].argmax(1)
-        lost = (full == answers.target).double() - (early == answers.target).double()
-        # Luck with a few gains would hide what is lost.
-        lost = lost.clip(min=0) if examples < 280 else lost
-        one_more_of_each = torch.cat([lost, torch.tensor([1.0, -1.0])])
-        return lost.mean().item() + one_more_of_each.std().item() / (examples + 2) ** 0.5
-
-    margins = SETTINGS["halting_margin"]
-    assert found.bound == pytest.approx(loss(found.halting_margin))
-    assert found.bound <= 0.02 < loss(margins[margins.index(found.halting_margin) + 1])
+def test_an_estimate_keeps_one_standard_error_to_spare():
+    answers = synthetic(400, torch.Generator().manual_seed(3))
+    found = choose_setting(answers, Promise(max_accuracy_loss=0.02, confidence=None))
+    assert (found.estimate, found.promise["confidence"]) == (True, None)
+    measured = Measured(answers, answers.exit_layers(found.exit_rule))
+    difference, error = measured.difference(answers.classes[:, -1] == answers.target)
+    assert error <= found.bound + difference < error + 0.002
+    assert found.bound <= 0.02
     guaranteed = choose_setting(answers, Promise(max_accuracy_loss=0.02))
     assert found.mean_exit_layer < guaranteed.mean_exit_layer
     assert "is an estimate for max_accuracy_loss=0.02" in describe(vars(found), 5)
@@ -343,104 +305,60 @@ def test_an_estimate_keeps_one_standard_error_to_spare(examples):
     assert layers.mean_exit_layer < layers.bound <= 3
 
 
-def test_a_few_examples_without_a_fault_are_no_evidence_for_an_estimate():
-    # All layers are right about all of them.
-    y = torch.tensor([[[0.6, 0.4], [0.6, 0.4]]]).expand(300, -1, -1)
-    a, p = functional.accumulate(y, torch.full((300, 2), 0.5))
-    sure = LayerAnswers(a, p, y, torch.zeros(300, dtype=torch.int64))
-    estimate = Promise(max_accuracy_loss=0.01, confidence=None)
-    assert choose_setting(sure.take(torch.arange(60)), estimate).halting_margin == 1
-    assert choose_setting(sure, estimate).mean_exit_layer == 1
-
-
 def test_a_promise_can_be_made_against_a_baseline():
     generator = torch.Generator().manual_seed(5)
     answers = synthetic(3000, generator)
-    full = answers.a[:, -1].argmax(1)
     changed = torch.rand(3000, generator=generator) < 0.04
-    baseline = torch.where(changed, answers.target, full)
-    promise = Promise(max_accuracy_loss=0.05)
-    found = choose_setting(answers, promise, baseline=baseline)
-    own = choose_setting(answers, promise)
+    baseline = torch.where(changed, answers.target, answers.classes[:, -1])  # the better reference
+    found = choose_setting(answers, Promise(max_accuracy_loss=0.05), baseline=baseline)
+    own = choose_setting(answers, Promise(max_accuracy_loss=0.05))
     accuracy = (baseline == answers.target).double().mean().item()
     assert found.baseline_accuracy == accuracy > found.full_depth_accuracy
     assert found.baseline_accuracy - found.accuracy < found.bound <= 0.05
-    assert found.mean_exit_layer > own.mean_exit_layer, "the baseline is the better reference here"
+    assert found.mean_exit_layer > own.mean_exit_layer
     assert "points of accuracy below the whole encoder" in describe(vars(found), 5)
-    lost = found.baseline_accuracy - found.full_depth_accuracy
+    lost = Promise(max_accuracy_loss=accuracy - found.full_depth_accuracy + 0.001)
     with pytest.raises(ValueError, match="at halting_margin 1 it is .* Promise that, give more"):
-        choose_setting(answers, Promise(max_accuracy_loss=lost + 0.001), baseline=baseline)
+        choose_setting(answers, lost, baseline=baseline)
     with pytest.raises(ValueError, match="one class per example, 3000 in all"):
-        choose_setting(answers, promise, baseline=baseline[:2])
+        choose_setting(answers, lost, baseline=baseline[:2])
     with pytest.raises(ValueError, match="a baseline goes with max_accuracy_loss"):
         choose_setting(answers, Promise(max_layers=2), baseline=baseline)
 
 
-@pytest.mark.parametrize(("examples", "confidence"), [(1000, 0.95), (200, None)])
-def test_candidates_are_measured_at_the_margin_that_the_final_model_would_get(examples, confidence):
-    """By the promise itself, and by an estimate only where the examples are too few for its
-    confidence."""
-    answers, model = synthetic(examples, torch.Generator().manual_seed(3)), tiny_model(layers=5)
-    promise = Promise(max_accuracy_loss=0.01)
-    expected = choose_setting(answers, replace(promise, confidence=confidence)).exit_rule
-    assert 0 < expected.margin < 1
-    found = outcome_of(answers, model, promise, answers.target >= 0)
-    assert torch.equal(found.exits, answers.exit_layers(expected).float())
-    without = outcome_of(answers, model, None, answers.target >= 0)
-    assert torch.equal(without.exits, answers.exit_layers(model.exit_rule).float())
-
-
-@pytest.mark.parametrize("margin", [1.0, 0.5])
-def test_early_exit_is_measured_as_each_metric_is_defined(margin):
+def test_early_exit_is_measured_as_each_metric_is_defined():
     answers = synthetic(500, torch.Generator().manual_seed(0))
-    exits = answers.exit_layers(Halting(margin=margin))
-    measured = Measured(answers, exits)
-    given, target = functional.answer_at(answers.a, exits), answers.target
-    early, full, right = given.argmax(1), answers.a[:, -1].argmax(1), given.argmax(1) == target
-    assert torch.equal(measured.classes, early)
-    assert torch.equal(measured.full_depth.classes, full)
+    exits = answers.exit_layers(Halting(margin=0.5))
+    measured, target = Measured(answers, exits), answers.target
+    early = functional.answer_at(answers.a, exits).argmax(1)
+    full, right = answers.classes[:, -1], early == target
     assert measured.accuracy == right.double().mean().item()
     assert measured.agreement == (early == full).double().mean().item()
     assert measured.mean_exit_layer == exits.double().mean().item()
-    assert measured.exit_histogram == [int((exits == layer).sum()) for layer in range(1, 6)]
-    assert measured.majority_share == max(int((early == one).sum()) for one in range(3)) / 500
-    f1 = [
-        2 * int(right[early == one].sum()) / int((early == one).sum() + (target == one).sum())
-        for one in range(3)
-    ]
-    assert measured.macro_f1 == pytest.approx(sum(f1) / 3)
-    for weights in (None, torch.tensor([0.5, 1.0, 2.0])):
-        loss = functional.task_loss(given, target, weights).item()
-        assert measured.task_loss(weights) == pytest.approx(loss)
+    assert measured.exit_histogram == torch.bincount(exits, minlength=6)[1:].tolist()
+    assert measured.majority_share == early.bincount().max().item() / 500
+    assert measured.macro_f1 == pytest.approx(f1_score(target, early, average="macro"))
     difference = right.double() - (full == target).double()
-    mean, error = measured.difference(full == target)
-    assert (mean, error) == (difference.mean().item(), difference.std().item() / 500**0.5)
+    expected = difference.mean().item(), difference.std().item() / 500**0.5
+    assert measured.difference(full == target) == expected
 
 
 class OwnData(pl.LightningDataModule):
-    def __init__(self, examples):
-        super().__init__()
-        self.examples = examples
-
     def val_dataloader(self):
-        return [random_batch(self.examples)]
+        return [random_batch(400)]
 
 
 class SetAsideData(OwnData):
     def calibration_dataloader(self):
-        return [random_batch(self.examples, seed=1)]
+        return [random_batch(400, seed=1)]
 
 
 def test_examples_that_chose_the_checkpoint_are_named():
-    for data, chose in ((OwnData(400), True), (SetAsideData(400), False), ([random_batch(400)], 0)):
+    for data, chose in ((OwnData(), True), (SetAsideData(), False), ([random_batch(400)], 0)):
         model = tiny_model().train()
         found = calibrate(model, data, min_agreement=0.9)
         assert ("these examples chose the checkpoint" in describe(vars(found), 4)) == chose
-        assert model.calibration["chose_checkpoint"] == chose
         assert model.training, "the mode of the model stays as it is"
-
-
-small_data = partial(CompositionalSentiment, num_train=300, num_val=400, num_test=60, max_depth=2)
 
 
 def small_model(**overrides):
@@ -448,14 +366,12 @@ def small_model(**overrides):
 
 
 @pytest.mark.slow
-def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path):
+def test_the_engine_calibrates_on_examples_that_are_set_aside(tmp_path):
     engine = TuningEngine(
         model=small_model,
-        data=small_data,
+        data=partial(CompositionalSentiment, num_train=100, num_val=400, num_test=60, max_depth=2),
         trainer={"max_epochs": 1, "accelerator": "cpu"},
-        n_trials=1,
-        encoder_training="frozen",
-        warm_up_epochs=1,
+        n_trials=0,
         promise=Promise(min_agreement=0.9),
         compare_defaults=False,
         search_space={"num_epochs": {"choices": [1]}},
@@ -463,29 +379,26 @@ def test_the_engine_calibrates_on_examples_that_no_study_saw(tmp_path):
     )
     metrics_path, model_path = engine.run_pipeline("run")
     metrics = json.loads(Path(metrics_path).read_text())
-    assert sum(metrics["validation"]["exit_histogram"]) == 200
     found = metrics["calibration"]
-    assert found["examples"] == 200
+    assert (sum(metrics["validation"]["exit_histogram"]), found["examples"]) == (200, 200)
     assert found["bound"] >= 0.9
-    assert DACT.load_from_checkpoint(model_path).halting_margin == found["halting_margin"]
     classifier = TextClassifier.from_pretrained(tmp_path / "run" / "final" / "model")
-    assert classifier.model.halting_margin == found["halting_margin"]
+    for model in (DACT.load_from_checkpoint(model_path), classifier.model):
+        assert model.halting_margin == found["halting_margin"]
 
 
-@pytest.mark.parametrize(
-    "changed", [{"halting_margin": 0.0}, {"halting_tolerance": 0.5}, {"halting": "paper"}]
-)
-def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path, changed):
+def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
     model = tiny_model()
     calibrate(model, [random_batch(800)], min_agreement=0.8)
     model.save_pretrained(tmp_path / "model")
     assert "with confidence 0.95" in (tmp_path / "model" / "README.md").read_text()
-    assert DACT.from_pretrained(tmp_path / "model").calibration == model.calibration
-    assert DACT.from_pretrained(tmp_path / "model", **changed).calibration is None
-    for name, value in changed.items():
-        setattr(model, name, value)
-    assert model.calibration is None
-    model.save_pretrained(tmp_path / "turned")
+    for name, value in (("halting_margin", 0.0), ("halting_tolerance", 0.5), ("halting", "paper")):
+        assert DACT.from_pretrained(tmp_path / "model", **{name: value}).calibration is None
+        other = DACT.from_pretrained(tmp_path / "model")
+        assert other.calibration == model.calibration
+        setattr(other, name, value)
+        assert other.calibration is None
+    other.save_pretrained(tmp_path / "turned")
     assert "with confidence 0.95" not in (tmp_path / "turned" / "README.md").read_text()
     assert DACT.from_pretrained(tmp_path / "turned").calibration is None
 
@@ -497,12 +410,10 @@ def settled(model, answers):
         return settle(model, [])
 
 
-@pytest.mark.parametrize("examples", [50, 100])
-def test_few_examples_settle_the_margin_at_which_none_changes_its_class(examples):
-    answers, model = synthetic(examples, torch.Generator().manual_seed(4)), tiny_model(layers=5)
-    text = settled(model, answers)
-    assert f"none of {examples} gets another class" in text
-    kept = 0.05 ** (1 / examples)
+def test_few_examples_settle_the_margin_at_which_none_changes_its_class():
+    answers, model = synthetic(50, torch.Generator().manual_seed(4)), tiny_model(layers=5)
+    text, kept = settled(model, answers), 0.05 ** (1 / 50)
+    assert "none of 50 gets another class" in text
     assert f"with 95% confidence at most {100 * (1 - kept):.2g} % of new ones" in text
     assert 0 <= kept - model.calibration["promise"]["min_agreement"] < 1e-4, "rounded down"
     assert model.calibration["agreement"] == 1
@@ -516,18 +427,18 @@ def test_what_few_examples_settle_holds_as_often_as_it_says():
     generator = torch.Generator().manual_seed(7)
     population, model = synthetic(20_000, generator), tiny_model(layers=5)
     broken = 0
-    for _ in range(300):
+    for _ in range(200):
         rows = torch.randint(20_000, (50,), generator=generator)
         settled(model, population.take(rows))
         broken += truth(population, model.exit_rule)[1] < 0.05 ** (1 / 50)
-    assert broken <= 26, "a twentieth of 300, and three standard deviations"
+    assert broken <= 19, "a twentieth of 200, and three standard deviations"
 
 
 def test_enough_examples_settle_the_default_promise():
     model, same = tiny_model(), tiny_model()
     same.load_state_dict(model.state_dict())
-    text = settle(model, SetAsideData(400))
-    found = calibrate(same, SetAsideData(400), max_accuracy_loss=0.01)
+    text = settle(model, SetAsideData())
+    found = calibrate(same, SetAsideData(), max_accuracy_loss=0.01)
     assert text == describe(vars(found), 4)
     assert model.calibration == same.calibration
 
@@ -538,7 +449,7 @@ def test_enough_examples_settle_the_default_promise():
         ({"halting": "never"}, [random_batch(400)], "halting='never' has no dial"),
         ({}, [random_batch(28)], "28 examples are set aside, and a guarantee takes 29"),
         ({"halting_tolerance": 0.2}, [random_batch(400)], "the model has halting_tolerance=0.2"),
-        ({}, OwnData(400), "no examples are set aside: set calibration_fraction"),
+        ({}, OwnData(), "no examples are set aside: set calibration_fraction"),
     ],
 )
 def test_a_model_that_cannot_be_settled_stays_as_it_is(changes, data, why):
@@ -573,38 +484,20 @@ def test_the_choice_on_known_answers_stays_what_it_was(
     assert turned.halting_tolerance == tolerance
 
 
-def test_a_promise_is_never_made_on_the_labels_of_other_classes():
-    data = CompositionalSentiment(num_train=10, num_val=400, num_test=10)
-    encoder = TransformerEncoder(data.vocab_size, 2, 8, 2)
-    model = DACT(encoder=encoder, class_names=data.class_names[::-1])
-    with pytest.raises(ValueError, match="the model has the classes .* but those of the data are"):
-        calibrate(model, data, max_layers=1.5)
-    assert model.calibration is None
-
-
 @pytest.mark.slow
 def test_a_baseline_promise_is_kept_as_often_as_it_says():
     generator = torch.Generator().manual_seed(6)
     population = synthetic(20_000, generator)
-    other = answers_for(population.target, generator, quality=4.2).a[:, -1].argmax(1)
-    promise = Promise(max_accuracy_loss=0.04, confidence=0.9)
+    other = synthetic(20_000, generator, target=population.target).classes[:, -1]
+    promise = Promise(max_accuracy_loss=0.05, confidence=0.9)
     broken, given = 0, 0
-    for _ in range(100):
-        rows = torch.randint(20_000, (1000,), generator=generator)
+    for _ in range(60):
+        rows = torch.randint(20_000, (400,), generator=generator)
         try:
             found = choose_setting(population.take(rows), promise, baseline=other[rows])
         except ValueError:
             continue  # none can be given
         given += 1
-        broken += truth(population, found.exit_rule, other)[0] > 0.04
-    assert broken <= 19, "a tenth of 100, and three standard deviations"
-    assert given > 25
-
-
-def test_a_promise_that_cannot_be_made_leaves_the_earlier_one():
-    model = tiny_model()
-    calibrate(model, [random_batch(800)], min_agreement=0.8)
-    before = model.calibration, model.halting_margin
-    with pytest.raises(ValueError, match="cannot be promised"):
-        calibrate(model, [random_batch(800)], max_layers=1.0001)
-    assert (model.calibration, model.halting_margin) == before
+        broken += truth(population, found.exit_rule, other)[0] > 0.05
+    assert broken <= 12, "a tenth of 60, and three standard deviations"
+    assert given > 40

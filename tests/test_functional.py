@@ -4,7 +4,6 @@ import torch
 from hypothesis import given, settings
 
 from dact import functional
-from dact.functional import Halting
 from tests import references
 
 RULES = ("exact", "paper")
@@ -54,7 +53,7 @@ def test_exit_layers_equal_their_naive_twin_away_from_the_edge(outputs, rule, to
         assert exits[row] == expected
 
 
-@settings(max_examples=300)
+@settings(max_examples=200)
 @given(
     layer_outputs(),
     layer_outputs(),
@@ -79,11 +78,12 @@ def test_whatever_follows_the_class_stays_within_the_tolerance(
                 runner_up = answer.topk(2).indices[1]
                 continued_y[k] = torch.nn.functional.one_hot(runner_up, y.shape[2]).float()
                 continued_h[k] = 1.0
-            else:
-                pick = other_y[k % len(other_y), k % other_y.shape[1]]
-                if len(pick) >= y.shape[2]:
-                    continued_y[k] = pick[: y.shape[2]] / pick[: y.shape[2]].sum().clamp_min(1e-30)
-                continued_h[k] = other_h[k % len(other_h), k % other_h.shape[1]]
+                continue
+            at = k % len(other_y), k % other_y.shape[1]
+            continued_h[k] = other_h[at]
+            pick = other_y[at][: y.shape[2]]
+            if len(pick) == y.shape[2]:
+                continued_y[k] = pick / pick.sum().clamp_min(1e-30)
         final = functional.accumulate(continued_y[None], continued_h[None])[0][0, -1]
         chosen = answer.argmax()
         if tolerance == 0:
@@ -134,31 +134,29 @@ def test_task_loss_equals_its_naive_twin(outputs, weighted):
     y = outputs[0][:, 0].double().clamp_min(1e-20)
     target = torch.arange(len(y)) % y.shape[1]
     weights = torch.rand(y.shape[1], dtype=torch.double) if weighted else None
-    given = None if weights is None else weights.tolist()
-    expected = references.task_loss(y.tolist(), target.tolist(), given)
+    expected = references.task_loss(
+        y.tolist(), target.tolist(), weights.tolist() if weighted else None
+    )
     assert functional.task_loss(y, target, weights).item() == pytest.approx(expected, rel=1e-9)
 
 
-@pytest.mark.parametrize("logit", [-200.0, -90.0, 0.0, 90.0, 200.0])
-@pytest.mark.parametrize("spread", [0.0, 1.0, 200.0])
-@pytest.mark.parametrize("autocast", [None, torch.bfloat16, torch.float16])
-def test_gradients_are_finite_at_saturation(logit, spread, autocast):
+@pytest.mark.parametrize("logit", [-200.0, 0.0, 200.0])
+@pytest.mark.parametrize("spread", [0.0, 200.0])
+@pytest.mark.parametrize("precision", [torch.float32, torch.float16])
+def test_gradients_are_finite_at_saturation(logit, spread, precision):
     """h -> 0, h -> 1 and y -> one-hot, right or wrong, in float32 whatever the precision of the
     states."""
-    logits = (
-        spread * torch.tensor([[[1.0, 0.0, -1.0]] * 4, [[-1.0, 0.0, 1.0]] * 4])
-    ).requires_grad_()
+    logits = spread * torch.tensor([[[1.0, 0.0, -1.0]] * 4, [[-1.0, 0.0, 1.0]] * 4])
+    logits.requires_grad_()
     confidence = torch.full((2, 4), logit, requires_grad=True)
-    cast = torch.float32 if autocast is None else autocast
-    y = functional.at_least_float32(logits.to(cast)).softmax(-1)
-    h = functional.at_least_float32(confidence.to(cast)).sigmoid()
+    y = functional.at_least_float32(logits.to(precision)).softmax(-1)
+    h = functional.at_least_float32(confidence.to(precision)).sigmoid()
     a, p = functional.accumulate(y, h)
     loss = functional.task_loss(a[:, -1], torch.tensor([0, 0])) + functional.ponder_cost(p, h)
     assert loss.dtype == torch.float32
-    assert torch.isfinite(loss)
     loss.backward()
-    assert torch.isfinite(logits.grad).all()
-    assert torch.isfinite(confidence.grad).all()
+    for found in (loss, logits.grad, confidence.grad):
+        assert torch.isfinite(found).all()
 
 
 Y, H = torch.full((2, 3, 4), 0.25), torch.full((2, 3), 0.5)
@@ -170,7 +168,6 @@ A, P = functional.accumulate(Y, H)
     [
         (lambda: functional.can_halt(A[:, 0], P[:, 0], 1, "soon"), "'never', got 'soon'"),
         (lambda: functional.exit_layers(A, P, tolerance=-0.1), "got -0.1"),
-        (lambda: functional.exit_layers(A, P, margin=1.5), r"margin must be in \[0, 1\], got 1.5"),
         (lambda: functional.exit_layers(A, P, margin=0.5), "a margin of 0.5 needs y"),
         (lambda: functional.ponder_cost(P, H, "x"), "got 'x'"),
     ],
@@ -202,14 +199,6 @@ def test_a_clear_lead_lets_examples_leave_sooner(layers, classes, margin, rule, 
     assert torch.equal(functional.exit_layers(a, p, rule, y=y, margin=margin), expected)
 
 
-def test_a_dial_is_turned_by_its_name():
-    halting = Halting("paper", 0.1, 0.5)
-    assert halting.with_dial("halting_tolerance", 0.2) == Halting("paper", 0.2, 0.5)
-    assert halting.with_dial("halting_margin", 0.2) == Halting("paper", 0.1, 0.2)
-    with pytest.raises(ValueError, match=r"margin must be in \[0, 1\], got 2"):
-        halting.with_dial("halting_margin", 2)
-
-
 @given(layer_outputs())
 def test_answers_are_probabilities_and_p_never_increases(outputs):
     a, p = functional.accumulate(*outputs)
@@ -217,40 +206,3 @@ def test_answers_are_probabilities_and_p_never_increases(outputs):
     torch.testing.assert_close(a.sum(-1), torch.ones(a.shape[:2]), atol=1e-5, rtol=0)
     assert (p[:, 1:] <= p[:, :-1]).all()
     assert ((p >= 0) & (p <= 1)).all()
-
-
-def test_halting_is_decided_for_each_example():
-    a = torch.tensor([[0.9, 0.1], [0.5, 0.5], [0.6, 0.4]])
-    halts = functional.can_halt(a, torch.tensor([0.01, 0.01, 0.5]), torch.tensor([2, 2, 0]))
-    assert halts.tolist() == [True, False, True]
-
-
-def test_the_loss_is_computed_in_float32_under_autocast():
-    with torch.autocast("cpu", torch.bfloat16):
-        states = torch.nn.Linear(8, 3)(torch.randn(5, 8))
-        assert states.dtype == torch.bfloat16
-        y = states.softmax(-1)[:, None]
-        a, p = functional.accumulate(y, torch.full((5, 1), 0.5))
-        loss = functional.task_loss(a[:, -1], torch.zeros(5, dtype=torch.long))
-    assert a.dtype == p.dtype == loss.dtype == torch.float32
-
-
-@given(
-    outputs=layer_outputs(),
-    margin=st.sampled_from([0.0, 0.5, 0.99, 1.0]),
-    tolerance=st.sampled_from([0.0, 0.3]),
-    rule=st.sampled_from(["exact", "paper", "never"]),
-)
-def test_a_layer_lets_leave_who_is_clear_or_proved(outputs, margin, tolerance, rule):
-    y, h = outputs
-    a, p = functional.accumulate(y, h)
-    layers = p.shape[1]
-    for n in range(layers - 1):
-        remaining = layers - 1 - n
-        expected = functional.can_halt(a[:, n], p[:, n], remaining, rule, tolerance, layers)
-        if rule != "never":
-            expected = expected | functional.is_clear(y[:, n], margin)
-        halts = functional.Halting(rule, tolerance, margin).halts(
-            a[:, n], p[:, n], y[:, n], remaining, layers
-        )
-        assert torch.equal(halts, expected)
