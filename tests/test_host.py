@@ -99,6 +99,7 @@ for mode in ("frozen", "finetune"):
     found[mode] = changed(before, snapshot())
 """
 
+
 @pytest.fixture(scope="module")
 def changed(tmp_path_factory):
     """What a program finds changed, by the name of what it did."""

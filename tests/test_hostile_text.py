@@ -11,6 +11,7 @@ from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from tests.commands import dact
 
+
 def hostile_texts(number):
     """Texts of many kinds, some of which are no text at all; one has a megabyte."""
     generator = random.Random(0)
