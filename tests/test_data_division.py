@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 
 from dact.cli.main import balanced_weights
-from dact.data import CompositionalSentiment, TextClassificationData, VaderSentiment, vader
-from dact.data.examples import Examples, hash_split, stratified_split, text_key
+from dact.data import CompositionalSentiment, TextClassificationData
+from dact.data.examples import hash_split, stratified_split, text_key
 from dact.data.tokenizers import word_tokenizer
 from tests.tables import write_table
 
@@ -59,20 +59,6 @@ def test_a_division_is_complete_and_keeps_copies_together(split, rows, fraction,
         texts = {key for key, own in first.items() if own == label}
         for side in (kept, aside):
             assert texts & {keys[row] for row in side} or len(texts) == 1
-
-
-@given(st.lists(st.integers(0, 10**6), min_size=20, max_size=60, unique=True), st.integers(0, 3))
-def test_a_text_keeps_its_side_whatever_other_rows_come_or_go(texts, seed):
-    keys = [text_key(str(text)) for text in texts]
-
-    def aside(keys, fraction):
-        return {keys[row] for row in hash_split([0] * len(keys), keys, fraction, seed)[1]}
-
-    most = aside(keys, 0.5)
-    assert aside(keys, 0.2) <= most
-    few = aside(random.Random(seed).sample(keys, 15), 0.5)
-    # At most one text moves, where a side would have none.
-    assert len(few - most) <= 1
 
 
 def test_the_hash_sets_a_share_of_the_texts_aside_that_depends_on_the_seed():
@@ -198,6 +184,9 @@ def test_generated_splits_share_no_text(max_depth):
     module.setup("fit")
     module.setup("test")
     assert {*module.splits} == {"train", "confidence", "val", "calibration", "test"}
+    repeated = CompositionalSentiment(**sizes, max_depth=max_depth)
+    repeated.setup("fit")
+    assert repeated.splits["train"] == module.splits["train"]
     for one, other in combinations(module.splits, 2):
         assert not texts_of(module, one) & texts_of(module, other)
     counts = Counter(module.splits["test"].labels)
@@ -207,35 +196,3 @@ def test_generated_splits_share_no_text(max_depth):
         for number in (1000, 1100)
     )
     assert more[:1000] == examples
-
-
-def corpora():
-    """Four small corpora; the second and the third have a text of the first."""
-    made = {}
-    for number, corpus in enumerate(vader.CORPORA):
-        texts = [f"{corpus} {row // 2}" for row in range(80)] + ["tweets 3"] * (number in (1, 2))
-        made[corpus] = Examples(texts, labels=[row // 2 % 3 for row in range(len(texts))])
-    return made
-
-
-def test_each_corpus_has_a_division_of_its_own(tmp_path, monkeypatch):
-    monkeypatch.setattr(vader, "read_archive", lambda archive: corpora())
-    monkeypatch.setattr(vader, "fetch", lambda archive: None)
-
-    def splits(**arguments):
-        given = {"root": str(tmp_path), "confidence_fraction": 0.0, **arguments}
-        module = VaderSentiment(word_tokenizer(WORDS), **given)
-        module.setup("fit")
-        module.setup("test")
-        return {split: module.splits[split].texts for split in ("train", "val", "test")}
-
-    whole, parts = splits(), [splits(corpora=[corpus]) for corpus in vader.CORPORA]
-    assert sum(map(len, whole.values())) == 322
-    for split, texts in whole.items():
-        assert texts == [text for part in parts for text in part[split]]
-    for one, other in combinations(whole, 2):
-        assert not set(whole[one]) & set(whole[other])
-    for split, share in (("train", 0.75), ("val", 0.125), ("test", 0.125)):
-        assert len(whole[split]) / 322 == pytest.approx(share, abs=0.03)
-    assert splits(split=0, seed=5) == whole == splits(seed=0)
-    assert splits(split=1) == splits(seed=1) != whole

@@ -14,7 +14,6 @@ from transformers import AutoTokenizer, BertTokenizerFast
 from dact.data import TextClassificationData
 from dact.data.batching import collate, encode
 from dact.data.examples import Examples
-from dact.data.tokenizers import tokenize, word_tokenizer
 from tests.tables import write_table
 
 WORDS = [f"word{number}" for number in range(60)]
@@ -23,23 +22,6 @@ WORDS = [f"word{number}" for number in range(60)]
 def bert_tokenizer(**arguments):
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
     return BertTokenizerFast(vocab={word: id for id, word in enumerate(words)}, **arguments)
-
-
-TEXTS = st.lists(
-    st.lists(st.sampled_from([*WORDS, "other"]), max_size=9).map(" ".join), min_size=1, max_size=6
-)
-
-
-@settings(max_examples=40)
-@given(TEXTS, st.booleans(), st.booleans())
-def test_tokens_are_padded_as_transformers_pads_them(texts, as_pairs, with_types):
-    tokenizer = bert_tokenizer() if with_types else word_tokenizer(WORDS)
-    given_texts = [(text, text) for text in texts] if as_pairs else texts
-    options = {"truncation": True, "max_length": 7}
-    expected = tokenizer(given_texts, padding=True, return_tensors="pt", **options)
-    found = tokenize(tokenizer, given_texts, **options)
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in found)
 
 
 def write(folder, texts, labels=("a", "b")):

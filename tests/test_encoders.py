@@ -1,14 +1,12 @@
 """Every encoder: its layers one by one are the plain forward pass, and no others run."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from dact import DACT
-from dact.encoders import HuggingFaceEncoder, TransformerEncoder, from_config
+from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.base import pool_tokens
 from dact.encoders.huggingface import FAMILIES
 from tests.conftest import random_batch, tiny_model
@@ -241,17 +239,3 @@ def test_missing_weights_and_too_many_layers_are_refused(tmp_path):
 def test_a_wrong_built_in_encoder_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TransformerEncoder(**{"vocab_size": 10, **arguments})
-
-
-@pytest.mark.parametrize("name", ["attn_implementation", "_attn_implementation", "auto_map"])
-def test_a_configuration_cannot_name_code_to_load(tmp_path, name):
-    foreign = {"auto_map": {"AutoModel": "evil.Model"}}.get(name, "someone/kernels:evil")
-    config = encoder_of("bert").config()
-    encoder = from_config({**config, "model": {**config["model"], name: foreign}})
-    assert "evil" not in str(vars(encoder.model.config))
-    AutoModel.from_config(config_of("bert")).save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**stored, name: foreign}))
-    loaded = HuggingFaceEncoder(str(tmp_path)).model.config
-    assert "evil" not in str(vars(loaded))
-    assert loaded._attn_implementation == encoder.model.config._attn_implementation == "sdpa"

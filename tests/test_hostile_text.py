@@ -77,18 +77,3 @@ def test_hostile_texts_each_get_a_row_in_order(folder):
             assert reason == "empty text", (text, reason)
         else:
             assert label in ("a", "b", "c"), (text[:50], reason)
-
-
-def test_mixed_encodings_get_a_row_or_a_reason(folder):
-    generator = random.Random(1)
-    lines, valid = [], []
-    for row in range(200):
-        encoding = generator.choice(["utf-8", "latin-1", "utf-16-le"]) if row % 2 else "utf-8"
-        lines.append(b"%d\t" % row + "good é bad".encode(encoding).replace(b"\x00", b""))
-        valid.append(encoding == "utf-8")
-    (folder / "mixed.tsv").write_bytes(b"n\ttext\n" + b"\n".join(lines) + b"\n")
-    predict(folder, "mixed.tsv", "out.csv")
-    frame = pd.read_csv(folder / "out.csv")
-    assert len(frame) == 200
-    assert frame["label"].notna().tolist() == valid
-    assert (frame["reason"][[not v for v in valid]] == "not valid UTF-8").all()

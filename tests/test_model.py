@@ -295,7 +295,7 @@ class LayeredEncoderOfYourUser(LayeredEncoder):
 
 def test_any_module_that_keeps_the_contract_is_an_encoder(tmp_path):
     model = scatter_exits(DACT(encoder=LayeredEncoderOfYourUser(), confidence_reads="state"))
-    fit = trainer(tmp_path, enable_checkpointing=True)
+    fit = trainer(tmp_path)
     fit.fit(model, loader(), loader(seed=1))
     fit.save_checkpoint(tmp_path / "own.ckpt")
     with pytest.raises(ValueError, match="pass encoder="):

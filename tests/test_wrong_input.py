@@ -120,11 +120,13 @@ def test_no_folder_makes_transformers_load_a_kernel(tmp_path, monkeypatch):
     BertForSequenceClassification(config).save_pretrained(teacher)
     DACT(encoder=HuggingFaceEncoder.from_model(BertModel(config))).save_pretrained(own)
     name = "kernels-community/any"
-    described = read_json(teacher / "config.json") | {"attn_implementation": name}
+    described = read_json(teacher / "config.json")
+    described |= {"attn_implementation": name, "auto_map": {"AutoModel": "evil.Model"}}
     write_json(teacher / "config.json", described)
     assert load_sequence_classifier(str(teacher))[1]
     described = read_json(own / "config.json")
     kernel = {"attribute_map": {"kernel": "_attn_implementation"}, "kernel": name}
+    kernel |= {"_attn_implementation": name, "auto_map": {"AutoModel": "evil.Model"}}
     described["encoder"]["model"] |= kernel
     write_json(own / "config.json", described)
     assert DACT.from_pretrained(own).num_layers == 2
