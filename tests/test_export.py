@@ -11,8 +11,7 @@ import sys
 import pytest
 import torch
 
-from dact import DACT, calibrate, export
-from dact.data import CompositionalSentiment
+from dact import DACT, export
 from dact.encoders import OnnxEncoder, TransformerEncoder
 from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import ALL, encoder_of
@@ -125,27 +124,6 @@ def test_int8_serves_families_of_other_layers(name, tmp_path):
     report = export(tmp_path / "model", tmp_path / "int8", quantize="int8")
     assert report.quantized_difference < 0.1
     assert b"MatMulInteger" in (tmp_path / "int8" / "layer_1.onnx").read_bytes()
-
-
-def test_the_dial_stays_the_promise_is_dropped_and_can_be_renewed_on_the_exported_folder(tmp_path):
-    data = CompositionalSentiment(num_train=10, num_val=300, num_test=10)
-    data.setup("validate")
-    model = tiny_model(vocab=data.vocab_size, class_names=data.class_names)
-    calibrate(model, data, min_agreement=0.5, dial="halting_margin")
-    assert model.calibration is not None
-    assert model.halting_margin < 1
-    model.save_pretrained(tmp_path / "model")
-    report = export(tmp_path / "model", tmp_path / "onnx", quantize="int8")
-    assert report.promise_dropped
-    assert "dact calibrate" in str(report)
-    exported = DACT.from_pretrained(tmp_path / "onnx")
-    assert exported.calibration is None
-    assert exported.halting_margin == model.halting_margin
-    calibrate(exported, data, min_agreement=0.5, dial="halting_margin")
-    exported.save_pretrained(tmp_path / "onnx")
-    again = DACT.from_pretrained(tmp_path / "onnx")
-    assert again.calibration == exported.calibration
-    assert again.halting_margin == exported.halting_margin < 1
 
 
 def test_an_exported_model_can_be_saved_elsewhere_copied_and_pickled(exported, tmp_path):

@@ -19,10 +19,10 @@ from transformers import AutoModel, BertConfig
 from dact import DACT, SubmodelConfig, functional
 from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
-from dact.encoders import HuggingFaceEncoder, LayeredEncoder, TransformerEncoder
+from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.files import DurableCheckpointIO
 from tests import references
-from tests.conftest import forked, free_port, random_batch, scatter_exits, tiny_model
+from tests.conftest import forked, free_port, random_batch, tiny_model
 from tests.test_encoders import config_of
 
 
@@ -273,39 +273,21 @@ def test_a_loaded_model_is_trained_with_dropout(tmp_path):
 # ------------------------------------------------------------------ an encoder of your user's own
 
 
-class LayeredEncoderOfYourUser(LayeredEncoder):
-    """A stack of perceptrons on a bag of words."""
-
-    num_layers, hidden_size = 3, 8
-
-    def __init__(self):
-        super().__init__()
-        self.table = torch.nn.Embedding(50, 8)
-        self.steps = torch.nn.ModuleList(torch.nn.Linear(8, 8) for _ in range(3))
-
-    def embed(self, batch):
-        return self.table(batch["input_ids"])
-
-    def layer(self, layer, hidden, context):
-        return hidden + self.steps[layer - 1](hidden).relu()
-
-    def pool(self, layer, hidden, mask):
-        return (hidden * mask.unsqueeze(-1)).sum(1)
+class Own(TransformerEncoder):
+    """(A page of the documents has an encoder of other layers.)"""
 
 
-def test_any_module_that_keeps_the_contract_is_an_encoder(tmp_path):
-    model = scatter_exits(DACT(encoder=LayeredEncoderOfYourUser(), confidence_reads="state"))
-    fit = trainer(tmp_path)
-    fit.fit(model, loader(), loader(seed=1))
+def test_a_checkpoint_of_an_encoder_of_ones_own_is_loaded_with_the_encoder(tmp_path):
+    model = tiny_model(encoder=Own(50, 3, 8, 2))
+    fit = trainer(tmp_path, max_epochs=1)
+    fit.fit(model, loader())
     fit.save_checkpoint(tmp_path / "own.ckpt")
     with pytest.raises(ValueError, match="pass encoder="):
         DACT.load_from_checkpoint(tmp_path / "own.ckpt")
-    own = LayeredEncoderOfYourUser()
-    again = DACT.load_from_checkpoint(tmp_path / "own.ckpt", encoder=own).eval()
+    again = DACT.load_from_checkpoint(tmp_path / "own.ckpt", encoder=Own(50, 3, 8, 2)).eval()
     with torch.no_grad():
         batch = random_batch()
         assert torch.equal(again(batch).probabilities, model.eval()(batch).probabilities)
-        assert torch.equal(again.early_exit(batch).exit_layer, again(batch).exit_layer)
 
 
 # ------------------------------------------------------------------ on disk
