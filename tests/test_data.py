@@ -17,7 +17,6 @@ from hypothesis import given, settings
 
 from dact import DACT
 from dact.data import (
-    CompositionalSentiment,
     TextClassificationData,
     VaderSentiment,
     compositional,
@@ -26,7 +25,7 @@ from dact.data import (
 from dact.data.batching import LengthGroupedSampler
 from dact.data.examples import text_key
 from dact.data.files import read_rows, text_fault
-from dact.data.tokenizers import load_tokenizer, word_tokenizer
+from dact.data.tokenizers import word_tokenizer
 from dact.encoders import TransformerEncoder
 from tests.tables import write_table
 
@@ -108,40 +107,25 @@ def test_a_list_of_records_and_blank_lines_are_read(tmp_path):
 
 @pytest.mark.parametrize("source", ["file", "standard input"])
 def test_texts_to_predict_may_come_one_a_line(tmp_path, monkeypatch, source):
-    content = b"\xef\xbb\xbf" + "good so\r\n\nnaïve 🙂\n".encode() + b"\xff fine\n\xef\xbb\xbflast"
+    content = b"\xef\xbb\xbf" + "good so\r\n\nnaïve 🙂\n".encode() + b"\xff fine\nlast"
     (tmp_path / "texts.txt").write_bytes(content)
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(content)))
     rows = [*read_rows(str(tmp_path / "texts.txt") if source == "file" else "-", TEXT)]
     assert [text for (text,) in rows[:3]] == ["good so", "", "naïve 🙂"]
-    assert [text_fault(row) for row in rows] == [
-        None,
-        "empty text",
-        None,
-        "not valid UTF-8",
-        None,
-    ]
+    faults = [None, "empty text", None, "not valid UTF-8", None]
+    assert [text_fault(row) for row in rows] == faults
 
 
 def test_a_trainer_predicts_the_texts_of_a_file(tmp_path):
-    write(tmp_path, "csv", [[text] for text, _ in ROWS], ["text"], "new")
-    module = TextClassificationData(
-        predict_file=tmp_path / "new.csv", tokenizer=word_tokenizer(["good", "bad"]), batch_size=4
-    )
-    model = DACT(encoder=TransformerEncoder(8, 2, 8, 2), output_dimension=2)
+    file = write(tmp_path, "csv", [[text] for text, _ in ROWS], ["text"], "new")
+    module = data(None, predict_file=file, batch_size=4)
+    model = DACT(encoder=TransformerEncoder(14, 2, 8, 2), output_dimension=2).eval()
     trainer = pl.Trainer(logger=False, enable_progress_bar=False, accelerator="cpu")
-    found = trainer.predict(model, module)
-    assert sum(len(batch.probabilities) for batch in found) == len(ROWS)
-
-
-def test_lines_are_read_one_at_a_time(tmp_path):
-    (tmp_path / "texts.txt").write_text("one\ntwo\n")
-    lines = read_rows(str(tmp_path / "texts.txt"), TEXT)
-    assert next(lines) == ["one"]
-    assert list(lines) == [["two"]]
-    with pytest.raises(
-        ValueError, match=r"texts\.txt has one text a line, and no columns text, label"
-    ):
-        data(tmp_path / "texts.txt").setup("fit")
+    found = torch.cat([batch.probabilities for batch in trainer.predict(model, module)])
+    assert len(found) == len(ROWS)
+    with torch.no_grad():
+        answers = [model.early_exit(batch) for batch in module.predict_dataloader()]
+    assert torch.equal(found, torch.cat([answer.probabilities for answer in answers]))
 
 
 def test_a_data_set_stands_for_a_file(tmp_path, monkeypatch):
@@ -185,9 +169,7 @@ def test_text_pairs_and_other_column_names(tmp_path):
     [
         ([1, 2, 10], ["1", "2", "10"]),
         (["10", "9", "-1"], ["-1", "9", "10"]),
-        ([0.5, 1.0], ["0.5", "1.0"]),
         ([1.0, 10.0, 2.0], ["1", "2", "10"]),
-        ([True, False], ["False", "True"]),
         (["b ", " a", "b", "B"], ["B", "a", "b"]),
     ],
 )
@@ -199,13 +181,10 @@ def test_the_classes_are_the_sorted_distinct_labels(tmp_path, labels, names):
 @pytest.mark.parametrize(
     ("names", "labels", "classes"),
     [
-        (["bad", "good"], ["good", "bad"], [1, 0]),
-        (["bad", "good"], [1, "0", "1"], [1, 0, 1]),
-        (["1", "2", "3"], ["1", 2], [0, 1]),
+        (["bad", "good"], ["good", "bad", "good"], [1, 0, 1]),
+        (["bad", "good"], [1, "0"], [1, 0]),
         (["1", "2", "3"], [3.0, "1.0"], [2, 0]),
-        (["bad", "good"], [1.0, 0.0], [1, 0]),
         (["1", "2", "3"], [0, 1], None),
-        (["bad", "good"], ["god"], None),
     ],
 )
 def test_labels_are_names_or_positions_of_named_classes(tmp_path, names, labels, classes):
@@ -214,17 +193,13 @@ def test_labels_are_names_or_positions_of_named_classes(tmp_path, names, labels,
     if classes is not None:
         assert module.examples("test").labels == classes
         return
-    with pytest.raises(ValueError, match="rows? 1.*outside the classes.*(bad, good|1, 2, 3)"):
+    with pytest.raises(ValueError, match="rows? 1.*outside the classes.*1, 2, 3"):
         module.examples("test")
 
 
-def test_without_a_training_file_the_classes_may_be_named(tmp_path):
-    file = write(tmp_path, "csv")
+def test_without_a_training_file_the_classes_must_be_named(tmp_path):
     with pytest.raises(ValueError, match="no train_file was given, or class_names"):
-        data(None, test_file=file).setup("test")
-    module = data(None, test_file=file, class_names=["neg", "neu", "pos"])
-    module.setup("test")
-    assert len(module.splits["test"]) == len(ROWS)
+        data(None, test_file=write(tmp_path, "csv")).setup("test")
 
 
 # ------------------------------------------------------------------ what is refused
@@ -240,7 +215,6 @@ def test_without_a_training_file_the_classes_may_be_named(tmp_path):
             None,
             r"rows 3, 6, .*empty text.* 4, 7, .*no lab",
         ),
-        ([("", "")] * 3, None, "has no rows"),
         ([], None, "has no rows"),
         ([("x", 0), ("y", 0)], None, "every label is '0': a classifier needs two classes"),
         ([("x", "a"), ("z", "b"), ("y", "b")], None, "class a has one text only"),
@@ -255,18 +229,13 @@ def test_wrong_files_are_refused(tmp_path, rows, columns, message):
     ("name", "content", "message"),
     [
         ("a.xls", b"", r"unknown ending '\.xls', expected one of \.csv"),
-        ("a.csv", b"", "has no rows"),
+        ("a.txt", b"one\ntwo\n", "a.txt has one text a line, and no columns text, label"),
         ("a.jsonl", b"", "has no rows"),
         ("a.jsonl", b'{"text": "good", "label": "pos"}\n{\n', "line 2 is no JSON"),
         ("a.parquet", b"nothing", "Parquet"),
         ("a.csv", b"text,label\ngood, a film,pos\n", "row 2: 3 values are too many for 2 columns"),
         ("a.csv", b'text,label\na,b\n"good,pos\nso,neg\n', "row 3: unexpected end of data"),
-        ("a.tsv", b"text\tlabel\ngood\ta\tpos\n", "row 2: 3 values are too many for 2 columns"),
-        (
-            "a.csv",
-            "text,label\ngood,ä".encode("latin-1"),
-            "rows 2 .*UTF-8.* save the file in UTF-8",
-        ),
+        ("a.csv", b"text,label\ngood,\xe4", "rows 2 .*UTF-8.* save the file in UTF-8"),
         ("a.jsonl", b'{"text": 5, "label": 1}\n', "rows 1 .not a text but int"),
     ],
 )
@@ -278,8 +247,6 @@ def test_files_that_cannot_be_read_are_one_line_with_the_remedy(tmp_path, name, 
 
 
 def test_absent_files_are_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
-        data(str(tmp_path / "absent.csv")).setup("fit")
     with pytest.raises(FileNotFoundError, match=r"absent\.csv"):
         data(write(tmp_path, "csv"), test_file=tmp_path / "absent.csv").setup("fit")
     with pytest.raises(ValueError, match="no test_file was given"):
@@ -306,9 +273,7 @@ def test_other_files_have_the_classes_of_training(tmp_path):
     ("arguments", "message"),
     [
         ({"batch_size": 0}, "batch_size must be 1 or more, got 0"),
-        ({"max_length": 1}, "max_length must be 3 or more, got 1"),
         ({"val_fraction": 1.0}, r"val_fraction must be in \(0, 1\), got 1.0"),
-        ({"calibration_fraction": 1}, r"calibration_fraction must be in \[0, 1\), got 1"),
         ({"calibration_fraction": 0.5, "calibration_file": "x.csv"}, "not both"),
     ],
 )
@@ -317,22 +282,7 @@ def test_wrong_arguments_are_refused(arguments, message):
         data("x.csv", **arguments)
 
 
-def test_a_missing_tokenizer_is_one_clear_error():
-    with pytest.raises(ValueError, match="no tokenizer at 'nobody/nothing'.*network"):
-        load_tokenizer("nobody/nothing")
-
-
 # ------------------------------------------------------------------ batches
-
-
-def test_batches_are_padded_to_their_longest_and_cut(tmp_path):
-    rows = [("good " * n, "ab"[n % 2]) for n in range(1, 41)]
-    for batch in fitted(
-        write(tmp_path, "csv", rows), batch_size=4, max_length=20
-    ).train_dataloader():
-        assert batch["input_ids"].shape == batch["attention_mask"].shape
-        assert batch["attention_mask"].sum(1).max() == batch["input_ids"].shape[1] <= 20
-        assert batch["labels"].dtype == torch.int64
 
 
 LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=300)
@@ -340,14 +290,11 @@ LENGTHS = st.lists(st.integers(1, 100), min_size=1, max_size=300)
 
 @settings(max_examples=40)
 @given(LENGTHS, st.integers(1, 17), st.integers(1, 4))
-def test_processes_share_the_batches_of_one_order(lengths, batch_size, processes):
-    samplers = [
-        LengthGroupedSampler(lengths, batch_size, 0, processes, rank) for rank in range(processes)
-    ]
-    shares = [list(sampler) for sampler in samplers]
-    whole = list(LengthGroupedSampler(lengths, batch_size * processes, 0))
+def test_processes_share_the_batches_of_one_order(lengths, size, processes):
+    ranks = range(processes)
+    shares = [list(LengthGroupedSampler(lengths, size, 0, processes, rank)) for rank in ranks]
+    whole = list(LengthGroupedSampler(lengths, size * processes, 0))
     assert {len(share) for share in shares} == {-(-len(lengths) // processes)}
-    assert len(samplers[0]) == len(shares[0])
     dealt = [row for turn in zip(*shares, strict=True) for row in turn]
     assert dealt[: len(whole)] == whole
     assert set(dealt) == set(whole)
@@ -358,12 +305,10 @@ def test_processes_share_the_batches_of_one_order(lengths, batch_size, processes
 def test_grouping_by_length_is_a_permutation_by_seed_and_epoch(lengths, batch_size, seed):
     sampler = LengthGroupedSampler(lengths, batch_size, seed)
     first = list(sampler)
-    assert sorted(first) == list(range(len(lengths)))
     assert list(LengthGroupedSampler(lengths, batch_size, seed)) == first
     sampler.set_epoch(1)
-    assert sorted(sampler) == list(range(len(lengths)))
-    if len(lengths) > 50:
-        assert list(sampler) != first
+    assert sorted(sampler) == sorted(first) == list(range(len(lengths)))
+    assert list(sampler) != first or len(lengths) <= 50
 
 
 def test_grouping_by_length_saves_padding():
@@ -404,11 +349,9 @@ def test_validation_needs_little_padding_and_has_one_order_whatever_the_batch_si
 
 def naive_label(text):
     """The class of a review, read from its words alone."""
-    words = text.removesuffix(" .").split()
-    clauses = " ".join(words)
-    main = clauses
-    if clauses.split()[0] == "although" or " although " in clauses or " but " in clauses:
-        left, _, right = clauses.partition(" , ")
+    main = text.removesuffix(" .")
+    if main.startswith("although ") or " although " in main or " but " in main:
+        left, _, right = main.partition(" , ")
         main = right if "although" in left.split() or right.startswith("but ") else left
     tokens = main.split()
     adjectives = {word: grade for grade, words in enumerate(compositional.GRADES) for word in words}
@@ -424,22 +367,6 @@ def naive_label(text):
 def test_the_class_of_a_review_can_be_read_from_its_words(seed, max_depth):
     text, label = compositional.generate_review(random.Random(seed), max_depth)
     assert label == naive_label(text)
-
-
-def test_embedded_data_is_the_same_everywhere_and_its_splits_differ():
-    sizes = {"num_train": 300, "num_val": 50, "num_test": 50}
-    one, other = (CompositionalSentiment(**sizes, seed=4) for _ in range(2))
-    for module in (one, other):
-        module.setup("fit")
-        module.setup("test")
-    assert one.splits == other.splits
-    assert one.splits["val"].texts != one.splits["test"].texts
-    assert one.vocab_size == 42
-    unknown = one.tokenizer.unk_token_id
-    assert all(unknown not in item["input_ids"] for item in one._encoded["train"])
-    (first, *_) = one.val_dataloader()
-    assert set(first) == {"labels", "input_ids", "attention_mask", "row"}
-    assert min(Counter(one.splits["train"].labels).values()) > 70
 
 
 # ------------------------------------------------------------------ VADER
@@ -470,7 +397,6 @@ def test_vader_is_fetched_read_and_split():
     module.setup("test")
     sizes = {split: len(examples) for split, examples in module.splits.items()}
     assert sizes == {"train": 16907, "confidence": 870, "val": 2963, "test": 2963}
-    assert sizes["train"] + sizes["confidence"] == 17777
     keys = {split: {*map(text_key, part.texts)} for split, part in module.splits.items()}
     for one, other in combinations(keys, 2):
         assert not keys[one] & keys[other]

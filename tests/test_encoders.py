@@ -1,19 +1,15 @@
 """Every encoder: its layers one by one are the plain forward pass, and no others run."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification
 
 from dact import DACT
-from dact.encoders import HuggingFaceEncoder, TransformerEncoder, from_config
+from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.base import pool_tokens
 from dact.encoders.huggingface import FAMILIES
-from dact.encoders.pretrained import resolve_pretrained
-from dact.functional import accumulate
-from tests.conftest import random_batch, scatter_exits, tiny_model
+from tests.conftest import random_batch, tiny_model
 
 LAYERS = 4
 TINY = {
@@ -80,7 +76,6 @@ def test_every_family_is_tested():
 @pytest.mark.parametrize("entries", [("input_ids", "attention_mask"), ("input_ids",)])
 @torch.no_grad()
 def test_layer_by_layer_equals_the_plain_forward_of_the_library(name, entries):
-    torch.manual_seed(3)
     model = AutoModel.from_config(config_of(name)).eval()
     batch = {name: BATCH[name] for name in entries}
     plain = model(**batch, output_hidden_states=True)
@@ -91,71 +86,33 @@ def test_layer_by_layer_equals_the_plain_forward_of_the_library(name, entries):
     # ModernBERT's last entry has passed the final norm, the ones before have not.
     expected = plain.hidden_states[inner::inner]
     assert len(expected) == encoder.num_layers == LAYERS
-    valid = mask.bool()
     for n in range(1, LAYERS + 1):
         hidden = encoder.layer(n, hidden, context)
         reached = model.final_norm(hidden) if name == "modernbert" and n == LAYERS else hidden
-        torch.testing.assert_close(reached[valid], expected[n - 1][valid], rtol=0, atol=0)
-    torch.testing.assert_close(reached[valid], plain.last_hidden_state[valid], rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-@pytest.mark.parametrize("pooling", ["mean", "first"])
-@torch.no_grad()
-def test_one_forward_gives_the_pooled_states_of_every_layer(name, pooling):
-    encoder = encoder_of(name, pooling=pooling)
-    states = encoder(BATCH)
-    assert states.shape == (9, LAYERS, 32)
-    # The library's last state has passed ModernBERT's final norm, the others have not.
-    inner = getattr(encoder.model.config, "inner_group_num", 1)
-    reached = encoder.model(**BATCH, output_hidden_states=True).hidden_states[inner::inner]
+        assert torch.equal(reached[mask.bool()], expected[n - 1][mask.bool()])
     if name == "modernbert":
-        reached = [*map(encoder.model.final_norm, reached[:-1]), reached[-1]]
-    mask = encoder.mask(BATCH)
+        expected = [*map(model.final_norm, expected[:-1]), expected[-1]]
     weights = {"mean": mask / mask.sum(1, keepdim=True), "first": torch.eye(24)[mask.argmax(1)]}
-    pooled = [torch.einsum("bl,bld->bd", weights[pooling], state) for state in reached]
-    torch.testing.assert_close(states, torch.stack(pooled, dim=1), atol=1e-5, rtol=1e-5)
+    for encoder.pooling, weight in weights.items():
+        pooled = [torch.einsum("bl,bld->bd", weight, state) for state in expected]
+        torch.testing.assert_close(encoder(batch), torch.stack(pooled, 1), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("stop", [1, 3])
-def test_stopping_after_a_layer_runs_exactly_so_many(name, stop):
-    """Every example is made to leave after layer `stop`: no further layer is called."""
+def test_stopping_after_a_layer_runs_exactly_so_many(name):
+    """Every example is made to leave after layer 2: no further layer is called."""
     encoder = encoder_of(name)
     model = DACT(encoder=encoder, confidence_reads="state").eval()
     for n in range(1, LAYERS + 1):
-        bias = 40.0 if n < stop else -40.0
+        bias = 40.0 if n < 2 else -40.0
         torch.nn.init.constant_(model.confidence[-1].bias[n - 1], bias)
         torch.nn.init.normal_(model.classifier[-1].weight[n - 1])
     calls = []
     for module in layers_of(encoder):
         module.register_forward_hook(lambda *_: calls.append(1))
     output = model.early_exit(BATCH)
-    assert output.exit_layer.tolist() == [stop] * 9
-    assert len(calls) == stop
-
-
-@pytest.mark.parametrize("name", ALL)
-@torch.no_grad()
-def test_early_exit_is_forward_where_it_matters(name):
-    model = scatter_exits(DACT(encoder=encoder_of(name), confidence_reads="state").eval())
-    full, early = model(BATCH), model.early_exit(BATCH)
-    assert torch.equal(early.exit_layer, full.exit_layer)
-    assert len(set(full.exit_layer.tolist())) > 1
-    assert torch.equal(early.probabilities.argmax(1), full.probabilities.argmax(1))
-    answers, _ = accumulate(full.layer_probabilities, full.h)
-    expected = answers[torch.arange(9), full.exit_layer - 1]
-    torch.testing.assert_close(early.probabilities, expected, atol=2e-5, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", ALL)
-@torch.no_grad()
-def test_an_encoder_is_rebuilt_from_its_configuration(name):
-    encoder = encoder_of(name)
-    again = from_config(encoder.config()).eval()
-    again.load_state_dict(encoder.state_dict())
-    torch.testing.assert_close(again(BATCH), encoder(BATCH), rtol=0, atol=0)
-    assert again.config() == encoder.config()
+    assert output.exit_layer.tolist() == [2] * 9
+    assert len(calls) == 2
 
 
 @pytest.mark.parametrize("name", [name for name in CONFIGS if name != "albert-groups"])
@@ -169,7 +126,7 @@ def test_fewer_layers_are_the_first_ones(name, tmp_path):
     torch.testing.assert_close(encoder(BATCH), states[:, :2])
 
 
-@pytest.mark.parametrize("name", ["bert", "distilbert", "deberta-v2", "modernbert"])
+@pytest.mark.parametrize("name", ["bert", "distilbert", "modernbert"])
 def test_a_fine_tuned_classifier_serves_and_its_head_is_left_aside(name, tmp_path):
     model = AutoModelForSequenceClassification.from_config(config_of(name))
     model.save_pretrained(tmp_path)
@@ -190,12 +147,8 @@ def test_half_precision_weights_are_taken_in_float32_and_dropout_is_on(tmp_path)
 def test_an_encoder_starts_from_a_model_that_dact_trained(tmp_path, name):
     model = DACT(encoder=encoder_of(name)).eval()
     model.save_pretrained(tmp_path)
-    batch = random_batch(3, 9, vocab=100)
     with torch.no_grad():
-        assert torch.equal(HuggingFaceEncoder(str(tmp_path)).eval()(batch), model.encoder(batch))
-        if name != "albert-groups":
-            first = HuggingFaceEncoder(str(tmp_path), num_layers=1).eval()(batch)
-            torch.testing.assert_close(first, model.encoder(batch)[:, :1])
+        assert torch.equal(HuggingFaceEncoder(str(tmp_path)).eval()(BATCH), model.encoder(BATCH))
 
 
 def test_a_model_of_dact_with_another_encoder_is_no_encoder_from_hugging_face(tmp_path):
@@ -211,28 +164,14 @@ def test_the_packaged_minilm_loads():
         assert torch.isfinite(encoder(random_batch(2, 8))).all()
 
 
-def test_the_mean_of_many_large_tokens_is_finite_in_half_precision():
-    hidden, mask = torch.full((2, 8192, 4), 12.0), torch.ones(2, 8192, dtype=torch.long)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_mean_of_many_large_tokens_is_finite_in_half_precision(dtype):
+    hidden, mask = torch.full((2, 8192, 4), 12.0, dtype=dtype), torch.ones(2, 8192)
     mask[1, 5000:] = 0
-    for dtype in (torch.float16, torch.bfloat16):
-        with torch.autocast("cpu", dtype):
-            pooled = [
-                pool_tokens(hidden, mask, "mean"),
-                pool_tokens(hidden.to(dtype), mask, "mean"),
-            ]
-        for found in [*pooled, pool_tokens(hidden.to(dtype), mask, "mean")]:
-            torch.testing.assert_close(found.float(), torch.full((2, 4), 12.0), rtol=1e-2, atol=0)
-
-
-def test_padding_on_either_side_pools_the_same_tokens():
-    hidden = torch.randn(1, 3, 4)
-    left = torch.cat([torch.full((1, 2, 4), 9.0), hidden], dim=1)
-    right = torch.cat([hidden, torch.full((1, 2, 4), 9.0)], dim=1)
-    for pooling in ("mean", "first"):
-        ahead = pool_tokens(left, torch.tensor([[0, 0, 1, 1, 1]]), pooling)
-        torch.testing.assert_close(
-            ahead, pool_tokens(right, torch.tensor([[1, 1, 1, 0, 0]]), pooling)
-        )
+    with torch.autocast("cpu", dtype):
+        under_autocast = pool_tokens(hidden, mask, "mean")
+    for found in (under_autocast, pool_tokens(hidden, mask, "mean")):
+        torch.testing.assert_close(found.float(), torch.full((2, 4), 12.0), rtol=1e-2, atol=0)
 
 
 @pytest.mark.parametrize(
@@ -250,10 +189,6 @@ def test_batches_that_an_encoder_cannot_take_are_named(change, message):
     for call in (model, model.early_exit):
         with pytest.raises(ValueError, match=message):
             call(batch)
-    with pytest.raises(KeyError, match="input_ids"):
-        model({"labels": torch.zeros(3)})
-    with pytest.raises(TypeError, match="a batch is a dict"):
-        model((torch.ones(3, 4), torch.zeros(3)))
 
 
 def test_an_unsupported_architecture_is_refused_with_what_is_supported(tmp_path):
@@ -294,7 +229,6 @@ def test_missing_weights_and_too_many_layers_are_refused(tmp_path):
     ("arguments", "message"),
     [
         ({"vocab_size": 1}, "vocab_size must be 2 or more, got 1"),
-        ({"num_heads": 3}, "num_heads must be even.*3 heads"),
         ({"hidden_size": 10}, "divide hidden_size.*4 heads for 10"),
         ({"pooling": "max"}, "got 'max'"),
     ],
@@ -302,28 +236,3 @@ def test_missing_weights_and_too_many_layers_are_refused(tmp_path):
 def test_a_wrong_built_in_encoder_is_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
         TransformerEncoder(**{"vocab_size": 10, **arguments})
-
-
-def test_resolve_leaves_hub_ids_alone(tmp_path):
-    assert resolve_pretrained("bert-base-uncased") == "bert-base-uncased"
-    assert resolve_pretrained(str(tmp_path)) == str(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name", ["attn_implementation", "_attn_implementation", "experts_implementation", "auto_map"]
-)
-def test_a_configuration_cannot_name_code_to_load(tmp_path, name):
-    foreign = {"auto_map": {"AutoModel": "evil.Model"}}.get(name, "someone/kernels:evil")
-    config = encoder_of("bert").config()
-    encoder = from_config({**config, "model": {**config["model"], name: foreign}})
-    assert "evil" not in str(vars(encoder.model.config))
-    AutoModel.from_config(config_of("bert")).save_pretrained(tmp_path)
-    stored = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**stored, name: foreign}))
-    loaded = HuggingFaceEncoder(str(tmp_path))
-    assert "evil" not in str(vars(loaded.model.config))
-    assert (
-        loaded.model.config._attn_implementation
-        == encoder.model.config._attn_implementation
-        == "sdpa"
-    )

@@ -75,7 +75,6 @@ quiet = {"accelerator": "cpu", "enable_progress_bar": False}
 """
 
 FIT = """
-data().setup("fit")
 trainer = pl.Trainer(max_epochs=1, logger=False, enable_checkpointing=False, **quiet)
 built, loaded = model(), data()
 before = snapshot()
@@ -100,73 +99,24 @@ for mode in ("frozen", "finetune"):
     found[mode] = changed(before, snapshot())
 """
 
-TOKENIZER = """
-from dact.data import TextClassificationData
-from dact.data.tokenizers import word_tokenizer
 
-texts = [f"good {i}" for i in range(20)] + [f"bad {i}" for i in range(20)]
-with open("train.csv", "w") as file:
-    file.write("text,label\\n" + "".join(f"{text},{text.split()[0]}\\n" for text in texts))
-tokenizer = word_tokenizer(texts)
-def load(tokenizer):
-    loaded = TextClassificationData("train.csv", tokenizer=tokenizer, max_length=7, batch_size=8)
-    loaded.prepare_data()
-    loaded.setup("fit")
-    next(iter(loaded.train_dataloader()))
-
-load(word_tokenizer(texts))  # imports pyarrow and scikit-learn, which sets a variable of its own
-lengths = {"model_max_length": tokenizer.model_max_length, "padding_side": tokenizer.padding_side,
-           "truncation_side": tokenizer.truncation_side}
-before = {**snapshot(), **lengths}
-load(tokenizer)
-after = {**snapshot(), **{name: getattr(tokenizer, name) for name in lengths}}
-# a shuffle draws from them
-for name in ("python's generator", "numpy's generator", "torch's generator"):
-    before[name] = after[name]
-found["tokenizer"] = changed(before, after)
-"""
-
-
-def changes(code, folder):
-    """Return what a program with this code finds changed, by the name of what it did."""
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory):
+    """What a program finds changed, by the name of what it did."""
+    code = IMPORTS + MODEL + FIT + TUNE
     program = f"{HEAD}\nfound = {{}}\n{code}\nprint('CHANGED' + json.dumps(found, default=str))"
     # A number of threads that changes must show, so all of them are used; but they need not spin
     # while they wait.
     env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     env.pop("OMP_NUM_THREADS", None)
     command, options = [sys.executable, "-c", program], {"capture_output": True, "text": True}
+    folder = tmp_path_factory.mktemp("host")
     done = subprocess.run(command, cwd=folder, env=env, timeout=500, **options)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.rsplit("CHANGED", 1)[1])
 
 
-@pytest.fixture(scope="module")
-def tuned(tmp_path_factory):
-    """What the imports and a pipeline of `TuningEngine` in each mode changed."""
-    return changes(IMPORTS + MODEL + TUNE, tmp_path_factory.mktemp("tuned"))
-
-
-@pytest.fixture(scope="module")
-def fitted_here(tmp_path_factory):
-    """What a fit and data of one's own changed."""
-    return changes(MODEL + FIT + TOKENIZER, tmp_path_factory.mktemp("fitted"))
-
-
 @pytest.mark.slow
-def test_importing_dact_changes_nothing(tuned):
-    assert tuned["imports"] == {}
-
-
-@pytest.mark.slow
-def test_a_fit_changes_nothing(fitted_here):
-    assert fitted_here["fit"] == {}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("mode", ["frozen", "finetune"])
-def test_tuning_changes_nothing(tuned, mode):
-    assert tuned[mode] == {}
-
-
-def test_data_leaves_the_tokenizer_of_its_caller_alone(fitted_here):
-    assert fitted_here["tokenizer"] == {}
+@pytest.mark.parametrize("what", ["imports", "fit", "frozen", "finetune"])
+def test_dact_changes_nothing_of_its_host(changed, what):
+    assert changed[what] == {}

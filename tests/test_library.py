@@ -1,5 +1,7 @@
 """DACT as a library: in another project, with its streams, subclasses, loops and datamodules."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -7,7 +9,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 from dact import DACT
-from dact.callbacks import ExitPlots
+from dact.callbacks import ExitPlots, SavePretrained
 from dact.encoders import TransformerEncoder
 from dact.files import read_json, write_json
 from tests.conftest import random_batch, tiny_model
@@ -20,10 +22,8 @@ def trainer(folder, **arguments):
     )
 
 
-def batches(number, **arguments):
-    return DataLoader(
-        [random_batch(seed=seed, **arguments) for seed in range(number)], batch_size=None
-    )
+def batches(number):
+    return DataLoader([random_batch(seed=seed) for seed in range(number)], batch_size=None)
 
 
 class Stream(IterableDataset):
@@ -39,18 +39,9 @@ def test_a_stream_of_unknown_length_trains_at_constant_rates_and_the_final_lambd
         (model.warm_lambda(), model.optimizers().param_groups[0]["lr"])
     )
     before = model.encoder.tokens.weight.clone()
-    trainer(tmp_path, max_epochs=2, enable_checkpointing=False).fit(
-        model, DataLoader(Stream(), batch_size=None)
-    )
+    trainer(tmp_path, max_epochs=2).fit(model, DataLoader(Stream(), batch_size=None))
     assert seen == [(model.lambda_reg, 1e-2)] * 12
     assert not torch.equal(model.encoder.tokens.weight, before)
-
-
-def test_a_fit_that_measures_something_else_draws_no_exits(tmp_path):
-    logger = TensorBoardLogger(tmp_path)
-    trainer(tmp_path, logger=logger, callbacks=[ExitPlots()]).fit(
-        with_head(), batches(2), batches(1)
-    )
 
 
 class WithHead(DACT):
@@ -78,13 +69,14 @@ def with_head():
 def test_what_a_subclass_adds_is_trained_under_the_lambda_of_the_optimizer_steps(tmp_path, recwarn):
     model = with_head()
     before = model.extra.weight.clone()
-    fit = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2, enable_checkpointing=True)
+    options = {"logger": TensorBoardLogger(tmp_path), "callbacks": [ExitPlots(), SavePretrained()]}
+    fit = trainer(tmp_path, max_epochs=2, accumulate_grad_batches=2, **options)
     fit.fit(model, batches(8), batches(1))
     assert not torch.equal(model.extra.weight, before)
+    saved = WithHead.from_pretrained(Path(fit.log_dir) / "model")
+    assert torch.equal(saved.extra.weight, model.extra.weight)
     assert model.seen == [(step, min(1.0, step / 4)) for step in range(8) for _ in (1, 2)]
-    assert not [name for name in fit.callback_metrics if "layer_accuracy" in name], (
-        "of no measurement"
-    )
+    assert not [name for name in fit.callback_metrics if "layer_accuracy" in name]
     assert not [warning for warning in recwarn if "update" in str(warning.message)]
     resumed = with_head()
     path = fit.checkpoint_callback.best_model_path
@@ -113,7 +105,7 @@ def test_a_datamodule_may_have_hyperparameters_of_the_same_name(tmp_path):
 
 
 def test_a_checkpoint_that_holds_more_than_data_says_what_and_where(tmp_path):
-    fit = trainer(tmp_path, enable_checkpointing=True)
+    fit = trainer(tmp_path)
     fit.fit(tiny_model(layers=2), NamedData(root=tmp_path))
     message = r"holds an object of pathlib\S*Path, and only plain data.*datamodule is a likely"
     with pytest.raises(ValueError, match=message):

@@ -1,24 +1,21 @@
 """Wrong or unusual input: refused in one line, or used as it says; code in a model's folder never
 runs."""
 
-import json
 import shutil
 
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import BertConfig, BertForSequenceClassification, BertModel
 
 from dact import DACT, TextClassifier
 from dact.calibration import calibrate
-from dact.callbacks import SavePretrained
 from dact.data import CompositionalSentiment
 from dact.data.tokenizers import load_tokenizer
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.huggingface import load_sequence_classifier
 from dact.exporting import export
-from dact.files import read_json
+from dact.files import read_json, write_json
 from tests.conftest import tiny_model
 
 EVIL = """
@@ -37,20 +34,19 @@ def folder(fitted, tmp_path):
 
 
 def test_code_in_the_folder_of_a_tokenizer_or_teacher_never_runs(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "builtins.input", lambda *_: "y"
-    )  # as the first text of standard input may say
+    # as the first text of standard input may say
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
     marker = tmp_path / "ran"
     config = read_json(folder / "tokenizer_config.json")
     config |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    write_json(folder / "tokenizer_config.json", config)
     (folder / "evil.py").write_text(EVIL.format(base="PreTrainedTokenizer", marker=str(marker)))
     with pytest.raises(ValueError, match="no tokenizer at"):
         load_tokenizer(str(folder))
     teacher = tmp_path / "teacher"
     teacher.mkdir()
     auto = {"AutoConfig": "evil.Evil", "AutoModelForSequenceClassification": "evil.Evil"}
-    (teacher / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": auto}))
+    write_json(teacher / "config.json", {"model_type": "evil", "auto_map": auto})
     (teacher / "evil.py").write_text(EVIL.format(base="PretrainedConfig", marker=str(marker)))
     with pytest.raises(ValueError, match="evil"):
         load_sequence_classifier(str(teacher))
@@ -69,14 +65,10 @@ def test_a_tokenizer_that_cannot_be_read_is_one_line(folder, dact_here, tmp_path
 
 @pytest.mark.parametrize(
     ("labels", "message"),
-    [
-        (torch.tensor([-1, 0, 1, 0]), r"labels must be in 0 … 2 .* got -1"),
-        (torch.tensor([0, -100, 1, 2]), "label -100"),
-        (torch.tensor([[0], [1], [2], [1]]), "labels must be integers of the shape"),
-    ],
+    [([-1, 0, 1, 0], r"labels must be in 0 … 2 .* got -1"), ([0, -100, 1, 2], "label -100")],
 )
 def test_a_promise_is_never_made_on_labels_that_are_no_classes(labels, message):
-    batch = {"input_ids": torch.randint(3, 50, (4, 5)), "labels": labels}
+    batch = {"input_ids": torch.randint(3, 50, (4, 5)), "labels": torch.tensor(labels)}
     with pytest.raises(ValueError, match=message):
         calibrate(tiny_model(output_dimension=3), [batch], max_accuracy_loss=0.01)
 
@@ -85,31 +77,8 @@ def test_a_model_of_other_classes_never_answers_by_their_position(tmp_path):
     data = CompositionalSentiment(num_train=60, num_val=30, num_test=30)
     model = DACT(encoder=TransformerEncoder(42, 2, 8, 2), class_names=["sports", "tech", "world"])
     trainer = Trainer(max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False)
-    with pytest.raises(
-        ValueError, match="load the model with class_names=None if only names differ"
-    ):
+    with pytest.raises(ValueError, match="with class_names=None if only names differ"):
         trainer.fit(model, data)
-
-
-class Wider(DACT):
-    """A model of somebody's own, with weights of its own."""
-
-    def __init__(self, **arguments):
-        super().__init__(**arguments)
-        self.more = torch.nn.Linear(2, 2)
-
-
-def test_a_model_of_ones_own_with_weights_of_its_own_is_saved_after_its_fit(tmp_path):
-    data = CompositionalSentiment(num_train=60, num_val=30, num_test=30)
-    trainer = Trainer(
-        max_epochs=1,
-        accelerator="cpu",
-        logger=False,
-        default_root_dir=tmp_path,
-        callbacks=[ModelCheckpoint(tmp_path / "checkpoints"), SavePretrained()],
-    )
-    trainer.fit(Wider(encoder=TransformerEncoder(42, 2, 8, 2), output_dimension=3), data)
-    assert Wider.from_pretrained(tmp_path / "model").more.weight.shape == (2, 2)
 
 
 def test_answers_that_are_no_numbers_are_an_error_and_no_class(folder):
@@ -133,12 +102,12 @@ def test_an_exported_model_from_elsewhere_names_no_file_outside_its_folder(
     layers = config["encoder"]["layers"]
     shutil.copy(exported / layers[0], tmp_path / "payload.onnx")
     layers[0] = "../../payload.onnx"
-    (exported / "config.json").write_text(json.dumps(config))
+    write_json(exported / "config.json", config)
     with pytest.raises(ValueError, match="lacks the graph payload.onnx"):
         DACT.from_pretrained(exported)
 
 
-def test_no_folder_makes_transformers_load_a_kernel(folder, tmp_path, monkeypatch):
+def test_no_folder_makes_transformers_load_a_kernel(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "transformers.modeling_utils.PreTrainedModel._check_and_adjust_attn_implementation",
         lambda self, wanted, *_, **__: (
@@ -147,18 +116,19 @@ def test_no_folder_makes_transformers_load_a_kernel(folder, tmp_path, monkeypatc
     )
     sizes = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = BertConfig(vocab_size=50, intermediate_size=8, **sizes)
-    teacher = tmp_path / "teacher"
+    teacher, own = tmp_path / "teacher", tmp_path / "own"
     BertForSequenceClassification(config).save_pretrained(teacher)
-    own = tmp_path / "own"
     DACT(encoder=HuggingFaceEncoder.from_model(BertModel(config))).save_pretrained(own)
     name = "kernels-community/any"
-    kernel = {"attribute_map": {"kernel": "_attn_implementation"}, "kernel": name}
     described = read_json(teacher / "config.json")
-    (teacher / "config.json").write_text(json.dumps({**described, "attn_implementation": name}))
+    described |= {"attn_implementation": name, "auto_map": {"AutoModel": "evil.Model"}}
+    write_json(teacher / "config.json", described)
     assert load_sequence_classifier(str(teacher))[1]
     described = read_json(own / "config.json")
+    kernel = {"attribute_map": {"kernel": "_attn_implementation"}, "kernel": name}
+    kernel |= {"_attn_implementation": name, "auto_map": {"AutoModel": "evil.Model"}}
     described["encoder"]["model"] |= kernel
-    (own / "config.json").write_text(json.dumps(described))
+    write_json(own / "config.json", described)
     assert DACT.from_pretrained(own).num_layers == 2
 
 
