@@ -11,6 +11,10 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_of_nobody"
 
 
+def sha1(*parts):
+    return hashlib.sha1(repr(parts).encode()).hexdigest()
+
+
 class Hub:
     """Repositories of models: ``repositories[id][branch]`` is a list of commits, each a dict of
     path and content.
@@ -25,16 +29,13 @@ class Hub:
         """Return the commit that a branch or a commit stands for, or None."""
         branches = self.repositories[repo]
         if revision in branches:
-            return hashlib.sha1(repr((repo, branches[revision])).encode()).hexdigest()
-        return next((sha for sha in self.commits(repo) if sha == revision), None)
+            return sha1(repo, branches[revision])
+        return revision if revision in self.commits(repo) else None
 
     def commits(self, repo):
-        found = {}
-        for commits in self.repositories[repo].values():
-            for count in range(len(commits) + 1):
-                sha = hashlib.sha1(repr((repo, commits[:count])).encode()).hexdigest()
-                found[sha] = commits[:count]
-        return found
+        branches = self.repositories[repo].values()
+        histories = [commits[:count] for commits in branches for count in range(len(commits) + 1)]
+        return {sha1(repo, history): history for history in histories}
 
     def files(self, repo, sha):
         found = {}
@@ -65,8 +66,8 @@ def serving():
 
         def handle_request(self):
             path = unquote(urlsplit(self.path).path)
-            length = self.headers.get("Content-Length")
-            self.body = self.rfile.read(int(length)) if length else self.chunks()
+            assert "Transfer-Encoding" not in self.headers
+            self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             hub.requests.append(f"{self.command} {path}")
             self.knows_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
             if path.startswith("/lfs/"):
@@ -83,25 +84,13 @@ def serving():
 
         do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
 
-        def chunks(self):
-            """Read a body of unknown length."""
-            body = b""
-            if self.headers.get("Transfer-Encoding") == "chunked":
-                while size := int(self.rfile.readline(), 16):
-                    body += self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-            return body
-
         def create(self, asked):
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            if repo in hub.repositories:
-                self.answer({"error": "exists", "url": f"{hub.url}/{repo}"}, 409)
-                return
-            hub.repositories[repo] = {"main": []}
+            is_new = repo not in hub.repositories
+            hub.repositories.setdefault(repo, {"main": []})
             if asked.get("visibility") == "private" or asked.get("private"):
                 hub.private.add(repo)
-            self.answer({"url": f"{hub.url}/{repo}", "name": repo})
+            self.answer({"url": f"{hub.url}/{repo}", "name": repo}, 200 if is_new else 409)
 
         def of_repository(self, path):
             parts = path.strip("/").split("/")
@@ -121,9 +110,7 @@ def serving():
                 self.answer({"error": revision}, 404, X_Error_Code="RevisionNotFound")
             elif action == "revision":
                 files = [{"rfilename": name} for name in hub.files(repo, sha)]
-                private = repo in hub.private
-                about = {"id": repo, "sha": sha, "private": private, "tags": []}
-                self.answer({**about, "siblings": files})
+                self.answer({"id": repo, "sha": sha, "tags": [], "siblings": files})
             elif action == "tree":
                 self.answer([entry(*file) for file in hub.files(repo, sha).items()])
             elif action == "resolve":
@@ -178,8 +165,7 @@ def serving():
 
 
 def entry(name, content):
-    oid = hashlib.sha1(content).hexdigest()
-    found = {"type": "file", "path": name, "size": len(content), "oid": oid}
+    found = {"type": "file", "path": name, "size": len(content), "oid": sha1(content)}
     if name.endswith(".safetensors"):
         oid = hashlib.sha256(content).hexdigest()
         found["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}

@@ -16,10 +16,10 @@ def on_second_device(batch):
     return {name: There(tensor) for name, tensor in batch.items()}
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", sorted({*ALL} - {"albert-groups", "electra"}))  # as albert, bert
 @torch.no_grad()
 def test_early_exit_answers_there_as_on_the_cpu(name):
-    model = tiny_model(encoder=encoder_of(name), step_tokens=96, halting_margin=0.1)
+    model = tiny_model(encoder=encoder_of(name), step_tokens=240, halting_margin=0.1)
     here, full = model.early_exit(BATCH), model(BATCH)
     with SecondDevice():
         move(model)
@@ -34,13 +34,13 @@ def test_early_exit_answers_there_as_on_the_cpu(name):
 
 @torch.no_grad()
 def test_the_host_waits_once_per_layer_however_many_groups_there_are():
-    waits = []
+    waits, batch = [], {name: tensor[:16] for name, tensor in BATCH.items()}
     for step_tokens in (24, 10_000):  # a group for each example, and one for all
         model = tiny_model(
-            LAYERS, vocab=100, step_tokens=step_tokens, window_tokens=10_000, halting_margin=0.1
+            LAYERS, vocab=100, step_tokens=step_tokens, window_tokens=10_000, halting_margin=0.5
         )
         with SecondDevice() as device:
-            move(model).early_exit(on_second_device(BATCH))
+            move(model).early_exit(on_second_device(batch))
         waits.append(device.waits)
     # for the mask, for the lengths, and for who may leave each layer but the last
     assert waits == [2 + LAYERS - 1] * 2

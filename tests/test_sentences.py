@@ -3,26 +3,26 @@ first."""
 
 import csv
 import re
-import subprocess
+import runpy
 import sys
 
 import pytest
 
-from tests.commands import ROOT, environment
+from tests.commands import ROOT
 
 # What the README's first command leaves.
 FITTED = ROOT / "lightning_logs" / "first" / "final" / "model"
 ENOUGH = 24
 
 
-def sentences_right(model, cwd):
+def sentences_right(model, monkeypatch, capsys):
     """Return how many sentences the script finds right, and what it printed."""
-    command = [sys.executable, ROOT / "benchmarks" / "tuned.py", "--sentences", model]
-    env = environment(PYTHONPATH=str(ROOT))
-    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    right = re.search(r"^(\d+) of 30 sentences right$", done.stdout, re.MULTILINE)
-    return int(right[1]), done.stdout
+    script = ROOT / "benchmarks" / "tuned.py"
+    monkeypatch.setattr(sys, "argv", [str(script), "--sentences", str(model)])
+    capsys.readouterr()
+    runpy.run_path(str(script), run_name="__main__")
+    printed = capsys.readouterr().out
+    return int(re.search(r"^(\d+) of 30 sentences right$", printed, re.MULTILINE)[1]), printed
 
 
 def test_there_are_thirty_different_sentences_with_negations_in_every_class():
@@ -36,8 +36,8 @@ def test_there_are_thirty_different_sentences_with_negations_in_every_class():
 
 
 @pytest.mark.slow
-def test_the_script_counts_the_sentences_that_a_model_has_right(fitted, tmp_path):
+def test_the_script_counts_the_sentences_that_a_model_has_right(fitted, monkeypatch, capsys):
     model = FITTED if FITTED.is_dir() else fitted[1] / "model"
-    right, printed = sentences_right(model, tmp_path)
+    right, printed = sentences_right(model, monkeypatch, capsys)
     assert printed.count(" instead of ") == 30 - right
     assert model != FITTED or right >= ENOUGH, printed
