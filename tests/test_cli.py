@@ -15,18 +15,7 @@ from dact.data import vader
 from dact.files import read_checkpoint, read_json
 from dact.tuning.report import METRICS
 from dact.tuning.space import DEFAULT_SPACES
-from tests.commands import (
-    FIT,
-    GENERATED,
-    LABELS,
-    MPNET,
-    OWN,
-    QUICKSTART,
-    ROOT,
-    SMALL,
-    VADER,
-    dact,
-)
+from tests.commands import FIT, GENERATED, LABELS, MPNET, QUICKSTART, ROOT, SMALL, VADER, dact
 
 NOISE = ("Tip", "GPU available", "arning:", "workers", "Seed set", "deprecated", "treespec")
 
@@ -84,6 +73,7 @@ def test_tensorboard_has_curves_and_histograms(fitted):
 
 
 def test_what_is_printed_of_a_configuration_fits_again_and_without_a_logger(own, dact_here):
+    before = (own / "config.yaml").read_text()
     status, printed = dact_here("fit", "--config", "config.yaml", "--print_config", cwd=own)
     assert status == 0, printed
     (own / "printed.yaml").write_text(printed)
@@ -94,69 +84,71 @@ def test_what_is_printed_of_a_configuration_fits_again_and_without_a_logger(own,
     runs = [own / "lightning_logs" / f"version_{number}" for number in (0, 1)]
     assert sorted((own / "lightning_logs").iterdir()) == runs
     assert all((run / "model").is_dir() for run in runs)
-    assert (own / "config.yaml").read_text() == OWN
+    assert (own / "config.yaml").read_text() == before
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("command", "arguments", "message"),
     [
-        (["--data.train_file", "absent.csv"], "no file absent.csv"),
-        (["--data.text_column", "body"], "no column 'body'; it has 'text', 'label'"),
-        (["--data.label_column", "labl"], "set label_column, perhaps 'label'"),
-        (["--data.tokenizer", "nobody/nothing"], "no tokenizer at 'nobody/nothing'"),
-        (["--data", "train.csv"], "no class train.csv. Expected one of CompositionalSentiment"),
-        (["--model.output_dimension", "3"], "2 classes (no, yes), but the model has output_di"),
-        (["--model.encoder.vocab_size", "20"], "42 token ids, but the encoder only 20"),
-        (["--model.distillation", "0.5"], "distillation=0.5 needs a teacher"),
-        (["--model.lamda_reg", "0.1"], "'lamda_reg' in model. Did you mean lambda_reg?"),
-        (["--config", "train.csv"], "train.csv holds no options: files with data go to"),
-        (["--config", "absent.yaml"], "no file absent.yaml"),
-        (["--conf", "config.yaml"], "unknown option 'conf'. Did you mean config?"),
+        ("fit", ["--data.train_file", "absent.csv"], "no file absent.csv"),
+        ("fit", ["--data.text_column", "body"], "no column 'body'; it has 'text', 'label'"),
+        ("fit", ["--data.label_column", "labl"], "set label_column, perhaps 'label'"),
+        ("fit", ["--data.test_file", "bad.csv"], "row 2 with a label outside the classes: 'maybe'"),
+        ("fit", ["--data.unlabelled_file", "bad.csv"], "texts without labels need a teacher"),
+        ("fit", ["--data.tokenizer", "nobody/nothing"], "no tokenizer at 'nobody/nothing'"),
+        ("fit", ["--data", "train.csv"], "no class train.csv. Expected one of CompositionalS"),
+        ("fit", ["--model.output_dimension", "3"], "2 classes (no, yes), but the model has outpu"),
+        ("fit", ["--model.encoder.vocab_size", "20"], "42 token ids, but the encoder only 20"),
+        ("fit", ["--model.distillation", "0.5"], "distillation=0.5 needs a teacher"),
+        ("fit", ["--model.lamda_reg", "0.1"], "'lamda_reg' in model. Did you mean lambda_reg?"),
+        ("fit", ["--trainer.logger", "MLFlowLogger"], "Requirement 'mlflow"),
+        ("fit", ["--config", "train.csv"], "train.csv holds no options: files with data go to"),
+        ("fit", ["--config", "absent.yaml"], "no file absent.yaml"),
+        ("fit", ["--conf", "config.yaml"], "unknown option 'conf'. Did you mean config?"),
+        ("tune", ["--model.output_dimension", "3"], "2 classes (no, yes), but the model has outp"),
+        ("tune", ["--tuner.n_trial", "1"], "'n_trial' in tuner. Did you mean n_trials?"),
+        ("tune", ["--run_tag", "../x"], "run_tag must be a name"),
+        ("tune", ["--monitor", "val_loss"], "leave monitor"),
     ],
 )
-def test_wrong_input_is_one_clear_line_before_training(own, dact_here, arguments, message):
-    status, text = dact_here("fit", "--config", "config.yaml", *arguments, cwd=own)
+def test_wrong_input_is_one_clear_line_before_training(own, dact_here, command, arguments, message):
+    (own / "bad.csv").write_text("text,label\nscreen is great,maybe\n")
+    test_file = ["--data.test_file", "train.csv"] if command == "tune" else []
+    words = [command, "--config", "config.yaml", *test_file, *arguments]
+    status, text = dact_here(*words, cwd=own)
     assert status != 0
     assert "Traceback" not in text
     assert message in " ".join(text.split())
     assert len([line for line in text.splitlines() if "dact: error:" in line]) == 1
     assert "epoch" not in text
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model.output_dimension", "3"], "2 classes (no, yes), but the model has output_di"),
-        (["--tuner.n_trial", "1"], "'n_trial' in tuner. Did you mean n_trials?"),
-        (["--run_tag", "../x"], "run_tag must be a name"),
-        (["--monitor", "val_loss"], "leave monitor"),
-    ],
-)
-def test_tune_refuses_wrong_input_before_its_first_trial(own, dact_here, arguments, message):
-    arguments = ["--data.test_file", "train.csv", *arguments]
-    status, text = dact_here("tune", "--config", "config.yaml", *arguments, cwd=own)
-    assert status != 0
-    assert message in text
     assert "whole encoder" not in text
     assert not list(own.glob("lightning_logs/*/run.json")), "the tag is not used up"
 
 
 def test_the_help_names_what_a_command_needs(tmp_path, dact_here):
-    status, text = dact_here("--help", cwd=tmp_path)
+    def help_of(*words, option="--help"):
+        status, text = dact_here(*words, option, cwd=tmp_path)
+        assert status == 0
+        return text
+
+    text = help_of()
     assert max(map(len, text.splitlines())) <= 80
     assert all(command in text for command in (*TRAINING, *STORED))
     for command, needed in NEEDED.items():
-        status, text = dact_here(command, "--help", cwd=tmp_path)
-        assert status == 0
+        text = help_of(command)
         assert text.startswith(f"usage: dact {command} --model MODEL {needed}")
         assert "lambda_reg" not in text, "of training"
-    assert "--halting_margin" in dact_here("predict", "--help", cwd=tmp_path)[1]
-    _, text = dact_here("fit", "--help", cwd=tmp_path)
+    assert "--halting_margin" in help_of("predict")
+    text = help_of("fit")
     assert text.startswith("usage: dact fit --config FILE [--OPTION ...]")
     assert text.index("--model.lambda_reg") < text.index("--trainer.max_epochs")
-    _, text = dact_here("tune", "--help", cwd=tmp_path)
+    text = help_of("tune")
     for option in ("time_out", "n_trials", "search_space", "encoder_training", "storage"):
         assert f"--tuner.{option}" in text
+    text = help_of("fit", "--data.help", option="TextClassificationData")
+    assert ".train_file" in text
+    text = help_of("fit", "--model.encoder.help", option="HuggingFaceEncoder")
+    assert ".pretrained" in text
 
 
 @pytest.mark.slow
