@@ -23,7 +23,7 @@ class Hub:
     """
 
     def __init__(self):
-        self.repositories, self.private, self.stored, self.requests = {}, set(), {}, []
+        self.repositories, self.private, self.requests = {}, set(), []
 
     def sha(self, repo, revision):
         """Return the commit that a branch or a commit stands for, or None."""
@@ -70,10 +70,7 @@ def serving():
             self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             hub.requests.append(f"{self.command} {path}")
             self.knows_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            if path.startswith("/lfs/"):
-                hub.stored[path.removeprefix("/lfs/")] = self.body
-                self.answer()
-            elif path == "/api/validate-yaml":
+            if path == "/api/validate-yaml":
                 self.answer({"errors": [], "warnings": []})
             elif self.command == "POST" and not self.knows_token:
                 self.answer({"error": "Invalid username or password."}, 401)
@@ -82,7 +79,7 @@ def serving():
             else:
                 self.of_repository(path)
 
-        do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
+        do_GET = do_HEAD = do_POST = handle_request  # noqa: N815
 
         def create(self, asked):
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
@@ -104,33 +101,23 @@ def serving():
             if action == "branch":
                 hub.repositories[repo].setdefault(revision, list(hub.repositories[repo]["main"]))
                 self.answer()
-            elif action == "info":  # info/lfs/objects/batch
-                self.large_files(json.loads(self.body))
             elif (sha := hub.sha(repo, revision)) is None:
                 self.answer({"error": revision}, 404, X_Error_Code="RevisionNotFound")
             elif action == "revision":
                 files = [{"rfilename": name} for name in hub.files(repo, sha)]
                 self.answer({"id": repo, "sha": sha, "tags": [], "siblings": files})
             elif action == "tree":
-                self.answer([entry(*file) for file in hub.files(repo, sha).items()])
+                files = hub.files(repo, sha).items()
+                about = [{"path": path, "size": len(content)} for path, content in files]
+                self.answer([{"type": "file", "oid": sha1(file), **file} for file in about])
             elif action == "resolve":
                 self.download(hub.files(repo, sha).get("/".join(rest[1:])), sha)
             elif action == "preupload":
-                files = [{**one, "shouldIgnore": False} for one in json.loads(self.body)["files"]]
-                for file in files:
-                    is_large = file["path"].endswith(".safetensors")
-                    file["uploadMode"] = "lfs" if is_large else "regular"
-                self.answer({"files": files})
+                files = json.loads(self.body)["files"]
+                regular = {"shouldIgnore": False, "uploadMode": "regular"}
+                self.answer({"files": [file | regular for file in files]})
             elif action == "commit":
                 self.commit(repo, revision)
-
-        def large_files(self, asked):
-            objects = [
-                {**file, "actions": {"upload": {"href": f"{hub.url}/lfs/{file['oid']}"}}}
-                for file in asked["objects"]
-            ]
-            kind = "application/vnd.git-lfs+json"
-            self.answer({"transfer": "basic", "objects": objects}, Content_Type=kind)
 
         def download(self, content, sha):
             if content is None:
@@ -142,13 +129,10 @@ def serving():
 
         def commit(self, repo, branch):
             added = {}
-            for line in self.body.splitlines():
-                operation = json.loads(line)
-                value = operation["value"]
+            for operation in map(json.loads, self.body.splitlines()):
                 if operation["key"] == "file":
+                    value = operation["value"]
                     added[value["path"]] = base64.b64decode(value["content"])
-                elif operation["key"] == "lfsFile":
-                    added[value["path"]] = hub.stored[value["oid"]]
             hub.repositories[repo][branch].append(added)
             sha = hub.sha(repo, branch)
             address = f"{hub.url}/{repo}/commit/{sha}"
@@ -162,11 +146,3 @@ def serving():
     finally:
         server.shutdown()
         server.server_close()
-
-
-def entry(name, content):
-    found = {"type": "file", "path": name, "size": len(content), "oid": sha1(content)}
-    if name.endswith(".safetensors"):
-        oid = hashlib.sha256(content).hexdigest()
-        found["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
-    return found

@@ -1,6 +1,5 @@
 """Models on a Hub: published, downloaded, missing, and out of reach."""
 
-import json
 import subprocess
 import sys
 
@@ -61,10 +60,20 @@ def test_a_classifier_comes_back_from_the_hub_as_it_was(hub, classifier):
     assert address.startswith(f"{hub.url}/me/mine/commit/")
     assert_same_answers(TextClassifier.from_pretrained("me/mine")(TEXTS), classifier(TEXTS))
     assert len(hub.repositories["me/mine"]["main"]) == 1, "one commit"
-    assert len(hub.stored) == 1, "the weights go the way of large files"
     page = hub.repositories["me/mine"]["main"][0]["README.md"].decode()
-    assert 'TextClassifier.from_pretrained("me/mine")' in page
-    assert "| early exit | 2.25 | 81.25 % |" in page
+    metadata = yaml.safe_load(page.split("---")[1])
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("dact", "text-classification")
+    for expected in (
+        'TextClassifier.from_pretrained("me/mine")',
+        "`TransformerEncoder`, 4 layers of hidden size 16",
+        "Classes (3): `minus`, `none`, `plus`",
+        "| early exit | 2.25 | 81.25 % | 0.750 | 1234 |",
+        "| all 4 layers of the same model | 4.00 | 82.00 % |",
+        "| whole encoder, fine-tuned | 6.00 | 83.00 % |",
+        "tolerance 0, margin 1. A text leaves when its class is proven",
+        MARK,
+    ):
+        assert expected in page
 
 
 def test_a_model_of_dact_on_the_hub_is_an_encoder_and_a_teacher(hub):
@@ -128,9 +137,8 @@ def test_a_folder_comes_before_the_hub(hub, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "me" / "mine")
     monkeypatch.chdir(tmp_path)
     DACT.from_pretrained("me/mine")
-    for absent in ("./me/other", "/me/other"):
-        with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-            DACT.from_pretrained(absent)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        DACT.from_pretrained("./me/other")
     assert hub.requests == []
 
 
@@ -183,45 +191,16 @@ def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
     assert hub.private == {"me/mine"}
 
 
-# ------------------------------------------------------------------ the model card
-
-
-def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
-    folder = tmp_path / "run" / "model"
-    tiny_model(class_names=NAMES).save_pretrained(folder)
-    (folder.parent / "metrics.json").write_text(json.dumps(METRICS))
-    DACT.from_pretrained(folder).save_pretrained(folder)
-    text = (folder / "README.md").read_text()
-    metadata = yaml.safe_load(text.split("---")[1])
-    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("dact", "text-classification")
-    for expected in (
-        "`TransformerEncoder`, 4 layers of hidden size 16",
-        "Classes (3): `minus`, `none`, `plus`",
-        "| early exit | 2.25 | 81.25 % | 0.750 | 1234 |",
-        "| all 4 layers of the same model | 4.00 | 82.00 % |",
-        "| whole encoder, fine-tuned | 6.00 | 83.00 % |",
-        "tolerance 0, margin 1. A text leaves when its class is proven",
-        MARK,
-    ):
-        assert expected in text
-
-
-@pytest.mark.parametrize(
-    ("promise", "estimate", "expected"),
-    [
-        ({"max_accuracy_loss": 0.01}, False, "at most 1 point of accuracy"),
-        ({"max_layers": 2.5}, True, "at most 2.5 of 4 layers on average"),
-    ],
-)
-def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
+@pytest.mark.parametrize("estimate", [False, True])
+def test_a_card_tells_a_promise_from_an_estimate(estimate):
     model = tiny_model()
-    rule = {"halting": "exact", "halting_tolerance": 0.0, "halting_margin": 1.0}
-    promise = {"dial": "halting_margin", "confidence": 0.95, **promise}
-    model.calibration = {**rule, "promise": promise, "estimate": estimate, "examples": 300}
+    promise = {"dial": "halting_margin", "confidence": 0.95, "max_accuracy_loss": 0.01}
+    model.calibration = {"halting": "exact", "halting_tolerance": 0.0, "halting_margin": 1.0}
+    model.calibration |= {"promise": promise, "estimate": estimate, "examples": 300}
     model.calibration |= {"accuracy": 0.8, "full_depth_accuracy": 0.81}
     model.calibration |= {"agreement": 0.9, "mean_exit_layer": 2.5}
     text = card(model)
-    assert expected in text
+    assert "at most 1 point of accuracy" in text
     assert "on the 300 examples that set it: accuracy 80.00 % (all 4 layers 81.00 %)" in text
     assert ("with confidence 0.95" in text) != estimate
     model.halting_margin = 0.25
