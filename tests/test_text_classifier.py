@@ -12,6 +12,7 @@ import torch
 from transformers import BertConfig, BertModel
 
 from dact import DACT, TextClassifier
+from dact.calibration.temperature import temper
 from dact.data.tokenizers import word_tokenizer
 from dact.encoders import HuggingFaceEncoder
 from tests.conftest import assert_same_answers, tiny_model
@@ -38,11 +39,13 @@ def test_a_prediction_has_the_probabilities_of_all_classes(classifier):
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
         assert prediction.score == prediction.probabilities[prediction.label]
         assert prediction.score == max(prediction.probabilities.values())
-    classifier.model.temperatures = [2.0] * 4
-    warm = classifier(TEXTS)
-    for before, after in zip(cold, warm, strict=True):
+    assert len({prediction.exit_layer for prediction in cold}) > 1
+    classifier.model.temperatures = [3.0, 0.5, 1.0, 2.0]
+    for before, after in zip(cold, classifier(TEXTS), strict=True):
         assert (before.label, before.exit_layer) == (after.label, after.exit_layer)
-        assert after.score < before.score
+        row = torch.tensor([[*before.probabilities.values()]])
+        tempered = temper(row, torch.tensor([before.exit_layer]), classifier.model.temperatures)
+        assert [*after.probabilities.values()] == pytest.approx(tempered[0].tolist(), abs=1e-5)
     one = classifier("not bad")
     assert one == classifier(["not bad"])[0] == classifier.predict("not bad")
 
