@@ -11,6 +11,10 @@ from urllib.parse import unquote, urlsplit
 TOKEN = "hf_of_nobody"
 
 
+def sha1(*parts):
+    return hashlib.sha1(repr(parts).encode()).hexdigest()
+
+
 class Hub:
     """Repositories of models: ``repositories[id][branch]`` is a list of commits, each a dict of
     path and content.
@@ -19,22 +23,19 @@ class Hub:
     """
 
     def __init__(self):
-        self.repositories, self.private, self.stored, self.requests = {}, set(), {}, []
+        self.repositories, self.private, self.requests = {}, set(), []
 
     def sha(self, repo, revision):
         """Return the commit that a branch or a commit stands for, or None."""
         branches = self.repositories[repo]
         if revision in branches:
-            return hashlib.sha1(repr((repo, branches[revision])).encode()).hexdigest()
-        return next((sha for sha in self.commits(repo) if sha == revision), None)
+            return sha1(repo, branches[revision])
+        return revision if revision in self.commits(repo) else None
 
     def commits(self, repo):
-        found = {}
-        for commits in self.repositories[repo].values():
-            for count in range(len(commits) + 1):
-                sha = hashlib.sha1(repr((repo, commits[:count])).encode()).hexdigest()
-                found[sha] = commits[:count]
-        return found
+        branches = self.repositories[repo].values()
+        histories = [commits[:count] for commits in branches for count in range(len(commits) + 1)]
+        return {sha1(repo, history): history for history in histories}
 
     def files(self, repo, sha):
         found = {}
@@ -65,14 +66,11 @@ def serving():
 
         def handle_request(self):
             path = unquote(urlsplit(self.path).path)
-            length = self.headers.get("Content-Length")
-            self.body = self.rfile.read(int(length)) if length else self.chunks()
+            assert "Transfer-Encoding" not in self.headers
+            self.body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
             hub.requests.append(f"{self.command} {path}")
             self.knows_token = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            if path.startswith("/lfs/"):
-                hub.stored[path.removeprefix("/lfs/")] = self.body
-                self.answer()
-            elif path == "/api/validate-yaml":
+            if path == "/api/validate-yaml":
                 self.answer({"errors": [], "warnings": []})
             elif self.command == "POST" and not self.knows_token:
                 self.answer({"error": "Invalid username or password."}, 401)
@@ -81,27 +79,15 @@ def serving():
             else:
                 self.of_repository(path)
 
-        do_GET = do_HEAD = do_POST = do_PUT = handle_request  # noqa: N815
-
-        def chunks(self):
-            """Read a body of unknown length."""
-            body = b""
-            if self.headers.get("Transfer-Encoding") == "chunked":
-                while size := int(self.rfile.readline(), 16):
-                    body += self.rfile.read(size)
-                    self.rfile.readline()
-                self.rfile.readline()
-            return body
+        do_GET = do_HEAD = do_POST = handle_request  # noqa: N815
 
         def create(self, asked):
             repo = f"{asked.get('organization') or 'me'}/{asked['name']}"
-            if repo in hub.repositories:
-                self.answer({"error": "exists", "url": f"{hub.url}/{repo}"}, 409)
-                return
-            hub.repositories[repo] = {"main": []}
+            is_new = repo not in hub.repositories
+            hub.repositories.setdefault(repo, {"main": []})
             if asked.get("visibility") == "private" or asked.get("private"):
                 hub.private.add(repo)
-            self.answer({"url": f"{hub.url}/{repo}", "name": repo})
+            self.answer({"url": f"{hub.url}/{repo}", "name": repo}, 200 if is_new else 409)
 
         def of_repository(self, path):
             parts = path.strip("/").split("/")
@@ -115,35 +101,23 @@ def serving():
             if action == "branch":
                 hub.repositories[repo].setdefault(revision, list(hub.repositories[repo]["main"]))
                 self.answer()
-            elif action == "info":  # info/lfs/objects/batch
-                self.large_files(json.loads(self.body))
             elif (sha := hub.sha(repo, revision)) is None:
                 self.answer({"error": revision}, 404, X_Error_Code="RevisionNotFound")
             elif action == "revision":
                 files = [{"rfilename": name} for name in hub.files(repo, sha)]
-                private = repo in hub.private
-                about = {"id": repo, "sha": sha, "private": private, "tags": []}
-                self.answer({**about, "siblings": files})
+                self.answer({"id": repo, "sha": sha, "tags": [], "siblings": files})
             elif action == "tree":
-                self.answer([entry(*file) for file in hub.files(repo, sha).items()])
+                files = hub.files(repo, sha).items()
+                about = [{"path": path, "size": len(content)} for path, content in files]
+                self.answer([{"type": "file", "oid": sha1(file), **file} for file in about])
             elif action == "resolve":
                 self.download(hub.files(repo, sha).get("/".join(rest[1:])), sha)
             elif action == "preupload":
-                files = [{**one, "shouldIgnore": False} for one in json.loads(self.body)["files"]]
-                for file in files:
-                    is_large = file["path"].endswith(".safetensors")
-                    file["uploadMode"] = "lfs" if is_large else "regular"
-                self.answer({"files": files})
+                files = json.loads(self.body)["files"]
+                regular = {"shouldIgnore": False, "uploadMode": "regular"}
+                self.answer({"files": [file | regular for file in files]})
             elif action == "commit":
                 self.commit(repo, revision)
-
-        def large_files(self, asked):
-            objects = [
-                {**file, "actions": {"upload": {"href": f"{hub.url}/lfs/{file['oid']}"}}}
-                for file in asked["objects"]
-            ]
-            kind = "application/vnd.git-lfs+json"
-            self.answer({"transfer": "basic", "objects": objects}, Content_Type=kind)
 
         def download(self, content, sha):
             if content is None:
@@ -155,13 +129,10 @@ def serving():
 
         def commit(self, repo, branch):
             added = {}
-            for line in self.body.splitlines():
-                operation = json.loads(line)
-                value = operation["value"]
+            for operation in map(json.loads, self.body.splitlines()):
                 if operation["key"] == "file":
+                    value = operation["value"]
                     added[value["path"]] = base64.b64decode(value["content"])
-                elif operation["key"] == "lfsFile":
-                    added[value["path"]] = hub.stored[value["oid"]]
             hub.repositories[repo][branch].append(added)
             sha = hub.sha(repo, branch)
             address = f"{hub.url}/{repo}/commit/{sha}"
@@ -175,12 +146,3 @@ def serving():
     finally:
         server.shutdown()
         server.server_close()
-
-
-def entry(name, content):
-    oid = hashlib.sha1(content).hexdigest()
-    found = {"type": "file", "path": name, "size": len(content), "oid": oid}
-    if name.endswith(".safetensors"):
-        oid = hashlib.sha256(content).hexdigest()
-        found["lfs"] = {"oid": oid, "size": len(content), "pointerSize": 130}
-    return found

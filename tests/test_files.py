@@ -24,36 +24,29 @@ def names(folder):
     return sorted(path.name for path in folder.rglob("*"))
 
 
-def test_an_error_leaves_the_old_file(tmp_path):
+def test_an_error_leaves_the_old_file_or_folder(tmp_path):
     write_json(tmp_path / "a.json", {"x": np.int64(1)})
     with pytest.raises(UnicodeEncodeError), replacing(tmp_path / "a.json") as partial:
         partial.write_text("half \ud800")
     assert read_json(tmp_path / "a.json") == {"x": 1}
-    assert names(tmp_path) == ["a.json"]
-
-
-def test_an_error_leaves_the_old_folder(tmp_path):
     for content in ("one", "two"):
         with replacing_folder(tmp_path / "folder") as partial:
             (partial / content).write_text(content)
     with pytest.raises(FileNotFoundError), replacing_folder(tmp_path / "folder") as partial:
         (partial / "three").touch() or (partial / "nowhere" / "four").touch()
-    assert names(tmp_path) == ["folder", "two"]
+    assert names(tmp_path) == ["a.json", "folder", "two"]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
-def test_tensors_come_back(tmp_path, dtype):
-    shared = torch.arange(6).view(2, 3).to(dtype)
-    tensors = {
-        "a": shared,
-        "b": shared.t(),
-        "empty": torch.zeros(0, 3, dtype=dtype),
-        "scalar": shared[0, 0],
-    }
+def test_tensors_come_back(tmp_path):
+    shared = torch.arange(6).view(2, 3).bfloat16()
+    tensors = {"a": shared, "b": shared.t(), "empty": torch.zeros(0, 3), "scalar": shared[0, 0]}
+    tensors["whole"] = torch.arange(3)
     write_tensors(tmp_path / "x.safetensors", tensors, {"origin": "here"})
     found, metadata = read_tensors(tmp_path / "x.safetensors")
     assert metadata == {"origin": "here"}
-    assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+    for name, tensor in tensors.items():
+        assert torch.equal(found[name], tensor)
+        assert found[name].dtype == tensor.dtype
 
 
 def test_processes_that_write_to_one_file_have_temporary_files_of_their_own(tmp_path, monkeypatch):
@@ -87,7 +80,7 @@ class Evil:
         return (Path.touch, (self.marker,))
 
 
-@pytest.mark.parametrize("place", ["hyper_parameters", "state_dict", "callbacks"])
+@pytest.mark.parametrize("place", ["hyper_parameters", "callbacks"])
 def test_a_checkpoint_cannot_run_code(tmp_path, place):
     path, evil = tmp_path / "evil.ckpt", Evil(tmp_path / "was_here")
     torch.save({"hyper_parameters": tiny_model().config(), "state_dict": {}, place: evil}, path)

@@ -1,6 +1,5 @@
 """Models on a Hub: published, downloaded, missing, and out of reach."""
 
-import json
 import subprocess
 import sys
 
@@ -61,29 +60,27 @@ def test_a_classifier_comes_back_from_the_hub_as_it_was(hub, classifier):
     assert address.startswith(f"{hub.url}/me/mine/commit/")
     assert_same_answers(TextClassifier.from_pretrained("me/mine")(TEXTS), classifier(TEXTS))
     assert len(hub.repositories["me/mine"]["main"]) == 1, "one commit"
-    assert len(hub.stored) == 1, "the weights go the way of large files"
     page = hub.repositories["me/mine"]["main"][0]["README.md"].decode()
-    assert 'TextClassifier.from_pretrained("me/mine")' in page
-    assert "| early exit | 2.25 | 81.25 % |" in page
+    metadata = yaml.safe_load(page.split("---")[1])
+    assert (metadata["library_name"], metadata["pipeline_tag"]) == ("dact", "text-classification")
+    for expected in (
+        'TextClassifier.from_pretrained("me/mine")',
+        "`TransformerEncoder`, 4 layers of hidden size 16",
+        "Classes (3): `minus`, `none`, `plus`",
+        "| early exit | 2.25 | 81.25 % | 0.750 | 1234 |",
+        "| all 4 layers of the same model | 4.00 | 82.00 % |",
+        "| whole encoder, fine-tuned | 6.00 | 83.00 % |",
+        "tolerance 0, margin 1. A text leaves when its class is proven",
+        MARK,
+    ):
+        assert expected in page
 
 
-def test_a_model_that_cannot_be_saved_creates_no_repository(hub, classifier, tmp_path):
-    classifier.save_pretrained(tmp_path)
-    rounded = TextClassifier.from_pretrained(tmp_path, dtype="bfloat16")
-    with pytest.raises(ValueError, match="half precision"):
-        rounded.push_to_hub("me/rounded", token=TOKEN)
-    assert not hub.repositories
-
-
-def test_a_model_of_dact_on_the_hub_is_an_encoder_and_a_teacher(hub, tmp_path):
+def test_a_model_of_dact_on_the_hub_is_an_encoder_and_a_teacher(hub):
     words = word_tokenizer(["good", "bad"])
-    shape = {
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 16,
-    }
-    bert = HuggingFaceEncoder.from_model(BertModel(BertConfig(vocab_size=len(words), **shape)))
+    shape = {"hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(words), intermediate_size=16, **shape)
+    bert = HuggingFaceEncoder.from_model(BertModel(config))
     taught = TextClassifier(DACT(encoder=bert, class_names=NAMES), words)
     taught.push_to_hub("me/bert", token=TOKEN)
     encoder = HuggingFaceEncoder("me/bert")
@@ -120,10 +117,8 @@ def test_the_cache_answers_without_a_network(hub, classifier, monkeypatch):
     classifier.push_to_hub("me/mine", token=TOKEN)
     expected = TextClassifier.from_pretrained("me/mine")(TEXTS)
     before = len(hub.requests)
-    assert_same_answers(
-        TextClassifier.from_pretrained("me/mine", local_files_only=True)(TEXTS), expected
-    )
-    assert len(hub.requests) == before
+    found = TextClassifier.from_pretrained("me/mine", local_files_only=True)(TEXTS)
+    assert_same_answers(found, expected)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert_same_answers(TextClassifier.from_pretrained("me/mine")(TEXTS), expected)
     assert len(hub.requests) == before
@@ -133,9 +128,7 @@ def test_the_cache_answers_without_a_network(hub, classifier, monkeypatch):
 
 def test_only_data_is_downloaded(hub):
     tiny_model().push_to_hub("me/mine", token=TOKEN)
-    hub.repositories["me/mine"]["main"].append(
-        {"model.pkl": b"no", "code.py": b"no", "training.ckpt": b"no"}
-    )
+    hub.repositories["me/mine"]["main"].append(dict.fromkeys(("a.pkl", "a.py", "a.ckpt"), b"no"))
     names = {path.name for path in local_folder("me/mine").iterdir()}
     assert names == {"config.json", "model.safetensors"}
 
@@ -144,29 +137,21 @@ def test_a_folder_comes_before_the_hub(hub, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "me" / "mine")
     monkeypatch.chdir(tmp_path)
     DACT.from_pretrained("me/mine")
-    for absent in ("./me/other", "/me/other"):
-        with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
-            DACT.from_pretrained(absent)
+    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+        DACT.from_pretrained("./me/other")
     assert hub.requests == []
 
 
-def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here, monkeypatch):
+def test_commands_take_a_hub_id(hub, classifier, tmp_path, dact_here):
     classifier.push_to_hub("me/mine", token=TOKEN)
     classifier.push_to_hub("me/mine", token=TOKEN, revision="next")
-    (tmp_path / "new.txt").write_text("\n".join(TEXTS))
-    rows = [f"{text},{label}" for text, label in zip(TEXTS, NAMES * 2, strict=False)]
-    (tmp_path / "test.csv").write_text("\n".join(["text,label", *rows]))
-    predict = ["predict", "--data.predict_file", "new.txt", "--output", "answers.csv", "--model"]
+    (tmp_path / "new.csv").write_text("\n".join(["text", *TEXTS]))
+    predict = ["predict", "--data.predict_file", "new.csv", "--output", "answers.csv", "--model"]
     for address in ("me/mine", "me/mine@next"):
         status, text = dact_here(*predict, address, cwd=tmp_path)
         assert status == 0, text
-        assert pd.read_csv(tmp_path / "answers.csv")["label"].tolist() == [
-            found.label for found in classifier(TEXTS)
-        ]
-    test = ["test", "--model", "me/mine", "--data.test_file", "test.csv"]
-    status, text = dact_here(*test, cwd=tmp_path)
-    assert status == 0, text
-    assert "accuracy" in text
+        found = pd.read_csv(tmp_path / "answers.csv")["label"].tolist()
+        assert found == [one.label for one in classifier(TEXTS)]
     status, text = dact_here(*predict, "me/absent", cwd=tmp_path)
     assert (status, text.count("\n")) == (1, 1), text
     assert "me/absent" in text
@@ -181,9 +166,7 @@ def test_a_card_that_was_written_by_hand_is_kept(hub, tmp_path):
     model.save_pretrained(tmp_path)
     model.halting_margin = 0.25
     model.save_pretrained(tmp_path)
-    assert "margin 0.25" in (tmp_path / "README.md").read_text(), (
-        "dact's card is brought up to date"
-    )
+    assert "margin 0.25" in (tmp_path / "README.md").read_text(), "dact's card is up to date"
     (tmp_path / "README.md").write_text("my own words")
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == "my own words"
@@ -191,81 +174,33 @@ def test_a_card_that_was_written_by_hand_is_kept(hub, tmp_path):
 
 @pytest.mark.slow
 def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
-    """As people use it: another process, which knows the Hub by HF_ENDPOINT and its token by
-    HF_TOKEN."""
+    """Another process knows the Hub by HF_ENDPOINT and its token by HF_TOKEN."""
     classifier.save_pretrained(tmp_path / "model")
-    publish = (
+    code = (
         "import sys, dact\n"
         "found = dact.TextClassifier.from_pretrained(sys.argv[1])\n"
-        "found.push_to_hub('mine', private=True)"
+        "found.push_to_hub('mine', private=True)\n"
+        "print(dact.TextClassifier.from_pretrained('me/mine')('not bad').label)"
     )
-    use = "import dact; print(dact.TextClassifier.from_pretrained('me/mine')('not bad').label)"
     known = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": TOKEN}
-    known["HF_HUB_DISABLE_XET"] = "1"
-
-    def run(code, **variables):
-        process = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "model")],
-            env=environment(**known, **variables),
-            capture_output=True,
-            text=True,
-            timeout=200,
-            check=True,
-        )
-        return process.stdout.strip()
-
-    label = classifier(["not bad"])[0].label
-    assert run(f"{publish}\n{use}", HF_HUB_OFFLINE="0") == label
-    assert run(use, HF_HUB_OFFLINE="1") == label
+    env = environment(**known, HF_HUB_DISABLE_XET="1", HF_HUB_OFFLINE="0")
+    command = [sys.executable, "-c", code, str(tmp_path / "model")]
+    streams = {"stdout": subprocess.PIPE, "text": True, "timeout": 200, "check": True}
+    said = subprocess.run(command, env=env, **streams).stdout
+    assert said.strip() == classifier("not bad").label
+    assert hub.private == {"me/mine"}
 
 
-# ------------------------------------------------------------------ the model card
-
-
-def test_a_card_says_what_the_model_is_and_what_was_measured(tmp_path):
-    folder = tmp_path / "run" / "model"
-    tiny_model(class_names=NAMES).save_pretrained(folder)
-    (folder.parent / "metrics.json").write_text(json.dumps(METRICS))
-    DACT.from_pretrained(folder).save_pretrained(folder)
-    text = (folder / "README.md").read_text()
-    metadata = yaml.safe_load(text.split("---")[1])
-    assert metadata["library_name"] == "dact"
-    assert metadata["pipeline_tag"] == "text-classification"
-    for expected in (
-        "`TransformerEncoder`, 4 layers of hidden size 16",
-        "Classes (3): `minus`, `none`, `plus`",
-        "| early exit | 2.25 | 81.25 % | 0.750 | 1234 |",
-        "| all 4 layers of the same model | 4.00 | 82.00 % |",
-        "| whole encoder, fine-tuned | 6.00 | 83.00 % |",
-        "tolerance 0, margin 1. A text leaves when its class is proven",
-        MARK,
-    ):
-        assert expected in text
-
-
-@pytest.mark.parametrize(
-    ("promise", "estimate", "expected"),
-    [
-        ({"max_accuracy_loss": 0.01}, False, "at most 1 point of accuracy"),
-        ({"min_agreement": 0.97}, False, "at least 97 % agreement with all 4 layers"),
-        ({"max_layers": 2.5}, True, "at most 2.5 of 4 layers on average"),
-    ],
-)
-def test_a_card_tells_a_promise_from_an_estimate(promise, estimate, expected):
+@pytest.mark.parametrize("estimate", [False, True])
+def test_a_card_tells_a_promise_from_an_estimate(estimate):
     model = tiny_model()
-    rule = {"halting": "exact", "halting_tolerance": 0.0, "halting_margin": 1.0}
-    model.calibration = {
-        **rule,
-        "promise": {"dial": "halting_margin", "confidence": 0.95, **promise},
-        "estimate": estimate,
-        "examples": 300,
-        "accuracy": 0.8,
-        "full_depth_accuracy": 0.81,
-        "agreement": 0.9,
-        "mean_exit_layer": 2.5,
-    }
+    promise = {"dial": "halting_margin", "confidence": 0.95, "max_accuracy_loss": 0.01}
+    model.calibration = {"halting": "exact", "halting_tolerance": 0.0, "halting_margin": 1.0}
+    model.calibration |= {"promise": promise, "estimate": estimate, "examples": 300}
+    model.calibration |= {"accuracy": 0.8, "full_depth_accuracy": 0.81}
+    model.calibration |= {"agreement": 0.9, "mean_exit_layer": 2.5}
     text = card(model)
-    assert expected in text
+    assert "at most 1 point of accuracy" in text
     assert "on the 300 examples that set it: accuracy 80.00 % (all 4 layers 81.00 %)" in text
     assert ("with confidence 0.95" in text) != estimate
     model.halting_margin = 0.25

@@ -34,8 +34,8 @@ def folder(tmp_path_factory):
     """A small model whose examples leave at several layers."""
     torch.manual_seed(0)
     data = CompositionalSentiment(num_train=10, num_val=10, num_test=10)
-    options = {"class_names": data.class_names, "halting_margin": 0.6}
-    model = tiny_model(layers=3, vocab=data.vocab_size, **options)
+    options = {"vocab": data.vocab_size, "class_names": data.class_names, "halting_margin": 0.6}
+    model = tiny_model(layers=3, **options)
     folder = tmp_path_factory.mktemp("fitted") / "model"
     model.save_pretrained(folder)
     data.tokenizer.save_pretrained(folder)
@@ -64,18 +64,19 @@ class Server:
     def ask(self, method, path, body=None, headers=JSON, connection=None):
         """(status, content) of one request."""
         connection = connection or self.connection()
-        connection.request(
-            method,
-            path,
-            body if isinstance(body, (bytes, type(None))) else json.dumps(body),
-            headers,
-        )
+        body = body if isinstance(body, (bytes, type(None))) else json.dumps(body)
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         content = response.read().decode()
         return response.status, json.loads(content) if content.startswith(("{", "[")) else content
 
     def predict(self, body, **arguments):
         return self.ask("POST", "/predict", body, **arguments)
+
+    def answers(self, texts, **arguments):
+        status, content = self.predict({"texts": texts}, **arguments)
+        assert status == 200
+        return content["predictions"]
 
     def wait(self):
         end = time.monotonic() + START
@@ -92,10 +93,7 @@ class Server:
         family = psutil.Process(self.process.pid).children(recursive=True)
         self.process.send_signal(signal.SIGTERM)
         status = self.process.wait(60)
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for process in alive:
-            process.kill()
-        assert not alive
+        assert not psutil.wait_procs(family, timeout=10)[1]
         assert "resource_tracker" not in self.log.read_text(), "of a semaphore that is freed"
         return status
 
@@ -118,8 +116,7 @@ def servers():
 
 @pytest.fixture
 def server(folder, servers, tmp_path_factory):
-    """A server that runs: the last one, since a start takes seconds, or a new one where a test has
-    ended that."""
+    """The last server, since a start takes seconds, or a new one where a test has ended that."""
     if not servers or servers[-1].process.poll() is not None:
         servers.append(Server(folder, tmp_path_factory.mktemp("server") / "cwd"))
         servers[-1].wait()
@@ -149,17 +146,18 @@ def same(got, expected):
     )
 
 
-@pytest.mark.slow
 def test_answers_are_those_of_the_text_classifier(server, offline):
     texts = reviews(50)
     expected = offline(texts)
     assert len({one.exit_layer for one in expected}) > 1
-    status, content = server.predict({"texts": texts})
-    assert status == 200
-    assert same(content["predictions"], expected)
+    assert same(server.answers(texts), expected)
     status, content = server.predict({"text": texts[7]})
     assert status == 200
     assert same(content["predictions"], expected[7:8])
+    answers = server.answers(["good", ["good", "bad"], " \n", "bad"])
+    nothing = dict.fromkeys(["label", "score", "exit_layer", "labels"])
+    assert answers.pop(2) == {**nothing, "reason": "empty text"}
+    assert same(answers, offline(["good", ("good", "bad"), "bad"]))
 
 
 def test_health_and_info_say_what_is_served(server):
@@ -167,28 +165,29 @@ def test_health_and_info_say_what_is_served(server):
     status, info = server.ask("GET", "/info")
     assert status == 200
     assert info["model"]["classes"] == ["negative", "neutral", "positive"]
-    assert info["model"]["layers"] == 3
+    assert (info["model"]["layers"], info["model"]["promise"]) == (3, None)
     assert info["model"]["dial"] == {"halting_tolerance": 0.0, "halting_margin": 0.6}
-    assert info["model"]["promise"] is None
+
+
+def test_requests_without_the_key_are_refused(server):
+    for path in ("/health", "/info"):
+        assert server.ask("GET", path, headers={})[0] in (401, 403)
+    without = {name: value for name, value in JSON.items() if name not in KEY}
+    assert server.predict({"text": "good"}, headers=without)[0] in (401, 403)
+    assert server.predict({"text": "good"}, headers={**JSON, "X-API-Key": "wrong"})[0] == 401
 
 
 @pytest.mark.parametrize(
     ("body", "status"),
     [
-        (b"", 422),
         (b"{", 422),
-        (b"\xff\xfe", 422),
         (b"[" * 300_000, 400),
         (b'{"text": "half of a character: \\ud800"}', 422),
-        ([], 422),
         ({}, 422),
-        ({"text": 5}, 422),
         ({"texts": []}, 422),
         ({"texts": ["good", None]}, 422),
-        ({"texts": [["one", "two", "three"]]}, 422),
         ({"text": "good", "texts": ["good"]}, 422),
         ({"txt": "good"}, 422),
-        ({"text": "a" * 100_001}, 422),
         ({"texts": ["good", "a" * 100_001]}, 422),
         ({"texts": ["a"] * 10_001}, 422),
         ({"text": "a" * 1_000_000}, 413),
@@ -204,37 +203,11 @@ def test_a_body_that_cannot_be_answered_gets_a_status_that_says_so(server, body,
     assert server.predict({"text": "good"})[0] == 200
 
 
-def test_a_body_sent_in_pieces_is_measured_as_it_comes(server):
-    connection = server.connection()
-    connection.request(
-        "POST", "/predict", (b"a" * 100_000 for _ in range(20)), JSON, encode_chunked=True
-    )
-    assert connection.getresponse().status == 413
-
-
-def test_an_empty_text_has_a_reason_and_pairs_stand_among_texts(server, offline):
-    texts = ["good", ["good", "bad"], " \n", "bad"]
-    status, content = server.predict({"texts": texts})
-    assert status == 200
-    answers = content["predictions"]
-    assert same([*answers[:2], answers[3]], offline(["good", ("good", "bad"), "bad"]))
-    nothing = dict.fromkeys(["label", "score", "exit_layer", "labels"])
-    assert answers[2] == {**nothing, "reason": "empty text"}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"host": "example.org"}, "host must be one of '127.0.0.1'"),
-        ({"port": 80}, "serve: port"),
-    ],
-)
-def test_an_argument_outside_its_range_is_refused(folder, arguments, message):
-    with pytest.raises(ValueError, match=message):
-        serve(folder, **arguments)
-
-
-def test_a_port_that_is_in_use_is_named(folder, dact_here, tmp_path):
+def test_what_cannot_be_served_is_an_error_before_anything_starts(folder, dact_here, tmp_path):
+    with pytest.raises(ValueError, match="host must be one of '127.0.0.1'"):
+        serve(folder, host="example.org")
+    with pytest.raises(FileNotFoundError):
+        serve(tmp_path / "nothing")
     with socket.create_server(("127.0.0.1", 0)) as other:
         port = other.getsockname()[1]
         status, text = dact_here("serve", "--model", folder, "--port", port, cwd=tmp_path)
@@ -243,37 +216,25 @@ def test_a_port_that_is_in_use_is_named(folder, dact_here, tmp_path):
     assert "already in use" in text
 
 
-def test_a_missing_model_is_an_error_before_anything_starts(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        serve(tmp_path / "nothing")
-
-
 @pytest.mark.slow
-def test_two_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_texts(
+def test_a_thousand_requests_from_sixty_four_clients_get_the_answers_of_their_texts(
     server, offline
 ):
-    number, clients = 2_000, 64
+    number, clients = 1_000, 64
     texts = reviews(number)
     assert len(set(texts)) == number
     expected = offline(texts)
-    answers = [None] * number
     end = time.monotonic() + 200
 
     def client(first):
         connection = server.connection()
         for row in range(first, number, clients):
             assert time.monotonic() < end, "the server is too slow"
-            answers[row] = server.predict({"text": texts[row]}, connection=connection)
+            answers = server.answers([texts[row]], connection=connection)
+            assert same(answers, expected[row : row + 1])
 
     with ThreadPoolExecutor(clients) as pool:
         list(pool.map(client, range(clients)))
-    assert [status for status, _ in answers] == [200] * number
-    wrong = [
-        row
-        for row, (_, content) in enumerate(answers)
-        if not same(content["predictions"], expected[row : row + 1])
-    ]
-    assert not wrong
 
 
 @pytest.mark.slow
@@ -281,26 +242,21 @@ def test_sigterm_answers_what_was_taken_and_a_restart_serves_the_same_clients(
     server, servers, folder, offline, tmp_path_factory
 ):
     """Under load; what is started on the port afterwards is the same model on ONNX Runtime."""
-    for path in ("/health", "/info"):
-        assert server.ask("GET", path, headers={})[0] in (401, 403)
-    without = {name: value for name, value in JSON.items() if name not in KEY}
-    assert server.predict({"text": "good"}, headers=without)[0] in (401, 403)
-    assert server.predict({"text": "good"}, headers={**JSON, "X-API-Key": "wrong"})[0] == 401
-
     # Requests that take a while are under way when the signal comes.
-    texts = reviews(3000)
+    texts = reviews(2000)
     expected = offline(texts)
-    starts = range(0, 1500, 150)
+    starts = range(0, 1000, 100)
     sent = threading.Barrier(len(starts) + 1)
 
     def ask(start):
         connection = server.connection()
-        connection.request(
-            "POST", "/predict", json.dumps({"texts": texts[start : start + 1500]}), JSON
-        )
+        body = json.dumps({"texts": texts[start : start + 1000]})
+        connection.request("POST", "/predict", body, JSON)
         sent.wait()
         response = connection.getresponse()
-        return response.status, json.loads(response.read())
+        assert response.status == 200
+        answers = json.loads(response.read())["predictions"]
+        return same(answers, expected[start : start + 1000])
 
     with ThreadPoolExecutor(len(starts)) as pool:
         answers = [pool.submit(ask, start) for start in starts]
@@ -308,30 +264,25 @@ def test_sigterm_answers_what_was_taken_and_a_restart_serves_the_same_clients(
         time.sleep(0.3)
         assert not all(answer.done() for answer in answers)
         assert server.stop() == 0
-        for start, answer in zip(starts, answers, strict=True):
-            status, content = answer.result()
-            assert status == 200
-            assert same(content["predictions"], expected[start : start + 1500])
+        assert all(answer.result() for answer in answers)
     leaves_nothing(server)
 
     # Clients that try again while nobody listens are served by the next process on the same port.
     where = tmp_path_factory.mktemp("onnx")
     export(folder, where / "model")
-    expected = TextClassifier.from_pretrained(where / "model")(texts[:200])
+    expected = TextClassifier.from_pretrained(where / "model")(texts[:100])
     servers.append(Server(where / "model", where / "cwd", server.port))
     end = time.monotonic() + START
 
     def persist(row):
         while time.monotonic() < end:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                status, content = servers[-1].predict({"text": texts[row]})
-                assert status == 200
-                return same(content["predictions"], expected[row : row + 1])
+                return same(servers[-1].answers([texts[row]]), expected[row : row + 1])
             time.sleep(0.2)
         return False
 
     with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(persist, range(200)))
+        assert all(pool.map(persist, range(100)))
     leaves_nothing(servers[-1])
 
 
@@ -341,7 +292,3 @@ def leaves_nothing(server):
     log = server.log.read_text()
     assert "Traceback" not in log
     assert not [word for word in ("screen", "battery") if word in log]
-
-
-def test_a_body_of_few_characters_and_very_many_tokens_is_answered(server):
-    assert server.predict({"text": "." * 100_000})[0] == 200

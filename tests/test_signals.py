@@ -10,13 +10,14 @@ from torch.utils.data import DataLoader
 from dact import signals
 from tests.conftest import random_batch, tiny_model
 
+pytestmark = pytest.mark.usefixtures("_installed")
+
 
 @pytest.fixture
 def _installed():
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    signal.signal(
-        signal.SIGINT, signal.default_int_handler
-    )  # which a shell ignores in the background
+    # Which a shell ignores in the background.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signals.install()
     yield
     for number, handler in before.items():
@@ -29,7 +30,6 @@ class Thing:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.usefixtures("_installed")
 def test_a_signal_inside_a_weakref_callback_is_not_lost(number, capsys):
     thing = Thing()
     reference = weakref.ref(thing, lambda _: signal.raise_signal(number))
@@ -38,17 +38,13 @@ def test_a_signal_inside_a_weakref_callback_is_not_lost(number, capsys):
     assert signals.stop_requested()
     with pytest.raises(KeyboardInterrupt):
         signals.check()
-    assert "Traceback" not in capsys.readouterr().err
-
-
-@pytest.mark.usefixtures("_installed")
-def test_a_second_signal_ends_work_that_has_no_batches():
-    signal.raise_signal(signal.SIGTERM)
     with pytest.raises(KeyboardInterrupt):
-        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(number)  # a second one ends work that has no batches
+    assert "Traceback" not in capsys.readouterr().err
+    signals.install()
+    signals.check()  # a new start forgets them
 
 
-@pytest.mark.usefixtures("_installed")
 def test_a_fit_stops_at_the_next_batch():
     batches = [random_batch(batch=4, seed=seed) for seed in range(5)]
     seen = []
@@ -64,10 +60,3 @@ def test_a_fit_stops_at_the_next_batch():
     with pytest.raises(SystemExit):  # how Lightning passes a KeyboardInterrupt on
         trainer.fit(tiny_model(layers=2), DataLoader(batches, batch_size=None))
     assert seen == [0]
-
-
-@pytest.mark.usefixtures("_installed")
-def test_a_new_start_forgets_an_old_signal():
-    signal.raise_signal(signal.SIGINT)
-    signals.install()
-    signals.check()

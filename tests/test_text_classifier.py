@@ -2,16 +2,14 @@
 
 import copy
 import pickle
-import sys
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pandas
 import pytest
 import torch
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel
+from transformers import BertConfig, BertModel
 
 from dact import DACT, TextClassifier
 from dact.calibration.temperature import temper
@@ -35,14 +33,25 @@ def classifier(tokenizer):
 
 
 def test_a_prediction_has_the_probabilities_of_all_classes(classifier):
-    for prediction in classifier(TEXTS):
+    cold = classifier(TEXTS)
+    for prediction in cold:
         assert list(prediction.probabilities) == NAMES
         assert sum(prediction.probabilities.values()) == pytest.approx(1, abs=1e-5)
-        assert (
-            prediction.score
-            == prediction.probabilities[prediction.label]
-            == max(prediction.probabilities.values())
-        )
+        assert prediction.score == prediction.probabilities[prediction.label]
+        assert prediction.score == max(prediction.probabilities.values())
+    assert len({prediction.exit_layer for prediction in cold}) > 1
+    classifier.model.temperatures = [3.0, 0.5, 1.0, 2.0]
+    for before, after in zip(cold, classifier(TEXTS), strict=True):
+        assert (before.label, before.exit_layer) == (after.label, after.exit_layer)
+        row = torch.tensor([[*before.probabilities.values()]])
+        tempered = temper(row, torch.tensor([before.exit_layer]), classifier.model.temperatures)
+        assert [*after.probabilities.values()] == pytest.approx(tempered[0].tolist(), abs=1e-5)
+    one = classifier("not bad")
+    assert one == classifier(["not bad"])[0] == classifier.predict("not bad")
+
+
+def answers(predictions):
+    return [(prediction.label, prediction.exit_layer) for prediction in predictions]
 
 
 def test_many_threads_get_the_answers_of_one(classifier, tokenizer):
@@ -56,79 +65,46 @@ def test_many_threads_get_the_answers_of_one(classifier, tokenizer):
     both = [classifier, TextClassifier(classifier.model, tokenizer, batch_size=7)]
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda number: both[number % 2](texts[number]), range(64)))
-    assert [[p.label for p in some] for some in found] == [
-        [p.label for p in some] for some in expected
-    ]
-    assert [[p.exit_layer for p in some] for some in found] == [
-        [p.exit_layer for p in some] for some in expected
-    ]
+    assert [answers(some) for some in found] == [answers(some) for some in expected]
     assert threading.active_count() == before, "no thread stays behind"
 
 
-def bert():
-    return BertConfig(
-        vocab_size=20,
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-    )
+def bert(**options):
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=20, intermediate_size=32, **sizes, **options)
+    return HuggingFaceEncoder.from_model(BertModel(config))
 
 
-def test_a_classifier_survives_pickling(classifier, tokenizer):
-    encoder = HuggingFaceEncoder.from_model(AutoModel.from_config(bert()))
-    for one in (
-        classifier,
-        TextClassifier(tiny_model(encoder=encoder, class_names=NAMES), tokenizer),
-    ):
-        again = pickle.loads(pickle.dumps(one))
-        assert_same_answers(again(TEXTS), one(TEXTS))
+def test_a_classifier_survives_pickling(tokenizer):
+    one = TextClassifier(tiny_model(encoder=bert(), class_names=NAMES), tokenizer)
+    assert_same_answers(pickle.loads(pickle.dumps(one))(TEXTS), one(TEXTS))
 
 
-@pytest.mark.parametrize("limit", [None, 30])
-def test_texts_longer_than_the_encoder_are_cut(tokenizer, limit):
-    if limit is not None:
-        tokenizer.model_max_length = limit
-    before = (
-        copy.deepcopy(tokenizer.init_kwargs),
-        tokenizer.model_max_length,
-        tokenizer.backend_tokenizer.to_str(),
-    )
-    sizes = {
-        "hidden_size": 8,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 8,
-    }
-    config = BertConfig(vocab_size=20, max_position_embeddings=8, **sizes)
-    encoder = HuggingFaceEncoder.from_model(BertModel(config))
-    classifier = TextClassifier(DACT(encoder=encoder, class_names=NAMES), tokenizer)
+def test_texts_longer_than_the_encoder_are_cut(tokenizer):
+    def state():
+        backend = tokenizer.backend_tokenizer.to_str()
+        return copy.deepcopy(tokenizer.init_kwargs), tokenizer.model_max_length, backend
+
+    before = state()
+    model = DACT(encoder=bert(max_position_embeddings=8), class_names=NAMES)
+    classifier = TextClassifier(model, tokenizer)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = classifier(["good film " * 50, "good film good film good film good"])
-    assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-5), (
-        "[CLS] and the first seven words"
-    )
-    after = tokenizer.init_kwargs, tokenizer.model_max_length, tokenizer.backend_tokenizer.to_str()
-    assert after == before, "the caller's tokenizer stays as it is"
+    # Of both, [CLS] and the first seven words.
+    assert found[0].probabilities == pytest.approx(found[1].probabilities, abs=1e-5)
+    assert state() == before, "the caller's tokenizer stays as it is"
 
 
 def test_pairs_are_read_as_the_data_reads_them(classifier, tokenizer):
     first, second = ["good film", "bad"], ["very good", "the film"]
     encoding = tokenizer(first, second, padding=True, return_tensors="pt")
     expected = classifier.model.early_exit(dict(encoding)).probabilities
-    for pairs in (
-        list(zip(first, second, strict=True)),
-        [list(pair) for pair in zip(first, second, strict=True)],
-    ):
-        found = classifier(pairs)
-        rows = torch.tensor([list(prediction.probabilities.values()) for prediction in found])
-        torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
-        assert list(classifier.stream(iter(pairs))) == found
-
-
-def test_one_text_gets_one_prediction(classifier):
-    assert classifier("not bad") == classifier(["not bad"])[0] == classifier.predict("not bad")
+    pairs = [[*pair] for pair in zip(first, second, strict=True)]
+    found = classifier([tuple(pair) for pair in pairs])
+    rows = torch.tensor([list(prediction.probabilities.values()) for prediction in found])
+    torch.testing.assert_close(rows, expected, atol=1e-5, rtol=1e-4)
+    assert list(classifier.stream(iter(pairs))) == found
 
 
 def test_a_text_without_an_answer_says_why_and_leaves_the_others_alone(classifier):
@@ -142,10 +118,10 @@ def test_a_text_without_an_answer_says_why_and_leaves_the_others_alone(classifie
     assert_same_answers([found[-1]], classifier([("bad", "film")]))
 
 
-@pytest.mark.parametrize("table", [{"text": ["good"]}, pandas.DataFrame({"text": ["good"]})])
-def test_a_table_is_refused_since_its_columns_would_be_the_texts(classifier, table):
+def test_a_table_is_refused_since_its_columns_would_be_the_texts(classifier):
+    table = pandas.DataFrame({"text": ["good"]})
     for call in (classifier, lambda texts: list(classifier.stream(texts))):
-        with pytest.raises(TypeError, match=type(table).__name__):
+        with pytest.raises(TypeError, match="DataFrame"):
             call(table)
 
 
@@ -156,69 +132,34 @@ def test_half_precision_leaves_the_weights_alone(tokenizer):
     model.encoder.layers[0].register_forward_hook(
         lambda module, inputs, output: seen.append(torch.is_autocast_enabled("cpu"))
     )
-    for dtype in ("bfloat16", torch.bfloat16):
-        half = TextClassifier(model, tokenizer, dtype=dtype, device="cpu")(TEXTS)
-        assert all(seen) and seen
-        assert sum(one.label == other.label for one, other in zip(exact, half, strict=True)) >= 36
-        assert half != exact
+    half = TextClassifier(model, tokenizer, dtype="bfloat16", device="cpu")(TEXTS)
+    assert all(seen) and seen
+    assert sum(one.label == other.label for one, other in zip(exact, half, strict=True)) >= 36
+    assert half != exact
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
-    with pytest.raises(
-        ValueError, match="dtype must be one of float32, bfloat16, float16, got int8"
-    ):
+    with pytest.raises(ValueError, match="dtype must be one of float32, bfloat16, float16, got i"):
         TextClassifier(model, tokenizer, dtype="int8")
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):
         TextClassifier(model, tokenizer, batch_size=0)
 
 
-def test_scores_have_the_temperature_of_their_exit_layer(classifier):
-    plain = classifier(TEXTS)
-    assert len({prediction.exit_layer for prediction in plain}) > 1
-    classifier.model.temperatures = [3.0, 0.5, 1.0, 2.0]
-    warm = classifier(TEXTS)
-    for before, after in zip(plain, warm, strict=True):
-        assert (before.label, before.exit_layer) == (after.label, after.exit_layer)
-        row = torch.tensor([list(before.probabilities.values())])
-        expected = temper(row, torch.tensor([before.exit_layer]), classifier.model.temperatures)
-        assert list(after.probabilities.values()) == pytest.approx(expected[0].tolist(), abs=1e-5)
-        temperature = classifier.model.temperatures[before.exit_layer - 1]
-        assert (after.score < before.score) == (temperature > 1) or temperature == 1
-
-
 def test_a_tokenizer_of_another_encoder_is_refused_at_once():
     many = word_tokenizer([f"word{number}" for number in range(100)])
-    with pytest.raises(
-        ValueError, match=r"the tokenizer has 103 token ids, but the encoder only 20"
-    ):
+    with pytest.raises(ValueError, match="tokenizer has 103 token ids, but the encoder only 20"):
         TextClassifier(tiny_model(vocab=20, class_names=NAMES), many)
-
-
-def test_a_tokenizer_may_be_given_by_its_name(classifier, tokenizer, tmp_path):
-    tokenizer.save_pretrained(tmp_path)
-    found = TextClassifier(classifier.model, str(tmp_path))(TEXTS)
-    assert_same_answers(found, classifier(TEXTS))
-
-
-def test_a_program_without_standard_error_gets_its_answers(classifier, monkeypatch):
-    expected = classifier(TEXTS)
-    monkeypatch.setattr(sys, "stderr", None)
-    assert_same_answers(classifier(TEXTS), expected)
 
 
 def test_a_folder_gives_a_classifier_that_knows_its_settings(classifier, tokenizer, tmp_path):
     classifier.model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    again = TextClassifier.from_pretrained(
-        tmp_path, batch_size=3, device="cpu", dtype="float32", halting="never"
-    )
+    by_name = TextClassifier(classifier.model, str(tmp_path))
+    assert_same_answers(by_name(TEXTS), classifier(TEXTS))
+    options = {"batch_size": 3, "device": "cpu", "dtype": "float32", "halting": "never"}
+    again = TextClassifier.from_pretrained(tmp_path, **options)
     assert (again.batch_size, again.dtype, again.model.halting) == (3, torch.float32, "never")
     assert {prediction.exit_layer for prediction in again(TEXTS)} == {4}
     half = TextClassifier.from_pretrained(tmp_path, dtype="bfloat16")
     assert {parameter.dtype for parameter in half.model.encoder.parameters()} == {torch.bfloat16}
-    assert (
-        sum(
-            one.label == other.label
-            for one, other in zip(half(TEXTS), classifier(TEXTS), strict=True)
-        )
-        >= 36
-    )
-    assert AutoTokenizer.from_pretrained(Path(tmp_path)).get_vocab() == again.tokenizer.get_vocab()
+    pairs = zip(half(TEXTS), classifier(TEXTS), strict=True)
+    assert sum(one.label == other.label for one, other in pairs) >= 36
+    assert again.tokenizer.get_vocab() == tokenizer.get_vocab()
