@@ -79,9 +79,9 @@ def default_data(**overrides: Any) -> LightningDataModule:
     return CompositionalSentiment(**{"max_depth": 3, **overrides})
 
 
-def accepted_by(found: type) -> list[str]:
+def accepted_by(found: type) -> list[str] | None:
     """Return the names of the options of a class, with keywords that it passes on to the classes
-    that it is derived from; empty if it takes any."""
+    that it is derived from; None if it takes any."""
     names: list[str] = []
     kinds = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
     for kind in found.__mro__:
@@ -91,4 +91,4 @@ def accepted_by(found: type) -> list[str]:
             if not any(one.kind is one.VAR_KEYWORD for one in parameters):
                 return names
             kinds = {Parameter.KEYWORD_ONLY}  # the others of a base are given by position
-    return []
+    return None

@@ -113,7 +113,8 @@ def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
                 meant = _meant(value.rpartition(".")[2], classes)
                 raise UsageError(f"{place}there is no class {value}. {meant}")
             known = {each for each in known if not f"{each}.".startswith(f"{section}.")}
-            known |= {f"{section}.{each}" for each in accepted_by(found)} or {section}
+            names = accepted_by(found)
+            known |= {section} if names is None else {f"{section}.{each}" for each in names}
         elif not any(f"{name}.".startswith(f"{k}.") or k.startswith(f"{name}.") for k in known):
             section, _, wrong = name.rpartition(".")
             while section and not any(each.startswith(f"{section}.") for each in known):

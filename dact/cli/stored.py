@@ -331,8 +331,8 @@ def _data_section(
         section = new if "class_path" in new else {**section, "init_args": arguments}
     names = {name.split(".")[1] for _, name, _ in options(words) if name.startswith("data.")}
     found = find_class(section["class_path"], "dact.data")
-    accepted = accepted_by(found) if found is not None else []
-    if found is None or (accepted and not names <= {*accepted}):
+    accepted = None if found is None else accepted_by(found)
+    if found is None or (accepted is not None and not names <= {*accepted}):
         section, accepted = {"class_path": OWN_FILES}, accepted_by(TextClassificationData)
     # The model may have left the files of its fit behind.
     arguments = {
@@ -345,7 +345,7 @@ def _data_section(
     source = Path() if model is None else find_model(model)
     folder = source if source.is_dir() else source.absolute().parents[1] / "model"
     file = folder / "tokenizer_config.json"
-    if "tokenizer" in accepted and file.is_file():
+    if "tokenizer" in (accepted or ()) and file.is_file():
         arguments["tokenizer"] = str(folder)
         longest = read_json(file).get("model_max_length") or NO_LIMIT
         arguments.setdefault("max_length", min(longest, NO_LIMIT))

@@ -95,7 +95,7 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
     }
     if prepared.teacher is not None and given.get("teacher") is None:
         chosen["teacher"] = str(prepared.run.folder / "whole_encoder" / "model")
-    known = accepted_by(type(recipe.make_data()))
+    known = accepted_by(type(recipe.make_data())) or ()
     given |= {name: one for name, one in chosen.items() if one is not None and name in known}
     if prepared.teacher is not None and not given.get("teacher"):
         overrides["distillation"] = 0.0
