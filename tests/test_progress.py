@@ -11,7 +11,7 @@ from optuna.trial import TrialState, create_trial
 from rich.console import Console
 
 from dact.tuning.progress import Progress
-from dact.tuning.report import dials_picture, faster, guarantee, show_summary
+from dact.tuning.report import faster, guarantee, show_summary
 from dact.tuning.trainer import Deadline
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -184,24 +184,3 @@ def test_a_model_that_gives_one_class_is_warned_of(tmp_path):
     said = "Warning: all texts get one class"
     assert any(said in line for line in screen(tmp_path, metrics(validation=entry)))
     assert not any("Warning" in line for line in screen(tmp_path, metrics()))
-
-
-def test_the_picture_of_the_dials_shows_the_whole_encoder_and_the_setting_of_the_run():
-    def curve(name, settings):
-        return [
-            {name: setting, "accuracy": 0.8 - 0.02 * step, "mean_exit_layer": 4.0 - step}
-            for step, setting in enumerate(settings)
-        ]
-
-    found = {
-        "tolerance_curve": curve("tolerance", (0, 0.5)),
-        "margin_curve": curve("margin", (1.0, 0.8, 0.5)),
-        "validation": {"mean_exit_layer": 2.5, "accuracy": 0.77},
-        "baseline": {"validation": {"accuracy": 0.79}},
-    }
-    (axes,) = dials_picture(found).axes
-    lines = {line.get_label(): line for line in axes.get_lines()}
-    assert set(lines["whole encoder"].get_ydata()) == {79.0}
-    assert (*lines["as set"].get_xdata(), *lines["as set"].get_ydata()) == (2.5, 77.0)
-    assert list(lines["halting_margin"].get_xdata()) == [4.0, 3.0, 2.0]
-    assert [text.get_text() for text in axes.texts] == ["0", "0.5", "1", "0.8", "0.5"]

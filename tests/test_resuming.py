@@ -137,17 +137,6 @@ def test_a_share_of_the_steps_is_asked_for():
         AverageLastSteps(share=0)
 
 
-def test_a_fit_that_validates_within_epochs_resumes_after_whole_ones(tmp_path):
-    whole, losses = fitted(tmp_path / "whole", val_check_interval=0.5)
-    with pytest.raises(RuntimeError, match="killed"):
-        fitted(tmp_path / "resumed", Stop(1, 6), val_check_interval=0.5)
-    resumed, again = fitted(tmp_path / "resumed", val_check_interval=0.5)
-    assert len(losses) == 6
-    assert again == pytest.approx(losses)
-    for name, tensor in whole.items():
-        torch.testing.assert_close(resumed[name], tensor, msg=name)
-
-
 @pytest.mark.slow
 def test_a_study_that_its_deadline_ended_is_not_reopened_by_the_same_command(tmp_path, monkeypatch):
     deadlines = []

@@ -8,8 +8,6 @@ import optuna
 import psutil
 import pytest
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from dact import DACT
 from dact.calibration import Promise
@@ -39,18 +37,6 @@ def test_a_run_tag_never_leads_out_of_the_log_folder(tag, tmp_path):
         with pytest.raises(ValueError, match="run_tag must be a name"):
             engine(tmp_path).joint_tune_study(tag)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_step_that_is_done_is_not_done_again(tmp_path):
-    run, calls = Run("run", tmp_path), []
-    with run.opened({"seed": 0}):
-        for _ in range(2):
-            assert run.step("baseline", lambda: calls.append(1) or {"epochs": 3}) == {"epochs": 3}
-    assert len(calls) == 1
-    assert read_json(run.manifest) == {
-        "configuration": {"seed": 0},
-        "steps": {"baseline": {"epochs": 3}},
-    }
 
 
 def test_new_winners_make_the_later_steps_start_over(tmp_path):
@@ -140,17 +126,17 @@ def test_a_changed_data_file_under_the_same_tag_is_refused(tmp_path):
 # ------------------------------------------------------------------ studies
 
 
-def open_one(tmp_path, storage=None, stage=SUBMODELS, before=None):
+def open_one(tmp_path, stage=SUBMODELS, before=None):
     run = Run("run", tmp_path)
     run.folder.mkdir(exist_ok=True)
-    return studies.open_study(run, stage, storage, before or Settings())
+    return studies.open_study(run, stage, None, before or Settings())
 
 
-def job_of(objective, n_trials, storage=None, **options):
+def job_of(objective, n_trials):
     """A job whose objective is any function of a trial."""
-    objective.deadline = options.pop("deadline", Deadline())
+    objective.deadline = Deadline()
     sampler = optuna.samplers.RandomSampler(seed=0)
-    return studies.StudyJob(objective, n_trials, storage, sampler, None, **options)
+    return studies.StudyJob(objective, n_trials, None, sampler, None)
 
 
 def states(study):
@@ -213,13 +199,6 @@ def test_trials_that_were_queued_before_the_run_come_first(tmp_path):
     assert states(study) == ["COMPLETE"] * 3
 
 
-def test_a_callback_of_optuna_may_stop_a_study(tmp_path):
-    study = open_one(tmp_path)
-    job = job_of(lambda trial: 1.0, 5, callbacks=[lambda study, trial: study.stop()])
-    studies.run_study(job, study, 1, quiet)
-    assert states(study) == ["COMPLETE"]
-
-
 def test_trials_under_other_winners_are_kept_under_another_name(tmp_path):
     before = Settings.of_winners(PARTS)
     study = open_one(tmp_path, stage=TRAINING, before=before)
@@ -232,13 +211,6 @@ def test_trials_under_other_winners_are_kept_under_another_name(tmp_path):
     kept = optuna.load_study(study_name="run/training/outdated_1", storage=other._storage)
     assert len(kept.trials) == 2
     assert (tmp_path / "run" / "training.outdated_1" / "trial_0000").is_dir()
-
-
-def test_any_storage_of_optuna_serves(tmp_path):
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
-    made = engine(tmp_path, n_trials=1, storage=storage, promise=None)
-    assert made.lambda_reg_study("run") > 0
-    assert optuna.get_all_study_names(storage) == ["run/lambda_reg"]
 
 
 # ------------------------------------------------------------------ fits

@@ -12,10 +12,9 @@ import optuna
 import pytest
 import torch
 from hypothesis import given, settings
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 
-from dact.submodels import SubmodelConfig
-from dact.tuning.outcome import OUTCOME, Outcome
+from dact.tuning.outcome import Outcome
 from dact.tuning.search import (
     PLANNED_EPOCHS,
     CurveSampler,
@@ -30,28 +29,13 @@ from dact.tuning.space import (
     MORE_DIMENSIONS,
     build_spaces,
     complete_spaces,
-    holding,
     suggest,
 )
-from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
 from dact.tuning.studies import open_storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
 # ------------------------------------------------------------------ spaces
-
-
-@pytest.mark.parametrize("stage", DEFAULT_SPACES)
-def test_every_default_dimension_can_be_suggested(stage):
-    study = optuna.create_study()
-    for _ in range(5):
-        trial = study.ask()
-        values = {name: suggest(trial, name, one) for name, one in DEFAULT_SPACES[stage].items()}
-        assert trial.params == values
-    if stage == "submodels":
-        for config in SUBMODELS.parse(values).values():
-            assert set(config) == {"num_layers", "hidden_units", "dropout"}
-            SubmodelConfig(**config)
 
 
 def test_spaces_are_narrowed_replaced_and_enlarged():
@@ -106,25 +90,6 @@ def test_spaces_hold_the_first_trials_and_the_layers_of_the_encoder():
 
 
 @pytest.mark.parametrize(
-    ("dimension", "value", "close"),
-    [
-        (FloatDistribution(0.1, 1.0), 3.0, 1.0),
-        (FloatDistribution(0.0, 0.2, step=0.1), 0.24, 0.2),
-        (IntDistribution(2, 6, step=2), 9, 6),
-        (CategoricalDistribution(["a", "b"]), "c", "a"),
-    ],
-)
-def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, close):
-    same, found = holding(dimension, value, fixed=True)
-    assert same == dimension
-    assert found == (pytest.approx(close) if isinstance(close, float) else close)
-    assert dimension._contains(dimension.to_internal_repr(found))
-    wider, found = holding(dimension, value, fixed=False)
-    assert found == value
-    assert wider._contains(wider.to_internal_repr(value))
-
-
-@pytest.mark.parametrize(
     ("name", "change", "said"),
     [
         ("speed", {"low": 1}, "The parameters are classifier_num_layers"),
@@ -159,10 +124,6 @@ CURVE = [
     point(0.1, 0.60, 2.0),
     point(1.0, 0.90, 1.0),
 ]
-
-
-def test_the_front_leaves_out_what_is_beaten():
-    assert [point.layers for point in pareto_front(CURVE)] == [1.0, 2.0, 3.0, 5.0, 6.0]
 
 
 @pytest.mark.parametrize(
@@ -369,21 +330,3 @@ def test_two_workers_never_take_the_same_queued_trial(tmp_path):
     for worker in workers:
         worker.join()
     assert sorted(taken) == list(range(20))
-
-
-# ------------------------------------------------------------------ stages
-
-
-def test_each_stage_picks_its_winner():
-    space = {"lambda_reg": FloatDistribution(0.0, 1.0)}
-    curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]
-    known = {"distributions": space, "user_attrs": {OUTCOME: outcome().packed()}}
-    both = [
-        optuna.create_trial(params={"lambda_reg": value}, values=values, **known)
-        for value, *values in curve
-    ]
-    one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
-    assert [stage.pick(one, select_lambda) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
-    assert LAMBDA_REG.pick(both, select_lambda) == both[1], "within one standard error, or 0.01"
-    select = partial(select_lambda, rule="max_layers", max_layers=1.5)
-    assert LAMBDA_REG.pick(both, select) == both[2]
