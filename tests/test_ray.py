@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 
 import pandas as pd
 import psutil
@@ -16,10 +15,11 @@ from dact import TextClassifier
 from dact.data.tokenizers import word_tokenizer
 from tests.commands import ROOT, environment
 from tests.conftest import tiny_model
+from tests.test_crashes import wait_for
 
 pytest.importorskip("ray")
 
-FILES, ROWS = 16, 50
+FILES, ROWS = 12, 50
 # The second lets all of its servers listen on 127.0.0.1 alone, as on a Mac.
 ALONE = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 # A cluster of this machine alone, in which a file takes a worker a second; then the script as a
@@ -73,30 +73,21 @@ def test_every_row_is_classified_once_though_a_worker_dies(tmp_path):
                 env=environment(**ALONE),
             )
             try:
-                wait_for(script, lambda: list((tmp_path / "answers").glob("*.parquet")))
-                first = wait_for(script, lambda: len(found := workers(script)) == 2 and found)
+                answers = tmp_path / "answers"
+                wait_for(lambda: list(answers.glob("*.parquet")), script, 240)
+                first = wait_for(lambda: len(found := workers(script)) == 2 and found, script, 240)
                 os.kill(min(first), signal.SIGKILL)
-                second = wait_for(script, lambda: workers(script) - first)
+                second = wait_for(lambda: workers(script) - first, script, 240)
                 status = script.wait(300)
             finally:
                 script.kill()
     assert status == 0, (tmp_path / "log.txt").read_text()[-3000:]
-    answers = pd.read_parquet(tmp_path / "answers")
+    answers = pd.read_parquet(answers)
     assert second, "another worker took its place"
     assert sorted(answers["id"]) == list(range(FILES * ROWS))
     expected = classifier([texts[row] for row in answers["id"]])
     assert answers["label"].tolist() == [prediction.label for prediction in expected]
     assert answers["exit_layer"].tolist() == [prediction.exit_layer for prediction in expected]
-
-
-def wait_for(script, condition):
-    """Return what `condition` returns as soon as that is something, while the script runs."""
-    deadline = time.monotonic() + 240
-    while not (found := condition()):
-        assert script.poll() is None, "the script has ended"
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    return found
 
 
 def workers(script):

@@ -8,23 +8,20 @@ import optuna
 import psutil
 import pytest
 import torch
-from optuna.storages import JournalStorage
-from optuna.storages.journal import JournalFileBackend
 
 from dact import DACT
 from dact.calibration import Promise
 from dact.data import TextClassificationData
 from dact.data.tokenizers import word_tokenizer
-from dact.encoders import TransformerEncoder
 from dact.files import read_json
 from dact.tuning import studies
 from dact.tuning.recipe import trainer_arguments
 from dact.tuning.run import Run
 from dact.tuning.settings import Settings
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
-from dact.tuning.trainer import Deadline, TimeIsUp, enough_epochs, make_trainer
+from dact.tuning.trainer import Deadline, enough_epochs, make_trainer
 from dact.tuning.trial import CAUSE
-from tests.test_tuning import engine, small_data, small_model
+from tests.test_tuning import engine, prepared_of, small_data, small_model
 
 PARTS = {"classifier_config": {"dropout": 0.1}, "confidence_config": {"dropout": 0.2}}
 
@@ -32,23 +29,7 @@ PARTS = {"classifier_config": {"dropout": 0.1}, "confidence_config": {"dropout":
 # ------------------------------------------------------------------ the manifest
 
 
-@pytest.mark.parametrize(
-    "tag",
-    [
-        "",
-        "..",
-        "../run",
-        "/tmp/x",
-        "a/b",
-        "a\\b",
-        ".hidden",
-        "a b",
-        "a\0b",
-        "a\nb",
-        "~",
-        "x/../../y",
-    ],
-)
+@pytest.mark.parametrize("tag", ["", "..", "/tmp/x", "a\\b", "a b", "a\nb", "x/../../y"])
 def test_a_run_tag_never_leads_out_of_the_log_folder(tag, tmp_path):
     with pytest.raises(ValueError, match="run_tag must be a name"):
         Run(tag, tmp_path)
@@ -56,18 +37,6 @@ def test_a_run_tag_never_leads_out_of_the_log_folder(tag, tmp_path):
         with pytest.raises(ValueError, match="run_tag must be a name"):
             engine(tmp_path).joint_tune_study(tag)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_step_that_is_done_is_not_done_again(tmp_path):
-    run, calls = Run("run", tmp_path), []
-    with run.opened({"seed": 0}):
-        for _ in range(2):
-            assert run.step("baseline", lambda: calls.append(1) or {"epochs": 3}) == {"epochs": 3}
-    assert len(calls) == 1
-    assert read_json(run.manifest) == {
-        "configuration": {"seed": 0},
-        "steps": {"baseline": {"epochs": 3}},
-    }
 
 
 def test_new_winners_make_the_later_steps_start_over(tmp_path):
@@ -86,24 +55,6 @@ def test_new_winners_make_the_later_steps_start_over(tmp_path):
     assert run.result("final") is None
     assert (run.folder / "final.outdated_1").is_dir()
     assert "dropout: 0.3" in (run.folder / "classifier_config.yaml").read_text()
-
-
-def test_winners_are_settings_of_the_model_and_the_data():
-    external = {"batch_size": 8, "learning_rate": 1e-3}
-    found = Settings.of_winners({**PARTS, "external_config": external}).updated(
-        Settings({"lambda_reg": 0.5}, num_epochs=2)
-    )
-    assert found == Settings.of(
-        {
-            "batch_size": 8,
-            "num_epochs": 2,
-            "learning_rate": 1e-3,
-            "classifier": {"dropout": 0.1},
-            "confidence": {"dropout": 0.2},
-            "lambda_reg": 0.5,
-        }
-    )
-    assert found.flat()["classifier_dropout"] == 0.1
 
 
 def hold(folder, ready, done):
@@ -140,9 +91,7 @@ def begun(tmp_path_factory):
     [
         ({"model": partial(small_model, weight_decay=0.5)}, "model.weight_decay"),
         ({"data": partial(small_data, seed=9)}, "data.seed"),
-        ({"trainer": {"max_epochs": 2, "accelerator": "cpu"}}, "trainer.max_epochs"),
         ({"promise": Promise(min_agreement=0.5, confidence=None)}, "tuner.promise"),
-        ({"search_space": {"classifier_dropout": {"high": 0.2}}}, "tuner.search_space"),
         ({"seed": 1}, "tuner.seed"),
     ],
 )
@@ -155,45 +104,39 @@ def test_numbers_of_trials_and_workers_are_not_compared(begun):
     engine(begun, n_trials=1, time_out=30, workers=2).joint_tune_study("run")
 
 
-def write(file, rows):
-    file.write_text("text,label\n" + "".join(f"{text},{label}\n" for text, label in rows))
-
-
 def test_a_changed_data_file_under_the_same_tag_is_refused(tmp_path):
-    rows = [(f"screen {i} is {('great', 'awful')[i % 2]}", ("yes", "no")[i % 2]) for i in range(40)]
-    words = ["screen", "is", "great", "awful", "yes", "no"]
-    tokenizer = word_tokenizer([*words, *map(str, range(40))])
+    rows = [f"it {i} is {('great,yes', 'awful,no')[i % 2]}\n" for i in range(40)]
+    tokenizer, file = word_tokenizer(["it", "is", "great", "awful"]), tmp_path / "train.csv"
 
     def data(**overrides):
-        files = {"train_file": tmp_path / "train.csv"}
-        return TextClassificationData(**files, tokenizer=tokenizer, max_length=8, **overrides)
+        return TextClassificationData(file, tokenizer=tokenizer, max_length=8, **overrides)
 
-    def model(**overrides):
-        encoder = TransformerEncoder(len(tokenizer), 2, 8, 2)
-        return DACT(encoder=encoder, output_dimension=2, **overrides)
+    def tune():
+        options = {"data": data, "output_dimension": 2, "n_trials": 1}
+        model = partial(small_model, output_dimension=2)
+        engine(tmp_path, model=model, **options).joint_tune_study("run")
 
-    options = {"model": model, "data": data, "output_dimension": 2, "n_trials": 1}
-    write(tmp_path / "train.csv", rows)
-    engine(tmp_path, **options).joint_tune_study("run")
-    write(tmp_path / "train.csv", sorted(rows))
+    file.write_text("text,label\n" + "".join(rows))
+    tune()
+    file.write_text("text,label\n" + "".join(sorted(rows)))
     with pytest.raises(ValueError, match="began with another files.*train.csv"):
-        engine(tmp_path, **options).joint_tune_study("run")
+        tune()
 
 
 # ------------------------------------------------------------------ studies
 
 
-def open_one(tmp_path, storage=None, stage=SUBMODELS, before=None):
+def open_one(tmp_path, stage=SUBMODELS, before=None):
     run = Run("run", tmp_path)
     run.folder.mkdir(exist_ok=True)
-    return studies.open_study(run, stage, storage, before or Settings())
+    return studies.open_study(run, stage, None, before or Settings())
 
 
-def job_of(objective, n_trials, storage=None, **options):
+def job_of(objective, n_trials):
     """A job whose objective is any function of a trial."""
-    objective.deadline = options.pop("deadline", Deadline())
+    objective.deadline = Deadline()
     sampler = optuna.samplers.RandomSampler(seed=0)
-    return studies.StudyJob(objective, n_trials, storage, sampler, None, **options)
+    return studies.StudyJob(objective, n_trials, None, sampler, None)
 
 
 def states(study):
@@ -247,45 +190,13 @@ def test_a_study_whose_every_trial_fails_ends_and_says_why(tmp_path):
         studies.completed(study)
 
 
-def test_a_trial_that_a_deadline_cuts_runs_again_with_more_time(tmp_path):
-    study, over = open_one(tmp_path), Deadline(1000)
-
-    def objective(trial):
-        trial.suggest_float("x", 0, 1)
-        if over.left:
-            over.end = 0.0
-            raise TimeIsUp
-        return 1.0
-
-    studies.run_study(job_of(objective, 3, deadline=over), study, 1, quiet)
-    assert states(study) == ["FAIL"]
-    with pytest.raises(RuntimeError, match="raise time_out"):
-        studies.completed(study)
-    studies.run_study(job_of(objective, 2), open_one(tmp_path), 1, quiet)
-    assert states(study) == ["FAIL", "COMPLETE", "COMPLETE"]
-    assert study.trials[1].params == study.trials[0].params
-
-
 def test_trials_that_were_queued_before_the_run_come_first(tmp_path):
-    run = Run("run", tmp_path)
-    run.folder.mkdir()
-    mine = optuna.create_study(
-        study_name="run/submodels", storage=studies.open_storage(None, run), direction="minimize"
-    )
-    mine.enqueue_trial({"x": 0.25})
     study = open_one(tmp_path)
+    study.enqueue_trial({"x": 0.25})
     studies.queue_first(study, [{"x": 0.75}], 3)
-    job = job_of(lambda t: t.suggest_float("x", 0, 1), 3)
-    studies.run_study(job, study, 1, quiet)
+    studies.run_study(job_of(lambda t: t.suggest_float("x", 0, 1), 3), study, 1, quiet)
     assert [trial.params["x"] for trial in study.trials[:2]] == [0.25, 0.75]
     assert states(study) == ["COMPLETE"] * 3
-
-
-def test_a_callback_of_optuna_may_stop_a_study(tmp_path):
-    study = open_one(tmp_path)
-    job = job_of(lambda trial: 1.0, 5, callbacks=[lambda study, trial: study.stop()])
-    studies.run_study(job, study, 1, quiet)
-    assert states(study) == ["COMPLETE"]
 
 
 def test_trials_under_other_winners_are_kept_under_another_name(tmp_path):
@@ -302,32 +213,15 @@ def test_trials_under_other_winners_are_kept_under_another_name(tmp_path):
     assert (tmp_path / "run" / "training.outdated_1" / "trial_0000").is_dir()
 
 
-def test_any_storage_of_optuna_serves(tmp_path):
-    storage = JournalStorage(JournalFileBackend(str(tmp_path / "journal")))
-    made = engine(tmp_path, n_trials=1, storage=storage, promise=None)
-    assert made.lambda_reg_study("run") > 0
-    assert optuna.get_all_study_names(storage) == ["run/lambda_reg"]
-
-
-def test_a_study_that_is_done_is_not_opened_again(tmp_path, monkeypatch):
-    engine(tmp_path, n_trials=1).joint_tune_study("run")
-    monkeypatch.setattr(studies, "open_study", lambda *_: pytest.fail("opened"))
-    engine(tmp_path, n_trials=1).joint_tune_study("run")
-
-
 # ------------------------------------------------------------------ fits
 
 
-@pytest.mark.parametrize(
-    ("devices", "kept"), [("auto", 1), (None, 1), (1, 1), ([0], [0]), ("1,", "1,")]
-)
+@pytest.mark.parametrize(("devices", "kept"), [("auto", 1), (None, 1), ([0], [0]), ("1,", "1,")])
 def test_a_trial_runs_on_one_device(devices, kept):
     assert trainer_arguments({"devices": devices})["devices"] == kept
 
 
-@pytest.mark.parametrize(
-    "given", [{"devices": 2}, {"devices": "0,1"}, {"devices": -1}, {"num_nodes": 2}]
-)
+@pytest.mark.parametrize("given", [{"devices": 2}, {"devices": "0,1"}, {"num_nodes": 2}])
 def test_more_devices_for_a_trial_are_refused(given):
     with pytest.raises(ValueError, match="a trial runs on one device"):
         trainer_arguments(given)
@@ -352,14 +246,11 @@ def test_a_trainer_of_a_run_has_its_own_progress_checkpoints_and_copies_of_callb
     assert not {RichProgressBar, ModelCheckpoint} & {*kinds}
 
 
-@pytest.mark.parametrize(
-    ("trainer", "epochs"),
-    [({}, 25), ({"accumulate_grad_batches": 2}, 28), ({"limit_train_batches": 1}, 4)],
-)
-def test_on_few_texts_the_epochs_make_enough_steps(trainer, epochs):
+def test_on_few_texts_the_epochs_make_enough_steps():
     data = small_data(batch_size=20)
     data.setup("fit")
-    assert enough_epochs(trainer, data, 4, 150) == epochs
+    assert enough_epochs({}, data, 4, 150) == 25
+    assert enough_epochs({"accumulate_grad_batches": 2}, data, 4, 150) == 28
 
 
 def test_a_teacher_of_the_batches_teaches_the_trials(tmp_path):
@@ -370,19 +261,22 @@ def test_a_teacher_of_the_batches_teaches_the_trials(tmp_path):
         made.teacher_probabilities = torch.full((120, 3), 1 / 3)
         return made
 
-    made = engine(tmp_path, n_trials=1, data=data)
-    made.joint_tune_study("run")
-    assert made._prepared.teacher is None
-    assert made._prepared.learning == {"distillation": 0.5}
+    prepared = prepared_of(engine(tmp_path, data=data))
+    assert prepared.teacher is None
+    assert prepared.learning == {"distillation": 0.5}
 
 
 def test_a_run_without_trials_fits_the_recommended_settings(tmp_path):
-    made = engine(tmp_path, n_trials=0, compare_defaults=False)
+    """And the task loss that it says is the weighted one."""
+    model = partial(small_model, class_weights=[1.0, 5.0, 1.0])
+    made = engine(tmp_path, model=model, n_trials=0, promise=None, compare_defaults=False)
     metrics, checkpoint = made.run_pipeline("run")
     model = DACT.load_from_checkpoint(checkpoint)
     assert (model.num_layers, model.detach_exits, model.distillation) == (2, True, 0.5)
     assert not (tmp_path / "run" / "studies.db").exists()
-    assert read_json(Path(metrics))["test"]["accuracy"] > 0
+    found = read_json(Path(metrics))
+    best = min(found["history"], key=lambda epoch: epoch["val_loss"])
+    assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -400,16 +294,16 @@ def test_many_trials_leave_nothing_behind(tmp_path):
         }
 
     def watch(study, trial):
-        if trial.number in (12, 31):
+        if trial.number in (8, 21):
             readings[trial.number] = usage()
 
     engine(
-        tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=32, callbacks=[watch]
+        tmp_path, encoder_training="frozen", warm_up_epochs=0, n_trials=22, callbacks=[watch]
     ).joint_tune_study("run")
-    early, late = readings[12], readings[31]
-    assert late["memory"] - early["memory"] < 19
+    early, late = readings[8], readings[21]
+    assert late["memory"] - early["memory"] < 13
     assert late["files"] <= early["files"] + 5
     assert late["threads"] <= early["threads"] + 2
     assert late["processes"] == early["processes"]
     size = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
-    assert size < 32 * 100_000
+    assert size < 22 * 100_000

@@ -17,7 +17,6 @@ from typing import ClassVar
 from wsgiref.util import setup_testing_defaults
 
 import lightning.pytorch as pl
-import numpy as np
 import optuna
 import pytest
 import torch
@@ -26,17 +25,14 @@ from rich.console import Console
 
 from dact import DACT, SubmodelConfig, TextClassifier, TuningEngine
 from dact.calibration import Promise
-from dact.data import CompositionalSentiment, TextClassificationData
-from dact.data.tokenizers import word_tokenizer
+from dact.data import CompositionalSentiment
 from dact.encoders import TransformerEncoder
 from dact.files import read_tensors
 from dact.tuning.features import Features, FeaturesData, compute_features
 from dact.tuning.outcome import OUTCOME, Outcome
-from dact.tuning.settings import Settings
 from dact.tuning.stages import STAGES as ALL_STAGES
 from dact.tuning.trial import CAUSE
 from tests.conftest import free_port, tiny_model
-from tests.tables import write_table
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 STAGES = [stage.name for stage in ALL_STAGES]
@@ -53,9 +49,13 @@ def chosen_settings(run):
 small_data = partial(CompositionalSentiment, num_train=120, num_val=60, num_test=60)
 
 
+# With this limit, which is none, few examples get no more epochs.
+QUICK = {"max_epochs": 1, "accelerator": "cpu", "limit_train_batches": 1.0}
+
+
 def engine(tmp_path, **options):
     defaults = {"model": small_model, "data": small_data, "n_trials": 3, "log_dir": tmp_path}
-    defaults |= {"trainer": {"max_epochs": 1, "accelerator": "cpu"}}
+    defaults["trainer"] = QUICK
     space = {"batch_size": {"choices": [32, 64]}, "num_epochs": {"choices": [1, 2]}}
     made = TuningEngine(**{**defaults, "search_space": space, **options})
     made.progress.console.quiet = True
@@ -68,6 +68,10 @@ def study_of(tmp_path, stage, tag="run"):
     )
 
 
+def metrics_of(run):
+    return json.loads((run / "final" / "metrics.json").read_text())
+
+
 def prepared_of(made, tag="run"):
     """What all fits of a run share, after it was made."""
     with made._run(tag) as prepared:
@@ -76,12 +80,16 @@ def prepared_of(made, tag="run"):
 
 # ------------------------------------------------------------------ the whole
 
+TRIALS = {"finetune": 3, "frozen": 2}
+once = pytest.mark.parametrize("tuned", ["finetune"], indirect=True)
 
-@pytest.fixture(scope="module", params=["finetune", "frozen"])
+
+@pytest.fixture(scope="module", params=TRIALS)
 def tuned(request, tmp_path_factory):
     """An engine after its pipeline, and where it ran."""
-    folder = tmp_path_factory.mktemp(request.param)
-    made = engine(folder, encoder_training=request.param, warm_up_epochs=1, time_out=60)
+    folder, trials = tmp_path_factory.mktemp(request.param), TRIALS[request.param]
+    options = {"encoder_training": request.param, "warm_up_epochs": 1, "n_trials": trials}
+    made = engine(folder, time_out=60, **options)
     made.progress.console = Console(
         file=io.StringIO(), width=150, force_terminal=True, color_system=None
     )
@@ -89,26 +97,27 @@ def tuned(request, tmp_path_factory):
 
 
 def test_the_pipeline_leaves_what_the_design_lists(tuned):
-    made, run, (metrics_path, model_path) = tuned
-    assert Path(metrics_path) == run / "final" / "metrics.json"
-    assert Path(model_path) == run / "final" / "checkpoints" / "best.ckpt"
+    made, run, paths = tuned
+    assert paths == (
+        str(run / "final" / "metrics.json"),
+        str(run / "final" / "checkpoints" / "best.ckpt"),
+    )
     for stage in STAGES:
-        for number in range(3):
+        for number in range(TRIALS[made.recipe.encoder_training]):
             assert any((run / stage / f"trial_{number:04d}").glob("events.out.tfevents.*"))
         assert any((run / stage / "study").glob("*.png"))
-    names = ("classifier_config", "confidence_config", "external_config", "lambda_reg")
-    stored = {name: yaml.safe_load((run / f"{name}.yaml").read_text()) for name in names}
-    assert stored["classifier_config"] == made.classifier_config
-    assert stored["lambda_reg"] == {"lambda_reg": made.lambda_reg}
-    SubmodelConfig(**stored["classifier_config"])
-    SubmodelConfig(**stored["confidence_config"])
-    assert stored["external_config"].keys() >= {"batch_size", "num_epochs", "num_layers"}
-    rate = "learning_rate" in stored["external_config"]
+    for name in ("classifier_config", "confidence_config", "external_config"):
+        assert yaml.safe_load((run / f"{name}.yaml").read_text()) == getattr(made, name)
+    stored = yaml.safe_load((run / "lambda_reg.yaml").read_text())
+    assert stored == {"lambda_reg": made.lambda_reg}
+    SubmodelConfig(**made.classifier_config)
+    SubmodelConfig(**made.confidence_config)
+    assert made.external_config.keys() >= {"batch_size", "num_epochs", "num_layers"}
+    rate = "learning_rate" in made.external_config
     assert rate == (made.recipe.encoder_training == "finetune")
     final = {path.name for path in (run / "final").iterdir()}
     assert final >= {"checkpoints", "config.yaml", "metrics.json", "model", "dials.png"}
-    assert [path.name for path in (run / "final" / "checkpoints").iterdir()] == ["best.ckpt"]
-    assert not list(run.glob("*/trial_*/**/*.ckpt"))
+    assert {str(path) for path in run.rglob("*.ckpt")} == {paths[1]}
 
 
 def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
@@ -119,7 +128,7 @@ def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
     assert model.distillation == 0.5, "half of its targets come from the baseline"
     data = small_data()
     data.setup("test")
-    metrics = json.loads((run / "final" / "metrics.json").read_text())
+    metrics = metrics_of(run)
     plain = pl.Trainer(
         accelerator="cpu", logger=False, enable_progress_bar=False, default_root_dir=run
     )
@@ -136,25 +145,24 @@ def test_the_model_that_comes_out_is_one_ordinary_dact(tuned):
 
 def test_metrics_have_the_keys_of_the_design(tuned):
     _, run, _ = tuned
-    metrics = json.loads((run / "final" / "metrics.json").read_text())
+    metrics = metrics_of(run)
     keys = {"validation", "test", "baseline", "tolerance_curve", "margin_curve", "history"}
     more = {"lambda_reg", "layers", "halting_tolerance", "halting_margin", "calibration"}
     assert set(metrics) == keys | more | {"confirmation"}
     compared = {"accuracy", "macro_f1", "task_loss", "texts_per_second"}
     quality = compared | {"majority_share", "mean_exit_layer", "exit_histogram"}
+    defaults = json.loads((run / "final" / "defaults" / "metrics.json").read_text())
     for split in ("validation", "test"):
         found, baseline = metrics[split], metrics["baseline"][split]
         assert set(found) >= quality | {"full_depth", "agreement", "difference_to_baseline"}
         assert set(found["full_depth"]) == quality
         assert set(baseline) == compared
-        assert sum(found["exit_histogram"]) == 60
+        assert sum(found["exit_histogram"]) == sum(defaults[split]["exit_histogram"]) == 60
         assert found["full_depth"]["mean_exit_layer"] == metrics["layers"]
         difference = found["accuracy"] - baseline["accuracy"]
         assert found["difference_to_baseline"]["accuracy"] == pytest.approx(difference)
-    assert metrics["baseline"]["layers"] == 3
-    assert {"tolerance", "accuracy", "mean_exit_layer", "agreement"} <= {
-        *metrics["tolerance_curve"][0]
-    }
+    curve = {"tolerance", "accuracy", "mean_exit_layer", "agreement"}
+    assert {*metrics["tolerance_curve"][0]} >= curve
     assert len(metrics["history"]) == chosen_settings(run)["num_epochs"]
     assert all("train_loss" in record for record in metrics["history"])
 
@@ -166,40 +174,27 @@ def test_the_studies_hold_what_the_objectives_say(tuned):
     for name, value in submodels.best_trial.params.items():
         prefix, _, field = name.partition("_")
         assert getattr(made, f"{prefix}_config")[field] == value
-    assert all(len(trial.values) == 2 for trial in lambdas.trials)
-    assert all(1 <= trial.values[1] <= 3 for trial in lambdas.trials)
+    assert all(1 <= layers <= 3 for _, layers in (trial.values for trial in lambdas.trials))
     assert made.lambda_reg in [trial.params["lambda_reg"] for trial in lambdas.trials]
     assert all(len(Outcome.unpacked(one.user_attrs[OUTCOME]).exits) == 60 for one in lambdas.trials)
-    for study in (submodels, training):
-        for trial in study.trials:
-            assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
-
-
-def test_studies_begin_with_settings_that_paid_and_with_those_of_the_factories(tuned):
-    _, run, _ = tuned
-    submodels, training, lambdas = (study_of(run.parent, stage) for stage in STAGES)
-    config = SubmodelConfig()
-    assert submodels.trials[0].params["classifier_hidden_units"] == config.hidden_units
+    for trial in (*submodels.trials, *training.trials):
+        assert trial.value == pytest.approx(min(trial.intermediate_values.values()))
+    # The first trials have settings that paid, and those of the factories.
+    assert submodels.trials[0].params["classifier_hidden_units"] == SubmodelConfig().hidden_units
     first, own = (trial.params for trial in training.trials[:2])
-    assert (first["num_layers"], own["num_layers"]) == (2, 3), (
-        "two thirds of the layers, and all of them"
-    )
+    assert (first["num_layers"], own["num_layers"]) == (2, 3)
     assert own["submodel_learning_rate"] == 3e-3
     assert lambdas.trials[0].params["lambda_reg"] == pytest.approx(0.04 / 2)
 
 
-def test_the_baseline_is_full_depth_fine_tuned_and_everything_starts_from_it(tuned):
+def test_the_baseline_is_full_depth_fine_tuned(tuned):
     _, run, _ = tuned
-    baseline = DACT.from_pretrained(run / "whole_encoder" / "model")
-    assert baseline.halting == "never"
-    data = small_data()
+    baseline, data = DACT.from_pretrained(run / "whole_encoder" / "model"), small_data()
     data.setup("test")
     batch = next(iter(data.test_dataloader()))
     assert torch.equal(baseline.early_exit(batch).exit_layer, torch.full((60,), 3))
-    metrics = json.loads((run / "final" / "metrics.json").read_text())
     right = (baseline(batch).probabilities.argmax(1) == batch["labels"]).float().mean().item()
-    assert metrics["baseline"]["test"]["accuracy"] == pytest.approx(right)
-    assert metrics["confirmation"]
+    assert metrics_of(run)["baseline"]["test"]["accuracy"] == pytest.approx(right)
 
 
 def test_the_baseline_is_the_whole_encoder_even_if_the_model_keeps_fewer_layers(tmp_path):
@@ -207,13 +202,10 @@ def test_the_baseline_is_the_whole_encoder_even_if_the_model_keeps_fewer_layers(
         return small_model(**{"num_layers": 2, **overrides})
 
     made = engine(tmp_path, model=cut, n_trials=1, encoder_training="frozen", warm_up_epochs=1)
-    metrics = json.loads(Path(made.run_pipeline("run")[0]).read_text())
+    made.train_tune_study("run")
+    assert DACT.from_pretrained(tmp_path / "run" / "whole_encoder" / "model").num_layers == 3
     first = study_of(tmp_path, "training").trials[0]
-    assert (metrics["baseline"]["layers"], metrics["layers"], first.params["num_layers"]) == (
-        3,
-        2,
-        2,
-    )
+    assert first.params["num_layers"] == 2
     assert first.distributions["num_layers"].high == 3, "trials may keep all layers"
     assert Features(tmp_path / "run" / "features" / "train").arrays["states"].shape[1] == 3
 
@@ -221,17 +213,19 @@ def test_the_baseline_is_the_whole_encoder_even_if_the_model_keeps_fewer_layers(
 def test_a_second_call_reuses_everything(tuned):
     made, run, paths = tuned
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")}
-    again = engine(run.parent, encoder_training=made.recipe.encoder_training, warm_up_epochs=1)
+    mode = made.recipe.encoder_training
+    options = {"encoder_training": mode, "n_trials": TRIALS[mode]}
+    again = engine(run.parent, warm_up_epochs=1, **options)
     assert again.run_pipeline("run") == paths
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*.ckpt")} == before
-    assert [len(study_of(run.parent, stage).trials) for stage in STAGES] == [3, 3, 3]
+    for stage in STAGES:
+        assert len(study_of(run.parent, stage).trials) == TRIALS[mode]
     assert again.external_config == made.external_config
 
 
-@pytest.fixture(scope="module")
-def served(tuned):
+@contextlib.contextmanager
+def tensorboard(run):
     """What a TensorBoard server that has read a run answers to a path, or to a POST with a body."""
-    _, run, _ = tuned
     port = str(free_port())
     command = [sys.executable, "-m", "tensorboard.main", "--logdir", run, "--port", port]
     command += ["--load_fast", "false"]
@@ -259,36 +253,32 @@ def served(tuned):
         server.wait(30)
 
 
-def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tuned, served):
+@once
+def test_a_tensorboard_server_shows_every_trial_with_its_metrics_status_and_pictures(tuned):
     _, run, _ = tuned
-    experiment = served("hparams/experiment", {"experimentName": ""})
-    assert {"submodel_learning_rate", "classifier_dropout", "confidence_dropout", "lambda_reg"} <= {
-        info["name"] for info in experiment["hparamInfos"]
-    }
-    assert "best/val_accuracy" in {info["name"]["tag"] for info in experiment["metricInfos"]}
     states = ["STATUS_SUCCESS", "STATUS_FAILURE", "STATUS_RUNNING", "STATUS_UNKNOWN"]
     question = {"experimentName": "", "allowedStatuses": states, "colParams": []}
     question |= {"startIndex": 0, "sliceSize": 100}
-    found = served("hparams/session_groups", question)["sessionGroups"]
-    assert all(group["name"].startswith("run/") for group in found), (
-        "trials of several runs are different trials"
-    )
-    groups = {group["name"].removeprefix("run/"): group for group in found}
+    with tensorboard(run) as ask:
+        experiment = ask("hparams/experiment", {"experimentName": ""})
+        found = ask("hparams/session_groups", question)["sessionGroups"]
+        pictures = {run: set(content) for run, content in ask("images/tags").items()}
+    shown = {info["name"] for info in experiment["hparamInfos"]}
+    assert shown >= {"submodel_learning_rate", "confidence_dropout", "lambda_reg"}
+    assert "best/val_accuracy" in {info["name"]["tag"] for info in experiment["metricInfos"]}
+    groups = {group["name"]: group for group in found}
     trials = {
-        f"{stage}/trial_{trial.number:04d}": trial
+        f"run/{stage}/trial_{trial.number:04d}": trial
         for stage in STAGES
         for trial in study_of(run.parent, stage).trials
     }
-    fits = {"whole_encoder", "final", "final/defaults"} | {
-        name for name in groups if name.startswith("refit/")
-    }
-    assert "refit/recommended" in fits
-    assert groups.keys() == trials.keys() | fits
+    fits = {"run/whole_encoder", "run/final", "run/final/defaults", "run/refit/recommended"}
+    assert trials.keys() | fits <= groups.keys() <= trials.keys() | fits | {"run/refit/tuned"}
+    baseline, _ = read_tensors(run / "whole_encoder" / "answers.safetensors")
     for name, trial in trials.items():
         complete = trial.state == optuna.trial.TrialState.COMPLETE
-        assert [session["status"] for session in groups[name]["sessions"]] == [
-            states[0] if complete else states[1]
-        ]
+        (session,) = groups[name]["sessions"]
+        assert session["status"] == states[not complete]
         assert trial.params.keys() <= groups[name]["hparams"].keys()
         values = {
             value["name"]["tag"]: value["value"] for value in groups[name].get("metricValues", [])
@@ -298,63 +288,42 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_and_status(tune
         elif complete:
             both = values["best/val_task_loss"], values["best/val_exit_layer"]
             assert both == pytest.approx(tuple(trial.values))
-            baseline, outcome = (
-                read_tensors(run / "whole_encoder" / "answers.safetensors")[0],
-                Outcome.unpacked(trial.user_attrs[OUTCOME]),
-            )
-            right = baseline["right"][: len(outcome.lost)]
-            early = right.double().mean() - outcome.lost.double().mean()
+            lost = Outcome.unpacked(trial.user_attrs[OUTCOME]).lost.double()
+            early = baseline["right"][: len(lost)].double().mean() - lost.mean()
             assert values["best/val_accuracy"] == pytest.approx(early.item())
+    assert pictures["submodels/study"] >= {"optimization history"}
+    histories = {"history of the task loss", "history of the exit layer"}
+    assert pictures["lambda_reg/study"] == histories | {"Pareto front"}
+    assert pictures["final"] >= {"dials", "exit histogram"}
 
 
-def test_a_tensorboard_server_shows_the_pictures(served):
-    tags = {run: set(content) for run, content in served("images/tags").items()}
-    assert tags["submodels/study"] >= {"optimization history"}
-    assert tags["lambda_reg/study"] == {
-        "Pareto front",
-        "history of the task loss",
-        "history of the exit layer",
-    }
-    assert tags["final"] >= {"dials", "exit histogram"}
-
-
+@once
 def test_the_studies_open_in_optuna_dashboard(tuned):
     from optuna_dashboard import wsgi
 
-    _, run, _ = tuned
-    app = wsgi(optuna.storages.RDBStorage(f"sqlite:///{run / 'studies.db'}"))
-
-    def ask(path):
-        environ, status = {"PATH_INFO": path}, []
-        setup_testing_defaults(environ)
-        body = b"".join(app(environ, lambda line, headers, info=None: status.append(line)))
-        assert status == ["200 OK"], (path, status)
-        return json.loads(body)
-
-    studies = ask("/api/studies")["study_summaries"]
+    storage = optuna.storages.RDBStorage(f"sqlite:///{tuned[1] / 'studies.db'}")
+    environ, status = {"PATH_INFO": "/api/studies"}, []
+    setup_testing_defaults(environ)
+    body = b"".join(wsgi(storage)(environ, lambda line, *_: status.append(line)))
+    assert status == ["200 OK"]
+    studies = json.loads(body)["study_summaries"]
     assert {study["study_name"] for study in studies} == {f"run/{stage}" for stage in STAGES}
-    for study in studies:
-        stored = study_of(run.parent, study["study_name"].split("/")[1]).trials
-        assert len(ask(f"/api/studies/{study['study_id']}")["trials"]) == len(stored)
 
 
 def is_pickle(content):
-    try:
-        operations = [operation.name for operation, _, _ in pickletools.genops(content)]
-    except Exception:
-        return False
-    return operations[-1:] == ["STOP"] and len(operations) > 2
+    with contextlib.suppress(Exception):
+        names = [operation.name for operation, *_ in pickletools.genops(content)]
+        return names[-1:] == ["STOP"] and len(names) > 2
+    return False
 
 
 def test_a_run_leaves_no_pickle_but_checkpoints_that_hold_data_alone(tuned):
     assert is_pickle(pickle.dumps({"a": [1]})), "the scan finds pickles"
-    _, run, _ = tuned
-    files = [path for path in run.rglob("*") if path.is_file()]
+    _, run, (_, checkpoint) = tuned
+    torch.load(checkpoint, weights_only=True)
+    files = {path for path in run.rglob("*") if path.is_file()} - {Path(checkpoint)}
     assert len(files) > 20
     for path in files:
-        if path.suffix == ".ckpt":
-            torch.load(path, weights_only=True)
-            continue
         assert not is_pickle(path.read_bytes()), path
         assert not zipfile.is_zipfile(path), path
     connection = sqlite3.connect(run / "studies.db")
@@ -364,17 +333,8 @@ def test_a_run_leaves_no_pickle_but_checkpoints_that_hold_data_alone(tuned):
             assert not any(isinstance(value, bytes) for value in row), f"{table} holds bytes"
 
 
-def test_defaults_are_measured_beside_the_tuned_model(tuned):
-    _, run, _ = tuned
-    entries = json.loads((run / "final" / "defaults" / "metrics.json").read_text())
-    metrics = json.loads((run / "final" / "metrics.json").read_text())
-    for split in ("validation", "test"):
-        assert sum(entries[split]["exit_histogram"]) == sum(metrics[split]["exit_histogram"])
-    assert not list((run / "final" / "defaults").rglob("*.ckpt"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("tuned", ["finetune"], indirect=True)
+@once
 def test_two_runs_with_one_seed_give_the_same_weights(tuned, tmp_path):
     engine(tmp_path, encoder_training="finetune", warm_up_epochs=1).run_pipeline("run")
     found = []
@@ -393,53 +353,33 @@ def test_two_runs_with_one_seed_give_the_same_weights(tuned, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_objectives_serve_a_study_of_ones_own(tmp_path, mode):
-    made = engine(tmp_path, encoder_training=mode, warm_up_epochs=0)
-    study = optuna.create_study()
-    study.optimize(made.submodel_objective, n_trials=1)
-    assert study.best_value > 0
+def test_objectives_serve_studies_of_ones_own_which_log_apart(tmp_path, mode):
+    for name in ("first", "second/try"):
+        made = engine(tmp_path, encoder_training=mode, warm_up_epochs=0)
+        made.run_tag, made.progress.console = "mine", Console(file=io.StringIO())
+        study = optuna.create_study(study_name=name)
+        study.optimize(made.submodel_objective, n_trials=1)
+        assert study.best_value > 0
+        fitted = "whole encoder, " in made.progress.console.file.getvalue()
+        assert fitted == (name == "first"), "they start from one baseline"
+    own = tmp_path / "mine" / "own"
+    assert {str(path.relative_to(own)) for path in own.rglob("trial_0000")} == {
+        "first/submodels/trial_0000",
+        "second_try/submodels/trial_0000",
+    }
     fixed = {"learning_rate": 1e-3, "submodel_learning_rate": 1e-3, "batch_size": 64}
     fixed |= {"num_epochs": 1, "num_layers": 2, "exit_loss_weight": 0.3, "detach_exits": True}
     fixed |= {"lambda_reg": 0.05}
-    value = made.train_tune_objective(optuna.trial.FixedTrial(fixed))
-    assert isinstance(value, float)
+    assert isinstance(made.train_tune_objective(optuna.trial.FixedTrial(fixed)), float)
     loss, layers = made.lambda_objective(optuna.trial.FixedTrial(fixed, number=1))
     assert loss > 0
     assert 1 <= layers <= 3
 
 
-def test_studies_of_ones_own_log_apart_and_start_from_one_baseline(tmp_path):
-    for name in ("first", "second/try"):
-        made = engine(tmp_path)
-        made.run_tag = "mine"
-        made.progress.console = Console(file=io.StringIO())
-        optuna.create_study(study_name=name).optimize(made.submodel_objective, n_trials=1)
-        fitted = "whole encoder, " in made.progress.console.file.getvalue()
-        assert fitted == (name == "first")
-    folders = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("trial_0000")}
-    assert folders == {
-        "mine/own/first/submodels/trial_0000",
-        "mine/own/second_try/submodels/trial_0000",
-    }
-
-
-def test_lambda_never_enters_the_task_loss(tmp_path):
-    untrained = {"lambda_warmup": 0.0, "exit_loss_weight": 0.0, "learning_rate": 1e-12}
-    model = partial(small_model, confidence_reads="state", **untrained)
-    made = engine(tmp_path, model=model, promise=None)
-    values = [
-        made.lambda_objective(optuna.trial.FixedTrial({"lambda_reg": value}, number=number))
-        for number, value in enumerate((1e-3, 1.0))
-    ]
-    assert values[0] == pytest.approx(values[1], rel=1e-4), (
-        "an untrained model has one task loss, whatever λ costs"
-    )
-
-
 def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp_path):
     promise = Promise(min_agreement=0.5, confidence=None)
     trial = optuna.trial.FixedTrial({"lambda_reg": 0.01}, number=0)
-    trainer = {"max_epochs": 2, "accelerator": "cpu"}
+    trainer = {**QUICK, "max_epochs": 8}
     early = engine(tmp_path / "promise", trainer=trainer, promise=promise).lambda_objective(trial)
     provable = engine(tmp_path / "proof", trainer=trainer, promise=None).lambda_objective(trial)
     assert early[1] < provable[1]
@@ -448,45 +388,37 @@ def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp
 # ------------------------------------------------------------------ what goes wrong
 
 
-def test_final_train_lists_what_is_still_untuned(tmp_path):
+def test_final_train_lists_what_is_still_untuned_in_its_run(tmp_path):
     made = engine(tmp_path, n_trials=1)
-    made.joint_tune_study("run")
+    made.joint_tune_study("one")
     with pytest.raises(RuntimeError, match="not tuned yet: external_config, lambda_reg"):
-        made.final_train("run")
+        made.final_train("one")
+    made.train_tune_study("two")
+    assert made.classifier_config is None, "winners of one run do not enter another"
     with pytest.raises(RuntimeError, match="classifier_config"):
-        engine(tmp_path).final_train("other")
+        made.final_train("two")
 
 
-class Breaks(DACT):
-    """A model whose loss, or whose memory, breaks in some trials."""
-
-    how = "nan"
-
-    def validation_step(self, batch, batch_idx):
-        result = super().validation_step(batch, batch_idx)
-        if self.learning_rate > 1e-3:
-            if self.how == "memory":
-                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
-            self._metrics[0].sums += float(self.how)
-        return result
-
-
-@pytest.mark.parametrize(
-    ("how", "state"), [("nan", "PRUNED"), ("inf", "PRUNED"), ("memory", "FAIL")]
-)
+@pytest.mark.parametrize(("how", "state"), [("nan", "PRUNED"), ("memory", "FAIL")])
 def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how, state):
-    kind = type("Broken", (Breaks,), {"how": how})
-    made = engine(
-        tmp_path,
-        model=lambda **overrides: kind(encoder=TransformerEncoder(42, 2, 8, 2), **overrides),
-        n_trials=8,
-        search_space={"learning_rate": {"low": 1e-4, "high": 1e-2}, "num_epochs": {"choices": [1]}},
-    )
-    made.train_tune_study("run")
+    class Breaks(DACT):
+        def validation_step(self, batch, batch_idx):
+            result = super().validation_step(batch, batch_idx)
+            if self.learning_rate > 1e-3:
+                if how == "memory":
+                    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 99 GiB")
+                self._metrics[0].sums += float(how)
+            return result
+
+    def model(**overrides):
+        return Breaks(encoder=TransformerEncoder(42, 2, 8, 2), **overrides)
+
+    space = {"learning_rate": {"low": 1e-4, "high": 1e-2}, "num_epochs": {"choices": [1]}}
+    engine(tmp_path, model=model, n_trials=5, search_space=space).train_tune_study("run")
     trials = study_of(tmp_path, "training").trials
     broken = [trial for trial in trials if trial.params["learning_rate"] > 1e-3]
-    assert len(trials) == 8
-    assert 0 < len(broken) < 8
+    assert len(trials) == 5
+    assert 0 < len(broken) < 5
     assert all(trial.state.name == state and trial.user_attrs[CAUSE] for trial in broken)
     assert all(trial.state.name != "FAIL" for trial in trials if trial not in broken)
 
@@ -496,15 +428,11 @@ def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how,
     [
         ({"time_out": 0}, ValueError, "time_out must be above 0, got 0: it is in minutes"),
         ({"n_trials": -1}, ValueError, "n_trials.*got -1"),
-        ({"n_trials": [1, 2]}, ValueError, r"got \[1, 2\]"),
         ({"workers": 0}, ValueError, "workers must be 1 or more, got 0"),
-        ({"warm_up_epochs": -1}, ValueError, "warm_up_epochs must be 0 or more, got -1"),
         ({"encoder_training": "thawed"}, ValueError, "'finetune', 'frozen', got 'thawed'"),
-        ({"lambda_selection": "best"}, ValueError, "got 'best'"),
         ({"lambda_selection": "max_layers"}, ValueError, "max_layers"),
         ({"distillation": 1.5}, ValueError, r"distillation must be in \[0, 1\], got 1.5"),
         ({"final_training": "frozen"}, ValueError, "goes with encoder_training='frozen'"),
-        ({"search_space": {"speed": {}}}, ValueError, "unknown parameter 'speed'"),
         ({"model": tiny_model()}, TypeError, "model must be a function that makes one"),
         ({"trainer": {"max_epoch": 3}}, TypeError, "'max_epoch'"),
     ],
@@ -529,67 +457,39 @@ class OwnData(pl.LightningDataModule):
     def setup(self, stage):
         self.ready.add(stage)
 
-    def _loader(self, stage="fit"):
+    def train_dataloader(self, stage="fit"):
         assert stage in self.ready
         ids = torch.randint(3, 42, (24, 5), generator=torch.Generator().manual_seed(0))
         rows = [{"input_ids": one, "labels": i % 3} for i, one in enumerate(ids)]
         return torch.utils.data.DataLoader(rows, self.batch_size)
 
-    train_dataloader = val_dataloader = _loader
+    val_dataloader = train_dataloader
 
     def test_dataloader(self):
-        return self._loader("test")
-
-
-class Momentous(DACT):
-    """A model of somebody else, with an argument of its own."""
-
-    seen: ClassVar[list[float]] = []
-
-    def __init__(self, *, momentum=0.9, **arguments):
-        super().__init__(**arguments)
-        self.momentum = momentum
-
-    def configure_optimizers(self):
-        self.seen.append(self.momentum)
-        return torch.optim.SGD(
-            [p for p in self.parameters() if p.requires_grad],
-            lr=self.learning_rate,
-            momentum=self.momentum,
-        )
+        return self.train_dataloader("test")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("mode", ["finetune", "frozen"])
-def test_data_and_a_model_of_ones_own_are_tuned(tmp_path, mode):
-    Momentous.seen.clear()
+def test_data_and_a_model_of_ones_own_are_tuned(tmp_path):
+    class Own(DACT):
+        momenta: ClassVar[list[float]] = []
+
+        def __init__(self, *, momentum=0.9, **arguments):
+            super().__init__(**arguments)
+            self.momenta.append(momentum)
 
     def model(classifier=None, confidence=None, **arguments):  # no more than what studies choose
-        submodels = (
-            {} if classifier is None else {"classifier": classifier, "confidence": confidence}
-        )
+        own = {} if classifier is None else {"classifier": classifier, "confidence": confidence}
         assert not arguments.keys() & {"distillation", "encoder"}
-        return Momentous(
-            encoder=TransformerEncoder(42, 2, 8, 2), momentum=0.1, **submodels, **arguments
-        )
+        return Own(encoder=TransformerEncoder(42, 2, 8, 2), momentum=0.1, **own, **arguments)
 
-    made = engine(
-        tmp_path, n_trials=1, model=model, data=OwnData, encoder_training=mode, warm_up_epochs=1
-    )
-    metrics, checkpoint = made.run_pipeline("run")
-    assert Momentous.seen
-    assert set(Momentous.seen) == {0.1}
-    assert Path(checkpoint).is_file()
-    assert json.loads(Path(metrics).read_text())["test"]["exit_histogram"]
+    options = {"encoder_training": "frozen", "warm_up_epochs": 1, "compare_defaults": False}
+    engine(tmp_path, n_trials=1, model=model, data=OwnData, **options).run_pipeline("run")
+    assert {*Own.momenta} == {0.1}
+    assert metrics_of(tmp_path / "run")["test"]["exit_histogram"]
 
 
 # ------------------------------------------------------------------ time
-
-
-def test_time_out_is_in_minutes_and_kept_in_seconds():
-    assert TuningEngine(3, 5).time_out == 300
-    assert TuningEngine().time_out is None
-    assert TuningEngine(time_out=2).run_tag
 
 
 class Slow(pl.Callback):
@@ -606,12 +506,12 @@ class Slow(pl.Callback):
 def test_the_deadline_stops_a_trial_in_flight_and_with_more_time_it_runs_again(
     tmp_path, monkeypatch
 ):
-    trainer = {"max_epochs": 2, "accelerator": "cpu", "callbacks": [Slow()]}
+    trainer = {**QUICK, "callbacks": [Slow()]}
     options = {"trainer": trainer, "data": partial(small_data, batch_size=16)}
     made = engine(tmp_path, n_trials=5, **options)
     prepared_of(made)  # what trials share is not bounded
     made.time_out = 2
-    monkeypatch.setattr(Slow, "seconds", 0.4)
+    monkeypatch.setattr(Slow, "seconds", 2.5)
     with pytest.raises(RuntimeError, match="raise time_out"):
         made.joint_tune_study("run")
     monkeypatch.setattr(Slow, "seconds", 0.0)
@@ -625,63 +525,40 @@ def test_the_deadline_stops_a_trial_in_flight_and_with_more_time_it_runs_again(
 # ------------------------------------------------------------------ frozen mode and workers
 
 
-def test_features_are_the_states_of_the_encoder_and_are_computed_once(tmp_path):
+def test_features_are_the_states_of_the_encoder_in_an_order_for_each_epoch(tmp_path):
     encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
     data.setup("fit")
-    folder = tmp_path / "train"
-    compute_features(encoder, data.val_dataloader(), folder)
-    compute_features(encoder, data.val_dataloader(), tmp_path / "val")
-    features = FeaturesData(Features(folder), Features(tmp_path / "val"), batch_size=7, seed=0)
-    stored = next(iter(features.val_dataloader()))
+    compute_features(encoder, data.val_dataloader(), tmp_path)
+    features = Features(tmp_path)
+    stored = next(iter(FeaturesData(features, features, batch_size=16, seed=0).val_dataloader()))
     plain = list(data.val_dataloader())
     with torch.no_grad():
         states = torch.cat([encoder(batch) for batch in plain])
     torch.testing.assert_close(stored["states"], states)
     assert torch.equal(stored["labels"], torch.cat([batch["labels"] for batch in plain]))
-    batches = list(features.train_dataloader())
-    assert [len(batch["labels"]) for batch in batches] == [7] * 8 + [4]
-    torch.testing.assert_close(torch.from_numpy(np.load(folder / "states.npy")), states)
-
-
-def test_a_resumed_frozen_fit_has_the_batches_of_its_epoch(tmp_path):
-    encoder, data = TransformerEncoder(42, 3, 8, 2).eval(), small_data()
-    data.setup("fit")
-    compute_features(encoder, data.val_dataloader(), tmp_path)
 
     def order(epoch):
-        loader = FeaturesData(
-            Features(tmp_path), Features(tmp_path), batch_size=16, seed=0
-        ).train_dataloader()
+        """That of a fit, which may have resumed."""
+        loader = FeaturesData(features, features, batch_size=16, seed=0).train_dataloader()
         loader.sampler.set_epoch(epoch)  # as a Trainer does
-        return [batch["states"].sum().item() for batch in loader]
+        batches = list(loader)
+        assert [len(batch["labels"]) for batch in batches] == [16, 16, 16, 12]
+        return [batch["states"].sum().item() for batch in batches]
 
     assert order(1) == order(1) != order(0)
 
 
-def test_frozen_trials_choose_the_rate_of_the_submodels(tmp_path):
-    factory = partial(small_model, submodel_learning_rate=1e-9)
-    made = engine(tmp_path, model=factory, encoder_training="frozen", warm_up_epochs=0)
-    prepared = prepared_of(made)
-    chosen = Settings({"submodel_learning_rate": 0.5})
-    assert prepared.build(chosen, 0)[0].submodel_learning_rate == 0.5
-    assert prepared.build(Settings(), 0)[0].submodel_learning_rate == 1e-9
-    with pytest.raises(ValueError, match="unknown parameter 'learning_rate'"):
-        engine(tmp_path, encoder_training="frozen", search_space={"learning_rate": {"high": 0.1}})
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("final_training", ["frozen", "finetune"])
-def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path, final_training):
+def test_the_frozen_encoder_stays_where_it_is_asked_to(tmp_path):
     options = {"encoder_training": "frozen", "warm_up_epochs": 1, "compare_defaults": False}
-    options |= {"model": own_model, "data": partial(own_data, tmp_path), "n_trials": 1}
-    space = {"num_epochs": {"choices": [1]}, "batch_size": {"choices": [16]}}
-    made = engine(tmp_path, final_training=final_training, search_space=space, **options)
+    made = engine(tmp_path, final_training="frozen", n_trials=1, **options)
     _, model_path = made.run_pipeline("run")
     warmed, _ = read_tensors(tmp_path / "run" / "features" / "encoder.safetensors")
     model = DACT.load_from_checkpoint(model_path)
-    pairs = [(value, warmed[name]) for name, value in model.encoder.state_dict().items()]
-    assert all(torch.equal(*pair) for pair in pairs) == (final_training == "frozen")
-    assert model.class_names == ["minus", "none", "plus"], "whatever the final fit trains on"
+    for name, value in model.encoder.state_dict().items():
+        assert torch.equal(value, warmed[name]), name
+    names = ["negative", "neutral", "positive"]
+    assert model.class_names == names, "whatever the final fit trains on"
 
 
 @pytest.mark.slow
@@ -692,41 +569,3 @@ def test_workers_share_the_trials_of_a_study(tmp_path):
     assert len(trials) in (5, 6), "each process counts before it draws, so one more may run"
     assert all(trial.state.is_finished() for trial in trials)
     assert len({json.dumps(trial.params, sort_keys=True) for trial in trials}) == len(trials)
-
-
-OWN_WORDS = ["good", "bad", "fine", "film", "the"]
-
-
-def own_data(folder, **overrides):
-    tokenizer = word_tokenizer(OWN_WORDS)
-    texts = ["the film good", "bad film", "fine", "good good", "the bad"] * 12
-    if not (folder / "train.csv").exists():
-        write_table(
-            folder / "train.csv",
-            {"text": texts, "label": ["plus", "minus", "none", "plus", "minus"] * 12},
-        )
-    file = str(folder / "train.csv")
-    return TextClassificationData(file, test_file=file, tokenizer=tokenizer, **overrides)
-
-
-def own_model(**overrides):
-    return DACT(encoder=TransformerEncoder(8, 2, 8, 2), **overrides)
-
-
-@pytest.mark.slow
-def test_task_losses_are_weighed_as_the_model_weighs_them(tmp_path):
-    options = {"model": partial(small_model, class_weights=[1.0, 5.0, 1.0]), "promise": None}
-    made = engine(tmp_path, n_trials=1, compare_defaults=False, **options)
-    metrics, _ = made.run_pipeline("run")
-    found = json.loads(Path(metrics).read_text())
-    best = min(found["history"], key=lambda epoch: epoch["val_loss"])
-    assert found["validation"]["task_loss"] == pytest.approx(best["val_task_loss"], rel=1e-4)
-
-
-def test_winners_of_one_run_do_not_enter_another(tmp_path):
-    made = engine(tmp_path, n_trials=1)
-    made.joint_tune_study("one")
-    made.train_tune_study("two")
-    assert made.classifier_config is None
-    with pytest.raises(RuntimeError, match="classifier_config"):
-        made.final_train("two")

@@ -12,10 +12,9 @@ import optuna
 import pytest
 import torch
 from hypothesis import given, settings
-from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import FloatDistribution, IntDistribution
 
-from dact.submodels import SubmodelConfig
-from dact.tuning.outcome import OUTCOME, Outcome
+from dact.tuning.outcome import Outcome
 from dact.tuning.search import (
     PLANNED_EPOCHS,
     CurveSampler,
@@ -30,10 +29,8 @@ from dact.tuning.space import (
     MORE_DIMENSIONS,
     build_spaces,
     complete_spaces,
-    holding,
     suggest,
 )
-from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING
 from dact.tuning.studies import open_storage
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -41,40 +38,23 @@ optuna.logging.set_verbosity(optuna.logging.ERROR)
 # ------------------------------------------------------------------ spaces
 
 
-@pytest.mark.parametrize("stage", DEFAULT_SPACES)
-def test_every_default_dimension_can_be_suggested(stage):
-    study = optuna.create_study()
-    for _ in range(20):
-        trial = study.ask()
-        values = {name: suggest(trial, name, one) for name, one in DEFAULT_SPACES[stage].items()}
-        assert trial.params == values
-    if stage == "submodels":
-        for config in SUBMODELS.parse(values).values():
-            assert set(config) == {"num_layers", "hidden_units", "dropout"}
-            SubmodelConfig(**config)
-
-
-def test_spaces_are_narrowed_and_replaced():
+def test_spaces_are_narrowed_replaced_and_enlarged():
+    assert "classifier_activation" not in build_spaces(None)["submodels"]
     changes = {
         "learning_rate": {"high": 1e-4},
-        "submodel_learning_rate": {"low": 1e-3},
         "batch_size": {"type": "int", "low": 8, "high": 64, "step": 8},
         "classifier_dropout": FloatDistribution(0, 1),
+        "classifier_activation": {},
+        "weight_decay": {"high": 0.01},
     }
     spaces = build_spaces(changes)
     assert spaces["training"]["learning_rate"] == FloatDistribution(2e-5, 1e-4, log=True)
-    assert spaces["training"]["submodel_learning_rate"] == FloatDistribution(1e-3, 1e-2, log=True)
     assert spaces["training"]["batch_size"] == IntDistribution(8, 64, step=8)
-    assert spaces["submodels"]["classifier_dropout"] == FloatDistribution(0, 1)
-    assert spaces["lambda_reg"] == DEFAULT_SPACES["lambda_reg"]
-
-
-def test_more_dimensions_are_searched_where_the_space_names_them():
-    more = MORE_DIMENSIONS["submodels"]["classifier_activation"]
-    assert "classifier_activation" not in build_spaces(None)["submodels"]
-    spaces = build_spaces({"classifier_activation": {}, "weight_decay": {"high": 0.01}})
-    assert spaces["submodels"]["classifier_activation"] == more
     assert spaces["training"]["weight_decay"] == FloatDistribution(1e-4, 0.01, log=True)
+    assert spaces["submodels"]["classifier_dropout"] == FloatDistribution(0, 1)
+    more = MORE_DIMENSIONS["submodels"]["classifier_activation"]
+    assert spaces["submodels"]["classifier_activation"] == more
+    assert spaces["lambda_reg"] == DEFAULT_SPACES["lambda_reg"]
 
 
 def test_frozen_trials_choose_neither_the_rate_of_the_encoder_nor_attached_exits():
@@ -88,70 +68,36 @@ def test_frozen_trials_choose_neither_the_rate_of_the_encoder_nor_attached_exits
 
 
 def test_spaces_hold_the_first_trials_and_the_layers_of_the_encoder():
-    start = {
-        "batch_size": 48,
-        "learning_rate": 5e-3,
-        "exit_loss_weight": 0.35,
-        "num_layers": 6,
-        "unknown": 1,
-    }
-    spaces, starts = complete_spaces(build_spaces(None), 6, {"training": [start]})
+    start = {"batch_size": 48, "learning_rate": 5e-3, "exit_loss_weight": 0.35, "num_layers": 6}
+    spaces, starts = complete_spaces(build_spaces(None), 6, {"training": [{**start, "other": 1}]})
     training = spaces["training"]
-    assert starts["training"] == [
-        {name: value for name, value in start.items() if name != "unknown"}
-    ]
+    assert starts["training"] == [start]
     assert training["batch_size"].choices == (32, 64, 48)
     assert training["learning_rate"] == FloatDistribution(2e-5, 5e-3, log=True)
     assert training["exit_loss_weight"] == FloatDistribution(0.1, 1.0), "the step would miss it"
     assert training["num_layers"] == IntDistribution(3, 6)
     study = optuna.create_study()
-    study.enqueue_trial(starts["training"][0])
+    study.enqueue_trial(start)
     trial = study.ask()
     values = {name: suggest(trial, name, dimension) for name, dimension in training.items()}
-    assert values == {**values, **starts["training"][0]}
+    assert values == {**values, **start}
 
     given = build_spaces({"num_layers": {"low": 2, "high": 4}})
     assert complete_spaces(given, 3, {})[0]["training"]["num_layers"] == IntDistribution(2, 3)
     spaces, starts = complete_spaces(given, 6, {"training": [start]}, bounded={"num_layers"})
     assert spaces["training"]["num_layers"] == IntDistribution(2, 4), "the bounds of the user hold"
     assert starts["training"][0]["num_layers"] == 4
-    assert "num_layers" not in complete_spaces(build_spaces(None), 1, {})[0]["training"]
-
-
-@pytest.mark.parametrize(
-    ("dimension", "value", "close"),
-    [
-        (FloatDistribution(0.1, 1.0), 3.0, 1.0),
-        (FloatDistribution(0.1, 1.0), 0.5, 0.5),
-        (FloatDistribution(0.0, 0.2, step=0.1), 0.24, 0.2),
-        (IntDistribution(2, 6), 1, 2),
-        (IntDistribution(2, 6, step=2), 9, 6),
-        (CategoricalDistribution(["a", "b"]), "c", "a"),
-        (CategoricalDistribution(["a", "b"]), "b", "b"),
-    ],
-)
-def test_the_nearest_value_is_one_that_can_be_drawn(dimension, value, close):
-    same, found = holding(dimension, value, fixed=True)
-    assert same == dimension
-    assert found == (pytest.approx(close) if isinstance(close, float) else close)
-    assert dimension._contains(dimension.to_internal_repr(found))
-    wider, found = holding(dimension, value, fixed=False)
-    assert found == value
-    assert wider._contains(wider.to_internal_repr(value))
 
 
 @pytest.mark.parametrize(
     ("name", "change", "said"),
     [
         ("speed", {"low": 1}, "The parameters are classifier_num_layers"),
-        ("batchsize", {"low": 1}, "Did you mean batch_size"),
         ("learning_rate", {"lo": 1}, "'lo'.*Give low, high"),
         ("learning_rate", {"low": 1.0}, "low=1.0, high=0.002"),
-        ("learning_rate", {"low": "small"}, "'small'"),
         ("learning_rate", 0.1, "float"),
         ("batch_size", {"choices": []}, "one or more"),
         ("lambda_reg", {"type": "real", "low": 0, "high": 1}, "'real'.*type: float"),
-        ("lambda_reg", {"type": "float", "low": 0.1}, "high"),
     ],
 )
 def test_wrong_spaces_are_refused(name, change, said):
@@ -180,65 +126,40 @@ CURVE = [
 ]
 
 
-def test_the_front_leaves_out_what_is_beaten():
-    assert [point.layers for point in pareto_front(CURVE)] == [1.0, 2.0, 3.0, 5.0, 6.0]
-
-
 @pytest.mark.parametrize(
     ("rule", "options", "layers"),
     [
         ("one_standard_error", {}, 3.0),
         ("promise", {"allowed": 0.0}, 3.0),  # kept by none
-        ("max_loss_increase", {}, 3.0),
         ("max_loss_increase", {"max_loss_increase": 0.0}, 6.0),
         ("max_loss_increase", {"max_loss_increase": 0.25}, 2.0),
         ("knee", {}, 3.0),
         ("max_layers", {"max_layers": 5.5}, 5.0),
-        ("max_layers", {"max_layers": 1.0}, 1.0),
     ],
 )
 def test_every_rule_chooses_as_it_says(rule, options, layers):
     assert select_lambda(CURVE, rule, **options).layers == layers
 
 
-@pytest.mark.parametrize("rule", ["max_loss_increase", "knee"])
-def test_small_equal_and_collapsed_fronts_are_handled(rule):
-    one = point(0.1, 0.5, 3.0)
-    assert select_lambda([one], rule) == one
-    assert select_lambda([one, point(0.01, 0.5, 3.0)], rule).lambda_reg == 0.01
-    ends = [point(0.001, 0.5, 6.0), point(1.0, 0.9, 1.0)]
-    assert select_lambda(ends, rule) == ends[0]
-    assert select_lambda([point(0.1, 0.5, 1.0), point(0.2, 0.5, 1.0)], rule).lambda_reg == 0.1
+def lossy(*trials):
+    """Points of so many layers, with so many wrong answers of 400."""
+    return [
+        point(1 / layers, 0.5, layers, lost=[1.0] * faults + [0.0] * (400 - faults))
+        for layers, faults in trials
+    ]
 
 
 def test_the_promise_decides_by_paired_loss_of_accuracy_plus_one_standard_error():
-    trials = [
-        point(1 / layers, 0.5, layers, lost=[1.0] * faults + [0.0] * (400 - faults))
-        for layers, faults in ((4.0, 0), (3.0, 1), (2.0, 3), (1.0, 20))
-    ]
-    assert select_lambda(trials, "promise", allowed=0.01).layers == 3.0, (
-        "0.0075 ± 0.0043 is not within 0.01"
-    )
-    assert select_lambda(trials, "promise", allowed=0.02).layers == 2.0
-    assert select_lambda(trials, "promise", allowed=0.1).layers == 1.0
+    decide = partial(select_lambda, lossy((4.0, 0), (3.0, 1), (2.0, 3), (1.0, 20)), "promise")
+    assert decide(allowed=0.01).layers == 3.0, "0.0075 ± 0.0043 is not within 0.01"
+    assert decide(allowed=0.02).layers == 2.0
+    assert decide(allowed=0.1).layers == 1.0
 
 
 def test_on_frozen_states_the_promise_is_measured_from_the_most_accurate_trial():
     # All of them are at least 5 points below the baseline, as on the states of frozen mode.
-    trials = [
-        point(lambda_reg, loss, layers, lost=[1.0] * faults + [0.0] * (400 - faults))
-        for lambda_reg, loss, layers, faults in (
-            (0.001, 0.1, 4.0, 20),
-            (0.02, 0.2, 3.0, 22),
-            (1.0, 0.9, 1.0, 400),
-        )
-    ]
-    assert select_lambda(trials, "promise", allowed=0.01, from_best=True).layers == 3.0, (
-        "0.005 ± 0.0035 more"
-    )
-    assert select_lambda(trials, "promise", allowed=0.01).layers == 4.0, (
-        "none is within: one standard error of the loss"
-    )
+    decide = partial(select_lambda, lossy((4.0, 20), (3.0, 22), (1.0, 400)), "promise")
+    assert decide(allowed=0.01, from_best=True).layers == 3.0, "0.005 ± 0.0035 more"
 
 
 def test_one_standard_error_is_that_of_the_paired_difference():
@@ -260,16 +181,16 @@ def test_a_budget_that_is_missing_or_impossible_is_refused():
 points = st.builds(point, st.floats(1e-4, 1), st.floats(0.1, 2), st.floats(1, 6))
 
 
-@given(st.lists(points, min_size=1, max_size=20))
+@settings(max_examples=50)
+@given(st.lists(points, min_size=1, max_size=12))
 def test_the_winner_is_never_beaten(trials):
     front = pareto_front(trials)
     for rule in ("one_standard_error", "max_loss_increase", "knee"):
         chosen = select_lambda(trials, rule)
         assert chosen in front
         assert not any(
-            p.loss <= chosen.loss
-            and p.layers <= chosen.layers
-            and (p.loss, p.layers) != (chosen.loss, chosen.layers)
+            (p.loss <= chosen.loss and p.layers < chosen.layers)
+            or (p.loss < chosen.loss and p.layers <= chosen.layers)
             for p in trials
         )
 
@@ -279,7 +200,7 @@ def layers_at(value, bend=0.05, steep=8):
     return 1 + 5 / (1 + math.exp(steep * math.log(value / bend)))
 
 
-@settings(max_examples=30)
+@settings(max_examples=15)
 @given(st.floats(0.005, 0.3))
 def test_trials_go_where_the_curve_bends(bend):
     tried = []
@@ -292,10 +213,8 @@ def test_trials_go_where_the_curve_bends(bend):
     assert len(steep) >= 5
     # As many at random, on the log scale, rarely do so well.
     generator = random.Random(0)
-    drawn = [10 ** generator.uniform(-3, 0) for _ in range(1200)]
-    assert (
-        len(steep) / 12 > 1.3 * sum(1.05 < layers_at(value, bend) < 5.95 for value in drawn) / 1200
-    )
+    drawn = [layers_at(10 ** generator.uniform(-3, 0), bend) for _ in range(1200)]
+    assert len(steep) / 12 > 1.3 * sum(1.05 < layers < 5.95 for layers in drawn) / 1200
 
 
 # ------------------------------------------------------------------ pruning
@@ -309,7 +228,7 @@ def test_lagging_is_relative_to_the_better_half():
     assert not lags([2.5, 0.45], field), "the best epoch so far counts"
 
 
-def run_study(pruner, half_of, epochs_of=lambda number: 5, trials=40):
+def run_study(pruner, half_of, epochs_of=lambda number: 5, trials=24):
     """A study of scripted curves: half of the trials are bad from the first epoch on."""
     generator = random.Random(0)
 
@@ -334,47 +253,37 @@ def test_the_bad_half_is_pruned_and_none_of_the_other():
     trials = run_study(SameLengthPruner(LagPruner()), lambda number: number % 2 == 1)
     pruned = [t for t in trials if t.state == optuna.trial.TrialState.PRUNED]
     assert all(t.user_attrs["bad"] for t in pruned)
-    late_and_bad = [t for t in trials[8:] if t.user_attrs["bad"]]
-    assert all(t in pruned for t in late_and_bad)
+    assert all(t in pruned for t in trials[8:] if t.user_attrs["bad"])
     assert all(len(t.intermediate_values) < 5 for t in pruned)
 
 
 def test_a_trial_is_compared_only_with_trials_of_its_length():
     """Short trials are ahead at every epoch, since their learning rate falls sooner; long ones must
     survive them."""
-    lengths = {0: 3, 1: 8}
 
-    def epochs_of(number):
-        return lengths[number % 2]
+    def states(pruner):
+        trials = run_study(pruner, lambda number: False, lambda number: (3, 8)[number % 2])
+        return {trial.state.name for trial in trials}
 
-    trials = run_study(SameLengthPruner(LagPruner()), lambda number: False, epochs_of)
-    assert all(t.state == optuna.trial.TrialState.COMPLETE for t in trials)
-    alone = run_study(LagPruner(), lambda number: False, epochs_of)
-    assert any(t.state == optuna.trial.TrialState.PRUNED for t in alone), (
-        "which is why the wrapper is there"
-    )
+    assert states(SameLengthPruner(LagPruner())) == {"COMPLETE"}
+    assert "PRUNED" in states(LagPruner()), "which is why the wrapper is there"
 
 
 # ------------------------------------------------------------------ sampling
 
 
-def draws(seed, trials=5):
-    study = optuna.create_study(sampler=SeededSampler(seed))
-    study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=trials)
+def draws(seed, parts=1):
+    """Draw five values of a study in one process, or in several one after another."""
+    study = optuna.create_study()
+    for _ in range(parts):
+        study.sampler = SeededSampler(seed)
+        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=5 // parts)
     return [trial.params["x"] for trial in study.trials]
 
 
-def test_neighbouring_seeds_share_no_random_trial():
-    assert draws(7) == draws(7)
+def test_a_resumed_study_proposes_what_it_would_have_and_another_seed_something_else():
+    assert draws(7) == draws(7, parts=5)
     assert not set(draws(7)) & set(draws(8))
-
-
-def test_a_resumed_study_proposes_what_it_would_have_proposed():
-    study = optuna.create_study(sampler=SeededSampler(3))
-    for _ in range(8):
-        study.sampler = SeededSampler(3)  # as a new process has it
-        study.optimize(lambda trial: trial.suggest_float("x", 0, 1), n_trials=1)
-    assert [trial.params["x"] for trial in study.trials] == draws(3, 8)
 
 
 def test_two_processes_never_draw_the_same_lambda(tmp_path):
@@ -384,7 +293,7 @@ def test_two_processes_never_draw_the_same_lambda(tmp_path):
     study = optuna.create_study(
         study_name="x", storage=storage, directions=directions, sampler=CurveSampler()
     )
-    for _ in range(4):
+    for _ in range(2):
         first, second = study.ask(), study.ask()
         drawn = {}
 
@@ -400,47 +309,24 @@ def test_two_processes_never_draw_the_same_lambda(tmp_path):
         for trial in (first, second):
             study.tell(trial, (0.5, layers_at(drawn[trial.number])))
     values = [trial.params["lambda_reg"] for trial in study.trials]
-    assert len(set(values)) == len(values) == 8
+    assert len(set(values)) == len(values) == 4
 
 
 def test_two_workers_never_take_the_same_queued_trial(tmp_path):
     run = SimpleNamespace(folder=tmp_path)
     study = optuna.create_study(study_name="x", storage=open_storage(None, run))
-    for x in range(40):
+    for x in range(20):
         study.enqueue_trial({"x": x})
     taken, ready = [], threading.Barrier(4)
 
     def work():
         study = optuna.load_study(study_name="x", storage=open_storage(None, run))
         ready.wait()
-        taken.extend(study.ask().number for _ in range(10))
+        taken.extend(study.ask().number for _ in range(5))
 
     workers = [threading.Thread(target=work) for _ in range(4)]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join()
-    assert sorted(taken) == list(range(40))
-
-
-# ------------------------------------------------------------------ stages
-
-
-def test_each_stage_picks_its_winner():
-    space = {"lambda_reg": optuna.distributions.FloatDistribution(0.0, 1.0)}
-    curve = [(0.1, 0.50, 3.0), (0.2, 0.505, 2.0), (0.3, 0.6, 1.0)]
-    both = [
-        optuna.create_trial(
-            params={"lambda_reg": x},
-            distributions=space,
-            values=xs,
-            user_attrs={OUTCOME: outcome().packed()},
-        )
-        for x, *xs in curve
-    ]
-    one = [optuna.create_trial(value=loss) for _, loss, _ in reversed(curve)]
-    select = select_lambda
-    assert [stage.pick(one, select) for stage in (SUBMODELS, TRAINING)] == [one[2]] * 2
-    assert LAMBDA_REG.pick(both, select) == both[1], "by default within one standard error, or 0.01"
-    select = partial(select_lambda, rule="max_layers", max_layers=1.5)
-    assert LAMBDA_REG.pick(both, select) == both[2]
+    assert sorted(taken) == list(range(20))
