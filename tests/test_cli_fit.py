@@ -274,3 +274,12 @@ def test_a_fit_whose_loss_is_no_number_is_an_error_and_leaves_no_model(own, dact
     assert status == 1
     assert "the fit broke: val_loss is nan after epoch 1. Try a smaller learning_rate" in output
     assert not list(own.rglob("nan/model"))
+
+
+def test_one_line_says_which_logger_lacks_its_library(own, dact_here):
+    loggers = [{"class_path": "CSVLogger", "init_args": {"save_dir": "."}}, "MLFlowLogger"]
+    (own / "more.yaml").write_text(json.dumps({"trainer": {"logger": loggers}}))
+    words = ["fit", "--config", "config.yaml", "--config", "more.yaml"]
+    status, text = dact_here(*words, cwd=own)
+    assert status == 1
+    assert re.fullmatch(r"dact: error: Requirement 'mlflow.* not met.*\n", text)

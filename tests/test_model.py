@@ -605,3 +605,48 @@ def test_a_description_of_an_absurd_model_is_refused_at_once(tmp_path, section, 
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="more layers than fit its .* weights"):
         DACT.from_pretrained(tmp_path)
+
+
+def test_several_validation_loaders_are_measured_apart(tmp_path):
+    model, loaders = tiny_model(), [loader(32), loader(48, seed=3)]
+    metrics = {}
+    for result in trainer(tmp_path).validate(model, loaders, verbose=False):
+        metrics |= result
+    alone = [trainer(tmp_path).validate(model, one, verbose=False)[0] for one in loaders]
+    for name, value in alone[0].items():
+        assert metrics[name] == pytest.approx(value), name
+    for name in ("val_loss", "val_accuracy", "val_exit_layer"):
+        assert metrics[f"{name}/dataloader_idx_1"] == pytest.approx(alone[1][name])
+    one = trainer(tmp_path)
+    one.test(model, loaders, verbose=False)
+    one.test(model, loaders[0], verbose=False)
+    assert "test_loss/dataloader_idx_1" not in one.callback_metrics
+    fit = trainer(tmp_path)
+    fit.fit(model, loader(), loaders)
+    assert {"val_loss", "val_loss/dataloader_idx_1"} <= fit.callback_metrics.keys()
+
+
+def test_an_encoder_that_lightning_unfreezes_later_trains(tmp_path):
+    class Unfreeze(pl.callbacks.BaseFinetuning):
+        def freeze_before_training(self, pl_module):
+            self.freeze(pl_module.encoder)
+
+        def finetune_function(self, pl_module, epoch, optimizer):
+            if epoch == 2:
+                self.unfreeze_and_add_param_group(pl_module.encoder, optimizer, lr=1e-3)
+
+    rates = []
+
+    class Watch(pl.Callback):
+        def on_train_batch_start(self, trainer, module, *args):
+            rates.append([group["lr"] for group in trainer.optimizers[0].param_groups])
+
+    model = tiny_model(learning_rate=1e-2)
+    before = model.encoder.tokens.weight.detach().clone()
+    trainer(tmp_path, max_epochs=4, callbacks=[Unfreeze(), Watch()]).fit(
+        model, loader(), loader(seed=1)
+    )
+    assert not torch.equal(model.encoder.tokens.weight, before)
+    added = [step[-1] for step in rates if len(step) > len(rates[0])]
+    assert added == sorted(added, reverse=True), "it decays with the others"
+    assert added[-1] < 5e-4

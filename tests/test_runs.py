@@ -191,10 +191,16 @@ def test_a_study_whose_every_trial_fails_ends_and_says_why(tmp_path):
 
 
 def test_trials_that_were_queued_before_the_run_come_first(tmp_path):
+    run = Run("run", tmp_path)
+    run.folder.mkdir()
+    mine = optuna.create_study(
+        study_name="run/submodels", storage=studies.open_storage(None, run), direction="minimize"
+    )
+    mine.enqueue_trial({"x": 0.25})
     study = open_one(tmp_path)
-    study.enqueue_trial({"x": 0.25})
     studies.queue_first(study, [{"x": 0.75}], 3)
-    studies.run_study(job_of(lambda t: t.suggest_float("x", 0, 1), 3), study, 1, quiet)
+    job = job_of(lambda t: t.suggest_float("x", 0, 1), 3)
+    studies.run_study(job, study, 1, quiet)
     assert [trial.params["x"] for trial in study.trials[:2]] == [0.25, 0.75]
     assert states(study) == ["COMPLETE"] * 3
 

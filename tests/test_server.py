@@ -292,3 +292,7 @@ def leaves_nothing(server):
     log = server.log.read_text()
     assert "Traceback" not in log
     assert not [word for word in ("screen", "battery") if word in log]
+
+
+def test_a_body_of_few_characters_and_very_many_tokens_is_answered(server):
+    assert server.predict({"text": "." * 100_000})[0] == 200
