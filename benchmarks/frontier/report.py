@@ -24,6 +24,9 @@ Records = dict[str, dict[Key, dict[str, Any]]]  # by method
 
 REAL = ("vader", "vader-2000", "tweets", "newspaper", "film", "product")
 GENERATED = "generated"  # for a small encoder from scratch
+OF_MPNET = ("vader-2000", "tweets", "newspaper-1000")
+TITLES = {"minilm": "MiniLM-L6", "mpnet": "MPNet-base"}
+CUT_STYLES = {2: "^C2", 3: "vC3", 4: "DC4", 6: "PC6"}  # by number of layers
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Field:
     def data(self) -> list[str]:
         if self.encoder.name == "minilm":
             return [*REAL, GENERATED]
-        return [f"{self.encoder.name}.{name}" for name in REAL]
+        return [f"{self.encoder.name}.{name}" for name in OF_MPNET]
 
 
 def methods_of(encoder: Encoder) -> list[Method]:
@@ -274,11 +277,12 @@ def draw(records: Records, path: Path) -> None:
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(3.2 * columns, 3.2 * rows), layout="constrained")
     places = [*figure.subplots(rows, columns, squeeze=False).flat]
-    styles = ("o-C0", "s--C1", "^C2", "vC3", "DC4", "*C5")
     for axes, (field, name) in zip(places, panels, strict=False):
         own = of_data(records, [name])
         shared = field.dact.keys(own) & field.whole.keys(own)
         entrants = (field.dact, field.peer, *field.cuts, field.whole)
+        cuts = [CUT_STYLES[layers] for layers in field.encoder.cuts]
+        styles = ("o-C0", "s--C1", *cuts, "*C5")
         for entrant, style in zip(entrants, styles, strict=True):
             if not shared <= entrant.keys(own):
                 continue
@@ -290,7 +294,8 @@ def draw(records: Records, path: Path) -> None:
                 for budget in ((*field.encoder.budgets, None) if entrant.adapts else (None,))
             ]
             axes.plot(*zip(*points, strict=True), style, label=entrant.name)
-        axes.set(title=name, xlabel="mean layers", ylabel="test accuracy, %")
+        title = f"{TITLES[field.encoder.name]}: {name.split('.')[-1]}"
+        axes.set(title=title, xlabel="mean layers", ylabel="test accuracy, %")
     for axes in places[len(panels) :]:
         axes.set_axis_off()
 
