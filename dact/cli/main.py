@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
-from dact.calibration import Measured, settle
+from dact.calibration import DEFAULT_PROMISE, Measured, settle
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
 from dact.cli import TRAINING
 from dact.cli.errors import UsageError, find_class, parse
@@ -319,6 +319,7 @@ class TrainingCLI(LightningCLI):
             build = build_few_data
             trainer |= {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
             options |= {"n_trials": 1, "warm_up_epochs": 1, "compare_defaults": False}
+            options["promise"] = options["promise"] and DEFAULT_PROMISE  # an estimate, of 16 texts
         engine = TuningEngine(
             plain["model"]["output_dimension"],
             model=partial(build_model, plain["model"]),
