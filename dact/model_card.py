@@ -127,8 +127,8 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
         lines.append(f"each example gets the answer of all {layers} layers, by proof")
     if found.get("chose_checkpoint"):
         lines.append(
-            "these examples chose the epoch or the settings, so this is optimistic: set others "
-            "aside with the data's calibration_fraction before the next fit, or give a calibration_file"
+            "these examples chose epoch or settings, so this is optimistic: set others aside by "
+            "calibration_fraction before the next fit, or give a calibration_file"
         )
     return "\n".join(lines)
 
