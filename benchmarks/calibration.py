@@ -1,4 +1,4 @@
-"""How long a choice of the halting margin takes, beside asking the halting rule for every setting.
+"""Time to choose a halting margin, compared with evaluating the halting rule for every setting.
 
     python benchmarks/calibration.py
 
@@ -26,7 +26,7 @@ RESULTS = Path(__file__).parent / "results" / "calibration.json"
 
 
 def generated(examples: int, layers: int, classes: int) -> LayerAnswers:
-    """Answers whose evidence for the right class grows with the layers."""
+    """Return answers whose evidence for the right class grows with the layers."""
     generator = torch.Generator().manual_seed(0)
     target = torch.randint(classes, (examples,), generator=generator)
     noise = torch.randn(examples, layers, classes, generator=generator)
@@ -38,7 +38,7 @@ def generated(examples: int, layers: int, classes: int) -> LayerAnswers:
 
 
 def naive(answers: LayerAnswers, promise: Promise) -> float:
-    """The last margin before the first that fails, each asked by itself."""
+    """Return the last margin before the first that fails, each evaluated separately."""
     chosen, full = 1.0, answers.a[:, -1].argmax(1)
     assert promise.confidence is not None
     for margin in SETTINGS["halting_margin"][1:]:
@@ -69,7 +69,7 @@ def main() -> None:
     torch.set_num_threads(1)
     answers = generated(**arguments)
     promise = Promise(max_accuracy_loss=0.01)
-    binomial_upper_bound(0, 1, 0.5)  # imports what it needs
+    binomial_upper_bound(0, 1, 0.5)  # imports SciPy, which is not timed
     margin, slow = timed(lambda: naive(answers, promise))
     found, fast = timed(lambda: choose_setting(answers, promise))
     assert found.halting_margin == margin, (found.halting_margin, margin)

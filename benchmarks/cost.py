@@ -1,4 +1,4 @@
-"""What DACT costs: a training step beside plain fine-tuning, the import, and a command's end.
+"""What DACT costs: a training step next to plain fine-tuning, the import, and a command's end.
 
     python benchmarks/cost.py
 
@@ -77,13 +77,13 @@ def imports(rounds: int) -> dict[str, float]:
     def start(line: str) -> Callable[[int], None]:
         return lambda turn: subprocess.run([sys.executable, "-c", line], check=True) and None
 
-    # `import dact` alone imports nothing else; a name of it does.
+    # `import dact` is lazy: only importing a name loads the rest.
     sides = {"lightning.pytorch": "import lightning.pytorch", "dact": "from dact import DACT"}
     return medians_in_turn({name: start(line) for name, line in sides.items()}, rounds)
 
 
 def ends(rounds: int) -> dict[str, float]:
-    """Time the end of a process that has imported the libraries of the command line: plainly, and
+    """Time the exit of a process that has imported the libraries of the command line: plainly, and
     after `gc.freeze`, as a command does."""
     begin = "import gc, time, transformers; from dact import DACT; "
     show = "print(time.clock_gettime(time.CLOCK_MONOTONIC), flush=True)"

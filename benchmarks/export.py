@@ -1,17 +1,17 @@
-"""What ONNX Runtime and int8 add to early exit: raw text in, label out, on the test texts of VADER,
-on a CPU.
+"""What ONNX Runtime and int8 add to early exit: raw text in, label out, on a CPU and the test texts
+of VADER.
 
-    python -m benchmarks.export --prepare    # trains the three models that are not there yet
+    python -m benchmarks.export --prepare    # trains the models that are missing
     python -m benchmarks.export              # measures them, in about six minutes
     python -m benchmarks.export --full DIR --model DIR --truncated DIR    # models fitted before
     python -m benchmarks.export --encoder mpnet --num_train 2000 --epochs 3 --rounds 1 --single 100
     python -m benchmarks.export --num_train 300 --epochs 1 --texts 60 --rounds 1 --single 5
 
-Sides: the pipeline of transformers (float32, batches of 32) on the fine-tuned whole encoder; that
-model through `TextClassifier` in PyTorch, float32 and bfloat16, and on ONNX Runtime, float32 and
-int8, at full depth; DACT of two thirds of the layers, taught by it, in PyTorch and on ONNX Runtime,
-each at the margin that keeps a point of accuracy; taught encoders of fewer layers with int8. All
-sides take turns in one run. The machine should be idle: two cores, and nothing else running."""
+Sides: the pipeline of transformers (float32, batches of 32) on the fine-tuned whole encoder; the
+whole encoder through `TextClassifier`, in PyTorch (float32, bfloat16) and ONNX Runtime (float32,
+int8); DACT with two thirds of the layers, taught by it, in PyTorch and ONNX Runtime, each at the
+margin that loses at most a point of accuracy; taught encoders of fewer layers with int8. All sides
+take turns in one run. The machine should be idle: two cores, and nothing else running."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PIPELINE = (
 CLASSIFIER = (
     "from dact import TextClassifier; TextClassifier.from_pretrained({!r})(['a fine screen'])"
 )
-# Not getrusage, whose peak begins with that of the process that started this one.
+# Not getrusage: its peak includes that of the parent process.
 MEMORY = (
     "; print([line.split()[1] for line in open('/proc/self/status') "
     "if line.startswith('VmHWM')][0])"
@@ -57,7 +57,7 @@ MEMORY = (
 
 
 def processor() -> str:
-    """The name of the processor and the threads that PyTorch uses."""
+    """Return the name of the processor and the number of threads that PyTorch uses."""
     lines = (
         Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
     )
@@ -75,8 +75,8 @@ def setting(arguments: argparse.Namespace) -> Setting:
 
 
 def trained(name: str, arguments: argparse.Namespace) -> Path:
-    """Return the folder of a model that the frontier benchmark calls so; it is trained unless it is
-    there."""
+    """Return the folder of the model with this name in the frontier benchmark; train it if it is
+    missing."""
     shop = Workshop(arguments.models, setting(arguments), arguments.precision, keep_models=True)
     method = Method.parse(name)
     for one in dict.fromkeys((shop.whole, method)):
@@ -87,8 +87,8 @@ def trained(name: str, arguments: argparse.Namespace) -> Path:
 
 
 def exported(folder: Path, quantize: Any, promise: TextDataModule | None = None) -> Path:
-    """The exported folder next to a model's, with a margin that keeps a point of accuracy if
-    `promise` has examples."""
+    """Export a model next to its folder, set its margin with the examples of `promise` unless that
+    is None, and return the folder."""
     output = folder.with_name(f"{folder.name}-{quantize or 'float32'}")
     print(export(folder, output, quantize), flush=True)
     if promise is not None:
@@ -97,7 +97,7 @@ def exported(folder: Path, quantize: Any, promise: TextDataModule | None = None)
 
 
 def keep_promise(folder: Path, data: TextDataModule) -> None:
-    """Set the margin of a model's folder so that at most a point of accuracy is lost, with 95 %
+    """Set the margin of a stored model so that at most a point of accuracy is lost, with 95 %
     confidence."""
     model = DACT.from_pretrained(folder)
     calibrate(model, data, max_accuracy_loss=0.01, dial="halting_margin")
@@ -105,8 +105,8 @@ def keep_promise(folder: Path, data: TextDataModule) -> None:
 
 
 def plain_copy(folder: Path) -> Path:
-    """The encoder of a fitted model as transformers saves it; its head is random, so that only its
-    time counts."""
+    """Save the encoder of a fitted model with transformers, and return the folder; the head is
+    random, since only the time matters."""
     from transformers import AutoModelForSequenceClassification
 
     classifier = TextClassifier.from_pretrained(folder)
@@ -128,8 +128,8 @@ def plain_copy(folder: Path) -> Path:
 def in_turn(
     sides: dict[str, Callable[[list[str]], Any]], texts: list[str], rounds: int
 ) -> tuple[dict[str, float], dict[str, Any]]:
-    """The median seconds of each side and its answers; they take turns, after some texts to warm
-    up."""
+    """Return the median seconds and the answers of each side; the sides take turns, after some
+    warm-up texts."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     answers: dict[str, Any] = {}
     for work in sides.values():
@@ -145,8 +145,8 @@ def in_turn(
 def one_at_a_time(
     sides: dict[str, Callable[[list[str]], object]], texts: Sequence[str]
 ) -> dict[str, dict[str, float]]:
-    """The median and the 95th percentile of the milliseconds for one text; the sides take turns at
-    each text."""
+    """Return the median and the 95th percentile of the milliseconds for one text; the sides take
+    turns at each text."""
     milliseconds: dict[str, list[float]] = {name: [] for name in sides}
     for text in [texts[0], *texts]:
         for name, work in sides.items():
@@ -164,8 +164,8 @@ def one_at_a_time(
 
 
 def first_answer(code: str, folder: Path) -> dict[str, float]:
-    """Seconds from the start of a process to its end after one answer, and its memory in MiB at the
-    peak."""
+    """Return the seconds from the start of a process to its end after one answer, and its peak
+    memory in MiB."""
     start = time.perf_counter()
     command = [sys.executable, "-c", code.format(str(folder)) + MEMORY]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -173,7 +173,7 @@ def first_answer(code: str, folder: Path) -> dict[str, float]:
 
 
 def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
-    """First less second, in points, and its standard error: both are whether each example is
+    """Return first less second in points, with its standard error; both say which examples are
     right."""
     differences = [100.0 * (one - other) for one, other in zip(first, second, strict=True)]
     return {
@@ -183,8 +183,8 @@ def paired(first: Sequence[bool], second: Sequence[bool]) -> dict[str, float]:
 
 
 def models(arguments: argparse.Namespace) -> tuple[Path, Path, list[Path]]:
-    """The folders of the fine-tuned model, of DACT and of the truncated encoders, trained if they
-    are not there."""
+    """Return the folders of the whole encoder, of DACT and of the cut encoders; train the
+    missing ones."""
     encoder = ENCODERS[arguments.encoder]
     full = arguments.full or trained(f"baseline-{encoder.num_layers}", arguments)
     dact = arguments.model or trained(f"dact-{encoder.kept}-detached", arguments)
@@ -230,12 +230,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     bulk, answers = in_turn(sides, texts, arguments.rounds)
     names = data.class_names
     assert names is not None
-    del answers["pipeline"]  # whose head is random
+    del answers["pipeline"]  # its head is random
     right = {
         name: [one.label == names[label] for one, label in zip(said, labels, strict=True)]
         for name, said in answers.items()
     }
-    # The same model at full depth, float32 and int8: what quantisation changes.
+    # DACT without early exit, float32 and int8: what quantization changes.
     depths = {
         name: [
             one.label
@@ -295,7 +295,7 @@ def share_changed(first: Sequence[Any], second: Sequence[Any]) -> float:
 
 
 def table(found: dict[str, Any]) -> str:
-    """Return the sides in Markdown."""
+    """Return the table of the sides in Markdown."""
     bulk, single = found["seconds in bulk"], found["milliseconds for one text"]
     lines = [
         f"{found['processor']}, {found['texts']} texts",
@@ -346,10 +346,10 @@ def main() -> None:
     parser.add_argument(
         "--prepare",
         action="store_true",
-        help="train the models that are not there, and measure nothing",
+        help="train the missing models, and measure nothing",
     )
     parser.add_argument("--full", type=Path, help="model folder: the whole encoder, fine-tuned")
-    parser.add_argument("--model", type=Path, help="model folder: DACT; its margin is set anew")
+    parser.add_argument("--model", type=Path, help="model folder: DACT; its margin is overwritten")
     parser.add_argument(
         "--truncated", type=Path, nargs="+", help="model folders: taught encoders of fewer layers"
     )
@@ -360,15 +360,15 @@ def main() -> None:
     parser.add_argument(
         "--models", type=Path, default=MODELS, help="folder for what is trained here"
     )
-    parser.add_argument("--num_train", type=int, help="training texts; all of them if left out")
+    parser.add_argument("--num_train", type=int, help="number of training texts; defaults to all")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
-        "--texts", type=int, default=10**9, help="test texts; all of them if left out"
+        "--texts", type=int, default=10**9, help="number of test texts; defaults to all"
     )
     parser.add_argument(
-        "--single", type=int, default=300, help="texts that are asked one at a time"
+        "--single", type=int, default=300, help="number of texts classified one at a time"
     )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)

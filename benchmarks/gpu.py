@@ -1,7 +1,6 @@
-"""The parts of gpu.sh, each in a process of its own, within a limit of time in all; gpu.sh says
-what they are.
+"""Run the parts of gpu.sh, which describes them, each in its own process and within one time limit.
 
-The results are written after each part, so that a run that is cut off leaves what it has measured.
+The results are written after each part, so that an interrupted run keeps what it has measured.
 """
 
 from __future__ import annotations
@@ -27,8 +26,8 @@ RESULTS = HERE / "results" / "gpu.json"
 
 
 def commands(dry: bool, folder: Path) -> dict[str, list[str]]:
-    """The parts by name, those first that matter most; what has results writes NAME.json into
-    `folder`."""
+    """Return the commands of the parts by name, the most important first. A part with results
+    writes NAME.json into `folder`."""
     speed = [str(HERE / "speed.py"), "shapes", "--results", str(folder / "shapes.json")]
     if dry:
         speed += [
@@ -82,8 +81,7 @@ def model(num_tokens: int, layers: int = 6, **overrides: Any) -> DACT:
 
 
 def trials_per_minute(arguments: argparse.Namespace) -> dict[str, float]:
-    """Trials per minute of a study on generated reviews, from its start to its end, by the number
-    of workers."""
+    """Return the trials per minute of a whole study on generated reviews, by number of workers."""
     from dact import TuningEngine
     from dact.data import CompositionalSentiment
 

@@ -4,17 +4,17 @@
     python -m benchmarks.labels --encoder mpnet --data joined --splits 0 1
 
 `joined`: one to three texts of different corpora of VADER, joined by blanks in random order, 2,000
-for training, 600 for validation and 2,000 for the test, drawn from the corpus's texts of that split
-alone. The seven labels are the corpora and the sentiments that occur. MiniLM of 6 layers, or
-MPNet-base of 12.
+for training, 600 for validation and 2,000 for the test, each drawn only from texts of its split.
+The seven labels are the corpora and the sentiments that occur. MiniLM of 6 layers, or MPNet-base of
+12.
 
 `depths`: 20,000 generated reviews, composed in up to three steps. Two labels are words, which one
 layer can see, and two are the sentiment, which takes several. A small encoder of 6 layers.
 
-DACT and the plain exits keep two thirds of the layers and learn 3 epochs; all but the whole encoder
-start from its weights and have its answers as half of their targets. The margin of a budget is the
-largest that keeps the validation texts within it; test texts are asked once. Errors are of the
-paired difference to the whole encoder over the test texts (bootstrap)."""
+DACT and the plain exits keep two thirds of the layers. All models train for 3 epochs; all but the
+whole encoder start from its weights and have its answers as half of their targets. The margin of a
+budget is the largest that keeps the validation texts within it; test texts are evaluated once.
+Errors are those of the paired difference to the whole encoder over the test texts (bootstrap)."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ class Trained:
     answers: dict[str, Any]
 
     def at(self, budget: float | None) -> Measured:
-        """Return early exit on the test texts within a budget; all layers without one."""
+        """Measure early exit on the test texts within a budget, or all layers without one."""
         halting, exits = self.model.exit_rule, {}
         for split, answers in self.answers.items():
             exits[split] = exits_by_setting(answers, halting, "halting_margin")

@@ -1,9 +1,9 @@
-"""Whether a whole encoder's rate after one epoch is the one to choose for all epochs.
+"""Whether the best learning rate of a whole encoder after one epoch is the best for all epochs.
 
     python -m benchmarks.rates --encoder mpnet --data vader-2000 tweets
 
-Each fit has a learning rate schedule of its own. Every one leaves its numbers in
-benchmarks/results/rates.json, so that a stopped run resumes."""
+Each fit has its own learning rate schedule, and adds its numbers to benchmarks/results/rates.json,
+so that a stopped run resumes."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""What a server gains by early exit: throughput and latency of ``dact serve`` at three loads,
-beside halting never.
+"""What a server gains from early exit: throughput and latency of ``dact serve`` at three loads,
+compared with ``halting: never``.
 
     python benchmarks/serve.py --model DIR                             # a folder of `dact export`
     python benchmarks/serve.py --model DIR --clients 1 4 --seconds 2   # whether it works
 
-Two servers of the same model run, one as it is and one with ``halting: never``. They take turns
-under each load, that of so many clients that each ask for one test text of VADER after another over
-a connection that stays open. Clients and servers share the processor, so that the throughput is
-what is left of it. The machine should be idle otherwise."""
+Two servers of the same model run, one unchanged and one with ``halting: never``. They take turns
+under each load: a number of clients, each of which requests one test text of VADER after another
+over an open connection. Clients and servers share the processor, which lowers the throughput. The
+machine should be idle otherwise."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ from dact import DACT, TextClassifier
 from dact.data import VaderSentiment
 
 RESULTS = Path(__file__).parent / "results" / "serve.json"
-START = 240  # seconds that a server may take until it is ready
+START = 240  # seconds, at most, until a server is ready
 
 
 @contextlib.contextmanager
 def server(model: Path, arguments: argparse.Namespace) -> Iterator[int]:
-    """The port of a server in a process of its own."""
+    """Start a server in its own process, and yield its port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -65,7 +65,7 @@ def server(model: Path, arguments: argparse.Namespace) -> Iterator[int]:
 
 
 def load(port: int, texts: list[str], clients: int, seconds: float) -> dict[str, float]:
-    """Requests per second and the latencies in milliseconds of so many clients."""
+    """Return the requests per second, and the latencies in milliseconds, with `clients` clients."""
     milliseconds: list[float] = []
     failures: list[int] = []
     begin = threading.Barrier(clients)
@@ -101,7 +101,7 @@ def load(port: int, texts: list[str], clients: int, seconds: float) -> dict[str,
 
 
 def without_halting(model: Path, folder: Path) -> Path:
-    """A copy of a model's folder that runs every layer."""
+    """Copy a model's folder with ``halting: never``, and return the copy."""
     DACT.from_pretrained(model, halting="never").save_pretrained(folder)
     TextClassifier.from_pretrained(model).tokenizer.save_pretrained(folder)
     return folder
@@ -161,9 +161,9 @@ def main() -> None:
     parser.add_argument(
         "--model", type=Path, required=True, help="model folder, in PyTorch or exported"
     )
-    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="the loads")
-    parser.add_argument("--seconds", type=float, default=10.0, help="seconds of each load")
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each side")
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 8, 64], help="client counts")
+    parser.add_argument("--seconds", type=float, default=10.0, help="duration of each load")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions of each load")
     parser.add_argument("--max_batch", type=int, default=64)
     parser.add_argument("--max_wait", type=float, default=0.002)
     parser.add_argument("--results", type=Path, default=RESULTS)

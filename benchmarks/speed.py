@@ -1,12 +1,12 @@
-"""What early exit saves in time, beside the same encoder run to full depth through the same
-scheduler.
+"""The time that early exit saves, compared with the same encoder without early exit through the
+same scheduler.
 
     python benchmarks/speed.py real --model DIR    # a model folder, on the test texts of VADER
     python benchmarks/speed.py real --model DIR --full_depth DIR2 --halting_margin 0.9
     python benchmarks/speed.py shapes    # MiniLM and BERT-base shapes, exits spread evenly
     python benchmarks/speed.py shapes --precision bf16-mixed --step_tokens 16384 65536
 
-R = N / mean exit layer is what an ideal scheduler would reach. Every ratio is of two sides that
+R = N / mean exit layer is the speed-up of an ideal scheduler. Every ratio compares two sides that
 take turns in one run."""
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ SHAPES = {
 
 
 def in_turn(sides: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """The median seconds of each side; they take turns, after one round to warm up."""
+    """Return the median seconds of each side; the sides take turns, after a warm-up round."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(rounds + 1):
         for name, work in sides.items():
@@ -87,7 +87,7 @@ class Nothing(nn.Module):
 
 
 def real(arguments: argparse.Namespace) -> dict[str, Any]:
-    """A fitted model on real texts: in bulk, one at a time, and beside the pipeline of
+    """Measure a fitted model on real texts: in bulk, one at a time, and against the pipeline of
     transformers."""
     dials = {name: getattr(arguments, name) for name in ("halting_tolerance", "halting_margin")}
     classifier = TextClassifier.from_pretrained(
@@ -136,7 +136,7 @@ def real(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_by(model: DACT, batch: dict[str, Tensor], rule: Any) -> DACTOutput:
-    """Run a batch under a halting rule, whatever that of the model is."""
+    """Run a batch under a halting rule in place of the model's own."""
     return model._inference(batch, dataclasses.replace(model.exit_rule, rule=rule))
 
 
@@ -146,15 +146,15 @@ def compare(seconds: dict[str, float], ideal: float) -> dict[str, float]:
 
 
 def unit_cost(model: DACT, batch: dict[str, Tensor], rounds: int) -> dict[str, float]:
-    """What both heads and the halting test cost where no example ever leaves, beside the encoder
-    alone."""
+    """Measure the cost of both submodels and the halting test if no example leaves, compared with
+    the encoder alone."""
     bare, stays = copy.copy(model), copy.deepcopy(model)
     bare._modules = {
         **model._modules,
         "classifier": Nothing(model.output_dimension),
         "confidence": Nothing(1),
     }
-    # h = 1 and equal probabilities: nobody leaves before the last layer.
+    # h = 1 and equal probabilities: no example leaves before the last layer.
     for submodels, bias in ((stays.confidence, 40.0), (stays.classifier, 0.0)):
         start_at(submodels, bias)
     seconds = in_turn(
@@ -174,8 +174,8 @@ def beside_pipeline(
     labels: list[int],
     rounds: int,
 ) -> dict[str, float]:
-    """Raw texts in, labels out: transformers' own pipeline, batches of 32, on a model of the
-    full-depth one's shape."""
+    """Measure raw texts in, labels out, against the pipeline of transformers, with batches of 32 on
+    a random model of the same shape as `full_depth`."""
     from transformers import AutoModelForSequenceClassification, pipeline
 
     encoder = full_depth.model.encoder
@@ -215,7 +215,7 @@ def beside_pipeline(
 
 
 class EvenExits(Halting):
-    """Let examples leave at random, as many after each layer; the rule is asked all the same, for
+    """Let examples leave at random, equally many after each layer; the rule is still evaluated, for
     its cost."""
 
     def halts(
@@ -227,7 +227,7 @@ class EvenExits(Halting):
 
 
 def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Random weights of known shapes, by length, number of examples and tokens of a step."""
+    """Measure random weights of known shapes, by length, number of examples and tokens per step."""
     from transformers import BertConfig
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -263,7 +263,7 @@ def shapes(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def random_batch(count: int, mixed: bool, device: str) -> dict[str, Tensor]:
-    """Token ids of length 128, or of mixed lengths of 8 to 128."""
+    """Return token ids of length 128, or of mixed lengths from 8 to 128."""
     generator = torch.Generator().manual_seed(0)
     sizes = (
         torch.randint(8, 129, (count,), generator=generator) if mixed else torch.full((count,), 128)
@@ -288,10 +288,10 @@ def main() -> None:
     )
     parser.add_argument("part", choices=["real", "shapes"])
     parser.add_argument(
-        "--model", type=Path, help="for real: a model/ folder that dact fit or dact tune left"
+        "--model", type=Path, help="for real: a model/ folder of dact fit or dact tune"
     )
     parser.add_argument(
-        "--full_depth", type=Path, help="likewise, for the pipeline: the same model if left out"
+        "--full_depth", type=Path, help="likewise, for the pipeline; defaults to --model"
     )
     parser.add_argument("--halting_tolerance", type=float)
     parser.add_argument("--halting_margin", type=float)
@@ -307,7 +307,7 @@ def main() -> None:
         "--step_tokens",
         type=int,
         nargs="+",
-        help="for shapes: each of them; the default if left out",
+        help="for shapes: values to compare; defaults to the model's own",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

@@ -12,8 +12,8 @@ SIZES = {"train": 450, "val": 300, "test": 1500}
 
 
 class MoreTests(VaderSentiment):
-    """VADER whose test split is joined by two thirds of the training texts that a small
-    `num_train` leaves out."""
+    """VADER with a larger test split: two thirds of the training texts that a small `num_train`
+    leaves out are added."""
 
     def examples(self, split: str) -> Examples:
         if split != "test":
@@ -26,8 +26,7 @@ class MoreTests(VaderSentiment):
 
 
 class Imbalanced(VaderSentiment):
-    """450 texts of VADER, four fifths of which are positive; validation and test have the same
-    shares."""
+    """450 texts of VADER, four fifths positive; validation and test have the same shares."""
 
     def examples(self, split: str) -> Examples:
         examples = super().examples(split)

@@ -1,4 +1,4 @@
-"""What `dact tune` makes of a data set, next to what a user would take instead, at equal promises.
+"""What `dact tune` makes of a data set, next to the alternatives of a user, at equal promises.
 
     python benchmarks/tuned.py vader2000 --seeds 0 1 2
     python benchmarks/tuned.py tiny --results OTHER    # to see that it runs
@@ -6,24 +6,25 @@
     python benchmarks/tuned.py --sentences MODEL       # the sentences of tests/data
 
 Data sets: `vader2000` (2,000 texts of VADER, configs/quickstart.yaml with 6 trials), `tweets`,
-`film`, `product` and `newspaper` (a corpus each), `reviews` (generated), `imbalanced` (450 texts,
+`film`, `product` and `newspaper` (one corpus each), `reviews` (generated), `imbalanced` (450 texts,
 four fifths of them positive) and `vader` (all corpora, configs/vader.yaml with bf16-mixed).
 
-The real command runs first; each seed also divides the data anew. Next to the tuned model and the
-whole encoder stand, all at the promise that the run made, its dial set on the same examples:
+The real command runs first; each seed also divides the data differently. The tuned model and the
+whole encoder are compared with these, at the promise of the run and with dials set on the same
+examples:
 
-- your file: what the configuration makes without tuning.
-- cut encoder: taught, of as many layers as the tuned model uses on validation, rounded up.
+- your file: the configuration without tuning.
+- cut encoder: taught, with as many layers as the tuned model uses on validation, rounded up.
 - plain exits: taught, on as many layers as the tuned model keeps; texts leave by the lead.
 
 The last two start from the teacher's weights and have its probabilities as half of their targets,
-with the rates, epochs, heads and consistency of the tuned model. Of all models the last epoch
-counts (the mean of the weights over the last steps, but for whole encoder and your file), and the
-test split is evaluated once; that of vader2000 is joined by two thirds of the training texts that
-its 2,000 leave out (speeds are those on the test split). Errors are standard errors of paired
-differences over the texts, or between the runs if these are larger. The tuned model is also
-compared with each of the others by the margin that takes as many layers on validation texts. Each
-run leaves a file in results/tuned/, so that a stopped call resumes."""
+with the rates, epochs, heads and consistency of the tuned model. The last epoch of each model is
+measured (weights averaged over the last steps, except for whole encoder and your file), once on the
+test split; for vader2000, two thirds of the training texts that its 2,000 leave out are added to it
+(speeds are those on the test split). Errors are standard errors of paired differences over the
+texts, or between the runs if these are larger. The tuned model is also compared with each other
+model at the margin that takes as many layers on validation texts. Each run writes a file to
+results/tuned/, so that a stopped call resumes."""
 
 from __future__ import annotations
 
@@ -82,15 +83,15 @@ DATA_SETS = {  # configuration and overrides
         *TINY,
     ],
 }
-# A few thousand texts say little of half a point.
+# A few thousand texts are too few to detect half a point.
 TESTED = {"vader2000": {"class_path": "texts.MoreTests"}}
-MEASURED_BATCH = 1024  # texts that early exit gets at a time
-ROUNDS = 5  # in which the models take turns on the clock
+MEASURED_BATCH = 1024  # texts per call of early exit
+ROUNDS = 5  # rounds in which the models take turns to be timed
 
 
 class MultiExit(DACT):
-    """A classifier on every layer, equally weighed; a confidence of 1, so that a_n is y_n and only
-    the margin lets leave."""
+    """A classifier on every layer, equally weighed. The confidence is 1, so a_n is y_n and texts
+    leave by the margin alone."""
 
     def loss(self, batch: Batch, lambda_reg: float | None = None) -> Loss:
         found = super().loss(batch, lambda_reg)
@@ -107,13 +108,13 @@ class OneExit(MultiExit):
 
 @dataclass(frozen=True)
 class Setting:
-    """A run of the command, and how the models next to it are fitted: as its final fit is.
+    """A run of the command; its peers are fitted like its final fit.
 
     Args:
         folder: Folder of the run.
         seed: Seed of the run.
-        config: Its configuration, all defaults filled in.
-        final: That of its final fit, with what tuning chose.
+        config: Configuration of the run, with all defaults.
+        final: Configuration of the final fit, with the tuned settings.
     """
 
     folder: Path
@@ -123,14 +124,14 @@ class Setting:
 
     @classmethod
     def of(cls, folder: Path, seed: int) -> Setting:
-        """Read that of a finished run."""
+        """Read the setting of a finished run."""
         files = ("whole_config.yaml", "final/config.yaml")
         return cls(folder, seed, *(yaml.safe_load((folder / file).read_text()) for file in files))
 
     @property
     def aside(self) -> float | None:
-        """Share of the validation texts that sets the dials: those that were kept from the studies,
-        or none."""
+        """The share of the validation texts that sets the dials, withheld from the studies; None if
+        there is none."""
         share: float | None = self.final["data"]["init_args"]["calibration_fraction"]
         return share
 
@@ -149,13 +150,13 @@ class Setting:
         return data  # type: ignore[no-any-return]
 
     def defaults(self) -> DACT:
-        """Return what the configuration makes without tuning."""
+        """Fit the configuration without tuning, and return the model."""
         with seeded(self.seed):
             return self.fit("defaults", build_model(self.config["model"]), self.config)
 
     def peer(self, kind: type[DACT], layers: int) -> DACT:
-        """Return a peer: no confidence, the baseline as its teacher and its start, and what tuning
-        chose."""
+        """Fit a peer with the tuned settings but no confidence; the baseline is its teacher and its
+        start."""
         with seeded(self.seed):
             dact = build_model(self.final["model"], num_layers=layers)
             model = kind.from_config(dact.config(), encoder=dact.encoder).at_full_depth()
@@ -163,8 +164,8 @@ class Setting:
             return self.fit(f"{kind.__name__}-{layers}", model, self.final, self.taught(model))
 
     def taught(self, model: DACT) -> Tensor:
-        """Let `model` start from the baseline's encoder and learn from a teacher; return the
-        teacher's probabilities."""
+        """Load the baseline's encoder into `model`, enable distillation, and return the teacher's
+        probabilities."""
         weights = read_tensors(self.folder / "whole_encoder" / TEACHER)[0]
         model.encoder.load_state_dict({name: weights[name] for name in model.encoder.state_dict()})
         model.distillation = DISTILLATION
@@ -179,21 +180,21 @@ class Setting:
         epochs: int | None = None,
         **overrides: Any,
     ) -> DACT:
-        """Fit a model as `config` says, and return that of the last epoch, in eval mode."""
+        """Fit a model by `config`, and return the model of the last epoch in eval mode."""
         checkpoints, epochs = (
             self.folder / "peers" / name,
             epochs or config["trainer"]["max_epochs"],
         )
         data = self.data(config["data"], teacher, **overrides)
-        taught = teacher is not None  # as the final fit is; else as `dact fit` would make it
+        taught = teacher is not None  # fitted like the final fit; otherwise as by `dact fit`
         resumable_fit(self.trainer, model, data, checkpoints, epochs=epochs, average=taught)
         model.load_state_dict(read_checkpoint(checkpoints / "last.ckpt")["state_dict"])
         return model.cpu().eval()
 
 
 def tune(name: str, seed: int, folder: Path, *more: str) -> float | None:
-    """Run the command unless it has run, keep its whole configuration, and return its seconds; None
-    if it was resumed."""
+    """Run the command unless it has run, store its complete configuration, and return its seconds;
+    None if it was resumed."""
     clock = folder / "seconds.json"
     if not clock.is_file():
         file, *overrides = [*DATA_SETS[name], *more]
@@ -228,7 +229,7 @@ def tune(name: str, seed: int, folder: Path, *more: str) -> float | None:
 
 
 def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """Tune, fit the peers, measure, and return what the results file holds."""
+    """Tune, fit the peers, measure, and return the content of the results file."""
     seconds = tune(name, seed, folder)
     metrics = json.loads((folder / "final" / "metrics.json").read_text())
     took = re.split(r"[,(]", metrics["confirmation"])[0].strip()
@@ -244,7 +245,7 @@ def run_one(name: str, seed: int, folder: Path) -> dict[str, Any]:
     }
     models[
         "multi-exit"
-    ].halting = "exact"  # by which a confidence of 1 lets none leave: the margin alone does
+    ].halting = "exact"  # with a confidence of 1, no text leaves by proof: only the margin acts
     data = setting.data(config["data"], batch_size=MEASURED_BATCH)
     precision = make_trainer(setting.trainer).precision_plugin.forward_context
     with precision():
@@ -319,10 +320,9 @@ def turned(
 
 @torch.no_grad()
 def texts_per_second(models: dict[str, DACT], batches: Sequence[Batch]) -> dict[str, float]:
-    """Return the median speed of each model on all batches; they take turns, after one round to
-    warm up.
+    """Return the median speed of each model on all batches, in texts per second.
 
-    Making the batches is not timed.
+    The models take turns, after a warm-up round. The time to make the batches is excluded.
     """
     seconds: dict[str, list[float]] = {name: [] for name in models}
     for name in [*models] * (1 + ROUNDS):
@@ -335,7 +335,7 @@ def texts_per_second(models: dict[str, DACT], batches: Sequence[Batch]) -> dict[
 
 
 def processor() -> str:
-    """Return the name of the processor, as Linux knows it."""
+    """Return the name of the processor from /proc/cpuinfo."""
     return next(
         line for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line
     ).split(": ")[1]
@@ -343,7 +343,7 @@ def processor() -> str:
 
 # ---------------------------------------------------------------------- the table
 
-# The models of a results file as the table names them.
+# The names of the models in results files, and in the table.
 NAMES = {
     "baseline": "whole encoder",
     "defaults": "your file",
@@ -351,7 +351,7 @@ NAMES = {
     "encoder": "cut encoder",
     "multi-exit": "plain exits",
 }
-# What earlier runs called their candidates.
+# The names of the candidates in earlier runs, and today.
 TOOK = {
     "default settings": "your file's settings",
     "first trial": "recommended",
@@ -398,7 +398,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
         layers = signed(tuned - statistics.mean(row["mean_exit_layer"] for row in others))
         lines.append(f"- tuned less {NAMES[name]}: {apart} points of accuracy, {layers} layers")
         having = [row["at_as_many_layers"] for row in others if "at_as_many_layers" in row]
-        if having:  # runs of an earlier state lack it
+        if having:  # earlier runs lack it
             equal = points([row["accuracy"] for row in having])
             lines.append(f"    - at as many layers ({len(having)} runs): {equal}")
     took = Counter(run["took"] for run in runs)
@@ -409,7 +409,7 @@ def table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def promises(runs: Sequence[dict[str, Any]]) -> str:
-    """Say how many promises were broken on test texts, by more than two standard errors."""
+    """Return a line on how many promises were broken on test texts by over two standard errors."""
     lost = [run["models"]["tuned"]["lost_to_full_depth"] for run in runs]
     excess = [
         mean - run["promise"]["max_accuracy_loss"]
@@ -421,8 +421,8 @@ def promises(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def pooled(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Return the mean of the means of runs with its standard error, the larger of those of the
-    texts and of the runs."""
+    """Return the mean over the runs with its standard error, from the texts or from the runs,
+    whichever is larger."""
     means = [mean for mean, _ in pairs]
     of_texts = math.hypot(*(error for _, error in pairs)) / len(pairs)
     of_runs = statistics.stdev(means) / len(means) ** 0.5 if len(means) > 1 else 0.0
@@ -430,21 +430,21 @@ def pooled(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def points(pairs: Sequence[Sequence[float]]) -> str:
-    """Return the mean of the means of runs with its standard error, in points."""
+    """Return the mean over the runs with its standard error, in points."""
     mean, error = pooled(pairs)
     return f"{signed(100 * mean)} ± {100 * error:.2f}"
 
 
 def signed(value: float) -> str:
-    """Return a value to two digits with its sign, which 0 has not."""
+    """Return a value with two decimals and its sign; 0 has no sign."""
     return f"{value:+.2f}".replace("-", "−") if abs(value) >= 0.005 else "0.00"
 
 
-# ---------------------------------------------------------------------- sentences of one's own
+# ---------------------------------------------------------------------- custom sentences
 
 
 def sentences(model: str | Path) -> tuple[int, list[str]]:
-    """Return how many of the 30 sentences a model has right, and which it has wrong."""
+    """Return how many of the 30 sentences a model gets right, and a line for each wrong one."""
     with SENTENCES.open(newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     answers = TextClassifier.from_pretrained(model)([row["text"] for row in rows])
@@ -488,8 +488,8 @@ def main() -> None:
 def measured(
     arguments: argparse.Namespace, measure: Callable[[str, int, Path], dict[str, Any]]
 ) -> dict[str, dict[str, Any]]:
-    """Measure the runs that have no result yet, each into a file of its own; return all stored
-    results by their names."""
+    """Measure the runs that have no result yet, store each in its own file, and return all stored
+    results by name."""
     for name in arguments.data:
         for seed in arguments.seeds:
             result = arguments.results / f"{name}-{seed}.json"

@@ -1,14 +1,14 @@
-"""What tuning costs: frozen beside fine-tuned trials, overhead and growth.
+"""What tuning costs: frozen and fine-tuned trials, overhead and memory growth.
 
     python benchmarks/tuning.py                          # everything
-    python benchmarks/tuning.py frozen                   # a part of it
-    python benchmarks/tuning.py --texts 200 --trials 12  # in small, to see that it runs
+    python benchmarks/tuning.py frozen                   # one part
+    python benchmarks/tuning.py --texts 200 --trials 12  # a small run, to see that it works
 
 - frozen: one trial on VADER with MiniLM, frozen and fine-tuned, same parameters, one epoch each.
 - overhead: seconds per tiny trial outside of training and validation steps, median of the last 50,
-  and growth of the process.
+  and memory growth of the process.
 
-What a run does once, such as the baseline, is not counted."""
+Work done once per run, such as the baseline, is not counted."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def make_engine(folder: str, **options: Any) -> TuningEngine:
 
 
 def frozen(arguments: argparse.Namespace) -> dict[str, float]:
-    """The same trial in both modes, after a first one, for which baseline and states are made."""
+    """Time the same trial in both modes, after a first one that makes the baseline and states."""
     seconds = {}
     with tempfile.TemporaryDirectory() as folder:
         for mode in ("frozen", "finetune"):
@@ -87,7 +87,7 @@ def frozen(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 class Steps(pl.Callback):
-    """Seconds inside of training and validation steps; of the class, since every trial gets a
+    """Count the seconds in training and validation steps, in the class, since each trial gets a
     copy."""
 
     inside = 0.0
@@ -104,7 +104,7 @@ class Steps(pl.Callback):
 
 
 def overhead(arguments: argparse.Namespace) -> dict[str, float]:
-    """Tiny trials in a study: what each takes beside its steps, and what the process grows by."""
+    """Run tiny trials in a study; measure the time outside of steps and the memory growth."""
     outside: list[float] = []
     whole: list[float] = []
     memory_after: dict[int, float] = {}
@@ -129,7 +129,7 @@ def overhead(arguments: argparse.Namespace) -> dict[str, float]:
             trainer={"callbacks": [Steps()]},
         )
         engine.joint_tune_study("run")
-    settled = min(10, arguments.trials // 2)  # the caches of the libraries are full
+    settled = min(10, arguments.trials // 2)  # trials until the caches of the libraries are full
     return {
         "outside of steps, s (median of the last 50)": statistics.median(outside[settled:][-50:]),
         "whole trial, s (mean)": statistics.mean(whole[settled:]),
@@ -139,7 +139,7 @@ def overhead(arguments: argparse.Namespace) -> dict[str, float]:
 
 
 def resident_memory() -> float:
-    """MiB of this process (Linux)."""
+    """Return the resident memory of this process in MiB (Linux)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS")) / 1024
 
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument(
         "--texts",
         type=int,
-        help="number of texts; all that each part is described with if left out",
+        help="number of training texts of part frozen; defaults to all",
     )
     parser.add_argument("--results", type=Path, default=RESULTS)
     arguments = parser.parse_args()

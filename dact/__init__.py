@@ -1,4 +1,4 @@
-"""dact: a transformer encoder turned into a classifier that spends only as many layers as each
+"""dact: a transformer encoder turned into a classifier that runs only as many layers as each
 example needs."""
 
 from __future__ import annotations
@@ -19,11 +19,10 @@ if TYPE_CHECKING:
     from dact.tuning import TuningEngine
 
 __version__ = "0.2.0"
-# `export` is not among them: without its extra, `from dact import *` would fail.
+# `export` is left out: without its extra, `from dact import *` would fail.
 __all__ = ["DACT", "DACTOutput", "SubmodelConfig", "TextClassifier", "TuningEngine", "calibrate"]
 
-# Imported on first use: torch, Lightning, transformers and optuna take seconds, and not every use
-# needs them.
+# Imported on first use: torch, Lightning, transformers and optuna take seconds to import.
 _NAMES = {
     "DACT": "dact.model",
     "DACTOutput": "dact.model",

@@ -1,5 +1,4 @@
-"""``python -m dact`` and the console script ``dact``, which print help without importing
-Lightning."""
+"""``python -m dact`` and the console script ``dact``: the list of commands needs no Lightning."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from dact.cli import STORED, TRAINING
 HELP = """\
 usage: dact COMMAND [--OPTION ...]
 
-Classifiers that spend only as many layers as each example needs.
+Classifiers that run only as many layers as each example needs.
 
 commands:
 {commands}
@@ -21,15 +20,15 @@ commands:
   dact fit | tune --config FILE [--run_tag TAG]
   dact test | predict | ... --model MODEL
 
-  dact COMMAND --help                               the options of a command
-  dact fit --data.help TextClassificationData       those of a class of data
-  dact fit --model.encoder.help HuggingFaceEncoder  those of a class of encoder
+  dact COMMAND --help                               options of a command
+  dact fit --data.help TextClassificationData       options of a data class
+  dact fit --model.encoder.help HuggingFaceEncoder  options of an encoder class
   dact --version
 
 MODEL is the folder of a run, a model/ folder, a checkpoint or a Hub id,
-OWNER/NAME or OWNER/NAME@REVISION. An option replaces that of a file, and a
-later file an earlier one. A configuration, also that of a run, can name any
-class of any installed module, and so run any code: use only files you trust.
+OWNER/NAME or OWNER/NAME@REVISION. Options override files, and later files
+override earlier ones. A configuration, including a run's, can name any class
+of any installed module, and so run any code: use only files you trust.
 """
 
 
@@ -60,7 +59,7 @@ def _run(command: str, *words: str) -> None:
                 from dact.cli.main import run
             else:
                 from dact.cli.stored import run
-            # Collections and the exit need not visit the objects of imported modules.
+            # Garbage collection and the exit need not visit the objects of imported modules.
             gc.freeze()
             run(command, list(words))
     except KeyboardInterrupt:

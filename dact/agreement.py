@@ -1,4 +1,4 @@
-"""What a model and its data must agree on, checked in the one place that knows both."""
+"""Checks that a model and its data agree."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> None:
     """Check that data fits a model, before any long work.
 
-    A model without class names takes those of the data.
+    A model without class names takes the data's.
 
     Args:
         model: A `dact.DACT`.
-        datamodule: Any datamodule, set up or not, or None. An attribute that it lacks is not
+        datamodule: Any datamodule, set up or not, or None. Attributes that it lacks are not
             checked.
         training: Whether the model will be trained on the data, so that a teacher matters.
 
@@ -39,7 +39,7 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
             )
     if not training:
         return
-    # Other datamodules may provide a teacher in a way of their own.
+    # Custom datamodules may provide a teacher in another way.
     unknown = object()
     teacher = getattr(datamodule, "teacher", unknown)
     probabilities = getattr(datamodule, "teacher_probabilities", unknown)
@@ -48,7 +48,7 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
             f"distillation={model.distillation:g} needs a teacher: give the data one "
             "(data.teacher), or set distillation to 0"
         )
-    # Plain fine-tuning, such as that of the whole encoder, passes over texts without labels.
+    # Plain fine-tuning, as of the whole encoder, skips texts without labels.
     learns = model.needs_teacher or model.halting == "never"
     if not learns and getattr(datamodule, "needs_teacher", False):
         raise ValueError(
@@ -62,13 +62,13 @@ def check_agreement(model: Any, datamodule: Any, *, training: bool = True) -> No
 
 
 def tokenizer_of(datamodule: Any) -> Any:
-    """Return the tokenizer of a datamodule, None unless it is one of transformers."""
+    """Return the tokenizer of a datamodule, or None if it is not a transformers tokenizer."""
     tokenizer = getattr(datamodule, "tokenizer", None)
     return tokenizer if callable(getattr(tokenizer, "save_pretrained", None)) else None
 
 
 def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
-    """Raise a ``ValueError`` if data with class names has more or fewer classes than the model."""
+    """Raise a ``ValueError`` if the data's class names are more or fewer than the model's."""
     if names is not None and len(names) != output_dimension:
         raise ValueError(
             f"the data has {len(names)} classes ({', '.join(map(str, names))}), but the model has "
@@ -77,5 +77,5 @@ def check_classes(names: Sequence[str] | None, output_dimension: int) -> None:
 
 
 def names_of_classes(model: Any) -> list[str]:
-    """Return the class names of a model; if it has none, the numbers of its classes."""
+    """Return the class names of a model, or the numbers of its classes if it has none."""
     return model.class_names or [str(label) for label in range(model.output_dimension)]

@@ -27,14 +27,14 @@ LAST = "last.ckpt"  # checkpoint of the last epoch, from which a fit resumes
 
 
 class ExitPlots(Callback):
-    """Draw a histogram of exit layers for TensorBoard after each validation epoch, for the examples
-    of the first loader."""
+    """Draw a TensorBoard histogram of the exit layers after each validation epoch, over the
+    examples of the first loader."""
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         boards = [log.experiment for log in trainer.loggers if isinstance(log, TensorBoardLogger)]
         counts = getattr(pl_module, "exit_histogram", None)
-        # A step of a subclass may measure something else, and then there is no histogram.
+        # A subclass whose step measures something else has no histogram.
         if not boards or not trainer.is_global_zero or trainer.sanity_checking or counts is None:
             return
         layers = torch.arange(1, len(counts) + 1).repeat_interleave(counts.cpu())
@@ -43,19 +43,19 @@ class ExitPlots(Callback):
 
 
 class AverageLastSteps(WeightAveraging):
-    """Keep the mean of the weights over the last steps of a fit, instead of those of the last step.
+    """Average the weights over the last steps of a fit, in place of the weights of the last step.
 
-    The mean is that of stochastic weight averaging (Izmailov et al. 2018, *Averaging Weights Leads
-    to Wider Optima and Better Generalization*), under the learning rate that the model has. From
-    the first of these steps on, validation and checkpoints have it as well. A fit that ends before,
-    or whose number of steps is not known, keeps its weights.
+    This is stochastic weight averaging (Izmailov et al. 2018, *Averaging Weights Leads to Wider
+    Optima and Better Generalization*) at the model's own learning rate. From the first of these
+    steps on, validation and checkpoints use the mean. The weights of a fit that ends earlier, or
+    whose number of steps is unknown, are not averaged.
 
     Args:
-        share: Share of the optimizer steps whose weights are averaged, in (0, 1].
+        share: Share of the optimizer steps, in (0, 1], over which the weights are averaged.
 
     Raises:
-        ValueError: From the fit, if another callback keeps checkpoints of the weights alone, which
-            would not be the mean.
+        ValueError: At the start of a fit, if a checkpoint callback has ``save_weights_only=True``:
+            it would save the weights of the last step.
     """
 
     def __init__(self, share: Share = 0.2) -> None:
@@ -72,14 +72,14 @@ class AverageLastSteps(WeightAveraging):
                 "AverageLastSteps: a checkpoint callback with save_weights_only=True would keep "
                 "the weights of the last step: leave that option out"
             )
-        self._average_model = None  # it begins later, on the device of the model
+        self._average_model = None  # made later, on the model's device
         self._latest_update_step = 0
 
     @override
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        # Elsewhere than in a fit, the weights of the checkpoint are the mean.
+        # Outside a fit, the checkpoint's weights are already the mean.
         if trainer.state.fn == TrainerFn.FITTING and "averaging_state" in checkpoint:
             self._average_model = AveragedModel(pl_module)
             super().on_load_checkpoint(trainer, pl_module, checkpoint)
@@ -88,7 +88,7 @@ class AverageLastSteps(WeightAveraging):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = trainer.estimated_stepping_batches
         self._before = (1 - self.share) * steps if 0 < steps < math.inf else math.inf
-        # A mean that began under an earlier end, before epochs were added, starts anew.
+        # If epochs were added, a mean that began too early is discarded.
         if trainer.global_step <= self._before:
             self._average_model, self._latest_update_step = None, 0
         if self._average_model is not None:
@@ -105,7 +105,7 @@ class AverageLastSteps(WeightAveraging):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # A validation has taught the confidence of the mean already.
+        # After a validation, the confidence of the mean is fitted already.
         if self._average_model is not None and isinstance(pl_module, DACT):
             self._swap_models(pl_module)
             pl_module.learn_confidence()
@@ -118,7 +118,7 @@ class AverageLastSteps(WeightAveraging):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Once more, for a fit that was complete when it resumed.
+        # Needed again for a fit that was already complete when it was resumed.
         if self._average_model is not None:
             self._copy_average_to_current(pl_module)
             self._average_model = None
@@ -132,7 +132,7 @@ class AverageLastSteps(WeightAveraging):
 
 
 class LastCheckpoint(Checkpoint):
-    """Write ``last.ckpt`` after each epoch, next to the checkpoints of a callback that comes first.
+    """Write ``last.ckpt`` after each epoch, next to the checkpoints of `best`.
 
     Lightning's ``save_last=True`` writes it only in epochs that are the best so far, and loggers
     would upload the files of a second `ModelCheckpoint` under the name of the best one."""
@@ -147,8 +147,8 @@ class LastCheckpoint(Checkpoint):
 
 
 class SavePretrained(Callback):
-    """Write ``model/`` next to the checkpoints after a fit, with the weights of the best one, or
-    with the last weights if the trainer keeps none."""
+    """Write ``model/`` next to the checkpoints after a fit, with the weights of the best
+    checkpoint, or with the last weights if there is none."""
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -178,9 +178,8 @@ def save_with_tokenizer(model: DACT, data: Any, folder: Path, **card: Any) -> No
 
 
 def _fit_folder(trainer: Trainer) -> str | None:
-    """Return the folder of a fit: the parent of ``checkpoints``, or else where the first logger
-    writes."""
-    # Most loggers have one log_dir for all fits.
+    """Return the folder of a fit: the parent of ``checkpoints``, or else the first logger's."""
+    # Most loggers share one log_dir among all fits.
     checkpoints = str(getattr(trainer.checkpoint_callback, "dirpath", None) or "")
     if "://" not in checkpoints and Path(checkpoints).name == "checkpoints":
         return str(Path(checkpoints).parent)

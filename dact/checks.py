@@ -1,4 +1,4 @@
-"""Checks of arguments, whose ranges stand in their annotations; each error is one line."""
+"""Checks of arguments against the ranges in their annotations; each error is one line."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Range:
 
 
 def check_arguments(owner: Callable[..., Any], given: Mapping[str, Any], prefix: str = "") -> None:
-    """Raise an error unless the arguments of a function or dataclass have the ranges, literals and
-    plain classes of its annotations; `given` may have others, and messages begin with `prefix`.
+    """Check the arguments of a function or dataclass against the ranges, literals and plain classes
+    in its annotations. `given` may hold other names as well; messages begin with `prefix`.
 
     Raises:
-        TypeError: If a value is of another type.
+        TypeError: If a value has the wrong type.
         ValueError: If a value is outside its range.
     """
     for name, hint in _annotations(owner).items():
@@ -57,7 +57,7 @@ _annotations = cache(lambda owner: get_type_hints(owner, include_extras=True))
 
 
 def check_choice(name: str, value: object, choices: object) -> None:
-    """Raise a ``ValueError`` unless `value` is one of those of the ``Literal`` type `choices`."""
+    """Raise a ``ValueError`` unless `value` is in the ``Literal`` type `choices`."""
     allowed = get_args(choices)
     if value not in allowed:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}, got {value!r}")
@@ -66,7 +66,7 @@ def check_choice(name: str, value: object, choices: object) -> None:
 def check_count(
     name: str, value: object, least: int = 1, most: int | None = None, hint: str = ""
 ) -> None:
-    """Raise an error unless `value` is a whole number in least … most; see `check_range`."""
+    """Raise an error unless `value` is an integer in least … most; see `check_range`."""
     interval = f"[{least}, inf)" if most is None else f"[{least}, {most}]"
     check_range(name, value, interval, hint, integer=True)
 
@@ -74,10 +74,10 @@ def check_count(
 def check_range(
     name: str, value: object, interval: str, hint: str = "", integer: bool = False
 ) -> None:
-    """Raise an error unless `value` is a number in the interval of a `Range`; NaN is in none.
+    """Raise an error unless `value` is a number in the interval of a `Range`; NaN never is.
 
     Raises:
-        TypeError: If `value` is not a number, or not a whole one where it must be.
+        TypeError: If `value` is not a number, or not an integer if `integer` is True.
         ValueError: If it is outside the interval.
 
     Example:

@@ -1,8 +1,8 @@
-r"""The confidence that reads a layer's own answer, and how it learns.
+r"""The confidence that reads a layer's answer, and how it is fitted.
 
-On texts that encoder and classifier learn, every exit looks right, so that a confidence that learns
-in the same steps trusts the first layers too much, the more so the deeper the encoder. This one has
-few inputs, starts from what holds for other data, and is fitted to answers to texts set apart."""
+On training texts every exit looks right. A confidence trained in the same steps therefore trusts
+the first layers too much, and more so in deeper encoders. This one has few inputs, starts from a
+line that was fitted on other data, and is fitted to answers to texts set apart."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ PRICE = 0.04  # λ is this over the number of layers by default
 
 
 def numbers(y: Tensor) -> Tensor:
-    """Return what the confidence reads of answers ``[…, classes]``: the lead, and the entropy in
-    units of that of a uniform answer, ``[…, 2]``."""
+    """Return the inputs of the confidence from answers ``[…, classes]``: the lead, and the entropy
+    as a share of a uniform answer's, ``[…, 2]``."""
     first, second = y.topk(2, dim=-1).values.unbind(dim=-1)
     entropy = torch.special.entr(y).sum(dim=-1) / math.log(y.shape[-1])
     return torch.stack([first - second, entropy], dim=-1)
@@ -40,8 +40,8 @@ def numbers(y: Tensor) -> Tensor:
 class AnswerConfidence(Submodels):
     """One confidence for all layers, which reads the layer's answer y_n and its depth n / N.
 
-    The submodel adds to a line in the `numbers` of y_n, and starts at 0. No optimizer of a fit
-    trains it; see `fit_confidence`. The line is stored with the weights.
+    Its logit is a line in the `numbers` of y_n plus the submodel's output, which starts at 0. The
+    optimizer does not train it; see `fit_confidence`. The line is stored with the weights.
 
     Args:
         config: Architecture of the submodel.
@@ -59,7 +59,7 @@ class AnswerConfidence(Submodels):
         self.requires_grad_(False)
 
     def train(self, mode: bool = True) -> AnswerConfidence:
-        """Stay in eval mode: dropout would move the generator that encoder and classifiers use."""
+        """Stay in eval mode, since dropout would draw from the generator of encoder and heads."""
         return super().train(False)
 
     def answer(self, layer: int, y: Tensor) -> Tensor:
@@ -82,10 +82,10 @@ class AnswerConfidence(Submodels):
 
 
 def best_temperature(losses: Callable[[float], Tensor]) -> float:
-    """Return the temperature in [1/8, 8] of the largest likelihood of labels (Guo et al. 2017,
+    """Return the temperature in [1/8, 8] that maximizes the likelihood of labels (Guo et al. 2017,
     arXiv 1706.04599), where a temperature of 1 counts as ten further examples.
 
-    `losses` gives the losses of the examples, ``[examples]``, at a temperature.
+    `losses` returns the losses of the examples, ``[examples]``, at a temperature.
     """
     from scipy.optimize import minimize_scalar
 
@@ -105,10 +105,10 @@ def fit_confidence(
     class_weights: Tensor | None = None,
 ) -> None:
     """Fit a confidence, from its start, to the loss of DACT: -log a_N[target] + λ ρ. The start
-    counts as ten further examples, each of which costs the square of what its logits differ by.
+    counts as ten further examples, whose loss is the squared difference from its logits.
 
     Args:
-        confidence: The confidence, which is changed.
+        confidence: The confidence, which is modified.
         y: Answers of the layers, ``[examples, layers, classes]``.
         target: Targets, ``[examples, outcomes]``.
         lambda_reg: λ.
@@ -116,7 +116,7 @@ def fit_confidence(
         class_weights: One weight per outcome.
     """
     task = confidence.task
-    # On the CPU, where no generator of a device is moved; the fit is small.
+    # The fit is small; on the CPU it leaves the generators of other devices alone.
     y, target = y.cpu(), target.cpu()
     class_weights = None if class_weights is None else class_weights.cpu()
     with torch.random.fork_rng(devices=[]), torch.enable_grad():

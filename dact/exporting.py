@@ -20,8 +20,8 @@ from dact.files import file_digest, replacing_folder
 from dact.model import DACT
 
 Quantization = Literal["int8"]
-OPSET = 17  # the first with a layer normalisation of its own
-# Largest difference of a graph from PyTorch, as a share of the largest value.
+OPSET = 17  # the first with an operator for layer normalization
+# Largest allowed difference of a graph from PyTorch, as a share of the largest value.
 TOLERANCE = 1e-4
 
 
@@ -36,7 +36,7 @@ class Export:
             value.
         quantized_difference: The same after quantisation, root mean square over root mean square;
             None for float32.
-        promise_dropped: Whether the model had a promise, which does not carry over.
+        promise_dropped: Whether the model had a promise, which was dropped.
         replaced: Whether the folder held an earlier export.
     """
 
@@ -72,16 +72,16 @@ def export(
     since answers differ a little: `dact.calibrate` renews it.
 
     Args:
-        model_dir: Folder with a fitted model, as ``dact fit`` and ``dact tune`` leave it.
+        model_dir: Folder with a fitted model, as written by ``dact fit`` and ``dact tune``.
         output: Folder to write. An earlier export there is replaced.
-        quantize: ``"int8"`` for weights of 8 bits and activations that are quantised at run time;
-            float32 if left out. Processors without VNNI instructions lose some accuracy by int8.
+        quantize: ``"int8"`` for 8-bit weights and activations that are quantised at run time;
+            float32 if left out. On processors without VNNI instructions, int8 loses some accuracy.
 
     Raises:
         ImportError: If ONNX Runtime or onnx is not installed.
         FileNotFoundError: If there is no model in `model_dir`.
         ValueError: If `quantize` is unknown, `output` holds something else, the encoder is not one
-            of dact's, the model is exported already, or a graph differs from PyTorch.
+            of dact's, the model was exported already, or a graph differs from PyTorch.
     """
     if quantize is not None:
         check_choice("export: quantize", quantize, Quantization)
@@ -127,7 +127,7 @@ def export(
 
 
 def _largest(differences: Iterable[Tensor]) -> float:
-    """Return the largest difference; NaN if one is, which `max` may overlook."""
+    """Return the largest difference, or NaN if any is NaN, which `max` may miss."""
     return torch.stack([*differences]).max().item()
 
 
@@ -138,7 +138,7 @@ class _Traced(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.run = run
-        # The exporter restores the mode of what it traced. That of the encoder must not change.
+        # The exporter restores the mode of this module; the encoder's mode must not change.
         self.eval()
 
     def forward(self, *tensors: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> lis
     """Write the graphs of an encoder, and return the file names of its first layers."""
     model: Any = getattr(encoder, "model", None)
     if hasattr(model, "set_attn_implementation"):
-        # The fused one guards against cases that never occur here.
+        # Fused attention guards against cases that never occur here.
         model.set_attn_implementation("eager")
     ids = torch.ones(2, 5, dtype=torch.int64)
     mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -172,7 +172,7 @@ def _write_graphs(encoder: LayeredEncoder, num_layers: int, folder: Path) -> lis
         layers.append(names.setdefault(file_digest(path), path.name))
         if layers[-1] != path.name:
             path.unlink()
-    # One graph serves all layers: the norm before it, where there is one, is the same for all.
+    # One graph serves all layers: if a norm precedes the pooling, it is the same for all.
     _write_graph(folder / POOL, encoder, lambda h, m: encoder.pool(1, h, m), states)
     return layers
 
@@ -192,13 +192,13 @@ def _write_graph(
             dynamic_axes={name: {0: "batch", 1: "length"} for name in inputs}
             | {"output": {0: "batch"}},
             opset_version=OPSET,
-            # The newer exporter needs another package, and fixes the sizes that its example has.
+            # The newer exporter needs another package, and fixes the sizes of its example inputs.
             dynamo=False,
         )
 
 
 def _outputs(encoder: LayeredEncoder, exported: OnnxEncoder) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield the outputs of PyTorch and of each graph, for batches of other sizes than traced."""
+    """Yield the outputs of PyTorch and of each graph, for batches of sizes other than traced."""
     generator = torch.Generator().manual_seed(0)
     longest = min(80, encoder.max_length or 80)
     for rows, length in ((3, min(17, longest)), (1, longest), (1, 1)):

@@ -1,5 +1,5 @@
 """Functions that build the model and the data of a configuration file, with some arguments
-replaced. With `functools.partial` they are factories that can be sent to worker processes."""
+replaced. Wrapped in `functools.partial`, they are factories that worker processes can unpickle."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dact.submodels import SubmodelConfig
 
 
 def build_model(section: dict[str, Any], **overrides: Any) -> DACT:
-    """Return the model of a ``model:`` section, which is plain data."""
+    """Return the model that a ``model:`` section, as plain data, describes."""
     plain = {
         name: asdict(value) if isinstance(value, SubmodelConfig) else value
         for name, value in overrides.items()
@@ -34,7 +34,7 @@ def build_model(section: dict[str, Any], **overrides: Any) -> DACT:
 
 
 def build_data(section: dict[str, Any], **overrides: Any) -> LightningDataModule:
-    """Return the datamodule of a ``data:`` section, which is plain data."""
+    """Return the datamodule that a ``data:`` section, as plain data, describes."""
     arguments = {**(section.get("init_args") or {}), **overrides}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_subclass_arguments(LightningDataModule, "data", fail_untyped=False)
@@ -51,7 +51,7 @@ def build_data(section: dict[str, Any], **overrides: Any) -> LightningDataModule
 
 
 def build_few_data(section: dict[str, Any], **overrides: Any) -> LightningDataModule:
-    """Return the same datamodule with 16 texts per split, spread over it, for a smoke test."""
+    """Return that datamodule with 16 texts per split, spread evenly, for a smoke test."""
     data = build_data(section, **overrides)
     if isinstance(data, TextDataModule):
         data.examples = partial(_few, data.examples)  # type: ignore[method-assign]
@@ -80,8 +80,8 @@ def default_data(**overrides: Any) -> LightningDataModule:
 
 
 def accepted_by(found: type) -> list[str] | None:
-    """Return the names of the options of a class, with keywords that it passes on to the classes
-    that it is derived from; None if it takes any."""
+    """Return the names of the arguments of a class, with the keywords that it passes on to its base
+    classes; None if it takes any keyword."""
     names: list[str] = []
     kinds = {Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY}
     for kind in found.__mro__:
@@ -90,5 +90,5 @@ def accepted_by(found: type) -> list[str] | None:
             names += [one.name for one in parameters if one.kind in kinds]
             if not any(one.kind is one.VAR_KEYWORD for one in parameters):
                 return names
-            kinds = {Parameter.KEYWORD_ONLY}  # the others of a base are given by position
+            kinds = {Parameter.KEYWORD_ONLY}  # a base's other arguments are passed by position
     return None

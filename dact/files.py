@@ -1,4 +1,4 @@
-"""Atomic writes, so that a crash leaves the old file or the new one, and reads of data alone."""
+"""Atomic writes, so that a crash leaves the old file or the new one, and reads that run no code."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from typing_extensions import override
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file, one per process, that replaces `path` at the end, or is removed if an
-    exception leaves the block."""
+    """Yield a temporary file, one per process, that replaces `path` at the end of the block, or is
+    removed if the block raises."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -39,7 +39,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that replaces `folder` at the end; see `replacing`."""
+    """Yield a temporary folder that replaces `folder` at the end of the block; see `replacing`."""
     partial, old = (folder.with_name(f".{folder.name}.{kind}") for kind in ("partial", "old"))
     for left_over in (partial, old):
         shutil.rmtree(left_over, ignore_errors=True)
@@ -84,7 +84,7 @@ def write_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically."""
-    # The format refuses tensors that share memory, so each is a copy.
+    # The format does not allow tensors that share memory, so each is copied.
     plain = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as partial:
         save_file(plain, partial, dict(metadata or {}))
@@ -101,7 +101,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Return a checkpoint of the Trainer, a file or an address; reading it cannot run code.
+    """Return a Trainer checkpoint from a file or an address; reading it cannot run code.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -111,7 +111,7 @@ def read_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         return TorchCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
     except FileNotFoundError:
         raise
-    except Exception as error:  # a broken archive, a refused pickle and a foreign file
+    except Exception as error:  # a corrupted archive, a rejected pickle, or no checkpoint
         refused = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if refused is not None:

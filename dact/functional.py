@@ -9,8 +9,8 @@ the confidence :math:`h_n \in [0, 1]`:
     Y = a_N
 
 y and a are ``[batch, layers, classes]``, each row a probability vector of at least two classes; h
-and p are ``[batch, layers]``, in [0, 1]. Those of one layer lack the second dimension. A layer's
-number is 1-based. Results are in float32 or more.
+and p are ``[batch, layers]``, in [0, 1]. Tensors of one layer lack the second dimension. Layers are
+numbered from 1. Results are in float32 or more.
 
 Source: Eyzaguirre & Soto, *Differentiable Adaptive Computation Time for Visual Reasoning*, CVPR
 2020 (arXiv 2004.12770), and Eyzaguirre et al., *DACT-BERT*, arXiv 2109.11745."""
@@ -35,19 +35,19 @@ PonderKind = Literal["p", "h"]
 Tolerance = Annotated[
     float,
     Range(
-        "[0, 1)", "it is the most probability by which the class may end behind the final winner"
+        "[0, 1)", "it is the largest probability by which the class may end behind the final winner"
     ),
 ]
 Margin = Annotated[
-    float, Range("[0, 1]", "it is the lead of a layer's first class that suffices, 1 turns it off")
+    float, Range("[0, 1]", "it is the lead above which an example leaves; 1 turns it off")
 ]
 
-WITHOUT_FLOAT64 = {"mps"}  # kinds of devices for which the CPU computes the halting rule
+WITHOUT_FLOAT64 = {"mps"}  # types of devices for which the CPU computes the halting rule
 
 
 @dataclass(frozen=True)
 class Halting:
-    """The rule by which examples halt: a provable criterion, and a margin next to it.
+    """The rule by which examples halt: a provable criterion, and a margin beside it.
 
     Args:
         rule: As for `can_halt`; ``"never"`` runs every layer, whatever the margin.
@@ -88,8 +88,8 @@ class Halting:
 
         Args:
             a, p, y: a_n and y_n ``[…, classes]``, and p_n ``[…]``.
-            remaining: Number of layers that remain, or int64 ``[…]``.
-            num_layers: N, the layers of the model.
+            remaining: Number of remaining layers, or int64 ``[…]``.
+            num_layers: N, the number of layers of the model.
             task: Task of the answers.
         """
         halts = _provable(a, p, remaining, self, num_layers, task)
@@ -137,8 +137,8 @@ def can_halt(
     num_layers: int | None = None,
     task: Task = MULTICLASS,
 ) -> Tensor:
-    r"""Return whether the answer of an example can no longer change, whatever the remaining layers
-    say.
+    r"""Return whether the class of an example can no longer change, whatever the remaining layers
+    answer.
 
     With d layers remaining, the largest entry a* of a_n cannot fall below :math:`a^* (1-p_n)^d`,
     and the runner-up a_ru cannot rise above :math:`1 - (1 - a_{ru}) (1-p_n)^d`. An example may halt
@@ -149,12 +149,12 @@ def can_halt(
         \text{paper: } & a^* (1 - p_n)^d > a_{ru} + p_n d - \text{tolerance}
 
     (*paper*: eq. 5 of arXiv 2004.12770; safe, but looser.) Both are computed in float64 with a
-    slack of 4 · num_layers · ε, ε being that of `a`'s dtype: rounding and ties never break the
-    guarantee.
+    slack of 4 · num_layers · ε, where ε is the machine epsilon of `a`'s dtype, so that rounding and
+    ties never break the guarantee.
 
     Args:
         a, p: a_n ``[batch, classes]`` and p_n ``[batch]``.
-        remaining: d, number of layers that remain: one for all, or int64 ``[batch]``.
+        remaining: d, the number of remaining layers: one for all examples, or int64 ``[batch]``.
         rule: ``"exact"``, ``"paper"``, or ``"never"`` (run every layer).
         tolerance: Largest probability, in [0, 1), by which the returned class may end behind the
             final winner.
@@ -216,8 +216,8 @@ def exit_layers(
     y: Tensor | None = None,
     margin: float = 1.0,
 ) -> Tensor:
-    """Return the first layer after which each example may halt, int64 ``[batch]``: by `can_halt`
-    or, unless never, by `is_clear`, which needs y for a margin below 1."""
+    """Return the first layer after which each example may halt, int64 ``[batch]``, by `can_halt` or
+    `is_clear`. A margin below 1 needs y; the rule ``"never"`` ignores the margin."""
     halting = Halting(rule, tolerance, margin)
     if margin < 1 and rule != "never" and y is None:
         raise ValueError(f"a margin of {margin} needs y, the classifications of the layers")
@@ -246,8 +246,8 @@ def soft_targets(
 ) -> Tensor:
     r"""Mix labels with a teacher's probabilities: :math:`q = (1 - s)\, \text{onehot} + s\, t`.
 
-    An example labelled -100, which means no label, learns only from its teacher: its share is 1.
-    Without a teacher it has no target, and its row is all zeros.
+    For an example labelled -100, which means no label, the teacher's share is 1. Without a teacher
+    it has no target, and its row is all zeros.
 
     Args:
         labels: int64 ``[batch]``, in 0 … classes - 1, or -100.
@@ -278,10 +278,10 @@ def task_loss(a: Tensor, target: Tensor, class_weights: Tensor | None = None) ->
 
     Args:
         a: Answers, ``[batch, classes]``; probabilities below 1e-30 count as 1e-30.
-        target: q, as `soft_targets` makes them, or classes, int64 ``[batch]``. Examples without a
+        target: q, as returned by `soft_targets`, or classes, int64 ``[batch]``. Examples without a
             target (a row of zeros, or -100) are left out.
         class_weights: w, ``[classes]``. The mean is over examples and not over weights, so that it
-            does not depend on how examples fall into batches.
+            does not depend on how the examples are batched.
 
     Example:
         >>> round(task_loss(torch.tensor([[0.5, 0.5]]), torch.tensor([1])).item(), 4)
@@ -306,7 +306,7 @@ def exit_loss(
         task: Task of the logits.
     """
     log_y = task.log_likelihoods(at_least_float32(logits))
-    # The loss is linear in the logarithms.
+    # The loss is linear in log y, so the mean over layers can come first.
     return _cross_entropy(log_y.mean(dim=1), target, class_weights)
 
 
@@ -320,8 +320,8 @@ def _cross_entropy(log_y: Tensor, target: Tensor, class_weights: Tensor | None) 
 
 
 def twice(batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a batch with all of its examples, then all of them again: one run of the encoder is
-    two passes with different dropout masks."""
+    """Return a batch concatenated with itself, so that one run of the encoder makes two passes with
+    different dropout masks."""
     found, rows = dict(batch), len(batch["labels"])
     for name, entry in batch.items():
         if isinstance(entry, Tensor) and entry.dim() and len(entry) == rows:
@@ -333,9 +333,9 @@ def divergence(first: Tensor, second: Tensor, task: Task = MULTICLASS) -> Tensor
     """Return half of KL(p‖q) + KL(q‖p) in nats, mean over batch and layers, from logits of two
     classifications, each ``[batch, layers, classes]``.
 
-    Source: Liang et al. 2021, *R-Drop: Regularized Dropout for Neural Networks*, formula 2. There
-    the likelihoods of both passes are summed. `DACT` takes their mean: its weight of 5 is an α of
-    10 there.
+    Source: Liang et al. 2021, *R-Drop: Regularized Dropout for Neural Networks*, formula 2. The
+    paper sums the likelihoods of both passes. `DACT` takes their mean, so its weight of 5 is an α
+    of 10 in the paper.
     """
     both = (at_least_float32(logits) for logits in (first, second))
     log_p, log_q = map(task.log_likelihoods, both)

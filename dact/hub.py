@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: find the one that an id names, and publish a folder."""
+"""Models on the Hugging Face Hub: find a model by its id, and publish a folder."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from dact.model_card import CARD_NAME, is_written_by_dact
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
 OPTIONS = {"revision", "token", "cache_dir", "local_files_only"}  # of a download
-# Only data is downloaded. Other files of a repository, such as pickles and code, are not.
+# Only data files are downloaded; pickles and code are not.
 NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model", "*.codes"]
 
 
 def local_folder(name: str | Path, *, revision: str | None = None, **options: Any) -> Path:
-    """Return the folder that `name` stands for, downloaded if it is the id of a repository.
+    """Return the folder `name`, or download the repository with this id and return its folder.
 
     An existing folder of that name takes precedence. The cache is used if the Hub cannot be
     reached. The environment variables of huggingface_hub apply, such as ``HF_HUB_OFFLINE``.
@@ -31,7 +31,7 @@ def local_folder(name: str | Path, *, revision: str | None = None, **options: An
         **options: `OPTIONS` of `huggingface_hub.snapshot_download`.
 
     Raises:
-        FileNotFoundError: If `name` is a Hub id that neither the Hub nor the cache has.
+        FileNotFoundError: If `name` is a Hub id that is neither on the Hub nor in the cache.
     """
     if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
         return Path(name).expanduser()
@@ -54,10 +54,10 @@ def publish(
 ) -> str:
     """Publish a model folder as one commit, and return its address.
 
-    The repository is created if needed. A model card that was written by hand on the Hub is kept.
+    The repository is created if needed. A hand-written model card on the Hub is kept.
 
     Args:
-        save: Function that writes the files into a folder, given as ``save(folder, repo_id=…)``.
+        save: Function that writes the files into a folder, called as ``save(folder, repo_id=…)``.
         repo_id: Hub id ``"OWNER/NAME"``, or ``"NAME"`` for the account of the token.
         token: Access token; the stored login if left out.
         private: Whether a new repository is private.
@@ -65,7 +65,7 @@ def publish(
     """
     api = HfApi(token=token, library_name="dact")
     with TemporaryDirectory() as folder:
-        # First, so that nothing is created for a model that cannot be saved.
+        # Save first, so that nothing is created for a model that cannot be saved.
         save(folder, repo_id=repo_id)
         repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
         if revision is not None:
@@ -81,7 +81,7 @@ def publish(
 
 
 def _has_own_card(api: HfApi, repo_id: str, revision: str | None) -> bool:
-    """Return whether the repository has a model card that was written by hand."""
+    """Return whether the repository has a hand-written model card."""
     try:
         card = api.hf_hub_download(repo_id, CARD_NAME, revision=revision)
     except (EntryNotFoundError, RevisionNotFoundError):

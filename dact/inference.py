@@ -1,4 +1,4 @@
-"""Early exit that really skips the work, on batches that stay full.
+"""Early exit that skips the remaining layers and keeps batches full.
 
 A window of examples goes through the encoder layer by layer, in groups of similar length. A group
 enters a layer in one step; the submodels and the halting rule run once per layer for the window.
@@ -23,16 +23,16 @@ from dact.functional import Halting, accumulate_step
 from dact.outputs import DACTOutput
 from dact.tasks import MULTICLASS, Task
 
-# In half precision on a CPU, oneDNN prepares each new shape for about a millisecond, and there are
-# fewer of multiples of this length: 1.4 to 1.8 times as fast on VADER.
+# In half precision on a CPU, oneDNN takes about a millisecond to prepare each new shape. Rounding
+# lengths up to multiples of this one gives fewer shapes: 1.4 to 1.8 times as fast on VADER.
 LENGTH_UNIT = 4
-# Tokens of one step, padding included, beyond which larger steps bring no more speed. Large ones
-# waste time on padding; small ones, on a GPU, on launching kernels.
+# Tokens per step, padding included. Larger steps are no faster and waste time on padding; smaller
+# steps waste time on launching kernels on a GPU.
 STEP_TOKENS = {"cpu": 2048, "cuda": 65_536}
 STEPS_IN_WINDOW = 16
 
 Unit = Callable[[int, Tensor], tuple[Tensor, Tensor]]
-Indices = npt.NDArray[np.int64]  # the host tracks which example is where in NumPy arrays
+Indices = npt.NDArray[np.int64]  # the host tracks the places of examples in NumPy arrays
 
 
 @dataclass
@@ -42,7 +42,7 @@ class _Group:
     hidden: Tensor  # [examples, length, hidden]
     mask: Tensor  # [examples, length]
     lengths: Indices  # tokens, left padding included; ascending
-    # The layers share it; None until the encoder is asked for it.
+    # Shared by the layers; None until it is first needed.
     context: Any = None
 
 
@@ -74,7 +74,7 @@ def early_exit(
     window_tokens: int | None = None,
     record: bool = False,
 ) -> DACTOutput:
-    """Run each example only as deep as it needs.
+    """Run only as many layers as each example needs.
 
     Args:
         encoder: Encoder in eval mode.
@@ -85,10 +85,10 @@ def early_exit(
         halting: Rule by which examples leave.
         task: Task of the answers.
         step_tokens: Number of tokens that enter a layer in one step, padding included (a longer
-            example enters alone); by default by the kind of device.
+            example enters alone); chosen by the encoder or the device if left out.
         window_tokens: Number of tokens whose hidden states are held in memory at a time; 16 steps
             by default.
-        record: Whether to return y and h as well, zeros after the exit layer.
+        record: Whether to return y and h as well, with zeros after the exit layer.
 
     Raises:
         ValueError: If the batch is empty, or an example is all padding.
@@ -123,7 +123,7 @@ def _prepares_shapes(encoder: LayeredEncoder, device: torch.device) -> bool:
 
 
 class _Results:
-    """The results of early exit, by the rows of the batch; later layers overwrite earlier ones."""
+    """The results of early exit, by row of the batch; later layers overwrite earlier ones."""
 
     def __init__(self, batch: int, num_layers: int, record: bool) -> None:
         self.layers = np.ones(batch, dtype=np.int64)
@@ -160,7 +160,7 @@ def _run_window(
 ) -> None:
     """Run the groups of a window, in the order of their lengths, until all examples have left.
 
-    `rows` has the row of each example in the batch, over all groups."""
+    `rows` holds the row of each example in the batch, over all groups."""
     num_layers = results.num_layers
     for n in range(1, num_layers + 1):
         states = [*encoder.for_each(partial(_run_layer, encoder, n), groups)]
@@ -194,7 +194,7 @@ def _run_layer(encoder: LayeredEncoder, layer: int, group: _Group) -> Tensor:
 
 
 def _send(index: Indices, device: torch.device) -> Tensor:
-    """Return a copy of an index of the host on `device`, without waiting for the transfer."""
+    """Copy an index of the host to `device` without waiting for the transfer, and return it."""
     return torch.from_numpy(index).to(device, non_blocking=True)
 
 
@@ -219,7 +219,7 @@ def _embed(
         cut = tensor[:, :longest] if tensor.shape[:2] == mask.shape else tensor
         return cut if index is None else cut.index_select(0, index)
 
-    # An entry without a row for each example stays whole, as in `forward`.
+    # Entries that do not have one row per example are passed whole, as in `forward`.
     picked = {
         name: pick(entry) if isinstance(entry, Tensor) and len(mask) in entry.shape[:1] else entry
         for name, entry in batch.items()
@@ -233,8 +233,8 @@ def _regroup(
     """Return the groups without the examples that have left; neighbours that fit into one step are
     merged.
 
-    `staying` has the positions of those that stay, ascending, over all groups; `index` is the same
-    on the device of the groups."""
+    `staying` holds the positions of the remaining examples, ascending, over all groups; `index` is
+    its copy on the device of the groups."""
     merged: list[list[_Part]] = []
     start = first = 0  # the group's first position, and where its positions begin in `staying`
     for group in groups:
@@ -254,14 +254,14 @@ def _regroup(
 
 @dataclass
 class _Part:
-    """The examples of a group that stay: their rows, int64, and their lengths, ascending."""
+    """The remaining examples of a group: their rows, int64, and their lengths, ascending."""
 
     group: _Group
     rows: Tensor
     lengths: Indices
 
     def pick(self, tensor: Tensor) -> Tensor:
-        """Return the rows that stay of ``[batch, length, …]``, cut to the longest of them."""
+        """Return the remaining rows of ``[batch, length, …]``, cut to the longest of them."""
         cut = tensor[:, : self.lengths[-1]]
         return cut if len(self.lengths) == len(tensor) else cut.index_select(0, self.rows)
 

@@ -15,13 +15,13 @@ AVERAGED = ("loss", "task_loss", "ponder_cost", "agreement")
 
 
 def count_classes(task: Task, decisions: Tensor, labels: Tensor, classes: int) -> Tensor:
-    """Return how many examples have, get, and rightly get each class, int64 ``[3, classes]``."""
+    """Return how many examples have, get, and correctly get each class, int64 ``[3, classes]``."""
     given, got = task.members(labels, classes), task.members(decisions, classes)
     return torch.stack([given.sum(dim=0), got.sum(dim=0), (given & got).sum(dim=0)])
 
 
 def macro_f1(counts: Tensor) -> Tensor:
-    """Return the mean F1 score of the classes that occur or are returned, from `count_classes`."""
+    """Return the mean F1 score of the classes that occur or are answered, from `count_classes`."""
     given, got, hits = counts[:, counts[:2].sum(dim=0) > 0]
     return (2 * hits / (given + got)).mean()
 
@@ -32,8 +32,7 @@ class LoaderMetrics:
     Attributes:
         exits: Examples that left after each layer, int64 ``[layers]``.
         correct: Examples whose decision by a_n is right, int64 ``[layers]``.
-        counts: Examples that have, that get, and that rightly get each class, int64 ``[3,
-            classes]``.
+        counts: Counts of `count_classes`, int64 ``[3, classes]``.
         right: Examples whose decision by early exit is right, int64.
     """
 
@@ -54,8 +53,8 @@ class LoaderMetrics:
         task_loss: Tensor,
         ponder_cost: Tensor,
     ) -> None:
-        """Add a batch: its labels, the answers a after each layer and those of early exit, and
-        means over the batch."""
+        """Add a batch, given by its labels, the answers a after each layer, the output of early
+        exit, and means over the batch."""
         task, layers = self.task, self.task.decide(a)
         decisions = task.decide(early.probabilities)
         agreement = task.same(decisions, layers[:, -1]).float().mean()
@@ -67,12 +66,12 @@ class LoaderMetrics:
         self.counts += count_classes(task, decisions, target, a.shape[-1])
 
     def add_up(self, strategy: Any) -> None:
-        """Replace the sums by those of all processes of a Trainer's strategy."""
+        """Replace each sum by its total over all processes of a Trainer's strategy."""
         for name in ("sums", "exits", "correct", "counts", "right"):
             setattr(self, name, strategy.reduce(getattr(self, name), reduce_op="sum"))
 
     def compute(self) -> dict[str, Tensor]:
-        """Return the metrics by name: scalars, among them ``layer_accuracy/n`` of each layer."""
+        """Return the metrics by name, all scalars, including ``layer_accuracy/n`` of each layer."""
         examples = self.exits.sum()
         layers = torch.arange(1, len(self.exits) + 1, device=self.exits.device)
         found = dict(zip(AVERAGED, self.sums / examples, strict=True))  # type: ignore[arg-type]

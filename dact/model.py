@@ -45,73 +45,73 @@ ShareOfTargets = Annotated[float, Range("[0, 1]", "it is the teacher's share of 
 
 
 class DACT(LightningModule):
-    r"""A classifier that spends only as many layers of its encoder as each example needs.
+    r"""A classifier that runs only as many layers of its encoder as each example needs.
 
     Training minimises :math:`-\log a_N[\text{target}] + \lambda \rho` plus `exit_loss_weight` times
     the mean cross-entropy of the layers' own classifications; see `dact.functional` for the symbols
-    and their source. The logged val_loss leaves the exit loss and the λ warm-up out; val_task_loss,
-    val_accuracy, val_macro_f1 and val_exit_layer are those of early exit.
+    and their source. The logged val_loss excludes the exit loss and the λ warm-up; val_task_loss,
+    val_accuracy, val_macro_f1 and val_exit_layer are measured with early exit.
 
-    At a tolerance of 0 and a margin of 1 the class of early exit is provably that of all layers, in
-    float32. Half precision rounds y and h, which may change the class of one example in a few
-    hundred.
+    At tolerance 0 and margin 1, early exit provably returns the class of all N layers, in float32.
+    Half precision rounds y and h, which may change the class of one example in a few hundred.
 
-    A subclass with arguments of its own calls ``self.save_hyperparameters(ignore=["encoder"])`` in
-    its constructor, as in any LightningModule. They are then stored with the model.
+    A subclass with additional arguments calls ``self.save_hyperparameters(ignore=["encoder"])`` in
+    its constructor, as any LightningModule does, to store them with the model.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
-        output_dimension: Number of classes, 2 or more, or of labels, 1 or more.
+        output_dimension: Number of classes (2 or more) or of labels (1 or more).
         classifier: Architecture of the classifier f.
         confidence: Architecture of the confidence g.
         task: ``"multiclass"``, one class per example, or ``"multilabel"``, any number of labels:
-            y_n is then a sigmoid, the loss the binary cross-entropy, summed over the labels, and
-            the answer the set of labels above their thresholds. *Class* then stands for label.
-        lambda_reg: λ, the price of a unit of ponder cost, 0 or more; 0.04 over the number of layers
-            if left out, or 0.02 for a confidence that reads states.
-        lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0,
-            for a confidence that reads states.
+            y_n is then a sigmoid, the loss is the binary cross-entropy, summed over the labels, and
+            the answer is the set of labels above their thresholds. *Class* then stands for label.
+        lambda_reg: λ, the price of a unit of ponder cost, 0 or more; defaults to 0.04 / N, or to
+            0.02 for a confidence that reads states.
+        lambda_warmup: Share of the optimizer steps, in [0, 1], over which λ rises linearly from 0;
+            only a confidence that reads states is affected.
         ponder: The ponder cost ρ, ``"p"`` (mean of Σ p_n) or ``"h"`` (mean of Σ h_n).
-        confidence_reads: What g reads. ``"answer"``: numbers of y_n and the depth. It is fitted
-            anew before each validation, and so is one temperature per layer, to the datamodule's
-            `confidence_dataloader`, whose texts nothing else learns, or else to answers that were
-            given while training (see `dact.confidence`). ``"state"``: z_n, as published; it learns
-            in every step with all else.
+        confidence_reads: Input of g. ``"answer"``: lead and entropy of y_n, and the depth. Before
+            each validation, g and one temperature per layer are fitted again, to the datamodule's
+            `confidence_dataloader`, whose texts train nothing else, or else to the answers recorded
+            during training (see `dact.confidence`). ``"state"``: z_n, as published; g is trained in
+            every step with the rest of the model.
         exit_loss_weight: Weight of the exit loss, 0 or more.
-        detach_exits: Whether encoder and classifier learn only from the exit loss, as in a
-            multi-exit model, while the loss of a_N and the ponder cost train only the confidence.
+        detach_exits: Whether the exit loss alone trains encoder and classifier, as in a multi-exit
+            model, while the loss of a_N and the ponder cost train only the confidence.
         distillation: Share of a teacher's probabilities in the targets of a_N and of every y_n, in
             [0, 1]; the rest is the label. Training batches then carry ``teacher`` ``[batch,
             classes]``.
         consistency: Weight, 0 or more, of the divergence between the y_n of two passes with
-            different dropout masks, a part of the exit loss (`dact.consistency`). Above 0, a step
-            takes up to twice the time and memory.
+            different dropout masks, which is added to the exit loss (`dact.functional.divergence`).
+            Above 0, a step takes up to twice the time and memory.
         share_submodels: Whether all layers share one pair of submodels.
-        num_layers: Number of layers that are used, counted from the encoder's first; all of them if
-            left out. *All N layers* means these. (DDP then needs the strategy
+        num_layers: N, the number of layers used, counted from the encoder's first; all of them if
+            left out. *All N layers* means these. (With fewer than all, DDP needs the strategy
             ``"ddp_find_unused_parameters_true"``.)
         halting: Halting rule, ``"exact"``, ``"paper"`` or ``"never"``; see
             `dact.functional.can_halt`.
         halting_tolerance: Largest probability, in [0, 1), by which the class that the halting rule
             returns may end behind the final winner.
-        halting_margin: Lead, in [0, 1], of the first class of y_n over its second above which an
-            example leaves as well: smaller means fewer layers, 1 leaves all to the halting rule.
-            Of several labels, the one nearest to its threshold counts, by its distance from there
-            as a share of the largest possible one.
-        thresholds: One per label, in (0, 1), above which a label is returned; 0.5 if left out.
-        class_weights: One weight per class for the training and validation losses; for labels,
-            that of an example that has the label.
-        learning_rate: Peak learning rate of AdamW; by default that of the encoder.
+        halting_margin: Lead of the first class of y_n over its second, in [0, 1], above which an
+            example also leaves: smaller means fewer layers, at 1 only the halting rule decides.
+            With several labels, the lead is the smallest distance of a label from its threshold, as
+            a share of the largest possible distance.
+        thresholds: One threshold per label, in (0, 1), above which the label is returned; 0.5 if
+            left out.
+        class_weights: One weight per class for the training and validation losses; with several
+            labels, the weight of a label where it is present.
+        learning_rate: Peak learning rate of AdamW; the encoder's default if left out.
         submodel_learning_rate: Peak learning rate of the submodels; `learning_rate` by default.
         weight_decay: Weight decay of AdamW, on matrices only (not on biases and norms).
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
         class_names: Names of the classes; taken from the datamodule if left out.
-        step_tokens: Tokens per layer in a step of early exit, with padding; by default by the
-            device.
-        window_tokens: Tokens whose states early exit holds at a time; 16 steps by default.
+        step_tokens: Number of tokens that enter a layer in one step of early exit, with padding;
+            chosen by the encoder or the device if left out.
+        window_tokens: Number of tokens whose states are in memory at a time; 16 steps by default.
 
     Raises:
-        TypeError, ValueError: If a value is of another type or outside its range.
+        TypeError, ValueError: If a value has the wrong type or is outside its range.
 
     Example:
         >>> from dact import DACT
@@ -126,7 +126,7 @@ class DACT(LightningModule):
     encoder: LayeredEncoder
     class_weights: Tensor | None
     exit_temperatures: Tensor
-    # LightningCLI would take what `config` returns for its own under "hyper_parameters".
+    # Under "hyper_parameters", LightningCLI would mistake the configuration for its own.
     CHECKPOINT_HYPER_PARAMS_KEY = saving.CHECKPOINT_KEY
 
     def __init__(
@@ -191,7 +191,7 @@ class DACT(LightningModule):
         weights = None if class_weights is None else torch.tensor(class_weights)
         self.register_buffer("class_weights", weights, persistent=False)
         self.calibration = None
-        # One per exit layer; they scale the scores that are shown.
+        # One per exit layer, for the scores that users see.
         self.temperatures: list[float] | None = None
         # Examples per exit layer, int64 [layers], of the first loader of the last evaluation.
         self.exit_histogram: Tensor | None = None
@@ -206,11 +206,11 @@ class DACT(LightningModule):
         else:
             self.confidence = Submodels(confidence, *sizes, 1, share_submodels)
             start_undecided(self.confidence)
-        # One per layer, [layers]; y_n is the softmax of the classifier's output over it.
+        # One per layer, [layers]; the classifier's output is divided by it.
         ones = torch.ones(self.num_layers)
         self.register_buffer("exit_temperatures", ones, persistent=self._is_refitted)
-        # The classifier's output and the labels of this epoch's steps, which are kept where no
-        # texts are set apart for the confidence, and the step after which it last learned.
+        # The classifier's output and the labels of this epoch's steps, recorded only if no texts
+        # are set apart for the confidence; and the step after which it was last fitted.
         self._said: list[tuple[Tensor, Tensor]] = []
         self._records, self._taught_at = False, -1
 
@@ -256,7 +256,7 @@ class DACT(LightningModule):
 
     @property
     def calibration(self) -> dict[str, Any] | None:
-        """The record of `dact.calibrate`; None unless it was made for the present halting rule."""
+        """The record of `dact.calibrate`; None unless it was made for the current halting rule."""
         record = self._calibration
         if record is None or any(record.get(n) != getattr(self, n) for n in saving.HALTING):
             return None
@@ -269,19 +269,19 @@ class DACT(LightningModule):
     # ------------------------------------------------------------------ the DACT unit
 
     def forward(self, batch: Batch) -> DACTOutput:
-        """Run all layers on a dict of Hugging Face's inputs, as training does."""
+        """Run all layers on a dict of Hugging Face inputs, as in training."""
         _, y, h = self._submodels(batch)
         return self._output(y, h)
 
     def early_exit(self, batch: Batch) -> DACTOutput:
-        """Run each example only as deep as it needs, always in eval mode.
+        """Run only as many layers as each example needs, always in eval mode.
 
-        Large batches are the fastest. Neither the batch nor the order of its rows changes an
-        answer, except for rounding in half precision."""
+        Large batches are fastest. An answer does not depend on the other examples of the batch or
+        on their order, except for rounding in half precision."""
         return self._inference(batch, self.exit_rule)
 
     def full_depth(self, batch: Batch) -> DACTOutput:
-        """Return what `forward` returns, by the code of `early_exit`, in eval mode."""
+        """Return what `forward` returns, computed by the code of `early_exit`, in eval mode."""
         never = dataclasses.replace(self.exit_rule, rule="never")
         output = self._inference(batch, never, record=True)
         assert output.layer_probabilities is not None and output.h is not None
@@ -331,8 +331,8 @@ class DACT(LightningModule):
         return logits, y, functional.at_least_float32(self.confidence(seen)).sigmoid().squeeze(-1)
 
     def at_full_depth(self) -> DACT:
-        """Return this model, changed to plain fine-tuning: every confidence stays at 1, and only
-        the last layer answers and learns."""
+        """Switch this model to plain fine-tuning, and return it: every confidence is fixed at 1, so
+        only the last layer's answer counts, in the loss as well."""
         start_at(self.confidence, 40.0)  # sigmoid(40) is 1 in float32
         self.confidence.requires_grad_(False)
         self.lambda_reg = self.exit_loss_weight = self.distillation = self.consistency = 0.0
@@ -348,13 +348,13 @@ class DACT(LightningModule):
         return self.distillation > 0
 
     def loss(self, batch: Batch, lambda_reg: float | None = None) -> Loss:
-        """Compute the training loss, without a Trainer, so that any module can add it to its own.
+        """Return the training loss. It needs no Trainer, so any module can add it to its own loss.
 
         Args:
             batch: As for `forward`, with ``labels`` int64 ``[batch]`` and, for distillation,
-                ``teacher`` ``[batch, classes]``. An example labelled -100 learns only from its
-                teacher, with the weight of any other; without a teacher it only adds to ponder cost
-                and consistency.
+                ``teacher`` ``[batch, classes]``. For an example labelled -100, the teacher is the
+                only target, and its weight is that of any other example; without a teacher, the
+                example only adds to ponder cost and consistency.
             lambda_reg: λ of this step; `warm_lambda` if left out.
 
         Raises:
@@ -370,14 +370,14 @@ class DACT(LightningModule):
             )
         task, sizes = self.task, (self.output_dimension, teacher, self.distillation)
         target = task.targets(labels, *sizes)
-        # Batch normalization would take two passes of one example for two examples.
+        # Not for one example: batch normalization would treat its two passes as two examples.
         twice = self.training and self.consistency > 0 and "states" not in batch and len(labels) > 1
         if twice:
             batch, target = functional.twice(batch), target.repeat(2, 1)
         logits, _, h = self._submodels(batch)
         if self._records:
             self._said.append((logits.detach()[: len(labels)], labels))
-        # Without the temperatures, which belong to answers and not to what is learned.
+        # The temperatures scale answers only; they are not part of the loss.
         y = task.likelihoods(logits)
         a, p = functional.accumulate(y.detach() if self.detach_exits else y, h)
         weights = task.weights(self.class_weights)
@@ -395,17 +395,17 @@ class DACT(LightningModule):
     def teach_confidence(self, batches: Iterable[Batch]) -> None:
         """Fit the confidence, and one temperature per layer, to labelled answers.
 
-        A fit does so by itself. After a training loop of your own, call it with examples that the
+        A fit does this automatically. After a custom training loop, call it with examples that the
         loop did not train on.
 
         Args:
-            batches: Batches with ``labels``; some 2,000 examples are used.
+            batches: Batches with ``labels``; at most 2,048 examples are used.
 
         Raises:
             ValueError: If the confidence reads states, or no example has a label.
         """
         if self.confidence_reads == "state":
-            raise ValueError("a confidence that reads states learns with all else, in each step")
+            raise ValueError("teach_confidence needs confidence_reads='answer', got 'state'")
         said: list[tuple[Tensor, Tensor]] = []
         with inference.evaluating(self), torch.no_grad():
             for batch in batches:
@@ -423,7 +423,7 @@ class DACT(LightningModule):
         if not known.any():
             raise ValueError("the confidence needs labelled examples, and none has a label")
         if not logits.isfinite().all():
-            return  # the loss is no number either, which ends the fit
+            return  # the loss is not finite either, which ends the fit
         logits, target, weights = logits[known], target[known], task.weights(self.class_weights)
         for layer, of_layer in enumerate(logits.double().unbind(dim=1)):
 
@@ -460,7 +460,7 @@ class DACT(LightningModule):
         return self._measure("val", batch, self(batch), None, dataloader_idx)
 
     def test_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> dict[str, Tensor]:
-        # The code that predicts computes both all layers and early exit.
+        # Both all layers and early exit run through the code that predicts.
         full, early = self.full_depth(batch), self.early_exit(batch)
         return self._measure("test", batch, full, early, dataloader_idx)
 
@@ -472,7 +472,7 @@ class DACT(LightningModule):
     ) -> dict[str, Tensor]:
         """Add a batch to the metrics of a loader (from 0), and return what callbacks need.
 
-        Without answers of early exit, they are computed from those of all layers."""
+        If `early` is None, the answers of early exit are computed from `full`."""
         target, task = labels_of(batch, stage), self.task
         soft = task.targets(target, self.output_dimension)
         weights = task.weights(self.class_weights)
@@ -524,7 +524,7 @@ class DACT(LightningModule):
     def hparams_initial(self) -> AttributeDict:
         """The settings for loggers: the configuration, and the hyper-parameters of a subclass.
 
-        A name that the datamodule has as well is left out, since loggers want one value."""
+        Names that the datamodule also has are left out, since a logger takes one value for each."""
         settings = self.config() | saving.plain_data(self.hparams)
         encoder = settings["encoder"] or {}
         settings["encoder"] = {n: v for n, v in encoder.items() if not isinstance(v, dict)}
@@ -539,7 +539,7 @@ class DACT(LightningModule):
             self.train()  # a loaded model, which Lightning would train without dropout
 
     def on_fit_start(self) -> None:
-        # They belong to the weights before the fit.
+        # Both belong to the weights before the fit.
         self.calibration = self.temperatures = None
         self._taught_at = -1
         if self.rate_is_by_encoder:
@@ -550,8 +550,8 @@ class DACT(LightningModule):
         if self._is_refitted and self._confidence_batches() is None:
             rank_zero_info(
                 "no texts are set apart for the confidence (a datamodule's "
-                "confidence_dataloader): it learns from answers to training texts, and trusts the "
-                "first layers too much if these are known by heart"
+                "confidence_dataloader): it is fitted to answers to training texts, and trusts the "
+                "first layers too much if the model has memorized these texts"
             )
 
     def on_train_epoch_start(self) -> None:
@@ -566,18 +566,18 @@ class DACT(LightningModule):
         return getattr(data, "confidence_dataloader", lambda: None)()
 
     def learn_confidence(self) -> None:
-        """Fit a confidence that reads answers, if it has not learned since the last step."""
+        """Fit a confidence that reads answers, unless it was already fitted after this step."""
         step = self.trainer.global_step
         if not self._is_refitted or step == self._taught_at:
             return
         batches = self._confidence_batches()
-        # A loader draws a seed, which must not move the generator of encoder and classifiers.
+        # A loader draws a seed, which must not advance the generator of encoder and classifiers.
         with self.trainer.precision_plugin.forward_context(), torch.random.fork_rng(devices=[]):
             if batches is not None:
                 self.teach_confidence(batches)
             elif self._said:
                 self._teach(self._said)
-        # Each process has recorded its own answers.
+        # Each process has recorded its own answers; all of them use the first one's fit.
         for learned in (*self.confidence.state_dict().values(), self.exit_temperatures):
             learned.copy_(self.trainer.strategy.broadcast(learned))
         self._taught_at = step
@@ -585,7 +585,7 @@ class DACT(LightningModule):
     def configure_optimizers(self) -> Any:
         stacked = [*self.classifier.parameters(), *self.confidence.parameters()]
         encoder = set(self.encoder.parameters())
-        # Those of the submodels, and those that a subclass adds.
+        # Parameters of the submodels, and any that a subclass adds.
         others = [parameter for parameter in self.parameters() if parameter not in encoder]
         rate = self.submodel_learning_rate or self.learning_rate
         return schedule(
@@ -599,8 +599,8 @@ class DACT(LightningModule):
     # ------------------------------------------------------------------ on disk
 
     def config(self) -> dict[str, Any]:
-        """Return plain data (strings, numbers, lists, dicts) from which this model can be built
-        again."""
+        """Return the configuration as plain data (strings, numbers, lists, dicts), from which
+        `from_config` rebuilds the model."""
         names = (*inspect.signature(DACT).parameters, *saving.LEARNED)
         config = {name: saving.plain_data(getattr(self, name)) for name in names}
         if type(self) is not DACT and self.hparams:
@@ -611,11 +611,11 @@ class DACT(LightningModule):
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], **overrides: Any) -> Self:
-        """Build a model with fresh weights as `config` describes it; keyword arguments replace its
-        entries. A subclass gets the hyper-parameters back that it has saved.
+        """Build a model with fresh weights from `config`; keyword arguments replace its entries. A
+        subclass is built with the hyper-parameters that it saved.
 
         Raises:
-            TypeError: If the constructor lacks an argument, or gets one that it does not have.
+            TypeError: If an argument of the constructor is missing or unknown.
             ValueError: If the encoder cannot be rebuilt, or an argument is outside its range.
         """
         stored = dict(config)
@@ -631,10 +631,10 @@ class DACT(LightningModule):
         if "encoder" in arguments and not isinstance(arguments["encoder"], LayeredEncoder):
             arguments["encoder"] = encoders.from_config(arguments["encoder"])
         model = cls(**arguments)
-        # They may have changed after the constructor of a subclass set them.
+        # They may have been changed after a subclass's constructor set them.
         for name in {*saving.HALTING, "class_names"} & (stored.keys() - overrides.keys()):
             setattr(model, name, stored[name])
-        if stored.get("num_layers") in (None, model.num_layers):  # else all layers are others
+        if stored.get("num_layers") in (None, model.num_layers):  # else "all layers" has changed
             for name, value in learned.items():
                 setattr(model, name, value)
         return model
@@ -655,12 +655,12 @@ class DACT(LightningModule):
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> Self:
-        """Return the model of a checkpoint, under torch's weights-only loading.
+        """Return the model in a checkpoint, read by torch's weights-only loading.
 
         Args:
             checkpoint_path: File, or its address, such as ``s3://…``.
             map_location: As for `torch.load`.
-            weights_only: Not used.
+            weights_only: Ignored.
             encoder, **overrides: As for `from_pretrained`.
         """
         config, weights = saving.read_checkpoint(checkpoint_path, map_location)
@@ -673,9 +673,9 @@ class DACT(LightningModule):
         self, directory: str | Path, *, metrics: Metrics = None, repo_id: str | None = None
     ) -> None:
         """Write config.json, model.safetensors and a model card into `directory`, which is created
-        if needed. A README.md there that was written by hand is kept.
+        if needed. A hand-written README.md there is kept.
 
-        `metrics` and `repo_id` are content of the card; see `dact.model_card.write_card`."""
+        `metrics` and `repo_id` go into the card; see `dact.model_card.write_card`."""
         saving.write_folder(self, Path(directory))
         model_card.write_card(Path(directory), self, metrics, repo_id)
 
@@ -698,20 +698,19 @@ class DACT(LightningModule):
         encoder: LayeredEncoder | None = None,
         **overrides: Any,
     ) -> Self:
-        """Return the model, in eval mode, that `save_pretrained` wrote or `push_to_hub` published.
+        """Return a model that `save_pretrained` wrote or `push_to_hub` published, in eval mode.
 
         Weights that another tool re-saved in half precision are cast to float32.
 
         Args:
             directory: Folder, or Hub id ``"OWNER/NAME"``.
-            encoder: Encoder, built as it was for training; needed only for one of your own.
+            encoder: Encoder, built as it was for training; needed only for a custom encoder.
             **overrides: Constructor arguments that replace stored ones; ``revision``, ``token``,
-                ``cache_dir`` and ``local_files_only`` are for `dact.hub.local_folder`.
+                ``cache_dir`` and ``local_files_only`` are passed to `dact.hub.local_folder`.
 
         Raises:
             FileNotFoundError: If there is no such folder or repository, or a file is missing.
-            ValueError: If a file cannot be read.
-            RuntimeError: If weights do not fit.
+            ValueError: If a file cannot be read, or the weights do not fit the configuration.
         """
         options = {name: overrides.pop(name) for name in hub.OPTIONS & overrides.keys()}
         config, weights = saving.read_folder(hub.local_folder(directory, **options))
@@ -722,7 +721,7 @@ class DACT(LightningModule):
 
 
 def labels_of(batch: Batch, stage: str) -> Tensor:
-    """Return the labels of a batch for a stage, such as ``"training"``, which alone takes -100."""
+    """Return the labels of a batch; of all stages, only ``"training"`` accepts -100."""
     check_batch(batch)
     if not isinstance(batch.get("labels"), Tensor):
         raise KeyError(

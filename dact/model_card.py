@@ -20,7 +20,7 @@ Metrics = Mapping[str, Any] | None  # content of metrics.json
 
 
 def metrics_of(folder: Path) -> Metrics:
-    """Return the measurements of the run that a ``model/`` folder is part of, else None."""
+    """Return the measurements of the run that a ``model/`` folder belongs to, or None."""
     path = folder.absolute().parent / "metrics.json"
     return read_json(path) if folder.name == "model" and path.is_file() else None
 
@@ -28,13 +28,13 @@ def metrics_of(folder: Path) -> Metrics:
 def write_card(
     folder: Path, model: Any, metrics: Metrics = None, repo_id: str | None = None
 ) -> None:
-    """Write README.md into the folder of a `DACT`, unless one is there that was written by hand.
+    """Write README.md into the folder of a `DACT`, unless the folder has a hand-written one.
 
     Args:
         folder: Folder of the model.
         model: The model.
-        metrics: Content of metrics.json; by default that of the run whose ``model/`` this is.
-        repo_id: Hub id under which it is published.
+        metrics: Content of metrics.json; by default read from the run that `folder` belongs to.
+        repo_id: Hub id under which the model is published.
     """
     path = folder / CARD_NAME
     if not path.exists() or is_written_by_dact(path):
@@ -42,12 +42,12 @@ def write_card(
 
 
 def is_written_by_dact(path: Path) -> bool:
-    """Return whether a model card may be replaced: dact wrote it, and no user has claimed it."""
+    """Return whether a model card may be replaced: it still has the line that dact wrote."""
     return MARK in path.read_text(encoding="utf-8", errors="replace")
 
 
 def card(model: Any, metrics: Metrics = None, repo_id: str | None = None) -> str:
-    """Return the text of a model card, in Markdown with the metadata of the Hub in front."""
+    """Return the text of a model card: Markdown after the Hub's metadata."""
     tags = ["dact", "early-exit", "adaptive-computation-time"]
     metadata = ModelCardData(
         library_name="dact", pipeline_tag="text-classification", tags=tags
@@ -80,7 +80,7 @@ print(classifier(["a text", "another text"]))
 ## When a text leaves
 
 Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin \
-{model.halting_margin:.8g}. {model.task.leaves} By the rule `never` it runs all layers.
+{model.halting_margin:.8g}. {model.task.leaves} The rule `never` runs all layers.
 
 {"" if model.calibration is None else describe(model.calibration, layers)}
 
@@ -91,8 +91,8 @@ Halting rule `{model.halting}`, tolerance {model.halting_tolerance:g}, margin \
 
 
 def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> str:
-    """Return the content of a promise, given by its fields, as text: `against` is the name of the
-    reference, and `layers` the number of layers of the model."""
+    """Return the content of a promise, given by its fields, as text. `against` names the reference,
+    and `layers` is the number of layers of the model."""
     if promise.get("max_accuracy_loss") is not None:
         points = 100 * promise["max_accuracy_loss"]
         return f"at most {points:g} point{'s' * (points != 1)} of accuracy below {against}"
@@ -102,8 +102,8 @@ def what_is_promised(promise: Mapping[str, Any], against: str, layers: int) -> s
 
 
 def describe(found: Mapping[str, Any], layers: int) -> str:
-    """Return a `dact.calibration.Calibration` of a model of so many layers, given by its fields,
-    as a few lines of text."""
+    """Return a `dact.calibration.Calibration`, given by its fields, as a few lines of text, for a
+    model with this number of layers."""
     promise, against = found["promise"], f"all {layers} layers"
     compared = f"{against} {100 * found['full_depth_accuracy']:.2f} %"
     if found.get("baseline_accuracy") is not None:
@@ -115,7 +115,7 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
     says = f"keeps {name}={promise[name]:g} with confidence {promise['confidence']}: {kept}"
     if found.get("estimate"):
         says = f"is an estimate for {name}={promise[name]:g}, without a guarantee: {kept}"
-    # 0.99999994 is a margin that has an effect
+    # Eight digits, since a margin of 0.99999994 has an effect.
     lines = [
         f"{promise['dial']} {found[promise['dial']]:.8g} {says}",
         f"on the {found['examples']} examples that set it: accuracy "

@@ -23,12 +23,12 @@ def schedule(
     """Return AdamW and its schedule, as `LightningModule.configure_optimizers` may return them.
 
     Args:
-        rates: Parameters, each with their peak learning rate.
+        rates: Groups of parameters, each with its peak learning rate.
         weight_decay: Weight decay of the matrices.
         warmup_fraction: Share of the steps over which the learning rate rises; it then falls to 0.
-        total: Number of optimizer steps; ``inf`` or -1 for a fit whose end is not known, in which
+        total: Number of optimizer steps; ``inf`` or -1 if the end of the fit is unknown, so that
             rates are constant.
-        stacked: Parameters that hold those of several layers, along their first dimension.
+        stacked: Parameters that stack several layers along their first dimension.
     """
     layered = set(stacked)
     groups: list[dict[str, Any]] = []
@@ -39,12 +39,12 @@ def schedule(
         for chosen, decay in ((matrices, weight_decay), (others, 0.0)):
             if chosen:
                 groups.append({"params": chosen, "lr": rate, "weight_decay": decay})
-    # One kernel for all tensors. On a CPU it is not the default, and several times as fast.
+    # One kernel for all tensors: on a CPU several times as fast, but not the default.
     optimizer = torch.optim.AdamW(groups, fused=True)
-    # Lightning clips no gradients that an optimizer unscales by itself; without this flag,
+    # Lightning does not clip gradients if the optimizer unscales them itself; with this flag off,
     # Lightning unscales them.
     optimizer._step_supports_amp_scaling = False
-    if not 0 < total < float("inf"):  # Lightning says -1 for a stream of examples
+    if not 0 < total < float("inf"):  # Lightning returns -1 for a stream of examples
         return optimizer
     scheduler = WarmupThenDecay(optimizer, warmup_fraction * total, total)
     return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -53,8 +53,8 @@ def schedule(
 class WarmupThenDecay(LambdaLR):
     """A learning rate that rises linearly over `warmup` steps and then falls linearly to 0.
 
-    A parameter group that is added during the fit, as by Lightning's `BaseFinetuning`, follows it
-    as well."""
+    A parameter group that is added during the fit, for example by Lightning's `BaseFinetuning`,
+    follows the same schedule."""
 
     def __init__(self, optimizer: Optimizer, warmup: float, total: float) -> None:
         super().__init__(optimizer, partial(_factor, warmup=warmup, total=total))

@@ -13,14 +13,14 @@ class DACTOutput:
     """The answers of DACT to a batch.
 
     Args:
-        probabilities: ``[batch, classes]``: a_N from `DACT.forward`, a_n at the exit layer from
-            `DACT.early_exit`. The halting rule guarantees the class of a_N, not its probabilities;
-            the margin guarantees neither.
-        exit_layer: int64 ``[batch]``, 1-based: the last layer that was run (from `DACT.forward`:
-            the last one that the halting rule would have run).
-        layer_probabilities: y, ``[batch, layers, classes]``; from `DACT.forward` only.
-        h: The confidence of each layer, ``[batch, layers]``; from `DACT.forward` only.
-        p: The remaining share after each layer, ``[batch, layers]``; from `DACT.forward` only.
+        probabilities: ``[batch, classes]``: a_N from `DACT.forward` and `DACT.full_depth`, a_n at
+            the exit layer from `DACT.early_exit`. The halting rule guarantees the class of a_N, not
+            its probabilities; the margin guarantees neither.
+        exit_layer: int64 ``[batch]``, 1-based: the last layer that `DACT.early_exit` ran, or would
+            have run.
+        layer_probabilities: y, ``[batch, layers, classes]``; None from `DACT.early_exit`.
+        h: The confidence of each layer, ``[batch, layers]``; None from `DACT.early_exit`.
+        p: The remaining share after each layer, ``[batch, layers]``; None from `DACT.early_exit`.
     """
 
     probabilities: Tensor
@@ -43,8 +43,8 @@ class Loss:
         loss: ``task_loss + λ · ponder_cost + exit_loss_weight · exit_loss``; call ``backward()`` on
             it.
         task_loss: Negative log-likelihood of a_N, with the teacher's share in its targets.
-        exit_loss: Mean cross-entropy of the layers' own classifications, with the same targets, and
-            what `consistency` adds to it.
+        exit_loss: Mean cross-entropy of the layers' own classifications, with the same targets,
+            plus the term of `consistency`.
         ponder_cost: ρ.
     """
 

@@ -1,5 +1,5 @@
-"""The files of a model: config.json, model.safetensors, and its entry in a checkpoint. They hold
-data, never code."""
+"""The files of a model: config.json, model.safetensors, and its entry in a checkpoint; all of them
+hold data, never code."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from dact.tasks import Task
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/2"
-FORMATS = ("dact/1", FORMAT)  # that can be read
+FORMATS = ("dact/1", FORMAT)  # formats that can be read
 # Attributes that decide when an example halts.
 HALTING = ("halting", "halting_tolerance", "halting_margin", "thresholds")
-# Where a checkpoint holds a configuration: LightningCLI takes "hyper_parameters" for its own.
+# Key of the configuration in a checkpoint: "hyper_parameters" belongs to LightningCLI.
 CHECKPOINT_KEY = "dact"
-EARLIER_KEY = "hyper_parameters"  # where version 0.1.0 had it
-LEARNED = ("temperatures", "calibration")  # attributes that no constructor takes
-# Names of weights in earlier files: a submodel, a layer, and a part of the submodel of that layer.
+EARLIER_KEY = "hyper_parameters"  # the key of version 0.1.0
+LEARNED = ("temperatures", "calibration")  # attributes that are no arguments of the constructor
+# Names of weights in earlier files: a submodel, a layer, and a part of that layer's submodel.
 ALONE = re.compile(r"(classifier|confidence)\.(\d+)\.(\d+)\.(\w+)")
 
 
 def plain_data(value: Any) -> Any:
-    """Return a value as types that a checkpoint may hold under weights-only loading."""
+    """Return a value as types that weights-only loading allows in a checkpoint."""
     if isinstance(value, LayeredEncoder):
         return plain_data(value.config())
     value = value.config if isinstance(value, Submodels) else value
@@ -55,8 +55,8 @@ def plain_data(value: Any) -> Any:
 
 
 def stacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return weights with those of the submodels of all layers in one tensor; version 0.1.0 had one
-    tensor per layer."""
+    """Return weights with one tensor per submodel part for all layers; version 0.1.0 had one per
+    layer."""
     found: dict[str, Tensor] = {}
     alone: dict[str, dict[int, Tensor]] = {}
     for name, weight in weights.items():
@@ -74,14 +74,14 @@ def stacked(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load(
     cls: Any, config: Mapping[str, Any], weights: Mapping[str, Tensor], overrides: Mapping[str, Any]
 ) -> Any:
-    """Build a model of class `cls`, and load its weights, which are cast to its precision."""
+    """Build a model of class `cls`, load its weights, cast to its precision, and return it."""
     # Earlier models have a confidence that reads states.
     config, weights = {"confidence_reads": "state", **config}, stacked(weights)
     parts = [config.get(name) for name in ("encoder", "classifier", "confidence")]
     asked = [part.get("num_layers", 0) for part in parts if isinstance(part, Mapping)]
-    if max(asked, default=0) > len(weights):  # before they are built, which takes minutes
+    if max(asked, default=0) > len(weights):  # checked before building layers, which takes minutes
         raise ValueError(f"the configuration has more layers than fit its {len(weights)} weights")
-    # Random weights are made first, which must not move the caller's generator.
+    # The random initial weights must not advance the caller's generator.
     with torch.random.fork_rng(devices=[]):
         model = cls.from_config(config, **overrides)
     check_weights(model, weights)
@@ -90,7 +90,7 @@ def load(
 
 
 def check_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
-    """Raise a one-line ``ValueError`` if names or shapes of weights are not those of the model."""
+    """Raise a one-line ``ValueError`` if weights differ from the model's in name or shape."""
     own, given = ({n: [*w.shape] for n, w in of.items()} for of in (model.state_dict(), weights))
     names = sorted(own.keys() | given.keys())
     faults = [
@@ -109,14 +109,14 @@ def check_weights(model: Any, weights: Mapping[str, Tensor]) -> None:
 
 
 def stored_config(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the configuration in a checkpoint, as a reference; empty if there is none."""
+    """Return the configuration in a checkpoint, not a copy of it; empty if there is none."""
     return checkpoint.get(CHECKPOINT_KEY) or checkpoint.get(EARLIER_KEY) or {}
 
 
 def read_checkpoint(
     path: str | Path, map_location: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the configuration and the weights in a checkpoint of DACT, a file or an address."""
+    """Return the configuration and weights in a checkpoint of DACT, given as file or address."""
     checkpoint = DurableCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
     config = stored_config(checkpoint)
     if "output_dimension" not in config or "state_dict" not in checkpoint:
@@ -135,8 +135,8 @@ def store_in_checkpoint(path: Path, model: Any) -> None:
 
 
 def adopt(model: Any, checkpoint: dict[str, Any]) -> None:
-    """Give a model the class names, temperatures and calibration of a checkpoint that it loads, and
-    the weights in it their present names; other classes are a ``ValueError``."""
+    """Set a model's class names, temperatures and calibration from a checkpoint that it loads, and
+    rename the weights of earlier versions in it; other classes are a ``ValueError``."""
     checkpoint["state_dict"] = stacked(checkpoint["state_dict"])
     check_weights(model, checkpoint["state_dict"])
     config = stored_config(checkpoint)
@@ -156,9 +156,9 @@ def adopt(model: Any, checkpoint: dict[str, Any]) -> None:
 def write_folder(model: Any, directory: Path) -> None:
     """Write config.json and model.safetensors into `directory`, which is created if needed."""
     config = {"format": FORMAT, **model.config()}
-    json.dumps(config)  # before anything in the folder is replaced
+    json.dumps(config)  # fails before anything in the folder is replaced
     model.encoder.save_files(directory)
-    # So that a kill leaves no new weights under an old promise.
+    # A killed process must not leave new weights with an old promise.
     (directory / CONFIG_NAME).unlink(missing_ok=True)
     write_tensors(directory / WEIGHTS_NAME, model.state_dict())
     write_json(directory / CONFIG_NAME, config)
@@ -166,7 +166,7 @@ def write_folder(model: Any, directory: Path) -> None:
 
 def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and the weights in a folder that `write_folder` wrote. An encoder
-    that consists of files takes the place of its description."""
+    with its own files is loaded, and replaces its entry in the configuration."""
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(
@@ -176,7 +176,7 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     weights, _ = read_tensors(directory / WEIGHTS_NAME)
     if not isinstance(config, dict) or "output_dimension" not in config:
         raise ValueError(f"{directory / CONFIG_NAME} does not describe a model of dact")
-    config.pop("written_by", None)  # of earlier versions
+    config.pop("written_by", None)  # written by earlier versions
     kind = config.pop("format", FORMAT)
     if kind not in FORMATS:
         path = directory / CONFIG_NAME

@@ -1,7 +1,7 @@
 """A server for a fitted model: LitServe around `TextClassifier`, with requests batched together."""
 
-# Annotations are evaluated here, since LitServe reads the types of requests and responses from
-# them.
+# Without `from __future__ import annotations`, since LitServe reads the types of requests and
+# responses from the annotations.
 
 import logging
 import os
@@ -25,11 +25,11 @@ except ImportError as error:
         "dact serve needs LitServe, which is not installed: pip install 'dact[serve]'"
     ) from error
 
-MOST_CHARACTERS = 100_000  # of a text, and of each text of a pair
-MOST_BYTES = 1_000_000  # of a body
-MOST_TEXTS = 10_000  # of a request, since other clients wait for it
+MOST_CHARACTERS = 100_000  # per text, and per text of a pair
+MOST_BYTES = 1_000_000  # per request body
+MOST_TEXTS = 10_000  # per request, since other clients wait for it
 SHOWN_FAULTS = 3
-Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # those that LitServe takes
+Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # all that LitServe accepts
 
 OneText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
 Text = OneText | tuple[OneText, OneText]
@@ -62,7 +62,7 @@ class Answer(BaseModel):
     score: float | None
     exit_layer: int | None
     reason: str | None
-    # only of a model of several labels
+    # only for models of several labels
     labels: dict[str, float] | None = None
 
 
@@ -80,7 +80,7 @@ class _API(litserve.LitAPI):
         self.model = model
 
     def setup(self, device: str) -> None:
-        # Ctrl-C reaches every process of the terminal; the server ends this one.
+        # Ctrl-C reaches all processes of the terminal; the server ends this one.
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         self.classifier = TextClassifier.from_pretrained(self.model, device=device)
         self.classifier("warm up")
@@ -110,17 +110,17 @@ def serve(
     """Serve a model over HTTP until SIGTERM or Ctrl-C. Requests that were accepted before are still
     answered.
 
-    ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` and answers ``{"predictions":
-    [{"label", "score", "exit_layer", "reason"}, …]}``; ``GET /health`` says whether the model is
-    loaded; ``GET /info`` has the classes, layers, dial and promise. If the environment sets
-    LIT_SERVER_API_KEY, requests must carry it in the header ``X-API-Key``.
+    ``POST /predict`` takes ``{"text": …}`` or ``{"texts": […]}`` and returns ``{"predictions":
+    [{"label", "score", "exit_layer", "reason"}, …]}``; ``GET /health`` tells whether the model is
+    loaded; ``GET /info`` returns the classes, layers, dial and promise. If the environment variable
+    LIT_SERVER_API_KEY is set, requests must carry its value in the header ``X-API-Key``.
 
-    Call it in the main thread of a program of its own: it starts processes and handles SIGTERM.
+    Call it in the main thread of a separate program: it starts processes and handles SIGTERM.
 
     Args:
-        model: Folder of the model, as ``dact fit``, ``dact tune`` and ``dact export`` write it; on
-            the command line also the folder of a run, or OWNER/NAME[@REVISION] on the Hub.
-        host: Address to listen on; only this machine reaches 127.0.0.1.
+        model: Folder of the model, as written by ``dact fit``, ``dact tune`` and ``dact export``;
+            on the command line also the folder of a run, or OWNER/NAME[@REVISION] on the Hub.
+        host: Address to listen on; 127.0.0.1 can be reached from this machine only.
         port: Port to listen on, 1024 to 65535.
         max_batch: Largest number of requests that are classified together, 2 or more.
         max_wait: Seconds that a request may wait for others to join it, 0 or more.
@@ -133,7 +133,7 @@ def serve(
     """
     check_arguments(serve, locals(), "serve: ")
     path = str(Path(model).resolve()) if Path(model).is_dir() else str(model)
-    # Loaded here as well, so that a faulty model fails before any process starts.
+    # Loaded here as well, so that a corrupted model fails before any process starts.
     info = _info(TextClassifier.from_pretrained(path))
     cuda = torch.cuda.is_available() and info["runs on"] == "PyTorch"
     server = litserve.LitServer(
@@ -148,11 +148,11 @@ def serve(
 
     def stop(number: int, frame: object) -> None:
         signal.signal(number, signal.SIG_IGN)
-        # LitServe's monitor may read what its shutdown has just closed, and logs that in 20 lines.
+        # At shutdown, LitServe's monitor may read what was just closed, and log it in 20 lines.
         logging.getLogger("litserve.server").addFilter(
             lambda record: record.msg != "Monitoring worker crashed"
         )
-        # LitServe shuts down in order. Its HTTP process inherits this handler and just ends.
+        # LitServe shuts down cleanly. Its HTTP process inherits this handler and exits at once.
         raise KeyboardInterrupt if os.getpid() == main else SystemExit(0)
 
     before = {one: signal.signal(one, stop) for one in (signal.SIGINT, signal.SIGTERM)}
@@ -168,7 +168,7 @@ def serve(
             log_level="warning",
         )
     except KeyboardInterrupt:
-        pass  # it came before the server was ready
+        pass  # the signal came before the server was ready
     finally:
         for one, handler in before.items():
             signal.signal(one, handler)
@@ -189,7 +189,7 @@ def _info(classifier: TextClassifier) -> dict[str, Any]:
 
 
 async def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse:
-    """Answer 422 without the input: FastAPI would repeat it, and fail if it is not valid
+    """Return status 422 without the input, which FastAPI would repeat, failing on invalid
     Unicode."""
     faults = error.errors()[:SHOWN_FAULTS] if isinstance(error, RequestValidationError) else []
     detail = [{name: fault[name] for name in ("loc", "msg", "type")} for fault in faults]

@@ -1,8 +1,8 @@
 """Ctrl-C and SIGTERM as a flag that is checked between batches.
 
 Python drops an exception that a signal handler raises inside a finalizer or a weakref callback, so
-the handler only sets a flag. `check` turns the flag into a KeyboardInterrupt at a place where
-nothing is half done."""
+the handler only sets a flag. `check` raises a KeyboardInterrupt for it where no work is
+unfinished."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ _requested = False
 
 
 def install() -> None:
-    """Make Ctrl-C and SIGTERM request a stop of a command or worker, which owns its process; a
-    second one raises KeyboardInterrupt at once."""
+    """Make Ctrl-C and SIGTERM request a stop of the command or worker that owns this process; a
+    second signal raises KeyboardInterrupt at once."""
     global _requested
     _requested = False
-    # In the background of a shell it is ignored.
+    # A shell's background jobs ignore SIGINT.
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
         signal.signal(signal.SIGINT, _request)
     signal.signal(signal.SIGTERM, _request)

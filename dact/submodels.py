@@ -59,9 +59,9 @@ class SubmodelConfig:
         check_arguments(SubmodelConfig, vars(self), "SubmodelConfig: ")
 
     def hidden_widths(self) -> list[int]:
-        """Return the widths of the hidden layers from input to output: of 4 layers and 64 units,
+        """Return the widths of the hidden layers from input to output. For 4 layers and 64 units:
         ``constant`` 64, 64, 64, 64; ``pyramidal`` 64, 32, 16, 8; ``inverted_pyramidal`` 8, 16, 32,
-        64; ``bow_tie`` 64, 32, 32, 64. None is below 1."""
+        64; ``bow_tie`` 64, 32, 32, 64. No width is below 1."""
         last = self.num_layers - 1
         halvings = {
             "constant": [0 for _ in range(self.num_layers)],
@@ -119,8 +119,8 @@ class _LayerNorm(_Stacked):
 
 
 class _BatchNorm(_Stacked):
-    """Batch normalizations, which are only applied alone; a batch of one, which has no variance, by
-    the running statistics."""
+    """Batch normalizations, only applied one layer at a time. A batch of one, which has no
+    variance, is normalized by the running statistics."""
 
     running_mean: Tensor
     running_var: Tensor
@@ -143,7 +143,7 @@ class Submodels(nn.ModuleList):
     """The submodels of all layers of the encoder, or one that all layers share.
 
     Its modules are the parts of a submodel, each with the weights of all layers in one tensor, such
-    as ``[layers, out, in]``: a training step takes one product per part.
+    as ``[layers, out, in]``, so that a training step takes one product per part.
 
     Args:
         config: Architecture of the submodels.
@@ -186,18 +186,18 @@ class Submodels(nn.ModuleList):
         return part
 
     def _matched(self, states: Tensor) -> Tensor:
-        """Return states in the precision of the weights: that of an encoder may be lower."""
+        """Return states in the precision of the weights, since the encoder's may be lower."""
         return states.to(next(self.parameters()).dtype)
 
     def forward(self, states: Tensor) -> Tensor:
         """Apply the submodel of each layer: ``[batch, layers, hidden]`` -> ``[batch, layers,
         output]``."""
         if self.share:
-            # All layers at once, so that batch normalization learns the statistics that it uses in
-            # eval mode.
+            # All layers at once, so that batch normalization collects the statistics that it uses
+            # in eval mode.
             return self.answer(1, states.flatten(0, 1)).unflatten(0, states.shape[:2])
         if not self.training or self.config.normalization == "batch":
-            # In eval mode each layer runs alone, as where inference stops early: both round alike.
+            # In eval mode each layer runs alone, as in early exit, so that both round alike.
             layers = range(self.num_layers)
             return torch.stack([self.answer(n + 1, states[:, n]) for n in layers], dim=1)
         x = self._matched(states).transpose(0, 1)  # [layers, batch, hidden]

@@ -1,8 +1,8 @@
-"""The tasks: what model, calibration, tuning and commands ask about the answers that they handle.
+"""The tasks, one class per example or several labels: targets, decisions, leads and proofs.
 
 An *answer* has one probability per class, or per label. Its *outcomes* are the events whose
-likelihood is learned: the classes, or for each label that it is present and that it is absent. Its
-*decision* is what users get: a class, or a set of labels."""
+likelihood is trained: the classes, or the presence and the absence of each label. Its *decision* is
+what users get: a class, or a set of labels."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from dact.checks import check_probabilities, check_range
 HaltingRule = Literal["exact", "paper", "never"]
 TaskName = Literal["multiclass", "multilabel"]
 
-# Below this a probability no longer changes the task loss, so that 1 / a stays finite in float32.
+# Smaller probabilities count as this one in the task loss: 1 / a stays finite in float32.
 SMALLEST_PROBABILITY = 1e-30
 UNLABELLED = -100  # the label of an example that only a teacher labels
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Return a float64 tensor as it is and any other in float32: half precision is never summed
-    over layers."""
+    """Return a float64 tensor unchanged and any other in float32, so that half precision is never
+    summed over layers."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
@@ -34,12 +34,11 @@ class Task:
     """One class per example: an answer is a probability vector, a decision its most probable class,
     int64 ``[…]``, and labels are int64 ``[batch]``. Other tasks derive from this one.
 
-    Answers y and a are ``[…, classes]``. The attributes are words for users: what an answer has
-    probabilities for and the fewest of these, what a prediction has, what measurements mean, and
-    when a text leaves.
+    Answers y and a are ``[…, classes]``. Of the class attributes, `fewest` is the smallest number
+    of classes, and the others are texts for users.
 
     Args:
-        thresholds: Those of `Multilabel`; None here.
+        thresholds: Thresholds of `Multilabel`; None here.
     """
 
     thresholds: tuple[float, ...] | None = None
@@ -55,7 +54,7 @@ class Task:
     )
 
     def answers(self, logits: Tensor) -> Tensor:
-        """Return the answers that a classifier's output stands for."""
+        """Return the answers from a classifier's output."""
         return logits.softmax(dim=-1)
 
     def likelihoods(self, logits: Tensor) -> Tensor:
@@ -82,12 +81,12 @@ class Task:
         Args:
             labels: Labels of a batch.
             classes: Number of classes.
-            teacher: Answers of a teacher, ``[batch, classes]``, which alone label what is -100.
+            teacher: Answers of a teacher, ``[batch, classes]``; the only target at labels of -100.
             share: Share of the teacher in the other targets, in [0, 1].
 
         Raises:
-            ValueError: If labels are of another task or out of range, or a teacher's answer holds
-                no probabilities.
+            ValueError: If labels belong to another task or are out of range, or a teacher's answer
+                holds no probabilities.
         """
         if labels.dim() != 1 or labels.is_floating_point():
             raise ValueError(
@@ -123,17 +122,17 @@ class Task:
         return torch.nn.functional.one_hot(decisions.long(), classes).bool()
 
     def set_scores(self, counts: Tensor, examples: int | Tensor) -> dict[str, Tensor]:
-        """Return the metrics of sets, from the examples that have, that get, and that rightly get
-        each label, int64 ``[3, labels]``; none for one class per example."""
+        """Return the metrics of label sets, from the counts of `dact.metrics.count_classes`, int64
+        ``[3, labels]``; empty for one class per example."""
         return {}
 
     def scores(self, a: Tensor, decisions: Tensor) -> Tensor:
-        """Return the probability that an answer gives each part of a decision."""
+        """Return the probability of each part of a decision."""
         return a.gather(-1, decisions.unsqueeze(-1)).squeeze(-1)
 
     def named(self, decision: Any, score: Any, probabilities: dict[str, float]) -> dict[str, Any]:
         """Return the fields of a `dact.text_classifier.Prediction` for a decision and its score, as
-        plain values; `probabilities` has the names in their order."""
+        plain values; `probabilities` has the class names in their order."""
         return {"label": [*probabilities][decision], "score": score}
 
     def temper(self, a: Tensor, temperatures: Tensor) -> Tensor:
@@ -142,23 +141,23 @@ class Task:
         return (log / temperatures.unsqueeze(1)).softmax(dim=1)
 
     def lead(self, y: Tensor) -> Tensor:
-        """Return how clear answers are, in [0, 1], ``[…]``: what a margin bounds."""
+        """Return the lead of each answer, in [0, 1], ``[…]``; the margin is compared with it."""
         first, second = at_least_float32(y).topk(2, dim=-1).values.unbind(dim=-1)
         return first - second
 
     def proof(self, a: Tensor, p: Tensor, remaining: int | Tensor, rule: HaltingRule) -> Tensor:
-        """Return by how much the decision of a_n is sure to stand at the end, float64 ``[…]``: at
-        less than 0 it may change; see `dact.functional.can_halt`."""
+        """Return a lower bound on the lead of a_n's decision after all layers, float64 ``[…]``:
+        below 0 the decision may change; see `dact.functional.can_halt`."""
         best, runner_up = a.topk(2, dim=-1).values.double().unbind(dim=-1)
         p = p.double()
         kept = (1 - p) ** remaining
         proof = torch.addcmul(kept, kept, best - runner_up) - 1
-        if rule == "paper":  # never above the exact bound; the minimum keeps it so under rounding
+        if rule == "paper":  # never above the exact bound, which the minimum ensures under rounding
             proof = torch.minimum(proof, best * kept - runner_up - p * remaining)
         return proof
 
     def contenders(self, a: Tensor) -> Tensor:
-        """Return what `lead` and `proof` need of answers, which may be less."""
+        """Return the part of answers that `lead` and `proof` need."""
         return a.topk(2, dim=-1).values
 
     def hardest(self, y: Tensor) -> Tensor:
@@ -196,7 +195,7 @@ class Multilabel(Task):
         return torch.nn.functional.logsigmoid(torch.cat([logits, -logits], dim=-1))
 
     def outcomes(self, a: Tensor) -> Tensor:
-        least = torch.finfo(a.dtype).eps / 2  # 1 - a is 0 or at least that
+        least = torch.finfo(a.dtype).eps / 2  # 1 - a is 0 or at least this
         return torch.cat([a, 1 - a], dim=-1).clamp_min(least)
 
     def weights(self, class_weights: Tensor | None) -> Tensor | None:
@@ -282,7 +281,7 @@ MULTILABEL = Multilabel()
 
 
 def task_of(name: TaskName, thresholds: Sequence[float] | None = None) -> Task:
-    """Return the task of a name; only several labels have thresholds."""
+    """Return the task of this name; only ``"multilabel"`` takes thresholds."""
     if thresholds is None:
         return MULTILABEL if name == "multilabel" else MULTICLASS
     if name != "multilabel":

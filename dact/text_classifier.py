@@ -23,7 +23,7 @@ from dact.model import DACT
 from dact.model_card import Metrics, metrics_of
 
 Text = str | tuple[str, str] | list[str]
-MOST_TOKENS = 8192  # where neither encoder nor tokenizer has a limit: memory grows with its square
+MOST_TOKENS = 8192  # if neither encoder nor tokenizer has a limit: memory grows with its square
 BAR_DELAY = 2.0  # seconds after which a progress bar appears
 TOKENIZING = threading.Lock()  # a fast tokenizer fails in a second thread ("Already borrowed")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -34,15 +34,15 @@ class Prediction:
     """The answer for one text.
 
     Args:
-        label: Name of the class; None, like score and exit layer, for a text that has no answer,
-            and where a text may have several labels.
+        label: Name of the class. None if texts may have several labels, and, like score and exit
+            layer, for a text that has no answer.
         score: Probability of that class at the exit layer, in [0, 1]; calibrated if the model has
-            temperatures. By proof the class is that of all layers, but the probability is not. Of
-            several labels, that of the least certain one, to be present or absent as it is said.
+            temperatures. The proof holds for the class, not for its probability. With several
+            labels, the probability of the least certain decision whether a label is present.
         exit_layer: Number of the last layer that was run, 1-based.
-        probabilities: Probabilities of all classes, by their names.
-        reason: Why there is no answer, such as ``"empty text"``; None if there is one.
-        labels: Where a text may have several labels: those that it gets, with their probabilities.
+        probabilities: Probabilities of all classes, by name.
+        reason: Reason why there is no answer, such as ``"empty text"``; None if there is one.
+        labels: Labels of a text that may have several, with their probabilities.
     """
 
     label: str | None
@@ -56,15 +56,15 @@ class Prediction:
 class TextClassifier:
     """A fitted model with its tokenizer and class names.
 
-    Calls from several threads are safe, and it can be pickled for other processes and machines.
+    It can be called from several threads, and pickled for other processes and machines.
 
     Args:
         model: Model, which is put into eval mode and moved to `device`.
         tokenizer: Tokenizer of the model, which is copied, or its name, as for the data. Texts are
-            cut to the length that tokenizer and encoder take, or to 8,192 tokens if neither has a
+            cut to the length that tokenizer and encoder accept, or to 8,192 tokens if neither has a
             limit.
-        batch_size: Number of texts that are classified together, 1 or more. More make early exit
-            faster, up to about a thousand on a CPU and ten thousand on a GPU.
+        batch_size: Number of texts that are classified together, 1 or more. Larger batches make
+            early exit faster, up to about a thousand texts on a CPU and ten thousand on a GPU.
         device: Device to run on, such as ``"cuda"``; the device of the model if left out.
         dtype: Precision of the encoder and its heads, such as ``torch.bfloat16`` or ``"bfloat16"``,
             by ``torch.autocast``; the weights stay as they are. Half precision may change the class
@@ -102,7 +102,7 @@ class TextClassifier:
             tokenizer = load_tokenizer(tokenizer)
         model.encoder.check_tokens(tokenizer, None)
         limits = (model.encoder.max_length, tokenizer.model_max_length)
-        # A tokenizer without a limit has a huge one.
+        # A tokenizer without a limit reports a huge one.
         longest = min(limit for limit in limits if limit is not None)
         self.tokenizer = tokenizer_for(tokenizer, longest if longest < 10**20 else MOST_TOKENS)
         self.class_names = names_of_classes(model)
@@ -118,14 +118,14 @@ class TextClassifier:
         dtype: str | torch.dtype | None = None,
         **overrides: Any,
     ) -> TextClassifier:
-        """Return the classifier of a ``model/`` folder, as ``dact fit``, ``dact tune`` and ``dact
-        export`` write it, or of a repository on the Hub.
+        """Return the classifier of a ``model/`` folder, as written by ``dact fit``, ``dact tune``
+        and ``dact export``, or of a repository on the Hub.
 
         Args:
             directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.
             batch_size, device: As for `TextClassifier`.
-            dtype: As for `TextClassifier`; the weights of the loaded encoder are held in it as
-                well.
+            dtype: As for `TextClassifier`; the loaded encoder's weights are also stored in this
+                precision.
             **overrides: Arguments for `DACT.from_pretrained`, such as ``halting_tolerance=0.3``, or
                 ``revision``, ``token``, ``cache_dir`` and ``local_files_only`` for the Hub.
 
@@ -137,7 +137,7 @@ class TextClassifier:
         directory = hub.local_folder(directory, **options)
         model = DACT.from_pretrained(directory, **overrides)
         if dtype is not None and "encoder" not in overrides:
-            # Otherwise autocast casts all weights in each call.
+            # Otherwise autocast would cast all weights in each call.
             model.encoder.to(_checked_dtype(dtype))
         tokenizer = load_tokenizer(str(directory.resolve()))
         classifier = cls(model, tokenizer, batch_size=batch_size, device=device, dtype=dtype)
@@ -159,14 +159,14 @@ class TextClassifier:
         self.tokenizer.save_pretrained(str(directory))
 
     def push_to_hub(self, repo_id: str, *, metrics: Metrics = None, **options: Any) -> str:
-        """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`. `metrics` are
-        those of the run that the model was loaded from by default."""
+        """Publish the model with its tokenizer on the Hub; see `DACT.push_to_hub`. By default,
+        `metrics` come from the run that the model was loaded from."""
         save = partial(self.save_pretrained, metrics=metrics or self.metrics)
         return hub.publish(save, repo_id, **options)
 
     @property
     def device(self) -> torch.device:
-        """Device that the model is on."""
+        """Device of the model."""
         return self.model.device
 
     @overload
@@ -174,8 +174,8 @@ class TextClassifier:
     @overload
     def __call__(self, texts: Iterable[Text]) -> list[Prediction]: ...
     def __call__(self, texts: str | Iterable[Text]) -> Prediction | list[Prediction]:
-        """Return one prediction per text, in their order. An entry that is empty or no text has a
-        reason instead of a label.
+        """Return one prediction per text, in their order. For an entry that is empty or not a text,
+        it has a reason instead of a label.
 
         Args:
             texts: One text, or texts and pairs of texts as tuples or lists of two.
@@ -193,8 +193,8 @@ class TextClassifier:
     predict = __call__
 
     def stream(self, texts: Iterable[Text]) -> Iterator[Prediction]:
-        """Yield one prediction per text from a source of any length, which is read at most one
-        batch ahead."""
+        """Yield one prediction per text from a source of any length, reading at most one batch
+        ahead."""
         _check_texts(texts)
         source = iter(texts)
         while waiting := list(islice(source, self.batch_size)):
@@ -233,14 +233,14 @@ class TextClassifier:
 
 
 def _fault(text: object) -> str | None:
-    """Return why an entry has no answer, None if it has one."""
+    """Return why an entry has no answer, or None if it has one."""
     if isinstance(text, (tuple, list)) and len(text) != 2:
         return f"neither a text nor a pair of texts, but a {type(text).__name__} of {len(text)}"
     return text_fault(text if isinstance(text, (tuple, list)) else [text])
 
 
 def _check_texts(texts: object) -> None:
-    """Raise a ``TypeError`` for a table, since iterating over it gives the names of its columns."""
+    """Raise a ``TypeError`` for a table, since iterating over one gives its column names."""
     if isinstance(texts, Mapping) or hasattr(texts, "columns"):
         raise TypeError(
             f"expected a sequence of texts, got a {type(texts).__name__}: pass one column as a list"

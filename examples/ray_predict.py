@@ -6,11 +6,10 @@
 
 Each worker holds the model once and classifies block after block; memory does not grow with the
 data. Ray replaces a worker that dies and repeats its block. The output is a folder of parquet files
-with all columns of the input and `label`, `score`, `exit_layer`, for an empty text `reason`, and of
-a model of several labels `labels`.
-The order of rows is not kept: give them an id.
+with all columns of the input and `label`, `score`, `exit_layer`, `reason` (why there is no answer)
+and `labels` (of a model with several labels). The order of rows is not kept: give them an id.
 
-Started as it is, the script uses this machine alone. On a cluster, run it on the head node or set
+By default, the script uses this machine alone. On a cluster, run it on the head node or set
 RAY_ADDRESS; the model is sent to the workers, so that only the data must be where all of them can
 read it."""
 
@@ -34,7 +33,7 @@ COLUMNS = {
 
 
 class Classify:
-    """A worker: it adds what the classifier says to each block of rows."""
+    """A worker that adds the predictions of a classifier to each block of rows."""
 
     def __init__(self, classifier: TextClassifier, column: str, device: str) -> None:
         self.classifier, self.column = classifier, column
@@ -52,7 +51,7 @@ class Classify:
 def classify(
     texts: Any, classifier: TextClassifier, *, column: str, workers: int, gpus: float = 0
 ) -> Any:
-    """Return `texts` with the columns of `COLUMNS`; nothing runs before it is used.
+    """Return `texts` with the columns of `COLUMNS`; nothing runs until the result is used.
 
     Args:
         texts: A `ray.data.Dataset`.

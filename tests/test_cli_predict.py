@@ -255,7 +255,7 @@ def test_a_failing_file_leaves_no_predictions(run_of_two_files, dact_here):
     words = [*RUN, "--data.predict_file", "broken.jsonl", "--output", "none.csv"]
     status, text = dact_here("predict", *words, cwd=run_of_two_files)
     assert status == 1
-    assert "broken.jsonl: line 2 is no JSON" in text
+    assert "broken.jsonl: line 2 is not valid JSON" in text
     assert not (run_of_two_files / "none.csv").exists()
     assert not list(run_of_two_files.glob(".none*"))
 

@@ -138,7 +138,7 @@ def test_a_loop_of_ones_own_teaches_it_by_hand():
     unlabelled = {**batch, "labels": torch.full((30,), functional.UNLABELLED)}
     with pytest.raises(ValueError, match="label"):
         model.teach_confidence([unlabelled])
-    with pytest.raises(ValueError, match="states"):
+    with pytest.raises(ValueError, match="confidence_reads='answer', got 'state'"):
         model_of(confidence_reads="state").teach_confidence([batch])
 
 

@@ -133,7 +133,7 @@ def test_the_recommended_settings_stay_unless_the_tuned_ones_beat_them(
     ("settings", "why"),
     [
         (Settings(), "no study"),
-        (Settings({"lambda_reg": 0.1}, batch_size=32), "found them as well"),
+        (Settings({"lambda_reg": 0.1}, batch_size=32), "chose the same ones"),
     ],
 )
 def test_equal_settings_are_not_compared(confirmed, settings, why):

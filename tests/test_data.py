@@ -231,7 +231,7 @@ def test_wrong_files_are_refused(tmp_path, rows, columns, message):
         ("a.xls", b"", r"unknown ending '\.xls', expected one of \.csv"),
         ("a.txt", b"one\ntwo\n", "a.txt has one text a line, and no columns text, label"),
         ("a.jsonl", b"", "has no rows"),
-        ("a.jsonl", b'{"text": "good", "label": "pos"}\n{\n', "line 2 is no JSON"),
+        ("a.jsonl", b'{"text": "good", "label": "pos"}\n{\n', "line 2 is not valid JSON"),
         ("a.parquet", b"nothing", "Parquet"),
         ("a.csv", b"text,label\ngood, a film,pos\n", "row 2: 3 values are too many for 2 columns"),
         ("a.csv", b'text,label\na,b\n"good,pos\nso,neg\n', "row 3: unexpected end of data"),

@@ -97,12 +97,12 @@ class Measured:
 
     @cached_property
     def changed(self) -> Tensor:
-        """Whether early exit decides otherwise than all layers, bool ``[examples]``."""
+        """Whether early exit decides differently from all layers, bool ``[examples]``."""
         return ~self.answers.task.same(self.classes, self.full)
 
     @cached_property
     def counts(self) -> Tensor:
-        """The examples that have, get, and rightly get each class, int64 ``[3, classes]``."""
+        """How many examples have, get, and correctly get each class, int64 ``[3, classes]``."""
         task, classes = self.answers.task, self.answers.a.shape[2]
         return count_classes(task, self.classes, self.answers.target, classes)
 
@@ -129,7 +129,7 @@ class Measured:
 
     @property
     def majority_share(self) -> float:
-        """The share of the decision that is returned most often."""
+        """The share of examples that get the most frequent decision."""
         _, counts = self.classes.unique(dim=0, return_counts=True)
         return counts.max().item() / len(self.classes)
 
@@ -157,8 +157,8 @@ class Measured:
         return self.losses(class_weights).mean().item()
 
     def difference(self, reference_right: Tensor) -> tuple[float, float]:
-        """Return the accuracy minus that of a reference, with its paired standard error;
-        `reference_right` is where the reference is right, bool ``[examples]``."""
+        """Return the accuracy minus a reference's accuracy, and the paired standard error;
+        `reference_right` says whether the reference is correct, bool ``[examples]``."""
         return mean_and_error(self.right.double() - reference_right.double())
 
 
@@ -202,9 +202,9 @@ def exits_by_setting(
 ) -> Callable[[float], Tensor]:
     """Return a function from settings of a dial to exit layers, int64 ``[examples]``.
 
-    It returns what `LayerAnswers.exit_layers` does, hundreds of times as fast.
+    Its results are those of `LayerAnswers.exit_layers`, hundreds of times as fast.
     """
-    # Of classes, the two criteria need only the first and the second.
+    # With one class per example, both criteria need only the first and second class.
     task, p = answers.task, answers.p
     a, y = task.contenders(answers.a), task.contenders(functional.at_least_float32(answers.y))
     if dial == "halting_tolerance":
@@ -212,8 +212,8 @@ def exits_by_setting(
     latest = replace(halting, margin=1.0).exit_layers(a, p, y, task)
     if halting.rule == "never":
         return lambda margin: latest
-    # By the margin, an example leaves at the first layer where the largest lead so far exceeds it.
-    # That is one more than the number of layers where it does not.
+    # An example leaves at the first layer where the largest lead so far exceeds the margin: one
+    # more than the number of layers where it does not.
     lead = task.lead(y).cummax(dim=1).values  # [examples, layers]
 
     def exits(margin: float) -> Tensor:
@@ -231,8 +231,8 @@ def mean_and_error(values: Tensor) -> tuple[float, float]:
 def careful_mean_and_error(
     values: Tensor, low: float = -1.0, high: float = 1.0
 ) -> tuple[float, float]:
-    """Return the mean of `values` in [low, high] and the standard error that one more value at
-    either end would give, since that of a few equal values would be 0 (Bonett & Price 2012,
+    """Return the mean of `values` in [low, high], and their standard error with one value added at
+    either end. Without these, a few equal values would have an error of 0 (Bonett & Price 2012,
     *Adjusted Wald Confidence Interval for a Difference of Binomial Proportions*)."""
     more = torch.cat([values.double(), values.new_tensor([low, high], dtype=torch.float64)])
     return values.double().mean().item(), mean_and_error(more)[1]

@@ -8,13 +8,13 @@ from statistics import NormalDist
 
 from torch import Tensor
 
-# share of the error probability that the nuisance parameter of `difference_p_value` takes
+# share of the error probability that is spent on the nuisance parameter
 NUISANCE_SHARE = 1 / 100
-# number of its values that are tried: between them the p-value is larger by 0.00002 at most
+# number of its values that are tried; between them the p-value is at most 0.00002 larger
 NUISANCE_POINTS = 128
-# discordant ones in the order of outcomes: 3 to 10 have about the same power, 0 has much less
+# added to the discordant examples to order outcomes: 3 to 10 have about equal power, 0 much less
 PSEUDO_EXAMPLES = 4
-# probability at either end of the sum over discordant examples, by Bernstein's inequality
+# probability left out at either end of the sum over discordant examples (Bernstein's inequality)
 LEFT_OUT = 1e-9
 
 
@@ -57,7 +57,7 @@ def difference_p_value(
     of the outcomes up to the one seen, maximised over the d in a one-sided Clopper–Pearson
     interval, plus the error probability of that interval (Berger & Boos 1994, *P values maximized
     over a confidence set for the nuisance parameter*). Outcomes are ordered by the approximate
-    upper limit lost - gained + z √(M + 4) (Agresti & Coull 1998); it is exact whatever the order
+    upper limit lost - gained + z √(M + 4) (Agresti & Coull 1998); any order gives an exact p-value
     (Buehler 1957; for paired proportions Lloyd & Moldovan 2007).
 
     Args:
@@ -117,7 +117,7 @@ def difference_upper_bound(lost: int, gained: int, examples: int, confidence: fl
 
 def mean_upper_bound(exits: Tensor, layers: int, confidence: float) -> float:
     r"""Return the empirical Bernstein upper bound on the mean exit layer (Maurer & Pontil 2009,
-    theorem 4), and never more than N.
+    theorem 4), at most N.
 
     With n ≥ 2 exit layers in 1 … N, sample variance V and δ = 1 - confidence it is
     :math:`\text{mean} + \sqrt{2 V \ln(2/δ) / n} + 7 (N - 1) \ln(2/δ) / (3 (n - 1))`.

@@ -40,7 +40,7 @@ class Calibration:
     Args:
         halting, halting_tolerance, halting_margin: The halting rule.
         thresholds: Thresholds of the labels, if the model has any.
-        promise: Promise that they keep, as plain data.
+        promise: Promise that these settings keep, as plain data.
         bound: Bound on the loss of accuracy, the agreement or the mean exit layer at this setting,
             taken alone. For an estimate, the measured value with one standard error added, or
             subtracted from an agreement.
@@ -89,25 +89,25 @@ def calibrate(
     r"""Set the `halting_margin` of `model`, or its `halting_tolerance`, so that it keeps a promise.
 
     For the first two promises, margins are tried downwards from 1, or tolerances upwards from 0
-    (both keep the class of all layers by proof), and the last one before the first that fails is
-    taken. This is a fixed sequence of tests, each at the full level: the probability that any
+    (both keep the class of all layers by proof), and the last one before the first failure is
+    used. This is a fixed sequence of tests, each at the full level: the probability that any
     passes falsely is at most 1 - confidence (Maurer, Hothorn & Lehmacher 1995). For `max_layers`
-    settings are tried from the other end. `dact.calibration.bounds` has the tests. An estimate adds
-    one standard error instead; with few examples it counts the lost ones alone.
+    settings are tried from the other end. The tests are in `dact.calibration.bounds`. An estimate
+    adds one standard error instead; with few examples it counts only the lost ones.
 
     Args:
-        model: Model that gets the setting and, as `calibration`, the returned record. Its
-            temperatures, if it has any, are fitted again.
+        model: Model to set. Its `calibration` becomes the returned record, and its temperatures, if
+            it has any, are fitted again.
         data: Labelled examples that were used neither for training nor for any choice: batches, or
-            a datamodule, whose ``calibration_dataloader()`` is used or, if there is none, its
-            validation examples, which chose the checkpoint.
+            a datamodule with a ``calibration_dataloader()``. Without one, the validation examples
+            are used, which chose the checkpoint.
         max_accuracy_loss, min_agreement, max_layers, confidence: As for `Promise`.
         dial: As for `Promise`. The other dial must have no effect for the first two promises.
-        baseline: Classes of a reference on the same examples, int64 ``[examples]``, in their order:
-            `max_accuracy_loss` is then the loss of accuracy below it, which takes many more
-            examples.
-        fit_thresholds: Whether to set the `thresholds` of the labels first, each to the largest F1
-            score on the validation examples of a datamodule that has others for calibration.
+        baseline: Classes of a reference on the same examples in the same order, int64
+            ``[examples]``. `max_accuracy_loss` is then the loss against the reference, which takes
+            many more examples.
+        fit_thresholds: Whether to first set the `thresholds` of the labels to maximize F1 scores on
+            the validation examples. The datamodule must have other examples for calibration.
 
     Raises:
         ValueError: If data and model do not agree, the promise cannot be kept, the examples are too
@@ -141,8 +141,8 @@ def choose_setting(
     halting: Halting = Halting(),
     baseline: Tensor | None = None,
 ) -> Calibration:
-    """Choose the setting that keeps a promise, as `calibrate` does, from the answers of all layers
-    to labelled examples; `halting` has the other dial."""
+    """Return the setting that keeps a promise, as `calibrate` does, from the answers of all layers
+    to labelled examples; `halting` gives the value of the other dial."""
     layers, needed = answers.num_layers, promise.examples_needed()
     promise.check(halting)
     if baseline is not None:
@@ -202,14 +202,14 @@ def choose_setting(
 
 
 def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
-    r"""Set the margin of a fitted model by the examples that are set aside.
+    r"""Set the margin of a fitted model on the examples that are set aside.
 
-    It keeps the default promise. With n examples, too few for that, the last setting of the fixed
-    sequence is taken at which none of them gets another class than from all layers, which
-    guarantees a `min_agreement` of :math:`(1 - \text{confidence})^{1/n}`.
+    The margin keeps the default promise. If n examples are too few for that, it is the last setting
+    of the fixed sequence at which every example keeps the class of all layers. This guarantees a
+    `min_agreement` of :math:`(1 - \text{confidence})^{1/n}`.
 
-    The model stays as it was if it has no dial, or so few examples would let more than 10 % of the
-    classes change.
+    The model is unchanged if it has no dial, or if the examples are too few to guarantee that at
+    most 10 % of the classes change.
 
     Returns:
         Text that says what is guaranteed, or what is missing.

@@ -26,7 +26,7 @@ SETTINGS: dict[str, tuple[float, ...]] = {
     ),
 }
 
-# Multiple of the examples an estimate needs from which gained examples offset lost ones in it.
+# An estimate counts gains against losses from this multiple of the examples that it needs.
 MANY = 4
 
 
@@ -38,14 +38,14 @@ class Promise:
     """A bound that early exit must keep: exactly one of the first three arguments.
 
     Args:
-        max_accuracy_loss: Largest loss of accuracy below all layers (the same model without early
+        max_accuracy_loss: Largest loss of accuracy against all layers (the same model without early
             exit) or a baseline, as a share in [0, 1): 0.005 is half a point.
         min_agreement: Smallest share of examples that get the class of all layers, in (0, 1].
         max_layers: Largest mean exit layer, 1 or more.
         confidence: Probability, in (0, 1), with which the promise is guaranteed for new examples of
             the same kind. None (null) asks for an estimate: the measured value keeps the promise
             with one standard error to spare.
-        dial: Setting that is moved, ``"halting_margin"`` or ``"halting_tolerance"``.
+        dial: Setting to move, ``"halting_margin"`` or ``"halting_tolerance"``.
 
     Raises:
         ValueError: If not exactly one is given, or a value is outside its range.
@@ -91,7 +91,7 @@ class Promise:
 
     def values(self, measured: Measured, baseline: Tensor | None = None) -> Tensor:
         """Return the value of each example, ``[examples]``, whose mean is bounded: 1, 0 or -1 for
-        lost, kept or gained accuracy; 1 or 0 for another class; or the exit layer.
+        lost, kept or gained accuracy; 1 or 0 for a changed or kept class; or the exit layer.
 
         `baseline` is as for `calibrate`."""
         if self.max_layers is not None:
@@ -105,7 +105,7 @@ class Promise:
         return lost.clip(min=0) if few and baseline is None else lost
 
     def bound(self, values: Tensor, layers: int) -> float:
-        """Return the upper bound on the mean of `values`, for a model of so many layers; for an
+        """Return the upper bound on the mean of `values` for a model with `layers` layers; for an
         estimate, the mean plus one standard error."""
         if self.max_layers is not None:
             if self.confidence is None:
@@ -122,13 +122,13 @@ class Promise:
         """Return whether the bound on the mean of `values` is within the promise."""
         if self.max_accuracy_loss is None or self.confidence is None:
             return self.bound(values, layers) <= self.most
-        # Comparing the p-value takes a twentieth of the time that inverting the test takes.
+        # Comparing the p-value takes a twentieth of the time of inverting the test.
         counts, error = _discordant(values), 1 - self.confidence
         return bounds.difference_p_value(*counts, len(values), self.most, error) <= error
 
     def examples_needed(self) -> int:
         """Return the fewest examples that support this promise if early exit makes no fault on
-        them: 2 for an estimate or `max_layers`, 0 for an allowance of 0, which a proof keeps."""
+        them: 2 for an estimate or `max_layers`, 0 for an allowance of 0, which is kept by proof."""
         if self.confidence is None or self.max_layers is not None:
             return 2
         error = 1 - self.confidence
@@ -137,7 +137,7 @@ class Promise:
         return bounds.examples_for_rate(self.most, 1 - error)
 
     def shortage(self, batches: Iterable[Any]) -> str:
-        """Return a line if the promise takes more examples than the batches have, else an empty
+        """Return a message if the promise takes more examples than the batches have, else an empty
         string."""
         examples = sum(len(batch["labels"]) for batch in batches)
         needed = self.examples_needed()
@@ -148,21 +148,21 @@ class Promise:
         return f"{self.text} takes {needed} examples or more, and there are {examples}"
 
     def examples_for_an_estimate(self) -> int:
-        """Return the fewest examples without a fault by which an estimate moves the dial."""
+        """Return the fewest examples with which an estimate without a fault moves the dial."""
         # standard error of an estimate without a fault, times the number of examples
         no_fault = {"max_accuracy_loss": math.sqrt(2), "min_agreement": 1.0}.get(self.name, 0.0)
         return max(2, math.ceil(no_fault / max(self.most, 1e-9) - 1.5))
 
     def check(self, halting: Halting) -> None:
-        """Raise a ``ValueError`` if a model of this halting rule has no dial to move, or lets
-        examples leave by the other dial without evidence."""
+        """Raise a ``ValueError`` if a model with this halting rule has no dial to move, or if the
+        other dial lets examples leave without evidence."""
         if halting.rule == "never":
             raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
         for name, first in (("halting_tolerance", 0.0), ("halting_margin", 1.0)):
             value = getattr(halting, name.removeprefix("halting_"))
             if self.by_proof and name != self.dial and value != first:
                 raise ValueError(
-                    f"{self.dial} is calibrated from all layers on, but the model has "
+                    f"{self.dial} is calibrated starting from all layers, but the model has "
                     f"{name}={value:g}: set it to {first:g}, or calibrate it instead (dial: {name})"
                 )
 
@@ -172,5 +172,5 @@ def _discordant(values: Tensor) -> tuple[int, int]:
     return int((values > 0).sum()), int((values < 0).sum())
 
 
-# what `dact fit` and `dact tune` keep unless told otherwise
+# the default of `dact fit` and `dact tune`
 DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)

@@ -20,7 +20,7 @@ def expected_calibration_error(scores: Tensor, correct: Tensor, bins: int = 15) 
 
     Args:
         scores: Probability of the returned class, ``[examples]``.
-        correct: Whether that class is the right one, bool ``[examples]``.
+        correct: Whether that class is correct, bool ``[examples]``.
         bins: Number of bins.
     """
     return binary_calibration_error(scores.float(), correct.int(), n_bins=bins, norm="l1").item()
@@ -32,14 +32,14 @@ def temper(
     temperatures: Sequence[float] | None,
     task: Task = MULTICLASS,
 ) -> Tensor:
-    """Return probabilities q proportional to p^(1/T), T being the temperature of the exit layer.
+    """Return probabilities q proportional to p^(1/T), where T is the temperature of the exit layer.
 
     Rounding may change the order of the classes: take the class from the input.
 
     Args:
         probabilities: p, ``[batch, classes]``, each row a probability vector.
         exit_layers: Exit layers, int64 ``[batch]``, 1-based.
-        temperatures: T, one per layer, above 0; None returns `probabilities` as they are.
+        temperatures: T, one per layer, above 0; None returns `probabilities` unchanged.
         task: Task of the probabilities.
     """
     check_finite(probabilities)

@@ -1,4 +1,4 @@
-"""Thresholds of labels: the ones of the largest F1 scores."""
+"""Thresholds of labels that maximize their F1 scores."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dact.calibration.answers import LayerAnswers
 
 
 def best_thresholds(answers: LayerAnswers) -> list[float]:
-    """Return the threshold of each label at which its F1 score at full depth is the largest:
-    halfway between two answers, or 0.5 for a label that no example has.
+    """Return the threshold of each label that maximizes its F1 score without early exit, halfway
+    between two answers, or 0.5 for a label that no example has.
 
     Args:
-        answers: Answers to examples that no promise is calibrated on.
+        answers: Answers to examples that are not used to calibrate a promise.
     """
     columns = zip(answers.a[:, -1].T, answers.target.T, strict=True)
     return [_best_threshold(a.double(), present == 1) for a, present in columns]

@@ -13,7 +13,7 @@ STORED = {
     "export": "write the layers of a model as ONNX Runtime graphs",
     "serve": "answer classification requests over HTTP",
 }
-# What else each of them mostly needs.
+# The option that each of them usually needs besides --model.
 NEEDED = {
     "validate": "--data.val_file FILE",
     "test": "--data.test_file FILE",

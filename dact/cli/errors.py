@@ -1,4 +1,4 @@
-"""Errors of use on one line; that of an unknown class or option has its place and a suggestion."""
+"""Usage errors on one line, with the place of an unknown class or option and a suggestion."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from dact.factories import accepted_by
 USAGE_ERRORS: tuple[type[Exception], ...] = (ValueError, TypeError, LookupError, OSError)
 USAGE_ERRORS += (RuntimeError, ImportError, ArgumentError, yaml.YAMLError)
 USAGE_ERRORS += (MisconfigurationException,)
-# The sections that name a class, and the package whose classes need no path there.
+# Sections that name a class, each with the package whose classes need no module path.
 SECTIONS = {"data": "dact.data", "model.encoder": "dact.encoders"}
 
 
@@ -32,7 +32,7 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """End the process with one line for an error; with DACT_TRACEBACK set, let it through."""
+    """Exit with a one-line message on an error; with DACT_TRACEBACK set, raise the error."""
     try:
         yield
     except BrokenPipeError:
@@ -53,8 +53,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 def parse(parser: Any, words: list[str]) -> Namespace:
-    """Return what a parser makes of a command line; a `UsageError` names file, line, and what was
-    probably meant."""
+    """Return a parsed command line; a `UsageError` names file, line and what was probably meant."""
     given = list(options(words))
     if not any(name.rpartition(".")[2] in ("help", "print_config") for _, name, _ in given):
         known = parser.get_defaults().keys()
@@ -68,8 +67,8 @@ def parse(parser: Any, words: list[str]) -> Namespace:
 
 
 def options(words: list[str]) -> Iterator[tuple[str, str, str | None]]:
-    """Yield place, name without ``init_args``, and value of each option of a command line and of
-    its files. The place is empty on the command line, the value None if it is no plain one."""
+    """Yield place, name without ``init_args``, and value of each option of a command line and its
+    files. The place is empty on the command line; the value is None if it is not a scalar."""
     for word, following in zip(words, [*words[1:], ""], strict=False):
         name, equals, value = word.partition("=")
         value = value if equals else following
@@ -127,14 +126,14 @@ def _check(given: list[tuple[str, str, str | None]], known: set[str]) -> None:
 
 
 def _meant(word: str, known: list[str]) -> str:
-    """Return a suggestion of what a mistyped word may stand for."""
+    """Return a suggestion for a mistyped word."""
     if found := get_close_matches(word, known, n=1, cutoff=0.75):
         return f"Did you mean {found[0]}?"
     return f"Expected one of {', '.join(sorted({*known}))}"
 
 
 def find_class(path: str, package: str) -> Any:
-    """Return the class of a path, or of a name in `package`; None if there is none."""
+    """Return the class at a path, or with a name in `package`; None if there is none."""
     module, _, name = path.rpartition(".")
     with contextlib.suppress(ModuleNotFoundError, AttributeError):
         return getattr(import_module(module or package), name)

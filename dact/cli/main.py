@@ -34,7 +34,7 @@ from dact.functional import UNLABELLED
 from dact.model import DACT
 
 Monitor = Literal["last", "val_loss", "val_task_loss", "val_accuracy", "val_macro_f1"]
-# The options of a fit that may differ when it is resumed.
+# Trainer options that may differ when a fit is resumed.
 CHANGEABLE = ("max_epochs", "logger", "log_every_n_steps", "enable_progress_bar", "accelerator")
 OF_COMMAND = ("ckpt_path", "run_tag", "tuner", "fast", "calibrate")
 
@@ -45,7 +45,7 @@ class TrainingCLI(LightningCLI):
     def __init__(self, command: str, words: list[str]) -> None:
         self.command, self.words = command, words
         self.data: LightningDataModule | None = None
-        self.folder: Path | None = None  # of a fit with a run tag
+        self.folder: Path | None = None  # the run folder of a fit with a run tag
         super().__init__(
             DACT,
             LightningDataModule,
@@ -72,7 +72,7 @@ class TrainingCLI(LightningCLI):
 
     @override
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        # The skipped options are added with one more type of value.
+        # The skipped options are added below, with one more type of value.
         parser.add_class_arguments(
             DACT,
             "model",
@@ -85,14 +85,14 @@ class TrainingCLI(LightningCLI):
             "--model.output_dimension",
             type=int | None,
             default=None,
-            help="number of classes; that of the data if left out",
+            help="number of classes; taken from the data if left out",
         )
         parser.add_argument(
             "--model.class_weights",
             type=list[float] | Literal["balanced"] | None,
             default=None,
-            help="one weight per class for the losses; balanced: in inverse proportion to the "
-            "training examples",
+            help="one weight per class for the losses; balanced: inversely proportional to the "
+            "training examples of the class",
         )
         parser.add_lightning_class_args(LightningDataModule, "data", subclass_mode=True)
         parser.set_defaults({"data": {"class_path": "dact.data.TextClassificationData"}})
@@ -103,11 +103,11 @@ class TrainingCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         help = "name of the run and its folder in lightning_logs; the same name resumes the run"
         parser.add_argument("--run_tag", type=str, default="", help=help)
-        help = "checkpoint with which a fit begins"
+        help = "checkpoint to resume a fit from"
         parser.add_argument("--ckpt_path", type=str | None, default=None, help=help)
-        help = "epoch that the model of a fit is of: the last one, or the best by this metric"
+        help = "epoch whose model a fit keeps: the last one, or the best by this metric"
         parser.add_argument("--monitor", type=Monitor, default="last", help=help)
-        help = "end a fit with a margin calibrated on validation examples that are set aside"
+        help = "calibrate the margin after a fit, on validation examples that are set aside"
         parser.add_argument("--calibrate", type=bool, default=True, help=help)
         help = "tune with 16 texts per split and one trial per study, as a smoke test"
         parser.add_argument("--fast", action="store_true", help=help)
@@ -134,18 +134,18 @@ class TrainingCLI(LightningCLI):
     def instantiate_classes(self) -> None:
         self._complete()
         if self.command == "fit":
-            # A fit from this file begins anew.
+            # config.yaml starts a new fit, without the checkpoint.
             begun = self.config.clone()
             begun.ckpt_path = None
             self.written = self.parser.dump(begun, skip_none=False)
             self._resume()
             self.config.trainer.logger = self._loggers()
             super().instantiate_classes()
-            # The texts of the first one are already tokenized.
+            # Reuse the datamodule of _complete: its texts are already tokenized.
             self.datamodule = self.data or self.datamodule
 
     def _complete(self) -> None:
-        """Complete the configuration with what follows from encoder and data."""
+        """Fill in the options that follow from the encoder and the data."""
         model, data = self.config.model, self.config.data.init_args
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.encoder.init_args.get("pretrained")
@@ -167,7 +167,7 @@ class TrainingCLI(LightningCLI):
             model.class_weights = balanced_weights(self.data, model.output_dimension)
 
     def _resume(self) -> None:
-        """Let a fit with the tag of an earlier one resume it."""
+        """Resume the earlier fit with the same run tag, if there is one."""
         config = self.config
         if not config.run_tag:
             return
@@ -201,7 +201,7 @@ class TrainingCLI(LightningCLI):
         config.ckpt_path = str(last)
 
     def _loggers(self) -> Any:
-        """Return the loggers of a fit, the first of them with the run tag as version or name."""
+        """Return the loggers of a fit; the first one has the run tag as its version or name."""
         given = self.config.trainer.logger
         if given in (None, True):
             root, tag = self.config.trainer.default_root_dir or ".", self.config.run_tag or None
@@ -251,7 +251,7 @@ class TrainingCLI(LightningCLI):
     # ------------------------------------------------------------------ commands
 
     def fit(self) -> None:
-        """Fit; a fit that is stopped leaves its model so far, and prints how to resume it."""
+        """Fit; if stopped, save the model so far and print the command that resumes the fit."""
         trainer = self.trainer
         folder = self.folder
         if folder is None and trainer.loggers and trainer.log_dir:
@@ -283,7 +283,7 @@ class TrainingCLI(LightningCLI):
                 self._log(folder, measured)
 
     def _log(self, folder: Path, measured: Measured) -> None:
-        """Log the fit to TensorBoard as those of ``dact tune`` are logged."""
+        """Log the fit to TensorBoard in the same way as ``dact tune``."""
         from dact.tuning import report
         from dact.tuning.recipe import as_written
 
@@ -301,7 +301,7 @@ class TrainingCLI(LightningCLI):
         raise SystemExit(130)
 
     def tune(self) -> None:
-        """Run the studies and the final fit on factories of model and data."""
+        """Run the studies and the final fit with factories for model and data."""
         from dact.tuning import TuningEngine
         from dact.tuning.recipe import TRAINER_DEFAULTS
 
@@ -319,7 +319,7 @@ class TrainingCLI(LightningCLI):
             build = build_few_data
             trainer |= {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
             options |= {"n_trials": 1, "warm_up_epochs": 1, "compare_defaults": False}
-            options["promise"] = options["promise"] and DEFAULT_PROMISE  # an estimate, of 16 texts
+            options["promise"] = options["promise"] and DEFAULT_PROMISE  # will be an estimate
         engine = TuningEngine(
             plain["model"]["output_dimension"],
             model=partial(build_model, plain["model"]),
@@ -338,8 +338,8 @@ class TrainingCLI(LightningCLI):
 
 
 def quiet_studies() -> None:
-    """Keep Optuna's lines, which the engine's table has, off the console, and show each warning
-    once, not once per fit."""
+    """Hide Optuna's log lines, whose content the engine's table shows, and show each warning once,
+    not once per fit."""
     import optuna
 
     quiet()
@@ -348,7 +348,7 @@ def quiet_studies() -> None:
 
 
 def run_folder(root: str | Path, tag: str, command: str) -> Path:
-    """Return the folder of a run, unless its tag is a path or it belongs to the other command."""
+    """Return the folder of a run; a path as tag, or a run of the other command, is an error."""
     if tag in (".", "..") or tag != Path(tag).name:
         raise ValueError(f"run_tag must be a name, got {tag!r}")
     folder = Path(root, tag)
@@ -359,8 +359,8 @@ def run_folder(root: str | Path, tag: str, command: str) -> Path:
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
-    """Return n / (classes · n_c) for each class c, which n_c of n training examples have; for
-    several labels (n - n_c) / n_c, of those whose label c is known."""
+    """Return n / (classes · n_c) for each class c, where n_c of the n training examples have it;
+    for several labels (n - n_c) / n_c, where n counts the examples whose label c is known."""
     labels = torch.cat([batch["labels"].cpu() for batch in data.train_dataloader()])
     if labels.dim() == 2:
         present, absent = (labels == 1).sum(dim=0), (labels == 0).sum(dim=0)
@@ -386,7 +386,7 @@ def _has(given: list[Any], kind: type) -> bool:
 def run(command: str, words: list[str]) -> None:
     """Run ``dact fit`` or ``dact tune``."""
     quiet()
-    # A configuration may name classes of files next to it, or in this folder.
+    # A configuration may name classes in files next to it, or in the current folder.
     files = [Path(word) for flag, word in pairwise(words) if flag in ("-c", "--config")]
     sys.path += [str(folder.absolute()) for folder in (Path(), *(file.parent for file in files))]
     cli = TrainingCLI(command, words)

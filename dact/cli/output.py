@@ -1,4 +1,4 @@
-"""What the commands print: epochs, measurements, and whether a promise holds on a test."""
+"""What the commands print: epochs, measurements, and whether a promise holds on test examples."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}
 
 
 def quiet() -> None:
-    """Hide what other libraries say about every fit, and the line of code of each warning, in a
-    process of the command line."""
+    """Hide what other libraries log for every fit, and the source line of each warning, in a
+    command-line process."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_worth_reading)
@@ -55,13 +55,13 @@ class Bar(RichProgressBar):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # What is printed then would get into the bar.
+        # Later output would otherwise run into the bar.
         self._stop_progress()
 
 
 class EpochLines(Callback):
-    """Print the classes of the data, whether the examples are too few for the margin that is set
-    after the fit, and the metrics of each epoch on one line."""
+    """Print the classes of the data, a note if the calibration examples are too few for the default
+    promise, and the metrics of each epoch on one line."""
 
     def __init__(self, calibrates: bool) -> None:
         self.calibrates = calibrates
@@ -132,7 +132,7 @@ def measurements(measured: Measured, names: Sequence[str], split: str) -> str:
         *([f"confused   {confused}"] if confused else []),
         f"layers     {measured.mean_exit_layer:.2f} of {depth}; after layer {', '.join(left)} left",
         f"(F1: harmonic mean of precision and recall; {task.explained}; all numbers are of early "
-        f"exit, but for those of all {depth} layers)",
+        f"exit, except those of all {depth} layers)",
     ]
     if depth > 1 and measured.mean_exit_layer == 1:
         lines.append("Every text leaves after layer 1. Try a smaller lambda_reg or a larger margin")
@@ -147,7 +147,7 @@ def measurements(measured: Measured, names: Sequence[str], split: str) -> str:
 
 
 def _confusions(measured: Measured, names: Sequence[str]) -> tuple[str, str]:
-    """Return the accuracy of the largest class alone, and what the two largest are taken for."""
+    """Return the accuracy of the largest class alone, and how the two largest are confused."""
     target, count = measured.answers.target, len(names)
     # [true class, answered class]
     confusion = torch.bincount(target * count + measured.classes, minlength=count**2)
@@ -169,7 +169,7 @@ def promise_line(calibration: Mapping[str, Any], measured: Measured) -> str:
     kind = "estimate" if calibration.get("estimate") else "promise"
     if calibration.get("baseline_accuracy") is not None:
         return f"the {kind} was made against another model, which is not measured here"
-    # Gains count as well on a test, also for an estimate from few examples.
+    # On test examples gains always count, even for an estimate from few examples.
     promise = Promise(**{**calibration["promise"], "confidence": 0.95})
     values, layers = promise.values(measured), measured.answers.num_layers
     what = what_is_promised(calibration["promise"], f"all {layers} layers", layers)

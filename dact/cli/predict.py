@@ -22,7 +22,7 @@ SEPARATOR = "|"  # between the labels of a text
 
 
 def check_output(output: str, file: str | None) -> None:
-    """Raise an error unless there are texts, and predictions can be written beside them."""
+    """Raise a `UsageError` without a file of texts, or if predictions cannot go to `output`."""
     path = Path(output).expanduser()
     if file is None:
         raise UsageError("dact predict needs --data.predict_file FILE, or - for standard input")
@@ -40,8 +40,8 @@ def write_predictions(
     output: str,
     delimiter: str | None = None,
 ) -> None:
-    """Classify the rows of a file, with columns of `texts`, and write one row for each, with the
-    columns that are `kept`: by default those of the texts, and ``id`` if there is one."""
+    """Classify the texts in the columns `texts` of a file, and write one row for each of its rows,
+    with the columns `kept`: by default the text columns, and ``id`` if there is one."""
     if kept is None:
         kept = [*texts, *(["id"] if _has_column(file, "id", delimiter) else [])]
     options = dict(zip(texts, ("text_column", "text_pair_column"), strict=False))
@@ -95,7 +95,7 @@ def _answers(classifier: TextClassifier, texts: list[list[Any]]) -> pd.DataFrame
 
 
 def _label(one: Prediction) -> str | None:
-    """Return the label of an answer, or its labels with a separator between them."""
+    """Return the label of an answer, or its labels joined by a separator."""
     return one.label if one.labels is None else SEPARATOR.join(one.labels)
 
 
@@ -105,7 +105,7 @@ def _printable(value: Any) -> Any:
 
 
 def _writer(stack: ExitStack, sink: Any, ending: str) -> Any:
-    """Return a function that appends a frame to a file; `stack` ends the file."""
+    """Return a function that appends a frame to a file; `stack` closes the file."""
     written: list[Any] = []
 
     def write(frame: pd.DataFrame) -> None:
@@ -120,7 +120,7 @@ def _writer(stack: ExitStack, sink: Any, ending: str) -> Any:
         else:
             frame.to_csv(sink, index=False, header=is_first, lineterminator="\n")
             written.append(None)
-        # The reader of a pipe need not wait.
+        # The reader of a pipe gets each batch at once.
         sink.flush()
 
     return write

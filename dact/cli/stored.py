@@ -34,7 +34,7 @@ from dact.model import DACT
 from dact.saving import CONFIG_NAME, HALTING, store_in_checkpoint
 from dact.text_classifier import TextClassifier
 
-RUNS = "lightning_logs"  # folder of all runs, in that of the Trainer
+RUNS = "lightning_logs"  # folder of all runs, in the Trainer's default_root_dir
 OWN_FILES = "dact.data.TextClassificationData"
 NO_LIMIT = 1_000_000  # tokens
 
@@ -43,10 +43,10 @@ def find_model(path: str | Path) -> Path:
     """Return the checkpoint file or model/ folder that `path` stands for.
 
     Args:
-        path: A ``.ckpt`` file, a folder with config.json, or the folder of a run, which stands for
-            its ``final/model`` after ``dact tune`` and for its ``model`` after ``dact fit``; or
-            ``OWNER/NAME`` or ``OWNER/NAME@REVISION`` on the Hub, which is downloaded, unless there
-            is a folder OWNER here.
+        path: A ``.ckpt`` file; a folder with config.json; the folder of a run, which stands for its
+            ``final/model`` after ``dact tune`` and for its ``model`` after ``dact fit``; or
+            ``OWNER/NAME`` or ``OWNER/NAME@REVISION``, which is downloaded from the Hub unless the
+            current folder has a folder OWNER.
     """
     name, _, revision = str(path).partition("@")
     is_here = Path(path).exists() or Path(name).parent.is_dir()
@@ -69,12 +69,12 @@ def find_model(path: str | Path) -> Path:
 
 
 def is_tuned(folder: Path) -> bool:
-    """Return whether a folder is that of a run of ``dact tune``."""
+    """Return whether a folder holds a run of ``dact tune``."""
     return any((folder / name).exists() for name in ("run.json", "studies.db", "final"))
 
 
 def pair(source: Path) -> list[Path]:
-    """Return the model/ folder and the best checkpoint of a run, which are the same model, if
+    """Return the model/ folder and the best checkpoint of a run, which hold the same model, if
     `source` is one of them; else `source` alone."""
     run = source.parent if source.is_dir() else source.parents[1]
     both = [run / "model", run / "checkpoints" / "best.ckpt"]
@@ -88,7 +88,7 @@ def load_model(source: Path, encoder: LayeredEncoder | None = None, **overrides:
 
 
 def store(model: DACT, source: Path) -> None:
-    """Write the halting rule of a model, and what was learned after its fit, where it is stored."""
+    """Write the halting settings, calibration and temperatures of a model where it is stored."""
     for path in pair(source):
         if path.is_dir():
             model.save_pretrained(path)
@@ -102,12 +102,12 @@ class Stored:
 
     Args:
         model: Folder of a run, model/ folder, checkpoint, or OWNER/NAME[@REVISION] on the Hub.
-        data: Section of the data.
-        encoder: Section of the encoder, for a model that cannot rebuild its own.
-        halting: Halting rule; that of the model if left out.
-        halting_margin: Margin, in [0, 1]; that of the model if left out.
-        halting_tolerance: Tolerance, in [0, 1); that of the model if left out.
-        thresholds: Thresholds of the labels; those of the model if left out.
+        data: Section ``data`` of the configuration.
+        encoder: Section ``model.encoder``, for a model that cannot rebuild its encoder.
+        halting: Halting rule; the model's if left out.
+        halting_margin: Margin, in [0, 1]; the model's if left out.
+        halting_tolerance: Tolerance, in [0, 1); the model's if left out.
+        thresholds: Thresholds of the labels; the model's if left out.
         device: Device, such as cpu or cuda; auto takes a GPU if there is one.
         dtype: Precision of the encoder.
     """
@@ -126,7 +126,7 @@ class Stored:
 
     @cached_property
     def dact(self) -> DACT:
-        """The model on its device; a line says which margin it uses."""
+        """The model on its device; loading it prints its margin to standard error."""
         source, encoder = find_model(self.model), None
         if self.encoder is not None and not self.encoder["class_path"].startswith("dact."):
             parser = ArgumentParser(exit_on_error=False)
@@ -154,7 +154,7 @@ class Stored:
         return torch.autocast(kind, dtype, enabled=self.dtype != "float32")
 
     def build_data(self) -> LightningDataModule:
-        """Return the data, with the classes of the model and not more tokens than it takes."""
+        """Return the data, with the model's classes and at most as many tokens as it takes."""
         options = self.data["init_args"]
         if options.get("class_names", ()) is None:
             options["class_names"] = self.dact.class_names
@@ -178,7 +178,7 @@ def test(stored: Stored) -> None:
 
 def measure(model: DACT, data: LightningDataModule, stage: Literal["validate", "test"]) -> Measured:
     """Print the measurements of a model and, on test examples, whether its promise holds; return
-    early exit on the examples."""
+    the measurements."""
     data.prepare_data()
     data.setup(stage)
     check_agreement(model, data, training=False)
@@ -227,8 +227,8 @@ def predict(
 
     Args:
         output: File to write: .csv, .jsonl or .parquet; - writes csv to standard output.
-        keep_columns: Columns of the input to copy; by default those of the texts, and id if there
-            is one.
+        keep_columns: Columns of the input to copy; by default the text columns, and id if there is
+            one.
     """
     data = stored.data["init_args"]
     file = data.get("predict_file")
@@ -291,10 +291,10 @@ def run(command: str, words: list[str]) -> None:
     sections = [] if given.model is None else [_run_config(find_model(given.model))]
     sections += [_read(Path(name)) for name in given.config]
     parser.add_class_arguments(Stored, skip={"data", "encoder"}, instantiate=False)
-    parser.add_argument("--config", help="file with a section data:, or model.encoder, to use")
+    parser.add_argument("--config", help="file whose section data, or model.encoder, is used")
     if command == "calibrate":
         parser.add_class_arguments(Promise, instantiate=False)
-        help = "set the thresholds of labels to the largest F1 scores on validation examples first"
+        help = "first set the thresholds of labels to maximize F1 scores on validation examples"
         parser.add_argument("--fit_thresholds", type=bool, default=False, help=help)
     else:
         parser.add_function_arguments(function, skip={"stored"})
@@ -309,7 +309,7 @@ def run(command: str, words: list[str]) -> None:
 
 
 def _run_config(source: Path) -> dict[str, Any]:
-    """Return the configuration of the run that a model lies in; empty elsewhere."""
+    """Return the configuration of the run that a model belongs to; empty if it has none."""
     folder = source.parent if source.is_dir() else source.absolute().parents[1]
     return _read(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
 
@@ -322,8 +322,8 @@ def _read(path: Path) -> dict[str, Any]:
 def _data_section(
     model: str | None, sections: list[dict[str, Any]], words: list[str]
 ) -> dict[str, Any]:
-    """Return the section of the data of the last configuration that names a class, or of own files
-    if that class does not take the options of the command line."""
+    """Return the section ``data`` of the last configuration that names a class, or one for your own
+    files if that class does not take the options of the command line."""
     section: dict[str, Any] = {"class_path": OWN_FILES}
     for one in sections:
         new = one.get("data") or {}
@@ -334,7 +334,7 @@ def _data_section(
     accepted = None if found is None else accepted_by(found)
     if found is None or (accepted is not None and not names <= {*accepted}):
         section, accepted = {"class_path": OWN_FILES}, accepted_by(TextClassificationData)
-    # The model may have left the files of its fit behind.
+    # Drop the files of the fit that are not on this machine.
     arguments = {
         name: value
         for name, value in (section.get("init_args") or {}).items()
@@ -350,6 +350,6 @@ def _data_section(
         longest = read_json(file).get("model_max_length") or NO_LIMIT
         arguments.setdefault("max_length", min(longest, NO_LIMIT))
     if names & {"val_file", "calibration_file"}:
-        # All examples of another file count.
+        # All examples of a file that is given here are used.
         arguments["calibration_fraction"] = 0.0
     return {**section, "init_args": arguments}

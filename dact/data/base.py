@@ -1,4 +1,4 @@
-"""What models, commands and tuning rely on in a datamodule, and what datamodules of text share."""
+"""The interface of a datamodule for models, commands and tuning, and the base class for text."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ from dact.data.teacher import teacher_probabilities
 from dact.data.tokenizers import PreTrainedTokenizerBase, padding_of, tokenizer_for
 from dact.tasks import UNLABELLED, TaskName, task_of
 
-# Examples per batch of test; early exit regroups within a batch.
+# Examples per test batch; early exit regroups the examples within a batch.
 TEST_BATCH = 1024
-# Neighbours of similar length in validation.
+# Validation examples per block of similar length.
 VALIDATION_BLOCK = 64
-APART = 1_000_003  # added to the seed, so that this hash is another one than that of validation
-# A larger share of texts that are cut is worth a warning.
+APART = 1_000_003  # added to the seed, so that this hash differs from the validation hash
+# Warn if more than this share of the texts is cut.
 CUT_SHARE = 0.01
 SPLITS = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
 
 
 class ClassificationDataModule(LightningDataModule):
-    """What `DACT`, `dact.calibrate`, the commands and tuning ask of a datamodule.
+    """The part of a datamodule that `DACT`, `dact.calibrate`, the commands and tuning use.
 
-    Other datamodules may have the same attributes: a missing one counts as its default here.
-    Batches are dicts with ``labels`` and what the encoder takes.
+    Other datamodules may have the same attributes; a missing one has the default value given here.
+    Batches are dicts with ``labels`` and the inputs of the encoder.
 
     Attributes:
         task: The task of the labels; see `DACT`.
@@ -45,8 +45,8 @@ class ClassificationDataModule(LightningDataModule):
         batch_size: Number of examples per training batch.
         teacher: Name of a fine-tuned model whose probabilities training batches carry as
             ``teacher`` ``[batch, classes]``.
-        teacher_probabilities: The ``teacher`` of each training example, ``[examples, classes]``, if
-            tuning has set it; batches need ``row``, the number of each example, for that.
+        teacher_probabilities: Teacher probabilities of the training examples, ``[examples,
+            classes]``, if tuning has set them. Batches then need ``row``, each example's number.
         calibration_fraction: Share of the validation examples that is set aside for
             `calibration_dataloader`, in [0, 1).
         confidence_fraction: Share of the training examples that is set apart for
@@ -66,11 +66,11 @@ class ClassificationDataModule(LightningDataModule):
     needs_teacher: bool = False
 
     def calibration_dataloader(self) -> Any:
-        """Return labelled batches that are used for no training and no choice, or None."""
+        """Return labelled batches that are used neither for training nor for a choice, or None."""
         return None
 
     def confidence_dataloader(self) -> Any:
-        """Return labelled batches that only the confidence of `DACT` learns, or None."""
+        """Return labelled batches that train only the confidence of `DACT`, or None."""
         return None
 
 
@@ -89,9 +89,9 @@ class TextDataModule(ClassificationDataModule, ABC):
         calibration_fraction: Share of the validation examples, in [0, 1), that is set aside for
             `dact.calibrate`. None of their texts is in validation or training.
         confidence_fraction: Share of the labelled training texts, in [0, 1), that is set apart by
-            a hash for the confidence of `DACT`. Nothing else learns them.
+            a hash for the confidence of `DACT`. Nothing else is trained on them.
         teacher: Fine-tuned model for the `distillation` of `DACT`: a ``model/`` folder of dact, or
-            a sequence-classification model, named as a tokenizer is.
+            a sequence-classification model, given like `tokenizer`.
 
     Attributes:
         splits: The `Examples` of each split that is set up.
@@ -122,7 +122,7 @@ class TextDataModule(ClassificationDataModule, ABC):
         self.seed = seed
         self.calibration_fraction = calibration_fraction
         self.confidence_fraction = confidence_fraction
-        # A Path is welcome.
+        # may be a Path
         self.teacher = teacher and str(teacher)
         self.splits: dict[str, Examples] = {}
         self._encoded: dict[str, Any] = {}
@@ -132,7 +132,7 @@ class TextDataModule(ClassificationDataModule, ABC):
         """Return the examples of ``"train"``, ``"val"`` or ``"test"``."""
 
     def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
-        """Return the rows that are kept for validation, and those for calibration."""
+        """Return the rows for validation and the rows for calibration."""
         keys = validation.text_keys()
         return stratified_split(validation.strata, self.calibration_fraction, self.seed, keys)
 
@@ -151,8 +151,8 @@ class TextDataModule(ClassificationDataModule, ABC):
                     self._encode(name, examples)
 
     def _parts(self, split: str) -> dict[str, Examples]:
-        """Return the examples of a split, with those of training those for the confidence, and
-        with those of validation those for calibration."""
+        """Return the examples of a split by name. Training is divided into ``train`` and
+        ``confidence``, validation into ``val`` and ``calibration``."""
         examples = self.examples(split)
         if split == "train" and self.confidence_fraction:
             return self._apart(examples)
@@ -164,7 +164,7 @@ class TextDataModule(ClassificationDataModule, ABC):
         return {"val": examples.take(kept), "calibration": examples.take(aside)}
 
     def _apart(self, train: Examples) -> dict[str, Examples]:
-        """Divide training examples in those that all learn and those for the confidence alone."""
+        """Set apart the labelled training examples that train only the confidence."""
         keys = train.text_keys()
         _, apart = hash_split(train.strata, keys, self.confidence_fraction, self.seed + APART)
         rows = {row for row in apart if UNLABELLED not in classes_of(train.labels[row])}
@@ -182,8 +182,8 @@ class TextDataModule(ClassificationDataModule, ABC):
                 f"{1 - CUT_SHARE:.0%} of them whole, if the encoder takes that many"
             )
         if split in ("val", "calibration", "confidence"):
-            # One order whatever the batch size; limit_val_batches of the Trainer keeps texts
-            # of all lengths.
+            # The order is the same for any batch size, and any limit_val_batches of the Trainer
+            # keeps texts of all lengths.
             order = LengthGroupedSampler(items.lengths, VALIDATION_BLOCK, seed=0)
             items = Subset(items, list(order))
         self.splits[split] = examples

@@ -1,4 +1,4 @@
-"""From examples to batches: tokens, padding, and an order that needs little of it."""
+"""From examples to batches: tokens, padding, and an order that needs little padding."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from torch.utils.data import Dataset, DistributedSampler
 from dact.data.examples import Examples
 from dact.data.tokenizers import Array, PreTrainedTokenizerBase, flat_tokens, pad
 
-# Batches that are sorted by length together.
+# Number of batches whose examples are sorted by length together.
 GROUP = 50
 Item = dict[str, Any]
 
 
 class Encoded(Dataset[Item]):
-    """Tokenized examples, whose tokens lie in one array, which takes a fraction of the memory.
+    """Tokenized examples with all tokens in one array, which takes a fraction of the memory.
 
     Args:
         lengths: Number of tokens of each example, ``[examples]``.
-        tokens: ``input_ids`` and the tokenizer's other values per token, ``[tokens of all]``.
-        columns: Integers of each example by name, such as ``labels``.
+        tokens: ``input_ids`` and the tokenizer's other values per token, ``[all tokens]``.
+        columns: Integers, or tuples of them, of each example by name, such as ``labels``.
     """
 
     def __init__(
@@ -49,8 +49,8 @@ def encode(
     """Tokenize examples.
 
     Returns:
-        The examples with their ``row``, and ``labels`` if the data has them; and the number of
-        tokens before the cut of those that were cut.
+        The examples with ``row`` and, if the data has them, ``labels``; and the full number of
+        tokens of each example that was cut.
     """
     columns = {"row": range(len(examples)), "labels": examples.labels}
     known = {name: values for name, values in columns.items() if values}
@@ -66,12 +66,12 @@ def collate(
     items: Sequence[Item], padding: Mapping[str, int], teacher: Tensor | None = None
 ) -> dict[str, Tensor]:
     """Return a batch of items, padded on the right to the longest of them: ``input_ids``,
-    ``attention_mask`` and other values per token ``[batch, length]``, ``row`` and ``labels``
-    ``[batch]``, all int64, and ``teacher`` ``[batch, classes]``.
+    ``attention_mask`` and other values per token ``[batch, length]``, ``row`` ``[batch]`` and
+    ``labels`` ``[batch]`` or ``[batch, labels]``, all int64, and ``teacher`` ``[batch, classes]``.
 
     Args:
         items: Examples of an `Encoded`.
-        padding: Value that pads each token array; 0 for those that are not named.
+        padding: Padding value of each token array by name; 0 for other names.
         teacher: Class probabilities of all examples, ``[examples, classes]``.
     """
     columns = {name: [item[name] for item in items] for name in items[0]}
@@ -88,9 +88,9 @@ def collate(
 class LengthGroupedSampler(DistributedSampler[int]):
     """A random order in which the examples of a batch have similar lengths, which saves padding.
 
-    The examples are shuffled, sorted by length within groups of 50 batches, and the batches are
-    shuffled, by the seed and the epoch alone. Processes share each batch, so that none waits for
-    longer texts; a few examples are repeated if they cannot be shared equally.
+    The examples are shuffled and sorted by length within groups of 50 batches; then the batches are
+    shuffled. The order depends only on the seed and the epoch. Processes share each batch, so that
+    none waits for longer texts. If examples do not divide equally, the last one is repeated.
 
     Args:
         lengths: Number of tokens of each example.
@@ -108,7 +108,7 @@ class LengthGroupedSampler(DistributedSampler[int]):
         num_replicas: int = 1,
         rank: int = 0,
     ) -> None:
-        # Only the number of examples counts.
+        # The base class needs only the number of examples.
         super().__init__(range(len(lengths)), num_replicas, rank, seed=seed)  # type: ignore[arg-type]
         self.lengths, self.batch_size = lengths, batch_size * num_replicas
 

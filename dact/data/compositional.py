@@ -47,7 +47,7 @@ def _clause(generator: random.Random, modifiers: int) -> tuple[str, int]:
 
 
 def split_of(text: str) -> str:
-    """Return the only split that may have a text."""
+    """Return the only split that may contain a text."""
     share = zlib.crc32(text.encode()) % 100
     return "val" if share < 10 else "test" if share < 20 else "train"
 
@@ -55,7 +55,7 @@ def split_of(text: str) -> str:
 def generate_review(
     generator: random.Random, max_depth: int, accept: Callable[[str], bool] = lambda text: True
 ) -> tuple[str, int]:
-    """Draw an accepted text, and return it with its class, which is independent of its depth."""
+    """Return a random text that `accept` allows, and its class, independent of its depth."""
     depth, label = generator.randint(0, max_depth), generator.randrange(3)
     while True:
         text, grade = _draw(generator, depth)
@@ -86,19 +86,19 @@ def _vocabulary() -> list[str]:
 
 
 class CompositionalSentiment(TextDataModule):
-    """Embedded data: English-like product reviews, generated from a seed, without a download.
+    """English-like product reviews, generated from a seed without a download.
 
     The class, negative, neutral or positive, comes from an adjective and up to `max_depth` steps
     whose order matters: "ironically" exchanges good and bad, "modestly" good and average,
-    "charitably" bad and average, applied from the adjective outwards; in a concession the main
-    clause counts. Deep reviews need several layers: see benchmarks/README.md.
+    "charitably" bad and average. Steps apply from the adjective outwards, and in a concession the
+    main clause counts. Deep reviews need several layers: see benchmarks/README.md.
 
     Args:
         num_train: Number of training reviews.
         num_val: Number of validation reviews.
         num_test: Number of test reviews.
         max_depth: Largest number of steps, 0 or more.
-        **options: As for `dact.data.base.TextDataModule`; `seed` is also that of the reviews.
+        **options: As for `dact.data.base.TextDataModule`; `seed` also determines the reviews.
 
     Example:
         >>> data = CompositionalSentiment(num_train=100, num_val=10, num_test=10)

@@ -21,8 +21,8 @@ class Examples:
     Args:
         texts: One string per example.
         pairs: Second text of each example, for text pairs.
-        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; of
-            several labels, a tuple with 1, 0 or -100 for each of them.
+        labels: Class of each example, 0 … classes - 1, or -100 if only a teacher labels it; for
+            several labels, a tuple with 1, 0 or -100 per label.
     """
 
     texts: list[str]
@@ -39,8 +39,8 @@ class Examples:
 
     @property
     def strata(self) -> list[int]:
-        """The classes, each of which a division shares between both sides; sets of labels, most of
-        which are rare, count as one class."""
+        """The class of each example for a stratified division. All sets of labels count as one
+        class, since most sets are rare."""
         return [0 if isinstance(label, tuple) else label for label in self.labels]
 
     def take(self, rows: Sequence[int]) -> Examples:
@@ -48,7 +48,7 @@ class Examples:
         return Examples(*([c[row] for row in rows if c] for c in vars(self).values()))
 
     def text_keys(self) -> list[bytes]:
-        """Return the `text_key` of each text or text pair, which copies have in common."""
+        """Return the `text_key` of each text or text pair; copies have the same key."""
         return [text_key(*texts) for texts in zip(*self.columns, strict=True)]
 
 
@@ -60,13 +60,13 @@ def classes_of(label: int | tuple[int, ...]) -> list[int]:
 
 
 def join(parts: Sequence[Examples]) -> Examples:
-    """Return the examples of all `parts`; a column stays if every part has it."""
+    """Return the examples of all `parts`; a column is kept if every part has it."""
     columns = zip(*(vars(part).values() for part in parts if len(part)), strict=True)
     return Examples(*([*chain(*values)] if all(values) else [] for values in columns))
 
 
 def text_key(*texts: str) -> bytes:
-    """Return a digest of texts that ignores case, blanks and compatible forms of a character.
+    """Return a digest of texts that ignores case, extra blanks and compatible forms of a character.
 
     Example:
         >>> text_key("Good  film ") == text_key("good film") != text_key("goodfilm")
@@ -81,16 +81,16 @@ def text_key(*texts: str) -> bytes:
 def hash_split(
     labels: Sequence[int], keys: Sequence[bytes], fraction: float, seed: int
 ) -> tuple[list[int], list[int]]:
-    """Divide rows in two by a number in [0, 1) that a hash gives each text: below `fraction` it is
-    set aside, whatever other rows there are.
+    """Divide rows in two by a hash of each text, a number in [0, 1): a text whose number is below
+    `fraction` is set aside, whatever the other rows are.
 
-    A class with two texts or more has at least one on each side: that of the smallest or largest
-    number.
+    A class with two texts or more keeps at least one and sets at least one aside: those with the
+    largest and the smallest number.
 
     Args:
-        labels: Class of each row. Copies of a text count for the class of the first of them.
+        labels: Class of each row. All copies of a text count for the class of the first one.
         keys: `text_key` of each row.
-        fraction: Bound of the number, in (0, 1).
+        fraction: Bound on the number, in (0, 1).
         seed: Seed of the hash.
 
     Returns:
@@ -127,7 +127,7 @@ def stratified_split(
         labels: Class of each row.
         fraction: Share of the rows to set aside, in (0, 1).
         seed: Seed for the draw.
-        keys: Rows of equal keys are copies of a text; all rows differ if left out.
+        keys: Key of each row; rows with equal keys are copies of a text. All differ if left out.
     """
     copies: dict[Hashable, list[int]] = defaultdict(list)
     for row, key in enumerate(range(len(labels)) if keys is None else keys):

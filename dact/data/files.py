@@ -1,4 +1,4 @@
-"""Rows of files, standard input and splits of `datasets`, in bounded memory."""
+"""Rows of files, standard input and `datasets` splits, in bounded memory but for JSON lists."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn  # type: ignore
 STANDARD_INPUT = "-"
 DATASET = "dataset:"
 DELIMITERS = (",", ";", "\t")
-# Rows that are decoded at a time.
+# Rows decoded at a time.
 CHUNK = 4096
-# Names in a message.
+# Most names in a message.
 MOST_LISTED = 20
 
 
 def read_rows(
     path: str, columns: Mapping[str, str], delimiter: str | None = None
 ) -> Iterator[list[Any]]:
-    """Return the values of `columns` of each row; a byte that is not UTF-8 is a lone surrogate.
+    """Return the values of `columns` in each row; a byte that is not UTF-8 is a lone surrogate.
 
     Args:
         path: File, ``"-"`` or ``"dataset:NAME#SPLIT"``; see `TextClassificationData`.
-        columns: The option that names each column, such as ``text_column``, by its name.
+        columns: Names of the columns, each with the option that sets it, such as ``text_column``.
         delimiter: Separator of a csv file; a comma, semicolon or tab by its header if left out.
 
     Raises:
@@ -117,7 +117,7 @@ def _csv(path: str, columns: Mapping[str, str], delimiter: str | None) -> Iterat
             delimiter = "\t" if tsv else _guess_delimiter(file.readline(), columns)
             file.seek(0)
             if not tsv and delimiter != ",":
-                rank_zero_warn(f"{path}: its columns are separated by {delimiter!r}, it seems")
+                rank_zero_warn(f"{path}: its columns seem to be separated by {delimiter!r}")
         # One quotation mark in a tsv must not swallow the rows after it.
         quoting: Any = csv.QUOTE_NONE if tsv else csv.QUOTE_MINIMAL
         reader = csv.reader(file, delimiter=delimiter, quoting=quoting, strict=True)
@@ -166,7 +166,7 @@ def _records(path: str, lines: IO[str]) -> Iterator[Any]:
             try:
                 yield json.loads(line)
             except ValueError as error:
-                raise ValueError(f"{path}: line {number} is no JSON: {error}") from None
+                raise ValueError(f"{path}: line {number} is not valid JSON: {error}") from None
 
 
 def _parquet(path: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
@@ -193,7 +193,7 @@ def _dataset(address: str, columns: Mapping[str, str]) -> Iterator[list[Any]]:
         for column in columns:
             feature = table.features[column]
             if isinstance(feature, datasets.ClassLabel):
-                # -1 stands for a label that is kept secret.
+                # -1 stands for a label that is withheld.
                 names = [*feature.names, None]
                 batch[column] = [None if n is None else names[n] for n in batch[column]]
         yield from map(list, zip(*(batch[column] for column in columns), strict=True))

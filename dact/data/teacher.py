@@ -1,4 +1,4 @@
-"""The class probabilities of a teacher for training examples, from which distillation learns."""
+"""A teacher's class probabilities for the training examples, as targets of distillation."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def teacher_probabilities(
     device: torch.device | None = None,
     task: Task = MULTICLASS,
 ) -> Tensor:
-    """Return a fine-tuned model's probabilities of examples, ``[examples, classes]``, in the order
-    of `class_names`.
+    """Return a fine-tuned model's probabilities for examples, ``[examples, classes]``, with the
+    classes in the order of `class_names`.
 
     Raises:
         ValueError: If the teacher cannot be read, or has other classes or another task.
@@ -59,7 +59,7 @@ def teacher_probabilities(
 
 
 def _load(teacher: str) -> tuple[Any, list[str], int | None]:
-    """Return the model, the names of its classes, and the most tokens that it takes, if any."""
+    """Return the model, the names of its classes, and its largest number of tokens, or None."""
     if is_of_dact(teacher):
         model = DACT.from_pretrained(resolve_pretrained(teacher))
         return model, names_of_classes(model), model.encoder.max_length
@@ -68,8 +68,8 @@ def _load(teacher: str) -> tuple[Any, list[str], int | None]:
 
 
 def _order_of_classes(teacher: str, names: list[str], class_names: list[str]) -> list[int]:
-    """Return the place of each class of the data among those of the teacher, whose names are the
-    same, or say nothing, such as LABEL_0."""
+    """Return the position of each class of the data among the teacher's classes, which must have
+    the same names or generic ones, such as LABEL_0."""
     if set(names) == set(class_names):
         return [names.index(name) for name in class_names]
     nameless = all(name in (str(label), f"LABEL_{label}") for label, name in enumerate(names))

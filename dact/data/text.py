@@ -25,16 +25,16 @@ class TextClassificationData(TextDataModule):
     """Your own labelled text, from files.
 
     A file is csv, tsv, json lines or parquet, by its ending, or txt with one text a line where no
-    label is needed. ``"dataset:NAME#SPLIT"`` stands for a split of the data set that
-    `datasets.load_dataset` finds under a name on the Hub or in a folder, and ``"-"`` as
-    predict_file for standard input, one text a line. Text is in UTF-8.
+    label is needed. Instead of a file, ``"dataset:NAME#SPLIT"`` names a split of a data set that
+    `datasets.load_dataset` finds on the Hub or in a folder. As predict_file, ``"-"`` is standard
+    input, one text a line. Text is in UTF-8.
 
     The classes are the sorted distinct labels, strings or numbers. For several labels per text, the
-    label column has lists, as json lines and parquet can, or names joined by a `label_separator`,
-    or there is one column per label, `label_columns`; a text may have no label at all. A hash of
-    each text decides whether it is for training, validation or calibration, whatever other texts
-    there are. Texts that differ only in case and blanks are one, and those of training are left out
-    of other files.
+    label column holds lists (json lines, parquet) or names joined by `label_separator`, or each
+    label has a column, `label_columns`. A text may then have no label at all. A hash of each text
+    decides whether it is for training, validation or calibration, whatever the other texts are.
+    Texts that differ only in case and blanks count as one. Training texts are left out of other
+    files.
 
     Args:
         train_file: Training examples.
@@ -49,11 +49,11 @@ class TextClassificationData(TextDataModule):
         label_separator: Text between the names of several labels in that column, such as ``"|"``.
         label_columns: Names of the columns with 0 or 1 for each label, instead of a label_column.
         class_names: Names of the classes in their order, if the training file does not determine
-            them. Labels are these names or, if none is a whole number, positions from 0.
+            them. Labels are these names or, if no name is a whole number, positions from 0.
         delimiter: Character between the columns of a csv file; a comma, semicolon or tab by its
             header if left out.
-        drop_unusable: Whether rows without a usable text or label are left out, instead of an error
-            that lists them.
+        drop_unusable: Whether to leave out rows without a usable text or label, instead of raising
+            an error that lists them.
         val_fraction: Share of the training file for validation, in (0, 1), without a val_file.
         seed: Seed for the divisions and for the order of training examples.
         tokenizer, max_length, batch_size, calibration_fraction, confidence_fraction, num_workers,
@@ -94,7 +94,7 @@ class TextClassificationData(TextDataModule):
         if calibration_file is not None and self.calibration_fraction:
             raise ValueError("give a calibration_file or a calibration_fraction, not both")
         files = (train_file, val_file, test_file, predict_file, unlabelled_file, calibration_file)
-        # A Path is welcome.
+        # each may be a Path
         self.files = {split: f and str(f) for split, f in zip(FILES, files, strict=True)}
         self._text_columns = {text_column: "text_column"}
         if text_pair_column is not None:
@@ -135,7 +135,7 @@ class TextClassificationData(TextDataModule):
         if split == "train":
             self._read_training()
         elif self.files["train"] or self.class_names is None:
-            # The training file determines the classes, and what others leave out.
+            # The training file determines the classes, and the texts that other files leave out.
             self.examples("train")
         if split not in self._read:
             known = self._training
@@ -156,7 +156,7 @@ class TextClassificationData(TextDataModule):
     # ------------------------------------------------------------------ splits
 
     def _read_training(self) -> None:
-        """Read the training file, divide it if there is no other, and add texts without labels."""
+        """Read the training file, divide it if there is no val_file, and add unlabelled texts."""
         train, file = self._labelled("train"), self.files["train"]
         keys, names = train.text_keys(), self.class_names or []
         self._training = frozenset(keys)
@@ -181,7 +181,7 @@ class TextClassificationData(TextDataModule):
     def set_aside(self, validation: Examples) -> tuple[list[int], list[int]]:
         share = self.calibration_fraction
         if self.files["val"] is None:
-            # The interval of calibration lies in that of validation.
+            # The hash interval of calibration is a part of the validation interval.
             share *= self.val_fraction
         return hash_split(validation.strata, validation.text_keys(), share, self.seed)
 
@@ -189,22 +189,22 @@ class TextClassificationData(TextDataModule):
     def _parts(self, split: str) -> dict[str, Examples]:
         if split != "val" or self.files["calibration"] is None:
             return super()._parts(split)
-        # For calibration alone, of a model that is fitted, a calibration_file is enough.
+        # To calibrate a fitted model, a calibration_file alone is enough.
         needed = ["val"] if self.files["train"] or self.files["val"] else []
         return {name: self.examples(name) for name in (*needed, "calibration")}
 
     def _without(self, known: Set[bytes], split: str, examples: Examples) -> Examples:
-        """Return the examples whose texts are not `known`, and warn of the others."""
+        """Return the examples whose texts are not `known`, and warn about the others."""
         kept = [row for row, key in enumerate(examples.text_keys()) if key not in known]
         file, count = self.files[split], len(examples) - len(kept)
         if not kept and split == "test":
-            rank_zero_warn(f"{file}: training has all of its texts; it says nothing of new ones")
+            rank_zero_warn(f"{file}: all its texts are in training: it says nothing about new ones")
             return examples
         if not kept:
-            raise ValueError(f"{file}: all of its texts are used elsewhere as well: give others")
+            raise ValueError(f"{file}: all of its texts are used elsewhere too: give other texts")
         if count:
             what = f"{count:,} of {len(examples):,} texts are left out"
-            rank_zero_warn(f"{file}: {what}, which training, validation or calibration has")
+            rank_zero_warn(f"{file}: {what}: training, validation or calibration has them")
         return examples.take(kept)
 
     def _unlabelled(self) -> Examples:
@@ -269,7 +269,7 @@ class TextClassificationData(TextDataModule):
     def _classes(
         self, labels: Sequence[tuple[int, str]], names: Sequence[str], file: str
     ) -> list[int]:
-        """Return each label, with the number of its row, as a class, 0 … classes - 1."""
+        """Return the class, 0 … classes - 1, of each pair (number of the row, label)."""
         known = {name: label for label, name in enumerate(names)}
         if self._names_given and not any(map(_is_integer, names)):
             known |= {str(label): label for label in range(len(names))}
@@ -297,7 +297,7 @@ class TextClassificationData(TextDataModule):
         return "no label" if is_nothing else text_fault([str(label)])
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
-        """Return the usable rows of a file by their numbers; others are an error or left out."""
+        """Return the usable rows of a file by number; other rows are an error or left out."""
         file = self.files[split]
         if file is None:
             remedy = ", or class_names for the classes" if split == "train" else ""
@@ -311,7 +311,7 @@ class TextClassificationData(TextDataModule):
             if not fault:
                 usable[number] = row
             elif any(value not in (None, "") for value in row):
-                # An empty row is a blank line, as files may have at their end.
+                # An empty row is a blank line, such as at the end of a file.
                 faults.setdefault(fault, []).append(number)
         text = "; ".join(f"rows {listed(rows)} ({fault})" for fault, rows in faults.items())
         if faults and self.drop_unusable:
@@ -331,6 +331,6 @@ def _is_integer(name: str) -> bool:
 
 
 def _names(labels: Set[str]) -> list[str]:
-    """Return the classes in their order: as numbers if all of them are integers, 1.0 among them."""
+    """Return the sorted classes: by value if all are integers, where 1.0 counts as 1."""
     names = {label.removesuffix(".0") for label in labels}
     return sorted(sorted(names), key=int) if all(map(_is_integer, names)) else sorted(labels)

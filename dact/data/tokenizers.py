@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase as PreTrainedTokenizerBase
 
 from dact.encoders.pretrained import resolve_pretrained
 
-# Texts that are tokenized in one call, since a tokenizer needs far more memory than its texts.
+# Texts per call of a tokenizer, which needs far more memory than the texts.
 PORTION = 1000
 Array = npt.NDArray[Any]
 
@@ -47,7 +47,7 @@ def load_tokenizer(pretrained: str) -> PreTrainedTokenizerBase:
 def tokenizer_for(
     tokenizer: str | PreTrainedTokenizerBase, max_length: int
 ) -> PreTrainedTokenizerBase:
-    """Return a copied or loaded tokenizer that cuts texts and pads on the right, once saved too."""
+    """Return a copied or loaded tokenizer that cuts texts and pads on the right, also if saved."""
     if isinstance(tokenizer, (str, Path)):
         own = load_tokenizer(str(tokenizer))
     else:
@@ -60,16 +60,16 @@ def tokenizer_for(
 def tokenize(
     tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any
 ) -> dict[str, Tensor]:
-    """Return what a call of the tokenizer with ``padding=True, return_tensors="pt"`` gives, int64
-    ``[texts, tokens]`` by name, without the nested lists that transformers makes."""
+    """Return the same as the tokenizer with ``padding=True, return_tensors="pt"``, int64 ``[texts,
+    tokens]`` by name, but without the nested lists that transformers builds."""
     return pad(*flat_tokens(tokenizer, *texts, **options), padding_of(tokenizer))
 
 
 def flat_tokens(
     tokenizer: PreTrainedTokenizerBase, *texts: Sequence[Any], **options: Any
 ) -> tuple[Array, dict[str, Array]]:
-    """Return the number of tokens of each text, ``[texts]``, and what a call of the tokenizer gives
-    for each token by name, ``[tokens of all texts]``."""
+    """Return the number of tokens of each text, ``[texts]``, and the tokenizer's values for each
+    token by name, ``[tokens of all texts]``."""
     lengths: list[int] = []
     parts: dict[str, list[Array]] = defaultdict(list)
     for start in range(0, len(texts[0]), PORTION):
@@ -85,7 +85,7 @@ def flat_tokens(
 def pad(
     lengths: Array, values: Mapping[str, Array], padding: Mapping[str, int]
 ) -> dict[str, Tensor]:
-    """Return what `flat_tokens` gives, padded on the right to int64 ``[texts, tokens]``, and the
+    """Return the values of `flat_tokens`, padded on the right to int64 ``[texts, tokens]``, and the
     ``attention_mask``."""
     mask = np.arange(lengths.max(initial=0)) < lengths[:, None]
     tensors = {"attention_mask": torch.from_numpy(mask.astype(np.int64))}
@@ -97,7 +97,7 @@ def pad(
 
 
 def padding_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """Return the values that pad; 0 stands for others."""
+    """Return the padding values by name; other names are padded with 0."""
     names = {"input_ids": tokenizer.pad_token_id, "token_type_ids": tokenizer.pad_token_type_id}
     return {name: value or 0 for name, value in names.items()}
 

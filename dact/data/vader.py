@@ -21,7 +21,7 @@ CLASS_NAMES = ["negative", "neutral", "positive"]
 DIVISION = ("train", "val", "test")
 REQUIREMENT = "vaderSentiment==3.3.2"
 SHA256 = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
-# Names of the corpora, and of their files.
+# Names of the corpora and of their files.
 CORPORA = {
     "tweets": "tweets",
     "film": "movieReviewSnippets",
@@ -39,13 +39,13 @@ class VaderSentiment(TextDataModule):
     A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text*, ICWSM 2014 (MIT
     licence). The source distribution of the package vaderSentiment 3.3.2 (2.4 MB) is fetched once
     with pip and verified by its checksum. Three quarters of each corpus are for training, an eighth
-    for validation and an eighth for the test, with the copies of a text in one split.
+    for validation and an eighth for the test; all copies of a text are in one split.
 
     Args:
         corpora: Corpora to use, of ``"tweets"``, ``"film"``, ``"product"`` and ``"newspaper"``; all
-            if left out. Each is divided as if it stood alone.
+            if left out. The choice does not change how each is divided.
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
-        num_train: Number of training texts to use, a stratified part, to study small data sets.
+        num_train: Number of training texts to use, a stratified sample, to study small data sets.
         split: Number of the division; `seed` if left out.
         tokenizer, max_length, batch_size, num_workers, seed, calibration_fraction,
             confidence_fraction, teacher: As for `dact.data.base.TextDataModule`.
@@ -119,7 +119,7 @@ def _split(examples: Examples, rows: list[int], fraction: float, number: int) ->
 
 
 def fetch(archive: Path) -> None:
-    """Keep the source distribution at `archive`: pip verifies it before it looks inside."""
+    """Download the source distribution to `archive`; pip verifies it before opening it."""
     archive.parent.mkdir(parents=True, exist_ok=True)
     options = ["--quiet", "--no-deps", "--no-binary=:all:", "--require-hashes", "--dest"]
     with tempfile.TemporaryDirectory(dir=archive.parent) as folder:

@@ -1,4 +1,4 @@
-"""Encoders: stacks of layers that the DACT unit can stop after any of them."""
+"""Encoders: stacks of layers that the DACT unit can stop after any layer."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def from_config(config: dict[str, Any] | None, folder: Path | None = None) -> La
     if kind == "HuggingFaceEncoder":
         return HuggingFaceEncoder.from_config(**rest)
     if kind == "OnnxEncoder" and folder is not None:
-        # Version 0.1.0 stored digests of the graphs as well.
+        # Version 0.1.0 also stored digests of the graphs.
         rest.pop("digests", None)
         return __getattr__(kind)(folder, **rest)
     raise ValueError(

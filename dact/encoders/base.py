@@ -1,4 +1,4 @@
-"""The contract of a layered encoder, which is all that the DACT unit knows of an encoder."""
+"""The interface of layered encoders, which is all that the DACT unit knows about an encoder."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class LayeredEncoder(nn.Module, ABC):
 
     A subclass sets `num_layers` and `hidden_size` and implements `embed`, `layer` and `pool`.
     Override `context` if the layers share more than the hidden state, and `mask` if a batch has no
-    ``input_ids``. Pass an encoder of your own as ``encoder=`` where a model is loaded.
+    ``input_ids``. To load a model with a custom encoder, pass the encoder as ``encoder=``.
 
     Attributes:
         num_layers: Number of layers N.
@@ -32,7 +32,7 @@ class LayeredEncoder(nn.Module, ABC):
         default_learning_rate: Peak learning rate for fine-tuning.
         counts_columns: Whether positions count from the first column, so that padding on the left
             would shift them.
-        step_tokens: Tokens of one step of early exit, None for the default of the device.
+        step_tokens: Tokens per step of early exit, None for the default of the device.
     """
 
     num_layers: int
@@ -63,7 +63,7 @@ class LayeredEncoder(nn.Module, ABC):
         Args:
             context: Context of all examples, as `context` returned it.
             rows: Rows that remain, int64 ``[remaining]``, ascending.
-            hidden: Hidden state of these rows, ``[remaining, length, hidden]``, maybe shorter.
+            hidden: Hidden state of these rows, ``[remaining, length, hidden]``, possibly shorter.
             mask: Mask of these rows, ``[remaining, length]``.
         """
         return self.context(hidden, mask)
@@ -78,8 +78,8 @@ class LayeredEncoder(nn.Module, ABC):
         hidden]``."""
 
     def for_each(self, function: Callable[[Given], Made], steps: Sequence[Given]) -> Iterable[Made]:
-        """Return the results of a function for all steps of early exit, in their order; override
-        it if they run faster side by side."""
+        """Return the results of a function for all steps of early exit, in order; override it if
+        steps run faster in parallel."""
         return map(function, steps)
 
     def forward(self, batch: Batch) -> Tensor:
@@ -104,8 +104,8 @@ class LayeredEncoder(nn.Module, ABC):
         Raises:
             TypeError: If the batch is not a dict.
             KeyError: If the batch has no ``input_ids``.
-            ValueError: If the encoder does not take so many tokens or such an id, a row is all
-                padding, or the batch is padded on the left and positions count from the first
+            ValueError: If an example is too long or a token id too high for the encoder, a row is
+                all padding, or the batch is padded on the left and positions count from the first
                 column.
         """
         check_batch(batch)
@@ -118,7 +118,7 @@ class LayeredEncoder(nn.Module, ABC):
                 f"{self.max_length}: cut the texts (max_length={self.max_length})"
             )
         mask = batch["attention_mask"] if "attention_mask" in batch else torch.ones_like(ids)
-        # All in one transfer, since each waits for the GPU.
+        # One transfer for all three, since each transfer waits for the GPU.
         facts = torch.stack([mask.sum(dim=1).long(), ids.amax(dim=1).long(), mask[:, 0].long()])
         tokens, highest, first = facts.tolist()
         if self.vocab_size is not None and max(highest, default=0) >= self.vocab_size:
@@ -138,8 +138,8 @@ class LayeredEncoder(nn.Module, ABC):
         return mask
 
     def check_tokens(self, tokenizer: Any, max_length: int | None) -> None:
-        """Raise a ``ValueError`` if this tokenizer or length of the data does not fit the encoder;
-        None is not checked."""
+        """Raise a ``ValueError`` if the data's tokenizer or length does not fit the encoder; None
+        is not checked."""
         known = self.vocab_size
         if tokenizer is not None and known is not None and len(tokenizer) > known:
             raise ValueError(
@@ -153,13 +153,12 @@ class LayeredEncoder(nn.Module, ABC):
             )
 
     def config(self) -> dict[str, Any] | None:
-        """Return plain data from which `dact.encoders.from_config` builds this encoder, None if
-        that is impossible."""
+        """Return plain data from which `dact.encoders.from_config` rebuilds this encoder, None if
+        it cannot."""
         return None
 
     def save_files(self, folder: Path) -> None:
-        """Write what the encoder needs next to the weights of the model; most encoders need
-        nothing."""
+        """Write the files that the encoder needs besides the model's weights; most need none."""
 
 
 def move(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -196,7 +195,7 @@ def pool_tokens(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     tokens = mask.sum(dim=1, keepdim=True)
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-    if dtype == torch.float16:  # in which the sum over thousands of tokens overflows
+    if dtype == torch.float16:  # a sum over thousands of tokens would overflow
         mask, tokens = mask / tokens, torch.ones_like(tokens)
     # [batch, 1, length] @ [batch, length, hidden] -> [batch, hidden]
     total = torch.bmm(mask.to(hidden.dtype).unsqueeze(1), hidden).squeeze(1)

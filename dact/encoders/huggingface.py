@@ -32,7 +32,7 @@ from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 from dact.encoders.pretrained import resolve_pretrained
 
 # Entries of a configuration that make transformers fetch and run code: kernels from the Hub, or
-# modules next to it. An attribute map would give them other names.
+# modules next to the configuration. An attribute map could hide them under other names.
 RUNS_CODE = {
     "attn_implementation",
     "experts_implementation",
@@ -40,7 +40,7 @@ RUNS_CODE = {
     "kernel_config",
     "attribute_map",
 }
-# Names of the encoder's weights in a model of dact, and what they are called in transformers.
+# Pattern of the encoder's weight names in a model of dact, and its replacement in transformers.
 OF_DACT = {r"^encoder\.model\.": ""}
 
 
@@ -50,11 +50,11 @@ def _attention_bias(model: Any, hidden: Tensor, mask: Tensor) -> Tensor | None:
 
 @dataclass(frozen=True)
 class _Family:
-    """How one family of models runs its layers; the defaults are those of BERT.
+    """How one family of models runs its layers; the defaults fit BERT.
 
     Args:
         embed: Function from (model, inputs) to the hidden state before layer 1.
-        layers: Place of the list of layers in the model.
+        layers: Attribute path of the list of layers in the model.
         layer: Function from (model, 1-based layer, its module, hidden, context) to the hidden state
             after it.
         context: Function from (model, hidden, mask) to what all layers share.
@@ -151,7 +151,7 @@ def _learning_rate(hidden_size: int) -> float:
 
 
 class HuggingFaceEncoder(LayeredEncoder):
-    """A pretrained encoder of the transformers library.
+    """A pretrained encoder from the transformers library.
 
     Families: BERT, RoBERTa, ELECTRA, DistilBERT, ALBERT, MPNet, DeBERTa-v2 and ModernBERT. Weights
     are loaded in float32 whatever their type in the checkpoint, without the head of another task.
@@ -205,9 +205,9 @@ class HuggingFaceEncoder(LayeredEncoder):
         _check_family(model.config.model_type, type(model).__name__)
         model = model.base_model  # without the head of another task
         if getattr(model, "pooler", None) is not None:
-            # It is never used here, and DDP refuses parameters without a gradient.
+            # It is never used here, and DDP fails on parameters without a gradient.
             model.pooler = None
-        # Loaded models are in eval mode, which Lightning would keep: no dropout.
+        # Loaded models are in eval mode, and Lightning would train them without dropout.
         self.model = model.train()
         self.pooling = pooling
         self.num_layers = model.config.num_hidden_layers
@@ -221,13 +221,13 @@ class HuggingFaceEncoder(LayeredEncoder):
 
     @property
     def _family(self) -> _Family:
-        # A property, since functions without a name cannot be pickled.
+        # A property, since lambdas cannot be pickled.
         return FAMILIES[self.model.config.model_type]
 
     def embed(self, batch: Batch) -> Tensor:
         inputs = {name: batch[name] for name in self._family.inputs if name in batch}
         if "attention_mask" in self._family.inputs:
-            # DeBERTa calls its own mask `mask`.
+            # DeBERTa's embeddings take the attention mask as `mask`.
             inputs.pop("attention_mask", None)
             inputs["mask"] = self.mask(batch)
         return self._family.embed(self.model, inputs)
@@ -238,7 +238,7 @@ class HuggingFaceEncoder(LayeredEncoder):
     def keep(self, context: Any, rows: Tensor, hidden: Tensor, mask: Tensor) -> Any:
         is_bias = self._family.context is _attention_bias
         if is_bias and context is None:
-            # No position is masked, which holds for some of the rows as well.
+            # No position is masked, so none is in the remaining rows.
             return None
         if is_bias and isinstance(context, Tensor) and context.dim() == 4:
             length = hidden.shape[1]
@@ -248,7 +248,7 @@ class HuggingFaceEncoder(LayeredEncoder):
     def layer(self, layer: int, hidden: Tensor, context: Any) -> Tensor:
         # ALBERT has fewer modules than layers: each serves a group of layers, one after the other.
         modules = attrgetter(self._family.layers)(self.model)
-        # Rounded as transformers does.
+        # Rounded as in transformers.
         module = modules[int((layer - 1) / (self.model.config.num_hidden_layers / len(modules)))]
         return self._family.layer(self.model, layer, module, hidden, context)
 
@@ -261,7 +261,7 @@ class HuggingFaceEncoder(LayeredEncoder):
             # A subclass may pool or embed in another way.
             return None
         model = json.loads(self.model.config.to_json_string(use_diff=False))
-        # These say how it was loaded.
+        # These entries describe how the model was loaded.
         for name in ("_name_or_path", "architectures", "transformers_version", "dtype"):
             model.pop(name, None)
         return {"type": "HuggingFaceEncoder", "pooling": self.pooling, "model": model}
@@ -272,7 +272,7 @@ def longest_input(model: PreTrainedModel) -> int | None:
     table = _position_table(model)
     if table is None:
         return None
-    # RoBERTa and MPNet count positions from behind the padding id.
+    # RoBERTa and MPNet count positions from the id after the padding id.
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
 
 
@@ -302,7 +302,7 @@ def load_sequence_classifier(pretrained: str) -> tuple[nn.Module, list[str]]:
 def _load(pretrained: str, num_layers: int | None) -> PreTrainedModel:
     described, renamed = _describe(pretrained), {}
     if _is_of_dact(described):
-        # Its encoder is one part of a model whose other weights are left aside.
+        # Only the encoder is loaded; the model's other weights are ignored.
         described, renamed = (described["encoder"] or {}).get("model", {}), OF_DACT
         if not described:
             raise ValueError(
@@ -339,7 +339,7 @@ def _check_family(model_type: str | None, what: str) -> None:
 
 
 def _config_from(described: dict[str, Any]) -> PreTrainedConfig:
-    """Return the library's configuration, without the entries that make it run code."""
+    """Return a configuration of transformers, without the entries that make it run code."""
     harmless = {
         name: value
         for name, value in described.items()

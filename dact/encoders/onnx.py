@@ -28,8 +28,8 @@ EMBED, POOL = "embed.onnx", "pool.onnx"
 class OnnxEncoder(LayeredEncoder):
     """An encoder whose embedding, layers and pooling are graphs that ONNX Runtime runs on the CPU.
 
-    It has no parameters: only the submodels can be trained. Steps of early exit run side by side,
-    each in one thread, as many at a time as PyTorch uses threads.
+    It has no parameters: only the submodels can be trained. Steps of early exit run in parallel,
+    each in one thread, with as many threads as PyTorch uses.
 
     Args:
         folder: Folder with the graphs.
@@ -46,7 +46,7 @@ class OnnxEncoder(LayeredEncoder):
         ValueError: If a graph is missing.
     """
 
-    # It suffices for one thread. Larger steps have more padding, and leave threads idle at the end.
+    # Enough for one thread. Larger steps have more padding, and leave threads idle at the end.
     step_tokens = 1024
 
     def __init__(
@@ -66,14 +66,14 @@ class OnnxEncoder(LayeredEncoder):
         self.vocab_size = vocab_size
         self.max_length = max_length
         self.counts_columns = counts_columns
-        # Only names, so that a folder from elsewhere reads no file outside of it.
+        # Only file names: a downloaded configuration must not name files outside of the folder.
         self._layers = tuple(Path(name).name for name in layers)
         names = (EMBED, *dict.fromkeys(self._layers), POOL)
         self._graphs = {name: _Graph(self.folder / name) for name in names}
 
     def embed(self, batch: Batch) -> Tensor:
         ids = batch["input_ids"].long()
-        # Hugging Face's own default for absent token types is zeros.
+        # As in transformers, absent token types are zeros.
         types = batch.get("token_type_ids", torch.zeros_like(ids))
         return self._graphs[EMBED](
             input_ids=ids, token_type_ids=types.long(), attention_mask=self.mask(batch).long()
@@ -109,7 +109,7 @@ class OnnxEncoder(LayeredEncoder):
 
 
 def described(encoder: LayeredEncoder) -> dict[str, Any]:
-    """Return the arguments of `OnnxEncoder` that an exported encoder takes over."""
+    """Return the arguments of `OnnxEncoder` that an export copies from `encoder`."""
     names = ("hidden_size", "vocab_size", "max_length", "counts_columns")
     return {name: getattr(encoder, name) for name in names}
 
@@ -127,7 +127,7 @@ class _Graph:
         if not path.is_file():
             raise ValueError(f"{path.parent} lacks the graph {path.name}: export the model again")
         options = onnxruntime.SessionOptions()
-        # The steps of early exit run side by side instead.
+        # The steps of early exit run in parallel instead.
         options.intra_op_num_threads = 1
         providers = ["CPUExecutionProvider"]
         self._session = onnxruntime.InferenceSession(path, options, providers=providers)

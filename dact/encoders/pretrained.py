@@ -1,4 +1,4 @@
-"""Places of pretrained weights and tokenizers: the Hub, a folder, or an installed package."""
+"""Locations of pretrained weights and tokenizers: the Hub, a folder, or an installed package."""
 
 from __future__ import annotations
 

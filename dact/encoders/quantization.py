@@ -1,4 +1,4 @@
-"""Graphs that compute in 8 bits."""
+"""Quantization of ONNX graphs to 8 bits."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from onnx import helper, numpy_helper
 from dact.files import replacing
 
 LEVELS = 127  # levels of a weight on either side of zero
-# Level of zero among the 256 of an activation, which the kernels want unsigned; that of GELU's
-# output is lower.
+# Level that stands for zero among the 256 unsigned levels of an activation; it is lower for the
+# output of GELU.
 ZERO, ZERO_OF_GELU = 128, 32
 LEAST_GELU = -0.17  # GELU never falls below it
 # rows this many times as large as the median row of a matrix would spoil the scales of the others
@@ -21,14 +21,14 @@ OUTLIER = 8.0
 
 
 def quantize(path: Path) -> None:
-    """Replace a graph by one that multiplies integers of 8 bits.
+    """Replace a graph with one that multiplies 8-bit integers.
 
     Weights have a scale per output channel. The inputs of a matrix have one per token, computed at
     run time: some tokens, such as BERT's first, hold values ten times as large as all others (Sun
-    et al. 2024, arXiv 2402.17762), and one scale for all tokens, as in ONNX Runtime's own dynamic
-    quantisation, would leave the others few levels. Such values come from single rows of a matrix
-    with large weights: these rows stay in float32. Embeddings are looked up in 16 bits, which is as
-    fast as 8 bits and more accurate."""
+    et al. 2024, arXiv 2402.17762). One scale for all tokens, as in ONNX Runtime's dynamic
+    quantization, would leave the others few levels. Such values come from single rows of a matrix
+    with large weights, and these rows stay in float32. Embeddings are looked up in 16 bits, which
+    is as fast as 8 bits and more accurate."""
     model = onnx.load(path)
     rewriting = _Rewriting(model.graph)
     rewriting.run()
@@ -115,8 +115,8 @@ class _Rewriting:
         return halved and self._ends_in(x, "Mul", "Mul", "Add", "Erf")
 
     def _ends_in(self, x: str, kind: str, *before: str) -> bool:
-        """Return whether a node of this kind makes ``x``, with nodes of the kinds `before` in front
-        of it."""
+        """Return whether a node of this kind makes ``x``, preceded by nodes of the kinds
+        `before`."""
         maker = self.makers.get(x)
         if maker is None or maker.op_type != kind:
             return False
@@ -143,7 +143,7 @@ class _Rewriting:
         return self._node("Reshape", tokens, self._node("Shape", x)), scales, zero
 
     def _look_up(self, table: str, rows: str, output: str) -> None:
-        """Write a look-up in a table of 16 bits, whose result has 32 bits."""
+        """Write a look-up in a 16-bit table, with a 32-bit result."""
         half = self._constant(f"{table}.half", self.constants[table].astype(np.float16))
         self._node("Cast", self._node("Gather", half, rows), to=1, output=output)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dact.checks import Range, check_arguments
 from dact.encoders.base import Batch, LayeredEncoder, Pooling, pool_tokens
 
-# Added to the attention logits where a head must not look. It is finite, so that a row of padding
-# does not give NaN, and it fits into float16.
+# Added to the attention logits of hidden positions. It is finite, so that a row of padding does not
+# give NaN, and it fits into float16.
 HIDDEN_FROM_VIEW = -1e4
 
 
@@ -33,7 +33,7 @@ class TransformerEncoder(LayeredEncoder):
         feedforward_size: Width inside the feed-forward part; 4 times `hidden_size` by default.
         dropout: Dropout probability in [0, 1).
         slopes: Steepest and flattest slope of the biases per token of distance, above 0. The slopes
-            of the heads lie between them in steps of equal ratio.
+            of the heads are spaced geometrically between them.
 
     Raises:
         ValueError: If a value is outside its range.
@@ -77,7 +77,7 @@ class TransformerEncoder(LayeredEncoder):
         self.layers = nn.ModuleList(
             _Layer(hidden_size, num_heads, feedforward_size, dropout) for _ in range(num_layers)
         )
-        # Pre-norm layers leave an unnormalised sum behind: one norm serves the exits of all layers.
+        # Pre-norm layers return an unnormalised sum: one norm serves the exits of all layers.
         self.norm = nn.LayerNorm(hidden_size)
         steepest, flattest = (math.log(slope) for slope in slopes)
         spread = torch.linspace(steepest, flattest, num_heads // 2).exp()
@@ -87,8 +87,8 @@ class TransformerEncoder(LayeredEncoder):
         return self.tokens(batch["input_ids"])
 
     def context(self, hidden: Tensor, mask: Tensor) -> Tensor:
-        """Return the attention bias, ``[batch, heads, length, length]``, of distance, direction and
-        padding."""
+        """Return the attention bias from distance, direction and padding, ``[batch, heads, length,
+        length]``."""
         positions = torch.arange(hidden.shape[1], device=hidden.device)
         # [length, length], key minus query
         distance = positions.unsqueeze(0) - positions.unsqueeze(1)
@@ -116,8 +116,8 @@ class TransformerEncoder(LayeredEncoder):
 
 
 class _Layer(nn.Module):
-    """Attention with a bias, then a feed-forward part; in eval mode, the fast path of PyTorch's own
-    layer ignores a bias of one matrix per head."""
+    """Attention with a bias, then a feed-forward part. PyTorch's own layer is not used, since its
+    fast path in eval mode ignores a bias per head."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, feedforward_size: int, dropout: float

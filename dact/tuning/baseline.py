@@ -1,9 +1,9 @@
-"""The whole encoder of a run, fine-tuned once with one head: every fit learns and starts from it.
+"""The baseline of a run: the whole encoder, fine-tuned once with one head.
 
-Two epochs of that fit are kept. The last one, where the learning rate has fallen to 0, is what
-results are compared with: it is the most accurate one or close to it, and owes nothing to a choice
-on validation examples. The epoch of the lowest Brier score is the teacher and the starting point:
-later ones know the training examples by heart, and teach less.
+Two epochs of that fit are kept. Results are compared with the last one, where the learning rate has
+fallen to 0: it is the most accurate or close to it, and was not chosen on validation examples. The
+epoch of the lowest Brier score is the teacher and the starting point of later fits: epochs after it
+have memorised the training examples, and teach less.
 """
 
 from __future__ import annotations
@@ -32,17 +32,17 @@ from dact.tuning.trainer import MIN_STEPS, enough_epochs, resumable_fit, seeded
 
 BRIER = "val_brier"
 TEACHER = "teacher.safetensors"  # weights of its encoder
-# The teacher's answers to the training examples, and the last epoch's to those of validation.
+# Training examples: the teacher's probabilities. Validation: where the last epoch is right.
 ANSWERS = "answers.safetensors"
 
 
 class BrierScore(Callback):
     """Log ``val_brier``: the mean squared distance between the last layer's answer and the labels.
 
-    It is in [0, 2], per label if there are several, and chooses the epoch that teaches (Brier 1950,
-    *Verification of Forecasts Expressed in Terms of Probability*). The log loss could choose as
-    well, but a few answers that are sure and wrong decide it: its lowest value may be that of an
-    epoch that has learned no rare class yet.
+    It is in [0, 2], or in [0, 2] per label with several labels, and chooses the teacher's epoch
+    (Brier 1950, *Verification of Forecasts Expressed in Terms of Probability*). The log loss is
+    less suitable, since a few confident errors dominate it: its lowest value may come from an epoch
+    that has not learned the rare classes yet.
     """
 
     @override
@@ -59,7 +59,7 @@ class BrierScore(Callback):
 def fit_baseline(
     recipe: Recipe, folder: Path, data: LightningDataModule, progress: Progress
 ) -> dict[str, Any]:
-    """Fine-tune the whole encoder, keep two epochs in `folder`, and return the facts of the fit."""
+    """Fine-tune the whole encoder, keep two epochs in `folder`, and return the last metrics."""
     checkpoints = folder / "fit"
     with seeded(recipe.seed):
         model = recipe.whole_model().at_full_depth()
@@ -90,11 +90,11 @@ def fit_baseline(
 
 @torch.no_grad()
 def _probabilities(model: DACT, data: Any) -> dict[str, Tensor]:
-    """Return the ``probabilities`` of the training examples by ``row``; none without rows."""
+    """Return ``probabilities`` of the training examples in row order; empty without ``row``."""
     train = data.train_dataloader()
     if not hasattr(data, "teacher_probabilities") or "row" not in next(iter(train)):
         return {}
-    # Each example once, which the loader's sampler may not give; those of similar length together.
+    # Each example exactly once, unlike the loader's sampler, and sorted by length.
     lengths = getattr(train.dataset, "lengths", None)
     order = range(len(train.dataset)) if lengths is None else np.argsort(lengths, kind="stable")
     loader = DataLoader(

@@ -4,8 +4,8 @@ The tuned settings replace the recommended ones if they take fewer layers by mor
 error (at least 0.15) and lose at most half a point within its error, or gain accuracy by more than
 a standard error at no more layers. Otherwise the recommended ones stay.
 
-The best of many trials owes part of its lead to luck: of the searches that improve on validation
-data, one in ten ends worse than the settings it started from (arXiv 2506.19540).
+Part of the advantage of the best of many trials is luck: one in ten searches that improve on
+validation data ends worse than the settings it started from (arXiv 2506.19540).
 """
 
 from __future__ import annotations
@@ -20,22 +20,20 @@ from dact.tuning.progress import Progress
 from dact.tuning.settings import Settings
 from dact.tuning.trainer import NonFiniteLoss
 
-# rms difference of the mean exit layer between fits of the same settings (three pairs on 2,000
-# texts)
+# rms difference in mean exit layer between fits of the same settings (three pairs, 2,000 texts)
 SCATTER = 0.15
 MOST_LOST = 0.005  # share of the texts
 
 
 def confirm(prepared: Prepared, tuned: Settings, progress: Progress) -> dict[str, Any]:
-    """Choose between the recommended settings and those that the studies chose, if there are any,
-    by fits like the final one.
+    """Choose between the recommended and the tuned settings, by fitting both like the final model.
 
-    The final model takes over the fit of the winner. Where both settings are equal, nothing is
-    fitted.
+    The final fit reuses the fit of the winner. Nothing is fitted if no study ran or both settings
+    are equal.
 
     Returns:
-        The ``name`` of the chosen settings, the ``settings`` as plain data, and a ``text`` that
-        says by how much they won.
+        The ``name`` of the chosen settings, the ``settings`` as plain data, and a ``text`` with the
+        reason.
     """
     recommended = prepared.plan.recommended
     candidates = {"recommended": recommended, "tuned": recommended.updated(tuned)}
@@ -43,7 +41,7 @@ def confirm(prepared: Prepared, tuned: Settings, progress: Progress) -> dict[str
     if tuned == Settings():
         name, why = "recommended", "no study ran"
     elif first == second:
-        name, why = "recommended", "the studies found them as well"
+        name, why = "recommended", "the studies chose the same ones"
     else:
         try:
             fits = [_refit(prepared, one, both, progress) for one, both in candidates.items()]
@@ -55,7 +53,7 @@ def confirm(prepared: Prepared, tuned: Settings, progress: Progress) -> dict[str
 
 
 def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress) -> Outcome:
-    """Return early exit on the validation examples, where the promise lets them leave."""
+    """Fit settings, and return their outcome on validation examples under the promise."""
     folder, recipe = prepared.run.folder / "refit" / name, prepared.recipe
     fit = CheckpointedFit(prepared, folder / "fit", settings)
     fit(f"{name} settings under a new seed", progress)
@@ -69,7 +67,7 @@ def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress
 
 
 def _choose(recommended: Outcome, tuned: Outcome) -> tuple[str, str]:
-    """Return the name of the winner, and by how much it won."""
+    """Return the name of the winner, and the measured differences as text."""
     layers, layers_error = mean_and_error(tuned.exits - recommended.exits)
     gain, gain_error = careful_mean_and_error(recommended.lost - tuned.lost)
     layers_error = max(layers_error, SCATTER)

@@ -43,9 +43,8 @@ from dact.tuning.trial import Objective
 class TuningEngine:
     """Tune a DACT classifier in three Optuna studies, then fit it.
 
-    A run begins with the whole encoder, fine-tuned with one head: results are
-    compared with it, and it is the teacher.
-    Three studies follow, which begin with the recommended settings:
+    A run first fine-tunes the whole encoder with one head. It is the teacher, and results are
+    compared with it. Three studies follow, which start from the recommended settings:
 
     1. ``submodels``: the architectures of classifier and confidence.
     2. ``training``: batch size, learning rates, epochs, the weight of the exit loss, detached exits
@@ -62,14 +61,14 @@ class TuningEngine:
     Args:
         output_dimension: Number of classes.
         time_out: Minutes for the three studies together, or None for no bound. The final fit is
-            never cut short. The attribute of this name has seconds.
-        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with what
-            the trial chose.
+            never cut short. The attribute `time_out` is in seconds.
+        model: Factory of models, ``model(**overrides) -> DACT``, called once per trial with the
+            trial's choices.
         data: Factory of datamodules, ``data(**overrides) -> LightningDataModule``, called in the
-            same way with overrides such as ``batch_size``; all must get the same examples.
-        trainer: Arguments of the Trainer; ``max_epochs`` (4) is used where no study chooses the
-            number. A trial runs on one device, with its own copy of every callback. Loggers,
-            checkpoints and progress bars are dact's.
+            same way with overrides such as ``batch_size``; all must hold the same examples.
+        trainer: Arguments of the Trainer; ``max_epochs`` (default 4) applies where no study chooses
+            the number. A trial runs on one device, with its own copy of every callback. dact
+            provides loggers, checkpoints and progress bars.
         n_trials: Total number of trials of each study, one number or one per study. With 0, the
             recommended settings are fitted without a study.
         search_space: Changes to the default ranges, by parameter; see
@@ -84,8 +83,8 @@ class TuningEngine:
             to ``"promise"`` if the promise is about accuracy, else to ``"one_standard_error"``.
         max_loss_increase: For ``"max_loss_increase"``: share by which the loss may exceed the best.
         max_layers: For ``"max_layers"``: budget of layers, 1 or more.
-        workers: Number of processes that run trials of one study side by side; on a machine with
-            several GPUs each uses one of its own.
+        workers: Number of processes that run trials of one study in parallel, spread over the GPUs
+            of the machine.
         storage: An Optuna storage or its address; an sqlite file if left out. Machines that run
             the same tag with the same server share the trials.
         sampler: Sampler of the first two studies; TPE if left out.
@@ -94,16 +93,16 @@ class TuningEngine:
         halting_tolerance: Tolerance of the tuned model, in [0, 1); the factory's if left out.
         promise: Promise that early exit of the tuned model must keep; by default at most one point
             of accuracy below the same model without early exit, with 95 % confidence. Its dial is
-            calibrated on half of the validation examples, which no study sees. If these are too few
-            for the default promise, an estimate sets the dial. With None, the class is provably
-            that of all layers.
+            calibrated on examples that no study sees, by default half of the validation examples.
+            If these are too few for the default promise, an estimate sets the dial. With None, the
+            dials stay as given; by default, the class is then provably that of all layers.
         distillation: Share of a teacher's probabilities in the training targets of all trials, in
             [0, 1]. Defaults to the factory's value, or 0.5 if it has none and the data supports a
-            teacher. The teacher is the whole encoder, unless the data has one of its own.
-        consistency: Weight of the agreement of two passes (see `DACT`) in the fits of the encoder
+            teacher. The teacher is the whole encoder, unless the data names another.
+        consistency: Weight of the divergence between two passes (see `DACT`) in fits of the encoder
             after the studies, 0 or more. Defaults to the factory's value, or 5 if it has none and
             its encoder has dropout.
-        compare_defaults: Whether to fit and measure the factories without tuning as well.
+        compare_defaults: Whether to also fit and measure the factories' settings without tuning.
         log_dir: Folder of all runs.
         seed: Seed for data order, initialisation and samplers.
 
@@ -198,7 +197,7 @@ class TuningEngine:
 
     @cached_property
     def run_tag(self) -> str:
-        """The tag of runs without a name: a time stamp, taken once per engine, unless it is set."""
+        """The default tag of runs: a time stamp, taken once per engine, unless it is set."""
         return datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
 
     # ------------------------------------------------------------------ the methods
@@ -262,13 +261,13 @@ class TuningEngine:
 
     @isolated()
     def final_train(self, run_tag: str = "") -> tuple[str, str]:
-        """Fit recommended and tuned settings again, do the final fit, and measure its model.
+        """Re-fit the recommended and the tuned settings, do the final fit, and measure its model.
 
         Returns:
             The paths of metrics.json and of the checkpoint.
 
         Raises:
-            RuntimeError: If a study has no winner yet; the message lists which.
+            RuntimeError: If a study has no winner yet; the message lists what is missing.
         """
         with self._run(run_tag, measured=True) as prepared:
             missing = [name for name, one in prepared.run.winners().items() if one is None]
@@ -283,9 +282,9 @@ class TuningEngine:
 
     @contextlib.contextmanager
     def _run(self, run_tag: str, measured: bool = False) -> Iterator[Prepared]:
-        """Open a run, and make the shared inputs of its fits as far as they are not there.
+        """Open a run, and compute the shared inputs of its fits that are missing.
 
-        `measured` says that a final model will be measured, which needs a test split.
+        `measured` is whether a final model will be measured, which requires a test split.
         """
         run = Run(run_tag or self.run_tag, self.log_dir)
         with seeded(self.recipe.seed):
@@ -294,7 +293,7 @@ class TuningEngine:
         data: Any = recipe.make_data()
         configuration = recipe.configuration(model, data)
         configuration["tuner"]["search_space"] = {n: str(v) for n, v in self.search_space.items()}
-        # A mistake in the data leaves no run behind that would hold on to it.
+        # Before the run is opened: its manifest would keep a configuration with faulty data.
         data.prepare_data()
         data.setup("fit")
         if measured:
@@ -314,13 +313,13 @@ class TuningEngine:
             yield self._prepared
 
     def _tune_one(self, stage: Stage, run_tag: str) -> dict[str, Any]:
-        """Run one study, which may take the time of all three, and return its winners by name."""
+        """Run one study, which may use all of `time_out`, and return the run's winners by name."""
         with self._run(run_tag) as prepared:
             self._tune(stage, prepared, Deadline(self.time_out))
             return prepared.run.winners()
 
     def _tune(self, stage: Stage, prepared: Prepared, deadline: Deadline) -> None:
-        """Run the trials that a study lacks, and save its winner."""
+        """Run the missing trials of a study, and save its winner."""
         run, n_trials = prepared.run, self.n_trials[stage.name]
         limits, done = [n_trials, self.time_out], run.result(stage.name)
         if done is not None and done["limits"] == limits:
@@ -348,7 +347,7 @@ class TuningEngine:
         report.draw_study(pictures, study, len(trials), chosen)
 
     def _objective(self, stage: Stage, trial: BaseTrial) -> Any:
-        """Return the value of a trial of a custom study, in the current run of this engine."""
+        """Return the value of a custom study's trial, in the current run of this engine."""
         if self._prepared is None:
             with self._run("") as self._prepared:
                 pass

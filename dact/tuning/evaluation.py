@@ -19,14 +19,14 @@ from dact.model import DACT
 
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
-# Speed is that of the fastest round over the first texts.
+# Speed is measured over the first texts, in the fastest round.
 TIMED_TEXTS, ROUNDS = 512, 5
 Precision = Callable[[], AbstractContextManager[Any]]  # makes the context of a Trainer's precision
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Measurements of a model on one split: the entry of metrics.json, and early exit."""
+    """Measurements of a model on one split: the entry of metrics.json, and the exits themselves."""
 
     entry: dict[str, Any]
     measured: Measured
@@ -42,8 +42,8 @@ def evaluate(
 ) -> Evaluation:
     """Return measurements of early exit and of all layers on labelled batches, by the same code.
 
-    The model is in eval mode and on the device that it should use. With a `baseline` on the
-    same examples, the entry has the paired difference in accuracy.
+    The model must be in eval mode and on its device. With a `baseline` on the same examples, the
+    entry has the paired difference in accuracy.
     """
     with precision():
         answers = layer_answers(model, batches)
@@ -79,8 +79,8 @@ def _entry(measured: Measured, class_weights: Tensor | None) -> dict[str, Any]:
 def dial_curve(
     model: DACT, answers: LayerAnswers, dial: Dial, settings: Sequence[float]
 ) -> list[dict[str, Any]]:
-    """Return one record per setting of a dial, while the other dial lets no text leave, from the
-    answers of all layers."""
+    """Return one record per setting of a dial, from the answers of all layers. The other dial is at
+    its default: a tolerance of 0, or a margin of 1."""
     halting = replace(model.exit_rule, tolerance=0.0, margin=1.0)
     exits, records = exits_by_setting(answers, halting, dial), []
     for setting in settings:
@@ -99,8 +99,8 @@ def texts_per_second(
 ) -> list[float]:
     """Return the speed of each side on the first texts, without the time to make their batches.
 
-    The sides, models in eval mode and the halting rule of each, take turns, so that other work on
-    the machine slows all of them down alike.
+    A side is a model in eval mode with a halting rule. The sides alternate, so that other work on
+    the machine slows all of them equally.
     """
     batches, texts = [], 0
     for batch in loader:
@@ -116,7 +116,7 @@ def texts_per_second(
                 before, model.halting = model.halting, rule
                 start = time.perf_counter()
                 for batch in batches:
-                    # to a list, which waits for a GPU as well
+                    # tolist waits until a GPU has finished
                     model.early_exit(batch).exit_layer.tolist()
                 found.append(time.perf_counter() - start)
                 model.halting = before

@@ -28,7 +28,7 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
 
     The arrays are ``states`` ``[examples, layers, hidden]`` (float32), ``labels`` ``[examples]``
     and, where the data has it, ``teacher`` ``[examples, classes]``, in the order of the data set,
-    whatever that of the loader. Each is a ``.npy`` file in `folder`, which is written whole or not
+    not of the loader. Each array is a ``.npy`` file in `folder`, which is written completely or not
     at all.
     """
     device, examples = next(encoder.parameters()).device, len(loader.dataset)  # type: ignore[arg-type]
@@ -54,7 +54,7 @@ def compute_features(encoder: LayeredEncoder, loader: DataLoader[Any], folder: P
 
 
 class Features(Dataset[dict[str, Tensor]]):
-    """The memory-mapped arrays of a split that `compute_features` wrote, read by batches."""
+    """The memory-mapped arrays of a split that `compute_features` wrote, read in batches."""
 
     def __init__(self, folder: Path) -> None:
         # Copy-on-write: torch needs writable memory, and the files must not change.
@@ -65,14 +65,14 @@ class Features(Dataset[dict[str, Tensor]]):
         return len(self.arrays["states"])
 
     def __getitems__(self, rows: list[int]) -> dict[str, Tensor]:
-        """Return the batch of these rows, which torch's loaders ask for as a whole."""
+        """Return the batch of these rows; a DataLoader calls this once per batch."""
         arrays = self.arrays.items()
         return {name: torch.from_numpy(np.asarray(array[rows])) for name, array in arrays}
 
 
 class FeaturesData(LightningDataModule):
     """Batches of precomputed states: ``states`` ``[batch, layers, hidden]`` and ``labels``
-    ``[batch]``; only the confidence learns `apart`, and `seed` is that of the order in training."""
+    ``[batch]``; only the confidence learns from `apart`, and `seed` sets the training order."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class FeaturesData(LightningDataModule):
         seed: int,
     ) -> None:
         super().__init__()
-        # A resumed fit sees the order of its epoch.
+        # The order depends on the epoch alone, so a resumed fit repeats it.
         order = LengthGroupedSampler([0] * len(train), batch_size, seed)
         self.train = _loader(train, batch_size, order)
         self.val = _loader(val, VALIDATION_BATCH, None)

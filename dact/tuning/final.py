@@ -1,4 +1,4 @@
-"""The final fit: its dial, its measurements, its pictures, and the model to take away."""
+"""The final fit: its dial, its measurements, its pictures, and its ``model/`` folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from dact.tuning.recipe import is_plain
 from dact.tuning.settings import Settings
 from dact.tuning.trainer import MONITOR, NonFiniteLoss, averages, resumable_fit, seeded
 
-MEASURED_BATCH = 1024  # texts that early exit gets at a time where it is timed
+MEASURED_BATCH = 1024  # texts per batch where models are measured and timed
 BASELINE_KEYS = ("accuracy", "macro_f1", "task_loss", "texts_per_second")
 Evaluations = Mapping[str, Evaluation]  # by split
 
@@ -45,10 +45,10 @@ Evaluations = Mapping[str, Evaluation]  # by split
 def final_fit(
     prepared: Prepared, chosen: Settings, verdict: str, progress: Progress
 ) -> dict[str, str]:
-    """Fit the settings that the re-fit chose, or take over their fit, and measure the model.
+    """Do the final fit, or reuse the re-fit of the chosen settings, and measure the model.
 
     Args:
-        verdict: Text of the re-fit under new seeds.
+        verdict: Result of the re-fit under new seeds, as text.
 
     Returns:
         The paths of ``metrics`` and ``checkpoint``, in ``<run>/final``.
@@ -74,8 +74,8 @@ def final_fit(
 
 
 def _config(fit: CheckpointedFit) -> dict[str, Any]:
-    """Return the configuration of the final fit, which `dact fit` runs if the factories come from a
-    file; otherwise its settings."""
+    """Return a configuration for `dact fit` if the factories come from a file, otherwise the
+    settings of the final fit."""
     prepared, recipe, settings = fit.prepared, fit.prepared.recipe, fit.settings
     if getattr(recipe.model, "func", None) is not build_model:
         return settings.arguments()
@@ -115,7 +115,7 @@ def _measure(
     fit: CheckpointedFit, data: LightningDataModule, verdict: str, progress: Progress
 ) -> dict[str, Any]:
     """Measure the final model, write its pictures and its model/ folder, and return the content of
-    metrics.json. Only here, once, is the test split used."""
+    metrics.json. The test split is used only here, once."""
     prepared, recipe, folder = fit.prepared, fit.prepared.recipe, fit.folder
     model, baseline = fit.model(), prepared.whole_encoder()
     progress.note(_set_dial(prepared, model, data))
@@ -134,7 +134,7 @@ def _measure(
             speeds = texts_per_second(sides, batches, recipe.precision)
             for one, speed in zip(entries, speeds, strict=True):
                 one["texts_per_second"] = speed
-    del found["validation"].entry["calibration_error"]  # its examples have set the temperatures
+    del found["validation"].entry["calibration_error"]  # temperatures were fitted on this split
 
     reference: dict[str, Any] = {"layers": baseline.num_layers}
     for split, one in against.items():
@@ -160,16 +160,16 @@ def _measure(
 
 
 def _set_dial(prepared: Prepared, model: DACT, data: LightningDataModule) -> str:
-    """Set the dial of a model for the promise of the run, and return a text about the result."""
+    """Set the dial of a model for the promise of the run, and return a line about the result."""
     promise = prepared.recipe.promise
     if promise is None:
-        return "there is no promise: each text gets the answer of all layers"
+        return "there is no promise: the margin and the tolerance stay as given"
     with prepared.recipe.precision():
         try:
             found = calibrate(model, data, **asdict(promise))
             return describe(vars(found), model.num_layers)
         except ValueError as error:
-            # What was computed is kept, without a promise.
+            # The results of the run are kept, without a promise.
             return f"the promise cannot be kept: {error}"
 
 
@@ -200,7 +200,7 @@ def _result(model: DACT, found: Evaluations) -> dict[str, Any]:
 def _measure_defaults(
     prepared: Prepared, data: LightningDataModule, against: Evaluations, progress: Progress
 ) -> None:
-    """Fit what the factories make without tuning, and measure it under the promise of the run."""
+    """Fit the factories' settings without tuning, and measure them under the run's promise."""
     recipe, folder = prepared.recipe, prepared.run.final / "defaults"
     checkpoints, epochs = folder / "checkpoints", recipe.epochs
     try:

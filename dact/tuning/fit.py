@@ -1,4 +1,4 @@
-"""The fits of a run: without checkpoints for trials, with them for what is kept."""
+"""The fits of a run: without checkpoints for trials, with checkpoints after the studies."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from dact.tuning.settings import Settings
 from dact.tuning.trainer import MONITOR, History, fit, resumable_fit, seeded
 
 FRESH_SEED = 1000  # added to the seed of the run for fits after the studies
-# Epochs on frozen states per epoch of the final fit: with fewer the submodels have not learned,
-# and with the largest number they have, however long the encoder is trained.
+# Epochs on frozen states per epoch of the settings, and their largest number: fewer leave the
+# submodels undertrained, and the largest number suffices however long the encoder is trained.
 HEAD_EPOCHS, MOST_HEAD_EPOCHS = 3, 12
 
 
 def _schedule(recipe: Recipe, settings: Settings, on_states: bool) -> tuple[int, Mapping[str, Any]]:
-    """Return the number of epochs and the arguments of the Trainer, which differ on states."""
+    """Return the number of epochs and the Trainer's arguments, which differ on frozen states."""
     epochs = settings.num_epochs or recipe.epochs
     if not on_states:
         return epochs, recipe.trainer
-    # A number of batches means nothing there, since their size is another one.
+    # A limit on validation batches does not carry over, since batches of states are larger.
     trainer = {**recipe.trainer, "limit_val_batches": None}
     return min(HEAD_EPOCHS * epochs, MOST_HEAD_EPOCHS), trainer
 
@@ -37,7 +37,7 @@ def _schedule(recipe: Recipe, settings: Settings, on_states: bool) -> tuple[int,
 def fit_settings(
     prepared: Prepared, settings: Settings, seed: int, callbacks: Sequence[Callback], logger: Any
 ) -> tuple[DACT, History]:
-    """Fit a new model without checkpoints, as trials do, and return it as of the last epoch, with
+    """Fit a new model without checkpoints, for a trial, and return it after the last epoch, with
     the record of all epochs."""
     epochs, trainer = _schedule(prepared.recipe, settings, prepared.is_frozen)
     with seeded(seed):
@@ -47,11 +47,11 @@ def fit_settings(
 
 @dataclass(frozen=True)
 class CheckpointedFit:
-    """A fit after the studies, with checkpoints in a folder of its own; it resumes after a kill.
+    """A fit after the studies, with checkpoints in its own folder; it resumes after a kill.
 
-    The last epoch is kept, or on a frozen encoder that of the lowest val_loss. A fit of the encoder
-    ends at a learning rate of 0, and its loss rises before its answers get worse, since they get
-    too sure.
+    The last epoch is kept or, on a frozen encoder, the epoch of the lowest val_loss. A fit of the
+    encoder ends at a learning rate of 0. Its loss rises before its answers get worse, since they
+    become overconfident.
     """
 
     prepared: Prepared
@@ -65,7 +65,7 @@ class CheckpointedFit:
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """The arguments of its model that differ from the factory's."""
+        """The arguments of the model that differ from the factory's."""
         more = {} if self.settings.model.get("exit_loss_weight") == 0 else self.prepared.finetuning
         return {**self.prepared.learning, **more, **self.settings.model}
 
@@ -85,10 +85,10 @@ class CheckpointedFit:
         return read_json(self.folder / "history.json")
 
     def __call__(self, what: str, progress: Progress) -> None:
-        """Fit and keep one epoch, with `what` as the name of the bar; resume an earlier call.
+        """Fit and keep one epoch, or resume an earlier call; `what` names the progress bar.
 
         Raises:
-            NonFiniteLoss: If its loss is not finite.
+            NonFiniteLoss: If the loss is not finite.
         """
         if (self.folder / "history.json").is_file() and self.checkpoint.is_file():
             return
@@ -109,8 +109,8 @@ class CheckpointedFit:
         (self.checkpoint.parent / "last.ckpt").unlink()
 
     def model(self) -> DACT:
-        """Return the model of the epoch that was kept, on the device that it should use."""
-        # By the factory: a class or a custom encoder may hold what no checkpoint can rebuild.
+        """Return the model of the epoch that was kept, on the Trainer's device."""
+        # Built by the factory: a checkpoint may be unable to rebuild a subclass or custom encoder.
         model = self.prepared.recipe.make_model(**self.arguments)
         stored = read_checkpoint(self.checkpoint)
         adopt(model, stored)

@@ -1,4 +1,4 @@
-"""What a trial is worth: its state, and where each example leaves and what it loses."""
+"""What a trial is worth: its state, and the exit layer and the losses of each example."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from dact.functional import Halting
 from dact.model import DACT
 
 OUTCOME = "outcome"  # user attribute of a trial: its `Outcome`, packed
-CAUSE = "cause"  # user attribute: why a trial was pruned, or failed by its own fault
+CAUSE = "cause"  # user attribute: why a trial was pruned, or the error it failed with
 
 
 def was_interrupted(trial: FrozenTrial) -> bool:
@@ -28,7 +28,7 @@ def was_interrupted(trial: FrozenTrial) -> bool:
 
 
 def finished(study: Study) -> list[FrozenTrial]:
-    """Return the trials that count: completed, pruned, or failed by their own fault."""
+    """Return the trials that count: completed, pruned, or failed with an error of their own."""
     trials = study.get_trials(deepcopy=False)
     return [one for one in trials if one.state.is_finished() and not was_interrupted(one)]
 
@@ -38,7 +38,7 @@ class Outcome:
     """Early exit on the studies' validation examples.
 
     Args:
-        exits: Exit layer of each example, float ``[examples]``; of several fits, their mean.
+        exits: Exit layer of each example, float ``[examples]``; the mean of several fits.
         losses: Task loss of each example, ``[examples]``.
         lost: Paired loss of accuracy of each example, ``[examples]``: 1 if only the whole encoder
             is right, -1 if only early exit is, else 0.
@@ -74,13 +74,13 @@ class Outcome:
 
     @classmethod
     def unpacked(cls, text: str) -> Outcome:
-        """Return the outcome of `packed`."""
+        """Return the outcome that `packed` returned as text."""
         values = np.frombuffer(zlib.decompress(base64.b64decode(text)), dtype=np.float32)
         return cls(*torch.from_numpy(values.copy()).reshape(3, -1))
 
 
 def mean_outcome(outcomes: Sequence[Outcome]) -> Outcome:
-    """Return the mean, example by example, of fits that differ only by their seed."""
+    """Return the mean outcome, per example, of fits that differ only in their seed."""
     columns = ([getattr(one, field.name) for one in outcomes] for field in fields(Outcome))
     return Outcome(*(torch.stack(column).mean(0) for column in columns))
 
@@ -93,8 +93,8 @@ def outcome_of(
     Args:
         answers: Answers of all layers to the examples.
         model: Model of the answers.
-        promise: Promise that sets the dial, as in the final model, by an estimate if the examples
-            are too few for its confidence. None for the model's own rule.
+        promise: Promise that sets the dial, as in the final model, or its estimate if the examples
+            are too few for its confidence. None keeps the model's own rule.
         right: Whether the whole encoder classifies each example correctly, bool ``[examples]``.
     """
     measured = Measured(answers, answers.exit_layers(_rule(answers, model, promise)))

@@ -17,7 +17,7 @@ from dact.tuning.space import Spaces, complete_spaces, holding
 from dact.tuning.stages import LAMBDA_REG, SUBMODELS, TRAINING, Stage
 from dact.tuning.trainer import TAUGHT_STEPS, enough_epochs
 
-EPOCHS_TRIED = (2 / 3, 1, 4 / 3)  # parts of the recommended number of epochs
+EPOCHS_TRIED = (2 / 3, 1, 4 / 3)  # multiples of the recommended number of epochs
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class Plan:
     Args:
         spaces: Dimension of each parameter, by stage.
         first_trials: Parameters of the first trials, by stage.
-        recommended: The recommended settings, within the user's bounds: what differs from the
-            factories' own.
-        parameters: Encoder and settings of the factories, under the names that TensorBoard lists.
+        recommended: The recommended settings within the user's bounds: the number of epochs, and
+            what differs from the factories' settings.
+        parameters: Encoder and settings of the factories, by their names in TensorBoard.
     """
 
     spaces: Spaces
@@ -39,7 +39,7 @@ class Plan:
 
     def winners(self, stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the winners that the parameters of a trial stand for; see `Stage.parse`."""
-        if stage is SUBMODELS:  # whose trials replace those of the factory as far as they search
+        if stage is SUBMODELS:  # parameters that are not searched keep the factory's values
             params = {**_of_submodels(self.parameters), **params}
         return stage.parse(params)
 
@@ -58,7 +58,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan of a run.
 
-    `data` must be set up for a fit; `bounded` has the parameters whose ranges the user gave.
+    `data` must be set up for a fit; `bounded` names the parameters whose ranges the user gave.
     """
     size, epochs = getattr(data, "batch_size", None), recipe.epochs
     training = dict(spaces[TRAINING.name])

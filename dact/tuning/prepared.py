@@ -26,7 +26,7 @@ from dact.tuning.run import Run
 from dact.tuning.settings import Settings
 from dact.tuning.trainer import enough_epochs, resumable_fit, seeded
 
-WARM_UP_STEPS = 90  # optimizer steps in which the encoder of frozen mode learns enough
+WARM_UP_STEPS = 90  # optimizer steps that suffice for the encoder of frozen mode
 ENCODER = "encoder.safetensors"  # weights of frozen mode's encoder, next to its states
 
 
@@ -34,12 +34,12 @@ ENCODER = "encoder.safetensors"  # weights of frozen mode's encoder, next to its
 class Prepared:
     """The shared inputs of all fits of a run.
 
-    It is small to send to another process, which reads the files on demand.
+    Pickles are small, since another process reads the files on demand.
 
     Args:
         teacher: File with a teacher's probabilities of the training examples, or None.
-        learning: Arguments of all models that set their distillation, if the factory's differs.
-        finetuning: Arguments of fits of the encoder after the studies; see `Recipe.finetuning`.
+        learning: The argument `distillation` of all models, if it differs from the factory's.
+        finetuning: Model arguments for fits after the studies; see `Recipe.finetuning`.
     """
 
     recipe: Recipe
@@ -70,17 +70,17 @@ class Prepared:
         """Return which validation examples the whole encoder classifies correctly, bool
         ``[examples]``.
 
-        `target` has their labels in order, ``[examples, …]``; the last ones may be missing.
+        `target` holds their labels in order, ``[examples, …]``; the last ones may be missing.
         """
         answers, size = read_tensors(self.baseline / ANSWERS)[0], len(target)
         if not torch.equal(answers["targets"][:size], target):
-            raise ValueError("validation examples must come in one order: do not shuffle them")
+            raise ValueError("validation examples must keep their order: do not shuffle them")
         return answers["right"][:size]
 
     def log(
         self, folder: Path, settings: Settings, metrics: Mapping[str, float], succeeded: bool = True
     ) -> None:
-        """Log the fit of a folder, a trial or another one, to TensorBoard."""
+        """Log the fit in `folder`, of a trial or after the studies, to TensorBoard."""
         parameters = {**self.plan.parameters, **settings.flat()}
         name = str(folder.relative_to(self.run.log_dir))
         report.log_fit(folder, parameters, metrics, name, succeeded)
@@ -88,7 +88,7 @@ class Prepared:
     # ------------------------------------------------------------------ models and data
 
     def whole_encoder(self) -> DACT:
-        """Return the fine-tuned whole encoder, on the device that it should use."""
+        """Return the fine-tuned whole encoder, on the Trainer's device."""
         model = self.recipe.whole_model().at_full_depth()
         model.load_state_dict(read_tensors(self.baseline / "model" / WEIGHTS_NAME)[0])
         return model.eval().to(self.recipe.device)
@@ -98,8 +98,8 @@ class Prepared:
     ) -> tuple[DACT, LightningDataModule]:
         """Return a new model and a new datamodule.
 
-        In frozen mode, `seed` is that of the order of states, unless `unfreeze` lets the encoder
-        train as well.
+        In frozen mode, the data holds precomputed states in an order set by `seed`, unless
+        `unfreeze` lets the encoder train too.
         """
         if self.is_frozen and not unfreeze:
             size = settings.batch_size or self.run.result("features")["batch_size"]
@@ -109,7 +109,7 @@ class Prepared:
         model.encoder.load_state_dict(read_tensors(self.baseline / TEACHER)[0])
         chosen = {} if settings.batch_size is None else {"batch_size": settings.batch_size}
         data: Any = self.recipe.make_data(**chosen)
-        data.teacher = None  # it has answered, or is not asked for
+        data.teacher = None  # its answers are stored already, or not needed
         if self.teacher is not None:
             data.teacher_probabilities = self._probabilities
         return model, data
@@ -148,7 +148,7 @@ class Prepared:
 def prepare(
     recipe: Recipe, run: Run, plan: Plan, model: DACT, data: Any, progress: Progress
 ) -> Prepared:
-    """Make the shared inputs of all fits, as far as earlier calls have not.
+    """Return the shared inputs of all fits; compute those that earlier calls have not.
 
     `data` must be set up for a fit, and must not be used afterwards.
     """
@@ -176,8 +176,8 @@ def prepare(
 
 
 def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | None:
-    """Give data the answers of the teacher that it names, or of the whole encoder, and return
-    their file; None if it cannot carry them."""
+    """Give `data` the answers of the teacher that it names, or else of the whole encoder, and
+    return their file; None if the data cannot carry them."""
     path = run.folder / "whole_encoder" / ANSWERS
     if named is not None:
         path = run.folder / "teacher" / "probabilities.safetensors"
@@ -200,8 +200,8 @@ def _teach(run: Run, recipe: Recipe, data: Any, named: str | None) -> Path | Non
 def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]:
     """Write the states of frozen mode and its encoder's weights, and return the batch size.
 
-    The submodels learn on texts that the encoder has learned from, as in the final fit. Both take
-    few steps: states of texts that are known by heart say little about new ones.
+    The submodels learn from texts that the encoder was trained on, as in the final fit. The encoder
+    is trained only briefly: the states of memorised texts say little about new ones.
     """
     recipe, folder = prepared.recipe, prepared.states
     start = {n: v for n, v in prepared.plan.recommended.model.items() if n != "num_layers"}

@@ -21,7 +21,7 @@ from rich.table import Table
 from dact.tuning.outcome import finished
 from dact.tuning.trainer import Deadline
 
-ROWS = 12  # trials in sight
+ROWS = 12  # trials shown
 WIDTH = 8  # characters of a parameter's column
 COLOURS = {"COMPLETE": "green", "PRUNED": "yellow", "FAIL": "red", "RUNNING": "cyan"}
 SHORT = {"classifier": "cls", "confidence": "conf", "submodel_learning_rate": "head_rate"}
@@ -57,15 +57,15 @@ class Progress:
                 self._redraw()
                 self._redraw = lambda: None
         if not self.console.is_terminal:
-            self.console.print()  # the last frame ends without a new line there
+            self.console.print()  # the last frame ends without a newline there
 
     def refresh(self, *_: object) -> None:
-        """Redraw the table. The arguments are those of an Optuna callback."""
+        """Redraw the table; the arguments of an Optuna callback are ignored."""
         self._redraw()
 
     @contextlib.contextmanager
     def stage(self, what: str) -> Iterator[None]:
-        """Show that a step other than a study or a fit is under way."""
+        """Show a step that is neither a study nor a fit while it runs."""
         start = time.monotonic()
         with self.console.status(f"{what} …"):
             yield
@@ -73,7 +73,7 @@ class Progress:
 
     @contextlib.contextmanager
     def fit(self, what: str, epochs: int) -> Iterator[Callback]:
-        """Show the progress of a fit of some epochs, and yield the callback that reports it."""
+        """Show the progress of a fit of `epochs` epochs, and yield the callback that reports it."""
         what = f"{what}, {epochs} epoch{'s' * (epochs != 1)}"
         start, on_terminal = time.monotonic(), self.console.is_terminal
         with Bars(console=self.console, transient=True, disable=not on_terminal) as bars:
@@ -100,7 +100,7 @@ def _best_so_far(study: Study) -> str:
 
 
 def _table(study: Study, width: int) -> Table:
-    """Return the last trials of a study, with as many of the parameters that differ as fit."""
+    """Return a table of a study's last trials, and of the parameters that differ, if they fit."""
     trials, single = study.get_trials(deepcopy=False), len(study.directions) == 1
     heads = ["val loss"] if single else ["task loss", "exit layer"]
     values: dict[str, set[str]] = defaultdict(set)
@@ -126,7 +126,7 @@ def _table(study: Study, width: int) -> Table:
 
 
 def _head(name: str) -> str:
-    """Return the name of a parameter in words that are short enough for a narrow column."""
+    """Return a parameter's name, shortened for a narrow column."""
     for long, brief in SHORT.items():
         name = name.replace(long, brief)
     return name.replace("num_", "").replace("_", " ")

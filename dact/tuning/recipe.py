@@ -1,4 +1,4 @@
-"""The recipe of a run: factories, arguments of the Trainer, and what all of its fits share."""
+"""The recipe of a run: factories, arguments of the Trainer, and settings that all fits share."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ from dact.tuning.trainer import make_trainer
 
 EncoderTraining = Literal["finetune", "frozen"]
 TRAINER_DEFAULTS = {"max_epochs": 4, "gradient_clip_val": 1.0}
-CALIBRATION_SHARE = 0.5  # of the validation examples, kept from the studies if there is a promise
-FEWEST_ASIDE = 200  # examples below which none are set aside for an estimate
+CALIBRATION_SHARE = 0.5  # share of the validation examples that is set aside for a promise
+FEWEST_ASIDE = 200  # with fewer examples, none are set aside for an estimate
 NOT_COMPARED = ("max_time", "enable_progress_bar", "enable_model_summary", "log_every_n_steps")
-OUTSIDE = ("trainer", "compare_defaults", "note")  # fields that are not options of the tuner
+OUTSIDE = ("trainer", "compare_defaults", "note")  # fields that the "tuner" section leaves out
 
 # The recommended settings: what the studies start from, and what a run without trials fits. Each is
 # measured in benchmarks/README.md.
 DISTILLATION = 0.5  # share of the teacher in the targets
-CONSISTENCY = 5.0  # weight of two passes' agreement in fits of the encoder after the studies
-LAYERS_KEPT = 2 / 3  # of the encoder's layers
+CONSISTENCY = 5.0  # weight of two passes' divergence in fits of the encoder after the studies
+LAYERS_KEPT = 2 / 3  # share of the encoder's layers
 HEAD_RATE_FACTOR, HEAD_RATE = 10, 1e-3  # submodels' rate: ten times the encoder's, at most 1e-3
 
 
 def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
     """Return the recommended settings for a model of the factory.
 
-    The submodels learn ten times as fast as the encoder, exits learn as in a multi-exit model, two
-    thirds of the layers are kept, and a default λ follows. The rest is the factory's.
+    The submodels learn up to ten times as fast as the encoder, exits are detached, two thirds of
+    the layers are kept, and a default λ is scaled to them. The rest is the factory's.
     """
     rate = model.learning_rate
     kept = min(model.num_layers, max(1, round(LAYERS_KEPT * model.encoder.num_layers)))
@@ -56,7 +56,7 @@ def recommended(model: DACT, batch_size: int | None, epochs: int) -> Settings:
 
 
 def as_written(model: DACT, batch_size: int | None, epochs: int) -> Settings:
-    """Return the settings that the factories make by themselves."""
+    """Return the settings of the factories, without tuning."""
     names = ("learning_rate", "exit_loss_weight", "detach_exits", "weight_decay", "warmup_fraction")
     arguments = {name: getattr(model, name) for name in (*names, "num_layers", "lambda_reg")}
     arguments["submodel_learning_rate"] = model.submodel_learning_rate or model.learning_rate
@@ -69,12 +69,12 @@ def as_written(model: DACT, batch_size: int | None, epochs: int) -> Settings:
 class Recipe:
     """The factories, the arguments of the Trainer, and the settings that all fits of a run share.
 
-    The fields are options of `TuningEngine`, and two that follow from them:
+    The fields are options of `TuningEngine`, and two that are derived from them:
 
     Args:
         calibration_fraction: Share of the validation examples that is set aside for the promise;
-            None for that of the data.
-        note: Text about the promise for the user, or an empty string.
+            None for the data's own share.
+        note: Line about the promise for the user, or an empty string.
     """
 
     output_dimension: int
@@ -99,7 +99,7 @@ class Recipe:
         check_arguments(type(self), vars(self), "TuningEngine: ")
         if self.final_training == "frozen" and self.encoder_training != "frozen":
             raise ValueError(
-                "TuningEngine: final_training='frozen' goes with encoder_training='frozen'"
+                "TuningEngine: final_training='frozen' requires encoder_training='frozen'"
             )
 
     @property
@@ -127,7 +127,7 @@ class Recipe:
         return self.make_model(**settings, num_layers=model.encoder.num_layers)
 
     def overrides(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return settings as arguments of `DACT`, with those that all models of the run have."""
+        """Return settings as arguments of `DACT`, with those that all models of the run share."""
         found = dict(settings)
         if self.halting_tolerance is not None:
             found.setdefault("halting_tolerance", self.halting_tolerance)
@@ -152,7 +152,7 @@ class Recipe:
         return data
 
     def finetuning(self, model: DACT) -> dict[str, Any]:
-        """Return the arguments of fits of the encoder after the studies that the factory lacks."""
+        """Return the arguments that fits of the encoder after the studies add to the factory's."""
         if self.consistency is not None:
             return {"consistency": self.consistency}
         parts = (part for part in model.encoder.modules() if isinstance(part, _DropoutNd))
@@ -163,7 +163,7 @@ class Recipe:
     # ------------------------------------------------------------------ devices
 
     def for_worker(self, worker: int, gpus: int) -> Recipe:
-        """Return the recipe of worker 0, 1, …: with several GPUs, the workers use them in turn."""
+        """Return the recipe of worker 0, 1, …; workers are spread over the GPUs, if several."""
         on_gpu = self.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
         if gpus < 2 or not on_gpu or self.trainer["devices"] not in (1, "1"):
             return self
@@ -207,13 +207,13 @@ def is_plain(value: Any) -> bool:
 
 
 def trainer_arguments(given: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Return the arguments of a Trainer, checked, with defaults where the user gives none."""
+    """Return checked arguments of a Trainer, with defaults for those that are not given."""
     trainer = {**TRAINER_DEFAULTS, **(given or {})}
     inspect.signature(Trainer).bind(**trainer)
     check_count("TuningEngine: max_epochs of the Trainer", trainer["max_epochs"])
     if trainer.get("devices") in ("auto", None):
         trainer["devices"] = 1
-    # As for the Trainer: 1 and "1" count devices, [1] and "1," name one.
+    # As in the Trainer, 1 and "1" are a number of devices, [1] and "1," the index of one.
     is_one = re.fullmatch(r"1|\[\d+\]|\d+,", str(trainer["devices"]))
     if not is_one or trainer.get("num_nodes", 1) != 1:
         raise ValueError(
@@ -230,7 +230,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     """Return the recipe with a promise that model and data can keep.
 
     The default promise becomes an estimate if too few examples can be set aside for it. Any other
-    one that cannot be kept raises a ``ValueError``.
+    promise that lacks examples raises a ``ValueError``.
     """
     promise, is_default = given.promise, given.promise == DEFAULT_PROMISE
     if promise is None:
@@ -240,7 +240,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     needed = promise.examples_needed()
     if promise.confidence is not None and aside >= needed:
         return recipe
-    # A few examples that no study sees are still better than those that choose the checkpoint.
+    # Unless they are too few, examples that no study sees serve an estimate better than the rest.
     if aside < FEWEST_ASIDE and promise.max_layers is None:
         recipe = given
     if promise.confidence is None:
@@ -256,7 +256,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
 
 
 def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
-    """Return the recipe with examples set aside, if the data can do so, and their number."""
+    """Return the recipe with examples set aside, if the data supports it, and their number."""
     recipe, data = given, given.data()
     own_file = (getattr(data, "files", None) or {}).get("calibration")
     if getattr(data, "calibration_fraction", None) == 0 and own_file is None:
@@ -264,7 +264,7 @@ def _setting_aside(given: Recipe) -> tuple[Recipe, int]:
     try:
         data = recipe.data_for("validate")
         loader = getattr(data, "calibration_dataloader", lambda: None)()
-    except ValueError:  # too few examples to divide; the fits say so of any other fault
+    except ValueError:  # too few examples to split; the fits report any other error
         loader = None
     if loader is None:
         return given, 0

@@ -1,4 +1,4 @@
-"""What people see of a run: trials in TensorBoard, pictures, and the last screen."""
+"""The output of a run: trials in TensorBoard, pictures, and the summary at the end."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 METRICS = ("val_loss", "val_task_loss", "val_accuracy", "val_exit_layer")
 FEWEST_FOR_IMPORTANCES = 4  # completed trials; fewer say nothing about importance
-FASTER = 0.02  # accuracy below the model's own at which a faster setting is worth a line
+FASTER = 0.02  # largest loss of accuracy at which a faster setting is worth a line
 
 # ------------------------------------------------------------------ TensorBoard
-# Lightning would give every trial in the HParams tab the status of success and a metric of -1.
+# Lightning would show every trial in the HParams tab as a success, with a metric of -1.
 
 
 def metrics_of(measured: Measured, class_weights: Tensor | None) -> dict[str, float]:
@@ -60,11 +60,11 @@ def log_fit(
     """Log a trial or another fit that has ended; pruned trials are failures.
 
     Args:
-        folder: Its folder.
-        parameters: Its parameters; see `parameters_of`.
-        metrics: Its metrics, of which `METRICS` are shown.
-        name: Name of the session. The tab takes sessions of one name for one trial.
-        succeeded: Whether it ended by itself.
+        folder: Folder of the fit.
+        parameters: Parameters of the fit; see `parameters_of`.
+        metrics: Metrics of the fit; those in `METRICS` are shown.
+        name: Name of the session. The tab shows sessions of the same name as one trial.
+        succeeded: Whether the fit ended by itself.
     """
     # The tab has no type for None.
     known = {name: "none" if value is None else value for name, value in parameters.items()}
@@ -93,7 +93,7 @@ def log_figures(figures: Mapping[str, Figure], folder: Path) -> None:
 
 
 def draw_study(folder: Path, study: Study, completed: int, chosen: FrozenTrial) -> None:
-    """Draw a study with so many `completed` trials, by Optuna's own figures."""
+    """Draw a study with `completed` completed trials, using Optuna's figures."""
     from matplotlib import pyplot
     from optuna.visualization import matplotlib as draw
 
@@ -135,14 +135,14 @@ def _figure() -> tuple[Figure, Any]:
 
 
 def dials_picture(metrics: Mapping[str, Any]) -> Figure:
-    """Return accuracy against the mean exit layer over each dial, on validation examples."""
+    """Return a figure of accuracy against mean exit layer for each dial, on validation examples."""
     own, whole = metrics["validation"], metrics["baseline"]["validation"]
     figure, axes = _figure()
     for dial in ("tolerance", "margin"):
         curve = metrics[f"{dial}_curve"]
         places = [(point["mean_exit_layer"], 100 * point["accuracy"]) for point in curve]
         axes.plot(*zip(*places, strict=True), "o-", label=f"halting_{dial}")
-        # Settings at one place share a label.
+        # Where several settings coincide, only the last one is labelled.
         for place, point in dict(zip(places, curve, strict=True)).items():
             axes.annotate(f"{point[dial]:g}", place, fontsize=7)
     axes.axhline(100 * whole["accuracy"], color="grey", linestyle="--", label="whole encoder")
@@ -154,11 +154,11 @@ def dials_picture(metrics: Mapping[str, Any]) -> Figure:
     return figure
 
 
-# ------------------------------------------------------------------ the last screen
+# ------------------------------------------------------------------ the summary
 
 
 def show_summary(progress: Progress, folder: Path) -> None:
-    """Print the last screen of a run, from the `folder` of its final fit."""
+    """Print the summary of a run, from the `folder` of its final fit."""
     metrics, defaults = read_json(folder / "metrics.json"), folder / "defaults" / "metrics.json"
     untuned = read_json(defaults) if defaults.is_file() else None
     console = progress.console
@@ -190,7 +190,7 @@ def result(metrics: Mapping[str, Any]) -> str:
 
 
 def guarantee(metrics: Mapping[str, Any]) -> str:
-    """Return what holds for new texts, and against what, from metrics.json."""
+    """Return a line about what is guaranteed for new texts, from metrics.json."""
     layers, margin = metrics["layers"], metrics["halting_margin"]
     calibration = metrics.get("calibration")
     if metrics["halting_tolerance"] == 0 and margin == 1:

@@ -1,5 +1,4 @@
-"""A run on disk: one folder with one manifest, which holds its configuration and its finished
-steps."""
+"""A run on disk: one folder, whose manifest holds the configuration and the finished steps."""
 
 from __future__ import annotations
 
@@ -59,7 +58,7 @@ class Run:
 
     @contextlib.contextmanager
     def opened(self, configuration: Mapping[str, Any]) -> Iterator[None]:
-        """Hold the lock of the run, and compare its configuration with that of its beginning.
+        """Hold the lock of the run, and compare its configuration with the one it began with.
 
         Raises:
             ValueError: If another process holds the lock, or the configuration differs.
@@ -69,7 +68,7 @@ class Run:
             lock = FileLock(self.folder / ".lock", timeout=0).acquire()
         except Timeout:
             raise ValueError(
-                f"another process works on run {self.tag!r} in {self.log_dir}: wait for its end, "
+                f"another process works on run {self.tag!r} in {self.log_dir}: wait until it ends, "
                 "or give another run_tag"
             ) from None
         with lock:
@@ -78,16 +77,16 @@ class Run:
             for name, then, now in differences(self._read()["configuration"], configuration):
                 before, after = (textwrap.shorten(repr(one), 60) for one in (then, now))
                 raise ValueError(
-                    f"run {self.tag!r} began with another {name} ({before}, now {after}): use that "
-                    "of its beginning, or give another run_tag"
+                    f"run {self.tag!r} began with another {name} ({before}, now {after}): "
+                    "restore that value, or give another run_tag"
                 )
             yield
 
     # ------------------------------------------------------------------ steps
 
     def step(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
-        """Return the stored result of a step, or call `function`, store what it returns, and return
-        it."""
+        """Return the stored result of a step; if there is none, call `function` and store its
+        result."""
         if (stored := self.result(name)) is not None:
             return stored
         result = function(*arguments)
@@ -105,7 +104,7 @@ class Run:
         write_json(self.manifest, content)
 
     def drop_after(self, name: str) -> None:
-        """Forget the results of the steps after `name`, which are then done again."""
+        """Drop the results of the steps after `name`, so that they run again."""
         for folder in ("refit", "final"):
             self.set_aside(folder)
         content = self._read()
@@ -154,6 +153,6 @@ def differences(then: Any, now: Any, name: str = "") -> Iterator[tuple[str, Any,
 
 
 def digests_of(files: Mapping[str, Any]) -> dict[str, Any]:
-    """Return size and SHA-256 of the files of a datamodule that exist, by path."""
+    """Return size and SHA-256 of a datamodule's existing files, by path."""
     paths = [Path(file) for file in files.values() if file and Path(file).is_file()]
     return {str(path): [path.stat().st_size, file_digest(path)] for path in paths}

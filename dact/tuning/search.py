@@ -19,9 +19,9 @@ from dact.tuning.selection import next_lambda
 
 STARTUP_TRIALS = 5  # random trials before TPE takes over
 PATIENCE = 5.0  # seconds
-# share of a loss by which the same parameters differ from one epoch to the next
+# relative change of the loss from one epoch to the next under the same parameters
 NOISE = 0.1
-MIN_FINISHED = 3  # finished trials below which none is pruned
+MIN_FINISHED = 3  # with fewer finished trials, none is pruned
 # user attribute of a trial: the number of epochs it trains unless it is stopped
 PLANNED_EPOCHS = "planned_epochs"
 
@@ -29,8 +29,8 @@ PLANNED_EPOCHS = "planned_epochs"
 class SeededSampler(TPESampler):
     """Sample with TPE, seeded for each trial from its number and the seed of the run.
 
-    A resumed study proposes what it would have proposed without the stop, and processes that share
-    a study never draw the same.
+    A resumed study proposes what an uninterrupted one would, and processes that share a study never
+    draw the same parameters.
     """
 
     def __init__(self, seed: int) -> None:
@@ -46,8 +46,8 @@ class SeededSampler(TPESampler):
 class CurveSampler(RandomSampler):
     """Propose λ where the mean exit layer changes most; see `dact.tuning.selection.next_lambda`.
 
-    Processes that share a study wait, up to `PATIENCE`, until earlier trials have their λ, so that
-    no two draw the same. A λ with steps or choices is drawn at random."""
+    Processes that share a study wait up to `PATIENCE` seconds until earlier trials have their λ, so
+    that no two draw the same. A λ with steps or choices is drawn at random."""
 
     @override
     def sample_independent(
@@ -78,13 +78,12 @@ class CurveSampler(RandomSampler):
 
 
 def lags(losses: Sequence[float], others: Sequence[Sequence[float]]) -> bool:
-    """Return whether a trial lags so far behind `others` that it should be stopped, by the losses
-    of each epoch so far.
+    """Return whether a trial should be stopped because its losses per epoch lag behind `others`.
 
-    The better half of at least `MIN_FINISHED` others, by their best losses so far, spans a range
-    from the best to the median. A trial lags if its best loss exceeds the median by more than that
-    span and by more than a tenth of the median, the noise of one epoch. If all trials are good,
-    none is stopped; if half of them are bad, those are.
+    Only the best losses so far count, and at least `MIN_FINISHED` others are needed. A trial lags
+    if its loss exceeds the others' median by more than the distance from their best to their
+    median, and by more than a tenth of the median, the noise of one epoch. If all trials are good,
+    none is stopped; if half of them are bad, the bad half is.
     """
     so_far = sorted(min(other[: len(losses)]) for other in others if len(other) >= len(losses))
     if len(so_far) < MIN_FINISHED:
@@ -109,8 +108,8 @@ class LagPruner(BasePruner):
 class SameLengthPruner(BasePruner):
     """Show another pruner only the trials of the same planned length.
 
-    A trial of three epochs looks better than one of eight at the same epoch, since its learning
-    rate has fallen further, and ends worse.
+    At the same epoch, a trial of three epochs looks better than one of eight, since its learning
+    rate has fallen further, but it ends worse.
     """
 
     def __init__(self, pruner: BasePruner) -> None:

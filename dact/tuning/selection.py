@@ -37,7 +37,7 @@ class Point:
 
 
 def check_rule(rule: LambdaSelection | None, max_layers: float | None) -> None:
-    """Raise a ``ValueError`` unless the rule has its budget of layers."""
+    """Raise a ``ValueError`` unless ``"max_layers"`` and its budget are given together."""
     if (rule == "max_layers") != (max_layers is not None):
         raise ValueError(
             "TuningEngine: lambda_selection='max_layers' and max_layers go together, got "
@@ -46,8 +46,8 @@ def check_rule(rule: LambdaSelection | None, max_layers: float | None) -> None:
 
 
 def pareto_front(points: Sequence[Point]) -> list[Point]:
-    """Return the points that no other point beats in one objective without losing in the other, by
-    rising layers; of equal ones that of the smallest λ."""
+    """Return the points that no other point dominates, by rising layers; of equal points, the one
+    with the smallest λ."""
     front: list[Point] = []
     for point in sorted(points, key=lambda p: (p.layers, p.loss, p.lambda_reg)):
         if not front or point.loss < front[-1].loss:
@@ -121,7 +121,7 @@ def select_lambda(
 
 
 def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Point]:
-    """Return the points that keep the rule ``"promise"``; see `select_lambda`."""
+    """Return the points that satisfy the rule ``"promise"``; see `select_lambda`."""
     lost = [point.outcome.lost.double() for point in points]
     if from_best:
         best = min(lost, key=Tensor.mean)
@@ -133,15 +133,15 @@ def _within(points: Sequence[Point], allowed: float, from_best: bool) -> list[Po
 def next_lambda(
     tried: Sequence[tuple[float, float | None]], low: float, high: float, log: bool = True
 ) -> float:
-    """Return where the curve of layers over λ bends: the middle of the interval with the largest
-    change.
+    """Return the next λ to try, in the middle of the interval where the mean exit layer changes
+    most.
 
-    The curve is flat at both ends, where every text uses all layers or one, and trials there tell
-    nothing. So the first two trials take the ends, and each further one halves the interval with
-    the largest change of the mean exit layer, weighted by its width.
+    The curve of layers over λ is flat at both ends, where every text uses all layers or only one,
+    and trials there are uninformative. The first two trials take the ends. Each later one halves
+    the interval with the largest change of the mean exit layer, weighted by its width.
 
     Args:
-        tried: λ and mean exit layer of earlier trials; None while a trial is running or where it
+        tried: λ and mean exit layer of earlier trials; None while a trial is running or if it
             failed.
         low, high: Range of the next λ, above 0 on a log scale.
         log: Whether to halve on a log scale.

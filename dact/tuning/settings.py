@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-# The winners of the studies, as `TuningEngine` describes them, and the argument that each one is.
+# The winners of the studies (see `TuningEngine`), and the argument of `DACT` that each one becomes.
 WINNERS = {
     "classifier_config": "classifier",
     "confidence_config": "confidence",
@@ -17,12 +17,12 @@ WINNERS = {
 
 @dataclass(frozen=True)
 class Settings:
-    """What a fit is made with.
+    """The settings of a fit.
 
     Args:
-        model: Arguments of `DACT` that replace those of the factory, as plain values.
-        batch_size: Number of examples per training batch; that of the data if None.
-        num_epochs: Number of epochs; that of the Trainer if None.
+        model: Arguments of `DACT` that replace the factory's, as plain values.
+        batch_size: Number of examples per training batch; the data's if None.
+        num_epochs: Number of epochs; the Trainer's if None.
     """
 
     model: Mapping[str, Any] = field(default_factory=dict)
@@ -31,14 +31,13 @@ class Settings:
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Settings:
-        """Return the settings in arguments by name, ``batch_size`` and ``num_epochs`` among
-        them."""
+        """Return settings from arguments by name, including ``batch_size`` and ``num_epochs``."""
         model = {n: v for n, v in arguments.items() if n not in ("batch_size", "num_epochs")}
         return cls(model, arguments.get("batch_size"), arguments.get("num_epochs"))
 
     @classmethod
     def of_winners(cls, winners: Mapping[str, Any]) -> Settings:
-        """Return the settings that winners by name stand for; None is a study without one yet."""
+        """Return the settings of winners by name; None stands for a study without a winner yet."""
         found = dict(winners.get("external_config") or {})
         for name, argument in WINNERS.items():
             if argument is not None and winners.get(name) is not None:
@@ -51,12 +50,11 @@ class Settings:
         return {**self.model, **{name: one for name, one in others.items() if one is not None}}
 
     def updated(self, other: Settings) -> Settings:
-        """Return these settings, with those that `other` has in their place."""
+        """Return these settings, replaced by those of `other` where it has any."""
         return Settings.of({**self.arguments(), **other.arguments()})
 
     def flat(self) -> dict[str, Any]:
-        """Return the settings under the names of the studies' parameters, such as
-        ``classifier_dropout``."""
+        """Return the settings by the studies' parameter names, such as ``classifier_dropout``."""
         found: dict[str, Any] = {}
         for name, value in self.arguments().items():
             nested = isinstance(value, Mapping)

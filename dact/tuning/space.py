@@ -66,12 +66,12 @@ def build_spaces(
     """Return the spaces of the three stages, with the user's changes.
 
     Args:
-        changes: Changes by parameter name: a distribution of Optuna's, or entries of one among
-            ``low``, ``high``, ``log``, ``step`` and ``choices``. Entries alone narrow the default,
-            such as ``{"high": 0.1}``; with ``type`` (``"float"``, ``"int"`` or ``"categorical"``)
-            they replace it. Naming one of `MORE_DIMENSIONS` adds it.
+        changes: Changes by parameter name: an Optuna distribution, or some of its entries ``low``,
+            ``high``, ``log``, ``step`` and ``choices``. Entries alone, such as ``{"high": 0.1}``,
+            change the default; with ``type`` (``"float"``, ``"int"`` or ``"categorical"``) they
+            replace it. Naming one of `MORE_DIMENSIONS` adds it.
         frozen: Whether only the submodels learn in trials.
-        final_frozen: Whether only they learn in the final fit as well.
+        final_frozen: Whether only the submodels learn in the final fit.
 
     Raises:
         ValueError: If a name or an entry is unknown, or a range is empty.
@@ -83,10 +83,10 @@ def build_spaces(
     spaces = {stage: dict(space) for stage, space in DEFAULT_SPACES.items()}
     known = {stage: {**space, **MORE_DIMENSIONS.get(stage, {})} for stage, space in spaces.items()}
     if frozen:
-        # The encoder learns in no trial; the submodels have a rate of their own.
+        # The encoder learns in no trial; the submodels have their own rate.
         del spaces["training"]["learning_rate"], known["training"]["learning_rate"]
     if frozen and not final_frozen:
-        # What attached exits gain on frozen states, they lose once the encoder learns
+        # The gain of attached exits on frozen states is lost once the encoder learns
         # (benchmarks/detached.py).
         spaces["training"]["detach_exits"] = CategoricalDistribution([True])
 
@@ -116,13 +116,13 @@ def _changed(default: Dimension, change: Any) -> Dimension:
 def complete_spaces(
     spaces: Spaces, layers: int, starts: Starts, bounded: Collection[str] = ()
 ) -> tuple[dict[str, dict[str, Dimension]], dict[str, list[dict[str, Any]]]]:
-    """Return spaces for an encoder of so many layers, widened to hold the first trials, and these
-    trials with the parameters that their studies search.
+    """Return spaces for an encoder with this number of `layers`, widened to hold the first trials,
+    and these trials, limited to the parameters that their studies search.
 
     Args:
         starts: Parameters of the first trials, by stage.
-        bounded: Names of the parameters whose bounds the user gave. They are not widened, nor is a
-            dimension of one choice: a first trial outside of them gets the nearest value.
+        bounded: Names of the parameters whose bounds the user gave. These parameters are not
+            widened, nor are those with a single choice: a first trial gets the nearest value.
     """
     complete = {stage: dict(space) for stage, space in spaces.items()}
     training = complete["training"]
@@ -130,7 +130,7 @@ def complete_spaces(
     if isinstance(kept, IntDistribution):
         training["num_layers"] = IntDistribution(kept.low, min(kept.high, layers), step=kept.step)
     elif kept is None and layers > 1:
-        # First, since the console may have no room for the last ones.
+        # Placed first, since the console may have no room for the last parameters.
         upper_half = {"num_layers": IntDistribution((layers + 1) // 2, layers)}
         complete["training"] = {**upper_half, **training}
 
@@ -149,8 +149,8 @@ def complete_spaces(
 def holding(dimension: Dimension, value: Any, fixed: bool) -> tuple[Dimension, Any]:
     """Return a dimension and a value that it holds.
 
-    The dimension is widened to hold `value`, without a step that would miss it. A `fixed` one stays
-    as it is, and the value is its nearest one, or the first one of choices without it.
+    The dimension is widened to hold `value`, and loses a step that would miss it. A `fixed`
+    dimension stays as it is; the value is then its nearest one, or the first of its choices.
     """
     if isinstance(dimension, CategoricalDistribution):
         if value in dimension.choices:

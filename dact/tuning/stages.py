@@ -22,8 +22,8 @@ class Stage:
     Args:
         name: Name of the stage, of its folder, and of its study after the run tag.
         directions: Direction of each objective.
-        parse: Returns the winners, by name, that the parameters of a trial stand for.
-        read: Returns the value or values of a trial, from the metrics of its best epoch.
+        parse: Function from the parameters of a trial to the winners by name.
+        read: Function from the metrics of a trial's best epoch to its value or values.
     """
 
     name: str
@@ -33,13 +33,13 @@ class Stage:
 
     @property
     def early_exit(self) -> bool:
-        """Whether the values are those of early exit, at the margin that the promise would set.
+        """Whether values are measured with early exit, at the dial that the promise would set.
 
         Such trials keep their `Outcome`; others may be pruned."""
         return len(self.directions) == 2
 
     def pick(self, trials: Sequence[FrozenTrial], select: Select) -> FrozenTrial:
-        """Return the winner of the completed trials, by the rule that chooses λ if it is for λ."""
+        """Return the winner of the completed trials; in the study of λ, `select` chooses it."""
         if not self.early_exit:
             return min(trials, key=lambda trial: trial.values[0])
         points = []

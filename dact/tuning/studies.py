@@ -1,7 +1,7 @@
 """The studies in their storage: how they are opened, resumed, shared by processes, and read.
 
-A trial that was killed, interrupted or cut by a deadline is a failed one without a cause. It does
-not count, and its parameters are tried again.
+A trial that was killed, interrupted or stopped by a deadline is stored as failed, without a cause.
+It does not count, and its parameters are tried again.
 """
 
 from __future__ import annotations
@@ -42,25 +42,25 @@ from dact.tuning.trial import Objective
 
 # user attribute of a study: winners of the earlier studies that its trials ran under
 UNDER = "under"
-POLL = 0.5  # seconds between two looks at other processes
+POLL = 0.5  # seconds between checks of other processes
 StudyCallback = Callable[[Study, FrozenTrial], None]
 
-# Heartbeats are experimental in Optuna, and used on purpose.
+# Heartbeats are experimental in Optuna, and warn about it.
 with warnings.catch_warnings(action="ignore", category=ExperimentalWarning):
     # Queues the parameters of a dead trial again, at most twice.
     RETRY = RetryHeartbeatStaleTrialCallback(max_retry=2)
 
 
 def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
-    """Return the storage of the studies: an sqlite file in the run's folder unless told otherwise.
+    """Return the storage of the studies: by default, an sqlite file in the run's folder.
 
-    Heartbeats tell that the process of a trial has died, on any machine; its parameters are then
+    Heartbeats detect that the process of a trial has died, on any machine. Its parameters are then
     tried again, if the study still lacks a trial.
     """
     if isinstance(address, BaseStorage):
         return address
     url = make_url(address or f"sqlite:///{run.folder / 'studies.db'}")
-    if url.drivername == "postgresql":  # whose default driver depends on SQLAlchemy
+    if url.drivername == "postgresql":  # its default driver depends on SQLAlchemy's version
         url = url.set(drivername="postgresql+psycopg")
     options: dict[str, Any] = {"pool_pre_ping": True}
     if url.drivername.startswith("sqlite"):
@@ -80,8 +80,8 @@ def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
             time.sleep(2)
             storage = connect()
     if storage.engine.name == "sqlite":
-        # By default a transaction locks at its first write: two workers could read that a trial
-        # waits, and both run it.
+        # By default a transaction locks at its first write: two workers could both read that a
+        # trial is waiting, and both run it.
         event.listen(storage.engine, "begin", lambda c: c.exec_driver_sql("BEGIN IMMEDIATE"))
     return storage
 
@@ -89,10 +89,10 @@ def open_storage(address: str | BaseStorage | None, run: Run) -> BaseStorage:
 def open_study(
     run: Run, stage: Stage, address: str | BaseStorage | None, before: Settings
 ) -> Study:
-    """Create or load the study of a stage; the caller holds the lock of the run.
+    """Create or load the study of a stage; the caller must hold the lock of the run.
 
-    If its trials ran under other settings of the studies `before` it, it is kept under another
-    name, and a new study takes its place.
+    If its trials ran under other winners of the earlier studies than `before`, the study is kept
+    under another name, and a new one takes its place.
     """
     storage, name = open_storage(address, run), run.study_name(stage)
     create: dict[str, Any] = {"storage": storage, "directions": stage.directions}
@@ -114,19 +114,19 @@ def open_study(
 
 
 def fail_running(study: Study) -> None:
-    """Fail the running trials of a study whose processes are known to be gone."""
+    """Mark the running trials of a study as failed; their processes must have ended."""
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
         study.tell(trial.number, state=TrialState.FAIL)
 
 
 def queue_first(study: Study, first_trials: Sequence[Mapping[str, Any]], n_trials: int) -> None:
-    """Queue the first trials of a study of so many trials, after those that the user queued."""
+    """Queue the first trials of a study of `n_trials`, after those that the user queued."""
     for params in first_trials[: max(0, n_trials - len(study.trials))]:
         study.enqueue_trial(dict(params), skip_if_exists=True)
 
 
 def queue_again(study: Study, missing: int) -> None:
-    """Queue the parameters of interrupted trials again, as far as the study is `missing` trials."""
+    """Queue the parameters of interrupted trials again, up to the number of `missing` trials."""
     trials = study.get_trials(deepcopy=False)
     waiting = sum(trial.state == TrialState.WAITING for trial in trials)
     retried = {number for trial in trials for number in trial.system_attrs.get("retry_history", [])}
@@ -171,7 +171,7 @@ class StudyJob:
     setup: Callable[[], None] | None = None
 
     def missing(self, study: Study) -> int:
-        """Return how many trials the study lacks; none after the deadline."""
+        """Return how many trials the study lacks; 0 after the deadline."""
         if self.objective.deadline.left == 0:
             return 0
         return max(0, self.n_trials - len(finished(study)))
@@ -196,9 +196,9 @@ class StudyJob:
 def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., None]) -> None:
     """Run the trials that a study lacks, in this process or in a pool of workers.
 
-    If a worker dies, the pool ends, and this process runs the rest. A study on a server returns
-    when no machine runs a trial of it any more, so that all of them see the same winner. `refresh`
-    redraws the state of the study.
+    If a worker dies, the pool ends, and this process runs the rest. With a shared storage, the call
+    returns when no machine runs a trial of the study any more, so that all machines see the same
+    winner. `refresh` redraws the state of the study.
     """
     study.sampler, study.pruner = job.sampler, job.pruner or study.pruner
     if finished(study):
@@ -215,7 +215,7 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
         finally:
             if job.storage is None:
                 fail_running(study)
-        # A callback may have stopped it.
+        # A callback may have stopped the study.
         if workers == 1 and (job.storage is None or missing == job.missing(study)):
             break
         workers = 1
@@ -231,7 +231,7 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
 
 
 def _run_pool(job: StudyJob, n_trials: int, workers: int, refresh: Callable[..., None]) -> None:
-    """Run trials in a pool of processes, which ends with a ``BrokenProcessPool`` if one dies."""
+    """Run trials in a pool of processes; raise ``BrokenProcessPool`` if one of them dies."""
     # On Linux workers are forks of a server process that has only imported modules: a fresh
     # interpreter would spend seconds on its imports. On other systems a fork is not safe.
     context: Any = multiprocessing.get_context("spawn")
@@ -250,11 +250,11 @@ def _run_pool(job: StudyJob, n_trials: int, workers: int, refresh: Callable[...,
             refresh()
     finally:
         for process in list((pool._processes or {}).values()) if pending else []:
-            process.terminate()  # which interrupts its trial
+            process.terminate()  # this interrupts its trial
         pool.shutdown(cancel_futures=True)
 
 
-_work: tuple[StudyJob, Study] | None = None  # of a worker process
+_work: tuple[StudyJob, Study] | None = None  # set in worker processes only
 
 
 def _begin_worker(job: StudyJob, threads: int, environment: dict[str, str]) -> None:
@@ -266,7 +266,7 @@ def _begin_worker(job: StudyJob, threads: int, environment: dict[str, str]) -> N
     if job.setup is not None:
         job.setup()
     torch.set_num_threads(threads)
-    # workers are numbered one after the other, in their names
+    # the names of worker processes end in consecutive numbers
     worker = int(multiprocessing.current_process().name.rpartition("-")[2])
     stage, run = job.objective.stage, job.objective.prepared.run
     prepared = job.objective.prepared
@@ -283,7 +283,7 @@ def _begin_worker(job: StudyJob, threads: int, environment: dict[str, str]) -> N
 
 
 def _run_one() -> None:
-    """Run one trial in a worker process, unless the study has all of them."""
+    """Run one trial in a worker process, unless none is missing."""
     assert _work is not None
     job, study = _work
     if job.missing(study):

@@ -36,23 +36,23 @@ from dact.model import DACT
 from dact.signals import StopOnSignal
 
 MONITOR = "val_loss"
-WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # which a deterministic Trainer sets
-# Optimizer steps in which a pretrained encoder learns its task, also from few texts, and in which
-# one does that starts from the whole encoder's weights and has it as a teacher.
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"  # set by a deterministic Trainer
+# Optimizer steps in which a pretrained encoder learns its task, even from few texts; and steps in
+# which it does so if it starts from the whole encoder's weights and learns from it as a teacher.
 MIN_STEPS, TAUGHT_STEPS = 250, 150
-MOST_TIMES = 7  # times the epochs that are asked for
+MOST_TIMES = 7  # largest multiple of the requested epochs
 
 
 # ---------------------------------------------------------------------- epochs
 
 
 def enough_epochs(trainer: Mapping[str, Any], data: Any, epochs: int, steps: int) -> int:
-    """Return `epochs` or, on few examples, as many as make `steps` optimizer steps.
+    """Return `epochs` or, with few examples, enough epochs for `steps` optimizer steps.
 
-    Few epochs of few steps leave a pretrained encoder where it began, and it answers with the
-    majority class (Mosbach et al. 2021, *On the Stability of Fine-tuning BERT*).
+    After too few steps, a pretrained encoder has hardly changed and answers with the majority class
+    (Mosbach et al. 2021, *On the Stability of Fine-tuning BERT*).
 
-    There are at most 7 times as many as asked for, and no more if the Trainer limits the batches.
+    The result is at most 7 times `epochs`, and `epochs` if the Trainer limits the training batches.
     `data` must be set up for a fit.
     """
     if trainer.get("limit_train_batches") is not None:
@@ -120,7 +120,7 @@ class History(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Only now do the training metrics belong to this epoch; its validation came before.
+        # Validation ran before the training metrics of the epoch were complete.
         if self.epochs and self.epochs[-1]["epoch"] == trainer.current_epoch:
             metrics = {n: v.item() for n, v in trainer.callback_metrics.items()}
             self.epochs[-1] |= {n: v for n, v in metrics.items() if not n.startswith("val_")}
@@ -142,12 +142,12 @@ class Deadline:
     """The moment at which the studies end: some seconds from now, or never."""
 
     def __init__(self, seconds: float | None = None) -> None:
-        # All processes of a machine share the monotonic clock, so workers may be sent a deadline.
+        # All processes of a machine share the monotonic clock, so a deadline is valid in workers.
         self.end = math.inf if seconds is None else time.monotonic() + seconds
 
     @property
     def left(self) -> float:
-        """Seconds that are left, 0 or more; infinite if there is no end."""
+        """Seconds left, 0 or more; infinite without an end."""
         return max(0.0, self.end - time.monotonic())
 
 
@@ -168,7 +168,7 @@ class StopAtDeadline(Callback):
 
 @contextlib.contextmanager
 def isolated() -> Iterator[None]:
-    """Restore the caller's random generators, and what Trainers set for their process."""
+    """Restore the caller's random generators, and process-wide settings that Trainers change."""
     failed: BaseException | None = None
     mode, benchmark = torch.get_deterministic_debug_mode(), torch.backends.cudnn.benchmark
     workspace = {name: value for name, value in os.environ.items() if name == WORKSPACE}
@@ -198,10 +198,10 @@ def seeded(seed: int) -> Iterator[None]:
 def make_trainer(arguments: Mapping[str, Any], *callbacks: Callback, **fixed: Any) -> Trainer:
     """Return a fresh Trainer with the user's arguments and copies of the user's callbacks.
 
-    dact shows progress and keeps checkpoints by itself, so such callbacks of the user are left out.
-    `fixed` replaces arguments of the user.
+    The user's progress bars and checkpoint callbacks are left out, since dact has its own. `fixed`
+    replaces the user's arguments.
     """
-    # A copy: callbacks keep what a Trainer gives them, and a plugin keeps its loss scale.
+    # A copy, since callbacks keep the state of a fit, and a plugin keeps its loss scale.
     given = copy.deepcopy({**arguments, "logger": False, "enable_progress_bar": False})
     kept = [
         c for c in as_list(given.get("callbacks")) if not isinstance(c, (Checkpoint, ProgressBar))
@@ -214,7 +214,7 @@ def make_trainer(arguments: Mapping[str, Any], *callbacks: Callback, **fixed: An
 
 
 def averages(trainer: Mapping[str, Any]) -> bool:
-    """Return whether a callback of the user averages weights."""
+    """Return whether one of the user's callbacks averages weights."""
     kinds = (StochasticWeightAveraging, WeightAveraging)
     return any(isinstance(callback, kinds) for callback in as_list(trainer.get("callbacks")))
 
@@ -237,19 +237,19 @@ def fit(
 ) -> History:
     """Fit a model with data that only this fit uses, and return the record of its epochs.
 
-    It resumes from the checkpoint `ckpt_path`, and logs nothing without a logger.
+    The fit resumes from the checkpoint `ckpt_path`, and logs nothing without a logger.
 
     Raises:
         NonFiniteLoss: If val_loss is NaN or infinite.
     """
     history = History()
-    # A callback of the user may need a logger.
+    # One of the user's callbacks may need a logger.
     fixed = {"max_epochs": epochs, "logger": logger or DummyLogger()}
     trainer = make_trainer(arguments, history, *callbacks, **fixed)
     try:
         trainer.fit(model, datamodule=data, ckpt_path=ckpt_path, weights_only=True)
     except SystemExit as error:
-        # Lightning's answer to Ctrl-C.
+        # Lightning exits this way on Ctrl-C.
         raise KeyboardInterrupt from error
     return history
 
@@ -271,8 +271,8 @@ def resumable_fit(
     Args:
         checkpoints: Folder of ``last.ckpt`` and of ``best.ckpt``, the epoch to keep.
         monitor: Metric whose lowest value chooses the epoch to keep; None for the last epoch.
-        average: Whether to average the weights of the last steps, unless a callback of the user
-            averages weights.
+        average: Whether to average the weights of the last steps, unless one of the user's
+            callbacks averages weights.
     """
     log, averaged, added = checkpoints.parent, averages(arguments), list(callbacks)
     logger = TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)

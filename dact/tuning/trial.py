@@ -20,7 +20,7 @@ from dact.tuning.space import suggest
 from dact.tuning.stages import Stage
 from dact.tuning.trainer import MONITOR, Deadline, NonFiniteLoss, StopAtDeadline, TimeIsUp
 
-# fits per trial of early exit on frozen states, where one takes seconds; they differ by their seed
+# fits per trial of early exit on frozen states, where a fit takes seconds; only the seed differs
 REPEATS = 3
 
 
@@ -31,7 +31,7 @@ class Objective:
     Args:
         before: Settings that won the earlier studies.
         deadline: Deadline at which a running trial is stopped.
-        own: Folder in the run for the trials of a custom study, which must not replace the run's.
+        own: Folder in the run for the trials of a custom study, apart from the run's own trials.
     """
 
     stage: Stage
@@ -43,12 +43,12 @@ class Objective:
     def __call__(self, trial: BaseTrial) -> Any:
         """Train with the parameters that `trial` suggests, and return its value or values.
 
-        They are read at the epoch of the lowest validation loss. TensorBoard gets the trial, which
-        keeps why it was pruned or failed; one that was stopped from outside has no cause.
+        Values are read at the epoch of the lowest validation loss. The trial is logged to
+        TensorBoard, and stores why it was pruned or failed, unless it was stopped from outside.
 
         Raises:
-            TrialPruned: If the study stopped it, or its loss is not finite.
-            TimeIsUp: If the deadline stopped it.
+            TrialPruned: If the study stopped the trial, or its loss is not finite.
+            TimeIsUp: If the deadline stopped the trial.
         """
         stage, plan, run = self.stage, self.prepared.plan, self.prepared.run
         space = plan.spaces[stage.name]
@@ -76,7 +76,7 @@ class Objective:
             self.prepared.log(folder, settings, metrics, succeeded)
 
     def _train(self, trial: BaseTrial, settings: Settings, logger: Any) -> dict[str, float]:
-        """Return the metrics of the best epoch, and of early exit if the stage is about it."""
+        """Return the metrics of the best epoch, and of early exit if the stage measures it."""
         prepared, recipe = self.prepared, self.prepared.recipe
         trial.set_user_attr(PLANNED_EPOCHS, settings.num_epochs or recipe.epochs)
         callbacks: list[Callback] = [StopAtDeadline(self.deadline)]
