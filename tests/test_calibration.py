@@ -188,7 +188,6 @@ def test_a_budget_of_layers_is_kept_or_refused_with_the_nearest(dial, last):
 @pytest.mark.parametrize(
     ("promise", "error", "message"),
     [
-        ({}, ValueError, "got none of them"),
         ({"max_layers": 2, "min_agreement": 0.9}, ValueError, "min_agreement and max_layers"),
         ({"max_accuracy_loss": 1}, ValueError, "max_accuracy_loss .* got 1: 0.01 is one point"),
         ({"min_agreement": "0.5"}, TypeError, "min_agreement must be a number, got '0.5'"),
@@ -505,7 +504,7 @@ def test_a_baseline_promise_is_kept_as_often_as_it_says():
     other = synthetic(20_000, generator, quality=4.2, target=population.target).classes[:, -1]
     promise = Promise(max_accuracy_loss=0.04, confidence=0.9)
     broken, given = 0, 0
-    for _ in range(100):
+    for _ in range(50):
         rows = torch.randint(20_000, (1000,), generator=generator)
         try:
             found = choose_setting(population.take(rows), promise, baseline=other[rows])
@@ -513,5 +512,5 @@ def test_a_baseline_promise_is_kept_as_often_as_it_says():
             continue  # none can be given
         given += 1
         broken += truth(population, found.exit_rule, other)[0] > 0.04
-    assert broken <= 19, "a tenth of 100, and three standard deviations"
-    assert given > 25
+    assert broken <= 11, "a tenth of 50, and three standard deviations"
+    assert given > 12

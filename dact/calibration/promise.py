@@ -35,11 +35,11 @@ KINDS = ("max_accuracy_loss", "min_agreement", "max_layers")
 
 @dataclass(frozen=True)
 class Promise:
-    """A bound that early exit must keep: exactly one of the first three arguments.
+    """A bound that early exit must keep: one of the first three arguments, by default the first.
 
     Args:
         max_accuracy_loss: Largest loss of accuracy against all layers (the same model without early
-            exit) or a baseline, as a share in [0, 1): 0.005 is half a point.
+            exit) or a baseline, as a share in [0, 1): 0.01, one point, if no bound is given.
         min_agreement: Smallest share of examples that get the class of all layers, in (0, 1].
         max_layers: Largest mean exit layer, 1 or more.
         confidence: Probability, in (0, 1), with which the promise is guaranteed for new examples of
@@ -48,7 +48,7 @@ class Promise:
         dial: Setting to move, ``"halting_margin"`` or ``"halting_tolerance"``.
 
     Raises:
-        ValueError: If not exactly one is given, or a value is outside its range.
+        ValueError: If several bounds are given, or a value is outside its range.
         TypeError: If a value is not a number.
     """
 
@@ -60,14 +60,15 @@ class Promise:
 
     def __post_init__(self) -> None:
         given = [name for name in KINDS if getattr(self, name) is not None]
-        if len(given) != 1:
-            found = " and ".join(given) or "none of them"
-            raise ValueError(f"a promise is one of {', '.join(KINDS)}, got {found}")
+        if len(given) > 1:
+            raise ValueError(f"a promise is one of {', '.join(KINDS)}, got {' and '.join(given)}")
+        if not given:
+            object.__setattr__(self, "max_accuracy_loss", 0.01)
         check_arguments(Promise, vars(self))
 
     @property
     def name(self) -> str:
-        """The name of the argument that was given."""
+        """The name of the bound."""
         return next(name for name in KINDS if getattr(self, name) is not None)
 
     @property
@@ -172,5 +173,4 @@ def _discordant(values: Tensor) -> tuple[int, int]:
     return int((values > 0).sum()), int((values < 0).sum())
 
 
-# the default of `dact fit` and `dact tune`
-DEFAULT_PROMISE = Promise(max_accuracy_loss=0.01)
+DEFAULT_PROMISE = Promise()

@@ -123,6 +123,8 @@ class TrainingCLI(LightningCLI):
             TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False
         )
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
+        # Without its bound, which would stand beside the one of a file.
+        parser.set_defaults({"tuner.promise": {"confidence": DEFAULT_PROMISE.confidence}})
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
