@@ -203,7 +203,7 @@ def test_a_promise_begins_at_all_layers():
     dials = ["halting_tolerance", "halting_margin"]
     for dial, other in (dials, dials[::-1]):
         model = tiny_model(**{other: 0.5})
-        with pytest.raises(ValueError, match=f"{dial} is .* all layers .* has {other}=0.5"):
+        with pytest.raises(ValueError, match=f"{dial} is .* all layers.* has {other}=0.5"):
             calibrate(model, [random_batch()], min_agreement=0.9, dial=dial)
         found = calibrate(model, [random_batch(2000)], max_layers=3.9, dial=dial)
         assert found.mean_exit_layer < 3.9

@@ -177,8 +177,9 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
 
     monkeypatch.setattr(vader, "read_archive", a_part)
     monkeypatch.setenv("COLUMNS", "120")
-    small = ["--data.num_train", "48", "--data.batch_size", "16", "--trainer.max_epochs", "1"]
+    small = ["--data.num_train", "48", "--data.batch_size", "16", "--data.max_length", "16"]
     small += ["--trainer.accelerator", "cpu", "--data.corpora", "[tweets]"]
+    small += ["--trainer.max_epochs", "1"]
     command("fit", "--config", VADER, *small, "--run_tag", "fit")
     model = ["--model", "lightning_logs/fit"]
     assert "accuracy   " in command("test", *model)
