@@ -7,6 +7,7 @@ import pickle
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,9 @@ from tests.conftest import random_batch, scatter_exits, tiny_model
 from tests.test_encoders import ALL, encoder_of
 
 MARGIN = 1e-4
+# Sums of 8-bit products saturate on x86 processors without VNNI.
+CPU = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else "vnni"
+EXACT_INT8 = "vnni" in CPU or "avx2" not in CPU
 
 
 def leads(probabilities):
@@ -88,7 +92,7 @@ def test_int8_is_smaller_and_close(tmp_path):
     small = export(tmp_path / "model", tmp_path / "int8", quantize="int8")
     weights = (tmp_path / "model" / "model.safetensors").stat().st_size
     assert small.megabytes < 0.4 * weights / 1e6
-    assert small.quantized_difference < 0.15  # 0.05 on a processor with VNNI
+    assert small.quantized_difference < (0.05 if EXACT_INT8 else 0.15)
     batch = random_batch(200, 24, vocab=100)
     expected = model.full_depth(batch).probabilities.argmax(1)
     got = DACT.from_pretrained(tmp_path / "int8").full_depth(batch).probabilities.argmax(1)

@@ -123,7 +123,7 @@ class TrainingCLI(LightningCLI):
             TuningEngine, "tuner", skip=elsewhere, sub_configs=True, instantiate=False
         )
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
-        # Without its bound, which would stand beside the one of a file.
+        # The bound is left out, or it would be added to the bound that a file sets.
         parser.set_defaults({"tuner.promise": {"confidence": DEFAULT_PROMISE.confidence}})
 
     @override
