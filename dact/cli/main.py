@@ -149,6 +149,11 @@ class TrainingCLI(LightningCLI):
     def _complete(self) -> None:
         """Fill in the options that follow from the encoder and the data."""
         model, data = self.config.model, self.config.data.init_args
+        trainer = self.config.trainer
+        asked, on_cpu = str(trainer.precision), not torch.accelerator.is_available()
+        if asked[:4] == "bf16" and (on_cpu or trainer.accelerator == "cpu") and not fast_bf16():
+            trainer.precision = "32-true"
+            print(f"precision is 32-true: this processor is many times slower in {asked}")
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.encoder.init_args.get("pretrained")
         aside = self.command == "fit" and self.config.calibrate and not data.get("calibration_file")
@@ -358,6 +363,11 @@ def run_folder(root: str | Path, tag: str, command: str) -> Path:
     if owner != command and (owner == "tune" or (folder / "checkpoints").exists()):
         raise ValueError(f"{folder} belongs to dact {owner}: give another --run_tag")
     return folder
+
+
+def fast_bf16() -> bool:
+    """Return whether the processor has instructions for products in bfloat16."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:
