@@ -2,11 +2,10 @@
 
 from dact.calibration.answers import Dial, LayerAnswers, Measured, layer_answers
 from dact.calibration.calibrate import Calibration, calibrate, choose_setting, settle
-from dact.calibration.promise import DEFAULT_PROMISE, SETTINGS, Promise
+from dact.calibration.promise import SETTINGS, Promise
 from dact.model_card import describe
 
 __all__ = [
-    "DEFAULT_PROMISE",
     "SETTINGS",
     "Calibration",
     "Dial",

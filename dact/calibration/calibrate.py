@@ -21,7 +21,7 @@ from dact.calibration.answers import (
     share,
 )
 from dact.calibration.bounds import examples_for_rate
-from dact.calibration.promise import DEFAULT_PROMISE, SETTINGS, Promise
+from dact.calibration.promise import SETTINGS, Promise
 from dact.calibration.temperature import fit_temperatures
 from dact.calibration.thresholds import best_thresholds
 from dact.encoders.base import Batch
@@ -163,8 +163,10 @@ def choose_setting(
     def values(setting: float) -> Tensor:
         return promise.values(Measured(answers, exits(setting)), baseline)
 
-    settings = SETTINGS[promise.dial] if promise.by_proof else SETTINGS[promise.dial][::-1]
-    proved = settings[0] if promise.by_proof and baseline is None else None
+    # The first setting of a dial keeps a promise other than `max_layers` by proof.
+    by_proof = promise.max_layers is None
+    settings = SETTINGS[promise.dial] if by_proof else SETTINGS[promise.dial][::-1]
+    proved = settings[0] if by_proof and baseline is None else None
     chosen = proved
     for setting in settings:
         if setting != proved and not promise.keeps(values(setting), layers):
@@ -214,7 +216,7 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
     Returns:
         Text that says what is guaranteed, or what is missing.
     """
-    promise, text = DEFAULT_PROMISE, ""
+    promise, text = Promise(), ""
     assert promise.confidence is not None
     least = examples_for_rate(MOST_CHANGED, promise.confidence)
     try:

@@ -78,11 +78,6 @@ class Promise:
         return value if self.min_agreement is None else 1 - value
 
     @property
-    def by_proof(self) -> bool:
-        """Whether the first setting of a dial keeps the promise by proof."""
-        return self.max_layers is None
-
-    @property
     def text(self) -> str:
         """The promise with its confidence, for messages."""
         promised = f"{self.name}={getattr(self, self.name):g}"
@@ -161,7 +156,7 @@ class Promise:
             raise ValueError("a model with halting='never' has no dial: give it halting='exact'")
         for name, first in (("halting_tolerance", 0.0), ("halting_margin", 1.0)):
             value = getattr(halting, name.removeprefix("halting_"))
-            if self.by_proof and name != self.dial and value != first:
+            if self.max_layers is None and name != self.dial and value != first:
                 raise ValueError(
                     f"{self.dial} is calibrated starting from all layers, but the model has "
                     f"{name}={value:g}: set it to {first:g}, or calibrate it instead (dial: {name})"
@@ -171,6 +166,3 @@ class Promise:
 def _discordant(values: Tensor) -> tuple[int, int]:
     """Return how many examples are lost and how many are gained."""
     return int((values > 0).sum()), int((values < 0).sum())
-
-
-DEFAULT_PROMISE = Promise()

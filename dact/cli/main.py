@@ -22,7 +22,7 @@ from lightning.pytorch.plugins import CheckpointIO
 from typing_extensions import override
 
 from dact import signals
-from dact.calibration import DEFAULT_PROMISE, Measured, settle
+from dact.calibration import Measured, Promise, settle
 from dact.callbacks import LAST, ExitPlots, LastCheckpoint, SavePretrained
 from dact.cli import TRAINING
 from dact.cli.errors import UsageError, find_class, parse
@@ -124,7 +124,7 @@ class TrainingCLI(LightningCLI):
         )
         parser.set_defaults({f"trainer.{name}": value for name, value in TRAINER_DEFAULTS.items()})
         # The bound is left out, or it would be added to the bound that a file sets.
-        parser.set_defaults({"tuner.promise": {"confidence": DEFAULT_PROMISE.confidence}})
+        parser.set_defaults({"tuner.promise": {"confidence": Promise().confidence}})
 
     @override
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
@@ -149,11 +149,12 @@ class TrainingCLI(LightningCLI):
     def _complete(self) -> None:
         """Fill in the options that follow from the encoder and the data."""
         model, data = self.config.model, self.config.data.init_args
-        trainer = self.config.trainer
-        asked, on_cpu = str(trainer.precision), not torch.accelerator.is_available()
-        if asked[:4] == "bf16" and (on_cpu or trainer.accelerator == "cpu") and not fast_bf16():
+        trainer, mkldnn = self.config.trainer, torch.backends.mkldnn
+        fast = mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        on_cpu = trainer.accelerator == "cpu" or not torch.accelerator.is_available()
+        if on_cpu and not fast and str(trainer.precision).startswith("bf16"):
+            print(f"precision is 32-true: this processor is far slower in {trainer.precision}")
             trainer.precision = "32-true"
-            print(f"precision is 32-true: this processor is many times slower in {asked}")
         if "tokenizer" in data and data.tokenizer is None:
             data.tokenizer = model.encoder.init_args.get("pretrained")
         aside = self.command == "fit" and self.config.calibrate and not data.get("calibration_file")
@@ -326,7 +327,7 @@ class TrainingCLI(LightningCLI):
             build = build_few_data
             trainer |= {"max_epochs": 1, "limit_train_batches": 1, "limit_val_batches": 1}
             options |= {"n_trials": 1, "warm_up_epochs": 1, "compare_defaults": False}
-            options["promise"] = options["promise"] and DEFAULT_PROMISE  # will be an estimate
+            options["promise"] = options["promise"] and Promise()  # will be an estimate
         engine = TuningEngine(
             plain["model"]["output_dimension"],
             model=partial(build_model, plain["model"]),
@@ -363,11 +364,6 @@ def run_folder(root: str | Path, tag: str, command: str) -> Path:
     if owner != command and (owner == "tune" or (folder / "checkpoints").exists()):
         raise ValueError(f"{folder} belongs to dact {owner}: give another --run_tag")
     return folder
-
-
-def fast_bf16() -> bool:
-    """Return whether the processor has instructions for products in bfloat16."""
-    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def balanced_weights(data: LightningDataModule, classes: int) -> list[float]:

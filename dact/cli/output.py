@@ -15,7 +15,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar
 from typing_extensions import override
 
-from dact.calibration import DEFAULT_PROMISE, Promise
+from dact.calibration import Promise
 from dact.calibration.answers import Measured, careful_mean_and_error, mean_and_error
 from dact.model_card import what_is_promised
 
@@ -72,7 +72,7 @@ class EpochLines(Callback):
         data = trainer.datamodule  # type: ignore[attr-defined]
         lines = [getattr(data, "describe_classes", str)()]
         aside = getattr(data, "calibration_dataloader", lambda: None)()
-        if self.calibrates and aside is not None and (short := DEFAULT_PROMISE.shortage(aside)):
+        if self.calibrates and aside is not None and (short := Promise().shortage(aside)):
             lines.append(f"the margin will be set by a weaker promise: {short}")
         for line in filter(None, lines):
             _say(trainer, line)

@@ -18,7 +18,7 @@ from optuna.study import Study
 from optuna.trial import BaseTrial, FrozenTrial
 
 from dact.agreement import check_classes
-from dact.calibration import DEFAULT_PROMISE, Promise
+from dact.calibration import Promise
 from dact.checks import Range, check_arguments
 from dact.data.base import TextDataModule
 from dact.factories import default_data, default_model
@@ -148,7 +148,7 @@ class TuningEngine:
         pruner: BasePruner | None = None,
         callbacks: Sequence[Callable[[Study, FrozenTrial], None]] = (),
         halting_tolerance: float | None = None,
-        promise: Promise | None = DEFAULT_PROMISE,
+        promise: Promise | None = Promise(),
         distillation: float | None = None,
         consistency: float | None = None,
         compare_defaults: bool = True,

@@ -14,7 +14,7 @@ import torch
 from lightning.pytorch import LightningDataModule, Trainer
 from torch.nn.modules.dropout import _DropoutNd
 
-from dact.calibration import DEFAULT_PROMISE, Promise
+from dact.calibration import Promise
 from dact.checks import Range, check_arguments, check_count
 from dact.confidence import PRICE
 from dact.model import DACT
@@ -232,7 +232,7 @@ def resolve_promise(given: Recipe, model: DACT) -> Recipe:
     The default promise becomes an estimate if too few examples can be set aside for it. Any other
     promise that lacks examples raises a ``ValueError``.
     """
-    promise, is_default = given.promise, given.promise == DEFAULT_PROMISE
+    promise, is_default = given.promise, given.promise == Promise()
     if promise is None:
         return given
     promise.check(model.exit_rule)
