@@ -109,11 +109,13 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
     if found.get("baseline_accuracy") is not None:
         against = "the whole encoder"
         compared += f", whole encoder {100 * found['baseline_accuracy']:.2f} %"
-    names = ("max_accuracy_loss", "min_agreement", "max_layers")
-    name = next(one for one in names if promise.get(one) is not None)
+    name = next(one for one, value in promise.items() if value is not None)  # its kind comes first
     kept = what_is_promised(promise, against, layers)
     says = f"keeps {name}={promise[name]:g} with confidence {promise['confidence']}: {kept}"
-    if found.get("estimate"):
+    all_layers = (found["halting_tolerance"], found["halting_margin"]) == (0, 1)
+    if all_layers and found.get("baseline_accuracy") is None:
+        says = f"means that each example gets the answer of {against}, by proof"
+    elif found.get("estimate"):
         says = f"is an estimate for {name}={promise[name]:g}, without a guarantee: {kept}"
     # Eight digits, since a margin of 0.99999994 has an effect.
     lines = [
@@ -123,8 +125,6 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
         f"{100 * found['agreement']:.2f} %, mean exit layer "
         f"{found['mean_exit_layer']:.2f} of {layers}",
     ]
-    if found["halting_tolerance"] == 0 and found["halting_margin"] == 1:
-        lines.append(f"each example gets the answer of all {layers} layers, by proof")
     if found.get("chose_checkpoint"):
         lines.append(
             "these examples chose epoch or settings, so this is optimistic: set others aside by "

@@ -162,7 +162,9 @@ def test_more_allowance_never_means_more_layers(dial):
     careful = found[0]
     assert (careful.halting_tolerance, careful.halting_margin) == (0.0, 1.0)
     assert (careful.bound, careful.agreement) == (0, 1)
-    assert "gets the answer of all 5 layers, by proof" in describe(vars(careful), 5)
+    says = describe(vars(careful), 5)
+    assert "each example gets the answer of all 5 layers, by proof" in says
+    assert "without a guarantee" not in describe({**vars(careful), "estimate": True}, 5)
     assert choose_setting(answers, Promise(min_agreement=1.0, dial=dial)).agreement == 1.0
 
 
