@@ -109,7 +109,8 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
     if found.get("baseline_accuracy") is not None:
         against = "the whole encoder"
         compared += f", whole encoder {100 * found['baseline_accuracy']:.2f} %"
-    name = next(one for one, value in promise.items() if value is not None)  # its kind comes first
+    names = ("max_accuracy_loss", "min_agreement", "max_layers")
+    name = next(one for one in names if promise.get(one) is not None)
     kept = what_is_promised(promise, against, layers)
     says = f"keeps {name}={promise[name]:g} with confidence {promise['confidence']}: {kept}"
     all_layers = (found["halting_tolerance"], found["halting_margin"]) == (0, 1)
@@ -136,13 +137,12 @@ def describe(found: Mapping[str, Any], layers: int) -> str:
 def _measurements(metrics: Metrics, layers: int) -> str:
     if metrics is None or "test" not in metrics:
         return ""
-    test = metrics["test"]
+    test, whole = metrics["test"], metrics.get("baseline")
     entries = [
         ("early exit", test["mean_exit_layer"], test),
         (f"all {layers} layers of the same model", layers, test["full_depth"]),
     ]
-    if "baseline" in metrics:
-        whole = metrics["baseline"]
+    if whole:
         entries.append(("whole encoder, fine-tuned", whole["layers"], whole["test"]))
     rows = [
         f"| {name} | {depth:.2f} | {100 * entry['accuracy']:.2f} % | {entry['macro_f1']:.3f} "

@@ -195,7 +195,8 @@ def test_the_environment_variables_of_the_hub_hold(hub, classifier, tmp_path):
 def test_a_card_tells_a_promise_from_an_estimate(estimate):
     model = tiny_model()
     promise = {"dial": "halting_margin", "confidence": 0.95, "max_accuracy_loss": 0.01}
-    model.calibration = {"halting": "exact", "halting_tolerance": 0.0, "halting_margin": 1.0}
+    model.halting_margin = 0.5
+    model.calibration = {"halting": "exact", "halting_tolerance": 0.0, "halting_margin": 0.5}
     model.calibration |= {"promise": promise, "estimate": estimate, "examples": 300}
     model.calibration |= {"accuracy": 0.8, "full_depth_accuracy": 0.81}
     model.calibration |= {"agreement": 0.9, "mean_exit_layer": 2.5}
