@@ -124,6 +124,7 @@ def truth(population, halting, baseline=None):
     return -measured.difference(reference == population.target)[0], measured.agreement
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("promised", "dial"),
     [

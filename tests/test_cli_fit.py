@@ -65,6 +65,7 @@ def test_a_resumed_fit_keeps_the_best_epoch_of_before(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
+@pytest.mark.slow
 def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(own, dact_here):
     csv = {"class_path": "CSVLogger", "init_args": {"save_dir": "curves", "name": "mine"}}
     board = {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "boards"}}

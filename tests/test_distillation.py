@@ -181,6 +181,7 @@ def test_a_teacher_labels_texts_without_labels(taught_folder):
     torch.testing.assert_close(teacher.sum(1), torch.ones(len(rows)))
 
 
+@pytest.mark.slow
 def test_a_fit_with_a_teacher_learns_its_answers(taught_folder):
     options = {"distillation": 1.0, "lambda_reg": 0.0, "lambda_warmup": 0.0, "learning_rate": 2e-2}
     model = DACT(TransformerEncoder(8, 2, 16, 2), **options)
@@ -192,6 +193,7 @@ def test_a_fit_with_a_teacher_learns_its_answers(taught_folder):
     assert difference < 0.1
 
 
+@pytest.mark.slow
 def test_the_engine_trains_its_teacher_once_and_everything_starts_from_it(tmp_path):
     """The baseline is its last epoch, and the teacher that of the lowest Brier score."""
     epochs = []

@@ -181,12 +181,8 @@ class Reader:
             server.wait(60)
 
 
-def marked(page):
-    marks = pytest.mark.slow if any(block.language == "bash" for block in blocks(page)) else ()
-    return pytest.param(page, marks=marks, id=page.stem)
-
-
-@pytest.mark.parametrize("page", map(marked, PAGES))
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 @pytest.mark.timeout(1800)
 def test_a_reader_who_types_what_a_page_says_succeeds(page, desk, dact_here, hub):  # noqa: F811
     reader = Reader(desk, page, dact_here)
@@ -230,6 +226,7 @@ def run_module(*words, cwd):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_pages_build(tmp_path):
     site = tmp_path / "site"
     run_module("mkdocs", "build", "--strict", "--quiet", "--site-dir", str(site), cwd=ROOT)

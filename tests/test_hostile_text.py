@@ -54,6 +54,7 @@ def predict(folder, name, output):
     assert "Traceback" not in dact(*words, "--output", output, cwd=folder).stderr
 
 
+@pytest.mark.slow
 def test_hostile_texts_each_get_a_row_in_order(folder):
     """A label, or the reason why they have none."""
     texts = list(hostile_texts(1200))

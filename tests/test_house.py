@@ -111,6 +111,7 @@ def test_heavy_packages_have_one_door(package, allowed):
     assert len(doors) <= 2, doors
 
 
+@pytest.mark.slow
 def test_import_dact_is_light():
     """It imports nothing heavy that Lightning and torchmetrics do not import themselves."""
     code = (

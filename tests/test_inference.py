@@ -40,6 +40,7 @@ def left_padded(batch):
     return turned
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(
     layers=st.integers(1, 6),

@@ -138,6 +138,7 @@ def test_decay_spares_biases_and_norms_and_submodels_have_a_rate_of_their_own():
 # ------------------------------------------------------------------ training
 
 
+@pytest.mark.slow
 def test_it_learns(tmp_path):
     batch = random_batch(160, 6)
     batch["labels"] = batch["input_ids"][:, 0] % 3
@@ -506,6 +507,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 def test_every_command_of_a_foreign_cli_takes_the_checkpoint(tmp_path):
     from lightning.pytorch.cli import LightningCLI
 

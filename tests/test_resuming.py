@@ -94,6 +94,7 @@ class Record(Callback):
         self.steps[trainer.global_step] = weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [Stop(5, 0), Stop(5, 3)], ids=["within", "at its end"])
 def test_the_weights_of_the_last_steps_are_averaged_also_after_a_resumption(tmp_path, stop):
     seen = Record()

@@ -352,6 +352,7 @@ def test_two_runs_with_one_seed_give_the_same_weights(tuned, tmp_path):
 # ------------------------------------------------------------------ objectives on their own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["finetune", "frozen"])
 def test_objectives_serve_studies_of_ones_own_which_log_apart(tmp_path, mode):
     for name in ("first", "second/try"):
@@ -376,6 +377,7 @@ def test_objectives_serve_studies_of_ones_own_which_log_apart(tmp_path, mode):
     assert 1 <= layers <= 3
 
 
+@pytest.mark.slow
 def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp_path):
     promise = Promise(min_agreement=0.5, confidence=None)
     trial = optuna.trial.FixedTrial({"lambda_reg": 0.01}, number=0)
@@ -388,6 +390,7 @@ def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp
 # ------------------------------------------------------------------ what goes wrong
 
 
+@pytest.mark.slow
 def test_final_train_lists_what_is_still_untuned_in_its_run(tmp_path):
     made = engine(tmp_path, n_trials=1)
     made.joint_tune_study("one")
@@ -399,6 +402,7 @@ def test_final_train_lists_what_is_still_untuned_in_its_run(tmp_path):
         made.final_train("two")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "state"), [("nan", "PRUNED"), ("memory", "FAIL")])
 def test_broken_trials_end_with_their_cause_and_the_study_goes_on(tmp_path, how, state):
     class Breaks(DACT):
