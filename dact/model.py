@@ -533,8 +533,7 @@ class DACT(LightningModule):
         return AttributeDict({name: v for name, v in settings.items() if name not in left_out})
 
     def setup(self, stage: str) -> None:
-        datamodule = getattr(self.trainer, "datamodule", None)
-        check_agreement(self, datamodule, training=stage == "fit")
+        check_agreement(self, getattr(self.trainer, "datamodule", None), training=stage == "fit")
         if stage == "fit" and not any(module.training for module in self.modules()):
             self.train()  # a loaded model, which Lightning would train without dropout
 
@@ -542,10 +541,12 @@ class DACT(LightningModule):
         # Both belong to the weights before the fit.
         self.calibration = self.temperatures = None
         self._taught_at = -1
-        if self.rate_is_by_encoder:
+        # Of encoders that are not pretrained, no size says what rate is too high.
+        best = vars(self.encoder).get("default_learning_rate", math.inf)
+        if self.rate_is_by_encoder or self.learning_rate > 2 * best:
             rank_zero_info(
-                f"learning_rate is {self.learning_rate:g}, by the encoder's hidden size of "
-                f"{self.encoder.hidden_size}; set learning_rate to change it"
+                f"learning_rate is {self.learning_rate:g}; {self.encoder.default_learning_rate:g} "
+                f"is the default for the encoder's hidden size of {self.encoder.hidden_size}"
             )
         if self._is_refitted and self._confidence_batches() is None:
             rank_zero_info(

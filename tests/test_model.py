@@ -567,6 +567,15 @@ def test_the_learning_rate_follows_the_width_of_a_pretrained_encoder(tmp_path, c
         caplog.clear()
         trainer(tmp_path, max_epochs=1).fit(tiny_model(**arguments), loader(16))
         assert ("learning_rate is 0.0001" in caplog.text) == said
+    config = BertConfig(vocab_size=50, hidden_size=768, **sizes)
+    wide = HuggingFaceEncoder.from_model(AutoModel.from_config(config))
+    for rate, said in ((1e-4, True), (4e-5, False)):
+        caplog.clear()
+        trainer(tmp_path, max_epochs=1).fit(DACT(encoder=wide, learning_rate=rate), loader(16))
+        warning = (
+            "learning_rate is 0.0001; 3e-05 is the default for the encoder's hidden size of 768"
+        )
+        assert (warning in caplog.text) == said
 
 
 def test_class_weights_weigh_examples_and_not_batches(tmp_path):
