@@ -92,7 +92,7 @@ def test_no_text_is_in_two_parts_of_a_file(tmp_path):
 def test_texts_with_conflicting_labels_are_counted(tmp_path):
     texts = [*WORDS, WORDS[0].upper(), f" {WORDS[1]}", WORDS[2]]
     file = write(tmp_path, "train", texts, ["a", "b"] * 30 + ["b", "b", "b"])
-    with pytest.warns(UserWarning, match="train.csv: 2 texts have conflicting labels"):
+    with pytest.warns(UserWarning, match="train.csv: texts with conflicting labels: 2"):
         data(file).setup("fit")
 
 

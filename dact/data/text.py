@@ -163,7 +163,7 @@ class TextClassificationData(TextDataModule):
         labels_of = Counter(key for key, _ in {*zip(keys, train.labels, strict=True)})
         conflicting = sum(count > 1 for count in labels_of.values())
         if conflicting:
-            rank_zero_warn(f"{file}: {conflicting:,} texts have conflicting labels")
+            rank_zero_warn(f"{file}: texts with conflicting labels: {conflicting:,}")
         self._read["train"] = train
         if self.files["val"] is None:
             kept, aside = hash_split(train.strata, keys, self.val_fraction, self.seed)
