@@ -316,7 +316,7 @@ def postgres():
 def test_two_machines_finish_the_studies_together_and_each_has_a_final_model(tmp_path, postgres):
     """Each has a folder of its own. One is killed in the middle, and the same command resumes."""
     options = ["--tuner.storage", postgres, "--tuner.n_trials", 4, *SHORT]
-    plan = {"grace": 10}
+    plan = {"grace": 20}
     folders = [tmp_path / "one", tmp_path / "two"]
     for folder in folders:
         folder.mkdir()
