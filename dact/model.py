@@ -55,8 +55,8 @@ class DACT(LightningModule):
     At tolerance 0 and margin 1, early exit provably returns the class of all N layers, in float32.
     Half precision rounds y and h, which may change the class of one example in a few hundred.
 
-    A subclass with additional arguments calls ``self.save_hyperparameters(ignore=["encoder"])`` in
-    its constructor, as any LightningModule does, to store them with the model.
+    A subclass names all arguments of its constructor, the encoder first, and calls
+    ``self.save_hyperparameters(ignore=["encoder"])`` in it, to store them with the model.
 
     Args:
         encoder: The stack of layers, one of `dact.encoders` or your own.
@@ -362,6 +362,8 @@ class DACT(LightningModule):
             ValueError: If a label is out of range.
         """
         labels = labels_of(batch, "training")
+        if torch.is_grad_enabled():  # both belong to the weights before training
+            self.calibration = self.temperatures = None
         teacher = batch.get("teacher") if self.needs_teacher else None
         if self.needs_teacher and teacher is None:
             raise KeyError(
@@ -538,8 +540,6 @@ class DACT(LightningModule):
             self.train()  # a loaded model, which Lightning would train without dropout
 
     def on_fit_start(self) -> None:
-        # Both belong to the weights before the fit.
-        self.calibration = self.temperatures = None
         self._taught_at = -1
         # Of encoders that are not pretrained, no size says what rate is too high.
         best = vars(self.encoder).get("default_learning_rate", math.inf)

@@ -117,6 +117,8 @@ def read_checkpoint(
     path: str | Path, map_location: Any
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the configuration and weights in a checkpoint of DACT, given as file or address."""
+    if Path(path).is_dir() or Path(path).suffix == ".safetensors":
+        raise ValueError(f"{path} is not a checkpoint: give the model's folder to from_pretrained")
     checkpoint = DurableCheckpointIO().load_checkpoint(path, map_location, weights_only=True)
     config = stored_config(checkpoint)
     if "output_dimension" not in config or "state_dict" not in checkpoint:

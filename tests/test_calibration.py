@@ -419,6 +419,16 @@ def test_a_promise_holds_for_the_rule_that_it_was_made_for(tmp_path):
     assert DACT.from_pretrained(tmp_path / "turned").calibration is None
 
 
+def test_a_promise_ends_with_the_first_training_step():
+    model = tiny_model()
+    calibrate(model, [random_batch(800)], min_agreement=0.8)
+    with torch.no_grad():
+        model.loss(random_batch(4))
+    assert model.calibration is not None
+    model.loss(random_batch(4))
+    assert model.calibration is None
+
+
 def settled(model, answers):
     """Settle a model as if it had given these answers."""
     module = sys.modules[settle.__module__]

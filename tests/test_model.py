@@ -382,6 +382,7 @@ def test_broken_files_are_clear_errors(tmp_path):
     for load, name, written, kind, message in (
         (checkpoint, "nothing.ckpt", {}, FileNotFoundError, r"nothing\.ckpt"),
         (checkpoint, "junk.ckpt", {}, ValueError, r"junk\.ckpt cannot be read"),
+        (checkpoint, "model", {}, ValueError, "give the model.s folder to from_pretrained"),
         (folder, "junk.ckpt", {}, FileNotFoundError, "has no config.*load_from_checkpoint"),
         (folder, "nothing", {}, FileNotFoundError, r"nothing has no config\.json"),
         (folder, "model", {"config.json": wrong}, ValueError, "do not fit this model .*classifier"),

@@ -50,6 +50,10 @@ def test_new_winners_make_the_later_steps_start_over(tmp_path):
         run.save(SUBMODELS, PARTS, [4, None])
         assert run.winners()["lambda_reg"] == 0.1, "the same winner: nothing starts over"
         run.save(SUBMODELS, {**PARTS, "classifier_config": {"dropout": 0.3}}, [5, None])
+        run.save(LAMBDA_REG, {"lambda_reg": 0.2}, [3, None])
+        run.save(TRAINING, {"external_config": {"num_epochs": 3}}, [3, None])
+        assert run.winners()["lambda_reg"] is None, "chosen without its predecessor"
+        run.drop_after("submodels")
     left = {"classifier_config": {"dropout": 0.3}, "confidence_config": {"dropout": 0.2}}
     assert run.winners() == {**left, "external_config": None, "lambda_reg": None}
     assert run.result("final") is None

@@ -393,6 +393,9 @@ def test_the_third_study_measures_where_the_promise_would_let_examples_leave(tmp
 @pytest.mark.slow
 def test_final_train_lists_what_is_still_untuned_in_its_run(tmp_path):
     made = engine(tmp_path, n_trials=1)
+    with pytest.raises(RuntimeError, match="not tuned yet: classifier_config"):
+        made.final_train("none")
+    assert not (tmp_path / "none" / "baseline").exists(), "said before anything is fitted"
     made.joint_tune_study("one")
     with pytest.raises(RuntimeError, match="not tuned yet: external_config, lambda_reg"):
         made.final_train("one")
@@ -454,9 +457,10 @@ def test_a_model_of_other_classes_is_refused(tmp_path):
 class OwnData(pl.LightningDataModule):
     """Data of somebody else: dicts of tensors, and each stage sets up what it is about."""
 
-    def __init__(self, batch_size=8):
+    def __init__(self, batch_size=8, source="here"):
         super().__init__()
-        self.batch_size, self.ready = batch_size, set()
+        self.save_hyperparameters()  # part of what a run compares
+        self.batch_size, self.ready = self.hparams.batch_size, set()
 
     def setup(self, stage):
         self.ready.add(stage)
@@ -491,6 +495,9 @@ def test_data_and_a_model_of_ones_own_are_tuned(tmp_path):
     engine(tmp_path, n_trials=1, model=model, data=OwnData, **options).run_pipeline("run")
     assert {*Own.momenta} == {0.1}
     assert metrics_of(tmp_path / "run")["test"]["exit_histogram"]
+    other = engine(tmp_path, model=model, data=partial(OwnData, source="elsewhere"), **options)
+    with pytest.raises(ValueError, match="began with another data.source"):
+        other.run_pipeline("run")
 
 
 # ------------------------------------------------------------------ time

@@ -96,8 +96,8 @@ def calibrate(
     adds one standard error instead; with few examples it counts only the lost ones.
 
     Args:
-        model: Model to set. Its `calibration` becomes the returned record, and its temperatures, if
-            it has any, are fitted again.
+        model: Model to set. Its `calibration` becomes the returned record, as a dict, and its
+            temperatures, if it has any, are fitted again.
         data: Labelled examples that were used neither for training nor for any choice: batches, or
             a datamodule with a ``calibration_dataloader()``. Without one, the validation examples
             are used, which chose the checkpoint.
@@ -224,8 +224,8 @@ def settle(model: DACT, data: LightningDataModule | Iterable[Batch]) -> str:
         batches, none_aside = _examples(model, data)
         if none_aside:
             raise ValueError(
-                "no examples are set aside: set calibration_fraction of the data, so that there "
-                f"are {least}, or better {promise.examples_needed()}"
+                "no examples are set aside: set the data's calibration_fraction, or give your data "
+                f"a calibration_dataloader; it takes {least}, or better {promise.examples_needed()}"
             )
         answers = layer_answers(model, batches)
         examples = len(answers.target)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -102,13 +101,7 @@ class EpochLines(Callback):
 
 
 def _say(trainer: Trainer, text: str) -> None:
-    """Print above a progress bar, if there is one."""
-    bar = trainer.progress_bar_callback
-    if not trainer.is_global_zero:
-        return
-    if isinstance(bar, RichProgressBar) and bar.progress is not None and sys.stdout.isatty():
-        bar.progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
-    else:
+    if trainer.is_global_zero:  # above a progress bar, which redirects standard output
         print(text, flush=True)
 
 

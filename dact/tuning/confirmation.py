@@ -76,6 +76,7 @@ def _choose(recommended: Outcome, tuned: Outcome) -> tuple[str, str]:
     winner = "tuned" if saves_layers or gains_accuracy else "recommended"
     text = (
         f"under new seeds the tuned ones differ by {layers:+.2f} ± {layers_error:.2f} layers and "
-        f"{100 * gain:+.2f} ± {100 * gain_error:.2f} points"
+        f"{100 * gain:+.2f} ± {100 * gain_error:.2f} points; more accuracy counts only without "
+        "more layers"
     )
     return winner, text

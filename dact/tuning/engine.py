@@ -269,22 +269,17 @@ class TuningEngine:
         Raises:
             RuntimeError: If a study has no winner yet; the message lists what is missing.
         """
-        with self._run(run_tag, measured=True) as prepared:
-            missing = [name for name, one in prepared.run.winners().items() if one is None]
-            if missing and any(self.n_trials.values()):
-                raise RuntimeError(
-                    f"final_train of {prepared.run.tag!r}: not tuned yet: {', '.join(missing)}. "
-                    "Run joint_tune_study, train_tune_study and lambda_reg_study first"
-                )
+        with self._run(run_tag, measured=True, tuned=any(self.n_trials.values())) as prepared:
             return self._finish(prepared)
 
     # ------------------------------------------------------------------ the steps of a run
 
     @contextlib.contextmanager
-    def _run(self, run_tag: str, measured: bool = False) -> Iterator[Prepared]:
+    def _run(self, run_tag: str, measured: bool = False, tuned: bool = False) -> Iterator[Prepared]:
         """Open a run, and compute the shared inputs of its fits that are missing.
 
-        `measured` is whether a final model will be measured, which requires a test split.
+        `measured` is whether a final model will be measured, which requires a test split; `tuned`
+        whether the run must have the winners of all studies.
         """
         run = Run(run_tag or self.run_tag, self.log_dir)
         with seeded(self.recipe.seed):
@@ -301,6 +296,12 @@ class TuningEngine:
         check_classes(getattr(data, "class_names", None), recipe.output_dimension)
         with run.opened(configuration):
             vars(self).update(run.winners())
+            missing = [name for name, one in run.winners().items() if one is None]
+            if tuned and missing:
+                raise RuntimeError(
+                    f"final_train of {run.tag!r}: not tuned yet: {', '.join(missing)}. "
+                    "Run joint_tune_study, train_tune_study and lambda_reg_study first"
+                )
             if measured and recipe.promise is not None:
                 aside = getattr(data, "calibration_dataloader", lambda: None)()
                 examples = data.val_dataloader() if aside is None else aside

@@ -184,7 +184,8 @@ class Recipe:
     def configuration(self, model: DACT, data: Any) -> dict[str, Any]:
         """Return what the results of a run depend on, as plain data; see `Run.opened`."""
         trainer = {n: v for n, v in self.trainer.items() if n not in NOT_COMPARED and is_plain(v)}
-        own = {n: v for n, v in vars(data).items() if not n.startswith("_") and is_plain(v)}
+        given = {**getattr(data, "hparams", {}), **vars(data)}
+        own = {n: v for n, v in given.items() if not n.startswith("_") and is_plain(v)}
         tuner = {n: v for n, v in vars(self).items() if n not in OUTSIDE and is_plain(v)}
         tuner["promise"] = self.promise and asdict(self.promise)
         content = {

@@ -135,7 +135,7 @@ class Run:
         """Store the winners of a study, also as YAML files, and its `limits`: number of trials and
         seconds. New winners drop the later steps."""
         before = self.result(stage.name)
-        if before is not None and before["winners"] != winners:
+        if before is None or before["winners"] != winners:
             self.drop_after(stage.name)
         for name, value in winners.items():
             content = value if isinstance(value, Mapping) else {name: value}
