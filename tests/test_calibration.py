@@ -475,7 +475,7 @@ def test_enough_examples_settle_the_default_promise():
         ({"halting": "never"}, [random_batch(400)], "halting='never' has no dial"),
         ({}, [random_batch(28)], "28 examples are set aside, and a guarantee takes 29"),
         ({"halting_tolerance": 0.2}, [random_batch(400)], "the model has halting_tolerance=0.2"),
-        ({}, OwnData(), "no examples are set aside: set calibration_fraction"),
+        ({}, OwnData(), "no examples are set aside: set the data's calibration_fraction"),
     ],
 )
 def test_a_model_that_cannot_be_settled_stays_as_it_is(changes, data, why):
