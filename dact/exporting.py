@@ -50,7 +50,8 @@ class Export:
     def __str__(self) -> str:
         checked = f"within {self.difference:.0e} of PyTorch"
         if self.quantized_difference is not None:
-            checked = f"int8, {self.quantized_difference:.1%} from PyTorch (float32: {checked})"
+            states = f"each state within {self.quantized_difference:.1%} of PyTorch's"
+            checked = f"int8, {states} (before int8: {checked})"
         text = f"{self.folder}: {self.megabytes:.1f} MB of graphs, {checked}"
         if self.replaced:
             text += "\nAn earlier export in this folder was replaced."

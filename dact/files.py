@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 from typing_extensions import override
 
+CONFIG_NAME = "config.json"  # in the folder of a model
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:

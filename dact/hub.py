@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import EntryNotFoundError, RevisionNotFoundError
 
+from dact.files import CONFIG_NAME
 from dact.model_card import CARD_NAME, is_written_by_dact
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # OWNER/NAME
@@ -22,8 +23,9 @@ NEEDED = ["*.json", "*.safetensors", "*.onnx", "*.txt", "*.model", "*.codes"]
 def local_folder(name: str | Path, *, revision: str | None = None, **options: Any) -> Path:
     """Return the folder `name`, or download the repository with this id and return its folder.
 
-    An existing folder of that name takes precedence. The cache is used if the Hub cannot be
-    reached. The environment variables of huggingface_hub apply, such as ``HF_HUB_OFFLINE``.
+    A run's folder stands for its ``final/model`` after ``dact tune``, its ``model`` after ``dact
+    fit``. An existing folder takes precedence. The cache is used if the Hub cannot be reached. The
+    environment variables of huggingface_hub apply, such as ``HF_HUB_OFFLINE``.
 
     Args:
         name: Folder, or Hub id ``"OWNER/NAME"``.
@@ -34,7 +36,9 @@ def local_folder(name: str | Path, *, revision: str | None = None, **options: An
         FileNotFoundError: If `name` is a Hub id that is neither on the Hub nor in the cache.
     """
     if isinstance(name, Path) or Path(name).exists() or not HUB_ID.fullmatch(name):
-        return Path(name).expanduser()
+        path = Path(name).expanduser()
+        places = (path, path / "final" / "model", path / "model")
+        return next((one for one in places if (one / CONFIG_NAME).is_file()), path)
     try:
         folder = snapshot_download(name, revision=revision, **options, allow_patterns=NEEDED)
     except OSError as error:

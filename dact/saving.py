@@ -16,11 +16,10 @@ from torch import Tensor
 
 from dact import encoders, files
 from dact.encoders.base import LayeredEncoder
-from dact.files import DurableCheckpointIO, read_json, read_tensors, write_json, write_tensors
+from dact.files import CONFIG_NAME, DurableCheckpointIO, read_json, read_tensors, write_json
 from dact.submodels import SubmodelConfig, Submodels
 from dact.tasks import Task
 
-CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
 FORMAT = "dact/2"
 FORMATS = ("dact/1", FORMAT)  # formats that can be read
@@ -162,7 +161,7 @@ def write_folder(model: Any, directory: Path) -> None:
     model.encoder.save_files(directory)
     # A killed process must not leave new weights with an old promise.
     (directory / CONFIG_NAME).unlink(missing_ok=True)
-    write_tensors(directory / WEIGHTS_NAME, model.state_dict())
+    files.write_tensors(directory / WEIGHTS_NAME, model.state_dict())
     write_json(directory / CONFIG_NAME, config)
 
 
@@ -172,7 +171,8 @@ def read_folder(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             raise FileNotFoundError(
-                f"{directory} has no {name}: give model/ of a fit, or use load_from_checkpoint"
+                f"there is no {directory / name}: give the folder of a run or its model/; a "
+                "checkpoint goes to load_from_checkpoint"
             )
     config = read_json(directory / CONFIG_NAME)
     weights, _ = read_tensors(directory / WEIGHTS_NAME)

@@ -29,6 +29,7 @@ MOST_CHARACTERS = 100_000  # per text, and per text of a pair
 MOST_BYTES = 1_000_000  # per request body
 MOST_TEXTS = 10_000  # per request, since other clients wait for it
 SHOWN_FAULTS = 3
+EXPECTED = 'Content-Type: application/json, and a body such as {"text": "…"} or {"texts": ["…"]}'
 Host = Literal["127.0.0.1", "0.0.0.0", "::"]  # all that LitServe accepts
 
 OneText = Annotated[str, Field(max_length=MOST_CHARACTERS)]
@@ -193,4 +194,4 @@ async def _say_what_is_wrong(request: Request, error: Exception) -> JSONResponse
     Unicode."""
     faults = error.errors()[:SHOWN_FAULTS] if isinstance(error, RequestValidationError) else []
     detail = [{name: fault[name] for name in ("loc", "msg", "type")} for fault in faults]
-    return JSONResponse({"detail": detail}, 422)
+    return JSONResponse({"detail": detail, "expected": EXPECTED}, 422)

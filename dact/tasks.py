@@ -47,7 +47,7 @@ class Task:
     nouns: ClassVar[str] = "classes"
     fewest: ClassVar[int] = 2
     answered: ClassVar[str] = "Each prediction has the label, its score and the exit layer."
-    explained: ClassVar[str] = "confused: the two largest classes, true as answered"
+    explained: ClassVar[str] = "confused: a true class as the answer, the two most frequent"
     leaves: ClassVar[str] = (
         "A text leaves when its class is proven to end at most the tolerance behind the winner of "
         "all layers, or when a layer's own first class leads by more than the margin (1 for never)."

@@ -122,7 +122,8 @@ class TextClassifier:
         and ``dact export``, or of a repository on the Hub.
 
         Args:
-            directory: Folder with the model and its tokenizer, or a Hub id ``"OWNER/NAME"``.
+            directory: Folder of a run, or with the model and its tokenizer, or a Hub id
+                ``"OWNER/NAME"``.
             batch_size, device: As for `TextClassifier`.
             dtype: As for `TextClassifier`; the loaded encoder's weights are also stored in this
                 precision.
@@ -178,10 +179,11 @@ class TextClassifier:
         it has a reason instead of a label.
 
         Args:
-            texts: One text, or texts and pairs of texts as tuples or lists of two.
+            texts: One text, or texts and pairs of texts as tuples or lists of two. A single pair
+                goes into a list.
 
         Raises:
-            TypeError: If `texts` is a table.
+            TypeError: If `texts` is a table, or nothing that has texts.
         """
         if isinstance(texts, str):
             return self._predict([texts])[0]
@@ -240,10 +242,12 @@ def _fault(text: object) -> str | None:
 
 
 def _check_texts(texts: object) -> None:
-    """Raise a ``TypeError`` for a table, since iterating over one gives its column names."""
-    if isinstance(texts, Mapping) or hasattr(texts, "columns"):
+    """Raise a ``TypeError`` for a table, since iterating over one gives its column names, and for
+    what has no texts."""
+    is_table = isinstance(texts, Mapping) or hasattr(texts, "columns")
+    if is_table or not isinstance(texts, Iterable):
         raise TypeError(
-            f"expected a sequence of texts, got a {type(texts).__name__}: pass one column as a list"
+            f"expected a sequence of texts, got a {type(texts).__name__}: give one column as a list"
         )
 
 

@@ -68,7 +68,7 @@ def test_tensorboard_has_curves_and_histograms(fitted):
     record = events.PluginTagToContent("hparams")["_hparams_/session_start_info"]
     found = HParamsPluginData.FromString(record).session_start_info.hparams
     searched = {name for space in DEFAULT_SPACES.values() for name in space}
-    assert searched | {"encoder", "num_layers"} <= set(found)
+    assert searched | {"encoder", "num_layers", "confidence_reads", "ponder"} <= set(found)
     assert "hp_metric" not in events.Tags()["scalars"]
     assert found["encoder"].string_value.startswith("TransformerEncoder")
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import warnings
 
 import pandas as pd
 import pytest
@@ -12,7 +13,7 @@ import torch
 
 from dact import DACT, TextClassifier, functional
 from dact.calibration.answers import LayerAnswers, Measured
-from dact.cli.output import measurements, promise_line
+from dact.cli.output import measurements, promise_line, quiet
 from dact.cli.stored import find_model
 from dact.data import CompositionalSentiment
 from tests import warm
@@ -130,15 +131,24 @@ def test_a_promise_is_judged_with_its_standard_error(full, early, verdict):
     [(1, "Every text leaves after layer 1"), (2, "No text leaves early"), (0, None)],
 )
 def test_measurements_have_classes_confusions_and_a_warning(layer, warning):
-    y = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 0, 2, 1, 1]), 3)[:, None].float()
+    y = torch.nn.functional.one_hot(torch.tensor([0, 1, 1, 1, 1, 1, 1]), 3)[:, None].float()
     a, p = functional.accumulate(y.expand(-1, 2, -1), torch.ones(7, 2))
     answers = LayerAnswers(a, p, y, torch.tensor([0, 0, 0, 1, 1, 1, 2]))
     exits = torch.full((7,), layer) if layer else torch.tensor([1, 2, 1, 1, 2, 1, 1])
     text = measurements(Measured(answers, exits), ["no", "yes", "odd"], "test")
-    assert "confused   no as yes (2), yes as no (1)\n" in text, "the two largest classes"
-    assert "F1         no 0.400, yes 0.286, odd 0.000\n" in text
+    assert "confused   no as yes (2), odd as yes (1)\n" in text, "the two most frequent"
+    assert "F1         no 0.500, yes 0.667, odd 0.000\n" in text
     assert ("Every text" in text or "No text" in text) == bool(warning)
     assert (warning or "") in text
+
+
+def test_a_warning_is_printed_once_in_a_command(capsys):
+    with warnings.catch_warnings():
+        quiet()
+        for _ in range(2):  # as when each fit reads the same file
+            warnings.simplefilter("always")
+            warnings.warn("a.csv: texts with conflicting labels: 3", stacklevel=1)
+    assert capsys.readouterr().err == "warning: a.csv: texts with conflicting labels: 3\n"
 
 
 # ------------------------------------------------------------------ predict
@@ -163,7 +173,7 @@ def test_predict_writes_the_answers_of_the_classifier_in_the_order_of_the_rows(
     assert list(frame.columns) == ["text", "id", *answers]
     assert frame["text"].tolist() == texts
     assert frame["id"].astype(int).tolist() == list(range(90))
-    expected = TextClassifier.from_pretrained(run / "model")(texts)
+    expected = TextClassifier.from_pretrained(str(run))(texts)
     assert frame["label"].tolist() == [one.label for one in expected]
     assert frame["exit_layer"].tolist() == [one.exit_layer for one in expected]
     assert frame["score"].tolist() == pytest.approx([one.score for one in expected], abs=1e-4)

@@ -259,6 +259,10 @@ def test_unusable_rows_are_left_out_if_that_is_asked_for(tmp_path):
     with pytest.warns(UserWarning, match=r"90 unusable rows .*rows 29, .* and 10 more \(empty"):
         module.setup("fit")
     assert read(module) == Counter(ROWS * 30)
+    # In another encoding, the rows with an accent are not unusable: the file is.
+    (tmp_path / "latin.csv").write_bytes("text,label\ngood,pos\nnaïve,neg\n".encode("cp1252") * 9)
+    with pytest.raises(ValueError, match=r"latin\.csv .*rows 3, .*save the file in UTF-8"):
+        data(str(tmp_path / "latin.csv"), drop_unusable=True).setup("fit")
 
 
 def test_other_files_have_the_classes_of_training(tmp_path):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "dact"
 # From the bottom upwards: a file imports nothing from a folder above its own. Files at the root of
 # the package may import any folder but the last two.
 FOLDERS = ["encoders", "data", "calibration", "tuning", "cli"]
-MOST_CODE = 8_270  # lines without blank lines, comments and docstrings
+MOST_CODE = 8_290  # lines without blank lines, comments and docstrings
 MOST_LINES = 12_705
 
 

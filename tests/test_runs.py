@@ -1,5 +1,6 @@
 """A run on disk and its studies: the manifest, what is resumed, and what is refused."""
 
+import io
 import multiprocessing
 from functools import partial
 from pathlib import Path
@@ -8,6 +9,7 @@ import optuna
 import psutil
 import pytest
 import torch
+from rich.console import Console
 
 from dact import DACT
 from dact.calibration import Promise
@@ -15,6 +17,7 @@ from dact.data import TextClassificationData
 from dact.data.tokenizers import word_tokenizer
 from dact.files import read_json
 from dact.tuning import studies
+from dact.tuning.progress import Progress
 from dact.tuning.recipe import trainer_arguments
 from dact.tuning.run import Run
 from dact.tuning.settings import Settings
@@ -261,6 +264,12 @@ def test_on_few_texts_the_epochs_make_enough_steps():
     data.setup("fit")
     assert enough_epochs({}, data, 4, 150) == 25
     assert enough_epochs({"accumulate_grad_batches": 2}, data, 4, 150) == 28
+    progress = Progress()
+    progress.console = Console(file=io.StringIO())
+    with progress.fit("whole encoder", 25, asked=4):
+        pass
+    said = "whole encoder, 25 epochs instead of 4 since texts are few: 0 s"
+    assert progress.console.file.getvalue().startswith(said)
 
 
 def test_a_teacher_of_the_batches_teaches_the_trials(tmp_path):

@@ -200,6 +200,8 @@ def test_a_body_that_cannot_be_answered_gets_a_status_that_says_so(server, body,
     assert got == status
     if status != 200:
         assert len(str(content)) < 2000  # and does not repeat what came
+    if status == 422:
+        assert '{"texts": ["…"]}' in content["expected"]
     assert server.predict({"text": "good"})[0] == 200
 
 

@@ -123,6 +123,8 @@ def test_a_table_is_refused_since_its_columns_would_be_the_texts(classifier):
     for call in (classifier, lambda texts: list(classifier.stream(texts))):
         with pytest.raises(TypeError, match="DataFrame"):
             call(table)
+        with pytest.raises(TypeError, match="expected a sequence of texts, got a NoneType"):
+            call(None)
 
 
 def test_half_precision_leaves_the_weights_alone(tokenizer):

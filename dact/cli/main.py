@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-import warnings
 from functools import partial
 from inspect import signature
 from itertools import pairwise
@@ -196,8 +195,8 @@ class TrainingCLI(LightningCLI):
 
             name, then, wanted = next(differences(before, now))
             raise ValueError(
-                f"run {folder.name} was started with another {name} ({then!r} instead of "
-                f"{wanted!r}): use the value in {file}, or give another --run_tag"
+                f"run {folder.name} was started with {name} {then!r}, and now it is {wanted!r}: "
+                f"use the value in {file}, or give another --run_tag"
             )
         done = read_checkpoint(last)["epoch"] + 1
         if 0 < (config.trainer.max_epochs or 1000) <= done:
@@ -346,13 +345,11 @@ class TrainingCLI(LightningCLI):
 
 
 def quiet_studies() -> None:
-    """Hide Optuna's log lines, whose content the engine's table shows, and show each warning once,
-    not once per fit."""
+    """Hide Optuna's log lines, whose content the engine's table shows."""
     import optuna
 
     quiet()
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)
-    warnings.simplefilter("once", UserWarning, append=True)
 
 
 def run_folder(root: str | Path, tag: str, command: str) -> Path:

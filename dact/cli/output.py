@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import sys
 import time
 import warnings
 from collections.abc import Mapping, Sequence
@@ -20,11 +21,12 @@ from dact.model_card import what_is_promised
 
 # The metrics of an epoch that are shown, and their decimals.
 SHOWN = {"train_loss": 3, "val_loss": 3, "val_accuracy": 3, "val_exit_layer": 2}
+SAID: set[str] = set()  # the warnings of this process
 
 
 def quiet() -> None:
-    """Hide what other libraries log for every fit, and the source line of each warning, in a
-    command-line process."""
+    """Hide what other libraries log for every fit, and the source line and repetitions of each
+    warning, in a command-line process."""
     for name in ("lightning.pytorch", "lightning.fabric", "lightning"):
         for handler in logging.getLogger(name).handlers:
             handler.addFilter(_is_worth_reading)
@@ -32,7 +34,14 @@ def quiet() -> None:
         warnings.filterwarnings("ignore", module=noise)
     for category in (DeprecationWarning, FutureWarning):
         warnings.filterwarnings("ignore", category=category)
-    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # type: ignore
+    warnings.showwarning = _show_once  # type: ignore
+
+
+def _show_once(message: Warning | str, *_: Any) -> None:
+    """Print a warning once a process, however many fits read the same data."""
+    if str(message) not in SAID:
+        SAID.add(str(message))
+        print(f"warning: {message}", file=sys.stderr)
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
@@ -72,7 +81,7 @@ class EpochLines(Callback):
         lines = [getattr(data, "describe_classes", str)()]
         aside = getattr(data, "calibration_dataloader", lambda: None)()
         if self.calibrates and aside is not None and (short := Promise().shortage(aside)):
-            lines.append(f"the margin will be set by a weaker promise: {short}")
+            lines.append(f"after the fit, the margin is set by an estimate: {short}")
         for line in filter(None, lines):
             _say(trainer, line)
 
@@ -140,15 +149,17 @@ def measurements(measured: Measured, names: Sequence[str], split: str) -> str:
 
 
 def _confusions(measured: Measured, names: Sequence[str]) -> tuple[str, str]:
-    """Return the accuracy of the largest class alone, and how the two largest are confused."""
+    """Return the accuracy of the largest class alone, and the two most frequent confusions."""
     target, count = measured.answers.target, len(names)
     # [true class, answered class]
     confusion = torch.bincount(target * count + measured.classes, minlength=count**2)
     confusion = confusion.view(count, count)
-    two = confusion.sum(1).argsort(descending=True, stable=True)[:2].tolist()
-    pairs = [f"{names[n]} as {names[m]} ({confusion[n, m]})" for n, m in (two, two[::-1])]
-    always = 100 * confusion[two[0]].sum() / len(target)
-    return f", always {names[two[0]]!r} {always:.2f} %", ", ".join(pairs)
+    sizes = confusion.sum(1)
+    always = f", always {names[int(sizes.argmax())]!r} {100 * sizes.max() / len(target):.2f} %"
+    wrong = confusion.fill_diagonal_(0).flatten().sort(descending=True, stable=True)
+    most = zip(wrong.values[:2].tolist(), wrong.indices[:2].tolist(), strict=True)
+    pairs = [f"{names[at // count]} as {names[at % count]} ({n})" for n, at in most if n]
+    return always, ", ".join(pairs)
 
 
 def _one_answer(measured: Measured, names: Sequence[str]) -> str:

@@ -29,9 +29,9 @@ from dact.data.files import DATASET
 from dact.data.tokenizers import tokenizer_for
 from dact.encoders import LayeredEncoder
 from dact.factories import accepted_by, build_data
-from dact.files import read_json
+from dact.files import CONFIG_NAME, read_json
 from dact.model import DACT
-from dact.saving import CONFIG_NAME, HALTING, store_in_checkpoint
+from dact.saving import HALTING, store_in_checkpoint
 from dact.text_classifier import TextClassifier
 
 RUNS = "lightning_logs"  # folder of all runs, in the Trainer's default_root_dir
@@ -55,9 +55,8 @@ def find_model(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    for folder in (path, path / "final" / "model", path / "model"):
-        if (folder / CONFIG_NAME).is_file():
-            return folder
+    if ((folder := hub.local_folder(path)) / CONFIG_NAME).is_file():
+        return folder
     if is_tuned(path):
         raise FileNotFoundError(
             f"{path} is a run of dact tune without its final model: resume it with the command "

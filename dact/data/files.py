@@ -73,8 +73,10 @@ def text_fault(texts: Sequence[Any]) -> str | None:
             return "empty text"
         try:
             text.encode()
-        except UnicodeEncodeError:  # a lone surrogate, as from broken escapes
-            return "not valid UTF-8"
+        except UnicodeEncodeError as error:
+            # Bytes in another encoding are read as these; other surrogates are broken escapes.
+            is_byte = "\udc80" <= text[error.start] <= "\udcff"
+            return "not valid UTF-8" if is_byte else "half of a character"
     return None
 
 

@@ -56,8 +56,7 @@ class TextClassificationData(TextDataModule):
             an error that lists them.
         val_fraction: Share of the training file for validation, in (0, 1), without a val_file.
         seed: Seed for the divisions and for the order of training examples.
-        tokenizer, max_length, batch_size, calibration_fraction, confidence_fraction, num_workers,
-            teacher: As for `TextDataModule`.
+        **options: Further arguments of `TextDataModule`, such as ``max_length`` and ``batch_size``.
 
     Raises:
         ValueError: In `setup`; the message names the file and the rows or columns at fault.
@@ -282,7 +281,7 @@ class TextClassificationData(TextDataModule):
             raise ValueError(
                 f"{file}: row{many} {listed([*outside])} with a label outside the classes: "
                 f"{wrong!r}{suggestion(wrong, names)}. The {len(names)} classes are "
-                f"{listed(names)}: correct the labels, or name all classes by class_names"
+                f"{listed(names)}: correct the labels, or fit with all of them as class_names"
             )
         return [number for number in found if number is not None]
 
@@ -314,12 +313,14 @@ class TextClassificationData(TextDataModule):
                 # An empty row is a blank line, such as at the end of a file.
                 faults.setdefault(fault, []).append(number)
         text = "; ".join(f"rows {listed(rows)} ({fault})" for fault, rows in faults.items())
-        if faults and self.drop_unusable:
+        # In another encoding, each text with an accent has a fault: dropping them is no remedy.
+        is_misread = "UTF-8" in text
+        if faults and self.drop_unusable and not is_misread:
             total = sum(map(len, faults.values()))
             rank_zero_warn(f"{file}: {total:,} unusable rows are left out: {text}")
         elif faults:
             remedy = "complete them, or leave them out by drop_unusable: true"
-            remedy = "save the file in UTF-8" if "UTF-8" in text else remedy
+            remedy = "save the file in UTF-8" if is_misread else remedy
             raise ValueError(f"{file} has unusable rows: {text}: {remedy}")
         if not usable:
             raise ValueError(f"{file} has no rows")

@@ -47,8 +47,8 @@ class VaderSentiment(TextDataModule):
         root: Folder that keeps the download; ``~/.cache/dact`` if left out.
         num_train: Number of training texts to use, a stratified sample, to study small data sets.
         split: Number of the division; `seed` if left out.
-        tokenizer, max_length, batch_size, num_workers, seed, calibration_fraction,
-            confidence_fraction, teacher: As for `dact.data.base.TextDataModule`.
+        tokenizer, max_length, batch_size, num_workers, seed: As for `TextDataModule`.
+        calibration_fraction, confidence_fraction, teacher: As for `TextDataModule`.
 
     Raises:
         ConnectionError: In `prepare_data`, if the texts are not in the cache and cannot be fetched.

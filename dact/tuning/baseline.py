@@ -64,7 +64,7 @@ def fit_baseline(
     with seeded(recipe.seed):
         model = recipe.whole_model().at_full_depth()
     epochs = enough_epochs(recipe.trainer, data, recipe.epochs, MIN_STEPS)
-    with seeded(recipe.seed), progress.fit("whole encoder", epochs) as bar:
+    with seeded(recipe.seed), progress.fit("whole encoder", epochs, recipe.epochs) as bar:
         callbacks = [bar, BrierScore()]
         history = resumable_fit(
             recipe.trainer, model, data, checkpoints, *callbacks, epochs=epochs, monitor=BRIER

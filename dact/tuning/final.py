@@ -108,9 +108,6 @@ def _config(fit: CheckpointedFit) -> dict[str, Any]:
     }
 
 
-# ------------------------------------------------------------------ measurements
-
-
 def _measure(
     fit: CheckpointedFit, data: LightningDataModule, verdict: str, progress: Progress
 ) -> dict[str, Any]:

@@ -45,8 +45,9 @@ class Plan:
 
 
 def _of_submodels(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    prefixes = ("classifier_", "confidence_")
-    return {name: value for name, value in parameters.items() if name.startswith(prefixes)}
+    """Return those of the architectures; what the confidence reads is not searched."""
+    own = {name: value for name, value in parameters.items() if name != "confidence_reads"}
+    return {n: v for n, v in own.items() if n.startswith(("classifier_", "confidence_"))}
 
 
 def make_plan(

@@ -85,8 +85,6 @@ class Prepared:
         name = str(folder.relative_to(self.run.log_dir))
         report.log_fit(folder, parameters, metrics, name, succeeded)
 
-    # ------------------------------------------------------------------ models and data
-
     def whole_encoder(self) -> DACT:
         """Return the fine-tuned whole encoder, on the Trainer's device."""
         model = self.recipe.whole_model().at_full_depth()
@@ -211,7 +209,8 @@ def _freeze(prepared: Prepared, data: Any, progress: Progress) -> dict[str, Any]
     if recipe.warm_up_epochs:
         epochs = enough_epochs(recipe.trainer, data, recipe.warm_up_epochs, WARM_UP_STEPS)
         model.lambda_reg = 0.0  # layers are free, since only the encoder of this fit is kept
-        with seeded(recipe.seed), progress.fit("encoder of the studies", epochs) as bar:
+        what = "encoder of the studies", epochs, recipe.warm_up_epochs
+        with seeded(recipe.seed), progress.fit(*what) as bar:
             checkpoints = folder / "fit" / "checkpoints"
             resumable_fit(recipe.trainer, model, data, checkpoints, bar, epochs=epochs)
         write_tensors(folder / ENCODER, model.encoder.float().state_dict())

@@ -72,9 +72,12 @@ class Progress:
         self.console.print(f"{what}: {format_seconds(time.monotonic() - start)}")
 
     @contextlib.contextmanager
-    def fit(self, what: str, epochs: int) -> Iterator[Callback]:
-        """Show the progress of a fit of `epochs` epochs, and yield the callback that reports it."""
+    def fit(self, what: str, epochs: int, asked: int | None = None) -> Iterator[Callback]:
+        """Show the progress of a fit of `epochs` epochs, and yield the callback that reports it;
+        `asked` is the number of epochs that the user gave, if it may differ."""
         what = f"{what}, {epochs} epoch{'s' * (epochs != 1)}"
+        if asked is not None and asked != epochs:
+            what += f" instead of {asked} since texts are few"
         start, on_terminal = time.monotonic(), self.console.is_terminal
         with Bars(console=self.console, transient=True, disable=not on_terminal) as bars:
             task = bars.add_task(what, total=epochs)

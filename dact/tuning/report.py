@@ -44,10 +44,13 @@ def metrics_of(measured: Measured, class_weights: Tensor | None) -> dict[str, fl
 
 
 def parameters_of(model: DACT, settings: Settings) -> dict[str, Any]:
-    """Return what the HParams tab lists for a fit of `model`: its encoder and all settings."""
-    encoder = model.encoder
+    """Return what the HParams tab lists for a fit of `model`: its encoder, its kind of confidence
+    and price, and all settings."""
+    encoder, names = model.encoder, ("confidence_reads", "share_submodels", "ponder", "halting")
     size = f"{type(encoder).__name__} {encoder.num_layers} x {encoder.hidden_size}"
-    return {"encoder": size, **settings.flat()}
+    kinds = {name: getattr(model, name) for name in (*names, "lambda_warmup")}
+    kinds["pooling"] = getattr(encoder, "pooling", None)
+    return {"encoder": size, **kinds, **settings.flat()}
 
 
 def log_fit(

@@ -82,8 +82,6 @@ class Run:
                 )
             yield
 
-    # ------------------------------------------------------------------ steps
-
     def step(self, name: str, function: Callable[..., Any], *arguments: Any) -> Any:
         """Return the stored result of a step; if there is none, call `function` and store its
         result."""
@@ -121,8 +119,6 @@ class Run:
 
     def _read(self) -> dict[str, Any]:
         return read_json(self.manifest)
-
-    # ------------------------------------------------------------------ winners
 
     def winners(self, before: Stage | None = None) -> dict[str, Any]:
         """Return the winners of the studies, or of those before a stage; None if missing."""

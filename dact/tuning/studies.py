@@ -149,9 +149,6 @@ def completed(study: Study) -> list[FrozenTrial]:
     )
 
 
-# ---------------------------------------------------------------------- running
-
-
 @dataclass(frozen=True)
 class StudyJob:
     """Everything that a process needs to run trials of a study.
@@ -225,9 +222,6 @@ def run_study(job: StudyJob, study: Study, workers: int, refresh: Callable[..., 
             time.sleep(POLL)
             signals.check()
             refresh()
-
-
-# ---------------------------------------------------------------------- workers
 
 
 def _run_pool(job: StudyJob, n_trials: int, workers: int, refresh: Callable[..., None]) -> None:
