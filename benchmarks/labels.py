@@ -87,11 +87,13 @@ class Depths(CompositionalSentiment):
 
 
 @cache
-def make_data(name: str, split: int, share: float) -> TextDataModule:
+def make_data(used: Encoder, name: str, split: int, share: float) -> TextDataModule:
     """Return the data, tokenized once; `share` of its training texts is for the confidence."""
     data: TextDataModule
     if name == "joined":
-        data = Joined(split=split, batch_size=32, confidence_fraction=share)
+        data = Joined(
+            tokenizer=used.pretrained, split=split, batch_size=32, confidence_fraction=share
+        )
     else:
         data = Depths(20_000, max_depth=3, seed=split, batch_size=32, confidence_fraction=share)
     data.setup("fit")
@@ -122,7 +124,7 @@ class Trained:
 def train(kind: str, used: Encoder, name: str, split: int, whole: DACT | None) -> Trained:
     """Train one model: ``whole``, ``cut`` to half, ``exits`` or ``dact``."""
     pl.seed_everything(0, verbose=False)
-    data = make_data(name, split, 0.05 if kind == "dact" else 0.0)
+    data = make_data(used, name, split, 0.05 if kind == "dact" else 0.0)
     layers = {"whole": used.num_layers, "cut": used.num_layers // 2}.get(kind, used.kept)
     encoder: Any
     if name == "joined":
@@ -191,6 +193,10 @@ def compared(one: Measured, whole: Measured) -> dict[str, float]:
     }
 
 
+def stored() -> dict[str, Any]:
+    return json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -203,7 +209,7 @@ def main() -> None:
     warnings.filterwarnings("ignore")
     for name in arguments.data:
         for split in arguments.splits:
-            records = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+            records = stored()
             used, key = ENCODERS[arguments.encoder], f"{name}.{split}"
             if arguments.encoder != "minilm":
                 key = f"{arguments.encoder}.{key}"
@@ -218,8 +224,8 @@ def main() -> None:
                         budget = share and share * used.num_layers
                         label = f"{kind} at {budget or 'all'}"
                         found[label] = compared(one.at(budget), reference)
-                RESULTS.write_text(json.dumps({**records, key: found}, indent=1) + "\n")
-                records[key] = found
+                records = {**stored(), key: found}
+                RESULTS.write_text(json.dumps(records, indent=1) + "\n")
             for label, values in records[key].items():
                 print(f"{key:<10} {label:<14}", *(f"{n} {v}" for n, v in values.items()))
 

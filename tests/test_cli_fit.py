@@ -81,8 +81,8 @@ def test_a_fit_has_a_name_resumes_by_it_and_is_no_run_of_tune(own, dact_here):
     more = "--trainer.max_epochs=2"
     for options, message in (
         ([], "run first has finished epoch 1, its last: raise --trainer.max_epochs"),
-        ([more, "--model.learning_rate=0.1"], "another model.learning_rate ("),
-        ([more, "--monitor=val_accuracy"], "another monitor ('last' instead of 'val_accuracy')"),
+        ([more, "--model.learning_rate=0.1"], "with model.learning_rate None, and now it is 0.1"),
+        ([more, "--monitor=val_accuracy"], "with monitor 'last', and now it is 'val_accuracy'"),
         (["--run_tag", "tuned"], "lightning_logs/tuned belongs to dact tune"),
     ):
         status, text = dact_here(*words, *options, cwd=own)

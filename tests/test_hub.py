@@ -137,7 +137,7 @@ def test_a_folder_comes_before_the_hub(hub, tmp_path, monkeypatch):
     tiny_model().save_pretrained(tmp_path / "me" / "mine")
     monkeypatch.chdir(tmp_path)
     DACT.from_pretrained("me/mine")
-    with pytest.raises(FileNotFoundError, match=r"has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"there is no me/other/config\.json"):
         DACT.from_pretrained("./me/other")
     assert hub.requests == []
 
