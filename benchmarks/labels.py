@@ -11,9 +11,10 @@ The seven labels are the corpora and the sentiments that occur. MiniLM of 6 laye
 `depths`: 20,000 generated reviews, composed in up to three steps. Two labels are words, which one
 layer can see, and two are the sentiment, which takes several. A small encoder of 6 layers.
 
-DACT and the plain exits keep two thirds of the layers. All models train for 3 epochs; all but the
-whole encoder start from its weights and have its answers as half of their targets. The margin of a
-budget is the largest that keeps the validation texts within it; test texts are evaluated once.
+DACT and the plain exits keep two thirds of the layers, `dact of half` half of them. All models
+train for 3 epochs; all but the whole encoder start from its weights and have its answers as half of
+their targets. The margin of a budget is the largest that keeps the validation texts within it (by
+proof alone: margin 1); test texts are evaluated once.
 Errors are those of the paired difference to the whole encoder over the test texts (bootstrap)."""
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ from dact.encoders.base import move
 
 RESULTS = Path(__file__).parent / "results" / "labels.json"
 BUDGETS = (1 / 4, 1 / 3, 5 / 12, 1 / 2)  # of the layers
+KINDS = ("cut", "dact of half", "exits", "dact")
 SIZES = {"train": 2000, "val": 600, "test": 2000}
 WORDS = ("battery", "screen")
 DRAWS = 500
@@ -108,24 +110,25 @@ class Trained:
     model: DACT
     answers: dict[str, Any]
 
-    def at(self, budget: float | None) -> Measured:
-        """Measure early exit on the test texts within a budget, or all layers without one."""
+    def at(self, budget: float | None, part: str = "test") -> Measured:
+        """Measure early exit within a budget, or all layers without one."""
         halting, exits = self.model.exit_rule, {}
         for split, answers in self.answers.items():
             exits[split] = exits_by_setting(answers, halting, "halting_margin")
         if budget is None:
-            last = torch.full_like(exits["test"](1.0), self.model.num_layers)
-            return Measured(self.answers["test"], last)
+            last = torch.full_like(exits[part](1.0), self.model.num_layers)
+            return Measured(self.answers[part], last)
         settings = sorted(SETTINGS["halting_margin"], reverse=True)
         within = (m for m in settings if exits["val"](m).double().mean() <= budget)
-        return Measured(self.answers["test"], exits["test"](next(within, settings[-1])))
+        return Measured(self.answers[part], exits[part](next(within, settings[-1])))
 
 
 def train(kind: str, used: Encoder, name: str, split: int, whole: DACT | None) -> Trained:
-    """Train one model: ``whole``, ``cut`` to half, ``exits`` or ``dact``."""
+    """Train one model: ``whole`` or one of `KINDS`."""
     pl.seed_everything(0, verbose=False)
-    data = make_data(used, name, split, 0.05 if kind == "dact" else 0.0)
-    layers = {"whole": used.num_layers, "cut": used.num_layers // 2}.get(kind, used.kept)
+    is_dact, half = kind.startswith("dact"), used.num_layers // 2
+    data = make_data(used, name, split, 0.05 if is_dact else 0.0)
+    layers = {"whole": used.num_layers, "cut": half, "dact of half": half}.get(kind, used.kept)
     encoder: Any
     if name == "joined":
         encoder = HuggingFaceEncoder(used.pretrained, num_layers=layers)
@@ -143,7 +146,7 @@ def train(kind: str, used: Encoder, name: str, split: int, whole: DACT | None) -
         detach_exits=True,
         exit_loss_weight=1.0,
     )
-    if kind != "dact":
+    if not is_dact:
         model.at_full_depth()
     if kind == "exits":
         model.detach_exits, model.exit_loss_weight, model.halting = True, 1.0, "exact"
@@ -180,7 +183,9 @@ def micro_f1(one: Measured, rows: Tensor | None = None) -> float:
     return 100 * (2 * (got & given).sum() / (got.sum() + given.sum())).item()
 
 
-def compared(one: Measured, whole: Measured) -> dict[str, float]:
+def compared(trained: Trained, reference: Trained, budget: float | None) -> dict[str, float]:
+    one, whole = trained.at(budget), reference.at(None)
+    on_val = micro_f1(trained.at(budget, "val")) - micro_f1(reference.at(None, "val"))
     generator, size = torch.Generator().manual_seed(0), len(one.exits)
     draws = [torch.randint(size, (size,), generator=generator) for _ in range(DRAWS)]
     differences = [micro_f1(one, rows) - micro_f1(whole, rows) for rows in draws]
@@ -189,6 +194,7 @@ def compared(one: Measured, whole: Measured) -> dict[str, float]:
         "micro_f1": round(micro_f1(one), 2),
         "less_whole": round(micro_f1(one) - micro_f1(whole), 2),
         "error": round(torch.tensor(differences).std().item(), 2),
+        "val_less_whole": round(on_val, 2),
         "same_sets": round(100 * one.accuracy, 2),
     }
 
@@ -215,15 +221,16 @@ def main() -> None:
                 key = f"{arguments.encoder}.{key}"
             if key not in records:
                 whole = train("whole", used, name, split, None)
-                reference, found = whole.at(None), {}
-                found["whole encoder"] = compared(reference, reference)
-                for kind in ("cut", "exits", "dact"):
+                found = {"whole encoder": compared(whole, whole, None)}
+                for kind in KINDS:
                     one = train(kind, used, name, split, whole.model)
-                    budgets = (None,) if kind == "cut" else (*BUDGETS, None)
-                    for share in budgets:
-                        budget = share and share * used.num_layers
-                        label = f"{kind} at {budget or 'all'}"
-                        found[label] = compared(one.at(budget), reference)
+                    found[f"{kind} at all"] = compared(one, whole, None)
+                    for share in () if kind == "cut" else BUDGETS:
+                        budget = share * used.num_layers
+                        found[f"{kind} at {budget}"] = compared(one, whole, budget)
+                    if kind.startswith("dact"):
+                        found[f"{kind} by proof"] = compared(one, whole, used.num_layers)
+                    print(kind, {n: v["less_whole"] for n, v in found.items()}, flush=True)
                 records = {**stored(), key: found}
                 RESULTS.write_text(json.dumps(records, indent=1) + "\n")
             for label, values in records[key].items():

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "dact"
 # the package may import any folder but the last two.
 FOLDERS = ["encoders", "data", "calibration", "tuning", "cli"]
 MOST_CODE = 8_290  # lines without blank lines, comments and docstrings
-MOST_LINES = 12_705
+MOST_LINES = 12_704
 
 
 def files():

@@ -274,6 +274,9 @@ def test_a_tensorboard_server_shows_every_trial_with_its_metrics_status_and_pict
     }
     fits = {"run/whole_encoder", "run/final", "run/final/defaults", "run/refit/recommended"}
     assert trials.keys() | fits <= groups.keys() <= trials.keys() | fits | {"run/refit/tuned"}
+    for name in fits:
+        named = {value["name"]["tag"] for value in groups[name]["metricValues"]}
+        assert named >= {"best/val_loss", "best/val_accuracy", "best/val_exit_layer"}, name
     baseline, _ = read_tensors(run / "whole_encoder" / "answers.safetensors")
     for name, trial in trials.items():
         complete = trial.state == optuna.trial.TrialState.COMPLETE

@@ -18,7 +18,7 @@ from dact.tuning.outcome import Outcome, outcome_of
 from dact.tuning.prepared import Prepared
 from dact.tuning.progress import Progress
 from dact.tuning.settings import Settings
-from dact.tuning.trainer import NonFiniteLoss
+from dact.tuning.trainer import MONITOR, NonFiniteLoss
 
 # rms difference in mean exit layer between fits of the same settings (three pairs, 2,000 texts)
 SCATTER = 0.15
@@ -62,7 +62,7 @@ def _refit(prepared: Prepared, name: str, settings: Settings, progress: Progress
         answers = layer_answers(model, data.val_dataloader())
     right = prepared.right(answers.target)
     outcome = outcome_of(answers, model, recipe.promise, right)
-    prepared.log(folder, settings, outcome.metrics(right))
+    prepared.log(folder, settings, {MONITOR: fit.val_loss, **outcome.metrics(right)})
     return outcome
 
 

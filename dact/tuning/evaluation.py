@@ -20,7 +20,7 @@ from dact.model import DACT
 TOLERANCES = (0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 MARGINS = (1.0, 0.99, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)
 # Speed is measured over the first texts, in the fastest round.
-TIMED_TEXTS, ROUNDS = 512, 5
+TIMED_TEXTS, ROUNDS = 512, 3
 Precision = Callable[[], AbstractContextManager[Any]]  # makes the context of a Trainer's precision
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import asdict
-from operator import itemgetter
 from typing import Any
 
 import yaml
@@ -148,9 +147,8 @@ def _measure(
     with replacing_folder(folder / "model") as partial:
         save_with_tokenizer(model.cpu(), data, partial, metrics=metrics)
     report.draw_final(folder, metrics)
-    kept = min(fit.history, key=itemgetter(MONITOR)) if fit.keep_frozen else fit.history[-1]
     shown = report.metrics_of(found["validation"].measured, model.class_weights)
-    prepared.log(folder, fit.settings, {MONITOR: kept[MONITOR], **shown})
+    prepared.log(folder, fit.settings, {MONITOR: fit.val_loss, **shown})
     if recipe.compare_defaults:
         _measure_defaults(prepared, data, against, progress)
     return metrics

@@ -84,6 +84,12 @@ class CheckpointedFit:
         """The logged metrics of every epoch, once the fit is done."""
         return read_json(self.folder / "history.json")
 
+    @property
+    def val_loss(self) -> float:
+        """The validation loss of the epoch that was kept."""
+        losses = [epoch[MONITOR] for epoch in self.history]
+        return min(losses) if self.keep_frozen else losses[-1]
+
     def __call__(self, what: str, progress: Progress) -> None:
         """Fit and keep one epoch, or resume an earlier call; `what` names the progress bar.
 

@@ -84,9 +84,6 @@ def log_fit(
                 writer.add_scalar(f"best/{metric}", metrics[metric])
 
 
-# ------------------------------------------------------------------ pictures
-
-
 def log_figures(figures: Mapping[str, Figure], folder: Path) -> None:
     """Write figures for TensorBoard and as PNG files."""
     with SummaryWriter(str(folder)) as writer:
@@ -155,9 +152,6 @@ def dials_picture(metrics: Mapping[str, Any]) -> Figure:
     title = "validation, with the setting of the dial at each point"
     axes.set(xlabel="mean exit layer", ylabel="accuracy, %", title=title)
     return figure
-
-
-# ------------------------------------------------------------------ the summary
 
 
 def show_summary(progress: Progress, folder: Path) -> None:
