@@ -107,8 +107,8 @@ class TuningEngine:
         seed: Seed for data order, initialisation and samplers.
 
     Attributes:
-        classifier_config, confidence_config, external_config, lambda_reg: Winners of the current
-            run, or None.
+        classifier_config: Winner of the current run, or None, as are `confidence_config`,
+            `external_config` and `lambda_reg`.
         progress: Console of the run.
         worker_setup: Function that each worker process calls first, or None.
 
