@@ -1,12 +1,13 @@
 """Several labels per text: DACT next to plain exits and an encoder cut to half, taught alike.
 
     python -m benchmarks.labels --data joined depths --splits 0 1
-    python -m benchmarks.labels --encoder mpnet --data joined --splits 0 1
+    python -m benchmarks.labels --encoder mpnet --data joined --splits 0 1 --unlabelled 2000
 
 `joined`: one to three texts of different corpora of VADER, joined by blanks in random order, 2,000
 for training, 600 for validation and 2,000 for the test, each drawn only from texts of its split.
 The seven labels are the corpora and the sentiments that occur. MiniLM of 6 layers, or MPNet-base of
-12.
+12. `--unlabelled` adds so many training texts without labels, whose target is the whole encoder's
+answer, to all models but the whole encoder.
 
 `depths`: 20,000 generated reviews, composed in up to three steps. Two labels are words, which one
 layer can see, and two are the sentiment, which takes several. A small encoder of 6 layers.
@@ -44,6 +45,7 @@ from dact.data.examples import Examples
 from dact.data.vader import CLASS_NAMES, CORPORA
 from dact.encoders import HuggingFaceEncoder, TransformerEncoder
 from dact.encoders.base import move
+from dact.tasks import UNLABELLED
 
 RESULTS = Path(__file__).parent / "results" / "labels.json"
 BUDGETS = (1 / 4, 1 / 3, 5 / 12, 1 / 2)  # of the layers
@@ -57,18 +59,21 @@ class Joined(VaderSentiment):
     """One to three texts of different corpora, with the corpora and sentiments as labels."""
 
     task = "multilabel"
+    num_unlabelled = 0
 
     def examples(self, split: str) -> Examples:
         self.class_names = [*CORPORA, *CLASS_NAMES]
         parts = [VaderSentiment(corpora=[name], split=self.split) for name in CORPORA]
         given = [part.examples(split) for part in parts]
         draw, texts, labels = random.Random(f"{self.split}/{split}"), [], []
-        for _ in range(SIZES[split]):
+        more = self.num_unlabelled if split == "train" else 0
+        for _ in range(SIZES[split] + more):
             chosen = draw.sample(range(len(given)), draw.randint(1, 3))
             rows = [(corpus, draw.randrange(len(given[corpus]))) for corpus in chosen]
             texts.append(" ".join(given[corpus].texts[row] for corpus, row in rows))
             found = {*chosen, *(len(CORPORA) + given[corpus].labels[row] for corpus, row in rows)}
             labels.append(tuple(int(n in found) for n in range(len(self.class_names))))
+        labels[SIZES[split] :] = [(UNLABELLED,) * len(self.class_names)] * more
         return Examples(texts, labels=labels)
 
 
@@ -89,13 +94,16 @@ class Depths(CompositionalSentiment):
 
 
 @cache
-def make_data(used: Encoder, name: str, split: int, share: float) -> TextDataModule:
+def make_data(
+    used: Encoder, name: str, split: int, share: float, num_unlabelled: int
+) -> TextDataModule:
     """Return the data, tokenized once; `share` of its training texts is for the confidence."""
     data: TextDataModule
     if name == "joined":
         data = Joined(
             tokenizer=used.pretrained, split=split, batch_size=32, confidence_fraction=share
         )
+        data.num_unlabelled = num_unlabelled
     else:
         data = Depths(20_000, max_depth=3, seed=split, batch_size=32, confidence_fraction=share)
     data.setup("fit")
@@ -123,11 +131,13 @@ class Trained:
         return Measured(self.answers[part], exits[part](next(within, settings[-1])))
 
 
-def train(kind: str, used: Encoder, name: str, split: int, whole: DACT | None) -> Trained:
+def train(
+    kind: str, used: Encoder, name: str, split: int, whole: DACT | None, num_unlabelled: int = 0
+) -> Trained:
     """Train one model: ``whole`` or one of `KINDS`."""
     pl.seed_everything(0, verbose=False)
     is_dact, half = kind.startswith("dact"), used.num_layers // 2
-    data = make_data(used, name, split, 0.05 if is_dact else 0.0)
+    data = make_data(used, name, split, 0.05 if is_dact else 0.0, num_unlabelled)
     layers = {"whole": used.num_layers, "cut": half, "dact of half": half}.get(kind, used.kept)
     encoder: Any
     if name == "joined":
@@ -210,6 +220,7 @@ def main() -> None:
     parser.add_argument("--encoder", choices=[*ENCODERS], default="minilm")
     parser.add_argument("--data", nargs="+", default=["joined", "depths"])
     parser.add_argument("--splits", nargs="+", type=int, default=[0, 1])
+    parser.add_argument("--unlabelled", type=int, default=0, help="joined texts without labels")
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
@@ -219,11 +230,13 @@ def main() -> None:
             used, key = ENCODERS[arguments.encoder], f"{name}.{split}"
             if arguments.encoder != "minilm":
                 key = f"{arguments.encoder}.{key}"
+            if arguments.unlabelled and name == "joined":
+                key += f"+{arguments.unlabelled}"
             if key not in records:
                 whole = train("whole", used, name, split, None)
                 found = {"whole encoder": compared(whole, whole, None)}
                 for kind in KINDS:
-                    one = train(kind, used, name, split, whole.model)
+                    one = train(kind, used, name, split, whole.model, arguments.unlabelled)
                     found[f"{kind} at all"] = compared(one, whole, None)
                     for share in () if kind == "cut" else BUDGETS:
                         budget = share * used.num_layers
