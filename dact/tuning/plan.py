@@ -39,7 +39,8 @@ class Plan:
 
     def winners(self, stage: Stage, params: Mapping[str, Any]) -> dict[str, Any]:
         """Return the winners that the parameters of a trial stand for; see `Stage.parse`."""
-        if stage is SUBMODELS:  # parameters that are not searched keep the factory's values
+        # By name: a worker has a copy. Parameters that are not searched keep the factory's values.
+        if stage.name == SUBMODELS.name:
             params = {**_of_submodels(self.parameters), **params}
         return stage.parse(params)
 
