@@ -1,6 +1,7 @@
 """The confirmation of the tuned settings, and the final model that takes over what it fitted."""
 
 import json
+import pickle
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +17,7 @@ from dact.tuning.outcome import Outcome
 from dact.tuning.plan import Plan
 from dact.tuning.progress import Progress
 from dact.tuning.settings import Settings
+from dact.tuning.stages import SUBMODELS
 from dact.tuning.trainer import NonFiniteLoss
 from tests.test_tuning import engine as tuning_engine
 
@@ -140,3 +142,10 @@ def test_equal_settings_are_not_compared(confirmed, settings, why):
     verdict = confirmed(None, None, settings)
     assert verdict["settings"] == {"num_layers": 2}
     assert why in verdict["text"]
+
+
+def test_a_worker_keeps_the_activation_that_is_not_searched():
+    plan = Plan({}, {}, Settings({}), {"classifier_activation": "tanh", "num_layers": 2})
+    copied = pickle.loads(pickle.dumps(SUBMODELS))
+    found = plan.winners(copied, {"classifier_dropout": 0.1})
+    assert found["classifier_config"] == {"activation": "tanh", "dropout": 0.1}
