@@ -56,10 +56,7 @@ class Export:
         if self.replaced:
             text += "\nAn earlier export in this folder was replaced."
         if self.promise_dropped:
-            text += (
-                "\nThe halting rule stays, but the promise was dropped, since answers differ a "
-                "little. dact calibrate on this folder renews it."
-            )
+            text += "\nThe halting rule stays. The promise was dropped (dact calibrate renews it)."
         return text
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -28,11 +27,6 @@ class DACTOutput:
     layer_probabilities: Tensor | None = None
     h: Tensor | None = None
     p: Tensor | None = None
-
-    def to(self, *args: Any, **kwargs: Any) -> DACTOutput:
-        """Return the output with its tensors moved or cast by `torch.Tensor.to`."""
-        given = {name: tensor for name, tensor in vars(self).items() if tensor is not None}
-        return DACTOutput(**{name: one.to(*args, **kwargs) for name, one in given.items()})
 
 
 @dataclass(frozen=True)

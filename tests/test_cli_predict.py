@@ -328,7 +328,10 @@ def test_a_calibrated_dial_is_stored_and_tested(fitted, tmp_path, dact_here, suc
         (["test", *RUN, "--data.test_file", "absent.csv"], "no file absent.csv"),
         (["test", *RUN, "--data.test_file=other.csv", "--data.label_column=class"], "'class'"),
         (["predict", *RUN], "needs --data.predict_file"),
-        (["predict", *RUN, *ANSWER, "out.csv"], "--output out.csv is the file with the texts"),
+        (
+            ["predict", *RUN, "--output=other.csv", "--data.predict_file=other.csv"],
+            "--output other.csv is the file with the texts",
+        ),
         (["predict", *RUN, *ANSWER, "other.csv", "--output", "x.xls"], "must end in"),
         (["predict", *RUN, *ANSWER, "other.csv", "--outpt", "x.csv"], "mean output?"),
         (["predict", *RUN, *ANSWER, "other.csv", "--halting_margin=2"], "in [0, 1], got 2.0"),
@@ -384,7 +387,9 @@ def test_a_datamodule_of_ones_own_works_with_the_commands(fitted, tmp_path, succ
     succeed("fit", "--config", "mine.yaml", "--run_tag", "own", cwd=tmp_path)
     for command in ("test", "validate"):
         assert "examples   40" in succeed(command, *model, cwd=tmp_path)
-    succeed("calibrate", *model, "--max_accuracy_loss=0.9", "--confidence=null", cwd=tmp_path)
+    words = ["calibrate", "--max_accuracy_loss=0.9", "--confidence=null", "--model"]
+    text = succeed(*words, "best.ckpt", cwd=model[1] / "checkpoints")
+    assert " in ../model and best.ckpt" in text
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere" / "mine.txt").write_text("great\n")
     words = ["--data.predict_file", "mine.txt", "--data.tokenizer", fitted[1] / "model"]
@@ -398,6 +403,14 @@ def test_a_model_is_exported_with_its_promise_and_answers_as_before(
     text = succeed("export", "--output", tmp_path / "exported", "--model", run, cwd=folder)
     assert "keeps min_agreement=0.95" in text, "as the fit"
     assert DACT.from_pretrained(tmp_path / "exported").calibration["examples"] == 60
+    words = ["calibrate", "--model", tmp_path / "exported", "--min_agreement", "0.9"]
+    assert "min_agreement=0.9 " in succeed(*words, cwd=folder), "it knows its data"
+    (tmp_path / "own.csv").write_text(
+        "text,label\n" + "".join(f"great {i},positive\n" for i in range(40))
+    )
+    words += ["--config", "my.yaml", "--data.train_file", tmp_path / "own.csv"]
+    # my.yaml has the short name of the encoder's class.
+    succeed(*words, "--confidence", "null", cwd=run_of_two_files)
     labels = []
     for model in (run, tmp_path / "exported"):
         succeed("predict", "--model", model, *ANSWER, "new.txt", cwd=run_of_two_files)

@@ -108,12 +108,12 @@ class TrainingCLI(LightningCLI):
         parser.add_argument("--monitor", type=Monitor, default="last", help=help)
         help = "calibrate the margin after a fit, on validation examples that are set aside"
         parser.add_argument("--calibrate", type=bool, default=True, help=help)
-        help = "tune with 16 texts per split and one trial per study, as a smoke test"
-        parser.add_argument("--fast", action="store_true", help=help)
         if self.command == "fit":
             help = "options of dact tune"
             parser.add_argument("--tuner", type=dict[str, Any] | None, default=None, help=help)
             return
+        help = "tune with 16 texts per split and one trial per study, as a smoke test"
+        parser.add_argument("--fast", action="store_true", help=help)
         from dact.tuning import TuningEngine
         from dact.tuning.recipe import TRAINER_DEFAULTS
 
@@ -190,10 +190,9 @@ class TrainingCLI(LightningCLI):
                 one.pop(name, None)
             for name in CHANGEABLE:
                 one["trainer"].pop(name, None)
-        if before != now:
-            from dact.tuning.run import differences
+        from dact.tuning.run import differences
 
-            name, then, wanted = next(differences(before, now))
+        for name, then, wanted in differences(before, now):
             raise ValueError(
                 f"run {folder.name} was started with {name} {then!r}, and now it is {wanted!r}: "
                 f"use the value in {file}, or give another --run_tag"

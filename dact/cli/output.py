@@ -81,7 +81,7 @@ class EpochLines(Callback):
         lines = [getattr(data, "describe_classes", str)()]
         aside = getattr(data, "calibration_dataloader", lambda: None)()
         if self.calibrates and aside is not None and (short := Promise().shortage(aside)):
-            lines.append(f"after the fit, the margin is set by an estimate: {short}")
+            lines.append(f"the margin will be the lowest that changes no text set aside: {short}")
         for line in filter(None, lines):
             _say(trainer, line)
 
@@ -139,7 +139,7 @@ def measurements(measured: Measured, names: Sequence[str], split: str) -> str:
     if depth > 1 and measured.mean_exit_layer == 1:
         lines.append("Every text leaves after layer 1. Try a smaller lambda_reg or a larger margin")
     if depth > 1 and measured.mean_exit_layer == depth:
-        lines.append("No text leaves early. Try a larger lambda_reg or a smaller margin")
+        lines.append("No text leaves early. Try more validation texts, or a smaller margin")
     if measured.majority_share == 1:
         lines.append(
             f"All examples get {_one_answer(measured, names)}. Try more epochs, a smaller "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from dataclasses import dataclass, field, fields
 from functools import cached_property
@@ -29,7 +30,7 @@ from dact.data.files import DATASET
 from dact.data.tokenizers import tokenizer_for
 from dact.encoders import LayeredEncoder
 from dact.factories import accepted_by, build_data
-from dact.files import CONFIG_NAME, read_json
+from dact.files import CONFIG_NAME, read_json, write_text
 from dact.model import DACT
 from dact.saving import HALTING, store_in_checkpoint
 from dact.text_classifier import TextClassifier
@@ -75,6 +76,7 @@ def is_tuned(folder: Path) -> bool:
 def pair(source: Path) -> list[Path]:
     """Return the model/ folder and the best checkpoint of a run, which hold the same model, if
     `source` is one of them; else `source` alone."""
+    source = source.absolute()
     run = source.parent if source.is_dir() else source.parents[1]
     both = [run / "model", run / "checkpoints" / "best.ckpt"]
     return [path for path in both if path.exists()] if source in both else [source]
@@ -127,7 +129,8 @@ class Stored:
     def dact(self) -> DACT:
         """The model on its device; loading it prints its margin to standard error."""
         source, encoder = find_model(self.model), None
-        if self.encoder is not None and not self.encoder["class_path"].startswith("dact."):
+        kind = self.encoder and find_class(self.encoder["class_path"], "dact.encoders")
+        if self.encoder and not (kind and kind.__module__.startswith("dact.")):
             parser = ArgumentParser(exit_on_error=False)
             parser.add_subclass_arguments(LayeredEncoder, "encoder")
             built = parser.instantiate(parser.parse_object({"encoder": self.encoder}))
@@ -213,7 +216,7 @@ def calibrate(stored: Stored, fit_thresholds: bool = False, **promise: Any) -> N
         found = find_dial(model, data, fit_thresholds=fit_thresholds, **promise)
     store(model, source)
     replaced = ", and its promise is replaced" if stored.had_promise else ""
-    places = " and ".join(map(str, pair(source)))
+    places = " and ".join(map(os.path.relpath, pair(source)))
     now = f"{getattr(model, wanted.dial):.8g} in {places}"
     print(describe(vars(found), model.num_layers))
     print(f"{wanted.dial} was {before:.8g}{replaced}: it is {now}")
@@ -254,14 +257,16 @@ def export(model: Path, output: str, quantize: Literal["int8"] | None = None) ->
 
     print(write(model, output, quantize))
     record, run = load_model(model).calibration, _run_config(model)
+    if "data" in run:
+        write_text(Path(output, "config.yaml"), yaml.safe_dump({"data": run["data"]}))
     if record is None or "data" not in run or record.get("baseline_accuracy") is not None:
         return
-    print("It is renewed on the calibration examples of the run:")
+    print("The promise is renewed on the calibration examples of the run:")
     try:
         data = _data_section(output, [run], [])
         calibrate(Stored(output, data), **record["promise"])
     except (ValueError, OSError) as error:
-        print(f"It was not renewed: {error}")
+        print(f"It was not renewed, which `dact calibrate --model {output}` does: {error}")
 
 
 def run(command: str, words: list[str]) -> None:
@@ -308,9 +313,11 @@ def run(command: str, words: list[str]) -> None:
 
 
 def _run_config(source: Path) -> dict[str, Any]:
-    """Return the configuration of the run that a model belongs to; empty if it has none."""
-    folder = source.parent if source.is_dir() else source.absolute().parents[1]
-    return _read(folder / "config.yaml") if (folder / "config.yaml").is_file() else {}
+    """Return the configuration of the run that a model belongs to, or that an export keeps; empty
+    if it has none."""
+    folder = source.absolute().parent if source.is_dir() else source.absolute().parents[1]
+    files = (one / "config.yaml" for one in (source, folder))
+    return next((_read(file) for file in files if file.is_file()), {})
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -331,6 +338,8 @@ def _data_section(
     names = {name.split(".")[1] for _, name, _ in options(words) if name.startswith("data.")}
     found = find_class(section["class_path"], "dact.data")
     accepted = None if found is None else accepted_by(found)
+    if found is None:
+        print(f"no class {section['class_path']}: the data is {OWN_FILES}", file=sys.stderr)
     if found is None or (accepted is not None and not names <= {*accepted}):
         section, accepted = {"class_path": OWN_FILES}, accepted_by(TextClassificationData)
     # Drop the files of the fit that are not on this machine.
