@@ -17,6 +17,7 @@ from dact.encoders.base import LayeredEncoder
 from dact.encoders.onnx import EMBED, POOL, OnnxEncoder, described
 from dact.encoders.quantization import quantize as quantize_graph
 from dact.files import file_digest, replacing_folder
+from dact.hub import local_folder
 from dact.model import DACT
 
 Quantization = Literal["int8"]
@@ -70,7 +71,7 @@ def export(
     since answers differ a little: `dact.calibrate` renews it.
 
     Args:
-        model_dir: Folder with a fitted model, as written by ``dact fit`` and ``dact tune``.
+        model_dir: Folder of a run, its model/ folder, or Hub id ``"OWNER/NAME"``.
         output: Folder to write. An earlier export there is replaced.
         quantize: ``"int8"`` for 8-bit weights and activations that are quantised at run time;
             float32 if left out. On processors without VNNI instructions, int8 loses some accuracy.
@@ -83,7 +84,7 @@ def export(
     """
     if quantize is not None:
         check_choice("export: quantize", quantize, Quantization)
-    model_dir, output = Path(model_dir).expanduser(), Path(output).expanduser().absolute()
+    model_dir, output = local_folder(model_dir), Path(output).expanduser().absolute()
     replaced = (output / EMBED).is_file()
     if output.exists() and not replaced and (output.is_file() or any(output.iterdir())):
         raise ValueError(

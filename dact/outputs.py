@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass  # not frozen, since Lightning sets the fields to move predictions to the CPU
 class DACTOutput:
     """The answers of DACT to a batch.
 

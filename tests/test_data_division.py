@@ -151,7 +151,9 @@ def test_a_calibration_file_is_what_calibrates(tmp_path):
 def test_texts_without_labels_are_for_a_teacher_alone(tmp_path):
     train, more = write(tmp_path, "train", WORDS[:40]), tmp_path / "more.txt"
     more.write_text("\n".join([*WORDS, "", "something"]))
-    module = data(train, unlabelled_file=more, batch_size=8, calibration_fraction=0.5)
+    test = write(tmp_path, "test", WORDS[40:45])
+    options = {"batch_size": 8, "calibration_fraction": 0.5}
+    module = data(train, unlabelled_file=more, test_file=test, **options)
     assert module.needs_teacher
     assert not data(train).needs_teacher
     with pytest.warns(UserWarning, match=r"more\.txt: \d+ of 61 texts are left out: .* val"):
@@ -160,7 +162,8 @@ def test_texts_without_labels_are_for_a_teacher_alone(tmp_path):
     count = sum(label >= 0 for label in labels)
     assert set(labels[count:]) == {-100}
     assert not texts_of(module, "train") & texts_of(module, "val", "calibration")
-    assert set(WORDS[40:]) | {"something"} <= set(texts[count:])
+    assert set(WORDS[45:]) | {"something"} <= set(texts[count:])
+    assert not set(WORDS[40:45]) & set(texts), "test texts"
     counts = [labels[:count].count(label) for label in (0, 1)]
     weights = balanced_weights(module, 2)
     assert weights == pytest.approx([count / 2 / own for own in counts], abs=1e-5)

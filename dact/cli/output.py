@@ -78,12 +78,11 @@ class EpochLines(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]
-        lines = [getattr(data, "describe_classes", str)()]
+        if classes := getattr(data, "describe_classes", str)():
+            _say(trainer, classes)
         aside = getattr(data, "calibration_dataloader", lambda: None)()
         if self.calibrates and aside is not None and (short := Promise().shortage(aside)):
-            lines.append(f"the margin will be the lowest that changes no text set aside: {short}")
-        for line in filter(None, lines):
-            _say(trainer, line)
+            _say(trainer, f"the margin will be the lowest that changes no text set aside: {short}")
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

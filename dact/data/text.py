@@ -170,7 +170,8 @@ class TextClassificationData(TextDataModule):
             if alone or not aside:
                 raise ValueError(
                     f"{file}: class {listed(alone or names)} has one text only, which training and "
-                    "validation cannot share: correct the label, add examples, or give a val_file"
+                    "validation cannot share: correct the label, add examples, or give a val_file "
+                    "(or a label_separator, if a text may have several labels)"
                 )
             self._read |= {"train": train.take(kept), "val": train.take(aside)}
         if self.files["unlabelled"] is not None:
@@ -203,14 +204,13 @@ class TextClassificationData(TextDataModule):
             raise ValueError(f"{file}: all of its texts are used elsewhere too: give other texts")
         if count:
             what = f"{count:,} of {len(examples):,} texts are left out"
-            rank_zero_warn(f"{file}: {what}: training, validation or calibration has them")
+            rank_zero_warn(f"{file}: {what}: training, validation, calibration or test has them")
         return examples.take(kept)
 
     def _unlabelled(self) -> Examples:
         """Return the texts that only a teacher labels."""
-        held_out = {*self.examples("val").text_keys()}
-        if self.files["calibration"] is not None:
-            held_out |= {*self.examples("calibration").text_keys()}
+        held = [one for one in ("val", "calibration", "test") if one == "val" or self.files[one]]
+        held_out = {key for split in held for key in self.examples(split).text_keys()}
         more = self._without(held_out, "unlabelled", self._texts("unlabelled"))
         nothing: Any = UNLABELLED
         if self.task == "multilabel":
@@ -290,10 +290,10 @@ class TextClassificationData(TextDataModule):
         if self.label_columns is not None:
             is_known = str(label).lower() in (*PRESENT, *ABSENT)
             return None if is_known else f"{label!r} instead of 0 or 1"
-        is_nothing = label is None or label != label or label == ""
-        if isinstance(label, list) or (is_nothing and self.label_separator is not None):
+        empty = label is None or label != label or label == ""
+        if isinstance(label, list) or (empty and self.label_separator is not None):
             return None
-        return "no label" if is_nothing else text_fault([str(label)])
+        return "no label, which a label_separator allows" if empty else text_fault([str(label)])
 
     def _rows(self, split: str, columns: Mapping[str, str]) -> dict[int, list[Any]]:
         """Return the usable rows of a file by number; other rows are an error or left out."""
