@@ -166,12 +166,20 @@ def train(
         model.load_state_dict(
             {n: w for n, w in own.items() if n in model.state_dict()}, strict=False
         )
-        data.teacher_probabilities = _answers(whole, data.train_dataloader())
+        with _precision(name):
+            data.teacher_probabilities = _answers(whole, data.train_dataloader())
     fit(model, data, 3, "bf16-mixed" if name == "joined" else "32-true")
     data.teacher_probabilities = None
     model.eval().to(DEVICE)
     loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
-    return Trained(model, {part: layer_answers(model, one) for part, one in loaders.items()})
+    with _precision(name):
+        answers = {part: layer_answers(model, one) for part, one in loaders.items()}
+    return Trained(model, answers)
+
+
+def _precision(name: str) -> torch.autocast:
+    """Return the context in which models are evaluated: in the precision of their training."""
+    return torch.autocast(DEVICE.type, torch.bfloat16, enabled=name == "joined")
 
 
 @torch.no_grad()
@@ -221,21 +229,23 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", default=["joined", "depths"])
     parser.add_argument("--splits", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--unlabelled", type=int, default=0, help="joined texts without labels")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     arguments = parser.parse_args()
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore")
     for name in arguments.data:
         for split in arguments.splits:
-            records = stored()
             used, key = ENCODERS[arguments.encoder], f"{name}.{split}"
             if arguments.encoder != "minilm":
                 key = f"{arguments.encoder}.{key}"
             if arguments.unlabelled and name == "joined":
                 key += f"+{arguments.unlabelled}"
-            if key not in records:
+            known = stored().get(key, {})
+            missing = [kind for kind in arguments.kinds if f"{kind} at all" not in known]
+            if missing:
                 whole = train("whole", used, name, split, None)
-                found = {"whole encoder": compared(whole, whole, None)}
-                for kind in KINDS:
+                for kind in missing:
+                    found = {"whole encoder": compared(whole, whole, None)}
                     one = train(kind, used, name, split, whole.model, arguments.unlabelled)
                     found[f"{kind} at all"] = compared(one, whole, None)
                     for share in () if kind == "cut" else BUDGETS:
@@ -244,9 +254,10 @@ def main() -> None:
                     if kind.startswith("dact"):
                         found[f"{kind} by proof"] = compared(one, whole, used.num_layers)
                     print(kind, {n: v["less_whole"] for n, v in found.items()}, flush=True)
-                records = {**stored(), key: found}
-                RESULTS.write_text(json.dumps(records, indent=1) + "\n")
-            for label, values in records[key].items():
+                    records = stored()
+                    records[key] = {**records.get(key, {}), **found}
+                    RESULTS.write_text(json.dumps(records, indent=1) + "\n")
+            for label, values in stored()[key].items():
                 print(f"{key:<10} {label:<14}", *(f"{n} {v}" for n, v in values.items()))
 
 
