@@ -15,14 +15,22 @@ class MoreTests(VaderSentiment):
     """VADER with a larger test split: two thirds of the training texts that a small `num_train`
     leaves out are added."""
 
+    every = 3  # of so many texts that are left out, the first is not tested
+
     def examples(self, split: str) -> Examples:
         if split != "test":
             return super().examples(split)
         whole = VaderSentiment(split=self.split).examples("train")
         seen = set(self.examples("train").text_keys())
         left_out = [row for row, key in enumerate(whole.text_keys()) if key not in seen]
-        taken = [row for place, row in enumerate(left_out) if place % 3]
+        taken = [row for place, row in enumerate(left_out) if not self.every or place % self.every]
         return join([super().examples("test"), whole.take(taken)])
+
+
+class AllTests(MoreTests):
+    """The same with all texts that are left out."""
+
+    every = 0
 
 
 class Imbalanced(VaderSentiment):

@@ -8,6 +8,7 @@ from functools import lru_cache
 from typing import Any
 
 from benchmarks.encoders import ENCODERS, Encoder
+from benchmarks.texts import AllTests
 from dact.data import CompositionalSentiment, VaderSentiment
 from dact.data.base import TextDataModule
 from dact.data.examples import Examples, stratified_split
@@ -24,7 +25,7 @@ class Setting:
     Args:
         name: ``"vader"`` (all corpora), one corpus, or ``"generated"`` (composed reviews, for a
             small encoder from scratch), with a number of training texts after a hyphen:
-            ``"vader-2000"``.
+            ``"vader-2000"``; ``"vader-2000-more"`` tests the texts that these leave out as well.
         split: Which division into training, validation and test texts.
         epochs: Passes over the training texts, the same for every method.
         batch_size: Texts per optimizer step.
@@ -112,7 +113,7 @@ def make_data(
     elif setting.source == "generated":
         data = CompositionalSentiment(max_depth=3, seed=setting.split, **sizes)
     else:
-        data = VaderSentiment(**of_vader)
+        data = (AllTests if setting.name.endswith("-more") else VaderSentiment)(**of_vader)
     data.setup("fit")
     data.setup("test")
     return data

@@ -24,7 +24,9 @@ Records = dict[str, dict[Key, dict[str, Any]]]  # by method
 
 REAL = ("vader", "vader-2000", "tweets", "newspaper", "film", "product")
 GENERATED = "generated"  # for a small encoder from scratch
-OF_MPNET = ("vader-2000", "tweets", "newspaper-1000")
+OF_MPNET = ("vader-2000", "tweets", "newspaper-1000", "vader-2000-more", "vader")
+# Data that have tables of their own, and are not pooled: their texts are in other data sets too.
+ALONE = (GENERATED, "mpnet.vader-2000-more", "mpnet.vader")
 TITLES = {"minilm": "MiniLM-L6", "mpnet": "MPNet-base"}
 CUT_STYLES = {2: "^C2", 3: "vC3", 4: "DC4", 6: "PC6"}  # by number of layers
 
@@ -258,7 +260,7 @@ def tables(records: Records) -> str:
         data = [name for name in field.data if field.dact.keys(of_data(records, [name]))]
         if not data:
             continue
-        real = [name for name in data if name != GENERATED]
+        real = [name for name in data if name not in ALONE]
         parts.append(f"## {encoder.name}: DACT next to its peers")
         parts.append(peer_table(of_data(records, real), field, "real texts, pooled"))
         parts.append(overview_table(records, field, data))
