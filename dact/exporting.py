@@ -35,7 +35,7 @@ class Export:
         megabytes: Size of the graphs on disk, in millions of bytes.
         difference: Largest difference of a float32 graph from PyTorch, as a share of its largest
             value.
-        quantized_difference: The same after quantisation, root mean square over root mean square;
+        quantized_difference: The same after quantization, root mean square over root mean square;
             None for float32.
         promise_dropped: Whether the model had a promise, which was dropped.
         replaced: Whether the folder held an earlier export.
@@ -73,7 +73,7 @@ def export(
     Args:
         model_dir: Folder of a run, its model/ folder, or Hub id ``"OWNER/NAME"``.
         output: Folder to write. An earlier export there is replaced.
-        quantize: ``"int8"`` for 8-bit weights and activations that are quantised at run time;
+        quantize: ``"int8"`` for 8-bit weights and activations that are quantized at run time;
             float32 if left out. On processors without VNNI instructions, int8 loses some accuracy.
 
     Raises:

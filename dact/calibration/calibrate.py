@@ -21,7 +21,7 @@ from dact.calibration.answers import (
     share,
 )
 from dact.calibration.bounds import examples_for_rate
-from dact.calibration.promise import SETTINGS, Promise
+from dact.calibration.promise import SETTINGS, Promise, calibration_batches
 from dact.calibration.temperature import fit_temperatures
 from dact.calibration.thresholds import best_thresholds
 from dact.encoders.base import Batch
@@ -256,8 +256,7 @@ def _examples(
     data.prepare_data()
     data.setup("validate")
     check_agreement(model, data, training=False)
-    aside = getattr(data, "calibration_dataloader", lambda: None)()
-    return (data.val_dataloader(), True) if aside is None else (aside, False)
+    return calibration_batches(data)
 
 
 def _fit_thresholds(model: DACT, data: Any, chose_checkpoint: bool) -> None:

@@ -132,10 +132,9 @@ class Promise:
             error *= 1 - bounds.NUISANCE_SHARE
         return bounds.examples_for_rate(self.most, 1 - error)
 
-    def shortage(self, batches: Iterable[Any]) -> str:
-        """Return a message if the promise takes more examples than the batches have, else an empty
-        string."""
-        examples = sum(len(batch["labels"]) for batch in batches)
+    def shortage(self, data: Any) -> str:
+        """Return a message if a datamodule has too few examples for it, else an empty string."""
+        examples = sum(len(batch["labels"]) for batch in calibration_batches(data)[0])
         needed = self.examples_needed()
         if self.confidence is None:
             needed = self.examples_for_an_estimate()
@@ -161,6 +160,12 @@ class Promise:
                     f"{self.dial} is calibrated starting from all layers, but the model has "
                     f"{name}={value:g}: set it to {first:g}, or calibrate it instead (dial: {name})"
                 )
+
+
+def calibration_batches(data: Any) -> tuple[Iterable[Any], bool]:
+    """Return the batches set aside, or else those of validation, which chose the checkpoint."""
+    aside = getattr(data, "calibration_dataloader", lambda: None)()
+    return (data.val_dataloader(), True) if aside is None else (aside, False)
 
 
 def _discordant(values: Tensor) -> tuple[int, int]:

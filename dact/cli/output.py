@@ -81,7 +81,7 @@ class EpochLines(Callback):
         if classes := getattr(data, "describe_classes", str)():
             _say(trainer, classes)
         aside = getattr(data, "calibration_dataloader", lambda: None)()
-        if self.calibrates and aside is not None and (short := Promise().shortage(aside)):
+        if self.calibrates and aside is not None and (short := Promise().shortage(data)):
             _say(trainer, f"the margin will be the lowest that changes no text set aside: {short}")
 
     @override

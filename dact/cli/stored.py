@@ -122,8 +122,7 @@ class Stored:
     thresholds: list[float] | None = None
     device: str = "auto"
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    # whether the stored model has a promise
-    had_promise: bool = field(default=False, init=False)
+    had_promise: bool = field(default=False, init=False)  # as it is stored
 
     @cached_property
     def dact(self) -> DACT:
@@ -206,9 +205,7 @@ def calibrate(stored: Stored, fit_thresholds: bool = False, **promise: Any) -> N
     before = getattr(model, wanted.dial)
     data.prepare_data()
     data.setup("validate")
-    aside = getattr(data, "calibration_dataloader", lambda: None)()
-    aside = data.val_dataloader() if aside is None else aside
-    if short := wanted.shortage(aside):
+    if short := wanted.shortage(data):
         if wanted.confidence is not None:
             raise UsageError(f"{short}: give more, promise less, or ask for --confidence null")
         print(short)

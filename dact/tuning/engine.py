@@ -303,9 +303,7 @@ class TuningEngine:
                     "Run joint_tune_study, train_tune_study and lambda_reg_study first"
                 )
             if measured and recipe.promise is not None:
-                aside = getattr(data, "calibration_dataloader", lambda: None)()
-                examples = data.val_dataloader() if aside is None else aside
-                for line in filter(None, (recipe.note, recipe.promise.shortage(examples))):
+                for line in filter(None, (recipe.note, recipe.promise.shortage(data))):
                     self.progress.note(line)
             if isinstance(data, TextDataModule):
                 self.progress.note(data.describe_classes())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
 import math
 import os
 import random
@@ -274,6 +275,7 @@ def resumable_fit(
         average: Whether to average the weights of the last steps, unless one of the user's
             callbacks averages weights.
     """
+    gc.collect()  # frees an earlier fit, whose Trainer and model refer to each other
     log, averaged, added = checkpoints.parent, averages(arguments), list(callbacks)
     logger = TensorBoardLogger(log.parent, name="", version=log.name, default_hp_metric=False)
     if average and not averaged:
